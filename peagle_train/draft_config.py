@@ -1,0 +1,97 @@
+"""PEagleDraftConfig: a Llama config with the fields that vLLM's EAGLE-3 loader and this trainer read."""
+
+import json
+import os
+from typing import Any
+
+from transformers import LlamaConfig
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Rope types whose tables do not depend on the length of a call, so that a segment rotates as the whole row does."""
+
+NOT_SAVED: tuple[str, ...] = ("_name_or_path", "chunk_size_feed_forward", "id2label", "is_encoder_decoder", "label2id")
+NOT_SAVED += ("output_attentions", "output_hidden_states", "problem_type", "return_dict", "pretraining_tp")
+"""What transformers puts into every config and no reader of a drafter needs."""
+
+ARCHITECTURE = "LlamaForCausalLMEagle3"
+
+
+class PEagleDraftConfig(LlamaConfig):
+    """A drafter's shape, as in its `config.json`.
+
+    `hidden_size`, `num_hidden_layers`, ... are the drafter's own; `vocab_size` is the target's. Beyond Llama's:
+    """
+
+    draft_vocab_size: int | None = None
+    """Vd, rows of `lm_head`; None is the target's vocabulary."""
+    target_hidden_size: int | None = None
+    """H of the target: `fc` reads 3 of its layers. None is the drafter's hidden size."""
+    ptd_token_id: int | None = None
+    """The mask token, read by every slot but the first."""
+    pard_token: int | None = None
+    """The mask token under its other name; always equal to `ptd_token_id`."""
+    eagle_aux_hidden_state_layer_ids: list[int] | None = None
+    """The three layers of the target whose *input* is read; None is (2, n // 2, n - 3)."""
+    norm_before_residual: bool = False
+    """Whether layer 0's residual is the features after `hidden_norm` (True) or before (False)."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # Old configs, and vLLM's readers, keep the rope in two top-level keys.
+        theta, scaling = kwargs.pop("rope_theta", None), kwargs.pop("rope_scaling", None)
+        if self.rope_parameters is None and (theta is not None or scaling is not None):
+            rope = dict(scaling or {})
+            rope.setdefault("rope_type", rope.pop("type", "default"))
+            self.rope_parameters = {**rope, "rope_theta": 10000.0 if theta is None else theta}
+        super().__post_init__(**kwargs)
+        if self.draft_vocab_size is None:
+            self.draft_vocab_size = self.vocab_size
+        if self.target_hidden_size is None:
+            self.target_hidden_size = self.hidden_size
+        if self.ptd_token_id is None:
+            self.ptd_token_id = self.pard_token
+        self.pard_token = self.ptd_token_id
+        self.architectures = [ARCHITECTURE]
+
+    def validate_architecture(self) -> None:
+        # Llama's own check wants hidden_size divisible by the heads, which an explicit head_dim makes unnecessary.
+        if self.num_key_value_heads and self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads"
+                f" ({self.num_key_value_heads})"
+            )
+        if self.head_dim and self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary embeddings need an even one")
+
+    def check_trainable(self) -> None:
+        """ValueError for what a drafter cannot be trained or served with."""
+        assert self.rope_parameters is not None and self.draft_vocab_size is not None
+        rope_type = self.rope_parameters.get("rope_type", "default")
+        if rope_type not in ROPE_TYPES:
+            raise ValueError(
+                f"the drafter's rope type is {rope_type!r}, whose tables depend on the length of a call (segments would"
+                f" differ from the whole row) or are unknown here; use one of {', '.join(ROPE_TYPES)}"
+            )
+        if self.ptd_token_id is None:
+            raise ValueError("mask_token_id is missing; set draft.mask_token_id to a token that never occurs in data")
+        if not 0 <= self.ptd_token_id < self.vocab_size:
+            raise ValueError(
+                f"mask_token_id is {self.ptd_token_id}; it must lie in 0..{self.vocab_size - 1}, the target's vocabulary"
+            )
+        if not 1 <= self.draft_vocab_size <= self.vocab_size:
+            raise ValueError(
+                f"draft_vocab_size is {self.draft_vocab_size}; it must lie in 1..{self.vocab_size}, the target's vocabulary"
+            )
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """All that a reader may need, nothing left to a default that may change; rope in both spellings."""
+        content = {k: v for k, v in self.to_dict().items() if v is not None and k not in NOT_SAVED}
+        content["architectures"] = [ARCHITECTURE]  # save_pretrained writes the class's own name, unknown to vLLM
+        assert self.rope_parameters is not None
+        rope = {k: v for k, v in self.rope_parameters.items() if k != "rope_theta"}
+        content["rope_theta"] = self.rope_parameters["rope_theta"]
+        content["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+        return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
+        with open(json_file_path, "w", encoding="utf-8") as file:
+            file.write(self.to_json_string(use_diff))

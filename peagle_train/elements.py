@@ -1,0 +1,68 @@
+"""The alignment contract, stated once: what an element (anchor a, depth d) reads and predicts.
+
+|             | depth 0     | depth d >= 1                                  |
+| token       | x_{a+1}     | the mask token                                |
+| features    | h_a         | `mask_hidden`                                 |
+| position id | column a's  | column a's + d                                |
+| label       | y_{a+1}     | y_{a+d+1}, the distribution over x_{a+d+2}    |
+
+`input_ids` and the target's outputs are unshifted; the shift by one happens here and nowhere else. B: rows, L: columns,
+N: elements.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Elements(NamedTuple):
+    """N elements of each of B rows; int64 [B, N] but `supervised`, bool [B, N]. Padding has depth -1."""
+
+    anchor: Tensor
+    depth: Tensor
+    token: Tensor
+    position: Tensor
+    start: Tensor
+    """First column of the element's document."""
+    label: Tensor
+    """Column whose last hidden state of the target gives the label: anchor + depth + 1."""
+    supervised: Tensor
+
+
+def gather_elements(batch: dict[str, Tensor], columns: slice, mask_token_id: int) -> Elements:
+    """The elements in `columns` of the flat batch (a segment is a slice of it)."""
+    return make_elements(
+        batch,
+        batch["anchor"][:, columns],
+        batch["depth"][:, columns],
+        batch["supervised"][:, columns],
+        mask_token_id,
+    )
+
+
+def context_elements(batch: dict[str, Tensor], columns: slice) -> Elements:
+    """The depth-0 elements of the columns themselves, unsupervised; a column that is no drafter row is padding."""
+    documents = batch["document_ids"]
+    right = torch.nn.functional.pad(documents[:, 1:], (0, 1), value=-1)
+    is_row = ((documents == right) & (documents >= 0))[:, columns]
+    column = torch.arange(documents.shape[1], device=documents.device)[columns].expand(documents.shape[0], -1)
+    return make_elements(batch, column, torch.where(is_row, 0, -1), torch.zeros_like(is_row), mask_token_id=0)
+
+
+def make_elements(
+    batch: dict[str, Tensor], anchor: Tensor, depth: Tensor, supervised: Tensor, mask_token_id: int
+) -> Elements:
+    """Look the contract's columns up for given anchors and depths, int64 [B, N]."""
+    last = batch["input_ids"].shape[1] - 1
+    real_token = batch["input_ids"].gather(1, (anchor + 1).clamp(max=last))
+    base = batch["position_ids"].gather(1, anchor)
+    return Elements(
+        anchor=anchor,
+        depth=depth,
+        token=torch.where(depth == 0, real_token, mask_token_id),
+        position=base + depth.clamp(min=0),
+        start=anchor - base,
+        label=(anchor + depth + 1).clamp(0, last),
+        supervised=supervised,
+    )

@@ -1,0 +1,100 @@
+"""Linear + KL without logits: from hidden states and head weights to the loss, its gradients and the hits.
+
+Both models' logits exist for one chunk of rows at a time, in float32 or wider; gradients are computed in the same visit,
+so the backward only scales them. M: rows (supervised elements), V: draft vocabulary, H: drafter's hidden size, T: the
+target's, c: rows of a chunk.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LOSSES = ("kl", "soft_ce", "hard_ce")
+
+
+def chunked_linear_loss(
+    hidden: Tensor,
+    head: Tensor,
+    target_hidden: Tensor,
+    target_head: Tensor,
+    loss: str = "kl",
+    chunk_rows: int = 1024,
+) -> tuple[Tensor, Tensor]:
+    """Sum over rows of the drafter's loss against the target's distribution, both softmaxed over the draft vocabulary.
+
+    Args:
+        hidden: [M, H], the drafter's hidden states (after its final norm).
+        head: [V, H], its `lm_head`; a frozen one (requires_grad False) costs no gradient work.
+        target_hidden: [M, T], the target's last hidden states (after its final norm) of the rows' labels. No gradient.
+        target_head: [V, T], the target's head rows of the draft vocabulary. No gradient.
+        loss: "kl" KL(target || draft); "soft_ce" the same less the target's entropy; "hard_ce" against its argmax.
+        chunk_rows: rows whose logits exist at a time.
+
+    Returns:
+        (loss: scalar, float32 or wider; hits: bool [M], whether the two argmaxes agree).
+    """
+    if loss not in LOSSES:
+        raise ValueError(f"loss is {loss!r}; it must be one of {', '.join(LOSSES)}")
+    with torch.no_grad():
+        compute = hidden.dtype
+        if torch.is_autocast_enabled(hidden.device.type):
+            compute = torch.get_autocast_dtype(hidden.device.type)
+        target_hidden, target_head = target_hidden.to(compute), target_head.to(compute)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _ChunkedLinearLoss.apply(
+            hidden.to(compute),
+            head.to(compute),
+            target_hidden,
+            target_head,
+            loss,
+            chunk_rows,
+            torch.is_grad_enabled(),
+        )
+
+
+class _ChunkedLinearLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_MH, head_VH, target_MT, target_head_VT, loss, chunk_rows, with_grad):  # type: ignore[no-untyped-def]
+        want_hidden = with_grad and ctx.needs_input_grad[0]
+        want_head = with_grad and ctx.needs_input_grad[1]
+        M = hidden_MH.shape[0]
+        wide = torch.promote_types(hidden_MH.dtype, torch.float32)
+        total = hidden_MH.new_zeros((), dtype=wide)
+        hits_M = torch.zeros(M, dtype=torch.bool, device=hidden_MH.device)
+        d_hidden_MH = torch.empty_like(hidden_MH) if want_hidden else None
+        d_head_VH = torch.zeros_like(head_VH, dtype=wide) if want_head else None
+        for start in range(0, M, chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            h_cH = hidden_MH[rows]
+            log_p_cV = (target_MT[rows] @ target_head_VT.T).to(wide).log_softmax(-1)
+            log_q_cV = (h_cH @ head_VH.T).to(wide).log_softmax(-1)
+            best_c = log_p_cV.argmax(-1)
+            hits_M[rows] = log_q_cV.argmax(-1) == best_c
+            if loss == "hard_ce":
+                total -= log_q_cV.gather(1, best_c[:, None]).sum()
+                d_cV = log_q_cV.exp_()
+                d_cV.scatter_add_(1, best_c[:, None], d_cV.new_full((h_cH.shape[0], 1), -1.0))
+            else:
+                p_cV = log_p_cV.exp()
+                if loss == "kl":
+                    total += (p_cV * log_p_cV.sub_(log_q_cV)).sum()
+                else:
+                    total -= (p_cV * log_q_cV).sum()
+                d_cV = log_q_cV.exp_().sub_(p_cV)
+            d_cV = d_cV.to(hidden_MH.dtype)
+            if d_hidden_MH is not None:
+                d_hidden_MH[rows] = d_cV @ head_VH
+            if d_head_VH is not None:
+                d_head_VH += d_cV.T @ h_cH
+        ctx.save_for_backward(d_hidden_MH, d_head_VH)
+        ctx.mark_non_differentiable(hits_M)
+        ctx.head_dtype = head_VH.dtype
+        return total, hits_M
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_total, _):  # type: ignore[no-untyped-def]
+        d_hidden_MH, d_head_VH = ctx.saved_tensors
+        d_hidden = None if d_hidden_MH is None else d_hidden_MH * d_total.to(d_hidden_MH.dtype)
+        d_head = None if d_head_VH is None else (d_head_VH * d_total).to(ctx.head_dtype)
+        return d_hidden, d_head, None, None, None, None, None
