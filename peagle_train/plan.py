@@ -1,0 +1,96 @@
+"""The host's view of a batch: which slices a step's passes run over, known before anything moves to the device.
+
+Computed from the collator's CPU tensors, so that nothing on the step's path waits for the device. B: rows, S: segments,
+C: capacity, n: own elements of a segment without its padding, K: depths.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Segment:
+    """One segment of a batch; everything but tensors is a Python int."""
+
+    columns: slice
+    """Own elements in the flat batch; the padding behind the fullest row's is left out."""
+    num_depth0: int
+    """M: own slots from here on hold no depth-0 element in any row."""
+    first_rollout: int
+    """Own slots before this hold no deeper element in any row."""
+    num_context: int
+    """P: columns before the segment, of the row that has most."""
+    context_end: Tensor
+    """int64 [B]: columns before the segment, row by row."""
+    supervised: Tensor
+    """int64 [m]: own supervised elements, as b * n + i."""
+    anchors: slice
+    """Columns that hold every own anchor."""
+    labels: slice
+    """Columns that hold every own label."""
+    earliest: Tensor
+    """int64 [B]: first column that any own element reads the keys of."""
+    latest: Tensor
+    """int64 [B]: last own depth-0 anchor, -1 if there is none."""
+
+    @property
+    def num_elements(self) -> int:
+        return self.columns.stop - self.columns.start
+
+
+@dataclass
+class Plan:
+    segments: list[Segment]
+    """Those that hold an element, in order."""
+    num_supervised: int
+    supervised_per_depth: Tensor
+    """int64 [K]"""
+    last_column: int
+    """L - 1"""
+
+
+def plan_segments(batch: dict[str, Tensor], num_depths: int) -> Plan:
+    """Read a collator's batch (on CPU; a batch on a device is copied back first, which waits for it)."""
+    names = ("anchor", "depth", "supervised", "segment_ids", "position_ids")
+    anchor, depth, supervised, segment_ids, position = (batch[name].cpu() for name in names)
+    B, L = position.shape
+    num_segments = int(segment_ids[0, -1]) + 1
+    capacity = anchor.shape[1] // num_segments
+    shape = (B, num_segments, capacity)
+    anchor_BSC, depth_BSC, supervised_BSC = anchor.view(shape), depth.view(shape), supervised.view(shape)
+    start_BSC = anchor_BSC - position.gather(1, anchor).view(shape)
+
+    is_depth0 = depth_BSC == 0
+    n_S = (depth_BSC >= 0).sum(-1).amax(0).tolist()
+    num_depth0_BS = is_depth0.sum(-1)
+    # A row without rollouts in a segment still must not let others' rollouts count as its depth-0 slots.
+    latest_BS = torch.where(is_depth0, anchor_BSC, -1).amax(-1)
+    context_end_BS = torch.cat([torch.zeros(B, 1, dtype=torch.int64), latest_BS.cummax(1).values[:, :-1] + 1], dim=1)
+    earliest_BS = torch.where(depth_BSC >= 0, start_BSC, L).amin(-1)
+
+    segments = []
+    for s in range(num_segments):
+        n = n_S[s]
+        if n == 0:
+            continue
+        own_anchor, own_depth = anchor_BSC[:, s, :n], depth_BSC[:, s, :n]
+        real_anchor = own_anchor[own_depth >= 0]
+        last_position = int((own_anchor + own_depth)[own_depth >= 0].max())
+        segments.append(
+            Segment(
+                columns=slice(s * capacity, s * capacity + n),
+                num_depth0=int(num_depth0_BS[:, s].max()),
+                first_rollout=min(int(num_depth0_BS[:, s].min()), n),
+                num_context=int(context_end_BS[:, s].max()),
+                context_end=context_end_BS[:, s],
+                supervised=supervised_BSC[:, s, :n].flatten().nonzero().flatten(),
+                anchors=slice(int(real_anchor.min()), int(real_anchor.max()) + 1),
+                labels=slice(int(real_anchor.min()) + 1, min(last_position + 2, L)),
+                earliest=earliest_BS[:, s],
+                latest=latest_BS[:, s],
+            )
+        )
+    per_depth = torch.bincount(depth[supervised], minlength=num_depths)
+    return Plan(segments, int(supervised.sum()), per_depth, L - 1)

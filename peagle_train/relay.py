@@ -1,0 +1,239 @@
+"""Relay: exact segments at the cost of a single pass.
+
+Depth-0 elements never look at deeper ones, and every element looks at the past through depth-0 keys and values only. So a
+segment needs of its past nothing but those keys and values, and owes the past nothing but their gradients:
+
+    pass A, no grad, left to right: depth-0 columns through all layers; each layer's keys and values are kept (of the last
+        layer only they are computed). The columns that no later segment reads are left out.
+    pass B, right to left: each segment's own elements with grad, the earlier keys and values entering as leaves. Back-
+        propagated are the segment's loss and <K_own, dK_own> + <V_own, dV_own>, where dK_own, dV_own are what the
+        segments to the right have handed back; the leaves' gradients are handed on to the left.
+
+Every row runs with grad exactly once, and activations of one segment exist at a time. Algorithm 1 (segments.py) is the
+oracle. B: rows, L: columns, P: context columns, M: own slots that may hold depth-0 elements, G: key/value heads, D: head
+dim.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from peagle_train.draft import KV, PEagleDraft
+from peagle_train.elements import Elements, context_elements, gather_elements
+from peagle_train.plan import Plan, Segment, plan_segments
+from peagle_train.segments import (
+    StepStats,
+    TargetOutputs,
+    account,
+    idle_pass,
+    labels_of,
+    new_stats,
+    run,
+    visibility_of,
+)
+
+Backward = Callable[[Sequence[Tensor], Sequence[Tensor | None]], None]
+
+
+class RelayBuffers:
+    """Each layer's keys, values and their gradients, [B, G, L, D], by column; made once, used by every step.
+
+    Keys and values are in the dtype that the drafter computes them in, gradients in float32 or wider.
+    """
+
+    def __init__(self) -> None:
+        self.keys_values: list[KV] = []
+        self.gradients: list[KV] = []
+
+    def prepare(self, like: list[KV], length: int) -> None:
+        """Allocate for `length` columns and keys and values such as `like`, unless that is what is here already."""
+        B, G, _, D = like[0][0].shape
+        dtype, device = like[0][0].dtype, like[0][0].device
+        wide = torch.promote_types(dtype, torch.float32)
+        if self.keys_values:
+            key = self.keys_values[0][0]
+            known = (len(self.keys_values), key.shape[0], key.shape[1], key.shape[3], key.dtype, key.device)
+            if known == (len(like), B, G, D, dtype, device) and key.shape[2] >= length:
+                return
+
+        def pair(d: torch.dtype) -> KV:
+            # Zeros, not garbage: a column that is no drafter row is masked out, but 0 * inf would still be nan.
+            return torch.zeros(B, G, length, D, dtype=d, device=device), torch.zeros(
+                B, G, length, D, dtype=d, device=device
+            )
+
+        self.keys_values, self.gradients = [], []  # let go of the old ones first
+        self.keys_values = [pair(dtype) for _ in like]
+        self.gradients = [pair(wide) for _ in like]
+
+    def context(self, columns: int) -> list[KV]:
+        """Views of the first `columns` columns."""
+        return [(k[:, :, :columns], v[:, :, :columns]) for k, v in self.keys_values]
+
+    def leaves(self, columns: int) -> list[KV]:
+        """As `context`, but leaves whose gradients are added to the buffers the moment they are known, then freed."""
+
+        def leaf(value: Tensor, gradient: Tensor) -> Tensor:
+            out = value[:, :, :columns].detach().requires_grad_()
+
+            def hand_back(tensor: Tensor) -> None:
+                assert tensor.grad is not None
+                gradient[:, :, :columns] += tensor.grad
+                tensor.grad = None
+
+            out.register_post_accumulate_grad_hook(hand_back)
+            return out
+
+        return [(leaf(k, dk), leaf(v, dv)) for (k, v), (dk, dv) in zip(self.keys_values, self.gradients, strict=True)]
+
+
+def relay_step(
+    draft: PEagleDraft,
+    batch: dict[str, Tensor],
+    target: TargetOutputs,
+    *,
+    num_depths: int,
+    scale: float | Tensor = 1.0,
+    loss: str = "kl",
+    chunk_rows: int = 1024,
+    plan: Plan | None = None,
+    buffers: RelayBuffers | None = None,
+    backward: Backward | None = torch.autograd.backward,
+    min_passes: tuple[int, int] | None = None,
+) -> StepStats:
+    """Forward and backward over every segment of a batch; parameters' gradients accumulate.
+
+    The loss and every gradient are those of the flat pass. Arguments as in `recompute_step`, and:
+
+    Args:
+        buffers: kept by the caller from step to step, so that nothing large is allocated twice.
+        backward: called with (tensors, their gradients), as `torch.autograd.backward`; None evaluates only.
+        min_passes: for sharded drafters, whose ranks must agree on the number of passes: (A, B) passes that this rank runs
+            at least, the surplus on padding. Segments then take part in all layers and in the loss even where they have
+            nothing to learn, so that every parameter gets a gradient in every pass.
+    """
+    plan = plan or plan_segments(batch, num_depths)
+    buffers = buffers or RelayBuffers()
+    stats = new_stats(plan, batch["anchor"].device, draft.dtype)
+    with_grad = backward is not None
+    passes = needed_segments(plan) if with_grad else [s for s in plan.segments if s.supervised.numel()]
+
+    chunks = context_chunks(plan, passes)
+    for columns in chunks:
+        _run_context(draft, batch, target, buffers, columns, num_depths)
+    extra_a, extra_b = (0, 0) if min_passes is None else (min_passes[0] - len(chunks), min_passes[1] - len(passes))
+    torch.clear_autocast_cache()  # weights cast without grad in pass A must not serve pass B
+    for _ in range(extra_a):
+        with torch.no_grad():
+            idle_pass(draft, batch, target, num_depths, with_grad=False)
+    if with_grad and chunks:
+        for dk, dv in buffers.gradients:
+            dk[:, :, : chunks[-1].stop] = 0
+            dv[:, :, : chunks[-1].stop] = 0
+
+    for segment in reversed(passes):
+        P = segment.num_context
+        own = gather_elements(batch, segment.columns, draft.mask_token_id)
+        visibility = visibility_of(
+            own,
+            num_depths,
+            M=segment.num_depth0,
+            first_rollout=segment.first_rollout,
+            num_context=P,
+            context_end=segment.context_end,
+        )
+        has_labels = segment.supervised.numel() > 0
+        context = None if P == 0 else buffers.leaves(P) if with_grad else buffers.context(P)
+        output = run(
+            draft,
+            own,
+            target,
+            segment.anchors,
+            visibility,
+            context=context,
+            keys_values_only=not has_labels and min_passes is None,
+            labels=labels_of(own, segment, target, loss, chunk_rows) if has_labels or min_passes else None,
+        )
+        if output.loss is not None:
+            account(stats, output, own, segment)
+        if backward is None:
+            continue
+        tensors: list[Tensor] = []
+        gradients: list[Tensor | None] = []
+        if output.loss is not None:
+            assert output.hidden is not None
+            # Without labels the hidden states still tie every parameter in, at no weight.
+            tensors.append(output.loss * scale if has_labels else output.loss + output.hidden.sum() * 0)
+            gradients.append(None)
+        if chunks:
+            seeds = handed_back(buffers, own, segment, chunks[-1].stop)
+            for (key, value), (d_key, d_value) in zip(output.keys_values, seeds, strict=True):
+                tensors += [key, value]
+                gradients += [d_key, d_value]
+        del output, context, visibility
+        backward(tensors, gradients)
+        del tensors, gradients
+    for _ in range(extra_b):
+        idle_pass(draft, batch, target, num_depths, with_grad=with_grad)
+    return stats
+
+
+def needed_segments(plan: Plan) -> list[Segment]:
+    """Segments that own something to learn, or whose keys some segment to their right, itself needed, can see."""
+    needed: list[Segment] = []
+    reads_from = None  # int64 [B], first column that the needed segments read
+    for segment in reversed(plan.segments):
+        is_read = reads_from is not None and bool((reads_from <= segment.latest).any())
+        if segment.supervised.numel() or is_read:
+            needed.append(segment)
+            reads_from = segment.earliest if reads_from is None else torch.minimum(reads_from, segment.earliest)
+    return needed[::-1]
+
+
+def context_chunks(plan: Plan, passes: list[Segment]) -> list[slice]:
+    """Columns for pass A, in runs no longer than the longest segment has elements: [0, P) of the rightmost segment."""
+    end = max((s.num_context for s in passes), default=0)
+    size = max((s.num_elements for s in plan.segments), default=1)
+    return [slice(start, min(start + size, end)) for start in range(0, end, size)]
+
+
+@torch.no_grad()
+def _run_context(
+    draft: PEagleDraft,
+    batch: dict[str, Tensor],
+    target: TargetOutputs,
+    buffers: RelayBuffers,
+    columns: slice,
+    num_depths: int,
+) -> None:
+    """Pass A over some columns: write their keys and values into the buffers."""
+    elements = context_elements(batch, columns)
+    n, start = columns.stop - columns.start, columns.start
+    visibility = visibility_of(
+        elements,
+        num_depths,
+        M=n,
+        first_rollout=n,
+        num_context=start,
+        context_end=torch.full((elements.anchor.shape[0],), start),
+    )
+    context = buffers.context(start) if start else None
+    output = run(draft, elements, target, columns, visibility, context=context, keys_values_only=True)
+    buffers.prepare(output.keys_values, batch["input_ids"].shape[1])
+    for (k, v), (key, value) in zip(buffers.keys_values, output.keys_values, strict=True):
+        k[:, :, columns], v[:, :, columns] = key, value
+
+
+def handed_back(buffers: RelayBuffers, own: Elements, segment: Segment, length: int) -> list[KV]:
+    """What the segments to the right owe this one's keys and values: [B, G, n, D], zero where depth is not 0."""
+    anchor_B1n1 = own.anchor.clamp(max=length - 1)[:, None, :, None]
+    is_read_B1n1 = ((own.depth == 0) & (own.anchor < length))[:, None, :, None]
+
+    def take(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        G, D = gradient.shape[1], gradient.shape[3]
+        taken = gradient.gather(2, anchor_B1n1.expand(-1, G, -1, D))
+        return torch.where(is_read_B1n1, taken, 0).to(dtype)
+
+    dtype = buffers.keys_values[0][0].dtype
+    return [(take(dk, dtype), take(dv, dtype)) for dk, dv in buffers.gradients]
