@@ -1,0 +1,76 @@
+"""Command line: `accelerate launch -m peagle_train RECIPE [section.key=value ...]`."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+EPILOG = """examples:
+  accelerate launch -m peagle_train recipes/quickstart.yaml target.path=DIR output.dir=runs/first
+  python -m peagle_train recipes/quickstart.yaml cod.num_segments=4 --print-config
+  python -m peagle_train --summary runs/first
+"""
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="peagle_train",
+        description="Train a P-EAGLE drafter from a recipe.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", nargs="?", help="a YAML file with sections target, data, draft, cod, train, output")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
+    parser.add_argument("--summary", metavar="DIR", help="print where a finished run's drafter is and how good it is")
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0; 2 for a user's mistake, 1 for a run that had to stop; one line on stderr says why."""
+    options = parse(arguments)
+    try:
+        return _run(options)
+    except ValueError as error:
+        return _fail(error, 2)
+    except RuntimeError as error:
+        if type(error).__name__ != "NonFinite":  # anything unexpected keeps its traceback
+            raise
+        return _fail(error, 1)
+
+
+def _run(options: argparse.Namespace) -> int:
+    # Heavy imports happen here, so that --help answers at once.
+    if options.summary:
+        from peagle_train.trainer import read_summary
+
+        print(read_summary(Path(options.summary)))
+        return 0
+    if not options.recipe:
+        raise ValueError("no recipe given: `python -m peagle_train RECIPE`, for example recipes/quickstart.yaml")
+    from peagle_train.recipe import dump_recipe, load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    if options.print_config:
+        print(dump_recipe(recipe), end="")
+        return 0
+    import logging
+
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    from peagle_train.train import train
+
+    summary = train(recipe)
+    if summary:
+        print(summary)
+    return 0
+
+
+def _fail(error: Exception, code: int) -> int:
+    rank = os.environ.get("RANK")
+    where = f" (rank {rank})" if rank not in (None, "0") else ""
+    print(f"peagle_train: error{where}: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,276 @@
+"""The frozen target: a transformers causal LM that gives features, last hidden states and its head's rows.
+
+Only the base model runs, so no logits of the whole vocabulary exist; hooks keep the inputs of three layers, so no other
+hidden state outlives its layer. B: rows, L: columns, T: hidden size, V: draft vocabulary.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from peagle_train.draft_config import ROPE_TYPES
+from peagle_train.segments import TargetOutputs
+
+logger = logging.getLogger(__name__)
+
+UNPACKABLE = ("mamba", "rwkv", "recurrent", "linear_attention", "ssm", "conv", "retention", "xlstm")
+"""Words in a config's model or layer types that mean a state runs across document boundaries."""
+
+LOGIT_CHANGES = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+)
+"""Config fields by which an architecture changes its logits after the head: labels would be wrong."""
+
+
+def default_layer_ids(num_layers: int) -> list[int]:
+    """(2, n // 2, n - 3), vLLM's default; ValueError where that is no three distinct layers."""
+    if num_layers < 6:
+        raise ValueError(
+            f"the target has {num_layers} layers, too few for the default feature layers (2, n // 2, n - 3): give"
+            " target.layer_ids, three ascending ids"
+        )
+    return [2, num_layers // 2, num_layers - 3]
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
+    """A torch dtype, or "auto" (the checkpoint's own). On CPU, auto is bfloat16 where the processor multiplies in it."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cpu":
+        return "auto"
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+class FrozenTarget:
+    """A target that is only ever read.
+
+    Args:
+        model: any transformers causal LM with a stack of decoder layers.
+        layer_ids: three layers whose *input* is a feature, ascending; None is `default_layer_ids`.
+
+    Raises:
+        ValueError: for a target whose labels or features would be wrong (see `refuse_unfit`).
+    """
+
+    def __init__(self, model: nn.Module, layer_ids: Sequence[int] | None = None) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+        refuse_unfit(self.config)
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        if head is None or getattr(head, "weight", None) is None:
+            raise ValueError(f"target {type(model).__name__} has no output embeddings: it is no causal LM")
+        if getattr(head, "bias", None) is not None:
+            raise ValueError(
+                f"target {type(model).__name__} has a bias on its head, which labels would miss: unsupported"
+            )
+        self.head: nn.Module = head
+        self.base: nn.Module = _base_model(model)
+        self.layers = _decoder_layers(self.base, self.config.num_hidden_layers)
+        self.layer_ids = list(layer_ids) if layer_ids is not None else default_layer_ids(len(self.layers))
+        if sorted(set(self.layer_ids)) != self.layer_ids or len(self.layer_ids) != 3:
+            raise ValueError(f"target.layer_ids is {self.layer_ids}; it must be three distinct ids, ascending")
+        if not 0 <= self.layer_ids[0] <= self.layer_ids[-1] < len(self.layers):
+            raise ValueError(f"target.layer_ids is {self.layer_ids}; ids must lie in 0..{len(self.layers) - 1}")
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        *,
+        dtype: str = "auto",
+        device: torch.device | None = None,
+        layer_ids: Sequence[int] | None = None,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> "FrozenTarget":
+        """Load a Hugging Face folder; ValueError, one line, for a folder that is none."""
+        device = device or torch.device("cpu")
+        _check_folder(path)
+        if trust_remote_code:
+            logger.warning("target.trust_remote_code is on: Python code in %s will run", path)
+        kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+        try:
+            config = AutoConfig.from_pretrained(path, **kwargs)
+            refuse_unfit(config.get_text_config())
+            if attn_implementation:
+                kwargs["attn_implementation"] = attn_implementation
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=resolve_dtype(dtype, device),
+                output_loading_info=True,
+                use_safetensors=True,
+                **kwargs,
+            )
+        except Exception as error:  # whatever a foreign or corrupt file makes the loaders raise
+            raise ValueError(
+                f"target.path {path} cannot be loaded: {type(error).__name__}: {_one_line(error)}"
+            ) from error
+        model, report = loaded
+        bad = [f"{len(report[kind])} {kind.replace('_', ' ')}" for kind in _REPORTS if report.get(kind)]
+        if bad:
+            raise ValueError(
+                f"target.path {path}: its weights do not fit its config ({', '.join(bad)}): wrong or cut files"
+            )
+        return cls(model.to(device), layer_ids)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head.weight.shape[0]  # type: ignore[union-attr, index, return-value]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def embedding_rows(self) -> Tensor:
+        """[vocabulary, T], the input embeddings."""
+        return self.model.get_input_embeddings().weight.detach()  # type: ignore[operator]
+
+    def head_rows(self, token_ids: Tensor) -> Tensor:
+        """[V, T], the head's rows of the given tokens."""
+        weight: Tensor = self.head.weight  # type: ignore[assignment]
+        return weight.detach()[token_ids.to(weight.device)]
+
+    @torch.no_grad()
+    def features(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [B, L, 3T] and last hidden states after the final norm [B, L, T], in the target's dtype.
+
+        Packed documents do not see each other: transformers tells them apart by position ids that restart, as long as it
+        is given neither an attention mask nor a cache.
+
+        Args:
+            input_ids: int64 [B, L], unshifted. position_ids: int64 [B, L], restarting at 0 with every document.
+        """
+        B, L = input_ids.shape
+        T = self.hidden_size
+        out: dict[str, Tensor] = {}
+
+        def keep(slot: int) -> Any:
+            def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+                hidden = args[0] if args else kwargs["hidden_states"]
+                if "features" not in out:
+                    out["features"] = hidden.new_empty(B, L, 3 * T)
+                out["features"][..., slot * T : (slot + 1) * T] = hidden
+
+            return hook
+
+        handles = [
+            self.layers[layer].register_forward_pre_hook(keep(slot), with_kwargs=True)
+            for slot, layer in enumerate(self.layer_ids)
+        ]
+        try:
+            result = self.base(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return out["features"], result.last_hidden_state
+
+    def outputs(self, batch: dict[str, Tensor], head_rows: Tensor) -> TargetOutputs:
+        """What a step needs of the target for a collator's batch."""
+        features, last_hidden = self.features(batch["input_ids"], batch["position_ids"])
+        return TargetOutputs(features, last_hidden, head_rows)
+
+    def check(self) -> None:
+        """Run a few tokens and see that features and labels are what training takes them for; ValueError if not.
+
+        Cheap insurance against architectures that nobody here has met: a packed document must get the features that it
+        gets alone, and the model's own logits must be its head times the last hidden state.
+        """
+        ids = torch.arange(1, 12, device=self.device)[None] % self.vocab_size
+        position = torch.cat([torch.arange(6), torch.arange(5)]).to(self.device)[None]
+        packed, last = self.features(ids, position)
+        alone, _ = self.features(ids[:, 6:], position[:, 6:])
+        error = _relative(packed[:, 6:], alone)
+        if error > 0.05:
+            raise ValueError(
+                f"target {type(self.model).__name__} lets packed documents see each other (features are {error:.0%} off):"
+                " it cannot be used with packed rows"
+            )
+        some = torch.arange(min(8, self.vocab_size), device=self.device)
+        rows = nn.Linear(self.hidden_size, some.numel(), bias=False, device="meta")
+        rows.weight = nn.Parameter(self.head_rows(some), requires_grad=False)
+        tied = getattr(self.config, "tie_word_embeddings", False)
+        self.model.set_output_embeddings(rows)  # type: ignore[operator]
+        try:
+            logits = self.model(input_ids=ids, position_ids=position, use_cache=False).logits
+        finally:
+            self.model.set_output_embeddings(self.head)  # type: ignore[operator]
+        assert getattr(self.config, "tie_word_embeddings", False) == tied
+        error = _relative(logits, last @ rows.weight.T)
+        if error > 0.05:
+            raise ValueError(
+                f"target {type(self.model).__name__} changes its logits after the head (they are {error:.0%} off head *"
+                " hidden): labels would be wrong, it is unsupported"
+            )
+
+
+_REPORTS = ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs")
+
+
+def refuse_unfit(config: Any) -> None:
+    """ValueError for targets whose features or labels this project would get wrong."""
+    name = getattr(config, "model_type", "?")
+    for field in LOGIT_CHANGES:
+        value = getattr(config, field, None)
+        if value is not None and value != 1.0:
+            raise ValueError(f"target {name} has {field} = {value}: it changes logits after the head, unsupported")
+    kinds = " ".join([name, *map(str, getattr(config, "layer_types", None) or [])]).lower()
+    found = [word for word in UNPACKABLE if word in kinds]
+    if found:
+        raise ValueError(f"target {name} has {found[0]} layers, whose state runs across packed documents: unsupported")
+    rope = getattr(config, "rope_parameters", None) or {}
+    tables = [rope] if "rope_type" in rope else [t for t in rope.values() if isinstance(t, dict)]
+    for table in tables:
+        if table.get("rope_type", "default") in ("dynamic", "longrope"):
+            raise ValueError(
+                f"target {name} has rope type {table['rope_type']!r}, whose tables depend on the length of a call, so"
+                f" packed and padded rows would differ from serving; supported: {', '.join(ROPE_TYPES)}"
+            )
+
+
+def _check_folder(path: str) -> None:
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"target.path {path} is no folder; give a Hugging Face model folder on this machine")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"target.path {path} has no config.json; give a Hugging Face model folder")
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"target.path {path} has no .safetensors weights; convert them first")
+
+
+def _base_model(model: nn.Module) -> nn.Module:
+    """The part of a causal LM below its head."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None  # type: ignore[operator]
+    base = decoder if decoder is not None else getattr(model, getattr(model, "base_model_prefix", ""), None)
+    if not isinstance(base, nn.Module) or base is model:
+        raise ValueError(f"target {type(model).__name__}: its base model was not found; unsupported architecture")
+    return base
+
+
+def _decoder_layers(base: nn.Module, count: int) -> nn.ModuleList:
+    found = [m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if not found:
+        raise ValueError(f"target {type(base).__name__}: no stack of {count} decoder layers found; unsupported")
+    return found[0]
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    a, b = a.double(), b.double()
+    return float((a - b).norm() / b.norm().clamp(min=1e-30))
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:300]

@@ -1,0 +1,382 @@
+"""The training loop, on top of everything else: rows in, drafter out, on one process or many."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from peagle_train.checkpoint import MARKER, claim_output, save_drafter, write_json
+from peagle_train.collator import CODCollator
+from peagle_train.data import PackedRows
+from peagle_train.distributed import is_sharded, max_counts, sum_counts, sum_over_ranks
+from peagle_train.draft import PEagleDraft
+from peagle_train.evaluate import EVAL_SEED, gather_sums, label_columns, mass_outside, summarize
+from peagle_train.metrics import (
+    Reporter,
+    accuracies,
+    eval_line,
+    expected_accepted_length,
+    peak_memory_bytes,
+    train_line,
+)
+from peagle_train.optim import make_optimizer, make_scheduler
+from peagle_train.plan import plan_segments
+from peagle_train.recipe import Recipe, dump_recipe
+from peagle_train.relay import RelayBuffers, context_chunks, needed_segments, relay_step
+from peagle_train.sampler import StepBatchSampler
+from peagle_train.segments import StepStats, recompute_step
+from peagle_train.target import FrozenTarget
+
+Batch = dict[str, Tensor]
+
+
+class NonFinite(RuntimeError):
+    """A step's loss or gradient is not finite; the step was not applied."""
+
+
+class Trainer:
+    """One run. `run` does everything; the methods below it are its steps, in the order in which they happen.
+
+    Args:
+        recipe: the settings. accelerator: made by the caller, who knows the device.
+        target: frozen, on the accelerator's device. draft: on the CPU; prepared here.
+        train_rows, eval_rows: packed rows; eval_rows may be empty.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        target: FrozenTarget,
+        draft: PEagleDraft,
+        train_rows: PackedRows,
+        eval_rows: PackedRows,
+    ) -> None:
+        self.recipe, self.accelerator, self.target = recipe, accelerator, target
+        self.train_rows, self.eval_rows = train_rows, eval_rows
+        self.folder = Path(recipe.output.dir)
+        self.device = accelerator.device
+        train, cod = recipe.train, recipe.cod
+
+        optimizer = make_optimizer(draft, train)
+        self.prepared, self.optimizer = accelerator.prepare(draft, optimizer)
+        # Passes run on the module below DDP: gradients are summed once a step, by us (sum_over_ranks), so a rank may run
+        # any number of passes. FSDP2 shards the module itself.
+        self.draft: PEagleDraft = accelerator.unwrap_model(self.prepared, keep_fp32_wrapper=False)
+        self.sharded = is_sharded(self.draft)
+        self.trained = [p for p in self.draft.parameters() if p.requires_grad]
+        # In the drafter's own precision, so that no pass casts them again.
+        self.head_rows = target.head_rows(self.draft.draft_token_ids).to(self.device)
+        self.buffers = RelayBuffers()
+
+        self.collator = CODCollator(
+            recipe.data.max_length,
+            cod.num_depths,
+            cod.down_sample_ratio,
+            cod.down_sample_ratio_min,
+            cod.num_segments,
+            cod.boundaries,
+            seed=train.seed,
+        )
+        self.sampler = StepBatchSampler(
+            len(train_rows),
+            train.batch_size,
+            train.gradient_accumulation_steps,
+            accelerator.process_index,
+            accelerator.num_processes,
+            train.seed,
+        )
+        self.num_steps = train.max_steps or train.epochs * self.sampler.steps_per_epoch
+        self.sampler.num_steps = self.num_steps
+        self.scheduler = make_scheduler(self.optimizer, train, self.num_steps)
+        self.step = 0
+        self.best: dict[str, Any] | None = None
+        self._outside: float | None = None
+
+    # ---- the run
+
+    def run(self) -> dict[str, Any]:
+        """Train, evaluating before and after; returns the summary that is also written to `run.json`."""
+        self._claim_output()
+        self.reporter = Reporter(self.folder, self.num_steps, self.accelerator.is_main_process)
+        try:
+            before = self.evaluate("held-out before training")
+            started = time.perf_counter()
+            for batches in self._steps():
+                self._optimizer_step(batches)
+                self._log_save_evaluate()
+            seconds = time.perf_counter() - started
+            after = self.evaluate("held-out after training")
+            self.save(self.folder / "final")
+            summary = {
+                "state": "finished",
+                "drafter": "final",
+                "steps": self.step,
+                "train_seconds": seconds,
+                "before": before,
+                "after": after,
+                "best": self.best,
+            }
+            self._write_marker(summary)
+            return summary
+        finally:
+            self.reporter.close()
+
+    def _claim_output(self) -> None:
+        failure = ""
+        if self.accelerator.is_main_process:
+            try:
+                claim_output(self.folder)
+                (self.folder / "recipe.yaml").write_text(dump_recipe(self.recipe), encoding="utf-8")
+            except ValueError as error:
+                failure = str(error)
+        failures = [failure]
+        if self.accelerator.num_processes > 1:
+            torch.distributed.broadcast_object_list(failures, src=0)
+        if failures[0]:
+            raise ValueError(failures[0])
+
+    def _steps(self) -> Any:
+        """Each optimizer step's micro-batches, on the host."""
+        loader = DataLoader(
+            self.train_rows,
+            batch_sampler=self.sampler,
+            collate_fn=self.collator,
+            num_workers=self.recipe.data.num_workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        batches: list[Batch] = []
+        self._window_start, self._window_tokens = time.perf_counter(), 0
+        for batch in loader:
+            batches.append(batch)
+            if len(batches) == self.recipe.train.gradient_accumulation_steps:
+                yield batches
+                batches = []
+
+    # ---- a step
+
+    def accumulate(self, batches: list[Batch]) -> StepStats:
+        """Gradients of one optimizer step over all ranks and micro-batches, normalised by its supervised elements.
+
+        Afterwards every rank holds the same gradients and the same sums.
+        """
+        K = self.recipe.cod.num_depths
+        plans = [plan_segments(batch, K) for batch in batches]
+        count = sum_counts([sum(p.num_supervised for p in plans)], self.device)
+        # FSDP averages over ranks where we want the sum; a step with nothing supervised has gradient 0, not nan.
+        scale = (self.accelerator.num_processes if self.sharded else 1) / count.clamp(min=1)
+        sums = []
+        for batch, plan in zip(batches, plans, strict=True):
+            with self.accelerator.no_sync(self.prepared):
+                sums.append(self._run_batch(batch, plan, scale))
+        stats = StepStats(
+            torch.stack([s.loss for s in sums]).sum(),
+            torch.stack([s.hits for s in sums]).sum(0),
+            torch.stack([s.totals for s in sums]).sum(0).to(self.device, non_blocking=True),
+        )
+        self._own_loss = stats.loss.clone()
+        sum_over_ranks([] if self.sharded else self.trained, also=[stats.loss, stats.hits, stats.totals])
+        return stats
+
+    def _run_batch(self, batch: Batch, plan: Any, scale: Tensor | None) -> StepStats:
+        """Target and drafter over one micro-batch; no gradients without a scale."""
+        train = self.recipe.train
+        on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        target = self.target.outputs(on_device, self.head_rows)
+        if train.offload_features:
+            target.features, target.last_hidden = target.features.to("cpu"), target.last_hidden.to("cpu")
+        arguments: dict[str, Any] = {
+            "num_depths": self.recipe.cod.num_depths,
+            "loss": train.loss,
+            "chunk_rows": train.loss_chunk_rows,
+            "plan": plan,
+            "scale": 1.0 if scale is None else scale,
+        }
+        relay = train.segment_mode == "relay" and self.recipe.cod.num_segments > 1
+        if self.sharded:
+            # Every rank takes part in every all-gather: agree on the number of passes.
+            needed = needed_segments(plan) if relay else [s for s in plan.segments if s.supervised.numel()]
+            most = max_counts([len(context_chunks(plan, needed)) if relay else 0, len(needed)], self.device)
+            arguments["min_passes"] = (most[0], most[1]) if relay else most[1]
+        with self.accelerator.autocast():
+            if relay:
+                backward = None if scale is None else self._backward
+                return relay_step(self.draft, on_device, target, buffers=self.buffers, backward=backward, **arguments)
+            backward_loss = None if scale is None else self._backward_loss
+            return recompute_step(self.draft, on_device, target, backward=backward_loss, **arguments)
+
+    def _backward(self, tensors: Any, gradients: Any) -> None:
+        with torch.autocast(self.device.type, enabled=False):
+            torch.autograd.backward(tensors, gradients)
+
+    def _backward_loss(self, loss: Tensor) -> None:
+        with torch.autocast(self.device.type, enabled=False):
+            self.accelerator.backward(loss)
+
+    def _optimizer_step(self, batches: list[Batch]) -> None:
+        stats = self.accumulate(batches)
+        limit = self.recipe.train.max_grad_norm
+        self._grad_norm = self.accelerator.clip_grad_norm_(self.trained, math.inf if limit is None else limit)
+        # The step's one wait for the device: a non-finite step must not reach the weights.
+        if not bool(torch.isfinite(self._grad_norm) & torch.isfinite(stats.loss)):
+            self._stop_non_finite(batches)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._stats = stats
+        self.step += 1
+        self._window_tokens += sum(int((b["document_ids"] >= 0).sum()) for b in batches)
+        self.reporter.step()
+
+    def _stop_non_finite(self, batches: list[Batch]) -> None:
+        own = [] if bool(torch.isfinite(self._own_loss)) else [k for b in batches for k in b["row_key"].tolist()]
+        keys = [own]
+        if self.accelerator.num_processes > 1:
+            keys = [None] * self.accelerator.num_processes  # type: ignore[list-item]
+            torch.distributed.all_gather_object(keys, own)
+        bad = [k for rank_keys in keys for k in rank_keys]
+        where = self.folder / f"checkpoint-{self.step}"
+        self.save(where)
+        raise NonFinite(
+            f"loss or gradient is not finite in step {self.step + 1}, rows {bad or 'unknown (only the gradient is not)'}:"
+            f" the step was not applied; the weights of step {self.step} are in {where}"
+        )
+
+    # ---- logging, evaluation, saving
+
+    def _log_save_evaluate(self) -> None:
+        train = self.recipe.train
+        last = self.step == self.num_steps
+        if self.step % train.log_steps == 0 or self.step == 1 or last:
+            self._log()
+        if train.save_steps and self.step % train.save_steps == 0 and not last:
+            self.save(self.folder / f"checkpoint-{self.step}")
+        if train.eval_steps and self.step % train.eval_steps == 0 and not last:
+            self.evaluate(f"held-out at step {self.step}")
+            self._window_start, self._window_tokens = time.perf_counter(), 0
+
+    def _log(self) -> None:
+        hits, totals = self._stats.hits.tolist(), self._stats.totals.tolist()
+        accuracy = accuracies(hits, totals)
+        seconds = time.perf_counter() - self._window_start
+        values = {
+            "step": self.step,
+            "num_steps": self.num_steps,
+            "loss": float(self._stats.loss) / max(1, sum(totals)),
+            "accuracy": accuracy,
+            "expected_accepted_length": expected_accepted_length(accuracy),
+            "supervised": totals,
+            "learning_rate": self.scheduler.get_last_lr()[0],
+            "grad_norm": float(self._grad_norm),
+            "tokens_per_second": self._window_tokens * self.accelerator.num_processes / seconds,
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+            "seconds": time.perf_counter() - self.reporter.start_time,
+        }
+        self.reporter.record("train", train_line(values), **values)
+        self._window_start, self._window_tokens = time.perf_counter(), 0
+
+    @torch.no_grad()
+    def evaluate(self, title: str) -> dict[str, Any] | None:
+        """Held-out loss, accuracies and expected accepted length over all ranks; None without held-out rows."""
+        if len(self.eval_rows) == 0:
+            return None
+        collator = CODCollator(
+            self.recipe.data.max_length,
+            self.recipe.cod.num_depths,
+            self.recipe.cod.down_sample_ratio,
+            self.recipe.cod.down_sample_ratio_min,
+            self.recipe.cod.num_segments,
+            self.recipe.cod.boundaries,
+            seed=EVAL_SEED,
+        )
+        size, world = self.recipe.train.batch_size, self.accelerator.num_processes
+        order = range(self.accelerator.process_index, len(self.eval_rows), world)
+        batches = -(-len(self.eval_rows) // (size * world))  # the same on every rank
+        indices = [*order] + [-1] * (batches * size - len(order))
+        sums = []
+        weighted = torch.zeros((), dtype=torch.float64, device=self.device)
+        for first in range(0, len(indices), size):
+            batch = collator([self.eval_rows[0, i] for i in indices[first : first + size]])
+            plan = plan_segments(batch, self.recipe.cod.num_depths)
+            sums.append(self._run_batch(batch, plan, scale=None))
+            if self._outside is None:
+                weighted += self._mass_outside(batch)
+        total = gather_sums(sums, self.device)
+        if self._outside is None:
+            sum_over_ranks([], also=[weighted])
+            self._outside = float(weighted) / max(1, int(total.totals.sum()))
+        values = summarize(total, self._outside)
+        self.reporter.record("eval", eval_line(title, values), step=self.step, **values)
+        self._mark_best(values)
+        return values
+
+    def _mass_outside(self, batch: Batch) -> Tensor:
+        """Sum over supervised elements of the target's mass outside the draft vocabulary: a property of the data."""
+        if self.draft.config.draft_vocab_size == self.target.vocab_size:
+            return torch.zeros((), dtype=torch.float64, device=self.device)
+        count_BL = label_columns(batch)
+        used = count_BL > 0
+        ids, positions = (batch[n].to(self.device) for n in ("input_ids", "position_ids"))
+        _, last_hidden = self.target.features(ids, positions)
+        mass = [
+            mass_outside(self.target, part, self.draft.draft_token_ids)
+            for part in last_hidden[used.to(self.device)].split(256)
+        ]
+        return (torch.cat(mass).double() * count_BL[used].to(self.device)).sum() if mass else torch.zeros(())
+
+    def _mark_best(self, values: dict[str, Any]) -> None:
+        better = self.best is None or values["expected_accepted_length"] > self.best["expected_accepted_length"]
+        if not better:
+            return
+        self.best = {"step": self.step, "expected_accepted_length": values["expected_accepted_length"]}
+        if self.step == 0:
+            return
+        folder = "final" if self.step == self.num_steps else "best"
+        self.best["folder"] = folder
+        if folder == "best":
+            self.save(self.folder / folder)
+        if self.accelerator.is_main_process:
+            write_json(self.folder / "best.json", self.best)
+
+    def save(self, path: Path) -> None:
+        """Write the drafter as vLLM loads it; every rank must call it."""
+        state = self.accelerator.get_state_dict(self.prepared)
+        if self.accelerator.is_main_process:
+            save_drafter(path, self.draft.config, state, {"recipe.yaml": dump_recipe(self.recipe)})
+        self.accelerator.wait_for_everyone()
+
+    def _write_marker(self, summary: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            write_json(self.folder / MARKER, summary)
+        self.accelerator.wait_for_everyone()
+
+
+def read_summary(folder: Path) -> str:
+    """Where a finished run's drafter is and how good it is; ValueError if there is no finished run."""
+    try:
+        summary = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder} holds no run: {error}") from error
+    if summary.get("state") != "finished":
+        raise ValueError(f"{folder} holds a run that has not finished")
+    return describe_summary(summary, folder)
+
+
+def describe_summary(summary: dict[str, Any], folder: Path) -> str:
+    lines = [f"drafter: {folder / summary['drafter']} ({summary['steps']} steps in {summary['train_seconds']:.0f} s)"]
+    before, after = summary["before"], summary["after"]
+    if after:
+        lines.append(
+            f"held-out expected accepted length: {before['expected_accepted_length']:.3f} before,"
+            f" {after['expected_accepted_length']:.3f} after training (loss {before['loss']:.3f} -> {after['loss']:.3f})"
+        )
+    best = summary.get("best")
+    if best and best.get("folder") not in (None, "final"):
+        lines.append(f"the best was at step {best['step']} ({best['expected_accepted_length']:.3f}): {folder / 'best'}")
+    return "\n".join(lines)
