@@ -1,0 +1,249 @@
+"""The recipe: every setting of a training run, in six sections, from YAML and `section.key=value` arguments.
+
+A new setting is a new field: its type hint, `option(...)` limits and docstring are all that it takes.
+"""
+# ruff: noqa: RUF009 (option() makes a dataclass field)
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from peagle_train.schema import RecipeError, check_section, option, read_sections
+from peagle_train.strict_yaml import YamlError, dump_yaml, read_yaml
+
+__all__ = ["Recipe", "RecipeError", "dump_recipe", "load_recipe"]
+
+
+@dataclass
+class Target:
+    """The model to draft for."""
+
+    path: str = option(is_path=True)
+    """Folder (or hub name) of the target in transformers' format."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    """What the target computes in; auto is what its files say."""
+    layer_ids: list[int] | None = option(
+        None,
+        rule=(
+            lambda ids: len(ids) == 3 and 0 <= ids[0] < ids[1] < ids[2],
+            "3 strictly increasing integers >= 0, as in [2, 14, 25]",
+        ),
+    )
+    """Features are the residual stream entering these layers; null: (2, n // 2, n - 3) for n layers."""
+    attn_implementation: str | None = None
+    """transformers' attention of the target; null: its default."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the target's files."""
+    check: bool = True
+    """Check at the start that packed documents do not see each other and that features and head agree."""
+
+
+@dataclass
+class Data:
+    """The documents to learn from."""
+
+    sources: list[str] = option(
+        rule=(lambda items: len(items) > 0, "a non-empty list of files, folders, globs or the word stdlib")
+    )
+    """Files, folders, globs, or `stdlib`: the running Python's own library."""
+    extensions: list[str] = option(
+        [".py", ".txt", ".md"],
+        rule=(
+            lambda items: all(item.startswith(".") for item in items),
+            "a list of file extensions, each with its dot, as in [.py, .jsonl]",
+        ),
+    )
+    """Which files of folders and globs are read (.jsonl rows of ids, anything else as text)."""
+    exclude: list[str] = option([])
+    """fnmatch patterns; a file whose path below its source matches one is left out."""
+    eval_sources: list[str] = option([])
+    """Documents to evaluate on. Given, eval_fraction is not used."""
+    eval_fraction: float = option(0.02, ge=0, lt=1)
+    """Share of the documents of `sources` that is held out to evaluate on."""
+    max_documents: int | None = option(None, ge=1)
+    """Stop reading behind so many documents."""
+    max_eval_rows: int | None = option(64, ge=1)
+    """Evaluate on at most so many packed rows; null: on all."""
+    max_length: int = option(2048, ge=2)
+    """Tokens of a row; longer documents are split."""
+    pack: bool = True
+    """Several documents to a row."""
+    num_workers: int = option(0, ge=0)
+    """Loader processes."""
+
+
+@dataclass
+class Draft:
+    """The drafter. null stands for the target's own value."""
+
+    num_layers: int = option(1, ge=1)
+    """Decoder layers."""
+    hidden_size: int | None = option(None, ge=1)
+    """Width of the drafter."""
+    num_attention_heads: int | None = option(None, ge=1)
+    """Query heads."""
+    num_key_value_heads: int | None = option(None, ge=1)
+    """Key and value heads; divides num_attention_heads."""
+    head_dim: int | None = option(None, ge=1)
+    """Width of a head."""
+    intermediate_size: int | None = option(None, ge=1)
+    """Width of the feed-forward layers."""
+    draft_vocab_size: int | None = option(None, ge=1)
+    """Draft only the most frequent tokens; null: the full vocabulary."""
+    mask_token_id: int | None = option(None, ge=0)
+    """A token that never occurs in text; null: the first id that no token of the tokenizer uses."""
+    max_position_embeddings: int | None = option(None, ge=1)
+    """Longest context that the drafter serves."""
+    rope_theta: float | None = option(None, gt=0)
+    """Base of the rotary frequencies."""
+    rope_scaling: dict[str, Any] | None = None
+    """Rotary scaling, as in config.json."""
+    train_embeddings: bool = True
+    """Train the token embeddings."""
+    train_lm_head: bool = False
+    """Train the output head."""
+    embeddings_from_target: bool = True
+    """Start from the target's embeddings."""
+    lm_head_from_target: bool = True
+    """Start from the target's head (its rows of the draft vocabulary)."""
+    norm_before_residual: bool = False
+    """Layer 0's residual is the normed features instead of the raw ones."""
+
+
+@dataclass
+class Cod:
+    """Which elements are sampled, and how they are cut into segments."""
+
+    num_depths: int = option(8, ge=1)
+    """K: tokens drafted in parallel."""
+    down_sample_ratio: float = option(0.7, gt=0, le=1)
+    """r: depth d keeps a share r**d of the elements."""
+    down_sample_ratio_min: float = option(0.2, ge=0, le=1)
+    """Floor of that share (0: the paper's; 0.2: speculators')."""
+    num_segments: int = option(1, ge=1)
+    """S: forward and backward passes that a row is cut into; more of them take less memory."""
+    boundaries: Literal["balanced", "uniform"] = "balanced"
+    """Segments of equal element counts, or of equal lengths (Algorithm 1 as published)."""
+
+
+@dataclass
+class Train:
+    """The optimization."""
+
+    epochs: int = option(1, ge=1)
+    """Passes over the data."""
+    max_steps: int | None = option(None, ge=1)
+    """Optimizer steps; overrides `epochs`."""
+    batch_size: int = option(1, ge=1)
+    """Rows per device and micro-batch."""
+    gradient_accumulation_steps: int = option(1, ge=1)
+    """Micro-batches per optimizer step."""
+    learning_rate: float = option(1e-4, gt=0)
+    """The highest learning rate."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls behind the warm-up."""
+    warmup_ratio: float = option(0.0025, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: float = option(0.0, ge=0)
+    """AdamW's; never on embeddings, norms and mask_hidden."""
+    adam_beta1: float = option(0.9, ge=0, lt=1)
+    """AdamW's first momentum."""
+    adam_beta2: float = option(0.95, ge=0, lt=1)
+    """AdamW's second momentum."""
+    adam_epsilon: float = option(1e-8, gt=0)
+    """AdamW's epsilon."""
+    max_grad_norm: float | None = option(1.0, gt=0)
+    """Clip the gradient's norm; null: never."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Autocast of the drafter."""
+    seed: int = option(0, ge=0, lt=2**63)
+    """Of initial weights, row order and COD draws."""
+    segment_mode: Literal["relay", "recompute"] = "relay"
+    """Segments hand on keys, values and their gradients, or each recomputes its past (Algorithm 1)."""
+    loss: Literal["kl", "soft_ce", "hard_ce"] = "kl"
+    """KL(target || draft), cross-entropy with the target's distribution, or with its argmax."""
+    loss_chunk_rows: int = option(1024, ge=1)
+    """Rows of logits that exist at a time."""
+    activation_checkpointing: bool = False
+    """Recompute each layer's activations in the backward pass."""
+    offload_features: bool = False
+    """Keep the target's features in host memory between segments."""
+    log_steps: int = option(10, ge=1)
+    """Log every so many steps."""
+    eval_steps: int | None = option(None, ge=1)
+    """Evaluate every so many steps; null: only before and after training."""
+    save_steps: int | None = option(None, ge=1)
+    """Save a checkpoint every so many steps; null: only the final drafter."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Of the drafter's master weights."""
+
+
+@dataclass
+class Output:
+    """Where results go."""
+
+    dir: str = option(is_path=True)
+    """Folder of logs, checkpoints and the drafter."""
+
+
+@dataclass
+class Recipe:
+    """Every setting of a run."""
+
+    target: Target
+    data: Data
+    output: Output
+    draft: Draft = field(default_factory=Draft)
+    cod: Cod = field(default_factory=Cod)
+    train: Train = field(default_factory=Train)
+
+    def validate(self) -> None:
+        """RecipeError unless every field and every pair of fields that depend on each other is allowed."""
+        for section in fields(self):
+            check_section(getattr(self, section.name), section.name)
+        heads, kv_heads = self.draft.num_attention_heads, self.draft.num_key_value_heads
+        self._require("data.max_length", ">=", "cod.num_depths", self.data.max_length >= self.cod.num_depths)
+        is_cut = self.cod.num_segments <= self.data.max_length
+        self._require("cod.num_segments", "<=", "data.max_length", is_cut)
+        if heads is not None and kv_heads is not None:
+            key = "draft.num_key_value_heads"
+            self._require("draft.num_attention_heads", "a multiple of", key, heads % kv_heads == 0)
+        if self.train.mixed_precision == "bf16" and self.train.dtype == "float64":
+            # Autocast leaves float64 as it is, without a word.
+            raise RecipeError("train.mixed_precision is bf16, train.dtype is float64: change one of them")
+
+    def _require(self, first: str, relation: str, second: str, holds: bool) -> None:
+        if not holds:
+            values = [getattr(getattr(self, key.split(".")[0]), key.split(".")[1]) for key in (first, second)]
+            raise RecipeError(
+                f"{first} is {values[0]} and {second} is {values[1]}: change one of them so that {first} is"
+                f" {relation} {second}"
+            )
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a YAML file, then apply `section.key=value` overrides (values are YAML; the last of a key counts).
+
+    A mistake is a RecipeError of one line: what was given, what is allowed, what to change.
+    """
+    types: dict[str, type] = get_type_hints(Recipe)
+    recipe = Recipe(**read_sections(types, _read_mapping(Path(path).expanduser(), types), overrides))
+    recipe.validate()
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The whole recipe as YAML, defaults included; `load_recipe` reads it back to an equal one."""
+    return dump_yaml(asdict(recipe))
+
+
+def _read_mapping(path: Path, sections: Iterable[str]) -> dict[Any, Any]:
+    try:
+        raw = read_yaml(path)
+    except YamlError as error:
+        raise RecipeError(f"the recipe {error}") from None
+    if not isinstance(raw, dict):
+        given = "empty" if raw is None else f"a {type(raw).__name__}"
+        raise RecipeError(f"the recipe {path} is {given}; give a mapping of sections: {', '.join(sections)}")
+    return raw

@@ -1,0 +1,90 @@
+"""The drafter's vocabulary: the target's most frequent tokens, in the form that engines read (d2t, t2d)."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peagle_train.sources import Document
+
+
+def choose_draft_vocab(
+    data: Sequence[Document] | tuple[Tensor, Tensor],
+    vocab_size: int,
+    draft_vocab_size: int,
+    always: Iterable[int] = (),
+) -> Tensor:
+    """The tokens to draft: `always`, then the most frequent supervised ones (of equals, the lower id first).
+
+    Args:
+        data: documents, or flat `(input_ids, loss_mask)`.
+        vocab_size: V, the target's.
+        draft_vocab_size: Vd in 1..V.
+        always: special and end tokens that the drafter must be able to draft, whatever their frequency.
+
+    Returns:
+        int64 [Vd], ascending.
+    """
+    if not 1 <= draft_vocab_size <= vocab_size:
+        raise ValueError(
+            f"draft_vocab_size is {draft_vocab_size}, but the target's vocabulary has {vocab_size} tokens:"
+            f" give 1 to {vocab_size}"
+        )
+    kept = sorted(set(always))
+    outside = [token for token in kept if not 0 <= token < vocab_size]
+    if outside:
+        raise ValueError(f"token {outside[0]} must always be drafted, but the vocabulary is 0..{vocab_size - 1}")
+    if len(kept) > draft_vocab_size:
+        raise ValueError(
+            f"draft_vocab_size is {draft_vocab_size}, but {len(kept)} tokens must always be drafted:"
+            f" give at least {len(kept)}"
+        )
+    rank_V = count_supervised(data, vocab_size)
+    rank_V[kept] = torch.iinfo(torch.int64).max
+    # Stable: equal counts stay in ascending order of ids, those of tokens never seen included.
+    order_V = torch.sort(rank_V, descending=True, stable=True).indices
+    return order_V[:draft_vocab_size].sort().values
+
+
+def count_supervised(data: Sequence[Document] | tuple[Tensor, Tensor], vocab_size: int) -> Tensor:
+    """int64 [V]: how often each token occurs with a loss mask of 1."""
+    if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor):
+        pairs = [data]
+    else:
+        pairs = [(document.input_ids, document.loss_mask) for document in data]
+    supervised = torch.cat([torch.zeros(0, dtype=torch.int64), *(ids[mask != 0].long() for ids, mask in pairs)])
+    if supervised.numel() and not 0 <= int(supervised.min()) <= int(supervised.max()) < vocab_size:
+        raise ValueError(f"the data holds ids outside of the vocabulary 0..{vocab_size - 1}")
+    return torch.bincount(supervised, minlength=vocab_size)
+
+
+def d2t_offsets(draft_ids: Tensor) -> Tensor:
+    """int64 [Vd]: what to add to a draft token to get the target's (vLLM's `d2t`)."""
+    assert bool((draft_ids[1:] > draft_ids[:-1]).all()), "draft ids must ascend"
+    return draft_ids - torch.arange(draft_ids.numel(), dtype=torch.int64)
+
+
+def t2d_mask(draft_ids: Tensor, vocab_size: int) -> Tensor:
+    """bool [V]: which of the target's tokens can be drafted (vLLM's `t2d`)."""
+    mask_V = torch.zeros(vocab_size, dtype=torch.bool)
+    mask_V[draft_ids] = True
+    return mask_V
+
+
+def coverage(draft_ids: Tensor, counts_V: Tensor) -> float:
+    """Share of the counted occurrences whose token can be drafted."""
+    total = int(counts_V.sum())
+    if total == 0:
+        raise ValueError("no supervised token was counted, so a draft vocabulary covers no share of them")
+    return int(counts_V[draft_ids].sum()) / total
+
+
+def default_mask_token_id(tokenizer: Any, vocab_size: int) -> int | None:
+    """The first id behind all that the tokenizer knows, if the model's vocabulary has one; else None.
+
+    Rows that pad the embedding table are the only ids that provably never occur in text.
+    """
+    known = tokenizer.get_vocab().values()
+    first_unused = max(known, default=-1) + 1
+    return first_unused if first_unused < vocab_size else None

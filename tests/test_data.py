@@ -1,0 +1,211 @@
+"""Rows: the held-out split, and packing without losing a token."""
+
+import hashlib
+import pickle
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from peagle_train.cod import drafter_rows
+from peagle_train.collator import CODCollator
+from peagle_train.data import Document, PackedRows, pack_documents, split_train_eval
+from peagle_train.sampler import StepBatchSampler
+
+
+def document(ids: list[int], mask: list[int] | None = None, key: str = "0" * 64) -> Document:
+    mask = [0] + [1] * (len(ids) - 1) if mask is None else mask
+    return Document(torch.tensor(ids), torch.tensor(mask, dtype=torch.uint8), "test", key)
+
+
+def keyed_documents(count: int) -> list[Document]:
+    return [document([i, i], key=hashlib.sha256(str(i).encode()).hexdigest()) for i in range(count)]
+
+
+def test_about_the_fraction_is_held_out_and_nothing_is_lost() -> None:
+    documents = keyed_documents(2000)
+    train, held_out = split_train_eval(documents, 0.1)
+    assert 150 < len(held_out) < 250
+    assert sorted(names_by_id(train) + names_by_id(held_out)) == names_by_id(documents)
+
+
+def names_by_id(documents: list[Document]) -> list[int]:
+    return [int(document.input_ids[0]) for document in documents]
+
+
+def test_a_documents_side_does_not_depend_on_the_others_and_only_grows_with_the_fraction() -> None:
+    documents = keyed_documents(300)
+    held_out = set(names_by_id(split_train_eval(documents, 0.2)[1]))
+    some = documents[250:100:-3]
+    assert set(names_by_id(split_train_eval(some, 0.2)[1])) == held_out & set(names_by_id(some))
+    assert held_out < set(names_by_id(split_train_eval(documents, 0.4)[1]))
+
+
+def test_nothing_is_held_out_at_zero_and_fractions_that_leave_nothing_are_refused() -> None:
+    documents = keyed_documents(3)
+    assert split_train_eval([document([1, 2])], 0.0)[1] == []
+    assert split_train_eval([], 0.5) == ([], [])
+    for fraction in (1.0, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="must lie in"):
+            split_train_eval(documents, fraction)
+    with pytest.raises(ValueError, match="holds out all 1 documents"):
+        split_train_eval([document([1, 2])], 0.01)
+
+
+def all_rows(rows: PackedRows) -> list[dict[str, Any]]:
+    return [rows[i] for i in range(len(rows))]
+
+
+def pieces_of(rows: PackedRows) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    pieces = []
+    for row in all_rows(rows):
+        for piece in row["document_ids"].unique().tolist():
+            inside = row["document_ids"] == piece
+            pieces.append((tuple(row["input_ids"][inside].tolist()), tuple(row["loss_mask"][inside].tolist())))
+    return pieces
+
+
+def slow_best_fit_spaces(lengths: list[int], capacity: int) -> list[int]:
+    """The space each row has left, by looking at every row for every piece."""
+    spaces: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [row for row, space in enumerate(spaces) if space >= length]
+        if not fitting:
+            spaces.append(capacity)
+            fitting = [len(spaces) - 1]
+        spaces[min(fitting, key=lambda row: spaces[row])] -= length
+    return sorted(spaces)
+
+
+bits = st.lists(st.integers(0, 1), min_size=1, max_size=23)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(bits, max_size=12), st.integers(1, 9), st.booleans())
+def test_packing_loses_nothing_and_fills_rows_as_a_slow_packer_does(
+    masks: list[list[int]], max_length: int, pack: bool
+) -> None:
+    documents = [document([100 * i + j for j in range(len(mask))], mask) for i, mask in enumerate(masks)]
+    rows, report = pack_documents(documents, max_length, pack)
+
+    expected = [
+        (tuple(d.input_ids[at : at + max_length].tolist()), tuple(d.loss_mask[at : at + max_length].tolist()))
+        for d in documents
+        for at in range(0, d.input_ids.numel(), max_length)
+    ]
+    assert Counter(pieces_of(rows)) == Counter(expected)
+    lengths = [len(ids) for ids, _ in expected]
+    spaces = [max_length - row["input_ids"].numel() for row in all_rows(rows)]
+    if pack:
+        assert sorted(spaces) == slow_best_fit_spaces(lengths, max_length)
+    else:
+        assert pieces_of(rows) == expected and len(rows) == len(expected)
+
+    supervised = 0  # counted as section 3 of the contract counts it
+    for row in all_rows(rows):
+        is_row = drafter_rows(row["document_ids"]).tolist()
+        supervised += sum(row["loss_mask"][p + 1].item() for p in range(len(is_row)) if is_row[p])
+    assert report.supervised == supervised
+    assert report.lost_at_splits == sum(sum(mask[1:]) for mask in masks) - supervised
+    assert (report.documents, report.pieces, report.rows) == (len(masks), len(expected), len(rows))
+    assert report.tokens == sum(map(len, masks))
+    assert report.split_documents == sum(len(mask) > max_length for mask in masks)
+    assert report.fill == pytest.approx(report.tokens / (len(rows) * max_length) if len(rows) else 0)
+
+
+def test_a_piece_goes_where_the_least_space_is_left() -> None:
+    rows, _ = pack_documents([document([n] * n) for n in (3, 10, 12, 4, 3)], 16)
+    assert [row["input_ids"].unique().tolist() for row in all_rows(rows)] == [[4, 12], [3, 10]]
+
+
+def test_a_long_document_is_cut_into_pieces_that_keep_their_masks() -> None:
+    rows, report = pack_documents([document([1, 2, 3, 4, 5, 6, 7], [0, 0, 1, 1, 0, 1, 1])], 3)
+    assert pieces_of(rows) == [((1, 2, 3), (0, 0, 1)), ((4, 5, 6), (1, 0, 1)), ((7,), (1,))]
+    assert (report.supervised, report.lost_at_splits, report.split_documents) == (2, 2, 1)
+    assert "1 documents longer than a row were split (3 pieces" in report.describe()
+
+
+def test_a_row_has_the_collators_fields_and_types() -> None:
+    rows, _ = pack_documents([document([5, 6, 7]), document([8, 9])], 5)
+    row = rows[0]
+    assert row["input_ids"].tolist() == [5, 6, 7, 8, 9]
+    assert row["loss_mask"].tolist() == [0, 1, 1, 0, 1]
+    assert row["document_ids"].tolist() == [0, 0, 0, 1, 1]
+    assert {row[name].dtype for name in ("input_ids", "loss_mask", "document_ids")} == {torch.int64}
+    assert "epoch" not in row and rows[7, 0]["epoch"] == 7
+    assert type(row["row_key"]) is int and 0 <= row["row_key"] < 2**63
+
+
+def test_index_minus_one_is_an_empty_row_and_other_indices_outside_are_errors() -> None:
+    rows, _ = pack_documents([document([5, 6, 7])], 5)
+    empty = rows[3, -1]
+    assert (empty["row_key"], empty["epoch"]) == (0, 3)
+    for name in ("input_ids", "loss_mask", "document_ids"):
+        assert empty[name].shape == (0,) and empty[name].dtype == torch.int64
+    for index in (1, -2):
+        with pytest.raises(IndexError):
+            rows[index]
+
+
+def test_a_rows_key_depends_on_its_content_alone() -> None:
+    def key(*documents: Document, max_length: int = 8) -> int:
+        return int(pack_documents(documents, max_length)[0][0]["row_key"])
+
+    base = key(document([1, 2, 3, 4]))
+    assert base == key(document([1, 2, 3, 4], key="f" * 64), max_length=4) == 8061358075994652352
+    others = [
+        key(document([1, 2, 3, 5])),
+        key(document([1, 2, 3, 4], [0, 1, 1, 0])),
+        key(document([1, 2], [0, 1]), document([3, 4], [1, 1])),
+    ]
+    assert len({base, *others}) == 4
+
+
+def test_limit_takes_a_fixed_sample_in_order_and_shares_the_tokens() -> None:
+    documents = [document([i] * (i % 5 + 1)) for i in range(40)]
+    rows, _ = pack_documents(documents, 5, pack=False)
+    limited = rows.limit(7)
+    keys = [row["row_key"] for row in all_rows(rows)]
+    chosen = [row["row_key"] for row in all_rows(limited)]
+    assert len(limited) == 7 and len(rows) == 40
+    assert sorted(chosen) == sorted(keys)[:7] and chosen == [key for key in keys if key in chosen]
+    assert all(
+        torch.equal(row["input_ids"], rows[keys.index(row["row_key"])]["input_ids"]) for row in all_rows(limited)
+    )
+    assert [row["row_key"] for row in all_rows(limited.limit(3))] == [k for k in chosen if k in sorted(chosen)[:3]]
+    assert rows.limit(None) is rows and rows.limit(40) is rows
+
+
+def test_no_documents_make_no_rows() -> None:
+    rows, report = pack_documents([], 8)
+    assert (len(rows), report.rows, report.fill) == (0, 0, 0.0)
+    with pytest.raises(ValueError, match="max_length is 0"):
+        pack_documents([], 0)
+
+
+def test_packing_many_documents_is_not_quadratic() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 2000, (8_000,), generator=generator).tolist()
+    tokens = torch.zeros(2000, dtype=torch.int64)
+    mask = torch.ones(2000, dtype=torch.uint8)
+    documents = [Document(tokens[:length], mask[:length], "", "0") for length in lengths]
+    rows, report = pack_documents(documents, 2048)
+    assert report.fill > 0.99 and report.tokens == sum(lengths) and len(rows) == report.rows
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_rows_reach_the_collator_through_a_data_loader(num_workers: int) -> None:
+    documents = [document(list(range(1, n + 1))) for n in (3, 9, 17, 2, 1, 6)]
+    rows, _ = pack_documents(documents, 16)
+    assert len(pickle.loads(pickle.dumps(rows))) == len(rows)
+    sampler = StepBatchSampler(len(rows), batch_size=2, accumulation=2, seed=1, num_steps=2)
+    loader = DataLoader(rows, batch_sampler=sampler, num_workers=num_workers, collate_fn=CODCollator(16, num_depths=4))
+    batches = list(loader)
+    assert [batch["input_ids"].shape for batch in batches] == [(2, 16)] * 4
+    for epoch in (batches[:2], batches[2:]):
+        tokens = sum(int((batch["document_ids"] >= 0).sum()) for batch in epoch)
+        assert tokens == 38

@@ -1,0 +1,223 @@
+"""The recipe: reading, overriding, writing back, and one clear line for each mistake."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+
+from peagle_train.recipe import Data, Output, Recipe, RecipeError, Target, dump_recipe, load_recipe
+
+MINIMAL = "target: {path: model}\ndata: {sources: [stdlib]}\noutput: {dir: out}\n"
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    def write_recipe(text: str | bytes) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return path
+
+    return write_recipe
+
+
+@pytest.fixture
+def minimal(write: Any) -> Path:
+    return write(MINIMAL)
+
+
+def message(path: Path, *overrides: str) -> str:
+    """The error's text, which must be one line."""
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides)
+    text = str(caught.value)
+    assert text.isascii() and "\n" not in text and len(text) < 400
+    return text
+
+
+def test_a_minimal_recipe_has_the_defaults(minimal: Path) -> None:
+    recipe = load_recipe(minimal)
+    assert recipe == Recipe(Target("model"), Data(["stdlib"]), Output("out"))
+    assert (recipe.data.max_length, recipe.cod.num_depths, recipe.train.segment_mode) == (2048, 8, "relay")
+    assert recipe.data.extensions == [".py", ".txt", ".md"]
+
+
+def test_every_field_says_what_it_is_below_it() -> None:
+    source = Path(__import__("peagle_train.recipe").recipe.__file__).read_text()
+    for cls in get_type_hints(Recipe).values():
+        body = source.split(f"class {cls.__name__}:")[1].split("@dataclass")[0]
+        assert body.count('\n    """') == len(fields(cls)) + 1, cls.__name__
+
+
+def test_two_recipes_do_not_share_their_lists(minimal: Path) -> None:
+    load_recipe(minimal).data.extensions.append(".rst")
+    assert load_recipe(minimal).data.extensions == [".py", ".txt", ".md"]
+
+
+def test_overrides_replace_what_the_file_says_and_the_last_one_counts(write: Any) -> None:
+    path = write(MINIMAL + "train: {epochs: 3, seed: 7}\n")
+    recipe = load_recipe(path, ["train.epochs=4", "train.epochs=5", "target.layer_ids=[1, 2, 9]", "data.pack=false"])
+    assert (recipe.train.epochs, recipe.train.seed, recipe.target.layer_ids) == (5, 7, [1, 2, 9])
+    assert recipe.data.pack is False
+
+
+def test_null_switches_off_what_may_be_null_and_nothing_else(minimal: Path) -> None:
+    assert load_recipe(minimal, ["train.max_grad_norm=null"]).train.max_grad_norm is None
+    assert load_recipe(minimal, ["data.max_eval_rows="]).data.max_eval_rows is None
+    assert message(minimal, "train.epochs=null") == "train.epochs: got null; give an integer >= 1"
+
+
+def test_a_value_may_hold_equals_signs_and_dots(minimal: Path) -> None:
+    assert load_recipe(minimal, ["output.dir=runs/lr=1e-4.x"]).output.dir == "runs/lr=1e-4.x"
+
+
+def test_tilde_is_the_home_folder(minimal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    recipe = load_recipe(minimal, ["target.path=~/model", "output.dir=~/runs"])
+    assert (recipe.target.path, recipe.output.dir) == ("/home/someone/model", "/home/someone/runs")
+
+
+@pytest.mark.parametrize("text", ["1e-4", "'1e-4'", "0.0001", "1.0e-4", "1E-4"])
+def test_a_learning_rate_may_be_written_in_any_way(minimal: Path, text: str) -> None:
+    assert load_recipe(minimal, [f"train.learning_rate={text}"]).train.learning_rate == 1e-4
+
+
+def test_an_integer_is_a_float_but_not_the_other_way_round(minimal: Path) -> None:
+    rate = load_recipe(minimal, ["train.learning_rate=1"]).train.learning_rate
+    assert rate == 1.0 and type(rate) is float
+    assert "got 1.0 (float); give an integer" in message(minimal, "train.epochs=1.0")
+
+
+def test_no_is_a_word_not_a_boolean(write: Any) -> None:
+    path = write(MINIMAL + "train:\n  mixed_precision: no\n")
+    assert load_recipe(path).train.mixed_precision == "no"
+    assert message(path, "data.pack=yes") == "data.pack: got 'yes' (str); give true or false"
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("train.epochs=true", "train.epochs: got true (bool); give an integer >= 1"),
+        ("train.epochs='3'", "train.epochs: got '3' (str); give an integer >= 1"),
+        ("train.epochs=010", "train.epochs: got '010' (str); give an integer >= 1"),
+        ("train.epochs=1:30", "train.epochs: got '1:30' (str); give an integer >= 1"),
+        ("train.epochs=0", "train.epochs: got 0 (int); give an integer >= 1"),
+        ("train.learning_rate=true", "train.learning_rate: got true (bool); give a finite number > 0"),
+        ("train.learning_rate=.nan", "train.learning_rate: got nan (float); give a finite number > 0"),
+        ("train.learning_rate=inf", "train.learning_rate: got 'inf' (str); give a finite number > 0"),
+        ("train.learning_rate=1e999", "train.learning_rate: got inf (float); give a finite number > 0"),
+        ("train.warmup_ratio=1", "train.warmup_ratio: got 1 (int); give a finite number >= 0 and < 1"),
+        ("train.seed=-1", "train.seed: got -1 (int); give an integer >= 0 and < 9223372036854775808"),
+        ("train.loss=mse", "train.loss: got 'mse' (str); give one of kl, soft_ce, hard_ce"),
+        ("cod.down_sample_ratio=0", "cod.down_sample_ratio: got 0 (int); give a finite number > 0 and <= 1"),
+        ("output.dir=2024", "output.dir: got 2024 (int); give a non-empty string"),
+        ("output.dir='  '", "output.dir: got '  ' (str); give a non-empty string"),
+        ("data.exclude=a", "data.exclude: got 'a' (str); give a list of non-empty strings, as in [a, b]"),
+        ("draft.rope_scaling={factor: .inf}", "draft.rope_scaling: got {'factor': inf} (dict); give a mapping"),
+        ("draft.rope_scaling={1: 2}", "draft.rope_scaling: got {1: 2} (dict); give a mapping"),
+        ("draft.rope_scaling=&a {b: *a}", "draft.rope_scaling: got {'b': {...}} (dict); give a mapping"),
+        ("draft.hidden_size=x", "draft.hidden_size: got 'x' (str); give an integer >= 1, or null"),
+        ("data.extensions=[py]", "data.extensions: got ['py'] (list); give a list of file extensions, each with"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_is_allowed(minimal: Path, override: str, expected: str) -> None:
+    assert message(minimal, override).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    "ids", ["[]", "[1, 2]", "[1, 2, 3, 4]", "[1, 1, 2]", "[3, 2, 1]", "[-1, 0, 1]", "[0, 1, true]"]
+)
+def test_layer_ids_are_three_and_increasing(minimal: Path, ids: str) -> None:
+    assert "give 3 strictly increasing integers >= 0" in message(minimal, f"target.layer_ids={ids}")
+
+
+@pytest.mark.parametrize(
+    "override, nearest",
+    [
+        ("train.learning_rte=1", "train.learning_rate"),
+        ("train.max_length=9", "data.max_length"),  # the right name in the wrong section
+        ("trian.epochs=2", "train"),
+        ("draft.rope_scaling.factor=2", "draft.rope_scaling"),
+    ],
+)
+def test_an_unknown_name_gets_the_nearest_known_one(minimal: Path, override: str, nearest: str) -> None:
+    assert message(minimal, override).endswith(f"did you mean {nearest}?")
+
+
+def test_a_key_without_its_section_gets_the_whole_name(write: Any) -> None:
+    assert message(write(MINIMAL + "learning_rate: 1\n")).endswith("did you mean train.learning_rate?")
+
+
+@pytest.mark.parametrize("override", ["", "train", "train=1", "epochs=2", "=", "train.epochs"])
+def test_an_override_of_another_form_is_refused(minimal: Path, override: str) -> None:
+    assert "give section.key=value" in message(minimal, override)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("data: {sources: [stdlib]}\noutput: {dir: out}\n", "target.path is missing"),
+        ("target: {path: model}\noutput: {dir: out}\n", "data.sources is missing"),
+        ("target: {path: model}\ndata: {sources: [stdlib]}\noutput:\n", "output.dir is missing"),
+        ("", "is empty; give a mapping of sections"),
+        ("# nothing but a comment\n", "is empty; give a mapping of sections"),
+        ("- target\n", "is a list; give a mapping of sections"),
+        ("target: [model]\n", "target: got ['model'] (list); give a mapping of its keys to values"),
+        ("1: {path: model}\n", "1 is not a section"),
+        ("target: {path: a, path: b}\n", "duplicate key 'path' at line 1, column 19"),
+        ("target: {path: a}\ntarget: {path: b}\n", "duplicate key 'target' at line 2, column 1"),
+        ("target: {path: [}\n", "not valid YAML"),
+        ("target: {path: a}\n---\ndata: {}\n", "not valid YAML"),
+        ("target: {path: !!python/object:os.system a}\n", "not valid YAML"),
+        ("target: {path: !!timestamp a}\n", "not valid YAML"),
+        ("target: {path: a}\ntrain: {epochs: !!bool x}\n", "not valid YAML"),
+        ("[" * 5000, "not valid YAML"),
+        (b"target: {path: \xff}\n", "is not UTF-8 (byte 15): save it as UTF-8"),
+        ("target: {path: m}\n".encode("utf-16"), "is not UTF-8"),
+        ("target: {path: \x01}\n", "not valid YAML"),
+    ],
+)
+def test_a_broken_file_is_told_apart_in_one_line(write: Any, text: str | bytes, expected: str) -> None:
+    assert expected in message(write(text))
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+    assert "cannot be read: No such file" in message(tmp_path / "none.yaml")
+    assert "cannot be read: Is a directory" in message(tmp_path)
+
+
+def test_a_byte_order_mark_and_a_section_of_comments_do_no_harm(write: Any) -> None:
+    recipe = load_recipe(write(b"\xef\xbb\xbf" + MINIMAL.encode() + b"train:\n  # epochs: 2\n"))
+    assert recipe.train.epochs == 1
+
+
+@pytest.mark.parametrize(
+    "overrides, keys",
+    [
+        (["data.max_length=7"], ("data.max_length is 7", "cod.num_depths is 8")),
+        (["cod.num_segments=2049"], ("cod.num_segments is 2049", "data.max_length is 2048")),
+        (["draft.num_attention_heads=6", "draft.num_key_value_heads=4"], ("heads is 6", "value_heads is 4")),
+        (["train.mixed_precision=bf16", "train.dtype=float64"], ("mixed_precision is bf16", "dtype is float64")),
+    ],
+)
+def test_fields_that_contradict_each_other_are_both_named(
+    minimal: Path, overrides: list[str], keys: tuple[str, str]
+) -> None:
+    text = message(minimal, *overrides)
+    assert keys[0] in text and keys[1] in text
+
+
+def test_a_recipe_built_in_python_is_checked_alike() -> None:
+    recipe = Recipe(Target("model"), Data(["stdlib"]), Output("out"))
+    recipe.train.learning_rate = 1
+    recipe.validate()
+    recipe.train.epochs = 0
+    with pytest.raises(RecipeError, match=r"train\.epochs: got 0 \(int\); give an integer >= 1"):
+        recipe.validate()
+
+
+def test_a_dump_reads_back_to_the_same_recipe(minimal: Path, write: Any) -> None:
+    overrides = ["target.layer_ids=[0, 3, 5]", "draft.rope_scaling={rope_type: linear, factor: 1e1}", "train.seed=5"]
+    recipe = load_recipe(minimal, [*overrides, "train.adam_epsilon=1e-12", "train.max_grad_norm=null"])
+    assert recipe.draft.rope_scaling == {"rope_type": "linear", "factor": 10.0}
+    assert load_recipe(write(dump_recipe(recipe))) == recipe

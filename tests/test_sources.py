@@ -1,0 +1,224 @@
+"""Documents: what is read from files and folders, in which order, and what is refused with which words."""
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from peagle_train.data import Document, load_documents
+from peagle_train.files import find_files
+
+VOCAB = 300
+END = 256
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes as tokens, and one special token behind them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["<|end|>"])
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", model_max_length=4)
+
+
+@pytest.fixture
+def load(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Any]:
+    def load(*sources: Path | str, **options: Any) -> Any:
+        options = {"tokenizer": tokenizer, "vocab_size": VOCAB, **options}
+        return load_documents([str(source) for source in sources], **options)
+
+    return load
+
+
+def write(path: Path, text: str | bytes = "text") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+def write_rows(path: Path, *rows: Any) -> Path:
+    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def names(documents: list[Document]) -> list[str]:
+    return [document.name for document in documents]
+
+
+def test_a_text_file_is_one_document_that_decodes_to_itself(
+    tmp_path: Path, load: Any, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    text = "def f():\r\n\treturn 'h\u00e9'\n\n"
+    (read,), report = load(write(tmp_path / "a.py", text))
+    assert tokenizer.decode(read.input_ids) == text
+    assert read.loss_mask.tolist() == [0] + [1] * (len(text.encode()) - 1)
+    assert (read.input_ids.dtype, read.loss_mask.dtype, read.name) == (torch.int64, torch.uint8, "a.py")
+    assert (report.tokens, report.supervised) == (len(text.encode()), len(text.encode()) - 1)
+
+
+def test_special_tokens_spelled_out_in_text_stay_text(
+    tmp_path: Path, load: Any, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    assert tokenizer("<|end|>")["input_ids"] == [END]
+    (read,), _ = load(write(tmp_path / "a.txt", "a<|end|>b"))
+    assert read.input_ids.numel() == 9 and END not in read.input_ids
+    assert tokenizer("<|end|>")["input_ids"] == [END], "the tokenizer is left as it was"
+
+
+def test_no_warning_tells_of_documents_longer_than_the_models_window(
+    tmp_path: Path,
+    load: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    tokenizer.deprecation_warnings.clear()  # it warns once only
+    load(write(tmp_path / "a.txt", "x" * 100))
+    assert caplog.records == []
+
+
+def test_texts_and_rows_keep_the_order_of_the_files(tmp_path: Path, load: Any) -> None:
+    write(tmp_path / "d" / "a.txt", "one")
+    write_rows(tmp_path / "d" / "b.jsonl", {"input_ids": [1, 2]}, {"input_ids": [3, 4]})
+    write(tmp_path / "d" / "c.txt", "two")
+    write(tmp_path / "d" / "B" / "z.txt", "three")
+    documents, report = load(tmp_path / "d", extensions=[".txt", ".jsonl"])
+    assert report.duplicates == 0
+    assert names(documents) == ["d/B/z.txt", "d/a.txt", "d/b.jsonl:1", "d/b.jsonl:2", "d/c.txt"]
+
+
+def test_many_texts_are_read_in_batches_without_mixing_them_up(
+    tmp_path: Path, load: Any, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    monkeypatch.setattr("peagle_train.readers._BATCH_CHARACTERS", 25)
+    texts = {f"d/{i:03}.txt": f"text {i} " * (i % 7 + 1) for i in range(60)}
+    for name, text in texts.items():
+        write(tmp_path / name, text)
+    documents, _ = load(tmp_path / "d")
+    assert {d.name: tokenizer.decode(d.input_ids) for d in documents} == texts
+
+
+def test_the_standard_library_is_read_without_its_tests() -> None:
+    files = find_files(["stdlib"], [".txt"], []).files
+    found = [file.name for file in files]
+    assert {"stdlib/json/decoder.py", "stdlib/os.py"} <= set(found) and found == sorted(found)
+    assert all(name.endswith(".py") for name in found)
+    folders = {folder for name in found for folder in name.split("/")[:-1]}
+    assert folders.isdisjoint({"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"})
+
+
+def test_order_and_names_do_not_depend_on_where_the_folder_lies(tmp_path: Path, load: Any) -> None:
+    results = []
+    for root, order in ((tmp_path / "zz", [0, 1, 2]), (tmp_path / "aa" / "deep", [2, 0, 1])):
+        for i in order:
+            write(root / "corpus" / ["b/x.txt", "a.txt", "b/a/y.txt"][i], f"text {i}")
+        documents, _ = load(root / "corpus")
+        results.append([(d.name, d.key) for d in documents])
+    assert results[0] == results[1]
+    assert [name for name, _ in results[0]] == ["corpus/a.txt", "corpus/b/a/y.txt", "corpus/b/x.txt"]
+
+
+def test_globs_folders_and_files_may_be_mixed(tmp_path: Path, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("src/a.py", "src/sub/b.py", "src/sub/c.png", "notes.md", "src/[x].txt"):
+        write(tmp_path / name, f"content of {name}")
+    monkeypatch.chdir(tmp_path)
+    documents, report = load("notes.md", "src/**/*", "src/[x].txt", "./src/sub")
+    assert names(documents) == ["notes.md", "src/[x].txt", "src/a.py", "src/sub/b.py"]
+    assert (report.other_files, report.duplicates) == (2, 2)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert names(load("~/src")[0]) == ["src/[x].txt", "src/a.py", "src/sub/b.py"]
+
+
+@pytest.mark.parametrize(
+    "pattern, left", [("sub/*", ["d/a.txt"]), ("d/sub/*", ["d/a.txt"]), ("*.txt", []), ("a.*", ["d/sub/b.txt"])]
+)
+def test_exclude_patterns_match_below_the_source(tmp_path: Path, load: Any, pattern: str, left: list[str]) -> None:
+    write(tmp_path / "d" / "a.txt", "one")
+    write(tmp_path / "d" / "sub" / "b.txt", "two")
+    if left:
+        documents, report = load(tmp_path / "d", exclude=[pattern])
+        assert (names(documents), report.excluded) == (left, 1)
+    else:
+        with pytest.raises(ValueError, match="has no file to read: 2 are excluded"):
+            load(tmp_path / "d", exclude=[pattern])
+
+
+def test_everything_left_out_is_counted_and_told(tmp_path: Path, load: Any) -> None:
+    folder = tmp_path / "d"
+    for name, text in {"a.txt": "one", "b.txt": "one", "c.txt": "", "d.rst": "x", "e.txt": "e", "x.txt": "two"}.items():
+        write(folder / name, text)
+    write(folder / "f.txt", "a document too many")
+    os.symlink(tmp_path, folder / "link")
+    _, report = load(folder, exclude=["x*"], max_documents=2)
+    counts = (report.files, report.documents, report.empty, report.duplicates, report.excluded, report.other_files)
+    assert counts == (5, 2, 1, 1, 1, 1)
+    assert (report.unsupervised, report.linked_folders, report.stopped, report.unread_files) == (1, 1, True, 1)
+    for part in (
+        "1 empty doc",
+        "1 duplicate doc",
+        "1 excluded",
+        "1 files of other",
+        "1 linked",
+        "max_documents with 1",
+    ):
+        assert part in report.describe()
+    assert "\n" not in report.describe()
+
+
+def test_text_that_is_not_utf8_is_refused_with_its_line(tmp_path: Path, load: Any) -> None:
+    path = write(tmp_path / "a.txt", b"one\ntwo \xff\n")
+    with pytest.raises(ValueError, match=r"a\.txt, line 2: not UTF-8 \(byte 0xff\)"):
+        load(path)
+    path = write(tmp_path / "r.jsonl", b'{"input_ids": [1, 2]}\n{"\xc3": 1}\n')
+    with pytest.raises(ValueError, match=r"r\.jsonl, line 2: not UTF-8"):
+        load(path)
+
+
+def test_a_mask_token_or_a_foreign_id_in_text_is_refused_with_its_file(tmp_path: Path, load: Any) -> None:
+    path = write(tmp_path / "a.txt", "abc")
+    (read,), _ = load(path)
+    second = int(read.input_ids[1])
+    with pytest.raises(ValueError, match=rf"a\.txt: input_ids\[1\] is the mask token {second}"):
+        load(path, mask_token_id=second)
+    with pytest.raises(ValueError, match=r"a\.txt: input_ids\[0\] is \d+; ids are integers in 0\.\.9"):
+        load(path, vocab_size=10)
+
+
+def test_sources_that_name_nothing_are_refused(tmp_path: Path, load: Any) -> None:
+    write(tmp_path / "d" / "a.rst")
+    write(tmp_path / "x.json")
+    for source, expected in {
+        tmp_path / "none.txt": "does not exist",
+        tmp_path / "*.nothing": "matches no file",
+        tmp_path / "d": r"has no file to read: 0 are excluded and 1 are not \.py \.txt \.md",
+        tmp_path / "x.json": "has no file to read",
+    }.items():
+        with pytest.raises(ValueError, match=expected):
+            load(source)
+    assert names(load(tmp_path / "d", extensions=[".rst"])[0]) == ["d/a.rst"]
+    with pytest.raises(ValueError, match="give a non-empty list of files"):
+        load()
+    with pytest.raises(ValueError, match="give a non-empty list of files"):
+        load_documents("stdlib", tokenizer=None, vocab_size=VOCAB)
+
+
+def test_text_without_a_tokenizer_and_unreadable_files_are_refused(tmp_path: Path, load: Any) -> None:
+    with pytest.raises(ValueError, match="takes a tokenizer"):
+        load(write(tmp_path / "a.txt"), tokenizer=None)
+    os.symlink(tmp_path / "gone", write(tmp_path / "d" / "a.txt").parent / "b.txt")
+    with pytest.raises(ValueError, match=r"cannot read .*b\.txt: No such file"):
+        load(tmp_path / "d")
+
+
+def test_files_without_a_token_are_refused(tmp_path: Path, load: Any) -> None:
+    with pytest.raises(ValueError, match="hold no token: 1 files, 1 empty documents"):
+        load(write(tmp_path / "a.txt", ""))
