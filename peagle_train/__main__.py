@@ -57,7 +57,12 @@ def _run(options: argparse.Namespace) -> int:
     import logging
 
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    from transformers.utils.logging import disable_progress_bar
+
     from peagle_train.train import train
+
+    if not sys.stderr.isatty():
+        disable_progress_bar()
 
     summary = train(recipe)
     if summary:

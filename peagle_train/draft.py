@@ -5,7 +5,7 @@ vocabulary. B: rows, N: elements of a pass, M: leading slots that hold depth-0 e
 H: hidden size, T: the target's hidden size, D: head dim, A: query heads, G: key/value heads.
 """
 
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -138,7 +138,7 @@ class PEagleDraft(PreTrainedModel):
     config_class = PEagleDraftConfig
     config: PEagleDraftConfig
     base_model_prefix = ""
-    _no_split_modules: ClassVar[list[str]] = ["Layer"]
+    _no_split_modules = ["Layer"]  # noqa: RUF012 (an instance variable in transformers)
     supports_gradient_checkpointing = False  # ours is `activation_checkpointing`, below
 
     def __init__(self, config: PEagleDraftConfig) -> None:
@@ -247,8 +247,9 @@ class PEagleDraft(PreTrainedModel):
         """fc of the features where depth is 0, fc of `mask_hidden`, computed once, everywhere else: [B, N, H]."""
         B, N = depth_BN.shape
         M = features_BMF.shape[1]
-        if not torch.is_autocast_enabled(features_BMF.device.type):
-            features_BMF = features_BMF.to(self.fc.weight.dtype)
+        device_type = features_BMF.device.type
+        autocast = torch.is_autocast_enabled(device_type)  # which leaves float64 as it is
+        features_BMF = features_BMF.to(torch.get_autocast_dtype(device_type) if autocast else self.fc.weight.dtype)
         fused_BMH = self.fc(features_BMF)
         mask_H = self.fc(self.mask_hidden)[0, 0]
         is_depth0_BM1 = (depth_BN[:, :M] == 0)[:, :, None]

@@ -53,18 +53,19 @@ class PEagleDraftConfig(LlamaConfig):
         self.architectures = [ARCHITECTURE]
 
     def validate_architecture(self) -> None:
-        # Llama's own check wants hidden_size divisible by the heads, which an explicit head_dim makes unnecessary.
-        if self.num_key_value_heads and self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads"
-                f" ({self.num_key_value_heads})"
-            )
-        if self.head_dim and self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}; rotary embeddings need an even one")
+        """Nothing: Llama's check wants hidden_size divisible by the heads, which an explicit head_dim makes needless."""
 
     def check_trainable(self) -> None:
         """ValueError for what a drafter cannot be trained or served with."""
         assert self.rope_parameters is not None and self.draft_vocab_size is not None
+        assert self.head_dim is not None and self.num_key_value_heads is not None
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads"
+                f" ({self.num_key_value_heads})"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary embeddings need an even one")
         rope_type = self.rope_parameters.get("rope_type", "default")
         if rope_type not in ROPE_TYPES:
             raise ValueError(

@@ -32,13 +32,15 @@ LOGIT_CHANGES = (
 
 
 def default_layer_ids(num_layers: int) -> list[int]:
-    """(2, n // 2, n - 3), vLLM's default; ValueError where that is no three distinct layers."""
+    """(2, n // 2, n - 3), vLLM's default; (2, 3, 4) at n = 6, where that names a layer twice and vLLM would read only two
+    features. ValueError below.
+    """
     if num_layers < 6:
         raise ValueError(
             f"the target has {num_layers} layers, too few for the default feature layers (2, n // 2, n - 3): give"
             " target.layer_ids, three ascending ids"
         )
-    return [2, num_layers // 2, num_layers - 3]
+    return [2, num_layers // 2, max(num_layers - 3, num_layers // 2 + 1)]
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
@@ -143,6 +145,17 @@ class FrozenTarget:
         """[V, T], the head's rows of the given tokens."""
         weight: Tensor = self.head.weight  # type: ignore[assignment]
         return weight.detach()[token_ids.to(weight.device)]
+
+    @torch.no_grad()
+    def final_norm_weight(self) -> Tensor | None:
+        """[T], the weight of the final norm if that is a plain RMSNorm (found by trying), which a drafter can start from."""
+        norm = getattr(self.base, "norm", None)
+        weight = getattr(norm, "weight", None)
+        if norm is None or weight is None or weight.shape != (self.hidden_size,):
+            return None
+        probe = torch.linspace(-1, 1, self.hidden_size, device=weight.device, dtype=torch.float32)[None]
+        plain = weight.float() * probe * torch.rsqrt(probe.square().mean(-1, keepdim=True) + 1e-6)
+        return weight.detach() if _relative(norm(probe.to(weight.dtype)), plain) < 0.02 else None
 
     @torch.no_grad()
     def features(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:

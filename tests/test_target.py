@@ -1,0 +1,184 @@
+"""The frozen target: features, labels, isolation of packed documents, and what it refuses."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+
+from peagle_train.evaluate import mass_outside
+from peagle_train.target import FrozenTarget, default_layer_ids
+from tests.tiny import VOCAB, make_target
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture(scope="module")
+def target(folder: Path) -> FrozenTarget:
+    return FrozenTarget.load(str(folder), dtype="float64")
+
+
+def ids_of(n: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, VOCAB, (1, n), generator=torch.Generator().manual_seed(seed))
+
+
+def test_features_are_the_streams_entering_the_three_layers_and_the_last_hidden_state_is_after_the_norm(
+    target: FrozenTarget,
+) -> None:
+    ids, positions = ids_of(13), torch.arange(13)[None]
+    features, last = target.features(ids, positions)
+    states = target.model(input_ids=ids, output_hidden_states=True).hidden_states
+    assert target.layer_ids == [2, 3, 4]
+    expected = torch.cat([states[i] for i in target.layer_ids], dim=-1)
+    assert torch.equal(features, expected)
+    assert torch.equal(last, states[-1])  # transformers' last entry is after the final norm
+
+
+def test_default_layers_are_vllms_where_those_are_three() -> None:
+    assert default_layer_ids(7) == [2, 3, 4]
+    assert default_layer_ids(30) == [2, 15, 27]
+    assert default_layer_ids(6) == [2, 3, 4]
+
+
+def test_a_packed_document_gets_the_features_that_it_gets_alone(target: FrozenTarget) -> None:
+    lengths = (7, 1, 12)
+    ids = ids_of(sum(lengths) + 3)
+    positions = torch.cat([torch.arange(n) for n in lengths] + [torch.zeros(3, dtype=torch.int64)])[None]
+    features, last = target.features(ids, positions)
+    start = 0
+    for n in lengths:
+        own = slice(start, start + n)
+        alone, alone_last = target.features(ids[:, own], positions[:, own])
+        assert torch.allclose(features[:, own], alone, atol=1e-12)
+        assert torch.allclose(last[:, own], alone_last, atol=1e-12)
+        start += n
+
+
+def test_no_full_vocabulary_logits_are_built_and_no_hook_stays(target: FrozenTarget) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError("the head ran")
+
+    handle = target.head.register_forward_pre_hook(fail)
+    target.features(ids_of(5), torch.arange(5)[None])
+    target.check()
+    handle.remove()
+    assert all(not layer._forward_pre_hooks for layer in target.layers)
+    assert target.model.get_output_embeddings() is target.head  # type: ignore[operator]
+
+
+def test_head_rows_times_last_hidden_are_the_models_own_logits(target: FrozenTarget) -> None:
+    ids = ids_of(9)
+    _, last = target.features(ids, torch.arange(9)[None])
+    rows = torch.tensor([3, 17, 58])
+    assert torch.allclose(last @ target.head_rows(rows).T, target.model(input_ids=ids).logits[..., rows], atol=1e-12)
+
+
+def test_mass_outside_the_draft_vocabulary_matches_a_full_softmax(target: FrozenTarget) -> None:
+    _, last = target.features(ids_of(11), torch.arange(11)[None])
+    drafted = torch.tensor([0, 5, 6, 44])
+    naive = 1 - (last[0] @ target.head.weight.T).softmax(-1)[:, drafted].sum(-1)  # type: ignore[operator, union-attr]
+    for chunk in (1, 7, 1000):
+        assert torch.allclose(mass_outside(target, last[0], drafted, chunk=chunk), naive.float(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: Qwen3ForCausalLM(Qwen3Config(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, head_dim=8,
+                                             num_hidden_layers=6, num_attention_heads=2, num_key_value_heads=1)),
+        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=6, n_head=2, n_positions=64)),
+        lambda: GemmaForCausalLM(GemmaConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, head_dim=8,
+                                             num_hidden_layers=6, num_attention_heads=2, num_key_value_heads=1)),
+    ],
+    ids=["qwen3", "gpt2", "gemma"],
+)  # fmt: skip
+def test_other_architectures_pass_the_check(model: Any) -> None:
+    target = FrozenTarget(model())
+    target.check()
+    features, last = target.features(ids_of(5), torch.arange(5)[None])
+    assert features.shape == (1, 5, 48) and last.shape == (1, 5, 16)
+
+
+def test_a_leak_between_packed_documents_is_caught(folder: Path) -> None:
+    leaky = FrozenTarget.load(str(folder), dtype="float32")
+    original = leaky.base.forward
+    leaky.base.forward = lambda **kwargs: original(  # type: ignore[method-assign]
+        **{**kwargs, "position_ids": torch.arange(kwargs["input_ids"].shape[1])[None]}
+    )
+    with pytest.raises(ValueError, match="lets packed documents see each other"):
+        leaky.check()
+
+
+def test_logits_changed_after_the_head_are_caught(folder: Path) -> None:
+    changed = FrozenTarget.load(str(folder), dtype="float32")
+    original = changed.model.forward
+
+    def scaled(**kwargs: Any) -> Any:
+        output = original(**kwargs)
+        output.logits = output.logits * 0.5
+        return output
+
+    changed.model.forward = scaled  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="changes its logits after the head"):
+        changed.check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope type 'dynamic'"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({"logits_scaling": 8.0}, "logits_scaling"),
+        ({"layer_types": ["linear_attention"] * 6}, "state runs across packed documents"),
+        ({"num_hidden_layers": 4}, "too few for the default feature layers"),
+    ],
+)
+def test_targets_with_wrong_labels_or_features_are_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    base = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 6}
+    config = LlamaConfig(**{**base, "num_attention_heads": 2})
+    config.num_hidden_layers = changes.pop("num_hidden_layers", 6)
+    model = LlamaForCausalLM(config)
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    with pytest.raises(ValueError, match=message):
+        FrozenTarget(model)
+
+
+@pytest.mark.parametrize("ids", [[1, 2], [3, 2, 1], [1, 1, 2], [0, 1, 6], [-1, 0, 1]])
+def test_layer_ids_must_be_three_ascending_ids_of_the_target(folder: Path, ids: list[int]) -> None:
+    with pytest.raises(ValueError, match="layer_ids"):
+        FrozenTarget.load(str(folder), layer_ids=ids)
+
+
+def test_folders_that_hold_no_target_are_refused_in_one_line(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no folder"):
+        FrozenTarget.load(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        FrozenTarget.load(str(tmp_path))
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(ValueError, match=r"no \.safetensors"):
+        FrozenTarget.load(str(tmp_path))
+    weights = (folder / "model.safetensors").read_bytes()
+    for corrupt in (b"", b"garbage" * 100, weights[: len(weights) // 2]):
+        (tmp_path / "model.safetensors").write_bytes(corrupt)
+        with pytest.raises(ValueError, match="cannot be loaded") as error:
+            FrozenTarget.load(str(tmp_path))
+        assert "\n" not in str(error.value)
+
+
+def test_weights_of_another_model_are_refused(folder: Path, tmp_path: Path) -> None:
+    other = make_target(tmp_path / "other", num_hidden_layers=7)
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    (mixed / "config.json").write_bytes((other / "config.json").read_bytes())
+    (mixed / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="do not fit its config"):
+        FrozenTarget.load(str(mixed))

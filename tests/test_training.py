@@ -1,0 +1,279 @@
+"""Runs from recipe to drafter on one process: what is written, what is equal, what stops."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from peagle_train.__main__ import main
+from peagle_train.draft import PEagleDraft
+from tests.tiny import MASK, VOCAB, make_target, write_recipe, write_rows
+
+LENGTHS = [9, 31, 4, 17, 32, 2, 26, 11, 40, 13]
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", LENGTHS, prompt=0.3)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state() -> Iterator[None]:
+    """Accelerate keeps one state a process, and a process runs one recipe; tests run several."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def train(folder: Path, target: Path, rows: Path, /, *overrides: str, **sections: dict[str, Any]) -> Path:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    output = folder / "run"
+    folder.mkdir(exist_ok=True)
+    recipe = write_recipe(folder, target, rows, output, **sections)
+    assert main([str(recipe), *overrides]) == 0
+    return output
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "final" / "model.safetensors")
+
+
+def lines(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [r for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if r["kind"] == kind]
+
+
+def test_a_run_leaves_a_drafter_its_recipe_its_metrics_and_a_summary(
+    tmp_path: Path, target: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(tmp_path, target, rows, data={"eval_fraction": 0.3}, train={"epochs": 2, "eval_steps": 3})
+    printed = capsys.readouterr().out
+    for word in ("rows:", "elements:", "segments:", "steps:", "parameters:", "drafter:", "held-out before training"):
+        assert word in printed
+    config = json.loads((run / "final" / "config.json").read_text())
+    assert config["model_type"] == "llama" and config["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert config["ptd_token_id"] == MASK and config["draft_vocab_size"] == 40
+    drafter = PEagleDraft.from_pretrained(run / "final")
+    assert torch.equal(drafter.lm_head.weight, weights(run)["lm_head.weight"])
+    summary = json.loads((run / "run.json").read_text())
+    assert (summary["state"] == "finished" and summary["steps"] == summary["best"]["step"]) or summary["best"]
+    steps = lines(run, "train")
+    assert [s["step"] for s in steps] == list(range(1, summary["steps"] + 1))
+    assert {"loss", "accuracy", "expected_accepted_length", "tokens_per_second", "peak_memory_bytes"} <= set(steps[0])
+    evals = lines(run, "eval")
+    assert evals[0]["step"] == 0 and evals[-1]["step"] == summary["steps"] and evals[1]["step"] == 3
+    assert 0 < evals[0]["mass_outside"] < 1
+    assert (run / "recipe.yaml").read_text() == (run / "final" / "recipe.yaml").read_text()
+    assert main(["--summary", str(run)]) == 0
+    assert str(run / "final") in capsys.readouterr().out
+
+
+def test_only_what_is_trained_moves_and_the_head_stays_the_targets(tmp_path: Path, target: Path, rows: Path) -> None:
+    run = train(tmp_path, target, rows, train={"max_steps": 3})
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float64)
+    after = weights(run)
+    ids = after["d2t"] + torch.arange(40)
+    assert torch.equal(after["t2d"].nonzero().flatten(), ids)
+    assert torch.equal(after["lm_head.weight"], model.lm_head.weight[ids])
+    assert not torch.equal(after["embed_tokens.weight"], model.model.embed_tokens.weight)
+    frozen = train(
+        tmp_path / "frozen",
+        target,
+        rows,
+        train={"max_steps": 3},
+        draft={"train_embeddings": False, "train_lm_head": True},
+    )
+    assert torch.equal(weights(frozen)["embed_tokens.weight"], model.model.embed_tokens.weight)
+    assert not torch.equal(weights(frozen)["lm_head.weight"], model.lm_head.weight[ids])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"cod": {"num_segments": 7}},
+        {"cod": {"num_segments": 7}, "train": {"segment_mode": "recompute"}},
+        {"cod": {"num_segments": 4, "boundaries": "uniform"}, "train": {"activation_checkpointing": True}},
+        {"train": {"offload_features": True}},
+        {"data": {"num_workers": 2}},
+    ],
+    ids=["relay", "recompute", "uniform", "offload", "workers"],
+)
+def test_how_a_step_is_cut_does_not_change_what_is_learned(
+    tmp_path: Path, target: Path, rows: Path, other: dict[str, Any]
+) -> None:
+    shared = {"max_steps": 6, "batch_size": 2, "gradient_accumulation_steps": 2}
+    flat = weights(train(tmp_path / "flat", target, rows, cod={"num_segments": 1}, train=shared))
+    sections = {**other, "train": {**shared, **other.get("train", {})}}
+    cut = weights(train(tmp_path / "cut", target, rows, **sections))
+    for name, value in flat.items():
+        assert torch.allclose(cut[name], value, rtol=0, atol=1e-8), name
+
+
+def test_accumulating_gives_what_a_larger_batch_gives(tmp_path: Path, target: Path, rows: Path) -> None:
+    one = train(tmp_path / "a", target, rows, train={"max_steps": 4, "batch_size": 3})
+    two = train(tmp_path / "b", target, rows, train={"max_steps": 4, "gradient_accumulation_steps": 3})
+    ours = weights(two)
+    for name, value in weights(one).items():
+        assert torch.allclose(ours[name], value, rtol=0, atol=1e-9), name
+
+
+def test_two_runs_of_a_recipe_are_equal_bit_for_bit_and_another_seed_is_not(
+    tmp_path: Path, target: Path, rows: Path
+) -> None:
+    seeds = {"a": 0, "b": 0, "c": 1}
+    runs = (train(tmp_path / n, target, rows, train={"max_steps": 3, "seed": s}) for n, s in seeds.items())
+    a, b, c = map(weights, runs)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["fc.weight"], c["fc.weight"])
+
+
+def test_bf16_autocast_learns_what_float32_learns(tmp_path: Path, target: Path, rows: Path) -> None:
+    losses = []
+    for name, precision in (("a", "no"), ("b", "bf16")):
+        settings = {"max_steps": 8, "dtype": "float32", "mixed_precision": precision, "batch_size": 4}
+        losses.append([s["loss"] for s in lines(train(tmp_path / name, target, rows, train=settings), "train")])
+    assert losses[0][-1] < losses[0][0] - 0.1
+    assert max(abs(x - y) for x, y in zip(*losses)) < 0.05 * losses[0][0]
+
+
+def test_a_drafter_of_another_width_trains_its_own_head(tmp_path: Path, target: Path, rows: Path) -> None:
+    shape = {
+        "hidden_size": 20,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 6,
+        "intermediate_size": 8,
+    }
+    run = train(tmp_path, target, rows, draft=shape, train={"max_steps": 2})
+    after = weights(run)
+    assert after["fc.weight"].shape == (20, 48) and after["mask_hidden"].shape == (1, 1, 48)
+    assert after["layers.0.self_attn.q_proj.weight"].shape == (18, 40)
+    assert json.loads((run / "final" / "config.json").read_text())["target_hidden_size"] == 16
+
+
+def test_a_non_finite_loss_stops_the_run_with_step_and_row_and_keeps_the_last_good_weights(
+    tmp_path: Path, target: Path, rows: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peagle_train.target import FrozenTarget
+
+    outputs, calls = FrozenTarget.outputs, []
+
+    def poisoned(self: FrozenTarget, batch: Any, head_rows: Any) -> Any:
+        result = outputs(self, batch, head_rows)
+        calls.append(batch["row_key"].tolist())
+        if len(calls) == 3:
+            result.last_hidden[:] = float("nan")
+        return result
+
+    monkeypatch.setattr(FrozenTarget, "outputs", poisoned)
+    recipe = write_recipe(tmp_path, target, rows, tmp_path / "run", train={"max_steps": 5})
+    assert main([str(recipe)]) == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "step 3" in message and str(calls[2][0]) in message
+    monkeypatch.undo()
+    kept = load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")
+    good = weights(train(tmp_path / "good", target, rows, train={"max_steps": 5}))
+    assert all(t.isfinite().all() for t in kept.values()) and kept.keys() == good.keys()
+
+
+BAD = {
+    "no target": ({"target": {"path": "/nowhere"}}, "is no folder"),
+    "mask missing": ({"draft": {"mask_token_id": None}}, "mask_token_id is missing"),
+    "mask outside": ({"draft": {"mask_token_id": VOCAB}}, f"must lie in 0..{VOCAB - 1}"),
+    "row below depths": ({"data": {"max_length": 3}}, "cod.num_depths"),
+    "ratio": ({"cod": {"down_sample_ratio": 0.0}}, "down_sample_ratio"),
+    "floor": ({"cod": {"down_sample_ratio_min": 1.5}}, "down_sample_ratio_min"),
+    "segments": ({"cod": {"num_segments": 33}}, "cod.num_segments"),
+    "rope": ({"draft": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}}, "dynamic"),
+    "draft vocabulary": ({"draft": {"draft_vocab_size": 100}}, "draft_vocab_size"),
+    "layers": ({"target": {"layer_ids": [1, 2, 9]}}, "layer_ids"),
+    "unknown key": ({"train": {"learnig_rate": 1.0}}, "learning_rate"),
+    "heads": ({"draft": {"num_attention_heads": 3, "num_key_value_heads": 2}}, "num_key_value_heads"),
+    "odd head": ({"draft": {"head_dim": 7}}, "head_dim is 7"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_users_mistake_is_one_clear_line_before_any_training(
+    case: str, tmp_path: Path, target: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sections, message = BAD[case]
+    recipe = write_recipe(tmp_path, target, rows, tmp_path / "run", **sections)
+    assert main([str(recipe)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("peagle_train: error") and message in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"input_ids": [1, 2.5, 3]}', "2.5"),
+        ('{"input_ids": [1, 99, 3]}', "99"),
+        ('{"input_ids": [1, 60, 3]}', "mask"),
+        ('{"input_ids": [1, 2, 3], "loss_mask": [1, 1]}', "loss_mask"),
+        ('{"input_ids": [1, 2, 3], "loss_mask": [0, 0, 0]}', "nothing to learn from"),
+        ("", "empty"),
+        ('{"input_ids": [1, 2', "line 1"),
+    ],
+)
+def test_bad_rows_are_one_clear_line(
+    line: str, message: str, tmp_path: Path, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.jsonl").write_text(line + "\n" if line else "")
+    recipe = write_recipe(tmp_path, target, tmp_path / "bad.jsonl", tmp_path / "run")
+    assert main([str(recipe)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error.lower() and not (tmp_path / "run").exists()
+
+
+def test_an_output_folder_that_holds_something_is_left_alone(
+    tmp_path: Path, target: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(tmp_path, target, rows, train={"max_steps": 1})
+    before = weights(run)
+    recipe = write_recipe(tmp_path, target, rows, run)
+    assert main([str(recipe)]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert all(torch.equal(before[n], t) for n, t in weights(run).items())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("mine")
+    assert main([str(recipe), f"output.dir={tmp_path / 'other'}"]) == 2
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_print_config_shows_every_setting_and_reads_back(
+    tmp_path: Path, target: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, target, rows, tmp_path / "run")
+    assert main([str(recipe), "--print-config", "train.learning_rate=3e-5"]) == 0
+    printed = capsys.readouterr().out
+    (tmp_path / "again.yaml").write_text(printed)
+    assert main([str(tmp_path / "again.yaml"), "--print-config"]) == 0
+    assert capsys.readouterr().out == printed and "learning_rate: 3.0e-05" in printed
+
+
+def test_help_imports_no_torch() -> None:
+    code = "import sys; sys.argv=['x','--help']\nimport peagle_train.__main__ as m\n"
+    code += "try: m.main(['--help'])\nexcept SystemExit: pass\nsys.exit('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0 and "examples" in result.stdout
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    heavy = "{'torch', 'datasets', 'transformers', 'accelerate'}"
+    code = f"import sys, peagle_train; sys.exit(bool({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
