@@ -129,9 +129,6 @@ def make_draft(recipe: Recipe, target: FrozenTarget, mask_token_id: int, draft_i
         if recipe.draft.lm_head_from_target:
             if fits:
                 draft.lm_head.weight.copy_(target.head_rows(draft_ids))
-                norm = target.final_norm_weight()  # the scale that the head is used to
-                if norm is not None:
-                    draft.norm.weight.copy_(norm)
             else:
                 logger.warning("draft.hidden_size is not the target's: lm_head starts random, and is trained")
     train_head = recipe.draft.train_lm_head or not (fits and recipe.draft.lm_head_from_target)

@@ -17,6 +17,7 @@ from peagle_train.attention import attend
 from peagle_train.draft_config import PEagleDraftConfig
 from peagle_train.loss import chunked_linear_loss
 from peagle_train.visibility import Visibility
+from peagle_train.vocab import d2t_offsets, t2d_mask
 
 KV = tuple[Tensor, Tensor]
 """Keys (rotated) and values of one layer, [B, G, n, D] each."""
@@ -177,11 +178,9 @@ class PEagleDraft(PreTrainedModel):
 
     def set_draft_vocab(self, draft_token_ids: Tensor) -> None:
         """Fill d2t and t2d from the target's ids of the draft vocabulary, int64 [Vd], ascending and distinct."""
-        ids = draft_token_ids.to(self.d2t.device)
-        assert ids.shape == self.d2t.shape and bool((ids[1:] > ids[:-1]).all())
-        self.d2t.copy_(ids - torch.arange(ids.numel(), device=ids.device))
-        self.t2d.zero_()
-        self.t2d[ids] = True
+        assert draft_token_ids.shape == self.d2t.shape
+        self.d2t.copy_(d2t_offsets(draft_token_ids))
+        self.t2d.copy_(t2d_mask(draft_token_ids, self.t2d.numel()))
 
     def forward(
         self,

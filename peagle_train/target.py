@@ -147,17 +147,6 @@ class FrozenTarget:
         return weight.detach()[token_ids.to(weight.device)]
 
     @torch.no_grad()
-    def final_norm_weight(self) -> Tensor | None:
-        """[T], the weight of the final norm if that is a plain RMSNorm (found by trying), which a drafter can start from."""
-        norm = getattr(self.base, "norm", None)
-        weight = getattr(norm, "weight", None)
-        if norm is None or weight is None or weight.shape != (self.hidden_size,):
-            return None
-        probe = torch.linspace(-1, 1, self.hidden_size, device=weight.device, dtype=torch.float32)[None]
-        plain = weight.float() * probe * torch.rsqrt(probe.square().mean(-1, keepdim=True) + 1e-6)
-        return weight.detach() if _relative(norm(probe.to(weight.dtype)), plain) < 0.02 else None
-
-    @torch.no_grad()
     def features(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Features [B, L, 3T] and last hidden states after the final norm [B, L, T], in the target's dtype.
 

@@ -1,16 +1,17 @@
 """The drafter's vocabulary: the target's most frequent tokens, in the form that engines read (d2t, t2d)."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from peagle_train.sources import Document
+if TYPE_CHECKING:
+    from peagle_train.sources import Document
 
 
 def choose_draft_vocab(
-    data: Sequence[Document] | tuple[Tensor, Tensor],
+    data: Sequence["Document"] | tuple[Tensor, Tensor],
     vocab_size: int,
     draft_vocab_size: int,
     always: Iterable[int] = (),
@@ -47,7 +48,7 @@ def choose_draft_vocab(
     return order_V[:draft_vocab_size].sort().values
 
 
-def count_supervised(data: Sequence[Document] | tuple[Tensor, Tensor], vocab_size: int) -> Tensor:
+def count_supervised(data: Sequence["Document"] | tuple[Tensor, Tensor], vocab_size: int) -> Tensor:
     """int64 [V]: how often each token occurs with a loss mask of 1."""
     if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor):
         pairs = [data]

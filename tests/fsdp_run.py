@@ -1,0 +1,107 @@
+"""Started by torchrun: gradients of a drafter sharded by FSDP2's fully_shard on a CPU mesh, whole again, from rank 0.
+
+    python -m torch.distributed.run ... tests/fsdp_run.py MODE OUT
+"""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from peagle_train.build import draw_weights
+from peagle_train.collator import CODCollator
+from peagle_train.distributed import max_counts
+from peagle_train.draft import PEagleDraft
+from peagle_train.draft_config import PEagleDraftConfig
+from peagle_train.plan import plan_segments
+from peagle_train.relay import context_chunks, needed_segments, relay_step
+from peagle_train.segments import TargetOutputs, recompute_step
+
+L, K, S = 48, 5, 6
+
+
+def make_draft() -> PEagleDraft:
+    config = PEagleDraftConfig(
+        vocab_size=48,
+        hidden_size=16,
+        target_hidden_size=12,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        draft_vocab_size=30,
+        ptd_token_id=47,
+        initializer_range=0.2,
+    )
+    draft = PEagleDraft(config).double()
+    draw_weights(draft, seed=0)
+    draft.embed_tokens.weight.requires_grad_(True)
+    return draft
+
+
+def make_batch(rank: int, case: str) -> tuple[dict[str, Tensor], TargetOutputs]:
+    """Rank 1's row is short (fewer segments), or has nothing supervised."""
+    n = 48 if rank == 0 else 7 if case == "short" else 40
+    mask = torch.ones(n, dtype=torch.int64) if rank == 0 or case == "short" else torch.zeros(n, dtype=torch.int64)
+    mask[0] = 0
+    generator = torch.Generator().manual_seed(rank)
+    ids = torch.randint(0, 47, (n,), generator=generator)
+    batch = CODCollator(L, num_depths=K, down_sample_ratio=0.8, num_segments=S)(
+        [{"input_ids": ids, "loss_mask": mask, "row_key": rank}]
+    )
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    head = torch.randn(30, 12, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    return batch, TargetOutputs(random(1, L, 36), random(1, L, 12), head)
+
+
+def sharded(mode: str, case: str) -> dict[str, Tensor]:
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    draft = make_draft()
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in draft.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(draft, mesh=mesh)
+    batch, target = make_batch(rank, case)
+    plan = plan_segments(batch, K)
+    count = torch.tensor(float(plan.num_supervised), dtype=torch.float64)
+    dist.all_reduce(count)
+    for _ in range(2):  # the second step finds buffers and gradients as the first left them
+        draft.zero_grad()
+        scale = world / count  # FSDP averages over ranks
+        if mode == "relay":
+            needed = needed_segments(plan)
+            passes_a, passes_b = max_counts([len(context_chunks(plan, needed)), len(needed)], torch.device("cpu"))
+            relay_step(draft, batch, target, num_depths=K, scale=scale, plan=plan, min_passes=(passes_a, passes_b))
+        else:
+            most = max_counts([sum(bool(s.supervised.numel()) for s in plan.segments)], torch.device("cpu"))[0]
+            recompute_step(draft, batch, target, num_depths=K, scale=scale, plan=plan, min_passes=most)
+    whole = {name: p.grad.full_tensor() for name, p in draft.named_parameters()}  # type: ignore[union-attr]
+    dist.destroy_process_group()
+    return whole
+
+
+def alone(case: str) -> dict[str, Tensor]:
+    """The same two rows on one process, flat passes."""
+    draft = make_draft()
+    pairs = [make_batch(rank, case) for rank in range(2)]
+    count = sum(int(batch["supervised"].sum()) for batch, _ in pairs)
+    for batch, target in pairs:
+        recompute_step(draft, batch, target, num_depths=K, scale=1 / count)
+    return {name: p.grad for name, p in draft.named_parameters() if p.grad is not None}
+
+
+if __name__ == "__main__":
+    gradients = sharded(sys.argv[1], sys.argv[2])
+    import os
+
+    if os.environ["RANK"] == "0":
+        save_file({name: g.contiguous() for name, g in gradients.items()}, sys.argv[3])
