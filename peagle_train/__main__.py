@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     # Heavy imports happen here, so that --help answers at once.
     if options.summary:
-        from peagle_train.trainer import read_summary
+        from peagle_train.summary import read_summary
 
         print(read_summary(Path(options.summary)))
         return 0

@@ -80,7 +80,7 @@ def _add_depth0_keys(pairs_BXY: Tensor, visibility: Visibility, skip: int, block
     # Both ends of a query that sees nothing are the same, and cancel.
     end_BQ = torch.where(is_real_BQ, end_BQ, first_BQ).maximum(first_BQ)
 
-    B, X, Y = pairs_BXY.shape
+    B, X = pairs_BXY.shape[:2]
     Z = -(-(P + M) // block_size)
     edge = (torch.arange(Z + 1, device=exists_BT.device) * block_size).clamp(max=P + M)
     keys_BZ = before_BT1[:, edge].diff(dim=1).to(torch.int32)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from peagle_train.collator import CODCollator
 from peagle_train.draft import PEagleDraft, RMSNorm
 from peagle_train.draft_config import ROPE_TYPES, PEagleDraftConfig
 from peagle_train.recipe import Draft, Recipe
@@ -136,6 +137,19 @@ def make_draft(recipe: Recipe, target: FrozenTarget, mask_token_id: int, draft_i
     draft.embed_tokens.weight.requires_grad_(recipe.draft.train_embeddings)
     draft.activation_checkpointing = recipe.train.activation_checkpointing
     return draft
+
+
+def make_collator(recipe: Recipe, seed: int) -> CODCollator:
+    cod = recipe.cod
+    return CODCollator(
+        recipe.data.max_length,
+        cod.num_depths,
+        cod.down_sample_ratio,
+        cod.down_sample_ratio_min,
+        cod.num_segments,
+        cod.boundaries,
+        seed=seed,
+    )
 
 
 @torch.no_grad()

@@ -32,6 +32,14 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
+def same_on_all_ranks(model: nn.Module) -> None:
+    """Give every rank the parameters and buffers of rank 0."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            dist.broadcast(tensor.detach(), src=0)
+
+
+@torch.no_grad()
 def sum_over_ranks(parameters: Iterable[nn.Parameter], also: list[Tensor]) -> None:
     """Add up gradients (zeros where there is none) and a few statistics over all ranks, in place, a dtype at a time.
 

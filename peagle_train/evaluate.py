@@ -7,11 +7,15 @@ vocabulary, m: columns.
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from peagle_train.build import make_collator
+from peagle_train.data import PackedRows
+from peagle_train.distributed import sum_over_ranks
 from peagle_train.metrics import accuracies, expected_accepted_length
-from peagle_train.segments import StepStats
+from peagle_train.plan import plan_segments
+from peagle_train.runner import Batch, BatchRunner
+from peagle_train.sampler import EMPTY_ROW
 from peagle_train.target import FrozenTarget
 
 EVAL_SEED = 0
@@ -46,26 +50,53 @@ def label_columns(batch: dict[str, Tensor]) -> Tensor:
     return torch.zeros(B, L, dtype=torch.int64).scatter_add_(1, label, batch["supervised"].long())
 
 
-def summarize(sums: StepStats, outside: float | None) -> dict[str, Any]:
-    """Numbers of an evaluation from its sums over all ranks; reads the device."""
-    hits, totals = sums.hits.tolist(), sums.totals.tolist()
-    accuracy = accuracies(hits, totals)
-    return {
-        "loss": float(sums.loss) / max(1, sum(totals)),
-        "accuracy": accuracy,
-        "expected_accepted_length": expected_accepted_length(accuracy),
-        "hits": hits,
-        "supervised": totals,
-        "mass_outside": outside,
-    }
+class Evaluator:
+    """Evaluates a drafter on held-out rows; each rank takes its share of them."""
 
+    def __init__(self, runner: BatchRunner, rows: PackedRows) -> None:
+        self.runner, self.rows = runner, rows
+        self.collator = make_collator(runner.recipe, EVAL_SEED)
+        self._outside: float | None = None
 
-def gather_sums(sums: list[StepStats], device: torch.device) -> StepStats:
-    """One sum over micro-batches and ranks."""
-    loss = torch.stack([s.loss for s in sums]).sum()
-    hits = torch.stack([s.hits for s in sums]).sum(0)
-    totals = torch.stack([s.totals for s in sums]).sum(0).to(device)
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        for tensor in (loss, hits, totals):
-            dist.all_reduce(tensor)
-    return StepStats(loss, hits, totals)
+    @torch.no_grad()
+    def __call__(self) -> dict[str, Any] | None:
+        """Loss, per-depth accuracy, expected accepted length over all ranks' rows; None if there are none."""
+        if len(self.rows) == 0:
+            return None
+        accelerator, size = self.runner.accelerator, self.runner.recipe.train.batch_size
+        order = range(accelerator.process_index, len(self.rows), accelerator.num_processes)
+        batches = -(-len(self.rows) // (size * accelerator.num_processes))  # the same on every rank
+        indices = [*order] + [EMPTY_ROW] * (batches * size - len(order))
+        sums = []
+        weighted = torch.zeros((), dtype=torch.float64, device=self.runner.device)
+        for first in range(0, len(indices), size):
+            batch = self.collator([self.rows[0, i] for i in indices[first : first + size]])
+            sums.append(self.runner.run(batch, plan_segments(batch, self.collator.num_depths), scale=None))
+            if self._outside is None:
+                weighted += self._mass_outside(batch)
+        loss, hits = torch.stack([s.loss for s in sums]).sum(), torch.stack([s.hits for s in sums]).sum(0)
+        totals = torch.stack([s.totals for s in sums]).sum(0).to(self.runner.device)
+        sum_over_ranks([], also=[loss, hits, totals, weighted])
+        if self._outside is None:  # a property of the data, not of the drafter
+            self._outside = float(weighted) / max(1, int(totals.sum()))
+        accuracy = accuracies(hits.tolist(), totals.tolist())
+        return {
+            "loss": float(loss) / max(1, int(totals.sum())),
+            "accuracy": accuracy,
+            "expected_accepted_length": expected_accepted_length(accuracy),
+            "hits": hits.tolist(),
+            "supervised": totals.tolist(),
+            "mass_outside": self._outside,
+        }
+
+    def _mass_outside(self, batch: Batch) -> Tensor:
+        """Sum over the batch's supervised elements of the target's mass outside the draft vocabulary."""
+        target, device = self.runner.target, self.runner.device
+        count_BL = label_columns(batch)
+        used_BL = count_BL > 0
+        if self.runner.draft.config.draft_vocab_size == target.vocab_size or not bool(used_BL.any()):
+            return torch.zeros((), dtype=torch.float64, device=device)
+        _, last_hidden = target.features(batch["input_ids"].to(device), batch["position_ids"].to(device))
+        chosen_mT = last_hidden[used_BL.to(device)]
+        mass = [mass_outside(target, part, self.runner.draft.draft_token_ids) for part in chosen_mT.split(256)]
+        return (torch.cat(mass).double() * count_BL[used_BL].to(device)).sum()

@@ -4,8 +4,9 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from peagle_train.block_mask import direct_block_mask
 from peagle_train.visibility import Visibility, sees_context, sees_rollout
 
 
@@ -33,16 +34,7 @@ def block_mask_of(visibility: Visibility, skip: int = 0) -> BlockMask:
     """The pass's BlockMask over Q = N - skip queries and K = P + N keys, made once and kept for its other layers."""
     kept = visibility.block_masks.get(skip)
     if kept is None:
-        B, N = visibility.anchor.shape
-        kept = create_block_mask(
-            mask_mod_of(visibility, skip),
-            B,
-            None,
-            N - skip,
-            visibility.num_context + N,
-            device=visibility.anchor.device,
-            _compile=True,
-        )
+        kept = direct_block_mask(visibility, mask_mod_of(visibility, skip), skip)
         visibility.block_masks[skip] = kept
     return kept
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 
 from peagle_train.build import always_drafted, choose_mask_token, load_tokenizer, make_draft
 from peagle_train.checkpoint import check_output
@@ -13,8 +12,9 @@ from peagle_train.data import PackedRows, PackReport, pack_documents, split_trai
 from peagle_train.distributed import check_launch
 from peagle_train.recipe import Recipe
 from peagle_train.sources import Document, load_documents
+from peagle_train.summary import describe_summary
 from peagle_train.target import FrozenTarget
-from peagle_train.trainer import Trainer, describe_summary
+from peagle_train.trainer import Trainer
 from peagle_train.vocab import choose_draft_vocab, count_supervised, coverage
 
 logger = logging.getLogger(__name__)
@@ -27,10 +27,7 @@ def train(recipe: Recipe) -> str:
         ValueError: for a user's mistake, before any training.
     """
     check_output(Path(recipe.output.dir))
-    accelerator = Accelerator(
-        mixed_precision=recipe.train.mixed_precision,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
+    accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision)
     check_launch(accelerator.num_processes)
     say = print if accelerator.is_main_process else (lambda *_: None)
 
@@ -69,6 +66,7 @@ def train(recipe: Recipe) -> str:
     trainer = Trainer(recipe, accelerator, target, draft, train_rows, eval_rows)
     say(arithmetic(trainer, report))
     summary = trainer.run()
+    accelerator.end_training()
     return describe_summary(summary, Path(recipe.output.dir)) if accelerator.is_main_process else ""
 
 
@@ -126,7 +124,7 @@ def arithmetic(trainer: Trainer, report: PackReport) -> str:
             f" {recipe.train.batch_size} x {recipe.train.gradient_accumulation_steps}), {trainer.sampler.steps_per_epoch}"
             " an epoch",
             f"parameters: {trained:,} trained, {frozen:,} frozen ({recipe.train.dtype}, autocast"
-            f" {recipe.train.mixed_precision}); target in {str(trainer.head_rows.dtype).removeprefix('torch.')}, layers"
+            f" {recipe.train.mixed_precision}); target in {str(trainer.runner.head_rows.dtype)[6:]}, layers"
             f" {trainer.target.layer_ids}, on {trainer.device} with {torch.get_num_threads()} threads",
         ]
     )

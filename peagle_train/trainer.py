@@ -1,22 +1,20 @@
 """The training loop, on top of everything else: rows in, drafter out, on one process or many."""
 
-import json
 import math
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor
+from accelerate import Accelerator, DistributedType
 from torch.utils.data import DataLoader
 
+from peagle_train.build import make_collator
 from peagle_train.checkpoint import MARKER, claim_output, save_drafter, write_json
-from peagle_train.collator import CODCollator
 from peagle_train.data import PackedRows
-from peagle_train.distributed import is_sharded, max_counts, sum_counts, sum_over_ranks
+from peagle_train.distributed import same_on_all_ranks, sum_counts, sum_over_ranks
 from peagle_train.draft import PEagleDraft
-from peagle_train.evaluate import EVAL_SEED, gather_sums, label_columns, mass_outside, summarize
+from peagle_train.evaluate import Evaluator
 from peagle_train.metrics import (
     Reporter,
     accuracies,
@@ -28,12 +26,10 @@ from peagle_train.metrics import (
 from peagle_train.optim import make_optimizer, make_scheduler
 from peagle_train.plan import plan_segments
 from peagle_train.recipe import Recipe, dump_recipe
-from peagle_train.relay import RelayBuffers, context_chunks, needed_segments, relay_step
+from peagle_train.runner import Batch, BatchRunner
 from peagle_train.sampler import StepBatchSampler
-from peagle_train.segments import StepStats, recompute_step
+from peagle_train.segments import StepStats
 from peagle_train.target import FrozenTarget
-
-Batch = dict[str, Tensor]
 
 
 class NonFinite(RuntimeError):
@@ -59,31 +55,24 @@ class Trainer:
         eval_rows: PackedRows,
     ) -> None:
         self.recipe, self.accelerator, self.target = recipe, accelerator, target
-        self.train_rows, self.eval_rows = train_rows, eval_rows
+        self.train_rows = train_rows
         self.folder = Path(recipe.output.dir)
         self.device = accelerator.device
-        train, cod = recipe.train, recipe.cod
+        train = recipe.train
 
-        optimizer = make_optimizer(draft, train)
-        self.prepared, self.optimizer = accelerator.prepare(draft, optimizer)
-        # Passes run on the module below DDP: gradients are summed once a step, by us (sum_over_ranks), so a rank may run
-        # any number of passes. FSDP2 shards the module itself.
-        self.draft: PEagleDraft = accelerator.unwrap_model(self.prepared, keep_fp32_wrapper=False)
-        self.sharded = is_sharded(self.draft)
+        if accelerator.distributed_type == DistributedType.FSDP:
+            prepared, self.optimizer = accelerator.prepare(draft, make_optimizer(draft, train))
+            self.draft: PEagleDraft = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+        else:
+            # No DDP around it: gradients are summed once a step, by us (sum_over_ranks), so that a rank may run any number
+            # of passes. (Its reducer would also hold a second copy of the gradients, and can deadlock at exit on gloo.)
+            self.draft = draft.to(self.device)
+            same_on_all_ranks(self.draft)
+            self.optimizer = accelerator.prepare(make_optimizer(self.draft, train))
         self.trained = [p for p in self.draft.parameters() if p.requires_grad]
-        # In the drafter's own precision, so that no pass casts them again.
-        self.head_rows = target.head_rows(self.draft.draft_token_ids).to(self.device)
-        self.buffers = RelayBuffers()
-
-        self.collator = CODCollator(
-            recipe.data.max_length,
-            cod.num_depths,
-            cod.down_sample_ratio,
-            cod.down_sample_ratio_min,
-            cod.num_segments,
-            cod.boundaries,
-            seed=train.seed,
-        )
+        self.runner = BatchRunner(recipe, accelerator, target, self.draft)
+        self.evaluator = Evaluator(self.runner, eval_rows)
+        self.collator = make_collator(recipe, train.seed)
         self.sampler = StepBatchSampler(
             len(train_rows),
             train.batch_size,
@@ -97,7 +86,6 @@ class Trainer:
         self.scheduler = make_scheduler(self.optimizer, train, self.num_steps)
         self.step = 0
         self.best: dict[str, Any] | None = None
-        self._outside: float | None = None
 
     # ---- the run
 
@@ -170,54 +158,18 @@ class Trainer:
         plans = [plan_segments(batch, K) for batch in batches]
         count = sum_counts([sum(p.num_supervised for p in plans)], self.device)
         # FSDP averages over ranks where we want the sum; a step with nothing supervised has gradient 0, not nan.
-        scale = (self.accelerator.num_processes if self.sharded else 1) / count.clamp(min=1)
+        scale = (self.accelerator.num_processes if self.runner.sharded else 1) / count.clamp(min=1)
         sums = []
         for batch, plan in zip(batches, plans, strict=True):
-            with self.accelerator.no_sync(self.prepared):
-                sums.append(self._run_batch(batch, plan, scale))
+            sums.append(self.runner.run(batch, plan, scale))
         stats = StepStats(
             torch.stack([s.loss for s in sums]).sum(),
             torch.stack([s.hits for s in sums]).sum(0),
             torch.stack([s.totals for s in sums]).sum(0).to(self.device, non_blocking=True),
         )
         self._own_loss = stats.loss.clone()
-        sum_over_ranks([] if self.sharded else self.trained, also=[stats.loss, stats.hits, stats.totals])
+        sum_over_ranks([] if self.runner.sharded else self.trained, also=[stats.loss, stats.hits, stats.totals])
         return stats
-
-    def _run_batch(self, batch: Batch, plan: Any, scale: Tensor | None) -> StepStats:
-        """Target and drafter over one micro-batch; no gradients without a scale."""
-        train = self.recipe.train
-        on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-        target = self.target.outputs(on_device, self.head_rows)
-        if train.offload_features:
-            target.features, target.last_hidden = target.features.to("cpu"), target.last_hidden.to("cpu")
-        arguments: dict[str, Any] = {
-            "num_depths": self.recipe.cod.num_depths,
-            "loss": train.loss,
-            "chunk_rows": train.loss_chunk_rows,
-            "plan": plan,
-            "scale": 1.0 if scale is None else scale,
-        }
-        relay = train.segment_mode == "relay" and self.recipe.cod.num_segments > 1
-        if self.sharded:
-            # Every rank takes part in every all-gather: agree on the number of passes.
-            needed = needed_segments(plan) if relay else [s for s in plan.segments if s.supervised.numel()]
-            most = max_counts([len(context_chunks(plan, needed)) if relay else 0, len(needed)], self.device)
-            arguments["min_passes"] = (most[0], most[1]) if relay else most[1]
-        with self.accelerator.autocast():
-            if relay:
-                backward = None if scale is None else self._backward
-                return relay_step(self.draft, on_device, target, buffers=self.buffers, backward=backward, **arguments)
-            backward_loss = None if scale is None else self._backward_loss
-            return recompute_step(self.draft, on_device, target, backward=backward_loss, **arguments)
-
-    def _backward(self, tensors: Any, gradients: Any) -> None:
-        with torch.autocast(self.device.type, enabled=False):
-            torch.autograd.backward(tensors, gradients)
-
-    def _backward_loss(self, loss: Tensor) -> None:
-        with torch.autocast(self.device.type, enabled=False):
-            self.accelerator.backward(loss)
 
     def _optimizer_step(self, batches: list[Batch]) -> None:
         stats = self.accumulate(batches)
@@ -281,54 +233,13 @@ class Trainer:
         self.reporter.record("train", train_line(values), **values)
         self._window_start, self._window_tokens = time.perf_counter(), 0
 
-    @torch.no_grad()
     def evaluate(self, title: str) -> dict[str, Any] | None:
         """Held-out loss, accuracies and expected accepted length over all ranks; None without held-out rows."""
-        if len(self.eval_rows) == 0:
-            return None
-        collator = CODCollator(
-            self.recipe.data.max_length,
-            self.recipe.cod.num_depths,
-            self.recipe.cod.down_sample_ratio,
-            self.recipe.cod.down_sample_ratio_min,
-            self.recipe.cod.num_segments,
-            self.recipe.cod.boundaries,
-            seed=EVAL_SEED,
-        )
-        size, world = self.recipe.train.batch_size, self.accelerator.num_processes
-        order = range(self.accelerator.process_index, len(self.eval_rows), world)
-        batches = -(-len(self.eval_rows) // (size * world))  # the same on every rank
-        indices = [*order] + [-1] * (batches * size - len(order))
-        sums = []
-        weighted = torch.zeros((), dtype=torch.float64, device=self.device)
-        for first in range(0, len(indices), size):
-            batch = collator([self.eval_rows[0, i] for i in indices[first : first + size]])
-            plan = plan_segments(batch, self.recipe.cod.num_depths)
-            sums.append(self._run_batch(batch, plan, scale=None))
-            if self._outside is None:
-                weighted += self._mass_outside(batch)
-        total = gather_sums(sums, self.device)
-        if self._outside is None:
-            sum_over_ranks([], also=[weighted])
-            self._outside = float(weighted) / max(1, int(total.totals.sum()))
-        values = summarize(total, self._outside)
-        self.reporter.record("eval", eval_line(title, values), step=self.step, **values)
-        self._mark_best(values)
+        values = self.evaluator()
+        if values is not None:
+            self.reporter.record("eval", eval_line(title, values), step=self.step, **values)
+            self._mark_best(values)
         return values
-
-    def _mass_outside(self, batch: Batch) -> Tensor:
-        """Sum over supervised elements of the target's mass outside the draft vocabulary: a property of the data."""
-        if self.draft.config.draft_vocab_size == self.target.vocab_size:
-            return torch.zeros((), dtype=torch.float64, device=self.device)
-        count_BL = label_columns(batch)
-        used = count_BL > 0
-        ids, positions = (batch[n].to(self.device) for n in ("input_ids", "position_ids"))
-        _, last_hidden = self.target.features(ids, positions)
-        mass = [
-            mass_outside(self.target, part, self.draft.draft_token_ids)
-            for part in last_hidden[used.to(self.device)].split(256)
-        ]
-        return (torch.cat(mass).double() * count_BL[used].to(self.device)).sum() if mass else torch.zeros(())
 
     def _mark_best(self, values: dict[str, Any]) -> None:
         better = self.best is None or values["expected_accepted_length"] > self.best["expected_accepted_length"]
@@ -346,7 +257,7 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         """Write the drafter as vLLM loads it; every rank must call it."""
-        state = self.accelerator.get_state_dict(self.prepared)
+        state = self.accelerator.get_state_dict(self.draft)
         if self.accelerator.is_main_process:
             save_drafter(path, self.draft.config, state, {"recipe.yaml": dump_recipe(self.recipe)})
         self.accelerator.wait_for_everyone()
@@ -355,28 +266,3 @@ class Trainer:
         if self.accelerator.is_main_process:
             write_json(self.folder / MARKER, summary)
         self.accelerator.wait_for_everyone()
-
-
-def read_summary(folder: Path) -> str:
-    """Where a finished run's drafter is and how good it is; ValueError if there is no finished run."""
-    try:
-        summary = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder} holds no run: {error}") from error
-    if summary.get("state") != "finished":
-        raise ValueError(f"{folder} holds a run that has not finished")
-    return describe_summary(summary, folder)
-
-
-def describe_summary(summary: dict[str, Any], folder: Path) -> str:
-    lines = [f"drafter: {folder / summary['drafter']} ({summary['steps']} steps in {summary['train_seconds']:.0f} s)"]
-    before, after = summary["before"], summary["after"]
-    if after:
-        lines.append(
-            f"held-out expected accepted length: {before['expected_accepted_length']:.3f} before,"
-            f" {after['expected_accepted_length']:.3f} after training (loss {before['loss']:.3f} -> {after['loss']:.3f})"
-        )
-    best = summary.get("best")
-    if best and best.get("folder") not in (None, "final"):
-        lines.append(f"the best was at step {best['step']} ({best['expected_accepted_length']:.3f}): {folder / 'best'}")
-    return "\n".join(lines)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+
 from tests.fsdp_run import alone
 from tests.test_distributed import launch
 

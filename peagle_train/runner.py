@@ -1,0 +1,64 @@
+"""Target and drafter over one micro-batch, in the recipe's segments; training and evaluation share it."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from peagle_train.distributed import is_sharded, max_counts
+from peagle_train.draft import PEagleDraft
+from peagle_train.plan import Plan
+from peagle_train.recipe import Recipe
+from peagle_train.relay import RelayBuffers, context_chunks, needed_segments, relay_step
+from peagle_train.segments import StepStats, recompute_step
+from peagle_train.target import FrozenTarget
+
+Batch = dict[str, Tensor]
+
+
+class BatchRunner:
+    """Runs batches of the collator; the target and the drafter are on the accelerator's device."""
+
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, target: FrozenTarget, draft: PEagleDraft) -> None:
+        self.recipe, self.accelerator, self.target, self.draft = recipe, accelerator, target, draft
+        self.device = accelerator.device
+        self.sharded = is_sharded(draft)
+        self.relay = recipe.train.segment_mode == "relay" and recipe.cod.num_segments > 1
+        self.head_rows = target.head_rows(draft.draft_token_ids).to(self.device)
+        self.buffers = RelayBuffers()
+
+    def run(self, batch: Batch, plan: Plan, scale: Tensor | None) -> StepStats:
+        """Sums over the batch, which is on the host; gradients accumulate, times `scale`, unless that is None."""
+        train = self.recipe.train
+        on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        target = self.target.outputs(on_device, self.head_rows)
+        if train.offload_features:
+            target.features, target.last_hidden = target.features.to("cpu"), target.last_hidden.to("cpu")
+        arguments: dict[str, Any] = {
+            "num_depths": self.recipe.cod.num_depths,
+            "loss": train.loss,
+            "chunk_rows": train.loss_chunk_rows,
+            "plan": plan,
+            "scale": 1.0 if scale is None else scale,
+        }
+        if self.sharded:
+            # Every rank takes part in every all-gather: agree on the number of passes.
+            needed = needed_segments(plan) if self.relay else [s for s in plan.segments if s.supervised.numel()]
+            counts = [len(context_chunks(plan, needed)) if self.relay else 0, len(needed)]
+            most = max_counts(counts, self.device)
+            arguments["min_passes"] = (most[0], most[1]) if self.relay else most[1]
+        with self.accelerator.autocast():
+            if self.relay:
+                backward = None if scale is None else self._backward
+                return relay_step(self.draft, on_device, target, buffers=self.buffers, backward=backward, **arguments)
+            backward_loss = None if scale is None else self._backward_loss
+            return recompute_step(self.draft, on_device, target, backward=backward_loss, **arguments)
+
+    def _backward(self, tensors: Any, gradients: Any) -> None:
+        with torch.autocast(self.device.type, enabled=False):
+            torch.autograd.backward(tensors, gradients)
+
+    def _backward_loss(self, loss: Tensor) -> None:
+        with torch.autocast(self.device.type, enabled=False):
+            self.accelerator.backward(loss)
