@@ -9,6 +9,7 @@ last Q of the N), P: context columns, D: head dim.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from peagle_train.visibility import QueryBlock, Visibility
 
@@ -36,75 +37,102 @@ def attend(
     key, value = own
     if context is None:
         context = (key[:, :, :0], value[:, :, :0])
-    if query.device.type == "cpu":
-        out_BQHD = _CPUAttention.apply(query, key, value, *context, visibility)
-    else:
+    if query.device.type != "cpu":
         out_BQHD = _flex(query, key, value, context, visibility)
+    elif torch.compiler.is_compiling():
+        from peagle_train.compiled_attention import attention_op
+
+        out_BQHD = attention_op(query, key, value, *context, visibility)
+    else:
+        out_BQHD = _CPUAttention.apply(query, key, value, *context, visibility)
     return out_BQHD.flatten(2)
 
 
 class _CPUAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, context_key, context_value, visibility):  # type: ignore[no-untyped-def]
-        B, H, Q, D = query.shape
-        G, N = key.shape[1:3]
-        query_BGRQD = query.reshape(B, G, H // G, Q, D)
-        out_BQGRD = query.new_zeros(B, Q, G, H // G, D)
-        wide = torch.promote_types(query.dtype, torch.float32)
-        lse_BQGR = query.new_zeros(B, Q, G, H // G, dtype=wide)
-        for index, block, q in _blocks_of_last(visibility, query, N - Q):
-            k = _visible_keys(block, context_key, key)
-            if k.shape[2] == 0:
-                continue
-            v = _visible_keys(block, context_value, value)
-            mask = visibility.block_mask(index, query.dtype)
-            for r in range(H // G):  # a group's heads share keys and values without repeating them
-                out, lse = _flash(query_BGRQD[:, :, r, q], k, v, attn_mask=mask, scale=D**-0.5)
-                out_BQGRD[:, q, :, r] = out.transpose(1, 2)
-                lse_BQGR[:, q, :, r] = lse.transpose(1, 2)
+        out_BQGRD, lse_BQGR = _forward(query, key, value, context_key, context_value, visibility)
         ctx.save_for_backward(query, key, value, context_key, context_value, out_BQGRD, lse_BQGR)
         ctx.visibility = visibility
-        return out_BQGRD.view(B, Q, H, D)
+        return out_BQGRD.flatten(2, 3)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_BQHD):  # type: ignore[no-untyped-def]
-        query, key, value, context_key, context_value, out_BQGRD, lse_BQGR = ctx.saved_tensors
-        visibility: Visibility = ctx.visibility
-        B, H, Q, D = query.shape
-        G, N = key.shape[1:3]
-        query_BGRQD = query.reshape(B, G, H // G, Q, D)
-        grad_BGRQD = grad_BQHD.reshape(B, Q, G, H // G, D).permute(0, 2, 3, 1, 4)
-        out_BGRQD = out_BQGRD.permute(0, 2, 3, 1, 4)
-        lse_BGRQ = lse_BQGR.permute(0, 2, 3, 1)
-        # Many blocks add to a key: sums in float32 or wider.
-        wide = lse_BQGR.dtype
-        d_query_BGRQD = torch.zeros_like(query_BGRQD)
-        d_own = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
-        d_context = torch.zeros_like(context_key, dtype=wide), torch.zeros_like(context_value, dtype=wide)
-        for index, block, q in _blocks_of_last(visibility, query, N - Q):
-            k = _visible_keys(block, context_key, key)
-            if k.shape[2] == 0:
-                continue
-            v = _visible_keys(block, context_value, value)
-            mask = visibility.block_mask(index, query.dtype)
-            for r in range(H // G):
-                d_query, d_key, d_value = _flash_backward(
-                    grad_BGRQD[:, :, r, q].contiguous(),
-                    query_BGRQD[:, :, r, q],
-                    k,
-                    v,
-                    out_BGRQD[:, :, r, q],
-                    lse_BGRQ[:, :, r, q],
-                    0.0,
-                    False,
-                    attn_mask=mask,
-                    scale=D**-0.5,
-                )
-                d_query_BGRQD[:, :, r, q] = d_query
-                _add_to_visible(block, d_context[0], d_own[0], d_key)
-                _add_to_visible(block, d_context[1], d_own[1], d_value)
-        own = [d.to(key.dtype) for d in d_own]
-        return d_query_BGRQD.view(B, H, Q, D), *own, *(d.to(key.dtype) for d in d_context), None
+        query, key, value, context_key, context_value, out, lse = ctx.saved_tensors
+        d = _backward(grad_BQHD, query, key, value, context_key, context_value, out, lse, ctx.visibility)
+        return *d, None
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, context_key: Tensor, context_value: Tensor, visibility: Visibility
+) -> tuple[Tensor, Tensor]:
+    """Output [B, Q, G, R, D] and log-sum-exp [B, Q, G, R] (float32 or wider)."""
+    B, H, Q, D = query.shape
+    G, N = key.shape[1:3]
+    query_BGRQD = query.reshape(B, G, H // G, Q, D)
+    out_BQGRD = query.new_zeros(B, Q, G, H // G, D)
+    lse_BQGR = query.new_zeros(B, Q, G, H // G, dtype=torch.promote_types(query.dtype, torch.float32))
+    for index, block, q in _blocks_of_last(visibility, query, N - Q):
+        k = _visible_keys(block, context_key, key)
+        if k.shape[2] == 0:
+            continue
+        v = _visible_keys(block, context_value, value)
+        mask = visibility.block_mask(index, query.dtype)
+        for r in range(H // G):  # a group's heads share keys and values without repeating them
+            out, lse = _flash(query_BGRQD[:, :, r, q], k, v, attn_mask=mask, scale=D**-0.5)
+            out_BQGRD[:, q, :, r] = out.transpose(1, 2)
+            lse_BQGR[:, q, :, r] = lse.transpose(1, 2)
+    return out_BQGRD, lse_BQGR
+
+
+def _backward(
+    grad_BQHD: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    context_key: Tensor,
+    context_value: Tensor,
+    out_BQGRD: Tensor,
+    lse_BQGR: Tensor,
+    visibility: Visibility,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, context_key, context_value, in their dtypes."""
+    B, H, Q, D = query.shape
+    G, N = key.shape[1:3]
+    query_BGRQD = query.reshape(B, G, H // G, Q, D)
+    grad_BGRQD = grad_BQHD.reshape(B, Q, G, H // G, D).permute(0, 2, 3, 1, 4)
+    out_BGRQD = out_BQGRD.permute(0, 2, 3, 1, 4)
+    lse_BGRQ = lse_BQGR.permute(0, 2, 3, 1)
+    # Many blocks add to a key: sums in float32 or wider.
+    wide = lse_BQGR.dtype
+    d_query_BGRQD = query.new_zeros(B, G, H // G, Q, D)
+    d_own = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
+    d_context = torch.zeros_like(context_key, dtype=wide), torch.zeros_like(context_value, dtype=wide)
+    for index, block, q in _blocks_of_last(visibility, query, N - Q):
+        k = _visible_keys(block, context_key, key)
+        if k.shape[2] == 0:
+            continue
+        v = _visible_keys(block, context_value, value)
+        mask = visibility.block_mask(index, query.dtype)
+        for r in range(H // G):
+            d_query, d_key, d_value = _flash_backward(
+                grad_BGRQD[:, :, r, q].contiguous(),
+                query_BGRQD[:, :, r, q],
+                k,
+                v,
+                out_BGRQD[:, :, r, q],
+                lse_BGRQ[:, :, r, q],
+                0.0,
+                False,
+                attn_mask=mask,
+                scale=D**-0.5,
+            )
+            d_query_BGRQD[:, :, r, q] = d_query
+            _add_to_visible(block, d_context[0], d_own[0], d_key)
+            _add_to_visible(block, d_context[1], d_own[1], d_value)
+    d_keys_values = [d.to(key.dtype) for d in (*d_own, *d_context)]
+    return d_query_BGRQD.reshape(B, H, Q, D), d_keys_values[0], d_keys_values[1], d_keys_values[2], d_keys_values[3]
 
 
 def _blocks_of_last(visibility: Visibility, query: Tensor, skip: int) -> list[tuple[int, QueryBlock, slice]]:

@@ -26,14 +26,16 @@ KV = tuple[Tensor, Tensor]
 class Labels(NamedTuple):
     """What a pass is trained on; m: supervised elements, V: draft vocabulary, T: the target's hidden size."""
 
-    rows: Tensor
-    """int64 [m], the supervised elements among the B * Q of the last layer, flattened."""
+    rows: Tensor | None
+    """int64 [m], the supervised elements among the B * Q of the last layer, flattened; None: all, see `counted`."""
     target_hidden: Tensor
     """[m, T], the target's last hidden state of each one's label column."""
     target_head: Tensor
     """[V, T], the target's head rows of the draft vocabulary."""
     loss: str = "kl"
     chunk_rows: int = 1024
+    counted: Tensor | None = None
+    """bool [m], the supervised ones among `rows`; None: all of them."""
 
 
 class DraftOutput(NamedTuple):
@@ -233,12 +235,13 @@ class PEagleDraft(PreTrainedModel):
         if labels is None:
             return DraftOutput(hidden, keys_values, None, None)
         loss, hits = chunked_linear_loss(
-            hidden.flatten(0, 1)[labels.rows],
+            hidden.flatten(0, 1) if labels.rows is None else hidden.flatten(0, 1)[labels.rows],
             self.lm_head.weight,
             labels.target_hidden,
             labels.target_head,
             labels.loss,
             labels.chunk_rows,
+            labels.counted,
         )
         return DraftOutput(hidden, keys_values, loss, hits)
 

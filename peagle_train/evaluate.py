@@ -13,7 +13,6 @@ from peagle_train.build import make_collator
 from peagle_train.data import PackedRows
 from peagle_train.distributed import sum_over_ranks
 from peagle_train.metrics import accuracies, expected_accepted_length
-from peagle_train.plan import plan_segments
 from peagle_train.runner import Batch, BatchRunner
 from peagle_train.sampler import EMPTY_ROW
 from peagle_train.target import FrozenTarget
@@ -71,7 +70,7 @@ class Evaluator:
         weighted = torch.zeros((), dtype=torch.float64, device=self.runner.device)
         for first in range(0, len(indices), size):
             batch = self.collator([self.rows[0, i] for i in indices[first : first + size]])
-            sums.append(self.runner.run(batch, plan_segments(batch, self.collator.num_depths), scale=None))
+            sums.append(self.runner.run(batch, self.runner.plan(batch), scale=None))
             if self._outside is None:
                 weighted += self._mass_outside(batch)
         loss, hits = torch.stack([s.loss for s in sums]).sum(), torch.stack([s.hits for s in sums]).sum(0)

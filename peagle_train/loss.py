@@ -19,6 +19,7 @@ def chunked_linear_loss(
     target_head: Tensor,
     loss: str = "kl",
     chunk_rows: int = 1024,
+    counted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum over rows of the drafter's loss against the target's distribution, both softmaxed over the draft vocabulary.
 
@@ -29,6 +30,8 @@ def chunked_linear_loss(
         target_head: [V, T], the target's head rows of the draft vocabulary. No gradient.
         loss: "kl" KL(target || draft); "soft_ce" the same less the target's entropy; "hard_ce" against its argmax.
         chunk_rows: rows whose logits exist at a time.
+        counted: bool [M], rows that are not counted have no loss, no gradient and no hit; None counts all. For compiled
+            callers, whose M must not depend on the data; others leave such rows out.
 
     Returns:
         (loss: scalar, float32 or wider; hits: bool [M], whether the two argmaxes agree).
@@ -48,13 +51,14 @@ def chunked_linear_loss(
             target_head,
             loss,
             chunk_rows,
+            counted,
             torch.is_grad_enabled(),
         )
 
 
 class _ChunkedLinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_MH, head_VH, target_MT, target_head_VT, loss, chunk_rows, with_grad):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden_MH, head_VH, target_MT, target_head_VT, loss, chunk_rows, counted_M, with_grad):  # type: ignore[no-untyped-def]
         want_hidden = with_grad and ctx.needs_input_grad[0]
         want_head = with_grad and ctx.needs_input_grad[1]
         M = hidden_MH.shape[0]
@@ -69,18 +73,27 @@ class _ChunkedLinearLoss(torch.autograd.Function):
             log_p_cV = (target_MT[rows] @ target_head_VT.T).to(wide).log_softmax(-1)
             log_q_cV = (h_cH @ head_VH.T).to(wide).log_softmax(-1)
             best_c = log_p_cV.argmax(-1)
-            hits_M[rows] = log_q_cV.argmax(-1) == best_c
+            hits_c = log_q_cV.argmax(-1) == best_c
+            if counted_M is None:
+                hits_M[rows] = hits_c
+            else:
+                counted_c = counted_M[rows]
+                hits_M[rows] = hits_c & counted_c
             if loss == "hard_ce":
-                total -= log_q_cV.gather(1, best_c[:, None]).sum()
+                loss_c = -log_q_cV.gather(1, best_c[:, None])[:, 0]
                 d_cV = log_q_cV.exp_()
                 d_cV.scatter_add_(1, best_c[:, None], d_cV.new_full((h_cH.shape[0], 1), -1.0))
             else:
                 p_cV = log_p_cV.exp()
                 if loss == "kl":
-                    total += (p_cV * log_p_cV.sub_(log_q_cV)).sum()
+                    loss_c = (p_cV * log_p_cV.sub_(log_q_cV)).sum(-1)
                 else:
-                    total -= (p_cV * log_q_cV).sum()
+                    loss_c = -(p_cV * log_q_cV).sum(-1)
                 d_cV = log_q_cV.exp_().sub_(p_cV)
+            if counted_M is not None:
+                loss_c = torch.where(counted_c, loss_c, 0)
+                d_cV = torch.where(counted_c[:, None], d_cV, 0)
+            total += loss_c.sum()
             d_cV = d_cV.to(hidden_MH.dtype)
             if d_hidden_MH is not None:
                 d_hidden_MH[rows] = d_cV @ head_VH
@@ -97,4 +110,4 @@ class _ChunkedLinearLoss(torch.autograd.Function):
         d_hidden_MH, d_head_VH = ctx.saved_tensors
         d_hidden = None if d_hidden_MH is None else d_hidden_MH * d_total.to(d_hidden_MH.dtype)
         d_head = None if d_head_VH is None else (d_head_VH * d_total).to(ctx.head_dtype)
-        return d_hidden, d_head, None, None, None, None, None
+        return d_hidden, d_head, None, None, None, None, None, None

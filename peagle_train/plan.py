@@ -47,12 +47,19 @@ class Plan:
     num_supervised: int
     supervised_per_depth: Tensor
     """int64 [K]"""
-    last_column: int
-    """L - 1"""
+    row_length: int
+    """L"""
+    static: bool = False
+    """Whether sizes are the same for every batch (see `plan_segments`)."""
 
 
-def plan_segments(batch: dict[str, Tensor], num_depths: int) -> Plan:
-    """Read a collator's batch (on CPU; a batch on a device is copied back first, which waits for it)."""
+def plan_segments(batch: dict[str, Tensor], num_depths: int, static: bool = False) -> Plan:
+    """Read a collator's batch (on CPU; a batch on a device is copied back first, which waits for it).
+
+    Args:
+        static: every segment gets the same sizes whatever the data (own elements padded to the capacity, context to L),
+            for compiled drafters; else only what exists is run.
+    """
     names = ("anchor", "depth", "supervised", "segment_ids", "position_ids")
     anchor, depth, supervised, segment_ids, position = (batch[name].cpu() for name in names)
     B, L = position.shape
@@ -78,14 +85,15 @@ def plan_segments(batch: dict[str, Tensor], num_depths: int) -> Plan:
         own_anchor, own_depth = anchor_BSC[:, s, :n], depth_BSC[:, s, :n]
         real_anchor = own_anchor[own_depth >= 0]
         last_position = int((own_anchor + own_depth)[own_depth >= 0].max())
+        size = capacity if static else n
         segments.append(
             Segment(
-                columns=slice(s * capacity, s * capacity + n),
-                num_depth0=int(num_depth0_BS[:, s].max()),
-                first_rollout=min(int(num_depth0_BS[:, s].min()), n),
-                num_context=int(context_end_BS[:, s].max()),
+                columns=slice(s * capacity, s * capacity + size),
+                num_depth0=size if static else int(num_depth0_BS[:, s].max()),
+                first_rollout=0 if static else min(int(num_depth0_BS[:, s].min()), n),
+                num_context=L if static else int(context_end_BS[:, s].max()),
                 context_end=context_end_BS[:, s],
-                supervised=supervised_BSC[:, s, :n].flatten().nonzero().flatten(),
+                supervised=supervised_BSC[:, s, :size].flatten().nonzero().flatten(),
                 anchors=slice(int(real_anchor.min()), int(real_anchor.max()) + 1),
                 labels=slice(int(real_anchor.min()) + 1, min(last_position + 2, L)),
                 earliest=earliest_BS[:, s],
@@ -93,4 +101,4 @@ def plan_segments(batch: dict[str, Tensor], num_depths: int) -> Plan:
             )
         )
     per_depth = torch.bincount(depth[supervised], minlength=num_depths)
-    return Plan(segments, int(supervised.sum()), per_depth, L - 1)
+    return Plan(segments, int(supervised.sum()), per_depth, L, static)

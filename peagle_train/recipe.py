@@ -165,6 +165,17 @@ class Train:
     """KL(target || draft), cross-entropy with the target's distribution, or with its argmax."""
     loss_chunk_rows: int = option(1024, ge=1)
     """Rows of logits that exist at a time."""
+    compile: bool = False
+    """Compile the drafter's passes (torch.compile, static shapes): one graph each, whatever the data."""
+    compile_backend: Literal["inductor", "aot_eager"] = "inductor"
+    """torch.compile's backend; aot_eager only traces, for tests."""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"] = "default"
+    """torch.compile's mode; reduce-overhead replays CUDA graphs."""
+    profile_steps: list[int] | None = option(
+        None,
+        rule=(lambda steps: len(steps) == 2 and 1 <= steps[0] <= steps[1], "the first and the last step, as in [5, 8]"),
+    )
+    """Write a torch profiler trace of these steps, and print where their time goes."""
     activation_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass."""
     offload_features: bool = False

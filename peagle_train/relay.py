@@ -19,7 +19,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from peagle_train.compiled import CompiledDraft
 from peagle_train.draft import KV, PEagleDraft
+from peagle_train.draft_config import PEagleDraftConfig
 from peagle_train.elements import Elements, context_elements, gather_elements
 from peagle_train.plan import Plan, Segment, plan_segments
 from peagle_train.segments import (
@@ -45,27 +47,26 @@ class RelayBuffers:
     def __init__(self) -> None:
         self.keys_values: list[KV] = []
         self.gradients: list[KV] = []
+        self._made_for: object = None
 
-    def prepare(self, like: list[KV], length: int) -> None:
-        """Allocate for `length` columns and keys and values such as `like`, unless that is what is here already."""
-        B, G, _, D = like[0][0].shape
-        dtype, device = like[0][0].dtype, like[0][0].device
-        wide = torch.promote_types(dtype, torch.float32)
-        if self.keys_values:
-            key = self.keys_values[0][0]
-            known = (len(self.keys_values), key.shape[0], key.shape[1], key.shape[3], key.dtype, key.device)
-            if known == (len(like), B, G, D, dtype, device) and key.shape[2] >= length:
-                return
-
-        def pair(d: torch.dtype) -> KV:
-            # Zeros, not garbage: a column that is no drafter row is masked out, but 0 * inf would still be nan.
-            return torch.zeros(B, G, length, D, dtype=d, device=device), torch.zeros(
-                B, G, length, D, dtype=d, device=device
-            )
-
+    def prepare(self, config: PEagleDraftConfig, batch_size: int, length: int, like: Tensor) -> None:
+        """Allocate for rows of `length` columns in the dtype and on the device of `like`, unless that is here already."""
+        assert config.num_key_value_heads is not None and config.head_dim is not None
+        shape = (batch_size, config.num_key_value_heads, length, config.head_dim)
+        wanted = (config.num_hidden_layers, shape, like.dtype, like.device)
+        if self._made_for == wanted:
+            return
         self.keys_values, self.gradients = [], []  # let go of the old ones first
-        self.keys_values = [pair(dtype) for _ in like]
-        self.gradients = [pair(wide) for _ in like]
+        wide = torch.promote_types(like.dtype, torch.float32)
+
+        def pair(dtype: torch.dtype) -> KV:
+            # Zeros, not garbage: a column that is no drafter row is masked out, but 0 * inf would still be nan.
+            key, value = (torch.zeros(shape, dtype=dtype, device=like.device) for _ in range(2))
+            return key, value
+
+        self.keys_values = [pair(like.dtype) for _ in range(config.num_hidden_layers)]
+        self.gradients = [pair(wide) for _ in range(config.num_hidden_layers)]
+        self._made_for = wanted
 
     def context(self, columns: int) -> list[KV]:
         """Views of the first `columns` columns."""
@@ -89,7 +90,7 @@ class RelayBuffers:
 
 
 def relay_step(
-    draft: PEagleDraft,
+    draft: PEagleDraft | CompiledDraft,
     batch: dict[str, Tensor],
     target: TargetOutputs,
     *,
@@ -113,24 +114,29 @@ def relay_step(
             at least, the surplus on padding. Segments then take part in all layers and in the loss even where they have
             nothing to learn, so that every parameter gets a gradient in every pass.
     """
-    plan = plan or plan_segments(batch, num_depths)
+    plan = plan or plan_segments(batch, num_depths, static=isinstance(draft, CompiledDraft))
     buffers = buffers or RelayBuffers()
     stats = new_stats(plan, batch["anchor"].device, draft.dtype)
     with_grad = backward is not None
     passes = needed_segments(plan) if with_grad else [s for s in plan.segments if s.supervised.numel()]
 
+    end = max((int(s.context_end.max()) for s in passes), default=0)  # columns that pass A is about
+    device = batch["anchor"].device
+    B, L = batch["input_ids"].shape
+    if any(s.num_context for s in passes):
+        buffers.prepare(draft.config, B, L, like=torch.empty(0, dtype=compute_dtype(draft, device), device=device))
     chunks = context_chunks(plan, passes)
     for columns in chunks:
-        _run_context(draft, batch, target, buffers, columns, num_depths)
-    extra_a, extra_b = (0, 0) if min_passes is None else (min_passes[0] - len(chunks), min_passes[1] - len(passes))
+        _run_context(draft, batch, target, buffers, columns, num_depths, plan.static)
     torch.clear_autocast_cache()  # weights cast without grad in pass A must not serve pass B
+    extra_a, extra_b = (0, 0) if min_passes is None else (min_passes[0] - len(chunks), min_passes[1] - len(passes))
     for _ in range(extra_a):
         with torch.no_grad():
             idle_pass(draft, batch, target, num_depths, with_grad=False)
-    if with_grad and chunks:
+    if with_grad:
         for dk, dv in buffers.gradients:
-            dk[:, :, : chunks[-1].stop] = 0
-            dv[:, :, : chunks[-1].stop] = 0
+            dk[:, :, :end] = 0
+            dv[:, :, :end] = 0
 
     for segment in reversed(passes):
         P = segment.num_context
@@ -144,6 +150,8 @@ def relay_step(
             context_end=segment.context_end,
         )
         has_labels = segment.supervised.numel() > 0
+        # Sharded ranks and compiled drafters run every pass in full, whether it has something to learn or not.
+        in_full = has_labels or min_passes is not None or plan.static
         context = None if P == 0 else buffers.leaves(P) if with_grad else buffers.context(P)
         output = run(
             draft,
@@ -152,8 +160,8 @@ def relay_step(
             segment.anchors,
             visibility,
             context=context,
-            keys_values_only=not has_labels and min_passes is None,
-            labels=labels_of(own, segment, target, loss, chunk_rows) if has_labels or min_passes else None,
+            keys_values_only=not in_full,
+            labels=labels_of(own, segment, target, loss, chunk_rows, plan.static) if in_full else None,
         )
         if output.loss is not None:
             account(stats, output, own, segment)
@@ -166,8 +174,8 @@ def relay_step(
             # Without labels the hidden states still tie every parameter in, at no weight.
             tensors.append(output.loss * scale if has_labels else output.loss + output.hidden.sum() * 0)
             gradients.append(None)
-        if chunks:
-            seeds = handed_back(buffers, own, segment, chunks[-1].stop)
+        if end:
+            seeds = handed_back(buffers, own, end)
             for (key, value), (d_key, d_value) in zip(output.keys_values, seeds, strict=True):
                 tensors += [key, value]
                 gradients += [d_key, d_value]
@@ -192,40 +200,54 @@ def needed_segments(plan: Plan) -> list[Segment]:
 
 
 def context_chunks(plan: Plan, passes: list[Segment]) -> list[slice]:
-    """Columns for pass A, in runs no longer than the longest segment has elements: [0, P) of the rightmost segment."""
-    end = max((s.num_context for s in passes), default=0)
+    """Columns for pass A: those that some pass reads, in runs no longer than the longest segment has elements.
+
+    In a static plan every run has that length; the last one may overlap the one before, and computes the same again.
+    """
+    end = max((int(s.context_end.max()) for s in passes), default=0)
     size = max((s.num_elements for s in plan.segments), default=1)
+    if plan.static:
+        size = min(size, plan.row_length)
+        starts = (min(start, plan.row_length - size) for start in range(0, end, size))
+        return [slice(start, start + size) for start in starts]
     return [slice(start, min(start + size, end)) for start in range(0, end, size)]
+
+
+def compute_dtype(draft: PEagleDraft | CompiledDraft, device: torch.device) -> torch.dtype:
+    """The dtype of the drafter's keys and values: autocast's where that is on, which leaves float64 as it is."""
+    autocast = torch.is_autocast_enabled(device.type) and draft.dtype != torch.float64
+    return torch.get_autocast_dtype(device.type) if autocast else draft.dtype
 
 
 @torch.no_grad()
 def _run_context(
-    draft: PEagleDraft,
+    draft: PEagleDraft | CompiledDraft,
     batch: dict[str, Tensor],
     target: TargetOutputs,
     buffers: RelayBuffers,
     columns: slice,
     num_depths: int,
+    static: bool,
 ) -> None:
     """Pass A over some columns: write their keys and values into the buffers."""
     elements = context_elements(batch, columns)
     n, start = columns.stop - columns.start, columns.start
+    P = batch["input_ids"].shape[1] if static else start
     visibility = visibility_of(
         elements,
         num_depths,
         M=n,
         first_rollout=n,
-        num_context=start,
+        num_context=P,
         context_end=torch.full((elements.anchor.shape[0],), start),
     )
-    context = buffers.context(start) if start else None
+    context = buffers.context(P) if P else None
     output = run(draft, elements, target, columns, visibility, context=context, keys_values_only=True)
-    buffers.prepare(output.keys_values, batch["input_ids"].shape[1])
     for (k, v), (key, value) in zip(buffers.keys_values, output.keys_values, strict=True):
         k[:, :, columns], v[:, :, columns] = key, value
 
 
-def handed_back(buffers: RelayBuffers, own: Elements, segment: Segment, length: int) -> list[KV]:
+def handed_back(buffers: RelayBuffers, own: Elements, length: int) -> list[KV]:
     """What the segments to the right owe this one's keys and values: [B, G, n, D], zero where depth is not 0."""
     anchor_B1n1 = own.anchor.clamp(max=length - 1)[:, None, :, None]
     is_read_B1n1 = ((own.depth == 0) & (own.anchor < length))[:, None, :, None]

@@ -6,9 +6,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from peagle_train.compiled import CompiledDraft
 from peagle_train.distributed import is_sharded, max_counts
 from peagle_train.draft import PEagleDraft
-from peagle_train.plan import Plan
+from peagle_train.plan import Plan, plan_segments
 from peagle_train.recipe import Recipe
 from peagle_train.relay import RelayBuffers, context_chunks, needed_segments, relay_step
 from peagle_train.segments import StepStats, recompute_step
@@ -27,6 +28,18 @@ class BatchRunner:
         self.relay = recipe.train.segment_mode == "relay" and recipe.cod.num_segments > 1
         self.head_rows = target.head_rows(draft.draft_token_ids).to(self.device)
         self.buffers = RelayBuffers()
+        self.compiled: CompiledDraft | None = None
+        if recipe.train.compile:
+            if self.sharded:
+                raise ValueError("train.compile is true and the drafter is sharded (FSDP2): turn one of them off")
+            mode = None if recipe.train.compile_mode == "default" else recipe.train.compile_mode
+            self.compiled = CompiledDraft(draft, recipe.train.compile_backend, mode)
+        # flex attention compiles for each new shape, so shapes are the same for all batches on CUDA, too.
+        self.static = self.compiled is not None or self.device.type == "cuda"
+
+    def plan(self, batch: Batch) -> Plan:
+        """The passes of a batch that is on the host."""
+        return plan_segments(batch, self.recipe.cod.num_depths, self.static)
 
     def run(self, batch: Batch, plan: Plan, scale: Tensor | None) -> StepStats:
         """Sums over the batch, which is on the host; gradients accumulate, times `scale`, unless that is None."""
@@ -48,12 +61,13 @@ class BatchRunner:
             counts = [len(context_chunks(plan, needed)) if self.relay else 0, len(needed)]
             most = max_counts(counts, self.device)
             arguments["min_passes"] = (most[0], most[1]) if self.relay else most[1]
+        draft = self.compiled or self.draft
         with self.accelerator.autocast():
             if self.relay:
                 backward = None if scale is None else self._backward
-                return relay_step(self.draft, on_device, target, buffers=self.buffers, backward=backward, **arguments)
+                return relay_step(draft, on_device, target, buffers=self.buffers, backward=backward, **arguments)
             backward_loss = None if scale is None else self._backward_loss
-            return recompute_step(self.draft, on_device, target, backward=backward_loss, **arguments)
+            return recompute_step(draft, on_device, target, backward=backward_loss, **arguments)
 
     def _backward(self, tensors: Any, gradients: Any) -> None:
         with torch.autocast(self.device.type, enabled=False):

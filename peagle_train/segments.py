@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peagle_train.compiled import CompiledDraft
 from peagle_train.draft import KV, DraftOutput, Labels, PEagleDraft
 from peagle_train.elements import Elements, context_elements, gather_elements
 from peagle_train.plan import Plan, Segment, plan_segments
@@ -53,7 +54,7 @@ def new_stats(plan: Plan, device: torch.device, dtype: torch.dtype = torch.float
 
 
 def recompute_step(
-    draft: PEagleDraft,
+    draft: PEagleDraft | CompiledDraft,
     batch: dict[str, Tensor],
     target: TargetOutputs,
     *,
@@ -70,7 +71,7 @@ def recompute_step(
     With one segment this is the flat pass.
 
     Args:
-        draft: the drafter (plain, or wrapped by FSDP2's `fully_shard`).
+        draft: the drafter (plain, sharded by FSDP2's `fully_shard`, or a `CompiledDraft`).
         batch: `CODCollator`'s, on the drafter's device.
         target: features and last hidden states of the same rows.
         num_depths: K of the collator.
@@ -80,7 +81,7 @@ def recompute_step(
         backward: called with each segment's scaled loss; None evaluates only.
         min_passes: run at least so many, the surplus on padding (sharded ranks must agree on the number).
     """
-    plan = plan or plan_segments(batch, num_depths)
+    plan = plan or plan_segments(batch, num_depths, static=isinstance(draft, CompiledDraft))
     stats = new_stats(plan, batch["anchor"].device, draft.dtype)
     passes = [s for s in plan.segments if s.supervised.numel()]
     for segment in passes:
@@ -97,7 +98,7 @@ def recompute_step(
         visibility = visibility_of(
             elements, num_depths, M=P + segment.num_depth0, first_rollout=P + segment.first_rollout, cut=P
         )
-        labels = labels_of(own, segment, target, loss, chunk_rows)
+        labels = labels_of(own, segment, target, loss, chunk_rows, plan.static)
         output = run(draft, elements, target, slice(0, segment.anchors.stop), visibility, skip=P, labels=labels)
         account(stats, output, own, segment)
         if backward is not None:
@@ -132,18 +133,27 @@ def visibility_of(
     )
 
 
-def labels_of(own: Elements, segment: Segment, target: TargetOutputs, loss: str, chunk_rows: int) -> Labels:
-    """The target's last hidden states of a segment's supervised elements, [m, T]; only these columns leave the host."""
+def labels_of(
+    own: Elements, segment: Segment, target: TargetOutputs, loss: str, chunk_rows: int, static: bool = False
+) -> Labels:
+    """The target's last hidden states of a segment's supervised elements, [m, T]; only these columns leave the host.
+
+    static: of all elements, and which of them count: shapes that do not depend on the data.
+    """
     device = own.anchor.device
-    rows = segment.supervised.to(device, non_blocking=True)
-    n = own.anchor.shape[1]
     hidden = target.last_hidden[:, segment.labels].to(device, non_blocking=True)
-    column = own.label.flatten()[rows] - segment.labels.start
-    return Labels(rows, hidden[rows // n, column], target.head, loss, chunk_rows)
+    column_BN = (own.label - segment.labels.start).clamp(0, hidden.shape[1] - 1)
+    B, n = column_BN.shape
+    if static:
+        row_B1 = torch.arange(B, device=device)[:, None]
+        counted = own.supervised.flatten()
+        return Labels(None, hidden[row_B1, column_BN].flatten(0, 1), target.head, loss, chunk_rows, counted)
+    rows = segment.supervised.to(device, non_blocking=True)
+    return Labels(rows, hidden[rows // n, column_BN.flatten()[rows]], target.head, loss, chunk_rows)
 
 
 def run(
-    draft: PEagleDraft,
+    draft: PEagleDraft | CompiledDraft,
     elements: Elements,
     target: TargetOutputs,
     columns: slice,
@@ -175,13 +185,19 @@ def run(
 def account(stats: StepStats, output: DraftOutput, own: Elements, segment: Segment) -> None:
     """Add a pass's loss and hits to the step's."""
     assert output.loss is not None and output.hits is not None
-    rows = segment.supervised.to(output.hits.device, non_blocking=True)
     stats.loss += output.loss.detach()
-    stats.hits.index_add_(0, own.depth.flatten()[rows], output.hits.long())
+    depth = own.depth.flatten()
+    if output.hits.shape != depth.shape:
+        depth = depth[segment.supervised.to(depth.device, non_blocking=True)]
+    stats.hits.index_add_(0, depth.clamp(min=0), output.hits.long())
 
 
 def idle_pass(
-    draft: PEagleDraft, batch: dict[str, Tensor], target: TargetOutputs, num_depths: int, with_grad: bool
+    draft: PEagleDraft | CompiledDraft,
+    batch: dict[str, Tensor],
+    target: TargetOutputs,
+    num_depths: int,
+    with_grad: bool,
 ) -> None:
     """A pass over one padding element: zero gradients, but every collective of a sharded drafter takes place."""
     column = batch["anchor"].new_zeros(batch["anchor"].shape[0], 1)

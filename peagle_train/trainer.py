@@ -24,7 +24,6 @@ from peagle_train.metrics import (
     train_line,
 )
 from peagle_train.optim import make_optimizer, make_scheduler
-from peagle_train.plan import plan_segments
 from peagle_train.recipe import Recipe, dump_recipe
 from peagle_train.runner import Batch, BatchRunner
 from peagle_train.sampler import StepBatchSampler
@@ -154,8 +153,7 @@ class Trainer:
 
         Afterwards every rank holds the same gradients and the same sums.
         """
-        K = self.recipe.cod.num_depths
-        plans = [plan_segments(batch, K) for batch in batches]
+        plans = [self.runner.plan(batch) for batch in batches]
         count = sum_counts([sum(p.num_supervised for p in plans)], self.device)
         # FSDP averages over ranks where we want the sum; a step with nothing supervised has gradient 0, not nan.
         scale = (self.accelerator.num_processes if self.runner.sharded else 1) / count.clamp(min=1)
@@ -228,6 +226,7 @@ class Trainer:
             "grad_norm": float(self._grad_norm),
             "tokens_per_second": self._window_tokens * self.accelerator.num_processes / seconds,
             "peak_memory_bytes": peak_memory_bytes(self.device),
+            "recompiles": self.runner.compiled.recompiles if self.runner.compiled else 0,
             "seconds": time.perf_counter() - self.reporter.start_time,
         }
         self.reporter.record("train", train_line(values), **values)

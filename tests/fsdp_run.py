@@ -1,6 +1,6 @@
 """Started by torchrun: gradients of a drafter sharded by FSDP2's fully_shard on a CPU mesh, whole again, from rank 0.
 
-    python -m torch.distributed.run ... tests/fsdp_run.py MODE OUT
+python -m torch.distributed.run ... tests/fsdp_run.py MODE OUT
 """
 
 import sys

@@ -18,13 +18,17 @@ def test_an_example_runs_as_it_stands(index: int, tmp_path: Path) -> None:
     script = tmp_path / "example.py"
     script.write_text(EXAMPLES[index])
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    result = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.strip()
 
 
 def test_the_collator_and_the_relay_are_shown_in_few_lines() -> None:
-    lengths = {name: len(e.strip().splitlines()) for e in EXAMPLES for name in ("DataLoader(", "relay_step(") if name in e}
+    lengths = {
+        name: len(e.strip().splitlines()) for e in EXAMPLES for name in ("DataLoader(", "relay_step(") if name in e
+    }
     assert lengths["DataLoader("] <= 10 and lengths["relay_step("] < 20
 
 
