@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedd
 from peagle_train.attention import attend
 from peagle_train.draft_config import PEagleDraftConfig
 from peagle_train.loss import chunked_linear_loss
+from peagle_train.profile import span
 from peagle_train.visibility import Visibility
 from peagle_train.vocab import d2t_offsets, t2d_mask
 
@@ -234,15 +235,16 @@ class PEagleDraft(PreTrainedModel):
         hidden = self.norm(hidden)
         if labels is None:
             return DraftOutput(hidden, keys_values, None, None)
-        loss, hits = chunked_linear_loss(
-            hidden.flatten(0, 1) if labels.rows is None else hidden.flatten(0, 1)[labels.rows],
-            self.lm_head.weight,
-            labels.target_hidden,
-            labels.target_head,
-            labels.loss,
-            labels.chunk_rows,
-            labels.counted,
-        )
+        with span("loss"):
+            loss, hits = chunked_linear_loss(
+                hidden.flatten(0, 1) if labels.rows is None else hidden.flatten(0, 1)[labels.rows],
+                self.lm_head.weight,
+                labels.target_hidden,
+                labels.target_head,
+                labels.loss,
+                labels.chunk_rows,
+                labels.counted,
+            )
         return DraftOutput(hidden, keys_values, loss, hits)
 
     def _fused_features(self, features_BMF: Tensor, depth_BN: Tensor) -> Tensor:

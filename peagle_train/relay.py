@@ -24,6 +24,7 @@ from peagle_train.draft import KV, PEagleDraft
 from peagle_train.draft_config import PEagleDraftConfig
 from peagle_train.elements import Elements, context_elements, gather_elements
 from peagle_train.plan import Plan, Segment, plan_segments
+from peagle_train.profile import span
 from peagle_train.segments import (
     StepStats,
     TargetOutputs,
@@ -126,8 +127,9 @@ def relay_step(
     if any(s.num_context for s in passes):
         buffers.prepare(draft.config, B, L, like=torch.empty(0, dtype=compute_dtype(draft, device), device=device))
     chunks = context_chunks(plan, passes)
-    for columns in chunks:
-        _run_context(draft, batch, target, buffers, columns, num_depths, plan.static)
+    with span("pass A"):
+        for columns in chunks:
+            _run_context(draft, batch, target, buffers, columns, num_depths, plan.static)
     torch.clear_autocast_cache()  # weights cast without grad in pass A must not serve pass B
     extra_a, extra_b = (0, 0) if min_passes is None else (min_passes[0] - len(chunks), min_passes[1] - len(passes))
     for _ in range(extra_a):
@@ -153,16 +155,17 @@ def relay_step(
         # Sharded ranks and compiled drafters run every pass in full, whether it has something to learn or not.
         in_full = has_labels or min_passes is not None or plan.static
         context = None if P == 0 else buffers.leaves(P) if with_grad else buffers.context(P)
-        output = run(
-            draft,
-            own,
-            target,
-            segment.anchors,
-            visibility,
-            context=context,
-            keys_values_only=not in_full,
-            labels=labels_of(own, segment, target, loss, chunk_rows, plan.static) if in_full else None,
-        )
+        with span("pass B forward"):
+            output = run(
+                draft,
+                own,
+                target,
+                segment.anchors,
+                visibility,
+                context=context,
+                keys_values_only=not in_full,
+                labels=labels_of(own, segment, target, loss, chunk_rows, plan.static) if in_full else None,
+            )
         if output.loss is not None:
             account(stats, output, own, segment)
         if backward is None:

@@ -10,6 +10,7 @@ from peagle_train.compiled import CompiledDraft
 from peagle_train.distributed import is_sharded, max_counts
 from peagle_train.draft import PEagleDraft
 from peagle_train.plan import Plan, plan_segments
+from peagle_train.profile import span
 from peagle_train.recipe import Recipe
 from peagle_train.relay import RelayBuffers, context_chunks, needed_segments, relay_step
 from peagle_train.segments import StepStats, recompute_step
@@ -45,7 +46,8 @@ class BatchRunner:
         """Sums over the batch, which is on the host; gradients accumulate, times `scale`, unless that is None."""
         train = self.recipe.train
         on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-        target = self.target.outputs(on_device, self.head_rows)
+        with span("target"):
+            target = self.target.outputs(on_device, self.head_rows)
         if train.offload_features:
             target.features, target.last_hidden = target.features.to("cpu"), target.last_hidden.to("cpu")
         arguments: dict[str, Any] = {
@@ -70,9 +72,9 @@ class BatchRunner:
             return recompute_step(draft, on_device, target, backward=backward_loss, **arguments)
 
     def _backward(self, tensors: Any, gradients: Any) -> None:
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False), span("backward"):
             torch.autograd.backward(tensors, gradients)
 
     def _backward_loss(self, loss: Tensor) -> None:
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False), span("backward"):
             self.accelerator.backward(loss)

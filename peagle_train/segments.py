@@ -15,6 +15,7 @@ from peagle_train.compiled import CompiledDraft
 from peagle_train.draft import KV, DraftOutput, Labels, PEagleDraft
 from peagle_train.elements import Elements, context_elements, gather_elements
 from peagle_train.plan import Plan, Segment, plan_segments
+from peagle_train.profile import span
 from peagle_train.visibility import Visibility
 
 Backward = Callable[[Tensor], None]
@@ -99,7 +100,8 @@ def recompute_step(
             elements, num_depths, M=P + segment.num_depth0, first_rollout=P + segment.first_rollout, cut=P
         )
         labels = labels_of(own, segment, target, loss, chunk_rows, plan.static)
-        output = run(draft, elements, target, slice(0, segment.anchors.stop), visibility, skip=P, labels=labels)
+        with span("pass B forward"):
+            output = run(draft, elements, target, slice(0, segment.anchors.stop), visibility, skip=P, labels=labels)
         account(stats, output, own, segment)
         if backward is not None:
             assert output.loss is not None

@@ -24,6 +24,7 @@ from peagle_train.metrics import (
     train_line,
 )
 from peagle_train.optim import make_optimizer, make_scheduler
+from peagle_train.profile import StepProfiler, span
 from peagle_train.recipe import Recipe, dump_recipe
 from peagle_train.runner import Batch, BatchRunner
 from peagle_train.sampler import StepBatchSampler
@@ -83,6 +84,7 @@ class Trainer:
         self.num_steps = train.max_steps or train.epochs * self.sampler.steps_per_epoch
         self.sampler.num_steps = self.num_steps
         self.scheduler = make_scheduler(self.optimizer, train, self.num_steps)
+        self.profiler = StepProfiler(train.profile_steps, self.folder, self.device)
         self.step = 0
         self.best: dict[str, Any] | None = None
 
@@ -138,13 +140,18 @@ class Trainer:
             num_workers=self.recipe.data.num_workers,
             pin_memory=self.device.type == "cuda",
         )
-        batches: list[Batch] = []
-        self._window_start, self._window_tokens = time.perf_counter(), 0
-        for batch in loader:
-            batches.append(batch)
-            if len(batches) == self.recipe.train.gradient_accumulation_steps:
-                yield batches
-                batches = []
+        self._window_start, self._window_tokens, self._waited = time.perf_counter(), 0, 0.0
+        iterator = iter(loader)
+        for step in range(self.step + 1, self.num_steps + 1):
+            self.profiler.before(step)
+            started = time.perf_counter()
+            with span("loader wait"):
+                batches = [next(iterator) for _ in range(self.recipe.train.gradient_accumulation_steps)]
+            self._waited += time.perf_counter() - started
+            yield batches
+            table = self.profiler.after(step, is_last=step == self.num_steps)
+            if table:
+                self.reporter.say(table)
 
     # ---- a step
 
@@ -166,7 +173,8 @@ class Trainer:
             torch.stack([s.totals for s in sums]).sum(0).to(self.device, non_blocking=True),
         )
         self._own_loss = stats.loss.clone()
-        sum_over_ranks([] if self.runner.sharded else self.trained, also=[stats.loss, stats.hits, stats.totals])
+        with span("reduce"):
+            sum_over_ranks([] if self.runner.sharded else self.trained, also=[stats.loss, stats.hits, stats.totals])
         return stats
 
     def _optimizer_step(self, batches: list[Batch]) -> None:
@@ -176,9 +184,10 @@ class Trainer:
         # The step's one wait for the device: a non-finite step must not reach the weights.
         if not bool(torch.isfinite(self._grad_norm) & torch.isfinite(stats.loss)):
             self._stop_non_finite(batches)
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        with span("optimizer"):
+            self.optimizer.step()
+            self.scheduler.step()
+            self.optimizer.zero_grad(set_to_none=True)
         self._stats = stats
         self.step += 1
         self._window_tokens += sum(int((b["document_ids"] >= 0).sum()) for b in batches)
@@ -209,7 +218,7 @@ class Trainer:
             self.save(self.folder / f"checkpoint-{self.step}")
         if train.eval_steps and self.step % train.eval_steps == 0 and not last:
             self.evaluate(f"held-out at step {self.step}")
-            self._window_start, self._window_tokens = time.perf_counter(), 0
+            self._window_start, self._window_tokens, self._waited = time.perf_counter(), 0, 0.0
 
     def _log(self) -> None:
         hits, totals = self._stats.hits.tolist(), self._stats.totals.tolist()
@@ -226,11 +235,12 @@ class Trainer:
             "grad_norm": float(self._grad_norm),
             "tokens_per_second": self._window_tokens * self.accelerator.num_processes / seconds,
             "peak_memory_bytes": peak_memory_bytes(self.device),
+            "loader_wait_share": self._waited / seconds,
             "recompiles": self.runner.compiled.recompiles if self.runner.compiled else 0,
             "seconds": time.perf_counter() - self.reporter.start_time,
         }
         self.reporter.record("train", train_line(values), **values)
-        self._window_start, self._window_tokens = time.perf_counter(), 0
+        self._window_start, self._window_tokens, self._waited = time.perf_counter(), 0, 0.0
 
     def evaluate(self, title: str) -> dict[str, Any] | None:
         """Held-out loss, accuracies and expected accepted length over all ranks; None without held-out rows."""

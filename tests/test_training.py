@@ -277,3 +277,16 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     heavy = "{'torch', 'datasets', 'transformers', 'accelerate'}"
     code = f"import sys, peagle_train; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_profile_names_where_a_steps_time_goes(
+    tmp_path: Path, target: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(tmp_path, target, rows, train={"max_steps": 4, "profile_steps": [2, 3]})
+    printed = capsys.readouterr().out
+    assert "profile of 2 steps" in printed
+    for name in ("loader wait", "target", "pass A", "pass B forward", "loss", "backward", "optimizer"):
+        assert name in printed
+    events = json.loads((run / "trace.json").read_text())["traceEvents"]
+    assert sum(event.get("name") == "peagle::optimizer" for event in events) == 2
+    assert all(0 <= m["loader_wait_share"] < 1 for m in lines(run, "train"))
