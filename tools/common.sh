@@ -1,0 +1,85 @@
+# Sourced by the scripts beside it, which set -euo pipefail and NAME (how they call themselves) first.
+# shellcheck shell=bash
+
+unset CDPATH # with it, cd prints
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+STEP=arguments
+
+# An EXIT trap, not "step || fail": in a condition bash would ignore set -e for everything that a step calls.
+finish() {
+    local code=$?
+    [ "$code" -eq 0 ] || echo "$NAME: step '$STEP' failed (exit $code)" >&2
+}
+trap finish EXIT
+
+step() {
+    STEP=$1
+    echo "$NAME: $STEP"
+}
+
+die() { # die CODE MESSAGE
+    echo "$NAME: error: $2" >&2
+    exit "$1"
+}
+
+# Cores that this process may use: its affinity and, in a container, its share of time.
+cores() {
+    local count quota period
+    count=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+    if read -r quota period 2>/dev/null </sys/fs/cgroup/cpu.max && [ "$quota" != max ]; then
+        quota=$(((quota + period - 1) / period))
+        [ "$quota" -ge "$count" ] || count=$quota
+    fi
+    echo "$count"
+}
+
+# Running it is the test: a shim (pyenv's) can be on the PATH without a Python behind it.
+python_works() {
+    "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
+}
+
+# Use the active environment, or make .venv. What we make holds a file from its first moment on and another one from
+# its last: half-made ones are redone, and one that somebody else made is used, never removed.
+enter_environment() {
+    local python making="$ROOT/.venv/.peagle-making" made="$ROOT/.venv/.peagle-made"
+    if [ -z "${VIRTUAL_ENV:-}" ]; then
+        VIRTUAL_ENV=$ROOT/.venv
+        # the scripts inside a venv know its path, so one that was moved along with the repository is of no use
+        if [ -e "$making" ]; then
+            if [ "$(cat "$made" 2>/dev/null)" != "$ROOT" ] || ! python_works "$VIRTUAL_ENV/bin/python"; then
+                echo "$NAME: removing an unfinished .venv"
+                rm -rf "$VIRTUAL_ENV"
+            fi
+        fi
+        if [ ! -e "$VIRTUAL_ENV" ]; then
+            for python in python3.11 python3.12 python3 ''; do
+                [ -n "$python" ] || die 2 "no Python >= 3.11 with venv runs here: install python3.11 (and python3.11-venv)"
+                if python_works "$python"; then break; fi
+            done
+            echo "$NAME: making .venv with $("$python" --version)"
+            mkdir "$VIRTUAL_ENV"
+            : >"$making"
+            "$python" -m venv "$VIRTUAL_ENV"
+            echo "$ROOT" >"$made"
+        fi
+    fi
+    "$VIRTUAL_ENV/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        die 2 "$VIRTUAL_ENV has no working Python >= 3.11: activate another environment, or remove it"
+    export VIRTUAL_ENV PATH="$VIRTUAL_ENV/bin:$PATH"
+    unset PYTHONHOME
+}
+
+# Install the package with an extra, unless exactly that was done before: a second run needs no network.
+install_extra() {
+    local stamp="$VIRTUAL_ENV/.peagle-installed-$1" wanted
+    wanted=$(python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())' \
+        <"$ROOT/pyproject.toml")
+    wanted="$wanted $1 $ROOT"
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+        echo "$NAME: already installed in $VIRTUAL_ENV"
+        return
+    fi
+    rm -f "$stamp"
+    python -m pip install --quiet --disable-pip-version-check -e "${ROOT}[$1]"
+    echo "$wanted" >"$stamp"
+}

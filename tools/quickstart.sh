@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# From nothing to a trained drafter: environment, install, target, training on this machine's CPU or GPU.
+# Arguments are overrides of recipes/quickstart.yaml, such as train.max_steps=50. Paths in them are the repository's.
+# PEAGLE_OUTPUT: where results go (runs/quickstart). PEAGLE_CACHE: where the target goes (~/.cache/peagle_train).
+set -euo pipefail
+NAME=quickstart
+# shellcheck source=tools/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
+OUTPUT=${PEAGLE_OUTPUT:-$ROOT/runs/quickstart}
+OUTPUT=$(absolute "$OUTPUT")
+if [ -n "${PEAGLE_CACHE:-}" ]; then
+    PEAGLE_CACHE=$(absolute "$PEAGLE_CACHE")
+    export PEAGLE_CACHE
+fi
+for argument in "$@"; do # the steps below have to know it, too
+    case $argument in output.dir=*) die 2 "$argument: set PEAGLE_OUTPUT instead" ;; esac
+done
+cd "$ROOT"
+
+step environment
+enter_environment
+step install
+install_extra quickstart
+
+STEP=output
+# A run that goes on looks like one that was killed; only this lock, which the trainer inherits, tells them apart.
+mkdir -p "$(dirname "$OUTPUT")"
+exec 9>"$(dirname "$OUTPUT")/.$(basename "$OUTPUT").lock"
+if command -v flock >/dev/null && ! flock -n 9; then die 2 "another quickstart is at work on $OUTPUT"; fi
+
+if [ -e "$OUTPUT/final/config.json" ] && [ -e "$OUTPUT/final/model.safetensors" ]; then
+    step summary
+    python -m peagle_train --summary "$OUTPUT" ||
+        die 1 "$OUTPUT/final is there but its run did not end well: remove $OUTPUT, or set PEAGLE_OUTPUT to a new folder"
+    echo "$NAME: already trained; to train again, set PEAGLE_OUTPUT to a new folder or remove $OUTPUT"
+    if [ $# -gt 0 ]; then echo "$NAME: not used, as nothing was trained: $*"; fi
+    exit 0
+fi
+
+STEP=recipe # a mistake in the arguments is told now, not behind the download
+python -m peagle_train recipes/quickstart.yaml "$@" --print-config >/dev/null
+
+step target
+python tools/fetch_smollm2.py
+TARGET=$(python tools/fetch_smollm2.py --print-path)
+
+step train
+resume=()
+if [ -d "$OUTPUT" ] && [ -n "$(ls -A "$OUTPUT")" ]; then
+    [ -e "$OUTPUT/run.json" ] || # the trainer's mark: nothing but its own files is ever removed
+        die 2 "$OUTPUT is not empty and not from a training run: set PEAGLE_OUTPUT to another folder"
+    if ! compgen -G "$OUTPUT/checkpoint*" >/dev/null; then
+        echo "$NAME: $OUTPUT holds a run that was stopped before its first checkpoint: removing it, starting again"
+        rm -rf "$OUTPUT"
+    elif [[ $(python -m peagle_train --help) == *--resume* ]]; then
+        echo "$NAME: $OUTPUT holds a run that was stopped: going on from its last checkpoint"
+        resume=(--resume)
+    else
+        die 2 "$OUTPUT holds checkpoints of a run that was stopped: set PEAGLE_OUTPUT to a new folder, or remove it"
+    fi
+fi
+
+# Everything is said: what is not, accelerate takes from the user's own configuration file (and one thread).
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(cores)}
+export OMP_NUM_THREADS HF_HUB_OFFLINE=1
+launch=(--quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no)
+launch+=(--num_cpu_threads_per_process "$OMP_NUM_THREADS")
+if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then launch+=(--cpu); fi
+accelerate launch "${launch[@]}" -m peagle_train recipes/quickstart.yaml \
+    target.path="$TARGET" output.dir="$OUTPUT" ${resume[@]+"${resume[@]}"} "$@"
