@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding, rotate_half
 
 from peagle_train.attention import attend
@@ -254,22 +255,18 @@ class PEagleDraft(PreTrainedModel):
         device_type = features_BMF.device.type
         autocast = torch.is_autocast_enabled(device_type)  # which leaves float64 as it is
         features_BMF = features_BMF.to(torch.get_autocast_dtype(device_type) if autocast else self.fc.weight.dtype)
-        fused_BMH = self.fc(features_BMF)
-        mask_H = self.fc(self.mask_hidden)[0, 0]
         is_depth0_BM1 = (depth_BN[:, :M] == 0)[:, :, None]
+        # Zeros where they are not read: a nan there would pass through fc's weight gradient as 0 * nan.
+        fused_BMH = self.fc(features_BMF.masked_fill(~is_depth0_BM1, 0))
+        mask_H = self.fc(self.mask_hidden)[0, 0]
         return torch.cat([torch.where(is_depth0_BM1, fused_BMH, mask_H), mask_H.expand(B, N - M, -1)], dim=1)
 
     def _init_weights(self, module: nn.Module) -> None:
-        std = self.config.initializer_range
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=std)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, RMSNorm):
-            nn.init.ones_(module.weight)
-        elif isinstance(module, PEagleDraft):
+        # transformers' own also makes the rotary tables again, which from_pretrained leaves uninitialised.
+        super()._init_weights(module)
+        if isinstance(module, PEagleDraft):
             # Not zeros: hidden_norm of a zero vector has gradients of size 1 / sqrt(eps).
-            nn.init.normal_(module.mask_hidden, std=std)
+            init.normal_(module.mask_hidden, std=self.config.initializer_range)
 
 
 def _rotate(x_BAND: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

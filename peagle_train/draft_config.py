@@ -53,7 +53,7 @@ class PEagleDraftConfig(LlamaConfig):
         self.architectures = [ARCHITECTURE]
 
     def validate_architecture(self) -> None:
-        """Nothing: Llama's check wants hidden_size divisible by the heads, which an explicit head_dim makes needless."""
+        """Nothing yet: `check_trainable` says it in the trainer's words."""
 
     def check_trainable(self) -> None:
         """ValueError for what a drafter cannot be trained or served with."""
@@ -63,6 +63,11 @@ class PEagleDraftConfig(LlamaConfig):
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads"
                 f" ({self.num_key_value_heads})"
+            )
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size is {self.hidden_size}, no multiple of num_attention_heads ({self.num_attention_heads}):"
+                " transformers' LlamaConfig, through which serving reads config.json, refuses that even beside a head_dim"
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary embeddings need an even one")

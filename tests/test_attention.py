@@ -1,0 +1,395 @@
+"""Attention and visibility against loops over who sees whom."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from peagle_train import visibility as visibility_module
+from peagle_train.attention import attend
+from peagle_train.compiled_attention import attention_op
+from peagle_train.visibility import Visibility
+from tests import oracles
+from tests.oracles import Who
+
+
+@dataclass
+class Pass:
+    """One pass over several rows, with what is said of each of its slots and context columns; None is padding."""
+
+    visibility: Visibility
+    queries: list[list[Who | None]]
+    context: list[list[Who | None]]
+    real_columns: list[list[int]] = field(default_factory=list)
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """B, N, P"""
+        return len(self.queries), len(self.queries[0]), len(self.context[0])
+
+    def visible(self) -> Tensor:
+        """bool [B, N, P + N], by the oracle."""
+        rows = [oracles.who_sees_whom(q, c + q) for q, c in zip(self.queries, self.context)]
+        return torch.stack(rows)
+
+
+def make_pass(
+    rows: Sequence[tuple[list[int], int]], K: int = 4, ratio: float = 0.8, padding: int = 2, cut: int = 0
+) -> Pass:
+    """A pass over the elements from a column on, row by row.
+
+    Each row is (lengths of its documents, first column of the segment): the depth-0 elements left of it are context. The
+    queries are depth-0 elements, rollouts, then `padding` slots more than the fullest row needs.
+    """
+    documents = [[i for i, n in enumerate(lengths) for _ in range(n)] for lengths, _ in rows]
+    own = []
+    for b, (_, first) in enumerate(rows):
+        g = torch.Generator().manual_seed(b)
+        mask = [1] * len(documents[b])
+        drawn = oracles.draw_packed(mask, documents[b], K, ratio, 0.2, g)
+        later = [e for e in drawn if oracles.first_column(e) >= first]
+        own.append(sorted(later, key=lambda e: (e[1] > 0, e[0], e[1])))
+    N, P = max(map(len, own)) + padding, max(first for _, first in rows)
+    anchor, depth = torch.zeros(len(rows), N, dtype=torch.int64), torch.full((len(rows), N), -1)
+    start, queries, context = torch.zeros_like(anchor), [], []
+    for b, (elements, ids) in enumerate(zip(own, documents)):
+        slots = slice(0, len(elements))
+        anchor[b, slots], depth[b, slots] = torch.tensor(elements, dtype=torch.int64).reshape(-1, 2).T
+        start[b, slots] = torch.tensor([ids.index(ids[a]) for a, _ in elements], dtype=torch.int64)
+        queries.append([(ids[a], a, d) for a, d in elements] + [None] * (N - len(elements)))
+        readable = [p for p in oracles.drafter_rows(ids) if p < rows[b][1]]
+        context.append([(ids[p], p, 0) if p in readable else None for p in range(P)])
+    num_depth0 = (depth == 0).sum(1)
+    tables = Visibility(
+        start=start,
+        anchor=anchor,
+        depth=depth,
+        context_end=torch.tensor([first for _, first in rows]),
+        num_context=P,
+        num_depth0=int(num_depth0.max()),
+        first_rollout=int(num_depth0.min()),
+        num_depths=K,
+        cut=cut,
+    )
+    return Pass(tables, queries, context)
+
+
+PASSES = {
+    "flat": [([13], 0)],
+    "two rows of several documents": [([5, 1, 9], 0), ([2, 11], 0)],
+    "behind context": [([23], 11)],
+    "behind context that ends inside a document": [([7, 16], 10), ([4, 4, 12], 12)],
+    "rows that start at different columns": [([20], 17), ([9, 11], 5), ([20], 0)],
+    "a row that has ended": [([17], 9), ([6], 6)],
+    "a row of padding alone": [([8], 0), ([1], 0)],
+    "nothing but padding": [([9], 8)],
+    "one element": [([2], 0)],
+}
+
+
+def tensors(p: Pass, H: int, G: int, D: int = 4, dtype: torch.dtype = torch.float64, seed: int = 0) -> list[Tensor]:
+    """Query, own keys and values, context keys and values; the last two empty without context."""
+    B, N, P = p.sizes
+    g = torch.Generator().manual_seed(seed)
+    shapes = [(B, H, N, D), (B, G, N, D), (B, G, N, D), (B, G, P, D), (B, G, P, D)]
+    return [torch.randn(shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+
+
+def by_hand(p: Pass, query: Tensor, own: tuple[Tensor, Tensor], context: tuple[Tensor, Tensor]) -> Tensor:
+    key, value = (torch.cat(pair, dim=2) for pair in zip(context, own))
+    visible = p.visible()[:, -query.shape[2] :]
+    return torch.stack([oracles.attention(*row) for row in zip(query, key, value, visible)])
+
+
+def gradients(out: Tensor, inputs: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
+    if not out.requires_grad:  # the oracle's zeros, where no query sees anything
+        return [torch.zeros_like(t) for t in inputs]
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out.shape, generator=g, dtype=torch.float64).to(out.dtype)
+    found = torch.autograd.grad((out * weight).sum(), inputs, allow_unused=True)
+    return [torch.zeros_like(t) if d is None else d for d, t in zip(found, inputs)]
+
+
+def assert_close(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = 1e-12) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape and bool(one.isfinite().all())
+        if other.numel():
+            difference, scale = (one.double() - other.double()).abs().max(), other.abs().max()
+            assert difference.item() <= tolerance * max(1.0, scale.item())
+
+
+def tiny_blocks(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(visibility_module, "QUERY_BLOCK", size)
+
+
+# Visibility
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_the_dense_mask_is_the_slow_one(name: str) -> None:
+    p = make_pass(PASSES[name])
+    assert torch.equal(p.visibility.dense(), p.visible())
+
+
+@pytest.mark.parametrize("K", [1, 2, 3, 8])
+def test_the_dense_mask_is_the_slow_one_at_any_number_of_depths(K: int) -> None:
+    p = make_pass([([3, 18], 9), ([25], 4)], K=K, ratio=1.0)
+    assert torch.equal(p.visibility.dense(), p.visible())
+
+
+def blocks_put_together(v: Visibility, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The dense mask that the blocks cover; what a block's slices leave out is invisible."""
+    B, N = v.anchor.shape
+    whole, covered = torch.zeros(B, N, v.num_context + N, dtype=torch.bool), torch.zeros(N, dtype=torch.int64)
+    for i, block in enumerate(v.blocks(dtype.itemsize)):
+        mask = v.block_mask(i, dtype)
+        columns = [*range(block.context.start, block.context.stop)]
+        for own in (block.depth0, block.rollout):
+            columns += range(v.num_context + own.start, v.num_context + own.stop)
+        assert mask.shape == (B, 1, block.q1 - block.q0, len(columns)) and mask.dtype == dtype
+        assert set(mask.unique().tolist()) <= {0.0, float("-inf")}
+        # A key that two slices share is visible in one of them at most: depth-0 slots are no rollout slots.
+        for k, column in enumerate(columns):
+            seen = mask[:, 0, :, k] == 0
+            assert not (whole[:, block.q0 : block.q1, column] & seen).any()
+            whole[:, block.q0 : block.q1, column] |= seen
+        covered[block.q0 : block.q1] += 1
+    assert (covered == 1).all()
+    return whole
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 512])
+@pytest.mark.parametrize("name", PASSES)
+def test_block_masks_put_together_are_the_dense_mask(name: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_blocks(monkeypatch, size)
+    for K in (2, 4, 7):
+        p = make_pass(PASSES[name], K=K, ratio=1.0)
+        assert torch.equal(blocks_put_together(p.visibility), p.visible())
+        assert all(b.q1 - b.q0 <= size for b in p.visibility.blocks(8))
+
+
+def test_blocks_end_where_the_last_layers_queries_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_blocks(monkeypatch, 4)
+    p = make_pass([([20], 0)], cut=6)
+    edges = {b.q0 for b in p.visibility.blocks(8)}
+    assert 6 in edges and torch.equal(blocks_put_together(p.visibility), p.visible())
+
+
+def test_a_block_of_513_elements_is_cut_in_two() -> None:
+    p = make_pass([([514], 0)], K=1, padding=0)
+    assert [(b.q0, b.q1) for b in p.visibility.blocks(8)] == [(0, 512), (512, 513)]
+    # The first block's keys end with it, although the pass's do not.
+    assert p.visibility.blocks(8)[0].depth0 == slice(0, 512)
+
+
+def test_blocks_shrink_where_their_masks_would_be_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(visibility_module, "MASK_BLOCK_BYTES", 8 * 600)
+    p = make_pass([([30], 0)])
+    masks = [p.visibility.block_mask(i, torch.float64) for i in range(len(p.visibility.blocks(8)))]
+    assert len(masks) > 10 and max(m.numel() * m.itemsize for m in masks) <= 8 * 600
+    assert torch.equal(blocks_put_together(p.visibility), p.visible())
+
+
+def test_masks_are_kept_until_the_cache_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_blocks(monkeypatch, 8)
+    p = make_pass([([20], 0)])
+    first = p.visibility.block_mask(0, torch.float64)
+    assert p.visibility.block_mask(0, torch.float64) is first
+    assert p.visibility.block_mask(0, torch.float32).dtype == torch.float32
+    monkeypatch.setattr(visibility_module, "MASK_CACHE_BYTES", 0)
+    again = make_pass([([20], 0)]).visibility
+    assert again.block_mask(0, torch.float64) is not again.block_mask(0, torch.float64)
+
+
+def test_a_block_looks_only_at_keys_near_its_rollouts_and_inside_its_documents() -> None:
+    p = make_pass([([400, 300], 0)], K=4)
+    v = p.visibility
+    for block in v.blocks(8):
+        if block.q0 >= v.first_rollout:
+            assert block.rollout.start == max(v.first_rollout, block.q0 - 2) and block.rollout.stop == block.q1
+        real = [w for w in p.queries[0][block.q0 : block.q1] if w]
+        low = min(0 if w[0] == 0 else 400 for w in real)
+        depth0 = [w[1] for w in p.queries[0][block.depth0] if w]
+        assert (depth0[0], depth0[-1]) == (low, max(w[1] for w in real))
+
+
+# Attention
+
+
+@pytest.mark.parametrize("size", [1, 3, 512])
+@pytest.mark.parametrize(("H", "G"), [(4, 2), (3, 3), (2, 1)])
+@pytest.mark.parametrize("name", PASSES)
+def test_attention_and_its_gradients_are_the_slow_ones(
+    name: str, H: int, G: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_blocks(monkeypatch, size)
+    p = make_pass(PASSES[name])
+    query, *rest = inputs = tensors(p, H, G)
+    own, context = (rest[0], rest[1]), (rest[2], rest[3])
+    found = attend(query, own, context if p.sizes[2] else None, p.visibility)
+    expected = by_hand(p, query, own, context)
+    assert_close([found], [expected])
+    assert_close(gradients(found, inputs), gradients(expected, inputs))
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_the_custom_operator_of_compiled_graphs_gives_the_same(name: str) -> None:
+    p = make_pass(PASSES[name])
+    query, *rest = inputs = tensors(p, 4, 2)
+    own, context = (rest[0], rest[1]), (rest[2], rest[3])
+    found = attention_op(query, *own, *context, p.visibility).flatten(2)
+    expected = by_hand(p, query, own, context)
+    assert_close([found, *gradients(found, inputs)], [expected, *gradients(expected, inputs)])
+
+
+@pytest.mark.parametrize("size", [2, 512])
+def test_the_last_layers_queries_may_be_the_last_of_the_pass(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_blocks(monkeypatch, size)
+    p = make_pass([([7, 12], 0), ([15], 0)], cut=7)
+    query, key, value, *_ = tensors(p, 4, 2)
+    last = query[:, :, 7:]
+    found = attend(last, (key, value), None, p.visibility)
+    expected = by_hand(p, last, (key, value), (key[:, :, :0], value[:, :, :0]))
+    assert found.shape == (2, p.sizes[1] - 7, 16)
+    assert_close([found], [expected])
+    inputs = [query, key, value]
+    assert_close(gradients(found, inputs), gradients(expected, inputs))
+    # The whole pass, on the same tables, is unharmed by having been cut.
+    whole = attend(query, (key, value), None, p.visibility)
+    assert_close([whole[:, 7:]], [found])
+
+
+def test_queries_that_begin_inside_a_block_are_noticed() -> None:
+    p = make_pass([([9], 0)])
+    query, key, value, *_ = tensors(p, 2, 2)
+    with pytest.raises(AssertionError, match="straddles"):
+        attend(query[:, :, 1:], (key, value), None, p.visibility)
+
+
+def test_padding_sees_nothing_gives_zero_and_has_finite_gradients() -> None:
+    p = make_pass([([12], 6), ([3], 3)], padding=3)
+    query, *rest = inputs = tensors(p, 4, 2)
+    out = attend(query, (rest[0], rest[1]), (rest[2], rest[3]), p.visibility)
+    padding = p.visibility.depth < 0
+    assert padding.any(1).all() and (out[padding] == 0).all() and (out[~padding] != 0).all()
+    d_query, d_key, d_value, d_context_key, d_context_value = gradients(out, inputs)
+    for d in (d_query, d_key, d_value):
+        assert bool(d.isfinite().all()) and (d.transpose(1, 2)[padding] == 0).all()
+    # Row 1 has ended: no query of it, and so no gradient of its context either.
+    assert (d_context_key[1] == 0).all() and (d_context_value[1] == 0).all() and (d_context_value[0] != 0).any()
+
+
+def test_what_an_unseen_key_holds_changes_nothing() -> None:
+    p = make_pass([([8, 12], 11), ([20], 5)])
+    query, key, value, context_key, context_value = (t.detach() for t in tensors(p, 2, 1))
+    out = attend(query, (key, value), (context_key, context_value), p.visibility)
+    unseen = ~p.visible().any(1)
+    P = p.sizes[2]
+    assert unseen[:, :P].any() and unseen[:, P:].any()
+    for keys, columns in ((context_key, unseen[:, :P]), (key, unseen[:, P:])):
+        keys[columns[:, None].expand(keys.shape[:3])] = 1e9
+    for values, columns in ((context_value, unseen[:, :P]), (value, unseen[:, P:])):
+        values[columns[:, None].expand(values.shape[:3])] = -1e9
+    assert torch.equal(out, attend(query, (key, value), (context_key, context_value), p.visibility))
+
+
+def test_the_caches_size_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_blocks(monkeypatch, 5)
+    results = []
+    for size in (0, 2000, 2**26):
+        monkeypatch.setattr(visibility_module, "MASK_CACHE_BYTES", size)
+        p = make_pass([([8, 12], 11), ([20], 5)])
+        query, *rest = inputs = tensors(p, 4, 2)
+        out = attend(query, (rest[0], rest[1]), (rest[2], rest[3]), p.visibility)
+        results.append([out, *gradients(out, inputs)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("size", [3, 512])
+def test_attention_in_bfloat16_is_near_the_slow_one_in_float64(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_blocks(monkeypatch, size)
+    p = make_pass([([14, 26], 20), ([40], 11)])
+    low = tensors(p, 4, 2, D=16, dtype=torch.bfloat16)
+    high = [t.detach().double().requires_grad_() for t in low]
+    found = attend(low[0], (low[1], low[2]), (low[3], low[4]), p.visibility)
+    expected = by_hand(p, high[0], (high[1], high[2]), (high[3], high[4]))
+    assert found.dtype == torch.bfloat16
+    # bfloat16 has 8 bits: a rounding is 1/256, and a few of them follow one another.
+    assert_close([found], [expected], tolerance=0.015)
+    for one, other in zip(gradients(found, low), gradients(expected, high), strict=True):
+        assert one.dtype == torch.bfloat16
+        assert float((one.double() - other).norm() / other.norm()) <= 0.015
+
+
+def test_gradients_of_many_blocks_are_summed_wider_than_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One value, seen by every query of 500 blocks: sums in bfloat16 would stop growing at 256."""
+    tiny_blocks(monkeypatch, 1)
+    p = make_pass([([501], 0)], K=1, padding=0)
+    _, key, value, *_ = tensors(p, 1, 1, dtype=torch.bfloat16)
+    query = torch.zeros_like(key)
+    with torch.no_grad():
+        key[:, :, 0], key[:, :, 1:] = 0, -1e4
+    query = query + 1  # everyone looks at key 0 alone
+    out = attend(query, (key, value), None, p.visibility)
+    (d_value,) = torch.autograd.grad(out.sum(), [value])
+    assert d_value[0, 0, 0].tolist() == [500.0] * 4
+
+
+def test_float32_inputs_are_accurate_to_float32() -> None:
+    p = make_pass([([30], 12)])
+    low = tensors(p, 4, 2, dtype=torch.float32)
+    high = [t.detach().double().requires_grad_() for t in low]
+    found = attend(low[0], (low[1], low[2]), (low[3], low[4]), p.visibility)
+    expected = by_hand(p, high[0], (high[1], high[2]), (high[3], high[4]))
+    assert_close([found, *gradients(found, low)], [expected, *gradients(expected, high)], tolerance=2e-6)
+
+
+# Flex
+
+
+FLEX_ROWS = [([60, 90], 40), ([150], 0)]
+
+
+@pytest.mark.slow
+def test_compiled_flex_on_cpu_gives_what_loops_give() -> None:
+    from peagle_train.flex import block_mask_of, flex
+
+    skip = 37  # one compilation for both: some queries left out, and context
+    p = make_pass(FLEX_ROWS, K=4, cut=skip)
+    query, *rest = (t.detach() for t in tensors(p, 4, 2, D=16, dtype=torch.float32))
+    key, value = torch.cat([rest[2], rest[0]], dim=2), torch.cat([rest[3], rest[1]], dim=2)
+    block_mask = block_mask_of(p.visibility, skip)
+    blocks = block_mask.to_dense()[:, 0]
+    assert min(blocks.shape[1:]) > 2, "one block would prove nothing"
+    with torch.no_grad():
+        out = flex(query[:, :, skip:], key, value, block_mask).transpose(1, 2).flatten(2)
+    expected = by_hand(p, query[:, :, skip:], (rest[0], rest[1]), (rest[2], rest[3]))
+    assert_close([out], [expected], tolerance=1e-5)
+    # Blocks are left out exactly where nothing is visible.
+    visible = p.visible()[:, skip:]
+    pad = [-size % 128 for size in (visible.shape[2], visible.shape[1])]
+    tiles = torch.nn.functional.pad(visible, (0, pad[0], 0, pad[1])).unflatten(2, (-1, 128)).unflatten(1, (-1, 128))
+    assert torch.equal(blocks.bool(), tiles.any(4).any(2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("skip", [0, 37])
+def test_flex_on_cuda_gives_what_loops_give_forward_and_backward(skip: int) -> None:
+    p = make_pass(FLEX_ROWS, K=4, cut=skip)
+    v = p.visibility
+    v.start, v.anchor, v.depth = v.start.cuda(), v.anchor.cuda(), v.depth.cuda()
+    v.context_end = v.context_end.cuda()
+    inputs = [t.detach().cuda().requires_grad_() for t in tensors(p, 4, 2, D=16, dtype=torch.float32)]
+    query, *rest = inputs
+    found = attend(query[:, :, skip:], (rest[0], rest[1]), (rest[2], rest[3]), v)
+    on_host = [t.detach().cpu().double().requires_grad_() for t in inputs]
+    query, *rest = on_host
+    expected = by_hand(p, query[:, :, skip:], (rest[0], rest[1]), (rest[2], rest[3]))
+    g = torch.Generator().manual_seed(1)
+    weight = torch.randn(expected.shape, generator=g, dtype=torch.float64)
+    d_found = torch.autograd.grad((found * weight.to(found)).sum(), inputs)
+    d_expected = torch.autograd.grad((expected * weight).sum(), on_host)
+    assert_close([t.cpu() for t in (found, *d_found)], [expected, *d_expected], tolerance=1e-3)

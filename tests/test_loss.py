@@ -1,0 +1,216 @@
+"""Chunked linear losses against one row at a time."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from peagle_train.loss import LOSSES, chunked_linear_loss
+from tests import oracles
+
+M, V, H, T = 23, 13, 6, 5
+
+
+class Inputs(NamedTuple):
+    hidden: Tensor
+    head: Tensor
+    target_hidden: Tensor
+    target_head: Tensor
+
+
+def make_inputs(
+    rows: int = M, vocab: int = V, size: int = H, target: int = T, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> Inputs:
+    g = torch.Generator().manual_seed(seed)
+    shapes = [(rows, size), (vocab, size), (rows, target), (vocab, target)]
+    hidden, head, target_hidden, target_head = (
+        torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for s in shapes
+    )
+    return Inputs(hidden.requires_grad_(), head.requires_grad_(), target_hidden, target_head)
+
+
+def naive(inputs: Inputs, kind: str) -> tuple[Tensor, list[bool]]:
+    """In the inputs' dtype throughout."""
+    rows = [
+        oracles.row_loss(inputs.head @ h, inputs.target_head @ t, kind)
+        for h, t in zip(inputs.hidden, inputs.target_hidden)
+    ]
+    return sum((loss for loss, _ in rows), inputs.hidden.new_zeros(())), [hit for _, hit in rows]
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 23, 24, 1000])
+@pytest.mark.parametrize("kind", LOSSES)
+def test_loss_gradients_and_hits_are_those_of_one_row_at_a_time(kind: str, chunk_rows: int) -> None:
+    inputs = make_inputs()
+    expected, expected_hits = naive(inputs, kind)
+    expected_grads = torch.autograd.grad(expected * 0.3, inputs[:2])
+    loss, hits = chunked_linear_loss(*inputs, kind, chunk_rows)
+    assert loss.shape == () and loss.dtype == torch.float64
+    assert error(loss.detach(), expected.detach()) <= 1e-12
+    for found, other in zip(torch.autograd.grad(loss * 0.3, inputs[:2]), expected_grads):
+        assert found.dtype == torch.float64 and error(found, other) <= 1e-12
+    assert hits.dtype == torch.bool and hits.tolist() == expected_hits and 0 < sum(expected_hits) < M
+
+
+def test_the_losses_are_the_three_that_are_named_and_kl_is_the_default() -> None:
+    inputs = make_inputs()
+    assert LOSSES == ("kl", "soft_ce", "hard_ce")
+    assert torch.equal(chunked_linear_loss(*inputs)[0], chunked_linear_loss(*inputs, "kl")[0])
+    with pytest.raises(ValueError, match="loss is 'mse'; it must be one of kl, soft_ce, hard_ce"):
+        chunked_linear_loss(*inputs, "mse")
+
+
+def test_kl_is_soft_cross_entropy_less_the_targets_entropy_and_zero_for_an_equal_drafter() -> None:
+    inputs = make_inputs()
+    log_p = (inputs.target_hidden @ inputs.target_head.T).log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum()
+    kl, ce = (chunked_linear_loss(*inputs, kind)[0].item() for kind in ("kl", "soft_ce"))
+    assert abs(ce - entropy.item() - kl) <= 1e-12 * ce
+    equal = inputs._replace(
+        hidden=inputs.target_hidden.clone().requires_grad_(), head=inputs.target_head.clone().requires_grad_()
+    )
+    loss, hits = chunked_linear_loss(*equal)
+    assert abs(loss.item()) <= 1e-13 and hits.all()
+    assert all(float(d.abs().max()) <= 1e-14 for d in torch.autograd.grad(loss, equal[:2]))
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_finite_differences_agree(kind: str) -> None:
+    inputs = make_inputs(rows=5, vocab=4, size=3, target=2)
+
+    def loss(hidden: Tensor, head: Tensor) -> Tensor:
+        return chunked_linear_loss(hidden, head, *inputs[2:], kind, chunk_rows=2)[0] * 0.7
+
+    assert torch.autograd.gradcheck(loss, inputs[:2])
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_no_rows_give_a_loss_of_zero_and_zero_gradients(kind: str) -> None:
+    inputs = make_inputs(rows=0)
+    loss, hits = chunked_linear_loss(*inputs, kind, chunk_rows=3)
+    d_hidden, d_head = torch.autograd.grad(loss, inputs[:2])
+    assert loss.item() == 0 and hits.shape == (0,) and hits.dtype == torch.bool
+    assert d_hidden.shape == (0, H) and torch.equal(d_head, torch.zeros(V, H, dtype=torch.float64))
+
+
+def test_a_frozen_head_gets_no_gradient_and_changes_no_other() -> None:
+    inputs = make_inputs()
+    (expected,) = torch.autograd.grad(chunked_linear_loss(*inputs)[0], [inputs.hidden])
+    frozen = inputs.head.detach()
+    loss, _ = chunked_linear_loss(inputs.hidden, frozen, *inputs[2:], chunk_rows=4)
+    loss.backward()
+    assert frozen.grad is None and error(inputs.hidden.grad, expected) <= 1e-15
+    inputs.hidden.grad = None
+    loss, _ = chunked_linear_loss(inputs.hidden.detach(), inputs.head, *inputs[2:])
+    loss.backward()
+    assert inputs.hidden.grad is None and inputs.head.grad is not None
+
+
+def test_the_target_gets_no_gradient() -> None:
+    inputs = make_inputs()
+    target = [t.clone().requires_grad_() for t in inputs[2:]]
+    chunked_linear_loss(*inputs[:2], *target)[0].backward()
+    assert [t.grad for t in target] == [None, None]
+
+
+def test_without_grad_the_loss_and_the_hits_are_the_same() -> None:
+    inputs = make_inputs()
+    expected, expected_hits = chunked_linear_loss(*inputs, chunk_rows=5)
+    with torch.no_grad():
+        loss, hits = chunked_linear_loss(*inputs, chunk_rows=5)
+    assert torch.equal(loss, expected.detach()) and torch.equal(hits, expected_hits) and not loss.requires_grad
+
+
+def test_extreme_logits_stay_finite() -> None:
+    inputs = make_inputs(dtype=torch.float32)
+    large = Inputs(*(t.detach() * 100 for t in inputs))
+    large.hidden.requires_grad_(), large.head.requires_grad_()
+    for kind in LOSSES:
+        loss, _ = chunked_linear_loss(*large, kind)
+        assert all(bool(t.isfinite().all()) for t in (loss, *torch.autograd.grad(loss, large[:2])))
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_rows_that_are_not_counted_have_no_loss_no_gradient_and_no_hit(kind: str) -> None:
+    inputs = make_inputs()
+    counted = torch.arange(M) % 3 != 1
+    some = Inputs(
+        inputs.hidden.detach()[counted].requires_grad_(),
+        inputs.head.detach().clone().requires_grad_(),
+        inputs.target_hidden[counted],
+        inputs.target_head,
+    )
+    expected, expected_hits = naive(some, kind)
+    d_some, d_head = torch.autograd.grad(expected, some[:2])
+    d_hidden = torch.zeros(M, H, dtype=torch.float64)
+    d_hidden[counted] = d_some
+    loss, hits = chunked_linear_loss(*inputs, kind, chunk_rows=4, counted=counted)
+    found = torch.autograd.grad(loss, inputs[:2])
+    assert error(loss.detach(), expected.detach()) <= 1e-12
+    assert error(found[0], d_hidden) <= 1e-12 and error(found[1], d_head) <= 1e-12
+    assert hits[counted].tolist() == expected_hits and not hits[~counted].any()
+    nothing, _ = chunked_linear_loss(*inputs, kind, counted=torch.zeros(M, dtype=torch.bool))
+    assert nothing.item() == 0 and all((d == 0).all() for d in torch.autograd.grad(nothing, inputs[:2]))
+
+
+LARGE = {"rows": 600, "vocab": 400, "size": 64, "target": 48}
+
+
+@pytest.mark.parametrize("kind", ["kl", "soft_ce"])
+def test_in_bfloat16_it_is_more_accurate_than_the_naive_loss(kind: str) -> None:
+    low = make_inputs(**LARGE, dtype=torch.bfloat16)
+    low = Inputs(*(t.detach() * 0.3 for t in low))
+    low.hidden.requires_grad_(), low.head.requires_grad_()
+    high = Inputs(*(t.detach().double() for t in low))
+    high.hidden.requires_grad_(), high.head.requires_grad_()
+
+    exact, _ = naive(high, kind)
+    exact_grads = torch.autograd.grad(exact, high[:2])
+    found, _ = chunked_linear_loss(*low, kind, chunk_rows=64)
+    found_grads = torch.autograd.grad(found, low[:2])
+    rough, _ = naive(low, kind)
+    rough_grads = torch.autograd.grad(rough, low[:2])
+
+    assert found.dtype == torch.float32 and {d.dtype for d in found_grads} == {torch.bfloat16}
+    assert error(found.detach(), exact.detach()) < min(1e-3, error(rough.detach(), exact.detach()) / 3)
+    for one, other, reference in zip(found_grads, rough_grads, exact_grads):
+        assert error(one, reference) < min(6e-3, error(other, reference))
+
+
+def test_in_bfloat16_the_scale_of_the_loss_is_not_rounded() -> None:
+    """A third is no bfloat16 number: rounded, it would shift every gradient but the head's, and by 0.2 %."""
+    inputs = make_inputs(**LARGE, dtype=torch.bfloat16)
+    whole = torch.autograd.grad(chunked_linear_loss(*inputs)[0], inputs[:2])
+    third = torch.autograd.grad(chunked_linear_loss(*inputs)[0] / 3, inputs[:2])
+    for one, other in zip(whole, third):
+        one, other = one.double(), other.double()
+        assert abs(float((one * other).sum() / (one * one).sum() * 3 - 1)) < 3e-4
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_autocast_computes_in_bfloat16_and_returns_the_parameters_dtypes(kind: str) -> None:
+    inputs = make_inputs(**LARGE, dtype=torch.float32)
+    low = Inputs(*(t.detach().bfloat16() for t in inputs))
+    low.hidden.requires_grad_(), low.head.requires_grad_()
+    expected, expected_hits = chunked_linear_loss(*low, kind)
+    expected_grads = torch.autograd.grad(expected, low[:2])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, hits = chunked_linear_loss(*inputs, kind)
+    grads = torch.autograd.grad(loss, inputs[:2])
+    assert loss.dtype == torch.float32 and torch.equal(loss.detach(), expected.detach())
+    assert torch.equal(hits, expected_hits)
+    for found, other in zip(grads, expected_grads):
+        assert found.dtype == torch.float32 and torch.equal(found, other.float())
+
+
+def test_autocast_leaves_its_own_state_as_it_was() -> None:
+    inputs = make_inputs(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        chunked_linear_loss(*inputs)
+        assert torch.is_autocast_enabled("cpu")
+        assert (inputs.hidden @ inputs.head.T).dtype == torch.bfloat16

@@ -1,0 +1,258 @@
+"""The flat pass against loops over elements, and Algorithm 1's segments against the flat pass."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from peagle_train.plan import plan_segments
+from peagle_train.segments import recompute_step
+from tests import oracles
+from tests.helpers import (
+    GRID,
+    K,
+    L,
+    Outcome,
+    assert_same,
+    build,
+    calls_of,
+    case_name,
+    distance,
+    elements_of,
+    make_batch,
+    make_draft,
+    make_rows,
+    make_target,
+    outcome_of,
+    relative_error,
+)
+
+
+def by_hand(draft: Any, rows: list[dict], batch: dict[str, Tensor], target: Any, kind: str, scale: float) -> Outcome:
+    """What a step must give, by the oracle drafter and the naive loss, row after row."""
+    weights = {n: p.detach().clone().requires_grad_() for n, p in draft.named_parameters()}
+    total, hits, totals = torch.zeros((), dtype=torch.float64), [0] * K, [0] * K
+    for b, row in enumerate(rows):
+        elements = elements_of(batch, b)
+        features, last_hidden = target.features[b], target.last_hidden[b]
+        loss, *counts = oracles.step(weights, draft.config, row, elements, features, last_hidden, target.head, kind)
+        total = total + loss
+        for sums, by_depth in zip((hits, totals), counts):
+            for d, count in enumerate(by_depth):
+                sums[d] += count
+    grads = torch.autograd.grad(total * scale, list(weights.values()))
+    return Outcome(total.detach(), hits, totals, dict(zip(weights, grads)), [])
+
+
+@pytest.mark.parametrize(
+    ("rows", "shape", "kind"),
+    [
+        ({}, {}, "kl"),
+        ({"documents": 3, "batch_size": 2}, {"num_key_value_heads": 4}, "kl"),
+        ({"documents": 3, "prompt": 0.5}, {"num_hidden_layers": 1}, "soft_ce"),
+        ({"prompt": 0.5, "batch_size": 2, "padding": 0}, {"norm_before_residual": True}, "hard_ce"),
+        ({"documents": 2, "padding": 9}, {"num_hidden_layers": 4, "num_key_value_heads": 1}, "kl"),
+    ],
+    ids=str,
+)
+def test_the_flat_pass_is_what_loops_over_elements_give(rows: dict[str, Any], shape: dict[str, Any], kind: str) -> None:
+    draft, made = make_draft(**shape), make_rows(L, **rows)
+    batch = make_batch(made, L, K=K)
+    target = make_target(batch)
+    found = outcome_of(recompute_step, draft, batch, target, scale=0.1, loss=kind, chunk_rows=7)
+    expected = by_hand(draft, made, batch, target, kind, scale=0.1)
+    assert 0 < sum(found.hits) < sum(found.totals) and found.untouched == []
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("case", GRID, ids=case_name)
+def test_algorithm_1_gives_what_the_flat_pass_gives(case: dict[str, Any]) -> None:
+    draft, batch, flat_batch, target = build(case)
+    expected = outcome_of(recompute_step, draft, flat_batch, target, scale=0.1)
+    found = outcome_of(recompute_step, draft, batch, target, scale=0.1, chunk_rows=7)
+    assert sum(expected.totals) > 0
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("case", GRID[::5], ids=case_name)
+def test_a_static_plan_gives_what_the_flat_pass_gives(case: dict[str, Any]) -> None:
+    draft, batch, flat_batch, target = build(case)
+    expected = outcome_of(recompute_step, draft, flat_batch, target, scale=0.1)
+    plan = plan_segments(batch, K, static=True)
+    assert_same(outcome_of(recompute_step, draft, batch, target, scale=0.1, plan=plan), expected)
+
+
+@pytest.mark.parametrize("kind", ["soft_ce", "hard_ce"])
+def test_every_loss_survives_the_cut(kind: str) -> None:
+    draft, rows = make_draft(), make_rows(L, documents=2, batch_size=2)
+    batch = make_batch(rows, L, 5, K)
+    target = make_target(batch)
+    expected = outcome_of(recompute_step, draft, make_batch(rows, L, 1, K), target, loss=kind)
+    assert_same(outcome_of(recompute_step, draft, batch, target, loss=kind), expected)
+
+
+def test_every_supervised_element_is_in_one_pass_and_the_counts_are_the_batches() -> None:
+    batch = make_batch(make_rows(L, documents=3, batch_size=2, prompt=0.4), L, 6, K)
+    plan = plan_segments(batch, K)
+    chosen = []
+    for segment in plan.segments:
+        n = segment.num_elements
+        for i in segment.supervised.tolist():
+            chosen.append((i // n, segment.columns.start + i % n))
+    assert sorted(chosen) == [(b, i) for b, i in batch["supervised"].nonzero().tolist()]
+    assert plan.num_supervised == len(chosen) == sum(plan.supervised_per_depth.tolist())
+    by_depth = [int((batch["supervised"] & (batch["depth"] == d)).sum()) for d in range(K)]
+    assert plan.supervised_per_depth.tolist() == by_depth
+
+
+@pytest.mark.parametrize("boundaries", ["balanced", "uniform"])
+@pytest.mark.parametrize("S", [1, 4, 9, 37])
+def test_a_plan_says_what_its_segments_hold(S: int, boundaries: str) -> None:
+    rows = make_rows(L, documents=3, batch_size=3, prompt=0.3)
+    batch = make_batch(rows, L, S, K, boundaries=boundaries)
+    plan = plan_segments(batch, K)
+    C = batch["anchor"].shape[1] // S
+    drawn = [elements_of(batch, b) for b in range(3)]
+    held = [
+        [[e for e in zip(a.tolist(), d.tolist()) if e[1] >= 0] for a, d in zip(anchor, depth)]
+        for anchor, depth in zip(batch["anchor"].view(3, S, C), batch["depth"].view(3, S, C))
+    ]
+    filled = [s for s in range(S) if any(held[b][s] for b in range(3))]
+    assert [segment.columns.start // C for segment in plan.segments] == filled
+    for segment, s in zip(plan.segments, filled):
+        own = [held[b][s] for b in range(3)]
+        counts = [sum(d == 0 for _, d in elements) for elements in own]
+        earlier = [[a for t in range(s) for a, d in held[b][t] if d == 0] for b in range(3)]
+        everyone = [e for elements in own for e in elements]
+        assert segment.num_elements == max(map(len, own))
+        assert (segment.num_depth0, segment.first_rollout) == (max(counts), min(counts))
+        assert segment.context_end.tolist() == [max(anchors, default=-1) + 1 for anchors in earlier]
+        assert segment.num_context == max(segment.context_end.tolist())
+        assert segment.anchors == slice(min(a for a, _ in everyone), max(a for a, _ in everyone) + 1)
+        assert all(segment.labels.start <= a + d + 1 < segment.labels.stop for a, d in everyone)
+        firsts = [
+            min((row["document_ids"].index(row["document_ids"][a]) for a, _ in elements), default=L)
+            for row, elements in zip(rows, own)
+        ]
+        assert segment.earliest.tolist() == firsts
+        assert segment.latest.tolist() == [max((a for a, d in e if d == 0), default=-1) for e in own]
+    assert sum(len(elements) for elements in drawn) == sum(len(held[b][s]) for b in range(3) for s in range(S))
+
+
+def test_segments_without_labels_are_not_run_and_every_pass_runs_its_context_again() -> None:
+    rows = [{"input_ids": [1] * 32, "loss_mask": [0] * 17 + [1] * 15}]
+    batch = make_batch(rows, 32, 8, K, boundaries="uniform")
+    draft, plan = make_draft(), plan_segments(batch, K)
+    with calls_of(draft) as passes, calls_of(draft.layers[-1].self_attn.q_proj) as queries:
+        outcome_of(recompute_step, draft, batch, make_target(batch), plan=plan)
+    own = [s.num_elements for s in plan.segments[4:]]
+    assert passes == [n + first for n, first in zip(own, (16, 20, 24, 28))]
+    assert queries == own  # the last layer leaves the context out
+
+
+def test_evaluating_gives_the_same_sums_and_no_gradient() -> None:
+    draft, batch = make_draft(), make_batch(make_rows(L, documents=2, batch_size=2), L, 5, K)
+    target = make_target(batch)
+    expected = outcome_of(recompute_step, draft, batch, target)
+    with torch.no_grad():
+        found = outcome_of(recompute_step, draft, batch, target, backward=None)
+    assert torch.equal(found.loss, expected.loss)
+    assert (found.hits, found.totals) == (expected.hits, expected.totals)
+    assert len(found.untouched) == len(found.gradients)
+
+
+def test_the_scale_reaches_the_gradients_but_not_the_sums_and_may_be_a_tensor() -> None:
+    draft, batch = make_draft(), make_batch(make_rows(L), L, 3, K)
+    target = make_target(batch)
+    one = outcome_of(recompute_step, draft, batch, target)
+    for scale in (0.25, torch.tensor(0.25, dtype=torch.float64)):
+        quarter = outcome_of(recompute_step, draft, batch, target, scale=scale)
+        assert torch.equal(quarter.loss, one.loss)
+        assert relative_error(quarter.gradients, {n: g / 4 for n, g in one.gradients.items()}) <= 1e-14
+
+
+def test_gradients_accumulate_over_steps() -> None:
+    draft = make_draft()
+    batches = [make_batch(make_rows(L, seed=seed), L, 3, K) for seed in (1, 2)]
+    target = make_target(batches[0])
+    alone = [outcome_of(recompute_step, draft, batch, target).gradients for batch in batches]
+    for batch in batches:
+        recompute_step(draft, batch, target, num_depths=K)
+    together = {name: p.grad for name, p in draft.named_parameters()}
+    assert relative_error(together, {name: alone[0][name] + alone[1][name] for name in together}) <= 1e-13
+
+
+@pytest.mark.parametrize("S", [1, 8])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"input_ids": [1] * 30, "loss_mask": [0] * 30},
+        {"input_ids": [], "loss_mask": []},
+        {"input_ids": [4], "loss_mask": [1]},
+    ],
+    ids=["masked", "empty", "one token"],
+)
+def test_a_batch_with_nothing_supervised_has_loss_zero_and_no_gradient(row: dict[str, Any], S: int) -> None:
+    draft, batch = make_draft(), make_batch([row, row], L, S, K)
+    target = make_target(batch)
+    with calls_of(draft) as passes:
+        found = outcome_of(recompute_step, draft, batch, target)
+    assert (found.loss.item(), found.hits, found.totals, passes) == (0, [0] * K, [0] * K, [])
+    assert len(found.untouched) == len(found.gradients)
+    idle = outcome_of(recompute_step, draft, batch, target, min_passes=2)
+    assert idle.untouched == [] and all((g == 0).all() for g in idle.gradients.values())
+
+
+def test_idle_passes_change_nothing() -> None:
+    draft, batch = make_draft(), make_batch(make_rows(L, documents=2, batch_size=2), L, 3, K)
+    target = make_target(batch)
+    expected = outcome_of(recompute_step, draft, batch, target)
+    with calls_of(draft) as passes:
+        found = outcome_of(recompute_step, draft, batch, target, min_passes=7)
+    assert len(passes) == 7 and passes[-1] == 1
+    assert (found.hits, found.totals) == (expected.hits, expected.totals) and torch.equal(found.loss, expected.loss)
+    assert all(torch.equal(found.gradients[n], g) for n, g in expected.gradients.items())
+    with calls_of(draft) as passes:
+        outcome_of(recompute_step, draft, batch, target, min_passes=2)
+    assert len(passes) == 3  # what is needed runs, whatever the minimum
+
+
+def test_activation_checkpointing_changes_nothing() -> None:
+    draft, batch = make_draft(num_hidden_layers=3), make_batch(make_rows(L, documents=2), L, 4, K)
+    target = make_target(batch)
+    expected = outcome_of(recompute_step, draft, batch, target)
+    draft.activation_checkpointing = True
+    assert_same(outcome_of(recompute_step, draft, batch, target), expected, 1e-13)
+
+
+def test_what_the_target_says_of_columns_that_nothing_reads_changes_nothing() -> None:
+    """Padding columns, each document's last features, and the hidden states behind unsupervised elements."""
+    draft, rows = make_draft(), make_rows(L, documents=3, batch_size=2, prompt=0.5, padding=4)
+    batch = make_batch(rows, L, 4, K)
+    target = make_target(batch)
+    expected = outcome_of(recompute_step, draft, batch, target)
+    features_read = torch.zeros(2, L, dtype=torch.bool)
+    labels_read = features_read.clone()
+    for b, row in enumerate(rows):
+        features_read[b, oracles.drafter_rows(row["document_ids"])] = True
+        labels_read[b, [a + d + 1 for a, d in elements_of(batch, b) if row["loss_mask"][a + d + 1]]] = True
+    target.features[~features_read] = 1e6
+    target.last_hidden[~labels_read] = float("nan")
+    assert_same(outcome_of(recompute_step, draft, batch, target), expected, 0)
+
+
+def test_under_bfloat16_autocast_segments_are_as_near_to_float64_as_the_flat_pass() -> None:
+    rows = make_rows(L, documents=2, batch_size=2)
+    flat_batch, batch = make_batch(rows, L, 1, K), make_batch(rows, L, 8, K)
+    exact = outcome_of(recompute_step, make_draft(), flat_batch, make_target(batch), scale=0.01)
+    draft, target = make_draft(torch.float32), make_target(batch, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        flat = outcome_of(recompute_step, draft, flat_batch, target, scale=0.01)
+        cut = outcome_of(recompute_step, draft, batch, target, scale=0.01)
+    size = distance(exact.gradients, {n: torch.zeros_like(g) for n, g in exact.gradients.items()})
+    flat_error = distance(flat.gradients, exact.gradients)
+    assert 1e-3 < flat_error / size < 0.1
+    assert distance(cut.gradients, exact.gradients) <= 1.5 * flat_error
+    assert {g.dtype for g in cut.gradients.values()} == {torch.float32} and cut.loss.dtype == torch.float32
+    assert abs(cut.loss.item() / exact.loss.item() - 1) < 0.01

@@ -1,0 +1,283 @@
+"""Measuring helpers of the benches: memory held for backward, peak memory, child processes, tables.
+
+torch is imported where it is needed, so that a parent that only starts processes stays small.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import resource
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MIB, GIB = 2**20, 2**30
+
+# ---- memory of this process
+
+
+def status_bytes(field: str, pid: int | str = "self") -> int | None:
+    """A size out of /proc/PID/status ("VmRSS", "VmHWM", ...); None where there is no such thing (any more)."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="ascii") as file:
+            for line in file:
+                name, _, value = line.partition(":")
+                if name == field:
+                    return int(value.split()[0]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def release_memory() -> None:
+    """Collect garbage and have the C library return what is free, so that a baseline holds nothing of the past."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        pass  # a C library without it
+
+
+class PeakRSS:
+    """Peak resident memory of a `with` block over what was resident at its start.
+
+    The kernel's own high-water mark, reset at the start, so that no spike falls between two samples. Where it cannot
+    be reset, `method` is "ru_maxrss": then `peak_bytes` is too high if the process was ever larger before.
+    """
+
+    peak_bytes: int
+    method: str
+
+    def __enter__(self) -> "PeakRSS":
+        release_memory()
+        self.method = "ru_maxrss"
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            if status_bytes("VmHWM") is not None:
+                self.method = "VmHWM"
+        except OSError:
+            pass
+        self._baseline = status_bytes("VmRSS")
+        if self._baseline is None:  # no /proc: what was largest so far is the best that is known
+            self._baseline = _largest_rss()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        peak = status_bytes("VmHWM") if self.method == "VmHWM" else None
+        assert self._baseline is not None
+        self.peak_bytes = max(0, (_largest_rss() if peak is None else peak) - self._baseline)
+
+
+def _largest_rss() -> int:
+    unit = 1024 if os.uname().sysname == "Linux" else 1  # kilobytes on Linux, bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# ---- memory held for backward
+
+
+class SavedBytes:
+    """Bytes that autograd holds for backward, of a `with` block: `peak_bytes`, the most at any one moment.
+
+    Every storage counts once, whole, however many tensors and nodes of the graph share it, from the moment it is first
+    saved until the last node that saved it lets go. What `torch.utils.checkpoint` computes again (without reentrance)
+    counts too, until it is freed. Parameters, bool tensors (masks) and `excluded` do not count.
+
+    Args:
+        parameters: tensors whose storages are there anyway.
+        excluded: called whenever something is saved; tensors whose storages do not count either (buffers that are
+            accounted for apart, and may be made within the block).
+    """
+
+    peak_bytes: int
+
+    def __init__(
+        self, parameters: Iterable["Tensor"] = (), excluded: Callable[[], Iterable["Tensor"]] = lambda: ()
+    ) -> None:
+        self.peak_bytes = 0
+        self._parameters = {_storage_id(p) for p in parameters}
+        self._excluded = excluded
+        self._held: dict[int, list[int]] = {}  # storage: [nodes that hold it, bytes]
+        self._recomputed: dict[int, tuple[Any, int]] = {}  # storage: (weak reference, bytes)
+
+    def __enter__(self) -> "SavedBytes":
+        import torch
+        from torch.utils import checkpoint
+
+        tracker = self
+
+        class Held:
+            """What the graph keeps in a tensor's place; dies with the node's hold on it."""
+
+            def __init__(self, tensor: "Tensor") -> None:
+                self.tensor = tensor
+                self.storage = tracker._hold(tensor)
+
+            def __del__(self) -> None:
+                tracker._let_go(self.storage)
+
+        # Within a checkpointed region torch's own hooks stand in front of ours: in the forward they keep nothing, in
+        # the backward what they keep lives until it has been used, which a weak reference to its storage tells.
+        original: Any = checkpoint._recomputation_hook
+
+        class Watched(original):
+            def __init__(self, *args: Any) -> None:
+                super().__init__(*args)
+                pack = self.pack_hook  # type: ignore[has-type]
+
+                def watched_pack(tensor: "Tensor") -> Any:
+                    tracker._watch(tensor)
+                    return pack(tensor)
+
+                self.pack_hook = watched_pack
+
+        with ExitStack() as stack:
+            stack.enter_context(mock.patch.object(checkpoint, "_recomputation_hook", Watched))
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def _counts(self, tensor: "Tensor") -> bool:
+        key = _storage_id(tensor)
+        return (
+            str(tensor.dtype) != "torch.bool"
+            and key not in self._parameters
+            and all(key != _storage_id(t) for t in self._excluded())
+        )
+
+    def _hold(self, tensor: "Tensor") -> int | None:
+        if not self._counts(tensor):
+            return None
+        key = _storage_id(tensor)
+        self._held.setdefault(key, [0, tensor.untyped_storage().nbytes()])[0] += 1
+        self._note()
+        return key
+
+    def _let_go(self, key: int | None) -> None:
+        if key is None:
+            return
+        self._held[key][0] -= 1
+        if self._held[key][0] == 0:
+            del self._held[key]
+
+    def _watch(self, tensor: "Tensor") -> None:
+        from torch.multiprocessing.reductions import StorageWeakRef
+
+        if self._counts(tensor):
+            storage = tensor.untyped_storage()
+            self._recomputed[_storage_id(tensor)] = StorageWeakRef(storage), storage.nbytes()
+            self._note()
+
+    def _note(self) -> None:
+        # The sum grows nowhere but here, so its maximum is seen without looking at any other moment.
+        self._recomputed = {k: (ref, size) for k, (ref, size) in self._recomputed.items() if not ref.expired()}
+        now = {k: size for k, (_, size) in self._recomputed.items()} | {k: size for k, (_, size) in self._held.items()}
+        self.peak_bytes = max(self.peak_bytes, sum(now.values()))
+
+
+def _storage_id(tensor: "Tensor") -> int:
+    return tensor.untyped_storage()._cdata
+
+
+# ---- processes
+
+
+@dataclass
+class Outcome:
+    """How a child process ended."""
+
+    died: str | None
+    """Why it did not do its work; None if it did."""
+    seconds: float
+    peak_rss: int
+    """The largest resident memory that polling saw."""
+
+
+def run_process(
+    command: Sequence[str],
+    *,
+    timeout: float | None = None,
+    limit_bytes: int | None = None,
+    environment: dict[str, str] | None = None,
+    poll_seconds: float = 0.05,
+) -> Outcome:
+    """Run a command to its end, or kill it once it takes too long or is resident with more than `limit_bytes`.
+
+    Polled, since an address-space limit (RLIMIT_AS) counts what torch reserves and never touches.
+    """
+    began = time.monotonic()
+    killed: str | None = None
+    peak = 0
+    with tempfile.TemporaryFile() as output:
+        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        try:
+            while child.poll() is None:
+                rss = status_bytes("VmRSS", child.pid) or 0
+                peak = max(peak, rss)
+                if limit_bytes is not None and rss > limit_bytes:
+                    killed = f"resident memory of {rss / GIB:.2f} GiB passed the limit of {limit_bytes / GIB:.2f} GiB"
+                elif timeout is not None and time.monotonic() - began > timeout:
+                    killed = f"took more than {timeout:g} s"
+                if killed:
+                    child.kill()
+                    child.wait()
+                    break
+                time.sleep(poll_seconds)
+        finally:
+            if child.poll() is None:  # we are being stopped ourselves
+                child.kill()
+                child.wait()
+        seconds = time.monotonic() - began
+        output.seek(0)
+        lines = [line for line in output.read().decode(errors="replace").splitlines() if line.strip()]
+    if killed is None and child.returncode:
+        killed = _reason(child.returncode, lines)
+    return Outcome(killed, seconds, peak)
+
+
+def _reason(code: int, lines: list[str]) -> str:
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"ended by {name}" + (", as the kernel does when memory runs out" if name == "SIGKILL" else "")
+    return f"exit {code}: {lines[-1][:300]}" if lines else f"exit {code}"
+
+
+# ---- output
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Write at once or not at all, so that a bench that is stopped leaves its last complete results."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="ascii")
+    part.replace(path)
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns right-aligned but the first."""
+    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join(line(row) for row in [header, *rows])
+
+
+def format_number(value: float | None, unit: float = 1, digits: int = 2) -> str:
+    """`value` in units, "-" for None."""
+    return "-" if value is None else f"{value / unit:,.{digits}f}"
