@@ -12,7 +12,7 @@ Shapes depend on shapes alone and nothing waits for the device, so torch.compile
 the elements plus linear in the pairs of blocks.
 
 B: rows, Q: queries, P: context columns, M: leading own slots that hold all depth-0 elements, T = P + M, N: own elements,
-X: query blocks, Y: key blocks, Z: key blocks that hold a key below T.
+X: query blocks of q queries, Y: key blocks, Z: key blocks below T.
 """
 
 from collections.abc import Callable
@@ -56,68 +56,78 @@ def direct_block_mask(
 def visible_pairs(visibility: Visibility, skip: int = 0, block_size: int = BLOCK_SIZE) -> Tensor:
     """int32 [B, X, Y]: visible (query, key) pairs of each pair of blocks, for queries from own element `skip` on."""
     B, N = visibility.anchor.shape
-    P = visibility.num_context
-    X, Y = -(-(N - skip) // block_size), -(-(P + N) // block_size)
-    pairs_BXY = torch.zeros(B, X, Y, dtype=torch.int32, device=visibility.anchor.device)
-    if P + visibility.num_depth0:
-        _add_depth0_keys(pairs_BXY, visibility, skip, block_size)
-    _add_rollout_keys(pairs_BXY, visibility, skip, block_size)
+    P, T = visibility.num_context, visibility.num_context + visibility.num_depth0
+    Q = N - skip
+    X, Y = -(-Q // block_size), -(-(P + N) // block_size)
+
+    def in_blocks(own_BN: Tensor, fill: int) -> Tensor:
+        return torch.nn.functional.pad(own_BN[:, skip:], (0, X * block_size - Q), value=fill).view(B, X, block_size)
+
+    depth_BXq = in_blocks(visibility.depth, -1)
+    pairs_BXY = torch.zeros(B, X, Y, dtype=torch.int32, device=depth_BXq.device)
+    if visibility.first_rollout < N:
+        _add_rollout_keys(pairs_BXY, depth_BXq, P + skip, visibility.num_depths)
+    if T:
+        anchor_BK, key_depth_BK = visibility.key_tables()
+        key_anchor_BT, exists_BT = anchor_BK[:, :T], key_depth_BK[:, :T] == 0
+        start_BXq, anchor_BXq = in_blocks(visibility.start, 0), in_blocks(visibility.anchor, 0)
+        _add_depth0_keys(pairs_BXY, start_BXq, anchor_BXq, depth_BXq >= 0, key_anchor_BT, exists_BT)
     return pairs_BXY
 
 
-def _add_depth0_keys(pairs_BXY: Tensor, visibility: Visibility, skip: int, block_size: int) -> None:
-    P, M = visibility.num_context, visibility.num_depth0
-    anchor_BK, depth_BK = visibility.key_tables()
-    exists_BT = depth_BK[:, : P + M] == 0
+def _add_rollout_keys(pairs_BXY: Tensor, depth_BXq: Tensor, base: int, num_depths: int) -> None:
+    """`base`: the slot of the first query's own key."""
+    X, block_size = depth_BXq.shape[1:]
+    x_X1 = torch.arange(X, device=depth_BXq.device)[:, None]
+    q_q = torch.arange(block_size, device=depth_BXq.device)
+    end_Xq = base + x_X1 * block_size + q_q + 1  # behind the own key, the last of the rollout's that are seen
+    first_BXq = end_Xq - depth_BXq  # depth 0 and padding see none of a rollout
+    # The own key's block. Not end_Xq // block_size: where that divides a running index, Inductor's CPU code leaves out
+    # what follows the last whole block (pytorch issue 195582).
+    own_Xq = base // block_size + x_X1 + (q_q + base % block_size >= block_size)
+    for back in range((num_depths + block_size - 3) // block_size + 1):  # blocks that num_depths - 1 keys can reach
+        y_Xq = own_Xq - back
+        left_Xq, right_Xq = y_Xq * block_size, torch.minimum(end_Xq, (y_Xq + 1) * block_size)
+        part_BXq = (right_Xq - torch.maximum(first_BXq, left_Xq)).clamp(min=0)
+        # Out of range only where there is nothing to add: left of the first key, or right of the last query.
+        y_Xq = y_Xq.clamp(0, pairs_BXY.shape[2] - 1)
+        pairs_BXY.scatter_add_(2, y_Xq.expand_as(part_BXq), part_BXq.to(torch.int32))
+
+
+def _add_depth0_keys(
+    pairs_BXY: Tensor,
+    start_BXq: Tensor,
+    anchor_BXq: Tensor,
+    is_real_BXq: Tensor,
+    key_anchor_BT: Tensor,
+    exists_BT: Tensor,
+) -> None:
+    B, X, block_size = start_BXq.shape
+    T = exists_BT.shape[1]
+    Z = -(-T // block_size)
     # Slots that hold no key take the anchor of the key before, so that the whole ascends and can be searched.
-    sorted_BT = torch.where(exists_BT, anchor_BK[:, : P + M], -1).cummax(1).values
-    before_BT1 = torch.nn.functional.pad(exists_BT.cumsum(1), (1, 0))  # keys in slots before this one
-
-    is_real_BQ = visibility.depth[:, skip:] >= 0
-    start_BQ, anchor_BQ = visibility.start[:, skip:].contiguous(), visibility.anchor[:, skip:].contiguous()
-    first_BQ = torch.searchsorted(sorted_BT, start_BQ)
-    end_BQ = torch.searchsorted(sorted_BT, anchor_BQ, right=True)
+    sorted_BT = torch.where(exists_BT, key_anchor_BT, -1).cummax(1).values
+    before_BT1 = torch.nn.functional.pad(exists_BT.cumsum(1), (1, 0))  # keys in the slots before this one
+    first_BXq = torch.searchsorted(sorted_BT, start_BXq.flatten(1)).view(start_BXq.shape)
+    end_BXq = torch.searchsorted(sorted_BT, anchor_BXq.flatten(1), right=True).view(start_BXq.shape)
     # Both ends of a query that sees nothing are the same, and cancel.
-    end_BQ = torch.where(is_real_BQ, end_BQ, first_BQ).maximum(first_BQ)
+    end_BXq = torch.where(is_real_BXq, end_BXq, first_BXq)
 
-    B, X = pairs_BXY.shape[:2]
-    Z = -(-(P + M) // block_size)
-    edge = (torch.arange(Z + 1, device=exists_BT.device) * block_size).clamp(max=P + M)
-    keys_BZ = before_BT1[:, edge].diff(dim=1).to(torch.int32)
     enters_BXZ = pairs_BXY.new_zeros(B, X, Z)
-    for slot_BQ, sign in ((end_BQ, 1), (first_BQ, -1)):
-        # All keys before the slot: whole blocks up to the slot's, and a part of that one.
-        z_BQ = (slot_BQ // block_size).clamp(max=Z - 1)
-        part_BQ = before_BT1.gather(1, slot_BQ) - before_BT1.gather(1, z_BQ * block_size)
-        _add_at(pairs_BXY, z_BQ, part_BQ * sign, 0, block_size)
-        _add_at(enters_BXZ, z_BQ, torch.full_like(z_BQ, -sign), 0, block_size)
-    covering_BXZ = enters_BXZ.cumsum(2, dtype=torch.int32)
-    pairs_BXY[:, :, :Z] += covering_BXZ.mul_(keys_BZ[:, None])
+    for slot_BXq, sign in ((end_BXq, 1), (first_BXq, -1)):
+        # All keys before the slot: those of whole blocks, counted below, and a part of the slot's own block.
+        z_BXq = (slot_BXq // block_size).clamp(max=Z - 1)
+        part_BXq = _take(before_BT1, slot_BXq) - _take(before_BT1, z_BXq * block_size)
+        pairs_BXY.scatter_add_(2, z_BXq, (part_BXq * sign).to(torch.int32))
+        enters_BXZ.scatter_add_(2, z_BXq, torch.full_like(z_BXq, -sign, dtype=torch.int32))
+    edge = (torch.arange(Z + 1, device=exists_BT.device) * block_size).clamp(max=T)
+    keys_BZ = before_BT1[:, edge].diff(dim=1).to(torch.int32)
+    between_BXZ = enters_BXZ.cumsum(2, dtype=torch.int32)  # intervals that begin in this block or before and end behind
+    pairs_BXY[:, :, :Z].add_(between_BXZ.mul_(keys_BZ[:, None]))
 
 
-def _add_rollout_keys(pairs_BXY: Tensor, visibility: Visibility, skip: int, block_size: int) -> None:
-    N, P = visibility.anchor.shape[1], visibility.num_context
-    first = max(skip, visibility.first_rollout)
-    longest = visibility.num_depths - 1
-    if first >= N or longest < 1:
-        return
-    length_BR = visibility.depth[:, first:].clamp(0, longest)  # keys that the query sees; its own slot is the last
-    end_R = torch.arange(P + first + 1, P + N + 1, device=length_BR.device)
-    for back in range((longest + block_size - 2) // block_size + 1):  # blocks that a rollout can reach into
-        y_R = (end_R - 1) // block_size - back
-        left_R = (y_R * block_size).clamp(min=0)
-        right_R = torch.minimum(end_R, (y_R + 1) * block_size)
-        part_BR = (right_R - torch.maximum(end_R - length_BR, left_R)).clamp(min=0)
-        _add_at(pairs_BXY, y_R.clamp(min=0).expand_as(part_BR), part_BR, first - skip, block_size)
-
-
-def _add_at(table_BXY: Tensor, y_BQ: Tensor, value_BQ: Tensor, first: int, block_size: int) -> None:
-    """Add each query's value at its own block x and key block y; the queries are `first`, `first` + 1, ..."""
-    B, X, Y = table_BXY.shape
-    x_Q = torch.arange(first, first + y_BQ.shape[1], device=y_BQ.device) // block_size
-    row_B1 = torch.arange(B, device=y_BQ.device)[:, None] * X
-    index_BQ = (row_B1 + x_Q) * Y + y_BQ
-    table_BXY.view(-1).index_add_(0, index_BQ.flatten(), value_BQ.flatten().to(table_BXY.dtype))
+def _take(values_BT: Tensor, index_BXq: Tensor) -> Tensor:
+    return values_BT.gather(1, index_BXq.flatten(1)).view(index_BXq.shape)
 
 
 def _ordered(is_in: Tensor) -> tuple[Tensor, Tensor]:

@@ -152,7 +152,7 @@ def test_bf16_autocast_learns_what_float32_learns(tmp_path: Path, target: Path, 
 def test_a_drafter_of_another_width_trains_its_own_head(tmp_path: Path, target: Path, rows: Path) -> None:
     shape = {
         "hidden_size": 20,
-        "num_attention_heads": 3,
+        "num_attention_heads": 4,
         "num_key_value_heads": 1,
         "head_dim": 6,
         "intermediate_size": 8,
@@ -160,7 +160,7 @@ def test_a_drafter_of_another_width_trains_its_own_head(tmp_path: Path, target: 
     run = train(tmp_path, target, rows, draft=shape, train={"max_steps": 2})
     after = weights(run)
     assert after["fc.weight"].shape == (20, 48) and after["mask_hidden"].shape == (1, 1, 48)
-    assert after["layers.0.self_attn.q_proj.weight"].shape == (18, 40)
+    assert after["layers.0.self_attn.q_proj.weight"].shape == (24, 40)
     assert json.loads((run / "final" / "config.json").read_text())["target_hidden_size"] == 16
 
 
