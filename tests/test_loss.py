@@ -105,6 +105,7 @@ def test_a_frozen_head_gets_no_gradient_and_changes_no_other() -> None:
     loss, _ = chunked_linear_loss(inputs.hidden, frozen, *inputs[2:], chunk_rows=4)
     loss.backward()
     assert frozen.grad is None and error(inputs.hidden.grad, expected) <= 1e-15
+    assert loss.grad_fn.saved_tensors[1] is None  # not computed and thrown away
     inputs.hidden.grad = None
     loss, _ = chunked_linear_loss(inputs.hidden.detach(), inputs.head, *inputs[2:])
     loss.backward()
@@ -137,8 +138,9 @@ def test_extreme_logits_stay_finite() -> None:
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_rows_that_are_not_counted_have_no_loss_no_gradient_and_no_hit(kind: str) -> None:
-    inputs = make_inputs()
-    counted = torch.arange(M) % 3 != 1
+    inputs = make_inputs(rows=200)
+    counted = torch.arange(200) % 3 != 1
+    assert chunked_linear_loss(*inputs, kind)[1][~counted].any()
     some = Inputs(
         inputs.hidden.detach()[counted].requires_grad_(),
         inputs.head.detach().clone().requires_grad_(),
@@ -147,14 +149,14 @@ def test_rows_that_are_not_counted_have_no_loss_no_gradient_and_no_hit(kind: str
     )
     expected, expected_hits = naive(some, kind)
     d_some, d_head = torch.autograd.grad(expected, some[:2])
-    d_hidden = torch.zeros(M, H, dtype=torch.float64)
+    d_hidden = torch.zeros(200, H, dtype=torch.float64)
     d_hidden[counted] = d_some
     loss, hits = chunked_linear_loss(*inputs, kind, chunk_rows=4, counted=counted)
     found = torch.autograd.grad(loss, inputs[:2])
     assert error(loss.detach(), expected.detach()) <= 1e-12
     assert error(found[0], d_hidden) <= 1e-12 and error(found[1], d_head) <= 1e-12
     assert hits[counted].tolist() == expected_hits and not hits[~counted].any()
-    nothing, _ = chunked_linear_loss(*inputs, kind, counted=torch.zeros(M, dtype=torch.bool))
+    nothing, _ = chunked_linear_loss(*inputs, kind, counted=torch.zeros_like(counted))
     assert nothing.item() == 0 and all((d == 0).all() for d in torch.autograd.grad(nothing, inputs[:2]))
 
 
@@ -163,23 +165,21 @@ LARGE = {"rows": 600, "vocab": 400, "size": 64, "target": 48}
 
 @pytest.mark.parametrize("kind", ["kl", "soft_ce"])
 def test_in_bfloat16_it_is_more_accurate_than_the_naive_loss(kind: str) -> None:
-    low = make_inputs(**LARGE, dtype=torch.bfloat16)
-    low = Inputs(*(t.detach() * 0.3 for t in low))
-    low.hidden.requires_grad_(), low.head.requires_grad_()
-    high = Inputs(*(t.detach().double() for t in low))
-    high.hidden.requires_grad_(), high.head.requires_grad_()
-
+    # Small logits, where softmaxes in bfloat16 are worst, and 300 chunks, whose sum would be lost in it.
+    low = Inputs(*((t.detach() * 0.1).requires_grad_() for t in make_inputs(**LARGE, dtype=torch.bfloat16)))
+    high = Inputs(*(t.detach().double().requires_grad_() for t in low))
     exact, _ = naive(high, kind)
     exact_grads = torch.autograd.grad(exact, high[:2])
-    found, _ = chunked_linear_loss(*low, kind, chunk_rows=64)
+    found, _ = chunked_linear_loss(*low, kind, chunk_rows=2)
     found_grads = torch.autograd.grad(found, low[:2])
     rough, _ = naive(low, kind)
     rough_grads = torch.autograd.grad(rough, low[:2])
 
     assert found.dtype == torch.float32 and {d.dtype for d in found_grads} == {torch.bfloat16}
-    assert error(found.detach(), exact.detach()) < min(1e-3, error(rough.detach(), exact.detach()) / 3)
+    assert error(found.detach(), exact.detach()) < min(1e-4, error(rough.detach(), exact.detach()) / 100)
     for one, other, reference in zip(found_grads, rough_grads, exact_grads):
-        assert error(one, reference) < min(6e-3, error(other, reference))
+        # Rounding the result alone costs 1.7e-3.
+        assert error(one, reference) < min(3e-3, error(other, reference) / 10)
 
 
 def test_in_bfloat16_the_scale_of_the_loss_is_not_rounded() -> None:
