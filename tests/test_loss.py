@@ -103,9 +103,9 @@ def test_a_frozen_head_gets_no_gradient_and_changes_no_other() -> None:
     (expected,) = torch.autograd.grad(chunked_linear_loss(*inputs)[0], [inputs.hidden])
     frozen = inputs.head.detach()
     loss, _ = chunked_linear_loss(inputs.hidden, frozen, *inputs[2:], chunk_rows=4)
+    assert loss.grad_fn.saved_tensors[1] is None  # not computed and thrown away
     loss.backward()
     assert frozen.grad is None and error(inputs.hidden.grad, expected) <= 1e-15
-    assert loss.grad_fn.saved_tensors[1] is None  # not computed and thrown away
     inputs.hidden.grad = None
     loss, _ = chunked_linear_loss(inputs.hidden.detach(), inputs.head, *inputs[2:])
     loss.backward()

@@ -1,0 +1,329 @@
+"""tools/bench_segments.py and tools/measure.py: what they count, against numbers worked out by hand."""
+
+import contextlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+
+import bench_segments
+import measure
+from bench_segments import Bench, Case, Settings
+
+import peagle_train.draft
+from peagle_train.relay import RelayBuffers
+from peagle_train.visibility import Visibility
+
+TOOLS = Path(bench_segments.__file__).parent
+FIELDS = {"mode", "n", "segments", "layers", "wall_s", "cpu_s", "saved_bytes", "peak_bytes", "flops", "rows"}
+
+
+def run_bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TOOLS / "bench_segments.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=1200)
+
+
+# ---- the tool as it is called
+
+
+def test_smoke(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    shape = ["--layers", "1", "--hidden", "32", "--vocab", "128", "--threads", "1"]
+    done = run_bench("--n", "64", "--segments", "1,4", *shape, "--repeats", "1", "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())
+    assert [(r["mode"], r["segments"]) for r in rows] == [
+        ("flat", 1),
+        ("checkpoint", 1),
+        ("recompute", 4),
+        ("relay", 4),
+    ]
+    for row in rows:
+        assert row.keys() >= FIELDS
+        assert row["died"] is None and row["n"] == 64 and row["layers"] == 1
+        assert all(row[name] > 0 for name in FIELDS - {"mode", "peak_bytes"})
+        assert row["peak_bytes"] >= 0
+        assert row["loss"] == pytest.approx(rows[0]["loss"], rel=1e-4)
+    flat, rechecked, recompute, relay = rows
+    assert flat["rows"] == rechecked["rows"] == relay["rows"] < recompute["rows"]
+    assert relay["saved_bytes"] < recompute["saved_bytes"] < flat["saved_bytes"]
+    assert flat["flops"] < relay["flops"] < recompute["flops"]
+    assert relay["rows_no_grad"] > 0 == flat["rows_no_grad"] == recompute["rows_no_grad"]
+    assert "relay" in done.stdout and "BAD" not in done.stdout
+
+
+def test_a_configuration_that_dies_is_reported(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    done = run_bench("--n", "64", "--segments", "1", "--modes", "flat", "--timeout", "0.01", "--json", str(out))
+    (row,) = json.loads(out.read_text())
+    assert row["died"] == "took more than 0.01 s"
+    assert row["wall_s"] is None and row["flops"] is None and row.keys() >= FIELDS
+    assert "died: flat n=64 S=1: took more than 0.01 s" in done.stdout
+    assert done.returncode == 1  # since nothing is left
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--n", "4"], "--n must be at least"),
+        (["--n", "8x"], "no list of integers"),
+        (["--modes", "warp"], "no such mode: warp"),
+        (["--segments", "8", "--modes", "flat"], "nothing to run"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str) -> None:
+    done = run_bench(*arguments)
+    assert done.returncode == 2 and message in done.stderr
+
+
+def test_cases() -> None:
+    def names(segments: list[int]) -> list[tuple[str, int]]:
+        return [(c.mode, c.segments) for c in bench_segments.cases_of([64], segments, list(bench_segments.MODES))]
+
+    assert names([1]) == [("flat", 1), ("checkpoint", 1)]
+    assert names([2]) == [("recompute", 2), ("relay", 2)]
+    assert len(names([1, 2, 4])) == 6
+
+
+# ---- rows and flops, by hand
+#
+# Four tokens are three rows; with K = 2 and r = 1 the elements (anchor, depth) are (0,0) (1,0) (2,0) (0,1) (1,1): row 0
+# is in no pool of depth 1. They see 1, 2, 3, 2, 3 keys. Uniform halves: columns 0 and 1 hold (0,0) (1,0) (0,1), columns
+# 2 and 3 hold (2,0) (1,1).
+
+TINY = Settings(
+    layers=2,
+    hidden=32,
+    intermediate=48,
+    heads=2,
+    kv_heads=1,
+    vocab=40,
+    depths=2,
+    ratio=1.0,
+    boundaries="uniform",
+    threads=1,
+    device="cpu",
+).complete()
+H, KV, V = 32, 16, 40
+FC = 3 * H * H
+QO = (2 * H * H + H * H, H * H + H * H)  # parameters of q_proj and o_proj, by layer
+K_V = (2 * H * 2 * KV, H * 2 * KV)
+MLP = 3 * H * 48
+
+
+def forward(rows: int, depth0: int, last: int) -> int:
+    """Forward flops of a pass without its attention: `depth0` slots read features, `last` rows run the last layer."""
+    fc = 2 * FC * (depth0 + 1)  # and the mask's row
+    return fc + 2 * rows * (QO[0] + K_V[0] + MLP + K_V[1]) + 2 * last * (QO[1] + MLP)
+
+
+def both_ways(rows: int, depth0: int, last: int) -> int:
+    """Every matmul comes back as two, but that the features want no gradient."""
+    return 3 * forward(rows, depth0, last) - 2 * FC * depth0
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    return Bench(TINY)
+
+
+def count(bench: Bench, mode: str, segments: int) -> dict:
+    return bench.count(Case(mode, 4, segments))
+
+
+def test_work_of_the_flat_pass(bench: Bench) -> None:
+    counted = count(bench, "flat", 1)
+    pairs = 2 * (1 + 2 + 3 + 2 + 3)  # two layers
+    assert (counted["rows"], counted["rows_no_grad"], counted["pass_rows"]) == (5, 0, 5)
+    assert counted["attention_pairs"] == pairs
+    assert counted["attention_flops"] == 12 * pairs * H
+    assert counted["flops"] == both_ways(5, 3, 5) + 12 * pairs * H
+    # Two heads' logits and one gradient; a row's p * (log p - log q) may be a matmul, too.
+    assert 5 * 3 * 2 * V * H <= counted["head_flops"] <= 5 * (3 * 2 * V * H + 2 * V)
+    assert counted["buffer_bytes"] == 0
+
+
+def test_work_of_recompute(bench: Bench) -> None:
+    counted = count(bench, "recompute", 2)
+    # The second pass runs (0,0) (1,0) again, but for the last layer's queries.
+    pairs = 2 * (1 + 2 + 2) + (1 + 2 + 3 + 3) + (3 + 3)
+    assert (counted["rows"], counted["rows_no_grad"], counted["pass_rows"]) == (3 + 4, 0, 4)
+    assert counted["attention_pairs"] == pairs
+    assert counted["flops"] == both_ways(3, 2, 3) + both_ways(4, 3, 2) + 12 * pairs * H
+    assert counted["head_flops"] == count(bench, "flat", 1)["head_flops"]
+
+
+def test_work_of_the_relay(bench: Bench) -> None:
+    counted = count(bench, "relay", 2)
+    # Pass A: columns 0 and 1, through the first layer and the second's keys and values.
+    pairs_a, pairs_b = 1 + 2, 2 * (1 + 2 + 3 + 2 + 3)
+    assert (counted["rows"], counted["rows_no_grad"], counted["pass_rows"]) == (5, 2, 3)
+    assert counted["attention_pairs"] == pairs_a + pairs_b
+    matmuls = forward(2, 2, 0) + both_ways(3, 2, 3) + both_ways(2, 1, 2)
+    assert counted["flops"] == matmuls + 4 * pairs_a * H + 12 * pairs_b * H
+    assert counted["head_flops"] == count(bench, "flat", 1)["head_flops"]
+    assert counted["buffer_bytes"] == 2 * 4 * 4 * KV * 4  # layers; k, v and their gradients; columns; width; float32
+
+
+def test_work_of_a_checkpointed_pass(bench: Bench) -> None:
+    flat, counted = count(bench, "flat", 1), count(bench, "checkpoint", 1)
+    # Each layer's forward again, up to the last thing that its backward wants: not down_proj.
+    again = 2 * 5 * (sum(QO) + sum(K_V) + 2 * MLP - 2 * H * 48)
+    assert counted["rows"] == 5
+    assert counted["flops"] == flat["flops"] + again + flat["attention_flops"] // 3
+
+
+@pytest.mark.parametrize("mode, segments", [("flat", 1), ("recompute", 3), ("relay", 3)])
+def test_visible_pairs_are_those_of_the_mask(monkeypatch: pytest.MonkeyPatch, mode: str, segments: int) -> None:
+    bench = Bench(Settings(**{**vars(TINY), "documents": 2, "depths": 4, "ratio": 0.8}))
+    original, seen = peagle_train.draft.attend, []
+
+    def attend(query, own, context, visibility):  # type: ignore[no-untyped-def]
+        Q = query.shape[2]
+        seen.append((bench_segments.visible_pairs(visibility, Q), int(visibility.dense()[:, -Q:].sum())))
+        assert bench_segments.block_pairs(visibility, Q, 4) >= seen[-1][1]
+        return original(query, own, context, visibility)
+
+    monkeypatch.setattr(peagle_train.draft, "attend", attend)
+    bench.step(mode, bench.batch(40, segments), bench.target(40), RelayBuffers())
+    assert seen and all(ours == masks for ours, masks in seen)
+
+
+@pytest.mark.parametrize("mode, segments", [("flat", 1), ("recompute", 3), ("relay", 3)])
+def test_dense_attention_is_the_same_attention(monkeypatch: pytest.MonkeyPatch, mode: str, segments: int) -> None:
+    bench = Bench(Settings(**{**vars(TINY), "depths": 4, "dtype": "float64"}))
+
+    def step() -> tuple[float, torch.Tensor, int]:
+        bench.draft.zero_grad(set_to_none=True)
+        stats = bench.step(mode, bench.batch(40, segments), bench.target(40), RelayBuffers())
+        assert bench.draft.fc.weight.grad is not None
+        kernel_pairs = bench.count(Case(mode, 40, segments))["kernel_pairs"]
+        assert kernel_pairs is not None
+        return float(stats.loss), bench.draft.fc.weight.grad.clone(), kernel_pairs
+
+    structured = step()
+    monkeypatch.setattr(Visibility, "_plan_blocks", bench_segments.plan_dense_blocks)
+    dense = step()
+    assert dense[0] == pytest.approx(structured[0], rel=1e-12)
+    torch.testing.assert_close(dense[1], structured[1], rtol=1e-10, atol=1e-12)
+    assert dense[2] >= structured[2]
+
+
+@pytest.mark.parametrize("mode, segments", [("flat", 1), ("checkpoint", 1), ("recompute", 3), ("relay", 3)])
+def test_saved_bytes_do_not_hang_on_the_kernel(monkeypatch: pytest.MonkeyPatch, mode: str, segments: int) -> None:
+    bench = Bench(Settings(**{**vars(TINY), "depths": 4}))
+    case = Case(mode, 40, segments)
+    without = bench.count(case)["saved_bytes"]
+    monkeypatch.setattr(bench_segments, "attention_without_kernel", contextlib.nullcontext)
+    assert bench.count(case)["saved_bytes"] == without
+
+
+# ---- saved bytes of graphs that one can see through
+
+
+def test_saved_bytes_of_a_small_graph() -> None:
+    weight = torch.nn.Parameter(torch.randn(8, 8))
+    a = torch.randn(16, 8, requires_grad=True)  # 512 bytes
+
+    def build(mask: torch.Tensor) -> torch.Tensor:
+        squashed = (a @ weight).sigmoid()  # saves a (512), and the weight; sigmoid saves its result (512)
+        squared = squashed * squashed  # saves the same storage twice more
+        head = squared[:4].exp()  # saves its result, 4 * 8 * 4 = 128
+        return torch.where(mask, squared, 0).sum() + head.sum()  # saves the mask
+
+    mask = torch.rand(16, 8) > 0.5
+    with measure.SavedBytes([weight]) as saved:
+        build(mask).backward()
+        assert not saved._held
+        build(mask).backward()  # the first one's have been let go
+    assert saved.peak_bytes == 512 + 512 + 128
+    with measure.SavedBytes() as saved:
+        loss = build(mask) + build(mask)  # at once: a is shared
+        loss.backward()
+    assert saved.peak_bytes == 512 + 256 + 2 * (512 + 128)
+    with measure.SavedBytes([weight], lambda: [a]) as saved:
+        build(mask)
+    assert saved.peak_bytes == 512 + 128
+
+
+def test_a_view_counts_with_its_whole_storage() -> None:
+    big = torch.randn(1024, requires_grad=True)
+    with measure.SavedBytes() as saved:
+        (big[:2] * big[2:4]).sum().backward()
+    assert saved.peak_bytes == 4096
+
+
+def test_saved_bytes_of_checkpointed_blocks() -> None:
+    def block(x: torch.Tensor) -> torch.Tensor:
+        return x.sin().sin()  # saves x and sin(x)
+
+    def run(checkpointed: bool) -> int:
+        x = torch.randn(256, requires_grad=True)  # 1 KiB
+        with measure.SavedBytes() as saved:
+            hidden = x
+            for _ in range(3):
+                hidden = checkpoint(block, hidden, use_reentrant=False) if checkpointed else block(hidden)
+            hidden.sum().backward()
+        return saved.peak_bytes
+
+    assert run(False) == 6 * 1024
+    assert run(True) == 4 * 1024  # three inputs, and one block's sin(x) at a time
+
+
+# ---- processes and tables
+
+
+def test_peak_rss() -> None:
+    with measure.PeakRSS() as rss:
+        data = bytearray(64 * measure.MIB)
+        data[::4096] = b"x" * (len(data) // 4096)
+        del data
+    if rss.method == "VmHWM":
+        assert 60 * measure.MIB < rss.peak_bytes < 100 * measure.MIB
+
+
+@pytest.mark.parametrize(
+    "code, options, reason",
+    [
+        ("pass", {}, None),
+        ("raise ValueError('no such thing')", {}, "exit 1: ValueError: no such thing"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", {}, "ended by SIGKILL, as the kernel does"),
+        ("import time; time.sleep(60)", {"timeout": 0.2}, "took more than 0.2 s"),
+        (
+            "import time; data = b'x' * 2**26; time.sleep(60)",
+            {"limit_bytes": 2**25},
+            "passed the limit of 0.03 GiB",
+        ),
+    ],
+)
+def test_run_process(code: str, options: dict, reason: str | None) -> None:
+    outcome = measure.run_process([sys.executable, "-c", code], **options)
+    assert (outcome.died is None) if reason is None else reason in str(outcome.died)
+
+
+def test_table_and_ratios() -> None:
+    base = {"n": 8, "loss": 1.0, "died": None, "wall_s": 2.0, "cpu_s": 2.0, "peak_bytes": 2**20, "saved_bytes": 2**20}
+    base |= {"flops": 10**9, "rows": 10, "rows_no_grad": 0, "buffer_bytes": 0, "head_flops": 10**9}
+    flat = {**base, "mode": "flat", "segments": 1}
+    relay = {**base, "mode": "relay", "segments": 4, "saved_bytes": 2**18, "loss": 1.5}
+    text = bench_segments.table_of([flat, relay])
+    assert text.splitlines()[2].split()[9:11] == ["0.2", "0.250"]
+    assert "BAD: the modes disagree about the loss at n=8" in text
+    dead = {**flat, **dict.fromkeys(bench_segments.TIMED + bench_segments.COUNTED), "loss": None, "died": "boredom"}
+    text = bench_segments.table_of([dead, relay])
+    assert "died: flat n=8 S=1: boredom" in text and "BAD" not in text
+
+
+def test_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    base = {"wall_s": 2.0, "peak_bytes": 2**20, "saved_bytes": None}
+    cases = [("flat", 8, 1), ("flat", 16, 1), ("recompute", 8, 4), ("relay", 8, 4), ("relay", 16, 4)]
+    rows = [{**base, "mode": mode, "n": n, "segments": S} for mode, n, S in cases]
+    assert bench_segments.plot(rows, str(tmp_path / "curves.png"))
+    assert (tmp_path / "curves.png").stat().st_size > 1000
