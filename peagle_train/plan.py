@@ -51,15 +51,20 @@ class Plan:
     """L"""
     static: bool = False
     """Whether sizes are the same for every batch (see `plan_segments`)."""
+    pad_context: bool = False
 
 
-def plan_segments(batch: dict[str, Tensor], num_depths: int, static: bool = False) -> Plan:
+def plan_segments(
+    batch: dict[str, Tensor], num_depths: int, static: bool = False, pad_context: bool | None = None
+) -> Plan:
     """Read a collator's batch (on CPU; a batch on a device is copied back first, which waits for it).
 
     Args:
-        static: every segment gets the same sizes whatever the data (own elements padded to the capacity, context to L),
-            for compiled drafters; else only what exists is run.
+        static: every segment gets the same sizes whatever the data, own elements being padded to the capacity; else only
+            what exists is run.
+        pad_context: pad the context to L, too, which compiled drafters need; None: if static.
     """
+    pad_context = static if pad_context is None else pad_context
     names = ("anchor", "depth", "supervised", "segment_ids", "position_ids")
     anchor, depth, supervised, segment_ids, position = (batch[name].cpu() for name in names)
     B, L = position.shape
@@ -91,7 +96,7 @@ def plan_segments(batch: dict[str, Tensor], num_depths: int, static: bool = Fals
                 columns=slice(s * capacity, s * capacity + size),
                 num_depth0=size if static else int(num_depth0_BS[:, s].max()),
                 first_rollout=0 if static else min(int(num_depth0_BS[:, s].min()), n),
-                num_context=int(context_end_BS[:, s].max()) if not static else L if num_segments > 1 else 0,
+                num_context=int(context_end_BS[:, s].max()) if not pad_context else L if num_segments > 1 else 0,
                 context_end=context_end_BS[:, s],
                 supervised=supervised_BSC[:, s, :size].flatten().nonzero().flatten(),
                 anchors=slice(int(real_anchor.min()), int(real_anchor.max()) + 1),
@@ -101,4 +106,4 @@ def plan_segments(batch: dict[str, Tensor], num_depths: int, static: bool = Fals
             )
         )
     per_depth = torch.bincount(depth[supervised], minlength=num_depths)
-    return Plan(segments, int(supervised.sum()), per_depth, L, static)
+    return Plan(segments, int(supervised.sum()), per_depth, L, static, pad_context)

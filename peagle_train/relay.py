@@ -129,7 +129,7 @@ def relay_step(
     chunks = context_chunks(plan, passes)
     with span("pass A"):
         for columns in chunks:
-            _run_context(draft, batch, target, buffers, columns, num_depths, plan.static)
+            _run_context(draft, batch, target, buffers, columns, num_depths, plan.pad_context)
     torch.clear_autocast_cache()  # weights cast without grad in pass A must not serve pass B
     extra_a, extra_b = (0, 0) if min_passes is None else (min_passes[0] - len(chunks), min_passes[1] - len(passes))
     for _ in range(extra_a):
@@ -230,12 +230,12 @@ def _run_context(
     buffers: RelayBuffers,
     columns: slice,
     num_depths: int,
-    static: bool,
+    pad_context: bool,
 ) -> None:
     """Pass A over some columns: write their keys and values into the buffers."""
     elements = context_elements(batch, columns)
     n, start = columns.stop - columns.start, columns.start
-    P = batch["input_ids"].shape[1] if static else start
+    P = batch["input_ids"].shape[1] if pad_context else start
     visibility = visibility_of(
         elements,
         num_depths,

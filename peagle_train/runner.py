@@ -35,12 +35,14 @@ class BatchRunner:
                 raise ValueError("train.compile is true and the drafter is sharded (FSDP2): turn one of them off")
             mode = None if recipe.train.compile_mode == "default" else recipe.train.compile_mode
             self.compiled = CompiledDraft(draft, recipe.train.compile_backend, mode)
-        # flex attention compiles for each new shape, so shapes are the same for all batches on CUDA, too.
-        self.static = self.compiled is not None or self.device.type == "cuda"
+        # Shapes are the same for all batches where something is made for each new shape and kept: graphs, flex attention
+        # on CUDA, oneDNN's bfloat16 primitives on CPU (without this a run's memory grows for hundreds of steps).
+        self.pad_context = self.compiled is not None or self.device.type == "cuda"
+        self.static = self.pad_context or recipe.train.mixed_precision == "bf16"
 
     def plan(self, batch: Batch) -> Plan:
         """The passes of a batch that is on the host."""
-        return plan_segments(batch, self.recipe.cod.num_depths, self.static)
+        return plan_segments(batch, self.recipe.cod.num_depths, self.static, self.pad_context)
 
     def run(self, batch: Batch, plan: Plan, scale: Tensor | None) -> StepStats:
         """Sums over the batch, which is on the host; gradients accumulate, times `scale`, unless that is None."""

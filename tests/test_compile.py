@@ -14,6 +14,7 @@ from peagle_train.collator import CODCollator
 from peagle_train.compiled import CompiledDraft
 from peagle_train.draft import PEagleDraft
 from peagle_train.draft_config import PEagleDraftConfig
+from peagle_train.plan import plan_segments
 from peagle_train.relay import RelayBuffers, relay_step
 from peagle_train.segments import TargetOutputs, recompute_step
 from tests.test_distributed import launch
@@ -147,3 +148,24 @@ def test_two_compiled_processes_train_without_a_recompile(tmp_path: Path) -> Non
     assert result.returncode == 0, result.stderr[-2000:]
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["recompiles"] == 0 and "compiled again" not in result.stderr
+
+
+@pytest.mark.parametrize("pad_context", [False, True])
+@pytest.mark.parametrize("mode", ["relay", "recompute"])
+def test_static_sizes_change_nothing_but_the_padding(mode: str, pad_context: bool) -> None:
+    draft = make_draft()
+    for seed in range(6):
+        rows, target = ragged_rows(seed, 2), random_target(seed, 2, torch.float64)
+        batch = CODCollator(L, num_depths=K, down_sample_ratio=0.8, num_segments=4)(rows)
+        gradients = []
+        for plan in (plan_segments(batch, K), plan_segments(batch, K, static=True, pad_context=pad_context)):
+            step: Any = relay_step if mode == "relay" else recompute_step
+            step(draft, batch, target, num_depths=K, plan=plan)
+            gradients.append(
+                {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in draft.named_parameters()}
+            )
+            draft.zero_grad()
+        assert all(s.num_elements == s.num_depth0 for s in plan.segments)
+        for name, gradient in gradients[0].items():
+            error = (gradients[1][name] - gradient).abs().max() / gradient.abs().max().clamp(min=1e-9)
+            assert error < 1e-10, (name, float(error))
