@@ -207,7 +207,9 @@ class Bench:
         from peagle_train.relay import relay_step
         from peagle_train.segments import recompute_step
 
-        plan = plan_segments(batch, self.settings.depths)
+        # Shapes as in the trainer: the same for every segment where something is made and kept for each new one.
+        on_cuda = self.device.type == "cuda"
+        plan = plan_segments(batch, self.settings.depths, static=on_cuda or self.autocast, pad_context=on_cuda)
         batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         arguments: dict[str, Any] = {
             "num_depths": self.settings.depths,
