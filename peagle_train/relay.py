@@ -178,10 +178,10 @@ def relay_step(
             tensors.append(output.loss * scale if has_labels else output.loss + output.hidden.sum() * 0)
             gradients.append(None)
         if end:
-            seeds = handed_back(buffers, own, end)
-            for (key, value), (d_key, d_value) in zip(output.keys_values, seeds, strict=True):
-                tensors += [key, value]
-                gradients += [d_key, d_value]
+            for pair, owed in zip(output.keys_values, handed_back(buffers, own, end), strict=True):
+                tensors += pair
+                gradients += owed
+            del pair, owed
         del output, context, visibility
         backward(tensors, gradients)
         del tensors, gradients

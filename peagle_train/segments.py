@@ -106,6 +106,7 @@ def recompute_step(
         if backward is not None:
             assert output.loss is not None
             backward(output.loss * scale)
+        del output, visibility, labels
     for _ in range(min_passes - len(passes)):
         idle_pass(draft, batch, target, num_depths, with_grad=backward is not None)
     return stats

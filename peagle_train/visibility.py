@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MASK_CACHE_BYTES = 64 * 2**20
+MASK_CACHE_BYTES = 16 * 2**20
 """Masks of a pass are kept for its other layers and its backward while they are smaller than this together."""
 MASK_BLOCK_BYTES = 64 * 2**20
 """No block of a dense mask is larger than this (additive, in the compute dtype)."""
@@ -68,7 +68,7 @@ class Visibility:
     cut: int = 0
     block_masks: dict[int, Any] = field(default_factory=dict)
     _blocks: list[QueryBlock] | None = None
-    _masks: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
+    _masks: dict[int, Tensor] = field(default_factory=dict)
 
     def key_tables(self) -> tuple[Tensor, Tensor]:
         """(anchor, depth) of all K = P + N keys, int64 [B, K]; depth -1 where there is no key."""
@@ -125,8 +125,8 @@ class Visibility:
 
         Keys are the block's three slices, in order.
         """
-        if (index, dtype) in self._masks:
-            return self._masks[index, dtype]
+        if index in self._masks:
+            return _additive(self._masks[index], dtype)
         block = self.blocks(dtype.itemsize)[index]
         q = slice(block.q0, block.q1)
         start, anchor, depth = self.start[:, q, None], self.anchor[:, q, None], self.depth[:, q, None]
@@ -138,8 +138,11 @@ class Visibility:
             sees_rollout(anchor, depth, self.anchor[:, None, block.rollout], self.depth[:, None, block.rollout]),
         ]
         visible = torch.cat(parts, dim=-1) & (depth >= 0)
-        mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))[:, None]
-        kept = sum(m.numel() * m.itemsize for m in self._masks.values())
-        if kept + mask.numel() * mask.itemsize <= MASK_CACHE_BYTES:
-            self._masks[index, dtype] = mask
-        return mask
+        hidden = visible.logical_not_()[:, None]
+        if sum(m.numel() for m in self._masks.values()) + hidden.numel() <= MASK_CACHE_BYTES:
+            self._masks[index] = hidden
+        return _additive(hidden, dtype)
+
+
+def _additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))

@@ -106,7 +106,7 @@ def no_dump(folder: Path, kind: str) -> Path:
     elif kind == "without config":
         save_file(tensors, path)
     elif kind == "without a weight":
-        del tensors["weight.fc.weight"]
+        del tensors["weight.norm.weight"]
         save_file(tensors, path, metadata)
     elif kind == "with a weight too many":
         save_file({**tensors, "weight.layers.2.mlp.up_proj.weight": torch.ones(24, 16)}, path, metadata)

@@ -220,7 +220,7 @@ def test_with_a_minimum_every_parameter_gets_a_gradient_in_every_pass() -> None:
 
 def test_kept_buffers_give_what_fresh_ones_give() -> None:
     draft, kept = make_draft(), RelayBuffers()
-    shapes = [(2, 5), (1, 3), (2, 9), (2, 1), (3, 4), (2, 5)]
+    shapes = [(2, 5), (2, 9), (2, 3), (2, 1), (2, 7), (1, 3), (1, 4), (3, 4), (2, 5)]
     for seed, (B, S) in enumerate(shapes):
         # Longer and shorter rows in turn: what a step leaves in the buffers must not reach the next one.
         rows = make_rows(L, documents=1 + seed % 3, batch_size=B, prompt=0.3, padding=(0, 17, 5)[seed % 3], seed=seed)
