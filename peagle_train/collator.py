@@ -6,6 +6,7 @@ row, N = S * C.
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from numbers import Number
 from typing import Any
 
 import torch
@@ -189,7 +190,10 @@ def _read_row(row: Row) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _is_nested(values: Any) -> bool:
-    return isinstance(values, (list, tuple)) and len(values) > 0 and not isinstance(values[0], (int, float))
+    if not isinstance(values, (list, tuple)) or len(values) == 0:
+        return False
+    is_scalar_tensor = isinstance(values[0], Tensor) and values[0].dim() == 0
+    return not is_scalar_tensor and not isinstance(values[0], Number)  # numpy's ints are Numbers, too
 
 
 def _integers(name: str, values: Any) -> Tensor:

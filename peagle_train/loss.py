@@ -117,8 +117,7 @@ class _ChunkedLinearLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_total, _):  # type: ignore[no-untyped-def]
         d_hidden_MH, d_head_VH = ctx.saved_tensors
-        d_hidden = (
-            None if d_hidden_MH is None else d_hidden_MH * d_total
-        )  # not d_total.to(bfloat16), which would round the scale
+        # In d_total's own precision: bfloat16 would round the scale, and with it every gradient, by up to 0.4 %.
+        d_hidden = None if d_hidden_MH is None else (d_hidden_MH.to(d_total.dtype) * d_total).to(d_hidden_MH.dtype)
         d_head = None if d_head_VH is None else (d_head_VH * d_total).to(ctx.head_dtype)
         return d_hidden, d_head, None, None, None, None, None, None

@@ -1,6 +1,5 @@
 """Small drafters, rows and targets, and how far two results are apart."""
 
-import copy
 import hashlib
 import json
 import os
@@ -167,11 +166,6 @@ def calls_of(module: nn.Module) -> Iterator[list[int]]:
         yield calls
     finally:
         handle.remove()
-
-
-def deep_weights(draft: PEagleDraft) -> dict[str, Tensor]:
-    """Copies of the parameters as leaves that require grad, by name."""
-    return {n: copy.deepcopy(p.detach()).requires_grad_() for n, p in draft.named_parameters()}
 
 
 def golden_mask(case: dict[str, Any]) -> Tensor:

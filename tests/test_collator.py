@@ -399,3 +399,13 @@ def test_importing_the_collator_imports_torch_and_nothing_else_that_is_heavy() -
     )
     result = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
     assert result.stdout == "True []\n", result.stderr
+
+
+def test_ids_may_be_numpys_ints_or_scalar_tensors() -> None:
+    import numpy as np
+
+    plain = CODCollator(8, num_depths=2)([{"input_ids": [3, 1, 2], "loss_mask": [0, 1, 1]}])
+    for convert in (np.int64, torch.tensor):
+        ids, mask = [convert(i) for i in (3, 1, 2)], [convert(m) for m in (0, 1, 1)]
+        other = CODCollator(8, num_depths=2)([{"input_ids": ids, "loss_mask": mask}])
+        assert all(torch.equal(plain[name], other[name]) for name in plain)

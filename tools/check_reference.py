@@ -10,6 +10,9 @@ gather as training does.
 import argparse
 import json
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package beside it, installed or not
 
 import torch
 from safetensors import SafetensorError, safe_open
