@@ -4,7 +4,7 @@ Depth-0 elements never look at deeper ones, and every element looks at the past 
 segment needs of its past nothing but those keys and values, and owes the past nothing but their gradients:
 
     pass A, no grad, left to right: depth-0 columns through all layers; each layer's keys and values are kept (of the last
-        layer only they are computed). The columns that no later segment reads are left out.
+        layer only they are computed). Columns to the right of all that a later segment reads are left out.
     pass B, right to left: each segment's own elements with grad, the earlier keys and values entering as leaves. Back-
         propagated are the segment's loss and <K_own, dK_own> + <V_own, dV_own>, where dK_own, dV_own are what the
         segments to the right have handed back; the leaves' gradients are handed on to the left.
