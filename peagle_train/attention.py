@@ -83,6 +83,7 @@ def _forward(
             out, lse = _flash(query_BGRQD[:, :, r, q], k, v, attn_mask=mask, scale=D**-0.5)
             out_BQGRD[:, q, :, r] = out.transpose(1, 2)
             lse_BQGR[:, q, :, r] = lse.transpose(1, 2)
+        del k, v, mask  # before the next block's are made
     return out_BQGRD, lse_BQGR
 
 
@@ -131,6 +132,8 @@ def _backward(
             d_query_BGRQD[:, :, r, q] = d_query
             _add_to_visible(block, d_context[0], d_own[0], d_key)
             _add_to_visible(block, d_context[1], d_own[1], d_value)
+            del d_query, d_key, d_value
+        del k, v, mask  # before the next block's are made
     d_keys_values = [d.to(key.dtype) for d in (*d_own, *d_context)]
     return d_query_BGRQD.reshape(B, H, Q, D), d_keys_values[0], d_keys_values[1], d_keys_values[2], d_keys_values[3]
 

@@ -6,6 +6,7 @@ as a recompile of the training step. Shapes are static (a static plan), so that 
 
 import logging
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -46,6 +47,14 @@ def _call(
     return draft(token, position, features, visibility, context, keys_values_only, skip, labels)
 
 
+def failed_guard(function: Any) -> str:
+    """The guard for which `function` is being compiled again, in torch's words and one line."""
+    from torch._dynamo.utils import guard_failures  # torch has no public place for it
+
+    reasons = guard_failures.get(function.__code__, [])
+    return " ".join(reasons[-1].split()) if reasons else "that TORCH_LOGS=recompiles shows"
+
+
 class CompiledDraft:
     """Stands in for a `PEagleDraft` in `relay_step` and `recompute_step`; parameters stay the drafter's.
 
@@ -58,7 +67,6 @@ class CompiledDraft:
     def __init__(self, draft: PEagleDraft, backend: Any = "inductor", mode: str | None = None) -> None:
         self.draft = draft
         self.graphs = {"keys and values": 0, "training": 0, "evaluation": 0}
-        self._warm = False
         if backend != "inductor":
             mode = None
         self._passes = {
@@ -67,17 +75,22 @@ class CompiledDraft:
             "evaluation": self._compile(_evaluation_pass, "evaluation", backend, mode),
         }
 
-    def _compile(self, function: Callable[..., Any], name: str, backend: Any, mode: str | None) -> Callable[..., Any]:
+    def _compile(self, function: Any, name: str, backend: Any, mode: str | None) -> Callable[..., Any]:
         from torch._dynamo.backends.registry import lookup_backend
 
         inner = lookup_backend(backend) if isinstance(backend, str) else backend
         options = torch._inductor.list_mode_options(mode) if mode else {}
+        # Code of its own: torch keeps graphs by code object, so that another CompiledDraft's would be searched, too.
+        function = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
         def counted(graph: Any, inputs: Any) -> Any:
             self.graphs[name] += 1
             if self.graphs[name] > 1:
                 logger.warning(
-                    "the %s pass was compiled again (graph %d): see the guard above", name, self.graphs[name]
+                    "the %s pass was compiled again (graph %d), because of the guard %s",
+                    name,
+                    self.graphs[name],
+                    failed_guard(function),
                 )
             if options:
                 from torch._inductor.compile_fx import compile_fx

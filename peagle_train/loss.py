@@ -18,7 +18,7 @@ def chunked_linear_loss(
     target_hidden: Tensor,
     target_head: Tensor,
     loss: str = "kl",
-    chunk_rows: int = 256,
+    chunk_rows: int = 512,
     counted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum over rows of the drafter's loss against the target's distribution, both softmaxed over the draft vocabulary.
@@ -70,44 +70,20 @@ class _ChunkedLinearLoss(torch.autograd.Function):
         for start in range(0, M, chunk_rows):
             rows = slice(start, start + chunk_rows)
             h_cH = hidden_MH[rows]
-            # In place wherever a tensor of logits is not needed again: three of them exist at a time.
-            t_cV = (target_MT[rows] @ target_head_VT.T).to(wide)
-            best_c = t_cV.argmax(-1)
-            t_cV.sub_(t_cV.gather(1, best_c[:, None]))  # less the largest, so that exp stays finite
-            u_cV = (h_cH @ head_VH.T).to(wide)
-            hits_c = u_cV.argmax(-1) == best_c
-            u_cV.sub_(u_cV.amax(-1, keepdim=True))
-            if loss == "hard_ce":
-                own_c = u_cV.gather(1, best_c[:, None])[:, 0]
-                d_cV = u_cV.exp_()
-                z_c = d_cV.sum(-1)
-                loss_c = z_c.log() - own_c
-                d_cV.div_(z_c[:, None]).scatter_add_(1, best_c[:, None], d_cV.new_full((h_cH.shape[0], 1), -1.0))
-            else:
-                p_cV = t_cV.exp()
-                s_c = p_cV.sum(-1)
-                p_cV.div_(s_c[:, None])
-                # log p - log q = (t - u) + (log z - log s), and the p of a row sum to 1.
-                score_cV = t_cV.sub_(u_cV) if loss == "kl" else t_cV.copy_(u_cV).neg_()
-                mean_c = (p_cV[:, None] @ score_cV[:, :, None])[:, 0, 0]
-                d_cV = u_cV.exp_()
-                z_c = d_cV.sum(-1)
-                loss_c = mean_c + z_c.log() - (s_c.log() if loss == "kl" else 0)
-                d_cV.div_(z_c[:, None]).sub_(p_cV)
-            if counted_M is None:
-                hits_M[rows] = hits_c
-            else:
-                counted_c = counted_M[rows]
-                hits_M[rows] = hits_c & counted_c
+            loss_c, hits_c, d_cV = _visit(h_cH, head_VH, target_MT[rows], target_head_VT, loss)
             if counted_M is not None:
+                counted_c = counted_M[rows]
+                hits_c = hits_c & counted_c
                 loss_c = torch.where(counted_c, loss_c, 0)
                 d_cV = torch.where(counted_c[:, None], d_cV, 0)
+            hits_M[rows] = hits_c
             total += loss_c.sum()
             d_cV = d_cV.to(hidden_MH.dtype)
             if d_hidden_MH is not None:
                 d_hidden_MH[rows] = d_cV @ head_VH
             if d_head_VH is not None:
                 d_head_VH += d_cV.T @ h_cH
+            del d_cV  # before the next chunk's logits are made
         ctx.save_for_backward(d_hidden_MH, d_head_VH)
         ctx.mark_non_differentiable(hits_M)
         ctx.head_dtype = head_VH.dtype
@@ -121,3 +97,35 @@ class _ChunkedLinearLoss(torch.autograd.Function):
         d_hidden = None if d_hidden_MH is None else (d_hidden_MH.to(d_total.dtype) * d_total).to(d_hidden_MH.dtype)
         d_head = None if d_head_VH is None else (d_head_VH * d_total).to(ctx.head_dtype)
         return d_hidden, d_head, None, None, None, None, None, None
+
+
+def _visit(
+    h_cH: Tensor, head_VH: Tensor, target_cT: Tensor, target_head_VT: Tensor, loss: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row's loss [c], whether its argmaxes agree [c], and the loss's gradient by the drafter's logits [c, V].
+
+    In place wherever a tensor of logits is not needed again: three of them exist at a time.
+    """
+    wide = torch.promote_types(h_cH.dtype, torch.float32)
+    t_cV = (target_cT @ target_head_VT.T).to(wide)
+    best_c = t_cV.argmax(-1)
+    t_cV.sub_(t_cV.gather(1, best_c[:, None]))  # less the largest, so that exp stays finite
+    u_cV = (h_cH @ head_VH.T).to(wide)
+    hits_c = u_cV.argmax(-1) == best_c
+    u_cV.sub_(u_cV.amax(-1, keepdim=True))
+    if loss == "hard_ce":
+        own_c = u_cV.gather(1, best_c[:, None])[:, 0]
+        d_cV = u_cV.exp_()
+        z_c = d_cV.sum(-1)
+        d_cV.div_(z_c[:, None]).scatter_add_(1, best_c[:, None], d_cV.new_full((h_cH.shape[0], 1), -1.0))
+        return z_c.log() - own_c, hits_c, d_cV
+    p_cV = t_cV.exp()
+    s_c = p_cV.sum(-1)
+    p_cV.div_(s_c[:, None])
+    # log p - log q = (t - u) + (log z - log s), and the p of a row sum to 1.
+    score_cV = t_cV.sub_(u_cV) if loss == "kl" else t_cV.copy_(u_cV).neg_()
+    mean_c = (p_cV[:, None] @ score_cV[:, :, None])[:, 0, 0]
+    d_cV = u_cV.exp_()
+    z_c = d_cV.sum(-1)
+    d_cV.div_(z_c[:, None]).sub_(p_cV)
+    return mean_c + z_c.log() - (s_c.log() if loss == "kl" else 0), hits_c, d_cV

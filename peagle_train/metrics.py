@@ -77,7 +77,7 @@ def train_line(values: dict[str, Any]) -> str:
         f"  accepted {values['expected_accepted_length']:.3f}  lr {values['learning_rate']:.2e}"
         f"  grad {values['grad_norm']:.2f}  {values['tokens_per_second']:.0f} tok/s"
         f"  peak {values['peak_memory_bytes'] / 2**30:.2f} GiB"
-        + (f"  {values['recompiles']} recompiles" if values["recompiles"] else "")
+        + ("" if values["recompiles"] is None else f"  {values['recompiles']} recompiles")
     )
 
 

@@ -4,7 +4,7 @@ Depth-0 elements never look at deeper ones, and every element looks at the past 
 segment needs of its past nothing but those keys and values, and owes the past nothing but their gradients:
 
     pass A, no grad, left to right: depth-0 columns through all layers; each layer's keys and values are kept (of the last
-        layer only they are computed). Columns to the right of all that a later segment reads are left out.
+        layer only they are computed). Columns to the left and to the right of all that later segments read are left out.
     pass B, right to left: each segment's own elements with grad, the earlier keys and values entering as leaves. Back-
         propagated are the segment's loss and <K_own, dK_own> + <V_own, dV_own>, where dK_own, dV_own are what the
         segments to the right have handed back; the leaves' gradients are handed on to the left.
@@ -98,7 +98,7 @@ def relay_step(
     num_depths: int,
     scale: float | Tensor = 1.0,
     loss: str = "kl",
-    chunk_rows: int = 256,
+    chunk_rows: int = 512,
     plan: Plan | None = None,
     buffers: RelayBuffers | None = None,
     backward: Backward | None = torch.autograd.backward,
@@ -203,17 +203,22 @@ def needed_segments(plan: Plan) -> list[Segment]:
 
 
 def context_chunks(plan: Plan, passes: list[Segment]) -> list[slice]:
-    """Columns for pass A: those that some pass reads, in runs no longer than the longest segment has elements.
+    """Columns for pass A: from the first that some pass reads to the last, in runs no longer than the longest segment is.
 
     In a static plan every run has that length; the last one may overlap the one before, and computes the same again.
     """
-    end = max((int(s.context_end.max()) for s in passes), default=0)
+    first, end = plan.row_length, 0
+    for segment in passes:
+        reads_B = segment.earliest < segment.context_end
+        if reads_B.any():
+            first = min(first, int(segment.earliest[reads_B].min()))
+            end = max(end, int(segment.context_end[reads_B].max()))
     size = max((s.num_elements for s in plan.segments), default=1)
     if plan.static:
         size = min(size, plan.row_length)
-        starts = (min(start, plan.row_length - size) for start in range(0, end, size))
+        starts = (min(start, plan.row_length - size) for start in range(first, end, size))
         return [slice(start, start + size) for start in starts]
-    return [slice(start, min(start + size, end)) for start in range(0, end, size)]
+    return [slice(start, min(start + size, end)) for start in range(first, end, size)]
 
 
 def compute_dtype(draft: PEagleDraft | CompiledDraft, device: torch.device) -> torch.dtype:

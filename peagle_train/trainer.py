@@ -236,7 +236,7 @@ class Trainer:
             "tokens_per_second": self._window_tokens * self.accelerator.num_processes / seconds,
             "peak_memory_bytes": peak_memory_bytes(self.device),
             "loader_wait_share": self._waited / seconds,
-            "recompiles": self.runner.compiled.recompiles if self.runner.compiled else 0,
+            "recompiles": self.runner.compiled.recompiles if self.runner.compiled else None,
             "seconds": time.perf_counter() - self.reporter.start_time,
         }
         self.reporter.record("train", train_line(values), **values)

@@ -164,6 +164,37 @@ def test_segments_that_nobody_learns_from_or_reads_are_left_out(masks: list[list
     assert_same(found, expected)
 
 
+@pytest.mark.parametrize(
+    ("masks", "columns"),
+    [
+        ([[0] * 16 + [1] * 16], (16, 28)),
+        # The last document begins with a segment, which so reads nothing of its past.
+        ([[1] * 16 + [0] * 16], (0, 12)),
+        ([[0] * 26 + [1] + [0] * 5], (16, 24)),
+        # The first label is in the first columns of a document: nobody reads anything.
+        ([[0] * 17 + [1] + [0] * 14], None),
+        ([[0] * 10 + [1] + [0] * 21, [0] * 26 + [1] + [0] * 5], (0, 24)),
+    ],
+)
+def test_pass_a_runs_the_columns_that_are_read_and_no_others(
+    masks: list[list[int]], columns: tuple[int, int] | None
+) -> None:
+    rows = [{"input_ids": list(range(32)), "loss_mask": mask, "document_ids": [0] * 16 + [1] * 16} for mask in masks]
+    batch = make_batch(rows, 32, 8, K, boundaries="uniform")
+    for static in (False, True):
+        plan = plan_segments(batch, K, static=static)
+        chunks = context_chunks(plan, needed_segments(plan))
+        run = sorted({column for chunk in chunks for column in range(chunk.start, chunk.stop)})
+        if columns is None:
+            assert run == []
+        elif static:  # whole runs, which may reach over the end
+            assert set(range(*columns)) <= set(run) and len({chunk.stop - chunk.start for chunk in chunks}) == 1
+        else:
+            assert run == list(range(*columns)) and sum(c.stop - c.start for c in chunks) == len(run)
+        found = outcome_of(relay_step, make_draft(), batch, make_target(batch), plan=plan)
+        assert_same(found, outcome_of(recompute_step, make_draft(), make_batch(rows, 32, 1, K), make_target(batch)))
+
+
 @pytest.mark.parametrize("S", [1, 8])
 @pytest.mark.parametrize(
     "row",
