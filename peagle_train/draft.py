@@ -35,7 +35,7 @@ class Labels(NamedTuple):
     target_head: Tensor
     """[V, T], the target's head rows of the draft vocabulary."""
     loss: str = "kl"
-    chunk_rows: int = 512
+    chunk_rows: int = 384
     counted: Tensor | None = None
     """bool [m], the supervised ones among `rows`; None: all of them."""
 

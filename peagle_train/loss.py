@@ -18,7 +18,7 @@ def chunked_linear_loss(
     target_hidden: Tensor,
     target_head: Tensor,
     loss: str = "kl",
-    chunk_rows: int = 512,
+    chunk_rows: int = 384,
     counted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum over rows of the drafter's loss against the target's distribution, both softmaxed over the draft vocabulary.

@@ -163,7 +163,7 @@ class Train:
     """Segments hand on keys, values and their gradients, or each recomputes its past (Algorithm 1)."""
     loss: Literal["kl", "soft_ce", "hard_ce"] = "kl"
     """KL(target || draft), cross-entropy with the target's distribution, or with its argmax."""
-    loss_chunk_rows: int = option(512, ge=1)
+    loss_chunk_rows: int = option(384, ge=1)
     """Rows of logits that exist at a time."""
     compile: bool = False
     """Compile the drafter's passes (torch.compile, static shapes): one graph each, whatever the data."""

@@ -98,7 +98,7 @@ def relay_step(
     num_depths: int,
     scale: float | Tensor = 1.0,
     loss: str = "kl",
-    chunk_rows: int = 512,
+    chunk_rows: int = 384,
     plan: Plan | None = None,
     buffers: RelayBuffers | None = None,
     backward: Backward | None = torch.autograd.backward,

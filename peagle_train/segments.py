@@ -62,7 +62,7 @@ def recompute_step(
     num_depths: int,
     scale: float | Tensor = 1.0,
     loss: str = "kl",
-    chunk_rows: int = 512,
+    chunk_rows: int = 384,
     plan: Plan | None = None,
     backward: Backward | None = torch.autograd.backward,
     min_passes: int = 0,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MASK_CACHE_BYTES = 16 * 2**20
+MASK_CACHE_BYTES = 8 * 2**20
 """Masks of a pass are kept for its other layers and its backward while they are smaller than this together."""
 MASK_BLOCK_BYTES = 64 * 2**20
 """No block of a dense mask is larger than this (additive, in the compute dtype)."""

@@ -83,7 +83,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--chunks", default="256,512,1024", help="rows of a chunk, several with commas")
+    parser.add_argument("--chunks", default="256,384,512,1024", help="rows of a chunk, several with commas")
     parser.add_argument("--train-head", action="store_true", help="the head is trained (default: frozen)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu")
