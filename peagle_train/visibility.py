@@ -42,6 +42,8 @@ class QueryBlock:
     context: slice
     depth0: slice
     rollout: slice
+    sees_all_context: bool = False
+    """Whether every query sees every key of `context`, as where the context ends before the first query's anchor."""
 
 
 @dataclass
@@ -117,7 +119,11 @@ class Visibility:
             rollout = slice(max(self.first_rollout, q0 - self.num_depths + 2), q1)
             if rollout.start >= rollout.stop:
                 rollout = slice(0, 0)
-            blocks.append(QueryBlock(q0, q1, context, depth0, rollout))
+            sees_all = bool(real.all()) and context.stop <= min(
+                int(self.anchor[:, q0:q1].min()) + 1, int(self.context_end.min())
+            )
+            sees_all = sees_all and int(self.start[:, q0:q1].max()) <= context.start
+            blocks.append(QueryBlock(q0, q1, context, depth0, rollout, sees_all))
         return blocks
 
     def block_mask(self, index: int, dtype: torch.dtype) -> Tensor:
@@ -125,24 +131,32 @@ class Visibility:
 
         Keys are the block's three slices, in order.
         """
-        if index in self._masks:
-            return _additive(self._masks[index], dtype)
         block = self.blocks(dtype.itemsize)[index]
+        if index not in self._masks:
+            hidden = self._hidden(block)
+            if sum(m.numel() for m in self._masks.values()) + hidden.numel() > MASK_CACHE_BYTES:
+                return _additive(block, hidden, dtype)
+            self._masks[index] = hidden
+        return _additive(block, self._masks[index], dtype)
+
+    def _hidden(self, block: QueryBlock) -> Tensor:
+        """bool [B, 1, q, k]: the keys that a query does not see; without the context's, if all of them are seen."""
         q = slice(block.q0, block.q1)
         start, anchor, depth = self.start[:, q, None], self.anchor[:, q, None], self.depth[:, q, None]
-        column = torch.arange(block.context.start, block.context.stop)
-        exists = torch.where(column < self.context_end[:, None], 0, -1)
         parts = [
-            sees_context(start, anchor, column, exists[:, None]),
             sees_context(start, anchor, self.anchor[:, None, block.depth0], self.depth[:, None, block.depth0]),
             sees_rollout(anchor, depth, self.anchor[:, None, block.rollout], self.depth[:, None, block.rollout]),
         ]
+        if not block.sees_all_context:
+            column = torch.arange(block.context.start, block.context.stop)
+            exists = torch.where(column < self.context_end[:, None], 0, -1)
+            parts.insert(0, sees_context(start, anchor, column, exists[:, None]))
         visible = torch.cat(parts, dim=-1) & (depth >= 0)
-        hidden = visible.logical_not_()[:, None]
-        if sum(m.numel() for m in self._masks.values()) + hidden.numel() <= MASK_CACHE_BYTES:
-            self._masks[index] = hidden
-        return _additive(hidden, dtype)
+        return visible.logical_not_()[:, None]
 
 
-def _additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+def _additive(block: QueryBlock, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    seen = block.context.stop - block.context.start if block.sees_all_context else 0
+    mask = torch.zeros(*hidden.shape[:-1], seen + hidden.shape[-1], dtype=dtype)
+    mask[..., seen:].masked_fill_(hidden, float("-inf"))
+    return mask
