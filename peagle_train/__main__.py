@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 EPILOG = """examples:
   accelerate launch -m peagle_train recipes/quickstart.yaml target.path=DIR output.dir=runs/first
@@ -12,8 +13,15 @@ EPILOG = """examples:
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """Mistakes are told like all others: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (--help says what is allowed)")
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="peagle_train",
         description="Train a P-EAGLE drafter from a recipe.",
         epilog=EPILOG,
@@ -28,9 +36,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0; 2 for a user's mistake, 1 for a run that had to stop; one line on stderr says why."""
-    options = parse(arguments)
     try:
-        return _run(options)
+        return _run(parse(arguments))
     except ValueError as error:
         return _fail(error, 2)
     except RuntimeError as error:

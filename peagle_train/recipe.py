@@ -4,6 +4,7 @@ A new setting is a new field: its type hint, `option(...)` limits and docstring 
 """
 # ruff: noqa: RUF009 (option() makes a dataclass field)
 
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -239,7 +240,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     A mistake is a RecipeError of one line: what was given, what is allowed, what to change.
     """
     types: dict[str, type] = get_type_hints(Recipe)
-    recipe = Recipe(**read_sections(types, _read_mapping(Path(path).expanduser(), types), overrides))
+    recipe = Recipe(**read_sections(types, _read_mapping(Path(os.path.expanduser(path)), types), overrides))
     recipe.validate()
     return recipe
 
