@@ -81,6 +81,12 @@ class Data:
     """Folder that tools/prepare_data.py wrote for this recipe: nothing is read or tokenized again."""
     num_workers: int = option(0, ge=0)
     """Loader processes."""
+    chat_template: str | None = option(None, is_path=True)
+    """A .jinja file to use in place of the tokenizer's own chat template."""
+    template_kwargs: dict[str, Any] | None = None
+    """Variables of the chat template, as in {enable_thinking: false}."""
+    on_rewrite: Literal["last_turn", "refuse"] = "last_turn"
+    """Chats whose earlier turns the template rewrites (drops their thoughts): learn from the last turn only, or not."""
 
 
 @dataclass
