@@ -290,7 +290,7 @@ def _repeated(sizes_D: np.ndarray, times_D: np.ndarray) -> np.ndarray:
 
 
 def _supervised(store: TokenStore, starts: np.ndarray) -> np.ndarray:
-    """int64: tokens with mask 1, but the first, of each of the consecutive runs that begin at `starts` and fill the store."""
+    """int64: tokens with mask 1, but the first, of each of the runs that begin at `starts` and together fill the store."""
     counts = []
     for (_, mask), begin, end in zip(store.shards, store.starts, store.starts[1:], strict=False):
         own = starts[(starts >= begin) & (starts < end)] - begin

@@ -161,7 +161,9 @@ class RowEncoder:
         if is_table and _forms_of(row):
             raise BadRow("null field", f"{', '.join(_forms_of(row))}: null in this row")
         wanted = "input_ids, messages, conversations, prompt and completion, or text"
-        raise BadRow("no known form", f"give {{...}} with {wanted}, instead of the keys {clip(', '.join(map(str, row)))}")
+        raise BadRow(
+            "no known form", f"give {{...}} with {wanted}, instead of the keys {clip(', '.join(map(str, row)))}"
+        )
 
     def _need_tokenizer(self, raw: RawRow, what: str) -> None:
         if self.tokenizer is None:

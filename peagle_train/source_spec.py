@@ -1,5 +1,4 @@
 """One entry of `data.sources`: a string, or a mapping with a weight and more. Knows nothing of what is on the disk."""
-# ruff: noqa: RUF009 (option() makes a dataclass field)
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -20,7 +19,7 @@ class SourceSpec:
     datasets: str | None = option(None)
     """The name of a data set, for `datasets.load_dataset`. Either this or path."""
     weight: float = option(1.0, gt=0, le=1000)
-    """How often each document counts in an epoch: 2.5 is twice, and once more for that half of them that their keys choose."""
+    """How often each document comes in an epoch: 2.5 is twice, and once more for the half that their keys choose."""
     format: Literal["auto", "text", "jsonl", "json", "parquet", "arrow"] = "auto"
     """What the files are; auto goes by their extension. Given, it also chooses what a folder's files are."""
     split: str | None = option(None)

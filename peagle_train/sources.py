@@ -167,13 +167,17 @@ class Intake:
         report = self.report
         report.bad_rows[row.reason] = report.bad_rows.get(row.reason, 0) + 1
         report.first_bad.setdefault(row.reason, row.where)
-        if sum(report.bad_rows.values()) <= self.max_bad_rows:
-            return
         if self.max_bad_rows == 0:
             raise ValueError(
-                f"{row.where}: {row.detail} (bad row: {row.reason}; data.max_bad_rows is 0: raise it to leave such rows out)"
+                f"{row.where}: {row.detail} (bad row: {row.reason}; data.max_bad_rows is 0: raise it to leave"
+                " such rows out)"
             )
-        raise ValueError(f"{report.describe_bad()}: data.max_bad_rows allows {self.max_bad_rows}")
+        self.check_bad()
+
+    def check_bad(self) -> None:
+        """ValueError if there are more bad rows than allowed."""
+        if sum(self.report.bad_rows.values()) > self.max_bad_rows:
+            raise ValueError(f"{self.report.describe_bad()}: data.max_bad_rows allows {self.max_bad_rows}")
 
 
 def new_report(found: FoundFiles) -> SourceReport:

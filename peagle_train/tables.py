@@ -27,7 +27,9 @@ def table_rows(file: SourceFile) -> Iterator[dict[str, Any]]:
                 yield dict(zip(columns, values, strict=True))
     except Exception as error:  # pyarrow, datasets and the hub's client each raise types of their own
         lines = str(error).split("\n")
-        raise ValueError(f"cannot read {file.path} ({file.format}): {type(error).__name__}: {lines[0][:300]}") from error
+        raise ValueError(
+            f"cannot read {file.path} ({file.format}): {type(error).__name__}: {lines[0][:300]}"
+        ) from error
 
 
 def _open(file: SourceFile) -> Any:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from peagle_train.chat import ChatEncoder
@@ -70,7 +69,7 @@ def load_training_data(
         ValueError: one line, for a user's mistake and for data with nothing to learn from.
     """
     if recipe.data.prepared is not None:
-        from peagle_train.preparation import open_prepared  # which imports this file
+        from peagle_train.prepared import open_prepared  # which imports this file
 
         made = open_prepared(recipe, tokenizer, vocab_size, mask_token_id)
         say(f"data: as prepared in {recipe.data.prepared}, checksums verified")
@@ -142,9 +141,7 @@ def assemble(data: Data, tables: dict[str, DocumentTable], vocab_size: int) -> T
     eval_rows, eval_report = pack_table(eval_table, eval_times_D, data.max_length, data.pack)
     if report.supervised == 0:
         raise ValueError("the data has nothing supervised: no document has a token with loss_mask 1 behind its first")
-    return TrainingData(
-        train_rows, eval_rows, count_repeated(table, times_D, vocab_size), report, eval_report, in_both
-    )
+    return TrainingData(train_rows, eval_rows, count_repeated(table, times_D, vocab_size), report, eval_report, in_both)
 
 
 def _refuse_streaming(data: Data) -> None:
