@@ -3,10 +3,12 @@
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from peagle_train.document_table import DocumentTable
     from peagle_train.sources import Document
 
 
@@ -63,6 +65,18 @@ def count_supervised(data: Sequence["Document"] | tuple[Tensor, Tensor], vocab_s
     if supervised.numel() and not 0 <= int(supervised.min()) <= int(supervised.max()) < vocab_size:
         raise ValueError(f"the data holds ids outside of the vocabulary 0..{vocab_size - 1}")
     return torch.bincount(supervised, minlength=vocab_size)
+
+
+def count_repeated(table: "DocumentTable", times_D: np.ndarray, vocab_size: int) -> Tensor:
+    """int64 [V]: `count_supervised` of a table's documents, each counted as often as `times_D` (int64) says."""
+    counts_V = torch.zeros(vocab_size, dtype=torch.int64)
+    shards = zip(table.store.shards, table.store.starts, table.store.starts[1:], strict=False)
+    for (ids, mask), begin, end in shards:
+        own = (table.starts_D >= begin) & (table.starts_D < end)
+        times_n = torch.from_numpy(np.repeat(times_D[own], table.lengths_D[own]))
+        for times in np.unique(times_D[own]).tolist():
+            counts_V += times * count_supervised((ids, mask * (times_n == times)), vocab_size)
+    return counts_V
 
 
 def d2t_offsets(draft_ids: Tensor) -> Tensor:
