@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,8 @@ from peagle_train.prompts import Message, Prompt, fingerprint
 
 if TYPE_CHECKING:
     from peagle_train.chat_local import LocalChat
+
+Conversation = Generator["Ask", Answer, Entry]
 
 HOPELESS = 20
 """Prompts turned down in a row from the start, without one answer, after which a run stops."""
@@ -66,7 +68,7 @@ def answer_seed(seed: int, row: int, turn: int) -> int:
     return int.from_bytes(key[:8], "little") % 2**31
 
 
-def converse(prompt: Prompt, row: int, model: str, settings: Settings) -> Generator[Ask, Answer, Entry]:
+def converse(prompt: Prompt, row: int, model: str, settings: Settings) -> Conversation:
     """Yields what to ask, is sent the answers, returns the row's entry.
 
     An entry has `row` (what is written, or None), `fault` (why the conversation ends early, or None), `answers` and
@@ -142,7 +144,10 @@ def regenerate(
     start, before = time.monotonic(), len(journal.entries)
     if before:
         say(f"going on behind {before} of {len(prompts)} prompts in {journal.path}")
-    make = lambda row: converse(prompts[row], row, identity["model"], settings)  # noqa: E731
+
+    def make(row: int) -> Conversation:
+        return converse(prompts[row], row, identity["model"], settings)
+
     results = (
         _by_threads(backend, len(prompts), journal, make, concurrency)
         if isinstance(backend, ChatServer)
@@ -170,8 +175,8 @@ def regenerate(
 
 
 def _by_threads(
-    server: ChatServer, total: int, journal: Journal, make: Callable[[int], Generator], concurrency: int
-) -> Iterator[tuple[int, Entry]]:
+    server: ChatServer, total: int, journal: Journal, make: Callable[[int], Conversation], concurrency: int
+) -> Generator[tuple[int, Entry], None, None]:
     """(row, entry) as they come. A thread takes one conversation at a time, from its first turn to its last."""
     todo: queue.SimpleQueue[int] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[int, Entry | BaseException]] = queue.SimpleQueue()
@@ -205,7 +210,7 @@ def _by_threads(
         over.set()
 
 
-def _drive(conversation: Generator[Ask, Answer, Entry], server: ChatServer) -> Entry:
+def _drive(conversation: Conversation, server: ChatServer) -> Entry:
     try:
         ask = next(conversation)
         while True:
@@ -216,8 +221,8 @@ def _drive(conversation: Generator[Ask, Answer, Entry], server: ChatServer) -> E
 
 
 def _by_batches(
-    local: "LocalChat", total: int, journal: Journal, make: Callable[[int], Generator]
-) -> Iterator[tuple[int, Entry]]:
+    local: "LocalChat", total: int, journal: Journal, make: Callable[[int], Conversation]
+) -> Generator[tuple[int, Entry], None, None]:
     """(row, entry) by batches of consecutive prompts, whatever an earlier run has done of them: the numerics of a batched
     pass depend on the batch, so a batch that was only half journaled is computed again as it was.
     """
@@ -226,13 +231,13 @@ def _by_batches(
         if all(row in journal.entries for row in rows):
             continue
         conversations = {row: make(row) for row in rows}
-        answers: dict[int, Answer | None] = dict.fromkeys(rows)
+        answers: dict[int, Answer] = {}
         ended: dict[int, Entry] = {}
         while conversations:
             asks: dict[int, Ask] = {}
             for row, conversation in list(conversations.items()):
                 try:
-                    asks[row] = conversation.send(answers[row])
+                    asks[row] = conversation.send(answers[row]) if answers else next(conversation)
                 except StopIteration as end:
                     ended[row] = end.value
                     del conversations[row]
