@@ -54,7 +54,7 @@ def test_a_period_of_more_than_1000_characters_is_no_loop() -> None:
 
 def test_a_line_that_only_counts_up_is_a_loop_and_short_or_rare_lines_are_not() -> None:
     counted = "".join(f"{i}. The answer is to try once more.\n" for i in range(8))
-    assert is_loop(counted) and is_loop(PROSE + "\n" + counted + "And so on.")
+    assert is_loop(counted) and is_loop(PROSE[:200] + "\n" + counted + "And so on.")
     assert not is_loop(counted.split("\n", 1)[1])  # seven times
     assert not is_loop("".join(f"{i}. Try it once more {chr(97 + i)}\n" for i in range(8)))
     assert not is_loop("".join(f"{i}. Try.\n" for i in range(20)))

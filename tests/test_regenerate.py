@@ -308,9 +308,13 @@ def test_seeds_differ_by_run_prompt_and_turn_and_fit_31_bits() -> None:
 
 
 def test_help_answers_without_heavy_imports() -> None:
-    code = f"import runpy, sys; sys.argv = ['x', '--help']; runpy.run_path({TOOL!r}, run_name='__main__')"
-    check = f"import atexit, sys; atexit.register(lambda: print(sorted({{'torch', 'transformers', 'tqdm'}} & set(sys.modules)))); {code}"
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, env=ENVIRONMENT)
+    code = f"""
+import atexit, runpy, sys
+atexit.register(lambda: print(sorted({{"torch", "transformers", "tqdm"}} & set(sys.modules))))
+sys.argv = ["regenerate", "--help"]
+runpy.run_path({TOOL!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0 and "--base-url" in done.stdout and done.stdout.endswith("[]\n")
 
 
