@@ -87,11 +87,13 @@ class Journal:
             try:
                 entry = json.loads(line)
                 if number == 1:
-                    self._compare(entry["settings"])
+                    begun = dict(entry["settings"])
                 else:
                     self.entries[int(entry.pop("index"))] = entry
-            except (TypeError, KeyError, AttributeError, json.JSONDecodeError, UnicodeDecodeError):
+            except (TypeError, KeyError, AttributeError, ValueError):
                 raise ValueError(f"{self.path}, line {number} is damaged: remove that file to start anew") from None
+            if number == 1:
+                self._compare(begun)
 
     def _compare(self, begun: dict[str, Any]) -> None:
         for key in {**begun, **self.settings}:

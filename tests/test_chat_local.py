@@ -162,8 +162,8 @@ def test_a_run_that_dies_at_any_answer_gives_the_same_bytes_when_it_is_started_a
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts, whole = write_prompts(tmp_path / "p.jsonl"), tmp_path / "whole.jsonl"
-    more = ["--target", str(folder), "--dtype", "float64", "--max-tokens", "5", "--batch-size", "3", "--keep-truncated"]
-    command = [prompts, *more, "--temperature", "1", "--out"]
+    more = ["--target", str(folder), "--dtype", "float64", "--max-tokens", "16", "--batch-size", "3"]
+    command = [prompts, *more, "--temperature", "3", "--out"]
     calls: list[list[list[dict[str, str]]]] = []
     answer = LocalChat.answer
     die_at = -1
@@ -179,10 +179,9 @@ def test_a_run_that_dies_at_any_answer_gives_the_same_bytes_when_it_is_started_a
 
     monkeypatch.setattr(LocalChat, "answer", counted)
     assert main([*command, str(whole)]) == 0
-    assert [len(call) for call in calls[:2]] == [3, 2] or len(calls) > 3
     rows = [json.loads(line) for line in whole.read_text().splitlines()]
-    assert [row["id"] for row in rows] == [str(i) for i in range(7) if str(i) in {row["id"] for row in rows}] and rows
-    assert rows[0]["generated"]["model"] == folder.name
+    assert rows[0]["generated"]["model"] == folder.name and {len(row["messages"]) for row in rows} >= {2, 4}
+    assert len({len(call) for call in calls}) > 1
     asked = list(calls)
     for die_at in range(len(asked)):
         calls.clear()
