@@ -163,7 +163,7 @@ def test_a_run_that_dies_at_any_answer_gives_the_same_bytes_when_it_is_started_a
 ) -> None:
     prompts, whole = write_prompts(tmp_path / "p.jsonl"), tmp_path / "whole.jsonl"
     more = ["--target", str(folder), "--dtype", "float64", "--max-tokens", "16", "--batch-size", "3"]
-    command = [prompts, *more, "--temperature", "3", "--out"]
+    command = [prompts, *more, "--temperature", "30", "--out"]
     calls: list[list[list[dict[str, str]]]] = []
     answer = LocalChat.answer
     die_at = -1

@@ -227,7 +227,7 @@ def test_a_server_that_refuses_everything_stops_the_run_and_leaves_nothing(
     with serving(lambda _: (400, b'{"message": "no template"}')) as server:
         assert main(command(server, prompts, tmp_path / "out.jsonl", "--concurrency", "1")) == 2
     assert "the first 20 prompts are all refused: 400 no template" in capsys.readouterr().err
-    assert len(server.requests) in (20, 21) and [p.name for p in tmp_path.iterdir()] == ["p.jsonl"]
+    assert 20 <= len(server.requests) < 50 and [p.name for p in tmp_path.iterdir()] == ["p.jsonl"]
 
 
 def test_a_run_without_one_usable_answer_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
