@@ -31,6 +31,8 @@ class Target:
         ),
     )
     """Features are the residual stream entering these layers; null: (2, n // 2, n - 3) for n layers."""
+    chunk_tokens: int | None = option(None, ge=1)
+    """Tokens that the target is given at a time, over a cache of keys and values; null: a whole batch."""
     attn_implementation: str | None = None
     """transformers' attention of the target; null: its default."""
     trust_remote_code: bool = False

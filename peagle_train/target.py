@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from peagle_train.chunks import Run, check_chunkable, forward_run, plan_runs
 from peagle_train.draft_config import ROPE_TYPES
 from peagle_train.segments import TargetOutputs
 
@@ -59,12 +60,15 @@ class FrozenTarget:
     Args:
         model: any transformers causal LM with a stack of decoder layers.
         layer_ids: three layers whose *input* is a feature, ascending; None is `default_layer_ids`.
+        chunk_tokens: give the model at most so many tokens at a time; None: whole batches.
 
     Raises:
         ValueError: for a target whose labels or features would be wrong (see `refuse_unfit`).
     """
 
-    def __init__(self, model: nn.Module, layer_ids: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, layer_ids: Sequence[int] | None = None, chunk_tokens: int | None = None
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
         refuse_unfit(self.config)
@@ -83,6 +87,9 @@ class FrozenTarget:
             raise ValueError(f"target.layer_ids is {self.layer_ids}; it must be three distinct ids, ascending")
         if not 0 <= self.layer_ids[0] <= self.layer_ids[-1] < len(self.layers):
             raise ValueError(f"target.layer_ids is {self.layer_ids}; ids must lie in 0..{len(self.layers) - 1}")
+        self.chunk_tokens = chunk_tokens
+        if chunk_tokens is not None:
+            check_chunkable(model, self.base, self.config)
 
     @classmethod
     def load(
@@ -92,6 +99,7 @@ class FrozenTarget:
         dtype: str = "auto",
         device: torch.device | None = None,
         layer_ids: Sequence[int] | None = None,
+        chunk_tokens: int | None = None,
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
     ) -> "FrozenTarget":
@@ -123,7 +131,7 @@ class FrozenTarget:
             raise ValueError(
                 f"target.path {path}: its weights do not fit its config ({', '.join(bad)}): wrong or cut files"
             )
-        return cls(model.to(device), layer_ids)
+        return cls(model.to(device), layer_ids, chunk_tokens)
 
     @property
     def hidden_size(self) -> int:
@@ -151,34 +159,55 @@ class FrozenTarget:
         """Features [B, L, 3T] and last hidden states after the final norm [B, L, T], in the target's dtype.
 
         Packed documents do not see each other: transformers tells them apart by position ids that restart, as long as it
-        is given neither an attention mask nor a cache.
+        is given neither an attention mask nor a cache. With `chunk_tokens`, see `peagle_train.chunks`.
 
         Args:
-            input_ids: int64 [B, L], unshifted. position_ids: int64 [B, L], restarting at 0 with every document.
+            input_ids: int64 [B, L], unshifted. position_ids: int64 [B, L], restarting at 0 with every document. On the
+                host or on the target's device (chunks are planned on the host: from the device, that waits for it).
         """
         B, L = input_ids.shape
         T = self.hidden_size
+        if self.chunk_tokens is None or B * L <= self.chunk_tokens:
+            shape, runs = (B, L), [Run(0, L, None)]
+        else:
+            shape, runs = (1, B * L), plan_runs(position_ids.cpu(), self.chunk_tokens)
+        ids = input_ids.to(self.device, non_blocking=True).reshape(shape)
+        positions = position_ids.to(self.device, non_blocking=True).reshape(shape)
         out: dict[str, Tensor] = {}
+        span = slice(0, 0)  # of the tokens that the model has now
 
         def keep(slot: int) -> Any:
             def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
                 hidden = args[0] if args else kwargs["hidden_states"]
                 if "features" not in out:
-                    out["features"] = hidden.new_empty(B, L, 3 * T)
-                out["features"][..., slot * T : (slot + 1) * T] = hidden
+                    out["features"] = hidden.new_empty(*shape, 3 * T)
+                out["features"][:, span, slot * T : (slot + 1) * T] = hidden
 
             return hook
+
+        def begin(start: int, stop: int) -> None:
+            nonlocal span
+            span = slice(start, stop)
+
+        def end(last_hidden: Tensor) -> None:
+            if len(runs) == 1 and runs[0].chunk is None:
+                out["last"] = last_hidden
+                return
+            if "last" not in out:
+                out["last"] = last_hidden.new_empty(*shape, T)
+            out["last"][:, span] = last_hidden
 
         handles = [
             self.layers[layer].register_forward_pre_hook(keep(slot), with_kwargs=True)
             for slot, layer in enumerate(self.layer_ids)
         ]
         try:
-            result = self.base(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
+            for run in runs:
+                forward_run(self.base, self.config, ids, positions, run, begin, end)
         finally:
             for handle in handles:
                 handle.remove()
-        return out["features"], result.last_hidden_state
+        return out["features"].view(B, L, 3 * T), out["last"].view(B, L, T)
 
     def outputs(self, batch: dict[str, Tensor], head_rows: Tensor) -> TargetOutputs:
         """What a step needs of the target for a collator's batch."""
@@ -201,6 +230,8 @@ class FrozenTarget:
                 f"target {type(self.model).__name__} lets packed documents see each other (features are {error:.0%} off):"
                 " it cannot be used with packed rows"
             )
+        if self.chunk_tokens is not None:
+            self._check_chunks(ids, position, packed, last)
         some = torch.arange(min(8, self.vocab_size), device=self.device)
         rows = nn.Linear(self.hidden_size, some.numel(), bias=False, device="meta")
         rows.weight = nn.Parameter(self.head_rows(some), requires_grad=False)
@@ -216,6 +247,19 @@ class FrozenTarget:
             raise ValueError(
                 f"target {type(self.model).__name__} changes its logits after the head (they are {error:.0%} off head *"
                 " hidden): labels would be wrong, it is unsupported"
+            )
+
+    def _check_chunks(self, ids: Tensor, position: Tensor, features: Tensor, last: Tensor) -> None:
+        given, self.chunk_tokens = self.chunk_tokens, 4
+        try:
+            chunked, chunked_last = self.features(ids, position)
+        finally:
+            self.chunk_tokens = given
+        error = max(_relative(chunked, features), _relative(chunked_last, last))
+        if error > 0.05:
+            raise ValueError(
+                f"target {type(self.model).__name__} gives other features in chunks ({error:.0%} off): set"
+                " target.chunk_tokens to null"
             )
 
 

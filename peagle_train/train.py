@@ -36,6 +36,7 @@ def train(recipe: Recipe) -> str:
         dtype=recipe.target.dtype,
         device=accelerator.device,
         layer_ids=recipe.target.layer_ids,
+        chunk_tokens=recipe.target.chunk_tokens,
         attn_implementation=recipe.target.attn_implementation,
         trust_remote_code=recipe.target.trust_remote_code,
     )
