@@ -16,17 +16,22 @@ def choose_draft_vocab(
     draft_vocab_size: int,
     always: Iterable[int] = (),
 ) -> Tensor:
+    """`choose_most_frequent` of the supervised tokens of `data`: documents, or flat `(input_ids, loss_mask)`."""
+    return choose_most_frequent(count_supervised(data, vocab_size), draft_vocab_size, always)
+
+
+def choose_most_frequent(counts_V: Tensor, draft_vocab_size: int, always: Iterable[int] = ()) -> Tensor:
     """The tokens to draft: `always`, then the most frequent supervised ones (of equals, the lower id first).
 
     Args:
-        data: documents, or flat `(input_ids, loss_mask)`.
-        vocab_size: V, the target's.
+        counts_V: int64 [V], V the target's vocabulary: see `count_supervised`. Not changed.
         draft_vocab_size: Vd in 1..V.
         always: special and end tokens that the drafter must be able to draft, whatever their frequency.
 
     Returns:
         int64 [Vd], ascending.
     """
+    vocab_size = counts_V.numel()
     if not 1 <= draft_vocab_size <= vocab_size:
         raise ValueError(
             f"draft_vocab_size is {draft_vocab_size}, but the target's vocabulary has {vocab_size} tokens:"
@@ -41,7 +46,7 @@ def choose_draft_vocab(
             f"draft_vocab_size is {draft_vocab_size}, but {len(kept)} tokens must always be drafted:"
             f" give at least {len(kept)}"
         )
-    rank_V = count_supervised(data, vocab_size)
+    rank_V = counts_V.clone()
     rank_V[kept] = torch.iinfo(torch.int64).max
     # Stable: equal counts stay in ascending order of ids, those of tokens never seen included.
     order_V = torch.sort(rank_V, descending=True, stable=True).indices
