@@ -54,10 +54,7 @@ def choose_mask_token(draft: Draft, tokenizer: Any, vocab_size: int) -> int:
 def always_drafted(tokenizer: Any, target: FrozenTarget, mask_token_id: int) -> list[int]:
     """Special and end tokens, which a pruned draft vocabulary keeps whatever their frequency."""
     ids = set(getattr(tokenizer, "all_special_ids", None) or [])
-    generation = getattr(target.model, "generation_config", None)
-    for source in (target.config, generation):
-        eos = getattr(source, "eos_token_id", None)
-        ids |= set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    ids |= set(target.eos_token_ids())
     return sorted(i for i in ids if 0 <= i < target.vocab_size and i != mask_token_id)
 
 

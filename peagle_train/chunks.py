@@ -58,8 +58,8 @@ def check_chunkable(model: nn.Module, base: nn.Module, config: Any) -> None:
     if kinds or not known or cache_argument(base) is None:
         what = ", ".join(kinds) or "a cache of its own kind"
         raise ValueError(
-            f"target.chunk_tokens is given, but target {type(model).__name__} has {what}, where chunks are not known to give"
-            " what the whole gives: set target.chunk_tokens to null"
+            f"target.chunk_tokens is given, but target {type(model).__name__} has {what}, where chunks are not known to"
+            " give what the whole gives: set target.chunk_tokens to null"
         )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from peagle_train.chunks import Run, check_chunkable, forward_run, plan_runs
+from peagle_train.dense import FLOATS, dense_embeddings, dense_head, is_plain
 from peagle_train.draft_config import ROPE_TYPES
 from peagle_train.segments import TargetOutputs
 
@@ -73,7 +74,7 @@ class FrozenTarget:
         self.config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
         refuse_unfit(self.config)
         head = model.get_output_embeddings()  # type: ignore[operator]
-        if head is None or getattr(head, "weight", None) is None:
+        if head is None:
             raise ValueError(f"target {type(model).__name__} has no output embeddings: it is no causal LM")
         if getattr(head, "bias", None) is not None:
             raise ValueError(
@@ -81,6 +82,9 @@ class FrozenTarget:
             )
         self.head: nn.Module = head
         self.base: nn.Module = _base_model(model)
+        self._dense: Tensor | None = None  # of a quantised head
+        if not is_plain(head):
+            self._dense = self._dense_head()
         self.layers = _decoder_layers(self.base, self.config.num_hidden_layers)
         self.layer_ids = list(layer_ids) if layer_ids is not None else default_layer_ids(len(self.layers))
         if sorted(set(self.layer_ids)) != self.layer_ids or len(self.layer_ids) != 3:
@@ -139,7 +143,7 @@ class FrozenTarget:
 
     @property
     def vocab_size(self) -> int:
-        return self.head.weight.shape[0]  # type: ignore[union-attr, index, return-value]
+        return self.head_weight().shape[0]
 
     @property
     def device(self) -> torch.device:
@@ -147,12 +151,42 @@ class FrozenTarget:
 
     def embedding_rows(self) -> Tensor:
         """[vocabulary, T], the input embeddings."""
-        return self.model.get_input_embeddings().weight.detach()  # type: ignore[operator]
+        embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
+        if is_plain(embeddings):
+            return embeddings.weight.detach()
+        return dense_embeddings(embeddings, self.vocab_size, self.device)
+
+    def head_weight(self) -> Tensor:
+        """[vocabulary, T], of a quantised head what it multiplies by."""
+        weight: Tensor = self.head.weight if self._dense is None else self._dense  # type: ignore[assignment]
+        return weight.detach()
 
     def head_rows(self, token_ids: Tensor) -> Tensor:
         """[V, T], the head's rows of the given tokens."""
-        weight: Tensor = self.head.weight  # type: ignore[assignment]
-        return weight.detach()[token_ids.to(weight.device)]
+        weight = self.head_weight()
+        return weight[token_ids.to(weight.device)]
+
+    def eos_token_ids(self) -> list[int]:
+        """Tokens that end the target's answers, by its config and its generation config; ascending."""
+        ids: set[int] = set()
+        for source in (self.config, getattr(self.model, "generation_config", None)):
+            eos = getattr(source, "eos_token_id", None)
+            ids |= set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        return sorted(ids)
+
+    def _dense_head(self) -> Tensor:
+        name = type(self.head).__name__
+        norm = next((p for p in self.base.parameters() if p.dim() == 1 and p.dtype in FLOATS), None)
+        dtype = self.model.dtype if norm is None else norm.dtype  # what its input comes in
+        try:
+            weight = dense_head(self.head, self.config.hidden_size, dtype, self.device)  # type: ignore[arg-type]
+        except Exception as error:  # whatever a quantiser's layer raises
+            raise ValueError(
+                f"target {type(self.model).__name__} has a quantised head ({name}) that does not multiply on"
+                f" {self.device.type}: {type(error).__name__}: {_one_line(error)}; leave the head unquantised"
+            ) from error
+        logger.warning("the target's head is quantised (%s): labels use the matrix that it multiplies by", name)
+        return weight
 
     @torch.no_grad()
     def features(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,6 +266,9 @@ class FrozenTarget:
             )
         if self.chunk_tokens is not None:
             self._check_chunks(ids, position, packed, last)
+        if self._dense is not None:
+            self._check_dense_head(ids, position, last)
+            return
         some = torch.arange(min(8, self.vocab_size), device=self.device)
         rows = nn.Linear(self.hidden_size, some.numel(), bias=False, device="meta")
         rows.weight = nn.Parameter(self.head_rows(some), requires_grad=False)
@@ -247,6 +284,15 @@ class FrozenTarget:
             raise ValueError(
                 f"target {type(self.model).__name__} changes its logits after the head (they are {error:.0%} off head *"
                 " hidden): labels would be wrong, it is unsupported"
+            )
+
+    def _check_dense_head(self, ids: Tensor, position: Tensor, last: Tensor) -> None:
+        logits = self.model(input_ids=ids, position_ids=position, use_cache=False).logits
+        error = _relative(logits, last @ self.head_weight().T)
+        if error > 0.05:
+            raise ValueError(
+                f"target {type(self.model).__name__} has a quantised head ({type(self.head).__name__}) whose logits are"
+                f" {error:.0%} off the matrix that it multiplies by: labels would be wrong; leave the head unquantised"
             )
 
     def _check_chunks(self, ids: Tensor, position: Tensor, features: Tensor, last: Tensor) -> None:

@@ -56,7 +56,8 @@ DOCUMENTS = {
 def make(name: str, chunk_tokens: int | None = None) -> FrozenTarget:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = MODELS[name]().double()
+        # gpt-oss's grouped product knows no float64
+        model = MODELS[name]().float() if name.startswith("gpt-oss") else MODELS[name]().double()
     return FrozenTarget(model, chunk_tokens=chunk_tokens)
 
 
@@ -89,9 +90,10 @@ def test_chunks_give_what_the_whole_gives(model: str) -> None:
             with sizes_of_calls(target) as calls:
                 chunked, chunked_last = target.features(ids, positions)
             assert max(n for n, _ in calls) <= chunk and sum(n for n, _ in calls) == ids.numel()
-            # gpt-oss and rotary tables compute a part in float32, whatever the model's dtype.
+            # Norms and rotary tables compute in float32, whatever the model's dtype.
+            tolerance = 1e-4 if features.dtype == torch.float32 else 2e-6
             for ours, whole in ((chunked, features), (chunked_last, last)):
-                assert (ours - whole).abs().max() <= 2e-6 * whole.abs().max(), (documents, chunk)
+                assert (ours - whole).abs().max() <= tolerance * whole.abs().max(), (documents, chunk)
 
 
 def test_float64_agrees_to_rounding() -> None:
@@ -126,8 +128,7 @@ def test_a_batch_that_fits_a_chunk_is_one_forward_without_a_cache() -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_check_at_the_start_passes_in_chunks(model: str) -> None:
-    if model != "gpt-oss, sinks":
-        make(model, chunk_tokens=8).check()
+    make(model, chunk_tokens=8).check()
 
 
 def test_a_cache_that_is_not_read_is_caught_at_the_start() -> None:
