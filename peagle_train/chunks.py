@@ -29,24 +29,34 @@ class Run:
     """Tokens at a time, over a cache of its own; None: all at once, without a cache."""
 
 
-def plan_runs(position_ids: Tensor, chunk_tokens: int) -> list[Run]:
+def plan_runs(position_ids: Tensor, chunk_tokens: int | None, apart: bool = False) -> list[Run]:
     """Cut packed rows into runs of at most `chunk_tokens` tokens, and single documents that are longer.
 
     Args:
         position_ids: int64 [B, L], on the host. A document begins where a row does and wherever a position is not the
             one before plus 1, which is transformers' rule, too.
+        chunk_tokens: None for no limit.
+        apart: no document shares a run with another. But for those of one token, padding among them: nobody reads their
+            features (a document of n tokens has n - 1 rows), so they run together.
     """
+    limit = position_ids.numel() if chunk_tokens is None else chunk_tokens
     begins_BL = position_ids.new_ones(position_ids.shape).bool()
     begins_BL[:, 1:] = position_ids.diff(dim=1) != 1
     bounds = [*begins_BL.flatten().nonzero().flatten().tolist(), position_ids.numel()]
     runs: list[Run] = []
+    only_single = True  # the last run's documents have one token each
     for start, stop in pairwise(bounds):
-        if stop - start > chunk_tokens:
-            runs.append(Run(start, stop, chunk_tokens))
-        elif runs and runs[-1].chunk is None and stop - runs[-1].start <= chunk_tokens:
+        is_single = stop - start == 1
+        may_join = not apart or (is_single and only_single)
+        if stop - start > limit:
+            runs.append(Run(start, stop, limit))
+            only_single = False
+        elif runs and runs[-1].chunk is None and stop - runs[-1].start <= limit and may_join:
             runs[-1] = Run(runs[-1].start, stop, None)
+            only_single &= is_single
         else:
             runs.append(Run(start, stop, None))
+            only_single = is_single
     return runs
 
 

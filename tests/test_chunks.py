@@ -80,6 +80,8 @@ def sizes_of_calls(target: FrozenTarget) -> Iterator[list[tuple[int, bool]]]:
 @pytest.mark.parametrize("model", MODELS)
 def test_chunks_give_what_the_whole_gives(model: str) -> None:
     target = make(model)
+    target.check()
+    assert target.apart == model.startswith("gpt-oss")  # transformers' gpt-oss does not isolate packed documents
     for documents in DOCUMENTS.values():
         ids, positions = tokens(documents)
         target.chunk_tokens = None
@@ -92,7 +94,13 @@ def test_chunks_give_what_the_whole_gives(model: str) -> None:
             assert max(n for n, _ in calls) <= chunk and sum(n for n, _ in calls) == ids.numel()
             # Norms and rotary tables compute in float32, whatever the model's dtype.
             tolerance = 1e-4 if features.dtype == torch.float32 else 2e-6
-            for ours, whole in ((chunked, features), (chunked_last, last)):
+            # Nobody reads a document of one token: such ones run together where others run apart.
+            read = (
+                torch.cat([torch.tensor([n]).repeat(n) for row in documents for n in row]).view_as(ids) > target.apart
+            )
+            for ours, whole in ((chunked[read], features[read]), (chunked_last[read], last[read])):
+                if not whole.numel():
+                    continue
                 assert (ours - whole).abs().max() <= tolerance * whole.abs().max(), (documents, chunk)
 
 
@@ -115,6 +123,10 @@ def test_short_documents_share_a_forward_and_long_ones_run_alone_over_a_cache() 
     ]  # fmt: skip
     assert plan_runs(positions, 9) == [Run(0, 6, None), Run(6, 15, None), Run(15, 24, None), Run(24, 29, None)]
     assert plan_runs(torch.zeros(2, 3, dtype=torch.int64), 6) == [Run(0, 6, None)]
+    assert [(r.start, r.stop) for r in plan_runs(positions, None, apart=True)] == [
+        (0, 3), (3, 5), (5, 6), (6, 15), (15, 16), (16, 20), (20, 24), (24, 25), (25, 29)
+    ]  # fmt: skip
+    assert plan_runs(torch.zeros(1, 5, dtype=torch.int64), 3, apart=True) == [Run(0, 3, None), Run(3, 5, None)]
     assert plan_runs(torch.arange(5)[None].expand(2, -1), 5) == [Run(0, 5, None), Run(5, 10, None)]
 
 
