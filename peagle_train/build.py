@@ -55,8 +55,7 @@ def always_drafted(tokenizer: Any, target: FrozenTarget, mask_token_id: int) -> 
     """Special and end tokens (of configs, tokenizer and chat template), which a pruned draft vocabulary keeps whatever
     their frequency.
     """
-    generation = getattr(target.model, "generation_config", None)
-    ids = set(end_token_ids(target.config, generation, tokenizer)) | set(end_of_turn_ids(tokenizer))
+    ids = {*target.eos_token_ids(), *end_token_ids(tokenizer), *end_of_turn_ids(tokenizer)}
     ids |= set(getattr(tokenizer, "all_special_ids", None) or [])
     return sorted(i for i in ids if 0 <= i < target.vocab_size and i != mask_token_id)
 

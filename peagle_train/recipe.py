@@ -33,6 +33,12 @@ class Target:
         ),
     )
     """Features are the residual stream entering these layers; null: (2, n // 2, n - 3) for n layers."""
+    chunk_tokens: int | None = option(None, ge=1)
+    """Tokens that the target is given at a time, over a cache of keys and values; null: a whole batch."""
+    cache: str | None = option(None, is_path=True)
+    """Folder of tools/cache_features.py to read features from, so that the target need not run; null: run it."""
+    cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    """What features have in that folder; auto is what the target computes in."""
     attn_implementation: str | None = None
     """transformers' attention of the target; null: its default."""
     trust_remote_code: bool = False

@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from peagle_train.build import always_drafted, choose_mask_token, load_tokenizer, make_draft
+from peagle_train.cached_target import CachedTarget
 from peagle_train.checkpoint import check_output
 from peagle_train.data import PackReport
 from peagle_train.distributed import check_launch
@@ -31,11 +32,13 @@ def train(recipe: Recipe) -> str:
     check_launch(accelerator.num_processes)
     say = print if accelerator.is_main_process else (lambda *_: None)
 
-    target = FrozenTarget.load(
+    load = CachedTarget.opener(recipe.target) if recipe.target.cache else FrozenTarget.load
+    target = load(
         recipe.target.path,
         dtype=recipe.target.dtype,
         device=accelerator.device,
         layer_ids=recipe.target.layer_ids,
+        chunk_tokens=recipe.target.chunk_tokens,
         attn_implementation=recipe.target.attn_implementation,
         trust_remote_code=recipe.target.trust_remote_code,
     )
@@ -45,6 +48,8 @@ def train(recipe: Recipe) -> str:
     mask_token_id = choose_mask_token(recipe.draft, tokenizer, target.vocab_size)
 
     data = load_training_data(recipe, tokenizer, target.vocab_size, mask_token_id, say)
+    if isinstance(target, CachedTarget):
+        data = target.attach(data)
 
     draft_size = recipe.draft.draft_vocab_size or target.vocab_size
     always = always_drafted(tokenizer, target, mask_token_id)

@@ -103,14 +103,22 @@ def test_other_architectures_pass_the_check(model: Any) -> None:
     assert features.shape == (1, 5, 48) and last.shape == (1, 5, 16)
 
 
-def test_a_leak_between_packed_documents_is_caught(folder: Path) -> None:
-    leaky = FrozenTarget.load(str(folder), dtype="float32")
+def test_a_target_that_lets_packed_documents_see_each_other_gets_one_at_a_time(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    leaky, good = (FrozenTarget.load(str(folder), dtype="float64") for _ in range(2))
     original = leaky.base.forward
     leaky.base.forward = lambda **kwargs: original(  # type: ignore[method-assign]
         **{**kwargs, "position_ids": torch.arange(kwargs["input_ids"].shape[1])[None]}
     )
-    with pytest.raises(ValueError, match="lets packed documents see each other"):
-        leaky.check()
+    lengths = (7, 1, 1, 12, 1)
+    ids, positions = ids_of(sum(lengths)), torch.cat([torch.arange(n) for n in lengths])[None]
+    expected = good.features(ids, positions)[0]
+    assert (leaky.features(ids, positions)[0] - expected)[:, 9:21].abs().max() > 0.1
+    leaky.check()
+    assert "one document at a time" in caplog.text
+    read = [*range(7), *range(9, 21)]  # nobody reads documents of one token
+    assert torch.allclose(leaky.features(ids, positions)[0][:, read], expected[:, read], atol=1e-12)
 
 
 def test_logits_changed_after_the_head_are_caught(folder: Path) -> None:
