@@ -13,7 +13,7 @@ from peagle_train.draft import PEagleDraft, RMSNorm
 from peagle_train.draft_config import ROPE_TYPES, PEagleDraftConfig
 from peagle_train.recipe import Draft, Recipe
 from peagle_train.target import FrozenTarget
-from peagle_train.vocab import default_mask_token_id, end_of_turn_ids, end_token_ids
+from peagle_train.vocab import default_mask_token_id, end_of_turn_ids
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +52,12 @@ def choose_mask_token(draft: Draft, tokenizer: Any, vocab_size: int) -> int:
 
 
 def always_drafted(tokenizer: Any, target: FrozenTarget, mask_token_id: int) -> list[int]:
-    """Special and end tokens (of configs, tokenizer and chat template), which a pruned draft vocabulary keeps whatever
-    their frequency.
-    """
+    """Special and end tokens, which a pruned draft vocabulary keeps whatever their frequency."""
+    ids = set(getattr(tokenizer, "all_special_ids", None) or []) | set(end_of_turn_ids(tokenizer))
     generation = getattr(target.model, "generation_config", None)
-    ids = set(end_token_ids(target.config, generation, tokenizer)) | set(end_of_turn_ids(tokenizer))
-    ids |= set(getattr(tokenizer, "all_special_ids", None) or [])
+    for source in (target.config, generation):
+        eos = getattr(source, "eos_token_id", None)
+        ids |= set(eos if isinstance(eos, list) else [] if eos is None else [eos])
     return sorted(i for i in ids if 0 <= i < target.vocab_size and i != mask_token_id)
 
 

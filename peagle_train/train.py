@@ -1,6 +1,7 @@
 """From a recipe to a finished run: what happens once, before and after the loop, and the arithmetic that is printed."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from peagle_train.summary import describe_summary
 from peagle_train.target import FrozenTarget
 from peagle_train.trainer import Trainer
 from peagle_train.vocab import choose_draft_vocab, count_supervised, coverage
+from peagle_train.vocab_from import read_draft_vocab
 
 logger = logging.getLogger(__name__)
 
@@ -56,11 +58,15 @@ def train(recipe: Recipe) -> str:
     if report.supervised == 0:
         raise ValueError("the data has nothing supervised: no document has a token with loss_mask 1 behind its first")
 
-    draft_size = recipe.draft.draft_vocab_size or target.vocab_size
     always = always_drafted(tokenizer, target, mask_token_id)
-    draft_ids = choose_draft_vocab(train_documents, target.vocab_size, draft_size, always)
+    if recipe.draft.vocab_from:
+        draft_ids = read_draft_vocab(recipe.draft, target, tokenizer, always)
+        recipe = replace(recipe, draft=replace(recipe.draft, draft_vocab_size=draft_ids.numel()))
+    else:
+        draft_size = recipe.draft.draft_vocab_size or target.vocab_size
+        draft_ids = choose_draft_vocab(train_documents, target.vocab_size, draft_size, always)
     share = coverage(draft_ids, count_supervised(train_documents, target.vocab_size))
-    say(f"draft vocabulary: {draft_size} of {target.vocab_size} tokens, {share:.2%} of the supervised ones")
+    say(f"draft vocabulary: {draft_ids.numel()} of {target.vocab_size} tokens, {share:.2%} of the supervised ones")
     draft = make_draft(recipe, target, mask_token_id, draft_ids)
 
     trainer = Trainer(recipe, accelerator, target, draft, train_rows, eval_rows)
