@@ -13,7 +13,7 @@ from peagle_train.draft import PEagleDraft, RMSNorm
 from peagle_train.draft_config import ROPE_TYPES, PEagleDraftConfig
 from peagle_train.recipe import Draft, Recipe
 from peagle_train.target import FrozenTarget
-from peagle_train.vocab import default_mask_token_id, end_of_turn_ids, end_token_ids
+from peagle_train.vocab import default_mask_token_id, end_of_turn_ids, eos_token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def always_drafted(tokenizer: Any, target: FrozenTarget, mask_token_id: int) -> 
     """Special and end tokens (of configs, tokenizer and chat template), which a pruned draft vocabulary keeps whatever
     their frequency.
     """
-    ids = {*target.eos_token_ids(), *end_token_ids(tokenizer), *end_of_turn_ids(tokenizer)}
+    ids = {*target.eos_token_ids(), *eos_token_ids(tokenizer), *end_of_turn_ids(tokenizer)}
     ids |= set(getattr(tokenizer, "all_special_ids", None) or [])
     return sorted(i for i in ids if 0 <= i < target.vocab_size and i != mask_token_id)
 

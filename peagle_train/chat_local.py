@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig, LogitsProcessor, Logit
 from peagle_train.answers import Answer
 from peagle_train.prompts import Message
 from peagle_train.target import FrozenTarget
-from peagle_train.vocab import end_token_ids
+from peagle_train.vocab import eos_token_ids
 
 
 class KeyedSampling(LogitsProcessor):
@@ -77,7 +77,7 @@ class LocalChat:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.temperature, self.top_p, self.max_tokens = temperature, top_p, max_tokens
         self.template_kwargs = dict(template_kwargs or {})
-        self.end_ids = end_token_ids(model.config.get_text_config(), model.generation_config, tokenizer)
+        self.end_ids = eos_token_ids(model.config.get_text_config(), model.generation_config, tokenizer)
         if not self.end_ids:
             raise ValueError("the target names no end token (eos_token_id), so its answers would never end")
         self.longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -22,8 +22,13 @@ BENCHMARKS = {
 
 SHAPES = '"messages", "conversations" (ShareGPT), "turns" (MT-Bench) or "prompt"'
 
-_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
-_KNOWN = ("system", "developer", "user", "assistant", "tool", "function")
+_KNOWN = ("system", "developer", "user", "assistant", "tool")
+_ROLES = {
+    **{role: role for role in _KNOWN},
+    **{role: "assistant" for role in ("gpt", "chatgpt", "model", "bot", "bing", "bard")},
+    **{role: "tool" for role in ("function", "function_call", "function_response", "observation", "ipython")},
+    "human": "user",
+}
 
 
 class Unfit(Exception):
@@ -147,7 +152,9 @@ def _messages(row: dict[str, Any], where: str) -> list[Message | None]:
         raise Unfit("tools")
     for key in ("messages", "conversations"):
         if key in row:
-            return list(_checked(row[key], f"{where}: {key}"))
+            system = row.get("system") if key == "conversations" else None  # ShareGPT's place for it
+            first = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
+            return [*first, *_checked(row[key], f"{where}: {key}")]
     turns = row.get("turns")
     if turns is None:
         turns = row.get("prompt")
@@ -168,11 +175,11 @@ def _checked(raw: Any, where: str) -> Iterator[Message]:
     if not isinstance(raw, list) or not all(isinstance(message, dict) for message in raw):
         raise ValueError(f"{where} is no list of messages")
     for at, message in enumerate(raw):
-        role = message.get("role", message.get("from"))
-        role = _ROLES.get(role, role) if isinstance(role, str) else role
-        if role not in _KNOWN:
-            raise ValueError(f"{where}[{at}] has role {str(role)[:40]!a}; known are {', '.join(_KNOWN)}")
-        if role in ("tool", "function") or message.get("tool_calls") or message.get("function_call"):
+        given = message.get("role", message.get("from"))
+        role = _ROLES.get(given) if isinstance(given, str) else None
+        if role is None:
+            raise ValueError(f"{where}[{at}] has role {str(given)[:40]!a}; known are {', '.join(_ROLES)}")
+        if role == "tool" or message.get("tool_calls") or message.get("function_call"):
             raise Unfit("tools")
         content = message.get("content", message.get("value"))
         if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):

@@ -114,6 +114,8 @@ class Draft:
     """Width of the feed-forward layers."""
     draft_vocab_size: int | None = option(None, ge=1)
     """Draft only the most frequent tokens; null: the full vocabulary."""
+    vocab_from: str | None = option(None, is_path=True)
+    """Draft the tokens that another drafter drafts (folder or .safetensors with d2t), instead of the most frequent ones."""
     mask_token_id: int | None = option(None, ge=0)
     """A token that never occurs in text; null: the first id that no token of the tokenizer uses."""
     max_position_embeddings: int | None = option(None, ge=1)

@@ -46,7 +46,7 @@ class Settings:
     max_tokens: int = 2048
     seed: int = 0
     last_turn: bool = False
-    """Answer only the last question; earlier answers stay as recorded."""
+    """Answer only the last question; earlier answers stay as recorded, with weight 0."""
     keep_truncated: bool = False
     """Keep an answer that max_tokens cut, as its conversation's last."""
 
@@ -68,7 +68,9 @@ def answer_seed(seed: int, row: int, turn: int) -> int:
     return int.from_bytes(key[:8], "little") % 2**31
 
 
-def converse(prompt: Prompt, row: int, model: str, settings: Settings) -> Conversation:
+def converse(
+    prompt: Prompt, row: int, model: str, settings: Settings, template_kwargs: Mapping[str, Any] | None = None
+) -> Conversation:
     """Yields what to ask, is sent the answers, returns the row's entry.
 
     An entry has `row` (what is written, or None), `fault` (why the conversation ends early, or None), `answers` and
@@ -83,7 +85,7 @@ def converse(prompt: Prompt, row: int, model: str, settings: Settings) -> Conver
             if recorded is None:
                 why = "no recorded answers"
                 break
-            messages += [*asked, recorded]
+            messages += [*asked, {**recorded, "weight": 0}]  # read, but not learned from: it is not the target's
             continue
         context = [{"role": m["role"], "content": m["content"]} for m in [*messages, *asked]]
         answer = yield Ask(context, answer_seed(settings.seed, row, turn))
@@ -107,8 +109,10 @@ def converse(prompt: Prompt, row: int, model: str, settings: Settings) -> Conver
         "seed": settings.seed,
         "finish_reasons": finish_reasons,
     }
-    written = {"id": prompt.id, "messages": messages, "generated": generated} if finish_reasons else None
-    entry: Entry = {"row": written, "fault": why, "answers": count, "tokens": tokens}
+    # Training renders a row with its own variables of the template, so that it reads what the target has read.
+    kwargs = {"chat_template_kwargs": dict(template_kwargs)} if template_kwargs else {}
+    written = {"id": prompt.id, "messages": messages, **kwargs, "generated": generated}
+    entry: Entry = {"row": written if finish_reasons else None, "fault": why, "answers": count, "tokens": tokens}
     return {**entry, "detail": detail} if detail else entry
 
 
@@ -127,7 +131,8 @@ def regenerate(
 
     Args:
         backend: a server, asked by `concurrency` threads at a time, or a local model, asked in its batches.
-        identity: what else the answers depend on (`model`, and more for a local one). Part of the journal's settings.
+        identity: what else the answers depend on: `model`, `chat_template_kwargs`, and more for a local one. Part of the
+            journal's settings.
         skipped: prompts left out when reading, by reason; only reported.
 
     Raises:
@@ -146,7 +151,7 @@ def regenerate(
         say(f"going on behind {before} of {len(prompts)} prompts in {journal.path}")
 
     def make(row: int) -> Conversation:
-        return converse(prompts[row], row, identity["model"], settings)
+        return converse(prompts[row], row, identity["model"], settings, identity["chat_template_kwargs"])
 
     results = (
         _by_threads(backend, len(prompts), journal, make, concurrency)

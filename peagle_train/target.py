@@ -15,11 +15,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from peagle_train import vocab
 from peagle_train.chunks import Run, check_chunkable, forward_run, plan_runs
 from peagle_train.dense import FLOATS, dense_embeddings, dense_head, is_plain
 from peagle_train.draft_config import ROPE_TYPES
 from peagle_train.segments import TargetOutputs
-from peagle_train.vocab import end_token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ class FrozenTarget:
 
     def eos_token_ids(self) -> list[int]:
         """Tokens that end the target's answers, by its config and its generation config; ascending."""
-        return end_token_ids(self.config, getattr(self.model, "generation_config", None))
+        return vocab.eos_token_ids(self.config, getattr(self.model, "generation_config", None))
 
     def _dense_head(self) -> Tensor:
         name = type(self.head).__name__

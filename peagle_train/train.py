@@ -1,6 +1,7 @@
 """From a recipe to a finished run: what happens once, before and after the loop, and the arithmetic that is printed."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from peagle_train.target import FrozenTarget
 from peagle_train.trainer import Trainer
 from peagle_train.training_data import load_training_data
 from peagle_train.vocab import choose_most_frequent, coverage
+from peagle_train.vocab_from import read_draft_vocab
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +53,14 @@ def train(recipe: Recipe) -> str:
     if isinstance(target, CachedTarget):
         data = target.attach(data)
 
-    draft_size = recipe.draft.draft_vocab_size or target.vocab_size
     always = always_drafted(tokenizer, target, mask_token_id)
-    draft_ids = choose_most_frequent(data.counts_V, draft_size, always)
+    if recipe.draft.vocab_from:
+        draft_ids = read_draft_vocab(recipe.draft, target, tokenizer, always)
+        recipe = replace(recipe, draft=replace(recipe.draft, draft_vocab_size=draft_ids.numel()))
+    else:
+        draft_ids = choose_most_frequent(data.counts_V, recipe.draft.draft_vocab_size or target.vocab_size, always)
     share = coverage(draft_ids, data.counts_V)
-    say(f"draft vocabulary: {draft_size} of {target.vocab_size} tokens, {share:.2%} of the supervised ones")
+    say(f"draft vocabulary: {draft_ids.numel()} of {target.vocab_size} tokens, {share:.2%} of the supervised ones")
     draft = make_draft(recipe, target, mask_token_id, draft_ids)
 
     trainer = Trainer(recipe, accelerator, target, draft, data.train_rows, data.eval_rows)

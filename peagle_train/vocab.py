@@ -113,7 +113,7 @@ def default_mask_token_id(tokenizer: Any, vocab_size: int) -> int | None:
     return first_unused if first_unused < vocab_size else None
 
 
-def end_token_ids(*sources: Any) -> list[int]:
+def eos_token_ids(*sources: Any) -> list[int]:
     """What ends a text according to configs, generation configs and tokenizers: their `eos_token_id`, one or many."""
     ids: set[int] = set()
     for source in sources:

@@ -8,36 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from peagle_train.answers import Answer
 from peagle_train.chat_local import KeyedSampling, LocalChat, nucleus
-from tests.tiny import VOCAB, make_target
+from tests.tiny import VOCAB
+from tests.tiny_chat import END, TURN, make_chat_target
 from tools.regenerate import main
-
-END, TURN = VOCAB - 1, VOCAB - 2
-TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
-    "<turn> {{ m.content }} <end> {% endfor %}{% if add_generation_prompt %}<turn> {% endif %}"
-    "{% if think is defined %}w1 {% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random target with words for tokens, whose configs name an end token that its chats do not use."""
-    folder = make_target(tmp_path_factory.mktemp("target"), eos_token_id=3, max_position_embeddings=64)
-    words = {f"w{i}": i for i in range(VOCAB - 2)}
-    core = Tokenizer(models.WordLevel({**words, "<turn>": TURN, "<end>": END}, unk_token="w0"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", additional_special_tokens=["<turn>"])
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    # What a model's own settings ask for must not change what is drawn.
-    own = GenerationConfig(do_sample=True, top_k=2, repetition_penalty=5.0, eos_token_id=[4, 5])
-    own.save_pretrained(folder)
-    return folder
+    return make_chat_target(tmp_path_factory.mktemp("target"))
 
 
 @pytest.fixture
@@ -163,7 +145,7 @@ def test_a_run_that_dies_at_any_answer_gives_the_same_bytes_when_it_is_started_a
 ) -> None:
     prompts, whole = write_prompts(tmp_path / "p.jsonl"), tmp_path / "whole.jsonl"
     more = ["--target", str(folder), "--dtype", "float64", "--max-tokens", "16", "--batch-size", "3"]
-    command = [prompts, *more, "--temperature", "30", "--out"]
+    command = [prompts, *more, "--temperature", "30", "--seed", "1", "--out"]
     calls: list[list[list[dict[str, str]]]] = []
     answer = LocalChat.answer
     die_at = -1

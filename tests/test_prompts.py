@@ -46,6 +46,10 @@ SYSTEM = {"role": "system", "content": "be brief"}
             Prompt("x", ((user("a"),),), (assistant("b"),)),
         ),
         (
+            {"conversations": [{"from": "human", "value": "a"}], "system": "be brief"},
+            Prompt("1", ((SYSTEM, user("a")),), (None,)),
+        ),
+        (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]},
             Prompt("1", ((user("ab"),),), (None,)),
         ),

@@ -84,8 +84,20 @@ def test_only_the_last_question_is_answered_on_demand(tmp_path: Path, capsys: py
         assert main(command(server, write(tmp_path / "p.jsonl", rows), out, "--last-turn")) == 0
     assert [[m["content"] for m in body["messages"]] for _, body in server.requests] == [["a", "old", "b"]]
     [written] = rows_of(out)
-    assert [m["content"] for m in written["messages"]][:3] == ["a", "old", "b"] and "old" != written["messages"][3]
+    assert written["messages"][:3] == [user("a"), {**assistant("old"), "weight": 0}, user("b")]
+    assert written["messages"][3]["content"].endswith(" b") and "weight" not in written["messages"][3]
     assert "1 dropped (1 no recorded answers)" in capsys.readouterr().out
+
+
+def test_variables_of_the_chat_template_go_to_the_server_and_into_the_row(tmp_path: Path) -> None:
+    prompts, out = write(tmp_path / "p.jsonl", [{"prompt": "a"}]), tmp_path / "out.jsonl"
+    with serving() as server:
+        assert main(command(server, prompts, out, "--chat-template-kwargs", '{"enable_thinking": false}')) == 0
+        assert main(command(server, prompts, tmp_path / "plain.jsonl")) == 0
+    first, second = (body for _, body in server.requests)
+    assert first["chat_template_kwargs"] == {"enable_thinking": False} and "chat_template_kwargs" not in second
+    assert rows_of(out)[0]["chat_template_kwargs"] == {"enable_thinking": False}
+    assert set(rows_of(tmp_path / "plain.jsonl")[0]) == {"id", "messages", "generated"}
 
 
 def test_output_is_in_the_order_of_the_prompts_whatever_the_order_of_the_answers(tmp_path: Path) -> None:
