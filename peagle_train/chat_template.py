@@ -4,7 +4,7 @@ import inspect
 from typing import Any
 
 from peagle_train.bad_row import BadRow
-from peagle_train.messages import is_filled
+from peagle_train.messages import parts_of
 
 _USER, _ASSISTANT, _NEXT = "Qwhatq", "Aanswera", "Nnextn"
 """Words to look for in what the template makes of them."""
@@ -77,8 +77,8 @@ class ChatTemplate:
         """
         content = message["content"]
         if isinstance(content, list) and not self.reads_parts:
-            return {**message, "content": "\n".join(part["text"] for part in content)}
-        if isinstance(content, str) and not self.reads_text and is_filled(content):
+            return {**message, "content": "\n".join(parts_of(content))}
+        if isinstance(content, str) and not self.reads_text and content:
             return {**message, "content": [{"type": "text", "text": content}]}
         return message
 

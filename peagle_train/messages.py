@@ -168,7 +168,9 @@ def _message(raw: Any, where: str) -> tuple[dict[str, Any], bool]:
     if "content" not in message:
         is_null = any(name in raw for name in ("content", "value"))
         raise BadRow("null field" if is_null else "wrong types", f"{where} (by {role}) has no content")
-    is_said = is_filled(message["content"]) or (role == "assistant" and _has_more_than_content(message))
+    is_said = any(part.strip() for part in parts_of(message["content"])) or (
+        role == "assistant" and _has_more_than_content(message)
+    )
     if role in ("user", "assistant") and not is_said:
         raise BadRow("empty turn", f"{where} (by {role}) is empty")
     return message, bool(weight)
@@ -214,9 +216,9 @@ def _content(content: Any, where: str) -> str | list[dict[str, Any]]:
     return parts if len(parts) > 1 else parts[0]["text"] if parts else ""
 
 
-def is_filled(content: str | list[dict[str, Any]]) -> bool:
-    """Whether a message's content is more than white space."""
-    return bool(content.strip()) if isinstance(content, str) else any(part["text"].strip() for part in content)
+def parts_of(content: str | list[dict[str, Any]]) -> list[str]:
+    """The texts of a message's content."""
+    return [content] if isinstance(content, str) else [part["text"] for part in content]
 
 
 def _tool_call(call: Any, where: str) -> dict[str, Any]:
