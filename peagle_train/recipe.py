@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from peagle_train.schema import RecipeError, check_section, option, read_sections
+from peagle_train.source_spec import parse_sources
 from peagle_train.strict_yaml import YamlError, dump_yaml, read_yaml
 
 __all__ = ["Recipe", "RecipeError", "dump_recipe", "load_recipe"]
@@ -43,10 +44,11 @@ class Target:
 class Data:
     """The documents to learn from."""
 
-    sources: list[str] = option(
+    sources: list[str | dict[str, Any]] = option(
         rule=(lambda items: len(items) > 0, "a non-empty list of files, folders, globs or the word stdlib")
     )
-    """Files, folders, globs, or `stdlib`: the running Python's own library."""
+    """Files, folders, globs, `stdlib` (the running Python's own library), `hf:NAME`, or mappings with `path` or `datasets`,
+    and weight, format, split, name, streaming: see `SourceSpec` in source_spec.py."""
     extensions: list[str] = option(
         [".py", ".txt", ".md"],
         rule=(
@@ -54,21 +56,29 @@ class Data:
             "a list of file extensions, each with its dot, as in [.py, .jsonl]",
         ),
     )
-    """Which files of folders and globs are read (.jsonl rows of ids, anything else as text)."""
+    """Which files of folders are read: .jsonl, .json, .parquet and .arrow as rows, anything else as text."""
     exclude: list[str] = option([])
     """fnmatch patterns; a file whose path below its source matches one is left out."""
-    eval_sources: list[str] = option([])
-    """Documents to evaluate on. Given, eval_fraction is not used."""
+    eval_sources: list[str | dict[str, Any]] = option(
+        [], rule=(lambda items: True, "a list of files, folders, globs or the word stdlib")
+    )
+    """Documents to evaluate on, named as in `sources` (but weights are 1). Given, eval_fraction is not used."""
     eval_fraction: float = option(0.02, ge=0, lt=1)
     """Share of the documents of `sources` that is held out to evaluate on."""
     max_documents: int | None = option(None, ge=1)
     """Stop reading behind so many documents."""
+    max_bad_rows: int = option(0, ge=0)
+    """Leave out so many rows that cannot be trained on, counted by reason; one more stops the run."""
+    max_characters: int | None = option(4_000_000, ge=1)
+    """A row of data that holds a longer text is a bad row; null: any length. Text files may have any length."""
     max_eval_rows: int | None = option(64, ge=1)
     """Evaluate on at most so many packed rows; null: on all."""
     max_length: int = option(2048, ge=2)
     """Tokens of a row; longer documents are split."""
     pack: bool = True
     """Several documents to a row."""
+    prepared: str | None = option(None, is_path=True)
+    """Folder that tools/prepare_data.py wrote for this recipe: nothing is read or tokenized again."""
     num_workers: int = option(0, ge=0)
     """Loader processes."""
     chat_template: str | None = option(None, is_path=True)
@@ -219,6 +229,9 @@ class Recipe:
         """RecipeError unless every field and every pair of fields that depend on each other is allowed."""
         for section in fields(self):
             check_section(getattr(self, section.name), section.name)
+        parse_sources(self.data.sources)
+        if any(source.weight != 1 for source in parse_sources(self.data.eval_sources, "data.eval_sources")):
+            raise RecipeError("data.eval_sources has a weight; every document of it is evaluated on once: leave it out")
         heads, kv_heads = self.draft.num_attention_heads, self.draft.num_key_value_heads
         self._require("data.max_length", ">=", "cod.num_depths", self.data.max_length >= self.cod.num_depths)
         is_cut = self.cod.num_segments <= self.data.max_length

@@ -8,14 +8,14 @@ from accelerate import Accelerator
 
 from peagle_train.build import always_drafted, choose_mask_token, load_tokenizer, make_draft
 from peagle_train.checkpoint import check_output
-from peagle_train.data import PackedRows, PackReport, pack_documents, split_train_eval
+from peagle_train.data import PackReport
 from peagle_train.distributed import check_launch
 from peagle_train.recipe import Recipe
-from peagle_train.sources import Document, load_documents
 from peagle_train.summary import describe_summary
 from peagle_train.target import FrozenTarget
 from peagle_train.trainer import Trainer
-from peagle_train.vocab import choose_draft_vocab, count_supervised, coverage
+from peagle_train.training_data import load_training_data
+from peagle_train.vocab import choose_most_frequent, coverage
 
 logger = logging.getLogger(__name__)
 
@@ -44,62 +44,20 @@ def train(recipe: Recipe) -> str:
     tokenizer = load_tokenizer(recipe)
     mask_token_id = choose_mask_token(recipe.draft, tokenizer, target.vocab_size)
 
-    train_documents, eval_documents = _documents(recipe, tokenizer, target, mask_token_id, say)
-    train_rows, report = pack_documents(train_documents, recipe.data.max_length, recipe.data.pack)
-    say(f"train: {report.describe()}")
-    eval_rows = PackedRows([], [])
-    if eval_documents:
-        eval_rows, eval_report = pack_documents(eval_documents, recipe.data.max_length, recipe.data.pack)
-        used = eval_rows.limit(recipe.data.max_eval_rows)
-        say(f"held out: {eval_report.describe()}" + (f"; {len(used)} rows used" if len(used) < len(eval_rows) else ""))
-        eval_rows = used
-    if report.supervised == 0:
-        raise ValueError("the data has nothing supervised: no document has a token with loss_mask 1 behind its first")
+    data = load_training_data(recipe, tokenizer, target.vocab_size, mask_token_id, say)
 
     draft_size = recipe.draft.draft_vocab_size or target.vocab_size
     always = always_drafted(tokenizer, target, mask_token_id)
-    draft_ids = choose_draft_vocab(train_documents, target.vocab_size, draft_size, always)
-    share = coverage(draft_ids, count_supervised(train_documents, target.vocab_size))
+    draft_ids = choose_most_frequent(data.counts_V, draft_size, always)
+    share = coverage(draft_ids, data.counts_V)
     say(f"draft vocabulary: {draft_size} of {target.vocab_size} tokens, {share:.2%} of the supervised ones")
     draft = make_draft(recipe, target, mask_token_id, draft_ids)
 
-    trainer = Trainer(recipe, accelerator, target, draft, train_rows, eval_rows)
-    say(arithmetic(trainer, report))
+    trainer = Trainer(recipe, accelerator, target, draft, data.train_rows, data.eval_rows)
+    say(arithmetic(trainer, data.report))
     summary = trainer.run()
     accelerator.end_training()
     return describe_summary(summary, Path(recipe.output.dir)) if accelerator.is_main_process else ""
-
-
-def _documents(recipe, tokenizer, target, mask_token_id, say) -> tuple[list[Document], list[Document]]:  # type: ignore[no-untyped-def]
-    def load(sources: list[str]) -> list[Document]:
-        documents, report = load_documents(
-            sources,
-            tokenizer=tokenizer,
-            vocab_size=target.vocab_size,
-            mask_token_id=mask_token_id,
-            extensions=recipe.data.extensions,
-            exclude=recipe.data.exclude,
-            max_documents=recipe.data.max_documents,
-        )
-        say(f"data: {report.describe()}")
-        return documents
-
-    if not recipe.data.eval_sources:
-        train_documents, eval_documents = split_train_eval(load(recipe.data.sources), recipe.data.eval_fraction)
-        if not train_documents:
-            raise ValueError("data.eval_fraction leaves no document to train on: lower it, or give more data")
-        return train_documents, eval_documents
-    eval_documents = load(recipe.data.eval_sources)
-    held_out = {document.key for document in eval_documents}
-    everything = load(recipe.data.sources)
-    kept = [document for document in everything if document.key not in held_out]
-    if len(kept) < len(everything):
-        say(
-            f"data: {len(everything) - len(kept)} documents of data.sources are in data.eval_sources too: not trained on"
-        )
-    if not kept:
-        raise ValueError("every document of data.sources is in data.eval_sources too: nothing is left to train on")
-    return kept, eval_documents
 
 
 def arithmetic(trainer: Trainer, report: PackReport) -> str:

@@ -3,10 +3,12 @@
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from peagle_train.document_table import DocumentTable
     from peagle_train.sources import Document
 
 
@@ -16,17 +18,22 @@ def choose_draft_vocab(
     draft_vocab_size: int,
     always: Iterable[int] = (),
 ) -> Tensor:
+    """`choose_most_frequent` of the supervised tokens of `data`: documents, or flat `(input_ids, loss_mask)`."""
+    return choose_most_frequent(count_supervised(data, vocab_size), draft_vocab_size, always)
+
+
+def choose_most_frequent(counts_V: Tensor, draft_vocab_size: int, always: Iterable[int] = ()) -> Tensor:
     """The tokens to draft: `always`, then the most frequent supervised ones (of equals, the lower id first).
 
     Args:
-        data: documents, or flat `(input_ids, loss_mask)`.
-        vocab_size: V, the target's.
+        counts_V: int64 [V], V the target's vocabulary: see `count_supervised`. Not changed.
         draft_vocab_size: Vd in 1..V.
         always: special and end tokens that the drafter must be able to draft, whatever their frequency.
 
     Returns:
         int64 [Vd], ascending.
     """
+    vocab_size = counts_V.numel()
     if not 1 <= draft_vocab_size <= vocab_size:
         raise ValueError(
             f"draft_vocab_size is {draft_vocab_size}, but the target's vocabulary has {vocab_size} tokens:"
@@ -41,7 +48,7 @@ def choose_draft_vocab(
             f"draft_vocab_size is {draft_vocab_size}, but {len(kept)} tokens must always be drafted:"
             f" give at least {len(kept)}"
         )
-    rank_V = count_supervised(data, vocab_size)
+    rank_V = counts_V.clone()
     rank_V[kept] = torch.iinfo(torch.int64).max
     # Stable: equal counts stay in ascending order of ids, those of tokens never seen included.
     order_V = torch.sort(rank_V, descending=True, stable=True).indices
@@ -58,6 +65,18 @@ def count_supervised(data: Sequence["Document"] | tuple[Tensor, Tensor], vocab_s
     if supervised.numel() and not 0 <= int(supervised.min()) <= int(supervised.max()) < vocab_size:
         raise ValueError(f"the data holds ids outside of the vocabulary 0..{vocab_size - 1}")
     return torch.bincount(supervised, minlength=vocab_size)
+
+
+def count_repeated(table: "DocumentTable", times_D: np.ndarray, vocab_size: int) -> Tensor:
+    """int64 [V]: `count_supervised` of a table's documents, each counted as often as `times_D` (int64) says."""
+    counts_V = torch.zeros(vocab_size, dtype=torch.int64)
+    shards = zip(table.store.shards, table.store.starts, table.store.starts[1:], strict=False)
+    for (ids, mask), begin, end in shards:
+        own = (table.starts_D >= begin) & (table.starts_D < end)
+        times_n = torch.from_numpy(np.repeat(times_D[own], table.lengths_D[own]))
+        for times in np.unique(times_D[own]).tolist():
+            counts_V += times * count_supervised((ids, mask * (times_n == times)), vocab_size)
+    return counts_V
 
 
 def d2t_offsets(draft_ids: Tensor) -> Tensor:
