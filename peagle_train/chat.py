@@ -19,20 +19,23 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from peagle_train.bad_row import BadRow
-from peagle_train.chat_template import ChatTemplate
-from peagle_train.messages import REASONING_KEYS, Conversation, strings_in
+from peagle_train.chat_template import ChatTemplate, read_template
+from peagle_train.messages import REASONING_KEYS, Conversation, parts_of, strings_in
+from peagle_train.turns import TokenizedText, TurnFinder, mask_spans
 
 _VERSION = 1
 """Part of the fingerprint: raised whenever the same chat gets other ids or another mask."""
+
+_REWRITTEN = "turns rewritten by the template, not learned"
+_STRADDLING = "tokens across the border of a turn, not learned"
+_SPELT_OUT = "special tokens spelt out in texts"
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class EncodedChat:
     @property
     def last_turn_only(self) -> bool:
         """Whether earlier turns of the assistant are not learned because the template rewrites them."""
-        return self.counts.get("turns rewritten by the template, not learned", 0) > 0
+        return self.counts.get(_REWRITTEN, 0) > 0
 
 
 class ChatEncoder:
@@ -87,30 +90,27 @@ class ChatEncoder:
         self._tokenizer = copy.deepcopy(tokenizer)
         # Post-processors add special tokens, which templates write themselves, and cut the space off a token's offsets.
         self._tokenizer.backend_tokenizer.post_processor = None
-        self._added_ids = torch.tensor(sorted(tokenizer.added_tokens_decoder), dtype=torch.int64)
-        added = [token for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
-        self._added = tuple(token.content for token in added)
-        self._only_added = re.compile("|".join([r"\s", *map(re.escape, self._added)]))
-        special = [re.escape(token.content) for token in added if token.special]
+        self._turns = TurnFinder(tokenizer, self.template)
+        special = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special and t.content]
         self._special = re.compile("|".join(special) if special else r"(?!)")
-        self._chat_end = self._find_chat_end()
         self._plain_start, self._plain_end = _plain_frame(tokenizer)
         self.fingerprint = self._make_fingerprint()
 
     @classmethod
     def from_recipe(cls, data: Any, tokenizer: Any) -> "ChatEncoder":
         """The encoder that section `data` of a recipe asks for; ValueError if its template cannot be read."""
-        text = None if data.chat_template is None else _read_template(data.chat_template)
+        text = None if data.chat_template is None else read_template(data.chat_template)
         return cls(tokenizer, text, data.on_rewrite, data.template_kwargs)
 
     @property
     def notices(self) -> list[str]:
         """What is peculiar about the template, in lines for the user."""
         lines = []
-        if not self.template.adds_generation_prompt and any(t in self.template.before_answer for t in self._added):
+        header = self.template.before_answer
+        if not self.template.adds_generation_prompt and any(token in header for token in self._turns.added):
             lines.append(
                 "the chat template ignores add_generation_prompt: the header of the assistant's turns"
-                f" ({self.template.before_answer!a}) is learned as generated"
+                f" ({header!a}) is learned as generated"
             )
         if self.template.reads_clock:
             lines.append("the chat template may print today's date (strftime_now): see its variables, template_kwargs")
@@ -138,75 +138,38 @@ class ChatEncoder:
                 messages[:end], conversation.tools, conversation.template_kwargs, add_generation_prompt
             )
 
-        text = render(last + 1)
-        ids, starts_n, ends_n = self._tokenize(text)
+        whole = self._tokenize(render(last + 1))
         turns = [i for i, is_learned in enumerate(conversation.learned[: last + 1]) if is_learned]
         if turns[0] == 0:
             counts["turns that open a chat, not learned"] = 1
             turns = turns[1:]
         spans: dict[int, tuple[int, int]] = {}
         for i in turns:
-            span = self._generated(text, render(i, True), text if i == last else render(i + 1), starts_n, ends_n)
+            span = self._turns.generated(whole, render(i, True), whole.text if i == last else render(i + 1))
             if span is not None:
                 spans[i] = span
         if len(spans) < len(turns):
             spans = self._on_rewrite(messages, turns, spans)
-            counts["turns rewritten by the template, not learned"] = len(turns) - len(spans)
-        ended = [self._end_of_turn(text, start, end, ids, starts_n, ends_n) for start, end in spans.values()]
-        counts["turns without an end-of-turn token"] = sum(not has_end for _, _, has_end in ended)
-        mask, counts["tokens across the border of a turn, not learned"] = _mask(
-            [(start, end) for start, end, _ in ended], starts_n, ends_n
-        )
-        counts += self._peculiarities(messages, conversation.tools, text)
+            counts[_REWRITTEN] = len(turns) - len(spans)
+        ended = [self._turns.with_its_end(whole, span) for span in spans.values()]
+        counts["turns without an end-of-turn token"] = sum(not has_end for _, has_end in ended)
+        mask, counts[_STRADDLING] = mask_spans(whole, [span for span, _ in ended])
+        self._count_peculiarities(messages, conversation.tools, whole.text, spans, counts)
         if 1 not in mask:
-            raise BadRow("no supervised token", f"{len(ids)} tokens of {len(messages)} messages")
-        return EncodedChat(ids, mask, dict(+counts))
+            raise BadRow("no supervised token", f"{len(mask)} tokens of {len(messages)} messages")
+        return EncodedChat(whole.ids, mask, dict(+counts))
 
-    def _tokenize(self, text: str) -> tuple[list[int], Tensor, Tensor]:
-        """Ids, and where each token starts and ends in the text: int64 [n]."""
+    def _tokenize(self, text: str) -> TokenizedText:
         encoded = self._tokenizer(
             text,
             add_special_tokens=False,
             return_offsets_mapping=True,
             return_attention_mask=False,
             return_token_type_ids=False,
-            verbose=False,
+            verbose=False,  # no warning of chats longer than the model's window: what becomes of them is said elsewhere
         )
         offsets = torch.tensor(encoded["offset_mapping"], dtype=torch.int64).reshape(-1, 2)
-        return encoded["input_ids"], offsets[:, 0].contiguous(), offsets[:, 1].contiguous()
-
-    def _generated(
-        self, text: str, prompt: str, until_turn: str, starts_n: Tensor, ends_n: Tensor
-    ) -> tuple[int, int] | None:
-        """Where in the text a turn stands as it was generated behind its prompt; None if it does not."""
-        if not text.startswith(prompt) or not until_turn.startswith(prompt):
-            return None
-        if text.startswith(until_turn):
-            end = len(until_turn)
-            if end == len(text) and self._chat_end and text.endswith(self._chat_end):
-                end -= len(self._chat_end)
-            return len(prompt), end
-        # Only the end of the turn may differ: some templates close the last turn with another token.
-        common = _common_prefix(text, until_turn)
-        inside_n = (starts_n < common) & (ends_n > common)
-        common = min([common, *starts_n[inside_n].tolist()])
-        rest = until_turn[common:]
-        is_end_only = common > len(prompt) and not self._only_added.sub("", rest)
-        return (len(prompt), common) if is_end_only else None
-
-    def _end_of_turn(
-        self, text: str, start: int, end: int, ids: list[int], starts_n: Tensor, ends_n: Tensor
-    ) -> tuple[int, int, bool]:
-        """The span up to and with its end-of-turn token, and whether it has one."""
-        while end > start and text[end - 1].isspace():
-            end -= 1
-        if not text.endswith(self._added, start, end):
-            return start, end, False
-        # A token that takes the white space behind it along (rstrip) is one with it.
-        for token in torch.nonzero((starts_n < end) & (ends_n > end)).flatten().tolist():
-            if (self._added_ids == ids[token]).any() and text[end : int(ends_n[token])].isspace():
-                end = int(ends_n[token])
-        return start, end, True
+        return TokenizedText(text, encoded["input_ids"], offsets[:, 0].contiguous(), offsets[:, 1].contiguous())
 
     def _on_rewrite(
         self, messages: list[dict[str, Any]], turns: list[int], spans: dict[int, tuple[int, int]]
@@ -227,48 +190,41 @@ class ChatEncoder:
         last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=turns[-1] - 1)
         return {i: span for i, span in spans.items() if i > last_user}
 
-    def _peculiarities(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, text: str
-    ) -> Counter[str]:
-        counts: Counter[str] = Counter()
-        for given in strings_in([messages, tools]):
-            counts["special tokens spelt out in texts"] += sum(1 for _ in self._special.finditer(given))
-        if tools and not self.template.reads_tools:
-            counts["rows whose tools the template leaves out"] = 1
-        thoughts = next((messages[-1][key] for key in REASONING_KEYS if key in messages[-1]), "")
-        if thoughts.strip() not in text:
-            counts["thoughts of the last turn that the template leaves out"] = 1
-        at = 0
-        for message in messages:
-            said = message["content"] if message["role"] != "assistant" else ""
-            for part in [said] if isinstance(said, str) else [part["text"] for part in said]:
+    def _count_peculiarities(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        text: str,
+        exact_turns: Collection[int],
+        counts: Counter[str],
+    ) -> None:
+        given = [{name: value for name, value in m.items() if name not in REASONING_KEYS[1:]} for m in messages]
+        counts[_SPELT_OUT] = sum(self._count_special(string) for string in strings_in([given, tools]))
+        counts["rows whose tools the template leaves out"] = int(bool(tools) and not self.template.reads_tools)
+        thoughts = given[-1].get(REASONING_KEYS[0], "").strip()
+        counts["thoughts of the last turn that the template leaves out"] = int(thoughts not in text)
+        at = 0  # texts are looked for in their order, so that all of it is one pass
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant" and i not in exact_turns:
+                continue
+            for part in parts_of(message["content"]):
                 found = text.find(part.strip(), at)
                 at = max(at, found)
                 counts["texts that the template changes or leaves out"] += found < 0
-        return counts
+
+    def _count_special(self, text: str) -> int:
+        return sum(1 for _ in self._special.finditer(text))
 
     def _encode_plain(self, prompt: str, completion: str) -> EncodedChat:
         """Prompt and completion without a template, as TRL has it: bos before, eos behind, the completion learned."""
-        text = prompt + completion
-        if not completion.endswith(self._plain_end):
-            text += self._plain_end
-        ids, starts_n, ends_n = self._tokenize(text)
-        mask, straddling = _mask([(len(prompt), len(text))], starts_n, ends_n)
-        counts = Counter({"tokens across the border of a turn, not learned": straddling})
-        for given in (prompt, completion):
-            counts["special tokens spelt out in texts"] += sum(1 for _ in self._special.finditer(given))
+        end = "" if completion.endswith(self._plain_end) else self._plain_end
+        whole = self._tokenize(prompt + completion + end)
+        mask, straddling = mask_spans(whole, [(len(prompt), len(whole.text))])
+        special = self._count_special(prompt) + self._count_special(completion)
         if 1 not in mask:
-            raise BadRow("no supervised token", f"{len(ids)} tokens of a prompt and a completion")
-        return EncodedChat(self._plain_start + ids, [0] * len(self._plain_start) + mask, dict(+counts))
-
-    def _find_chat_end(self) -> str:
-        """What the template writes behind a chat's last end-of-turn token, and not behind earlier ones ("" mostly)."""
-        last, earlier = self.template.behind_answer, self.template.behind_earlier_answer
-        common = _common_prefix(last, earlier)
-        while common and not last.endswith(self._added, 0, common):
-            common -= 1
-        chat_end = last[common:].lstrip() if common else ""
-        return chat_end if chat_end and not self._only_added.sub("", chat_end) else ""
+            raise BadRow("no supervised token", f"{len(mask)} tokens of a prompt and a completion")
+        counts = Counter({_STRADDLING: straddling, _SPELT_OUT: special})
+        return EncodedChat(self._plain_start + whole.ids, [0] * len(self._plain_start) + mask, dict(+counts))
 
     def _make_fingerprint(self) -> str:
         """sha256 of all that decides about ids and mask: templates, vocabulary, special tokens, options."""
@@ -294,39 +250,3 @@ def _plain_frame(tokenizer: Any) -> tuple[list[int], str]:
     framed = tokenizer("a")["input_ids"]
     at = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), 0)
     return framed[:at], tokenizer.eos_token or ""
-
-
-def _read_template(path: str) -> str:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"data.chat_template: cannot read {path} ({error})") from None
-    if not text.strip():
-        raise ValueError(f"data.chat_template: {path} is empty")
-    return text
-
-
-def _common_prefix(first: str, second: str) -> int:
-    """How many characters two strings have in common at their start, by bisection."""
-    low, high = 0, min(len(first), len(second))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if first.startswith(second[low:middle], low):
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def _mask(spans: list[tuple[int, int]], starts_n: Tensor, ends_n: Tensor) -> tuple[list[int], int]:
-    """1 for the tokens wholly inside a span (ascending, disjoint), and how many straddle a span's border."""
-    if not spans:
-        return [0] * starts_n.numel(), 0
-    first_S, last_S = torch.tensor(spans, dtype=torch.int64).T.contiguous()
-    span_n = torch.searchsorted(first_S, starts_n, right=True) - 1
-    last_n = last_S[span_n.clamp(min=0)]
-    is_inside_n = (span_n >= 0) & (ends_n <= last_n) & (starts_n < last_n)
-    borders = torch.cat([first_S, last_S]).unique()
-    next_border_n = torch.searchsorted(borders, starts_n, right=True)
-    straddles_n = next_border_n < torch.searchsorted(borders, ends_n)
-    return is_inside_n.int().tolist(), int(straddles_n.sum())

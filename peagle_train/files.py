@@ -6,6 +6,7 @@ import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from peagle_train.source_spec import HUB, SourceSpec, parse_sources
 
@@ -88,7 +89,7 @@ def find_files(
 def _add_source(
     found: FoundFiles, number: int, spec: SourceSpec, extensions: tuple[str, ...], exclude: Sequence[str]
 ) -> None:
-    as_rows = {"source": number, "split": spec.split, "config": spec.name, "streaming": spec.streaming}
+    as_rows: dict[str, Any] = {"source": number, "split": spec.split, "config": spec.name, "streaming": spec.streaming}
     if spec.path is None:
         found.files.append(SourceFile(str(spec.datasets), spec.describe(), "hub", **as_rows))
         return

@@ -83,8 +83,8 @@ def prepare(
         return _encoded_by_workers(rows, num_workers, (recipe, vocab_size, mask_token_id))
 
     shards, reports = {}, {}
-    for role, files in found.items():
-        writer = _RoleWriter(folder, role, files, recipe, shard_tokens, say)
+    for role, found_files in found.items():
+        writer = _RoleWriter(folder, role, found_files, recipe, shard_tokens, say)
         shards[role] = writer.run(encoded)
         reports[role] = writer.intake.report
     say("packing")
@@ -170,7 +170,8 @@ class _RoleWriter:
         self.folder, self.role, self.files, self.shard_tokens, self.say = folder, role, files, shard_tokens, say
         self.paths: list[Path] = []
         last = self._keep_finished()
-        self.num_batches, self.content_sum = (last["batches"], last["content"]) if last else (0, "")
+        self.num_batches: int = last["batches"] if last else 0
+        self.content_sum: str = last["content"] if last else ""
         self.is_complete = bool(last and last["is_last"])
         self.intake = Intake(
             SourceReport(**last["report"]) if last else new_report(files),
@@ -339,8 +340,14 @@ def _start_worker(recipe: Recipe, vocab_size: int, mask_token_id: int | None) ->
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # it may be killed
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     _encoder = make_encoder(recipe, load_tokenizer(recipe), vocab_size, mask_token_id)
+
+
+def _end_with(parent: Any) -> None:
+    """A parent that is killed leaves its workers waiting for ever."""
+    parent.join()
+    os._exit(1)
 
 
 def _work(raws: list[RawRow]) -> EncodedBatch:
