@@ -40,8 +40,8 @@ def write_cache(recipe: Recipe, out: str | None, shard_mib: int = 512, speculato
     """Fill `out` and return the lines that say how to train from it, on the main process.
 
     Args:
-        shard_mib: size of a file. speculators: take what lies in this folder, see `SpeculatorsFiles`, instead of running the
-            target over the recipe's rows.
+        shard_mib: size of a file. speculators: take what lies in this folder, see `SpeculatorsFiles`, instead of
+            running the target over the recipe's rows.
 
     Raises:
         ValueError: for a user's mistake.

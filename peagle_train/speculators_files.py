@@ -1,7 +1,7 @@
 """Hidden states that speculators (vllm-project) has written for offline training, as rows and features.
 
-Its folder holds hs_{i}.safetensors, one a sample i, with `token_ids` [n] and `hidden_states` [n, 4, T]: three layers and what
-enters the target's final norm. The loss mask is in the data set next to it (Arrow, written by `datasets`): row i has
+Its folder holds hs_{i}.safetensors, one a sample i, with `token_ids` [n] and `hidden_states` [n, 4, T]: three layers and
+what enters the target's final norm. The loss mask is in the data set next to it (Arrow, written by `datasets`): row i has
 `loss_mask` [n] and the same tokens as `input_ids`. T: the target's hidden size, n: tokens.
 """
 
@@ -103,8 +103,8 @@ class SpeculatorsFiles:
         return last if self.last_is_normed else self.target.final_norm()(last[None])[0]
 
     def _compare_with_target(self) -> bool:
-        """Run the target over the shortest of the first 16 samples with more than one token. Returns whether the last slot is
-        behind the final norm already.
+        """Run the target over the shortest of the first 16 samples with more than one token. Returns whether the last slot
+        is behind the final norm already.
 
         The files do not say of which layers they are: this does.
         """
@@ -116,20 +116,21 @@ class SpeculatorsFiles:
         off = _off(hidden[:, :3].flatten(1), features[0])
         if off > 0.1:
             raise ValueError(
-                f"{row['path']}: its features are {off:.0%} off what the target gives in layers {self.target.layer_ids}: they"
-                " are of another target, or of other layers (give target.layer_ids)"
+                f"{row['path']}: its features are {off:.0%} off what the target gives in layers {self.target.layer_ids}:"
+                " they are of another target, or of other layers (give target.layer_ids)"
             )
         self.last_is_normed = False
-        if _off(self._normed(hidden[:, 3]), last[0]) <= 0.1:
-            return False
-        if _off(hidden[:, 3], last[0]) > 0.1:
+        before, behind = _off(self._normed(hidden[:, 3]), last[0]), _off(hidden[:, 3], last[0])
+        if min(before, behind) > 0.1:
             raise ValueError(
-                f"{row['path']}: its last hidden state is the target's neither before nor behind the final norm"
+                f"{row['path']}: its last hidden state is not the target's, neither before the final norm ({before:.0%} off)"
+                f" nor behind it ({behind:.0%} off)"
             )
-        logger.warning(
-            "the last hidden states of %s are behind the final norm already: taken as they are", row["path"].parent
-        )
-        return True
+        if behind < before:
+            logger.warning(
+                "the last hidden states of %s are behind the final norm: taken as they are", row["path"].parent
+            )
+        return behind < before
 
     def _mask_of(self, number: int, path: Path, ids: Tensor) -> Tensor:
         if number >= len(self.data_set):

@@ -95,7 +95,7 @@ def test_last_hidden_states_behind_the_norm_are_seen_to_be_so(
         save_file(tensors, path)
     recipe = write_recipe(tmp_path, target, tmp_path / "rows.jsonl", tmp_path / "run")
     assert cache_features.main([str(recipe), "--speculators", str(files), "--out", str(tmp_path / "cache")]) == 0
-    assert "behind the final norm already" in caplog.text
+    assert "behind the final norm: taken" in caplog.text
     last = load_file(tmp_path / "cache" / "features-00000.safetensors")["last_hidden"][: LENGTHS[0]]
     ids = torch.tensor([rows[0]["input_ids"]])
     assert torch.allclose(last, model.features(ids, torch.arange(LENGTHS[0])[None])[1][0], atol=1e-12)
