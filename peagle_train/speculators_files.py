@@ -123,8 +123,8 @@ class SpeculatorsFiles:
         before, behind = _off(self._normed(hidden[:, 3]), last[0]), _off(hidden[:, 3], last[0])
         if min(before, behind) > 0.1:
             raise ValueError(
-                f"{row['path']}: its last hidden state is not the target's, neither before the final norm ({before:.0%} off)"
-                f" nor behind it ({behind:.0%} off)"
+                f"{row['path']}: its last hidden state is not the target's, neither before the final norm ({before:.0%}"
+                f" off) nor behind it ({behind:.0%} off)"
             )
         if behind < before:
             logger.warning(
