@@ -14,6 +14,7 @@ from peagle_train.data import PackedRows
 from peagle_train.distributed import check_launch
 from peagle_train.feature_cache import fingerprint
 from peagle_train.recipe import Recipe
+from peagle_train.speculators_files import DOCUMENTS, SpeculatorsFiles
 from peagle_train.target import FrozenTarget
 from peagle_train.training_data import load_training_data
 
@@ -38,8 +39,12 @@ class Rows:
 def write_cache(recipe: Recipe, out: str | None, shard_mib: int = 512, speculators: str | None = None) -> str:
     """Fill `out` and return the lines that say how to train from it, on the main process.
 
+    Args:
+        shard_mib: size of a file. speculators: take what lies in this folder, see `SpeculatorsFiles`, instead of
+            running the target over the recipe's rows.
+
     Raises:
-        ValueError: for a user's mistake, before the target runs.
+        ValueError: for a user's mistake.
     """
     if out is None:
         raise ValueError("no folder given: --out DIR (or target.cache in the recipe)")
@@ -52,11 +57,16 @@ def write_cache(recipe: Recipe, out: str | None, shard_mib: int = 512, speculato
     dtype = target.head_weight().dtype
     stored = dtype if recipe.target.cache_dtype == "auto" else getattr(torch, recipe.target.cache_dtype)
 
-    tokenizer = load_tokenizer(recipe)
-    mask_token_id = choose_mask_token(recipe.draft, tokenizer, target.vocab_size)
-    data = load_training_data(recipe, tokenizer, target.vocab_size, mask_token_id, say)
-    rows: Any = Rows(data.train_rows, data.eval_rows)
-    compute = online(recipe, target)
+    files: SpeculatorsFiles | None = None
+    if speculators is None:
+        tokenizer = load_tokenizer(recipe)
+        mask_token_id = choose_mask_token(recipe.draft, tokenizer, target.vocab_size)
+        data = load_training_data(recipe, tokenizer, target.vocab_size, mask_token_id, say)
+        rows: Any = Rows(data.train_rows, data.eval_rows)
+        compute = online(recipe, target)
+    else:
+        rows = files = SpeculatorsFiles(speculators, target, recipe.data.max_length)
+        compute = files.compute
 
     per_token = 4 * target.hidden_size * stored.itemsize
     shards = plan_shards(rows, max(1, shard_mib * 2**20 // per_token))
@@ -70,12 +80,17 @@ def write_cache(recipe: Recipe, out: str | None, shard_mib: int = 512, speculato
         dtype=str(stored)[6:],
         computed_in=str(dtype)[6:],
         max_length=recipe.data.max_length,
-        source="recipe",
+        source="recipe" if files is None else "speculators",
     )
     writer = CacheWriter(Path(out), index, shards, accelerator.process_index, accelerator.num_processes)
     fill(writer, target, rows, compute, say, accelerator.is_main_process)
+    if files is not None and accelerator.is_main_process:
+        files.write_documents(Path(out))
     accelerator.end_training()
-    return f"train from it: python -m peagle_train RECIPE target.cache={out}\n" if accelerator.is_main_process else ""
+    if not accelerator.is_main_process:
+        return ""
+    sources = "" if files is None else f" data.sources=[{Path(out) / DOCUMENTS}]"
+    return f"train from it: python -m peagle_train RECIPE target.cache={out}{sources}\n"
 
 
 def load_target(recipe: Recipe, device: torch.device) -> FrozenTarget:

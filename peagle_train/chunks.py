@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from peagle_train.chunk_attention import narrow_masks
+
 KINDS = ("full_attention", "sliding_attention")
 """Layer types whose keys and values a chunk can be given; their masks are checked against the unchunked forward."""
 
@@ -95,13 +97,22 @@ def forward_run(
         begin: called before each forward with its first token and the one behind its last.
         end: called after it with the last hidden states of these tokens, [B, stop - start, T].
     """
-    cache: dict[str, Any] = {"use_cache": False}
-    if run.chunk is not None:
-        name = cache_argument(base)
-        assert name is not None, "check_chunkable lets no such target through"
-        cache = {name: DynamicCache(config=config), "use_cache": True}
-    for start in range(run.start, run.stop, run.chunk or run.stop - run.start):
-        stop = min(start + run.chunk, run.stop) if run.chunk else run.stop
-        begin(start, stop)
-        ids, positions = input_ids[:, start:stop], position_ids[:, start:stop]
-        end(base(input_ids=ids, position_ids=positions, attention_mask=None, **cache).last_hidden_state)
+    if run.chunk is None:
+        begin(run.start, run.stop)
+        end(_forward(base, input_ids, position_ids, run.start, run.stop, {"use_cache": False}))
+        return
+    name = cache_argument(base)
+    assert name is not None, "check_chunkable lets no such target through"
+    cache = {name: DynamicCache(config=config), "use_cache": True}
+    with narrow_masks(config):
+        for start in range(run.start, run.stop, run.chunk):
+            stop = min(start + run.chunk, run.stop)
+            begin(start, stop)
+            end(_forward(base, input_ids, position_ids, start, stop, cache))
+
+
+def _forward(
+    base: nn.Module, input_ids: Tensor, position_ids: Tensor, start: int, stop: int, cache: dict[str, Any]
+) -> Tensor:
+    ids, positions = input_ids[:, start:stop], position_ids[:, start:stop]
+    return base(input_ids=ids, position_ids=positions, attention_mask=None, **cache).last_hidden_state

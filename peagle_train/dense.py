@@ -1,5 +1,7 @@
 """The weight of a layer as a plain matrix, whatever a quantiser has made of it. V: vocabulary, T: the target's width."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -8,7 +10,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def is_plain(module: nn.Module) -> bool:
     """Whether `module.weight` alone says what the layer does, in numbers that mean what they say (a bias may be there)."""
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     names = {name for name, _ in [*module.named_parameters(), *module.named_buffers()]}
     return (
         type(weight) in (nn.Parameter, Tensor) and weight.dtype in FLOATS and names <= {"weight", "bias", "embed_scale"}

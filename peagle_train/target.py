@@ -175,6 +175,26 @@ class FrozenTarget:
         """Tokens that end the target's answers, by its config and its generation config; ascending."""
         return vocab.eos_token_ids(self.config, getattr(self.model, "generation_config", None))
 
+    def final_norm(self) -> nn.Module:
+        """The module whose output the last hidden states are; ValueError if none is."""
+        answers: list[tuple[nn.Module, Any]] = []
+        handles = [
+            module.register_forward_hook(lambda module, _, output: answers.append((module, output)))
+            for module in self.base.modules()
+            if module is not self.base
+        ]
+        try:
+            with torch.no_grad():
+                ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
+                last = self.base(input_ids=ids, use_cache=False).last_hidden_state
+        finally:
+            for handle in handles:
+                handle.remove()
+        found = [module for module, output in answers if output is last]
+        if not found:
+            raise ValueError(f"target {type(self.model).__name__}: no module gives its last hidden states as they are")
+        return found[-1]
+
     def _dense_head(self) -> Tensor:
         name = type(self.head).__name__
         norm = next((p for p in self.base.parameters() if p.dim() == 1 and p.dtype in FLOATS), None)

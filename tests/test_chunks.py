@@ -138,6 +138,28 @@ def test_a_batch_that_fits_a_chunk_is_one_forward_without_a_cache() -> None:
     assert calls == [(29, False), (28, False), (2, False)]
 
 
+@pytest.mark.parametrize("block", [1, 3, 256])
+def test_blocks_of_queries_give_what_the_whole_gives(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    widest: list[int] = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*given: Any, attn_mask: Tensor | None = None, **named: Any) -> Tensor:
+        widest.append(0 if attn_mask is None else attn_mask.shape[-2])
+        return attention(*given, attn_mask=attn_mask, **named)
+
+    target = make("llama")
+    ids, positions = tokens([[29, 4]])
+    features, last = target.features(ids, positions)
+    monkeypatch.setattr("peagle_train.chunk_attention.BLOCK", block)
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", watched)
+    for chunk in (5, 7, 28):
+        target.chunk_tokens = chunk
+        chunked, chunked_last = target.features(ids, positions)
+        assert (chunked - features).abs().max() < 1e-12 * features.abs().max()
+        assert (chunked_last - last).abs().max() < 1e-12 * last.abs().max()
+    assert target.config._attn_implementation == "sdpa" and max(widest) <= max(block, 4)
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_the_check_at_the_start_passes_in_chunks(model: str) -> None:
     make(model, chunk_tokens=8).check()

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from peagle_train.evaluate import mass_outside
@@ -190,3 +191,74 @@ def test_weights_of_another_model_are_refused(folder: Path, tmp_path: Path) -> N
     (mixed / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     with pytest.raises(ValueError, match="do not fit its config"):
         FrozenTarget.load(str(mixed))
+
+
+class Int8Linear(nn.Linear):
+    """A head as a quantiser makes it: int8 with a scale a row, and bytes where a matrix was."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(1, 1, bias=False, device="meta")
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.weight = nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (self.weight * self.scale).to(x.dtype).T
+
+
+def quantised(folder: Path, head: Any = Int8Linear) -> Any:
+    model = FrozenTarget.load(str(folder), dtype="float64").model
+    model.lm_head = head(model.lm_head)
+    return model
+
+
+def test_a_quantised_head_gives_the_rows_that_it_multiplies_by(folder: Path) -> None:
+    model = quantised(folder)
+    target = FrozenTarget(model)
+    target.check()
+    assert target.vocab_size == VOCAB
+    ids = ids_of(9)
+    _, last = target.features(ids, torch.arange(9)[None])
+    rows = torch.tensor([3, 17, 58])
+    assert torch.allclose(last @ target.head_rows(rows).T, model(input_ids=ids).logits[..., rows], atol=1e-12)
+    drafted = torch.tensor([0, 5, 6, 44])
+    naive = 1 - model(input_ids=ids).logits[0].softmax(-1)[:, drafted].sum(-1)
+    assert torch.allclose(mass_outside(target, last[0], drafted, chunk=7), naive.float(), atol=1e-6)
+
+
+def test_a_quantised_head_whose_logits_are_no_product_is_refused(folder: Path) -> None:
+    class Capped(Int8Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).tanh()
+
+    with pytest.raises(ValueError, match=r"quantised head .* off the matrix that it multiplies by"):
+        FrozenTarget(quantised(folder, Capped)).check()
+
+
+def test_a_quantised_head_that_does_not_multiply_here_is_refused(folder: Path) -> None:
+    class Elsewhere(Int8Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise NotImplementedError("needs a GPU\nwith a kernel")
+
+    with pytest.raises(ValueError, match=r"head \(Elsewhere\) that does not multiply on cpu: .* needs a GPU; leave"):
+        FrozenTarget(quantised(folder, Elsewhere))
+
+
+def test_quantised_embeddings_are_what_the_table_answers(folder: Path) -> None:
+    class Bytes(nn.Module):
+        def __init__(self, table: nn.Embedding) -> None:
+            super().__init__()
+            self.register_buffer("weight", (table.weight.detach() * 100).round().to(torch.int8))
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.weight[ids].double() / 100
+
+    model: Any = FrozenTarget.load(str(folder), dtype="float64").model
+    table = model.get_input_embeddings().weight.detach().clone()
+    model.set_input_embeddings(Bytes(model.get_input_embeddings()))
+    rows = FrozenTarget(model).embedding_rows()
+    assert rows.dtype == torch.float64 and torch.allclose(rows, table, atol=0.005 + 1e-9)
+
+
+def test_the_final_norm_is_found(target: FrozenTarget) -> None:
+    assert target.final_norm() is target.model.model.norm  # type: ignore[union-attr]
