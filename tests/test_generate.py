@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
+from peagle_train.build import end_token_ids
 from peagle_train.elements import gather_elements
 from peagle_train.generate import Chance, Decoded, Drafter, decode, distribution, spread, verify
 from peagle_train.plan import plan_segments
@@ -234,7 +235,7 @@ def test_generate_of_transformers_agrees(llama, tmp_path):
     ids = torch.tensor([PROMPT])
     out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=17, pad_token_id=0)
     with CachedTarget(llama) as target:
-        own = greedy_tokens(target, PROMPT, 17, frozenset(model.generation_config.eos_token_id or []))
+        own = greedy_tokens(target, PROMPT, 17, frozenset(end_token_ids(FrozenTarget(model))))
     assert out[0, len(PROMPT) :].tolist() == own
 
 
