@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from peagle_train.acceptance import Measurement, Settings
 from peagle_train.acceptance_report import (
@@ -46,16 +47,11 @@ def run(options: Namespace, folder: Path) -> tuple[str, bool]:
     path = options.target or (recipe.target.path if recipe else None)
     if path is None:
         raise ValueError(f"{folder} has no recipe.yaml that names its target: give --target DIR")
+    if not Path(path).is_dir():
+        raise ValueError(f"target {path} is no folder: give --target DIR")
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folders = [folder] + ([Path(options.compare)] if options.compare else [])
     drafts = [load_drafter(f).to(device) for f in folders]
-    target = FrozenTarget.load(
-        path,
-        dtype=options.dtype,
-        device=device,
-        layer_ids=drafts[0].config.eagle_aux_hidden_state_layer_ids,
-        trust_remote_code=bool(recipe and recipe.target.trust_remote_code),
-    )
     largest = [options.max_k or _num_depths(f) or max(8, options.k or 0) for f in folders]
     settings = Settings(
         num_slots=options.k or min(5, largest[0]),
@@ -65,11 +61,21 @@ def run(options: Namespace, folder: Path) -> tuple[str, bool]:
         seed=options.seed,
     )
     largest[0] = max(largest[0], settings.num_slots)
-    tokenizer = _tokenizer(path, bool(recipe and recipe.target.trust_remote_code))
-    measurement = Measurement(
-        target, list(zip(drafts, largest)), settings, tokenizer=tokenizer, eos=frozenset(end_token_ids(target))
+    trusted = bool(recipe and recipe.target.trust_remote_code)
+    tokenizer = _tokenizer(path, trusted)
+    # before the target, which may take minutes to load
+    cases, notes = _cases(options, recipe, tokenizer, drafts[0].config.vocab_size)
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    target = FrozenTarget.load(
+        path,
+        dtype=options.dtype,
+        device=device,
+        layer_ids=drafts[0].config.eagle_aux_hidden_state_layer_ids,
+        trust_remote_code=trusted,
     )
-    cases, notes = _cases(options, recipe, tokenizer, target.vocab_size)
+    eos = frozenset(end_token_ids(target))
+    measurement = Measurement(target, list(zip(drafts, largest)), settings, tokenizer=tokenizer, eos=eos)
     results = measurement(cases, say=lambda line: print(line, file=sys.stderr, flush=True))
     if not results:
         raise ValueError(f"no prompt was left to measure on: {measurement.left_out}")
