@@ -53,6 +53,8 @@ class Drafted:
 class Result:
     """One turn of one prompt."""
 
+    number: int
+    """Of its prompt among all: turns of one prompt share it."""
     id: str
     data_set: str
     turn: int
@@ -108,7 +110,7 @@ class Measurement:
 
     @torch.no_grad()
     def __call__(self, cases: Sequence[Case], say: Callable[[str], None] = lambda _: None) -> list[Result]:
-        """Decode every case; the k-th prompt's randomness depends on the seed and its id alone."""
+        """Decode every case; a turn's randomness depends on the seed, the data set, the prompt's id and the turn alone."""
         results: list[Result] = []
         for number, case in enumerate(cases, start=1):
             answers: list[str] = []
@@ -118,7 +120,7 @@ class Measurement:
                 if reason:
                     self.left_out[reason] = self.left_out.get(reason, 0) + 1
                     break
-                result = self._turn(case, turn, ids)
+                result = self._turn(case, number, turn, ids)
                 results.append(result)
                 say(f"{number}/{len(cases)}  {case.data_set} {case.id}  {len(result.tokens)} tokens")
                 if turn + 1 < case.num_turns:
@@ -134,7 +136,7 @@ class Measurement:
             return f"prompt and max_tokens longer than the target's {limit} positions"
         return ""
 
-    def _turn(self, case: Case, turn: int, ids: list[int]) -> Result:
+    def _turn(self, case: Case, number: int, turn: int, ids: list[int]) -> Result:
         s = self.settings
         length = s.max_tokens + self.largest
         with CachedTarget(self.target) as cached:
@@ -158,6 +160,7 @@ class Measurement:
             by_k = [replay(accept_mK, k, s.max_tokens, apart) for k in range(1, slots + 1)]
             drafted.append(Drafted(by_k, *_agreement(accept_mK, s.max_tokens, apart)))
         return Result(
+            number=number,
             id=case.id,
             data_set=case.data_set,
             turn=turn,

@@ -40,7 +40,7 @@ def compare(results: Sequence[Result], seed: int) -> dict[str, Any]:
                 series += [[t.tokens for t in tallies], [t.passes for t in tallies]]
             lengths = [_ratio(sum(series[i]), sum(series[i + 1])) for i in (0, 2)]
             difference = None if None in lengths else lengths[0] - lengths[1]  # type: ignore[operator]
-            interval = difference_interval(*series, seed=seed)
+            interval = difference_interval(series[0], series[1], series[2], series[3], seed)
             out[name].append({"k": k, "accepted_lengths": lengths, "difference": difference, "interval": interval})
     return out
 
@@ -105,9 +105,9 @@ def _sets(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 def _by_prompt(rows: Sequence[Result]) -> list[list[Result]]:
     """Turns of one conversation belong together: they are resampled as one."""
-    prompts: dict[tuple[str, str], list[Result]] = {}
+    prompts: dict[int, list[Result]] = {}
     for row in rows:
-        prompts.setdefault((row.data_set, row.id), []).append(row)
+        prompts.setdefault(row.number, []).append(row)
     return list(prompts.values())
 
 

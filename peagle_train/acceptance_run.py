@@ -51,7 +51,9 @@ def run(options: Namespace, folder: Path) -> tuple[str, bool]:
         raise ValueError(f"target {path} is no folder: give --target DIR")
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folders = [folder] + ([Path(options.compare)] if options.compare else [])
-    drafts = [load_drafter(f).to(device) for f in folders]
+    drafts = [load_drafter(f) for f in folders]
+    for draft in drafts:
+        draft.to(device)  # type: ignore[arg-type]
     largest = [options.max_k or _num_depths(f) or max(8, options.k or 0) for f in folders]
     settings = Settings(
         num_slots=options.k or min(5, largest[0]),
@@ -74,6 +76,7 @@ def run(options: Namespace, folder: Path) -> tuple[str, bool]:
         layer_ids=drafts[0].config.eagle_aux_hidden_state_layer_ids,
         trust_remote_code=trusted,
     )
+    target.check()
     eos = frozenset(end_token_ids(target))
     measurement = Measurement(target, list(zip(drafts, largest)), settings, tokenizer=tokenizer, eos=eos)
     results = measurement(cases, say=lambda line: print(line, file=sys.stderr, flush=True))
@@ -159,6 +162,10 @@ def _cases(options: Namespace, recipe: Recipe | None, tokenizer: Any, vocab_size
             prompt_tokens=options.prompt_tokens,
             vocab_size=vocab_size,
         )
+        if more and more[0].data_set in {case.data_set for case in cases}:
+            raise ValueError(
+                f"two of --prompts are called {more[0].data_set}: give files of different names, each once"
+            )
         cases += more
         notes += said
     return cases, notes

@@ -129,7 +129,13 @@ def stdlib_cases(
     for document in long_enough[:limit]:
         generator = _generator("cut", seed, document.key)
         end = int(torch.randint(prompt_tokens, document.input_ids.numel(), (), generator=generator))
-        cases.append(Case(document.name, STDLIB, tuple(document.input_ids[end - prompt_tokens : end].tolist())))
+        cases.append(
+            Case(
+                document.name.removeprefix(f"{STDLIB}/"),
+                STDLIB,
+                tuple(document.input_ids[end - prompt_tokens : end].tolist()),
+            )
+        )
     short = len(held_out) - len(long_enough)
     return cases, [
         f"{STDLIB}: {len(cases)} of {len(held_out)} held-out modules of {len(documents)}, {prompt_tokens} tokens of each"

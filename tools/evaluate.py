@@ -33,7 +33,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="of each output (default 128)")
     parser.add_argument("--limit", type=int, metavar="N", help="prompts of each data set")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default 0: greedy")
-    parser.add_argument("--likeliest-drafts", action="store_true", help="with T > 0: do not draw drafts (as vLLM)")
+    parser.add_argument(
+        "--likeliest-drafts", action="store_true", help="with T > 0: take the likeliest drafts, drawing none"
+    )
     parser.add_argument("--k", type=int, metavar="K", help="slots of the decoding itself (default 5)")
     parser.add_argument("--max-k", type=int, metavar="K", help="largest K reported (default: the recipe's num_depths)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32", "float64"])
