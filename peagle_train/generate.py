@@ -166,8 +166,8 @@ def decode(
     Args:
         prompt: at least one token.
         temperature: of target and drafter; 0 is greedy.
-        sample_drafts: draw drafts from the drafter's distribution; False: take its likeliest tokens, as engines do that keep no
-            draft probabilities.
+        sample_drafts: draw drafts from the drafter's distribution; False: take its likeliest tokens, as engines do that
+            keep no draft probabilities.
     """
     assert prompt and max_tokens >= 1
     target.clear()
