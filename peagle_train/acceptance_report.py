@@ -12,8 +12,13 @@ ALL = "all"
 """The name of all data sets together."""
 
 
-def summarize(results: Sequence[Result], drafter: int, seed: int) -> dict[str, Any]:
-    """One drafter's figures: by data set (and all together, where there are several), then by K."""
+def summarize(
+    results: Sequence[Result], drafter: int, seed: int, trained_accuracy: Sequence[float] = ()
+) -> dict[str, Any]:
+    """One drafter's figures: by data set (and all together, where there are several), then by K.
+
+    trained_accuracy: by depth, of the training run's last evaluation; its expected lengths stand beside the real ones.
+    """
     return {
         name: {
             "prompts": len(_by_prompt(rows)),
@@ -21,8 +26,15 @@ def summarize(results: Sequence[Result], drafter: int, seed: int) -> dict[str, A
             "tokens": sum(len(r.tokens) for r in rows),
             "repeated_tokens": sum(r.repeated for r in rows),
             "ended": sum(r.ended for r in rows),
-            **_teacher_forced(rows, drafter),
-            "by_k": [_figures(rows, drafter, k, seed) for k in range(1, len(rows[0].drafted[drafter].by_k) + 1)],
+            "teacher_forced_accuracy": _teacher_forced(rows, drafter),
+            "by_k": [
+                _figures(rows, drafter, k, seed)
+                | {
+                    "expected_from_teacher_forcing": _expected(_teacher_forced(rows, drafter), k),
+                    "expected_in_training": _expected(trained_accuracy, k),
+                }
+                for k in range(1, len(rows[0].drafted[drafter].by_k) + 1)
+            ],
         }
         for name, rows in _sets(results).items()
     }
@@ -143,13 +155,16 @@ def _length(tallies: Sequence[Tally], seed: int) -> dict[str, Any]:
     }
 
 
-def _teacher_forced(rows: Sequence[Result], drafter: int) -> dict[str, Any]:
-    """What training's figure would say of these texts: every position, not only those where passes begin."""
+def _expected(accuracy: Sequence[float], k: int) -> float | None:
+    return expected_accepted_length(accuracy[:k]) if k <= len(accuracy) else None
+
+
+def _teacher_forced(rows: Sequence[Result], drafter: int) -> list[float]:
+    """By slot: what training's figure would say of these texts: every position, not only those where passes begin."""
     drafted = [r.drafted[drafter] for r in rows]
     hits = [sum(column) for column in zip(*(d.hits for d in drafted))]
     totals = [sum(column) for column in zip(*(d.totals for d in drafted))]
-    accuracy = [h / t if t else 0.0 for h, t in zip(hits, totals)]
-    return {"teacher_forced_accuracy": accuracy, "expected_accepted_length": expected_accepted_length(accuracy)}
+    return [h / t if t else 0.0 for h, t in zip(hits, totals)]
 
 
 def _ratio(above: float, below: float) -> float | None:
@@ -158,22 +173,15 @@ def _ratio(above: float, below: float) -> float | None:
 
 def describe_table(summary: dict[str, Any]) -> str:
     """A line per data set and K."""
-    header = [
-        "data set",
-        "K",
-        "accepted length",
-        "95 %",
-        "in loops",
-        "with loops",
-        "tokens/pass",
-        "accepted by position",
-    ]
+    header = ["data set", "K", "accepted length", "95 %", "teacher-forced", "in training", "in loops", "with loops"]
+    header += ["tokens/pass", "accepted by position"]
     lines = [header]
     for name, figures in summary.items():
         for row in figures["by_k"]:
             positions = " ".join(_number(p) for p in row["accepted_by_position"])
             in_loops, with_loops = (row[key]["accepted_length"] for key in ("in_repetition", "with_repetition"))
-            numbers = [_number(v) for v in (in_loops, with_loops, row["tokens_per_target_pass"])]
+            numbers = [_number(row[f"expected_{key}"], 3) for key in ("from_teacher_forcing", "in_training")]
+            numbers += [_number(v) for v in (in_loops, with_loops, row["tokens_per_target_pass"])]
             cells = [name, str(row["k"]), _number(row["accepted_length"], 3), show_interval(row["interval"])]
             lines.append([*cells, *numbers, positions])
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]

@@ -90,10 +90,9 @@ def run(options: Namespace, folder: Path) -> tuple[str, bool]:
         "settings": vars(settings) | {"prompts": options.prompts, "limit": options.limit, "plain": options.plain},
         "prompts": notes,
         "left_out": measurement.left_out,
-        "figures": [summarize(results, i, options.seed) for i in range(len(drafts))],
+        "figures": [summarize(results, i, options.seed, _trained(f)) for i, f in enumerate(folders)],
         "decoding": run_figures(results, options.seed),
         "checks": checks(results),
-        "training": [_trained(f) for f in folders],
         "difference": compare(results, options.seed) if len(drafts) > 1 else None,
         "turns": details(results),
     }
@@ -111,17 +110,13 @@ def describe(report: dict[str, Any]) -> str:
     lines = [*report["prompts"]]
     lines += [f"left out: {count} ({reason})" for reason, count in report["left_out"].items()]
     lines.append(f"target {report['target']} in {report['dtype']}, {how}, {s['max_tokens']} tokens, batch 1")
-    for folder, figures, trained in zip(report["drafters"], report["figures"], report["training"]):
+    for folder, figures in zip(report["drafters"], report["figures"]):
         lines += [f"drafter {folder}:", describe_table(figures)]
         for name, values in figures.items():
             share = values["repeated_tokens"] / max(1, values["tokens"])
             lines.append(
-                f"{name}: {values['prompts']} prompts, {values['tokens']} tokens, {share:.1%} of them repetition;"
-                f" expected from teacher forcing on these texts {values['expected_accepted_length']:.3f}"
-                f" (K = {len(values['by_k'])})"
+                f"{name}: {values['prompts']} prompts, {values['tokens']} tokens, {share:.1%} of them repetition"
             )
-        if trained is not None:
-            lines.append(f"training's own estimate on its held-out rows: {trained:.3f}")
     for name, figures in report["decoding"].items():
         length = "-" if figures["accepted_length"] is None else f"{figures['accepted_length']:.3f}"
         lines.append(f"decoded with K = {figures['k']}, {name}: {length} ({show_interval(figures['interval'])})")
@@ -193,10 +188,10 @@ def _num_depths(folder: Path) -> int | None:
     return recipe.cod.num_depths if recipe else None
 
 
-def _trained(folder: Path) -> float | None:
-    """Expected accepted length that the run's last evaluation found."""
+def _trained(folder: Path) -> list[float]:
+    """The accuracy by depth that the run's last evaluation found of this drafter; empty if there was none."""
     try:
         summary = json.loads((folder.parent / MARKER).read_text(encoding="utf-8"))
-        return float(summary["after"]["expected_accepted_length"])
+        return [float(share) for share in summary["after"]["accuracy"]] if summary["drafter"] == folder.name else []
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return []

@@ -109,7 +109,8 @@ def test_figures_by_hand():
     assert row["with_repetition"]["accepted_length"] == 15 / 11 and row["in_repetition"]["accepted_length"] == 2
     assert row["tokens_per_target_pass"] == 17 / (11 + 2)
     assert row["interval"][0] >= 7 / 6 and row["interval"][1] <= 6 / 4
-    assert figures["teacher_forced_accuracy"] == [0.75] and figures["expected_accepted_length"] == 1.75
+    assert figures["teacher_forced_accuracy"] == [0.75] and row["expected_from_teacher_forcing"] == 1.75
+    assert row["expected_in_training"] is None
 
 
 def test_turns_are_asked_one_after_the_other_with_the_targets_own_answers(llama):
@@ -262,7 +263,7 @@ def runs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         draft.config.eagle_aux_hidden_state_layer_ids = [2, 3, 4]
         (root / name).mkdir()
         save_drafter(root / name / "final", draft.config, draft.state_dict(), {"recipe.yaml": recipe})
-        summary = {"state": "finished", "after": {"expected_accepted_length": 1.25}}
+        summary = {"state": "finished", "drafter": "final", "after": {"accuracy": [0.25, 0.5, 0.0, 0.0]}}
         (root / name / "run.json").write_text(json.dumps(summary))
     return root
 
@@ -281,8 +282,9 @@ def test_the_tool_measures_two_drafters_and_writes_everything(runs, monkeypatch,
     report = json.loads((runs / "out.json").read_text())
     assert report["checks"]["texts"] == {"same": 4, "tie": 0, "bug": 0, "none": 0}
     assert [f["texts.jsonl"]["by_k"][-1]["k"] for f in report["figures"]] == [4, 4], "the recipe's num_depths"
-    assert report["training"] == [1.25, 1.25] and len(report["difference"]["texts.jsonl"]) == 4
-    assert "texts: 4 are the target's own" in text and "training's own estimate on its held-out rows: 1.250" in text
+    in_training = [row["expected_in_training"] for row in report["figures"][1]["texts.jsonl"]["by_k"]]
+    assert in_training == [1.25, 1.375, 1.375, 1.375] and len(report["difference"]["texts.jsonl"]) == 4
+    assert "texts: 4 are the target's own" in text and "1.375" in text
     assert len(report["turns"]) == 4 and len(report["turns"][0]["tokens"]) == 9
 
 

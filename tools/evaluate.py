@@ -12,6 +12,8 @@ EPILOG = """prompts:
 
 what is reported, for every K from 1 to the drafter's own, out of one decoding:
   accepted length   tokens that one verifying pass gives, the target's own included, repetition left out
+  teacher-forced    what training's estimate (all positions, slots taken as independent) gives on the same texts
+  in training       that estimate on the training run's own held-out rows
   tokens/pass       output tokens over all passes of the target, the prompt's and repetition included
 Repetition: stretches of at least max(24, 2 p) tokens that each equal the one p before, p up to 64.
 Exit code: 0; 1 if a greedy text is not the target's own and no tie of logits explains it; 2 for a user's mistake.
