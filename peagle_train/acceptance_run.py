@@ -21,12 +21,12 @@ from peagle_train.acceptance_report import (
     show_interval,
     summarize,
 )
-from peagle_train.build import end_token_ids
 from peagle_train.checkpoint import MARKER, write_json
 from peagle_train.drafter_files import load_drafter
 from peagle_train.eval_prompts import Case, load_cases
 from peagle_train.recipe import Recipe, load_recipe
 from peagle_train.target import FrozenTarget
+from peagle_train.verify import end_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +77,7 @@ def run(options: Namespace, folder: Path) -> tuple[str, bool]:
         trust_remote_code=trusted,
     )
     target.check()
-    eos = frozenset(end_token_ids(target))
-    measurement = Measurement(target, list(zip(drafts, largest)), settings, tokenizer=tokenizer, eos=eos)
+    measurement = Measurement(target, list(zip(drafts, largest)), settings, tokenizer=tokenizer, eos=end_tokens(target))
     results = measurement(cases, say=lambda line: print(line, file=sys.stderr, flush=True))
     if not results:
         raise ValueError(f"no prompt was left to measure on: {measurement.left_out}")

@@ -53,17 +53,12 @@ def choose_mask_token(draft: Draft, tokenizer: Any, vocab_size: int) -> int:
 
 def always_drafted(tokenizer: Any, target: FrozenTarget, mask_token_id: int) -> list[int]:
     """Special and end tokens, which a pruned draft vocabulary keeps whatever their frequency."""
-    ids = set(getattr(tokenizer, "all_special_ids", None) or []) | end_token_ids(target)
-    return sorted(i for i in ids if 0 <= i < target.vocab_size and i != mask_token_id)
-
-
-def end_token_ids(target: FrozenTarget) -> set[int]:
-    """The tokens at which the target's generation ends, by its config and its generation config."""
-    ids: set[int] = set()
-    for source in (target.config, getattr(target.model, "generation_config", None)):
+    ids = set(getattr(tokenizer, "all_special_ids", None) or [])
+    generation = getattr(target.model, "generation_config", None)
+    for source in (target.config, generation):
         eos = getattr(source, "eos_token_id", None)
         ids |= set(eos if isinstance(eos, list) else [] if eos is None else [eos])
-    return ids
+    return sorted(i for i in ids if 0 <= i < target.vocab_size and i != mask_token_id)
 
 
 def make_draft_config(recipe: Recipe, target: FrozenTarget, mask_token_id: int) -> PEagleDraftConfig:

@@ -80,6 +80,15 @@ class CachedTarget:
         self.length = length
 
 
+def end_tokens(target: FrozenTarget) -> frozenset[int]:
+    """The tokens at which the target's generation ends, by its config and its generation config."""
+    ids: set[int] = set()
+    for source in (target.config, getattr(target.model, "generation_config", None)):
+        eos = getattr(source, "eos_token_id", None)
+        ids |= set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    return frozenset(ids)
+
+
 @torch.no_grad()
 def greedy_tokens(target: CachedTarget, prompt: Sequence[int], max_tokens: int, eos: frozenset[int]) -> list[int]:
     """The target's own greedy output, one token a pass: what speculative decoding has to reproduce."""

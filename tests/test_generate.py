@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
-from peagle_train.build import end_token_ids
 from peagle_train.elements import gather_elements
 from peagle_train.generate import Chance, Decoded, Drafter, decode, distribution, spread, verify
 from peagle_train.plan import plan_segments
 from peagle_train.segments import TargetOutputs, run, visibility_of
 from peagle_train.target import FrozenTarget
-from peagle_train.verify import CachedTarget, greedy_tokens
+from peagle_train.verify import CachedTarget, end_tokens, greedy_tokens
 from tests.helpers import MASK_TOKEN, make_batch, make_draft, make_rows, make_target, seeded
 from tests.tiny import MASK, VOCAB
 from tests.tiny import make_target as make_llama
@@ -235,7 +234,7 @@ def test_generate_of_transformers_agrees(llama, tmp_path):
     ids = torch.tensor([PROMPT])
     out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=17, pad_token_id=0)
     with CachedTarget(llama) as target:
-        own = greedy_tokens(target, PROMPT, 17, frozenset(end_token_ids(FrozenTarget(model))))
+        own = greedy_tokens(target, PROMPT, 17, end_tokens(FrozenTarget(model)))
     assert out[0, len(PROMPT) :].tolist() == own
 
 
