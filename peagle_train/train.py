@@ -1,6 +1,7 @@
 """From a recipe to a finished run: what happens once, before and after the loop, and the arithmetic that is printed."""
 
 import logging
+import os
 from pathlib import Path
 
 import torch
@@ -11,6 +12,8 @@ from peagle_train.checkpoint import check_output
 from peagle_train.data import PackedRows, PackReport, pack_documents, split_train_eval
 from peagle_train.distributed import check_launch
 from peagle_train.recipe import Recipe
+from peagle_train.resume import Checkpoint, open_resume
+from peagle_train.run_checkpoint import restore
 from peagle_train.sources import Document, load_documents
 from peagle_train.summary import describe_summary
 from peagle_train.target import FrozenTarget
@@ -20,13 +23,23 @@ from peagle_train.vocab import choose_draft_vocab, count_supervised, coverage
 logger = logging.getLogger(__name__)
 
 
-def train(recipe: Recipe) -> str:
+def train(recipe: Recipe, resume: str | None = None) -> str:
     """Run a recipe; returns the lines that say where the drafter is and how good it is.
+
+    Args:
+        recipe: the settings. resume: None for a new run, else as in `open_resume`.
 
     Raises:
         ValueError: for a user's mistake, before any training.
     """
-    check_output(Path(recipe.output.dir))
+    checkpoint: Checkpoint | None = None
+    if resume is None:
+        check_output(Path(recipe.output.dir))
+    else:
+        found = open_resume(recipe, resume)
+        if isinstance(found, str):
+            return found if os.environ.get("RANK", "0") == "0" else ""
+        checkpoint = found
     accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision)
     check_launch(accelerator.num_processes)
     say = print if accelerator.is_main_process else (lambda *_: None)
@@ -65,6 +78,8 @@ def train(recipe: Recipe) -> str:
 
     trainer = Trainer(recipe, accelerator, target, draft, train_rows, eval_rows)
     say(arithmetic(trainer, report))
+    for note in restore(trainer, checkpoint) if checkpoint else []:
+        say(f"resume: {note}")
     summary = trainer.run()
     accelerator.end_training()
     return describe_summary(summary, Path(recipe.output.dir)) if accelerator.is_main_process else ""
