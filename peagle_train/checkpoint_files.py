@@ -57,7 +57,7 @@ def write_checkpoint(output: Path, step: int, fill: Callable[[Path], None]) -> P
     def fill_and_list(folder: Path) -> None:
         fill(folder)
         files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
-        (folder / MANIFEST).write_bytes(_dump({"format": FORMAT, "step": step, "files": files}))
+        (folder / MANIFEST).write_bytes(_dump(_signed({"format": FORMAT, "step": step, "files": files})))
 
     path = checkpoint_path(output, step)
     write_folder(path, fill_and_list)
@@ -89,8 +89,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{path} cannot be read: {error.strerror}") from None
     except ValueError:
         raise damaged from None
-    # Compared byte for byte with what we would have written, so that no edit of it goes unseen.
-    if not isinstance(manifest, dict) or set(manifest) != {"format", "step", "files"} or _dump(manifest) != content:
+    if not isinstance(manifest, dict) or not {"format", "step", "files"} <= manifest.keys():
+        raise damaged
+    # Compared byte for byte with what we would have written, so that every edit of it is seen, and not taken for one of
+    # the files that it lists.
+    if _dump(_signed(manifest)) != content:
         raise damaged
     if manifest["format"] != FORMAT:
         raise DamagedCheckpoint(f"{path} has format {manifest['format']}; this version reads format {FORMAT}")
@@ -105,7 +108,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def prune(output: Path, keep_last: int | None, keep_every: int | None) -> list[int]:
     """Remove all but the newest `keep_last` checkpoints and those of every `keep_every`-th step; returns whose."""
     removed = []
-    for path in [] if keep_last is None else list_checkpoints(output)[keep_last:]:
+    for path in [] if keep_last is None else list_checkpoints(output)[: keep_last - 1 : -1]:
         step = step_of(path)
         assert step is not None
         if keep_every is None or step % keep_every:
@@ -161,6 +164,11 @@ def _describe(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"size": path.stat().st_size, "sha256": digest}
+
+
+def _signed(manifest: dict[str, Any]) -> dict[str, Any]:
+    unsigned = {name: value for name, value in manifest.items() if name != "sha256"}
+    return {**unsigned, "sha256": hashlib.sha256(_dump(unsigned)).hexdigest()}
 
 
 def _dump(manifest: dict[str, Any]) -> bytes:

@@ -14,7 +14,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from peagle_train.build import make_collator
 from peagle_train.checkpoint import MARKER, lock_output, save_drafter, write_json
-from peagle_train.checkpoint_files import remove_set_aside
+from peagle_train.checkpoint_files import list_checkpoints, remove_set_aside
 from peagle_train.data import PackedRows
 from peagle_train.distributed import same_on_all_ranks, sum_counts, sum_over_ranks
 from peagle_train.draft import PEagleDraft
@@ -299,11 +299,12 @@ class Trainer:
         line = f"{what} is not finite in step {self.step}, rows {keys}: the step was not applied"
         self._record("skipped", f"step {self.step}/{self.num_steps}  {line}", step=self.step)
         if self.guard.must_stop:
-            earlier = last_checkpoint(self.folder)
+            earlier = next(iter(list_checkpoints(self.folder)), None)
             path = save_checkpoint(self)
             raise NonFinite(
-                f"{line}, nor were the {self.guard.in_a_row - 1} before it (train.max_bad_steps is"
-                f" {self.guard.max_bad_steps}): {BAD_ROWS} has their rows; the weights as they are were saved as {path}, and before that {earlier}"
+                f"{line}, number {self.guard.in_a_row} in a row (train.max_bad_steps is {self.guard.max_bad_steps}). The"
+                f" weights of the last good step are in {path}: the same command with --resume goes on behind these rows"
+                + (f", with --resume {earlier} before them" if earlier else "")
             )
 
     def _gather(self, own: list[dict[str, Any]]) -> list[dict[str, Any]]:

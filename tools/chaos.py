@@ -7,7 +7,9 @@ Every life of the run ends in one of these ways, in an order drawn from --seed:
     file         SIGKILL with half a file of a save written   rename        SIGKILL before a checkpoint gets its name
     prune        SIGKILL before old ones are removed          removal       SIGKILL while an old one is removed
     metrics      SIGKILL with half a line written             worker        SIGKILL of a loader process
-    full         no space in the middle of a save             term          SIGTERM, as a scheduler sends it
+    term, int    SIGTERM, SIGINT to the whole group           full          no space in the middle of a save (on a small
+                 of processes, as schedulers and terminals                  tmpfs, where one may be mounted)
+                 send them
     damage       a file of the newest checkpoint is truncated or a bit of it flipped: it has to be refused, and the one
                  that is offered instead is used
 The target, the data and the recipe are made on the spot. Lives are forked from this process, which has imported torch (that
@@ -35,8 +37,11 @@ sys.path.insert(0, str(ROOT))
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", ACCELERATE_USE_CPU="true")
 
 DEADLY = ("moment", "accumulating", "file", "rename", "prune", "removal", "metrics")
-WAYS = (*DEADLY, "worker", "full", "term", "damage")
+STOPPED = {"term": signal.SIGTERM, "int": signal.SIGINT}
+WAYS = (*DEADLY, *STOPPED, "worker", "full", "damage")
 STEPS = 60
+COMPARED = [f"{folder}/model.safetensors" for folder in ("final", "best", f"checkpoint-{STEPS - 1}", "checkpoint-20")]
+COMPARED += ["final/config.json", f"checkpoint-{STEPS - 1}/optimizer.safetensors"]
 TIMES = ("tokens_per_second", "peak_memory_bytes", "loader_wait_share", "seconds")
 
 
@@ -48,7 +53,9 @@ def make_inputs(folder: Path) -> None:
 
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 6, "num_attention_heads": 4}
-    LlamaForCausalLM(LlamaConfig(vocab_size=61, max_position_embeddings=256, **shape)).save_pretrained(folder / "target")
+    LlamaForCausalLM(LlamaConfig(vocab_size=61, max_position_embeddings=256, **shape)).save_pretrained(
+        folder / "target"
+    )
     rng = random.Random(0)
     with (folder / "rows.jsonl").open("w") as file:
         for length in (9, 31, 4, 17, 32, 2, 26, 11, 40, 13, 29, 8):
@@ -68,7 +75,7 @@ def make_inputs(folder: Path) -> None:
         "train": {
             "max_steps": STEPS,
             "gradient_accumulation_steps": 2,
-            "learning_rate": 1e-2,
+            "learning_rate": 0.3,  # wild, so that the best drafter is neither the first nor the last
             "log_steps": 1,
             "eval_steps": 7,
             "save_steps": 1,
@@ -170,11 +177,12 @@ def arrange_death(way: str, count: int) -> None:
 
         def save_without_space(path: Path, tensors: Any) -> None:
             if is_time():
-                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+                fill_disk(path.parent.parent.parent)
             save(path, tensors)
 
         run_checkpoint.save_tensors = save_without_space
-    elif way in ("term", "worker"):
+    elif way in ("term", "int", "worker"):
+        os.setpgrp()
         from peagle_train.trainer import Trainer
 
         step = Trainer._optimizer_step
@@ -182,8 +190,8 @@ def arrange_death(way: str, count: int) -> None:
         def step_and_signal(self: Any, batches: Any) -> None:
             step(self, batches)
             if is_time():
-                if way == "term":
-                    os.kill(os.getpid(), signal.SIGTERM)
+                if way in STOPPED:
+                    os.killpg(os.getpgrp(), STOPPED[way])
                 else:
                     import multiprocessing
 
@@ -192,6 +200,19 @@ def arrange_death(way: str, count: int) -> None:
                         os.kill(worker.pid, signal.SIGKILL)
 
         Trainer._optimizer_step = step_and_signal  # type: ignore[method-assign]
+
+
+def fill_disk(folder: Path) -> None:
+    """Leave a few KiB: of the file system, where it is one of our own, else of every file that this process writes."""
+    if not folder.is_mount():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        return
+    with (folder / "filler").open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            file.truncate(file.tell() - 8192)
 
 
 # ---- the supervisor
@@ -206,8 +227,10 @@ class Chaos:
         self.output, self.log = folder / "out" / "run", folder / "log"
         self.tally = dict.fromkeys(("kills", "corruptions", "resumes", "rounds", "starts_over"), 0)
         self.by_way = dict.fromkeys(WAYS, 0)
-        self.disk = "RLIMIT_FSIZE"
         self.equal = True
+        self.output.parent.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(self.output.parent)]
+        self.is_mounted = bool(shutil.which("mount")) and subprocess.run(mount, capture_output=True).returncode == 0
 
     def run(self) -> dict[str, Any]:
         self.in_child(lambda: make_inputs(self.folder))
@@ -216,13 +239,20 @@ class Chaos:
         code = self.end("none", 0, [f"output.dir={undisturbed}"])
         if code:
             raise SystemExit(f"the undisturbed run ended with {code}: {self.said()}")
+        assert all((undisturbed / name).is_file() for name in COMPARED), "nothing there to compare with"
         self.whole = time.perf_counter() - started
         while self.tally["kills"] < self.wanted:
             self.round()
             self.tally["rounds"] += 1
             self.equal = self.equal and same(self.output, undisturbed)
             shutil.rmtree(self.output)
-        return {**self.tally, "equal": self.equal, "ways": self.by_way, "disk": self.disk}
+        disk = "tmpfs" if self.is_mounted else "RLIMIT_FSIZE"
+        return {**self.tally, "equal": self.equal, "ways": self.by_way, "disk": disk}
+
+    def close(self) -> None:
+        if self.is_mounted:
+            # lazily: loader processes of a life that was killed see so within seconds, and have files open until then
+            subprocess.run(["umount", "--lazy", str(self.output.parent)], check=True)
 
     def round(self) -> None:
         """A run from its start to its end, through as many lives as it takes."""
@@ -239,15 +269,14 @@ class Chaos:
             if code == -signal.SIGKILL:
                 self.tally["kills"] += 1
             self.by_way[way] = self.by_way.get(way, 0) + 1
-            if code == 0 and (self.output / "final").exists() and way != "term":
+            if code == 0 and (self.output / "final").exists():
                 return
-            expected = {"worker": (1, -signal.SIGKILL), "full": (1,), "term": (0,)}.get(way, (-signal.SIGKILL,))
-            if code not in expected and not (code == 0 and (self.output / "final").exists()):
+            expected = {"worker": 1, "full": 1, "term": 0, "int": 0}.get(way, -signal.SIGKILL)
+            is_one_line = code != 1 or len([x for x in self.said().splitlines() if "error" in x.lower()]) == 1
+            if code != expected or not is_one_line:
                 raise SystemExit(f"a life that should end as '{way}' ended with {code}: {self.said()}")
-            if code == 1 and way == "worker":
-                self.tally["kills"] += 1  # of the loader process
-            if code == 0 and way == "term" and (self.output / "final").exists():
-                return
+            self.tally["kills"] += way == "worker"  # of the loader process
+            (self.output.parent / "filler").unlink(missing_ok=True)
             arguments = self.go_on()
 
     def go_on(self) -> list[str]:
@@ -332,10 +361,7 @@ def fork(function: Any, output: int) -> int:
 
 def same(ours: Path, undisturbed: Path) -> bool:
     """Whether weights, the last checkpoint's moments and all logged numbers but times are equal, bit for bit."""
-    last = f"checkpoint-{STEPS - 1}"
-    files = [f"final/{name}" for name in ("model.safetensors", "config.json")]
-    files += ["best/model.safetensors", f"{last}/optimizer.safetensors", f"{last}/model.safetensors"]
-    for name in files:
+    for name in COMPARED:
         contents = [(run / name).read_bytes() if (run / name).exists() else None for run in (ours, undisturbed)]
         if contents[0] != contents[1]:
             print(f"{name} differs (there: {[content is not None for content in contents]})", file=sys.stderr)
@@ -352,7 +378,9 @@ def metrics(output: Path) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Kill a tiny run N times, resume it, compare it with an undisturbed one.")
+    parser = argparse.ArgumentParser(
+        description="Kill a tiny run N times, resume it, compare it with an undisturbed one."
+    )
     parser.add_argument("--kills", type=int, default=50, help="go on until so many processes were killed (50)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of deaths (0)")
     parser.add_argument("--json", type=Path, help="write the result there, too")
@@ -370,7 +398,11 @@ def main() -> int:
 
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="peagle-chaos-") as folder:
-        result = Chaos(Path(folder), options.kills, options.seed, options.exec).run()
+        chaos = Chaos(Path(folder), options.kills, options.seed, options.exec)
+        try:
+            result = chaos.run()
+        finally:
+            chaos.close()
     result |= {
         "seed": options.seed,
         "processes": "started" if options.exec else "forked",
