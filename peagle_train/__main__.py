@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     except RunStopped as error:  # anything unexpected keeps its traceback
         return _fail(error, 1)
     except KeyboardInterrupt:
-        return _fail(Exception("interrupted before the training began: nothing was saved"), 130)
+        return _fail(Exception("interrupted outside of the training loop: nothing more was saved"), 130)
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -34,6 +34,7 @@ from peagle_train.profile import StepProfiler, span
 from peagle_train.recipe import Recipe, dump_recipe
 from peagle_train.resume import Checkpoint
 from peagle_train.run_checkpoint import last_checkpoint, save_checkpoint, take_up_output
+from peagle_train.run_state import set_schedule
 from peagle_train.runner import Batch, BatchRunner
 from peagle_train.sampler import StepBatchSampler
 from peagle_train.segments import StepStats
@@ -278,7 +279,9 @@ class Trainer:
         with span("optimizer"):
             if applied:
                 self.optimizer.step()
-            self.scheduler.step()
+                self.scheduler.step()
+            else:
+                set_schedule(self.scheduler, self.step + 1)  # its own step() would warn that the optimizer's is missing
             self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self._window_tokens += sum(int((b["document_ids"] >= 0).sum()) for b in batches)
