@@ -8,7 +8,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peagle_train.checkpoint import claim_output, fill_drafter, save_tensors, write_json, write_text
+import torch.distributed as dist
+
+from peagle_train.checkpoint import (
+    MARKER,
+    claim_output,
+    fill_drafter,
+    lock_output,
+    save_tensors,
+    write_json,
+    write_text,
+)
 from peagle_train.checkpoint_files import (
     checkpoint_path,
     clean_up,
@@ -158,26 +168,50 @@ def _best_on_disk(output: Path) -> int | None:
     return None
 
 
-def take_up_output(trainer: "Trainer", checkpoint: Checkpoint | None) -> list[str]:
-    """Main process: make a new output folder ours, or put one back to where its checkpoint was made; what to say."""
-    folder, said = trainer.folder, []
-    if checkpoint is None:
-        claim_output(folder)
-    else:
-        clean_up(folder)
-        later = set_aside_later(folder, checkpoint.step)
-        if later:
-            names = ", ".join(map(str, later))
-            said.append(f"checkpoints of later steps ({names}) are set aside, until these steps are done again")
-        for name in ("metrics.jsonl", "bad_rows.jsonl"):
-            dropped, missing = keep_lines(folder / name, checkpoint.state["lines"][name])
-            if dropped:
-                said.append(f"{name}: {dropped} lines behind step {checkpoint.step} dropped")
-            if missing:
-                said.append(f"{name}: {missing} lines that were there at step {checkpoint.step} are missing")
-        write_json(folder / "run.json", {"state": "started"})
-    write_text(folder / "recipe.yaml", dump_recipe(trainer.recipe))
-    return said
+def take_up_output(trainer: "Trainer") -> Any:
+    """Make a new output folder the run's, or put one back to where its checkpoint was made; the main process gets its lock.
+
+    Raises:
+        ValueError: on every rank, if the folder cannot be used.
+    """
+    failure, lock = "", None
+    if trainer.accelerator.is_main_process:
+        try:
+            if trainer.resumed is None:
+                claim_output(trainer.folder)
+            lock = lock_output(trainer.folder)
+            if trainer.resumed is not None:
+                _put_back(trainer, trainer.resumed)
+            write_text(trainer.folder / "recipe.yaml", dump_recipe(trainer.recipe))
+        except ValueError as error:
+            failure = str(error)
+        except OSError as error:
+            failure = f"output.dir {trainer.folder} cannot be written: {error}"
+    failures = [failure]
+    if trainer.accelerator.num_processes > 1:
+        dist.broadcast_object_list(failures, src=0)
+    if failures[0]:
+        raise ValueError(failures[0])
+    return lock
+
+
+def _put_back(trainer: "Trainer", checkpoint: Checkpoint) -> None:
+    """Undo what an output folder got behind the checkpoint, and say what that is."""
+    folder, say = trainer.folder, trainer.reporter.say
+    clean_up(folder)
+    later = set_aside_later(folder, checkpoint.step)
+    if later:
+        names = ", ".join(map(str, later))
+        say(f"resume: checkpoints of later steps ({names}) are set aside, until these steps are done again")
+    for name, counter in (("metrics.jsonl", trainer.reporter), ("bad_rows.jsonl", trainer.guard)):
+        counter.lines = checkpoint.state["lines"][name]
+        dropped, missing = keep_lines(folder / name, counter.lines)
+        if dropped:
+            say(f"resume: {name}: {dropped} lines behind step {checkpoint.step} dropped")
+        if missing:
+            say(f"resume: {name}: {missing} lines that were there at step {checkpoint.step} are missing")
+    write_json(folder / MARKER, {"state": "started"})
+    say(f"resume: going on behind step {checkpoint.step}, from {checkpoint.folder}")
 
 
 def keep_lines(path: Path, count: int) -> tuple[int, int]:

@@ -47,6 +47,21 @@ class Signals:
         self.save = True
 
 
+def is_lost_worker(error: BaseException) -> bool:
+    """Whether an error says that a loader process is gone; not one that the data raised inside of one.
+
+    torch says so from a signal handler, anywhere in the run, unless reading what the process was about to hand over fails
+    first, with the error of a connection that was cut.
+    """
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    module = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
+    is_cut = isinstance(error, (OSError, EOFError))
+    is_cut &= module.startswith("multiprocessing.") or "in pin memory thread" in str(error)
+    return "DataLoader worker (pid" in str(error) or is_cut
+
+
 def leave_to_parent(worker_id: int) -> None:
     """A loader process's `worker_init_fn`: signals to the whole group (a terminal's ^C, a scheduler's SIGTERM) must not
     kill it under a parent that is still finishing its step. It ends when the parent says so, or is gone.

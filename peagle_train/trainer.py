@@ -13,14 +13,14 @@ from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from peagle_train.build import make_collator
-from peagle_train.checkpoint import MARKER, lock_output, save_drafter, write_json
-from peagle_train.checkpoint_files import list_checkpoints, remove_set_aside
+from peagle_train.checkpoint import MARKER, save_drafter, write_json
+from peagle_train.checkpoint_files import remove_set_aside
 from peagle_train.data import PackedRows
 from peagle_train.distributed import same_on_all_ranks, sum_counts, sum_over_ranks
 from peagle_train.draft import PEagleDraft
-from peagle_train.errors import NonFinite, RunStopped
+from peagle_train.errors import RunStopped
 from peagle_train.evaluate import Evaluator
-from peagle_train.guard import BAD_ROWS, Guard, all_rows, suspects
+from peagle_train.guard import Guard, skip_step
 from peagle_train.metrics import (
     Reporter,
     accuracies,
@@ -38,7 +38,7 @@ from peagle_train.run_state import set_schedule
 from peagle_train.runner import Batch, BatchRunner
 from peagle_train.sampler import StepBatchSampler
 from peagle_train.segments import StepStats
-from peagle_train.signals import Signals, leave_to_parent
+from peagle_train.signals import Signals, is_lost_worker, leave_to_parent
 from peagle_train.target import FrozenTarget
 
 
@@ -111,17 +111,17 @@ class Trainer:
             ValueError: the output folder cannot be used.
             RunStopped: the run had to stop, with a line that says why and how to go on.
         """
-        lock = self._take_up_output()
+        self.reporter = Reporter(self.folder, self.num_steps, self.accelerator.is_main_process, self.step)
+        lock = take_up_output(self)
         steps = self._steps()
         try:
             with self.signals:
                 return self._run(steps)
-        except RuntimeError as error:
-            if "DataLoader worker (pid" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:
+            if not is_lost_worker(error):
                 raise
-            said = str(error).splitlines()[0]
             raise RunStopped(
-                f"a loader process was killed (short of memory?): {said} {last_checkpoint(self.folder)}"
+                f"a loader process was killed (short of memory?); {last_checkpoint(self.folder)}"
             ) from error
         finally:
             steps.close()  # ends its loader processes, which answer to no signal
@@ -140,7 +140,12 @@ class Trainer:
             self._optimizer_step(batches)
             self._log_evaluate_save()
         path = save_checkpoint(self)
-        summary = {"state": "stopped", "signal": self.signals.stop, "steps": self.step, "checkpoint": path.name}
+        summary = {
+            "state": "stopped",
+            "signal": self.signals.stop or "a signal",
+            "steps": self.step,
+            "checkpoint": path.name,
+        }
         self._write_marker(summary)
         return summary
 
@@ -161,34 +166,6 @@ class Trainer:
         self._write_marker(summary)
         self.on_main("old checkpoints could not be removed", lambda: remove_set_aside(self.folder))
         return summary
-
-    def _take_up_output(self) -> Any:
-        """Make the output folder ours, or put it back to the checkpoint that we go on from; its lock, on one rank."""
-        failure, said, lock = "", [], None
-        if self.accelerator.is_main_process:
-            try:
-                if self.resumed is not None:
-                    lock = lock_output(self.folder)
-                said = take_up_output(self, self.resumed)
-                lock = lock or lock_output(self.folder)
-            except ValueError as error:
-                failure = str(error)
-            except OSError as error:
-                failure = f"output.dir {self.folder} cannot be written: {error}"
-        failures = [failure]
-        if self.accelerator.num_processes > 1:
-            torch.distributed.broadcast_object_list(failures, src=0)
-        if failures[0]:
-            raise ValueError(failures[0])
-        self.reporter = Reporter(self.folder, self.num_steps, self.accelerator.is_main_process, self.step)
-        if self.resumed is not None:
-            self.reporter.lines, self.guard.lines = (
-                self.resumed.state["lines"][name] for name in ("metrics.jsonl", BAD_ROWS)
-            )
-            said.append(f"going on behind step {self.step}, from {self.resumed.folder}")
-        for line in said:
-            self.reporter.say(f"resume: {line}")
-        return lock
 
     def on_main(self, failing: str, action: Callable[[], object]) -> None:
         """Let the main process write something; RunStopped on every rank, with `failing`, where that does not work."""
@@ -289,34 +266,7 @@ class Trainer:
         self._stats = stats if applied else None
         self.guard.in_a_row = 0 if applied else self.guard.in_a_row + 1
         if not applied:
-            self._skip(batches)
-
-    def _skip(self, batches: list[Batch]) -> None:
-        """Write down the rows of a step that was not applied; stop the run if it was one too many."""
-        self.runner.buffers.zero_()
-        where = (self.step, (self.step - 1) // self.sampler.steps_per_epoch, self.accelerator.process_index)
-        found = self._gather(suspects(batches, self._own_losses, *where))
-        found = found or self._gather(all_rows(batches, *where))
-        self.on_main(f"{BAD_ROWS} could not be written", lambda: self.guard.write(found))
-        what, keys = found[0]["what"], [entry["row_key"] for entry in found]
-        line = f"{what} is not finite in step {self.step}, rows {keys}: the step was not applied"
-        self._record("skipped", f"step {self.step}/{self.num_steps}  {line}", step=self.step)
-        if self.guard.must_stop:
-            earlier = next(iter(list_checkpoints(self.folder)), None)
-            path = save_checkpoint(self)
-            raise NonFinite(
-                f"{line}, number {self.guard.in_a_row} in a row (train.max_bad_steps is {self.guard.max_bad_steps}). The"
-                f" weights of the last good step are in {path}: the same command with --resume goes on behind these rows"
-                + (f", with --resume {earlier} before them" if earlier else "")
-            )
-
-    def _gather(self, own: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """All ranks' entries."""
-        everybody = [own]
-        if self.accelerator.num_processes > 1:
-            everybody = [[] for _ in range(self.accelerator.num_processes)]
-            torch.distributed.all_gather_object(everybody, own)
-        return [entry for entries in everybody for entry in entries]
+            skip_step(self, batches, self._own_losses)
 
     # ---- logging, evaluation, saving
 
@@ -358,14 +308,14 @@ class Trainer:
             "recompiles": self.runner.compiled.recompiles if self.runner.compiled else None,
             "seconds": time.perf_counter() - self.reporter.start_time,
         }
-        self._record("train", train_line(values), **values)
+        self.record("train", train_line(values), **values)
         self._window_start, self._window_tokens, self._waited = time.perf_counter(), 0, 0.0
 
     def evaluate(self, title: str) -> dict[str, Any] | None:
         """Held-out loss, accuracies and expected accepted length over all ranks; None without held-out rows."""
         values = self.evaluator()
         if values is not None:
-            self._record("eval", eval_line(title, values), step=self.step, **values)
+            self.record("eval", eval_line(title, values), step=self.step, **values)
             self._mark_best(values)
         return values
 
@@ -391,5 +341,5 @@ class Trainer:
     def _write_marker(self, summary: dict[str, Any]) -> None:
         self.on_main(f"{MARKER} could not be written", lambda: write_json(self.folder / MARKER, summary))
 
-    def _record(self, kind: str, line: str, **values: Any) -> None:
+    def record(self, kind: str, line: str, **values: Any) -> None:
         self.on_main("metrics.jsonl could not be written", lambda: self.reporter.record(kind, line, **values))
