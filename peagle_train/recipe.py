@@ -211,6 +211,12 @@ class Train:
     """Evaluate every so many steps; null: only before and after training."""
     save_steps: int | None = option(None, ge=1)
     """Save a checkpoint every so many steps; null: only the final drafter."""
+    keep_last: int | None = option(None, ge=1)
+    """Keep the newest so many checkpoints; null: all."""
+    keep_every: int | None = option(None, ge=1)
+    """Beside those of keep_last, keep every checkpoint whose step is a multiple of this."""
+    max_bad_steps: int = option(3, ge=1)
+    """Stop when the loss or gradient of so many steps in a row is not finite (such a step is never applied)."""
     dtype: Literal["float32", "float64"] = "float32"
     """Of the drafter's master weights."""
 

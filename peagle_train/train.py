@@ -1,6 +1,7 @@
 """From a recipe to a finished run: what happens once, before and after the loop, and the arithmetic that is printed."""
 
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from peagle_train.checkpoint import check_output
 from peagle_train.data import PackReport
 from peagle_train.distributed import check_launch
 from peagle_train.recipe import Recipe
+from peagle_train.resume import Checkpoint, open_resume
+from peagle_train.run_checkpoint import restore
 from peagle_train.summary import describe_summary
 from peagle_train.target import FrozenTarget
 from peagle_train.trainer import Trainer
@@ -23,13 +26,23 @@ from peagle_train.vocab_from import read_draft_vocab
 logger = logging.getLogger(__name__)
 
 
-def train(recipe: Recipe) -> str:
+def train(recipe: Recipe, resume: str | None = None) -> str:
     """Run a recipe; returns the lines that say where the drafter is and how good it is.
+
+    Args:
+        recipe: the settings. resume: None for a new run, else as in `open_resume`.
 
     Raises:
         ValueError: for a user's mistake, before any training.
     """
-    check_output(Path(recipe.output.dir))
+    checkpoint: Checkpoint | None = None
+    if resume is None:
+        check_output(Path(recipe.output.dir))
+    else:
+        found = open_resume(recipe, resume)
+        if isinstance(found, str):
+            return found if os.environ.get("RANK", "0") == "0" else ""
+        checkpoint = found
     accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision)
     check_launch(accelerator.num_processes)
     say = print if accelerator.is_main_process else (lambda *_: None)
@@ -56,15 +69,17 @@ def train(recipe: Recipe) -> str:
     always = always_drafted(tokenizer, target, mask_token_id)
     if recipe.draft.vocab_from:
         draft_ids = read_draft_vocab(recipe.draft, target, tokenizer, always)
-        recipe = replace(recipe, draft=replace(recipe.draft, draft_vocab_size=draft_ids.numel()))
     else:
         draft_ids = choose_most_frequent(data.counts_V, recipe.draft.draft_vocab_size or target.vocab_size, always)
     share = coverage(draft_ids, data.counts_V)
     say(f"draft vocabulary: {draft_ids.numel()} of {target.vocab_size} tokens, {share:.2%} of the supervised ones")
-    draft = make_draft(recipe, target, mask_token_id, draft_ids)
+    shape = replace(recipe, draft=replace(recipe.draft, draft_vocab_size=draft_ids.numel()))
+    draft = make_draft(shape, target, mask_token_id, draft_ids)
 
     trainer = Trainer(recipe, accelerator, target, draft, data.train_rows, data.eval_rows)
     say(arithmetic(trainer, data.report))
+    for note in restore(trainer, checkpoint) if checkpoint else []:
+        say(f"resume: {note}")
     summary = trainer.run()
     accelerator.end_training()
     return describe_summary(summary, Path(recipe.output.dir)) if accelerator.is_main_process else ""
