@@ -109,6 +109,8 @@ class Draft:
     """Start from the target's head (its rows of the draft vocabulary)."""
     norm_before_residual: bool = False
     """Layer 0's residual is the normed features instead of the raw ones."""
+    init_from: str | None = option(None, is_path=True)
+    """Folder of an EAGLE-3 or P-EAGLE drafter to start from: its weights, its shape and its draft vocabulary."""
 
 
 @dataclass

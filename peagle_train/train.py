@@ -16,6 +16,7 @@ from peagle_train.summary import describe_summary
 from peagle_train.target import FrozenTarget
 from peagle_train.trainer import Trainer
 from peagle_train.vocab import choose_draft_vocab, count_supervised, coverage
+from peagle_train.warm_start import copy_start, read_start
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +42,10 @@ def train(recipe: Recipe) -> str:
     )
     if recipe.target.check:
         target.check()
+    start = read_start(recipe, target)
+    shaped = start.recipe if start else recipe
     tokenizer = load_tokenizer(recipe)
-    mask_token_id = choose_mask_token(recipe.draft, tokenizer, target.vocab_size)
+    mask_token_id = choose_mask_token(shaped.draft, tokenizer, target.vocab_size)
 
     train_documents, eval_documents = _documents(recipe, tokenizer, target, mask_token_id, say)
     train_rows, report = pack_documents(train_documents, recipe.data.max_length, recipe.data.pack)
@@ -56,12 +59,17 @@ def train(recipe: Recipe) -> str:
     if report.supervised == 0:
         raise ValueError("the data has nothing supervised: no document has a token with loss_mask 1 behind its first")
 
-    draft_size = recipe.draft.draft_vocab_size or target.vocab_size
+    draft_size = shaped.draft.draft_vocab_size or target.vocab_size
     always = always_drafted(tokenizer, target, mask_token_id)
-    draft_ids = choose_draft_vocab(train_documents, target.vocab_size, draft_size, always)
+    if start:
+        draft_ids = start.files.draft_token_ids
+    else:
+        draft_ids = choose_draft_vocab(train_documents, target.vocab_size, draft_size, always)
     share = coverage(draft_ids, count_supervised(train_documents, target.vocab_size))
     say(f"draft vocabulary: {draft_size} of {target.vocab_size} tokens, {share:.2%} of the supervised ones")
-    draft = make_draft(recipe, target, mask_token_id, draft_ids)
+    draft = make_draft(shaped, target, mask_token_id, draft_ids, start.files.config if start else None)
+    if start:
+        copy_start(start.files, draft, target, say)
 
     trainer = Trainer(recipe, accelerator, target, draft, train_rows, eval_rows)
     say(arithmetic(trainer, report))
