@@ -6,6 +6,7 @@ with a record are kept (their sums are checked, and that the sources still begin
 made, to the same bytes.
 """
 
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -15,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -74,7 +76,24 @@ def prepare(
         say(f"{folder} is finished: checking it")
         return open_folder(folder, settings, recipe.data.max_bad_rows)
     found = find_all(recipe.data)
-    _begin(folder, {"settings": settings, "shard_tokens": shard_tokens, "files": _listing(found)})
+    begun = {"settings": settings, "shard_tokens": shard_tokens, "files": _listing(found)}
+    with _alone_in(folder):
+        _begin(folder, begun)
+        return _fill(recipe, folder, tokenizer, vocab_size, mask_token_id, num_workers, found, begun, say)
+
+
+def _fill(
+    recipe: Recipe,
+    folder: Path,
+    tokenizer: Any,
+    vocab_size: int,
+    mask_token_id: int | None,
+    num_workers: int,
+    found: dict[str, FoundFiles],
+    begun: dict[str, Any],
+    say: Say,
+) -> TrainingData:
+    """Shards, then rows, then the index."""
 
     def encoded(rows: Iterator[list[RawRow]]) -> Iterator[tuple[list[RawRow], EncodedBatch]]:
         if num_workers == 1:
@@ -84,7 +103,7 @@ def prepare(
 
     shards, reports = {}, {}
     for role, found_files in found.items():
-        writer = _RoleWriter(folder, role, found_files, recipe, shard_tokens, say)
+        writer = _RoleWriter(folder, role, found_files, recipe, begun["shard_tokens"], say)
         shards[role] = writer.run(encoded)
         reports[role] = writer.intake.report
     say("packing")
@@ -94,7 +113,7 @@ def prepare(
     _write_tensors(folder / HELD_OUT, made.eval_rows.layout())
     files = [path.name for paths in shards.values() for path in paths] + [TRAIN, HELD_OUT]
     index = {
-        "settings": settings,
+        "settings": begun["settings"],
         "shards": {role: [path.name for path in paths] for role, paths in shards.items()},
         "files": {name: file_sum(folder / name) for name in files},
         "source_reports": {role: asdict(report) for role, report in reports.items()},
@@ -136,12 +155,25 @@ def prepare_recipe(
     )
 
 
-def _begin(folder: Path, begun: dict[str, Any]) -> None:
-    """Make the folder this preparation's, or check that it is; leftovers of a kill are removed."""
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Make the folder, and let no other process prepare in it meanwhile. A kill lets go of it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         raise ValueError(f"--out {folder} cannot be made: {error.strerror}") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"--out {folder}: another process is preparing there; wait, or give another folder") from None
+    finally:
+        os.close(handle)
+
+
+def _begin(folder: Path, begun: dict[str, Any]) -> None:
+    """Make the folder this preparation's, or check that it is; leftovers of a kill are removed."""
     for path in folder.glob(f".*{_PARTIAL}"):
         path.unlink()
     if not (folder / BEGUN).exists():
@@ -220,6 +252,8 @@ class _RoleWriter:
                         break
                     if tokens >= self.shard_tokens:
                         self._write_shard(rows, sources, num_batches, hasher.hexdigest(), is_last=False)
+                        if progress.bar.disable:  # no terminal: lines instead of a bar
+                            self.say(f"{self.role}: {len(self.paths)} shards, {report.documents} documents")
                         rows, sources, tokens = [], [], 0
                 if seen < self.num_batches:
                     raise ValueError(

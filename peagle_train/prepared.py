@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from peagle_train.chat import ChatEncoder
 from peagle_train.data import PackedRows, PackReport
 from peagle_train.document_table import DocumentTable
+from peagle_train.messages import CHAT_KEYS
 from peagle_train.readers import clip
 from peagle_train.recipe import Recipe
 from peagle_train.sources import SourceReport
@@ -32,7 +33,6 @@ _DATA_KEYS = (
     " template_kwargs on_rewrite"
 ).split()
 """Of the recipe's data section, what decides about the rows. (max_bad_rows only decides whether there are any.)"""
-_CHATS = ("messages", "conversations", "prompt")
 _AGAIN = "run tools/prepare_data.py again"
 
 
@@ -102,7 +102,7 @@ def open_folder(folder: Path, settings: dict[str, Any], max_bad_rows: int) -> Tr
     """`open_prepared` of any folder."""
     index = read_index(folder)
     reports = {role: SourceReport(**report) for role, report in index["source_reports"].items()}
-    has_chats = any(form in _CHATS for report in reports.values() for form in report.forms)
+    has_chats = any(form in CHAT_KEYS for report in reports.values() for form in report.forms)
     difference = first_difference(index["settings"], settings, has_chats)
     if difference is not None:
         raise ValueError(f"data.prepared {folder} {difference}: change that, or {_AGAIN} with another --out")

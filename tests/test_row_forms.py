@@ -179,6 +179,12 @@ def test_a_text_file_that_is_not_utf8_is_a_bad_row_of_its_own(tmp_path: Path) ->
     assert report.first_bad == {"not UTF-8": f"{tmp_path / 'a.txt'}, line 2"}
 
 
+def test_values_nested_without_end_are_a_bad_row_and_no_crash(tmp_path: Path) -> None:
+    lines = [b'{"%s": %s%s}' % (key, b"[" * 5000, b"]" * 5000) for key in (b"messages", b"text", b"input_ids", b"x")]
+    documents, report = load(write_lines(tmp_path / "r.jsonl", {"text": "good"}, *lines), max_bad_rows=4)
+    assert len(documents) == 1 and sum(report.bad_rows.values()) == 4
+
+
 def test_data_of_nothing_but_bad_rows_is_refused_with_their_reasons(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="hold no token: 1 files, 0 empty documents, 2 bad rows: 2 broken JSON"):
         load(write_lines(tmp_path / "r.jsonl", b"{", b"["), max_bad_rows=9)
