@@ -38,15 +38,16 @@ _AGAIN = "run tools/prepare_data.py again"
 
 def settings_of(recipe: Recipe, tokenizer: Any, vocab_size: int, mask_token_id: int | None) -> dict[str, Any]:
     """All that decides about the rows but the files that are read, by the name that a user knows it by."""
-    settings = {f"data.{key}": getattr(recipe.data, key) for key in _DATA_KEYS}
-    return {
+    settings = {
         "the format of prepared data": FORMAT,
-        **settings,
+        **{f"data.{key}": getattr(recipe.data, key) for key in _DATA_KEYS},
         "the target's vocabulary": vocab_size,
         "draft.mask_token_id": mask_token_id,
         "the target's tokenizer": tokenizer_fingerprint(tokenizer),
         "the chat template": _chat_fingerprint(recipe, tokenizer),
     }
+    as_read_back: dict[str, Any] = json.loads(json.dumps(settings))
+    return as_read_back
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str | None:

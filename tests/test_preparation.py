@@ -150,6 +150,31 @@ def test_every_setting_means_the_same_in_both_ways(data: dict[str, Any], tmp_pat
         assert now.source_reports["sources"].stopped
 
 
+def test_an_epoch_holds_each_document_as_often_as_its_source_weighs(tmp_path: Path, target: Path) -> None:
+    sources = write_sources(tmp_path)
+    weighed = [{"path": sources[0], "weight": 3}, sources[1]["path"], {"path": sources[2], "weight": 0.5}]
+    data = read(recipe_of(tmp_path, target, sources=weighed, eval_fraction=0.0, max_length=2048))
+    times: dict[tuple[int, ...], int] = {}
+    for i in range(len(data.train_rows)):
+        row = data.train_rows[i]
+        for document in row["document_ids"].unique().tolist():
+            ids = tuple(row["input_ids"][row["document_ids"] == document].tolist())
+            times[ids] = times.get(ids, 0) + 1
+    decode = make_byte_tokenizer().decode
+    texts = {ids: count for ids, count in times.items() if decode(list(ids)).startswith("text")}
+    chats = {ids: count for ids, count in times.items() if decode(list(ids)).startswith("<|im_start|>")}
+    assert set(texts.values()) == {3} and len(texts) == 12
+    assert set(chats.values()) == {1} and len(chats) == 40
+    others = len(times) - len(texts) - len(chats)
+    assert 5 < others < 25 and data.report.left_out_by_weight == 30 - others
+    assert data.report.documents == sum(times.values()) and data.report.repeats == 24
+    counted = torch.zeros(BYTES_VOCAB, dtype=torch.int64)
+    for i in range(len(data.train_rows)):
+        row = data.train_rows[i]
+        counted += torch.bincount(row["input_ids"][row["loss_mask"] == 1], minlength=BYTES_VOCAB)
+    assert torch.equal(counted, data.counts_V)
+
+
 def test_rows_do_not_depend_on_the_size_of_the_shards_or_of_the_batches(
     made: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -206,7 +206,7 @@ def test_parquet_arrow_saved_and_named_data_sets_hold_what_the_same_jsonl_holds(
     table = datasets.Dataset.from_list(ROWS)
     (tmp_path / "named").mkdir()
     table.to_parquet(tmp_path / "named" / "train.parquet")
-    table.to_parquet(tmp_path / "rows.parquet")
+    table.to_parquet(tmp_path / "rows [1]*.parquet")
     table.save_to_disk(tmp_path / "saved")
     datasets.DatasetDict({"train": table.select([0]), "all": table}).save_to_disk(tmp_path / "splits")
     expected, report = load(path)
@@ -214,7 +214,7 @@ def test_parquet_arrow_saved_and_named_data_sets_hold_what_the_same_jsonl_holds(
     for source in (
         tmp_path / "list.json",
         tmp_path / "lines.json",
-        tmp_path / "rows.parquet",
+        tmp_path / "rows [1]*.parquet",
         arrow,
         tmp_path / "saved",
         {"path": str(tmp_path / "splits"), "split": "all"},
