@@ -21,13 +21,12 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from peagle_train.bad_row import BadRow
-from peagle_train.chat_template import ChatTemplate
+from peagle_train.chat_template import ChatTemplate, read_template
 from peagle_train.messages import REASONING_KEYS, Conversation, parts_of, strings_in
 from peagle_train.turns import TokenizedText, TurnFinder, mask_spans
 
@@ -100,7 +99,7 @@ class ChatEncoder:
     @classmethod
     def from_recipe(cls, data: Any, tokenizer: Any) -> "ChatEncoder":
         """The encoder that section `data` of a recipe asks for; ValueError if its template cannot be read."""
-        text = None if data.chat_template is None else _read_template(data.chat_template)
+        text = None if data.chat_template is None else read_template(data.chat_template)
         return cls(tokenizer, text, data.on_rewrite, data.template_kwargs)
 
     @property
@@ -251,13 +250,3 @@ def _plain_frame(tokenizer: Any) -> tuple[list[int], str]:
     framed = tokenizer("a")["input_ids"]
     at = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), 0)
     return framed[:at], tokenizer.eos_token or ""
-
-
-def _read_template(path: str) -> str:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"data.chat_template: cannot read {path} ({error})") from None
-    if not text.strip():
-        raise ValueError(f"data.chat_template: {path} is empty")
-    return text

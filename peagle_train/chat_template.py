@@ -1,6 +1,7 @@
 """A tokenizer's chat template: rendering with it, and what it does, found out by rendering a few words."""
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 from peagle_train.bad_row import BadRow
@@ -119,3 +120,14 @@ class ChatTemplate:
         at = longer.find(_ASSISTANT)
         self.behind_earlier_answer = longer[at + len(_ASSISTANT) : longer.find(_NEXT)] if at >= 0 else ""
         """The same where another turn of the user follows, with all that leads to what the user says."""
+
+
+def read_template(path: str) -> str:
+    """The text of the file that data.chat_template names; ValueError if it cannot be read."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"data.chat_template: cannot read {path} ({error})") from None
+    if not text.strip():
+        raise ValueError(f"data.chat_template: {path} is empty")
+    return text

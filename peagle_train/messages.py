@@ -4,12 +4,12 @@ Read are `messages` (role and content), ShareGPT's `conversations` (from and val
 lists of messages, or two strings: plain text without a chat template, as in TRL). Knows nothing of templates or tokens.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from peagle_train.bad_row import BadRow
+from peagle_train.tool_calls import parse_json, tool_call, tool_schemas
 
 CHAT_KEYS = ("messages", "conversations", "prompt")
 """A row with one of these is a chat; the first that it has is read."""
@@ -106,7 +106,7 @@ def _read(row: dict[str, Any]) -> Conversation:
     template_kwargs = _present(row, "chat_template_kwargs", dict, {})
     if not all(isinstance(name, str) for name in template_kwargs):
         raise BadRow("wrong types", "chat_template_kwargs has a name that is no string")
-    tools = _tools(row.get("tools"))
+    tools = tool_schemas(row.get("tools"))
     num_prompt = 0
     if key == "prompt":
         prompt, completion = _required(row, "prompt", "a row"), _required(row, "completion", "a row")
@@ -168,20 +168,18 @@ def _message(raw: Any, where: str) -> tuple[dict[str, Any], bool]:
     if "content" not in message:
         is_null = any(name in raw for name in ("content", "value"))
         raise BadRow("null field" if is_null else "wrong types", f"{where} (by {role}) has no content")
-    is_said = any(part.strip() for part in parts_of(message["content"])) or (
-        role == "assistant" and _has_more_than_content(message)
-    )
-    if role in ("user", "assistant") and not is_said:
+    is_empty = not any(part.strip() for part in parts_of(message["content"]))
+    if is_empty and (role == "user" or (role == "assistant" and not _has_more_than_content(message))):
         raise BadRow("empty turn", f"{where} (by {role}) is empty")
     return message, bool(weight)
 
 
 def _normalize_assistant(message: dict[str, Any], where: str) -> None:
-    calls = _parsed(message.pop("tool_calls", []), where)
+    calls = parse_json(message.pop("tool_calls", []), where)
     if not isinstance(calls, list):
         raise BadRow("wrong types", f"{where}: tool_calls is a {type(calls).__name__}, not a list")
     if calls:
-        message["tool_calls"] = [_tool_call(call, where) for call in calls]
+        message["tool_calls"] = [tool_call(call, where) for call in calls]
     thoughts = {name: message[name] for name in REASONING_KEYS if name in message}
     for name, text in thoughts.items():
         if not isinstance(text, str):
@@ -219,41 +217,6 @@ def _content(content: Any, where: str) -> str | list[dict[str, Any]]:
 def parts_of(content: str | list[dict[str, Any]]) -> list[str]:
     """The texts of a message's content."""
     return [content] if isinstance(content, str) else [part["text"] for part in content]
-
-
-def _tool_call(call: Any, where: str) -> dict[str, Any]:
-    call = _parsed(call, where)
-    if not isinstance(call, dict):
-        raise BadRow("bad tool call", f"{where}: a tool call is a {type(call).__name__}, not a mapping")
-    function = call.get("function", call)
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-        raise BadRow("bad tool call", f"{where}: a tool call names no function")
-    arguments = _parsed(function.get("arguments") or {}, where)
-    if not isinstance(arguments, dict):
-        raise BadRow("bad tool call", f"{where}: a tool call's arguments are a {type(arguments).__name__}, no mapping")
-    outside = {} if function is call else {name: value for name, value in call.items() if value is not None}
-    inside = {name: value for name, value in function.items() if value is not None}
-    return {**outside, "type": "function", "function": {**inside, "arguments": arguments}}
-
-
-def _tools(tools: Any) -> list[dict[str, Any]] | None:
-    if tools is None or tools == "":
-        return None
-    tools = _parsed(tools, "tools")
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise BadRow("wrong types", "tools is not a list of JSON schemas")
-    return tools or None
-
-
-def _parsed(value: Any, where: str) -> Any:
-    """What a JSON string stands for; any other value is itself."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        reason = "wrong types" if where == "tools" else "bad tool call"
-        raise BadRow(reason, f"{where}: a string of broken JSON") from None
 
 
 def _required(row: dict[str, Any], key: str, where: str) -> Any:
