@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from peagle_train.chat import ChatEncoder
-from peagle_train.data import PackedRows, PackReport, held_out_documents, pack_table, times_an_epoch
+from peagle_train.choice import held_out_documents, times_an_epoch
+from peagle_train.data import PackedRows, PackReport, pack_table
 from peagle_train.document_table import DocumentTable
 from peagle_train.files import FoundFiles, find_files
 from peagle_train.messages import CHAT_KEYS

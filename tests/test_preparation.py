@@ -197,14 +197,14 @@ def test_any_number_of_workers_makes_the_same_bytes(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from peagle_train import preparation
+from peagle_train import preparation, readers, shard_writer
 from peagle_train.build import load_tokenizer
 from peagle_train.recipe import load_recipe
 
 recipe, folder, shard_tokens = load_recipe(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 tokenizer = load_tokenizer(recipe)
-preparation.batches.__globals__["_BATCH_CHARACTERS"] = int(sys.argv[4])
-replace, save_file = os.replace, preparation.save_file
+readers._BATCH_CHARACTERS = int(sys.argv[4])
+replace, save_file = os.replace, shard_writer.save_file
 
 def prepare(out, kill_at):
     calls = 0
@@ -221,7 +221,7 @@ def prepare(out, kill_at):
         if kill_at == "half" and "00001" in str(path):
             os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
-    preparation.os.replace, preparation.save_file = dying_replace, dying_save
+    os.replace, shard_writer.save_file = dying_replace, dying_save
     preparation.prepare(recipe, out, tokenizer, 300, 299, shard_tokens=shard_tokens, say=lambda _: None)
 
 for kill_at in ["half", *range(-int(sys.argv[5]), 0), *range(1, int(sys.argv[5]) + 1)]:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from peagle_train.chat import ChatEncoder
-from peagle_train.data import pack_documents, times_an_epoch
+from peagle_train.choice import times_an_epoch
+from peagle_train.data import pack_documents
 from peagle_train.source_spec import parse_sources
 from peagle_train.sources import Document, SourceReport, load_documents
 from tests.byte_tokenizer import BYTES_VOCAB, make_byte_tokenizer
