@@ -65,8 +65,9 @@ def run(options: argparse.Namespace) -> None:
     # Heavy imports happen here, so that --help answers at once.
     from collections import Counter
 
+    from peagle_train.conversation import Settings
     from peagle_train.prompts import load_prompts
-    from peagle_train.regenerate import Settings, regenerate
+    from peagle_train.regenerate import regenerate
 
     template_kwargs = read_mapping(options.chat_template_kwargs)
     settings = Settings(
