@@ -67,7 +67,7 @@ class ChatServer:
         *,
         sampling: Mapping[str, Any],
         api_key: str | None = None,
-        timeout: float = 600.0,
+        timeout: float = 3600.0,
         retries: int = 6,
         retry_wait: float = 1.0,
     ) -> None:
@@ -76,7 +76,10 @@ class ChatServer:
         self._key = (api_key or "").strip()
         if not self._key.isascii() or not self._key.isprintable():
             raise ValueError("the API key holds characters that no HTTP header can have")
-        self._open = urllib.request.build_opener(_NoRedirects).open
+        handlers: list[Any] = [_NoRedirects]
+        if urlsplit(self.base_url).hostname in ("localhost", "127.0.0.1", "::1"):
+            handlers.append(urllib.request.ProxyHandler({}))  # a proxy of the environment does not know this machine
+        self._open = urllib.request.build_opener(*handlers).open
         self._stopped = threading.Event()
 
     def check(self) -> None:
