@@ -134,6 +134,8 @@ class Draft:
     """Start from the target's head (its rows of the draft vocabulary)."""
     norm_before_residual: bool = False
     """Layer 0's residual is the normed features instead of the raw ones."""
+    init_from: str | None = option(None, is_path=True)
+    """Folder of an EAGLE-3 or P-EAGLE drafter to start from: its weights, its shape and its draft vocabulary."""
 
 
 @dataclass
@@ -254,6 +256,10 @@ class Recipe:
         if heads is not None and kv_heads is not None:
             key = "draft.num_key_value_heads"
             self._require("draft.num_attention_heads", "a multiple of", key, heads % kv_heads == 0)
+        if self.draft.init_from is not None and self.draft.vocab_from is not None:
+            raise RecipeError(
+                "draft.init_from and draft.vocab_from are both given, and each brings a draft vocabulary: leave one out"
+            )
         if self.train.mixed_precision == "bf16" and self.train.dtype == "float64":
             # Autocast leaves float64 as it is, without a word.
             raise RecipeError("train.mixed_precision is bf16, train.dtype is float64: change one of them")
