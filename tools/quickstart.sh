@@ -32,11 +32,14 @@ if command -v flock >/dev/null && ! flock -n 9; then die 2 "another quickstart i
 
 if [ -e "$OUTPUT/final/config.json" ] && [ -e "$OUTPUT/final/model.safetensors" ]; then
     step summary
-    python -m peagle_train --summary "$OUTPUT" ||
+    if python -m peagle_train --summary "$OUTPUT"; then
+        echo "$NAME: already trained; to train again, set PEAGLE_OUTPUT to a new folder or remove $OUTPUT"
+        if [ $# -gt 0 ]; then echo "$NAME: not used, as nothing was trained: $*"; fi
+        exit 0
+    fi
+    # with checkpoints it goes on below: a run can be killed between its last file and the mark that it has ended
+    compgen -G "$OUTPUT/checkpoint-*" >/dev/null ||
         die 1 "$OUTPUT/final is there but its run did not end well: remove $OUTPUT, or set PEAGLE_OUTPUT to a new folder"
-    echo "$NAME: already trained; to train again, set PEAGLE_OUTPUT to a new folder or remove $OUTPUT"
-    if [ $# -gt 0 ]; then echo "$NAME: not used, as nothing was trained: $*"; fi
-    exit 0
 fi
 
 STEP=recipe # a mistake in the arguments is told now, not behind the download
