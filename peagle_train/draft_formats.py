@@ -17,6 +17,9 @@ ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "PEagleDraf
 MASK_KEYS = ("mask_token_id", "pard_token", "ptd_token_id")
 """The mask token's names; vLLM takes the first that is there, and older ones know only the last two."""
 
+MAX_VOCAB = 2**24
+"""Above every vocabulary there is: a config.json that says more is damaged, and must not cost memory."""
+
 _LLAMA_KEYS: tuple[str, ...] = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act")
 _LLAMA_KEYS += ("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps")
 _LLAMA_KEYS += ("initializer_range", "attention_bias", "mlp_bias", "rope_parameters", "rope_theta", "rope_scaling")
@@ -119,6 +122,8 @@ def parse_config(raw: dict[str, Any]) -> PEagleDraftConfig:
     ]
     if absent:
         raise ValueError(f"config.json lacks {', '.join(absent)}")
+    if not isinstance(fields["vocab_size"], int) or not 1 <= fields["vocab_size"] < MAX_VOCAB:
+        raise ValueError(f"vocab_size is {fields['vocab_size']!r}, no vocabulary's size")
     fields["eagle_aux_hidden_state_layer_ids"] = layer_ids_of(raw)
     try:
         return PEagleDraftConfig(**fields, ptd_token_id=mask_token_of(raw), pad_token_id=None)
