@@ -5,14 +5,17 @@ hidden state outlives its layer. B: rows, L: columns, T: hidden size, V: draft v
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from peagle_train import vocab
 from peagle_train.chunks import Run, check_chunkable, forward_run, plan_runs
 from peagle_train.dense import FLOATS, dense_embeddings, dense_head, is_plain
 from peagle_train.draft_config import ROPE_TYPES
@@ -118,6 +121,7 @@ class FrozenTarget:
         try:
             config = AutoConfig.from_pretrained(path, **kwargs)
             refuse_unfit(config.get_text_config())
+            _check_size(path, config, trust_remote_code)
             if attn_implementation:
                 kwargs["attn_implementation"] = attn_implementation
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -175,11 +179,7 @@ class FrozenTarget:
 
     def eos_token_ids(self) -> list[int]:
         """Tokens that end the target's answers, by its config and its generation config; ascending."""
-        ids: set[int] = set()
-        for source in (self.config, getattr(self.model, "generation_config", None)):
-            eos = getattr(source, "eos_token_id", None)
-            ids |= set(eos if isinstance(eos, list) else [] if eos is None else [eos])
-        return sorted(ids)
+        return vocab.eos_token_ids(self.config, getattr(self.model, "generation_config", None))
 
     def final_norm(self) -> nn.Module:
         """The module whose output the last hidden states are; ValueError if none is."""
@@ -320,6 +320,24 @@ def _check_folder(path: str) -> None:
         raise ValueError(f"target.path {path} has no .safetensors weights; convert them first")
 
 
+def _check_size(path: str, config: Any, trust_remote_code: bool) -> None:
+    """ValueError where a config describes a far larger model than the weights hold.
+
+    A config.json that lacks its sizes would become billions of random parameters, which no memory holds.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        return  # its weights are packed
+    held = 0
+    for file in Path(path).glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            held += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    described = sum(p.numel() for p in model.parameters())
+    if described > 2 * held:
+        raise ValueError(f"its config describes {described:,} parameters, but its weights hold {held:,}")
+
+
 def _base_model(model: nn.Module) -> nn.Module:
     """The part of a causal LM below its head."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None  # type: ignore[operator]
@@ -337,4 +355,4 @@ def _decoder_layers(base: nn.Module, count: int) -> nn.ModuleList:
 
 
 def _one_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:300]
+    return " ".join(str(error).split())[:300]

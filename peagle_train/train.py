@@ -1,33 +1,51 @@
 """From a recipe to a finished run: what happens once, before and after the loop, and the arithmetic that is printed."""
 
 import logging
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from peagle_train.build import always_drafted, choose_mask_token, load_tokenizer, make_draft
 from peagle_train.cached_target import CachedTarget
 from peagle_train.checkpoint import check_output
 from peagle_train.data import PackReport
 from peagle_train.distributed import check_launch
+from peagle_train.draft import PEagleDraft
 from peagle_train.recipe import Recipe
+from peagle_train.resume import Checkpoint, open_resume
+from peagle_train.run_checkpoint import restore
 from peagle_train.summary import describe_summary
 from peagle_train.target import FrozenTarget
 from peagle_train.trainer import Trainer
 from peagle_train.training_data import load_training_data
 from peagle_train.vocab import choose_most_frequent, coverage
+from peagle_train.vocab_from import read_draft_vocab
+from peagle_train.warm_start import Start, copy_start, read_start
 
 logger = logging.getLogger(__name__)
 
 
-def train(recipe: Recipe) -> str:
+def train(recipe: Recipe, resume: str | None = None) -> str:
     """Run a recipe; returns the lines that say where the drafter is and how good it is.
+
+    Args:
+        recipe: the settings. resume: None for a new run, else as in `open_resume`.
 
     Raises:
         ValueError: for a user's mistake, before any training.
     """
-    check_output(Path(recipe.output.dir))
+    checkpoint: Checkpoint | None = None
+    if resume is None:
+        check_output(Path(recipe.output.dir))
+    else:
+        found = open_resume(recipe, resume)
+        if isinstance(found, str):
+            return found if os.environ.get("RANK", "0") == "0" else ""
+        checkpoint = found
     accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision)
     check_launch(accelerator.num_processes)
     say = print if accelerator.is_main_process else (lambda *_: None)
@@ -44,25 +62,44 @@ def train(recipe: Recipe) -> str:
     )
     if recipe.target.check:
         target.check()
+    start = read_start(recipe, target)
+    shaped = start.recipe if start else recipe
     tokenizer = load_tokenizer(recipe)
-    mask_token_id = choose_mask_token(recipe.draft, tokenizer, target.vocab_size)
+    mask_token_id = choose_mask_token(shaped.draft, tokenizer, target.vocab_size)
 
     data = load_training_data(recipe, tokenizer, target.vocab_size, mask_token_id, say)
     if isinstance(target, CachedTarget):
         data = target.attach(data)
 
-    draft_size = recipe.draft.draft_vocab_size or target.vocab_size
-    always = always_drafted(tokenizer, target, mask_token_id)
-    draft_ids = choose_most_frequent(data.counts_V, draft_size, always)
-    share = coverage(draft_ids, data.counts_V)
-    say(f"draft vocabulary: {draft_size} of {target.vocab_size} tokens, {share:.2%} of the supervised ones")
-    draft = make_draft(recipe, target, mask_token_id, draft_ids)
+    draft = _draft(shaped, target, tokenizer, mask_token_id, data.counts_V, start, say)
 
     trainer = Trainer(recipe, accelerator, target, draft, data.train_rows, data.eval_rows)
     say(arithmetic(trainer, data.report))
+    for note in restore(trainer, checkpoint) if checkpoint else []:
+        say(f"resume: {note}")
     summary = trainer.run()
     accelerator.end_training()
     return describe_summary(summary, Path(recipe.output.dir)) if accelerator.is_main_process else ""
+
+
+def _draft(  # type: ignore[no-untyped-def]
+    recipe: Recipe, target: FrozenTarget, tokenizer, mask_token_id: int, counts_V: Tensor, start: Start | None, say
+) -> PEagleDraft:
+    """A new drafter, or another one's weights to go on from; its vocabulary by frequency, or another one's."""
+    always = always_drafted(tokenizer, target, mask_token_id)
+    if start:
+        draft_ids = start.files.draft_token_ids
+    elif recipe.draft.vocab_from:
+        draft_ids = read_draft_vocab(recipe.draft, target, tokenizer, always)
+    else:
+        draft_ids = choose_most_frequent(counts_V, recipe.draft.draft_vocab_size or target.vocab_size, always)
+    share = coverage(draft_ids, counts_V)
+    say(f"draft vocabulary: {draft_ids.numel()} of {target.vocab_size} tokens, {share:.2%} of the supervised ones")
+    sized = replace(recipe, draft=replace(recipe.draft, draft_vocab_size=draft_ids.numel()))
+    draft = make_draft(sized, target, mask_token_id, draft_ids, start.files.config if start else None)
+    if start:
+        copy_start(start.files, draft, target, say)
+    return draft
 
 
 def arithmetic(trainer: Trainer, report: PackReport) -> str:

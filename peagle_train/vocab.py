@@ -1,13 +1,18 @@
 """The drafter's vocabulary: the target's most frequent tokens, in the form that engines read (d2t, t2d)."""
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from peagle_train.document_table import DocumentTable
     from peagle_train.sources import Document
+
+logger = logging.getLogger(__name__)
 
 
 def choose_draft_vocab(
@@ -65,6 +70,18 @@ def count_supervised(data: Sequence["Document"] | tuple[Tensor, Tensor], vocab_s
     return torch.bincount(supervised, minlength=vocab_size)
 
 
+def count_repeated(table: "DocumentTable", times_D: np.ndarray, vocab_size: int) -> Tensor:
+    """int64 [V]: `count_supervised` of a table's documents, each counted as often as `times_D` (int64) says."""
+    counts_V = torch.zeros(vocab_size, dtype=torch.int64)
+    shards = zip(table.store.shards, table.store.starts, table.store.starts[1:], strict=False)
+    for (ids, mask), begin, end in shards:
+        own = (table.starts_D >= begin) & (table.starts_D < end)
+        times_n = torch.from_numpy(np.repeat(times_D[own], table.lengths_D[own]))
+        for times in np.unique(times_D[own]).tolist():
+            counts_V += times * count_supervised((ids, mask * (times_n == times)), vocab_size)
+    return counts_V
+
+
 def d2t_offsets(draft_ids: Tensor) -> Tensor:
     """int64 [Vd]: what to add to a draft token to get the target's (vLLM's `d2t`)."""
     assert bool((draft_ids[1:] > draft_ids[:-1]).all()), "draft ids must ascend"
@@ -94,3 +111,33 @@ def default_mask_token_id(tokenizer: Any, vocab_size: int) -> int | None:
     known = tokenizer.get_vocab().values()
     first_unused = max(known, default=-1) + 1
     return first_unused if first_unused < vocab_size else None
+
+
+def eos_token_ids(*sources: Any) -> list[int]:
+    """What ends a text according to configs, generation configs and tokenizers: their `eos_token_id`, one or many."""
+    ids: set[int] = set()
+    for source in sources:
+        eos = getattr(source, "eos_token_id", None)
+        ids |= set(eos) if isinstance(eos, (list, tuple)) else {eos} if eos is not None else set()
+    return sorted(ids)
+
+
+def end_of_turn_ids(tokenizer: Any) -> list[int]:
+    """The added token that the chat template puts behind an assistant's answer ([]: none, or no template).
+
+    It ends most answers, and not every model's configs name it.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    answer = "placeholder"
+    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    except Exception as error:  # templates raise what they like
+        logger.warning(
+            "the chat template fails, so its end of turn is not known: %s", " ".join(str(error).split())[:200]
+        )
+        return []
+    _, found, behind = text.rpartition(answer)
+    ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if found else []
+    return ids[:1] if ids and ids[0] in tokenizer.added_tokens_decoder else []
