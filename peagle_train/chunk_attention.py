@@ -74,8 +74,8 @@ AttentionMaskInterface.register(NAME, chunk_mask)
 
 @contextmanager
 def narrow_masks(config: Any) -> Iterator[None]:
-    """In the block, a target that attends by sdpa attends by `chunk_attention`; any other as it does (flash attention has
-    no masks, eager needs its scores anyway).
+    """In the block, a target that attends by sdpa goes by `chunk_attention`; any other as before (flash attention has no
+    masks, eager needs its scores anyway).
     """
     given = config._attn_implementation
     if given == "sdpa":
