@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import traceback
 from pathlib import Path
 
 EPILOG = """examples:
@@ -33,10 +34,14 @@ def main(arguments: list[str] | None = None) -> int:
         return _run(options)
     except ValueError as error:
         return _fail(error, 2)
-    except RuntimeError as error:
-        if type(error).__name__ != "NonFinite":  # anything unexpected keeps its traceback
-            raise
-        return _fail(error, 1)
+    except Exception as error:
+        if type(error).__name__ == "NonFinite":
+            return _fail(error, 1)
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise  # anything unexpected keeps its traceback
+        from peagle_train.peers import stop
+
+        stop(traceback.format_exc(), 1)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -71,9 +76,12 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _fail(error: Exception, code: int) -> int:
-    rank = os.environ.get("RANK")
-    where = f" (rank {rank})" if rank not in (None, "0") else ""
-    print(f"peagle_train: error{where}: {' '.join(str(error).split())}", file=sys.stderr)
+    line = f"peagle_train: error: {' '.join(str(error).split())}\n"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from peagle_train.peers import stop
+
+        stop(line, code)
+    sys.stderr.write(line)
     return code
 
 

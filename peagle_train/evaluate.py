@@ -27,13 +27,12 @@ def mass_outside(target: FrozenTarget, last_hidden_mT: Tensor, draft_ids: Tensor
 
     Visits the vocabulary in chunks, so that no row of full logits exists.
     """
-    head_VT = target.head.weight
-    assert isinstance(head_VT, Tensor)
-    is_draft_V = torch.zeros(head_VT.shape[0], dtype=torch.bool, device=head_VT.device)
-    is_draft_V[draft_ids.to(head_VT.device)] = True
+    head_VT, device = target.head_weight(), last_hidden_mT.device
+    is_draft_V = torch.zeros(head_VT.shape[0], dtype=torch.bool, device=device)
+    is_draft_V[draft_ids.to(device)] = True
     inside, total = [], []
     for start in range(0, head_VT.shape[0], chunk):
-        logits = (last_hidden_mT @ head_VT[start : start + chunk].T).float()
+        logits = (last_hidden_mT @ head_VT[start : start + chunk].to(device).T).float()
         total.append(logits.logsumexp(-1))
         drafted = is_draft_V[start : start + chunk]
         inside.append(logits.masked_fill(~drafted, float("-inf")).logsumexp(-1))
@@ -93,9 +92,13 @@ class Evaluator:
         target, device = self.runner.target, self.runner.device
         count_BL = label_columns(batch)
         used_BL = count_BL > 0
-        if self.runner.draft.config.draft_vocab_size == target.vocab_size or not bool(used_BL.any()):
-            return torch.zeros((), dtype=torch.float64, device=device)
+        nothing = torch.zeros((), dtype=torch.float64, device=device)
+        if self.runner.draft.config.draft_vocab_size == target.vocab_size:
+            return nothing
+        # Also where nothing is used: of a sharded target every rank must run the same number of forwards.
         _, last_hidden = target.features(batch["input_ids"].to(device), batch["position_ids"].to(device))
-        chosen_mT = last_hidden[used_BL.to(device)]
+        if not bool(used_BL.any()):
+            return nothing
+        chosen_mT = last_hidden.to(device)[used_BL.to(device)]
         mass = [mass_outside(target, part, self.runner.draft.draft_token_ids) for part in chosen_mT.split(256)]
         return (torch.cat(mass).double() * count_BL[used_BL].to(device)).sum()

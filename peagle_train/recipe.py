@@ -33,6 +33,10 @@ class Target:
     """Features are the residual stream entering these layers; null: (2, n // 2, n - 3) for n layers."""
     attn_implementation: str | None = None
     """transformers' attention of the target; null: its default."""
+    shard: bool = False
+    """Shard the target over all processes (FSDP2), where it does not fit on one device."""
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
+    """Spread the target over the devices that a single process sees (balanced_low_0 leaves room on the first)."""
     trust_remote_code: bool = False
     """Run Python code that comes with the target's files."""
     check: bool = True
@@ -165,6 +169,8 @@ class Train:
     """KL(target || draft), cross-entropy with the target's distribution, or with its argmax."""
     loss_chunk_rows: int = option(384, ge=1)
     """Rows of logits that exist at a time."""
+    sharding: Literal["auto", "none", "fsdp2"] = "auto"
+    """Shard weights, gradients and optimizer states over all processes (FSDP2); auto: if the launch has an FSDP config."""
     compile: bool = False
     """Compile the drafter's passes (torch.compile, static shapes): one graph each, whatever the data."""
     compile_backend: Literal["inductor", "aot_eager"] = "inductor"
@@ -220,6 +226,12 @@ class Recipe:
         if heads is not None and kv_heads is not None:
             key = "draft.num_key_value_heads"
             self._require("draft.num_attention_heads", "a multiple of", key, heads % kv_heads == 0)
+        if self.target.shard and self.target.device_map:
+            raise RecipeError(
+                f"target.shard is true, target.device_map is {self.target.device_map}: change one of them to false or null"
+            )
+        if self.train.sharding == "fsdp2" and self.train.compile:
+            raise RecipeError("train.sharding is fsdp2, train.compile is true: change one of them")
         if self.train.mixed_precision == "bf16" and self.train.dtype == "float64":
             # Autocast leaves float64 as it is, without a word.
             raise RecipeError("train.mixed_precision is bf16, train.dtype is float64: change one of them")

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from peagle_train.draft_config import ROPE_TYPES
 from peagle_train.segments import TargetOutputs
+from peagle_train.sharded import shard, whole
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +96,14 @@ class FrozenTarget:
         layer_ids: Sequence[int] | None = None,
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
+        device_map: str | None = None,
+        shard: bool = False,
     ) -> "FrozenTarget":
-        """Load a Hugging Face folder; ValueError, one line, for a folder that is none."""
+        """Load a Hugging Face folder; ValueError, one line, for a folder that is none.
+
+        device_map: spread over the devices that this process sees, as accelerate does it. shard: over all ranks, by FSDP2;
+        `world_mesh(device)` must have been called before.
+        """
         device = device or torch.device("cpu")
         _check_folder(path)
         if trust_remote_code:
@@ -106,6 +114,8 @@ class FrozenTarget:
             refuse_unfit(config.get_text_config())
             if attn_implementation:
                 kwargs["attn_implementation"] = attn_implementation
+            if device_map:
+                kwargs["device_map"] = device_map
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=resolve_dtype(dtype, device),
@@ -123,7 +133,25 @@ class FrozenTarget:
             raise ValueError(
                 f"target.path {path}: its weights do not fit its config ({', '.join(bad)}): wrong or cut files"
             )
-        return cls(model.to(device), layer_ids)
+        # A sharded one moves to the device a layer at a time, and one with a device map is where it belongs.
+        target = cls(model if shard or device_map else model.to(device), layer_ids)
+        if shard:
+            target.shard(device)
+        return target
+
+    def shard(self, device: torch.device) -> None:
+        """Shard all but the head over all ranks and move it to the device; the head stays whole, on the CPU.
+
+        From then on every rank must run the same number of forwards.
+        """
+        if getattr(self, "chunk_tokens", None) is not None:
+            raise ValueError(
+                "target.chunk_tokens and target.shard exclude each other: set one of them to null or false"
+            )
+        head: Any = self.head
+        if head.weight is self.model.get_input_embeddings().weight:  # type: ignore[operator]
+            head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        shard(self.base, self.layers, device)
 
     @property
     def hidden_size(self) -> int:
@@ -138,13 +166,17 @@ class FrozenTarget:
         return next(self.model.parameters()).device
 
     def embedding_rows(self) -> Tensor:
-        """[vocabulary, T], the input embeddings."""
-        return self.model.get_input_embeddings().weight.detach()  # type: ignore[operator]
+        """[vocabulary, T], the input embeddings. Every rank must call it where the target is sharded."""
+        return _weight(self.model.get_input_embeddings())  # type: ignore[operator]
+
+    def head_weight(self) -> Tensor:
+        """[vocabulary, T], on the CPU where the target is sharded or its head is offloaded."""
+        return _weight(self.head)
 
     def head_rows(self, token_ids: Tensor) -> Tensor:
         """[V, T], the head's rows of the given tokens."""
-        weight: Tensor = self.head.weight  # type: ignore[assignment]
-        return weight.detach()[token_ids.to(weight.device)]
+        weight = self.head_weight()
+        return weight[token_ids.to(weight.device)]
 
     @torch.no_grad()
     def features(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,7 +215,9 @@ class FrozenTarget:
     def outputs(self, batch: dict[str, Tensor], head_rows: Tensor) -> TargetOutputs:
         """What a step needs of the target for a collator's batch."""
         features, last_hidden = self.features(batch["input_ids"], batch["position_ids"])
-        return TargetOutputs(features, last_hidden, head_rows)
+        # With a device map, layers may end up anywhere.
+        device = batch["input_ids"].device
+        return TargetOutputs(features.to(device), last_hidden.to(device), head_rows)
 
     def check(self) -> None:
         """Run a few tokens and see that features and labels are what training takes them for; ValueError if not.
@@ -203,7 +237,7 @@ class FrozenTarget:
             )
         some = torch.arange(min(8, self.vocab_size), device=self.device)
         rows = nn.Linear(self.hidden_size, some.numel(), bias=False, device="meta")
-        rows.weight = nn.Parameter(self.head_rows(some), requires_grad=False)
+        rows.weight = nn.Parameter(self.head_rows(some).to(last.device), requires_grad=False)
         tied = getattr(self.config, "tie_word_embeddings", False)
         self.model.set_output_embeddings(rows)  # type: ignore[operator]
         try:
@@ -211,7 +245,7 @@ class FrozenTarget:
         finally:
             self.model.set_output_embeddings(self.head)  # type: ignore[operator]
         assert getattr(self.config, "tie_word_embeddings", False) == tied
-        error = _relative(logits, last @ rows.weight.T)
+        error = _relative(logits.to(last.device), last @ rows.weight.T)
         if error > 0.05:
             raise ValueError(
                 f"target {type(self.model).__name__} changes its logits after the head (they are {error:.0%} off head *"
@@ -260,6 +294,13 @@ def _base_model(model: nn.Module) -> nn.Module:
     if not isinstance(base, nn.Module) or base is model:
         raise ValueError(f"target {type(model).__name__}: its base model was not found; unsupported architecture")
     return base
+
+
+def _weight(module: Any) -> Tensor:
+    """A module's weight, whole, whether sharded, offloaded by accelerate (then copied to the CPU) or neither."""
+    with align_module_device(module, torch.device("cpu") if module.weight.is_meta else None):
+        weight = whole(module.weight.detach())
+        return weight.clone() if has_offloaded_params(module) else weight
 
 
 def _decoder_layers(base: nn.Module, count: int) -> nn.ModuleList:

@@ -1,16 +1,19 @@
 """From a recipe to a finished run: what happens once, before and after the loop, and the arithmetic that is printed."""
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
+from peagle_train import peers
 from peagle_train.build import always_drafted, choose_mask_token, load_tokenizer, make_draft
 from peagle_train.checkpoint import check_output
 from peagle_train.data import PackedRows, PackReport, pack_documents, split_train_eval
 from peagle_train.distributed import check_launch
 from peagle_train.recipe import Recipe
+from peagle_train.sharded import check_sharding, world_mesh
 from peagle_train.sources import Document, load_documents
 from peagle_train.summary import describe_summary
 from peagle_train.target import FrozenTarget
@@ -29,16 +32,13 @@ def train(recipe: Recipe) -> str:
     check_output(Path(recipe.output.dir))
     accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision)
     check_launch(accelerator.num_processes)
+    peers.connect()
+    check_sharding(
+        recipe.train.sharding, accelerator.distributed_type
+    )  # before the target is loaded: mistakes come first
     say = print if accelerator.is_main_process else (lambda *_: None)
 
-    target = FrozenTarget.load(
-        recipe.target.path,
-        dtype=recipe.target.dtype,
-        device=accelerator.device,
-        layer_ids=recipe.target.layer_ids,
-        attn_implementation=recipe.target.attn_implementation,
-        trust_remote_code=recipe.target.trust_remote_code,
-    )
+    target = load_target(recipe, accelerator)
     if recipe.target.check:
         target.check()
     tokenizer = load_tokenizer(recipe)
@@ -63,11 +63,39 @@ def train(recipe: Recipe) -> str:
     say(f"draft vocabulary: {draft_size} of {target.vocab_size} tokens, {share:.2%} of the supervised ones")
     draft = make_draft(recipe, target, mask_token_id, draft_ids)
 
+    peers.wait_for_all()  # reading and tokenizing may take some of them minutes more than others
     trainer = Trainer(recipe, accelerator, target, draft, train_rows, eval_rows)
     say(arithmetic(trainer, report))
     summary = trainer.run()
     accelerator.end_training()
     return describe_summary(summary, Path(recipe.output.dir)) if accelerator.is_main_process else ""
+
+
+def load_target(recipe: Recipe, accelerator: Accelerator) -> FrozenTarget:
+    """The recipe's target, where and how it says."""
+    settings, several = recipe.target, accelerator.num_processes > 1
+    if settings.device_map and several:
+        raise ValueError(
+            f"target.device_map is {settings.device_map} and there are {accelerator.num_processes} processes: it spreads"
+            " the target over the devices that one process sees; start a single one, or use target.shard"
+        )
+    if settings.shard and not several:
+        logger.warning("target.shard is true, but there is a single process: the target stays whole")
+    sharded = settings.shard and several
+    if sharded:
+        world_mesh(accelerator.device)
+    # A sharded target is whole on the host while it is loaded: let that be one at a time.
+    with peers.one_at_a_time() if sharded else nullcontext():
+        return FrozenTarget.load(
+            settings.path,
+            dtype=settings.dtype,
+            device=accelerator.device,
+            layer_ids=settings.layer_ids,
+            attn_implementation=settings.attn_implementation,
+            trust_remote_code=settings.trust_remote_code,
+            device_map=settings.device_map,
+            shard=sharded,
+        )
 
 
 def _documents(recipe, tokenizer, target, mask_token_id, say) -> tuple[list[Document], list[Document]]:  # type: ignore[no-untyped-def]

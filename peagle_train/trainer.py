@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from peagle_train.build import make_collator
@@ -24,11 +24,13 @@ from peagle_train.metrics import (
     train_line,
 )
 from peagle_train.optim import make_optimizer, make_scheduler
+from peagle_train.peers import wait_for_all
 from peagle_train.profile import StepProfiler, span
 from peagle_train.recipe import Recipe, dump_recipe
 from peagle_train.runner import Batch, BatchRunner
 from peagle_train.sampler import StepBatchSampler
 from peagle_train.segments import StepStats
+from peagle_train.sharded import clip_gradients, full_weights, shard, wants_sharding
 from peagle_train.target import FrozenTarget
 
 
@@ -60,15 +62,18 @@ class Trainer:
         self.device = accelerator.device
         train = recipe.train
 
-        if accelerator.distributed_type == DistributedType.FSDP:
-            prepared, self.optimizer = accelerator.prepare(draft, make_optimizer(draft, train))
-            self.draft: PEagleDraft = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+        self.draft = draft
+        self.optimizer: Any
+        if wants_sharding(train.sharding, accelerator):
+            same_on_all_ranks(draft, self.device)
+            shard(draft, draft.layers, self.device)
+            self.optimizer = make_optimizer(draft, train)
         else:
             # No DDP around it: gradients are summed once a step, by us (sum_over_ranks), so that a rank may run any number
             # of passes. (Its reducer would also hold a second copy of the gradients, and can deadlock at exit on gloo.)
-            self.draft = draft.to(self.device)
-            same_on_all_ranks(self.draft)
-            self.optimizer = accelerator.prepare(make_optimizer(self.draft, train))
+            draft.to(self.device)
+            same_on_all_ranks(draft, self.device)
+            self.optimizer = accelerator.prepare(make_optimizer(draft, train))
         self.trained = [p for p in self.draft.parameters() if p.requires_grad]
         self.runner = BatchRunner(recipe, accelerator, target, self.draft)
         self.evaluator = Evaluator(self.runner, eval_rows)
@@ -163,10 +168,11 @@ class Trainer:
         plans = [self.runner.plan(batch) for batch in batches]
         count = sum_counts([sum(p.num_supervised for p in plans)], self.device)
         # FSDP averages over ranks where we want the sum; a step with nothing supervised has gradient 0, not nan.
-        scale = (self.accelerator.num_processes if self.runner.sharded else 1) / count.clamp(min=1)
+        wide = torch.promote_types(self.draft.dtype, torch.float32)
+        scale = (self.accelerator.num_processes if self.runner.sharded else 1) / count.clamp(min=1).to(wide)
         sums = []
-        for batch, plan in zip(batches, plans, strict=True):
-            sums.append(self.runner.run(batch, plan, scale))
+        for i, (batch, plan) in enumerate(zip(batches, plans, strict=True)):
+            sums.append(self.runner.run(batch, plan, scale, is_last=i == len(batches) - 1))
         stats = StepStats(
             torch.stack([s.loss for s in sums]).sum(),
             torch.stack([s.hits for s in sums]).sum(0),
@@ -180,7 +186,7 @@ class Trainer:
     def _optimizer_step(self, batches: list[Batch]) -> None:
         stats = self.accumulate(batches)
         limit = self.recipe.train.max_grad_norm
-        self._grad_norm = self.accelerator.clip_grad_norm_(self.trained, math.inf if limit is None else limit)
+        self._grad_norm = clip_gradients(self.trained, math.inf if limit is None else limit)
         # The step's one wait for the device: a non-finite step must not reach the weights.
         if not bool(torch.isfinite(self._grad_norm) & torch.isfinite(stats.loss)):
             self._stop_non_finite(batches)
@@ -266,10 +272,10 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         """Write the drafter as vLLM loads it; every rank must call it."""
-        state = self.accelerator.get_state_dict(self.draft)
+        state = full_weights(self.draft)
         if self.accelerator.is_main_process:
             save_drafter(path, self.draft.config, state, {"recipe.yaml": dump_recipe(self.recipe)})
-        self.accelerator.wait_for_everyone()
+        wait_for_all()  # no barrier: a slow disk must not be a time-out
 
     def _write_marker(self, summary: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
