@@ -163,7 +163,11 @@ class FrozenTarget:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Where token ids go."""
+        embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]
+        if has_offloaded_params(embeddings):
+            return torch.device(embeddings._hf_hook.execution_device)
+        return embeddings.weight.device
 
     def embedding_rows(self) -> Tensor:
         """[vocabulary, T], the input embeddings. Every rank must call it where the target is sharded."""

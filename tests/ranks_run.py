@@ -10,16 +10,17 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from peagle_train import peers
 from peagle_train.build import make_draft
 from peagle_train.data import PackedRows, pack_documents
 from peagle_train.recipe import Recipe, load_recipe
 from peagle_train.sources import load_documents
-from peagle_train.target import FrozenTarget
+from peagle_train.train import load_target
 from peagle_train.trainer import Trainer
 
 
 def make_trainer(recipe: Recipe, accelerator: Accelerator) -> Trainer:
-    target = FrozenTarget.load(recipe.target.path, dtype=recipe.target.dtype, device=accelerator.device)
+    target = load_target(recipe, accelerator)
 
     def rows(sources: list[str]) -> PackedRows:
         documents, _ = load_documents(sources, tokenizer=None, vocab_size=target.vocab_size)
@@ -34,6 +35,7 @@ def make_trainer(recipe: Recipe, accelerator: Accelerator) -> Trainer:
 
 if __name__ == "__main__":
     accelerator = Accelerator()
+    peers.connect()
     for recipe_path, *overrides in json.loads(Path(sys.argv[1]).read_text()):
         make_trainer(load_recipe(recipe_path, overrides), accelerator).run()
     accelerator.end_training()

@@ -29,14 +29,15 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_target(tmp_path_factory.mktemp("target"))
 
 
-def test_twenty_steps_on_two_processes_end_with_one_processs_weights(tmp_path: Path, target: Path) -> None:
+def test_twenty_steps_with_everything_sharded_over_two_processes_end_with_one_processs_weights(tmp_path: Path, target: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", LENGTHS, prompt=0.3)
     shared = {"max_steps": 20, "log_steps": 5}
     held_out = write_rows(tmp_path / "held_out.jsonl", [30, 7, 12], seed=9)
     recipe = write_recipe(
         tmp_path, target, rows, tmp_path / "run", data={"eval_sources": [str(held_out)]}, train=shared
     )
-    two = launch(2, "-m", "peagle_train", str(recipe), f"output.dir={tmp_path / 'two'}")
+    sharded = ["train.sharding=fsdp2", "target.shard=true"]
+    two = launch(2, "-m", "peagle_train", str(recipe), f"output.dir={tmp_path / 'two'}", *sharded)
     assert two.returncode == 0, two.stderr[-2000:]
     one = launch(
         1, "-m", "peagle_train", str(recipe), f"output.dir={tmp_path / 'one'}", "train.gradient_accumulation_steps=2"

@@ -34,6 +34,5 @@ def test_sharded_ranks_with_different_segments_give_one_processs_gradients(
 def test_a_sharded_target_gives_the_same_features_and_a_state_fits_any_sharding(tmp_path: Path) -> None:
     """What is asserted is in the script, on every rank."""
     folders = [make_target(tmp_path / "untied"), make_target(tmp_path / "tied", tie_word_embeddings=True)]
-    for processes in (2, 3):
-        result = launch(processes, "tests/sharded_run.py", *map(str, folders))
-        assert result.returncode == 0, result.stderr[-3000:]
+    result = launch(3, "tests/sharded_run.py", *map(str, folders))
+    assert result.returncode == 0, result.stderr[-3000:]

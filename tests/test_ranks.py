@@ -25,7 +25,11 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "flat": {"cod": {"num_segments": 1}, "train": {"activation_checkpointing": True, "max_grad_norm": None}},
     "packed": {"data": {"max_length": 48}, "train": {"batch_size": 2, "offload_features": True}},
     "nothing to learn": {"data": {"pack": False}},
+    "sharded target": {"data": {"pack": False, "max_length": 24}, "target": {"shard": True}},
 }
+ON_THREE = [("packed", "none"), ("relay", "fsdp2"), ("nothing to learn", "fsdp2"), ("sharded target", "none")]
+RUNS = [(case, 2, sharding) for case in CASES for sharding in ("none", "fsdp2")]
+RUNS += [(case, 3, sharding) for case, sharding in ON_THREE]
 
 
 def write_case(folder: Path, target: Path, name: str) -> Path:
@@ -52,25 +56,21 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def outputs(recipes: dict[str, Path]) -> dict[tuple[str, int, str], Path]:
+def outputs(recipes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, str], Path]:
     """Output folders by (case, processes, sharding)."""
-    out = {}
-    for processes in (1, 2, 3):
-        runs = []
-        for name, recipe in recipes.items():
-            for sharding in ("none", "fsdp2") if processes > 1 else ("none",):
-                folder = recipe.parent / f"{processes} {sharding}"
-                out[name, processes, sharding] = folder
-                each = MICRO_BATCHES // processes
-                settings = [f"output.dir={folder}", f"train.sharding={sharding}"]
-                runs.append([str(recipe), *settings, f"train.gradient_accumulation_steps={each}"])
-        if processes == 1:
-            for recipe, *overrides in runs:
-                make_trainer(load_recipe(recipe, overrides), Accelerator(cpu=True)).run()
-            continue
-        path = next(iter(recipes.values())).parent.parent / f"{processes}.json"
-        path.write_text(json.dumps(runs))
-        result = launch(processes, "tests/ranks_run.py", str(path))
+    out, commands = {}, []
+    for case, processes, sharding in [*((case, 1, "none") for case in CASES), *RUNS]:
+        folder = recipes[case].parent / f"{processes} {sharding}"
+        out[case, processes, sharding] = folder
+        each = f"train.gradient_accumulation_steps={MICRO_BATCHES // processes}"
+        command = [str(recipes[case]), f"output.dir={folder}", f"train.sharding={sharding}", each]
+        commands.append((processes, command))
+    for recipe, *overrides in (command for processes, command in commands if processes == 1):
+        make_trainer(load_recipe(recipe, overrides), Accelerator(cpu=True)).run()
+    for several in (2, 3):
+        path = tmp_path_factory.mktemp("launch") / "runs.json"
+        path.write_text(json.dumps([command for processes, command in commands if processes == several]))
+        result = launch(several, "tests/ranks_run.py", str(path))
         assert result.returncode == 0, result.stderr[-3000:]
     return out
 
@@ -79,9 +79,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
-@pytest.mark.parametrize("processes", [2, 3])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case, processes, sharding", RUNS)
 def test_several_processes_train_and_evaluate_as_one_does(
     case: str, processes: int, sharding: str, outputs: dict[tuple[str, int, str], Path]
 ) -> None:
