@@ -29,7 +29,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_target(tmp_path_factory.mktemp("target"))
 
 
-def test_twenty_steps_with_everything_sharded_over_two_processes_end_with_one_processs_weights(tmp_path: Path, target: Path) -> None:
+def test_twenty_steps_sharded_over_two_processes_end_with_one_processs_weights(tmp_path: Path, target: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", LENGTHS, prompt=0.3)
     shared = {"max_steps": 20, "log_steps": 5}
     held_out = write_rows(tmp_path / "held_out.jsonl", [30, 7, 12], seed=9)
