@@ -120,6 +120,10 @@ class PackedRows(Dataset[dict[str, Any]]):
         row = {**tokens, "row_key": row_key}
         return row if epoch is None else {**row, "epoch": epoch}
 
+    def fingerprint(self) -> str:
+        """sha256 over all rows' keys in order, in hex: the same where and only where the rows are."""
+        return hashlib.sha256(self._keys[self._index].numpy().astype("<i8").tobytes()).hexdigest()
+
     def limit(self, max_rows: int | None) -> "PackedRows":
         """At most `max_rows` of these rows, in their order, without a copy: those of the lowest keys.
 

@@ -5,11 +5,12 @@ Collectives are not for waiting: NCCL gives up after 10 minutes, and with a dead
 key-value store in which the processes met (torchrun's, or rank 0's).
 """
 
+import atexit
+import hashlib
 import json
 import os
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -35,40 +36,50 @@ class Peers:
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.store = _connect()
         self._meetings = 0
-        self._stopping = threading.Event()
+        self._over = threading.Event()
 
     def watch(self) -> None:
-        threading.Thread(target=self._watch, args=[_connect()], daemon=True, name="peers").start()
+        """Start the thread; it ends before Python does, which threads inside of a library's call do not survive well."""
+        thread = threading.Thread(target=self._watch, args=[_connect()], daemon=True, name="peers")
+        thread.start()
+
+        def end() -> None:
+            self._over.set()
+            thread.join()
+
+        atexit.register(end)
 
     def _watch(self, store: dist.Store) -> None:
         try:
             while not store.check([FAILED]):
-                time.sleep(POLL_SECONDS)
+                if self._over.wait(POLL_SECONDS):
+                    return
             failed, code = json.loads(store.get(FAILED))
         except RuntimeError:  # the store is gone, so its owner has ended: well, or the launcher ends us
             return
-        if failed != self.rank and not self._stopping.is_set():
+        if failed != self.rank and not self._over.is_set():
             _say(f"peagle_train: rank {self.rank} stops because rank {failed} has failed; its message is above\n")
             os._exit(code)
 
     def wait_for_all(self) -> None:
+        self.collect("")
+
+    def collect(self, value: str) -> list[str]:
+        """Every rank's value, by rank, once all are here."""
         self._meetings += 1
         keys = [f"{PREFIX}/meeting {self._meetings}/{rank}" for rank in range(self.world_size)]
-        self.store.set(keys[self.rank], "")
+        self.store.set(keys[self.rank], value)
         self.store.wait(keys, PATIENCE)
-
-    def turns(self) -> tuple[int, int]:
-        """This process's number on its machine, and the most processes that any machine has."""
-        self.store.set(f"{PREFIX}/local size/{self.rank}", os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        self.wait_for_all()
-        sizes = [int(self.store.get(f"{PREFIX}/local size/{rank}")) for rank in range(self.world_size)]
-        return int(os.environ.get("LOCAL_RANK", "0")), max(sizes)
+        values = [self.store.get(key).decode() for key in keys] if value else []
+        if self._meetings > 1:  # which everybody has left, or he would not be here
+            self.store.delete_key(f"{PREFIX}/meeting {self._meetings - 1}/{self.rank}")
+        return values
 
     def announce(self, text: str, code: int) -> None:
         """Print why this rank fails: in full if it is the first that does, in a line if a later one has another reason, not
         at all if it has the same.
         """
-        self._stopping.set()
+        self._over.set()
         try:
             if self.store.add(f"{FAILED}/number", 1) == 1:
                 _say(_signed(text, self.rank))
@@ -100,13 +111,27 @@ def wait_for_all() -> None:
         _peers.wait_for_all()
 
 
+def agree(values: dict[str, str]) -> None:
+    """Wait for all ranks; ValueError where a value, by the words for it, is not that of rank 0."""
+    if _peers is None:
+        return
+    digests = {what: hashlib.sha256(value.encode()).hexdigest() for what, value in values.items()}
+    first = json.loads(_peers.collect(json.dumps(digests))[0])
+    for what, digest in digests.items():
+        if digest != first[what]:
+            raise ValueError(
+                f"this process has another {what} than rank 0: give the same recipe, files and target on every machine"
+            )
+
+
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
     """The processes of a machine do what is inside one after the other; all ranks come and go together."""
     if _peers is None:
         yield
         return
-    turn, turns = _peers.turns()
+    turn = int(os.environ.get("LOCAL_RANK", "0"))
+    turns = max(map(int, _peers.collect(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     for _ in range(turn):
         wait_for_all()
     yield

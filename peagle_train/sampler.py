@@ -1,7 +1,7 @@
 """Which rows a rank trains on in which step: a pure function of (seed, epoch, rank, step)."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -70,22 +70,13 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
         """Rows of an optimizer step over all ranks."""
         return self.batch_size * self.accumulation * self.world_size
 
-    @property
-    def order(self) -> dict[str, int]:
-        """What decides which rows a step takes: to be saved with a run, see `check_order`."""
-        return {"num_rows": self.num_rows, "seed": self.seed, "global_batch_size": self.global_batch_size}
-
-    def check_order(self, saved: Mapping[str, int]) -> None:
-        """ValueError unless a run with this `order` visits the same rows in the same steps, on however many ranks."""
-        if saved["num_rows"] != self.num_rows:
-            raise ValueError(f"the run began with {saved['num_rows']} rows and the data has {self.num_rows} now")
-        if saved["seed"] != self.seed:
-            raise ValueError(f"the run began with train.seed {saved['seed']} and it is {self.seed} now")
-        if saved["global_batch_size"] != self.global_batch_size:
+    def check_global_batch_size(self, before: int) -> None:
+        """ValueError unless a run that took so many rows a step before goes on with the same rows in the same steps."""
+        if before != self.global_batch_size:
             raise ValueError(
-                f"the run began with {saved['global_batch_size']} rows a step and has {self.global_batch_size} now"
-                f" (train.batch_size {self.batch_size} x train.gradient_accumulation_steps {self.accumulation} x"
-                f" {self.world_size} processes): change them so that the product is {saved['global_batch_size']}"
+                f"the run took {before} rows a step and would take {self.global_batch_size} now (train.batch_size"
+                f" {self.batch_size} x train.gradient_accumulation_steps {self.accumulation} x {self.world_size}"
+                f" processes): change them so that the product is {before}"
             )
 
     @property

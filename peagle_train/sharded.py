@@ -75,9 +75,9 @@ def wants_sharding(asked: str, accelerator: Accelerator) -> bool:
 
 
 @lru_cache
-def world_mesh(device: torch.device) -> DeviceMesh:
+def world_mesh(device_type: str) -> DeviceMesh:
     """All ranks in a row; the first call is a collective."""
-    return init_device_mesh(device.type, (dist.get_world_size(),))
+    return init_device_mesh(device_type, (dist.get_world_size(),))
 
 
 def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
@@ -86,7 +86,7 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -
     Every rank must hold the same weights already. Blocks and the rest are whole only while they run: whoever does not see
     all ranks run the same number of forwards and backwards must wait for ever.
     """
-    mesh = world_mesh(device)
+    mesh = world_mesh(device.type)
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     # The root's default would be to stay whole after a forward, with stale weights in `parameters()` after an evaluation.

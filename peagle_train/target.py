@@ -102,7 +102,7 @@ class FrozenTarget:
         """Load a Hugging Face folder; ValueError, one line, for a folder that is none.
 
         device_map: spread over the devices that this process sees, as accelerate does it. shard: over all ranks, by FSDP2;
-        `world_mesh(device)` must have been called before.
+        `world_mesh` must have been called before.
         """
         device = device or torch.device("cpu")
         _check_folder(path)

@@ -63,7 +63,6 @@ def train(recipe: Recipe) -> str:
     say(f"draft vocabulary: {draft_size} of {target.vocab_size} tokens, {share:.2%} of the supervised ones")
     draft = make_draft(recipe, target, mask_token_id, draft_ids)
 
-    peers.wait_for_all()  # reading and tokenizing may take some of them minutes more than others
     trainer = Trainer(recipe, accelerator, target, draft, train_rows, eval_rows)
     say(arithmetic(trainer, report))
     summary = trainer.run()
@@ -83,7 +82,7 @@ def load_target(recipe: Recipe, accelerator: Accelerator) -> FrozenTarget:
         logger.warning("target.shard is true, but there is a single process: the target stays whole")
     sharded = settings.shard and several
     if sharded:
-        world_mesh(accelerator.device)
+        world_mesh(accelerator.device.type)
     # A sharded target is whole on the host while it is loaded: let that be one at a time.
     with peers.one_at_a_time() if sharded else nullcontext():
         return FrozenTarget.load(

@@ -24,7 +24,7 @@ from peagle_train.metrics import (
     train_line,
 )
 from peagle_train.optim import make_optimizer, make_scheduler
-from peagle_train.peers import wait_for_all
+from peagle_train.peers import agree, wait_for_all
 from peagle_train.profile import StepProfiler, span
 from peagle_train.recipe import Recipe, dump_recipe
 from peagle_train.runner import Batch, BatchRunner
@@ -56,6 +56,15 @@ class Trainer:
         train_rows: PackedRows,
         eval_rows: PackedRows,
     ) -> None:
+        # Reading and tokenizing may have taken one rank minutes longer than another: no collective before this.
+        agree(
+            {
+                "recipe": dump_recipe(recipe),
+                "set of rows to train on": train_rows.fingerprint(),
+                "set of held-out rows": eval_rows.fingerprint(),
+                "draft vocabulary": str(draft.draft_token_ids.tolist()),
+            }
+        )
         self.recipe, self.accelerator, self.target = recipe, accelerator, target
         self.train_rows = train_rows
         self.folder = Path(recipe.output.dir)

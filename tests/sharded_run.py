@@ -123,12 +123,27 @@ def check_state(rank: int) -> None:
             raise AssertionError("weights that do not fit were taken")
 
 
+def check_agreement(rank: int) -> None:
+    peers.agree({"recipe": "a", "set of rows": "b"})
+    try:
+        peers.agree({"recipe": "a", "set of rows": "b" if rank < 2 else "c"})
+    except ValueError as error:
+        assert rank == 2 and "another set of rows than rank 0" in str(error)
+    else:
+        assert rank < 2
+    order: list[int] = [dist.get_rank()]
+    with peers.one_at_a_time():
+        order.append(peers._peers.store.add("turns taken", 1))  # type: ignore[union-attr]
+    assert order == [rank, rank + 1]
+
+
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     peers.connect()
-    world_mesh(CPU)
+    world_mesh("cpu")
     for target_folder in sys.argv[1:]:
         check_target(target_folder, dist.get_rank())
+    check_agreement(dist.get_rank())
     check_state(dist.get_rank())
     peers.wait_for_all()
     dist.destroy_process_group()
