@@ -1,6 +1,6 @@
 """Started by torchrun: what sharding must not change, asserted on every rank, in float64 on CPU.
 
-python -m torch.distributed.run ... tests/sharded_run.py TARGET_FOLDER UNTIED_FOLDER
+python -m torch.distributed.run ... tests/sharded_run.py RECIPE TARGET_FOLDER ...
 """
 
 import sys
@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from peagle_train import peers
 from peagle_train.evaluate import mass_outside
 from peagle_train.optim import make_optimizer
-from peagle_train.recipe import Train
+from peagle_train.recipe import Train, load_recipe
 from peagle_train.sharded import (
     clip_gradients,
     full_moments,
@@ -25,6 +28,7 @@ from peagle_train.sharded import (
 )
 from peagle_train.target import FrozenTarget
 from tests.fsdp_run import make_draft
+from tests.ranks_run import make_trainer
 
 CPU = torch.device("cpu")
 
@@ -71,8 +75,6 @@ def gradients_of(draft: Any, step: int) -> None:
 
 
 def like(full: Tensor, parameter: Any) -> Tensor:
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
     if not isinstance(parameter, DTensor):
         return full
     return distribute_tensor(full, parameter.device_mesh, parameter.placements)
@@ -123,6 +125,20 @@ def check_state(rank: int) -> None:
             raise AssertionError("weights that do not fit were taken")
 
 
+def check_reductions(recipe_path: str) -> None:
+    """Gradients are reduced once a step, however many passes and micro-batches there are; nothing stays whole."""
+    trainer = make_trainer(load_recipe(recipe_path, ["train.sharding=fsdp2"]), Accelerator())
+    with CommDebugMode() as communication:
+        trainer.accumulate(next(trainer._steps()))
+    counts = {str(op): count for op, count in communication.get_comm_counts().items()}
+    groups = len(trainer.draft.layers) + 1
+    assert sum(n for op, n in counts.items() if "reduce_scatter" in op) == groups, counts
+    # Forward and backward of at least two passes in each of two micro-batches.
+    assert sum(n for op, n in counts.items() if "all_gather" in op or "allgather" in op) >= 8 * groups, counts
+    trainer.evaluator()
+    assert all(isinstance(parameter, DTensor) for parameter in trainer.draft.parameters())
+
+
 def check_agreement(rank: int) -> None:
     peers.agree({"recipe": "a", "set of rows": "b"})
     try:
@@ -141,7 +157,8 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     peers.connect()
     world_mesh("cpu")
-    for target_folder in sys.argv[1:]:
+    check_reductions(sys.argv[1])
+    for target_folder in sys.argv[2:]:
         check_target(target_folder, dist.get_rank())
     check_agreement(dist.get_rank())
     check_state(dist.get_rank())

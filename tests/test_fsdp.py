@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from tests.fsdp_run import CASES, alone
 from tests.test_distributed import launch
-from tests.tiny import make_target
+from tests.tiny import make_target, write_recipe, write_rows
 
 pytestmark = pytest.mark.slow
 
@@ -31,8 +31,13 @@ def test_sharded_ranks_with_different_segments_give_one_processs_gradients(
         assert error < 1e-10, (name, float(error))
 
 
-def test_a_sharded_target_gives_the_same_features_and_a_state_fits_any_sharding(tmp_path: Path) -> None:
+def test_sharded_targets_states_and_steps_are_what_they_are_when_whole(tmp_path: Path) -> None:
     """What is asserted is in the script, on every rank."""
     folders = [make_target(tmp_path / "untied"), make_target(tmp_path / "tied", tie_word_embeddings=True)]
-    result = launch(3, "tests/sharded_run.py", *map(str, folders))
+    rows = write_rows(tmp_path / "rows.jsonl", [30, 32, 28, 31, 32, 29])
+    settings = {"gradient_accumulation_steps": 2}
+    recipe = write_recipe(
+        tmp_path, folders[0], rows, tmp_path / "run", train=settings, data={"eval_sources": [str(rows)]}
+    )
+    result = launch(3, "tests/sharded_run.py", str(recipe), *map(str, folders))
     assert result.returncode == 0, result.stderr[-3000:]
