@@ -5,16 +5,27 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import NoReturn
+
+from peagle_train.errors import RunStopped
 
 EPILOG = """examples:
   accelerate launch -m peagle_train recipes/quickstart.yaml target.path=DIR output.dir=runs/first
   python -m peagle_train recipes/quickstart.yaml cod.num_segments=4 --print-config
+  python -m peagle_train recipes/mine.yaml --resume
   python -m peagle_train --summary runs/first
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """Mistakes are told like all others: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (--help says what is allowed)")
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="peagle_train",
         description="Train a P-EAGLE drafter from a recipe.",
         epilog=EPILOG,
@@ -23,20 +34,39 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("recipe", nargs="?", help="a YAML file with sections target, data, draft, cod, train, output")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="go on with the run in output.dir, from its newest checkpoint or from the folder DIR of one",
+    )
     parser.add_argument("--summary", metavar="DIR", help="print where a finished run's drafter is and how good it is")
-    return parser.parse_intermixed_args(arguments)
+    return parser.parse_intermixed_args(_close_resume(sys.argv[1:] if arguments is None else arguments))
+
+
+def _close_resume(arguments: list[str]) -> list[str]:
+    """`--resume` followed by a recipe, an override or an option has no DIR: argparse would take either for one."""
+    closed = list(arguments)
+    for i, argument in enumerate(arguments):
+        following = arguments[i + 1] if i + 1 < len(arguments) else "-"
+        is_other = following.startswith("-") or "=" in following or following.endswith((".yaml", ".yml"))
+        if argument == "--resume" and is_other and not os.path.isdir(following):
+            closed[i] = "--resume="
+    return closed
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0; 2 for a user's mistake, 1 for a run that had to stop; one line on stderr says why."""
-    options = parse(arguments)
     try:
-        return _run(options)
+        return _run(parse(arguments))
     except ValueError as error:
         return _fail(error, 2)
-    except Exception as error:
-        if type(error).__name__ == "NonFinite":
-            return _fail(error, 1)
+    except RunStopped as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail(Exception("interrupted outside of the training loop: nothing more was saved"), 130)
+    except Exception:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise  # anything unexpected keeps its traceback
         from peagle_train.peers import stop
@@ -69,7 +99,7 @@ def _run(options: argparse.Namespace) -> int:
     if not sys.stderr.isatty():
         disable_progress_bar()
 
-    summary = train(recipe)
+    summary = train(recipe, options.resume)
     if summary:
         print(summary)
     return 0

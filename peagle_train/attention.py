@@ -10,8 +10,9 @@ last Q of the N), P: context columns, D: head dim.
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import scaled_dot_product_attention
 
-from peagle_train.visibility import QueryBlock, Visibility
+from peagle_train.visibility import Causal, QueryBlock, Visibility
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -21,7 +22,7 @@ def attend(
     query: Tensor,
     own: tuple[Tensor, Tensor],
     context: tuple[Tensor, Tensor] | None,
-    visibility: Visibility,
+    visibility: Visibility | Causal,
 ) -> Tensor:
     """softmax(q k / sqrt(D)) v over the visible keys; a query that sees nothing gives 0.
 
@@ -29,7 +30,7 @@ def attend(
         query: [B, H, Q, D], the last Q of the pass's N elements.
         own: keys and values of the pass's elements, [B, G, N, D] each.
         context: keys and values of the context columns, [B, G, P, D] each, or None for P = 0.
-        visibility: the pass's tables.
+        visibility: the pass's tables, or `Causal`, for which torch's own attention does.
 
     Returns:
         [B, Q, H * D]
@@ -37,7 +38,9 @@ def attend(
     key, value = own
     if context is None:
         context = (key[:, :, :0], value[:, :, :0])
-    if query.device.type != "cpu":
+    if isinstance(visibility, Causal):
+        out_BQHD = _causal(query, key, value, context)
+    elif query.device.type != "cpu":
         out_BQHD = _flex(query, key, value, context, visibility)
     elif torch.compiler.is_compiling():
         from peagle_train.compiled_attention import attention_op
@@ -46,6 +49,14 @@ def attend(
     else:
         out_BQHD = _CPUAttention.apply(query, key, value, *context, visibility)
     return out_BQHD.flatten(2)
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
+    key, value = torch.cat([context[0], key], dim=2), torch.cat([context[1], value], dim=2)
+    Q, n = query.shape[2], key.shape[2]
+    seen_Qn = torch.ones(Q, n, dtype=torch.bool, device=query.device).tril(n - Q)
+    out_BHQD = scaled_dot_product_attention(query, key, value, attn_mask=seen_Qn, enable_gqa=True)
+    return out_BHQD.transpose(1, 2)
 
 
 class _CPUAttention(torch.autograd.Function):

@@ -13,7 +13,7 @@ from peagle_train.draft import PEagleDraft, RMSNorm
 from peagle_train.draft_config import ROPE_TYPES, PEagleDraftConfig
 from peagle_train.recipe import Draft, Recipe
 from peagle_train.target import FrozenTarget
-from peagle_train.vocab import default_mask_token_id
+from peagle_train.vocab import default_mask_token_id, end_of_turn_ids, eos_token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -52,17 +52,18 @@ def choose_mask_token(draft: Draft, tokenizer: Any, vocab_size: int) -> int:
 
 
 def always_drafted(tokenizer: Any, target: FrozenTarget, mask_token_id: int) -> list[int]:
-    """Special and end tokens, which a pruned draft vocabulary keeps whatever their frequency."""
-    ids = set(getattr(tokenizer, "all_special_ids", None) or [])
-    generation = getattr(target.model, "generation_config", None)
-    for source in (target.config, generation):
-        eos = getattr(source, "eos_token_id", None)
-        ids |= set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    """Special and end tokens (of configs, tokenizer and chat template), which a pruned draft vocabulary keeps whatever
+    their frequency.
+    """
+    ids = {*target.eos_token_ids(), *eos_token_ids(tokenizer), *end_of_turn_ids(tokenizer)}
+    ids |= set(getattr(tokenizer, "all_special_ids", None) or [])
     return sorted(i for i in ids if 0 <= i < target.vocab_size and i != mask_token_id)
 
 
-def make_draft_config(recipe: Recipe, target: FrozenTarget, mask_token_id: int) -> PEagleDraftConfig:
-    """The drafter's shape: what the recipe leaves open is the target's."""
+def make_draft_config(
+    recipe: Recipe, target: FrozenTarget, mask_token_id: int, start: PEagleDraftConfig | None = None
+) -> PEagleDraftConfig:
+    """The drafter's shape: what the recipe leaves open is the target's. `start`: the drafter that it starts from."""
     draft, config = recipe.draft, target.config
 
     def own(name: str, *fallbacks: Any) -> Any:
@@ -95,7 +96,9 @@ def make_draft_config(recipe: Recipe, target: FrozenTarget, mask_token_id: int) 
             num_key_value_heads=own("num_key_value_heads", heads),
             head_dim=own("head_dim", own("hidden_size") // heads),
             max_position_embeddings=own("max_position_embeddings"),
-            rms_norm_eps=getattr(config, "rms_norm_eps", None) or 1e-6,
+            rms_norm_eps=(start.rms_norm_eps if start else getattr(config, "rms_norm_eps", None)) or 1e-6,
+            attention_bias=start is not None and start.attention_bias,
+            mlp_bias=start is not None and start.mlp_bias,
             rope_parameters=rope,
             ptd_token_id=mask_token_id,
             eagle_aux_hidden_state_layer_ids=target.layer_ids,
@@ -110,9 +113,11 @@ def make_draft_config(recipe: Recipe, target: FrozenTarget, mask_token_id: int) 
     return made
 
 
-def make_draft(recipe: Recipe, target: FrozenTarget, mask_token_id: int, draft_ids: Tensor) -> PEagleDraft:
+def make_draft(
+    recipe: Recipe, target: FrozenTarget, mask_token_id: int, draft_ids: Tensor, start: PEagleDraftConfig | None = None
+) -> PEagleDraft:
     """A new drafter on the CPU, in float32 or float64: weights drawn from the recipe's seed, then the target's copied."""
-    config = make_draft_config(recipe, target, mask_token_id)
+    config = make_draft_config(recipe, target, mask_token_id, start)
     with torch.device("meta"):
         draft = PEagleDraft(config)
     draft = draft.to(getattr(torch, recipe.train.dtype)).to_empty(device="cpu")

@@ -1,16 +1,21 @@
 """Folders on disk that are either whole or not there: written beside their place, synced, renamed."""
 
+import fcntl
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from peagle_train.draft_config import PEagleDraftConfig
+
+logger = logging.getLogger(__name__)
 
 MARKER = "run.json"
 """In the output folder: whose folder it is, and how far the run came."""
@@ -18,13 +23,18 @@ MARKER = "run.json"
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file so that a reader sees the old or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """As `write_json`, any text."""
+    temporary = path.with_name(f".{path.name}.partial")
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    _sync(path.parent)
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
@@ -53,16 +63,25 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
 
 def save_drafter(path: Path, config: PEagleDraftConfig, state: dict[str, Tensor], extra: dict[str, str]) -> None:
     """`model.safetensors` and `config.json` as vLLM loads them, and further text files by name."""
+    write_folder(path, lambda folder: fill_drafter(folder, config, state, extra))
 
-    def fill(folder: Path) -> None:
-        config.dtype = state["fc.weight"].dtype
-        config.to_json_file(folder / "config.json")
-        tensors = {name: t.detach().to("cpu").contiguous() for name, t in state.items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        for name, text in extra.items():
-            (folder / name).write_text(text, encoding="utf-8")
 
-    write_folder(path, fill)
+def fill_drafter(folder: Path, config: PEagleDraftConfig, state: dict[str, Tensor], extra: dict[str, str]) -> None:
+    """What `save_drafter` writes, into a folder that is there; OSError where it cannot be written."""
+    config.dtype = state["fc.weight"].dtype
+    config.to_json_file(folder / "config.json")
+    save_tensors(folder / "model.safetensors", state)
+    for name, text in extra.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file; OSError where it cannot be written."""
+    plain = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
+    try:
+        save_file(plain, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from None
 
 
 def check_output(folder: Path) -> None:
@@ -70,7 +89,9 @@ def check_output(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output.dir {folder} is a file; give a folder")
     if (folder / MARKER).exists():
-        raise ValueError(f"output.dir {folder} already holds a run; give another folder, or remove it first")
+        raise ValueError(
+            f"output.dir {folder} already holds a run; go on with it (--resume), give another folder, or remove it first"
+        )
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"output.dir {folder} is not empty and holds no run; give another folder")
 
@@ -83,6 +104,24 @@ def claim_output(folder: Path) -> None:
         write_json(folder / MARKER, {"state": "started"})
     except OSError as error:
         raise ValueError(f"output.dir {folder} cannot be written: {error.strerror}") from error
+
+
+def lock_output(folder: Path) -> Any:
+    """An open file that keeps other processes out of the folder until it is closed, or this process dies.
+
+    Raises:
+        ValueError: another process trains into the folder.
+    """
+    file = (folder / ".lock").open("w")
+    try:
+        # POSIX's, not flock: loader processes inherit that one, and would hold it for seconds behind a killed run.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"output.dir {folder} is in use: another process is training there") from None
+    except OSError as error:  # a file system without locks
+        logger.warning("output.dir %s cannot be locked (%s): take care that one run writes there", folder, error)
+    return file
 
 
 def _sync(path: Path) -> None:

@@ -23,6 +23,7 @@ from peagle_train.partition import (
 )
 
 Row = Mapping[str, Any]
+_KNOWN = ("features", "last_hidden")
 
 
 class CODCollator:
@@ -34,6 +35,8 @@ class CODCollator:
         document_ids (optional): one int for each id, equal for neighbours of one document, negative for padding.
         row_key (optional): int or str that names the row; without it, a hash of its ids.
         epoch (optional): overrides `set_epoch`, for samplers that know it.
+        features, last_hidden (optional, floats [n, ...]): the target's, where they are known; the batch then holds them as
+            [B, L, ...], in their dtype, zeros on padding.
 
     A batch is a plain dict of tensors:
         input_ids    int64 [B, L]  unshifted, padded with pad_token_id
@@ -143,7 +146,9 @@ class CODCollator:
             out_N[slot_T] = values_T[order_T]
             return out_N
 
+        known = {name: _padded_floats(name, row[name], length, self.max_length) for name in _KNOWN if name in row}
         return {
+            **known,
             "input_ids": padded(ids_n, self.pad_token_id),
             "position_ids": _positions(documents_L),
             "document_ids": documents_L,
@@ -208,6 +213,14 @@ def _integers(name: str, values: Any) -> Tensor:
 def _check_lengths(ids_n: Tensor, other_n: Tensor, name: str) -> None:
     if other_n.numel() != ids_n.numel():
         raise ValueError(f"a row has {ids_n.numel()} input_ids but {other_n.numel()} in {name}; they must match")
+
+
+def _padded_floats(name: str, values: Tensor, length: int, max_length: int) -> Tensor:
+    if values.shape[0] != length:
+        raise ValueError(f"a row has {length} input_ids but {values.shape[0]} in {name}; they must match")
+    out = values.new_zeros(max_length, *values.shape[1:])
+    out[:length] = values
+    return out
 
 
 def _number_runs(documents_n: Tensor) -> Tensor:

@@ -5,15 +5,18 @@ A *document* is what was read, a *piece* is a part of one that fits a row (most 
 """
 
 import hashlib
+import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from peagle_train.document_table import DocumentTable, TokenStore
 from peagle_train.sampler import EMPTY_ROW
 from peagle_train.sources import Document, SourceReport, load_documents
 
@@ -22,30 +25,59 @@ __all__ = [
     "PackReport",
     "PackedRows",
     "SourceReport",
+    "held_out_documents",
     "load_documents",
     "pack_documents",
+    "pack_table",
     "split_train_eval",
 ]
 
 
-def split_train_eval(documents: Sequence[Document], eval_fraction: float) -> tuple[list[Document], list[Document]]:
-    """Hold out about `eval_fraction` of the documents.
+def held_out_documents(keys_D32: np.ndarray, eval_fraction: float) -> np.ndarray:
+    """bool [D]: whether a document is held out, about `eval_fraction` of them.
 
-    A document's own key decides, so it lands on the same side on every machine and whatever the others are.
+    Its own key decides, so it lands on the same side on every machine and whatever the others are.
+
+    Args:
+        keys_D32: uint8, sha256 of each document.
 
     Raises:
         ValueError: a fraction outside of [0, 1), or one that leaves nothing to train on.
     """
     if not 0 <= eval_fraction < 1:
         raise ValueError(f"eval_fraction is {eval_fraction}; it must lie in [0, 1)")
-    train: list[Document] = []
-    held_out: list[Document] = []
-    for document in documents:
-        is_held_out = int(document.key[:16], 16) < eval_fraction * 2**64
-        (held_out if is_held_out else train).append(document)
-    if documents and not train:
-        raise ValueError(f"data.eval_fraction {eval_fraction} holds out all {len(documents)} documents: lower it")
-    return train, held_out
+    held_out_D = _lies_below(keys_D32[:, :8], eval_fraction)
+    if held_out_D.size and held_out_D.all():
+        raise ValueError(f"data.eval_fraction {eval_fraction} holds out all {held_out_D.size} documents: lower it")
+    return held_out_D
+
+
+def _lies_below(bytes_D8: np.ndarray, fraction: float) -> np.ndarray:
+    """bool [D]: whether 8 bytes, read as a number in [0, 1), lie below the fraction, itself in [0, 1)."""
+    numbers_D = np.ascontiguousarray(bytes_D8).view(">u8").reshape(-1)
+    return numbers_D < np.uint64(math.ceil(fraction * 2**64))
+
+
+def split_train_eval(documents: Sequence[Document], eval_fraction: float) -> tuple[list[Document], list[Document]]:
+    """Those to train on and those that `held_out_documents` holds out."""
+    keys_D32 = np.frombuffer(bytes.fromhex("".join(d.key for d in documents)), dtype=np.uint8).reshape(-1, 32)
+    held_out_D = held_out_documents(keys_D32, eval_fraction)
+    train = [document for document, is_out in zip(documents, held_out_D, strict=True) if not is_out]
+    return train, [document for document, is_out in zip(documents, held_out_D, strict=True) if is_out]
+
+
+def times_an_epoch(keys_D32: np.ndarray, weights_D: np.ndarray) -> np.ndarray:
+    """int64 [D]: how often each document is packed.
+
+    Weight 2.25 is twice, and a third time for that quarter of the documents that their keys choose (by other bytes than
+    those that hold documents out).
+    """
+    whole_D = np.floor(weights_D)
+    times_D = whole_D.astype(np.int64)
+    for weight in np.unique(weights_D).tolist():
+        is_more_D = (weights_D == weight) & _lies_below(keys_D32[:, 8:16], weight - math.floor(weight))
+        times_D += is_more_D
+    return times_D
 
 
 @dataclass(frozen=True)
@@ -68,6 +100,10 @@ class PackReport:
     """Drafter rows with a loss that the documents had and the pieces do not."""
     fill: float
     """Share of rows * max_length that is tokens."""
+    repeats: int = 0
+    """Of `documents`, those that are there once more because of their source's weight."""
+    left_out_by_weight: int = 0
+    """Documents that are not packed because of their source's weight."""
 
     def describe(self) -> str:
         """One line."""
@@ -78,6 +114,10 @@ class PackReport:
                 f"; {self.split_documents} documents longer than a row were split ({self.pieces} pieces in"
                 f" all, {self.lost_at_splits} supervised rows lost at the cuts)"
             )
+        if self.repeats:
+            text += f"; {self.repeats} of the documents are repeats, by their source's weight"
+        if self.left_out_by_weight:
+            text += f"; {self.left_out_by_weight} documents left out by their source's weight"
         return text
 
 
@@ -94,13 +134,42 @@ class PackedRows(Dataset[dict[str, Any]]):
     def __init__(self, pieces: Sequence[tuple[Tensor, Tensor]], rows: Sequence[Sequence[int]]) -> None:
         """`pieces`: (ids, mask) of each; `rows`: which pieces each row has, in order."""
         placed = [pieces[piece] for row in rows for piece in row]
-        empty = torch.zeros(0)
-        self._ids = torch.cat([empty.int(), *(ids.to(torch.int32) for ids, _ in placed)])
-        self._mask = torch.cat([empty.byte(), *(mask.to(torch.uint8) for _, mask in placed)])
-        self._piece_offsets = _offsets([ids.numel() for ids, _ in placed])
-        self._row_offsets = _offsets([len(row) for row in rows])
-        self._index = torch.arange(len(rows))
-        self._keys = torch.tensor([self._content_key(row) for row in range(len(rows))], dtype=torch.int64)
+        ids = torch.cat([torch.zeros(0).int(), *(ids.to(torch.int32) for ids, _ in placed)])
+        mask = torch.cat([torch.zeros(0).byte(), *(mask.to(torch.uint8) for _, mask in placed)])
+        lengths = torch.tensor([ids.numel() for ids, _ in placed], dtype=torch.int64)
+        starts = lengths.cumsum(0) - lengths
+        self._place(TokenStore([(ids, mask)]), starts, lengths, _offsets([len(row) for row in rows]))
+
+    @classmethod
+    def at(cls, store: TokenStore, layout: dict[str, Tensor]) -> "PackedRows":
+        """Rows of the store's tokens, where `layout` (see there) says."""
+        rows = cls.__new__(cls)
+        rows._place(
+            store, layout["piece_starts"], layout["piece_lengths"], layout["row_offsets"], layout.get("row_keys")
+        )
+        return rows
+
+    def layout(self) -> dict[str, Tensor]:
+        """Where all rows' tokens are, whatever `limit` says.
+
+        piece_starts, piece_lengths: int64 [pieces], in the store. row_offsets: int64 [rows + 1], each row's pieces.
+        row_keys: int64 [rows].
+        """
+        return {
+            "piece_starts": self._piece_starts,
+            "piece_lengths": self._piece_lengths,
+            "row_offsets": self._row_offsets,
+            "row_keys": self._keys,
+        }
+
+    def _place(
+        self, store: TokenStore, starts: Tensor, lengths: Tensor, row_offsets: Tensor, keys: Tensor | None = None
+    ) -> None:
+        self._store, self._piece_starts, self._piece_lengths, self._row_offsets = store, starts, lengths, row_offsets
+        self._index = torch.arange(row_offsets.numel() - 1)
+        if keys is None:
+            keys = torch.tensor([self._content_key(row) for row in self._index.tolist()], dtype=torch.int64)
+        self._keys = keys
 
     def __len__(self) -> int:
         return self._index.numel()
@@ -139,10 +208,13 @@ class PackedRows(Dataset[dict[str, Any]]):
 
     def _tokens(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
         first, last = self._row_offsets[row : row + 2].tolist()
-        bounds = self._piece_offsets[first : last + 1]
-        start, end = int(bounds[0]), int(bounds[-1])
-        documents_n = torch.arange(last - first).repeat_interleave(bounds.diff())
-        return self._ids[start:end].to(torch.int64), self._mask[start:end].to(torch.int64), documents_n
+        lengths = self._piece_lengths[first:last]
+        pieces = [
+            self._store.piece(start, length)
+            for start, length in zip(self._piece_starts[first:last].tolist(), lengths.tolist(), strict=True)
+        ]
+        ids, mask = (torch.cat(parts).to(torch.int64) for parts in zip(*pieces, strict=True))
+        return ids, mask, torch.arange(last - first).repeat_interleave(lengths)
 
     def _content_key(self, row: int) -> int:
         content = b"".join(values.numpy().astype("<i8").tobytes() for values in self._tokens(row))
@@ -153,7 +225,23 @@ _TOKEN_FIELDS = ("input_ids", "loss_mask", "document_ids")
 
 
 def pack_documents(documents: Sequence[Document], max_length: int, pack: bool = True) -> tuple[PackedRows, PackReport]:
-    """Put documents into rows of at most `max_length` tokens; no token is lost.
+    """`pack_table` of a few documents, once each."""
+    ids = torch.cat([torch.zeros(0).int(), *(document.input_ids.int() for document in documents)])
+    mask = torch.cat([torch.zeros(0).byte(), *(document.loss_mask for document in documents)])
+    shard = {
+        "input_ids": ids,
+        "loss_mask": mask,
+        "lengths": torch.tensor([document.input_ids.numel() for document in documents], dtype=torch.int32),
+        "sources": torch.zeros(len(documents), dtype=torch.int32),
+        "keys": torch.zeros((len(documents), 32), dtype=torch.uint8),
+    }
+    return pack_table(DocumentTable.of([shard]), np.ones(len(documents), np.int64), max_length, pack)
+
+
+def pack_table(
+    table: DocumentTable, times_D: np.ndarray, max_length: int, pack: bool = True
+) -> tuple[PackedRows, PackReport]:
+    """Put documents, each as often as `times_D` (int64) says, into rows of at most `max_length` tokens; none is lost.
 
     Longer documents are cut into pieces of `max_length`, each from then on a document of its own. The first
     token of a later piece keeps its loss mask, but like every first token it is no drafter row:
@@ -163,29 +251,57 @@ def pack_documents(documents: Sequence[Document], max_length: int, pack: bool = 
     """
     if max_length < 1:
         raise ValueError(f"max_length is {max_length}; it must be at least 1")
-    pieces: list[tuple[Tensor, Tensor]] = []
-    split_documents = supervised_whole = 0
-    for document in documents:
-        cuts = range(0, document.input_ids.numel(), max_length)
-        pieces += [
-            (document.input_ids[cut : cut + max_length], document.loss_mask[cut : cut + max_length]) for cut in cuts
-        ]
-        split_documents += len(cuts) > 1
-        supervised_whole += int(document.loss_mask[1:].sum())
-    lengths = [ids.numel() for ids, _ in pieces]
-    rows = _best_fit_decreasing(lengths, max_length) if pack else [[piece] for piece in range(len(pieces))]
-    supervised = sum(int(mask[1:].sum()) for _, mask in pieces)
+    # Every document is cut, in order; then the pieces are taken as often as their documents are.
+    cuts_D = -(-table.lengths_D // max_length)
+    document_P = np.repeat(np.arange(len(table)), cuts_D)
+    behind_P = (np.arange(document_P.size) - np.repeat(cuts_D.cumsum() - cuts_D, cuts_D)) * max_length
+    starts_P = table.starts_D[document_P] + behind_P
+    lengths_P = np.minimum(max_length, table.lengths_D[document_P] - behind_P)
+    supervised_P = _supervised(table.store, starts_P)
+    supervised_D = _supervised(table.store, table.starts_D)
+
+    pieces_Q = _repeated(cuts_D, times_D)
+    lengths_Q = lengths_P[pieces_Q]
+    lengths = lengths_Q.tolist()
+    rows = _best_fit_decreasing(lengths, max_length) if pack else [[piece] for piece in range(len(lengths))]
+    placed = np.array([piece for row in rows for piece in row], dtype=np.int64)
+    layout = {
+        "piece_starts": torch.from_numpy(starts_P[pieces_Q][placed]),
+        "piece_lengths": torch.from_numpy(lengths_Q[placed]),
+        "row_offsets": _offsets([len(row) for row in rows]),
+    }
+    tokens, supervised = int(lengths_Q.sum()), int(supervised_P[pieces_Q].sum())
     report = PackReport(
-        documents=len(documents),
-        pieces=len(pieces),
-        split_documents=split_documents,
+        documents=int(times_D.sum()),
+        pieces=len(lengths),
+        split_documents=int(times_D[cuts_D > 1].sum()),
         rows=len(rows),
-        tokens=sum(lengths),
+        tokens=tokens,
         supervised=supervised,
-        lost_at_splits=supervised_whole - supervised,
-        fill=sum(lengths) / (len(rows) * max_length) if rows else 0.0,
+        lost_at_splits=int((supervised_D * times_D).sum()) - supervised,
+        fill=tokens / (len(rows) * max_length) if rows else 0.0,
+        repeats=int(np.maximum(times_D - 1, 0).sum()),
     )
-    return PackedRows(pieces, rows), report
+    return PackedRows.at(table.store, layout), report
+
+
+def _repeated(sizes_D: np.ndarray, times_D: np.ndarray) -> np.ndarray:
+    """int64: indices of runs of `sizes_D` consecutive items, each run as a whole `times_D` times."""
+    first_D = sizes_D.cumsum() - sizes_D
+    run_R = np.repeat(np.arange(sizes_D.size), times_D)
+    within = np.arange(sizes_D[run_R].sum()) - np.repeat(sizes_D[run_R].cumsum() - sizes_D[run_R], sizes_D[run_R])
+    return np.repeat(first_D[run_R], sizes_D[run_R]) + within
+
+
+def _supervised(store: TokenStore, starts: np.ndarray) -> np.ndarray:
+    """int64: tokens with mask 1, but the first, of each of the runs that begin at `starts` and together fill the store."""
+    counts = []
+    for (_, mask), begin, end in zip(store.shards, store.starts, store.starts[1:], strict=False):
+        own = starts[(starts >= begin) & (starts < end)] - begin
+        if own.size:
+            values = mask.numpy()
+            counts.append(np.add.reduceat(values, own, dtype=np.int64) - values[own])
+    return np.concatenate([np.zeros(0, np.int64), *counts])
 
 
 def _best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -18,7 +18,7 @@ from peagle_train.attention import attend
 from peagle_train.draft_config import PEagleDraftConfig
 from peagle_train.loss import chunked_linear_loss
 from peagle_train.profile import span
-from peagle_train.visibility import Visibility
+from peagle_train.visibility import Causal, Visibility
 from peagle_train.vocab import d2t_offsets, t2d_mask
 
 KV = tuple[Tensor, Tensor]
@@ -85,7 +85,7 @@ class Attention(nn.Module):
         return _rotate(key, rope), value
 
     def forward(
-        self, x_BQI: Tensor, rope: tuple[Tensor, Tensor], own: KV, context: KV | None, visibility: Visibility
+        self, x_BQI: Tensor, rope: tuple[Tensor, Tensor], own: KV, context: KV | None, visibility: Visibility | Causal
     ) -> Tensor:
         query = self.q_proj(x_BQI).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         return self.o_proj(attend(_rotate(query, rope), own, context, visibility))
@@ -112,7 +112,7 @@ class Layer(nn.Module):
         embeds_BNH: Tensor | None,
         rope: tuple[Tensor, Tensor],
         context: KV | None,
-        visibility: Visibility,
+        visibility: Visibility | Causal,
         skip: int = 0,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """Returns (hidden states of the elements from `skip` on, or None if none is left; keys; values of all N)."""
@@ -191,7 +191,7 @@ class PEagleDraft(PreTrainedModel):
         token: Tensor,
         position: Tensor,
         features: Tensor,
-        visibility: Visibility,
+        visibility: Visibility | Causal,
         context: list[KV] | None = None,
         keys_values_only: bool = False,
         skip: int = 0,
@@ -204,7 +204,7 @@ class PEagleDraft(PreTrainedModel):
             position: int64 [B, N], rotary positions.
             features: [B, M, 3T], the target's features of the first M = visibility.num_depth0 slots (anything where
                 such a slot holds no depth-0 element; those and all later slots read `mask_hidden`).
-            visibility: who sees whom.
+            visibility: who sees whom; `Causal` where the drafter serves (see `peagle_train.generate`).
             context: each layer's rotated keys and values of the P context columns; None where P = 0.
             keys_values_only: the last layer computes keys and values and nothing else; hidden states are None.
             skip: the first `skip` elements drop out of the last layer once their keys and values are known.

@@ -96,9 +96,10 @@ class Evaluator:
         if self.runner.draft.config.draft_vocab_size == target.vocab_size:
             return nothing
         # Also where nothing is used: of a sharded target every rank must run the same number of forwards.
-        _, last_hidden = target.features(batch["input_ids"].to(device), batch["position_ids"].to(device))
+        on_device = {name: tensor.to(device) for name, tensor in batch.items()}
+        last_hidden = target.outputs(on_device, self.runner.head_rows).last_hidden
         if not bool(used_BL.any()):
             return nothing
-        chosen_mT = last_hidden.to(device)[used_BL.to(device)]
+        chosen_mT = last_hidden[used_BL.to(device)]
         mass = [mass_outside(target, part, self.runner.draft.draft_token_ids) for part in chosen_mT.split(256)]
         return (torch.cat(mass).double() * count_BL[used_BL].to(device)).sum()

@@ -1,6 +1,7 @@
 """Numbers of a run: per-depth accuracy, expected accepted length, progress bar and JSON lines."""
 
 import json
+import os
 import resource
 import sys
 import time
@@ -40,6 +41,7 @@ class Reporter:
     def __init__(self, folder: Path, num_steps: int, active: bool, start_step: int = 0) -> None:
         self.active = active
         self.path = folder / "metrics.jsonl"
+        self.lines = 0
         self.start_time = time.perf_counter()
         self.bar = tqdm(
             total=num_steps,
@@ -58,7 +60,14 @@ class Reporter:
             return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, **values}) + "\n")
+        self.lines += 1
         self.say(line)
+
+    def sync(self) -> None:
+        """Have the lines so far on disk, whatever happens to the machine."""
+        if self.active and self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
 
     def say(self, line: str) -> None:
         if self.active:

@@ -61,16 +61,13 @@ class Peers:
             _say(f"peagle_train: rank {self.rank} stops because rank {failed} has failed; its message is above\n")
             os._exit(code)
 
-    def wait_for_all(self) -> None:
-        self.collect("")
-
-    def collect(self, value: str) -> list[str]:
-        """Every rank's value, by rank, once all are here."""
+    def collect(self, value: str = "", ranks: int | None = None) -> list[str]:
+        """The values of all ranks, or of the first few, once all are here."""
         self._meetings += 1
         keys = [f"{PREFIX}/meeting {self._meetings}/{rank}" for rank in range(self.world_size)]
         self.store.set(keys[self.rank], value)
         self.store.wait(keys, PATIENCE)
-        values = [self.store.get(key).decode() for key in keys] if value else []
+        values = [found.decode() for found in self.store.multi_get(keys[:ranks])]
         if self._meetings > 1:  # which everybody has left, or he would not be here
             self.store.delete_key(f"{PREFIX}/meeting {self._meetings - 1}/{self.rank}")
         return values
@@ -98,7 +95,7 @@ _peers: Peers | None = None
 
 
 def connect() -> None:
-    """Called once by every rank when the processes have met; nothing where there is a single one."""
+    """Start to watch the others; the sooner the better once the processes have met. Nothing where there is a single one."""
     global _peers
     if _peers is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         _peers = Peers()
@@ -107,16 +104,19 @@ def connect() -> None:
 
 def wait_for_all() -> None:
     """Wait until every rank is here, however long that takes. No collective."""
-    if _peers is not None:
-        _peers.wait_for_all()
+    from_main()
+
+
+def from_main(value: str = "") -> str:
+    """Rank 0's value, on every rank, once all are here."""
+    connect()
+    return value if _peers is None else _peers.collect(value, ranks=1)[0]
 
 
 def agree(values: dict[str, str]) -> None:
     """Wait for all ranks; ValueError where a value, by the words for it, is not that of rank 0."""
-    if _peers is None:
-        return
     digests = {what: hashlib.sha256(value.encode()).hexdigest() for what, value in values.items()}
-    first = json.loads(_peers.collect(json.dumps(digests))[0])
+    first = json.loads(from_main(json.dumps(digests)))
     for what, digest in digests.items():
         if digest != first[what]:
             raise ValueError(
@@ -127,6 +127,7 @@ def agree(values: dict[str, str]) -> None:
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
     """The processes of a machine do what is inside one after the other; all ranks come and go together."""
+    connect()
     if _peers is None:
         yield
         return

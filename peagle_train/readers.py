@@ -1,97 +1,91 @@
-"""Raw documents from files: text, tokenized whole, and `.jsonl` rows of ids. Ids are checked elsewhere."""
+"""Raw rows from files and data sets, in order: a line, a text or a mapping each. What is in them is looked at elsewhere."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peagle_train.files import JSONL, SourceFile
+from peagle_train.files import SourceFile
 
 _BATCH_CHARACTERS = 1_000_000
-_MISREAD_KEYS = ("labels", "attention_mask", "assistant_mask", "assistant_masks")
-"""Keys that say which tokens count, in other formats. Ignoring them would train on what they exclude."""
+_BATCH_ROWS = 256
 
 
 @dataclass(frozen=True)
-class RawDocument:
-    """A document as its file has it."""
+class RawRow:
+    """A row as its file has it."""
 
     file_index: int
     """Of the files that are read."""
+    source: int
+    """Of the sources of the recipe."""
     where: str
     """File and line, for messages."""
     name: str
     """The same on every machine."""
-    ids: list[Any]
-    """Token ids, if the file is right."""
-    mask: list[Any] | None
-    """0 or 1 for each, if the file is right; None if it has no mask."""
+    content: Any
+    """Bytes of a line of JSON or of a whole text, or a row's values."""
+    kind: str
+    """text (a whole file), line (of JSON, parsed or not) or table (null stands for a field that is not there)."""
 
 
-def read_files(files: Sequence[SourceFile], tokenizer: Any, ignored_keys: set[str]) -> Iterator[RawDocument]:
-    """Documents in the order of the files; adds to `ignored_keys` what rows have besides ids and mask.
+def read_rows(files: Sequence[SourceFile]) -> Iterator[RawRow]:
+    """Every row in the order of the files; empty lines are none.
 
     Raises:
-        ValueError: one line with file and line number.
+        ValueError: one line, for what cannot be read at all.
     """
-    batch: list[tuple[int, SourceFile, str]] = []
-    characters = 0
+    readers = {"text": _read_text, "jsonl": _read_lines, "json": _read_json}
     for index, file in enumerate(files):
-        if file.path.endswith(JSONL):
-            yield from _tokenized(batch, tokenizer)
-            batch, characters = [], 0
-            yield from _read_jsonl(index, file, ignored_keys)
-            continue
-        if tokenizer is None:
-            raise ValueError(f"{file.path} is text, which takes a tokenizer; without one give {JSONL} files")
-        text = _decode(b"".join(_lines(file)), file.path, 1)
-        batch.append((index, file, text))
-        characters += len(text)
-        if characters >= _BATCH_CHARACTERS:
-            yield from _tokenized(batch, tokenizer)
-            batch, characters = [], 0
-    yield from _tokenized(batch, tokenizer)
+        yield from readers.get(file.format, _read_table)(index, file)
 
 
-def _tokenized(batch: list[tuple[int, SourceFile, str]], tokenizer: Any) -> Iterator[RawDocument]:
-    if not batch:
-        return
-    encoded = tokenizer(
-        [text for _, _, text in batch],
-        add_special_tokens=False,
-        # Text that spells a special token, as tokenizer sources do, must not become that token.
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        # No warning of documents longer than the model's window: they are split later, on purpose.
-        verbose=False,
-    )
-    for (index, file, _), ids in zip(batch, encoded["input_ids"], strict=True):
-        yield RawDocument(index, file.path, file.name, ids, None)
+def batches(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
+    """Rows in groups that are worth tokenizing at once. The groups depend on the rows alone."""
+    batch: list[RawRow] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += 1 + len(row.content) if isinstance(row.content, bytes) else _BATCH_CHARACTERS // _BATCH_ROWS
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
-def _read_jsonl(index: int, file: SourceFile, ignored_keys: set[str]) -> Iterator[RawDocument]:
+def _read_text(index: int, file: SourceFile) -> Iterator[RawRow]:
+    yield RawRow(index, file.source, file.path, file.name, b"".join(_lines(file)), "text")
+
+
+def _read_lines(index: int, file: SourceFile) -> Iterator[RawRow]:
     for number, line in enumerate(_lines(file), start=1):
-        where = f"{file.path}, line {number}"
-        text = _decode(line, file.path, number)
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: not valid JSON ({error})") from None
-        if not isinstance(row, dict) or not isinstance(row.get("input_ids"), list):
-            raise ValueError(
-                f'{where}: give {{"input_ids": [...], "loss_mask": [...]}} instead of {clip(text.strip())}'
+        if line.strip():
+            yield RawRow(
+                index, file.source, f"{file.path}, line {number}", f"{file.name}:{number}", line.rstrip(b"\r\n"), "line"
             )
-        misread = [key for key in _MISREAD_KEYS if key in row]
-        if misread:
-            raise ValueError(f"{where}: {misread[0]} is not read: remove it, and give loss_mask instead")
-        mask = row.get("loss_mask")
-        if "loss_mask" in row and not isinstance(mask, list):
-            raise ValueError(f"{where}: loss_mask is {clip(repr(mask))}; give a list of 0 and 1, or leave it out")
-        ignored_keys.update(key for key in row if key not in ("input_ids", "loss_mask"))
-        yield RawDocument(index, where, f"{file.name}:{number}", row["input_ids"], mask)
+
+
+def _read_json(index: int, file: SourceFile) -> Iterator[RawRow]:
+    """A .json file is lines of JSON, as .jsonl is, or one list of rows (then it is read whole)."""
+    first = next((line.strip().removeprefix(b"\xef\xbb\xbf")[:1] for line in _lines(file) if line.strip()), b"")
+    if first != b"[":
+        yield from _read_lines(index, file)
+        return
+    try:
+        rows = json.loads(b"".join(_lines(file)).decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file.path}: not valid JSON ({' '.join(str(error).split())})") from None
+    for number, row in enumerate(rows, start=1):
+        yield RawRow(index, file.source, f"{file.path}, row {number}", f"{file.name}:{number}", row, "line")
+
+
+def _read_table(index: int, file: SourceFile) -> Iterator[RawRow]:
+    # Imported only here: it takes a second, and most runs read no table.
+    from peagle_train.tables import table_rows
+
+    for number, row in enumerate(table_rows(file), start=1):
+        yield RawRow(index, file.source, f"{file.path}, row {number}", f"{file.name}:{number}", row, "table")
 
 
 def _lines(file: SourceFile) -> Iterator[bytes]:
@@ -100,14 +94,6 @@ def _lines(file: SourceFile) -> Iterator[bytes]:
             yield from stream
     except OSError as error:
         raise ValueError(f"cannot read {file.path}: {error.strerror or error}") from None
-
-
-def _decode(data: bytes, path: str, first_line: int) -> str:
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = first_line + data[: error.start].count(b"\n")
-        raise ValueError(f"{path}, line {line}: not UTF-8 (byte 0x{data[error.start]:02x})") from None
 
 
 def clip(text: str) -> str:

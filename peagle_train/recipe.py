@@ -4,12 +4,14 @@ A new setting is a new field: its type hint, `option(...)` limits and docstring 
 """
 # ruff: noqa: RUF009 (option() makes a dataclass field)
 
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from peagle_train.schema import RecipeError, check_section, option, read_sections
+from peagle_train.source_spec import parse_sources
 from peagle_train.strict_yaml import YamlError, dump_yaml, read_yaml
 
 __all__ = ["Recipe", "RecipeError", "dump_recipe", "load_recipe"]
@@ -31,6 +33,12 @@ class Target:
         ),
     )
     """Features are the residual stream entering these layers; null: (2, n // 2, n - 3) for n layers."""
+    chunk_tokens: int | None = option(None, ge=1)
+    """Tokens that the target is given at a time, over a cache of keys and values; null: a whole batch."""
+    cache: str | None = option(None, is_path=True)
+    """Folder of tools/cache_features.py to read features from, so that the target need not run; null: run it."""
+    cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    """What features have in that folder; auto is what the target computes in."""
     attn_implementation: str | None = None
     """transformers' attention of the target; null: its default."""
     shard: bool = False
@@ -47,10 +55,11 @@ class Target:
 class Data:
     """The documents to learn from."""
 
-    sources: list[str] = option(
+    sources: list[str | dict[str, Any]] = option(
         rule=(lambda items: len(items) > 0, "a non-empty list of files, folders, globs or the word stdlib")
     )
-    """Files, folders, globs, or `stdlib`: the running Python's own library."""
+    """Files, folders, globs, `stdlib` (the running Python's own library), `hf:NAME`, or mappings with `path` or `datasets`,
+    and weight, format, split, name, streaming: see `SourceSpec` in source_spec.py."""
     extensions: list[str] = option(
         [".py", ".txt", ".md"],
         rule=(
@@ -58,23 +67,37 @@ class Data:
             "a list of file extensions, each with its dot, as in [.py, .jsonl]",
         ),
     )
-    """Which files of folders and globs are read (.jsonl rows of ids, anything else as text)."""
+    """Which files of folders are read: .jsonl, .json, .parquet and .arrow as rows, anything else as text."""
     exclude: list[str] = option([])
     """fnmatch patterns; a file whose path below its source matches one is left out."""
-    eval_sources: list[str] = option([])
-    """Documents to evaluate on. Given, eval_fraction is not used."""
+    eval_sources: list[str | dict[str, Any]] = option(
+        [], rule=(lambda items: True, "a list of files, folders, globs or the word stdlib")
+    )
+    """Documents to evaluate on, named as in `sources` (but weights are 1). Given, eval_fraction is not used."""
     eval_fraction: float = option(0.02, ge=0, lt=1)
     """Share of the documents of `sources` that is held out to evaluate on."""
     max_documents: int | None = option(None, ge=1)
     """Stop reading behind so many documents."""
+    max_bad_rows: int = option(0, ge=0)
+    """Leave out so many rows that cannot be trained on, counted by reason; one more stops the run."""
+    max_characters: int | None = option(4_000_000, ge=1)
+    """A row of data that holds a longer text is a bad row; null: any length. Text files may have any length."""
     max_eval_rows: int | None = option(64, ge=1)
     """Evaluate on at most so many packed rows; null: on all."""
     max_length: int = option(2048, ge=2)
     """Tokens of a row; longer documents are split."""
     pack: bool = True
     """Several documents to a row."""
+    prepared: str | None = option(None, is_path=True)
+    """Folder that tools/prepare_data.py wrote for this recipe: nothing is read or tokenized again."""
     num_workers: int = option(0, ge=0)
     """Loader processes."""
+    chat_template: str | None = option(None, is_path=True)
+    """A .jinja file to use in place of the tokenizer's own chat template."""
+    template_kwargs: dict[str, Any] | None = None
+    """Variables of the chat template, as in {enable_thinking: false}."""
+    on_rewrite: Literal["last_turn", "refuse"] = "last_turn"
+    """Chats whose earlier turns the template rewrites (drops their thoughts): learn from the last turn only, or not."""
 
 
 @dataclass
@@ -95,6 +118,8 @@ class Draft:
     """Width of the feed-forward layers."""
     draft_vocab_size: int | None = option(None, ge=1)
     """Draft only the most frequent tokens; null: the full vocabulary."""
+    vocab_from: str | None = option(None, is_path=True)
+    """Draft the tokens that another drafter drafts (folder or .safetensors with d2t), instead of the most frequent ones."""
     mask_token_id: int | None = option(None, ge=0)
     """A token that never occurs in text; null: the first id that no token of the tokenizer uses."""
     max_position_embeddings: int | None = option(None, ge=1)
@@ -113,6 +138,8 @@ class Draft:
     """Start from the target's head (its rows of the draft vocabulary)."""
     norm_before_residual: bool = False
     """Layer 0's residual is the normed features instead of the raw ones."""
+    init_from: str | None = option(None, is_path=True)
+    """Folder of an EAGLE-3 or P-EAGLE drafter to start from: its weights, its shape and its draft vocabulary."""
 
 
 @dataclass
@@ -192,6 +219,12 @@ class Train:
     """Evaluate every so many steps; null: only before and after training."""
     save_steps: int | None = option(None, ge=1)
     """Save a checkpoint every so many steps; null: only the final drafter."""
+    keep_last: int | None = option(None, ge=1)
+    """Keep the newest so many checkpoints; null: all."""
+    keep_every: int | None = option(None, ge=1)
+    """Beside those of keep_last, keep every checkpoint whose step is a multiple of this."""
+    max_bad_steps: int = option(3, ge=1)
+    """Stop when the loss or gradient of so many steps in a row is not finite (such a step is never applied)."""
     dtype: Literal["float32", "float64"] = "float32"
     """Of the drafter's master weights."""
 
@@ -219,6 +252,9 @@ class Recipe:
         """RecipeError unless every field and every pair of fields that depend on each other is allowed."""
         for section in fields(self):
             check_section(getattr(self, section.name), section.name)
+        parse_sources(self.data.sources)
+        if any(source.weight != 1 for source in parse_sources(self.data.eval_sources, "data.eval_sources")):
+            raise RecipeError("data.eval_sources has a weight; every document of it is evaluated on once: leave it out")
         heads, kv_heads = self.draft.num_attention_heads, self.draft.num_key_value_heads
         self._require("data.max_length", ">=", "cod.num_depths", self.data.max_length >= self.cod.num_depths)
         is_cut = self.cod.num_segments <= self.data.max_length
@@ -232,6 +268,14 @@ class Recipe:
             )
         if self.train.sharding == "fsdp2" and self.train.compile:
             raise RecipeError("train.sharding is fsdp2, train.compile is true: change one of them")
+        if self.target.cache and (self.target.shard or self.target.device_map):
+            raise RecipeError(
+                "target.cache is given, so that the target does not run: leave out target.shard and target.device_map"
+            )
+        if self.draft.init_from is not None and self.draft.vocab_from is not None:
+            raise RecipeError(
+                "draft.init_from and draft.vocab_from are both given, and each brings a draft vocabulary: leave one out"
+            )
         if self.train.mixed_precision == "bf16" and self.train.dtype == "float64":
             # Autocast leaves float64 as it is, without a word.
             raise RecipeError("train.mixed_precision is bf16, train.dtype is float64: change one of them")
@@ -251,7 +295,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     A mistake is a RecipeError of one line: what was given, what is allowed, what to change.
     """
     types: dict[str, type] = get_type_hints(Recipe)
-    recipe = Recipe(**read_sections(types, _read_mapping(Path(path).expanduser(), types), overrides))
+    recipe = Recipe(**read_sections(types, _read_mapping(Path(os.path.expanduser(path)), types), overrides))
     recipe.validate()
     return recipe
 

@@ -69,6 +69,12 @@ class RelayBuffers:
         self.gradients = [pair(wide) for _ in range(config.num_hidden_layers)]
         self._made_for = wanted
 
+    def zero_(self) -> None:
+        """Forget everything, in place: where a step was not finite, 0 * nan would carry it into the next one."""
+        for pair in [*self.keys_values, *self.gradients]:
+            for tensor in pair:
+                tensor.zero_()
+
     def context(self, columns: int) -> list[KV]:
         """Views of the first `columns` columns."""
         return [(k[:, :, :columns], v[:, :, :columns]) for k, v in self.keys_values]

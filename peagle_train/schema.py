@@ -1,8 +1,8 @@
 """Strict sections: plain values read into dataclasses by their type hints, each mistake one clear line.
 
 Machinery of `recipe.py`; knows nothing of its fields. A field's type hint says what is allowed: `int`,
-`float`, `bool`, `str`, `list[int]`, `list[str]`, `dict[str, Any]` or `Literal[...]`, each with or without
-`| None`. `option` adds limits or a rule.
+`float`, `bool`, `str`, `list[int]`, `list[str]`, `list[str | dict[str, Any]]`, `dict[str, Any]` or `Literal[...]`, each
+with or without `| None`. `option` adds limits or a rule.
 """
 
 import difflib
@@ -66,10 +66,11 @@ def read_sections(types: Mapping[str, type], raw: Mapping[Any, Any], overrides: 
             given.setdefault(name, {})[leaf] = parse_yaml(text, f"override {key.strip()}")
         except YamlError as error:
             raise RecipeError(str(error)) from None
-    return {name: _read_section(cls, name, given.get(name, {}), known) for name, cls in types.items()}
+    return {name: read_section(cls, name, given.get(name, {}), known) for name, cls in types.items()}
 
 
-def _read_section(cls: type, name: str, values: Mapping[Any, Any], known: list[str]) -> Any:
+def read_section(cls: type, name: str, values: Mapping[Any, Any], known: list[str]) -> Any:
+    """An instance of the dataclass from plain values; `known` are the dotted keys that a wrong one is compared with."""
     hints = get_type_hints(cls)
     for key in values:
         if key not in hints:
@@ -133,6 +134,10 @@ def _fit(value: Any, hint: Any) -> Any:
     elif origin is list:
         if isinstance(value, list):
             return [_fit(item, get_args(hint)[0]) for item in value]
+    elif origin in (Union, UnionType):
+        # Of a list's items: a mapping is read as one, anything else as the other.
+        is_mapping = isinstance(value, dict)
+        return _fit(value, next(arg for arg in get_args(hint) if (get_origin(arg) is dict) == is_mapping))
     elif origin is dict:
         if isinstance(value, dict) and all(isinstance(key, str) for key in value):
             json.dumps(value, allow_nan=False)  # raises on NaN, on cycles and on what has no plain form

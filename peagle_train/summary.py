@@ -19,6 +19,12 @@ def read_summary(folder: Path) -> str:
 
 
 def describe_summary(summary: dict[str, Any], folder: Path) -> str:
+    if summary["state"] == "stopped":
+        where = folder / summary["checkpoint"]
+        return (
+            f"stopped by {summary['signal']} at step {summary['steps']}, saved as {where}: the same command with --resume"
+            " goes on from there"
+        )
     lines = [f"drafter: {folder / summary['drafter']} ({summary['steps']} steps in {summary['train_seconds']:.0f} s)"]
     before, after = summary["before"], summary["after"]
     if after:

@@ -5,15 +5,21 @@ hidden state outlives its layer. B: rows, L: columns, T: hidden size, V: draft v
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from peagle_train import vocab
+from peagle_train.chunks import Run, check_chunkable, forward_run, plan_runs
+from peagle_train.dense import FLOATS, dense_embeddings, dense_head, is_plain
+from peagle_train.distributed import max_counts
 from peagle_train.draft_config import ROPE_TYPES
 from peagle_train.segments import TargetOutputs
 from peagle_train.sharded import shard, whole
@@ -61,17 +67,20 @@ class FrozenTarget:
     Args:
         model: any transformers causal LM with a stack of decoder layers.
         layer_ids: three layers whose *input* is a feature, ascending; None is `default_layer_ids`.
+        chunk_tokens: give the model at most so many tokens at a time; None: whole batches.
 
     Raises:
         ValueError: for a target whose labels or features would be wrong (see `refuse_unfit`).
     """
 
-    def __init__(self, model: nn.Module, layer_ids: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, layer_ids: Sequence[int] | None = None, chunk_tokens: int | None = None
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
         refuse_unfit(self.config)
         head = model.get_output_embeddings()  # type: ignore[operator]
-        if head is None or getattr(head, "weight", None) is None:
+        if head is None:
             raise ValueError(f"target {type(model).__name__} has no output embeddings: it is no causal LM")
         if getattr(head, "bias", None) is not None:
             raise ValueError(
@@ -79,12 +88,20 @@ class FrozenTarget:
             )
         self.head: nn.Module = head
         self.base: nn.Module = _base_model(model)
+        self._dense: Tensor | None = None  # of a quantised head
+        if not is_plain(head):
+            self._dense = self._dense_head()
         self.layers = _decoder_layers(self.base, self.config.num_hidden_layers)
         self.layer_ids = list(layer_ids) if layer_ids is not None else default_layer_ids(len(self.layers))
         if sorted(set(self.layer_ids)) != self.layer_ids or len(self.layer_ids) != 3:
             raise ValueError(f"target.layer_ids is {self.layer_ids}; it must be three distinct ids, ascending")
         if not 0 <= self.layer_ids[0] <= self.layer_ids[-1] < len(self.layers):
             raise ValueError(f"target.layer_ids is {self.layer_ids}; ids must lie in 0..{len(self.layers) - 1}")
+        self.chunk_tokens = chunk_tokens
+        self.apart = False
+        self.sharded = False
+        if chunk_tokens is not None:
+            check_chunkable(model, self.base, self.config)
 
     @classmethod
     def load(
@@ -94,6 +111,7 @@ class FrozenTarget:
         dtype: str = "auto",
         device: torch.device | None = None,
         layer_ids: Sequence[int] | None = None,
+        chunk_tokens: int | None = None,
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         device_map: str | None = None,
@@ -112,6 +130,7 @@ class FrozenTarget:
         try:
             config = AutoConfig.from_pretrained(path, **kwargs)
             refuse_unfit(config.get_text_config())
+            _check_size(path, config, trust_remote_code)
             if attn_implementation:
                 kwargs["attn_implementation"] = attn_implementation
             if device_map:
@@ -134,7 +153,7 @@ class FrozenTarget:
                 f"target.path {path}: its weights do not fit its config ({', '.join(bad)}): wrong or cut files"
             )
         # A sharded one moves to the device a layer at a time, and one with a device map is where it belongs.
-        target = cls(model if shard or device_map else model.to(device), layer_ids)
+        target = cls(model if shard or device_map else model.to(device), layer_ids, chunk_tokens)
         if shard:
             target.shard(device)
         return target
@@ -142,12 +161,11 @@ class FrozenTarget:
     def shard(self, device: torch.device) -> None:
         """Shard all but the head over all ranks and move it to the device; the head stays whole, on the CPU.
 
-        From then on every rank must run the same number of forwards.
+        From then on every rank must call `features` and `embedding_rows` as often as the others.
         """
-        if getattr(self, "chunk_tokens", None) is not None:
-            raise ValueError(
-                "target.chunk_tokens and target.shard exclude each other: set one of them to null or false"
-            )
+        if not all(parameter.is_floating_point() for parameter in self.model.parameters()):
+            raise ValueError(f"target.shard is true, but target {type(self.model).__name__} is quantised: unsupported")
+        self.sharded = True
         head: Any = self.head
         if head.weight is self.model.get_input_embeddings().weight:  # type: ignore[operator]
             head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
@@ -159,7 +177,7 @@ class FrozenTarget:
 
     @property
     def vocab_size(self) -> int:
-        return self.head.weight.shape[0]  # type: ignore[union-attr, index, return-value]
+        return self.head_weight().shape[0]
 
     @property
     def device(self) -> torch.device:
@@ -171,50 +189,121 @@ class FrozenTarget:
 
     def embedding_rows(self) -> Tensor:
         """[vocabulary, T], the input embeddings. Every rank must call it where the target is sharded."""
-        return _weight(self.model.get_input_embeddings())  # type: ignore[operator]
+        embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
+        if self.sharded or is_plain(embeddings):
+            return _weight(embeddings)
+        return dense_embeddings(embeddings, self.vocab_size, self.device)
 
     def head_weight(self) -> Tensor:
-        """[vocabulary, T], on the CPU where the target is sharded or its head is offloaded."""
-        return _weight(self.head)
+        """[vocabulary, T], of a quantised head what it multiplies by; on the CPU where the target is sharded or its head is
+        offloaded.
+        """
+        return _weight(self.head) if self._dense is None else self._dense.detach()
 
     def head_rows(self, token_ids: Tensor) -> Tensor:
         """[V, T], the head's rows of the given tokens."""
         weight = self.head_weight()
         return weight[token_ids.to(weight.device)]
 
+    def eos_token_ids(self) -> list[int]:
+        """Tokens that end the target's answers, by its config and its generation config; ascending."""
+        return vocab.eos_token_ids(self.config, getattr(self.model, "generation_config", None))
+
+    def final_norm(self) -> nn.Module:
+        """The module whose output the last hidden states are; ValueError if none is."""
+        answers: list[tuple[nn.Module, Any]] = []
+        handles = [
+            module.register_forward_hook(lambda module, _, output: answers.append((module, output)))
+            for module in self.base.modules()
+            if module is not self.base
+        ]
+        try:
+            with torch.no_grad():
+                ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
+                last = self.base(input_ids=ids, use_cache=False).last_hidden_state
+        finally:
+            for handle in handles:
+                handle.remove()
+        found = [module for module, output in answers if output is last]
+        if not found:
+            raise ValueError(f"target {type(self.model).__name__}: no module gives its last hidden states as they are")
+        return found[-1]
+
+    def _dense_head(self) -> Tensor:
+        name = type(self.head).__name__
+        norm = next((p for p in self.base.parameters() if p.dim() == 1 and p.dtype in FLOATS), None)
+        dtype = self.model.dtype if norm is None else norm.dtype  # what its input comes in
+        try:
+            weight = dense_head(self.head, self.config.hidden_size, dtype, self.device)  # type: ignore[arg-type]
+        except Exception as error:  # whatever a quantiser's layer raises
+            raise ValueError(
+                f"target {type(self.model).__name__} has a quantised head ({name}) that does not multiply on"
+                f" {self.device.type}: {type(error).__name__}: {_one_line(error)}; leave the head unquantised"
+            ) from error
+        logger.warning("the target's head is quantised (%s): labels use the matrix that it multiplies by", name)
+        return weight
+
     @torch.no_grad()
     def features(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Features [B, L, 3T] and last hidden states after the final norm [B, L, T], in the target's dtype.
 
         Packed documents do not see each other: transformers tells them apart by position ids that restart, as long as it
-        is given neither an attention mask nor a cache.
+        is given neither an attention mask nor a cache. With `chunk_tokens`, or for a target that does not (`apart`), see
+        `peagle_train.chunks`.
 
         Args:
-            input_ids: int64 [B, L], unshifted. position_ids: int64 [B, L], restarting at 0 with every document.
+            input_ids: int64 [B, L], unshifted. position_ids: int64 [B, L], restarting at 0 with every document. On the
+                host or on the target's device (chunks are planned on the host: from the device, that waits for it).
         """
         B, L = input_ids.shape
         T = self.hidden_size
+        if not self.apart and (self.chunk_tokens is None or B * L <= self.chunk_tokens):
+            shape, runs = (B, L), [Run(0, L, None)]
+        else:
+            shape, runs = (1, B * L), plan_runs(position_ids.cpu(), self.chunk_tokens, self.apart)
+        idle = 0
+        if self.sharded and (self.apart or self.chunk_tokens is not None):  # else each rank has one forward
+            own = sum(run.forwards for run in runs)
+            idle = max_counts([own], self.device)[0] - own
+        ids = input_ids.to(self.device, non_blocking=True).reshape(shape)
+        positions = position_ids.to(self.device, non_blocking=True).reshape(shape)
         out: dict[str, Tensor] = {}
+        span = slice(0, 0)  # of the tokens that the model has now
 
         def keep(slot: int) -> Any:
             def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
                 hidden = args[0] if args else kwargs["hidden_states"]
                 if "features" not in out:
-                    out["features"] = hidden.new_empty(B, L, 3 * T)
-                out["features"][..., slot * T : (slot + 1) * T] = hidden
+                    out["features"] = hidden.new_empty(*shape, 3 * T)
+                out["features"][:, span, slot * T : (slot + 1) * T] = hidden
 
             return hook
+
+        def begin(start: int, stop: int) -> None:
+            nonlocal span
+            span = slice(start, stop)
+
+        def end(last_hidden: Tensor) -> None:
+            if len(runs) == 1 and runs[0].chunk is None:
+                out["last"] = last_hidden
+                return
+            if "last" not in out:
+                out["last"] = last_hidden.new_empty(*shape, T)
+            out["last"][:, span] = last_hidden
 
         handles = [
             self.layers[layer].register_forward_pre_hook(keep(slot), with_kwargs=True)
             for slot, layer in enumerate(self.layer_ids)
         ]
         try:
-            result = self.base(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
+            for run in runs:
+                forward_run(self.base, self.config, ids, positions, run, begin, end)
         finally:
             for handle in handles:
                 handle.remove()
-        return out["features"], result.last_hidden_state
+        for _ in range(idle):
+            self.base(input_ids=ids[:, :1], position_ids=positions[:, :1], attention_mask=None, use_cache=False)
+        return out["features"].view(B, L, 3 * T), out["last"].view(B, L, T)
 
     def outputs(self, batch: dict[str, Tensor], head_rows: Tensor) -> TargetOutputs:
         """What a step needs of the target for a collator's batch."""
@@ -227,18 +316,36 @@ class FrozenTarget:
         """Run a few tokens and see that features and labels are what training takes them for; ValueError if not.
 
         Cheap insurance against architectures that nobody here has met: a packed document must get the features that it
-        gets alone, and the model's own logits must be its head times the last hidden state.
+        gets alone (a target that does not isolate them gets one at a time from then on), chunks must give what the whole
+        gives, and the model's own logits must be its head times the last hidden state.
         """
+        given, self.chunk_tokens = self.chunk_tokens, None
+        try:
+            self._check(given is not None)
+        finally:
+            self.chunk_tokens = given
+
+    def _check(self, in_chunks: bool) -> None:
         ids = torch.arange(1, 12, device=self.device)[None] % self.vocab_size
         position = torch.cat([torch.arange(6), torch.arange(5)]).to(self.device)[None]
         packed, last = self.features(ids, position)
         alone, _ = self.features(ids[:, 6:], position[:, 6:])
         error = _relative(packed[:, 6:], alone)
-        if error > 0.05:
-            raise ValueError(
-                f"target {type(self.model).__name__} lets packed documents see each other (features are {error:.0%} off):"
-                " it cannot be used with packed rows"
+        if error > 0.05 and not self.apart:
+            logger.warning(
+                "target %s lets packed documents see each other (features are %.0f%% off): it is given one document at a"
+                " time, which is right but slower where documents are short",
+                type(self.model).__name__,
+                100 * error,
             )
+            self.apart = True
+            packed, last = self.features(ids, position)
+        if in_chunks:
+            self._check_chunks(ids, position, packed, last)
+        ids, position, last = ids[:, :6], position[:, :6], last[:, :6]
+        if self._dense is not None:
+            self._check_dense_head(ids, position, last)
+            return
         some = torch.arange(min(8, self.vocab_size), device=self.device)
         rows = nn.Linear(self.hidden_size, some.numel(), bias=False, device="meta")
         rows.weight = nn.Parameter(self.head_rows(some).to(last.device), requires_grad=False)
@@ -254,6 +361,25 @@ class FrozenTarget:
             raise ValueError(
                 f"target {type(self.model).__name__} changes its logits after the head (they are {error:.0%} off head *"
                 " hidden): labels would be wrong, it is unsupported"
+            )
+
+    def _check_dense_head(self, ids: Tensor, position: Tensor, last: Tensor) -> None:
+        logits = self.model(input_ids=ids, position_ids=position, use_cache=False).logits
+        error = _relative(logits, last @ self.head_weight().T)
+        if error > 0.05:
+            raise ValueError(
+                f"target {type(self.model).__name__} has a quantised head ({type(self.head).__name__}) whose logits are"
+                f" {error:.0%} off the matrix that it multiplies by: labels would be wrong; leave the head unquantised"
+            )
+
+    def _check_chunks(self, ids: Tensor, position: Tensor, features: Tensor, last: Tensor) -> None:
+        self.chunk_tokens = 4
+        chunked, chunked_last = self.features(ids, position)
+        error = max(_relative(chunked, features), _relative(chunked_last, last))
+        if error > 0.05:
+            raise ValueError(
+                f"target {type(self.model).__name__} gives other features in chunks ({error:.0%} off): set"
+                " target.chunk_tokens to null"
             )
 
 
@@ -291,6 +417,24 @@ def _check_folder(path: str) -> None:
         raise ValueError(f"target.path {path} has no .safetensors weights; convert them first")
 
 
+def _check_size(path: str, config: Any, trust_remote_code: bool) -> None:
+    """ValueError where a config describes a far larger model than the weights hold.
+
+    A config.json that lacks its sizes would become billions of random parameters, which no memory holds.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        return  # its weights are packed
+    held = 0
+    for file in Path(path).glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            held += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    described = sum(p.numel() for p in model.parameters())
+    if described > 2 * held:
+        raise ValueError(f"its config describes {described:,} parameters, but its weights hold {held:,}")
+
+
 def _base_model(model: nn.Module) -> nn.Module:
     """The part of a causal LM below its head."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None  # type: ignore[operator]
@@ -320,4 +464,4 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 
 def _one_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:300]
+    return " ".join(str(error).split())[:300]

@@ -1,35 +1,54 @@
 """From a recipe to a finished run: what happens once, before and after the loop, and the arithmetic that is printed."""
 
 import logging
+import os
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from peagle_train import peers
 from peagle_train.build import always_drafted, choose_mask_token, load_tokenizer, make_draft
+from peagle_train.cached_target import CachedTarget
 from peagle_train.checkpoint import check_output
-from peagle_train.data import PackedRows, PackReport, pack_documents, split_train_eval
+from peagle_train.data import PackReport
 from peagle_train.distributed import check_launch
+from peagle_train.draft import PEagleDraft
 from peagle_train.recipe import Recipe
+from peagle_train.resume import Checkpoint, open_resume
+from peagle_train.run_checkpoint import restore
 from peagle_train.sharded import check_sharding, world_mesh
-from peagle_train.sources import Document, load_documents
 from peagle_train.summary import describe_summary
 from peagle_train.target import FrozenTarget
 from peagle_train.trainer import Trainer
-from peagle_train.vocab import choose_draft_vocab, count_supervised, coverage
+from peagle_train.training_data import load_training_data
+from peagle_train.vocab import choose_most_frequent, coverage
+from peagle_train.vocab_from import read_draft_vocab
+from peagle_train.warm_start import Start, copy_start, read_start
 
 logger = logging.getLogger(__name__)
 
 
-def train(recipe: Recipe) -> str:
+def train(recipe: Recipe, resume: str | None = None) -> str:
     """Run a recipe; returns the lines that say where the drafter is and how good it is.
+
+    Args:
+        recipe: the settings. resume: None for a new run, else as in `open_resume`.
 
     Raises:
         ValueError: for a user's mistake, before any training.
     """
-    check_output(Path(recipe.output.dir))
+    checkpoint: Checkpoint | None = None
+    if resume is None:
+        check_output(Path(recipe.output.dir))
+    else:
+        found = open_resume(recipe, resume)
+        if isinstance(found, str):
+            return found if os.environ.get("RANK", "0") == "0" else ""
+        checkpoint = found
     accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision)
     check_launch(accelerator.num_processes)
     peers.connect()
@@ -41,30 +60,21 @@ def train(recipe: Recipe) -> str:
     target = load_target(recipe, accelerator)
     if recipe.target.check:
         target.check()
+    start = read_start(recipe, target)
+    shaped = start.recipe if start else recipe
     tokenizer = load_tokenizer(recipe)
-    mask_token_id = choose_mask_token(recipe.draft, tokenizer, target.vocab_size)
+    mask_token_id = choose_mask_token(shaped.draft, tokenizer, target.vocab_size)
 
-    train_documents, eval_documents = _documents(recipe, tokenizer, target, mask_token_id, say)
-    train_rows, report = pack_documents(train_documents, recipe.data.max_length, recipe.data.pack)
-    say(f"train: {report.describe()}")
-    eval_rows = PackedRows([], [])
-    if eval_documents:
-        eval_rows, eval_report = pack_documents(eval_documents, recipe.data.max_length, recipe.data.pack)
-        used = eval_rows.limit(recipe.data.max_eval_rows)
-        say(f"held out: {eval_report.describe()}" + (f"; {len(used)} rows used" if len(used) < len(eval_rows) else ""))
-        eval_rows = used
-    if report.supervised == 0:
-        raise ValueError("the data has nothing supervised: no document has a token with loss_mask 1 behind its first")
+    data = load_training_data(recipe, tokenizer, target.vocab_size, mask_token_id, say)
+    if isinstance(target, CachedTarget):
+        data = target.attach(data)
 
-    draft_size = recipe.draft.draft_vocab_size or target.vocab_size
-    always = always_drafted(tokenizer, target, mask_token_id)
-    draft_ids = choose_draft_vocab(train_documents, target.vocab_size, draft_size, always)
-    share = coverage(draft_ids, count_supervised(train_documents, target.vocab_size))
-    say(f"draft vocabulary: {draft_size} of {target.vocab_size} tokens, {share:.2%} of the supervised ones")
-    draft = make_draft(recipe, target, mask_token_id, draft_ids)
+    draft = _draft(shaped, target, tokenizer, mask_token_id, data.counts_V, start, say)
 
-    trainer = Trainer(recipe, accelerator, target, draft, train_rows, eval_rows)
-    say(arithmetic(trainer, report))
+    trainer = Trainer(recipe, accelerator, target, draft, data.train_rows, data.eval_rows)
+    say(arithmetic(trainer, data.report))
+    for note in restore(trainer, checkpoint) if checkpoint else []:
+        say(f"resume: {note}")
     summary = trainer.run()
     accelerator.end_training()
     return describe_summary(summary, Path(recipe.output.dir)) if accelerator.is_main_process else ""
@@ -84,12 +94,14 @@ def load_target(recipe: Recipe, accelerator: Accelerator) -> FrozenTarget:
     if sharded:
         world_mesh(accelerator.device.type)
     # A sharded target is whole on the host while it is loaded: let that be one at a time.
+    load = CachedTarget.opener(settings) if settings.cache else FrozenTarget.load
     with peers.one_at_a_time() if sharded else nullcontext():
-        return FrozenTarget.load(
+        return load(
             settings.path,
             dtype=settings.dtype,
             device=accelerator.device,
             layer_ids=settings.layer_ids,
+            chunk_tokens=settings.chunk_tokens,
             attn_implementation=settings.attn_implementation,
             trust_remote_code=settings.trust_remote_code,
             device_map=settings.device_map,
@@ -97,36 +109,24 @@ def load_target(recipe: Recipe, accelerator: Accelerator) -> FrozenTarget:
         )
 
 
-def _documents(recipe, tokenizer, target, mask_token_id, say) -> tuple[list[Document], list[Document]]:  # type: ignore[no-untyped-def]
-    def load(sources: list[str]) -> list[Document]:
-        documents, report = load_documents(
-            sources,
-            tokenizer=tokenizer,
-            vocab_size=target.vocab_size,
-            mask_token_id=mask_token_id,
-            extensions=recipe.data.extensions,
-            exclude=recipe.data.exclude,
-            max_documents=recipe.data.max_documents,
-        )
-        say(f"data: {report.describe()}")
-        return documents
-
-    if not recipe.data.eval_sources:
-        train_documents, eval_documents = split_train_eval(load(recipe.data.sources), recipe.data.eval_fraction)
-        if not train_documents:
-            raise ValueError("data.eval_fraction leaves no document to train on: lower it, or give more data")
-        return train_documents, eval_documents
-    eval_documents = load(recipe.data.eval_sources)
-    held_out = {document.key for document in eval_documents}
-    everything = load(recipe.data.sources)
-    kept = [document for document in everything if document.key not in held_out]
-    if len(kept) < len(everything):
-        say(
-            f"data: {len(everything) - len(kept)} documents of data.sources are in data.eval_sources too: not trained on"
-        )
-    if not kept:
-        raise ValueError("every document of data.sources is in data.eval_sources too: nothing is left to train on")
-    return kept, eval_documents
+def _draft(  # type: ignore[no-untyped-def]
+    recipe: Recipe, target: FrozenTarget, tokenizer, mask_token_id: int, counts_V: Tensor, start: Start | None, say
+) -> PEagleDraft:
+    """A new drafter, or another one's weights to go on from; its vocabulary by frequency, or another one's."""
+    always = always_drafted(tokenizer, target, mask_token_id)
+    if start:
+        draft_ids = start.files.draft_token_ids
+    elif recipe.draft.vocab_from:
+        draft_ids = read_draft_vocab(recipe.draft, target, tokenizer, always)
+    else:
+        draft_ids = choose_most_frequent(counts_V, recipe.draft.draft_vocab_size or target.vocab_size, always)
+    share = coverage(draft_ids, counts_V)
+    say(f"draft vocabulary: {draft_ids.numel()} of {target.vocab_size} tokens, {share:.2%} of the supervised ones")
+    sized = replace(recipe, draft=replace(recipe.draft, draft_vocab_size=draft_ids.numel()))
+    draft = make_draft(sized, target, mask_token_id, draft_ids, start.files.config if start else None)
+    if start:
+        copy_start(start.files, draft, target, say)
+    return draft
 
 
 def arithmetic(trainer: Trainer, report: PackReport) -> str:

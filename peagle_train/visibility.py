@@ -34,6 +34,16 @@ def sees_rollout(query_anchor: Tensor, query_depth: Tensor, key_anchor: Tensor, 
 
 
 @dataclass
+class Causal:
+    """Serving's rule, for one text: an element sees all of the context, the elements in front of it, and itself.
+
+    depth: int64 [1, N], 0 for real tokens, which come first, then a mask slot's. Knows nothing of anchors and documents.
+    """
+
+    depth: Tensor
+
+
+@dataclass
 class QueryBlock:
     """Queries [q0, q1) and the only keys that they can see: context columns, own depth-0 slots, own rollout slots."""
 

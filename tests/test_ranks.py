@@ -1,6 +1,7 @@
 """Two and three processes, data-parallel and sharded (FSDP2), on CPU: the run of one process on the same global batch."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from peagle_train.recipe import load_recipe
-from tests.ranks_run import make_trainer
+from tests.ranks_run import run
 from tests.test_distributed import launch
 from tests.tiny import make_target, write_recipe, write_rows
 
@@ -27,9 +27,18 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "nothing to learn": {"data": {"pack": False}},
     "sharded target": {"data": {"pack": False, "max_length": 24}, "target": {"shard": True}},
 }
-ON_THREE = [("packed", "none"), ("relay", "fsdp2"), ("nothing to learn", "fsdp2"), ("sharded target", "none")]
-RUNS = [(case, 2, sharding) for case in CASES for sharding in ("none", "fsdp2")]
-RUNS += [(case, 3, sharding) for case, sharding in ON_THREE]
+RUNS = [
+    ("relay", 2, "none"), ("relay", 2, "fsdp2"), ("recompute", 2, "fsdp2"), ("flat", 2, "fsdp2"), ("packed", 2, "fsdp2"),
+    ("nothing to learn", 2, "none"), ("nothing to learn", 2, "fsdp2"), ("sharded target", 2, "fsdp2"),
+    ("packed", 3, "none"), ("relay", 3, "fsdp2"), ("nothing to learn", 3, "fsdp2"), ("sharded target", 3, "none"),
+]  # fmt: skip
+# Stopped behind step 2 by a signal to one of so many ranks, then gone on with on others: (processes, sharding) twice.
+MOVES = [
+    ((1, "none"), (2, "fsdp2")),
+    ((2, "fsdp2"), (3, "none")),
+    ((2, "none"), (3, "fsdp2")),
+    ((3, "fsdp2"), (1, "none")),
+]
 
 
 def write_case(folder: Path, target: Path, name: str) -> Path:
@@ -56,22 +65,37 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def outputs(recipes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, str], Path]:
-    """Output folders by (case, processes, sharding)."""
-    out, commands = {}, []
-    for case, processes, sharding in [*((case, 1, "none") for case in CASES), *RUNS]:
-        folder = recipes[case].parent / f"{processes} {sharding}"
-        out[case, processes, sharding] = folder
+def outputs(recipes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
+    """Output folders by (case, processes, sharding), or by move."""
+    out: dict[Any, Path] = {}
+    commands: dict[int, list[list[str]]] = {1: [], 2: [], 3: []}
+
+    def add(key: Any, case: str, processes: int, sharding: str, *options: str) -> None:
+        out[key] = recipes[case].parent / re.sub(r"\W+", "-", str(key))
         each = f"train.gradient_accumulation_steps={MICRO_BATCHES // processes}"
-        command = [str(recipes[case]), f"output.dir={folder}", f"train.sharding={sharding}", each]
-        commands.append((processes, command))
-    for recipe, *overrides in (command for processes, command in commands if processes == 1):
-        make_trainer(load_recipe(recipe, overrides), Accelerator(cpu=True)).run()
-    for several in (2, 3):
+        settings = [f"output.dir={out[key]}", f"train.sharding={sharding}", each]
+        commands[processes].append([str(recipes[case]), *settings, *options])
+
+    for case, processes, sharding in [*((case, 1, "none") for case in CASES), *RUNS]:
+        add((case, processes, sharding), case, processes, sharding)
+    for move in MOVES:
+        add(move, "relay", *move[0], "--stop-behind=2")
+        if move[1][0] > move[0][0]:  # the launches come one after the other, those of more processes later
+            add(move, "relay", *move[1], "--resume")
+    for processes in (1, 2, 3):
         path = tmp_path_factory.mktemp("launch") / "runs.json"
-        path.write_text(json.dumps([command for processes, command in commands if processes == several]))
-        result = launch(several, "tests/ranks_run.py", str(path))
+        path.write_text(json.dumps(commands[processes]))
+        if processes == 1:
+            for command in commands[1]:
+                run(Accelerator(cpu=True), *command)
+            continue
+        result = launch(processes, "tests/ranks_run.py", str(path))
         assert result.returncode == 0, result.stderr[-3000:]
+    for move in MOVES:
+        if move[1][0] == 1:
+            commands[1].clear()
+            add(move, "relay", *move[1], "--resume")
+            run(Accelerator(cpu=True), *commands[1][0])
     return out
 
 
@@ -81,9 +105,19 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("case, processes, sharding", RUNS)
 def test_several_processes_train_and_evaluate_as_one_does(
-    case: str, processes: int, sharding: str, outputs: dict[tuple[str, int, str], Path]
+    case: str, processes: int, sharding: str, outputs: dict[Any, Path]
 ) -> None:
-    alone, together = outputs[case, 1, "none"], outputs[case, processes, sharding]
+    assert_same_run(outputs[case, processes, sharding], outputs[case, 1, "none"])
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_a_run_goes_on_with_other_numbers_of_processes_and_another_sharding(
+    move: Any, outputs: dict[Any, Path]
+) -> None:
+    assert_same_run(outputs[move], outputs["relay", 1, "none"])
+
+
+def assert_same_run(together: Path, alone: Path) -> None:
     ours, theirs = records(together), records(alone)
     assert [r["kind"] for r in ours] == [r["kind"] for r in theirs] and len(ours) == 5 + 4
     for own, expected in zip(ours, theirs):

@@ -195,12 +195,12 @@ def test_a_mask_token_or_a_foreign_id_in_text_is_refused_with_its_file(tmp_path:
 
 def test_sources_that_name_nothing_are_refused(tmp_path: Path, load: Any) -> None:
     write(tmp_path / "d" / "a.rst")
-    write(tmp_path / "x.json")
+    write(tmp_path / "x.bin")
     for source, expected in {
         tmp_path / "none.txt": "does not exist",
         tmp_path / "*.nothing": "matches no file",
         tmp_path / "d": r"has no file to read: 0 are excluded and 1 are not \.py \.txt \.md",
-        tmp_path / "x.json": "has no file to read",
+        tmp_path / "x.bin": "has no file to read",
     }.items():
         with pytest.raises(ValueError, match=expected):
             load(source)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
+from torch import nn
 from transformers import GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from peagle_train.evaluate import mass_outside
@@ -121,14 +122,22 @@ def test_other_architectures_pass_the_check(model: Any) -> None:
     assert features.shape == (1, 5, 48) and last.shape == (1, 5, 16)
 
 
-def test_a_leak_between_packed_documents_is_caught(folder: Path) -> None:
-    leaky = FrozenTarget.load(str(folder), dtype="float32")
+def test_a_target_that_lets_packed_documents_see_each_other_gets_one_at_a_time(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    leaky, good = (FrozenTarget.load(str(folder), dtype="float64") for _ in range(2))
     original = leaky.base.forward
     leaky.base.forward = lambda **kwargs: original(  # type: ignore[method-assign]
         **{**kwargs, "position_ids": torch.arange(kwargs["input_ids"].shape[1])[None]}
     )
-    with pytest.raises(ValueError, match="lets packed documents see each other"):
-        leaky.check()
+    lengths = (7, 1, 1, 12, 1)
+    ids, positions = ids_of(sum(lengths)), torch.cat([torch.arange(n) for n in lengths])[None]
+    expected = good.features(ids, positions)[0]
+    assert (leaky.features(ids, positions)[0] - expected)[:, 9:21].abs().max() > 0.1
+    leaky.check()
+    assert "one document at a time" in caplog.text
+    read = [*range(7), *range(9, 21)]  # nobody reads documents of one token
+    assert torch.allclose(leaky.features(ids, positions)[0][:, read], expected[:, read], atol=1e-12)
 
 
 def test_logits_changed_after_the_head_are_caught(folder: Path) -> None:
@@ -200,3 +209,74 @@ def test_weights_of_another_model_are_refused(folder: Path, tmp_path: Path) -> N
     (mixed / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     with pytest.raises(ValueError, match="do not fit its config"):
         FrozenTarget.load(str(mixed))
+
+
+class Int8Linear(nn.Linear):
+    """A head as a quantiser makes it: int8 with a scale a row, and bytes where a matrix was."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(1, 1, bias=False, device="meta")
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.weight = nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (self.weight * self.scale).to(x.dtype).T
+
+
+def quantised(folder: Path, head: Any = Int8Linear) -> Any:
+    model = FrozenTarget.load(str(folder), dtype="float64").model
+    model.lm_head = head(model.lm_head)
+    return model
+
+
+def test_a_quantised_head_gives_the_rows_that_it_multiplies_by(folder: Path) -> None:
+    model = quantised(folder)
+    target = FrozenTarget(model)
+    target.check()
+    assert target.vocab_size == VOCAB
+    ids = ids_of(9)
+    _, last = target.features(ids, torch.arange(9)[None])
+    rows = torch.tensor([3, 17, 58])
+    assert torch.allclose(last @ target.head_rows(rows).T, model(input_ids=ids).logits[..., rows], atol=1e-12)
+    drafted = torch.tensor([0, 5, 6, 44])
+    naive = 1 - model(input_ids=ids).logits[0].softmax(-1)[:, drafted].sum(-1)
+    assert torch.allclose(mass_outside(target, last[0], drafted, chunk=7), naive.float(), atol=1e-6)
+
+
+def test_a_quantised_head_whose_logits_are_no_product_is_refused(folder: Path) -> None:
+    class Capped(Int8Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).tanh()
+
+    with pytest.raises(ValueError, match=r"quantised head .* off the matrix that it multiplies by"):
+        FrozenTarget(quantised(folder, Capped)).check()
+
+
+def test_a_quantised_head_that_does_not_multiply_here_is_refused(folder: Path) -> None:
+    class Elsewhere(Int8Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise NotImplementedError("needs a GPU\nwith a kernel")
+
+    with pytest.raises(ValueError, match=r"head \(Elsewhere\) that does not multiply on cpu: .* needs a GPU; leave"):
+        FrozenTarget(quantised(folder, Elsewhere))
+
+
+def test_quantised_embeddings_are_what_the_table_answers(folder: Path) -> None:
+    class Bytes(nn.Module):
+        def __init__(self, table: nn.Embedding) -> None:
+            super().__init__()
+            self.register_buffer("weight", (table.weight.detach() * 100).round().to(torch.int8))
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.weight[ids].double() / 100
+
+    model: Any = FrozenTarget.load(str(folder), dtype="float64").model
+    table = model.get_input_embeddings().weight.detach().clone()
+    model.set_input_embeddings(Bytes(model.get_input_embeddings()))
+    rows = FrozenTarget(model).embedding_rows()
+    assert rows.dtype == torch.float64 and torch.allclose(rows, table, atol=0.005 + 1e-9)
+
+
+def test_the_final_norm_is_found(target: FrozenTarget) -> None:
+    assert target.final_norm() is target.model.model.norm  # type: ignore[union-attr]

@@ -179,12 +179,12 @@ def test_a_non_finite_loss_stops_the_run_with_step_and_row_and_keeps_the_last_go
         return result
 
     monkeypatch.setattr(FrozenTarget, "outputs", poisoned)
-    recipe = write_recipe(tmp_path, target, rows, tmp_path / "run", train={"max_steps": 5})
+    recipe = write_recipe(tmp_path, target, rows, tmp_path / "run", train={"max_steps": 5, "max_bad_steps": 1})
     assert main([str(recipe)]) == 1
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert "step 3" in message and str(calls[2][0]) in message
     monkeypatch.undo()
-    kept = load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")
+    kept = load_file(tmp_path / "run" / "checkpoint-3" / "model.safetensors")
     good = weights(train(tmp_path / "good", target, rows, train={"max_steps": 5}))
     assert all(t.isfinite().all() for t in kept.values()) and kept.keys() == good.keys()
 

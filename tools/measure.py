@@ -4,17 +4,21 @@ torch is imported where it is needed, so that a parent that only starts processe
 """
 
 import ctypes
+import datetime
+import functools
 import gc
 import json
 import os
+import platform
 import resource
 import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -260,11 +264,37 @@ def _reason(code: int, lines: list[str]) -> str:
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Write at once or not at all, so that a bench that is stopped leaves its last complete results."""
+    """Write at once or not at all, so that a bench that is stopped leaves its last complete results.
+
+    Each object of a list also says on which machine, with which versions and on which day it was measured.
+    """
+    if isinstance(content, list):
+        content = [{**row, **_where_and_when()} for row in content]
     path = Path(path)
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(content, indent=1) + "\n", encoding="ascii")
     part.replace(path)
+
+
+@functools.cache
+def _where_and_when() -> dict[str, str]:
+    return {
+        "machine": f"{_processor()}, {len(os.sched_getaffinity(0))} cores",
+        "versions": ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers")),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _processor() -> str:
+    """The processor's name, behind the GPUs' where there are some."""
+    name = platform.machine()
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        name = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), name)
+    with suppress(OSError):  # not through torch, which the parent of a bench's processes does not import
+        asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        found = subprocess.run(asked, capture_output=True, text=True, check=False)
+        name = ", ".join([*found.stdout.split("\n")[:-1], name]) if found.returncode == 0 else name
+    return name
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

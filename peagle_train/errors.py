@@ -1,0 +1,13 @@
+"""Why a run stops that nobody made a mistake in; light, so that the command line can import it first."""
+
+
+class RunStopped(RuntimeError):
+    """The run had to stop: one line for a person, exit code 1. What was saved before is whole."""
+
+
+class NonFinite(RunStopped):
+    """Too many steps in a row had a loss or a gradient that is not finite; none of them was applied."""
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint's files are not what its manifest says: a user's decision, exit code 2."""

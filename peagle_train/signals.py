@@ -1,0 +1,70 @@
+"""Signals that a run answers between two steps: SIGTERM and SIGINT save and end it, SIGUSR1 saves and goes on."""
+
+import os
+import signal
+from types import FrameType
+from typing import Any
+
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
+class Signals:
+    """While entered, signals are remembered instead of acted on; a second SIGTERM or SIGINT ends the process at once.
+
+    A handler does nothing but set a flag: it may run in the middle of any Python line, a save included.
+    """
+
+    def __init__(self) -> None:
+        self.stop: str | None = None
+        """Name of the signal that asked for the end."""
+        self.save = False
+        """Somebody asked for a checkpoint; whoever makes one sets it back."""
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        try:
+            for number in STOPPING:
+                self._before[number] = signal.signal(number, self._on_stop)
+            self._before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._on_save)
+        except ValueError:  # not in the main thread, where Python has no handlers: signals do what they did
+            self._before = {}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _on_stop(self, number: int, _: FrameType | None) -> None:
+        if self.stop is not None:
+            os.write(2, b"peagle_train: a second signal: ending at once, nothing more is saved\n")
+            os._exit(128 + number)
+        self.stop = signal.Signals(number).name
+        # os.write, not print: a print that this very handler interrupted would raise
+        os.write(2, f"peagle_train: {self.stop}: ending behind this step; a second one ends at once\n".encode())
+
+    def _on_save(self, number: int, _: FrameType | None) -> None:
+        self.save = True
+
+
+def is_lost_worker(error: BaseException) -> bool:
+    """Whether an error says that a loader process is gone; not one that the data raised inside of one.
+
+    torch says so from a signal handler, anywhere in the run, unless reading what the process was about to hand over fails
+    first, with the error of a connection that was cut.
+    """
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    module = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
+    is_cut = isinstance(error, (OSError, EOFError))
+    is_cut &= module.startswith("multiprocessing.") or "in pin memory thread" in str(error)
+    return "DataLoader worker (pid" in str(error) or is_cut
+
+
+def leave_to_parent(worker_id: int) -> None:
+    """A loader process's `worker_init_fn`: signals to the whole group (a terminal's ^C, a scheduler's SIGTERM) must not
+    kill it under a parent that is still finishing its step. It ends when the parent says so, or is gone.
+    """
+    for number in (*STOPPING, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

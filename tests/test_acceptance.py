@@ -1,0 +1,321 @@
+"""From prompts to a report: checks of the text, sets and turns, the command line over files."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peagle_train.acceptance import TIE_TOLERANCE, Measurement, Settings
+from peagle_train.acceptance_report import ALL, checks, compare, describe_table, summarize
+from peagle_train.checkpoint import save_drafter
+from peagle_train.eval_prompts import Case, load_cases
+from peagle_train.generate import Decoded
+from peagle_train.prompts import Prompt
+from peagle_train.replay import Tally
+from peagle_train.target import FrozenTarget
+from peagle_train.verify import CachedTarget
+from tests.helpers import ROOT, make_draft, seeded
+from tests.test_generate import greedy_by_hand, tiny_draft
+from tests.tiny import MASK, VOCAB, write_recipe, write_rows
+from tests.tiny import make_target as make_llama
+
+sys.path.insert(0, str(ROOT / "tools"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture(scope="module")
+def llama(folder: Path) -> FrozenTarget:
+    return FrozenTarget.load(str(folder), dtype="float64")
+
+
+class Words:
+    """A tokenizer of numbers: "5 9" is the ids 5 and 9; a chat is its contents, each behind the token 1."""
+
+    chat_template = "as below"
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": [int(word) for word in text.split()]}
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return " ".join(map(str, ids))
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **options: Any) -> list[int]:
+        assert options == {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+        return [i for m in messages for i in [1, *map(int, m["content"].split())]]
+
+
+def cases(n: int, data_set: str = "first", seed: int = 0) -> list[Case]:
+    ids = torch.randint(0, MASK, (n, 6), generator=seeded(seed)).tolist()
+    return [Case(str(i), data_set, tuple(row)) for i, row in enumerate(ids)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_measurement_has_every_k_and_its_texts_are_the_targets(llama, temperature):
+    settings = Settings(num_slots=3, max_tokens=20, temperature=temperature)
+    measurement = Measurement(llama, [(tiny_draft(), 4), (tiny_draft(seed=8), 2)], settings)
+    results = measurement([*cases(3), *cases(2, "second", seed=1)])
+    summary = summarize(results, 0, seed=0)
+    assert list(summary) == ["first", "second", ALL]
+    assert [row["k"] for row in summary[ALL]["by_k"]] == [1, 2, 3, 4]
+    assert [len(rows) for rows in compare(results, seed=0).values()] == [2, 2, 2]
+    found = checks(results)
+    if temperature == 0:
+        assert found["texts"] == {"same": 5, "tie": 0, "bug": 0, "none": 0} and not found["replays_that_differ"]
+        for result in results:
+            prompt = next(
+                c.ids
+                for c in [*cases(3), *cases(2, "second", seed=1)]
+                if (c.id, c.data_set) == (result.id, result.data_set)
+            )
+            assert result.tokens == greedy_by_hand(llama, prompt, 20)
+            assert result.run == result.drafted[0].by_k[2]
+    else:
+        assert found["texts"]["none"] == 5
+    for row in summary[ALL]["by_k"]:
+        # the length is 1 plus what its positions say, as no text ended
+        assert row["accepted_length"] == pytest.approx(1 + sum(row["accepted_by_position"]))
+    assert len(describe_table(summary).splitlines()) == 1 + 3 * 4
+
+
+def test_a_prompts_figures_do_not_depend_on_the_others(llama):
+    settings = Settings(num_slots=3, max_tokens=12, temperature=1.0)
+    alone = Measurement(llama, [(tiny_draft(), 3)], settings)(cases(4)[2:3])
+    among = Measurement(llama, [(tiny_draft(), 3)], settings)(cases(4))
+    assert replace(alone[0], number=3) == among[2] and alone[0].tokens != among[1].tokens
+
+
+def test_figures_by_hand():
+    from peagle_train.acceptance import Drafted, Result
+
+    def result(id: str, plain: Tally, apart: Tally, tokens: int) -> Result:
+        drafted = [Drafted([(plain, apart)], [3.0], [4])]
+        return Result(ord(id), id, "set", 0, 5, [0] * tokens, 2, False, (plain, apart), drafted, {"verdict": "same"})
+
+    rows = [
+        result("a", Tally(4.0, 6.0, (2.0,)), Tally(1.0, 2.0, (1.0,)), 9),
+        result("b", Tally(6.0, 7.0, (1.0,)), Tally(0.0, 0.0, (0.0,)), 8),
+    ]
+    figures = summarize(rows, 0, seed=0)["set"]
+    row = figures["by_k"][0]
+    assert row["accepted_length"] == 13 / 10 and row["accepted_by_position"] == [0.3]
+    assert row["with_repetition"]["accepted_length"] == 15 / 11 and row["in_repetition"]["accepted_length"] == 2
+    assert row["tokens_per_target_pass"] == 17 / (11 + 2)
+    assert row["interval"][0] >= 7 / 6 and row["interval"][1] <= 6 / 4
+    assert figures["teacher_forced_accuracy"] == [0.75] and row["expected_from_teacher_forcing"] == 1.75
+    assert row["expected_in_training"] is None
+
+
+def test_turns_are_asked_one_after_the_other_with_the_targets_own_answers(llama):
+    chat = Prompt("q", (({"role": "user", "content": "3 4"},), ({"role": "user", "content": "8"},)), (None, None))
+    measurement = Measurement(llama, [(tiny_draft(), 2)], Settings(num_slots=2, max_tokens=5), tokenizer=Words())
+    first, second = measurement([Case("q", "chats", chat=chat)])
+    assert first.tokens == greedy_by_hand(llama, [1, 3, 4], 5)
+    assert second.tokens == greedy_by_hand(llama, [1, 3, 4, 1, *first.tokens, 1, 8], 5)
+    figures = summarize([first, second], 0, seed=0)["chats"]
+    assert (figures["prompts"], figures["turns"]) == (1, 2) and figures["by_k"][0]["interval"] is None
+
+
+def test_a_prompt_that_does_not_fit_is_counted_and_left_out(llama):
+    long = Case("long", "first", tuple([5] * 250))
+    measurement = Measurement(llama, [(tiny_draft(), 2)], Settings(num_slots=2, max_tokens=8))
+    results = measurement([long, *cases(1)])
+    assert [r.id for r in results] == ["0"]
+    assert list(measurement.left_out.values()) == [1] and "256 positions" in next(iter(measurement.left_out))
+
+
+def test_an_end_token_ends_the_text_and_its_passes(llama):
+    prompt = cases(1)[0].ids
+    own = greedy_by_hand(llama, prompt, 12)
+    eos = frozenset([own[7]])
+    end = own.index(own[7]) + 1
+    measurement = Measurement(llama, [(tiny_draft(), 3)], Settings(num_slots=3, max_tokens=12), eos=eos)
+    result = measurement(cases(1))[0]
+    assert result.tokens == own[:end] and result.ended and result.check == {"verdict": "same"}
+    assert sum(t.tokens for t in result.run) == end - 1
+
+
+def test_a_text_that_parts_from_the_targets_is_a_tie_only_between_close_logits(llama):
+    measurement = Measurement(llama, [(tiny_draft(), 2)], Settings(num_slots=2))
+    prompt = [3, 1, 4]
+    own = greedy_by_hand(llama, prompt, 4)
+    other = [*own[:2], (own[2] + 1) % VOCAB, own[3]]
+    decoded = Decoded(prompt, other, [1.0] * 4)
+    found = measurement.compare(decoded, own, other)
+    with torch.no_grad():
+        logits = llama.model(torch.tensor([prompt + own[:2]])).logits[0, -1]
+    gap = float(logits[own[2]] - logits[other[2]])
+    assert found["verdict"] == "bug" and found["at"] == 2 and found["gap"] == pytest.approx(gap)
+    assert gap > 2 * TIE_TOLERANCE[torch.float64]
+    head = llama.head.weight.data
+    kept = head[other[2]].clone()
+    head[other[2]] = head[own[2]]  # two tokens with one logit
+    try:
+        assert measurement.compare(decoded, own, other)["verdict"] == "tie"
+    finally:
+        head[other[2]] = kept
+    assert measurement.compare(decoded, own, own[:3]) == {"verdict": "bug", "at": 3}
+
+
+def test_a_broken_cache_is_found_as_a_bug(llama, monkeypatch):
+    """Were rejected tokens left in the cache, the report would say so."""
+    monkeypatch.setattr(CachedTarget, "crop", lambda self, length: setattr(self, "length", length))
+    measurement = Measurement(llama, [(tiny_draft(), 3)], Settings(num_slots=3, max_tokens=20))
+    assert checks(measurement(cases(2)))["texts"]["bug"] == 2
+
+
+def test_a_drafter_of_another_target_is_refused(llama):
+    with pytest.raises(ValueError, match="give the target that it was trained for"):
+        Measurement(llama, [(make_draft(), 2)], Settings(num_slots=2))
+
+
+# prompts
+
+
+def test_rows_of_text_are_taken_as_they_are_and_chats_through_the_template(tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "5 6"}\n\n{"text": "7"}\n')
+    found, said = load_cases(str(texts), Words())
+    assert [(c.id, c.data_set, c.prompt_ids([], None)) for c in found] == [
+        ("1", "texts.jsonl", [5, 6]),
+        ("2", "texts.jsonl", [7]),
+    ]
+    assert said == ["texts.jsonl: 2 texts"]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text('{"prompt": "5 6"}\n{"prompt": "7"}\n')
+    found, _ = load_cases(str(chats), Words(), limit=1)
+    assert [c.prompt_ids([], Words()) for c in found] == [[1, 5, 6]]
+    found, _ = load_cases(str(chats), Words(), plain=True)
+    assert [c.prompt_ids([], None) for c in found] == [[5, 6], [7]]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"text": "5"}\n{"txt": "6"}\n', "line 2"),
+        ('{"text": "5"}\n{"text": 6}\n', "line 2"),
+        ('{"text": "5"}\n{"text"\n', "line 2"),
+        ("", "no prompt"),
+    ],
+)
+def test_broken_rows_of_text_are_told_by_line(tmp_path, content, message):
+    path = tmp_path / "texts.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_cases(str(path), Words())
+
+
+def test_stdlib_prompts_are_held_out_seeded_and_from_the_recipes_own_split(monkeypatch):
+    from peagle_train import eval_prompts
+    from peagle_train.data import split_train_eval
+    from peagle_train.recipe import Data
+    from peagle_train.sources import Document
+
+    class Recipe:
+        data = Data(sources=["stdlib"], eval_fraction=0.3)
+
+    def document(i: int) -> Document:
+        ids = torch.randint(0, MASK, (10 + i,), generator=seeded(i))
+        return Document(ids, torch.ones_like(ids).byte(), f"stdlib/{i}.py", f"{i * 2654435761 % 2**32:08x}" * 8)
+
+    documents = [document(i) for i in range(60)]
+    monkeypatch.setattr(eval_prompts, "load_documents", lambda *_, **__: (documents, None))
+    held_out = {d.name: d.input_ids.tolist() for d in split_train_eval(documents, 0.3)[1]}
+    options: dict[str, Any] = {"recipe": Recipe, "prompt_tokens": 16, "vocab_size": VOCAB}
+    found, said = load_cases("stdlib", Words(), **options)
+    assert {f"stdlib/{c.id}" for c in found} == {name for name, ids in held_out.items() if len(ids) > 16}
+    assert 0 < len(found) < len(held_out) and "are shorter" in said[0]
+    starts = set()
+    for case in found:
+        ids = held_out[f"stdlib/{case.id}"]
+        places = [i for i in range(len(ids) - 16) if tuple(ids[i : i + 16]) == case.ids]
+        assert places, "a piece of the document with something behind it"
+        starts.add(places[0])
+    assert len(starts) > 3
+    assert load_cases("stdlib", Words(), **options)[0] == found
+    assert {c.id: c for c in load_cases("stdlib", Words(), **options, seed=1)[0]} != {c.id: c for c in found}
+    assert load_cases("stdlib", Words(), **options, limit=2)[0] == found[:2]
+    Recipe.data = Data(sources=["stdlib"], eval_fraction=0.0)
+    with pytest.raises(ValueError, match="eval_fraction"):
+        load_cases("stdlib", Words(), **options)
+
+
+# the command line
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two drafters, as a run leaves them, and a file of prompts."""
+    from peagle_train.recipe import dump_recipe, load_recipe
+
+    root = tmp_path_factory.mktemp("runs")
+    rows = write_rows(root / "rows.jsonl", [20, 30])
+    recipe = dump_recipe(load_recipe(write_recipe(root, folder, rows, root / "first")))
+    for name, seed in (("first", 7), ("second", 8)):
+        draft = tiny_draft(torch.float32, seed)
+        draft.config.eagle_aux_hidden_state_layer_ids = [2, 3, 4]
+        (root / name).mkdir()
+        save_drafter(root / name / "final", draft.config, draft.state_dict(), {"recipe.yaml": recipe})
+        summary = {"state": "finished", "drafter": "final", "after": {"accuracy": [0.25, 0.5, 0.0, 0.0]}}
+        (root / name / "run.json").write_text(json.dumps(summary))
+    return root
+
+
+def test_the_tool_measures_two_drafters_and_writes_everything(runs, monkeypatch, capsys):
+    import evaluate
+
+    from peagle_train import acceptance_run
+
+    monkeypatch.setattr(acceptance_run, "_tokenizer", lambda *_: Words())
+    (runs / "texts.jsonl").write_text("".join(f'{{"text": "{i} {i + 7} {i + 2}"}}\n' for i in range(4)))
+    arguments = [str(runs / "first" / "final"), "--prompts", str(runs / "texts.jsonl"), "--max-tokens", "9", "--k", "3"]
+    arguments += ["--compare", str(runs / "second" / "final"), "--json", str(runs / "out.json"), "--dtype", "float64"]
+    assert evaluate.main(arguments) == 0
+    text = capsys.readouterr().out
+    report = json.loads((runs / "out.json").read_text())
+    assert report["checks"]["texts"] == {"same": 4, "tie": 0, "bug": 0, "none": 0}
+    assert [f["texts.jsonl"]["by_k"][-1]["k"] for f in report["figures"]] == [4, 4], "the recipe's num_depths"
+    in_training = [row["expected_in_training"] for row in report["figures"][1]["texts.jsonl"]["by_k"]]
+    assert in_training == [1.25, 1.375, 1.375, 1.375] and len(report["difference"]["texts.jsonl"]) == 4
+    assert "texts: 4 are the target's own" in text and "1.375" in text
+    assert len(report["turns"]) == 4 and len(report["turns"][0]["tokens"]) == 9
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (["--k", "0"], "--k is 0"),
+        (["--temperature", "-1"], "--temperature is -1"),
+        (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--prompts", "stdlib"], "eval_fraction"),
+        (["--target", "/nowhere"], "/nowhere"),
+        (["--prompts", "TEXTS", "TEXTS"], "two of --prompts are called"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(runs, monkeypatch, capsys, changes, message):
+    import evaluate
+
+    from peagle_train import acceptance_run
+
+    monkeypatch.setattr(acceptance_run, "_tokenizer", lambda *_: Words())
+    (runs / "texts.jsonl").write_text('{"text": "5"}')
+    changes = [str(runs / "texts.jsonl") if word == "TEXTS" else word for word in changes]
+    assert evaluate.main([str(runs / "first" / "final"), "--prompts", "humaneval", *changes]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
+
+
+def test_help_answers_without_torch():
+    import subprocess
+
+    code = "import sys; sys.argv = ['x', '--help']; sys.path.insert(0, 'tools')\n"
+    code += "try:\n    import evaluate; evaluate.main()\n"
+    code += "except SystemExit:\n    sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0

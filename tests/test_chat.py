@@ -1,0 +1,463 @@
+"""Chats in tokens: what is learned, typed out token by token, for templates of the shapes that models have."""
+
+import json
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from peagle_train.bad_row import BadRow
+from peagle_train.chat import ChatEncoder
+from peagle_train.messages import messages_of
+from tests import chats
+from tests.chats import chat, encode, encoder, make_tokenizer, marked_mask, readable, stock
+
+SEA = chat("system: You are short.", "user: What colour is the sea?", "assistant: Blue.")
+GRASS = chat(*(f"{m['role']}: {m['content']}" for m in SEA["messages"]), "user: And the grass?", "assistant: Green.")
+CALL = {"name": "weather", "arguments": {"city": "Oslo"}}
+WEATHER = {
+    "tools": [{"type": "function", "function": {"name": "weather", "parameters": {}}}],
+    "messages": [
+        {"role": "user", "content": "What weather is today in Oslo?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning": "Thinking about it.",
+            "tool_calls": [{"type": "function", "id": "1", "function": {**CALL, "arguments": '{"city": "Oslo"}'}}],
+        },
+        {"role": "tool", "tool_call_id": "1", "content": "Rain, 3 degrees"},
+        {"role": "assistant", "content": "Rain today.", "reasoning": "3 degrees"},
+    ],
+}
+THOUGHTFUL = {
+    "messages": [
+        {"role": "user", "content": "What colour is the sea?"},
+        {"role": "assistant", "reasoning_content": "Light", "content": "Blue."},
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "reasoning_content": "Thinking more", "content": "Light."},
+    ],
+}
+
+
+def test_chatml() -> None:
+    encoded = encode(chats.CHATML, GRASS)
+    assert readable(encoded) == (
+        r"<|im_start|> system \n You _are _short . <|im_end|> \n "
+        r"<|im_start|> user \n What _colour _is _the _sea ? <|im_end|> \n "
+        r"<|im_start|> assistant \n [Blue] [.] [<|im_end|>] \n "
+        r"<|im_start|> user \n And _the _grass ? <|im_end|> \n "
+        r"<|im_start|> assistant \n [Green] [.] [<|im_end|>] \n"
+    )
+    assert encoded.counts == {} and not encoded.last_turn_only
+
+
+def test_llama_3() -> None:
+    encoded = encode(chats.LLAMA3, GRASS)
+    assert readable(encoded) == (
+        r"<|begin|> <|head|> system <|/head|> \n \n You _are _short . <|eot|> "
+        r"<|head|> user <|/head|> \n \n What _colour _is _the _sea ? <|eot|> "
+        r"<|head|> assistant <|/head|> \n \n [Blue] [.] [<|eot|>] "
+        r"<|head|> user <|/head|> \n \n And _the _grass ? <|eot|> "
+        r"<|head|> assistant <|/head|> \n \n [Green] [.] [<|eot|>]"
+    )
+    assert encoded.counts == {}
+
+
+def test_gemma() -> None:
+    encoded = encode(chats.GEMMA, GRASS)
+    assert readable(encoded) == (
+        r"<bos> <start_of_turn> user \n You _are _short . \n \n What _colour _is _the _sea ? <end_of_turn> \n "
+        r"<start_of_turn> model \n [Blue] [.] [<end_of_turn>] \n "
+        r"<start_of_turn> user \n And _the _grass ? <end_of_turn> \n "
+        r"<start_of_turn> model \n [Green] [.] [<end_of_turn>] \n"
+    )
+    assert encoded.counts == {}
+
+
+def test_a_template_without_headers_and_a_turn_that_begins_with_a_space() -> None:
+    encoded = encode(chats.PLAIN, chat("user: Hello", "assistant: Hi", "user: Bye", "assistant: Bye"))
+    assert readable(encoded) == "user : _Hello _assistant : [_Hi] [</s>] user : _Bye _assistant : [_Bye] [</s>]"
+    assert encoded.counts == {}
+
+
+def test_a_reasoning_template_drops_earlier_thoughts_so_the_last_turn_is_learned_with_its_own() -> None:
+    encoded = encode(chats.REASONING, THOUGHTFUL)
+    assert readable(encoded) == (
+        r"<|im_start|> user \n What _colour _is _the _sea ? <|im_end|> \n "
+        r"<|im_start|> assistant \n Blue . <|im_end|> \n "
+        r"<|im_start|> user \n Why ? <|im_end|> \n "
+        r"<|im_start|> assistant \n "
+        r"[<think>] [\n] [Thinking] [_more] [\n] [</think>] [\n] [\n] [Light] [.] [<|im_end|>] \n"
+    )
+    assert encoded.last_turn_only
+    assert encoded.counts == {"turns rewritten by the template, not learned": 1}
+
+
+def test_thoughts_that_the_generation_prompt_opens_and_closes_are_prompt() -> None:
+    row = chat("user: Why?", "assistant: Light.")
+    encoded = encode(chats.REASONING, row, template_kwargs={"enable_thinking": False})
+    assert readable(encoded) == (
+        r"<|im_start|> user \n Why ? <|im_end|> \n "
+        r"<|im_start|> assistant \n <think> \n\n </think> \n \n [Light] [.] [<|im_end|>] \n"
+    )
+    # As the row's own variable, too; and without it the target generates the marks itself.
+    own = {**row, "chat_template_kwargs": {"enable_thinking": False}}
+    assert encode(chats.REASONING, own).loss_mask == encoded.loss_mask
+    assert r"assistant \n [<think>] [\n\n] [</think>] [\n] [\n] [Light]" in readable(encode(chats.REASONING, row))
+
+
+def test_tool_calls_are_learned_and_tool_results_are_not_with_the_thoughts_of_every_step() -> None:
+    encoded = encode(chats.REASONING, WEATHER)
+    found = readable(encoded)
+    tools, found = found.split(r" <|im_end|> \n ", 1)
+    assert tools.startswith(r"<|im_start|> system \n { ") and "[" not in tools
+    assert found == (
+        r"<|im_start|> user \n What _weather _is _today _in _Oslo ? <|im_end|> \n "
+        r"<|im_start|> assistant \n [<think>] [\n] [Thinking] [_about] [_it] [.] [\n] [</think>] [\n\n] "
+        r'[<tool_call>] [\n] [{] ["] [name] ["] [:] [_] ["] [weather] ["] [,] [_] ["] [arguments] ["] [:] [_] '
+        r'[{] ["] [city] ["] [:] [_] ["] [Oslo] ["] [}] [}] [\n] [</tool_call>] [<|im_end|>] \n '
+        r"<|im_start|> user \n Rain , _3 _degrees <|im_end|> \n "
+        r"<|im_start|> assistant \n [<think>] [\n] [3] [_degrees] [\n] [</think>] [\n] [\n] "
+        r"[Rain] [_today] [.] [<|im_end|>] \n"
+    )
+    assert encoded.counts == {}
+
+
+BLANKS = chat("user: Hello", "assistant:  Hi \n\n", "user: Bye ", "assistant: \n Bye", "user: So?", "assistant: So\n")
+BORDER = "tokens across the border of a turn, not learned"
+REWRITTEN = "turns rewritten by the template, not learned"
+ORACLE_ROWS = [
+    SEA,
+    GRASS,
+    THOUGHTFUL,
+    WEATHER,
+    BLANKS,
+    chat("system: ", "user: Hello", "assistant: Hi"),
+    chat("user: \u00e9t\u00e9 \U0001f600 \u4f60\u597d", "assistant: \u4f60\u597d, \U0001f600\u00e9"),
+]
+
+
+@pytest.mark.parametrize("row", ORACLE_ROWS)
+@pytest.mark.parametrize("name", ["CHATML", "LLAMA3", "GEMMA", "TOOLS", "PLAIN"])
+def test_masks_are_those_of_the_same_template_with_marks(name: str, row: dict[str, Any]) -> None:
+    template = getattr(chats, name)
+    tokenizer = make_tokenizer(trim_offsets=False)
+    try:
+        encoded = encode(template, row, tokenizer)
+    except BadRow as error:
+        assert error.reason in ("template failed", "template reads no tool calls"), "only what a template cannot hold"
+        assert row is WEATHER
+        return
+    ids, mask = marked_mask(template, row, tokenizer)
+    assert encoded.input_ids == ids
+    # transformers also marks a token that begins in the prompt and ends in the answer; we do not, and count it.
+    differences = [(ours, theirs) for ours, theirs in zip(encoded.loss_mask, mask) if ours != theirs]
+    assert differences == [(0, 1)] * encoded.counts.get(BORDER, 0)
+    assert bool(differences) == (row is BLANKS and name in ("CHATML", "TOOLS"))
+
+
+@pytest.mark.parametrize("row", [THOUGHTFUL, WEATHER])
+def test_behind_the_last_user_the_mask_of_a_reasoning_template_is_that_of_its_marks(row: dict[str, Any]) -> None:
+    ids, mask = marked_mask(chats.REASONING, row)
+    encoded = encode(chats.REASONING, row)
+    assert encoded.input_ids == ids
+    begin = min(i for i, bit in enumerate(encoded.loss_mask) if bit)
+    assert encoded.loss_mask[begin:] == mask[begin:]
+    assert (1 in mask[:begin]) == encoded.last_turn_only
+
+
+def test_offsets_that_leave_out_the_leading_space_change_nothing() -> None:
+    for row in ORACLE_ROWS[:3]:
+        for template in (chats.CHATML, chats.PLAIN):
+            plain, trimmed = (encode(template, row, make_tokenizer(trim_offsets=trim)) for trim in (False, True))
+            assert plain == trimmed
+
+
+def test_ids_are_those_of_the_serving_path() -> None:
+    for row in ORACLE_ROWS:
+        for template in (chats.CHATML, chats.LLAMA3, chats.REASONING, chats.CHAT_END, chats.LAST_END):
+            try:
+                ids = encode(template, row).input_ids
+            except BadRow as error:
+                assert error.reason == "template reads no tool calls"
+                continue
+            conversation = messages_of(row)
+            assert ids == make_tokenizer().apply_chat_template(
+                conversation.messages,
+                tools=conversation.tools,
+                chat_template=stock(template),
+                return_dict=False,
+            )
+
+
+def test_a_token_behind_the_whole_chat_that_no_earlier_turn_has_is_not_learned() -> None:
+    assert readable(encode(chats.CHAT_END, chat("user: Hello", "assistant: Hi"))) == (
+        r"<|im_start|> user \n Hello <|im_end|> \n <|im_start|> assistant \n [Hi] [<|im_end|>] \n <|endoftext|>"
+    )
+    two = encode(chats.CHAT_END, GRASS)
+    assert (sum(two.loss_mask), two.counts) == (6, {})
+
+
+def test_end_tokens_that_differ_in_the_last_turn_leave_the_earlier_turns_learned_but_for_their_end() -> None:
+    encoded = encode(chats.LAST_END, chat("user: Hello", "assistant: Hi", "user: Bye", "assistant: Bye"))
+    assert readable(encoded) == (
+        "<|im_start|> user <|channel|> Hello <|im_end|> <|im_start|> assistant <|channel|> [Hi] <|im_end|> "
+        "<|im_start|> user <|channel|> Bye <|im_end|> <|im_start|> assistant <|channel|> [Bye] [<|return|>]"
+    )
+    assert encoded.counts == {"turns without an end-of-turn token": 1}
+
+
+def test_an_end_token_that_takes_the_newline_behind_it_along_is_learned_with_it() -> None:
+    tokenizer = make_tokenizer(stripping=True)
+    row, behind = chat("user: Hello", "assistant: Hi"), {"CHATML": "", "CHAT_END": " <|endoftext|>"}
+    for name, end in behind.items():
+        encoded = encode(getattr(chats, name), row, tokenizer)
+        # No newline of its own behind <|im_end|>: it is part of that token, whose text shows none.
+        assert readable(encoded, tokenizer) == (
+            r"<|im_start|> user \n Hello <|im_end|> <|im_start|> assistant \n [Hi] [<|im_end|>]" + end
+        )
+
+
+def test_refuse_takes_no_chat_that_the_template_rewrites() -> None:
+    with pytest.raises(BadRow, match="the template rewrites message 1 once others follow") as error:
+        encode(chats.REASONING, THOUGHTFUL, on_rewrite="refuse")
+    assert error.value.reason == "prefix is not a prefix"
+    assert encode(chats.REASONING, WEATHER, on_rewrite="refuse") == encode(chats.REASONING, WEATHER)
+
+
+def test_a_template_that_drops_the_thoughts_of_the_last_turn_too_takes_no_chat() -> None:
+    # The generation prompt opens thoughts that the rendered turn does not have.
+    template = chats.CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    for on_rewrite in ("last_turn", "refuse"):
+        with pytest.raises(BadRow, match="does it drop thoughts") as error:
+            encode(template, SEA, on_rewrite=on_rewrite)
+        assert error.value.reason == "prefix is not a prefix"
+
+
+def test_last_turn_means_the_steps_of_the_assistant_behind_the_last_user() -> None:
+    both = {"tools": WEATHER["tools"], "messages": THOUGHTFUL["messages"] + WEATHER["messages"]}
+    alone, encoded = encode(chats.REASONING, WEATHER), encode(chats.REASONING, both)
+    assert encoded.counts == {REWRITTEN: 2}
+    assert sum(encoded.loss_mask) == sum(alone.loss_mask)
+    steps = sum(alone.loss_mask) + len(alone.loss_mask) - alone.loss_mask.index(1) - sum(alone.loss_mask)
+    assert encoded.loss_mask[-steps:] == alone.loss_mask[-steps:]
+
+
+def test_a_chat_that_the_assistant_opens_is_learned_from_its_second_turn() -> None:
+    encoded = encode(chats.CHATML, chat("assistant: Hello", "user: Hi", "assistant: Bye"))
+    assert readable(encoded) == (
+        r"<|im_start|> assistant \n Hello <|im_end|> \n <|im_start|> user \n Hi <|im_end|> \n "
+        r"<|im_start|> assistant \n [Bye] [<|im_end|>] \n"
+    )
+    assert encoded.counts == {"turns that open a chat, not learned": 1}
+    with pytest.raises(BadRow) as error:
+        encode(chats.CHATML, chat("assistant: Hello"))
+    assert error.value.reason == "no supervised token"
+
+
+def test_a_system_prompt_alone_is_a_prompt() -> None:
+    encoded = encode(chats.CHATML, chat("system: Be brief", "assistant: Hi"))
+    assert readable(encoded).endswith(r"<|im_start|> assistant \n [Hi] [<|im_end|>] \n")
+
+
+def test_two_turns_of_the_assistant_in_a_row_are_both_learned() -> None:
+    encoded = encode(chats.CHATML, chat("user: Hi", "assistant: Hello", "assistant: Bye"))
+    assert readable(encoded).endswith(
+        r"<|im_start|> assistant \n [Hello] [<|im_end|>] \n <|im_start|> assistant \n [Bye] [<|im_end|>] \n"
+    )
+    with pytest.raises(BadRow, match="TemplateError: Roles must alternate") as error:
+        encode(chats.GEMMA, chat("user: Hi", "assistant: Hello", "assistant: Bye"))
+    assert error.value.reason == "template failed"
+
+
+def test_an_empty_system_prompt_is_rendered_as_it_is() -> None:
+    encoded = encode(chats.CHATML, chat("system: ", "user: Hi", "assistant: Bye"))
+    assert readable(encoded).startswith(r"<|im_start|> system \n <|im_end|> \n <|im_start|> user")
+    assert encoded.counts == {}
+
+
+def test_messages_behind_the_last_learned_one_are_left_out_and_counted() -> None:
+    row = {"messages": SEA["messages"] + chat("user: Why?", "assistant: Light.")["messages"]}
+    row["messages"][-1]["weight"] = 0
+    encoded = encode(chats.CHATML, row)
+    assert encoded.input_ids == encode(chats.CHATML, SEA).input_ids
+    assert encoded.counts == {"messages behind the last learned one, left out": 2}
+    # Or else the user's last word would make the template drop the thoughts of the answer before it.
+    row = {"messages": THOUGHTFUL["messages"][:3]}
+    assert "[Light] [\\n] [</think>] [\\n] [\\n] [Blue]" in readable(encode(chats.REASONING, row))
+
+
+def test_messages_of_weight_0_and_prompts_are_context() -> None:
+    row = chat("user: Hi", "assistant: Hello", "user: So?", "assistant: Bye")
+    row["messages"][1]["weight"], row["messages"][3]["weight"] = 0, 1
+    weighted = encode(chats.CHATML, row)
+    assert readable(weighted) == (
+        r"<|im_start|> user \n Hi <|im_end|> \n <|im_start|> assistant \n Hello <|im_end|> \n "
+        r"<|im_start|> user \n S o ? <|im_end|> \n <|im_start|> assistant \n [Bye] [<|im_end|>] \n"
+    )
+    plain = chat("user: Hi", "assistant: Hello", "user: So?", "assistant: Bye")["messages"]
+    assert encode(chats.CHATML, {"prompt": plain[:3], "completion": plain[3:]}) == weighted
+
+
+def test_a_prompt_and_a_completion_in_strings_get_bos_and_eos_and_no_template() -> None:
+    tokenizer = make_tokenizer()
+    encoded = encode(chats.CHATML, {"prompt": "What colour is the sea?", "completion": " Blue."})
+    assert readable(encoded) == "What _colour _is _the _sea ? [_Blue] [.] [<|endoftext|>]"
+    closed = {"prompt": "What colour is the sea?", "completion": " Blue.<|endoftext|>"}
+    assert encode(chats.CHATML, closed).input_ids == encoded.input_ids
+    with_bos = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
+    bos = [("<bos>", with_bos.convert_tokens_to_ids("<bos>"))]
+    with_bos.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=bos)
+    encoded = encode(chats.CHATML, {"prompt": "Hello", "completion": " Bye"}, with_bos)
+    assert readable(encoded, with_bos) == "<bos> Hello [_Bye] [</s>]"
+    with pytest.raises(BadRow) as error:
+        encode(chats.CHATML, {"prompt": "Hel", "completion": "lo"}, make_tokenizer_without_eos())
+    assert error.value.reason == "no supervised token", "Hello is one token, which straddles the border"
+
+
+def make_tokenizer_without_eos() -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=make_tokenizer().backend_tokenizer)
+
+
+def test_a_special_token_in_a_text_is_what_it_is_to_a_server_and_is_counted() -> None:
+    row = chat("user: Hi<|im_end|>", "assistant: Hello<|eot|>Bye</think>")
+    encoded = encode(chats.CHATML, row)
+    assert readable(encoded) == (
+        r"<|im_start|> user \n Hi <|im_end|> <|im_end|> \n "
+        r"<|im_start|> assistant \n [Hello] [<|eot|>] [Bye] [</think>] [<|im_end|>] \n"
+    )
+    assert encoded.counts == {"special tokens spelt out in texts": 2}
+
+
+def test_a_prompt_that_runs_into_the_answer_within_a_token_is_counted() -> None:
+    encoded = encode(chats.CHATML, chat("user: Hi", "assistant: \n\nBye"))
+    assert r"assistant \n\n [\n] [Bye]" in readable(encoded)
+    assert encoded.counts == {BORDER: 1}
+
+
+def test_what_the_template_leaves_out_is_counted() -> None:
+    silent = "{% for m in messages %}{% if m.role in ('user', 'assistant') %}" + stock(chats.CHATML).replace(
+        "{% for m in messages %}", ""
+    ).replace("{% endfor %}", "{% endif %}{% endfor %}")
+    row = {"messages": chat("system: You are short.", "user: Hi", "assistant: Bye")["messages"]}
+    row["tools"] = [{"type": "function", "function": {"name": "weather"}}]
+    row["messages"][2]["thinking"] = "Thinking about it"
+    assert encode(silent, row).counts == {
+        "texts that the template changes or leaves out": 1,
+        "thoughts of the last turn that the template leaves out": 1,
+        "rows whose tools the template leaves out": 1,
+    }
+    with pytest.raises(BadRow) as error:
+        encode(chats.CHATML, WEATHER)
+    assert error.value.reason == "template reads no tool calls"
+
+
+def test_parts_of_content_are_joined_by_a_newline_where_the_template_takes_text_alone() -> None:
+    row = chat("user: Hi", "assistant: Bye")
+    row["messages"][0]["content"] = [{"type": "text", "text": "Hello"}, {"type": "text", "text": "Hi"}]
+    assert (
+        encode(chats.CHATML, row).input_ids == encode(chats.CHATML, chat("user: Hello\nHi", "assistant: Bye")).input_ids
+    )
+    lists = stock(chats.CHATML).replace("{{ m.content }}", "{% for c in m.content %}{{ c.text }}{% endfor %}")
+    assert encode(lists, row).input_ids == encode(chats.CHATML, chat("user: HelloHi", "assistant: Bye")).input_ids
+    both = stock(chats.CHATML).replace(
+        "{{ m.content }}",
+        "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endif %}",
+    )
+    assert encode(both, row).input_ids == encode(lists, row).input_ids
+
+
+def test_a_chat_of_200_turns_is_learned_from_in_every_turn() -> None:
+    turns = [f"{('user', 'assistant')[i % 2]}: Hello {i}" for i in range(400)]
+    encoded = encode(chats.CHATML, chat(*turns))
+    text = readable(encoded)
+    assert text.count(r"assistant \n [Hello]") == 200 == text.count("[<|im_end|>]")
+    first = encode(chats.CHATML, chat(*turns[:2]))
+    assert encoded.loss_mask[: len(first.loss_mask)] == first.loss_mask
+
+
+@pytest.mark.slow
+def test_a_text_of_ten_megabytes_is_encoded() -> None:
+    encoded = encode(chats.CHATML, chat("user: " + "Hello sea " * 1_000_000, "assistant: " + "\n" * 100_000 + "Bye"))
+    assert sum(encoded.loss_mask) > 1000 and len(encoded.input_ids) > 2_000_000
+    assert encode(chats.CHATML, chat("user: Hi", "assistant: " + "y" * 1_000_000)).counts == {}
+
+
+@pytest.mark.parametrize(
+    ("template", "options", "message"),
+    [
+        (None, {}, "has no chat template: set data.chat_template to a .jinja file"),
+        ("{% for", {}, "the chat template cannot render a user's message (TemplateSyntaxError"),
+        ("{{ messages[0].role }}", {}, "what the user says is not in it"),
+        ("{{ messages[0].content }}", {}, "cannot render an assistant's message (what the assistant says"),
+        ("{{ raise_exception('no') }}", {}, "(TemplateError: no): set data.chat_template"),
+        (stock(chats.CHATML), {"template_kwargs": {"tools": []}}, "data.template_kwargs cannot set tools"),
+        (stock(chats.CHATML), {"on_rewrite": "guess"}, "on_rewrite is 'guess'; give last_turn or refuse"),
+    ],
+)
+def test_a_template_that_cannot_work_is_one_line_at_the_start(template: Any, options: Any, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        ChatEncoder(make_tokenizer(), template, **options)
+    assert message in str(error.value) and "\n" not in str(error.value) and not isinstance(error.value, BadRow)
+
+
+def test_chats_take_a_fast_tokenizer() -> None:
+    with pytest.raises(ValueError, match=r"and target\.path has none"):
+        ChatEncoder(None)
+    with pytest.raises(ValueError, match="chats take a fast tokenizer"):
+        ChatEncoder(SimpleNamespace(is_fast=False, chat_template="x"))
+
+
+def test_the_recipe_names_template_file_variables_and_what_to_do_on_a_rewrite(tmp_path: Path) -> None:
+    file = tmp_path / "t.jinja"
+    file.write_text(stock(chats.REASONING))
+    data = SimpleNamespace(chat_template=str(file), template_kwargs={"enable_thinking": False}, on_rewrite="refuse")
+    made = ChatEncoder.from_recipe(data, make_tokenizer())
+    same = encoder(chats.REASONING, template_kwargs={"enable_thinking": False}, on_rewrite="refuse")
+    assert made.fingerprint == same.fingerprint
+    for text, message in ((None, "cannot read"), ("\n", "is empty")):
+        file.unlink() if text is None else file.write_text(text)
+        with pytest.raises(ValueError, match=f"data.chat_template: .*{message}"):
+            ChatEncoder.from_recipe(data, make_tokenizer())
+
+
+def test_the_fingerprint_is_of_all_that_decides_and_of_nothing_else() -> None:
+    own = make_tokenizer_without_eos()
+    own.chat_template = stock(chats.CHATML)
+    more = make_tokenizer_without_eos()
+    more.add_tokens(["Hellohello"])
+    prints = [
+        encoder(chats.CHATML),
+        encoder(chats.LLAMA3),
+        encoder(chats.CHATML, on_rewrite="refuse"),
+        encoder(chats.CHATML, template_kwargs={"a": 1}),
+        encoder(chats.CHATML, make_tokenizer_without_eos()),
+        encoder(chats.CHATML, more),
+    ]
+    assert len({made.fingerprint for made in prints}) == len(prints)
+    assert ChatEncoder(own).fingerprint == encoder(chats.CHATML, make_tokenizer_without_eos()).fingerprint
+    padded = make_tokenizer_without_eos()
+    padded("Hello", truncation=True, max_length=3)
+    assert encoder(chats.CHATML, padded).fingerprint == ChatEncoder(own).fingerprint
+    assert pickle.loads(pickle.dumps(prints[0])).fingerprint == prints[0].fingerprint
+
+
+def test_the_given_tokenizer_stays_as_it_was() -> None:
+    tokenizer = make_tokenizer()
+    before = json.loads(tokenizer.backend_tokenizer.to_str())
+    encode(chats.CHATML, SEA, tokenizer)
+    assert json.loads(tokenizer.backend_tokenizer.to_str()) == before
+
+
+def test_notices_say_what_is_peculiar_about_a_template() -> None:
+    assert encoder(chats.CHATML).notices == encoder(chats.PLAIN).notices == encoder(chats.REASONING).notices == []
+    headless = stock(chats.CHATML).replace("{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "")
+    (line,) = encoder(headless).notices
+    assert r"ignores add_generation_prompt: the header of the assistant's turns ('<|im_start|>assistant\n')" in line
+    assert "[<|im_start|>] [assistant]" in readable(encode(headless, SEA))
+    (line,) = encoder(chats.CHATML + "{{ strftime_now('%d') if false }}").notices
+    assert "today's date" in line

@@ -1,0 +1,241 @@
+"""Checkpoints on disk: whole or not there, whatever happens while they are written; damage is seen; old ones go."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import peagle_train.checkpoint as checkpoint
+import peagle_train.checkpoint_files as files
+from peagle_train.checkpoint import lock_output, save_tensors
+from peagle_train.errors import DamagedCheckpoint
+from peagle_train.signals import Signals
+
+ROLES = ("config.json", "model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "recipe.yaml")
+
+
+def fill(folder: Path) -> None:
+    for role in ROLES:
+        (folder / role).write_bytes(role.encode() * 3)
+
+
+def in_child(function: Callable[[], object]) -> int:
+    """Run something that touches files only in a forked process: its exit code, or minus the signal that killed it."""
+    pid = os.fork()
+    if pid == 0:
+        code = 70
+        try:
+            function()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def die_at(call: int) -> None:
+    """SIGKILL this process at its call-th use of the file system, in front of it."""
+    left = [call]
+
+    def counted(function: Any) -> Any:
+        def call_or_die(*args: Any, **kwargs: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call_or_die
+
+    for name in ("replace", "rename", "fsync", "unlink", "rmdir", "mkdir"):
+        setattr(os, name, counted(getattr(os, name)))
+    Path.write_bytes = counted(Path.write_bytes)  # type: ignore[method-assign]
+
+
+def test_a_kill_at_any_moment_of_a_save_leaves_only_whole_checkpoints(tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    start.mkdir()
+    for step in (1, 2, 3):
+        files.write_checkpoint(start, step, fill)
+    shutil.copytree(start / "checkpoint-3", start / "set-aside-4")
+    found = set()
+    for call in range(1, 200):
+        output = tmp_path / f"killed-{call}"
+        shutil.copytree(start, output)
+
+        def save(output: Path = output, call: int = call) -> None:
+            die_at(call)
+            files.write_checkpoint(output, 4, fill)
+            files.prune(output, keep_last=2, keep_every=None)
+
+        code = in_child(save)
+        steps = [files.step_of(path) for path in files.list_checkpoints(output)]
+        for path in files.list_checkpoints(output):
+            files.verify_checkpoint(path)
+        assert steps in ([3, 2, 1], [4, 3, 2, 1], [4, 3, 2], [4, 3]), (call, steps)
+        files.clean_up(output)
+        assert not [path.name for path in output.iterdir() if path.name.startswith(".")]
+        found.add(tuple(steps))
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+    # between the name and the removal, and between two removals, too
+    assert found == {(3, 2, 1), (4, 3, 2, 1), (4, 3, 2), (4, 3)} and call > 20
+
+
+def test_a_kill_while_best_is_replaced_loses_neither_the_old_one_nor_the_new(tmp_path: Path) -> None:
+    def writer(text: str) -> Callable[[Path], None]:
+        def write(folder: Path) -> None:
+            (folder / "is").write_text(text)
+
+        return write
+
+    contents = set()
+    for call in range(1, 100):
+        output = tmp_path / f"killed-{call}"
+        checkpoint.write_folder(output / "best", writer("old"))
+
+        def replace(output: Path = output, call: int = call) -> None:
+            die_at(call)
+            checkpoint.write_folder(output / "best", writer("new"))
+
+        code = in_child(replace)
+        files.clean_up(output)
+        assert [path.name for path in output.iterdir()] == ["best"]
+        contents.add((output / "best" / "is").read_text())
+        if code == 0:
+            break
+    assert contents == {"old", "new"} and call > 5
+
+
+@pytest.mark.parametrize("role", [*ROLES, files.MANIFEST])
+def test_a_file_that_is_cut_changed_or_gone_is_named(role: str, tmp_path: Path) -> None:
+    folder = files.write_checkpoint(tmp_path, 7, fill)
+    files.verify_checkpoint(folder)
+    path = folder / role
+    content = path.read_bytes()
+    spoiled = [content[:-1], content[: len(content) // 2], b"", content + b"\n"]
+    spoiled += [content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :] for at in range(len(content))]
+    for wrong in spoiled:
+        path.write_bytes(wrong)
+        with pytest.raises(DamagedCheckpoint, match=role):
+            files.verify_checkpoint(folder)
+    path.unlink()
+    with pytest.raises(DamagedCheckpoint, match=role):
+        files.verify_checkpoint(folder)
+
+
+def test_a_checkpoint_under_another_steps_name_is_damaged_and_a_note_beside_it_is_not(tmp_path: Path) -> None:
+    folder = files.write_checkpoint(tmp_path, 7, fill)
+    (folder / "note.txt").write_text("mine")
+    files.verify_checkpoint(folder)
+    folder.rename(tmp_path / "checkpoint-8")
+    with pytest.raises(DamagedCheckpoint, match="step 7"):
+        files.verify_checkpoint(tmp_path / "checkpoint-8")
+
+
+def test_what_is_found_are_complete_checkpoints_by_step_not_by_name_or_time(tmp_path: Path) -> None:
+    assert files.list_checkpoints(tmp_path / "nowhere") == []
+    for step in (10, 9, 100):
+        files.write_checkpoint(tmp_path, step, fill)
+    os.utime(tmp_path / "checkpoint-9", (2**32, 2**32))  # a clock that was wrong
+    (tmp_path / "checkpoint-200").mkdir()
+    (tmp_path / "checkpoint-0300").mkdir()
+    (tmp_path / "checkpoint-old").mkdir()
+    (tmp_path / ".checkpoint-400.partial").mkdir()
+    assert [path.name for path in files.list_checkpoints(tmp_path)] == [
+        "checkpoint-100",
+        "checkpoint-10",
+        "checkpoint-9",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("last", "every", "kept"),
+    [(None, None, range(1, 8)), (1, None, [7]), (3, None, [5, 6, 7]), (1, 3, [3, 6, 7]), (9, 2, range(1, 8))],
+)
+def test_the_newest_checkpoints_and_those_of_every_nth_step_are_kept(
+    last: int | None, every: int | None, kept: list[int], tmp_path: Path
+) -> None:
+    for step in range(1, 8):
+        files.write_checkpoint(tmp_path, step, fill)
+        removed = files.prune(tmp_path, last, every)
+        assert len(removed) <= 1
+    assert sorted(files.step_of(p) or 0 for p in files.list_checkpoints(tmp_path)) == list(kept)
+    assert len(list(tmp_path.iterdir())) == len(kept)
+
+
+def test_a_full_disk_is_an_error_that_leaves_nothing_behind(tmp_path: Path) -> None:
+    files.write_checkpoint(tmp_path, 1, fill)
+
+    def fill_more(folder: Path) -> None:
+        (folder / "state.json").write_bytes(bytes(2000))
+
+    def save() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        with pytest.raises(OSError, match="File too large"):
+            files.write_checkpoint(tmp_path, 2, fill_more)
+
+    assert in_child(save) == 0
+    tensors = {"a": torch.zeros(1000)}
+
+    def save_model() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        with pytest.raises(OSError, match="model"):
+            files.write_checkpoint(tmp_path, 2, lambda folder: save_tensors(folder / "model.safetensors", tensors))
+
+    assert in_child(save_model) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    files.verify_checkpoint(tmp_path / "checkpoint-1")
+
+
+def test_a_folder_in_which_a_process_trains_is_refused_to_others_until_it_dies(tmp_path: Path) -> None:
+    told, go = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        lock = lock_output(tmp_path)
+        os.write(told[1], b".")
+        os.read(go[0], 1)
+        os._exit(0 if lock else 1)
+    os.read(told[0], 1)
+    with pytest.raises(ValueError, match="in use"):
+        lock_output(tmp_path)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    lock_output(tmp_path).close()
+
+
+def test_a_second_signal_ends_the_process_at_once() -> None:
+    def twice(first: int, second: int) -> int:
+        def body() -> None:
+            with Signals() as signals:
+                os.kill(os.getpid(), first)
+                assert signals.stop == signal.Signals(first).name and not signals.save
+                os.kill(os.getpid(), second)
+
+        return in_child(body)
+
+    assert twice(signal.SIGTERM, signal.SIGTERM) == 128 + signal.SIGTERM
+    assert twice(signal.SIGTERM, signal.SIGINT) == 128 + signal.SIGINT
+    assert twice(signal.SIGINT, signal.SIGUSR1) == 0
+    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.save and signals.stop is None
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+
+
+def test_the_manifest_lists_every_file_with_size_and_sha256(tmp_path: Path) -> None:
+    import hashlib
+
+    folder = files.write_checkpoint(tmp_path, 7, fill)
+    manifest = json.loads((folder / files.MANIFEST).read_text())
+    assert set(manifest["files"]) == set(ROLES) and manifest["step"] == 7
+    for name, described in manifest["files"].items():
+        content = (folder / name).read_bytes()
+        assert described == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}

@@ -1,0 +1,339 @@
+"""Features on disk: the same bytes however they were written, the same weights as without, one line for what is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
+
+from peagle_train.__main__ import main
+from peagle_train.cache_run import write_cache
+from peagle_train.feature_cache import FeatureCache
+from peagle_train.recipe import load_recipe
+from peagle_train.target import FrozenTarget
+from tests.tiny import make_target, write_recipe, write_rows
+
+ROOT = Path(__file__).parent.parent
+LENGTHS = [9, 31, 4, 17, 32, 2, 26, 11, 40, 13, 1, 64]
+ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", LENGTHS, prompt=0.3)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr("peagle_train.cache_run.Accelerator", fresh_accelerator)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def fresh_accelerator() -> Any:
+    from accelerate import Accelerator
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator()
+
+
+def recipe_in(folder: Path, target: Path, rows: Path, **sections: dict[str, Any]) -> Path:
+    folder.mkdir(exist_ok=True)
+    sections.setdefault("data", {}).setdefault("eval_fraction", 0.3)
+    return write_recipe(folder, target, rows, folder / "run", **sections)
+
+
+def cache(recipe: Path, out: Path, *overrides: str, shard_tokens: int = 40) -> Path:
+    """Written with shards of about so many tokens of a float64 target of width 16."""
+    import peagle_train.cache_run as run
+
+    original = run.plan_shards
+    run.plan_shards = lambda rows, _: original(rows, shard_tokens)
+    try:
+        write_cache(load_recipe(recipe, overrides), str(out))
+    finally:
+        run.plan_shards = original
+    return out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def train(recipe: Path, run: Path, *overrides: str) -> dict[str, torch.Tensor]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main([str(recipe), f"output.dir={run}", *overrides]) == 0
+    return load_file(run / "final" / "model.safetensors")
+
+
+def no_forward(*_: Any, **__: Any) -> Any:
+    raise AssertionError("the target was loaded")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_from_a_cache_gives_the_weights_of_training_without(
+    workers: int, tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_in(tmp_path, target, rows, train={"epochs": 2, "eval_steps": 2}, data={"num_workers": workers})
+    folder = cache(recipe, tmp_path / "cache")
+    online = train(recipe, tmp_path / "online")
+    monkeypatch.setattr(FrozenTarget, "load", no_forward)
+    cached = train(recipe, tmp_path / "cached", f"target.cache={folder}")
+    assert online.keys() == cached.keys() and len(online) > 20
+    assert all(torch.equal(online[name], cached[name]) for name in online)
+    first, second = ((tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("online", "cached"))
+    for a, b in zip(map(json.loads, first), map(json.loads, second), strict=True):
+        assert {k: a.get(k) for k in ("loss", "accuracy", "mass_outside")} == {
+            k: b.get(k) for k in ("loss", "accuracy", "mass_outside")
+        }
+
+
+def test_packing_masks_and_batches_may_change_without_a_new_cache(tmp_path: Path, target: Path, rows: Path) -> None:
+    recipe = recipe_in(tmp_path, target, rows, train={"max_steps": 4, "batch_size": 2, "offload_features": True})
+    folder = cache(recipe, tmp_path / "cache", "data.pack=false", "data.eval_fraction=0.0", "data.max_eval_rows=null")
+    online, cached = train(recipe, tmp_path / "online"), train(recipe, tmp_path / "cached", f"target.cache={folder}")
+    assert all(torch.allclose(online[name], cached[name], rtol=0, atol=1e-9) for name in online)
+
+
+def test_what_is_read_is_what_the_target_gives(tmp_path: Path, target: Path, rows: Path) -> None:
+    recipe = recipe_in(tmp_path, target, rows)
+    read = FeatureCache(cache(recipe, tmp_path / "cache"))
+    model = FrozenTarget.load(str(target), dtype="float64")
+    ids = torch.tensor(json.loads(rows.read_text().splitlines()[1])["input_ids"])
+    pair = torch.cat([ids[:31], torch.tensor(json.loads(rows.read_text().splitlines()[5])["input_ids"])])
+    found = read.read({"input_ids": pair, "document_ids": torch.tensor([0] * 31 + [1] * 2)})
+    for part in (slice(0, 31), slice(31, 33)):
+        features, last = model.features(pair[None, part], torch.arange(part.stop - part.start)[None])
+        assert torch.allclose(found["features"][part], features[0], atol=1e-12)
+        assert torch.allclose(found["last_hidden"][part], last[0], atol=1e-12)
+    assert read.read({"input_ids": ids[:0], "document_ids": ids[:0]})["features"].shape == (0, 48)
+    assert torch.equal(read.head_tensor("head"), model.head_weight())
+
+
+def test_bfloat16_on_disk_is_the_targets_output_rounded(tmp_path: Path, target: Path, rows: Path) -> None:
+    recipe = recipe_in(tmp_path, target, rows, train={"max_steps": 2})
+    full = FeatureCache(cache(recipe, tmp_path / "full"))
+    half = FeatureCache(cache(recipe, tmp_path / "half", "target.cache_dtype=bfloat16"))
+    tensors = [load_file(f.folder / "features-00000.safetensors") for f in (full, half)]
+    assert tensors[1]["features"].dtype == torch.bfloat16
+    assert torch.equal(tensors[1]["features"], tensors[0]["features"].bfloat16())
+    train(recipe, tmp_path / "run", f"target.cache={tmp_path / 'half'}")
+
+
+def test_a_write_stopped_anywhere_and_started_again_leaves_the_same_bytes(
+    tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_in(tmp_path, target, rows)
+    whole = contents(cache(recipe, tmp_path / "whole"))
+    assert sum(name.endswith(".safetensors") for name in whole) > 4
+    replace = os.replace
+    for stop in range(1, 2 * len(whole)):
+        calls = 0
+
+        def failing(*arguments: Any, stop: int = stop) -> None:
+            nonlocal calls
+            calls += 1
+            if calls * 2 == stop:
+                raise KeyboardInterrupt  # before
+            replace(*arguments)
+            if calls * 2 + 1 == stop:
+                raise KeyboardInterrupt  # behind
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", failing)
+            try:
+                cache(recipe, tmp_path / "again")
+            except KeyboardInterrupt:
+                assert calls * 2 <= stop
+        if stop % 3 == 0:  # else go on with a folder that was stopped several times
+            assert contents(cache(recipe, tmp_path / "again")) == whole
+            for path in (tmp_path / "again").iterdir():
+                path.unlink()
+            (tmp_path / "again").rmdir()
+
+
+KILLED = """
+import os, signal, sys
+from peagle_train import cache_writer
+from tools import cache_features
+replace, left = os.replace, [int(sys.argv.pop())]
+def kill(a, b):
+    replace(a, b)
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+cache_writer.os.replace = kill
+original = cache_writer.plan_shards
+import peagle_train.cache_run as run
+run.plan_shards = lambda rows, _: original(rows, 40)
+sys.exit(cache_features.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_in_the_middle_and_two_processes_behind_it_leave_the_same_bytes(
+    tmp_path: Path, target: Path, rows: Path
+) -> None:
+    recipe = recipe_in(tmp_path, target, rows)
+    whole = contents(cache(recipe, tmp_path / "whole"))
+    (tmp_path / "killed.py").write_text(KILLED)
+    arguments = [str(tmp_path / "killed.py"), str(recipe), "--out", str(tmp_path / "again")]
+    first = subprocess.run([sys.executable, *arguments, "6"], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
+    assert first.returncode == -9, first.stderr[-2000:]
+    part = contents(tmp_path / "again")
+    assert 4 < len(part) < len(whole)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    two = subprocess.run(
+        [sys.executable, *launch, *arguments, "1000"], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True
+    )
+    assert two.returncode == 0, two.stderr[-2000:]
+    assert contents(tmp_path / "again") == whole
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "features-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def edit(folder: Path) -> None:
+    path = folder / "features-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-300] ^= 1
+    path.write_bytes(data)
+
+
+def edit_header(folder: Path) -> None:
+    path = folder / "features-00001.safetensors"
+    path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:])
+
+
+def remove(folder: Path) -> None:
+    (folder / "features-00001.sha256").unlink()
+
+
+def old_format(folder: Path) -> None:
+    index = json.loads((folder / "cache.json").read_text())
+    (folder / "cache.json").write_text(json.dumps({**index, "version": 0}))
+
+
+def no_index(folder: Path) -> None:
+    (folder / "cache.json").unlink()
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+WRONG: dict[str, tuple[Any, list[str], str]] = {
+    "cut": (truncate, [], "features-00001.safetensors is not what was written"),
+    "edited": (edit, [], "features-00001.safetensors is not what was written"),
+    "header": (edit_header, [], "features-00001.safetensors is not what was written"),
+    "not whole": (remove, [], "is not whole: 1 of"),
+    "format": (old_format, [], "is of format 0, this reads format 1"),
+    "no index": (no_index, [], "has no cache.json"),
+    "layers": (nothing, ["target.layer_ids=[1, 2, 3]"], "holds layers [2, 3, 4], the recipe wants [1, 2, 3]"),
+    "dtype": (nothing, ["target.dtype=float32"], "was computed in float64, target.dtype is float32"),
+    "cache dtype": (nothing, ["target.cache_dtype=bfloat16"], "is in float64, target.cache_dtype is bfloat16"),
+    "longer rows": (nothing, ["data.max_length=64"], "with data.max_length 32"),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, target: Path, rows: Path) -> Path:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    folder = tmp_path_factory.mktemp("made")
+    return cache(recipe_in(folder, target, rows), folder / "cache")
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_cache_that_does_not_match_is_one_clear_line_before_any_training(
+    case: str, tmp_path: Path, target: Path, rows: Path, made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage, overrides, message = WRONG[case]
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    for name, data in contents(made).items():
+        (folder / name).write_bytes(data)
+    damage(folder)
+    recipe = recipe_in(tmp_path, target, rows)
+    assert main([str(recipe), f"target.cache={folder}", *overrides]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("peagle_train: error") and message in error and "cache_features.py" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("what", ["weights", "config"])
+def test_a_cache_of_another_target_is_refused(
+    what: str, tmp_path: Path, target: Path, rows: Path, made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"weights": {"initializer_range": 0.2}, "config": {"rms_norm_eps": 1e-5}}[what]
+    other = make_target(tmp_path / "other", **changes)
+    assert main([str(recipe_in(tmp_path, other, rows)), f"target.cache={made}"]) == 2
+    assert "is of another target than" in capsys.readouterr().err
+
+
+def test_other_rows_or_another_target_never_mix_in_one_folder(
+    tmp_path: Path, target: Path, rows: Path, made: Path
+) -> None:
+    before = contents(made)
+    recipe = recipe_in(tmp_path, target, rows)
+    for overrides in (["data.max_length=16"], ["target.layer_ids=[0, 1, 2]"], ["target.cache_dtype=float32"]):
+        with pytest.raises(ValueError, match="holds the cache of another target or other rows"):
+            cache(recipe, made, *overrides)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty and holds no cache"):
+        cache(recipe, tmp_path / "mine")
+    assert contents(made) == before
+
+
+def test_what_does_not_fit_the_disk_is_refused_with_the_numbers(
+    tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peagle_train.cache_writer._free_bytes", lambda _: 100_000)
+    with pytest.raises(ValueError, match=r"has too little room: 250 tokens of \d+ pieces at 512 bytes .* GiB free"):
+        cache(recipe_in(tmp_path, target, rows), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_estimate_is_what_is_written(
+    tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, made: Path
+) -> None:
+    size = sum(len(data) for data in contents(made).values())
+    recipe = recipe_in(tmp_path, target, rows)
+    for free, fits in ((size, False), (size + 20 * 4096 + 8192, True)):
+        monkeypatch.setattr("peagle_train.cache_writer._free_bytes", lambda _, free=free: free)
+        if fits:
+            cache(recipe, tmp_path / "cache")
+        else:
+            with pytest.raises(ValueError, match="too little room"):
+                cache(recipe, tmp_path / "cache")
+
+
+def test_features_that_are_not_finite_in_the_caches_dtype_are_refused(tmp_path: Path, rows: Path) -> None:
+    huge = make_target(tmp_path / "huge")
+    weights = load_file(huge / "model.safetensors")
+    save_file(
+        {n: t * 1e6 if "embed" in n else t for n, t in weights.items()}, huge / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ValueError, match=r"not all finite in float16: give another target\.cache_dtype"):
+        cache(recipe_in(tmp_path, huge, rows), tmp_path / "cache", "target.cache_dtype=float16")
+
+
+def test_help_answers_without_torch() -> None:
+    code = "import sys\nsys.path.insert(0, 'tools')\nimport cache_features as m\n"
+    code += "try: m.main(['--help'])\nexcept SystemExit: pass\nsys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0

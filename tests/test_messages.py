@@ -1,0 +1,220 @@
+"""Rows of chats in every format that is read, and what is refused with which reason."""
+
+import json
+from typing import Any
+
+import pytest
+
+from peagle_train.bad_row import BadRow
+from peagle_train.messages import is_chat, keys_read, messages_of
+from tests.chats import chat
+
+USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Bye"}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+
+
+def test_messages_are_kept_and_the_assistants_are_learned() -> None:
+    row = chat("system: Be brief", "user: Hi", "assistant: Bye", "user: So?", "assistant: So.")
+    row["messages"][1]["name"] = "Ann"
+    conversation = messages_of(row)
+    assert conversation.messages == row["messages"]
+    assert conversation.learned == [False, False, True, False, True]
+    assert (conversation.tools, conversation.template_kwargs, conversation.text) == (None, {}, None)
+
+
+def test_sharegpt_is_the_same_as_messages() -> None:
+    row = {
+        "system": "Be brief",
+        "conversations": [
+            {"from": "human", "value": "Hi", "weight": None},
+            {"from": "gpt", "value": "Bye", "weight": 0},
+            {"from": "user", "value": "Weather?"},
+            {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Oslo"}}'},
+            {"from": "observation", "value": "Rain"},
+            {"from": "chatgpt", "value": "Rain."},
+        ],
+    }
+    conversation = messages_of(row)
+    assert conversation.messages == [
+        {"role": "system", "content": "Be brief"},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Bye"},
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "Rain"},
+        {"role": "assistant", "content": "Rain."},
+    ]
+    assert conversation.learned == [False, False, False, False, True, False, True]
+
+
+def test_prompt_and_completion_are_messages_of_which_the_completions_are_learned() -> None:
+    conversation = messages_of({"prompt": [USER, ANSWER, USER], "completion": [ANSWER, USER, ANSWER]})
+    assert conversation.messages == [USER, ANSWER, USER, ANSWER, USER, ANSWER]
+    assert conversation.learned == [False, False, False, True, False, True]
+    text = messages_of({"prompt": "Hi", "completion": "Bye"})
+    assert (text.text, text.messages) == (("Hi", "Bye"), [])
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        [CALL],
+        [{"function": {"name": "weather", "arguments": '{"city": "Oslo"}', "strict": None}, "id": None}],
+        [CALL["function"]],
+        json.dumps([CALL]),
+    ],
+)
+def test_tool_calls_get_one_shape(calls: Any) -> None:
+    row = {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": calls}], "tools": "[]"}
+    assert messages_of(row).messages[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    assert messages_of(row).tools is None
+    row["tools"] = json.dumps([{"name": "weather"}])
+    assert messages_of(row).tools == [{"name": "weather"}]
+
+
+def test_ids_of_tool_calls_stay_and_missing_arguments_are_none() -> None:
+    call = {"id": "7", "function": {"name": "now", "arguments": ""}}
+    row = {"messages": [USER, {"role": "assistant", "content": "So", "tool_calls": [call]}]}
+    expected = {"id": "7", "type": "function", "function": {"name": "now", "arguments": {}}}
+    assert messages_of(row).messages[1]["tool_calls"] == [expected]
+
+
+def test_the_former_shape_of_a_call_is_read() -> None:
+    row = {"messages": [USER, {"role": "assistant", "content": None, "function_call": CALL["function"]}]}
+    assert messages_of(row).messages[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_thoughts_are_there_under_the_names_that_templates_read(name: str) -> None:
+    message = messages_of({"messages": [USER, {**ANSWER, name: "Because"}]}).messages[1]
+    assert message["reasoning_content"] == message["thinking"] == "Because"
+    # Thoughts alone are an answer cut short, not an empty one.
+    alone = messages_of({"messages": [USER, {"role": "assistant", "content": "", name: "Because"}]})
+    assert alone.learned == [False, True]
+
+
+def test_one_text_part_is_its_text_and_several_stay_parts() -> None:
+    parts = [{"type": "text", "text": "Hi"}, "So?"]
+    found = [
+        messages_of({"messages": [{**USER, "content": c}, ANSWER]}).messages[0]["content"] for c in (parts[:1], parts)
+    ]
+    assert found == ["Hi", [{"type": "text", "text": "Hi"}, {"type": "text", "text": "So?"}]]
+
+
+def test_null_fields_of_tables_are_left_out_and_nulls_in_arguments_stay() -> None:
+    call = {"function": {"name": "weather", "arguments": {"city": None}}}
+    row = {"messages": [{**USER, "tool_calls": None, "name": None}, {**ANSWER, "tool_calls": [call]}], "tools": None}
+    first, second = messages_of(row).messages
+    assert first == USER
+    assert second["tool_calls"][0]["function"]["arguments"] == {"city": None}
+
+
+def test_empty_system_prompts_and_empty_tool_results_are_no_fault() -> None:
+    row = {"messages": [{"role": "system", "content": ""}, USER, ANSWER, {"role": "tool", "content": ""}, ANSWER]}
+    assert messages_of(row).messages == row["messages"]
+
+
+def test_the_given_row_stays_as_it_was() -> None:
+    row = {
+        "messages": [USER, {**ANSWER, "weight": 1, "thinking": "x", "tool_calls": [CALL["function"]]}],
+        "tools": "[]",
+    }
+    before = json.dumps(row)
+    messages_of(row)
+    assert json.dumps(row) == before
+
+
+def turn(**changes: Any) -> dict[str, Any]:
+    return {"messages": [USER, {**ANSWER, **changes}]}
+
+
+def deep(levels: int) -> list[Any]:
+    nested: list[Any] = []
+    for _ in range(levels):
+        nested = [nested]
+    return nested
+
+
+BAD = {
+    "no chat": [{"text": "Hi"}, {}],
+    "null field": [
+        {"messages": None},
+        {"prompt": "Hi", "completion": None},
+        turn(content=None),
+        turn(role=None),
+        {"messages": [{"role": "user", "content": None}, ANSWER]},
+        {"conversations": [{"from": "human", "value": None}]},
+        turn(content=[{"type": "text", "text": None}]),
+    ],
+    "wrong types": [
+        {"messages": "Hi"},
+        {"messages": [["user", "Hi"]]},
+        {"prompt": "Hi"},
+        {"prompt": "Hi", "completion": [ANSWER]},
+        {"prompt": [USER], "completion": "Bye"},
+        turn(content=7),
+        turn(content=[{"type": "image_url", "image_url": "x"}]),
+        turn(thinking=["x"]),
+        turn(thinking="x", reasoning="y"),
+        turn(tool_calls={"a": 1}),
+        {**turn(), "tools": [1]},
+        {**turn(), "chat_template_kwargs": [1]},
+        {"messages": [USER, {"role": "assistant"}]},
+        {"conversations": [{"from": "human", "value": "Hi"}], "system": 7},
+        turn(extra=deep(5000)),
+    ],
+    "wrong roles": [turn(role="narrator"), turn(role=7), turn(role=["user"]), {"messages": [{"content": "Hi"}]}],
+    "empty turn": [
+        turn(content=""),
+        turn(content=" \n"),
+        turn(content=[]),
+        turn(content="", tool_calls=[]),
+        turn(content="", thinking=" "),
+        {"messages": [{"role": "user", "content": "\t"}, ANSWER]},
+        {"prompt": "Hi", "completion": ""},
+    ],
+    "no assistant turn": [
+        {"messages": []},
+        {"messages": [USER]},
+        turn(weight=0),
+        {"prompt": [USER, ANSWER], "completion": [USER]},
+    ],
+    "unread loss mark": [turn(weight=0.5), turn(weight="1"), turn(train=True), turn(loss=False), turn(masked=1)],
+    "bad tool call": [
+        turn(tool_calls=[7]),
+        turn(tool_calls=[{"function": {"arguments": {}}}]),
+        turn(tool_calls=[{"function": {"name": "f", "arguments": "{"}}]),
+        turn(tool_calls=[{"function": {"name": "f", "arguments": [1]}}]),
+        turn(tool_calls="no JSON"),
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": "no JSON"}]},
+        {**turn(), "tools": "no JSON"},
+    ],
+    "lone surrogate": [
+        turn(content="a\ud800b"),
+        turn(name="\udfff"),
+        turn(tool_calls=[{"function": {"name": "f", "arguments": '{"\\ud800": 1}'}}]),
+        {**turn(), "tools": [{"name": "\ud800"}]},
+        {"prompt": "\ud800", "completion": "x"},
+    ],
+}
+
+
+@pytest.mark.parametrize(("reason", "row"), [(reason, row) for reason, rows in BAD.items() for row in rows])
+def test_a_bad_row_has_a_reason_to_count_by_and_one_line_of_detail(reason: str, row: dict[str, Any]) -> None:
+    with pytest.raises(BadRow) as error:
+        messages_of(row)
+    assert error.value.reason == reason
+    assert error.value.detail and "\n" not in str(error.value) and len(str(error.value)) < 300
+    assert str(error.value) == f"{reason}: {error.value.detail}"
+
+
+def test_emoji_are_no_lone_surrogates() -> None:
+    assert messages_of(turn(content=json.loads('"\\ud83d\\ude00"'))).messages[1]["content"] == "\U0001f600"
+
+
+def test_keys_that_are_not_read_can_be_told() -> None:
+    row = {"prompt": "Hi", "messages": [USER, ANSWER], "id": 7}
+    assert is_chat(row) and set(row) - keys_read(row) == {"prompt", "id"}
+    row = {"prompt": "Hi", "completion": "Bye", "system": "x", "tools": None}
+    assert is_chat(row) and set(row) - keys_read(row) == {"system"}
+    assert not is_chat({"input_ids": [1]})

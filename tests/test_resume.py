@@ -1,0 +1,341 @@
+"""Runs that were stopped go on as if they had not been, bit for bit, or not at all, with a clear line."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from peagle_train.__main__ import main, parse
+from peagle_train.evaluate import Evaluator
+from tests.tiny import make_target, write_recipe, write_rows
+
+LENGTHS = [9, 31, 4, 17, 32, 2, 26, 11, 40, 13]
+TIMES = {"tokens_per_second", "peak_memory_bytes", "loader_wait_share", "seconds"}
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", LENGTHS, prompt=0.3)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state() -> Iterator[None]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def recipe_for(folder: Path, target: Path, rows: Path, **sections: dict[str, Any]) -> Path:
+    folder.mkdir(exist_ok=True)
+    return write_recipe(folder, target, rows, folder / "run", **sections)
+
+
+def run(recipe: Path, *arguments: str, code: int = 0) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main([str(recipe), *arguments]) == code
+
+
+def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the next run get a SIGTERM behind a step."""
+    from peagle_train.trainer import Trainer
+
+    real = Trainer._optimizer_step
+
+    def step_and_stop(self: Trainer, batches: Any) -> None:
+        real(self, batches)
+        if self.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_optimizer_step", step_and_stop)
+
+
+def drafter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+def assert_same_run(ours: Path, whole: Path) -> None:
+    for name in ("final", "best"):
+        assert (ours / name).exists() == (whole / name).exists(), name
+        if (whole / name).exists():
+            mine, theirs = drafter(ours / name), drafter(whole / name)
+            assert mine.keys() == theirs.keys() and all(torch.equal(mine[n], t) for n, t in theirs.items()), name
+    assert metrics(ours) == metrics(whole)
+    summaries = [json.loads((output / "run.json").read_text()) for output in (ours, whole)]
+    for summary in summaries:
+        del summary["train_seconds"]
+    assert summaries[0] == summaries[1]
+    for path in whole.glob("checkpoint-*"):
+        again = ours / path.name
+        for file in ("model.safetensors", "optimizer.safetensors", "rng.safetensors"):
+            assert (again / file).read_bytes() == (path / file).read_bytes(), (path.name, file)
+
+
+EVALUATED = {"eval_fraction": 0.3}
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "relay": {"train": {"batch_size": 2}},
+    "accumulating with workers": {"train": {"gradient_accumulation_steps": 2}, "data": {"num_workers": 2}},
+    "float32, flat, cosine": {"train": {"dtype": "float32", "schedule": "cosine"}, "cod": {"num_segments": 1}},
+    "compiled": {"train": {"compile": True, "compile_backend": "aot_eager"}},
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_a_run_that_was_stopped_is_the_run_that_was_not(
+    case: str, tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = {"max_steps": 12, "eval_steps": 2, "save_steps": 4, **SETTINGS[case].get("train", {})}
+    sections = {**SETTINGS[case], "train": shared, "data": {**EVALUATED, **SETTINGS[case].get("data", {})}}
+    whole = recipe_for(tmp_path / "whole", target, rows, **sections)
+    run(whole)
+    parts = recipe_for(tmp_path / "parts", target, rows, **sections)
+    # Within an epoch, where a save was due anyway, and behind the last step, before it is evaluated.
+    stops: list[tuple[int, list[str]]] = [(5, []), (8, ["--resume"]), (12, ["--resume"])]
+    for step, arguments in stops[: 1 if case == "compiled" else 3]:
+        with monkeypatch.context() as patch:
+            stop_after(step, patch)
+            run(parts, *arguments)
+        assert not (tmp_path / "parts" / "run" / "final").exists()
+    run(parts, "--resume")
+    assert_same_run(tmp_path / "parts" / "run", tmp_path / "whole" / "run")
+    recompiles = [line["recompiles"] for line in metrics(tmp_path / "parts" / "run") if line["kind"] == "train"]
+    assert set(recompiles) == ({0} if case == "compiled" else {None})
+
+
+def test_whatever_step_a_run_was_stopped_at_it_goes_on_from_there(
+    tmp_path: Path, target: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = {"max_steps": 7, "save_steps": 1, "eval_steps": 3}
+    recipe = recipe_for(tmp_path, target, rows, data=EVALUATED, train=train)
+    run(recipe)
+    output, whole = tmp_path / "run", tmp_path / "whole"
+    shutil.copytree(output, whole)
+    for step in range(6, 0, -1):
+        # more steps would be asked for if it were not the same run: a finished one is left alone
+        (output / "run.json").write_text('{"state": "started"}')
+        run(recipe, "--resume", str(output / f"checkpoint-{step}"))
+        assert f"going on behind step {step}" in capsys.readouterr().out
+        assert_same_run(output, whole)
+        assert not list(output.glob("set-aside*"))
+
+
+def started(folder: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, **train: Any) -> Path:
+    """The recipe of a run of 9 steps that was stopped behind step 5; it has checkpoints 2, 4 and 5."""
+    settings = {"max_steps": 9, "save_steps": 2, "eval_steps": 3, **train}
+    recipe = recipe_for(folder, target, rows, data=EVALUATED, train=settings)
+    with monkeypatch.context() as patch:
+        stop_after(5, patch)
+        run(recipe)
+    return recipe
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def last_error(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("peagle_train: error: ") and not any("Traceback" in line for line in lines)
+    return lines[-1]
+
+
+def test_a_finished_run_says_so_and_writes_nothing(
+    tmp_path: Path, target: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = {"max_steps": 4, "save_steps": 2, "schedule": "linear", "warmup_ratio": 0.0}
+    recipe = recipe_for(tmp_path, target, rows, train=train)
+    run(recipe)
+    output = tmp_path / "run"
+    before = contents(output)
+    for arguments in (["--resume"], ["--resume", str(output / "checkpoint-2")], ["--resume", "train.max_steps=6"]):
+        capsys.readouterr()
+        run(recipe, *arguments)
+        assert "finished run: nothing to do" in capsys.readouterr().out and contents(output) == before
+    # Asked for by name, it goes on to more steps, and says what becomes of the learning rate.
+    run(recipe, "--resume", str(output / "checkpoint-2"), "train.max_steps=6")
+    said = capsys.readouterr().out
+    assert "steps 4 -> 6: at step 2 the learning rate jumps from 5.000e-03 to 6.667e-03" in said
+    assert json.loads((output / "run.json").read_text())["steps"] == 6
+    assert [line["step"] for line in metrics(output)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_where_there_is_nothing_to_resume_the_line_says_what_there_is(
+    tmp_path: Path, target: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_for(tmp_path, target, rows, train={"max_steps": 2})
+    run(recipe, "--resume", code=2)
+    assert "holds no run: start one without --resume" in last_error(capsys) and not (tmp_path / "run").exists()
+    run(recipe)
+    (tmp_path / "run" / "run.json").write_text('{"state": "started"}')
+    (tmp_path / "run" / "checkpoint-1").mkdir()
+    run(recipe, "--resume", code=2)
+    message = last_error(capsys)
+    assert "before its first checkpoint" in message and "checkpoint-1 has no manifest.json" in message
+    run(recipe, "--resume", str(tmp_path / "elsewhere"), code=2)
+    assert "give a folder named checkpoint-<step>" in last_error(capsys)
+    (tmp_path / "checkpoint-1").mkdir()
+    run(recipe, "--resume", str(tmp_path / "checkpoint-1"), code=2)
+    assert f"set output.dir={tmp_path}" in last_error(capsys)
+
+
+@pytest.mark.parametrize("role", ["optimizer.safetensors", "state.json", "manifest.json"])
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_offered_by_name(
+    role: str,
+    tmp_path: Path,
+    target: Path,
+    rows: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = started(tmp_path, target, rows, monkeypatch)
+    output = tmp_path / "run"
+    damaged = output / "checkpoint-5" / role
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    before = contents(output)
+    run(recipe, "--resume", code=2)
+    message = last_error(capsys)
+    assert str(damaged) in message and f"--resume {output / 'checkpoint-4'}" in message and contents(output) == before
+    run(recipe, "--resume", str(output / "checkpoint-4"))
+    assert "later steps (5) are set aside" in capsys.readouterr().out
+    assert not (output / "set-aside-5").exists()
+    whole = recipe_for(tmp_path / "whole", target, rows, data=EVALUATED, train={"max_steps": 9, "eval_steps": 3})
+    run(whole)
+    assert_same_run(output, tmp_path / "whole" / "run")
+    for step in (2, 4, 6, 8):  # all of them damaged: nothing is offered
+        (output / f"checkpoint-{step}" / role).write_bytes(b"")
+    (output / "run.json").write_text('{"state": "started"}')
+    run(recipe, "--resume", code=2)
+    assert "no sound one is left" in last_error(capsys)
+
+
+def test_changes_of_the_recipe_are_shown_and_those_that_would_make_it_another_run_are_refused_by_name(
+    tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = started(tmp_path, target, rows, monkeypatch)
+    before = contents(tmp_path / "run")
+    run(recipe, "--resume", "train.learning_rate=1.0", "cod.down_sample_ratio=0.5", "data.max_length=33", code=2)
+    message = last_error(capsys)
+    for change in ("train.learning_rate 0.01 -> 1.0", "cod.down_sample_ratio 0.7 -> 0.5", "data.max_length 32 -> 33"):
+        assert change in message
+    other = write_rows(tmp_path / "other.jsonl", LENGTHS, prompt=0.3, seed=1)
+    for changed, named in (
+        (f"data.sources=[{other}]", "rows to train on"),
+        ("data.max_documents=8", "rows to train on"),
+        ("data.max_eval_rows=1", "held-out rows"),
+        ("train.batch_size=2", "rows of a step"),
+        ("train.max_steps=4", "behind the 4 steps"),
+    ):
+        run(recipe, "--resume", changed, code=2)
+        assert named in last_error(capsys)
+    assert contents(tmp_path / "run") == before
+    moved = tmp_path / "moved.jsonl"
+    shutil.copy(rows, moved)
+    run(recipe, "--resume", f"data.sources=[{moved}]", "data.num_workers=1", "train.keep_last=1", "train.log_steps=1")
+    said = capsys.readouterr().out
+    assert "train.keep_last null -> 1: changes no number" in said and "data.num_workers 0 -> 1" in said
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-8"]
+    whole = recipe_for(tmp_path / "whole", target, rows, data=EVALUATED, train={"max_steps": 9, "eval_steps": 3})
+    run(whole)
+    assert_same_run(tmp_path / "run", tmp_path / "whole" / "run")
+
+
+def test_a_run_that_ran_out_of_memory_goes_on_in_more_segments(
+    tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = started(tmp_path, target, rows, monkeypatch, gradient_accumulation_steps=2)
+    run(recipe, "--resume", "cod.num_segments=5", "train.batch_size=2", "train.gradient_accumulation_steps=1")
+    assert "cod.num_segments 3 -> 5: same rows and draws" in capsys.readouterr().out
+    settings = {"max_steps": 9, "gradient_accumulation_steps": 2}
+    run(recipe_for(tmp_path / "whole", target, rows, data=EVALUATED, train=settings))
+    ours, theirs = drafter(tmp_path / "run" / "final"), drafter(tmp_path / "whole" / "run" / "final")
+    assert all(torch.allclose(ours[n], t, rtol=0, atol=1e-9) for n, t in theirs.items())
+
+
+def test_a_best_drafter_of_a_step_that_was_undone_is_not_taken_for_the_best(
+    tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, lengths = Evaluator.__call__, iter([1.0, 1.1, 1.2, 1.3, 1.2, 1.1])
+
+    def evaluate(self: Evaluator) -> Any:
+        return {**(real(self) or {}), "expected_accepted_length": next(lengths)}
+
+    monkeypatch.setattr(Evaluator, "__call__", evaluate)
+    recipe = recipe_for(
+        tmp_path, target, rows, data=EVALUATED, train={"max_steps": 5, "save_steps": 1, "eval_steps": 1}
+    )
+    run(recipe)
+    output = tmp_path / "run"
+    assert json.loads((output / "best" / "best.json").read_text())["step"] == 3
+    lengths = iter([1.0])
+    (output / "run.json").write_text('{"state": "started"}')
+    run(recipe, "--resume", str(output / "checkpoint-2"), "train.eval_steps=null")
+    assert "best/ holds a later step" in capsys.readouterr().out
+    assert json.loads((output / "run.json").read_text())["best"] == {
+        "step": 2,
+        "expected_accepted_length": 1.2,
+        "folder": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "resume", "recipe", "overrides"),
+    [
+        (["r.yaml", "--resume"], "", "r.yaml", []),
+        (["--resume", "r.yaml", "a.b=1"], "", "r.yaml", ["a.b=1"]),
+        (["r.yaml", "--resume", "a.b=1"], "", "r.yaml", ["a.b=1"]),
+        (["r.yaml", "--resume", "--print-config"], "", "r.yaml", []),
+        (["r.yaml", "--resume", "run/checkpoint-3", "a.b=1"], "run/checkpoint-3", "r.yaml", ["a.b=1"]),
+        (["r.yaml", "--resume=run/checkpoint-3"], "run/checkpoint-3", "r.yaml", []),
+        (["r.yaml"], None, "r.yaml", []),
+    ],
+)
+def test_resume_takes_a_folder_and_nothing_else_for_its_own(
+    arguments: list[str], resume: str | None, recipe: str, overrides: list[str]
+) -> None:
+    options = parse(arguments)
+    assert (options.resume, options.recipe, options.overrides) == (resume, recipe, overrides)
+
+
+def test_sigusr1_saves_and_goes_on_and_clocks_that_jump_change_nothing(
+    tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peagle_train.trainer import Trainer
+
+    recipe = recipe_for(tmp_path, target, rows, train={"max_steps": 5})
+    run(recipe)
+    real = Trainer._optimizer_step
+
+    def step_and_signal(self: Trainer, batches: Any) -> None:
+        real(self, batches)
+        monkeypatch.setattr(time, "time", lambda: 1e9 - 1e6 * self.step)
+        if self.step == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(Trainer, "_optimizer_step", step_and_signal)
+    again = recipe_for(tmp_path / "again", target, rows, train={"max_steps": 5})
+    run(again)
+    assert [path.name for path in (tmp_path / "again" / "run").glob("checkpoint-*")] == ["checkpoint-3"]
+    assert_same_run(tmp_path / "again" / "run", tmp_path / "run")
+    (tmp_path / "again" / "run" / "run.json").write_text('{"state": "started"}')
+    monkeypatch.undo()
+    run(again, "--resume")
+    assert_same_run(tmp_path / "again" / "run", tmp_path / "run")

@@ -1,0 +1,147 @@
+"""Hidden states that speculators wrote: the same drafter as from our own target, and one line for what does not fit."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
+
+from peagle_train.__main__ import main
+from peagle_train.target import FrozenTarget
+from tests.tiny import make_target, write_recipe, write_rows
+from tools import cache_features
+
+LENGTHS = [9, 31, 4, 17, 32, 1, 2]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state() -> Iterator[None]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_target(tmp_path_factory.mktemp("target"))
+
+
+def samples(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in write_rows(folder / "rows.jsonl", LENGTHS, 0.4).read_text().splitlines()]
+
+
+def write_files(folder: Path, target: Path, rows: list[dict[str, Any]], **changes: Any) -> Path:
+    """As speculators leaves them: `changes` replace tensors of hs_1 (None: leave out)."""
+    model = FrozenTarget.load(str(target), dtype="float64")
+    folder.mkdir(parents=True)
+    for i, row in enumerate(rows):
+        ids = torch.tensor(row["input_ids"])
+        before: list[torch.Tensor] = []
+        handle = model.final_norm().register_forward_pre_hook(lambda _, args, seen=before: seen.append(args[0]))
+        features, _ = model.features(ids[None], torch.arange(ids.numel())[None])
+        handle.remove()
+        hidden = torch.cat([features[0].view(ids.numel(), 3, 16), before[0][0][:, None]], dim=1)
+        tensors = {"token_ids": ids, "hidden_states": hidden, **(changes if i == 1 else {})}
+        save_file({n: t.contiguous() for n, t in tensors.items() if t is not None}, folder / f"hs_{i}.safetensors")
+    return folder
+
+
+def write_data_set(folder: Path, rows: list[dict[str, Any]]) -> None:
+    import datasets
+
+    datasets.Dataset.from_list([{**row, "seq_len": len(row["input_ids"])} for row in rows]).save_to_disk(str(folder))
+
+
+def drafter(recipe: Path, run: Path, *overrides: str) -> dict[str, torch.Tensor]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main([str(recipe), f"output.dir={run}", *overrides]) == 0
+    return load_file(run / "final" / "model.safetensors")
+
+
+@pytest.mark.parametrize("mask", ["in the data set", "in the files"])
+def test_a_drafter_from_speculators_files_is_the_one_from_the_target(mask: str, tmp_path: Path, target: Path) -> None:
+    rows = samples(tmp_path)
+    data = tmp_path / "data"
+    files = write_files(data / "hidden_states", target, rows)
+    if mask == "in the data set":
+        write_data_set(data, rows)
+    else:
+        for i, row in enumerate(rows):
+            path = files / f"hs_{i}.safetensors"
+            save_file({**load_file(path), "loss_mask": torch.tensor(row["loss_mask"])}, path)
+    recipe = write_recipe(tmp_path, target, tmp_path / "rows.jsonl", tmp_path / "run", train={"epochs": 3})
+    assert cache_features.main([str(recipe), "--speculators", str(data), "--out", str(tmp_path / "cache")]) == 0
+    documents = [json.loads(line) for line in (tmp_path / "cache" / "documents.jsonl").read_text().splitlines()]
+    assert documents == rows
+    online = drafter(recipe, tmp_path / "online")
+    source = f"data.sources=[{tmp_path / 'cache' / 'documents.jsonl'}]"
+    cached = drafter(recipe, tmp_path / "cached", f"target.cache={tmp_path / 'cache'}", source)
+    assert all(torch.allclose(online[name], cached[name], rtol=0, atol=1e-9) for name in online)
+
+
+def test_last_hidden_states_behind_the_norm_are_seen_to_be_so(
+    tmp_path: Path, target: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = samples(tmp_path)
+    files = write_files(tmp_path / "files", target, rows)
+    model = FrozenTarget.load(str(target), dtype="float64")
+    for path in files.iterdir():
+        tensors = load_file(path)
+        tensors["hidden_states"][:, 3] = model.final_norm()(tensors["hidden_states"][:, 3])
+        save_file(tensors, path)
+    recipe = write_recipe(tmp_path, target, tmp_path / "rows.jsonl", tmp_path / "run")
+    assert cache_features.main([str(recipe), "--speculators", str(files), "--out", str(tmp_path / "cache")]) == 0
+    assert "behind the final norm: taken" in caplog.text
+    last = load_file(tmp_path / "cache" / "features-00000.safetensors")["last_hidden"][: LENGTHS[0]]
+    ids = torch.tensor([rows[0]["input_ids"]])
+    assert torch.allclose(last, model.features(ids, torch.arange(LENGTHS[0])[None])[1][0], atol=1e-12)
+
+
+WRONG: dict[str, tuple[dict[str, Any], list[str], str]] = {
+    "no ids": ({"token_ids": None}, [], "has no token_ids"),
+    "no states": ({"hidden_states": None}, [], "hidden_states is missing"),
+    "two layers": ({"hidden_states": torch.zeros(31, 3, 16)}, [], "[31, 3, 16]; it must be floats [31, 4, 16]"),
+    "another width": ({"hidden_states": torch.zeros(31, 4, 8)}, [], "it must be floats [31, 4, 16]"),
+    "cut": ({"hidden_states": torch.zeros(30, 4, 16)}, [], "it must be floats [31, 4, 16]"),
+    "ids outside": ({"token_ids": torch.full((31,), 61)}, [], "ids in 0..60"),
+    "not finite": ({"hidden_states": torch.full((31, 4, 16), float("nan"))}, [], "not all finite"),
+    "mask": ({"loss_mask": torch.ones(30, dtype=torch.int64)}, [], "its loss_mask must be 0 or 1"),
+    "other layers": ({}, ["target.layer_ids=[0, 1, 2]"], "of other layers (give target.layer_ids)"),
+    "longer than a row": ({}, ["data.max_length=16"], "has 31 tokens, more than data.max_length 16"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_files_that_do_not_fit_are_one_clear_line(
+    case: str, tmp_path: Path, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes, overrides, message = WRONG[case]
+    files = write_files(tmp_path / "files", target, samples(tmp_path), **changes)
+    recipe = write_recipe(tmp_path, target, tmp_path / "rows.jsonl", tmp_path / "run")
+    arguments = [str(recipe), *overrides, "--speculators", str(files), "--out", str(tmp_path / "cache")]
+    assert cache_features.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_data_set_of_other_tokens_is_refused(
+    tmp_path: Path, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = samples(tmp_path)
+    files = write_files(tmp_path / "data" / "hidden_states", target, rows)
+    write_data_set(tmp_path / "data", rows[1:] + rows[:1])
+    recipe = write_recipe(tmp_path, target, tmp_path / "rows.jsonl", tmp_path / "run")
+    assert cache_features.main([str(recipe), "--speculators", str(files), "--out", str(tmp_path / "cache")]) == 2
+    assert "row 0 of the data set next to it has other tokens" in capsys.readouterr().err
+
+
+def test_a_folder_of_speculators_is_not_taken_for_a_cache(
+    tmp_path: Path, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = write_files(tmp_path / "files", target, samples(tmp_path))
+    recipe = write_recipe(tmp_path, target, tmp_path / "rows.jsonl", tmp_path / "run")
+    assert main([str(recipe), f"target.cache={files}"]) == 2
+    assert "--speculators" in capsys.readouterr().err

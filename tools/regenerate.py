@@ -1,0 +1,158 @@
+"""Write the answers of a prompt set anew with the target itself, for training or for evaluation.
+
+    python tools/regenerate.py PROMPTS --out FILE.jsonl --base-url http://127.0.0.1:8000/v1 --model NAME
+    python tools/regenerate.py PROMPTS --out FILE.jsonl --target DIR
+
+PROMPTS is `mt-bench`, `humaneval` or a .jsonl, .jsonl.gz or .json file of `messages`, `conversations`, `turns` or `prompt`.
+Each question is asked with the target's own answers before it. A run that was killed goes on when it is started again.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package beside it, installed or not
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="regenerate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("prompts", metavar="PROMPTS")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl", help="rows of messages, in order")
+    who = parser.add_argument_group("who answers: a server (vLLM, SGLang) or a local model")
+    who.add_argument("--base-url", metavar="URL", help="of a server with /v1/chat/completions")
+    who.add_argument("--model", metavar="NAME", help="what that server calls the target")
+    who.add_argument("--target", metavar="DIR", help="a Hugging Face folder, run here by transformers")
+    how = parser.add_argument_group("how")
+    how.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: the likeliest token (default 0.8)")
+    how.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default 1")
+    how.add_argument("--max-tokens", type=int, default=2048, metavar="N", help="of an answer (default 2048)")
+    how.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="default 0; each answer's own seed follows from it"
+    )
+    how.add_argument("--limit", type=int, metavar="N", help="the first N prompts alone")
+    turns = how.add_mutually_exclusive_group()
+    turns.add_argument("--all-turns", action="store_true", help="answer every question (the default)")
+    turns.add_argument("--last-turn", action="store_true", help="keep recorded answers, and answer the last question")
+    how.add_argument(
+        "--keep-truncated", action="store_true", help="keep answers that --max-tokens cut, as the last ones"
+    )
+    how.add_argument(
+        "--chat-template-kwargs", default="{}", metavar="JSON", help="as in '{\"enable_thinking\": false}'"
+    )
+    server = parser.add_argument_group("with a server")
+    server.add_argument("--concurrency", type=int, default=16, metavar="C", help="conversations at a time (default 16)")
+    server.add_argument(
+        "--api-key-env", default="OPENAI_API_KEY", metavar="VAR", help="variable that holds the API key"
+    )
+    server.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="default 600")
+    server.add_argument("--retries", type=int, default=6, help="of a request (default 6)")
+    server.add_argument(
+        "--retry-wait", type=float, default=1.0, metavar="SECONDS", help="before the first; then doubled"
+    )
+    local = parser.add_argument_group("with --target")
+    local.add_argument("--batch-size", type=int, default=8, metavar="B", help="conversations at a time (default 8)")
+    local.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16", "float64"])
+    local.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the target")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    # Heavy imports happen here, so that --help answers at once.
+    from collections import Counter
+
+    from peagle_train.prompts import load_prompts
+    from peagle_train.regenerate import Settings, regenerate
+
+    template_kwargs = read_mapping(options.chat_template_kwargs)
+    settings = Settings(
+        options.temperature,
+        options.top_p,
+        options.max_tokens,
+        options.seed,
+        options.last_turn,
+        options.keep_truncated,
+    )
+    settings.check()
+    if (options.base_url is None) == (options.target is None):
+        raise ValueError("give --base-url and --model for a server, or --target for a local model")
+    skipped: Counter[str] = Counter()
+    prompts = load_prompts(options.prompts, options.limit, skipped)
+    sampling: dict[str, Any] = {
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "max_tokens": settings.max_tokens,
+    }
+    identity: dict[str, Any]
+    backend: Any
+    if options.target is not None:
+        from peagle_train.chat_local import LocalChat
+
+        backend = LocalChat.load(
+            os.path.expanduser(options.target),
+            dtype=options.dtype,
+            trust_remote_code=options.trust_remote_code,
+            batch_size=options.batch_size,
+            template_kwargs=template_kwargs,
+            **sampling,
+        )
+        identity = backend.identity(options.target)
+    else:
+        from peagle_train.chat_server import ChatServer
+
+        if not options.model:
+            raise ValueError("--model is missing: give the name by which the server knows the target")
+        if options.timeout <= 0 or options.retries < 0 or options.retry_wait < 0:
+            raise ValueError("--timeout must be more than 0, --retries and --retry-wait 0 or more")
+        backend = ChatServer(
+            options.base_url,
+            options.model,
+            sampling={**sampling, **({"chat_template_kwargs": template_kwargs} if template_kwargs else {})},
+            api_key=os.environ.get(options.api_key_env),
+            timeout=options.timeout,
+            retries=options.retries,
+            retry_wait=options.retry_wait,
+        )
+        identity = {"backend": "server", "model": options.model, "chat_template_kwargs": template_kwargs}
+        backend.check()
+    regenerate(
+        prompts, options.out, backend, settings, identity=identity, skipped=skipped, concurrency=options.concurrency
+    )
+
+
+def read_mapping(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"--chat-template-kwargs is {text!a}; give a JSON object")
+    return value
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0; 2 for a user's mistake, 1 for a server that stopped answering; one line on stderr says why."""
+    options = parse(arguments)
+    try:
+        run(options)
+    except KeyboardInterrupt:
+        print("regenerate: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except ValueError as error:
+        print(f"regenerate: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and type(error).__name__ != "ServerError":
+            raise
+        line = " ".join(str(error).split())
+        print(f"regenerate: error: {line}; what is answered is kept: the same command goes on", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
