@@ -179,26 +179,24 @@ def test_a_file_that_cannot_be_written_ends_the_run_with_one_line_and_the_last_c
 ) -> None:
     recipe = started(tmp_path, target, rows, monkeypatch)
     output = tmp_path / "run"
-    for file, code in (("metrics.jsonl", 2), (".checkpoint-6.partial", 1), (".best.json.partial", 1)):
-        if file == "metrics.jsonl":  # found out before anything is trained
-            saved = (output / file).read_bytes()
-            (output / file).unlink()
-            (output / file).mkdir()
-        elif file == ".checkpoint-6.partial":
-            monkeypatch.setattr(run_checkpoint, "write_checkpoint", full)
-        else:
-            monkeypatch.setattr(trainer_module, "save_drafter", full)
-        run(recipe, "--resume", code=code)
+    metrics_file = output / "metrics.jsonl"
+    content = metrics_file.read_bytes()
+    metrics_file.unlink()
+    metrics_file.mkdir()
+    run(recipe, "--resume", code=2)  # found out before anything is trained
+    assert str(metrics_file) in last_error(capsys)
+    metrics_file.rmdir()
+    metrics_file.write_bytes(content)
+    for module, function, what, goes_on in (
+        (run_checkpoint, "write_checkpoint", "checkpoint-6 could not be saved", "checkpoint-5"),
+        (trainer_module, "save_drafter", "final could not be written", "checkpoint-8"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, function, full)
+            run(recipe, "--resume", code=1)
         message = last_error(capsys)
-        assert str(output) in message, message
-        if code == 1:
-            assert (
-                "No space left" in message and f"{output / 'checkpoint-5'}: the same command with --resume" in message
-            )
-        else:
-            (output / file).rmdir()
-            (output / file).write_bytes(saved)
-        monkeypatch.undo()
+        assert what in message and "No space left" in message
+        assert f"the last checkpoint is {output / goes_on}: the same command with --resume" in message
     run(recipe, "--resume")
     whole = recipe_for(tmp_path / "whole", target, rows, data=EVALUATED, train={"max_steps": 9, "eval_steps": 3})
     run(whole)
