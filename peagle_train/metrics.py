@@ -5,12 +5,14 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
+
+from peagle_train.pace import duration
 
 
 def accuracies(hits: Sequence[int], totals: Sequence[int]) -> list[float]:
@@ -36,10 +38,21 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class Reporter:
-    """Rank 0's voice: a progress bar on a terminal, plain lines elsewhere, and `metrics.jsonl` in the output folder."""
+    """Rank 0's voice: a progress bar on a terminal, plain lines elsewhere, and `metrics.jsonl` in the output folder.
 
-    def __init__(self, folder: Path, num_steps: int, active: bool, start_step: int = 0) -> None:
-        self.active = active
+    Args:
+        also: called with (kind, values) for each line of metrics.jsonl.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        num_steps: int,
+        active: bool,
+        start_step: int = 0,
+        also: Callable[[str, dict[str, Any]], object] = lambda kind, values: None,
+    ) -> None:
+        self.active, self.also = active, also
         self.path = folder / "metrics.jsonl"
         self.lines = 0
         self.start_time = time.perf_counter()
@@ -62,6 +75,10 @@ class Reporter:
             file.write(json.dumps({"kind": kind, **values}) + "\n")
         self.lines += 1
         self.say(line)
+        if "loss" in values:
+            shown = f"loss {values['loss']:.3f}, accepted {values['expected_accepted_length']:.2f}"
+            self.bar.set_postfix_str(f"{kind} {shown}")
+        self.also(kind, values)
 
     def sync(self) -> None:
         """Have the lines so far on disk, whatever happens to the machine."""
@@ -85,8 +102,10 @@ def train_line(values: dict[str, Any]) -> str:
         f"step {values['step']}/{values['num_steps']}  loss {values['loss']:.4f}  acc {shares}"
         f"  accepted {values['expected_accepted_length']:.3f}  lr {values['learning_rate']:.2e}"
         f"  grad {values['grad_norm']:.2f}  {values['tokens_per_second']:.0f} tok/s"
-        f"  peak {values['peak_memory_bytes'] / 2**30:.2f} GiB"
+        f" ({values['supervised_tokens_per_second']:.0f} supervised)  padding {values['padding_share']:.1%}"
+        f"  waits {values['loader_wait_share']:.1%}  peak {values['peak_memory_bytes'] / 2**30:.2f} GiB"
         + ("" if values["recompiles"] is None else f"  {values['recompiles']} recompiles")
+        + ("" if values["seconds_left"] is None else f"  left {duration(values['seconds_left'])}")
     )
 
 

@@ -215,6 +215,8 @@ class Train:
     """Keep the target's features in host memory between segments."""
     log_steps: int = option(10, ge=1)
     """Log every so many steps."""
+    log_with: Literal["tensorboard", "wandb", "trackio", "mlflow"] | None = None
+    """A tracker to log to beside metrics.jsonl, which is always written; it has to be installed."""
     eval_steps: int | None = option(None, ge=1)
     """Evaluate every so many steps; null: only before and after training."""
     save_steps: int | None = option(None, ge=1)

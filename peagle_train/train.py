@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from peagle_train import peers
+from peagle_train.about import about_data
 from peagle_train.build import always_drafted, choose_mask_token, load_tokenizer, make_draft
 from peagle_train.cached_target import CachedTarget
 from peagle_train.checkpoint import check_output
@@ -23,6 +24,7 @@ from peagle_train.run_checkpoint import restore
 from peagle_train.sharded import check_sharding, world_mesh
 from peagle_train.summary import describe_summary
 from peagle_train.target import FrozenTarget
+from peagle_train.trackers import check_tracker
 from peagle_train.trainer import Trainer
 from peagle_train.training_data import load_training_data
 from peagle_train.vocab import choose_most_frequent, coverage
@@ -42,6 +44,7 @@ def train(recipe: Recipe, resume: str | None = None) -> str:
         ValueError: for a user's mistake, before any training.
     """
     checkpoint: Checkpoint | None = None
+    check_tracker(recipe.train.log_with)
     if resume is None:
         check_output(Path(recipe.output.dir))
     else:
@@ -49,7 +52,11 @@ def train(recipe: Recipe, resume: str | None = None) -> str:
         if isinstance(found, str):
             return found if os.environ.get("RANK", "0") == "0" else ""
         checkpoint = found
-    accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision)
+    accelerator = Accelerator(
+        mixed_precision=recipe.train.mixed_precision,
+        log_with=recipe.train.log_with,
+        project_dir=recipe.output.dir if recipe.train.log_with else None,
+    )
     check_launch(accelerator.num_processes)
     peers.connect()
     check_sharding(
@@ -66,12 +73,14 @@ def train(recipe: Recipe, resume: str | None = None) -> str:
     mask_token_id = choose_mask_token(shaped.draft, tokenizer, target.vocab_size)
 
     data = load_training_data(recipe, tokenizer, target.vocab_size, mask_token_id, say)
+    described = about_data(data.train_rows, data.report, recipe.data.max_length)
     if isinstance(target, CachedTarget):
         data = target.attach(data)
 
     draft = _draft(shaped, target, tokenizer, mask_token_id, data.counts_V, start, say)
 
     trainer = Trainer(recipe, accelerator, target, draft, data.train_rows, data.eval_rows)
+    trainer.about["data"] = described
     say(arithmetic(trainer, data.report))
     for note in restore(trainer, checkpoint) if checkpoint else []:
         say(f"resume: {note}")

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from peagle_train.about import ABOUT, about_machine
 from peagle_train.build import make_collator
 from peagle_train.checkpoint import MARKER, save_drafter, write_json
 from peagle_train.checkpoint_files import remove_set_aside
@@ -30,6 +32,7 @@ from peagle_train.metrics import (
     train_line,
 )
 from peagle_train.optim import make_optimizer, make_scheduler
+from peagle_train.pace import Pace, padding_share
 from peagle_train.peers import agree, from_main
 from peagle_train.profile import StepProfiler, span
 from peagle_train.recipe import Recipe, dump_recipe
@@ -42,6 +45,7 @@ from peagle_train.segments import StepStats
 from peagle_train.sharded import clip_gradients, full_weights, shard, wants_sharding
 from peagle_train.signals import Signals, is_lost_worker, leave_to_parent
 from peagle_train.target import FrozenTarget
+from peagle_train.trackers import Tracker
 
 
 class Trainer:
@@ -105,6 +109,9 @@ class Trainer:
         self.sampler.num_steps = self.num_steps
         self.scheduler = make_scheduler(self.optimizer, train, self.num_steps)
         self.profiler = StepProfiler(train.profile_steps, self.folder, self.device)
+        self.pace = Pace(accelerator.num_processes, recipe.data.num_workers)
+        self.tracker = Tracker(accelerator)
+        self.about: dict[str, Any] = about_machine(self.device, accelerator.num_processes)
         self.signals = Signals()
         self.guard = Guard(self.folder, train.max_bad_steps)
         self._agreed_stop = self._agreed_save = False
@@ -125,8 +132,11 @@ class Trainer:
             ValueError: the output folder cannot be used.
             RunStopped: the run had to stop, with a line that says why and how to go on.
         """
-        self.reporter = Reporter(self.folder, self.num_steps, self.accelerator.is_main_process, self.step)
+        main = self.accelerator.is_main_process
+        self.reporter = Reporter(self.folder, self.num_steps, main, self.step, also=self.tracker.log)
         lock = take_up_output(self)
+        self.on_main(f"{ABOUT} could not be written", lambda: write_json(self.folder / ABOUT, self.about))
+        self.tracker.start(self.recipe, self.step, asdict(self.recipe))
         steps = self._steps()
         try:
             with self.signals:
@@ -214,7 +224,7 @@ class Trainer:
             generator=torch.Generator(),  # not the global one: that would count how often a run was resumed
             pin_memory=self.device.type == "cuda",
         )
-        self._window_start, self._window_tokens, self._waited = time.perf_counter(), 0, 0.0
+        self.pace.restart()
         iterator = iter(loader)
         try:
             for step in range(self.step + 1, self.num_steps + 1):
@@ -222,7 +232,7 @@ class Trainer:
                 started = time.perf_counter()
                 with span("loader wait"):
                     batches = [next(iterator) for _ in range(self.recipe.train.gradient_accumulation_steps)]
-                self._waited += time.perf_counter() - started
+                self.pace.waited(time.perf_counter() - started)
                 yield batches
                 table = self.profiler.after(step, is_last=step == self.num_steps)
                 if table:
@@ -275,7 +285,8 @@ class Trainer:
                 set_schedule(self.scheduler, self.step + 1)  # its own step() would warn that the optimizer's is missing
             self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self._window_tokens += sum(int((b["document_ids"] >= 0).sum()) for b in batches)
+        self.pace.step(batches)
+        self._batches = batches
         self.reporter.step()
         self._stats = stats if applied else None
         self.guard.in_a_row = 0 if applied else self.guard.in_a_row + 1
@@ -291,7 +302,7 @@ class Trainer:
             self._log(self._stats)
         if train.eval_steps and self.step % train.eval_steps == 0 and not last:
             self.evaluate(f"held-out at step {self.step}")
-            self._window_start, self._window_tokens, self._waited = time.perf_counter(), 0, 0.0
+            self.pace.restart()
         # Behind the evaluation, so that whoever goes on from here need not repeat it.
         is_due = train.save_steps is not None and self.step % train.save_steps == 0 and not last
         if self._is_asked_to_save() or is_due:
@@ -307,7 +318,6 @@ class Trainer:
     def _log(self, stats: StepStats) -> None:
         hits, totals = stats.hits.tolist(), stats.totals.tolist()
         accuracy = accuracies(hits, totals)
-        seconds = time.perf_counter() - self._window_start
         values = {
             "step": self.step,
             "num_steps": self.num_steps,
@@ -317,14 +327,16 @@ class Trainer:
             "supervised": totals,
             "learning_rate": self.scheduler.get_last_lr()[0],
             "grad_norm": float(self._grad_norm),
-            "tokens_per_second": self._window_tokens * self.accelerator.num_processes / seconds,
+            "padding_share": padding_share(self._batches),
             "peak_memory_bytes": peak_memory_bytes(self.device),
-            "loader_wait_share": self._waited / seconds,
+            **self.pace.close_window(self.num_steps - self.step),
             "recompiles": self.runner.compiled.recompiles if self.runner.compiled else None,
             "seconds": time.perf_counter() - self.reporter.start_time,
         }
         self.record("train", train_line(values), **values)
-        self._window_start, self._window_tokens, self._waited = time.perf_counter(), 0, 0.0
+        advice = self.pace.advice()
+        if advice:
+            self.reporter.say(advice)
 
     def evaluate(self, title: str) -> dict[str, Any] | None:
         """Held-out loss, accuracies and expected accepted length over all ranks; None without held-out rows."""

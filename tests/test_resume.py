@@ -23,7 +23,14 @@ from peagle_train.evaluate import Evaluator
 from tests.tiny import make_target, write_recipe, write_rows
 
 LENGTHS = [9, 31, 4, 17, 32, 2, 26, 11, 40, 13]
-TIMES = {"tokens_per_second", "peak_memory_bytes", "loader_wait_share", "seconds"}
+TIMES = {
+    "tokens_per_second",
+    "supervised_tokens_per_second",
+    "peak_memory_bytes",
+    "loader_wait_share",
+    "seconds",
+    "seconds_left",
+}
 
 
 @pytest.fixture(scope="module")

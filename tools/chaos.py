@@ -42,7 +42,14 @@ WAYS = (*DEADLY, *STOPPED, "worker", "full", "damage")
 STEPS = 60
 COMPARED = [f"{folder}/model.safetensors" for folder in ("final", "best", f"checkpoint-{STEPS - 1}", "checkpoint-20")]
 COMPARED += ["final/config.json", f"checkpoint-{STEPS - 1}/optimizer.safetensors"]
-TIMES = ("tokens_per_second", "peak_memory_bytes", "loader_wait_share", "seconds")
+TIMES = (
+    "tokens_per_second",
+    "supervised_tokens_per_second",
+    "peak_memory_bytes",
+    "loader_wait_share",
+    "seconds",
+    "seconds_left",
+)
 
 
 def make_inputs(folder: Path) -> None:
