@@ -125,6 +125,8 @@ class CachedTarget(FrozenTarget):
 
     def check(self) -> None:
         """Compare every file's checksum, shared out among the processes of this machine; ValueError names a damaged one."""
-        size = sum(path.stat().st_size for path in self.cache.folder.glob("*.safetensors"))
-        logger.warning("reading the cache's %.1f GiB once to see that they are whole (target.check)", size / 2**30)
-        self.cache.verify(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        size = sum(path.stat().st_size for path in self.cache.folder.glob("*.safetensors")) / 2**30
+        rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if rank == 0:
+            logger.warning("target.cache: reading %.2f GiB once to see that they are whole (target.check)", size)
+        self.cache.verify(rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

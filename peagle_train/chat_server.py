@@ -17,7 +17,7 @@ RETRIED = (408, 425, 429)
 REFUSED = (400, 413, 422)
 """Statuses by which a server turns down one request, mostly because its prompt is too long."""
 LONGEST_WAIT = 60.0
-"""Seconds between two tries, at most."""
+"""Seconds between two tries, and for the list of models, at most."""
 
 
 class ServerError(RuntimeError):
@@ -67,7 +67,7 @@ class ChatServer:
         *,
         sampling: Mapping[str, Any],
         api_key: str | None = None,
-        timeout: float = 600.0,
+        timeout: float = 3600.0,
         retries: int = 6,
         retry_wait: float = 1.0,
     ) -> None:
@@ -76,13 +76,16 @@ class ChatServer:
         self._key = (api_key or "").strip()
         if not self._key.isascii() or not self._key.isprintable():
             raise ValueError("the API key holds characters that no HTTP header can have")
-        self._open = urllib.request.build_opener(_NoRedirects).open
+        handlers: list[Any] = [_NoRedirects]
+        if urlsplit(self.base_url).hostname in ("localhost", "127.0.0.1", "::1"):
+            handlers.append(urllib.request.ProxyHandler({}))  # a proxy of the environment does not know this machine
+        self._open = urllib.request.build_opener(*handlers).open
         self._stopped = threading.Event()
 
     def check(self) -> None:
         """ValueError unless the server is there and has the model. A server that cannot be reached fails at once."""
         try:
-            answer = self._try("/models", None)
+            answer = self._try("/models", None, min(self.timeout, LONGEST_WAIT))
         except _Refused as error:
             raise ValueError(f"{self.base_url}/models is turned down: {error}") from None
         except _Unanswered as error:
@@ -109,7 +112,7 @@ class ChatServer:
         body = {"model": self.model, "messages": list(messages), "seed": seed, "stream": False, **self.sampling}
         for attempt in range(self.retries + 1):
             try:
-                return _read_answer(self._try("/chat/completions", body))
+                return _read_answer(self._try("/chat/completions", body, self.timeout))
             except _Refused as error:
                 return Answer("", "refused", detail=str(error))
             except _Unanswered as error:
@@ -119,7 +122,7 @@ class ChatServer:
                     break
         raise ServerError(f"{self.base_url} gave no answer in {attempt + 1} tries; the last: {reason}")
 
-    def _try(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+    def _try(self, path: str, body: dict[str, Any] | None, timeout: float) -> dict[str, Any]:
         """One request; its answer as an object."""
         url = self.base_url + path
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
@@ -127,7 +130,7 @@ class ChatServer:
             headers["Authorization"] = f"Bearer {self._key}"
         data = None if body is None else json.dumps(body).encode()
         try:
-            with self._open(urllib.request.Request(url, data, headers), timeout=self.timeout) as response:
+            with self._open(urllib.request.Request(url, data, headers), timeout=timeout) as response:
                 answer = json.loads(response.read())
         except urllib.error.HTTPError as error:
             raise self._failure(error, url) from None

@@ -72,11 +72,14 @@ def verify_checkpoint(folder: Path) -> None:
         path = folder / name
         if not path.is_file():
             raise DamagedCheckpoint(f"{path} is missing")
-        size = path.stat().st_size
-        if size != described["size"]:
-            raise DamagedCheckpoint(f"{path} has {size} bytes instead of {described['size']}")
-        if _describe(path) != described:
-            raise DamagedCheckpoint(f"{path} is not what was written (its sha256 differs)")
+        try:
+            size = path.stat().st_size
+            if size != described["size"]:  # told without reading it
+                raise DamagedCheckpoint(f"{path} has {size} bytes instead of {described['size']}")
+            if _describe(path) != described:
+                raise DamagedCheckpoint(f"{path} is not what was written (its sha256 differs)")
+        except OSError as error:
+            raise DamagedCheckpoint(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

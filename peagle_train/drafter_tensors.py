@@ -46,7 +46,7 @@ def standard_names(stored: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[s
 def check_layers(config: PEagleDraftConfig, tensors: dict[str, Tensor]) -> None:
     """ValueError unless config.json and the weights have the same number of layers."""
     found = {int(m[1]) for m in (re.match(r"layers\.(\d+)\.", name) for name in tensors) if m}
-    if found != set(range(config.num_hidden_layers)):
+    if len(found) != config.num_hidden_layers or max(found, default=-1) != config.num_hidden_layers - 1:
         listed = ", ".join(map(str, sorted(found))) or "none"
         raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}, but the weights have layers {listed}")
 

@@ -48,9 +48,9 @@ def skip_step(trainer: "Trainer", batches: list[dict[str, Tensor]], losses: list
     Args:
         trainer: behind the step. batches: the step's micro-batches on this rank. losses: scalar, of each of them.
     """
-    trainer.runner.buffers.zero_()
-    bad = [batch for batch, loss in zip(batches, losses, strict=True) if not bool(torch.isfinite(loss))]
+    bad = [_bad_rows(trainer, b) for b, loss in zip(batches, losses, strict=True) if not bool(torch.isfinite(loss))]
     found = _entries(trainer, bad, "loss") or _entries(trainer, batches, "gradient")
+    trainer.runner.buffers.zero_()
     trainer.on_main(f"{BAD_ROWS} could not be written", lambda: trainer.guard.write(found))
     what, keys = found[0]["what"], [entry["row_key"] for entry in found]
     line = f"{what} is not finite in step {trainer.step}, rows {keys}: the step was not applied"
@@ -65,10 +65,26 @@ def skip_step(trainer: "Trainer", batches: list[dict[str, Tensor]], losses: list
         )
 
 
+@torch.no_grad()
+def _bad_rows(trainer: "Trainer", batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of a micro-batch, the rows whose own loss is not finite; all of them where that cannot be told."""
+    size = batch["row_key"].numel()
+    if size == 1 or trainer.runner.sharded:  # sharded ranks would have to run the same number of passes
+        return batch
+    bad = []
+    for row in range(size):
+        # The row in every place of the batch: the same shapes, so that nothing is compiled again.
+        alone = {name: tensor[row : row + 1].expand_as(tensor).contiguous() for name, tensor in batch.items()}
+        loss = trainer.runner.run(alone, trainer.runner.plan(alone), scale=None).loss
+        bad.append(not bool(torch.isfinite(loss)))
+    is_bad = torch.tensor(bad) if any(bad) else torch.ones(size, dtype=torch.bool)
+    return {"row_key": batch["row_key"][is_bad]}
+
+
 def _entries(trainer: "Trainer", batches: list[dict[str, Tensor]], what: str) -> list[dict[str, Any]]:
     """A line for each row of these micro-batches, over all ranks.
 
-    Where only the gradient is not finite, it cannot be told whose row's it is; a micro-batch's rows share a loss.
+    Where only the gradient is not finite, it cannot be told whose it is.
     """
     epoch = (trainer.step - 1) // trainer.sampler.steps_per_epoch
     where = {"step": trainer.step, "epoch": epoch, "rank": trainer.accelerator.process_index}

@@ -8,7 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,7 @@ class Journal:
     def __init__(self, out: Path, settings: Mapping[str, Any]) -> None:
         self.out, self.path = out, out.with_name(out.name + ".journal")
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
-        self.entries: dict[int, Entry] = {}
-        """By the row's number."""
+        self._begins: dict[int, int] = {}  # of each result's line, so that the results need not be in memory
         if out.exists() and not self.path.exists():
             raise ValueError(f"{out} is there already: give another --out, or remove it")
         try:
@@ -48,18 +47,36 @@ class Journal:
             self._file.close()
             raise
 
+    def __contains__(self, index: int) -> bool:
+        return index in self._begins
+
+    def __len__(self) -> int:
+        return len(self._begins)
+
+    def __iter__(self) -> Iterator[Entry]:
+        """The results in the order of their numbers."""
+        for index in sorted(self._begins):
+            self._file.seek(self._begins[index])
+            yield json.loads(self._file.readline())
+
     def add(self, index: int, entry: Entry) -> None:
         """Keep a result; it is on the disk when this returns."""
-        assert index not in self.entries, f"row {index} has a result already"
-        self._append({"index": index, **entry})
-        self.entries[index] = entry
+        assert index not in self._begins, f"row {index} has a result already"
+        self._begins[index] = self._append({"index": index, **entry})
 
-    def finish(self, lines: list[str], report: Mapping[str, Any]) -> None:
+    def finish(self, lines: Iterable[str], report: Mapping[str, Any]) -> None:
         """Write OUT and its report, and remove the journal. A crash in between leaves a journal to finish again."""
-        text = "".join(line + "\n" for line in lines).encode()
-        _replace(self.out, text)
-        full = {"settings": self.settings, **report, "sha256": hashlib.sha256(text).hexdigest()}
-        _replace(_report_path(self.out), (json.dumps(full, indent=2) + "\n").encode())
+        digest = hashlib.sha256()
+
+        def encoded() -> Iterator[bytes]:
+            for line in lines:
+                data = line.encode() + b"\n"
+                digest.update(data)
+                yield data
+
+        _replace(self.out, encoded())
+        full = {"settings": self.settings, **report, "sha256": digest.hexdigest()}
+        _replace(_report_path(self.out), [json.dumps(full, indent=2).encode() + b"\n"])
         self.discard()
 
     def discard(self) -> None:
@@ -74,26 +91,26 @@ class Journal:
 
     def _read(self) -> None:
         self._file.seek(0)
-        data = self._file.read()
-        whole = data[: data.rfind(b"\n") + 1]  # what follows the last line's end was being written when the run died
-        if len(whole) < len(data):
-            self._file.truncate(len(whole))
-        lines = whole.splitlines()
-        if not lines:
-            self._append({"settings": self.settings})
-            _sync_folder(self.path.parent)
-            return
-        for number, line in enumerate(lines, start=1):
+        number, begin = 0, 0
+        for number, line in enumerate(self._file, start=1):
+            if not line.endswith(b"\n"):  # it was being written when the run died
+                self._file.truncate(begin)
+                number -= 1
+                break
             try:
                 entry = json.loads(line)
                 if number == 1:
                     begun = dict(entry["settings"])
                 else:
-                    self.entries[int(entry.pop("index"))] = entry
-            except (TypeError, KeyError, AttributeError, ValueError):
+                    self._begins[int(entry["index"])] = begin
+            except (TypeError, KeyError, ValueError):
                 raise ValueError(f"{self.path}, line {number} is damaged: remove that file to start anew") from None
             if number == 1:
                 self._compare(begun)
+            begin += len(line)
+        if number == 0:
+            self._append({"settings": self.settings})
+            _sync_folder(self.path.parent)
 
     def _compare(self, begun: dict[str, Any]) -> None:
         for key in {**begun, **self.settings}:
@@ -103,10 +120,13 @@ class Journal:
                     " run the same command again, give another --out, or remove that file"
                 )
 
-    def _append(self, value: Any) -> None:
+    def _append(self, value: Any) -> int:
+        """Where the line begins."""
+        begin = self._file.seek(0, os.SEEK_END)
         self._file.write(json.dumps(value).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+        return begin
 
 
 def finished(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -116,19 +136,24 @@ def finished(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     try:
         report: dict[str, Any] = json.loads(_report_path(out).read_bytes())
         same = report["settings"] == json.loads(json.dumps(settings))
-        return report if same and report["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest() else None
+        return report if same and report["sha256"] == _sha256(out) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _report_path(out: Path) -> Path:
     return out.with_name(out.name + ".report.json")
 
 
-def _replace(path: Path, data: bytes) -> None:
+def _replace(path: Path, parts: Iterable[bytes]) -> None:
     temporary = path.with_name(f".{path.name}.partial")
     with temporary.open("wb") as file:
-        file.write(data)
+        file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -10,6 +10,7 @@ index.json                     the sums of all files and the reports; the last f
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from peagle_train.chat import ChatEncoder
 from peagle_train.data import PackedRows, PackReport
 from peagle_train.document_table import DocumentTable
+from peagle_train.messages import CHAT_KEYS
 from peagle_train.readers import clip
 from peagle_train.recipe import Recipe
 from peagle_train.sources import SourceReport
@@ -32,21 +34,21 @@ _DATA_KEYS = (
     " template_kwargs on_rewrite"
 ).split()
 """Of the recipe's data section, what decides about the rows. (max_bad_rows only decides whether there are any.)"""
-_CHATS = ("messages", "conversations", "prompt")
 _AGAIN = "run tools/prepare_data.py again"
 
 
 def settings_of(recipe: Recipe, tokenizer: Any, vocab_size: int, mask_token_id: int | None) -> dict[str, Any]:
     """All that decides about the rows but the files that are read, by the name that a user knows it by."""
-    settings = {f"data.{key}": getattr(recipe.data, key) for key in _DATA_KEYS}
-    return {
+    settings = {
         "the format of prepared data": FORMAT,
-        **settings,
+        **{f"data.{key}": getattr(recipe.data, key) for key in _DATA_KEYS},
         "the target's vocabulary": vocab_size,
         "draft.mask_token_id": mask_token_id,
         "the target's tokenizer": tokenizer_fingerprint(tokenizer),
         "the chat template": _chat_fingerprint(recipe, tokenizer),
     }
+    as_read_back: dict[str, Any] = json.loads(json.dumps(settings))
+    return as_read_back
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str | None:
@@ -102,7 +104,7 @@ def open_folder(folder: Path, settings: dict[str, Any], max_bad_rows: int) -> Tr
     """`open_prepared` of any folder."""
     index = read_index(folder)
     reports = {role: SourceReport(**report) for role, report in index["source_reports"].items()}
-    has_chats = any(form in _CHATS for report in reports.values() for form in report.forms)
+    has_chats = any(form in CHAT_KEYS for report in reports.values() for form in report.forms)
     difference = first_difference(index["settings"], settings, has_chats)
     if difference is not None:
         raise ValueError(f"data.prepared {folder} {difference}: change that, or {_AGAIN} with another --out")
@@ -111,8 +113,10 @@ def open_folder(folder: Path, settings: dict[str, Any], max_bad_rows: int) -> Tr
             raise ValueError(
                 f"data.prepared {folder} left out {report.describe_bad()}: data.max_bad_rows allows {max_bad_rows}"
             )
-    for name, written in index["files"].items():
-        check_file(folder / name, written)
+    # The processes of one machine share out the reading; one that fails ends the launch of all.
+    rank, size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    for number, (name, written) in enumerate(index["files"].items()):
+        check_file(folder / name, written, with_sum=number % size == rank)
     shards = {role: [folder / name for name in names] for role, names in index["shards"].items()}
     tables = {role: DocumentTable.open(paths) for role, paths in shards.items()}
     train = load_file(folder / TRAIN)
@@ -150,8 +154,8 @@ def index_sum(index: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
 
-def check_file(path: Path, written: dict[str, Any]) -> None:
-    """ValueError unless the file has the size and the sum that it was written with."""
+def check_file(path: Path, written: dict[str, Any], with_sum: bool) -> None:
+    """ValueError unless the file has the size (and the sum) that it was written with."""
     if not path.exists():
         raise ValueError(f"data.prepared {path.parent}: {path.name} is missing: {_AGAIN} with another --out")
     size = path.stat().st_size
@@ -160,7 +164,7 @@ def check_file(path: Path, written: dict[str, Any]) -> None:
             f"data.prepared {path.parent}: {path.name} has {size} bytes, but was written with {written['bytes']}:"
             f" {_AGAIN} with another --out"
         )
-    if file_sum(path) != written:
+    if with_sum and file_sum(path) != written:
         raise ValueError(
             f"data.prepared {path.parent}: {path.name} is not as it was written (sha256): {_AGAIN} with another --out"
         )

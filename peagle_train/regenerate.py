@@ -1,119 +1,27 @@
-"""Answers of a prompt set, written anew by the target itself, turn by turn: what a drafter should learn from."""
+"""Answers of a prompt set, written anew by the target itself: what a drafter should learn from."""
 
-import hashlib
 import json
 import queue
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from peagle_train.answers import Answer, fault
-from peagle_train.chat_server import ChatServer, ServerError
+from peagle_train.answers import Answer
+from peagle_train.chat_server import ChatServer
+from peagle_train.conversation import Ask, Conversation, Settings, converse
 from peagle_train.journal import Entry, Journal, finished
-from peagle_train.prompts import Message, Prompt, fingerprint
+from peagle_train.prompts import Prompt, fingerprint
 
 if TYPE_CHECKING:
     from peagle_train.chat_local import LocalChat
 
-Conversation = Generator["Ask", Answer, Entry]
-
 HOPELESS = 20
 """Prompts turned down in a row from the start, without one answer, after which a run stops."""
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One answer that is wanted."""
-
-    messages: list[Message]
-    """The conversation so far, roles and contents alone."""
-    seed: int
-    """Of this answer's sampling, in 0..2**31 - 1."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the answers depend on, besides prompts and model."""
-
-    temperature: float = 0.8
-    top_p: float = 1.0
-    max_tokens: int = 2048
-    seed: int = 0
-    last_turn: bool = False
-    """Answer only the last question; earlier answers stay as recorded, with weight 0."""
-    keep_truncated: bool = False
-    """Keep an answer that max_tokens cut, as its conversation's last."""
-
-    def check(self) -> None:
-        """ValueError on a value that is not allowed."""
-        if not 0 <= self.temperature <= 100:
-            raise ValueError(f"--temperature is {self.temperature}; give 0 (the likeliest token) or more")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"--top-p is {self.top_p}; give more than 0 and at most 1")
-        if self.max_tokens < 1:
-            raise ValueError(f"--max-tokens is {self.max_tokens}; give 1 or more")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed is {self.seed}; give 0 to 2**63 - 1")
-
-
-def answer_seed(seed: int, row: int, turn: int) -> int:
-    """The seed of one answer: a function of the run's seed, the prompt's number and the turn."""
-    key = hashlib.sha256(f"answer,{seed},{row},{turn}".encode()).digest()
-    return int.from_bytes(key[:8], "little") % 2**31
-
-
-def converse(
-    prompt: Prompt, row: int, model: str, settings: Settings, template_kwargs: Mapping[str, Any] | None = None
-) -> Conversation:
-    """Yields what to ask, is sent the answers, returns the row's entry.
-
-    An entry has `row` (what is written, or None), `fault` (why the conversation ends early, or None), `answers` and
-    `tokens`. A conversation is cut before its first unfit answer; if nothing of the target's is left, it has no row.
-    """
-    messages: list[Message] = []
-    finish_reasons: list[str] = []
-    count = tokens = 0
-    why = detail = None
-    for turn, (asked, recorded) in enumerate(zip(prompt.turns, prompt.answers)):
-        if settings.last_turn and turn < len(prompt.turns) - 1:
-            if recorded is None:
-                why = "no recorded answers"
-                break
-            messages += [*asked, {**recorded, "weight": 0}]  # read, but not learned from: it is not the target's
-            continue
-        context = [{"role": m["role"], "content": m["content"]} for m in [*messages, *asked]]
-        answer = yield Ask(context, answer_seed(settings.seed, row, turn))
-        count, tokens = count + 1, tokens + answer.tokens
-        why, detail = fault(answer, settings.keep_truncated), answer.detail
-        if why is not None:
-            break
-        message: Message = {"role": "assistant", "content": answer.content}
-        if answer.reasoning:
-            message["reasoning_content"] = answer.reasoning
-        messages += [*asked, message]
-        finish_reasons.append(answer.finish_reason)
-        if answer.finish_reason == "length":  # kept: but no answer to a later question would follow from it
-            why = "truncated" if turn < len(prompt.turns) - 1 else None
-            break
-    generated = {
-        "model": model,
-        "temperature": settings.temperature,
-        "top_p": settings.top_p,
-        "max_tokens": settings.max_tokens,
-        "seed": settings.seed,
-        "finish_reasons": finish_reasons,
-    }
-    # Training renders a row with its own variables of the template, so that it reads what the target has read.
-    kwargs = {"chat_template_kwargs": dict(template_kwargs)} if template_kwargs else {}
-    written = {"id": prompt.id, "messages": messages, **kwargs, "generated": generated}
-    entry: Entry = {"row": written if finish_reasons else None, "fault": why, "answers": count, "tokens": tokens}
-    return {**entry, "detail": detail} if detail else entry
 
 
 def regenerate(
@@ -146,7 +54,9 @@ def regenerate(
         say(f"{out} is already complete")
         return
     journal = Journal(out, everything)
-    start, before = time.monotonic(), len(journal.entries)
+    start, before, tally = time.monotonic(), len(journal), Tally(skipped or {})
+    for entry in journal:
+        tally.add(entry)
     if before:
         say(f"going on behind {before} of {len(prompts)} prompts in {journal.path}")
 
@@ -161,22 +71,61 @@ def regenerate(
     try:
         with tqdm(total=len(prompts), initial=before, unit="prompt", disable=None) as bar:
             for row, entry in results:
-                if entry["fault"] == "refused" and not any(e["fault"] == "refused" for e in journal.entries.values()):
+                if entry["fault"] == "refused" and not tally.count("refused"):
                     say(f"prompt {prompts[row].id} is refused: {entry['detail']}")
                 journal.add(row, entry)
+                tally.add(entry)
                 bar.update()
-                _stop_if_hopeless(journal, len(prompts))
-        new = time.monotonic() - start
-        lines, report = _outcome(journal.entries, skipped or {})
-        if not lines:
-            raise ValueError(f"no prompt got a usable answer ({report['text']}); remove {journal.path} to try again")
-        journal.finish(lines, {key: value for key, value in report.items() if key != "text"})
+                if bar.disable and len(journal) * 10 // len(prompts) > (len(journal) - 1) * 10 // len(prompts):
+                    say(f"{len(journal)} of {len(prompts)} prompts, {tally.tokens} tokens")
+                if tally.dropped["refused"] == len(journal) == min(HOPELESS, len(prompts)):
+                    journal.discard()  # or the next run, with the mistake mended, would take these for answered
+                    raise ValueError(f"the first {tally.total} prompts are all refused: {entry['detail']}")
+        seconds = time.monotonic() - start
+        if not tally.rows:
+            raise ValueError(f"no prompt got a usable answer ({tally.describe()}); remove {journal.path} to try again")
+        journal.finish((_line(entry["row"]) for entry in journal if entry["row"] is not None), tally.report())
     finally:
         results.close()
         if isinstance(backend, ChatServer):
             backend.stop()
         journal.close()
-    say(f"{out}: {report['text']}, {len(prompts) - before} prompts in {new:.0f} s")
+    say(f"{out}: {tally.describe()}; {len(prompts) - before} prompts in {seconds:.0f} s")
+
+
+class Tally:
+    """What became of the prompts. `skipped` were not asked, by reason."""
+
+    def __init__(self, skipped: Mapping[str, int]) -> None:
+        self.total = self.rows = self.answers = self.tokens = 0
+        self.cut: Counter[str] = Counter()
+        self.dropped: Counter[str] = Counter()
+        self.skipped = Counter(skipped)
+
+    def add(self, entry: Entry) -> None:
+        self.total += 1
+        self.rows += entry["row"] is not None
+        self.answers += entry["answers"]
+        self.tokens += entry["tokens"]
+        if entry["fault"] is not None:
+            (self.dropped if entry["row"] is None else self.cut)[entry["fault"]] += 1
+
+    def count(self, fault: str) -> int:
+        return self.dropped[fault] + self.cut[fault]
+
+    def report(self) -> dict[str, Any]:
+        """For the report's file: no clock, no order of arrival, so that it is the same after a crash."""
+        counts = {name: dict(sorted(getattr(self, name).items())) for name in ("cut", "dropped", "skipped")}
+        return {"prompts": self.total, "rows": self.rows, **counts, "answers": self.answers, "tokens": self.tokens}
+
+    def describe(self) -> str:
+        """One line."""
+        text = f"{self.rows} of {self.total} prompts written"
+        for what, counts in (("cut short", self.cut), ("dropped", self.dropped), ("skipped", self.skipped)):
+            if counts:
+                reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+                text += f", {counts.total()} {what} ({reasons})"
+        return text + f"; {self.answers} answers, {self.tokens} tokens"
 
 
 def _by_threads(
@@ -185,7 +134,7 @@ def _by_threads(
     """(row, entry) as they come. A thread takes one conversation at a time, from its first turn to its last."""
     todo: queue.SimpleQueue[int] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[int, Entry | BaseException]] = queue.SimpleQueue()
-    rows = [row for row in range(total) if row not in journal.entries]
+    rows = [row for row in range(total) if row not in journal]
     for row in rows:
         todo.put(row)
     over = threading.Event()
@@ -233,7 +182,7 @@ def _by_batches(
     """
     for first in range(0, total, local.batch_size):
         rows = range(first, min(total, first + local.batch_size))
-        if all(row in journal.entries for row in rows):
+        if all(row in journal for row in rows):
             continue
         conversations = {row: make(row) for row in rows}
         answers: dict[int, Answer] = {}
@@ -251,33 +200,8 @@ def _by_batches(
                 given = local.answer([ask.messages for ask in batch], [ask.seed for ask in batch])
                 answers = dict(zip(asks, given))
         for row in rows:
-            if row not in journal.entries:
+            if row not in journal:
                 yield row, ended[row]
-
-
-def _stop_if_hopeless(journal: Journal, total: int) -> None:
-    """A server that turns down whatever it is asked is set up wrongly: better to say so than to count it."""
-    if len(journal.entries) == min(HOPELESS, total):
-        entries = list(journal.entries.values())
-        if all(entry["fault"] == "refused" for entry in entries):
-            journal.discard()  # or the next run, with the mistake mended, would take these for answered
-            raise ValueError(f"the first {len(entries)} prompts are all refused: {entries[0]['detail']}")
-
-
-def _outcome(entries: Mapping[int, Entry], skipped: Mapping[str, int]) -> tuple[list[str], dict[str, Any]]:
-    """The lines to write and the counts to report."""
-    in_order = [entries[row] for row in sorted(entries)]
-    lines = [_line(entry["row"]) for entry in in_order if entry["row"] is not None]
-    cut = Counter(entry["fault"] for entry in in_order if entry["row"] is not None and entry["fault"])
-    dropped = Counter(entry["fault"] for entry in in_order if entry["row"] is None)
-    totals = {name: sum(entry[name] for entry in in_order) for name in ("answers", "tokens")}
-    text = f"{len(lines)} of {len(in_order)} prompts written"
-    for what, counts in (("cut short", cut), ("dropped", dropped), ("skipped", Counter(skipped))):
-        if counts:
-            text += f", {counts.total()} {what} ({', '.join(f'{n} {reason}' for reason, n in sorted(counts.items()))})"
-    text += f"; {totals['answers']} answers, {totals['tokens']} tokens"
-    report = {"rows": len(lines), "cut": dict(sorted(cut.items())), "dropped": dict(sorted(dropped.items()))}
-    return lines, {**report, "skipped": dict(sorted(skipped.items())), **totals, "text": text}
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -292,6 +216,3 @@ def _is_text(line: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-__all__ = ["Ask", "ServerError", "Settings", "answer_seed", "converse", "regenerate"]

@@ -14,19 +14,22 @@ from peagle_train.summary import describe_summary
 SAME_NUMBERS = {
     "target.path", "target.check", "target.trust_remote_code", "output.dir", "train.log_steps", "train.eval_steps",
     "train.save_steps", "train.keep_last", "train.keep_every", "train.max_bad_steps", "train.profile_steps",
+    "draft.init_from",
 }  # fmt: skip
 """Keys that change no number of the training."""
 ROUNDING = {
     "cod.num_segments", "cod.boundaries", "train.segment_mode", "train.loss_chunk_rows", "train.activation_checkpointing",
     "train.offload_features", "train.compile", "train.compile_backend", "train.compile_mode", "train.batch_size",
-    "train.gradient_accumulation_steps", "train.sharding", "target.shard", "target.device_map",
-    "target.attn_implementation",
+    "train.gradient_accumulation_steps", "train.sharding", "target.attn_implementation", "target.chunk_tokens",
+    "target.cache", "target.cache_dtype", "target.device_map", "target.shard",
 }  # fmt: skip
 """Keys that change the order of sums; the rows of a step are compared on their own."""
 STEPS = {"train.epochs", "train.max_steps"}
 """Keys that stretch the learning-rate schedule."""
+BY_CONTENT = {"draft.draft_vocab_size": "draft vocabulary", "draft.vocab_from": "draft vocabulary"}
+"""Keys that count by what they lead to, compared by its fingerprint; so do those of the data section (the rows)."""
 DATA_THAT_SHAPES = {"data.max_length"}
-"""Other keys of the data section count by the rows that they lead to, which are compared by their fingerprint."""
+"""But not these."""
 
 
 @dataclass
@@ -148,8 +151,8 @@ def compare_recipes(old: dict[str, Any], new: dict[str, Any], name: str) -> list
                 lines.append(f"{change}: same rows and draws, but no longer equal bit for bit")
             elif key in STEPS:
                 lines.append(f"{change}: see the schedule below")
-            elif section == "data" and key not in DATA_THAT_SHAPES:
-                lines.append(f"{change}: accepted if the rows are the same")
+            elif key in BY_CONTENT or (section == "data" and key not in DATA_THAT_SHAPES):
+                lines.append(f"{change}: accepted, as the {BY_CONTENT.get(key, 'rows')} came out the same")
             else:
                 refused.append(change)
     if refused:

@@ -107,6 +107,8 @@ class RowEncoder:
                     batch.rows[i] = self._checked(i, form, *content)
             except BadRow as error:
                 batch.rows[i] = _rejected(i, raw, error)
+            except RecursionError:
+                batch.rows[i] = _rejected(i, raw, BadRow("wrong types", "values are nested too deeply"))
         tokenized = self._tokenized([text for _, text in texts.values()])
         for (i, (form, _)), ids in zip(texts.items(), tokenized, strict=True):
             try:

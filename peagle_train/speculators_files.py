@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from peagle_train.target import FrozenTarget
+from peagle_train.target_check import relative
 
 logger = logging.getLogger(__name__)
 DOCUMENTS = "documents.jsonl"
@@ -113,14 +114,14 @@ class SpeculatorsFiles:
         hidden = self._hidden(row)
         ids = row["input_ids"][None]
         features, last = self.target.features(ids, torch.arange(ids.shape[1])[None])
-        off = _off(hidden[:, :3].flatten(1), features[0])
+        off = relative(hidden[:, :3].flatten(1), features[0])
         if off > 0.1:
             raise ValueError(
                 f"{row['path']}: its features are {off:.0%} off what the target gives in layers {self.target.layer_ids}:"
                 " they are of another target, or of other layers (give target.layer_ids)"
             )
         self.last_is_normed = False
-        before, behind = _off(self._normed(hidden[:, 3]), last[0]), _off(hidden[:, 3], last[0])
+        before, behind = relative(self._normed(hidden[:, 3]), last[0]), relative(hidden[:, 3], last[0])
         if min(before, behind) > 0.1:
             raise ValueError(
                 f"{row['path']}: its last hidden state is not the target's, neither before the final norm ({before:.0%}"
@@ -172,8 +173,3 @@ def _data_set(root: Path) -> Any:
         "no data set next to %s: where a file has no loss_mask of its own, every token is learned from", root
     )
     return None
-
-
-def _off(a: Tensor, b: Tensor) -> float:
-    a, b = a.double(), b.double()
-    return float((a - b).norm() / b.norm().clamp(min=1e-30))

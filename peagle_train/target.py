@@ -23,6 +23,7 @@ from peagle_train.distributed import max_counts
 from peagle_train.draft_config import ROPE_TYPES
 from peagle_train.segments import TargetOutputs
 from peagle_train.sharded import shard, whole
+from peagle_train.target_check import check_target
 
 logger = logging.getLogger(__name__)
 
@@ -205,6 +206,11 @@ class FrozenTarget:
         weight = self.head_weight()
         return weight[token_ids.to(weight.device)]
 
+    @property
+    def has_plain_head(self) -> bool:
+        """Whether the head is a matrix, not what a quantiser made of one."""
+        return self._dense is None
+
     def eos_token_ids(self) -> list[int]:
         """Tokens that end the target's answers, by its config and its generation config; ascending."""
         return vocab.eos_token_ids(self.config, getattr(self.model, "generation_config", None))
@@ -315,72 +321,11 @@ class FrozenTarget:
     def check(self) -> None:
         """Run a few tokens and see that features and labels are what training takes them for; ValueError if not.
 
-        Cheap insurance against architectures that nobody here has met: a packed document must get the features that it
-        gets alone (a target that does not isolate them gets one at a time from then on), chunks must give what the whole
-        gives, and the model's own logits must be its head times the last hidden state.
+        A packed document must get the features that it gets alone (a target that does not isolate them gets one at a time
+        from then on), chunks must give what the whole gives, and the model's own logits must be its head times the last
+        hidden state.
         """
-        given, self.chunk_tokens = self.chunk_tokens, None
-        try:
-            self._check(given is not None)
-        finally:
-            self.chunk_tokens = given
-
-    def _check(self, in_chunks: bool) -> None:
-        ids = torch.arange(1, 12, device=self.device)[None] % self.vocab_size
-        position = torch.cat([torch.arange(6), torch.arange(5)]).to(self.device)[None]
-        packed, last = self.features(ids, position)
-        alone, _ = self.features(ids[:, 6:], position[:, 6:])
-        error = _relative(packed[:, 6:], alone)
-        if error > 0.05 and not self.apart:
-            logger.warning(
-                "target %s lets packed documents see each other (features are %.0f%% off): it is given one document at a"
-                " time, which is right but slower where documents are short",
-                type(self.model).__name__,
-                100 * error,
-            )
-            self.apart = True
-            packed, last = self.features(ids, position)
-        if in_chunks:
-            self._check_chunks(ids, position, packed, last)
-        ids, position, last = ids[:, :6], position[:, :6], last[:, :6]
-        if self._dense is not None:
-            self._check_dense_head(ids, position, last)
-            return
-        some = torch.arange(min(8, self.vocab_size), device=self.device)
-        rows = nn.Linear(self.hidden_size, some.numel(), bias=False, device="meta")
-        rows.weight = nn.Parameter(self.head_rows(some).to(last.device), requires_grad=False)
-        tied = getattr(self.config, "tie_word_embeddings", False)
-        self.model.set_output_embeddings(rows)  # type: ignore[operator]
-        try:
-            logits = self.model(input_ids=ids, position_ids=position, use_cache=False).logits
-        finally:
-            self.model.set_output_embeddings(self.head)  # type: ignore[operator]
-        assert getattr(self.config, "tie_word_embeddings", False) == tied
-        error = _relative(logits.to(last.device), last @ rows.weight.T)
-        if error > 0.05:
-            raise ValueError(
-                f"target {type(self.model).__name__} changes its logits after the head (they are {error:.0%} off head *"
-                " hidden): labels would be wrong, it is unsupported"
-            )
-
-    def _check_dense_head(self, ids: Tensor, position: Tensor, last: Tensor) -> None:
-        logits = self.model(input_ids=ids, position_ids=position, use_cache=False).logits
-        error = _relative(logits, last @ self.head_weight().T)
-        if error > 0.05:
-            raise ValueError(
-                f"target {type(self.model).__name__} has a quantised head ({type(self.head).__name__}) whose logits are"
-                f" {error:.0%} off the matrix that it multiplies by: labels would be wrong; leave the head unquantised"
-            )
-
-    def _check_chunks(self, ids: Tensor, position: Tensor, features: Tensor, last: Tensor) -> None:
-        self.chunk_tokens = 4
-        chunked, chunked_last = self.features(ids, position)
-        error = max(_relative(chunked, features), _relative(chunked_last, last))
-        if error > 0.05:
-            raise ValueError(
-                f"target {type(self.model).__name__} gives other features in chunks ({error:.0%} off): set"
-                " target.chunk_tokens to null"
-            )
+        check_target(self)
 
 
 _REPORTS = ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs")
@@ -456,11 +401,6 @@ def _decoder_layers(base: nn.Module, count: int) -> nn.ModuleList:
     if not found:
         raise ValueError(f"target {type(base).__name__}: no stack of {count} decoder layers found; unsupported")
     return found[0]
-
-
-def _relative(a: Tensor, b: Tensor) -> float:
-    a, b = a.double(), b.double()
-    return float((a - b).norm() / b.norm().clamp(min=1e-30))
 
 
 def _one_line(error: Exception) -> str:

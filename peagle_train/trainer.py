@@ -241,7 +241,8 @@ class Trainer:
         plans = [self.runner.plan(batch) for batch in batches]
         # What signals asked of any rank travels with the count: no collective of its own, and no wait.
         supervised = sum(p.num_supervised for p in plans)
-        count, *self._asked = sum_counts([supervised, self.signals.stop is not None, self.signals.save], self.device)
+        self._own_save = self.signals.save
+        count, *self._asked = sum_counts([supervised, self.signals.stop is not None, self._own_save], self.device)
         # FSDP averages over ranks where we want the sum; a step with nothing supervised has gradient 0, not nan.
         wide = torch.promote_types(self.draft.dtype, torch.float32)
         scale = (self.accelerator.num_processes if self.runner.sharded else 1) / count.clamp(min=1).to(wide)
@@ -293,14 +294,15 @@ class Trainer:
             self._window_start, self._window_tokens, self._waited = time.perf_counter(), 0, 0.0
         # Behind the evaluation, so that whoever goes on from here need not repeat it.
         is_due = train.save_steps is not None and self.step % train.save_steps == 0 and not last
-        if is_due or self._is_asked_to_save():
+        if self._is_asked_to_save() or is_due:
             save_checkpoint(self)
 
     def _is_asked_to_save(self) -> bool:
-        asked = self.signals.save if self.accelerator.num_processes == 1 else self._agreed_save
-        if asked:
+        if self.accelerator.num_processes == 1:
+            self._own_save = self._agreed_save = self.signals.save
+        if self._own_save:  # not one that came since: the others do not know of it yet
             self.signals.save = False
-        return asked
+        return self._agreed_save
 
     def _log(self, stats: StepStats) -> None:
         hits, totals = stats.hits.tolist(), stats.totals.tolist()

@@ -5,12 +5,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 from torch import Tensor
 
 from peagle_train.chat import ChatEncoder
-from peagle_train.data import PackedRows, PackReport, held_out_documents, pack_table, times_an_epoch
+from peagle_train.choice import held_out_documents, times_an_epoch
+from peagle_train.data import PackedRows, PackReport, pack_table
 from peagle_train.document_table import DocumentTable
 from peagle_train.files import FoundFiles, find_files
+from peagle_train.messages import CHAT_KEYS
 from peagle_train.recipe import Data, Recipe
 from peagle_train.row_encoder import RowEncoder
 from peagle_train.source_spec import SourceSpec, parse_sources
@@ -38,6 +41,11 @@ class TrainingData:
     """Documents of data.sources that are in data.eval_sources too, and not trained on."""
     source_reports: dict[str, SourceReport] = field(default_factory=dict)
     """What was read for `sources`, and for `eval_sources` if there are any."""
+
+    @property
+    def has_chats(self) -> bool:
+        """Whether a chat template made any of the documents."""
+        return any(form in CHAT_KEYS for report in self.source_reports.values() for form in report.forms)
 
     def describe(self) -> list[str]:
         """What was read, left out and packed, in lines."""
@@ -75,6 +83,11 @@ def load_training_data(
         say(f"data: as prepared in {recipe.data.prepared}, checksums verified")
     else:
         _refuse_streaming(recipe.data)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            say(
+                f"data: each of {dist.get_world_size()} processes reads and tokenizes it all; tools/prepare_data.py does it"
+                " once"
+            )
         encode = make_encoder(recipe, tokenizer, vocab_size, mask_token_id)
         tables, reports = {}, {}
         for role, found in find_all(recipe.data).items():
@@ -82,10 +95,9 @@ def load_training_data(
             tables[role], _ = read_documents(found, encode, intake)
             reports[role] = intake.report
         made = replace(assemble(recipe.data, tables, vocab_size), source_reports=reports)
-        for line in encode.chat.notices if encode.chat is not None else []:
-            say(f"data: {line}")
     made = replace(made, eval_rows=made.eval_rows.limit(recipe.data.max_eval_rows))
-    for line in made.describe():
+    notices = ChatEncoder.from_recipe(recipe.data, tokenizer).notices if made.has_chats else []
+    for line in [*made.describe(), *(f"data: {notice}" for notice in notices)]:
         say(line)
     return made
 

@@ -79,6 +79,15 @@ def test_what_may_pass_is_tried_again_as_often_as_allowed(bad: Reply) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_server_on_this_machine_is_not_asked_through_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with serving(in_turn(FINE)) as server:
+        assert client(server.url).answer(ASKED, 0).content == "fine"
+
+
 def test_a_connection_that_is_dropped_without_a_word_is_tried_again() -> None:
     listener = socket.create_server(("127.0.0.1", 0))
 

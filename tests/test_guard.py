@@ -104,9 +104,7 @@ def test_a_poisoned_row_costs_its_step_and_nothing_else(
     assert not all(torch.equal(ours[n], t) for n, t in drafter(tmp_path / "plain" / "run" / "final").items())
     entries = [json.loads(x) for x in (tmp_path / "poisoned" / "run" / "bad_rows.jsonl").read_text().splitlines()]
     assert {e["step"] for e in entries} == steps and all(e["rank"] == 0 and e["what"] == "loss" for e in entries)
-    for step in steps:  # the micro-batch that holds it, not the other one
-        [keys] = [keys for keys in seen[step] if bad in keys]
-        assert [e["row_key"] for e in entries if e["step"] == step] == [key for key in keys if key]
+    assert len(entries) == len(steps) and all(e["row_key"] == bad for e in entries)
     lines = metrics(tmp_path / "poisoned" / "run")
     assert {x["step"] for x in lines if x["kind"] == "skipped"} == steps
     assert {x["step"] for x in lines if x["kind"] == "train"} == set(range(1, 8)) - steps

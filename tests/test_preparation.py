@@ -1,6 +1,8 @@
 """Preparation: the same rows as on the fly, the same bytes after any kill, and refused where it does not fit."""
 
+import fcntl
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -118,7 +120,7 @@ def test_prepared_rows_are_those_made_on_the_fly_bit_by_bit(made: tuple[Recipe, 
     assert_same(now, then)
     assert said_then[1:] == said_now and "checksums verified" in said_then[0]
     report = now.source_reports["sources"]
-    assert report.bad_rows == {"no known form": 1} and report.duplicates == 4 and len(now.eval_rows) == 4
+    assert report.bad_rows == {"no known form": 1} and report.duplicates == 2 and len(now.eval_rows) == 4
     assert now.report.repeats > 0 and now.report.split_documents > 0
     assert_same(now, pickle.loads(pickle.dumps(then)))
 
@@ -148,6 +150,31 @@ def test_every_setting_means_the_same_in_both_ways(data: dict[str, Any], tmp_pat
         assert now.source_reports["sources"].stopped
 
 
+def test_an_epoch_holds_each_document_as_often_as_its_source_weighs(tmp_path: Path, target: Path) -> None:
+    sources = write_sources(tmp_path)
+    weighed = [{"path": sources[0], "weight": 3}, sources[1]["path"], {"path": sources[2], "weight": 0.5}]
+    data = read(recipe_of(tmp_path, target, sources=weighed, eval_fraction=0.0, max_length=2048))
+    times: dict[tuple[int, ...], int] = {}
+    for i in range(len(data.train_rows)):
+        row = data.train_rows[i]
+        for document in row["document_ids"].unique().tolist():
+            ids = tuple(row["input_ids"][row["document_ids"] == document].tolist())
+            times[ids] = times.get(ids, 0) + 1
+    decode = make_byte_tokenizer().decode
+    texts = {ids: count for ids, count in times.items() if decode(list(ids)).startswith("text")}
+    chats = {ids: count for ids, count in times.items() if decode(list(ids)).startswith("<|im_start|>")}
+    assert set(texts.values()) == {3} and len(texts) == 12
+    assert set(chats.values()) == {1} and len(chats) == 40
+    others = len(times) - len(texts) - len(chats)
+    assert 5 < others < 25 and data.report.left_out_by_weight == 30 - others
+    assert data.report.documents == sum(times.values()) and data.report.repeats == 24
+    counted = torch.zeros(BYTES_VOCAB, dtype=torch.int64)
+    for i in range(len(data.train_rows)):
+        row = data.train_rows[i]
+        counted += torch.bincount(row["input_ids"][row["loss_mask"] == 1], minlength=BYTES_VOCAB)
+    assert torch.equal(counted, data.counts_V)
+
+
 def test_rows_do_not_depend_on_the_size_of_the_shards_or_of_the_batches(
     made: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,12 +197,14 @@ def test_any_number_of_workers_makes_the_same_bytes(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from peagle_train import preparation
+from peagle_train import preparation, readers, shard_writer
+from peagle_train.build import load_tokenizer
 from peagle_train.recipe import load_recipe
 
 recipe, folder, shard_tokens = load_recipe(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-preparation.batches.__globals__["_BATCH_CHARACTERS"] = int(sys.argv[4])
-replace, save_file = os.replace, preparation.save_file
+tokenizer = load_tokenizer(recipe)
+readers._BATCH_CHARACTERS = int(sys.argv[4])
+replace, save_file = os.replace, shard_writer.save_file
 
 def prepare(out, kill_at):
     calls = 0
@@ -192,12 +221,12 @@ def prepare(out, kill_at):
         if kill_at == "half" and "00001" in str(path):
             os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
-    preparation.os.replace, preparation.save_file = dying_replace, dying_save
-    preparation.prepare_recipe(recipe, out, shard_tokens=shard_tokens, say=lambda _: None)
+    os.replace, shard_writer.save_file = dying_replace, dying_save
+    preparation.prepare(recipe, out, tokenizer, 300, 299, shard_tokens=shard_tokens, say=lambda _: None)
 
 for kill_at in ["half", *range(-int(sys.argv[5]), 0), *range(1, int(sys.argv[5]) + 1)]:
     out = folder / f"killed{kill_at}"
-    for attempt, at in enumerate((kill_at, kill_at, None)):  # killed twice, then left alone
+    for attempt, at in enumerate((kill_at, kill_at, None) if kill_at == "half" else (kill_at, None)):
         child = os.fork()
         if child == 0:
             prepare(out, at)
@@ -366,6 +395,19 @@ def test_a_preparation_goes_on_only_with_the_sources_that_it_was_begun_with(tmp_
         prepare_recipe(recipe, tmp_path / "p", shard_tokens=SHARD_TOKENS, say=lambda _: None)
     with pytest.raises(ValueError, match="is not empty and holds no preparation"):
         prepare_recipe(recipe, tmp_path / "texts", say=lambda _: None)
+
+
+def test_two_processes_do_not_prepare_in_one_folder(made: tuple[Recipe, Path], tmp_path: Path) -> None:
+    recipe, folder = made
+    (tmp_path / "p").mkdir()
+    handle = os.open(tmp_path / "p", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match="another process is preparing there"):
+        prepare_recipe(recipe, tmp_path / "p", shard_tokens=SHARD_TOKENS, say=lambda _: None)
+    assert not any((tmp_path / "p").iterdir())
+    os.close(handle)
+    prepare_recipe(recipe, tmp_path / "p", shard_tokens=SHARD_TOKENS, say=lambda _: None)
+    assert files_in(tmp_path / "p") == files_in(folder)
 
 
 def test_streamed_sources_are_refused_until_they_are_prepared(tmp_path: Path, target: Path) -> None:

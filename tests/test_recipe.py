@@ -216,6 +216,19 @@ def test_a_recipe_built_in_python_is_checked_alike() -> None:
         recipe.validate()
 
 
+def test_sources_are_words_or_mappings_and_their_mistakes_are_told_with_their_number(write: Any) -> None:
+    text = MINIMAL.replace("[stdlib]", "[stdlib, {path: chats.jsonl, weight: 2.5}, {datasets: a/b, streaming: true}]")
+    recipe = load_recipe(write(text))
+    assert recipe.data.sources[1] == {"path": "chats.jsonl", "weight": 2.5}
+    assert load_recipe(write(dump_recipe(recipe))) == recipe
+    assert "data.sources[1].wight is not a key; did you mean data.sources[1].weight?" in message(
+        write(text.replace("weight", "wight"))
+    )
+    assert "data.sources: got [5] (list); give a non-empty list of files" in message(write(text), "data.sources=[5]")
+    weighed = message(write(text), "data.eval_sources=[{path: a, weight: 2}]")
+    assert weighed.startswith("data.eval_sources has a weight; every document of it is evaluated on once")
+
+
 def test_a_dump_reads_back_to_the_same_recipe(minimal: Path, write: Any) -> None:
     overrides = ["target.layer_ids=[0, 3, 5]", "draft.rope_scaling={rope_type: linear, factor: 1e1}", "train.seed=5"]
     recipe = load_recipe(minimal, [*overrides, "train.adam_epsilon=1e-12", "train.max_grad_norm=null"])

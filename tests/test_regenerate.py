@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from peagle_train.answers import Answer
+from peagle_train.conversation import Settings, answer_seed, converse
 from peagle_train.prompts import load_prompts
-from peagle_train.regenerate import Settings, answer_seed, converse
 from tests.chat_fake import MODEL, FakeServer, Reply, completion, echo, serving
 from tests.helpers import ENVIRONMENT, ROOT
 from tools.regenerate import main
@@ -152,6 +153,33 @@ def test_a_run_that_is_killed_gives_the_same_bytes_when_it_is_started_again(
         (tmp_path / "whole.jsonl.report.json").read_bytes()
     )
     assert sorted(p.name for p in tmp_path.iterdir() if "whole" not in p.name) == ["out.jsonl", report, "p.jsonl"]
+
+
+def test_an_interrupted_run_ends_at_once_with_one_line_and_keeps_what_it_has(tmp_path: Path) -> None:
+    """Although another answer is still out, which nobody will read."""
+    prompts, out = write(tmp_path / "p.jsonl", QUESTIONS), tmp_path / "out.jsonl"
+    started: list[subprocess.Popen[str]] = []
+    ready = threading.Event()
+    count = iter(range(1, 1000))
+
+    def interrupt(body: dict[str, Any]) -> Reply:
+        number = next(count)
+        if number == 4:
+            assert ready.wait(60)
+            started[0].send_signal(signal.SIGINT)
+        if number >= 4:
+            started[0].wait()
+        return echo(body)
+
+    with serving(interrupt) as server:
+        line = [sys.executable, TOOL, *command(server, prompts, out, "--concurrency", "2")]
+        started.append(subprocess.Popen(line, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True))
+        ready.set()
+        assert started[0].communicate()[1] == "regenerate: interrupted; the same command goes on from here\n"
+        assert started[0].returncode == 130
+        server.respond = echo
+        assert main(command(server, prompts, out)) == 0
+    assert len(rows_of(out)) == 7
 
 
 def test_what_was_answered_before_the_server_failed_is_not_asked_again(
@@ -333,8 +361,6 @@ runpy.run_path({TOOL!r}, run_name="__main__")
 def test_a_conversation_is_a_function_of_its_answers_alone(tmp_path: Path) -> None:
     """The same prompt object can be asked twice, and nothing of the first time is left in it."""
     [prompt] = load_prompts(write(tmp_path / "p.jsonl", [{"turns": ["a", "b"]}]))
-    from peagle_train.answers import Answer
-
     outcomes = []
     for _ in range(2):
         conversation = converse(prompt, 0, "m", Settings())

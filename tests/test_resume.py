@@ -1,5 +1,6 @@
 """Runs that were stopped go on as if they had not been, bit for bit, or not at all, with a clear line."""
 
+import errno
 import json
 import os
 import shutil
@@ -14,7 +15,10 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+import peagle_train.run_checkpoint as run_checkpoint
+import peagle_train.trainer as trainer_module
 from peagle_train.__main__ import main, parse
+from peagle_train.data import PackedRows
 from peagle_train.evaluate import Evaluator
 from tests.tiny import make_target, write_recipe, write_rows
 
@@ -145,6 +149,62 @@ def started(folder: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPa
         stop_after(5, patch)
         run(recipe)
     return recipe
+
+
+def test_going_on_reads_no_row_of_the_steps_that_are_done(
+    tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peagle_train.trainer import Trainer
+
+    recipe = started(tmp_path, target, rows, monkeypatch, batch_size=2)
+    read: list[object] = []
+    make, get = Trainer._steps, PackedRows.__getitem__
+
+    def counted(self: PackedRows, index: Any) -> Any:
+        read.append(index)
+        return get(self, index)
+
+    def steps(self: Trainer) -> Any:
+        monkeypatch.setattr(PackedRows, "__getitem__", counted)
+        return make(self)
+
+    monkeypatch.setattr(Trainer, "_steps", steps)
+    monkeypatch.setattr(Evaluator, "__call__", lambda self: None)
+    run(recipe, "--resume")
+    assert len(read) == (9 - 5) * 2
+
+
+def test_a_file_that_cannot_be_written_ends_the_run_with_one_line_and_the_last_checkpoint_goes_on(
+    tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = started(tmp_path, target, rows, monkeypatch)
+    output = tmp_path / "run"
+    metrics_file = output / "metrics.jsonl"
+    content = metrics_file.read_bytes()
+    metrics_file.unlink()
+    metrics_file.mkdir()
+    run(recipe, "--resume", code=2)  # found out before anything is trained
+    assert str(metrics_file) in last_error(capsys)
+    metrics_file.rmdir()
+    metrics_file.write_bytes(content)
+    for module, function, what, goes_on in (
+        (run_checkpoint, "write_checkpoint", "checkpoint-6 could not be saved", "checkpoint-5"),
+        (trainer_module, "save_drafter", "final could not be written", "checkpoint-8"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, function, full)
+            run(recipe, "--resume", code=1)
+        message = last_error(capsys)
+        assert what in message and "No space left" in message
+        assert f"the last checkpoint is {output / goes_on}: the same command with --resume" in message
+    run(recipe, "--resume")
+    whole = recipe_for(tmp_path / "whole", target, rows, data=EVALUATED, train={"max_steps": 9, "eval_steps": 3})
+    run(whole)
+    assert_same_run(output, tmp_path / "whole" / "run")
+
+
+def full(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def contents(folder: Path) -> dict[str, tuple[bytes, int]]:

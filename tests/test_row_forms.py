@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from peagle_train.chat import ChatEncoder
-from peagle_train.data import pack_documents, times_an_epoch
+from peagle_train.choice import times_an_epoch
+from peagle_train.data import pack_documents
 from peagle_train.source_spec import parse_sources
 from peagle_train.sources import Document, SourceReport, load_documents
 from tests.byte_tokenizer import BYTES_VOCAB, make_byte_tokenizer
@@ -179,6 +180,12 @@ def test_a_text_file_that_is_not_utf8_is_a_bad_row_of_its_own(tmp_path: Path) ->
     assert report.first_bad == {"not UTF-8": f"{tmp_path / 'a.txt'}, line 2"}
 
 
+def test_values_nested_without_end_are_a_bad_row_and_no_crash(tmp_path: Path) -> None:
+    lines = [b'{"%s": %s%s}' % (key, b"[" * 5000, b"]" * 5000) for key in (b"messages", b"text", b"input_ids", b"x")]
+    documents, report = load(write_lines(tmp_path / "r.jsonl", {"text": "good"}, *lines), max_bad_rows=4)
+    assert len(documents) == 1 and sum(report.bad_rows.values()) == 4
+
+
 def test_data_of_nothing_but_bad_rows_is_refused_with_their_reasons(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="hold no token: 1 files, 0 empty documents, 2 bad rows: 2 broken JSON"):
         load(write_lines(tmp_path / "r.jsonl", b"{", b"["), max_bad_rows=9)
@@ -200,7 +207,7 @@ def test_parquet_arrow_saved_and_named_data_sets_hold_what_the_same_jsonl_holds(
     table = datasets.Dataset.from_list(ROWS)
     (tmp_path / "named").mkdir()
     table.to_parquet(tmp_path / "named" / "train.parquet")
-    table.to_parquet(tmp_path / "rows.parquet")
+    table.to_parquet(tmp_path / "rows [1]*.parquet")
     table.save_to_disk(tmp_path / "saved")
     datasets.DatasetDict({"train": table.select([0]), "all": table}).save_to_disk(tmp_path / "splits")
     expected, report = load(path)
@@ -208,7 +215,7 @@ def test_parquet_arrow_saved_and_named_data_sets_hold_what_the_same_jsonl_holds(
     for source in (
         tmp_path / "list.json",
         tmp_path / "lines.json",
-        tmp_path / "rows.parquet",
+        tmp_path / "rows [1]*.parquet",
         arrow,
         tmp_path / "saved",
         {"path": str(tmp_path / "splits"), "split": "all"},

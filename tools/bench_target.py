@@ -26,7 +26,7 @@ def child(arguments: argparse.Namespace) -> None:
     H = arguments.hidden
     torch.manual_seed(0)
     shape = {"hidden_size": H, "intermediate_size": 4 * H, "num_hidden_layers": arguments.layers, "vocab_size": 512}
-    heads = {"num_attention_heads": H // 64, "num_key_value_heads": max(1, H // 256), "head_dim": 64}
+    heads = {"num_attention_heads": H // 64, "num_key_value_heads": max(1, H // 256), "head_dim": 16}
     model = LlamaForCausalLM(LlamaConfig(**shape, **heads, max_position_embeddings=arguments.tokens))
     target = FrozenTarget(model, [0, 1, 2], chunk_tokens=arguments.chunk or None)
     ids = torch.randint(0, 512, (1, arguments.tokens))
@@ -44,6 +44,7 @@ def child(arguments: argparse.Namespace) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=131072, help="length of the document (default 131072)")
+    parser.add_argument("--layers", type=int, default=3, help="its layers, at least 3 (default 3)")
     parser.add_argument("--hidden", type=int, default=64, help="width of the target, a multiple of 64 (default 64)")
     parser.add_argument(
         "--chunks", default="0,2048,512", help="chunk_tokens of each case, 0: whole (default 0,2048,512)"
@@ -72,7 +73,7 @@ def main() -> int:
                 continue
             results[chunk] = json.loads(Path(path).read_text())
     kept = 4 * 4 * arguments.hidden * arguments.tokens
-    cache = 2 * 4 * arguments.layers * 64 * max(1, arguments.hidden // 256) * arguments.tokens
+    cache = 2 * 4 * arguments.layers * 16 * max(1, arguments.hidden // 256) * arguments.tokens
     print(f"{arguments.tokens} tokens, {arguments.layers} layers of width {arguments.hidden}, float32;"
           f" features {kept / MIB:,.0f} MiB, keys and values {cache / MIB:,.0f} MiB")  # fmt: skip
     first = next(iter(results.values()), None)

@@ -26,6 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
         help="take what speculators left in this folder (hs_*.safetensors) instead of running the target",
     )
     options = parser.parse_intermixed_args(arguments)
+    import logging
+
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
         from peagle_train.cache_run import write_cache
         from peagle_train.recipe import load_recipe

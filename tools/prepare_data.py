@@ -27,6 +27,9 @@ def main() -> int:
     except ValueError as error:
         print(f"prepare_data: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("prepare_data: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -49,7 +49,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     server.add_argument(
         "--api-key-env", default="OPENAI_API_KEY", metavar="VAR", help="variable that holds the API key"
     )
-    server.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="default 600")
+    server.add_argument("--timeout", type=float, default=3600.0, metavar="SECONDS", help="of an answer (default 3600)")
     server.add_argument("--retries", type=int, default=6, help="of a request (default 6)")
     server.add_argument(
         "--retry-wait", type=float, default=1.0, metavar="SECONDS", help="before the first; then doubled"
@@ -65,8 +65,9 @@ def run(options: argparse.Namespace) -> None:
     # Heavy imports happen here, so that --help answers at once.
     from collections import Counter
 
+    from peagle_train.conversation import Settings
     from peagle_train.prompts import load_prompts
-    from peagle_train.regenerate import Settings, regenerate
+    from peagle_train.regenerate import regenerate
 
     template_kwargs = read_mapping(options.chat_template_kwargs)
     settings = Settings(
@@ -90,8 +91,12 @@ def run(options: argparse.Namespace) -> None:
     identity: dict[str, Any]
     backend: Any
     if options.target is not None:
+        from transformers.utils.logging import disable_progress_bar
+
         from peagle_train.chat_local import LocalChat
 
+        if not sys.stderr.isatty():
+            disable_progress_bar()
         backend = LocalChat.load(
             os.path.expanduser(options.target),
             dtype=options.dtype,
@@ -146,6 +151,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"regenerate: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except (OSError, RuntimeError) as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            print(
+                "regenerate: error: out of GPU memory: give a smaller --batch-size and another --out", file=sys.stderr
+            )
+            return 1
         if isinstance(error, RuntimeError) and type(error).__name__ != "ServerError":
             raise
         line = " ".join(str(error).split())

@@ -1,0 +1,342 @@
+"""Folders that are broken, or another's: what the check says, what reading refuses, and that an export never does it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from peagle_train.check_drafter import Finding, check_folder, is_loadable, table
+from peagle_train.drafter_files import load_drafter, read_drafter
+from peagle_train.export import export_drafter
+from tests.helpers import DRAFT_VOCAB, MASK_TOKEN, TARGET_HIDDEN, VOCAB, make_draft
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def ids() -> Tensor:
+    return torch.arange(DRAFT_VOCAB) + (torch.arange(DRAFT_VOCAB) > 11) * 9
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    draft = make_draft(torch.float32, eagle_aux_hidden_state_layer_ids=[2, 9, 17], hidden_size=TARGET_HIDDEN)
+    draft.set_draft_vocab(ids())
+    draft.save_pretrained(tmp_path / "drafter")
+    return tmp_path / "drafter"
+
+
+def set_config(folder: Path, **changes: Any) -> None:
+    """Replace keys of config.json; None removes one."""
+    config = {**json.loads((folder / "config.json").read_text()), **changes}
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def set_tensors(folder: Path, **changes: Tensor | None) -> None:
+    """Replace tensors (`lm_head__weight` is lm_head.weight); None removes one."""
+    named = {name.replace("__", "."): tensor for name, tensor in changes.items()}
+    tensors = {**load_file(folder / WEIGHTS), **named}
+    save_file({n: t for n, t in tensors.items() if t is not None}, folder / WEIGHTS)
+
+
+def tensor(folder: Path, name: str) -> Tensor:
+    return load_file(folder / WEIGHTS)[name]
+
+
+def cut(folder: Path, size: int) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:size])
+
+
+def found(findings: list[Finding], level: str) -> list[str]:
+    return [f"{finding.what}: {finding.detail}" for finding in findings if finding.level == level]
+
+
+def at(index: int, value: int) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        d2t = tensor(folder, "d2t").clone()
+        d2t[index] = value
+        set_tensors(folder, d2t=d2t)
+
+    return change
+
+
+BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "cut in the weights": (lambda f: cut(f, 3000), "is no whole safetensors file"),
+    "cut in the header": (lambda f: cut(f, 100), "is no whole safetensors file"),
+    "empty": (lambda f: cut(f, 0), "is no whole safetensors file"),
+    "a pointer": (
+        lambda f: (f / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
+        "Git LFS pointer",
+    ),
+    "missing": (lambda f: set_tensors(f, fc__weight=None), "fc.weight"),
+    "missing in a layer": (
+        lambda f: set_tensors(f, layers__1__mlp__up_proj__weight=None),
+        "layers.1.mlp.up_proj.weight",
+    ),
+    "unknown": (lambda f: set_tensors(f, layers__1__hidden_norm__bias=torch.ones(3)), "layers.1.hidden_norm.bias"),
+    "shape": (lambda f: set_tensors(f, norm__weight=torch.ones(13)), "norm.weight"),
+    "mask_hidden of two layers": (
+        lambda f: set_tensors(f, mask_hidden=torch.ones(1, 1, 2 * TARGET_HIDDEN)),
+        "mask_hidden",
+    ),
+    "integers": (lambda f: set_tensors(f, norm__weight=torch.ones(TARGET_HIDDEN).int()), "floating point"),
+    "no d2t": (lambda f: set_tensors(f, d2t=None), "d2t"),
+    "d2t beyond": (at(-1, VOCAB - DRAFT_VOCAB + 1), f"token {VOCAB}, outside of the vocabulary 0..{VOCAB - 1}"),
+    "d2t below": (at(0, -1), "token -1, outside"),
+    "d2t twice": (at(5, 1), "same token"),
+    "d2t holds ids": (lambda f: set_tensors(f, d2t=ids()), "offsets are wanted"),
+    "d2t is float": (lambda f: set_tensors(f, d2t=torch.zeros(DRAFT_VOCAB)), "d2t is torch.float32"),
+    "t2d disagrees": (lambda f: set_tensors(f, t2d=torch.arange(VOCAB) < DRAFT_VOCAB), "disagree about token 12"),
+    "t2d is short": (lambda f: set_tensors(f, t2d=torch.arange(VOCAB - 1) < 3), "t2d"),
+    "mask beyond": (lambda f: set_config(f, ptd_token_id=VOCAB, pard_token=VOCAB), f"{VOCAB}"),
+    "mask below": (lambda f: set_config(f, ptd_token_id=-1, pard_token=-1), "-1"),
+    "two masks": (lambda f: set_config(f, mask_token_id=3), f"two ids: mask_token_id 3, pard_token {MASK_TOKEN}"),
+    "mask is text": (lambda f: set_config(f, ptd_token_id="<mask>", pard_token="<mask>"), "not a token id"),
+    "two feature layers": (lambda f: set_config(f, eagle_aux_hidden_state_layer_ids=[2, 9]), "exactly 3 layers"),
+    "four feature layers": (
+        lambda f: set_config(f, eagle_aux_hidden_state_layer_ids=[2, 9, 11, 17]),
+        "exactly 3 layers",
+    ),
+    "layers out of order": (lambda f: set_config(f, eagle_aux_hidden_state_layer_ids=[9, 2, 17]), "ascending order"),
+    "rope dynamic": (lambda f: set_config(f, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4}), "dynamic"),
+    "rope partial": (lambda f: set_config(f, partial_rotary_factor=0.5), "rope is partial"),
+    "another layer count": (lambda f: set_config(f, num_hidden_layers=3), "num_hidden_layers is 3"),
+    "a million layers": (lambda f: set_config(f, num_hidden_layers=10**6), "num_hidden_layers is 1000000"),
+    "a huge vocabulary": (lambda f: set_config(f, vocab_size=10**12), "vocab_size is 1000000000000, not a size"),
+    "another width": (lambda f: set_config(f, hidden_size=16), "embed_tokens.weight"),
+    "norm before fc": (lambda f: set_config(f, norm_before_fc=True), "norm_before_fc"),
+    "last layer only": (lambda f: set_config(f, eagle_config={"use_aux_hidden_state": False}), "use_aux_hidden_state"),
+    "quantised": (lambda f: set_config(f, quantization_config={"bits": 4}), "quantization_config"),
+    "sliding": (lambda f: set_config(f, layer_types=["sliding_attention"] * 2), "layer_types"),
+    "gelu": (lambda f: set_config(f, hidden_act="gelu"), "hidden_act"),
+    "no shape": (lambda f: set_config(f, hidden_size=None), "hidden_size"),
+    "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
+    "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "not a mapping"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), f"no {WEIGHTS}"),
+    "pickled": (lambda f: (f / WEIGHTS).rename(f / "pytorch_model.bin"), "pickled (pytorch_model.bin)"),
+    "file and shards": (lambda f: (f / INDEX).write_text("{}"), "remove one"),
+    "no folder": (lambda f: f.rename(f.with_name("elsewhere")), "is no folder"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_folder_is_named_by_the_check_refused_by_reading_and_never_exported(folder: Path, case: str) -> None:
+    change, message = BROKEN[case]
+    assert is_loadable(check_folder(folder)) and read_drafter(folder).missing == []
+    change(folder)
+    findings = check_folder(folder)
+    assert not is_loadable(findings) and any(message in line for line in found(findings, "BAD")), table(findings)
+    out = folder.parent / "out"
+    for refusing in (lambda: load_drafter(folder), lambda: export_drafter(folder, out, "eagle3")):
+        with pytest.raises(ValueError) as caught:
+            refusing()
+        assert message in str(caught.value) and "\n" not in str(caught.value), str(caught.value)
+    assert not out.exists() and {path.name for path in folder.parent.iterdir()} <= {"drafter", "elsewhere"}
+
+
+def fill(folder: Path, name: str, index: slice, value: float) -> None:
+    values = tensor(folder, name).clone()
+    values.view(-1)[index] = value
+    set_tensors(folder, **{name: values})
+
+
+@pytest.mark.parametrize("format", ["eagle3", "speculators"])
+def test_no_value_in_a_config_breaks_the_check_or_the_reading(folder: Path, format: str) -> None:
+    out = folder.parent / "out"
+    export_drafter(folder, out, format, target_name="org/target", speculative_tokens=3)
+    raw = json.loads((out / "config.json").read_text())
+    nested = raw.get("transformer_layer_config", {})
+    places = [(raw, key) for key in (*raw, "eagle_config", "layer_types", "logit_scale", "mask_token_id")]
+    places += [(nested, key) for key in nested]
+    for part, key in places:
+        had = part.get(key)
+        for value in (None, "", -1, 0, 10**9, [], {"a": 1}, 1.5, True):
+            part[key] = value
+            (out / "config.json").write_text(json.dumps(raw))
+            assert table(check_folder(out))
+            try:
+                load_drafter(out)
+            except ValueError as error:
+                assert "\n" not in str(error), key
+        part[key] = had
+
+
+WARNED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "nan": (lambda f: fill(f, "fc.weight", slice(None), float("nan")), "not finite"),
+    "one inf": (lambda f: fill(f, "norm.weight", slice(3, 4), float("inf")), "1 values"),
+    "untrained mask": (lambda f: set_tensors(f, mask_hidden=torch.zeros(1, 1, 3 * TARGET_HIDDEN)), "never trained"),
+    "two dtypes": (lambda f: set_tensors(f, norm__weight=torch.ones(TARGET_HIDDEN).half()), "float16, float32"),
+    "d2t is int32": (lambda f: set_tensors(f, d2t=tensor(f, "d2t").int()), "int64 is usual"),
+    "no t2d": (lambda f: set_tensors(f, t2d=None), "t2d: missing"),
+    "no embeddings": (lambda f: set_tensors(f, embed_tokens__weight=None), "engines take the target's"),
+    "new mask name": (
+        lambda f: set_config(f, mask_token_id=MASK_TOKEN, pard_token=None, ptd_token_id=None),
+        "older vLLM",
+    ),
+    "yarn": (
+        lambda f: set_config(
+            f,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 2.0,
+                "original_max_position_embeddings": 64,
+                "attention_factor": 1.0,
+            },
+        ),
+        "yarn with attention_factor",
+    ),
+    "norm_before_residual": (lambda f: set_config(f, norm_before_residual=None), "defaults differ"),
+}
+
+
+@pytest.mark.parametrize("case", WARNED)
+def test_what_loads_but_should_be_known_is_warned_of(folder: Path, case: str) -> None:
+    change, message = WARNED[case]
+    assert found(check_folder(folder), "warn") == []
+    change(folder)
+    findings = check_folder(folder)
+    assert is_loadable(findings) and any(message in line for line in found(findings, "warn")), table(findings)
+
+
+def test_a_missing_head_is_fatal_only_where_the_targets_would_not_fit(folder: Path) -> None:
+    set_tensors(folder, lm_head__weight=None)
+    assert any("does not fit a pruned vocabulary" in line for line in found(check_folder(folder), "BAD"))
+    draft = make_draft(torch.float32, hidden_size=TARGET_HIDDEN, draft_vocab_size=VOCAB)
+    draft.save_pretrained(folder)
+    set_tensors(folder, lm_head__weight=None)
+    findings = check_folder(folder)
+    assert is_loadable(findings) and any("engines take the target's" in line for line in found(findings, "warn"))
+    set_config(folder, tie_word_embeddings=True)
+    assert any("tie_word_embeddings" in line for line in found(check_folder(folder), "warn"))
+
+
+def test_a_tied_head_with_a_pruned_vocabulary_is_refused(folder: Path) -> None:
+    set_config(folder, tie_word_embeddings=True)
+    assert any("pruned vocabulary" in line for line in found(check_folder(folder), "BAD"))
+
+
+def test_names_that_vllm_would_prefix_again_are_refused_but_read(folder: Path) -> None:
+    draft = load_drafter(folder)
+    tensors = load_file(folder / WEIGHTS)
+    save_file({f"model.{name}": t for name, t in tensors.items()}, folder / WEIGHTS)
+    assert len(found(check_folder(folder), "BAD")) == len(tensors)
+    again = load_drafter(folder)
+    assert all(torch.equal(t, again.state_dict()[name]) for name, t in draft.state_dict().items())
+    save_file({**tensors, "model.fc.weight": tensors["fc.weight"].clone()}, folder / WEIGHTS)
+    with pytest.raises(ValueError, match=r"two of its tensors are fc\.weight"):
+        load_drafter(folder)
+
+
+def test_another_safetensors_file_beside_the_weights_is_refused_since_vllm_would_read_it(folder: Path) -> None:
+    save_file({"exp_avg": torch.ones(2)}, folder / "optimizer.safetensors")
+    assert any(line.startswith("optimizer.safetensors") for line in found(check_folder(folder), "BAD"))
+    load_drafter(folder)  # as in a checkpoint to resume from
+    done = export_drafter(folder, folder.parent / "out", "eagle3")
+    assert is_loadable(done.findings) and not (folder.parent / "out" / "optimizer.safetensors").exists()
+
+
+def shard(folder: Path) -> dict[str, str]:
+    """Split the weights in two files with an index."""
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    names = sorted(tensors)
+    halves = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, part in halves.items():
+        save_file({name: tensors[name] for name in part}, folder / file)
+    weight_map = {name: file for file, part in halves.items() for name in part}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return weight_map
+
+
+def test_shards_are_read_as_one_file(folder: Path) -> None:
+    draft = load_drafter(folder)
+    shard(folder)
+    assert is_loadable(check_folder(folder))
+    again = load_drafter(folder)
+    assert all(torch.equal(t, again.state_dict()[name]) for name, t in draft.state_dict().items())
+
+
+@pytest.mark.parametrize("case", ["lost shard", "outside", "lying", "silent", "empty", "no map", "cut shard"])
+def test_shards_that_do_not_fit_their_index_are_refused(folder: Path, case: str) -> None:
+    weight_map = shard(folder)
+    first = folder / "model-00001-of-00002.safetensors"
+    messages = {"lost shard": "is missing", "outside": "is no safetensors file of this folder", "empty": "no tensor"}
+    messages |= {"lying": "norm.bias is in one of them", "silent": "is in one of them", "cut shard": "no whole"}
+    if case == "lost shard":
+        first.unlink()
+    elif case == "cut shard":
+        first.write_bytes(first.read_bytes()[:-4])
+    elif case == "no map":
+        (folder / INDEX).write_text("{}")
+    else:
+        changed = {
+            "outside": {**weight_map, "fc.weight": "../model.safetensors"},
+            "lying": {**weight_map, "norm.bias": first.name},
+            "silent": {name: file for name, file in weight_map.items() if name != "fc.weight"},
+            "empty": {},
+        }[case]
+        (folder / INDEX).write_text(json.dumps({"weight_map": changed}))
+    for refusing in (lambda: read_drafter(folder), lambda: load_drafter(folder)):
+        with pytest.raises(ValueError, match=messages.get(case, INDEX)):
+            refusing()
+    assert not is_loadable(check_folder(folder))
+
+
+def test_a_vocabulary_out_of_order_is_sorted_with_its_head(folder: Path) -> None:
+    draft = load_drafter(folder)
+    order = torch.randperm(DRAFT_VOCAB, generator=torch.Generator().manual_seed(1))
+    d2t = ids()[order] - torch.arange(DRAFT_VOCAB)
+    set_tensors(folder, d2t=d2t, lm_head__weight=tensor(folder, "lm_head.weight")[order])
+    assert any("not ascending" in line for line in found(check_folder(folder), "warn"))
+    files = read_drafter(folder)
+    assert any("ascending" in note for note in files.notes)
+    again = load_drafter(folder)
+    assert all(torch.equal(t, again.state_dict()[name]) for name, t in draft.state_dict().items())
+
+
+def test_the_check_compares_with_the_target(folder: Path) -> None:
+    target = {"vocab_size": VOCAB, "hidden_size": TARGET_HIDDEN, "num_hidden_layers": 20, "max_position_embeddings": 64}
+    assert is_loadable(check_folder(folder, target)) and found(check_folder(folder, target), "warn") == []
+    for key, value in {"vocab_size": VOCAB + 1, "hidden_size": 99, "num_hidden_layers": 17}.items():
+        assert not is_loadable(check_folder(folder, {**target, key: value})), key
+        assert not is_loadable(check_folder(folder, {"text_config": {**target, key: value}})), key
+    assert "not drafted for" in found(check_folder(folder, {**target, "max_position_embeddings": 10**6}), "warn")[0]
+
+
+@pytest.mark.parametrize("gone", ["speculators_config", "transformer_layer_config", "mask_token_id"])
+def test_a_speculators_folder_without_a_part_is_not_loadable(folder: Path, gone: str) -> None:
+    out = folder.parent / "out"
+    export_drafter(folder, out, "speculators", target_name="org/target", speculative_tokens=3)
+    assert is_loadable(check_folder(out)) and found(check_folder(out), "warn") == []
+    set_config(out, **{gone: None})
+    assert not is_loadable(check_folder(out))
+    set_config(out, speculators_model_type="dflash")
+    with pytest.raises(ValueError, match=r"dflash|transformer_layer_config"):
+        load_drafter(out)
+
+
+def test_qwen3_layers_are_refused_by_name(folder: Path) -> None:
+    out = folder.parent / "out"
+    export_drafter(folder, out, "speculators", target_name="org/target", speculative_tokens=3)
+    layers = json.loads((out / "config.json").read_text())["transformer_layer_config"]
+    set_config(out, transformer_layer_config={**layers, "model_type": "qwen3"})
+    with pytest.raises(ValueError, match="'qwen3'; only llama"):
+        load_drafter(out)
+
+
+def test_a_plain_eagle3_drafter_passes_the_check_with_warnings(folder: Path) -> None:
+    set_tensors(folder, mask_hidden=None, embed_tokens__weight=None)
+    set_config(folder, ptd_token_id=None, pard_token=None)
+    findings = check_folder(folder)
+    assert is_loadable(findings)
+    assert len(found(findings, "warn")) == 3 and any("one token a pass" in line for line in found(findings, "warn"))
+    with pytest.raises(ValueError, match=r"lacks mask_hidden, embed_tokens\.weight, a mask token"):
+        load_drafter(folder)
+    set_config(folder, ptd_token_id=MASK_TOKEN, pard_token=MASK_TOKEN)
+    assert any("mask_hidden" in line for line in found(check_folder(folder), "BAD"))

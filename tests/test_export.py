@@ -1,0 +1,240 @@
+"""tools/export.py: what a run's checkpoint becomes, what its card says, and that nothing is overwritten or half there."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from peagle_train.__main__ import main as train_main
+from peagle_train.drafter_files import load_drafter
+from peagle_train.export import export_drafter, write_new_folder
+from tests.helpers import ROOT, make_draft
+from tests.tiny import MASK, VOCAB, make_target, write_recipe, write_rows
+
+
+def tool(name: str) -> ModuleType:
+    """tools/NAME.py as a module, whatever its name means to Python."""
+    spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_target(tmp_path_factory.mktemp("models") / "target")
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, target: Path) -> Path:
+    """A finished run with a checkpoint."""
+    folder = tmp_path_factory.mktemp("run")
+    rows = write_rows(folder / "rows.jsonl", [9, 31, 4, 17, 32, 2, 26, 11, 40, 13], prompt=0.3)
+    train = {"max_steps": 4, "save_steps": 2, "eval_steps": 2, "dtype": "float32"}
+    recipe = write_recipe(folder, target, rows, folder / "out", data={"eval_fraction": 0.3}, train=train)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert train_main([str(recipe)]) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return folder / "out"
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    first, second = load_drafter(one).state_dict(), load_drafter(other).state_dict()
+    return first.keys() == second.keys() and all(torch.equal(t, second[n]) for n, t in first.items())
+
+
+@pytest.mark.parametrize("format", ["eagle3", "speculators"])
+@pytest.mark.parametrize("which", ["", "final", "checkpoint-2"])
+def test_an_export_holds_the_checkpoints_weights_its_card_and_the_targets_tokenizer(
+    tmp_path: Path, run: Path, target: Path, format: str, which: str
+) -> None:
+    done = export_drafter(run / which, tmp_path / "out", format)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"config.json", "model.safetensors", "README.md", "tokenizer.json", "tokenizer_config.json"}
+    assert same_weights(run / (which or "final"), tmp_path / "out")
+    assert load_file(tmp_path / "out" / "model.safetensors")["fc.weight"].dtype == torch.float32
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask()
+    card = (tmp_path / "out" / "README.md").read_text()
+    step = 2 if which == "checkpoint-2" else 4
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    measured = [r for r in records if r["kind"] == "eval" and r["step"] == step][-1]
+    for part in (
+        "license: unknown",
+        f"| target | {target} |",
+        "| data | rows.jsonl |",
+        f"| mask token | {MASK} |",
+        "| K in training | 4 |",
+        "| r, its floor | 0.7, 0.2 |",
+        f"| steps | {step} |",
+        f"expected accepted length {measured['expected_accepted_length']:.3f}",
+        f"loss {measured['loss']:.3f}",
+        '"num_speculative_tokens": 4, "parallel_drafting": true' if format == "eagle3" else "vllm serve THIS_FOLDER",
+    ):
+        assert part in card, part
+    assert {finding.level for finding in done.findings} == {"ok"}
+    assert any("exported from" in note for note in done.notes) == (not which)
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_an_export_of_an_export_is_the_same_drafter_in_either_direction(tmp_path: Path, run: Path) -> None:
+    for first, second in (("eagle3", "speculators"), ("speculators", "eagle3")):
+        export_drafter(run, tmp_path / first, first)
+        again = tmp_path / f"{first}-{second}"
+        export_drafter(tmp_path / first, again, second, speculative_tokens=4, target_name="org/target")
+        assert same_weights(tmp_path / first, again)
+    one, other = (json.loads((tmp_path / f / "config.json").read_text()) for f in ("eagle3", "speculators-eagle3"))
+    assert one == other
+    assert json.loads((tmp_path / "speculators" / "config.json").read_text())["speculators_config"] == {
+        "algorithm": "peagle",
+        "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 4}],
+        "default_proposal_method": "greedy",
+        "verifier": {"name_or_path": str(_target_of(run)), "architectures": ["LlamaForCausalLM"]},
+    }
+
+
+def _target_of(run: Path) -> str:
+    lines = (run / "recipe.yaml").read_text().splitlines()
+    return next(line.split(": ", 1)[1] for line in lines if line.startswith("  path: "))
+
+
+def test_options_name_the_target_the_dtype_k_the_licence_and_what_was_measured(tmp_path: Path, run: Path) -> None:
+    report = {
+        "figures": [{"mt-bench": {"by_k": [{"k": 1, "accepted_length": 1.5}, {"k": 3, "accepted_length": 2.25}]}}]
+    }
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    export_drafter(
+        run,
+        tmp_path / "out",
+        "speculators",
+        target_name="org/my-llm",
+        speculative_tokens=3,
+        dtype=torch.bfloat16,
+        licence="apache-2.0",
+        measured=tmp_path / "report.json",
+    )
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["speculators_config"]["verifier"]["name_or_path"] == "org/my-llm" and config["dtype"] == "bfloat16"
+    assert config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 3
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    wide = load_file(run / "final" / "model.safetensors")
+    assert all(
+        torch.equal(t, wide[n].bfloat16() if wide[n].is_floating_point() else wide[n]) for n, t in tensors.items()
+    )
+    card = (tmp_path / "out" / "README.md").read_text()
+    for part in ("license: apache-2.0", '"org/my-llm"', "mt-bench: accepted length 1.50 at K = 1, 2.25 at K = 3"):
+        assert part in card, part
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"speculative_tokens": 5}, "is 5, but the drafter was trained for 4"),
+        ({"speculative_tokens": 0}, "is 0; give at least 1"),
+        ({"target": Path("/nowhere")}, "no model's folder"),
+        ({"measured": Path("/nowhere.json")}, "holds no accepted lengths"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_nothing_is_written(
+    tmp_path: Path, run: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        export_drafter(run, tmp_path / "out", "eagle3", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_for_another_target_is_refused(tmp_path: Path, run: Path) -> None:
+    other = make_target(tmp_path / "other", vocab_size=VOCAB + 3)
+    with pytest.raises(ValueError, match=f"target's vocab_size: {VOCAB + 3}, but the drafter was made for {VOCAB}"):
+        export_drafter(run, tmp_path / "out", "eagle3", target=other)
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_what_a_speculators_export_needs_and_no_file_says_is_asked_for(tmp_path: Path) -> None:
+    make_draft(torch.float32).save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match="give --num-speculative-tokens"):
+        export_drafter(tmp_path / "bare", tmp_path / "out", "speculators", target_name="x")
+    with pytest.raises(ValueError, match="give --target DIR or --target-name"):
+        export_drafter(tmp_path / "bare", tmp_path / "out", "speculators", speculative_tokens=2)
+    done = export_drafter(tmp_path / "bare", tmp_path / "out", "eagle3")
+    assert any("no target is known" in note for note in done.notes)
+    assert "Nothing yet." in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "broken link", "link to empty"])
+def test_nothing_that_is_there_is_overwritten(tmp_path: Path, run: Path, kind: str) -> None:
+    out, before = tmp_path / "out", tmp_path / "before"
+    if kind == "folder":
+        out.mkdir()
+        (out / "mine").write_text("x")
+    elif kind == "file":
+        out.write_text("x")
+    else:
+        before.mkdir()
+        out.symlink_to(before if kind == "link to empty" else tmp_path / "nowhere")
+    was = sorted(str(path) for path in tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="is there already"):
+        export_drafter(run, out, "eagle3")
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == was
+
+
+def test_an_empty_folder_is_taken_and_one_that_fills_meanwhile_is_not(tmp_path: Path, run: Path) -> None:
+    (tmp_path / "out").mkdir()
+    export_drafter(run, tmp_path / "out", "eagle3")
+    assert same_weights(run / "final", tmp_path / "out")
+
+    def fill(folder: Path) -> None:
+        (folder / "half").write_text("x")
+        (tmp_path / "race").mkdir()
+        (tmp_path / "race" / "mine").write_text("x")
+
+    with pytest.raises(ValueError, match="cannot be written"):
+        write_new_folder(tmp_path / "race", fill)
+    assert [path.name for path in (tmp_path / "race").iterdir()] == ["mine"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "race"}
+
+
+def test_the_tool_exports_checks_and_says_why_not(
+    tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export = tool("export")
+    out = str(tmp_path / "out")
+    assert export.main([str(run), "--out", out, "--dtype", "bfloat16"]) == 0
+    printed = capsys.readouterr()
+    assert "exported to" in printed.out and "note: exported from" in printed.err
+    assert export.main(["--check", out]) == 0 and "loadable: 0 errors, 0 warnings" in capsys.readouterr().out
+    assert export.main([str(run), "--out", out]) == 2 and "is there already" in capsys.readouterr().err
+    assert export.main([out]) == 2 and "give --out DIR" in capsys.readouterr().err
+    assert export.main([str(tmp_path), "--check"]) == 2 and "give one of its out" in capsys.readouterr().err
+    assert export.main([str(tmp_path / "gone"), "--check"]) == 2 and "is no folder" in capsys.readouterr().out
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"1234567890")
+    assert export.main(["--check", out]) == 2
+    assert "NOT loadable" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["export", "import"])
+def test_help_answers_without_torch(name: str) -> None:
+    code = (
+        f"import sys, runpy; sys.argv = ['x', '--help']\ntry: runpy.run_path('tools/{name}.py', run_name='__main__')\n"
+    )
+    code += "except SystemExit as end: sys.exit(end.code or 'torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and "examples:" in result.stdout
