@@ -46,10 +46,11 @@ def rows(rank: int, call: int) -> tuple[Tensor, Tensor]:
     return (ids, position) if call != 2 or rank else (torch.zeros_like(ids), torch.zeros_like(position))
 
 
-def check_target(folder: str, rank: int) -> None:
+def check_target(folder: str, rank: int, chunk_tokens: int | None) -> None:
+    """With chunks, ranks have different numbers of forwards."""
     whole = load(folder)
     with peers.one_at_a_time():
-        sharded = load(folder, shard=True)
+        sharded = load(folder, shard=True, chunk_tokens=chunk_tokens)
     sharded.check()
     for call in range(3):
         for ours, theirs in zip(sharded.features(*rows(rank, call)), whole.features(*rows(rank, call)), strict=True):
@@ -173,7 +174,8 @@ if __name__ == "__main__":
     world_mesh("cpu")
     check_reductions(sys.argv[1])
     for target_folder in sys.argv[2:]:
-        check_target(target_folder, dist.get_rank())
+        for chunk_tokens in (None, 3):
+            check_target(target_folder, dist.get_rank(), chunk_tokens)
     check_agreement(dist.get_rank())
     check_state(dist.get_rank())
     peers.wait_for_all()
