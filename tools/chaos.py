@@ -40,8 +40,8 @@ DEADLY = ("moment", "accumulating", "file", "rename", "prune", "removal", "metri
 STOPPED = {"term": signal.SIGTERM, "int": signal.SIGINT}
 WAYS = (*DEADLY, *STOPPED, "worker", "full", "damage")
 STEPS = 60
-COMPARED = [f"{folder}/model.safetensors" for folder in ("final", "best", f"checkpoint-{STEPS - 1}", "checkpoint-20")]
-COMPARED += ["final/config.json", f"checkpoint-{STEPS - 1}/optimizer.safetensors"]
+COMPARED = [f"{folder}/model.safetensors" for folder in ("final", "best", f"checkpoint-{STEPS - 2}", "checkpoint-20")]
+COMPARED += ["final/config.json", f"checkpoint-{STEPS - 2}/optimizer.safetensors"]
 TIMES = ("tokens_per_second", "peak_memory_bytes", "loader_wait_share", "seconds")
 
 
@@ -78,7 +78,7 @@ def make_inputs(folder: Path) -> None:
             "learning_rate": 0.3,  # wild, so that the best drafter is neither the first nor the last
             "log_steps": 1,
             "eval_steps": 7,
-            "save_steps": 1,
+            "save_steps": 2,
             "keep_last": 3,
             "keep_every": 20,
         },
