@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
@@ -61,10 +62,16 @@ def main(arguments: list[str] | None = None) -> int:
         return _run(parse(arguments))
     except ValueError as error:
         return _fail(error, 2)
-    except RunStopped as error:  # anything unexpected keeps its traceback
+    except RunStopped as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
         return _fail(Exception("interrupted outside of the training loop: nothing more was saved"), 130)
+    except Exception:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise  # anything unexpected keeps its traceback
+        from peagle_train.peers import stop
+
+        stop(traceback.format_exc(), 1)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -99,9 +106,12 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _fail(error: Exception, code: int) -> int:
-    rank = os.environ.get("RANK")
-    where = f" (rank {rank})" if rank not in (None, "0") else ""
-    print(f"peagle_train: error{where}: {' '.join(str(error).split())}", file=sys.stderr)
+    line = f"peagle_train: error: {' '.join(str(error).split())}\n"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from peagle_train.peers import stop
+
+        stop(line, code)
+    sys.stderr.write(line)
     return code
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -24,6 +25,7 @@ from peagle_train.acceptance_report import (
 from peagle_train.checkpoint import MARKER, write_json
 from peagle_train.drafter_files import load_drafter
 from peagle_train.eval_prompts import Case, load_cases
+from peagle_train.files import STDLIB
 from peagle_train.recipe import Recipe, load_recipe
 from peagle_train.target import FrozenTarget
 from peagle_train.verify import end_tokens
@@ -41,8 +43,10 @@ def run(options: Namespace, folder: Path) -> tuple[str, bool]:
         value = getattr(options, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; give {least} or more")
-    if options.temperature < 0:
+    if not 0 <= options.temperature < math.inf:
         raise ValueError(f"--temperature is {options.temperature}; give 0 (greedy) or more")
+    if options.json and not Path(options.json).absolute().parent.is_dir():
+        raise ValueError(f"--json {options.json} lies in a folder that does not exist")
     recipe = _recipe(folder)
     path = options.target or (recipe.target.path if recipe else None)
     if path is None:
@@ -54,6 +58,8 @@ def run(options: Namespace, folder: Path) -> tuple[str, bool]:
     drafts = [load_drafter(f) for f in folders]
     for draft in drafts:
         draft.to(device)  # type: ignore[arg-type]
+    if options.compare and STDLIB in options.prompts:
+        _check_same_split(recipe, _recipe(folders[1]))
     largest = [options.max_k or _num_depths(f) or max(8, options.k or 0) for f in folders]
     settings = Settings(
         num_slots=options.k or min(5, largest[0]),
@@ -180,6 +186,16 @@ def _recipe(folder: Path) -> Recipe | None:
         if path.is_file():
             return load_recipe(str(path), [])
     return None
+
+
+def _check_same_split(recipe: Recipe | None, other: Recipe | None) -> None:
+    """ValueError if the other drafter may have learned from what the first one's recipe holds out."""
+    fractions = [r.data.eval_fraction if r and not r.data.eval_sources else 0.0 for r in (recipe, other)]
+    if fractions[1] < fractions[0]:
+        raise ValueError(
+            f"--prompts stdlib: the drafter to compare with had data.eval_fraction {fractions[1]}, the first one"
+            f" {fractions[0]}, so it may have learned from these prompts: give the one of the smaller fraction first"
+        )
 
 
 def _num_depths(folder: Path) -> int | None:

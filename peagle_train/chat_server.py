@@ -17,7 +17,7 @@ RETRIED = (408, 425, 429)
 REFUSED = (400, 413, 422)
 """Statuses by which a server turns down one request, mostly because its prompt is too long."""
 LONGEST_WAIT = 60.0
-"""Seconds between two tries, at most."""
+"""Seconds between two tries, and for the list of models, at most."""
 
 
 class ServerError(RuntimeError):
@@ -85,7 +85,7 @@ class ChatServer:
     def check(self) -> None:
         """ValueError unless the server is there and has the model. A server that cannot be reached fails at once."""
         try:
-            answer = self._try("/models", None)
+            answer = self._try("/models", None, min(self.timeout, LONGEST_WAIT))
         except _Refused as error:
             raise ValueError(f"{self.base_url}/models is turned down: {error}") from None
         except _Unanswered as error:
@@ -112,7 +112,7 @@ class ChatServer:
         body = {"model": self.model, "messages": list(messages), "seed": seed, "stream": False, **self.sampling}
         for attempt in range(self.retries + 1):
             try:
-                return _read_answer(self._try("/chat/completions", body))
+                return _read_answer(self._try("/chat/completions", body, self.timeout))
             except _Refused as error:
                 return Answer("", "refused", detail=str(error))
             except _Unanswered as error:
@@ -122,7 +122,7 @@ class ChatServer:
                     break
         raise ServerError(f"{self.base_url} gave no answer in {attempt + 1} tries; the last: {reason}")
 
-    def _try(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+    def _try(self, path: str, body: dict[str, Any] | None, timeout: float) -> dict[str, Any]:
         """One request; its answer as an object."""
         url = self.base_url + path
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
@@ -130,7 +130,7 @@ class ChatServer:
             headers["Authorization"] = f"Bearer {self._key}"
         data = None if body is None else json.dumps(body).encode()
         try:
-            with self._open(urllib.request.Request(url, data, headers), timeout=self.timeout) as response:
+            with self._open(urllib.request.Request(url, data, headers), timeout=timeout) as response:
                 answer = json.loads(response.read())
         except urllib.error.HTTPError as error:
             raise self._failure(error, url) from None

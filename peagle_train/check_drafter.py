@@ -18,6 +18,7 @@ from peagle_train.draft_formats import (
     layer_ids_of,
     mask_token_of,
     parse_config,
+    rope_of,
     unsupported,
 )
 from peagle_train.drafter_files import read_config, read_tensors, weight_files
@@ -81,7 +82,8 @@ def _check_config(raw: dict[str, Any]) -> list[Finding]:
     kind, layers = format_of(raw), layer_config(raw)
     found = [Finding("ok", "format", f"{kind}, {layers.get('num_hidden_layers')} layers")]
     found += [Finding("BAD", "config.json", problem) for problem in unsupported(raw)]
-    given = raw.get("architectures") or ["none"]
+    given = raw.get("architectures")
+    given = given if isinstance(given, list) and given else ["none"]
     if kind == EAGLE3:
         known = given[0] in ARCHITECTURES
         detail = f"{given[0]}" + ("" if known else f": vLLM knows {', '.join(ARCHITECTURES)}")
@@ -143,12 +145,12 @@ def _check_speculators(raw: dict[str, Any]) -> list[Finding]:
 
 def _check_rope(raw: dict[str, Any]) -> list[Finding]:
     layers = layer_config(raw)
-    rope = {**(layers.get("rope_scaling") or {}), **(layers.get("rope_parameters") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    rope = rope_of(layers)
+    kind = rope["rope_type"]
     extras = [key for key in YARN_EXTRAS if key in rope] if kind == "yarn" else []
     if extras:
         return [Finding("warn", "rope", f"yarn with {', '.join(extras)}, which not every version of vLLM reads")]
-    theta = rope.get("rope_theta", layers.get("rope_theta"))
+    theta = rope.get("rope_theta")
     if theta is None:
         return [Finding("warn", "rope", f"{kind}, no rope_theta: readers take 10000")]
     return [Finding("ok", "rope", f"{kind}, theta {theta}")]

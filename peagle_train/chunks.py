@@ -30,6 +30,10 @@ class Run:
     chunk: int | None
     """Tokens at a time, over a cache of its own; None: all at once, without a cache."""
 
+    @property
+    def forwards(self) -> int:
+        return 1 if self.chunk is None else -(-(self.stop - self.start) // self.chunk)
+
 
 def plan_runs(position_ids: Tensor, chunk_tokens: int | None, apart: bool = False) -> list[Run]:
     """Cut packed rows into runs of at most `chunk_tokens` tokens, and single documents that are longer.

@@ -32,11 +32,13 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def same_on_all_ranks(model: nn.Module) -> None:
-    """Give every rank the parameters and buffers of rank 0."""
+def same_on_all_ranks(model: nn.Module, device: torch.device) -> None:
+    """Give every rank the parameters and buffers of rank 0; a tensor at a time is on the device, where collectives work."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         for tensor in [*model.parameters(), *model.buffers()]:
-            dist.broadcast(tensor.detach(), src=0)
+            moved = tensor.detach().to(device)
+            dist.broadcast(moved, src=0)
+            tensor.copy_(moved)
 
 
 @torch.no_grad()
@@ -46,13 +48,13 @@ def sum_over_ranks(parameters: Iterable[nn.Parameter], also: list[Tensor]) -> No
     A plain sum: the loss is already divided by the count over all ranks. Parameters must come in the same order on every
     rank; which of them have a gradient may differ (a rank with nothing supervised has none).
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return
     tensors = list(also)
     for parameter in parameters:
-        if parameter.grad is None:
+        if parameter.grad is None:  # alone, too: without a gradient the optimizer would leave out this step's decay
             parameter.grad = torch.zeros_like(parameter)
         tensors.append(parameter.grad)
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
     for dtype in sorted({t.dtype for t in tensors}, key=str):
         group = [t for t in tensors if t.dtype == dtype]
         flat = torch.cat([t.reshape(-1) for t in group])

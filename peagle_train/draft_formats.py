@@ -17,13 +17,14 @@ ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "PEagleDraf
 MASK_KEYS = ("mask_token_id", "pard_token", "ptd_token_id")
 """The mask token's names; vLLM takes the first that is there, and older ones know only the last two."""
 
-MAX_VOCAB = 2**24
-"""Above every vocabulary there is: a config.json that says more is damaged, and must not cost memory."""
+MAX_SIZE = 2**24
+"""Above every size there is: a config.json that says more is damaged, and must not cost memory."""
 
 _LLAMA_KEYS: tuple[str, ...] = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act")
 _LLAMA_KEYS += ("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps")
-_LLAMA_KEYS += ("initializer_range", "attention_bias", "mlp_bias", "rope_parameters", "rope_theta", "rope_scaling")
-_LLAMA_KEYS += ("bos_token_id", "eos_token_id")
+_LLAMA_KEYS += ("initializer_range", "attention_bias", "mlp_bias", "bos_token_id", "eos_token_id")
+_SIZES: tuple[str, ...] = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_SIZES += ("num_key_value_heads", "head_dim", "max_position_embeddings")
 _OWN_KEYS = ("draft_vocab_size", "target_hidden_size", "eagle_aux_hidden_state_layer_ids", "norm_before_residual")
 
 _UNLIKE_OURS = {
@@ -70,9 +71,45 @@ def layer_ids_of(raw: dict[str, Any]) -> Any:
     return raw.get("eagle_aux_hidden_state_layer_ids") or nested.get("eagle_aux_hidden_state_layer_ids")
 
 
+def rope_of(layers: dict[str, Any]) -> dict[str, Any]:
+    """What a layers' config says of its rope, in either spelling; `rope_type` is always there."""
+    spellings = [layers.get("rope_scaling"), layers.get("rope_parameters")]
+    merged = {"rope_theta": layers.get("rope_theta")}
+    for spelling in spellings:
+        merged |= spelling if isinstance(spelling, dict) else {}
+    rope = {key: value for key, value in merged.items() if value is not None}
+    return {"rope_type": rope.pop("type", "default"), **rope}
+
+
+def wrong_types(raw: dict[str, Any]) -> list[str]:
+    """Values that cannot be what their key says, before anything computes with them."""
+    layers = layer_config(raw)
+    found = []
+    for part, keys in ((layers, _SIZES), (raw, ("draft_vocab_size", "target_hidden_size"))):
+        for key in keys:
+            value = part.get(key)
+            if value is not None and (type(value) is not int or not 1 <= value < MAX_SIZE):
+                found.append(f"{key} is {value!r}, not a size")
+    for part, key, kind in (
+        (layers, "rope_parameters", dict),
+        (layers, "rope_scaling", dict),
+        (layers, "layer_types", list),
+        (raw, "architectures", list),
+        (raw, "norm_before_residual", bool),
+    ):
+        if part.get(key) is not None and not isinstance(part[key], kind):
+            found.append(f"{key} is {part[key]!r}, not a {kind.__name__}")
+    theta = rope_of(layers).get("rope_theta", 1.0)
+    if not isinstance(theta, (int, float)) or not 0 < theta < float("inf"):
+        found.append(f"rope_theta is {theta!r}, not a positive number")
+    return found
+
+
 def unsupported(raw: dict[str, Any]) -> list[str]:
     """Why this is a drafter of another kind than ours, or one that vLLM would read otherwise than it was meant."""
-    layers, found = layer_config(raw), []
+    layers, found = layer_config(raw), wrong_types(raw)
+    if found:
+        return found
     kind = raw.get("speculators_model_type", "peagle")
     if kind not in ("peagle", "eagle3"):
         found.append(f"speculators_model_type is {kind!r}; peagle and eagle3 are supported")
@@ -99,7 +136,7 @@ def unsupported(raw: dict[str, Any]) -> list[str]:
             found.append(
                 f"eagle_aux_hidden_state_layer_ids is {ids}: vLLM reads layers in ascending order, whatever is here"
             )
-    rope = {**(layers.get("rope_scaling") or {}), **(layers.get("rope_parameters") or {})}
+    rope = rope_of(layers)
     if layers.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0 or "mrope_section" in rope:
         found.append("its rope is partial or multimodal; a drafter here rotates whole heads by one position")
     return found
@@ -122,8 +159,7 @@ def parse_config(raw: dict[str, Any]) -> PEagleDraftConfig:
     ]
     if absent:
         raise ValueError(f"config.json lacks {', '.join(absent)}")
-    if not isinstance(fields["vocab_size"], int) or not 1 <= fields["vocab_size"] < MAX_VOCAB:
-        raise ValueError(f"vocab_size is {fields['vocab_size']!r}, no vocabulary's size")
+    fields["rope_parameters"] = {"rope_theta": 10000.0, **rope_of(layers)}
     fields["eagle_aux_hidden_state_layer_ids"] = layer_ids_of(raw)
     try:
         return PEagleDraftConfig(**fields, ptd_token_id=mask_token_of(raw), pad_token_id=None)

@@ -92,10 +92,14 @@ class Evaluator:
         target, device = self.runner.target, self.runner.device
         count_BL = label_columns(batch)
         used_BL = count_BL > 0
-        if self.runner.draft.config.draft_vocab_size == target.vocab_size or not bool(used_BL.any()):
-            return torch.zeros((), dtype=torch.float64, device=device)
+        nothing = torch.zeros((), dtype=torch.float64, device=device)
+        if self.runner.draft.config.draft_vocab_size == target.vocab_size:
+            return nothing
+        # Also where nothing is used: of a sharded target every rank must run the same number of forwards.
         on_device = {name: tensor.to(device) for name, tensor in batch.items()}
         last_hidden = target.outputs(on_device, self.runner.head_rows).last_hidden
+        if not bool(used_BL.any()):
+            return nothing
         chosen_mT = last_hidden[used_BL.to(device)]
         mass = [mass_outside(target, part, self.runner.draft.draft_token_ids) for part in chosen_mT.split(256)]
         return (torch.cat(mass).double() * count_BL[used_BL].to(device)).sum()

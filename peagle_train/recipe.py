@@ -41,6 +41,10 @@ class Target:
     """What features have in that folder; auto is what the target computes in."""
     attn_implementation: str | None = None
     """transformers' attention of the target; null: its default."""
+    shard: bool = False
+    """Shard the target over all processes (FSDP2), where it does not fit on one device."""
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
+    """Spread the target over the devices that a single process sees (balanced_low_0 leaves room on the first)."""
     trust_remote_code: bool = False
     """Run Python code that comes with the target's files."""
     check: bool = True
@@ -192,6 +196,8 @@ class Train:
     """KL(target || draft), cross-entropy with the target's distribution, or with its argmax."""
     loss_chunk_rows: int = option(384, ge=1)
     """Rows of logits that exist at a time."""
+    sharding: Literal["auto", "none", "fsdp2"] = "auto"
+    """Shard weights, gradients and optimizer states over all processes (FSDP2); auto: if the launch has an FSDP config."""
     compile: bool = False
     """Compile the drafter's passes (torch.compile, static shapes): one graph each, whatever the data."""
     compile_backend: Literal["inductor", "aot_eager"] = "inductor"
@@ -256,6 +262,16 @@ class Recipe:
         if heads is not None and kv_heads is not None:
             key = "draft.num_key_value_heads"
             self._require("draft.num_attention_heads", "a multiple of", key, heads % kv_heads == 0)
+        if self.target.shard and self.target.device_map:
+            raise RecipeError(
+                f"target.shard is true, target.device_map is {self.target.device_map}: change one of them to false or null"
+            )
+        if self.train.sharding == "fsdp2" and self.train.compile:
+            raise RecipeError("train.sharding is fsdp2, train.compile is true: change one of them")
+        if self.target.cache and (self.target.shard or self.target.device_map):
+            raise RecipeError(
+                "target.cache is given, so that the target does not run: leave out target.shard and target.device_map"
+            )
         if self.draft.init_from is not None and self.draft.vocab_from is not None:
             raise RecipeError(
                 "draft.init_from and draft.vocab_from are both given, and each brings a draft vocabulary: leave one out"

@@ -140,7 +140,7 @@ def relay_step(
     extra_a, extra_b = (0, 0) if min_passes is None else (min_passes[0] - len(chunks), min_passes[1] - len(passes))
     for _ in range(extra_a):
         with torch.no_grad():
-            idle_pass(draft, batch, target, num_depths, with_grad=False)
+            idle_pass(draft, batch, target, num_depths)
     if with_grad:
         for dk, dv in buffers.gradients:
             dk[:, :, :end] = 0
@@ -192,7 +192,9 @@ def relay_step(
         backward(tensors, gradients)
         del tensors, gradients
     for _ in range(extra_b):
-        idle_pass(draft, batch, target, num_depths, with_grad=with_grad)
+        nothing = idle_pass(draft, batch, target, num_depths)
+        if backward is not None:
+            backward([nothing], [None])
     return stats
 
 

@@ -8,8 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
-
 from peagle_train.checkpoint import (
     MARKER,
     claim_output,
@@ -27,20 +25,19 @@ from peagle_train.checkpoint_files import (
     set_aside_later,
     write_checkpoint,
 )
+from peagle_train.peers import from_main
 from peagle_train.recipe import dump_recipe
 from peagle_train.resume import Checkpoint
 from peagle_train.run_state import (
-    collect_optimizer,
     collect_rng,
     fingerprint,
-    load_optimizer,
     load_tensors,
-    load_weights,
     schedule_at,
     set_rng,
     set_schedule,
     versions,
 )
+from peagle_train.sharded import full_moments, full_weights, load_full_moments, load_full_weights
 
 if TYPE_CHECKING:
     from peagle_train.trainer import Trainer
@@ -52,8 +49,8 @@ def save_checkpoint(trainer: "Trainer") -> Path:
     if trainer.saved_step == trainer.step:
         return path
     accelerator, train = trainer.accelerator, trainer.recipe.train
-    weights = accelerator.get_state_dict(trainer.draft)
-    moments = collect_optimizer(trainer.draft, trainer.optimizer)
+    weights = full_weights(trainer.draft)
+    moments = full_moments(trainer.draft, trainer.optimizer)
     generators = collect_rng(accelerator.process_index, accelerator.num_processes)
     state = _state(trainer)
 
@@ -110,6 +107,7 @@ def restore(trainer: "Trainer", checkpoint: Checkpoint) -> list[str]:
         ValueError: data, draft vocabulary, target or rows of a step are not those of the checkpoint.
     """
     state, notes = checkpoint.state, list(checkpoint.notes)
+    trainer.sampler.check_global_batch_size(state["must_match"]["rows of a step"])
     now = json.loads(json.dumps(_must_match(trainer)))
     for what, value in state["must_match"].items():
         if now[what] != value:
@@ -123,8 +121,13 @@ def restore(trainer: "Trainer", checkpoint: Checkpoint) -> list[str]:
             f"--resume: {checkpoint.folder.name} is behind the {trainer.num_steps} steps that the recipe asks for: raise"
             " train.max_steps or train.epochs, or resume from an earlier one"
         )
-    load_weights(trainer.draft, load_tensors(checkpoint.folder / "model.safetensors"))
-    load_optimizer(trainer.draft, trainer.optimizer, load_tensors(checkpoint.folder / "optimizer.safetensors"))
+    main = trainer.accelerator.is_main_process
+    weights, moments = (
+        load_tensors(checkpoint.folder / name) if main else {}
+        for name in ("model.safetensors", "optimizer.safetensors")
+    )
+    load_full_weights(trainer.draft, weights)
+    load_full_moments(trainer.draft, trainer.optimizer, moments)
     set_schedule(trainer.scheduler, checkpoint.step)
     set_rng(load_tensors(checkpoint.folder / "rng.safetensors"), trainer.accelerator.process_index)
     rates = schedule_at(trainer.scheduler, checkpoint.step)
@@ -187,11 +190,9 @@ def take_up_output(trainer: "Trainer") -> Any:
             failure = str(error)
         except OSError as error:
             failure = f"output.dir {trainer.folder} cannot be written: {error}"
-    failures = [failure]
-    if trainer.accelerator.num_processes > 1:
-        dist.broadcast_object_list(failures, src=0)
-    if failures[0]:
-        raise ValueError(failures[0])
+    failure = from_main(failure)
+    if failure:
+        raise ValueError(failure)
     return lock
 
 

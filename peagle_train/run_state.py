@@ -1,7 +1,7 @@
-"""What a run is made of beside its files: weights, optimizer, schedule and generators as plain tensors and JSON, and back.
+"""What a run is made of beside its files, its weights and its optimizer (`sharded.py`): schedule and generators as plain
+tensors and JSON, and back.
 
-`collect_*` may be collective: every rank calls them, the main process writes what they return. Tensors sharded by FSDP2
-are saved whole and shared out again (`whole`, `like`).
+`collect_rng` is collective: every rank calls it, the main process writes what it returns.
 """
 
 import hashlib
@@ -14,66 +14,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch import Tensor, nn
-
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor in full (a collective call), any other as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def like(tensor: Tensor, reference: Tensor) -> Tensor:
-    """A copy of a whole tensor with the dtype, the device and the sharding of `reference`."""
-    if hasattr(reference, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
-
-        moved = tensor.to(reference.device, reference.dtype)
-        return distribute_tensor(moved, reference.device_mesh, reference.placements)  # type: ignore[attr-defined]
-    return torch.empty_like(reference).copy_(tensor)  # a copy: the file may be removed while the run goes on
+from torch import Tensor
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     return load_file(path)
-
-
-# ---- weights and optimizer
-
-
-def load_weights(draft: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Parameters and buffers in place; ValueError if names or shapes differ."""
-    own = draft.state_dict()
-    if own.keys() != tensors.keys():
-        differing = sorted(own.keys() ^ tensors.keys())
-        raise ValueError(f"the checkpoint's drafter has other tensors than this one: {', '.join(differing[:4])}")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            if tensor.shape != tensors[name].shape:
-                shapes = f"{list(tensors[name].shape)}, not {list(tensor.shape)}"
-                raise ValueError(f"the checkpoint's {name} has the shape {shapes}")
-            tensor.copy_(like(tensors[name], tensor))
-
-
-def collect_optimizer(draft: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state as `<exp_avg | exp_avg_sq | step>.<parameter name>`; parameters without one are left out."""
-    tensors = {}
-    for name, parameter in draft.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            assert key in MOMENTS, key
-            tensors[f"{key}.{name}"] = whole(value)
-    return tensors
-
-
-def load_optimizer(draft: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """What `collect_optimizer` gave, by name; ValueError for a name that the drafter does not train."""
-    trained = {name: p for name, p in draft.named_parameters() if p.requires_grad}
-    for full_name, tensor in tensors.items():
-        key, _, name = full_name.partition(".")
-        if name not in trained or key not in MOMENTS:
-            raise ValueError(f"the checkpoint's optimizer has a state of {full_name}, which is not trained here")
-        parameter = trained[name]
-        optimizer.state[parameter][key] = tensor.clone() if key == "step" else like(tensor, parameter)
 
 
 # ---- schedule

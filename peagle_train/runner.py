@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
 from torch import Tensor
 
 from peagle_train.compiled import CompiledDraft
@@ -26,6 +27,7 @@ class BatchRunner:
         self.recipe, self.accelerator, self.target, self.draft = recipe, accelerator, target, draft
         self.device = accelerator.device
         self.sharded = is_sharded(draft)
+        self._backwards_to_come: int | None = None
         self.relay = recipe.train.segment_mode == "relay" and recipe.cod.num_segments > 1
         self.head_rows = target.head_rows(draft.draft_token_ids).to(self.device)
         self.buffers = RelayBuffers()
@@ -44,8 +46,11 @@ class BatchRunner:
         """The passes of a batch that is on the host."""
         return plan_segments(batch, self.recipe.cod.num_depths, self.static, self.pad_context)
 
-    def run(self, batch: Batch, plan: Plan, scale: Tensor | None) -> StepStats:
-        """Sums over the batch, which is on the host; gradients accumulate, times `scale`, unless that is None."""
+    def run(self, batch: Batch, plan: Plan, scale: Tensor | None, is_last: bool = True) -> StepStats:
+        """Sums over the batch, which is on the host; gradients accumulate, times `scale`, unless that is None.
+
+        A sharded drafter's gradients are reduced once a step, in the last pass of the batch that `is_last`.
+        """
         train = self.recipe.train
         on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         with span("target"):
@@ -60,23 +65,33 @@ class BatchRunner:
             "scale": 1.0 if scale is None else scale,
         }
         if self.sharded:
-            # Every rank takes part in every all-gather: agree on the number of passes.
-            needed = needed_segments(plan) if self.relay else [s for s in plan.segments if s.supervised.numel()]
-            counts = [len(context_chunks(plan, needed)) if self.relay else 0, len(needed)]
-            most = max_counts(counts, self.device)
-            arguments["min_passes"] = (most[0], most[1]) if self.relay else most[1]
+            most_a, most_b = self._agree_on_passes(plan, at_least=int(is_last and scale is not None))
+            arguments["min_passes"] = (most_a, most_b) if self.relay else most_b
+            self._backwards_to_come = most_b if is_last else None
+            self.draft.set_requires_gradient_sync(False)  # type: ignore[operator]
         draft = self.compiled or self.draft
-        with self.accelerator.autocast():
+        # Autocast's cache would keep a second copy of all weights, whole, until the batch is through.
+        with self.accelerator.autocast(AutocastKwargs(cache_enabled=not self.sharded)):
             if self.relay:
                 backward = None if scale is None else self._backward
                 return relay_step(draft, on_device, target, buffers=self.buffers, backward=backward, **arguments)
             backward_loss = None if scale is None else self._backward_loss
             return recompute_step(draft, on_device, target, backward=backward_loss, **arguments)
 
+    def _agree_on_passes(self, plan: Plan, at_least: int) -> tuple[int, int]:
+        """(pass A, pass B) of the rank that needs most: every rank takes part in every all-gather."""
+        needed = needed_segments(plan) if self.relay else [s for s in plan.segments if s.supervised.numel()]
+        chunks = context_chunks(plan, needed) if self.relay else []
+        most_a, most_b = max_counts([len(chunks), max(len(needed), at_least)], self.device)
+        return most_a, most_b
+
     def _backward(self, tensors: Any, gradients: Any) -> None:
+        if self.sharded and self._backwards_to_come is not None:
+            self._backwards_to_come -= 1
+            if self._backwards_to_come == 0:
+                self.draft.set_requires_gradient_sync(True)  # type: ignore[operator]
         with torch.autocast(self.device.type, enabled=False), span("backward"):
             torch.autograd.backward(tensors, gradients)
 
     def _backward_loss(self, loss: Tensor) -> None:
-        with torch.autocast(self.device.type, enabled=False), span("backward"):
-            self.accelerator.backward(loss)
+        self._backward([loss], [None])

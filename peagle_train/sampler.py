@@ -70,6 +70,15 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
         """Rows of an optimizer step over all ranks."""
         return self.batch_size * self.accumulation * self.world_size
 
+    def check_global_batch_size(self, before: int) -> None:
+        """ValueError unless a run that took so many rows a step before goes on with the same rows in the same steps."""
+        if before != self.global_batch_size:
+            raise ValueError(
+                f"the run took {before} rows a step and would take {self.global_batch_size} now (train.batch_size"
+                f" {self.batch_size} x train.gradient_accumulation_steps {self.accumulation} x {self.world_size}"
+                f" processes): change them so that the product is {before}"
+            )
+
     @property
     def steps_per_epoch(self) -> int:
         return -(-self.num_rows // self.global_batch_size)

@@ -108,7 +108,9 @@ def recompute_step(
             backward(output.loss * scale)
         del output, visibility, labels
     for _ in range(min_passes - len(passes)):
-        idle_pass(draft, batch, target, num_depths, with_grad=backward is not None)
+        nothing = idle_pass(draft, batch, target, num_depths)
+        if backward is not None:
+            backward(nothing)
     return stats
 
 
@@ -200,15 +202,15 @@ def idle_pass(
     batch: dict[str, Tensor],
     target: TargetOutputs,
     num_depths: int,
-    with_grad: bool,
-) -> None:
-    """A pass over one padding element: zero gradients, but every collective of a sharded drafter takes place."""
+) -> Tensor:
+    """A pass over one padding element: a zero whose gradients are zero, but every collective of a sharded drafter takes
+    place.
+    """
     column = batch["anchor"].new_zeros(batch["anchor"].shape[0], 1)
     elements = context_elements(batch, slice(0, 1))._replace(depth=column - 1)
     visibility = visibility_of(elements, num_depths, M=1, first_rollout=1)
     nothing = column.new_zeros(0)
     labels = Labels(nothing, target.head[nothing], target.head)
     output = run(draft, elements, target, slice(0, 1), visibility, labels=labels)
-    if with_grad:
-        assert output.loss is not None and output.hidden is not None
-        torch.autograd.backward(output.loss + output.hidden.sum() * 0)
+    assert output.loss is not None and output.hidden is not None
+    return output.loss + output.hidden.sum() * 0

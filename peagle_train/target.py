@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device, has_offloaded_params
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -18,8 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from peagle_train import vocab
 from peagle_train.chunks import Run, check_chunkable, forward_run, plan_runs
 from peagle_train.dense import FLOATS, dense_embeddings, dense_head, is_plain
+from peagle_train.distributed import max_counts
 from peagle_train.draft_config import ROPE_TYPES
 from peagle_train.segments import TargetOutputs
+from peagle_train.sharded import shard, whole
 from peagle_train.target_check import check_target
 
 logger = logging.getLogger(__name__)
@@ -97,6 +100,7 @@ class FrozenTarget:
             raise ValueError(f"target.layer_ids is {self.layer_ids}; ids must lie in 0..{len(self.layers) - 1}")
         self.chunk_tokens = chunk_tokens
         self.apart = False
+        self.sharded = False
         if chunk_tokens is not None:
             check_chunkable(model, self.base, self.config)
 
@@ -111,8 +115,14 @@ class FrozenTarget:
         chunk_tokens: int | None = None,
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
+        device_map: str | None = None,
+        shard: bool = False,
     ) -> "FrozenTarget":
-        """Load a Hugging Face folder; ValueError, one line, for a folder that is none."""
+        """Load a Hugging Face folder; ValueError, one line, for a folder that is none.
+
+        device_map: spread over the devices that this process sees, as accelerate does it. shard: over all ranks, by FSDP2;
+        `world_mesh` must have been called before.
+        """
         device = device or torch.device("cpu")
         _check_folder(path)
         if trust_remote_code:
@@ -124,6 +134,8 @@ class FrozenTarget:
             _check_size(path, config, trust_remote_code)
             if attn_implementation:
                 kwargs["attn_implementation"] = attn_implementation
+            if device_map:
+                kwargs["device_map"] = device_map
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=resolve_dtype(dtype, device),
@@ -141,7 +153,24 @@ class FrozenTarget:
             raise ValueError(
                 f"target.path {path}: its weights do not fit its config ({', '.join(bad)}): wrong or cut files"
             )
-        return cls(model.to(device), layer_ids, chunk_tokens)
+        # A sharded one moves to the device a layer at a time, and one with a device map is where it belongs.
+        target = cls(model if shard or device_map else model.to(device), layer_ids, chunk_tokens)
+        if shard:
+            target.shard(device)
+        return target
+
+    def shard(self, device: torch.device) -> None:
+        """Shard all but the head over all ranks and move it to the device; the head stays whole, on the CPU.
+
+        From then on every rank must call `features` and `embedding_rows` as often as the others.
+        """
+        if not all(parameter.is_floating_point() for parameter in self.model.parameters()):
+            raise ValueError(f"target.shard is true, but target {type(self.model).__name__} is quantised: unsupported")
+        self.sharded = True
+        head: Any = self.head
+        if head.weight is self.model.get_input_embeddings().weight:  # type: ignore[operator]
+            head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        shard(self.base, self.layers, device)
 
     @property
     def hidden_size(self) -> int:
@@ -153,19 +182,24 @@ class FrozenTarget:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Where token ids go."""
+        embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]
+        if has_offloaded_params(embeddings):
+            return torch.device(embeddings._hf_hook.execution_device)
+        return embeddings.weight.device
 
     def embedding_rows(self) -> Tensor:
-        """[vocabulary, T], the input embeddings."""
+        """[vocabulary, T], the input embeddings. Every rank must call it where the target is sharded."""
         embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
-        if is_plain(embeddings):
-            return embeddings.weight.detach()
+        if self.sharded or is_plain(embeddings):
+            return _weight(embeddings)
         return dense_embeddings(embeddings, self.vocab_size, self.device)
 
     def head_weight(self) -> Tensor:
-        """[vocabulary, T], of a quantised head what it multiplies by."""
-        weight: Tensor = self.head.weight if self._dense is None else self._dense  # type: ignore[assignment]
-        return weight.detach()
+        """[vocabulary, T], of a quantised head what it multiplies by; on the CPU where the target is sharded or its head is
+        offloaded.
+        """
+        return _weight(self.head) if self._dense is None else self._dense.detach()
 
     def head_rows(self, token_ids: Tensor) -> Tensor:
         """[V, T], the head's rows of the given tokens."""
@@ -233,6 +267,10 @@ class FrozenTarget:
             shape, runs = (B, L), [Run(0, L, None)]
         else:
             shape, runs = (1, B * L), plan_runs(position_ids.cpu(), self.chunk_tokens, self.apart)
+        idle = 0
+        if self.sharded and (self.apart or self.chunk_tokens is not None):  # else each rank has one forward
+            own = sum(run.forwards for run in runs)
+            idle = max_counts([own], self.device)[0] - own
         ids = input_ids.to(self.device, non_blocking=True).reshape(shape)
         positions = position_ids.to(self.device, non_blocking=True).reshape(shape)
         out: dict[str, Tensor] = {}
@@ -269,12 +307,16 @@ class FrozenTarget:
         finally:
             for handle in handles:
                 handle.remove()
+        for _ in range(idle):
+            self.base(input_ids=ids[:, :1], position_ids=positions[:, :1], attention_mask=None, use_cache=False)
         return out["features"].view(B, L, 3 * T), out["last"].view(B, L, T)
 
     def outputs(self, batch: dict[str, Tensor], head_rows: Tensor) -> TargetOutputs:
         """What a step needs of the target for a collator's batch."""
         features, last_hidden = self.features(batch["input_ids"], batch["position_ids"])
-        return TargetOutputs(features, last_hidden, head_rows)
+        # With a device map, layers may end up anywhere.
+        device = batch["input_ids"].device
+        return TargetOutputs(features.to(device), last_hidden.to(device), head_rows)
 
     def check(self) -> None:
         """Run a few tokens and see that features and labels are what training takes them for; ValueError if not.
@@ -345,6 +387,13 @@ def _base_model(model: nn.Module) -> nn.Module:
     if not isinstance(base, nn.Module) or base is model:
         raise ValueError(f"target {type(model).__name__}: its base model was not found; unsupported architecture")
     return base
+
+
+def _weight(module: Any) -> Tensor:
+    """A module's weight, whole, whether sharded, offloaded by accelerate (then copied to the CPU) or neither."""
+    with align_module_device(module, torch.device("cpu") if module.weight.is_meta else None):
+        weight = whole(module.weight.detach())
+        return weight.clone() if has_offloaded_params(module) else weight
 
 
 def _decoder_layers(base: nn.Module, count: int) -> nn.ModuleList:

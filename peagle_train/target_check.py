@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peagle_train.distributed import is_sharded
-
 if TYPE_CHECKING:
     from peagle_train.target import FrozenTarget
 
@@ -41,11 +39,6 @@ def _isolated(target: "FrozenTarget", ids: Tensor, position: Tensor) -> tuple[Te
     error = relative(packed[:, 6:], alone)
     if error <= TOLERANCE:
         return packed, last
-    if is_sharded(target.base):  # ranks would need different numbers of forwards
-        raise ValueError(
-            f"target {name} lets packed documents see each other (features are {error:.0%} off), and sharded it cannot be"
-            " given one at a time: do not shard it"
-        )
     logger.warning(
         "target %s lets packed documents see each other (features are %.0f%% off): it is given one document at a time,"
         " which is right but slower where documents are short",
@@ -74,7 +67,7 @@ def _check_logits(target: "FrozenTarget", ids: Tensor, position: Tensor, last: T
     if target.has_plain_head:
         some = torch.arange(min(8, target.vocab_size), device=target.device)
         rows = nn.Linear(target.hidden_size, some.numel(), bias=False, device="meta")
-        rows.weight = nn.Parameter(target.head_rows(some), requires_grad=False)
+        rows.weight = nn.Parameter(target.head_rows(some).to(last.device), requires_grad=False)
         tied = getattr(target.config, "tie_word_embeddings", False)
         model.set_output_embeddings(rows)
         try:
@@ -82,11 +75,11 @@ def _check_logits(target: "FrozenTarget", ids: Tensor, position: Tensor, last: T
         finally:
             model.set_output_embeddings(target.head)
         assert getattr(target.config, "tie_word_embeddings", False) == tied
-        error = relative(logits, last @ rows.weight.T)
+        error = relative(logits.to(last.device), last @ rows.weight.T)
         what = f"changes its logits after the head (they are {error:.0%} off head * hidden)"
     else:
         logits = model(input_ids=ids, position_ids=position, use_cache=False).logits
-        error = relative(logits, last @ target.head_weight().T)
+        error = relative(logits.to(last.device), last @ target.head_weight().T)
         what = (
             f"has a quantised head ({type(target.head).__name__}) whose logits are {error:.0%} off the matrix that it"
             " multiplies by"

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from peagle_train import peers
 from peagle_train.build import always_drafted, choose_mask_token, load_tokenizer, make_draft
 from peagle_train.cached_target import CachedTarget
 from peagle_train.checkpoint import check_output
@@ -18,6 +20,7 @@ from peagle_train.draft import PEagleDraft
 from peagle_train.recipe import Recipe
 from peagle_train.resume import Checkpoint, open_resume
 from peagle_train.run_checkpoint import restore
+from peagle_train.sharded import check_sharding, world_mesh
 from peagle_train.summary import describe_summary
 from peagle_train.target import FrozenTarget
 from peagle_train.trainer import Trainer
@@ -48,18 +51,13 @@ def train(recipe: Recipe, resume: str | None = None) -> str:
         checkpoint = found
     accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision)
     check_launch(accelerator.num_processes)
+    peers.connect()
+    check_sharding(
+        recipe.train.sharding, accelerator.distributed_type
+    )  # before the target is loaded: mistakes come first
     say = print if accelerator.is_main_process else (lambda *_: None)
 
-    load = CachedTarget.opener(recipe.target) if recipe.target.cache else FrozenTarget.load
-    target = load(
-        recipe.target.path,
-        dtype=recipe.target.dtype,
-        device=accelerator.device,
-        layer_ids=recipe.target.layer_ids,
-        chunk_tokens=recipe.target.chunk_tokens,
-        attn_implementation=recipe.target.attn_implementation,
-        trust_remote_code=recipe.target.trust_remote_code,
-    )
+    target = load_target(recipe, accelerator)
     if recipe.target.check:
         target.check()
     start = read_start(recipe, target)
@@ -80,6 +78,35 @@ def train(recipe: Recipe, resume: str | None = None) -> str:
     summary = trainer.run()
     accelerator.end_training()
     return describe_summary(summary, Path(recipe.output.dir)) if accelerator.is_main_process else ""
+
+
+def load_target(recipe: Recipe, accelerator: Accelerator) -> FrozenTarget:
+    """The recipe's target, where and how it says."""
+    settings, several = recipe.target, accelerator.num_processes > 1
+    if settings.device_map and several:
+        raise ValueError(
+            f"target.device_map is {settings.device_map} and there are {accelerator.num_processes} processes: it spreads"
+            " the target over the devices that one process sees; start a single one, or use target.shard"
+        )
+    if settings.shard and not several:
+        logger.warning("target.shard is true, but there is a single process: the target stays whole")
+    sharded = settings.shard and several
+    if sharded:
+        world_mesh(accelerator.device.type)
+    # A sharded target is whole on the host while it is loaded: let that be one at a time.
+    load = CachedTarget.opener(settings) if settings.cache else FrozenTarget.load
+    with peers.one_at_a_time() if sharded else nullcontext():
+        return load(
+            settings.path,
+            dtype=settings.dtype,
+            device=accelerator.device,
+            layer_ids=settings.layer_ids,
+            chunk_tokens=settings.chunk_tokens,
+            attn_implementation=settings.attn_implementation,
+            trust_remote_code=settings.trust_remote_code,
+            device_map=settings.device_map,
+            shard=sharded,
+        )
 
 
 def _draft(  # type: ignore[no-untyped-def]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
@@ -30,6 +30,7 @@ from peagle_train.metrics import (
     train_line,
 )
 from peagle_train.optim import make_optimizer, make_scheduler
+from peagle_train.peers import agree, from_main
 from peagle_train.profile import StepProfiler, span
 from peagle_train.recipe import Recipe, dump_recipe
 from peagle_train.resume import Checkpoint
@@ -38,6 +39,7 @@ from peagle_train.run_state import set_schedule
 from peagle_train.runner import Batch, BatchRunner
 from peagle_train.sampler import StepBatchSampler
 from peagle_train.segments import StepStats
+from peagle_train.sharded import clip_gradients, full_weights, shard, wants_sharding
 from peagle_train.signals import Signals, is_lost_worker, leave_to_parent
 from peagle_train.target import FrozenTarget
 
@@ -60,21 +62,33 @@ class Trainer:
         train_rows: PackedRows,
         eval_rows: PackedRows,
     ) -> None:
+        # Reading and tokenizing may have taken one rank minutes longer than another: no collective before this.
+        agree(
+            {
+                "recipe": dump_recipe(recipe),
+                "set of rows to train on": train_rows.fingerprint(),
+                "set of held-out rows": eval_rows.fingerprint(),
+                "draft vocabulary": str(draft.draft_token_ids.tolist()),
+            }
+        )
         self.recipe, self.accelerator, self.target = recipe, accelerator, target
         self.train_rows = train_rows
         self.folder = Path(recipe.output.dir)
         self.device = accelerator.device
         train = recipe.train
 
-        if accelerator.distributed_type == DistributedType.FSDP:
-            prepared, self.optimizer = accelerator.prepare(draft, make_optimizer(draft, train))
-            self.draft: PEagleDraft = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+        self.draft = draft
+        self.optimizer: Any
+        if wants_sharding(train.sharding, accelerator):
+            same_on_all_ranks(draft, self.device)
+            shard(draft, draft.layers, self.device)
+            self.optimizer = make_optimizer(draft, train)
         else:
             # No DDP around it: gradients are summed once a step, by us (sum_over_ranks), so that a rank may run any number
             # of passes. (Its reducer would also hold a second copy of the gradients, and can deadlock at exit on gloo.)
-            self.draft = draft.to(self.device)
-            same_on_all_ranks(self.draft)
-            self.optimizer = accelerator.prepare(make_optimizer(self.draft, train))
+            draft.to(self.device)
+            same_on_all_ranks(draft, self.device)
+            self.optimizer = accelerator.prepare(make_optimizer(draft, train))
         self.trained = [p for p in self.draft.parameters() if p.requires_grad]
         self.runner = BatchRunner(recipe, accelerator, target, self.draft)
         self.evaluator = Evaluator(self.runner, eval_rows)
@@ -175,11 +189,9 @@ class Trainer:
                 action()
             except OSError as error:
                 failure = f"{failing}: {error}; {last_checkpoint(self.folder)}"
-        failures = [failure]
-        if self.accelerator.num_processes > 1:
-            torch.distributed.broadcast_object_list(failures, src=0)
-        if failures[0]:
-            raise RunStopped(failures[0])
+        failure = from_main(failure)  # no collective: a slow disk must not be a time-out
+        if failure:
+            raise RunStopped(failure)
 
     def seconds(self) -> float:
         """Spent in training, over all of the run's parts."""
@@ -232,10 +244,11 @@ class Trainer:
         self._own_save = self.signals.save
         count, *self._asked = sum_counts([supervised, self.signals.stop is not None, self._own_save], self.device)
         # FSDP averages over ranks where we want the sum; a step with nothing supervised has gradient 0, not nan.
-        scale = (self.accelerator.num_processes if self.runner.sharded else 1) / count.clamp(min=1)
+        wide = torch.promote_types(self.draft.dtype, torch.float32)
+        scale = (self.accelerator.num_processes if self.runner.sharded else 1) / count.clamp(min=1).to(wide)
         sums = []
-        for batch, plan in zip(batches, plans, strict=True):
-            sums.append(self.runner.run(batch, plan, scale))
+        for i, (batch, plan) in enumerate(zip(batches, plans, strict=True)):
+            sums.append(self.runner.run(batch, plan, scale, is_last=i == len(batches) - 1))
         stats = StepStats(
             torch.stack([s.loss for s in sums]).sum(),
             torch.stack([s.hits for s in sums]).sum(0),
@@ -249,7 +262,7 @@ class Trainer:
     def _optimizer_step(self, batches: list[Batch]) -> None:
         stats = self.accumulate(batches)
         limit = self.recipe.train.max_grad_norm
-        self._grad_norm = self.accelerator.clip_grad_norm_(self.trained, math.inf if limit is None else limit)
+        self._grad_norm = clip_gradients(self.trained, math.inf if limit is None else limit)
         # The step's one wait for the device: a non-finite step must not reach the weights.
         is_finite = torch.isfinite(self._grad_norm) & torch.isfinite(stats.loss)
         applied, stop, save = (bool(x) for x in torch.stack([is_finite.long(), *self._asked]).tolist())
@@ -336,7 +349,7 @@ class Trainer:
 
     def save(self, path: Path, extra: dict[str, str] | None = None) -> None:
         """Write the drafter as vLLM loads it, and further files; every rank must call it."""
-        state = self.accelerator.get_state_dict(self.draft)
+        state = full_weights(self.draft)
         texts = {"recipe.yaml": dump_recipe(self.recipe), **(extra or {})}
         self.on_main(f"{path} could not be written", lambda: save_drafter(path, self.draft.config, state, texts))
 

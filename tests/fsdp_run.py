@@ -1,6 +1,6 @@
 """Started by torchrun: gradients of a drafter sharded by FSDP2's fully_shard on a CPU mesh, whole again, from rank 0.
 
-python -m torch.distributed.run ... tests/fsdp_run.py MODE OUT
+python -m torch.distributed.run ... tests/fsdp_run.py FOLDER
 """
 
 import sys
@@ -22,6 +22,7 @@ from peagle_train.relay import context_chunks, needed_segments, relay_step
 from peagle_train.segments import TargetOutputs, recompute_step
 
 L, K, S = 48, 5, 6
+CASES = [(mode, case) for mode in ("relay", "recompute") for case in ("short", "nothing supervised")]
 
 
 def make_draft() -> PEagleDraft:
@@ -63,7 +64,6 @@ def make_batch(rank: int, case: str) -> tuple[dict[str, Tensor], TargetOutputs]:
 
 
 def sharded(mode: str, case: str) -> dict[str, Tensor]:
-    dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     draft = make_draft()
     mesh = init_device_mesh("cpu", (world,))
@@ -85,7 +85,6 @@ def sharded(mode: str, case: str) -> dict[str, Tensor]:
             most = max_counts([sum(bool(s.supervised.numel()) for s in plan.segments)], torch.device("cpu"))[0]
             recompute_step(draft, batch, target, num_depths=K, scale=scale, plan=plan, min_passes=most)
     whole = {name: p.grad.full_tensor() for name, p in draft.named_parameters()}  # type: ignore[union-attr]
-    dist.destroy_process_group()
     return whole
 
 
@@ -100,8 +99,10 @@ def alone(case: str) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    gradients = sharded(sys.argv[1], sys.argv[2])
-    import os
-
-    if os.environ["RANK"] == "0":
-        save_file({name: g.contiguous() for name, g in gradients.items()}, sys.argv[3])
+    dist.init_process_group("gloo")
+    for mode, case in CASES:
+        gradients = sharded(mode, case)
+        if dist.get_rank() == 0:
+            save_file({name: g.contiguous() for name, g in gradients.items()}, f"{sys.argv[1]}/{mode} {case}")
+    dist.barrier()
+    dist.destroy_process_group()

@@ -293,6 +293,8 @@ def test_the_tool_measures_two_drafters_and_writes_everything(runs, monkeypatch,
     [
         (["--k", "0"], "--k is 0"),
         (["--temperature", "-1"], "--temperature is -1"),
+        (["--temperature", "nan"], "--temperature is nan"),
+        (["--json", "/nowhere/out.json"], "a folder that does not exist"),
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--prompts", "stdlib"], "eval_fraction"),
         (["--target", "/nowhere"], "/nowhere"),
@@ -310,6 +312,22 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(runs, monkeypatch, capsys, 
     assert evaluate.main([str(runs / "first" / "final"), "--prompts", "humaneval", *changes]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
+
+
+def test_a_drafter_that_may_have_learned_from_the_prompts_is_not_compared():
+    from peagle_train.acceptance_run import _check_same_split
+
+    class Recipe:
+        def __init__(self, eval_fraction: float) -> None:
+            from peagle_train.recipe import Data
+
+            self.data = Data(sources=["stdlib"], eval_fraction=eval_fraction)
+
+    _check_same_split(Recipe(0.05), Recipe(0.05))
+    _check_same_split(Recipe(0.05), Recipe(0.1))
+    for other in (Recipe(0.01), None):
+        with pytest.raises(ValueError, match="may have learned from these prompts"):
+            _check_same_split(Recipe(0.05), other)
 
 
 def test_help_answers_without_torch():

@@ -105,8 +105,8 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "rope dynamic": (lambda f: set_config(f, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4}), "dynamic"),
     "rope partial": (lambda f: set_config(f, partial_rotary_factor=0.5), "rope is partial"),
     "another layer count": (lambda f: set_config(f, num_hidden_layers=3), "num_hidden_layers is 3"),
-    "a billion layers": (lambda f: set_config(f, num_hidden_layers=10**9), "num_hidden_layers is 1000000000"),
-    "a huge vocabulary": (lambda f: set_config(f, vocab_size=10**12), "vocab_size is 1000000000000"),
+    "a million layers": (lambda f: set_config(f, num_hidden_layers=10**6), "num_hidden_layers is 1000000"),
+    "a huge vocabulary": (lambda f: set_config(f, vocab_size=10**12), "vocab_size is 1000000000000, not a size"),
     "another width": (lambda f: set_config(f, hidden_size=16), "embed_tokens.weight"),
     "norm before fc": (lambda f: set_config(f, norm_before_fc=True), "norm_before_fc"),
     "last layer only": (lambda f: set_config(f, eagle_config={"use_aux_hidden_state": False}), "use_aux_hidden_state"),
@@ -143,6 +143,27 @@ def fill(folder: Path, name: str, index: slice, value: float) -> None:
     values = tensor(folder, name).clone()
     values.view(-1)[index] = value
     set_tensors(folder, **{name: values})
+
+
+@pytest.mark.parametrize("format", ["eagle3", "speculators"])
+def test_no_value_in_a_config_breaks_the_check_or_the_reading(folder: Path, format: str) -> None:
+    out = folder.parent / "out"
+    export_drafter(folder, out, format, target_name="org/target", speculative_tokens=3)
+    raw = json.loads((out / "config.json").read_text())
+    nested = raw.get("transformer_layer_config", {})
+    places = [(raw, key) for key in (*raw, "eagle_config", "layer_types", "logit_scale", "mask_token_id")]
+    places += [(nested, key) for key in nested]
+    for part, key in places:
+        had = part.get(key)
+        for value in (None, "", -1, 0, 10**9, [], {"a": 1}, 1.5, True):
+            part[key] = value
+            (out / "config.json").write_text(json.dumps(raw))
+            assert table(check_folder(out))
+            try:
+                load_drafter(out)
+            except ValueError as error:
+                assert "\n" not in str(error), key
+        part[key] = had
 
 
 WARNED: dict[str, tuple[Callable[[Path], None], str]] = {

@@ -1,10 +1,9 @@
-"""Two processes on CPU: the gradients and weights of one process with twice the accumulation; launches that lie."""
+"""The command line on two processes on CPU, and launches that lie. Whole runs on several processes: test_ranks.py."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from safetensors.torch import load_file
 
 from tests.tiny import make_target, write_recipe, write_rows
 
+LENGTHS = [9, 31, 4, 17, 32, 2, 26, 11, 40, 13, 5]
 ROOT = Path(__file__).parent.parent
 
 
@@ -29,52 +29,15 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_target(tmp_path_factory.mktemp("target"))
 
 
-# Rows as they come, and a step in which one rank has nothing supervised while the other fills all its segments.
-DATA: dict[str, dict[str, Any]] = {
-    "ragged": {"lengths": [9, 31, 4, 17, 32, 2, 26, 11, 40, 13, 5], "prompt": 0.3},
-    "one rank idle": {"lengths": [32, 32, 32], "prompt": 0.0},
-}
-
-
-def rows_of(case: str, folder: Path) -> Path:
-    path = write_rows(folder / "rows.jsonl", DATA[case]["lengths"], DATA[case]["prompt"])
-    if case == "one rank idle":  # every second row, by content, has an empty mask
-        lines = path.read_text().splitlines()
-        quiet = lines[1].replace('"loss_mask": [0, ' + ", ".join(["1"] * 31), '"loss_mask": [' + ", ".join(["0"] * 32))
-        assert quiet != lines[1]
-        path.write_text("\n".join([lines[0], quiet[:-2] + "]}" if quiet.endswith("]}") else quiet]) + "\n")
-    return path
-
-
-@pytest.mark.parametrize("case", DATA)
-@pytest.mark.parametrize("mode", ["relay", "recompute"])
-def test_two_processes_give_the_gradients_of_one_with_twice_the_accumulation(
-    case: str, mode: str, tmp_path: Path, target: Path
-) -> None:
-    recipe = write_recipe(
-        tmp_path, target, rows_of(case, tmp_path), tmp_path / "run", data={"pack": False}, cod={"num_segments": 5},
-        train={"segment_mode": mode},
-    )  # fmt: skip
-    script = "tests/distributed_run.py"
-    two = launch(2, script, str(recipe), str(tmp_path / "two"))
-    assert two.returncode == 0, two.stderr[-2000:]
-    one = launch(1, script, str(recipe), str(tmp_path / "one"), "train.gradient_accumulation_steps=2")
-    assert one.returncode == 0, one.stderr[-2000:]
-    ours, theirs = load_file(tmp_path / "two"), load_file(tmp_path / "one")
-    assert ours.keys() == theirs.keys() and len(ours) > 20
-    for name, gradient in theirs.items():
-        error = (ours[name] - gradient).abs().max() / gradient.abs().max().clamp(min=1e-30)
-        assert error < 1e-10, (name, error)
-
-
-def test_twenty_steps_on_two_processes_end_with_one_processs_weights(tmp_path: Path, target: Path) -> None:
-    rows = rows_of("ragged", tmp_path)
+def test_twenty_steps_sharded_over_two_processes_end_with_one_processs_weights(tmp_path: Path, target: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", LENGTHS, prompt=0.3)
     shared = {"max_steps": 20, "log_steps": 5}
     held_out = write_rows(tmp_path / "held_out.jsonl", [30, 7, 12], seed=9)
     recipe = write_recipe(
         tmp_path, target, rows, tmp_path / "run", data={"eval_sources": [str(held_out)]}, train=shared
     )
-    two = launch(2, "-m", "peagle_train", str(recipe), f"output.dir={tmp_path / 'two'}")
+    sharded = ["train.sharding=fsdp2", "target.shard=true"]
+    two = launch(2, "-m", "peagle_train", str(recipe), f"output.dir={tmp_path / 'two'}", *sharded)
     assert two.returncode == 0, two.stderr[-2000:]
     one = launch(
         1, "-m", "peagle_train", str(recipe), f"output.dir={tmp_path / 'one'}", "train.gradient_accumulation_steps=2"
@@ -89,7 +52,7 @@ def test_twenty_steps_on_two_processes_end_with_one_processs_weights(tmp_path: P
 
 
 def test_processes_that_would_train_alone_are_refused_with_the_line_that_works(tmp_path: Path, target: Path) -> None:
-    recipe = write_recipe(tmp_path, target, rows_of("ragged", tmp_path), tmp_path / "run")
+    recipe = write_recipe(tmp_path, target, write_rows(tmp_path / "rows.jsonl", LENGTHS), tmp_path / "run")
     strangers = launch(2, "-m", "peagle_train", str(recipe), ACCELERATE_USE_CPU="")
     assert strangers.returncode != 0
     assert "each believes that it is alone" in strangers.stderr

@@ -75,6 +75,21 @@ def test_without_num_steps_it_is_one_epoch() -> None:
     assert len(sampler) == 3 and {epoch for batch in sampler for epoch, _ in batch} == {0}
 
 
+@pytest.mark.parametrize("ranks, accumulation", [(1, 6), (2, 3), (3, 2), (6, 1)])
+def test_a_run_goes_on_with_the_same_rows_on_another_number_of_ranks(ranks: int, accumulation: int) -> None:
+    alone = StepBatchSampler(29, batch_size=2, accumulation=6, seed=3, num_steps=8)
+    others = [StepBatchSampler(29, 2, accumulation, rank, ranks, 3, start_step=5, num_steps=8) for rank in range(ranks)]
+    together = [micro_batch for same in zip(*others, strict=True) for micro_batch in same]
+    assert together == list(alone)[5 * 6 :]
+    others[0].check_global_batch_size(alone.global_batch_size)
+
+
+def test_a_run_that_would_go_on_with_other_rows_a_step_is_refused_with_what_to_change() -> None:
+    now = StepBatchSampler(29, batch_size=2, accumulation=3, world_size=4)
+    with pytest.raises(ValueError, match=r"took 12 rows a step and would take 24 .* 4 processes\): .* product is 12"):
+        now.check_global_batch_size(12)
+
+
 def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else() -> None:
     torch.manual_seed(1)
     random.seed(1)

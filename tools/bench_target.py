@@ -44,6 +44,7 @@ def child(arguments: argparse.Namespace) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=131072, help="length of the document (default 131072)")
+    parser.add_argument("--layers", type=int, default=3, help="its layers, at least 3 (default 3)")
     parser.add_argument("--hidden", type=int, default=64, help="width of the target, a multiple of 64 (default 64)")
     parser.add_argument(
         "--chunks", default="0,2048,512", help="chunk_tokens of each case, 0: whole (default 0,2048,512)"

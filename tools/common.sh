@@ -83,3 +83,21 @@ install_extra() {
     python -m pip install --quiet --disable-pip-version-check -e "${ROOT}[$1]"
     echo "$wanted" >"$stamp"
 }
+
+absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
+
+# What the drafter computes in where the target's dtype is auto: bfloat16 on a GPU, and where the processor multiplies in it.
+precision() {
+    python -c '
+import torch
+from peagle_train.target import resolve_dtype
+print("no" if resolve_dtype("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu")) is torch.float32 else "bf16")'
+}
+
+# accelerate launch on one process, GPU or not. Everything is said: what is not, it takes from the user's own configuration
+# file (and one thread).
+launch() {
+    local options=(--quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no)
+    if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then options+=(--cpu); fi
+    accelerate launch "${options[@]}" "$@"
+}

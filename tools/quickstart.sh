@@ -7,9 +7,7 @@ NAME=quickstart
 # shellcheck source=tools/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
-OUTPUT=${PEAGLE_OUTPUT:-$ROOT/runs/quickstart}
-OUTPUT=$(absolute "$OUTPUT")
+OUTPUT=$(absolute "${PEAGLE_OUTPUT:-$ROOT/runs/quickstart}")
 if [ -n "${PEAGLE_CACHE:-}" ]; then
     PEAGLE_CACHE=$(absolute "$PEAGLE_CACHE")
     export PEAGLE_CACHE
@@ -65,16 +63,7 @@ if [ -d "$OUTPUT" ] && [ -n "$(ls -A "$OUTPUT")" ]; then
     fi
 fi
 
-# Everything is said: what is not, accelerate takes from the user's own configuration file (and one thread).
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(cores)}
 export OMP_NUM_THREADS HF_HUB_OFFLINE=1
-launch=(--quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no)
-launch+=(--num_cpu_threads_per_process "$OMP_NUM_THREADS")
-if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then launch+=(--cpu); fi
-# The drafter computes in what the target's dtype: auto would choose; a GPU always has bfloat16.
-precision=$(python -c '
-import torch
-from peagle_train.target import resolve_dtype
-print("no" if resolve_dtype("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu")) is torch.float32 else "bf16")')
-accelerate launch "${launch[@]}" -m peagle_train recipes/quickstart.yaml \
-    target.path="$TARGET" output.dir="$OUTPUT" train.mixed_precision="$precision" ${resume[@]+"${resume[@]}"} "$@"
+launch --num_cpu_threads_per_process "$OMP_NUM_THREADS" -m peagle_train recipes/quickstart.yaml \
+    target.path="$TARGET" output.dir="$OUTPUT" train.mixed_precision="$(precision)" ${resume[@]+"${resume[@]}"} "$@"

@@ -151,6 +151,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"regenerate: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except (OSError, RuntimeError) as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            print(
+                "regenerate: error: out of GPU memory: give a smaller --batch-size and another --out", file=sys.stderr
+            )
+            return 1
         if isinstance(error, RuntimeError) and type(error).__name__ != "ServerError":
             raise
         line = " ".join(str(error).split())

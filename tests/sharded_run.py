@@ -1,0 +1,166 @@
+"""Started by torchrun: what sharding must not change, asserted on every rank, in float64 on CPU.
+
+python -m torch.distributed.run ... tests/sharded_run.py RECIPE TARGET_FOLDER ...
+"""
+
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+from peagle_train import peers
+from peagle_train.evaluate import mass_outside
+from peagle_train.optim import make_optimizer
+from peagle_train.recipe import Train, load_recipe
+from peagle_train.sharded import (
+    clip_gradients,
+    full_moments,
+    full_weights,
+    load_full_moments,
+    load_full_weights,
+    shard,
+    world_mesh,
+)
+from peagle_train.target import FrozenTarget
+from tests.fsdp_run import make_draft
+from tests.ranks_run import make_trainer
+
+CPU = torch.device("cpu")
+
+
+def load(folder: str, **arguments: Any) -> FrozenTarget:
+    return FrozenTarget.load(folder, dtype="float64", device=CPU, **arguments)
+
+
+def rows(rank: int, call: int) -> tuple[Tensor, Tensor]:
+    """Packed rows of a length of the rank's own: one, or several documents, or padding alone."""
+    n = 5 + 7 * rank + call
+    ids = torch.randint(0, 60, (1, n), generator=torch.Generator().manual_seed(rank))
+    position = torch.arange(n)[None] % (4 + rank)
+    return (ids, position) if call != 2 or rank else (torch.zeros_like(ids), torch.zeros_like(position))
+
+
+def check_target(folder: str, rank: int) -> None:
+    whole = load(folder)
+    with peers.one_at_a_time():
+        sharded = load(folder, shard=True)
+    sharded.check()
+    for call in range(3):
+        for ours, theirs in zip(sharded.features(*rows(rank, call)), whole.features(*rows(rank, call)), strict=True):
+            assert torch.allclose(ours, theirs, rtol=0, atol=1e-13)
+    local = sum(p.to_local().numel() for p in sharded.base.parameters())  # type: ignore[attr-defined]
+    total = sum(p.numel() for p in whole.base.parameters())
+    assert local < 0.7 * total, (local, total)  # and not whole again after the forward
+    some = torch.tensor([0, 59, 7])
+    assert torch.equal(sharded.head_rows(some), whole.head_rows(some))
+    assert torch.equal(sharded.embedding_rows(), whole.embedding_rows())
+    _, last = whole.features(*rows(rank, 0))
+    assert torch.equal(mass_outside(sharded, last[0], some, chunk=7), mass_outside(whole, last[0], some, chunk=7))
+    assert sharded.vocab_size == whole.vocab_size and sharded.device == whole.device
+
+
+def gradients_of(draft: Any, step: int) -> None:
+    """The same on all ranks, sharded or not."""
+    for i, parameter in enumerate(draft.parameters()):
+        full = torch.randn(
+            parameter.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(100 * step + i)
+        )
+        if parameter.requires_grad:
+            parameter.grad = like(full, parameter)
+
+
+def like(full: Tensor, parameter: Any) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return full
+    return distribute_tensor(full, parameter.device_mesh, parameter.placements)
+
+
+def stepped(sharded: bool, steps: range, state: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None) -> Any:
+    draft = make_draft()
+    draft.lm_head.weight.requires_grad_(False)
+    if sharded:
+        shard(draft, draft.layers, CPU)
+    optimizer = make_optimizer(draft, Train(weight_decay=0.1, learning_rate=0.1))
+    assert full_moments(draft, optimizer) == {}
+    if state is not None:
+        load_full_weights(draft, state[0])
+        load_full_moments(draft, optimizer, state[1])
+    for step in steps:
+        gradients_of(draft, step)
+        norm = clip_gradients([p for p in draft.parameters() if p.requires_grad], 1.0)
+        assert norm > 10 and type(norm) is Tensor
+        optimizer.step()
+    return draft, optimizer
+
+
+def check_state(rank: int) -> None:
+    plain = stepped(False, range(5))
+    expected = full_weights(plain[0]), full_moments(*plain)
+    assert (len(expected[1]) > 20) == (rank == 0)
+    for first in (False, True):
+        for second in (False, True):
+            draft, optimizer = stepped(first, range(2))
+            saved = full_weights(draft), full_moments(draft, optimizer)
+            assert bool(saved[0]) == bool(saved[1]) == (rank == 0)
+            draft, optimizer = stepped(second, range(2, 5), saved)
+            again = full_weights(draft), full_moments(draft, optimizer)
+            for ours, theirs in zip(again, expected, strict=True):
+                assert set(theirs) == set(ours)
+                for name, value in theirs.items():
+                    assert torch.allclose(ours[name], value, rtol=0, atol=1e-13), (first, second, name)
+    for broken, word in (({"fc.weight": torch.zeros(2)}, "of shape"), ({}, "missing")):
+        weights = {**expected[0], **broken}
+        if not broken:
+            weights.pop("fc.weight", None)
+        try:
+            load_full_weights(draft, weights)
+        except ValueError as error:
+            assert "fc.weight" in str(error) and word in str(error)
+        else:
+            raise AssertionError("weights that do not fit were taken")
+
+
+def check_reductions(recipe_path: str) -> None:
+    """Gradients are reduced once a step, however many passes and micro-batches there are; nothing stays whole."""
+    trainer = make_trainer(load_recipe(recipe_path, ["train.sharding=fsdp2"]), Accelerator())
+    with CommDebugMode() as communication:
+        trainer.accumulate(next(trainer._steps()))
+    counts = {str(op): count for op, count in communication.get_comm_counts().items()}
+    groups = len(trainer.draft.layers) + 1
+    assert sum(n for op, n in counts.items() if "reduce_scatter" in op) == groups, counts
+    # Forward and backward of at least two passes in each of two micro-batches.
+    assert sum(n for op, n in counts.items() if "all_gather" in op or "allgather" in op) >= 8 * groups, counts
+    trainer.evaluator()
+    assert all(isinstance(parameter, DTensor) for parameter in trainer.draft.parameters())
+
+
+def check_agreement(rank: int) -> None:
+    peers.agree({"recipe": "a", "set of rows": "b"})
+    try:
+        peers.agree({"recipe": "a", "set of rows": "b" if rank < 2 else "c"})
+    except ValueError as error:
+        assert rank == 2 and "another set of rows than rank 0" in str(error)
+    else:
+        assert rank < 2
+    order: list[int] = [dist.get_rank()]
+    with peers.one_at_a_time():
+        order.append(peers._peers.store.add("turns taken", 1))  # type: ignore[union-attr]
+    assert order == [rank, rank + 1]
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    peers.connect()
+    world_mesh("cpu")
+    check_reductions(sys.argv[1])
+    for target_folder in sys.argv[2:]:
+        check_target(target_folder, dist.get_rank())
+    check_agreement(dist.get_rank())
+    check_state(dist.get_rank())
+    peers.wait_for_all()
+    dist.destroy_process_group()

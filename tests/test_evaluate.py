@@ -1,0 +1,62 @@
+"""Evaluation never needs more memory than training, and covers every held-out row once."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from peagle_train.recipe import load_recipe
+from tests.ranks_run import make_trainer
+from tests.tiny import make_target, write_recipe, write_rows
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements that any tensor has that is made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("mode", ["relay", "recompute"])
+@pytest.mark.parametrize("num_segments", [1, 6])
+def test_evaluation_has_no_larger_pass_and_no_larger_tensor_than_training(
+    mode: str, num_segments: int, tmp_path: Path
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [64, 60, 3, 33, 64])
+    recipe = write_recipe(
+        tmp_path, make_target(tmp_path / "target"), rows, tmp_path / "run", cod={"num_segments": num_segments},
+        data={"eval_sources": [str(rows)], "max_length": 64}, train={"segment_mode": mode},
+    )  # fmt: skip
+    trainer = make_trainer(load_recipe(recipe), Accelerator(cpu=True))
+    passes: list[tuple[int, int]] = []  # elements and context columns of each forward of the drafter
+    forward = trainer.draft.forward
+
+    def counted(token: torch.Tensor, *arguments: Any, context: Any = None, **keywords: Any) -> Any:
+        passes.append((token.shape[1], context[0][0].shape[2] if context else 0))
+        return forward(token, *arguments, context=context, **keywords)
+
+    trainer.draft.forward = counted  # type: ignore[method-assign, assignment]
+    with LargestTensor() as training:
+        for batches in trainer._steps():
+            trainer.accumulate(batches)
+    trained, passes[:] = list(passes), []
+    with LargestTensor() as evaluating:
+        values = trainer.evaluator()
+    assert values is not None and sum(values["supervised"]) > 0
+    # The draws differ, so that a segment may hold some more elements of one than of the other, up to the capacity.
+    most = max(trainer.collator.capacity, max(n for n, _ in trained))
+    assert max(n for n, _ in passes) <= most and len(passes) <= len(trained)
+    assert max(columns for _, columns in passes) <= max(columns for _, columns in trained)
+    assert evaluating.numel <= training.numel
+    if num_segments > 1 and mode == "relay":
+        assert most < 64

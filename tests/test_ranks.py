@@ -1,0 +1,133 @@
+"""Two and three processes, data-parallel and sharded (FSDP2), on CPU: the run of one process on the same global batch."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from tests.ranks_run import run
+from tests.test_distributed import launch
+from tests.tiny import make_target, write_recipe, write_rows
+
+pytestmark = pytest.mark.slow
+
+# 6 micro-batches a step are 6, 3 or 2 a process; 11 rows leave an epoch's last step incomplete, and ranks with nothing.
+MICRO_BATCHES = 6
+LENGTHS = [9, 31, 4, 17, 32, 2, 26, 11, 40, 13, 5]
+CASES: dict[str, dict[str, dict[str, Any]]] = {
+    "relay": {"data": {"pack": False}, "cod": {"num_segments": 5}},
+    "recompute": {"data": {"pack": False}, "cod": {"num_segments": 5}, "train": {"segment_mode": "recompute"}},
+    "flat": {"cod": {"num_segments": 1}, "train": {"activation_checkpointing": True, "max_grad_norm": None}},
+    "packed": {"data": {"max_length": 48}, "train": {"batch_size": 2, "offload_features": True}},
+    "nothing to learn": {"data": {"pack": False}},
+    "sharded target": {"data": {"pack": False, "max_length": 24}, "target": {"shard": True}},
+}
+RUNS = [
+    ("relay", 2, "none"), ("relay", 2, "fsdp2"), ("recompute", 2, "fsdp2"), ("flat", 2, "fsdp2"), ("packed", 2, "fsdp2"),
+    ("nothing to learn", 2, "none"), ("nothing to learn", 2, "fsdp2"), ("sharded target", 2, "fsdp2"),
+    ("packed", 3, "none"), ("relay", 3, "fsdp2"), ("nothing to learn", 3, "fsdp2"), ("sharded target", 3, "none"),
+]  # fmt: skip
+# Stopped behind step 2 by a signal to one of so many ranks, then gone on with on others: (processes, sharding) twice.
+MOVES = [
+    ((1, "none"), (2, "fsdp2")),
+    ((2, "fsdp2"), (3, "none")),
+    ((2, "none"), (3, "fsdp2")),
+    ((3, "fsdp2"), (1, "none")),
+]
+
+
+def write_case(folder: Path, target: Path, name: str) -> Path:
+    folder.mkdir()
+    rows = write_rows(folder / "rows.jsonl", LENGTHS, prompt=0.3)
+    if name == "nothing to learn":  # but in two documents: whole micro-batches, and one step, have nothing supervised
+        lines = [json.loads(line) for line in rows.read_text().splitlines()]
+        for line in lines[2:]:
+            line["loss_mask"] = [1] + [0] * (len(line["input_ids"]) - 1)
+        rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    held_out = write_rows(folder / "held_out.jsonl", [30, 7, 12, 2, 25], seed=9)
+    shared = {"max_steps": 5, "eval_steps": 2, "learning_rate": 1e-3}
+    sections = {s: dict(values) for s, values in CASES[name].items()}
+    sections["train"] = {**shared, **sections.get("train", {})}
+    sections["data"] = {"eval_sources": [str(held_out)], **sections.get("data", {})}
+    return write_recipe(folder, target, rows, folder / "run", **sections)
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("ranks")
+    target = make_target(folder / "target")
+    return {name: write_case(folder / name, target, name) for name in CASES}
+
+
+@pytest.fixture(scope="module")
+def outputs(recipes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
+    """Output folders by (case, processes, sharding), or by move."""
+    out: dict[Any, Path] = {}
+    commands: dict[int, list[list[str]]] = {1: [], 2: [], 3: []}
+
+    def add(key: Any, case: str, processes: int, sharding: str, *options: str) -> None:
+        out[key] = recipes[case].parent / re.sub(r"\W+", "-", str(key))
+        each = f"train.gradient_accumulation_steps={MICRO_BATCHES // processes}"
+        settings = [f"output.dir={out[key]}", f"train.sharding={sharding}", each]
+        commands[processes].append([str(recipes[case]), *settings, *options])
+
+    for case, processes, sharding in [*((case, 1, "none") for case in CASES), *RUNS]:
+        add((case, processes, sharding), case, processes, sharding)
+    for move in MOVES:
+        add(move, "relay", *move[0], "--stop-behind=2")
+        if move[1][0] > move[0][0]:  # the launches come one after the other, those of more processes later
+            add(move, "relay", *move[1], "--resume")
+    for processes in (1, 2, 3):
+        path = tmp_path_factory.mktemp("launch") / "runs.json"
+        path.write_text(json.dumps(commands[processes]))
+        if processes == 1:
+            for command in commands[1]:
+                run(Accelerator(cpu=True), *command)
+            continue
+        result = launch(processes, "tests/ranks_run.py", str(path))
+        assert result.returncode == 0, result.stderr[-3000:]
+    for move in MOVES:
+        if move[1][0] == 1:
+            commands[1].clear()
+            add(move, "relay", *move[1], "--resume")
+            run(Accelerator(cpu=True), *commands[1][0])
+    return out
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("case, processes, sharding", RUNS)
+def test_several_processes_train_and_evaluate_as_one_does(
+    case: str, processes: int, sharding: str, outputs: dict[Any, Path]
+) -> None:
+    assert_same_run(outputs[case, processes, sharding], outputs[case, 1, "none"])
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_a_run_goes_on_with_other_numbers_of_processes_and_another_sharding(
+    move: Any, outputs: dict[Any, Path]
+) -> None:
+    assert_same_run(outputs[move], outputs["relay", 1, "none"])
+
+
+def assert_same_run(together: Path, alone: Path) -> None:
+    ours, theirs = records(together), records(alone)
+    assert [r["kind"] for r in ours] == [r["kind"] for r in theirs] and len(ours) == 5 + 4
+    for own, expected in zip(ours, theirs):
+        for key in ("loss", "grad_norm", "mass_outside"):
+            if key in expected:
+                assert own[key] == pytest.approx(expected[key], rel=1e-9), (own["step"], key)
+        for key in ("accuracy", "supervised", "hits", "expected_accepted_length"):
+            if key in expected:
+                assert own[key] == expected[key], (own["step"], key)
+    weights, expected_weights = (load_file(f / "final" / "model.safetensors") for f in (together, alone))
+    assert list(weights) == list(expected_weights)
+    for name, value in expected_weights.items():
+        assert torch.allclose(weights[name], value, rtol=0, atol=1e-8), name
