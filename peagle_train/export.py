@@ -89,6 +89,8 @@ def export_drafter(
     name = target_name or _known_target(files, facts, target)
     if format == SPECULATORS and name is None:
         raise ValueError(f"{folder} does not say which target it drafts for: give --target DIR or --target-name NAME")
+    if name is not None and Path(name).is_absolute():
+        notes.append(f"the files name the target by its folder, {name}: --target-name gives it another")
     report = read_report(measured) if measured else None
     target_config = read_target_config(target) if target else None
     tensors = {n: t.to(dtype or t.dtype) if t.is_floating_point() else t for n, t in files.tensors.items()}
@@ -213,9 +215,12 @@ def write_new_folder(path: Path, fill: Callable[[Path], None]) -> None:
         raise ValueError(f"--out {path} cannot be written: {error.strerror}") from error
     try:
         fill(temporary)
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp's are private
-        for item in (*temporary.iterdir(), temporary):
+        allowed = ~_umask()  # mkdtemp's and safetensors' are private, and another user may serve it
+        temporary.chmod(0o777 & allowed)
+        for item in temporary.iterdir():
+            item.chmod(0o666 & allowed)
             _sync(item)
+        _sync(temporary)
         os.rename(temporary, path)  # fails on a folder that came to hold something meanwhile
         _sync(path.parent)
     except OSError as error:

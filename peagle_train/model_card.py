@@ -4,6 +4,7 @@ Says only what the run's files say; what is not known is left out.
 """
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,8 @@ def model_card(
         measured: what `tools/evaluate.py --json` wrote of this drafter.
     """
     lines = ["---", f"license: {licence or UNKNOWN_LICENCE}"]
-    if target:
-        lines.append(f"base_model: {json.dumps(target)}")
+    if target and re.fullmatch(r"[\w.-]+/[\w.-]+", target):  # a hub's name; a folder is none
+        lines.append(f"base_model: {target}")
     lines += ["tags: [speculative-decoding, eagle3, p-eagle, vllm]", "---", ""]
     lines += [f"# P-EAGLE drafter for {target or 'a target that its files do not name'}", ""]
     lines += [

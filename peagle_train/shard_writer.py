@@ -185,6 +185,9 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def _write(path: Path, fill: Callable[[Path], object]) -> None:
     partial = path.with_name(f".{path.name}{PARTIAL}")
     fill(partial)
+    umask = os.umask(0)  # safetensors makes files for their owner alone; these are to be read like any other
+    os.umask(umask)
+    partial.chmod(0o666 & ~umask)
     for synced in (partial, None):
         if synced is None:
             os.replace(partial, path)
