@@ -113,6 +113,12 @@ def from_main(value: str = "") -> str:
     return value if _peers is None else _peers.collect(value, ranks=1)[0]
 
 
+def from_all(value: str) -> list[str]:
+    """Every rank's value, by rank, once all are here."""
+    connect()
+    return [value] if _peers is None else _peers.collect(value)
+
+
 def agree(values: dict[str, str]) -> None:
     """Wait for all ranks; ValueError where a value, by the words for it, is not that of rank 0."""
     digests = {what: hashlib.sha256(value.encode()).hexdigest() for what, value in values.items()}
@@ -132,7 +138,7 @@ def one_at_a_time() -> Iterator[None]:
         yield
         return
     turn = int(os.environ.get("LOCAL_RANK", "0"))
-    turns = max(map(int, _peers.collect(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    turns = max(map(int, from_all(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     for _ in range(turn):
         wait_for_all()
     yield
