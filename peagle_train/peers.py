@@ -113,6 +113,12 @@ def from_main(value: str = "") -> str:
     return value if _peers is None else _peers.collect(value, ranks=1)[0]
 
 
+def from_all(value: str) -> list[str]:
+    """Every rank's value, by rank, on every rank, once all are here."""
+    connect()
+    return [value] if _peers is None else _peers.collect(value)
+
+
 def agree(values: dict[str, str]) -> None:
     """Wait for all ranks; ValueError where a value, by the words for it, is not that of rank 0."""
     digests = {what: hashlib.sha256(value.encode()).hexdigest() for what, value in values.items()}
