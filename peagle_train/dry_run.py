@@ -100,8 +100,8 @@ def resolve_segments(recipe: Recipe, sizes: Sizes, device: Device) -> tuple[Reci
     S = max(map(int, from_all(str(own.num_segments if own else none))))
     if S == none:
         raise ValueError(
-            f"cod.num_segments is auto, and no number up to {CANDIDATES[-1]} fits ({device}, {margin:.0%} of it left free by"
-            f" train.memory_margin; {plan_memory(sizes, allowed_segments(sizes)[-1]).peak / GIB:.1f} GiB planned):"
+            f"cod.num_segments is auto, and no number up to {CANDIDATES[-1]} fits ({device}, {margin:.0%} of it left free"
+            f" by train.memory_margin; {plan_memory(sizes, allowed_segments(sizes)[-1]).peak / GIB:.1f} GiB planned):"
             f" {advice(recipe, sizes)}; --dry-run shows the table"
         )
     plan = plan_memory(sizes, S)

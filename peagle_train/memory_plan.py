@@ -72,6 +72,8 @@ class Sizes:
     """Of the drafter's activations: 2 under bf16 autocast."""
     target_bytes: int = 2
     """Of features and last hidden states."""
+    cached_bytes: int = 0
+    """Of a number of features as a cache has it, where there is one: the batch then brings them to the device."""
     target_weights: int = 0
     """Bytes of the target on the device."""
     target_forward: int = 0
@@ -240,7 +242,8 @@ def plan_memory(sizes: Sizes, num_segments: int, all_supervised: bool = False) -
     base = sum(resident.values())
 
     saved = saved_bytes(s, one)
-    kept = 0 if s.offload_features else outputs
+    kept = 0 if s.offload_features or s.cached_bytes == t else outputs
+    kept += B * L * 4 * T * s.cached_bytes
     pieces = (one.M * 3 + one.Q) * T * t  # gathered out of features and last hidden states, for one segment
     batch = B * L * 24 + S * capacity_of(s, S) * B * 25 + one.N * 8 * 7
     masks = _masks(s, one)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -23,6 +24,8 @@ from peagle_train.recipe import Recipe
 from peagle_train.target import FrozenTarget, refuse_unfit, resolve_dtype
 from peagle_train.vocab_from import draft_vocab_size_of
 from peagle_train.warm_start import read_start
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def read_sizes(recipe: Recipe, device: Device) -> Sizes:
         config = AutoConfig.from_pretrained(path, local_files_only=True, **remote)
         refuse_unfit(config.get_text_config())
         dtype = resolve_dtype(settings.dtype, torch.device(device.kind))
-        dtype = (config.get_text_config().dtype or torch.float32) if dtype == "auto" else dtype
+        dtype = _stored_dtype(path, config) if dtype == "auto" else dtype
         given = {"attn_implementation": settings.attn_implementation} if settings.attn_implementation else {}
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, **given, **remote)
@@ -130,6 +133,18 @@ def read_sizes(recipe: Recipe, device: Device) -> Sizes:
     return sizes_of(recipe, target, draft, device)
 
 
+def _stored_dtype(path: Path, config: Any) -> torch.dtype:
+    """What dtype auto makes of a target: its config's, else its weights', else bfloat16, as nearly all have it."""
+    stated = config.get_text_config().dtype
+    if stated is not None:
+        return stated
+    for file in sorted(path.glob("*.safetensors"))[:1]:
+        with safe_open(file, framework="pt") as tensors:
+            kinds = [str(tensors.get_slice(name).get_dtype()) for name in tensors.keys()]
+        return next((FLOATS[kind] for kind in kinds if kind in FLOATS), torch.bfloat16)
+    return torch.bfloat16
+
+
 def sizes_of(recipe: Recipe, target: FrozenTarget, config: PEagleDraftConfig, device: Device) -> Sizes:
     """The sizes of a run. `target`: on a device, on meta, or a `CachedTarget`."""
     cod, train = recipe.cod, recipe.train
@@ -146,6 +161,11 @@ def sizes_of(recipe: Recipe, target: FrozenTarget, config: PEagleDraftConfig, de
     )
     pad_context = train.compile or device.kind == "cuda"
     weights, forward, item = _target(recipe, target, device)
+    cached = 0
+    if recipe.target.cache:
+        cache = getattr(target, "cache", None)
+        name = recipe.target.cache_dtype if cache is None else cache.index.dtype
+        cached = item if name == "auto" else getattr(torch, name).itemsize
     return Sizes(
         batch_size=train.batch_size,
         length=recipe.data.max_length,
@@ -179,6 +199,7 @@ def sizes_of(recipe: Recipe, target: FrozenTarget, config: PEagleDraftConfig, de
         master_bytes=master,
         compute_bytes=2 if train.mixed_precision == "bf16" else master,
         target_bytes=item,
+        cached_bytes=cached,
         target_weights=weights,
         target_forward=forward,
     )
@@ -189,7 +210,7 @@ def _target(recipe: Recipe, target: FrozenTarget, device: Device) -> tuple[int, 
     settings = recipe.target
     model: nn.Module | None = getattr(target, "model", None)  # a cached target has none
     if model is None:
-        return 0, 0, target.head_weight().dtype.itemsize
+        return 0, 0, getattr(torch, target.cache.index.computed_in).itemsize  # type: ignore[attr-defined]
     tensors = [*model.parameters(), *model.buffers()]
     total = sum(t.numel() * t.element_size() for t in tensors)
     item = next(p.element_size() for p in model.parameters() if p.is_floating_point())

@@ -17,8 +17,11 @@ from peagle_train.checkpoint import check_output
 from peagle_train.data import PackReport
 from peagle_train.distributed import check_launch
 from peagle_train.draft import PEagleDraft
+from peagle_train.dry_run import resolve_segments
+from peagle_train.memory_sizes import sizes_of, this_device
+from peagle_train.out_of_memory import memory_explained
 from peagle_train.recipe import Recipe
-from peagle_train.resume import Checkpoint, open_resume
+from peagle_train.resume import Checkpoint, keep_segments, open_resume
 from peagle_train.run_checkpoint import restore
 from peagle_train.sharded import check_sharding, world_mesh
 from peagle_train.summary import describe_summary
@@ -41,6 +44,11 @@ def train(recipe: Recipe, resume: str | None = None) -> str:
     Raises:
         ValueError: for a user's mistake, before any training.
     """
+    with memory_explained(recipe, lambda: "out of memory before the first step"):
+        return _train(recipe, resume)
+
+
+def _train(recipe: Recipe, resume: str | None) -> str:
     checkpoint: Checkpoint | None = None
     if resume is None:
         check_output(Path(recipe.output.dir))
@@ -49,6 +57,7 @@ def train(recipe: Recipe, resume: str | None = None) -> str:
         if isinstance(found, str):
             return found if os.environ.get("RANK", "0") == "0" else ""
         checkpoint = found
+        recipe = keep_segments(recipe, checkpoint)
     accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision)
     check_launch(accelerator.num_processes)
     peers.connect()
@@ -71,6 +80,10 @@ def train(recipe: Recipe, resume: str | None = None) -> str:
 
     draft = _draft(shaped, target, tokenizer, mask_token_id, data.counts_V, start, say)
 
+    if recipe.cod.num_segments == "auto":
+        device = this_device(accelerator.device)
+        recipe, line = resolve_segments(recipe, sizes_of(recipe, target, draft.config, device), device)
+        say(line)
     trainer = Trainer(recipe, accelerator, target, draft, data.train_rows, data.eval_rows)
     say(arithmetic(trainer, data.report))
     for note in restore(trainer, checkpoint) if checkpoint else []:
