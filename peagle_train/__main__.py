@@ -12,6 +12,7 @@ from peagle_train.errors import RunStopped
 EPILOG = """examples:
   accelerate launch -m peagle_train recipes/quickstart.yaml target.path=DIR output.dir=runs/first
   python -m peagle_train recipes/quickstart.yaml cod.num_segments=4 --print-config
+  python -m peagle_train recipes/mine.yaml --dry-run --on cuda:79x8
   python -m peagle_train recipes/mine.yaml --resume
   python -m peagle_train --summary runs/first
 """
@@ -34,6 +35,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("recipe", nargs="?", help="a YAML file with sections target, data, draft, cod, train, output")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print the memory that a run would need, and stop")
+    parser.add_argument(
+        "--on",
+        metavar="KIND:GIB[xN]",
+        help="with --dry-run: for N processes (1) on devices of another kind than here, as in cuda:79x8 or cpu:16",
+    )
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -88,6 +95,15 @@ def _run(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     if options.print_config:
         print(dump_recipe(recipe), end="")
+        return 0
+    if options.on and not options.dry_run:
+        raise ValueError("--on goes with --dry-run: it says for which device to plan")
+    if options.dry_run:
+        from peagle_train.dry_run import dry_run
+
+        table = dry_run(recipe, options.on)
+        if os.environ.get("RANK", "0") == "0":
+            print(table)
         return 0
     import logging
 

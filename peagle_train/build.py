@@ -163,7 +163,7 @@ def make_collator(recipe: Recipe, seed: int) -> CODCollator:
         cod.num_depths,
         cod.down_sample_ratio,
         cod.down_sample_ratio_min,
-        cod.num_segments,
+        cod.segments,
         cod.boundaries,
         seed=seed,
     )

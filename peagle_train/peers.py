@@ -114,7 +114,7 @@ def from_main(value: str = "") -> str:
 
 
 def from_all(value: str) -> list[str]:
-    """Every rank's value, by rank, once all are here."""
+    """Every rank's value, by rank, on every rank, once all are here."""
     connect()
     return [value] if _peers is None else _peers.collect(value)
 

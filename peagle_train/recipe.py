@@ -152,10 +152,17 @@ class Cod:
     """r: depth d keeps a share r**d of the elements."""
     down_sample_ratio_min: float = option(0.2, ge=0, le=1)
     """Floor of that share (0: the paper's; 0.2: speculators')."""
-    num_segments: int = option(1, ge=1)
-    """S: forward and backward passes that a row is cut into; more of them take less memory."""
+    num_segments: int | Literal["auto"] = option(1, ge=1)
+    """S: forward and backward passes that a row is cut into; more of them take less memory. auto: the smallest power of two
+    that fits the device (see train.memory_margin), which checkpoints then name, so that a resumed run keeps it."""
     boundaries: Literal["balanced", "uniform"] = "balanced"
     """Segments of equal element counts, or of equal lengths (Algorithm 1 as published)."""
+
+    @property
+    def segments(self) -> int:
+        """`num_segments` as a number; auto must have been resolved."""
+        assert self.num_segments != "auto", "cod.num_segments is auto where a number is needed"
+        return self.num_segments
 
 
 @dataclass
@@ -213,6 +220,10 @@ class Train:
     """Recompute each layer's activations in the backward pass."""
     offload_features: bool = False
     """Keep the target's features in host memory between segments."""
+    probe: bool | Literal["auto"] = "auto"
+    """Before training, run a full row's step and throw it away, to prove that the largest step fits; auto: on CUDA."""
+    memory_margin: float = option(0.1, ge=0, lt=1)
+    """Share of the device's memory that cod.num_segments = auto leaves free."""
     log_steps: int = option(10, ge=1)
     """Log every so many steps."""
     log_with: Literal["tensorboard", "wandb", "trackio", "mlflow"] | None = None
@@ -259,7 +270,7 @@ class Recipe:
             raise RecipeError("data.eval_sources has a weight; every document of it is evaluated on once: leave it out")
         heads, kv_heads = self.draft.num_attention_heads, self.draft.num_key_value_heads
         self._require("data.max_length", ">=", "cod.num_depths", self.data.max_length >= self.cod.num_depths)
-        is_cut = self.cod.num_segments <= self.data.max_length
+        is_cut = self.cod.num_segments == "auto" or self.cod.num_segments <= self.data.max_length
         self._require("cod.num_segments", "<=", "data.max_length", is_cut)
         if heads is not None and kv_heads is not None:
             key = "draft.num_key_value_heads"

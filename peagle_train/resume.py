@@ -1,7 +1,7 @@
 """Where a run goes on: the checkpoint, whether it is whole, and what may differ between its recipe and the new one."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from peagle_train.summary import describe_summary
 SAME_NUMBERS = {
     "target.path", "target.check", "target.trust_remote_code", "output.dir", "train.log_steps", "train.eval_steps",
     "train.save_steps", "train.keep_last", "train.keep_every", "train.max_bad_steps", "train.profile_steps",
-    "draft.init_from",
+    "draft.init_from", "train.probe", "train.memory_margin",
 }  # fmt: skip
 """Keys that change no number of the training."""
 ROUNDING = {
@@ -81,6 +81,13 @@ def open_resume(recipe: Recipe, given: str) -> Checkpoint | str:
     return Checkpoint(folder, step, state, notes)
 
 
+def keep_segments(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
+    """The recipe with the checkpoint's number of segments in place of auto: other sums are rounded otherwise."""
+    if recipe.cod.num_segments != "auto":
+        return recipe
+    return replace(recipe, cod=replace(recipe.cod, num_segments=checkpoint.state["recipe"]["cod"]["num_segments"]))
+
+
 def _read_marker(output: Path) -> dict[str, Any]:
     try:
         return json.loads((output / MARKER).read_text(encoding="utf-8"))
@@ -143,6 +150,9 @@ def compare_recipes(old: dict[str, Any], new: dict[str, Any], name: str) -> list
             key = f"{section}.{leaf}"
             before = old.get(section, {}).get(leaf, value)  # a setting that the checkpoint's version did not have
             if before == value:
+                continue
+            if key == "cod.num_segments" and value == "auto":
+                lines.append(f"{key} auto stays {before}")
                 continue
             change = f"{key} {json.dumps(before)} -> {json.dumps(value)}"
             if key in SAME_NUMBERS:

@@ -28,7 +28,7 @@ class BatchRunner:
         self.device = accelerator.device
         self.sharded = is_sharded(draft)
         self._backwards_to_come: int | None = None
-        self.relay = recipe.train.segment_mode == "relay" and recipe.cod.num_segments > 1
+        self.relay = recipe.train.segment_mode == "relay" and recipe.cod.segments > 1
         self.head_rows = target.head_rows(draft.draft_token_ids).to(self.device)
         self.buffers = RelayBuffers()
         self.compiled: CompiledDraft | None = None

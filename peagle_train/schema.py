@@ -2,7 +2,7 @@
 
 Machinery of `recipe.py`; knows nothing of its fields. A field's type hint says what is allowed: `int`,
 `float`, `bool`, `str`, `list[int]`, `list[str]`, `list[str | dict[str, Any]]`, `dict[str, Any]` or `Literal[...]`, each
-with or without `| None`. `option` adds limits or a rule.
+with or without `| None`, or a plain type and a word, as in `int | Literal["auto"]`. `option` adds limits or a rule.
 """
 
 import difflib
@@ -103,7 +103,8 @@ def check_value(key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) ->
     except (TypeError, ValueError, OverflowError):
         raise RecipeError(f"{key}: got {_show(value)}; give {_allowed(hint, metadata)}") from None
     rule: Rule | None = metadata.get("rule")
-    is_within = all(_COMPARE[sign](fitted, limit) for sign, limit in metadata.get("limits", {}).items())
+    is_word = isinstance(fitted, str)  # such as auto in a number's place
+    is_within = is_word or all(_COMPARE[sign](fitted, limit) for sign, limit in metadata.get("limits", {}).items())
     if not is_within or (rule is not None and not rule[0](fitted)):
         raise RecipeError(f"{key}: got {_show(value)}; give {_allowed(hint, metadata)}")
     return os.path.expanduser(fitted) if metadata.get("is_path") else fitted
@@ -120,9 +121,8 @@ _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
 def _split_null(hint: Any) -> tuple[Any, bool]:
     if get_origin(hint) not in (Union, UnionType):
         return hint, False
-    plain = [arg for arg in get_args(hint) if arg is not NoneType]
-    assert len(plain) == 1 and NoneType in get_args(hint), f"of unions only X | None is supported, not {hint}"
-    return plain[0], True
+    plain = tuple(arg for arg in get_args(hint) if arg is not NoneType)
+    return Union[plain], NoneType in get_args(hint)  # noqa: UP007 (of what is known only now)
 
 
 def _fit(value: Any, hint: Any) -> Any:
@@ -135,9 +135,11 @@ def _fit(value: Any, hint: Any) -> Any:
         if isinstance(value, list):
             return [_fit(item, get_args(hint)[0]) for item in value]
     elif origin in (Union, UnionType):
-        # Of a list's items: a mapping is read as one, anything else as the other.
-        is_mapping = isinstance(value, dict)
-        return _fit(value, next(arg for arg in get_args(hint) if (get_origin(arg) is dict) == is_mapping))
+        for arg in get_args(hint):
+            try:
+                return _fit(value, arg)
+            except (TypeError, ValueError, OverflowError):
+                continue
     elif origin is dict:
         if isinstance(value, dict) and all(isinstance(key, str) for key in value):
             json.dumps(value, allow_nan=False)  # raises on NaN, on cycles and on what has no plain form
@@ -160,6 +162,10 @@ def _fit(value: Any, hint: Any) -> Any:
 
 def _allowed(hint: Any, metadata: Mapping[str, Any]) -> str:
     plain, is_nullable = _split_null(hint)
+    others = ""
+    if get_origin(plain) in (Union, UnionType):
+        plain, *words_too = get_args(plain)
+        others = "".join(f", or {word}" for literal in words_too for word in get_args(literal))
     rule: Rule | None = metadata.get("rule")
     if rule is not None:
         words = rule[1]
@@ -172,7 +178,7 @@ def _allowed(hint: Any, metadata: Mapping[str, Any]) -> str:
     else:
         words = _WORDS[plain]
     limits = " and ".join(f"{sign} {limit}" for sign, limit in metadata.get("limits", {}).items())
-    return words + (f" {limits}" if limits else "") + (", or null" if is_nullable else "")
+    return words + (f" {limits}" if limits else "") + others + (", or null" if is_nullable else "")
 
 
 _WORDS = {int: "an integer", float: "a finite number", bool: "true or false", str: "a non-empty string"}

@@ -18,8 +18,11 @@ from peagle_train.checkpoint import check_output
 from peagle_train.data import PackReport
 from peagle_train.distributed import check_device_map, check_launch
 from peagle_train.draft import PEagleDraft
+from peagle_train.dry_run import resolve_segments
+from peagle_train.memory_sizes import sizes_of, this_device
+from peagle_train.out_of_memory import memory_explained
 from peagle_train.recipe import Recipe
-from peagle_train.resume import Checkpoint, open_resume
+from peagle_train.resume import Checkpoint, keep_segments, open_resume
 from peagle_train.run_checkpoint import restore
 from peagle_train.sharded import check_sharding, world_mesh
 from peagle_train.summary import describe_summary
@@ -43,6 +46,11 @@ def train(recipe: Recipe, resume: str | None = None) -> str:
     Raises:
         ValueError: for a user's mistake, before any training.
     """
+    with memory_explained(recipe, lambda: "out of memory before the first step"):
+        return _train(recipe, resume)
+
+
+def _train(recipe: Recipe, resume: str | None) -> str:
     checkpoint: Checkpoint | None = None
     check_tracker(recipe.train.log_with)
     if resume is None:
@@ -52,6 +60,7 @@ def train(recipe: Recipe, resume: str | None = None) -> str:
         if isinstance(found, str):
             return found if os.environ.get("RANK", "0") == "0" else ""
         checkpoint = found
+        recipe = keep_segments(recipe, checkpoint)
     accelerator = Accelerator(
         mixed_precision=recipe.train.mixed_precision,
         log_with=recipe.train.log_with,
@@ -77,6 +86,10 @@ def train(recipe: Recipe, resume: str | None = None) -> str:
 
     draft = _draft(shaped, target, tokenizer, mask_token_id, data.counts_V, start, say)
 
+    if recipe.cod.num_segments == "auto":
+        device = this_device(accelerator.device)
+        recipe, line = resolve_segments(recipe, sizes_of(recipe, target, draft.config, device), device)
+        say(line)
     trainer = Trainer(recipe, accelerator, target, draft, data.train_rows, data.eval_rows)
     trainer.about["data"] = described
     say(arithmetic(trainer, data.report))

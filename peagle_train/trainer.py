@@ -32,8 +32,10 @@ from peagle_train.metrics import (
     train_line,
 )
 from peagle_train.optim import make_optimizer, make_scheduler
+from peagle_train.out_of_memory import memory_explained
 from peagle_train.pace import Pace, padding_share
 from peagle_train.peers import agree, from_main
+from peagle_train.probe import probe_step
 from peagle_train.profile import StepProfiler, span
 from peagle_train.recipe import Recipe, dump_recipe
 from peagle_train.resume import Checkpoint
@@ -143,7 +145,8 @@ class Trainer:
         self.tracker.start(self.recipe, self.step, asdict(self.recipe))
         steps = self._steps()
         try:
-            with self.signals:
+            with memory_explained(self.recipe, self._where), self.signals:
+                self._probe()
                 return self._run(steps)
         except (RuntimeError, OSError, EOFError) as error:
             if not is_lost_worker(error):
@@ -156,6 +159,14 @@ class Trainer:
             self.reporter.close()
             if lock is not None:
                 lock.close()
+
+    def _where(self) -> str:
+        return f"out of memory in step {self.step + 1} of {self.num_steps} ({last_checkpoint(self.folder)})"
+
+    def _probe(self) -> None:
+        asked = self.recipe.train.probe
+        if asked is True or (asked == "auto" and self.device.type == "cuda"):
+            self.reporter.say(probe_step(self))
 
     def _run(self, steps: Iterator[list[Batch]]) -> dict[str, Any]:
         if self.resumed is None:

@@ -53,6 +53,13 @@ def read_draft_vocab(draft: Draft, target: Any, tokenizer: Any, always: Iterable
     return ids
 
 
+def draft_vocab_size_of(draft: Draft) -> int:
+    """Vd of the drafter that `draft.vocab_from` names; ValueError as in `read_draft_vocab`."""
+    assert draft.vocab_from is not None
+    where = f"draft.vocab_from {draft.vocab_from}"
+    return _draft_ids(_read(Path(draft.vocab_from), where)[0], where).numel()
+
+
 def _check_ends(drafted: set[int], target: Any, tokenizer: Any, always: Iterable[int], where: str) -> None:
     ends = {*target.eos_token_ids(), *eos_token_ids(tokenizer), *end_of_turn_ids(tokenizer)}
     if ends and not ends & drafted:
