@@ -96,7 +96,11 @@ def draw_batch(
     names = [f"depth {d}" for d in range(1, num_depths)]
     documents = int(batch["document_ids"].max()) + 1
     shown = [plt.Rectangle((0, 0), 1, 1, color=DOCUMENTS[i]) for i in range(min(documents, len(DOCUMENTS)))]
-    told = [f"depth 0, document {i}" for i in range(documents)] if documents <= len(DOCUMENTS) else ["depth 0 (by document)"]
+    told = (
+        [f"depth 0, document {i}" for i in range(documents)]
+        if documents <= len(DOCUMENTS)
+        else ["depth 0 (by document)"]
+    )
     figure.legend(
         [*shown[: len(told)], *handles, plt.Rectangle((0, 0), 1, 1, color=GREY)],
         [*told, *names, "another segment's, read"],
@@ -143,7 +147,13 @@ def _draw_matrix(
         axes.set_xlabel("keys: elements of the flat batch")
     for s in sorted(set(segment_N.tolist())):
         own = (segment_N == s).nonzero().flatten()
-        axes.text(float(own.double().mean()) + 0.5, -0.7, f"segment {s}" if N <= LABELLED else str(s), ha="center", fontsize=8.5)
+        axes.text(
+            float(own.double().mean()) + 0.5,
+            -0.7,
+            f"segment {s}" if N <= LABELLED else str(s),
+            ha="center",
+            fontsize=8.5,
+        )
     axes.set_title("Who sees whom", pad=22)
     for side in ("top", "right"):
         axes.spines[side].set_visible(True)

@@ -14,6 +14,8 @@ shown. All methods must find the same blocks, or the bench fails.
     again        the same in the second call
 """
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 import json
@@ -23,20 +25,17 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
 from measure import GIB, MIB, PeakRSS, format_number, format_table, run_process, write_json
-from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from peagle_train.block_mask import direct_block_mask
-from peagle_train.collator import CODCollator
-from peagle_train.elements import gather_elements
-from peagle_train.flex import mask_mod_of
-from peagle_train.visibility import Visibility
+# torch is imported where it is used, so that --help answers at once
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+    from peagle_train.visibility import Visibility
 
 METHODS = ("direct", "eager", "compiled")
 EAGER_LIMIT = 8192
@@ -45,6 +44,11 @@ NUM_DOCUMENTS, NUM_DEPTHS, RATIO, RATIO_MIN = 8, 8, 0.7, 0.2
 
 
 def inputs(n: int) -> dict[str, Any]:
+    import torch
+
+    from peagle_train.collator import CODCollator
+    from peagle_train.elements import gather_elements
+
     collator = CODCollator(n, num_depths=NUM_DEPTHS, down_sample_ratio=RATIO, down_sample_ratio_min=RATIO_MIN)
     lengths = [len(part) for part in torch.arange(n).tensor_split(NUM_DOCUMENTS)]
     row = {"input_ids": [[0] * m for m in lengths], "loss_mask": [[1] * m for m in lengths]}
@@ -55,7 +59,11 @@ def inputs(n: int) -> dict[str, Any]:
 
 
 def visibility_of(given: dict[str, Any], device: str) -> Visibility:
-    tables = {name: t.to(device) if isinstance(t, Tensor) else t for name, t in given.items()}
+    import torch
+
+    from peagle_train.visibility import Visibility
+
+    tables = {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in given.items()}
     context_end = torch.zeros(1, dtype=torch.int64, device=device)
     return Visibility(**tables, context_end=context_end, num_context=0, num_depths=NUM_DEPTHS)
 
@@ -73,7 +81,9 @@ class Watch:
         self._on_cuda = device == "cuda"
         self._rss = PeakRSS()
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> Watch:
+        import torch
+
         if self._on_cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -84,6 +94,8 @@ class Watch:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        import torch
+
         if self._on_cuda:
             torch.cuda.synchronize()
         self.seconds = time.perf_counter() - self._began
@@ -95,6 +107,12 @@ class Watch:
 
 
 def measure(method: str, path: str, device: str) -> dict[str, Any]:
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    from peagle_train.block_mask import direct_block_mask
+    from peagle_train.flex import mask_mod_of
+
     visibility, small = visibility_of(torch.load(path), device), visibility_of(inputs(256), device)
     evaluate = torch.compile(create_block_mask, dynamic=False) if method == "compiled" else create_block_mask
 
@@ -129,6 +147,8 @@ def measure(method: str, path: str, device: str) -> dict[str, Any]:
 
 def digest(mask: BlockMask) -> str:
     """Of all tables, without what lies behind the counts."""
+    import torch
+
     found = hashlib.sha256()
     for name in ("kv", "full_kv", "q", "full_q"):
         counts, indices = getattr(mask, f"{name}_num_blocks"), getattr(mask, f"{name}_indices")
@@ -142,6 +162,8 @@ def digest(mask: BlockMask) -> str:
 
 
 def bench(sizes: list[int], methods: list[str], repeats: int, device: str, json_path: str | None) -> list[dict]:
+    import torch
+
     results: list[dict[str, Any]] = []
     for n in sizes:
         ran = [m for m in methods if m != "eager" or n <= EAGER_LIMIT]

@@ -1,0 +1,105 @@
+#!/usr/bin/env python3
+"""Train a P-EAGLE drafter in a loop of your own: the collator in a DataLoader, relay_step, AdamW, a folder for vLLM.
+
+Everything that peagle_train's own loop adds (resume, several processes, evaluation) is left out, so that this is a page.
+"""
+
+import argparse
+import sys
+
+EPILOG = """example:
+  python recipes/plain_loop.py TARGET_FOLDER rows.jsonl runs/plain --mask-token-id 151669
+"""
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("target", help="the target's folder in transformers' format")
+    parser.add_argument("rows", help='a .jsonl of {"input_ids": [...], "loss_mask": [...]}')
+    parser.add_argument("out", help="the drafter's folder, made here")
+    parser.add_argument("--mask-token-id", type=int, required=True, help="a token that never occurs in the rows")
+    parser.add_argument(
+        "--max-length", type=int, default=2048, help="tokens of a row; rows are no longer (default 2048)"
+    )
+    parser.add_argument("--depths", type=int, default=8, help="K (default 8)")
+    parser.add_argument("--segments", type=int, default=4, help="S: more take less memory (default 4)")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    import json
+    from pathlib import Path
+
+    import torch
+    from torch.utils.data import DataLoader
+
+    from peagle_train import CODCollator, FrozenTarget, RelayBuffers, relay_step
+    from peagle_train.checkpoint import save_drafter
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    target = FrozenTarget.load(options.target, device=device)
+    draft = new_drafter(target, options.mask_token_id).to(device)
+    head = target.head_rows(draft.draft_token_ids.cpu()).to(device)
+
+    rows = [json.loads(line) for line in Path(options.rows).read_text(encoding="utf-8").splitlines()]
+    collator = CODCollator(options.max_length, options.depths, num_segments=options.segments)
+    loader = DataLoader(rows, batch_size=1, shuffle=True, collate_fn=collator)
+    optimizer = torch.optim.AdamW([p for p in draft.parameters() if p.requires_grad], lr=options.learning_rate)
+    buffers = RelayBuffers()  # keys, values and their gradients: allocated once
+    for epoch in range(options.epochs):
+        collator.set_epoch(epoch)  # another draw of the same rows
+        for batch in loader:
+            count = int(batch["supervised"].sum())
+            if count == 0:
+                continue  # nothing to learn from
+            on_device = {name: tensor.to(device) for name, tensor in batch.items()}
+            outputs = target.outputs(on_device, head)
+            stats = relay_step(draft, on_device, outputs, num_depths=options.depths, scale=1 / count, buffers=buffers)
+            torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            print(f"epoch {epoch}  loss {float(stats.loss) / count:.4f}")
+    save_drafter(Path(options.out), draft.config, draft.state_dict(), extra={})
+    print(f"drafter: {options.out}")
+    return 0
+
+
+def new_drafter(target, mask_token_id: int):
+    """A one-layer drafter as wide as a Llama-like target, with its embeddings and its frozen head; all tokens drafted."""
+    import torch
+
+    from peagle_train import PEagleDraft, PEagleDraftConfig
+
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+    )
+    shape = {name: getattr(target.config, name) for name in (*names, "rope_parameters", "max_position_embeddings")}
+    config = PEagleDraftConfig(
+        **shape,
+        vocab_size=target.vocab_size,
+        num_hidden_layers=1,
+        ptd_token_id=mask_token_id,
+        eagle_aux_hidden_state_layer_ids=target.layer_ids,
+    )
+    torch.manual_seed(0)
+    draft = PEagleDraft(config).float()
+    draft.set_draft_vocab(torch.arange(target.vocab_size))
+    with torch.no_grad():
+        draft.embed_tokens.weight.copy_(target.embedding_rows())
+        draft.lm_head.weight.copy_(target.head_rows(draft.draft_token_ids))
+    draft.lm_head.weight.requires_grad_(False)
+    return draft
+
+
+if __name__ == "__main__":
+    sys.exit(main())

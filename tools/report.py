@@ -1,0 +1,41 @@
+#!/usr/bin/env python3
+"""One HTML page about runs, finished or running: curves, throughput, memory, data, settings; several runs overlaid.
+
+The page needs no other file; its figures are written beside it as PNGs, too. Needs matplotlib (the extra `report`).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+EPILOG = """examples:
+  python tools/report.py runs/mine
+  python tools/report.py runs/first runs/second --out compared.html
+"""
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folders of runs")
+    parser.add_argument("--out", default="report.html", metavar="FILE.html", help="default report.html")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package beside it, installed or not
+    from peagle_train.report import write_report
+
+    try:
+        paths = write_report([Path(run).expanduser() for run in options.runs], Path(options.out))
+    except ValueError as error:
+        print(f"report: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"{paths[0]} and {len(paths) - 1} figures beside it")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
