@@ -14,7 +14,7 @@ RUNS = ("#1f6fb4", "#d1601c", "#2b8a3e", "#8b3fa8", "#a8323a", "#4d6a7a", "#b088
 """Of runs and methods."""
 GREY, DARK = "#c9ced4", "#20262d"
 
-STYLE = {
+STYLE: dict[str, Any] = {
     "font.size": 9.5,
     "axes.titlesize": 10.5,
     "axes.titleweight": "bold",
@@ -48,7 +48,8 @@ def load_matplotlib() -> Any:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    pyplot.rcParams.update(STYLE)
+    for name, value in STYLE.items():
+        pyplot.rcParams[name] = value
     return pyplot
 
 

@@ -97,8 +97,8 @@ def _results(runs: list[Run]) -> str:
 
 
 def _state(run: Run) -> str:
-    state = run.summary.get("state", "unknown")
-    return html.escape({"started": "running, or ended without a word"}.get(state, state))
+    state = str(run.summary.get("state", "unknown"))
+    return html.escape("running, or ended without a word" if state == "started" else state)
 
 
 def _last(run: Run) -> Line:

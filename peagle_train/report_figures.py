@@ -53,7 +53,7 @@ def _curves(
     points = [(line[x], value) for line in lines if line[x] is not None and (value := y(line)) is not None]
     if not points:
         return
-    xs, ys = zip(*points)
+    xs, ys = [x for x, _ in points], [y for _, y in points]
     if len(points) >= 12:
         axes.plot(xs, ys, color=colour, alpha=0.22, linewidth=0.9)
         ys = smooth(ys)
@@ -143,7 +143,7 @@ def _pair(runs: Sequence[Run], panels: Sequence[tuple[str, float, str]], second:
         other = (second or {}).get(name)
         for run, colour in _colours(runs):
             lines = [line for line in run.train if line.get(name) is not None]
-            _curves(axes, lines, "step", lambda line, n=name, f=factor: line[n] * f, colour, run.name)
+            _curves(axes, lines, "step", _scaled(name, factor), colour, run.name)
             points = [(line["step"], line[other] * factor) for line in lines if other and line.get(other) is not None]
             if points:
                 axes.plot(*zip(*points), color=colour, linestyle=":", linewidth=1.5, label=f"{run.name}, supervised")
@@ -154,6 +154,10 @@ def _pair(runs: Sequence[Run], panels: Sequence[tuple[str, float, str]], second:
         axes.set_visible(bool(axes.lines))  # runs of an older version lack some numbers
     _legend(figure, both[0])
     return figure
+
+
+def _scaled(name: str, factor: float) -> Callable[[Line], float | None]:
+    return lambda line: line[name] * factor
 
 
 def _data(runs: Sequence[Run]) -> Any:

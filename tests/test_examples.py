@@ -40,7 +40,8 @@ def test_a_loop_of_ones_own_learns_and_leaves_a_drafter(name: str, tmp_path: Pat
     from transformers import AutoModelForCausalLM
 
     head = AutoModelForCausalLM.from_pretrained(target).lm_head.weight
-    assert torch.equal(drafter.lm_head.weight, head.float())
+    # not bit for bit: where the processor multiplies in bfloat16, that is what a target is loaded in
+    assert torch.allclose(drafter.lm_head.weight, head.float(), rtol=2**-8)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["LlamaForCausalLMEagle3"]
 
 
