@@ -18,7 +18,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 NAME = "peagle_train_chunks"
 BLOCK, CPU_BLOCK = 256, 64
-"""Queries at a time: their mask is as wide as the past. On CPU fewer do, and a narrow target's mask is most of its memory."""
+"""Queries at a time: their mask is as wide as the past, and on CPU most of a narrow target's memory."""
 
 
 def chunk_mask(*, mask_function: Any, attention_mask: Tensor | None = None, **given: Any) -> Tensor | None:

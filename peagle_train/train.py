@@ -128,8 +128,9 @@ def arithmetic(trainer: Trainer, report: PackReport) -> str:
     """The run's sizes, derived from the recipe and the data."""
     collator, recipe = trainer.collator, trainer.recipe
     sample = min(8, len(trainer.train_rows))
-    drawn = collator([trainer.train_rows[0, i] for i in range(sample)])["depth"]
-    elements = float((drawn >= 0).sum()) / sample
+    # One at a time: rows of a cache bring their features along.
+    drawn = [collator([trainer.train_rows[0, i]])["depth"] for i in range(sample)]
+    elements = float(sum((depth >= 0).sum() for depth in drawn)) / sample
     slots = collator.capacity * collator.num_segments
     parameters = list(trainer.draft.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)

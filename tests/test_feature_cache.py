@@ -309,6 +309,32 @@ def test_what_does_not_fit_the_disk_is_refused_with_the_numbers(
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_disk_that_fills_up_all_the_same_is_one_line_and_the_next_run_goes_on(
+    tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, made: Path
+) -> None:
+    import peagle_train.cache_writer as writer
+
+    save, calls = writer.save_file, []
+
+    def full(*arguments: Any, **named: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        save(*arguments, **named)
+
+    recipe = recipe_in(tmp_path, target, rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "save_file", full)
+        with pytest.raises(
+            ValueError, match=r"features-00001.safetensors cannot be written .* No space left .* goes on"
+        ):
+            cache(recipe, tmp_path / "cache")
+    assert contents(cache(recipe, tmp_path / "cache")) == contents(made)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written: Not a directory"):
+        cache(recipe, tmp_path / "file" / "cache")
+
+
 def test_the_estimate_is_what_is_written(
     tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, made: Path
 ) -> None:
