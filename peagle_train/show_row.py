@@ -5,6 +5,7 @@ which are what training uses.
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -73,8 +74,8 @@ def show_tokens(row: dict[str, Tensor], names: TokenNames, is_colored: bool) -> 
     """The tokens of a row by document; learned ones on green, or in [brackets] without colour."""
     lines: list[str] = []
     ids, mask, documents = (row[name].tolist() for name in ("input_ids", "loss_mask", "document_ids"))
-    for document in dict.fromkeys(documents):
-        columns = [column for column in range(len(ids)) if documents[column] == document]
+    for document, group in groupby(range(len(ids)), key=documents.__getitem__):
+        columns = list(group)
         learned = sum(mask[column] for column in columns)
         title = f"--- document {document}: columns {columns[0]} to {columns[-1]}, {learned} tokens learned from ---"
         lines += [f"\x1b[1m{title}{_RESET}" if is_colored else title, ""]
