@@ -17,7 +17,7 @@ from peagle_train.check_drafter import Finding, check_folder, is_loadable
 from peagle_train.draft_config import PEagleDraftConfig
 from peagle_train.draft_formats import EAGLE3, FORMATS, SPECULATORS, format_of, speculators_config
 from peagle_train.drafter_files import WEIGHTS, DrafterFiles, read_drafter
-from peagle_train.model_card import RunFacts, model_card, read_report, read_run
+from peagle_train.model_card import RunFacts, find_report, model_card, read_report, read_run
 
 TOKENIZER_FILES: tuple[str, ...] = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 TOKENIZER_FILES += ("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
@@ -66,7 +66,7 @@ def export_drafter(
         speculative_tokens: K to serve with; None is the training's.
         dtype: of the weights; None keeps the checkpoint's.
         licence: the card's licence field.
-        measured: an evaluation's JSON for the card.
+        measured: an evaluation's JSON for the card; None is an `acceptance.json` about this folder, in it or beside it.
 
     Raises:
         ValueError: one line, for what no engine would load; nothing is written then.
@@ -91,7 +91,7 @@ def export_drafter(
         raise ValueError(f"{folder} does not say which target it drafts for: give --target DIR or --target-name NAME")
     if name is not None and Path(name).is_absolute():
         notes.append(f"the files name the target by its folder, {name}: --target-name gives it another")
-    report = read_report(measured) if measured else None
+    report = read_report(measured) if measured else find_report(folder)
     target_config = read_target_config(target) if target else None
     tensors = {n: t.to(dtype or t.dtype) if t.is_floating_point() else t for n, t in files.tensors.items()}
     files.config.dtype = tensors["fc.weight"].dtype

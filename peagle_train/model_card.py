@@ -181,6 +181,21 @@ def read_report(path: Path) -> dict[str, Any]:
     return report
 
 
+def find_report(folder: Path) -> dict[str, Any] | None:
+    """An evaluation's `acceptance.json` in a drafter's folder or the one above, if this drafter is what it is about."""
+    for path in (folder / "acceptance.json", folder.parent / "acceptance.json"):
+        report = _read_json(path)
+        named = report.get("drafters")
+        if (
+            _acceptance(report)
+            and isinstance(named, list)
+            and named
+            and Path(str(named[0])).resolve() == folder.resolve()
+        ):
+            return report
+    return None
+
+
 def _evaluation(path: Path, step: int | None) -> dict[str, Any] | None:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

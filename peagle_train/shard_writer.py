@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def _add_content(hasher: Any, raws: list[RawRow]) -> None:
     for raw in raws:
         is_bytes = isinstance(raw.content, bytes)
         content = raw.content if is_bytes else json.dumps(raw.content, sort_keys=True, default=str).encode()
-        hasher.update(f"{raw.name}\n{len(content)}\n".encode() + content)
+        hasher.update(f"{raw.name}\n{len(content)}\n".encode(errors="surrogateescape") + content)
 
 
 class _Progress:
@@ -147,8 +148,7 @@ class _Progress:
     def __init__(self, role: str, files: FoundFiles) -> None:
         sizes = [file.size for file in files.files]
         self.by_bytes = all(sizes)
-        self.before = [sum(sizes[:i]) for i in range(len(sizes))] if len(sizes) < 10_000 else []
-        self.by_bytes = self.by_bytes and bool(self.before)
+        self.before = [0, *accumulate(sizes)]
         self.file, self.inside = -1, 0
         total = sum(sizes) if self.by_bytes else None
         self.bar = tqdm(total=total, unit="B" if self.by_bytes else " rows", unit_scale=True, desc=role, disable=None)
@@ -188,11 +188,14 @@ def _write(path: Path, fill: Callable[[Path], object]) -> None:
     umask = os.umask(0)  # safetensors makes files for their owner alone; these are to be read like any other
     os.umask(umask)
     partial.chmod(0o666 & ~umask)
-    for synced in (partial, None):
-        if synced is None:
-            os.replace(partial, path)
-        handle = os.open(synced or path.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    _sync(partial)
+    os.replace(partial, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

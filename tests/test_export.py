@@ -149,6 +149,16 @@ def test_options_name_the_target_the_dtype_k_the_licence_and_what_was_measured(t
         assert part in card, part
 
 
+def test_a_report_about_this_very_folder_is_found_and_one_about_another_is_not(tmp_path: Path, run: Path) -> None:
+    figures = {"figures": [{"code": {"by_k": [{"k": 2, "accepted_length": 1.75}, {"k": 3, "accepted_length": None}]}}]}
+    for name, about, expected in (("own", run / "final", True), ("other", run / "checkpoint-2", False)):
+        (run / "acceptance.json").write_text(json.dumps({**figures, "drafters": [str(about)]}))
+        export_drafter(run, tmp_path / name, "eagle3")
+        card = (tmp_path / name / "README.md").read_text()
+        assert ("code: accepted length 1.75 at K = 2\n" in card) == expected
+    (run / "acceptance.json").unlink()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
