@@ -329,7 +329,7 @@ def test_changes_of_the_recipe_are_shown_and_those_that_would_make_it_another_ru
         (f"data.sources=[{other}]", "rows to train on"),
         ("data.max_documents=8", "rows to train on"),
         ("data.max_eval_rows=1", "held-out rows"),
-        ("train.batch_size=2", "rows a step"),
+        ("train.batch_size=2", "rows of a step"),
         ("train.max_steps=4", "behind the 4 steps"),
     ):
         run(recipe, "--resume", changed, code=2)
