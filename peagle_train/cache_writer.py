@@ -5,7 +5,6 @@ T: the target's hidden size, n: tokens.
 """
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peagle_train.checkpoint import write_json
+from peagle_train.durable import partial_path, put
 from peagle_train.feature_cache import (
     HEAD,
     INDEX,
@@ -178,29 +178,17 @@ class CacheWriter:
 
     def _write(self, name: str, tensors: dict[str, Tensor]) -> None:
         path = self.folder / name
-        partial = self.folder / f".{name}.partial"  # one name, so that what a killed run left is written over
-        checksum = self.folder / f".{name}.sha256.partial"
+        partial, checksum = partial_path(path), partial_path(checksum_path(path))
         try:
             save_file(tensors, partial, metadata={"format": "pt"})
             checksum.write_text(f"{sha256_of(partial)}  {name}\n", encoding="ascii")
-            _put(partial, path)
-            _put(checksum, checksum_path(path))
+            put(partial, path)
+            put(checksum, checksum_path(path))
         except (OSError, SafetensorError) as error:
             raise ValueError(
                 f"--out {self.folder}: {name} cannot be written ({error}): make room and run the same line again, it goes"
                 " on where it stopped"
             ) from error
-
-
-def _put(partial: Path, path: Path) -> None:
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _free_bytes(folder: Path) -> int:

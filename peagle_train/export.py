@@ -17,6 +17,7 @@ from peagle_train.check_drafter import Finding, check_folder, is_loadable
 from peagle_train.draft_config import PEagleDraftConfig
 from peagle_train.draft_formats import EAGLE3, FORMATS, SPECULATORS, format_of, speculators_config
 from peagle_train.drafter_files import WEIGHTS, DrafterFiles, read_drafter
+from peagle_train.durable import make_readable, sync
 from peagle_train.model_card import RunFacts, find_report, model_card, read_report, read_run
 
 TOKENIZER_FILES: tuple[str, ...] = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -215,29 +216,12 @@ def write_new_folder(path: Path, fill: Callable[[Path], None]) -> None:
         raise ValueError(f"--out {path} cannot be written: {error.strerror}") from error
     try:
         fill(temporary)
-        allowed = ~_umask()  # mkdtemp's and safetensors' are private, and another user may serve it
-        temporary.chmod(0o777 & allowed)
-        for item in temporary.iterdir():
-            item.chmod(0o666 & allowed)
-            _sync(item)
-        _sync(temporary)
+        for item in [*temporary.iterdir(), temporary]:
+            make_readable(item)  # another user may serve it
+            sync(item)
         os.rename(temporary, path)  # fails on a folder that came to hold something meanwhile
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise ValueError(f"--out {path} cannot be written: {error.strerror}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import accumulate
@@ -14,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from peagle_train.document_table import DocumentTable, make_shard
+from peagle_train.durable import partial_path, put
 from peagle_train.files import FoundFiles
 from peagle_train.prepared import file_sum
 from peagle_train.readers import RawRow, batches, read_rows
@@ -21,9 +21,6 @@ from peagle_train.recipe import Recipe
 from peagle_train.row_encoder import EncodedBatch, EncodedRow
 from peagle_train.sources import Intake, SourceReport, new_report
 from peagle_train.training_data import Say
-
-PARTIAL = ".partial"
-"""Ends the names of files that are being written."""
 
 Encoded = Iterator[tuple[list[RawRow], EncodedBatch]]
 """Batches of rows with what became of them, in order."""
@@ -183,19 +180,6 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _write(path: Path, fill: Callable[[Path], object]) -> None:
-    partial = path.with_name(f".{path.name}{PARTIAL}")
+    partial = partial_path(path)
     fill(partial)
-    umask = os.umask(0)  # safetensors makes files for their owner alone; these are to be read like any other
-    os.umask(umask)
-    partial.chmod(0o666 & ~umask)
-    _sync(partial)
-    os.replace(partial, path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    put(partial, path)

@@ -90,7 +90,7 @@ def assert_same_run(ours: Path, whole: Path) -> None:
     assert summaries[0] == summaries[1]
     for path in whole.glob("checkpoint-*"):
         again = ours / path.name
-        for file in ("model.safetensors", "optimizer.safetensors", "rng.safetensors"):
+        for file in ("model.safetensors", "optimizer.state", "rng.state"):
             assert (again / file).read_bytes() == (path / file).read_bytes(), (path.name, file)
 
 
@@ -285,7 +285,7 @@ def test_where_there_is_nothing_to_resume_the_line_says_what_there_is(
     assert f"set output.dir={tmp_path}" in last_error(capsys)
 
 
-@pytest.mark.parametrize("role", ["optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("role", ["optimizer.state", "state.json", "manifest.json"])
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_offered_by_name(
     role: str,
     tmp_path: Path,

@@ -41,7 +41,7 @@ STOPPED = {"term": signal.SIGTERM, "int": signal.SIGINT}
 WAYS = (*DEADLY, *STOPPED, "worker", "full", "damage")
 STEPS = 60
 COMPARED = [f"{folder}/model.safetensors" for folder in ("final", "best", f"checkpoint-{STEPS - 2}", "checkpoint-20")]
-COMPARED += ["final/config.json", f"checkpoint-{STEPS - 2}/optimizer.safetensors"]
+COMPARED += ["final/config.json", f"checkpoint-{STEPS - 2}/optimizer.state"]
 TIMES = ("tokens_per_second", "peak_memory_bytes", "loader_wait_share", "seconds")
 
 
