@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from peagle_train.answers import Answer
-from peagle_train.conversation import Settings, answer_seed, converse
-from peagle_train.prompts import load_prompts
+from peagle_train.answers.answers import Answer
+from peagle_train.answers.conversation import Settings, answer_seed, converse
+from peagle_train.answers.prompts import load_prompts
 from tests.chat_fake import MODEL, FakeServer, Reply, completion, echo, serving
 from tests.helpers import ENVIRONMENT, ROOT
 from tools.regenerate import main
