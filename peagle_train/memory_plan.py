@@ -17,7 +17,7 @@ are gathered, P: context columns, H: the drafter's hidden size, T: the target's.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from peagle_train.partition import max_elements, segment_capacity
+from peagle_train.core.partition import max_elements, segment_capacity
 
 GIB = 2**30
 CUDA_CONTEXT = GIB

@@ -15,15 +15,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from peagle_train.build import make_draft_config
-from peagle_train.chunk_attention import BLOCK
-from peagle_train.draft import PEagleDraft
-from peagle_train.draft_config import PEagleDraftConfig
+from peagle_train.core.draft import PEagleDraft
+from peagle_train.core.draft_config import PEagleDraftConfig
+from peagle_train.data.vocab_from import draft_vocab_size_of
 from peagle_train.memory_plan import GIB, Sizes
 from peagle_train.recipe import Recipe
-from peagle_train.target import FrozenTarget, refuse_unfit, resolve_dtype
-from peagle_train.vocab_from import draft_vocab_size_of
-from peagle_train.warm_start import read_start
+from peagle_train.serving.warm_start import read_start
+from peagle_train.target.chunk_attention import BLOCK
+from peagle_train.target.frozen import FrozenTarget, refuse_unfit, resolve_dtype
+from peagle_train.training.build import make_draft_config
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from peagle_train.memory_plan import GIB
 from peagle_train.memory_sizes import available_ram, resident_ram
-from peagle_train.sharded import clip_gradients
+from peagle_train.training.sharded import clip_gradients
 
 if TYPE_CHECKING:
-    from peagle_train.trainer import Trainer
+    from peagle_train.training.trainer import Trainer
 
 
 def probe_step(trainer: "Trainer") -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from peagle_train.draft import PEagleDraft
+from peagle_train.core.draft import PEagleDraft
 from tests.helpers import ENVIRONMENT, ROOT
 from tests.tiny import MASK, make_target, write_rows
 

@@ -15,12 +15,12 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-import peagle_train.run_checkpoint as run_checkpoint
-import peagle_train.trainer as trainer_module
+import peagle_train.training.run_checkpoint as run_checkpoint
+import peagle_train.training.trainer as trainer_module
 from peagle_train.__main__ import main, parse
-from peagle_train.data import PackedRows
-from peagle_train.evaluate import Evaluator
-from peagle_train.runner import BatchRunner
+from peagle_train.data.packing import PackedRows
+from peagle_train.training.evaluate import Evaluator
+from peagle_train.training.runner import BatchRunner
 from tests.tiny import make_target, write_recipe, write_rows
 
 LENGTHS = [9, 31, 4, 17, 32, 2, 26, 11, 40, 13]
@@ -63,7 +63,7 @@ def run(recipe: Path, *arguments: str, code: int = 0) -> None:
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the next run get a SIGTERM behind a step."""
-    from peagle_train.trainer import Trainer
+    from peagle_train.training.trainer import Trainer
 
     real = Trainer._optimizer_step
 
@@ -97,7 +97,7 @@ def assert_same_run(ours: Path, whole: Path) -> None:
     assert summaries[0] == summaries[1]
     for path in whole.glob("checkpoint-*"):
         again = ours / path.name
-        for file in ("model.safetensors", "optimizer.safetensors", "rng.safetensors"):
+        for file in ("model.safetensors", "optimizer.state", "rng.state"):
             assert (again / file).read_bytes() == (path / file).read_bytes(), (path.name, file)
 
 
@@ -189,7 +189,7 @@ def started(folder: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPa
 def test_going_on_reads_no_row_of_the_steps_that_are_done(
     tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from peagle_train.trainer import Trainer
+    from peagle_train.training.trainer import Trainer
 
     recipe = started(tmp_path, target, rows, monkeypatch, batch_size=2)
     read: list[object] = []
@@ -292,7 +292,7 @@ def test_where_there_is_nothing_to_resume_the_line_says_what_there_is(
     assert f"set output.dir={tmp_path}" in last_error(capsys)
 
 
-@pytest.mark.parametrize("role", ["optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("role", ["optimizer.state", "state.json", "manifest.json"])
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_offered_by_name(
     role: str,
     tmp_path: Path,
@@ -336,7 +336,7 @@ def test_changes_of_the_recipe_are_shown_and_those_that_would_make_it_another_ru
         (f"data.sources=[{other}]", "rows to train on"),
         ("data.max_documents=8", "rows to train on"),
         ("data.max_eval_rows=1", "held-out rows"),
-        ("train.batch_size=2", "rows a step"),
+        ("train.batch_size=2", "rows of a step"),
         ("train.max_steps=4", "behind the 4 steps"),
     ):
         run(recipe, "--resume", changed, code=2)
@@ -413,7 +413,7 @@ def test_resume_takes_a_folder_and_nothing_else_for_its_own(
 def test_sigusr1_saves_and_goes_on_and_clocks_that_jump_change_nothing(
     tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from peagle_train.trainer import Trainer
+    from peagle_train.training.trainer import Trainer
 
     recipe = recipe_for(tmp_path, target, rows, train={"max_steps": 5})
     run(recipe)

@@ -16,15 +16,15 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
 
-import peagle_train.pace as pace_module
+import peagle_train.training.pace as pace_module
 from peagle_train.__main__ import main
-from peagle_train.collator import CODCollator
-from peagle_train.pace import SETTLED_STEPS, Pace, duration, padding_share
-from peagle_train.picture_batch import visible_elements
-from peagle_train.picture_memory import LENGTHS, large_drafter, peaks
+from peagle_train.core.collator import CODCollator
+from peagle_train.pictures.batch import visible_elements
+from peagle_train.pictures.memory import LENGTHS, large_drafter, peaks
+from peagle_train.pictures.report_runs import differing_keys, read_run, read_runs
 from peagle_train.recipe import load_recipe
-from peagle_train.report_runs import differing_keys, read_run, read_runs
-from peagle_train.trackers import Tracker, check_tracker, flatten_numbers
+from peagle_train.training.pace import SETTLED_STEPS, Pace, duration, padding_share
+from peagle_train.training.trackers import Tracker, check_tracker, flatten_numbers
 from tests.helpers import ENVIRONMENT, ROOT, make_batch, make_rows
 from tests.oracles import who_sees_whom
 from tests.tiny import make_target, write_recipe, write_rows
@@ -155,7 +155,7 @@ class Recording(GeneralTracker):
 @pytest.fixture
 def run_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Train a tiny run of 4 steps whose accelerator has a given tracker; returns the output folder."""
-    import peagle_train.train as train_module
+    import peagle_train.training.train as train_module
 
     def go(tracker: Recording) -> Path:
         target = make_target(tmp_path / "target")

@@ -35,7 +35,7 @@ from measure import GIB, MIB, PeakRSS, format_number, format_table, run_process,
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-    from peagle_train.visibility import Visibility
+    from peagle_train.core.visibility import Visibility
 
 METHODS = ("direct", "eager", "compiled")
 EAGER_LIMIT = 8192
@@ -46,8 +46,8 @@ NUM_DOCUMENTS, NUM_DEPTHS, RATIO, RATIO_MIN = 8, 8, 0.7, 0.2
 def inputs(n: int) -> dict[str, Any]:
     import torch
 
-    from peagle_train.collator import CODCollator
-    from peagle_train.elements import gather_elements
+    from peagle_train.core.collator import CODCollator
+    from peagle_train.core.elements import gather_elements
 
     collator = CODCollator(n, num_depths=NUM_DEPTHS, down_sample_ratio=RATIO, down_sample_ratio_min=RATIO_MIN)
     lengths = [len(part) for part in torch.arange(n).tensor_split(NUM_DOCUMENTS)]
@@ -61,7 +61,7 @@ def inputs(n: int) -> dict[str, Any]:
 def visibility_of(given: dict[str, Any], device: str) -> Visibility:
     import torch
 
-    from peagle_train.visibility import Visibility
+    from peagle_train.core.visibility import Visibility
 
     tables = {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in given.items()}
     context_end = torch.zeros(1, dtype=torch.int64, device=device)
@@ -110,8 +110,8 @@ def measure(method: str, path: str, device: str) -> dict[str, Any]:
     import torch
     from torch.nn.attention.flex_attention import create_block_mask
 
-    from peagle_train.block_mask import direct_block_mask
-    from peagle_train.flex import mask_mod_of
+    from peagle_train.core.block_mask import direct_block_mask
+    from peagle_train.core.flex import mask_mod_of
 
     visibility, small = visibility_of(torch.load(path), device), visibility_of(inputs(256), device)
     evaluate = torch.compile(create_block_mask, dynamic=False) if method == "compiled" else create_block_mask

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package b
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from peagle_train.draft import PEagleDraft
+    from peagle_train.core.draft import PEagleDraft
 
 TOLERANCE = 1e-5
 
@@ -40,8 +40,8 @@ def load(path: str) -> tuple[dict[str, Tensor], dict]:
 def build(tensors: dict[str, Tensor], config: dict) -> PEagleDraft:
     import torch
 
-    from peagle_train.draft import PEagleDraft
-    from peagle_train.draft_config import PEagleDraftConfig
+    from peagle_train.core.draft import PEagleDraft
+    from peagle_train.core.draft_config import PEagleDraftConfig
 
     ids = tensors["draft_token_ids"]
     weights = {name.removeprefix("weight."): t for name, t in tensors.items() if name.startswith("weight.")}
@@ -88,7 +88,7 @@ def check(path: str) -> dict[str, float]:
     """Relative error of "loss" and of every gradient in the dump."""
     import torch
 
-    from peagle_train.segments import TargetOutputs, recompute_step
+    from peagle_train.core.segments import TargetOutputs, recompute_step
 
     tensors, config = load(path)
     draft, batch = build(tensors, config), batch_of(tensors)

@@ -26,7 +26,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package beside it, installed or not
-    from peagle_train.report import write_report
+    from peagle_train.pictures.report import write_report
 
     try:
         paths = write_report([Path(run).expanduser() for run in options.runs], Path(options.out))

@@ -44,9 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> str:
     # Heavy imports happen here, so that --help answers at once.
-    from peagle_train.collator import CODCollator
-    from peagle_train.picture_batch import draw_batch, example_row
-    from peagle_train.pictures import load_matplotlib, png_of, write_bytes
+    from peagle_train.core.collator import CODCollator
+    from peagle_train.pictures.batch import draw_batch, example_row
+    from peagle_train.pictures.style import load_matplotlib, png_of, write_bytes
 
     load_matplotlib()  # that it is lacking is told before anything is read
     if options.example:
@@ -63,9 +63,9 @@ def run(options: argparse.Namespace) -> str:
 def _from_recipe(options: argparse.Namespace) -> tuple:
     from transformers import AutoConfig
 
-    from peagle_train.build import choose_mask_token, load_tokenizer, make_collator
+    from peagle_train.data.training_data import load_training_data
     from peagle_train.recipe import load_recipe
-    from peagle_train.training_data import load_training_data
+    from peagle_train.training.build import choose_mask_token, load_tokenizer, make_collator
 
     recipe = load_recipe(options.recipe, options.overrides)
     if recipe.cod.num_segments == "auto":
