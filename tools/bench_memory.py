@@ -5,8 +5,9 @@
 Every configuration of tools/bench_segments.py (modes flat, checkpoint, recompute, relay) runs in a process of its own. The
 JSON is that tool's, a list of objects, one a configuration, and in each
 
-    planned_saved_bytes, planned_peak_bytes    what the plan says of saved_bytes and peak_bytes: the most that autograd holds,
-                      and the most that a step needs over what is resident before (model, gradients, batch, target outputs)
+    planned_saved_bytes, planned_peak_bytes    what the plan says of saved_bytes and peak_bytes: the most that autograd
+                      holds, and the most that a step needs over what is resident before (model, gradients, batch, target
+                      outputs)
     saved_ratio, peak_ratio    planned over measured
 
 saved_bytes is exact; peak_bytes on a CPU is resident memory, with the C library's holes in it and, the smaller the shapes,
