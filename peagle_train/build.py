@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from peagle_train.collator import CODCollator
 from peagle_train.draft import PEagleDraft, RMSNorm
@@ -31,6 +31,18 @@ def load_tokenizer(recipe: Recipe) -> Any:
             str(error).splitlines()[0][:200],
         )
         return None
+
+
+def target_vocab_size(recipe: Recipe) -> int:
+    """V, from the target's config alone; ValueError if its folder has none."""
+    try:
+        config = AutoConfig.from_pretrained(
+            recipe.target.path, trust_remote_code=recipe.target.trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ValueError(f"target.path {recipe.target.path} has no config that can be read: {reason}") from None
+    return int(config.get_text_config().vocab_size)
 
 
 def choose_mask_token(draft: Draft, tokenizer: Any, vocab_size: int) -> int:

@@ -11,8 +11,9 @@ from torch import Tensor
 from peagle_train.build import choose_mask_token, load_tokenizer, make_collator
 from peagle_train.cache_writer import CacheWriter, Compute, PlannedShard, Row, make_index, plan_shards
 from peagle_train.data import PackedRows
-from peagle_train.distributed import check_launch
+from peagle_train.distributed import check_device_map, check_launch
 from peagle_train.feature_cache import fingerprint
+from peagle_train.peers import from_all
 from peagle_train.recipe import Recipe
 from peagle_train.speculators_files import DOCUMENTS, SpeculatorsFiles
 from peagle_train.target import FrozenTarget
@@ -53,7 +54,7 @@ def write_cache(recipe: Recipe, out: str | None, shard_mib: int = 512, speculato
     accelerator = Accelerator()
     check_launch(accelerator.num_processes)
     say: Any = print if accelerator.is_main_process else (lambda *_: None)
-    target = load_target(recipe, accelerator.device)
+    target = load_target(recipe, accelerator)
     dtype = target.head_weight().dtype
     stored = dtype if recipe.target.cache_dtype == "auto" else getattr(torch, recipe.target.cache_dtype)
 
@@ -93,17 +94,24 @@ def write_cache(recipe: Recipe, out: str | None, shard_mib: int = 512, speculato
     return f"train from it: python -m peagle_train RECIPE target.cache={out}{sources}\n"
 
 
-def load_target(recipe: Recipe, device: torch.device) -> FrozenTarget:
+def load_target(recipe: Recipe, accelerator: Accelerator) -> FrozenTarget:
     """The recipe's target, checked, never from a cache."""
     settings = recipe.target
+    check_device_map(settings.device_map, accelerator.num_processes)
+    if settings.shard:
+        raise ValueError(
+            "target.shard is true, but here every process gives other rows to a target of its own: set it to false"
+            " (target.device_map spreads the target of a single process)"
+        )
     target = FrozenTarget.load(
         settings.path,
         dtype=settings.dtype,
-        device=device,
+        device=accelerator.device,
         layer_ids=settings.layer_ids,
         chunk_tokens=settings.chunk_tokens,
         attn_implementation=settings.attn_implementation,
         trust_remote_code=settings.trust_remote_code,
+        device_map=settings.device_map,
     )
     if settings.check:
         target.check()
@@ -153,10 +161,6 @@ def _own_tokens(writer: CacheWriter) -> int:
 
 
 def stop_together(failure: str) -> None:
-    """ValueError on every process if one of them failed; waits for all."""
-    failures = [failure]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        failures = [""] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(failures, failure)
-    for first in filter(None, failures):
+    """ValueError on every process if one of them failed; waits for all, however long the last one still computes."""
+    for first in filter(None, from_all(failure)):
         raise ValueError(first)

@@ -5,7 +5,6 @@ T: the target's hidden size, n: tokens.
 """
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from peagle_train.checkpoint import write_json
+from peagle_train.durable import partial_path, put
 from peagle_train.feature_cache import (
     HEAD,
     INDEX,
@@ -129,9 +130,12 @@ class CacheWriter:
                 f"--out {self.folder} has too little room: {words}; give a folder on another disk,"
                 " target.cache_dtype=bfloat16, or fewer documents (data.max_documents)"
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if old is None:
-            write_json(self.folder / INDEX, dump_index(self.index))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if old is None:
+                write_json(self.folder / INDEX, dump_index(self.index))
+        except OSError as error:
+            raise ValueError(f"--out {self.folder} cannot be written: {error.strerror}") from error
         return words
 
     def write_head(self, head: Callable[[], Tensor], embeddings: Callable[[], Tensor]) -> None:
@@ -174,24 +178,17 @@ class CacheWriter:
 
     def _write(self, name: str, tensors: dict[str, Tensor]) -> None:
         path = self.folder / name
-        partial = self.folder / f".{name}.partial"  # one name, so that what a killed run left is written over
-        save_file(tensors, partial, metadata={"format": "pt"})
-        line = f"{sha256_of(partial)}  {name}\n"
-        _put(partial, path)
-        partial = self.folder / f".{name}.sha256.partial"
-        partial.write_text(line, encoding="ascii")
-        _put(partial, checksum_path(path))
-
-
-def _put(partial: Path, path: Path) -> None:
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        partial, checksum = partial_path(path), partial_path(checksum_path(path))
+        try:
+            save_file(tensors, partial, metadata={"format": "pt"})
+            checksum.write_text(f"{sha256_of(partial)}  {name}\n", encoding="ascii")
+            put(partial, path)
+            put(checksum, checksum_path(path))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"--out {self.folder}: {name} cannot be written ({error}): make room and run the same line again, it goes"
+                " on where it stopped"
+            ) from error
 
 
 def _free_bytes(folder: Path) -> int:

@@ -35,6 +35,7 @@ class CachedTarget(FrozenTarget):
         self.config = config.get_text_config()
         self.layer_ids = list(cache.index.layer_ids)
         self._device = device
+        self._head: Tensor | None = None
 
     @classmethod
     def opener(cls, target: Target) -> Callable[..., "CachedTarget"]:
@@ -110,7 +111,9 @@ class CachedTarget(FrozenTarget):
 
     def head_weight(self) -> Tensor:
         """[V, T], on the CPU."""
-        return self.cache.head_tensor("head")
+        if self._head is None:
+            self._head = self.cache.head_tensor("head")
+        return self._head
 
     def eos_token_ids(self) -> list[int]:
         return self.cache.index.eos_token_ids

@@ -62,8 +62,8 @@ class ChatTemplate:
                 tokenize=False,
                 **{**self.kwargs, **(kwargs or {})},
             )
-        except ImportError:
-            raise  # no jinja2: not the row's fault
+        except (ImportError, MemoryError):
+            raise  # no jinja2, or no memory: not the row's fault
         except Exception as error:  # a template is foreign code, and raises whatever it likes
             said = " ".join(str(error).split())[:200]
             raise BadRow("template failed", f"{type(error).__name__}: {said}") from None

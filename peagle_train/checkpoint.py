@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peagle_train.draft_config import PEagleDraftConfig
+from peagle_train.durable import make_readable, partial_path, sync, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -26,27 +27,17 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def write_text(path: Path, text: str) -> None:
-    """As `write_json`, any text."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync(path.parent)
-
-
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write into a temporary folder, sync it and put it in the place of `path`."""
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = partial_path(path)
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     temporary.mkdir(parents=True)
     try:
         fill(temporary)
         for file in temporary.iterdir():
-            _sync(file)
-        _sync(temporary)
+            make_readable(file)
+            sync(file)
+        sync(temporary)
         if path.exists():
             old = path.with_name(f".{path.name}.old")
             shutil.rmtree(old, ignore_errors=True)
@@ -55,7 +46,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
             shutil.rmtree(old)
         else:
             os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -122,11 +113,3 @@ def lock_output(folder: Path) -> Any:
     except OSError as error:  # a file system without locks
         logger.warning("output.dir %s cannot be locked (%s): take care that one run writes there", folder, error)
     return file
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

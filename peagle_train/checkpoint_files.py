@@ -2,8 +2,8 @@
 
     checkpoint-<step>/
         config.json, model.safetensors   the drafter as vLLM loads it, in the dtype that it is trained in
-        optimizer.safetensors            AdamW's exp_avg, exp_avg_sq and step, by parameter name
-        rng.safetensors                  torch's generators, by rank
+        optimizer.state                  AdamW's exp_avg, exp_avg_sq and step, by parameter name
+        rng.state                        torch's generators, by rank
         state.json                       step, position in the data, scheduler, best, fingerprints, versions, recipe
         recipe.yaml                      the resolved recipe, for people
         manifest.json                    size and sha256 of all of the above
@@ -103,7 +103,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if manifest["step"] != step_of(folder):
         raise DamagedCheckpoint(f"{path} is of step {manifest['step']}, not of the folder's name")
     plain = all(name == Path(name).name and set(d) == {"size", "sha256"} for name, d in manifest["files"].items())
-    if not plain or not {"model.safetensors", "optimizer.safetensors", "state.json"} <= set(manifest["files"]):
+    if not plain or not {"model.safetensors", "optimizer.state", "state.json"} <= set(manifest["files"]):
         raise damaged
     return manifest
 

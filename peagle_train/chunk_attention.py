@@ -17,8 +17,8 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 NAME = "peagle_train_chunks"
-BLOCK = 256
-"""Queries at a time: their mask is as wide as the past."""
+BLOCK, CPU_BLOCK = 256, 64
+"""Queries at a time: their mask is as wide as the past, and on CPU most of a narrow target's memory."""
 
 
 def chunk_mask(*, mask_function: Any, attention_mask: Tensor | None = None, **given: Any) -> Tensor | None:
@@ -52,8 +52,9 @@ def chunk_attention(
         groups = query_1hQD.shape[1] // key_1hKD.shape[1]
         key_1hKD, value_1hKD = repeat_kv(key_1hKD, groups), repeat_kv(value_1hKD, groups)
     out_1hQD = query_1hQD.new_empty(*query_1hQD.shape[:3], value_1hKD.shape[3])
-    for start in range(0, Q, BLOCK):
-        stop = min(start + BLOCK, Q)
+    block = CPU_BLOCK if on_cpu else BLOCK
+    for start in range(0, Q, block):
+        stop = min(start + block, Q)
         seen = K - Q + stop
         mask = torch.ones(stop - start, seen, dtype=torch.bool, device=query_1hQD.device).tril(K - Q + start)
         out_1hQD[:, :, start:stop] = F.scaled_dot_product_attention(

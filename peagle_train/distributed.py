@@ -26,6 +26,15 @@ def check_launch(num_processes: int) -> None:
         )
 
 
+def check_device_map(device_map: str | None, num_processes: int) -> None:
+    """ValueError where several processes would each spread a target over the same devices."""
+    if device_map and num_processes > 1:
+        raise ValueError(
+            f"target.device_map is {device_map} and there are {num_processes} processes: it spreads the target over the"
+            " devices that one process sees; start a single one, or use target.shard"
+        )
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 has sharded the module's parameters."""
     return any(hasattr(p, "device_mesh") for p in model.parameters())

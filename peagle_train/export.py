@@ -17,7 +17,8 @@ from peagle_train.check_drafter import Finding, check_folder, is_loadable
 from peagle_train.draft_config import PEagleDraftConfig
 from peagle_train.draft_formats import EAGLE3, FORMATS, SPECULATORS, format_of, speculators_config
 from peagle_train.drafter_files import WEIGHTS, DrafterFiles, read_drafter
-from peagle_train.model_card import RunFacts, model_card, read_report, read_run
+from peagle_train.durable import make_readable, sync
+from peagle_train.model_card import RunFacts, find_report, model_card, read_report, read_run
 
 TOKENIZER_FILES: tuple[str, ...] = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 TOKENIZER_FILES += ("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
@@ -66,7 +67,7 @@ def export_drafter(
         speculative_tokens: K to serve with; None is the training's.
         dtype: of the weights; None keeps the checkpoint's.
         licence: the card's licence field.
-        measured: an evaluation's JSON for the card.
+        measured: an evaluation's JSON for the card; None is an `acceptance.json` about this folder, in it or beside it.
 
     Raises:
         ValueError: one line, for what no engine would load; nothing is written then.
@@ -89,7 +90,9 @@ def export_drafter(
     name = target_name or _known_target(files, facts, target)
     if format == SPECULATORS and name is None:
         raise ValueError(f"{folder} does not say which target it drafts for: give --target DIR or --target-name NAME")
-    report = read_report(measured) if measured else None
+    if name is not None and Path(name).is_absolute():
+        notes.append(f"the files name the target by its folder, {name}: --target-name gives it another")
+    report = read_report(measured) if measured else find_report(folder)
     target_config = read_target_config(target) if target else None
     tensors = {n: t.to(dtype or t.dtype) if t.is_floating_point() else t for n, t in files.tensors.items()}
     files.config.dtype = tensors["fc.weight"].dtype
@@ -213,26 +216,12 @@ def write_new_folder(path: Path, fill: Callable[[Path], None]) -> None:
         raise ValueError(f"--out {path} cannot be written: {error.strerror}") from error
     try:
         fill(temporary)
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp's are private
-        for item in (*temporary.iterdir(), temporary):
-            _sync(item)
+        for item in [*temporary.iterdir(), temporary]:
+            make_readable(item)  # another user may serve it
+            sync(item)
         os.rename(temporary, path)  # fails on a folder that came to hold something meanwhile
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise ValueError(f"--out {path} cannot be written: {error.strerror}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

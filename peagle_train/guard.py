@@ -69,8 +69,9 @@ def skip_step(trainer: "Trainer", batches: list[dict[str, Tensor]], losses: list
 def _bad_rows(trainer: "Trainer", batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Of a micro-batch, the rows whose own loss is not finite; all of them where that cannot be told."""
     size = batch["row_key"].numel()
-    if size == 1 or trainer.runner.sharded:  # sharded ranks would have to run the same number of passes
-        return batch
+    several = trainer.accelerator.num_processes > 1
+    if size == 1 or (several and (trainer.runner.sharded or trainer.recipe.target.shard)):
+        return batch  # where something is sharded, all ranks would have to run the same number of passes
     bad = []
     for row in range(size):
         # The row in every place of the batch: the same shapes, so that nothing is compiled again.

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from peagle_train.durable import partial_path, put, sync
+
 Entry = dict[str, Any]
 
 
@@ -82,7 +84,7 @@ class Journal:
     def discard(self) -> None:
         """Remove the journal."""
         self.path.unlink()
-        _sync_folder(self.path.parent)
+        sync(self.path.parent)
         self._file.close()
 
     def close(self) -> None:
@@ -110,7 +112,7 @@ class Journal:
             begin += len(line)
         if number == 0:
             self._append({"settings": self.settings})
-            _sync_folder(self.path.parent)
+            sync(self.path.parent)
 
     def _compare(self, begun: dict[str, Any]) -> None:
         for key in {**begun, **self.settings}:
@@ -151,21 +153,10 @@ def _report_path(out: Path) -> Path:
 
 
 def _replace(path: Path, parts: Iterable[bytes]) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("wb") as file:
+    partial = partial_path(path)
+    with partial.open("wb") as file:
         file.writelines(parts)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    put(partial, path)
 
 
 def _show(value: Any) -> str:

@@ -4,6 +4,7 @@ Says only what the run's files say; what is not known is left out.
 """
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,8 @@ def model_card(
         measured: what `tools/evaluate.py --json` wrote of this drafter.
     """
     lines = ["---", f"license: {licence or UNKNOWN_LICENCE}"]
-    if target:
-        lines.append(f"base_model: {json.dumps(target)}")
+    if target and re.fullmatch(r"[\w.-]+/[\w.-]+", target):  # a hub's name; a folder is none
+        lines.append(f"base_model: {target}")
     lines += ["tags: [speculative-decoding, eagle3, p-eagle, vllm]", "---", ""]
     lines += [f"# P-EAGLE drafter for {target or 'a target that its files do not name'}", ""]
     lines += [
@@ -178,6 +179,21 @@ def read_report(path: Path) -> dict[str, Any]:
     if not _acceptance(report):
         raise ValueError(f"{path} holds no accepted lengths; give what `tools/evaluate.py --json FILE` wrote")
     return report
+
+
+def find_report(folder: Path) -> dict[str, Any] | None:
+    """An evaluation's `acceptance.json` in a drafter's folder or the one above, if this drafter is what it is about."""
+    for path in (folder / "acceptance.json", folder.parent / "acceptance.json"):
+        report = _read_json(path)
+        named = report.get("drafters")
+        if (
+            _acceptance(report)
+            and isinstance(named, list)
+            and named
+            and Path(str(named[0])).resolve() == folder.resolve()
+        ):
+            return report
+    return None
 
 
 def _evaluation(path: Path, step: int | None) -> dict[str, Any] | None:

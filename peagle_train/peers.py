@@ -114,7 +114,7 @@ def from_main(value: str = "") -> str:
 
 
 def from_all(value: str) -> list[str]:
-    """Every rank's value, by rank, on every rank, once all are here."""
+    """Every rank's value, by rank, once all are here."""
     connect()
     return [value] if _peers is None else _peers.collect(value)
 
@@ -138,7 +138,7 @@ def one_at_a_time() -> Iterator[None]:
         yield
         return
     turn = int(os.environ.get("LOCAL_RANK", "0"))
-    turns = max(map(int, _peers.collect(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    turns = max(map(int, from_all(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     for _ in range(turn):
         wait_for_all()
     yield

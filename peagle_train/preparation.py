@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from peagle_train.document_table import DocumentTable
+from peagle_train.durable import PARTIAL
 from peagle_train.encoder_pool import encoded_by_workers
 from peagle_train.files import FoundFiles
 from peagle_train.prepared import (
@@ -32,7 +33,7 @@ from peagle_train.prepared import (
 )
 from peagle_train.readers import RawRow
 from peagle_train.recipe import Recipe
-from peagle_train.shard_writer import PARTIAL, Encoded, ShardWriter, write_json, write_tensors
+from peagle_train.shard_writer import Encoded, ShardWriter, write_json, write_tensors
 from peagle_train.training_data import Say, TrainingData, assemble, find_all, make_encoder
 
 SHARD_TOKENS = 16 * 2**20

@@ -72,10 +72,12 @@ def _read_json(index: int, file: SourceFile) -> Iterator[RawRow]:
     if first != b"[":
         yield from _read_lines(index, file)
         return
+    content = b"".join(_lines(file))
     try:
-        rows = json.loads(b"".join(_lines(file)).decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file.path}: not valid JSON ({' '.join(str(error).split())})") from None
+        rows = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError):  # one bad row, which is told where rows are parsed
+        yield RawRow(index, file.source, file.path, file.name, content, "line")
+        return
     for number, row in enumerate(rows, start=1):
         yield RawRow(index, file.source, f"{file.path}, row {number}", f"{file.name}:{number}", row, "line")
 

@@ -279,10 +279,6 @@ class Recipe:
             )
         if self.train.sharding == "fsdp2" and self.train.compile:
             raise RecipeError("train.sharding is fsdp2, train.compile is true: change one of them")
-        if self.target.cache and (self.target.shard or self.target.device_map):
-            raise RecipeError(
-                "target.cache is given, so that the target does not run: leave out target.shard and target.device_map"
-            )
         if self.draft.init_from is not None and self.draft.vocab_from is not None:
             raise RecipeError(
                 "draft.init_from and draft.vocab_from are both given, and each brings a draft vocabulary: leave one out"

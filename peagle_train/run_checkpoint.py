@@ -56,9 +56,10 @@ def save_checkpoint(trainer: "Trainer") -> Path:
 
     def fill(folder: Path) -> None:
         fill_drafter(folder, trainer.draft.config, weights, {"recipe.yaml": dump_recipe(trainer.recipe)})
-        save_tensors(folder / "optimizer.safetensors", moments)
-        save_tensors(folder / "rng.safetensors", generators)
-        (folder / "state.json").write_text(json.dumps(state, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        save_tensors(folder / "optimizer.state", moments)
+        save_tensors(folder / "rng.state", generators)
+        # Not strict JSON where a loss on held-out rows is nan, but read back as it was.
+        (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
     def write() -> None:
         trainer.reporter.sync()  # a checkpoint's lines are on disk before it is
@@ -96,7 +97,7 @@ def _must_match(trainer: "Trainer") -> dict[str, Any]:
         "held-out rows": [len(trainer.evaluator.rows), trainer.evaluator.rows.fingerprint()],
         "rows of a step": trainer.sampler.global_batch_size,
         "draft vocabulary": fingerprint(trainer.draft.draft_token_ids.reshape(1, -1)),
-        "target's head": fingerprint(trainer.runner.head_rows),
+        "target's head": [str(trainer.runner.head_rows.dtype)[6:], fingerprint(trainer.runner.head_rows)],
     }
 
 
@@ -123,13 +124,12 @@ def restore(trainer: "Trainer", checkpoint: Checkpoint) -> list[str]:
         )
     main = trainer.accelerator.is_main_process
     weights, moments = (
-        load_tensors(checkpoint.folder / name) if main else {}
-        for name in ("model.safetensors", "optimizer.safetensors")
+        load_tensors(checkpoint.folder / name) if main else {} for name in ("model.safetensors", "optimizer.state")
     )
     load_full_weights(trainer.draft, weights)
     load_full_moments(trainer.draft, trainer.optimizer, moments)
     set_schedule(trainer.scheduler, checkpoint.step)
-    set_rng(load_tensors(checkpoint.folder / "rng.safetensors"), trainer.accelerator.process_index)
+    set_rng(load_tensors(checkpoint.folder / "rng.state"), trainer.accelerator.process_index)
     rates = schedule_at(trainer.scheduler, checkpoint.step)
     if trainer.num_steps != state["num_steps"]:
         change = f"steps {state['num_steps']} -> {trainer.num_steps}: at step {checkpoint.step} the learning rate"

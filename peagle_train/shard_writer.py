@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from peagle_train.document_table import DocumentTable, make_shard
+from peagle_train.durable import partial_path, put
 from peagle_train.files import FoundFiles
 from peagle_train.prepared import file_sum
 from peagle_train.readers import RawRow, batches, read_rows
@@ -20,9 +21,6 @@ from peagle_train.recipe import Recipe
 from peagle_train.row_encoder import EncodedBatch, EncodedRow
 from peagle_train.sources import Intake, SourceReport, new_report
 from peagle_train.training_data import Say
-
-PARTIAL = ".partial"
-"""Ends the names of files that are being written."""
 
 Encoded = Iterator[tuple[list[RawRow], EncodedBatch]]
 """Batches of rows with what became of them, in order."""
@@ -138,7 +136,7 @@ def _add_content(hasher: Any, raws: list[RawRow]) -> None:
     for raw in raws:
         is_bytes = isinstance(raw.content, bytes)
         content = raw.content if is_bytes else json.dumps(raw.content, sort_keys=True, default=str).encode()
-        hasher.update(f"{raw.name}\n{len(content)}\n".encode() + content)
+        hasher.update(f"{raw.name}\n{len(content)}\n".encode(errors="surrogateescape") + content)
 
 
 class _Progress:
@@ -147,8 +145,7 @@ class _Progress:
     def __init__(self, role: str, files: FoundFiles) -> None:
         sizes = [file.size for file in files.files]
         self.by_bytes = all(sizes)
-        self.before = [sum(sizes[:i]) for i in range(len(sizes))] if len(sizes) < 10_000 else []
-        self.by_bytes = self.by_bytes and bool(self.before)
+        self.before = [0, *accumulate(sizes)]
         self.file, self.inside = -1, 0
         total = sum(sizes) if self.by_bytes else None
         self.bar = tqdm(total=total, unit="B" if self.by_bytes else " rows", unit_scale=True, desc=role, disable=None)
@@ -183,13 +180,6 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _write(path: Path, fill: Callable[[Path], object]) -> None:
-    partial = path.with_name(f".{path.name}{PARTIAL}")
+    partial = partial_path(path)
     fill(partial)
-    for synced in (partial, None):
-        if synced is None:
-            os.replace(partial, path)
-        handle = os.open(synced or path.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    put(partial, path)

@@ -41,7 +41,7 @@ class Signals:
             os._exit(128 + number)
         self.stop = signal.Signals(number).name
         # os.write, not print: a print that this very handler interrupted would raise
-        os.write(2, f"peagle_train: {self.stop}: ending behind this step; a second one ends at once\n".encode())
+        os.write(2, f"peagle_train: {self.stop}: saving and ending; a second one ends at once\n".encode())
 
     def _on_save(self, number: int, _: FrameType | None) -> None:
         self.save = True

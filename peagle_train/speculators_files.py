@@ -7,7 +7,6 @@ what enters the target's final norm. The loss mask is in the data set next to it
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from peagle_train.durable import partial_path, put
 from peagle_train.target import FrozenTarget
 from peagle_train.target_check import relative
 
@@ -76,15 +76,13 @@ class SpeculatorsFiles:
 
     def write_documents(self, folder: Path) -> None:
         """The samples with their masks as a .jsonl source, whole or not at all."""
-        partial = folder / f".{DOCUMENTS}.partial"
+        partial = partial_path(folder / DOCUMENTS)
         with partial.open("w", encoding="ascii") as file:
             for index in range(len(self)):
                 row = self[index]
                 pair = {"input_ids": row["input_ids"].tolist(), "loss_mask": row["loss_mask"].tolist()}
                 file.write(json.dumps(pair) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, folder / DOCUMENTS)
+        put(partial, folder / DOCUMENTS)
 
     def _hidden(self, row: dict[str, Any]) -> Tensor:
         """[n, 4, T], in the target's dtype, on its device."""

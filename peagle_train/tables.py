@@ -3,6 +3,7 @@
 Imported only where a recipe names one.
 """
 
+import glob
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,7 +38,8 @@ def _open(file: SourceFile) -> Any:
     split = file.split or "train"
     if file.format in ("parquet", "arrow"):
         # Streaming reads the file itself; without it `datasets` would first copy it to its cache.
-        return datasets.load_dataset(file.format, data_files=file.path, split="train", streaming=True)
+        pattern = glob.escape(file.path)  # which the name would otherwise be taken for
+        return datasets.load_dataset(file.format, data_files=pattern, split="train", streaming=True)
     if file.format == "saved":
         saved = datasets.load_from_disk(file.path)
         if isinstance(saved, datasets.DatasetDict):

@@ -15,7 +15,7 @@ from peagle_train.build import always_drafted, choose_mask_token, load_tokenizer
 from peagle_train.cached_target import CachedTarget
 from peagle_train.checkpoint import check_output
 from peagle_train.data import PackReport
-from peagle_train.distributed import check_launch
+from peagle_train.distributed import check_device_map, check_launch
 from peagle_train.draft import PEagleDraft
 from peagle_train.dry_run import resolve_segments
 from peagle_train.memory_sizes import sizes_of, this_device
@@ -61,9 +61,7 @@ def _train(recipe: Recipe, resume: str | None) -> str:
     accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision)
     check_launch(accelerator.num_processes)
     peers.connect()
-    check_sharding(
-        recipe.train.sharding, accelerator.distributed_type
-    )  # before the target is loaded: mistakes come first
+    check_sharding(recipe.train.sharding, accelerator.distributed_type)  # mistakes come before the target is loaded
     say = print if accelerator.is_main_process else (lambda *_: None)
 
     target = load_target(recipe, accelerator)
@@ -96,14 +94,11 @@ def _train(recipe: Recipe, resume: str | None) -> str:
 def load_target(recipe: Recipe, accelerator: Accelerator) -> FrozenTarget:
     """The recipe's target, where and how it says."""
     settings, several = recipe.target, accelerator.num_processes > 1
-    if settings.device_map and several:
-        raise ValueError(
-            f"target.device_map is {settings.device_map} and there are {accelerator.num_processes} processes: it spreads"
-            " the target over the devices that one process sees; start a single one, or use target.shard"
-        )
-    if settings.shard and not several:
-        logger.warning("target.shard is true, but there is a single process: the target stays whole")
-    sharded = settings.shard and several
+    check_device_map(settings.device_map, accelerator.num_processes)
+    sharded = settings.shard and several and not settings.cache
+    if settings.shard and not sharded:
+        why = "its features come from target.cache" if settings.cache else "there is a single process"
+        logger.warning("target.shard is true, but %s: the target stays whole", why)
     if sharded:
         world_mesh(accelerator.device.type)
     # A sharded target is whole on the host while it is loaded: let that be one at a time.
@@ -146,8 +141,9 @@ def arithmetic(trainer: Trainer, report: PackReport) -> str:
     """The run's sizes, derived from the recipe and the data."""
     collator, recipe = trainer.collator, trainer.recipe
     sample = min(8, len(trainer.train_rows))
-    drawn = collator([trainer.train_rows[0, i] for i in range(sample)])["depth"]
-    elements = float((drawn >= 0).sum()) / sample
+    # One at a time: rows of a cache bring their features along.
+    drawn = [collator([trainer.train_rows[0, i]])["depth"] for i in range(sample)]
+    elements = float(sum((depth >= 0).sum() for depth in drawn)) / sample
     slots = collator.capacity * collator.num_segments
     parameters = list(trainer.draft.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)

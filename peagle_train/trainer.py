@@ -46,6 +46,10 @@ from peagle_train.signals import Signals, is_lost_worker, leave_to_parent
 from peagle_train.target import FrozenTarget
 
 
+class StepDropped(Exception):
+    """A signal came between two micro-batches; the step has not been."""
+
+
 class Trainer:
     """One run. `run` does everything; the methods below it are its steps, in the order in which they happen.
 
@@ -162,7 +166,11 @@ class Trainer:
             batches = next(steps, None)
             if batches is None:
                 return self._finish()
-            self._optimizer_step(batches)
+            try:
+                self._optimizer_step(batches)
+            except StepDropped:
+                self.optimizer.zero_grad(set_to_none=True)
+                break
             self._log_evaluate_save()
         path = save_checkpoint(self)
         summary = {
@@ -209,7 +217,7 @@ class Trainer:
         return self.seconds_before + time.perf_counter() - self._started
 
     def _is_asked_to_stop(self) -> bool:
-        """Whether the run shall end here: what the ranks agreed on in the step, or this only process's own signals."""
+        """Whether the run shall end here: what the ranks agreed on in their last step, or this only process's signals."""
         if self.accelerator.num_processes == 1:
             return self.signals.stop is not None
         return self._agreed_stop
@@ -259,6 +267,8 @@ class Trainer:
         scale = (self.accelerator.num_processes if self.runner.sharded else 1) / count.clamp(min=1).to(wide)
         sums = []
         for i, (batch, plan) in enumerate(zip(batches, plans, strict=True)):
+            if i > 0 and self._is_asked_to_stop():
+                raise StepDropped  # who asks may not wait for all of a long step; it is done again from its start
             sums.append(self.runner.run(batch, plan, scale, is_last=i == len(batches) - 1))
         stats = StepStats(
             torch.stack([s.loss for s in sums]).sum(),

@@ -2,11 +2,14 @@
 
 import json
 import pickle
+import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.normalizers import NFC
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -14,7 +17,7 @@ from peagle_train.bad_row import BadRow
 from peagle_train.chat import ChatEncoder
 from peagle_train.messages import messages_of
 from tests import chats
-from tests.chats import chat, encode, encoder, make_tokenizer, marked_mask, readable, stock
+from tests.chats import WORDS, chat, encode, encoder, make_tokenizer, marked_mask, readable, stock
 
 SEA = chat("system: You are short.", "user: What colour is the sea?", "assistant: Blue.")
 GRASS = chat(*(f"{m['role']}: {m['content']}" for m in SEA["messages"]), "user: And the grass?", "assistant: Green.")
@@ -175,6 +178,45 @@ def test_offsets_that_leave_out_the_leading_space_change_nothing() -> None:
         for template in (chats.CHATML, chats.PLAIN):
             plain, trimmed = (encode(template, row, make_tokenizer(trim_offsets=trim)) for trim in (False, True))
             assert plain == trimmed
+
+
+def test_a_space_that_the_prompt_ends_in_is_never_learned_with_the_word_behind_it() -> None:
+    # As in Vicuna: the server's prompt ends in the space, so that the target cannot begin with "_Blue".
+    template = (
+        "{% for m in messages %}"
+        "{% if m.role == 'assistant' %}assistant: {{ m.content }}</s>{% else %}user: {{ m.content }} {% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    row = chat("user: What colour is the sea?", "assistant: Blue.")
+    for trim_offsets in (False, True):
+        encoded = encode(template, row, make_tokenizer(trim_offsets))
+        assert readable(encoded) == "user : _What _colour _is _the _sea ? _assistant : _Blue [.] [</s>]"
+        assert encoded.counts == {BORDER: 1}
+
+
+PIECES = [*WORDS[:20], " ", "\n", "\n\n", " \n", "\t", "\u00e9", "e\u0301", "\U0001f600", "\u4f60", "\u00a0", "\r\n"]
+PIECES += ["a\u0323\u0307", "<|im_end|>", "<think>", "</s>"]
+
+
+def test_masks_of_random_chats_are_those_of_marks_in_the_template() -> None:
+    rng = random.Random(0)
+    nfc = Tokenizer.from_str(make_tokenizer().backend_tokenizer.to_str())
+    nfc.normalizer = NFC()
+    tokenizers = [make_tokenizer(), make_tokenizer(stripping=True), PreTrainedTokenizerFast(tokenizer_object=nfc)]
+    templates = [chats.CHATML, chats.LLAMA3, chats.TOOLS, chats.PLAIN]
+    made = [(template, tokenizer, encoder(template, tokenizer)) for template in templates for tokenizer in tokenizers]
+    straddling = 0
+    for _ in range(40):
+        texts = ["".join(rng.choices(PIECES, k=rng.randint(1, 6))) + rng.choice(["x", "x\n"]) for _ in range(4)]
+        row = chat(*(f"{('user', 'assistant')[i % 2]}: {text}" for i, text in enumerate(texts)))
+        for template, tokenizer, encodes in made:
+            encoded = encodes.encode(messages_of(row))
+            ids, mask = marked_mask(template, row, tokenizer)
+            assert encoded.input_ids == ids
+            differences = [(ours, theirs) for ours, theirs in zip(encoded.loss_mask, mask) if ours != theirs]
+            assert differences == [(0, 1)] * encoded.counts.get(BORDER, 0), (texts, template)
+            straddling += len(differences)
+    assert straddling > 0, "some texts run into the prompt before them"
 
 
 def test_ids_are_those_of_the_serving_path() -> None:

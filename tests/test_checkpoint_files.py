@@ -18,7 +18,7 @@ from peagle_train.checkpoint import lock_output, save_tensors
 from peagle_train.errors import DamagedCheckpoint
 from peagle_train.signals import Signals
 
-ROLES = ("config.json", "model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "recipe.yaml")
+ROLES = ("config.json", "model.safetensors", "optimizer.state", "rng.state", "state.json", "recipe.yaml")
 
 
 def fill(folder: Path) -> None:

@@ -68,12 +68,13 @@ def test_an_export_holds_the_checkpoints_weights_its_card_and_the_targets_tokeni
     assert load_file(tmp_path / "out" / "model.safetensors")["fc.weight"].dtype == torch.float32
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask()
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o666 & ~umask()}
     card = (tmp_path / "out" / "README.md").read_text()
     step = 2 if which == "checkpoint-2" else 4
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     measured = [r for r in records if r["kind"] == "eval" and r["step"] == step][-1]
     for part in (
-        "license: unknown",
+        "license: unknown\ntags:",
         f"| target | {target} |",
         "| data | rows.jsonl |",
         f"| mask token | {MASK} |",
@@ -140,8 +141,22 @@ def test_options_name_the_target_the_dtype_k_the_licence_and_what_was_measured(t
         torch.equal(t, wide[n].bfloat16() if wide[n].is_floating_point() else wide[n]) for n, t in tensors.items()
     )
     card = (tmp_path / "out" / "README.md").read_text()
-    for part in ("license: apache-2.0", '"org/my-llm"', "mt-bench: accepted length 1.50 at K = 1, 2.25 at K = 3"):
+    for part in (
+        "license: apache-2.0",
+        "base_model: org/my-llm",
+        "mt-bench: accepted length 1.50 at K = 1, 2.25 at K = 3",
+    ):
         assert part in card, part
+
+
+def test_a_report_about_this_very_folder_is_found_and_one_about_another_is_not(tmp_path: Path, run: Path) -> None:
+    figures = {"figures": [{"code": {"by_k": [{"k": 2, "accepted_length": 1.75}, {"k": 3, "accepted_length": None}]}}]}
+    for name, about, expected in (("own", run / "final", True), ("other", run / "checkpoint-2", False)):
+        (run / "acceptance.json").write_text(json.dumps({**figures, "drafters": [str(about)]}))
+        export_drafter(run, tmp_path / name, "eagle3")
+        card = (tmp_path / name / "README.md").read_text()
+        assert ("code: accepted length 1.75 at K = 2\n" in card) == expected
+    (run / "acceptance.json").unlink()
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def kill(a, b):
     left[0] -= 1
     if left[0] == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-cache_writer.os.replace = kill
+os.replace = kill
 original = cache_writer.plan_shards
 import peagle_train.cache_run as run
 run.plan_shards = lambda rows, _: original(rows, 40)
@@ -307,6 +307,32 @@ def test_what_does_not_fit_the_disk_is_refused_with_the_numbers(
     with pytest.raises(ValueError, match=r"has too little room: 250 tokens of \d+ pieces at 512 bytes .* GiB free"):
         cache(recipe_in(tmp_path, target, rows), tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_disk_that_fills_up_all_the_same_is_one_line_and_the_next_run_goes_on(
+    tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, made: Path
+) -> None:
+    import peagle_train.cache_writer as writer
+
+    save, calls = writer.save_file, []
+
+    def full(*arguments: Any, **named: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        save(*arguments, **named)
+
+    recipe = recipe_in(tmp_path, target, rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "save_file", full)
+        with pytest.raises(
+            ValueError, match=r"features-00001.safetensors cannot be written .* No space left .* goes on"
+        ):
+            cache(recipe, tmp_path / "cache")
+    assert contents(cache(recipe, tmp_path / "cache")) == contents(made)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written: Not a directory"):
+        cache(recipe, tmp_path / "file" / "cache")
 
 
 def test_the_estimate_is_what_is_written(

@@ -150,6 +150,12 @@ def test_every_setting_means_the_same_in_both_ways(data: dict[str, Any], tmp_pat
         assert now.source_reports["sources"].stopped
 
 
+def test_others_may_read_the_files_as_the_umask_says(made: tuple[Recipe, Path]) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    assert {path.stat().st_mode & 0o777 for path in made[1].iterdir()} == {0o666 & ~umask}
+
+
 def test_an_epoch_holds_each_document_as_often_as_its_source_weighs(tmp_path: Path, target: Path) -> None:
     sources = write_sources(tmp_path)
     weighed = [{"path": sources[0], "weight": 3}, sources[1]["path"], {"path": sources[2], "weight": 0.5}]

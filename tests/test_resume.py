@@ -20,6 +20,7 @@ import peagle_train.trainer as trainer_module
 from peagle_train.__main__ import main, parse
 from peagle_train.data import PackedRows
 from peagle_train.evaluate import Evaluator
+from peagle_train.runner import BatchRunner
 from tests.tiny import make_target, write_recipe, write_rows
 
 LENGTHS = [9, 31, 4, 17, 32, 2, 26, 11, 40, 13]
@@ -89,7 +90,7 @@ def assert_same_run(ours: Path, whole: Path) -> None:
     assert summaries[0] == summaries[1]
     for path in whole.glob("checkpoint-*"):
         again = ours / path.name
-        for file in ("model.safetensors", "optimizer.safetensors", "rng.safetensors"):
+        for file in ("model.safetensors", "optimizer.state", "rng.state"):
             assert (again / file).read_bytes() == (path / file).read_bytes(), (path.name, file)
 
 
@@ -139,6 +140,33 @@ def test_whatever_step_a_run_was_stopped_at_it_goes_on_from_there(
         assert f"going on behind step {step}" in capsys.readouterr().out
         assert_same_run(output, whole)
         assert not list(output.glob("set-aside*"))
+
+
+def test_a_signal_within_a_step_drops_it_and_a_run_that_goes_on_does_it_from_its_start(
+    tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = {"max_steps": 5, "gradient_accumulation_steps": 4}
+    run(recipe_for(tmp_path / "whole", target, rows, train=train))
+    recipe = recipe_for(tmp_path / "parts", target, rows, train=train)
+    real, calls = BatchRunner.run, []
+
+    def run_and_signal(self: BatchRunner, *args: Any, **kwargs: Any) -> Any:
+        stats = real(self, *args, **kwargs)
+        calls.append(1)
+        if len(calls) in (2, 4 + 8 + 3):  # of the first step, of the third one of a run that began again
+            os.kill(os.getpid(), signal.SIGTERM)
+        return stats
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchRunner, "run", run_and_signal)
+        run(recipe)
+        assert len(calls) == 2 and (tmp_path / "parts" / "run" / "checkpoint-0").exists()
+        calls += [1, 1]
+        run(recipe, "--resume")
+        assert len(calls) == 4 + 8 + 3
+    assert sorted(p.name for p in (tmp_path / "parts" / "run").glob("checkpoint-*")) == ["checkpoint-0", "checkpoint-2"]
+    run(recipe, "--resume")
+    assert_same_run(tmp_path / "parts" / "run", tmp_path / "whole" / "run")
 
 
 def started(folder: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, **train: Any) -> Path:
@@ -257,7 +285,7 @@ def test_where_there_is_nothing_to_resume_the_line_says_what_there_is(
     assert f"set output.dir={tmp_path}" in last_error(capsys)
 
 
-@pytest.mark.parametrize("role", ["optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("role", ["optimizer.state", "state.json", "manifest.json"])
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_offered_by_name(
     role: str,
     tmp_path: Path,

@@ -180,6 +180,17 @@ def test_a_text_file_that_is_not_utf8_is_a_bad_row_of_its_own(tmp_path: Path) ->
     assert report.first_bad == {"not UTF-8": f"{tmp_path / 'a.txt'}, line 2"}
 
 
+def test_a_broken_list_of_rows_is_one_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps([{"text": "one"}, {"text": "two"}])[:-1])
+    good = write_lines(tmp_path / "r.jsonl", {"text": "good"})
+    documents, report = load(path, good, max_bad_rows=1)
+    assert len(documents) == 1 and report.first_bad == {"broken JSON": str(path)}
+    path.write_text(json.dumps([{"text": "one"}, 5, {"text": "two"}], indent=2))
+    documents, report = load(path, max_bad_rows=1)
+    assert len(documents) == 2 and report.first_bad == {"no known form": f"{path}, row 2"}
+
+
 def test_values_nested_without_end_are_a_bad_row_and_no_crash(tmp_path: Path) -> None:
     lines = [b'{"%s": %s%s}' % (key, b"[" * 5000, b"]" * 5000) for key in (b"messages", b"text", b"input_ids", b"x")]
     documents, report = load(write_lines(tmp_path / "r.jsonl", {"text": "good"}, *lines), max_bad_rows=4)

@@ -86,7 +86,7 @@ def test_a_run_goes_on_with_the_same_rows_on_another_number_of_ranks(ranks: int,
 
 def test_a_run_that_would_go_on_with_other_rows_a_step_is_refused_with_what_to_change() -> None:
     now = StepBatchSampler(29, batch_size=2, accumulation=3, world_size=4)
-    with pytest.raises(ValueError, match=r"took 12 rows a step and would take 24 .* 4 processes\): .* product is 12"):
+    with pytest.raises(ValueError, match=r"rows of a step: 12 when .*, 24 now .* 4 processes\): .* product is 12"):
         now.check_global_batch_size(12)
 
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload
 from torch import nn
 from transformers import GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
@@ -85,23 +84,6 @@ def test_mass_outside_the_draft_vocabulary_matches_a_full_softmax(target: Frozen
     naive = 1 - (last[0] @ target.head.weight.T).softmax(-1)[:, drafted].sum(-1)  # type: ignore[operator, union-attr]
     for chunk in (1, 7, 1000):
         assert torch.allclose(mass_outside(target, last[0], drafted, chunk=chunk), naive.float(), atol=1e-6)
-
-
-def test_a_target_whose_weights_a_device_map_has_moved_away_gives_the_same(folder: Path, target: FrozenTarget) -> None:
-    mapped = FrozenTarget.load(str(folder), dtype="float64", device_map="auto")  # on a CPU: everything is there
-    away = FrozenTarget.load(str(folder), dtype="float64")
-    cpu_offload(away.model, execution_device=torch.device("cpu"))  # the hooks of a map, with every weight elsewhere
-    assert all(parameter.is_meta for parameter in away.model.parameters())
-    some, batch = torch.tensor([3, 17, 58]), {"input_ids": ids_of(9), "position_ids": torch.arange(9)[None]}
-    expected = target.outputs(batch, target.head_rows(some))
-    for other in (mapped, away):
-        other.check()
-        got = other.outputs(batch, other.head_rows(some))
-        assert torch.equal(got.features, expected.features) and torch.equal(got.last_hidden, expected.last_hidden)
-        assert torch.equal(got.head, expected.head)
-        assert torch.equal(other.embedding_rows(), target.embedding_rows())
-        outside = mass_outside(other, got.last_hidden[0], some)
-        assert torch.equal(outside, mass_outside(target, got.last_hidden[0], some))
 
 
 @pytest.mark.parametrize(
@@ -258,9 +240,7 @@ def test_a_quantised_head_that_does_not_multiply_here_is_refused(folder: Path) -
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             raise NotImplementedError("needs a GPU\nwith a kernel")
 
-    with pytest.raises(
-        ValueError, match=r"head \(Elsewhere\) that does not multiply on cpu: .* needs a GPU with a kernel; leave"
-    ):
+    with pytest.raises(ValueError, match=r"head \(Elsewhere\) that does not multiply on cpu: .* needs a GPU.*; leave"):
         FrozenTarget(quantised(folder, Elsewhere))
 
 

@@ -40,8 +40,8 @@ DEADLY = ("moment", "accumulating", "file", "rename", "prune", "removal", "metri
 STOPPED = {"term": signal.SIGTERM, "int": signal.SIGINT}
 WAYS = (*DEADLY, *STOPPED, "worker", "full", "damage")
 STEPS = 60
-COMPARED = [f"{folder}/model.safetensors" for folder in ("final", "best", f"checkpoint-{STEPS - 1}", "checkpoint-20")]
-COMPARED += ["final/config.json", f"checkpoint-{STEPS - 1}/optimizer.safetensors"]
+COMPARED = [f"{folder}/model.safetensors" for folder in ("final", "best", f"checkpoint-{STEPS - 2}", "checkpoint-20")]
+COMPARED += ["final/config.json", f"checkpoint-{STEPS - 2}/optimizer.state"]
 TIMES = ("tokens_per_second", "peak_memory_bytes", "loader_wait_share", "seconds")
 
 
@@ -78,7 +78,7 @@ def make_inputs(folder: Path) -> None:
             "learning_rate": 0.3,  # wild, so that the best drafter is neither the first nor the last
             "log_steps": 1,
             "eval_steps": 7,
-            "save_steps": 1,
+            "save_steps": 2,
             "keep_last": 3,
             "keep_every": 20,
         },
@@ -119,8 +119,8 @@ def arrange_death(way: str, count: int) -> None:
     if way == "accumulating":
         run = BatchRunner.run
 
-        def run_or_die(self: Any, batch: Any, plan: Any, scale: Any) -> Any:
-            stats = run(self, batch, plan, scale)
+        def run_or_die(self: Any, batch: Any, plan: Any, scale: Any, **more: Any) -> Any:
+            stats = run(self, batch, plan, scale, **more)
             if scale is not None and is_time():
                 die()
             return stats
@@ -263,8 +263,12 @@ class Chaos:
             ways = ways or self.rng.sample(WAYS, len(WAYS))
             way = "none" if is_enough else ways.pop()
             if way == "damage":
-                arguments = self.damage(arguments)
-                continue
+                offered = self.damage(arguments)
+                if offered is not None:
+                    arguments = offered
+                    continue
+                ways.insert(0, "damage")  # later: there is nothing yet that could be offered instead
+                way = ways.pop() if len(ways) > 1 else "term"
             code = self.end(way, self.rng.randint(1, 6), [f"output.dir={self.output}", *arguments])
             if code == -signal.SIGKILL:
                 self.tally["kills"] += 1
@@ -288,11 +292,11 @@ class Chaos:
         self.tally["resumes"] += 1
         return ["--resume"]
 
-    def damage(self, arguments: list[str]) -> list[str]:
-        """Spoil the newest checkpoint, see that it is refused, and take what is offered."""
+    def damage(self, arguments: list[str]) -> list[str] | None:
+        """Spoil the newest checkpoint, see that it is refused, and take what is offered; None if there is no other."""
         newest = sorted(self.output.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
         if len(newest) < 2 or arguments != ["--resume"]:
-            return arguments
+            return None
         path = self.rng.choice(sorted(newest[-1].iterdir()))
         content = bytearray(path.read_bytes())
         at = self.rng.randrange(len(content))

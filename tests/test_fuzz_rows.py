@@ -1,0 +1,118 @@
+"""Data of any content: each line is a document, an empty one, a duplicate, or a bad row with a reason; nothing else."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from peagle_train.recipe import load_recipe
+from peagle_train.training_data import load_training_data
+from tests.byte_tokenizer import BYTES_VOCAB, make_byte_tokenizer
+from tests.tiny import make_target, write_recipe
+
+QUIET = settings(max_examples=300, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+MASK = BYTES_VOCAB - 1
+
+texts = st.one_of(st.text(max_size=12), st.sampled_from(["", " ", "\ud800", "\x00", "<|im_end|>", "a" * 500]))
+odd = st.one_of(st.none(), st.booleans(), st.integers(-(2**65), 2**65), st.floats(), texts, st.just([]), st.just({}))
+ids = st.lists(st.one_of(st.integers(0, 60), st.integers(-2, BYTES_VOCAB + 2), odd), max_size=6)
+roles = st.one_of(st.sampled_from(["system", "user", "assistant", "tool", "developer", "human", "gpt", "x"]), odd)
+parts = st.one_of(
+    texts, odd, st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": texts | odd}), max_size=2)
+)
+turns = st.lists(
+    st.dictionaries(
+        st.sampled_from(["role", "content", "from", "value", "tool_calls", "name", "reasoning_content", "weight"]),
+        roles | parts,
+        max_size=4,
+    )
+    | st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]), "content": texts})
+    | odd,
+    max_size=4,
+)
+rows = st.one_of(
+    odd,
+    st.dictionaries(
+        st.sampled_from(
+            ["input_ids", "loss_mask", "messages", "conversations", "prompt", "completion", "text", "tools", "labels"]
+        ),
+        st.one_of(ids, turns, texts, odd),
+        max_size=3,
+    ),
+    st.fixed_dictionaries({"messages": turns}),
+    st.fixed_dictionaries({"input_ids": ids, "loss_mask": ids}),
+    st.fixed_dictionaries({"input_ids": st.lists(st.integers(0, 60), min_size=2, max_size=6)}),
+)
+lines = st.one_of(
+    rows.map(lambda row: json.dumps(row).encode()),
+    st.binary(max_size=30).map(lambda line: line.replace(b"\n", b"")),
+    st.sampled_from(
+        [b"{", b'{"text": "a", "text": "b"}', b"[[[[", b"NaN", b"\xef\xbb\xbf{}", b'{"text": "\\ud800"}', b"1e999"]
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    target = make_target(tmp_path_factory.mktemp("target"), vocab_size=BYTES_VOCAB)
+    return target, make_byte_tokenizer(target)
+
+
+@given(st.lists(lines, min_size=1, max_size=6))
+@QUIET
+def test_every_line_is_a_document_or_counted_with_a_reason(
+    tmp_path_factory: pytest.TempPathFactory, world: tuple[Path, Any], content: list[bytes]
+) -> None:
+    folder = tmp_path_factory.mktemp("rows")
+    source = folder / "rows.jsonl"
+    good = [b'{"input_ids": [7, 8, 9, 10]}']
+    source.write_bytes(b"\n".join(good + content) + b"\n")
+    target, tokenizer = world
+    path = write_recipe(
+        folder, target, source, folder / "out", draft={"mask_token_id": MASK}, data={"max_bad_rows": 99}
+    )
+    said: list[str] = []
+    data = load_training_data(load_recipe(path), tokenizer, BYTES_VOCAB, MASK, said.append)
+    report = data.source_reports["sources"]
+    blank = sum(not line.strip() for line in content)
+    assert len(good + content) - blank == (
+        report.documents + report.duplicates + report.empty + sum(report.bad_rows.values())
+    ), (content, report)
+    for reason, count in report.bad_rows.items():
+        assert (
+            count > 0
+            and 0 < len(reason) < 60
+            and f", line {_line(report.first_bad[reason])}" in report.first_bad[reason]
+        )
+    for i in range(len(data.train_rows)):
+        row = data.train_rows[i]
+        assert 0 <= int(row["input_ids"].min()) and int(row["input_ids"].max()) < BYTES_VOCAB
+        assert MASK not in row["input_ids"] and set(np.unique(row["loss_mask"])) <= {0, 1}
+    assert all("\n" not in line for line in said)
+
+
+def _line(where: str) -> int:
+    number = int(where.rpartition("line ")[2].split(",")[0].split(":")[0])
+    assert number >= 2
+    return number
+
+
+@given(st.lists(lines, min_size=1, max_size=4))
+@QUIET
+def test_without_an_allowance_the_first_bad_row_is_one_line(
+    tmp_path_factory: pytest.TempPathFactory, world: tuple[Path, Any], content: list[bytes]
+) -> None:
+    folder = tmp_path_factory.mktemp("rows")
+    source = folder / "rows.jsonl"
+    source.write_bytes(b"\n".join(content))
+    target, tokenizer = world
+    recipe = load_recipe(write_recipe(folder, target, source, folder / "out", draft={"mask_token_id": MASK}))
+    try:
+        load_training_data(recipe, tokenizer, BYTES_VOCAB, MASK, lambda _: None)
+    except ValueError as error:
+        text = str(error)
+        assert text and "\n" not in text and "\r" not in text and len(text) < 1500 and text.isascii(), repr(text)
