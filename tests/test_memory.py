@@ -12,15 +12,13 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from peagle_train import dry_run as planning
 from peagle_train.__main__ import main
 from peagle_train.memory_plan import GIB, Sizes, capacity_of, choose_segments, largest_pass, plan_memory, saved_bytes
-from peagle_train.memory_sizes import Device, parse_device, read_sizes, target_forward_bytes
+from peagle_train.memory_sizes import Device, parse_device, read_sizes
 from peagle_train.recipe import load_recipe
 from peagle_train.relay import RelayBuffers
-from peagle_train.target import FrozenTarget
 from peagle_train.trainer import Trainer
 from tests.tiny import make_target, write_recipe, write_rows
 
@@ -28,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 from bench_memory import sizes_of_bench
 from bench_segments import Bench, Settings, attention_without_kernel
-from measure import PeakRSS, SavedBytes
+from measure import SavedBytes
 
 
 @pytest.fixture(scope="module")
@@ -138,28 +136,6 @@ def test_ranks_take_the_number_that_fits_the_fullest_of_them(
     monkeypatch.setattr(planning, "from_all", lambda own: [own, "128"])  # which is how one says that none fits
     with pytest.raises(ValueError, match="no number up to 64 fits"):
         planning.resolve_segments(recipe, sizes, device)
-
-
-FORWARDS = [("sdpa", None, 2), ("eager", None, 1), ("eager", 256, 1), ("sdpa", 256, 1)]
-
-
-@pytest.mark.parametrize(("attention", "chunk", "documents"), FORWARDS)
-def test_a_targets_largest_forward_is_planned(attention: str, chunk: int | None, documents: int) -> None:
-    L = 3072 if attention == "sdpa" else 1536
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=8
-    )
-    model = LlamaForCausalLM._from_config(config, attn_implementation=attention)
-    frozen = FrozenTarget(model, chunk_tokens=chunk)
-    position = torch.cat([torch.arange(L // documents)] * documents)[None]
-    assert position.shape[1] == L
-    ids = torch.zeros_like(position)
-    frozen.features(ids[:, :64], position[:, :64])
-    with PeakRSS() as measured:
-        outputs = frozen.features(ids, position)
-    kept = sum(t.untyped_storage().nbytes() for t in outputs)
-    planned = target_forward_bytes(model.config, 1, L, chunk, 4, attention, on_cuda=False)
-    assert planned == pytest.approx(measured.peak_bytes - kept, rel=0.25)
 
 
 # ---- the command line
