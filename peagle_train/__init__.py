@@ -7,33 +7,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from peagle_train.cod import generate_cod_sample_indices
-    from peagle_train.collator import CODCollator
-    from peagle_train.draft import PEagleDraft
-    from peagle_train.draft_config import PEagleDraftConfig
-    from peagle_train.loss import chunked_linear_loss
-    from peagle_train.partition import assign_cod_segments, balanced_boundaries, segment_capacity
+    from peagle_train.core.cod import generate_cod_sample_indices
+    from peagle_train.core.collator import CODCollator
+    from peagle_train.core.draft import PEagleDraft
+    from peagle_train.core.draft_config import PEagleDraftConfig
+    from peagle_train.core.loss import chunked_linear_loss
+    from peagle_train.core.partition import assign_cod_segments, balanced_boundaries, segment_capacity
+    from peagle_train.core.relay import RelayBuffers, relay_step
+    from peagle_train.core.segments import TargetOutputs, recompute_step
     from peagle_train.recipe import Recipe, load_recipe
-    from peagle_train.relay import RelayBuffers, relay_step
-    from peagle_train.segments import TargetOutputs, recompute_step
-    from peagle_train.target import FrozenTarget
+    from peagle_train.target.frozen import FrozenTarget
 
 _HOMES = {
-    "CODCollator": "collator",
-    "FrozenTarget": "target",
-    "PEagleDraft": "draft",
-    "PEagleDraftConfig": "draft_config",
+    "CODCollator": "core.collator",
+    "FrozenTarget": "target.frozen",
+    "PEagleDraft": "core.draft",
+    "PEagleDraftConfig": "core.draft_config",
     "Recipe": "recipe",
-    "RelayBuffers": "relay",
-    "TargetOutputs": "segments",
-    "assign_cod_segments": "partition",
-    "balanced_boundaries": "partition",
-    "chunked_linear_loss": "loss",
-    "generate_cod_sample_indices": "cod",
+    "RelayBuffers": "core.relay",
+    "TargetOutputs": "core.segments",
+    "assign_cod_segments": "core.partition",
+    "balanced_boundaries": "core.partition",
+    "chunked_linear_loss": "core.loss",
+    "generate_cod_sample_indices": "core.cod",
     "load_recipe": "recipe",
-    "recompute_step": "segments",
-    "relay_step": "relay",
-    "segment_capacity": "partition",
+    "recompute_step": "core.segments",
+    "relay_step": "core.relay",
+    "segment_capacity": "core.partition",
 }
 
 __all__ = [

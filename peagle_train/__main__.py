@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise  # anything unexpected keeps its traceback
-        from peagle_train.peers import stop
+        from peagle_train.training.peers import stop
 
         stop(traceback.format_exc(), 1)
 
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     # Heavy imports happen here, so that --help answers at once.
     if options.summary:
-        from peagle_train.summary import read_summary
+        from peagle_train.training.summary import read_summary
 
         print(read_summary(Path(options.summary)))
         return 0
@@ -99,7 +99,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.on and not options.dry_run:
         raise ValueError("--on goes with --dry-run: it says for which device to plan")
     if options.dry_run:
-        from peagle_train.dry_run import dry_run
+        from peagle_train.memory.dry_run import dry_run
 
         table = dry_run(recipe, options.on)
         if os.environ.get("RANK", "0") == "0":
@@ -110,7 +110,7 @@ def _run(options: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     from transformers.utils.logging import disable_progress_bar
 
-    from peagle_train.train import train
+    from peagle_train.training.train import train
 
     if not sys.stderr.isatty():
         disable_progress_bar()
@@ -124,7 +124,7 @@ def _run(options: argparse.Namespace) -> int:
 def _fail(error: Exception, code: int) -> int:
     line = f"peagle_train: error: {' '.join(str(error).split())}\n"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from peagle_train.peers import stop
+        from peagle_train.training.peers import stop
 
         stop(line, code)
     sys.stderr.write(line)

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+from peagle_train.data.source_spec import parse_sources
 from peagle_train.schema import RecipeError, check_section, option, read_sections
-from peagle_train.source_spec import parse_sources
 from peagle_train.strict_yaml import YamlError, dump_yaml, read_yaml
 
 __all__ = ["Recipe", "RecipeError", "dump_recipe", "load_recipe"]

@@ -7,8 +7,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from peagle_train.chat import ChatEncoder, EncodedChat
-from peagle_train.messages import messages_of
+from peagle_train.data.chat import ChatEncoder, EncodedChat
+from peagle_train.data.messages import messages_of
 
 SPECIAL = [
     "<|endoftext|>",

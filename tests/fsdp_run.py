@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from peagle_train.build import draw_weights
-from peagle_train.collator import CODCollator
-from peagle_train.distributed import max_counts
-from peagle_train.draft import PEagleDraft
-from peagle_train.draft_config import PEagleDraftConfig
-from peagle_train.plan import plan_segments
-from peagle_train.relay import context_chunks, needed_segments, relay_step
-from peagle_train.segments import TargetOutputs, recompute_step
+from peagle_train.core.collator import CODCollator
+from peagle_train.core.draft import PEagleDraft
+from peagle_train.core.draft_config import PEagleDraftConfig
+from peagle_train.core.plan import plan_segments
+from peagle_train.core.relay import context_chunks, needed_segments, relay_step
+from peagle_train.core.segments import TargetOutputs, recompute_step
+from peagle_train.training.build import draw_weights
+from peagle_train.training.distributed import max_counts
 
 L, K, S = 48, 5, 6
 CASES = [(mode, case) for mode in ("relay", "recompute") for case in ("short", "nothing supervised")]

@@ -12,16 +12,16 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from peagle_train.build import make_draft
-from peagle_train.data import PackedRows, pack_documents
+from peagle_train.core.segments import StepStats
+from peagle_train.data.packing import PackedRows, pack_documents
+from peagle_train.data.sources import load_documents
 from peagle_train.recipe import Recipe, load_recipe
-from peagle_train.resume import Checkpoint, open_resume
-from peagle_train.run_checkpoint import restore
-from peagle_train.runner import Batch
-from peagle_train.segments import StepStats
-from peagle_train.sources import load_documents
-from peagle_train.train import load_target
-from peagle_train.trainer import Trainer
+from peagle_train.training.build import make_draft
+from peagle_train.training.resume import Checkpoint, open_resume
+from peagle_train.training.run_checkpoint import restore
+from peagle_train.training.runner import Batch
+from peagle_train.training.train import load_target
+from peagle_train.training.trainer import Trainer
 
 
 def make_trainer(recipe: Recipe, accelerator: Accelerator) -> Trainer:

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peagle_train import peers
-from peagle_train.evaluate import mass_outside
-from peagle_train.optim import make_optimizer
 from peagle_train.recipe import Train, load_recipe
-from peagle_train.sharded import (
+from peagle_train.target.frozen import FrozenTarget
+from peagle_train.training import peers
+from peagle_train.training.evaluate import mass_outside
+from peagle_train.training.optim import make_optimizer
+from peagle_train.training.sharded import (
     clip_gradients,
     full_moments,
     full_weights,
@@ -27,7 +28,6 @@ from peagle_train.sharded import (
     shard,
     world_mesh,
 )
-from peagle_train.target import FrozenTarget
 from tests.fsdp_run import make_draft
 from tests.ranks_run import make_trainer
 

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from peagle_train.acceptance import TIE_TOLERANCE, Measurement, Settings
-from peagle_train.acceptance_report import ALL, checks, compare, describe_table, summarize
-from peagle_train.checkpoint import save_drafter
-from peagle_train.eval_prompts import Case, load_cases
-from peagle_train.generate import Decoded
-from peagle_train.prompts import Prompt
-from peagle_train.replay import Tally
-from peagle_train.target import FrozenTarget
-from peagle_train.verify import CachedTarget
+from peagle_train.answers.prompts import Prompt
+from peagle_train.decoding.acceptance import TIE_TOLERANCE, Measurement, Settings
+from peagle_train.decoding.acceptance_report import ALL, checks, compare, describe_table, summarize
+from peagle_train.decoding.eval_prompts import Case, load_cases
+from peagle_train.decoding.generate import Decoded
+from peagle_train.decoding.replay import Tally
+from peagle_train.decoding.verify import CachedTarget
+from peagle_train.target.frozen import FrozenTarget
+from peagle_train.training.checkpoint import save_drafter
 from tests.helpers import ROOT, make_draft, seeded
 from tests.test_generate import greedy_by_hand, tiny_draft
 from tests.tiny import MASK, VOCAB, write_recipe, write_rows
@@ -93,7 +93,7 @@ def test_a_prompts_figures_do_not_depend_on_the_others(llama):
 
 
 def test_figures_by_hand():
-    from peagle_train.acceptance import Drafted, Result
+    from peagle_train.decoding.acceptance import Drafted, Result
 
     def result(id: str, plain: Tally, apart: Tally, tokens: int) -> Result:
         drafted = [Drafted([(plain, apart)], [3.0], [4])]
@@ -213,10 +213,10 @@ def test_broken_rows_of_text_are_told_by_line(tmp_path, content, message):
 
 
 def test_stdlib_prompts_are_held_out_seeded_and_from_the_recipes_own_split(monkeypatch):
-    from peagle_train import eval_prompts
-    from peagle_train.data import split_train_eval
+    from peagle_train.data.packing import split_train_eval
+    from peagle_train.data.sources import Document
+    from peagle_train.decoding import eval_prompts
     from peagle_train.recipe import Data
-    from peagle_train.sources import Document
 
     class Recipe:
         data = Data(sources=["stdlib"], eval_fraction=0.3)
@@ -271,7 +271,7 @@ def runs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_tool_measures_two_drafters_and_writes_everything(runs, monkeypatch, capsys):
     import evaluate
 
-    from peagle_train import acceptance_run
+    from peagle_train.decoding import acceptance_run
 
     monkeypatch.setattr(acceptance_run, "_tokenizer", lambda *_: Words())
     (runs / "texts.jsonl").write_text("".join(f'{{"text": "{i} {i + 7} {i + 2}"}}\n' for i in range(4)))
@@ -304,7 +304,7 @@ def test_the_tool_measures_two_drafters_and_writes_everything(runs, monkeypatch,
 def test_a_users_mistake_is_one_line_and_exit_code_2(runs, monkeypatch, capsys, changes, message):
     import evaluate
 
-    from peagle_train import acceptance_run
+    from peagle_train.decoding import acceptance_run
 
     monkeypatch.setattr(acceptance_run, "_tokenizer", lambda *_: Words())
     (runs / "texts.jsonl").write_text('{"text": "5"}')
@@ -315,7 +315,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(runs, monkeypatch, capsys, 
 
 
 def test_a_drafter_that_may_have_learned_from_the_prompts_is_not_compared():
-    from peagle_train.acceptance_run import _check_same_split
+    from peagle_train.decoding.acceptance_run import _check_same_split
 
     class Recipe:
         def __init__(self, eval_fraction: float) -> None:

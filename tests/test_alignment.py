@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from peagle_train.elements import Elements, context_elements, gather_elements
-from peagle_train.relay import relay_step
-from peagle_train.segments import StepStats, TargetOutputs, recompute_step
+from peagle_train.core.elements import Elements, context_elements, gather_elements
+from peagle_train.core.relay import relay_step
+from peagle_train.core.segments import StepStats, TargetOutputs, recompute_step
 from tests.helpers import DRAFT_VOCAB, TARGET_HIDDEN, make_draft
 
 # Two documents, one column of padding; the assistant's words are in capitals.

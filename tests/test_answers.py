@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peagle_train.answers import LOOP_CHARACTERS, LOOP_PERIOD, LOOP_REPEATS, Answer, fault, is_loop
+from peagle_train.answers.answers import LOOP_CHARACTERS, LOOP_PERIOD, LOOP_REPEATS, Answer, fault, is_loop
 
 PROSE = (
     "Binary search halves the range with every step. It needs the list to be sorted; that is what makes it fast. Each look"

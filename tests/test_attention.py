@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from peagle_train import visibility as visibility_module
-from peagle_train.attention import attend
-from peagle_train.compiled_attention import attention_op
-from peagle_train.visibility import Visibility
+from peagle_train.core import visibility as visibility_module
+from peagle_train.core.attention import attend
+from peagle_train.core.compiled_attention import attention_op
+from peagle_train.core.visibility import Visibility
 from tests import oracles
 from tests.oracles import Who
 
@@ -358,7 +358,7 @@ FLEX_ROWS = [([60, 90], 40), ([150], 0)]
 
 @pytest.mark.slow
 def test_compiled_flex_on_cpu_gives_what_loops_give() -> None:
-    from peagle_train.flex import block_mask_of, flex
+    from peagle_train.core.flex import block_mask_of, flex
 
     skip = 37  # one compilation for both: some queries left out, and context
     p = make_pass(FLEX_ROWS, K=4, cut=skip)

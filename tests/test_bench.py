@@ -16,9 +16,9 @@ import bench_segments
 import measure
 from bench_segments import Bench, Case, Settings
 
-import peagle_train.draft
-from peagle_train.relay import RelayBuffers
-from peagle_train.visibility import Visibility
+import peagle_train.core.draft
+from peagle_train.core.relay import RelayBuffers
+from peagle_train.core.visibility import Visibility
 
 TOOLS = Path(bench_segments.__file__).parent
 FIELDS = {"mode", "n", "segments", "layers", "wall_s", "cpu_s", "saved_bytes", "peak_bytes", "flops", "rows"}
@@ -182,7 +182,7 @@ def test_work_of_a_checkpointed_pass(bench: Bench) -> None:
 @pytest.mark.parametrize("mode, segments", [("flat", 1), ("recompute", 3), ("relay", 3)])
 def test_visible_pairs_are_those_of_the_mask(monkeypatch: pytest.MonkeyPatch, mode: str, segments: int) -> None:
     bench = Bench(Settings(**{**vars(TINY), "documents": 2, "depths": 4, "ratio": 0.8}))
-    original, seen = peagle_train.draft.attend, []
+    original, seen = peagle_train.core.draft.attend, []
 
     def attend(query, own, context, visibility):  # type: ignore[no-untyped-def]
         Q = query.shape[2]
@@ -190,7 +190,7 @@ def test_visible_pairs_are_those_of_the_mask(monkeypatch: pytest.MonkeyPatch, mo
         assert bench_segments.block_pairs(visibility, Q, 4) >= seen[-1][1]
         return original(query, own, context, visibility)
 
-    monkeypatch.setattr(peagle_train.draft, "attend", attend)
+    monkeypatch.setattr(peagle_train.core.draft, "attend", attend)
     bench.step(mode, bench.batch(40, segments), bench.target(40), RelayBuffers())
     assert seen and all(ours == masks for ours, masks in seen)
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from peagle_train import relay, segments
-from peagle_train.block_mask import BLOCK_SIZE, direct_block_mask, visible_pairs
-from peagle_train.collator import CODCollator
-from peagle_train.elements import gather_elements
-from peagle_train.flex import block_mask_of, mask_mod_of
-from peagle_train.visibility import Visibility
+from peagle_train.core import relay, segments
+from peagle_train.core.block_mask import BLOCK_SIZE, direct_block_mask, visible_pairs
+from peagle_train.core.collator import CODCollator
+from peagle_train.core.elements import gather_elements
+from peagle_train.core.flex import block_mask_of, mask_mod_of
+from peagle_train.core.visibility import Visibility
 from tests.helpers import make_batch, make_draft, make_rows, make_target
 
 COMPILERS = [c for c in (os.environ.get("CXX"), "g++", "clang++") if c]

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from peagle_train.answers import Answer
-from peagle_train.chat_local import KeyedSampling, LocalChat, nucleus
+from peagle_train.answers.answers import Answer
+from peagle_train.answers.chat_local import KeyedSampling, LocalChat, nucleus
 from tests.tiny import VOCAB
 from tests.tiny_chat import END, TURN, make_chat_target
 from tools.regenerate import main

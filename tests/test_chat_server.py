@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from peagle_train.answers import Answer
-from peagle_train.chat_server import ChatServer, ServerError
+from peagle_train.answers.answers import Answer
+from peagle_train.answers.chat_server import ChatServer, ServerError
 from tests.chat_fake import MODEL, Reply, completion, serving
 
 ASKED = [{"role": "user", "content": "a"}]

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peagle_train.check_drafter import Finding, check_folder, is_loadable, table
-from peagle_train.drafter_files import load_drafter, read_drafter
-from peagle_train.export import export_drafter
+from peagle_train.serving.check_drafter import Finding, check_folder, is_loadable, table
+from peagle_train.serving.drafter_files import load_drafter, read_drafter
+from peagle_train.serving.export import export_drafter
 from tests.helpers import DRAFT_VOCAB, MASK_TOKEN, TARGET_HIDDEN, VOCAB, make_draft
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

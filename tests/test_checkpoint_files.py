@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-import peagle_train.checkpoint as checkpoint
-import peagle_train.checkpoint_files as files
-from peagle_train.checkpoint import lock_output, save_tensors
+import peagle_train.training.checkpoint as checkpoint
+import peagle_train.training.checkpoint_files as files
 from peagle_train.errors import DamagedCheckpoint
-from peagle_train.signals import Signals
+from peagle_train.training.checkpoint import lock_output, save_tensors
+from peagle_train.training.signals import Signals
 
 ROLES = ("config.json", "model.safetensors", "optimizer.state", "rng.state", "state.json", "recipe.yaml")
 

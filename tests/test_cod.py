@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peagle_train.cod import drafter_rows, generate_cod_sample_indices, keep_counts, sample_packed_row
+from peagle_train.core.cod import drafter_rows, generate_cod_sample_indices, keep_counts, sample_packed_row
 from tests import oracles
 from tests.helpers import GOLDEN_DRAWS, golden_arguments, golden_mask, pairs, seeded, sha256
 

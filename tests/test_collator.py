@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from peagle_train.collator import CODCollator
-from peagle_train.partition import segment_capacity
+from peagle_train.core.collator import CODCollator
+from peagle_train.core.partition import segment_capacity
 from tests import oracles
 from tests.helpers import ENVIRONMENT, elements_of, make_rows
 
@@ -394,7 +394,7 @@ def test_a_collator_that_cannot_be_is_refused(options: dict[str, Any], message: 
 def test_importing_the_collator_imports_torch_and_nothing_else_that_is_heavy() -> None:
     heavy = ("transformers", "accelerate", "datasets", "safetensors", "yaml")
     code = (
-        "import sys, peagle_train.collator\nfrom peagle_train import CODCollator\n"
+        "import sys, peagle_train.core.collator\nfrom peagle_train import CODCollator\n"
         f"print('torch' in sys.modules, [m for m in {heavy} if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)

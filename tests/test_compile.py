@@ -9,14 +9,14 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from peagle_train.build import draw_weights
-from peagle_train.collator import CODCollator
-from peagle_train.compiled import CompiledDraft
-from peagle_train.draft import PEagleDraft
-from peagle_train.draft_config import PEagleDraftConfig
-from peagle_train.plan import plan_segments
-from peagle_train.relay import RelayBuffers, relay_step
-from peagle_train.segments import TargetOutputs, recompute_step
+from peagle_train.core.collator import CODCollator
+from peagle_train.core.compiled import CompiledDraft
+from peagle_train.core.draft import PEagleDraft
+from peagle_train.core.draft_config import PEagleDraftConfig
+from peagle_train.core.plan import plan_segments
+from peagle_train.core.relay import RelayBuffers, relay_step
+from peagle_train.core.segments import TargetOutputs, recompute_step
+from peagle_train.training.build import draw_weights
 from tests.test_distributed import launch
 from tests.tiny import make_target, write_recipe, write_rows
 

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from peagle_train.cod import drafter_rows
-from peagle_train.collator import CODCollator
-from peagle_train.data import Document, PackedRows, pack_documents, split_train_eval
-from peagle_train.sampler import StepBatchSampler
+from peagle_train.core.cod import drafter_rows
+from peagle_train.core.collator import CODCollator
+from peagle_train.data.packing import Document, PackedRows, pack_documents, split_train_eval
+from peagle_train.data.sampler import StepBatchSampler
 
 
 def document(ids: list[int], mask: list[int] | None = None, key: str = "0" * 64) -> Document:

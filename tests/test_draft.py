@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, LlamaConfig
 
-from peagle_train.draft import DraftOutput, Labels, PEagleDraft
-from peagle_train.draft_config import PEagleDraftConfig
-from peagle_train.visibility import Visibility
+from peagle_train.core.draft import DraftOutput, Labels, PEagleDraft
+from peagle_train.core.draft_config import PEagleDraftConfig
+from peagle_train.core.visibility import Visibility
 from tests import oracles
 from tests.helpers import DRAFT_VOCAB, MASK_TOKEN, TARGET_HIDDEN, VOCAB, calls_of, make_config, make_draft
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
-from peagle_train.elements import gather_elements
-from peagle_train.generate import Chance, Decoded, Drafter, decode, distribution, spread, verify
-from peagle_train.plan import plan_segments
-from peagle_train.segments import TargetOutputs, run, visibility_of
-from peagle_train.target import FrozenTarget
-from peagle_train.verify import CachedTarget, end_tokens, greedy_tokens
+from peagle_train.core.elements import gather_elements
+from peagle_train.core.plan import plan_segments
+from peagle_train.core.segments import TargetOutputs, run, visibility_of
+from peagle_train.decoding.generate import Chance, Decoded, Drafter, decode, distribution, spread, verify
+from peagle_train.decoding.verify import CachedTarget, end_tokens, greedy_tokens
+from peagle_train.target.frozen import FrozenTarget
 from tests.helpers import MASK_TOKEN, make_batch, make_draft, make_rows, make_target, seeded
 from tests.tiny import MASK, VOCAB
 from tests.tiny import make_target as make_llama

@@ -9,9 +9,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from peagle_train.relay import RelayBuffers
-from peagle_train.target import FrozenTarget
-from peagle_train.trainer import Trainer
+from peagle_train.core.relay import RelayBuffers
+from peagle_train.target.frozen import FrozenTarget
+from peagle_train.training.trainer import Trainer
 from tests.test_resume import LENGTHS, assert_same_run, drafter, last_error, metrics, recipe_for, run, stop_after
 from tests.tiny import make_target, write_rows
 

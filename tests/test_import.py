@@ -11,9 +11,9 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from peagle_train.__main__ import main as train_main
-from peagle_train.drafter_files import load_drafter
-from peagle_train.export import export_drafter
-from peagle_train.import_drafter import import_drafter
+from peagle_train.serving.drafter_files import load_drafter
+from peagle_train.serving.export import export_drafter
+from peagle_train.serving.import_drafter import import_drafter
 from tests.helpers import make_draft
 from tests.test_export import tool
 from tests.tiny import MASK, VOCAB, make_target, write_recipe, write_rows

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from peagle_train.journal import Journal, finished
+from peagle_train.answers.journal import Journal, finished
 
 SETTINGS = {"model": "m", "temperature": 0.5}
 

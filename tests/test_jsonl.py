@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from peagle_train.data import Document, SourceReport, load_documents
+from peagle_train.data.packing import Document, SourceReport, load_documents
 
 
 def load(path: Path, **options: Any) -> tuple[list[Document], SourceReport]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peagle_train.loss import LOSSES, chunked_linear_loss
+from peagle_train.core.loss import LOSSES, chunked_linear_loss
 from tests import oracles
 
 M, V, H, T = 23, 13, 6, 5

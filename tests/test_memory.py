@@ -13,13 +13,21 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from peagle_train import dry_run as planning
 from peagle_train.__main__ import main
-from peagle_train.memory_plan import GIB, Sizes, capacity_of, choose_segments, largest_pass, plan_memory, saved_bytes
-from peagle_train.memory_sizes import Device, parse_device, read_sizes
+from peagle_train.core.relay import RelayBuffers
+from peagle_train.memory import dry_run as planning
+from peagle_train.memory.memory_plan import (
+    GIB,
+    Sizes,
+    capacity_of,
+    choose_segments,
+    largest_pass,
+    plan_memory,
+    saved_bytes,
+)
+from peagle_train.memory.memory_sizes import Device, parse_device, read_sizes
 from peagle_train.recipe import load_recipe
-from peagle_train.relay import RelayBuffers
-from peagle_train.trainer import Trainer
+from peagle_train.training.trainer import Trainer
 from tests.tiny import make_target, write_recipe, write_rows
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
@@ -221,17 +229,17 @@ def test_auto_becomes_the_number_that_fits_and_stays_it_when_the_run_goes_on(
     sections: dict[str, Any] = {"cod": {"num_segments": "auto"}, "train": {"max_steps": 2, "save_steps": 1}}
     recipe = load_recipe(write_recipe(tmp_path, target, rows, tmp_path / "x", **sections))
     four = plan_memory(read_sizes(recipe, Device("cpu", 0)), 4).peak
-    monkeypatch.setattr("peagle_train.train.this_device", lambda _: Device("cpu", int(four / 0.9) + 2))
+    monkeypatch.setattr("peagle_train.training.train.this_device", lambda _: Device("cpu", int(four / 0.9) + 2))
     folder = run(tmp_path / "a", target, rows, **sections)
     assert "cod.num_segments: auto is 4:" in capsys.readouterr().out
     assert load_recipe(folder / "recipe.yaml").cod.num_segments == 4
     assert load_recipe(folder / "checkpoint-1" / "recipe.yaml").cod.num_segments == 4
-    monkeypatch.setattr("peagle_train.train.this_device", lambda _: Device("cpu", 2**50))
+    monkeypatch.setattr("peagle_train.training.train.this_device", lambda _: Device("cpu", 2**50))
     run(tmp_path / "a", target, rows, "--resume", str(folder / "checkpoint-1"), "train.max_steps=3", **sections)
     assert "cod.num_segments auto stays 4" in capsys.readouterr().out
     assert load_recipe(folder / "recipe.yaml").cod.num_segments == 4
     AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.setattr("peagle_train.train.this_device", lambda _: Device("cpu", 1))
+    monkeypatch.setattr("peagle_train.training.train.this_device", lambda _: Device("cpu", 1))
     assert main([str(write_recipe(tmp_path, target, rows, tmp_path / "b", **sections))]) == 2
     assert "no number up to 64 fits" in capsys.readouterr().err
 

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peagle_train.cod import generate_cod_sample_indices
-from peagle_train.partition import (
+from peagle_train.core.cod import generate_cod_sample_indices
+from peagle_train.core.partition import (
     assign_cod_segments,
     balanced_boundaries,
     max_elements,

@@ -15,9 +15,9 @@ import pytest
 import torch
 import yaml
 
-from peagle_train.preparation import prepare_recipe
+from peagle_train.data.preparation import prepare_recipe
+from peagle_train.data.training_data import TrainingData, load_training_data
 from peagle_train.recipe import Recipe, load_recipe
-from peagle_train.training_data import TrainingData, load_training_data
 from tests.byte_tokenizer import BYTES_VOCAB, make_byte_tokenizer
 from tests.tiny import make_target, write_recipe
 
@@ -30,7 +30,7 @@ BATCH_CHARACTERS = 400
 def small_batches() -> Iterator[None]:
     """Shards end where batches do, so that a little data makes several of them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("peagle_train.readers._BATCH_CHARACTERS", BATCH_CHARACTERS)
+        patch.setattr("peagle_train.data.readers._BATCH_CHARACTERS", BATCH_CHARACTERS)
         yield
 
 
@@ -185,7 +185,7 @@ def test_rows_do_not_depend_on_the_size_of_the_shards_or_of_the_batches(
     made: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, folder = made
-    monkeypatch.setattr("peagle_train.readers._BATCH_CHARACTERS", 97)
+    monkeypatch.setattr("peagle_train.data.readers._BATCH_CHARACTERS", 97)
     prepare_recipe(recipe, tmp_path / "other", shard_tokens=10**9, say=lambda _: None)
     assert len(list((tmp_path / "other").glob("sources-*.safetensors"))) == 1
     assert_same(read(recipe, folder), read(recipe, tmp_path / "other"))
@@ -203,8 +203,10 @@ def test_any_number_of_workers_makes_the_same_bytes(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from peagle_train import preparation, readers, shard_writer
-from peagle_train.build import load_tokenizer
+from peagle_train.data import preparation
+from peagle_train.data import readers
+from peagle_train.data import shard_writer
+from peagle_train.training.build import load_tokenizer
 from peagle_train.recipe import load_recipe
 
 recipe, folder, shard_tokens = load_recipe(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
@@ -268,7 +270,7 @@ def test_finished_shards_are_kept_and_edited_ones_are_made_again(
     shard = tmp_path / "begun" / "sources-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x02")
     encoded: list[int] = []
-    from peagle_train.row_encoder import RowEncoder
+    from peagle_train.data.row_encoder import RowEncoder
 
     encode = RowEncoder.__call__
     monkeypatch.setattr(RowEncoder, "__call__", lambda self, raws: (encoded.append(len(raws)), encode(self, raws))[1])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from peagle_train.prompts import Prompt, fingerprint, load_prompts
+from peagle_train.answers.prompts import Prompt, fingerprint, load_prompts
 
 
 def write(path: Path, *rows: Any) -> str:

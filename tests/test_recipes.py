@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from peagle_train.dry_run import dry_run
-from peagle_train.memory_plan import GIB, choose_segments, plan_memory
-from peagle_train.memory_sizes import parse_device, read_sizes
+from peagle_train.memory.dry_run import dry_run
+from peagle_train.memory.memory_plan import GIB, choose_segments, plan_memory
+from peagle_train.memory.memory_sizes import parse_device, read_sizes
 from peagle_train.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parent.parent

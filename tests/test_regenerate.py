@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from peagle_train.answers import Answer
-from peagle_train.conversation import Settings, answer_seed, converse
-from peagle_train.prompts import load_prompts
+from peagle_train.answers.answers import Answer
+from peagle_train.answers.conversation import Settings, answer_seed, converse
+from peagle_train.answers.prompts import load_prompts
 from tests.chat_fake import MODEL, FakeServer, Reply, completion, echo, serving
 from tests.helpers import ENVIRONMENT, ROOT
 from tools.regenerate import main
@@ -155,6 +155,14 @@ def test_a_run_that_is_killed_gives_the_same_bytes_when_it_is_started_again(
     assert sorted(p.name for p in tmp_path.iterdir() if "whole" not in p.name) == ["out.jsonl", report, "p.jsonl"]
 
 
+INTERRUPTIBLE = """
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_an_interrupted_run_ends_at_once_with_one_line_and_keeps_what_it_has(tmp_path: Path) -> None:
     """Although another answer is still out, which nobody will read."""
     prompts, out = write(tmp_path / "p.jsonl", QUESTIONS), tmp_path / "out.jsonl"
@@ -172,10 +180,10 @@ def test_an_interrupted_run_ends_at_once_with_one_line_and_keeps_what_it_has(tmp
         return echo(body)
 
     with serving(interrupt) as server:
-        line = [sys.executable, TOOL, *command(server, prompts, out, "--concurrency", "2")]
+        line = [sys.executable, "-c", INTERRUPTIBLE, TOOL, *command(server, prompts, out, "--concurrency", "2")]
         started.append(subprocess.Popen(line, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True))
         ready.set()
-        assert started[0].communicate()[1] == "regenerate: interrupted; the same command goes on from here\n"
+        assert started[0].communicate(timeout=120)[1] == "regenerate: interrupted; the same command goes on from here\n"
         assert started[0].returncode == 130
         server.respond = echo
         assert main(command(server, prompts, out)) == 0

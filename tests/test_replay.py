@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from peagle_train.bootstrap import difference_interval, ratio_interval
-from peagle_train.generate import Chance, Decoded, Drafter, decode, distribution
-from peagle_train.replay import ANCHORS_AT_A_TIME, Tally, accept_probabilities, repeats, replay, tally_run
-from peagle_train.target import FrozenTarget
-from peagle_train.verify import CachedTarget
+from peagle_train.decoding.bootstrap import difference_interval, ratio_interval
+from peagle_train.decoding.generate import Chance, Decoded, Drafter, decode, distribution
+from peagle_train.decoding.replay import ANCHORS_AT_A_TIME, Tally, accept_probabilities, repeats, replay, tally_run
+from peagle_train.decoding.verify import CachedTarget
+from peagle_train.target.frozen import FrozenTarget
 from tests.helpers import make_draft, seeded
 from tests.test_generate import PROMPT, ToyDrafter, ToyTarget, tiny_draft, toy_decodings
 from tests.tiny import MASK, VOCAB
@@ -27,7 +27,7 @@ def agreeing_draft(llama: FrozenTarget, prompt: list[int], n: int) -> Any:
     draft = make_draft(vocab_size=VOCAB, target_hidden_size=16, ptd_token_id=MASK, draft_vocab_size=VOCAB)
     with CachedTarget(llama) as target:
         text = decode(target, Drafter(draft, 1), prompt, n, chance=Chance(seeded(0)))
-    from peagle_train.replay import slot_logits
+    from peagle_train.decoding.replay import slot_logits
 
     K, first = 5, len(prompt) - 1
     ids = [*text.prompt, *text.tokens]

@@ -15,12 +15,12 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-import peagle_train.run_checkpoint as run_checkpoint
-import peagle_train.trainer as trainer_module
+import peagle_train.training.run_checkpoint as run_checkpoint
+import peagle_train.training.trainer as trainer_module
 from peagle_train.__main__ import main, parse
-from peagle_train.data import PackedRows
-from peagle_train.evaluate import Evaluator
-from peagle_train.runner import BatchRunner
+from peagle_train.data.packing import PackedRows
+from peagle_train.training.evaluate import Evaluator
+from peagle_train.training.runner import BatchRunner
 from tests.tiny import make_target, write_recipe, write_rows
 
 LENGTHS = [9, 31, 4, 17, 32, 2, 26, 11, 40, 13]
@@ -56,7 +56,7 @@ def run(recipe: Path, *arguments: str, code: int = 0) -> None:
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the next run get a SIGTERM behind a step."""
-    from peagle_train.trainer import Trainer
+    from peagle_train.training.trainer import Trainer
 
     real = Trainer._optimizer_step
 
@@ -182,7 +182,7 @@ def started(folder: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPa
 def test_going_on_reads_no_row_of_the_steps_that_are_done(
     tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from peagle_train.trainer import Trainer
+    from peagle_train.training.trainer import Trainer
 
     recipe = started(tmp_path, target, rows, monkeypatch, batch_size=2)
     read: list[object] = []
@@ -406,7 +406,7 @@ def test_resume_takes_a_folder_and_nothing_else_for_its_own(
 def test_sigusr1_saves_and_goes_on_and_clocks_that_jump_change_nothing(
     tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from peagle_train.trainer import Trainer
+    from peagle_train.training.trainer import Trainer
 
     recipe = recipe_for(tmp_path, target, rows, train={"max_steps": 5})
     run(recipe)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from peagle_train.chat import ChatEncoder
-from peagle_train.choice import times_an_epoch
-from peagle_train.data import pack_documents
-from peagle_train.source_spec import parse_sources
-from peagle_train.sources import Document, SourceReport, load_documents
+from peagle_train.data.chat import ChatEncoder
+from peagle_train.data.choice import times_an_epoch
+from peagle_train.data.packing import pack_documents
+from peagle_train.data.source_spec import parse_sources
+from peagle_train.data.sources import Document, SourceReport, load_documents
 from tests.byte_tokenizer import BYTES_VOCAB, make_byte_tokenizer
 
 TOKENIZER = make_byte_tokenizer()
@@ -264,8 +264,8 @@ def test_a_null_column_of_a_table_is_a_field_that_is_not_there(tmp_path: Path) -
 def test_reading_jsonl_and_text_imports_no_datasets(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "r.jsonl", {"input_ids": [1, 2, 3]})
     code = (
-        "import sys\nfrom peagle_train.training_data import load_training_data\n"
-        "from peagle_train.sources import load_documents\n"
+        "import sys\nfrom peagle_train.data.training_data import load_training_data\n"
+        "from peagle_train.data.sources import load_documents\n"
         f"load_documents([{str(path)!r}], tokenizer=None, vocab_size=9)\nsys.exit('datasets' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

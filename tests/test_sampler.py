@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
-from peagle_train.sampler import EMPTY_ROW, StepBatchSampler, epoch_order
+from peagle_train.data.sampler import EMPTY_ROW, StepBatchSampler, epoch_order
 
 
 def slow_oracle(

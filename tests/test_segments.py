@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from peagle_train.plan import plan_segments
-from peagle_train.segments import recompute_step
+from peagle_train.core.plan import plan_segments
+from peagle_train.core.segments import recompute_step
 from tests import oracles
 from tests.helpers import (
     GRID,

@@ -13,8 +13,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from peagle_train.collator import CODCollator
-from peagle_train.show_row import (
+from peagle_train.core.collator import CODCollator
+from peagle_train.data.show_row import (
     BEHIND_END,
     MASK,
     TokenNames,

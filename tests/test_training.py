@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from peagle_train.__main__ import main
-from peagle_train.draft import PEagleDraft
+from peagle_train.core.draft import PEagleDraft
 from tests.tiny import MASK, VOCAB, make_target, write_recipe, write_rows
 
 LENGTHS = [9, 31, 4, 17, 32, 2, 26, 11, 40, 13]
@@ -167,7 +167,7 @@ def test_a_drafter_of_another_width_trains_its_own_head(tmp_path: Path, target: 
 def test_a_non_finite_loss_stops_the_run_with_step_and_row_and_keeps_the_last_good_weights(
     tmp_path: Path, target: Path, rows: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from peagle_train.target import FrozenTarget
+    from peagle_train.target.frozen import FrozenTarget
 
     outputs, calls = FrozenTarget.outputs, []
 

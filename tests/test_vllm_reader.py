@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peagle_train.draft import PEagleDraft
-from peagle_train.drafter_files import load_drafter
-from peagle_train.export import export_drafter
-from peagle_train.visibility import Visibility
+from peagle_train.core.draft import PEagleDraft
+from peagle_train.core.visibility import Visibility
+from peagle_train.serving.drafter_files import load_drafter
+from peagle_train.serving.export import export_drafter
 from tests import vllm_reader
 from tests.helpers import DRAFT_VOCAB, MASK_TOKEN, TARGET_HIDDEN, VOCAB, make_draft
 

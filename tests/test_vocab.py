@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from peagle_train.data import Document
-from peagle_train.vocab import (
+from peagle_train.data.packing import Document
+from peagle_train.data.vocab import (
     choose_draft_vocab,
     count_supervised,
     coverage,

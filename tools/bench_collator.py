@@ -22,7 +22,7 @@ def measure(length: int, documents: int, segments: int, repeats: int) -> dict[st
     """Medians of collating one row of `length` tokens."""
     import torch
 
-    from peagle_train.collator import CODCollator
+    from peagle_train.core.collator import CODCollator
 
     torch.set_num_threads(1)  # as in a loader's worker
     collator = CODCollator(length, num_depths=8, num_segments=segments)

@@ -2,7 +2,7 @@
 
     python tools/bench_loss.py --rows 8192 --vocab 32000 --hidden 1024 --json results.json
 
-Methods: `naive` (both models' logits, log_softmax, autograd), `chunked` (peagle_train.loss) at several chunk sizes, and
+Methods: `naive` (both models' logits, log_softmax, autograd), `chunked` (core.loss) at several chunk sizes, and
 `liger` (liger-kernel, fused linear JSD at beta 0, which is this KL), where that is installed. Each in a process of
 its own, repeats interleaved, medians. peak_bytes is the peak beyond inputs and gradients.
 """
@@ -24,7 +24,7 @@ def one(settings: dict[str, Any], out: Path) -> None:
     import torch
     from torch import Tensor
 
-    from peagle_train.loss import chunked_linear_loss
+    from peagle_train.core.loss import chunked_linear_loss
 
     device = torch.device(settings["device"])
     torch.set_num_threads(settings["threads"])

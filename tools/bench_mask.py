@@ -32,11 +32,11 @@ from measure import GIB, MIB, PeakRSS, format_number, format_table, run_process,
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from peagle_train.block_mask import direct_block_mask
-from peagle_train.collator import CODCollator
-from peagle_train.elements import gather_elements
-from peagle_train.flex import mask_mod_of
-from peagle_train.visibility import Visibility
+from peagle_train.core.block_mask import direct_block_mask
+from peagle_train.core.collator import CODCollator
+from peagle_train.core.elements import gather_elements
+from peagle_train.core.flex import mask_mod_of
+from peagle_train.core.visibility import Visibility
 
 METHODS = ("direct", "eager", "compiled")
 EAGER_LIMIT = 8192

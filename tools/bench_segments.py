@@ -65,10 +65,10 @@ from measure import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from peagle_train.draft import PEagleDraft
-    from peagle_train.relay import RelayBuffers
-    from peagle_train.segments import StepStats, TargetOutputs
-    from peagle_train.visibility import QueryBlock, Visibility
+    from peagle_train.core.draft import PEagleDraft
+    from peagle_train.core.relay import RelayBuffers
+    from peagle_train.core.segments import StepStats, TargetOutputs
+    from peagle_train.core.visibility import QueryBlock, Visibility
 
 MODES = ("flat", "checkpoint", "recompute", "relay")
 WHOLE_MODES = ("flat", "checkpoint")
@@ -132,8 +132,8 @@ class Bench:
     def __init__(self, settings: Settings) -> None:
         import torch
 
-        from peagle_train.draft import PEagleDraft
-        from peagle_train.draft_config import PEagleDraftConfig
+        from peagle_train.core.draft import PEagleDraft
+        from peagle_train.core.draft_config import PEagleDraftConfig
 
         self.settings = settings
         if settings.threads:
@@ -179,7 +179,7 @@ class Bench:
         return {"input_ids": ids, "loss_mask": masks, "row_key": n}
 
     def batch(self, n: int, segments: int) -> dict[str, "Tensor"]:
-        from peagle_train.collator import CODCollator
+        from peagle_train.core.collator import CODCollator
 
         s = self.settings
         collator = CODCollator(n, s.depths, s.ratio, s.ratio_min, segments, s.boundaries, seed=s.seed)
@@ -188,7 +188,7 @@ class Bench:
     def target(self, n: int) -> "TargetOutputs":
         import torch
 
-        from peagle_train.segments import TargetOutputs
+        from peagle_train.core.segments import TargetOutputs
 
         generator = torch.Generator().manual_seed(self.settings.seed + 1)
         H, V = self.settings.hidden, self.settings.vocab
@@ -203,9 +203,9 @@ class Bench:
         """Forward and backward of everything, from the host's batch on; gradients accumulate."""
         import torch
 
-        from peagle_train.plan import plan_segments
-        from peagle_train.relay import relay_step
-        from peagle_train.segments import recompute_step
+        from peagle_train.core.plan import plan_segments
+        from peagle_train.core.relay import relay_step
+        from peagle_train.core.segments import recompute_step
 
         # Shapes as in the trainer: the same for every segment where something is made and kept for each new one.
         on_cuda = self.device.type == "cuda"
@@ -239,7 +239,7 @@ class Bench:
 
     def warm_up(self, case: Case) -> None:
         """Load what a first step loads, and make the parameters' gradients."""
-        from peagle_train.relay import RelayBuffers
+        from peagle_train.core.relay import RelayBuffers
 
         n = max(16, 2 * self.settings.depths, 4 * self.settings.documents)
         if self.device.type != "cpu":
@@ -250,7 +250,7 @@ class Bench:
         """wall_s, cpu_s, peak_bytes and the loss of one step."""
         import torch
 
-        from peagle_train.relay import RelayBuffers
+        from peagle_train.core.relay import RelayBuffers
 
         self.warm_up(case)
         batch, target = self.batch(case.n, case.segments), self.target(case.n)
@@ -285,7 +285,7 @@ class Bench:
 
     def count(self, case: Case) -> dict[str, int | None]:
         """Everything that is the same in every repeat: COUNTED."""
-        from peagle_train.relay import RelayBuffers
+        from peagle_train.core.relay import RelayBuffers
 
         batch, target = self.batch(case.n, case.segments), self.target(case.n)
         with work_counted(self.draft, on_cpu=self.device.type == "cpu") as work:
@@ -339,7 +339,7 @@ def work_counted(draft: "PEagleDraft", on_cpu: bool) -> Iterator[Work]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from peagle_train import draft as module
+    from peagle_train.core import draft as module
 
     work = Work(kernel_pairs=0 if on_cpu else None)
     counter = FlopCounterMode(display=False)
@@ -422,8 +422,8 @@ def attention_without_kernel() -> Iterator[None]:
     """The package's attention, all that it saves included, with the CPU's kernel giving zeros."""
     import torch
 
-    from peagle_train import attention
-    from peagle_train.visibility import Visibility
+    from peagle_train.core import attention
+    from peagle_train.core.visibility import Visibility
 
     def flash(query: "Tensor", key: "Tensor", value: "Tensor", **_: Any) -> "tuple[Tensor, Tensor]":
         wide = torch.promote_types(query.dtype, torch.float32)
@@ -446,7 +446,7 @@ def attention_without_kernel() -> Iterator[None]:
 
 def plan_dense_blocks(self: "Visibility", itemsize: int) -> "list[QueryBlock]":
     """In `Visibility._plan_blocks`' place: every block of queries over all keys of the pass, and masks do the rest."""
-    from peagle_train import visibility as module
+    from peagle_train.core import visibility as module
 
     B, N = self.anchor.shape
     every = slice(0, self.num_context), slice(0, self.num_depth0), slice(self.first_rollout, N)
@@ -464,7 +464,7 @@ def run_child(request: str) -> None:
     bench = Bench(settings)
     with ExitStack() as stack:
         if settings.attention == "dense":
-            from peagle_train.visibility import Visibility
+            from peagle_train.core.visibility import Visibility
 
             stack.enter_context(mock.patch.object(Visibility, "_plan_blocks", plan_dense_blocks))
         result: dict[str, Any] = {"timed": bench.time(case)}

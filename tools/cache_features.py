@@ -30,8 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
-        from peagle_train.cache_run import write_cache
         from peagle_train.recipe import load_recipe
+        from peagle_train.target.cache_run import write_cache
 
         recipe = load_recipe(options.recipe, options.overrides)
         print(write_cache(recipe, options.out or recipe.target.cache, options.shard_mib, options.speculators), end="")

@@ -103,9 +103,9 @@ def live(way: str, count: int, arguments: list[str]) -> int:
 
 def arrange_death(way: str, count: int) -> None:
     """Have this process end in `way`, at its `count`-th occasion; ways that come from outside arrange nothing."""
-    import peagle_train.run_checkpoint as run_checkpoint
-    from peagle_train.metrics import Reporter
-    from peagle_train.runner import BatchRunner
+    import peagle_train.training.run_checkpoint as run_checkpoint
+    from peagle_train.training.metrics import Reporter
+    from peagle_train.training.runner import BatchRunner
 
     left = [count]
 
@@ -183,7 +183,7 @@ def arrange_death(way: str, count: int) -> None:
         run_checkpoint.save_tensors = save_without_space
     elif way in ("term", "int", "worker"):
         os.setpgrp()
-        from peagle_train.trainer import Trainer
+        from peagle_train.training.trainer import Trainer
 
         step = Trainer._optimizer_step
 
@@ -396,9 +396,9 @@ def main() -> int:
     if options.kills < 1:
         parser.error(f"--kills is {options.kills}; it must be at least 1")
 
-    import peagle_train.train  # noqa: F401  (what every life would import)
-    from peagle_train.checkpoint import write_json
-    from peagle_train.run_state import versions
+    import peagle_train.training.train  # noqa: F401  (what every life would import)
+    from peagle_train.training.checkpoint import write_json
+    from peagle_train.training.run_state import versions
 
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="peagle-chaos-") as folder:

@@ -18,9 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from peagle_train.draft import PEagleDraft
-from peagle_train.draft_config import PEagleDraftConfig
-from peagle_train.segments import TargetOutputs, recompute_step
+from peagle_train.core.draft import PEagleDraft
+from peagle_train.core.draft_config import PEagleDraftConfig
+from peagle_train.core.segments import TargetOutputs, recompute_step
 
 TOLERANCE = 1e-5
 

@@ -51,7 +51,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    from peagle_train.acceptance_run import run
+    from peagle_train.decoding.acceptance_run import run
 
     try:
         text, is_right = run(options, Path(options.checkpoint))

@@ -49,8 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from peagle_train.check_drafter import check_folder, is_loadable, table
-    from peagle_train.export import find_drafter, read_target_config
+    from peagle_train.serving.check_drafter import check_folder, is_loadable, table
+    from peagle_train.serving.export import find_drafter, read_target_config
 
     if not options.check:
         raise ValueError("give --out DIR to export, or --check to check the folder")
@@ -64,8 +64,8 @@ def _check(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     import torch
 
-    from peagle_train.check_drafter import table
-    from peagle_train.export import export_drafter
+    from peagle_train.serving.check_drafter import table
+    from peagle_train.serving.export import export_drafter
 
     done = export_drafter(
         Path(options.folder),

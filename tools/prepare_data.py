@@ -35,7 +35,7 @@ def main() -> int:
 
 def run(options: argparse.Namespace) -> None:
     # Heavy imports happen here, so that --help answers at once.
-    from peagle_train.preparation import SHARD_TOKENS, prepare_recipe
+    from peagle_train.data.preparation import SHARD_TOKENS, prepare_recipe
     from peagle_train.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)

@@ -65,9 +65,9 @@ def run(options: argparse.Namespace) -> None:
     # Heavy imports happen here, so that --help answers at once.
     from collections import Counter
 
-    from peagle_train.conversation import Settings
-    from peagle_train.prompts import load_prompts
-    from peagle_train.regenerate import regenerate
+    from peagle_train.answers.conversation import Settings
+    from peagle_train.answers.prompts import load_prompts
+    from peagle_train.answers.regenerate import regenerate
 
     template_kwargs = read_mapping(options.chat_template_kwargs)
     settings = Settings(
@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
     if options.target is not None:
         from transformers.utils.logging import disable_progress_bar
 
-        from peagle_train.chat_local import LocalChat
+        from peagle_train.answers.chat_local import LocalChat
 
         if not sys.stderr.isatty():
             disable_progress_bar()
@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> None:
         )
         identity = backend.identity(options.target)
     else:
-        from peagle_train.chat_server import ChatServer
+        from peagle_train.answers.chat_server import ChatServer
 
         if not options.model:
             raise ValueError("--model is missing: give the name by which the server knows the target")

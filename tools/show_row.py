@@ -41,8 +41,8 @@ def main() -> int:
 
 def run(options: argparse.Namespace) -> str:
     # Heavy imports happen here, so that --help answers at once.
+    from peagle_train.data.show_row import show_row
     from peagle_train.recipe import load_recipe
-    from peagle_train.show_row import show_row
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that has no such letter still gets the row

@@ -1,0 +1,274 @@
+"""PEagleDraft: the drafter, in the tensor names that vLLM's EAGLE-3 loader expects (DESIGN: on disk).
+
+Layer 0 reads [token embedding, features] (2H wide); the layers above are plain Llama layers; `lm_head` maps to the draft
+vocabulary. B: rows, N: elements of a pass, M: leading slots that hold depth-0 elements, Q: queries of the last layer,
+H: hidden size, T: the target's hidden size, D: head dim, A: query heads, G: key/value heads.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding, rotate_half
+
+from peagle_train.core.attention import attend
+from peagle_train.core.draft_config import PEagleDraftConfig
+from peagle_train.core.loss import chunked_linear_loss
+from peagle_train.core.visibility import Causal, Visibility
+from peagle_train.data.vocab import d2t_offsets, t2d_mask
+from peagle_train.training.profile import span
+
+KV = tuple[Tensor, Tensor]
+"""Keys (rotated) and values of one layer, [B, G, n, D] each."""
+
+
+class Labels(NamedTuple):
+    """What a pass is trained on; m: supervised elements, V: draft vocabulary, T: the target's hidden size."""
+
+    rows: Tensor | None
+    """int64 [m], the supervised elements among the B * Q of the last layer, flattened; None: all, see `counted`."""
+    target_hidden: Tensor
+    """[m, T], the target's last hidden state of each one's label column."""
+    target_head: Tensor
+    """[V, T], the target's head rows of the draft vocabulary."""
+    loss: str = "kl"
+    chunk_rows: int = 384
+    counted: Tensor | None = None
+    """bool [m], the supervised ones among `rows`; None: all of them."""
+
+
+class DraftOutput(NamedTuple):
+    hidden: Tensor | None
+    """[B, Q, H] after `norm`, before `lm_head`."""
+    keys_values: list[KV]
+    """Each layer's, of all N elements."""
+    loss: Tensor | None
+    """Scalar, summed over the supervised elements; None without labels."""
+    hits: Tensor | None
+    """bool [m], whether the argmax agrees with the target's within the draft vocabulary."""
+
+
+class RMSNorm(nn.Module):
+    """Llama's, but for float64, which transformers' casts down to float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (self.weight * normed).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: PEagleDraftConfig, input_size: int) -> None:
+        super().__init__()
+        assert config.head_dim is not None and config.num_key_value_heads is not None
+        self.head_dim = config.head_dim
+        bias = config.attention_bias
+        query_size, kv_size = (
+            config.num_attention_heads * self.head_dim,
+            config.num_key_value_heads * self.head_dim,
+        )
+        self.q_proj = nn.Linear(input_size, query_size, bias=bias)
+        self.k_proj = nn.Linear(input_size, kv_size, bias=bias)
+        self.v_proj = nn.Linear(input_size, kv_size, bias=bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=bias)
+
+    def keys_values(self, x_BNI: Tensor, rope: tuple[Tensor, Tensor]) -> KV:
+        key, value = (p(x_BNI).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.k_proj, self.v_proj))
+        return _rotate(key, rope), value
+
+    def forward(
+        self, x_BQI: Tensor, rope: tuple[Tensor, Tensor], own: KV, context: KV | None, visibility: Visibility | Causal
+    ) -> Tensor:
+        query = self.q_proj(x_BQI).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return self.o_proj(attend(_rotate(query, rope), own, context, visibility))
+
+
+class Layer(nn.Module):
+    """A Llama layer; the fused one takes the token embeddings too and attends over [embedding, features]."""
+
+    def __init__(self, config: PEagleDraftConfig, fused: bool) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = Attention(config, 2 * size if fused else size)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = RMSNorm(size, eps)
+        self.post_attention_layernorm = RMSNorm(size, eps)
+        if fused:
+            self.hidden_norm = RMSNorm(size, eps)
+        self.fused = fused
+        self.norm_before_residual = config.norm_before_residual
+
+    def forward(
+        self,
+        x_BNH: Tensor,
+        embeds_BNH: Tensor | None,
+        rope: tuple[Tensor, Tensor],
+        context: KV | None,
+        visibility: Visibility | Causal,
+        skip: int = 0,
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Returns (hidden states of the elements from `skip` on, or None if none is left; keys; values of all N)."""
+        if self.fused:
+            assert embeds_BNH is not None
+            normed = self.hidden_norm(x_BNH)
+            if self.norm_before_residual:
+                x_BNH = normed
+            normed = torch.cat([self.input_layernorm(embeds_BNH), normed], dim=-1)
+        else:
+            normed = self.input_layernorm(x_BNH)
+        key, value = self.self_attn.keys_values(normed, rope)
+        if skip == x_BNH.shape[1]:
+            return None, key, value
+        if skip:
+            x_BNH, normed, rope = x_BNH[:, skip:], normed[:, skip:], (rope[0][:, skip:], rope[1][:, skip:])
+        x_BNH = x_BNH + self.self_attn(normed, rope, (key, value), context, visibility)
+        return x_BNH + self.mlp(self.post_attention_layernorm(x_BNH)), key, value
+
+
+class PEagleDraft(PreTrainedModel):
+    """A P-EAGLE drafter.
+
+    Parameters: `embed_tokens` [V, H], `fc` [H, 3T], `mask_hidden` [1, 1, 3T], `layers.*`, `norm`, `lm_head` [Vd, H].
+    Buffers: `d2t` int64 [Vd], offsets (target id = i + d2t[i]); `t2d` bool [V].
+    """
+
+    config_class = PEagleDraftConfig
+    config: PEagleDraftConfig
+    base_model_prefix = ""
+    _no_split_modules = ["Layer"]  # noqa: RUF012 (an instance variable in transformers)
+    supports_gradient_checkpointing = False  # ours is `activation_checkpointing`, below
+
+    def __init__(self, config: PEagleDraftConfig) -> None:
+        super().__init__(config)
+        config.check_trainable()
+        assert config.draft_vocab_size is not None and config.target_hidden_size is not None
+        size = config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, size)
+        self.fc = nn.Linear(3 * config.target_hidden_size, size, bias=False)
+        self.mask_hidden = nn.Parameter(torch.zeros(1, 1, 3 * config.target_hidden_size))
+        self.layers = nn.ModuleList(Layer(config, fused=i == 0) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
+        self.rotary_emb = self.make_rotary(config)
+        self.d2t: Tensor
+        self.t2d: Tensor
+        self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
+        self.register_buffer("t2d", torch.arange(config.vocab_size) < config.draft_vocab_size)
+        self.activation_checkpointing = False
+        self.post_init()
+
+    @staticmethod
+    def make_rotary(config: PEagleDraftConfig) -> LlamaRotaryEmbedding:
+        """The rotary tables' module; its buffer is in no checkpoint, so it must be made on a real device."""
+        return LlamaRotaryEmbedding(config)
+
+    @property
+    def mask_token_id(self) -> int:
+        assert self.config.ptd_token_id is not None
+        return self.config.ptd_token_id
+
+    @property
+    def draft_token_ids(self) -> Tensor:
+        """int64 [Vd]: the target's ids of the draft vocabulary, ascending."""
+        return self.d2t + torch.arange(self.d2t.numel(), device=self.d2t.device)
+
+    def set_draft_vocab(self, draft_token_ids: Tensor) -> None:
+        """Fill d2t and t2d from the target's ids of the draft vocabulary, int64 [Vd], ascending and distinct."""
+        assert draft_token_ids.shape == self.d2t.shape
+        self.d2t.copy_(d2t_offsets(draft_token_ids))
+        self.t2d.copy_(t2d_mask(draft_token_ids, self.t2d.numel()))
+
+    def forward(
+        self,
+        token: Tensor,
+        position: Tensor,
+        features: Tensor,
+        visibility: Visibility | Causal,
+        context: list[KV] | None = None,
+        keys_values_only: bool = False,
+        skip: int = 0,
+        labels: Labels | None = None,
+    ) -> DraftOutput:
+        """Run one pass over N elements.
+
+        Args:
+            token: int64 [B, N], the token that each element reads (the mask token where depth > 0).
+            position: int64 [B, N], rotary positions.
+            features: [B, M, 3T], the target's features of the first M = visibility.num_depth0 slots (anything where
+                such a slot holds no depth-0 element; those and all later slots read `mask_hidden`).
+            visibility: who sees whom; `Causal` where the drafter serves (see `peagle_train.decoding.generate`).
+            context: each layer's rotated keys and values of the P context columns; None where P = 0.
+            keys_values_only: the last layer computes keys and values and nothing else; hidden states are None.
+            skip: the first `skip` elements drop out of the last layer once their keys and values are known.
+            labels: what to compute the loss against. Inside forward, so that sharded weights are whole here.
+        """
+        x_BNH = self._fused_features(features, visibility.depth)
+        embeds_BNH = self.embed_tokens(token).to(x_BNH.dtype)
+        rope = self.rotary_emb(x_BNH, position)  # cos and sin, [B, N, D]
+        keys_values: list[KV] = []
+        hidden: Tensor | None = x_BNH
+        for i, layer in enumerate(self.layers):
+            last = i == len(self.layers) - 1
+            layer_skip = (token.shape[1] if keys_values_only else skip) if last else 0
+            arguments = (
+                hidden,
+                embeds_BNH if i == 0 else None,
+                rope,
+                context[i] if context else None,
+                visibility,
+                layer_skip,
+            )
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                hidden, key, value = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden, key, value = layer(*arguments)
+            keys_values.append((key, value))
+        if hidden is None:
+            return DraftOutput(None, keys_values, None, None)
+        hidden = self.norm(hidden)
+        if labels is None:
+            return DraftOutput(hidden, keys_values, None, None)
+        with span("loss"):
+            loss, hits = chunked_linear_loss(
+                hidden.flatten(0, 1) if labels.rows is None else hidden.flatten(0, 1)[labels.rows],
+                self.lm_head.weight,
+                labels.target_hidden,
+                labels.target_head,
+                labels.loss,
+                labels.chunk_rows,
+                labels.counted,
+            )
+        return DraftOutput(hidden, keys_values, loss, hits)
+
+    def _fused_features(self, features_BMF: Tensor, depth_BN: Tensor) -> Tensor:
+        """fc of the features where depth is 0, fc of `mask_hidden`, computed once, everywhere else: [B, N, H]."""
+        B, N = depth_BN.shape
+        M = features_BMF.shape[1]
+        device_type = features_BMF.device.type
+        autocast = torch.is_autocast_enabled(device_type)  # which leaves float64 as it is
+        features_BMF = features_BMF.to(torch.get_autocast_dtype(device_type) if autocast else self.fc.weight.dtype)
+        is_depth0_BM1 = (depth_BN[:, :M] == 0)[:, :, None]
+        # Zeros where they are not read: a nan there would pass through fc's weight gradient as 0 * nan.
+        fused_BMH = self.fc(features_BMF.masked_fill(~is_depth0_BM1, 0))
+        mask_H = self.fc(self.mask_hidden)[0, 0]
+        return torch.cat([torch.where(is_depth0_BM1, fused_BMH, mask_H), mask_H.expand(B, N - M, -1)], dim=1)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # transformers' own also makes the rotary tables again, which from_pretrained leaves uninitialised.
+        super()._init_weights(module)
+        if isinstance(module, PEagleDraft):
+            # Not zeros: hidden_norm of a zero vector has gradients of size 1 / sqrt(eps).
+            init.normal_(module.mask_hidden, std=self.config.initializer_range)
+
+
+def _rotate(x_BAND: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    cos, sin = (table[:, None] for table in rope)
+    return x_BAND * cos + rotate_half(x_BAND) * sin

@@ -1,0 +1,212 @@
+"""`tools/evaluate.py` behind its arguments: load, measure, write the report."""
+
+import json
+import logging
+import math
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from peagle_train.data.files import STDLIB
+from peagle_train.decoding.acceptance import Measurement, Settings
+from peagle_train.decoding.acceptance_report import (
+    checks,
+    compare,
+    describe_table,
+    details,
+    run_figures,
+    show_interval,
+    summarize,
+)
+from peagle_train.decoding.eval_prompts import Case, load_cases
+from peagle_train.decoding.verify import end_tokens
+from peagle_train.recipe import Recipe, load_recipe
+from peagle_train.serving.drafter_files import load_drafter
+from peagle_train.target.frozen import FrozenTarget
+from peagle_train.training.checkpoint import MARKER, write_json
+
+logger = logging.getLogger(__name__)
+
+
+def run(options: Namespace, folder: Path) -> tuple[str, bool]:
+    """Measure as the command line says; returns the report for a person, and whether every greedy text is right.
+
+    Raises:
+        ValueError: for a user's mistake.
+    """
+    for name, least in (("max_tokens", 1), ("limit", 1), ("k", 1), ("max_k", 1), ("prompt_tokens", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; give {least} or more")
+    if not 0 <= options.temperature < math.inf:
+        raise ValueError(f"--temperature is {options.temperature}; give 0 (greedy) or more")
+    if options.json and not Path(options.json).absolute().parent.is_dir():
+        raise ValueError(f"--json {options.json} lies in a folder that does not exist")
+    recipe = _recipe(folder)
+    path = options.target or (recipe.target.path if recipe else None)
+    if path is None:
+        raise ValueError(f"{folder} has no recipe.yaml that names its target: give --target DIR")
+    if not Path(path).is_dir():
+        raise ValueError(f"target {path} is no folder: give --target DIR")
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    folders = [folder] + ([Path(options.compare)] if options.compare else [])
+    drafts = [load_drafter(f) for f in folders]
+    for draft in drafts:
+        draft.to(device)  # type: ignore[arg-type]
+    if options.compare and STDLIB in options.prompts:
+        _check_same_split(recipe, _recipe(folders[1]))
+    largest = [options.max_k or _num_depths(f) or max(8, options.k or 0) for f in folders]
+    settings = Settings(
+        num_slots=options.k or min(5, largest[0]),
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        sample_drafts=not options.likeliest_drafts,
+        seed=options.seed,
+    )
+    largest[0] = max(largest[0], settings.num_slots)
+    trusted = bool(recipe and recipe.target.trust_remote_code)
+    tokenizer = _tokenizer(path, trusted)
+    # before the target, which may take minutes to load
+    cases, notes = _cases(options, recipe, tokenizer, drafts[0].config.vocab_size)
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    target = FrozenTarget.load(
+        path,
+        dtype=options.dtype,
+        device=device,
+        layer_ids=drafts[0].config.eagle_aux_hidden_state_layer_ids,
+        trust_remote_code=trusted,
+    )
+    target.check()
+    measurement = Measurement(target, list(zip(drafts, largest)), settings, tokenizer=tokenizer, eos=end_tokens(target))
+    results = measurement(cases, say=lambda line: print(line, file=sys.stderr, flush=True))
+    if not results:
+        raise ValueError(f"no prompt was left to measure on: {measurement.left_out}")
+    report: dict[str, Any] = {
+        "drafters": [str(f) for f in folders],
+        "target": str(path),
+        "dtype": str(next(target.model.parameters()).dtype)[6:],
+        "drafter_dtype": str(drafts[0].dtype)[6:],
+        "settings": vars(settings) | {"prompts": options.prompts, "limit": options.limit, "plain": options.plain},
+        "prompts": notes,
+        "left_out": measurement.left_out,
+        "figures": [summarize(results, i, options.seed, _trained(f)) for i, f in enumerate(folders)],
+        "decoding": run_figures(results, options.seed),
+        "checks": checks(results),
+        "difference": compare(results, options.seed) if len(drafts) > 1 else None,
+        "turns": details(results),
+    }
+    if options.json:
+        write_json(Path(options.json), report)
+    return describe(report), not report["checks"]["texts"]["bug"]
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The report for a person."""
+    s = report["settings"]
+    how = "greedy" if s["temperature"] == 0 else f"temperature {s['temperature']:g}"
+    if s["temperature"] and not s["sample_drafts"]:
+        how += ", likeliest drafts"
+    lines = [*report["prompts"]]
+    lines += [f"left out: {count} ({reason})" for reason, count in report["left_out"].items()]
+    lines.append(f"target {report['target']} in {report['dtype']}, {how}, {s['max_tokens']} tokens, batch 1")
+    for folder, figures in zip(report["drafters"], report["figures"]):
+        lines += [f"drafter {folder}:", describe_table(figures)]
+        for name, values in figures.items():
+            share = values["repeated_tokens"] / max(1, values["tokens"])
+            lines.append(
+                f"{name}: {values['prompts']} prompts, {values['tokens']} tokens, {share:.1%} of them repetition"
+            )
+    for name, figures in report["decoding"].items():
+        length = "-" if figures["accepted_length"] is None else f"{figures['accepted_length']:.3f}"
+        lines.append(f"decoded with K = {figures['k']}, {name}: {length} ({show_interval(figures['interval'])})")
+    found = report["checks"]
+    texts = found["texts"]
+    if not texts["none"]:
+        lines.append(
+            f"texts: {texts['same']} are the target's own, {texts['tie']} part from it at a tie of logits,"
+            f" {texts['bug']} are wrong; {len(found['replays_that_differ'])} replays differ from their decoding"
+        )
+        lines += [f"  {_where(d)}: {d['verdict']} at token {d['at']}{_gap(d)}" for d in found["differences"]]
+    for name, rows in (report["difference"] or {}).items():
+        for row in rows:
+            difference = "-" if row["difference"] is None else f"{row['difference']:+.3f}"
+            lines.append(f"difference, {name}, K = {row['k']}: {difference} ({show_interval(row['interval'])})")
+    return "\n".join(lines)
+
+
+def _where(found: dict[str, Any]) -> str:
+    return f"{found['data_set']} {found['id']}" + (f", turn {found['turn'] + 1}" if found["turn"] else "")
+
+
+def _gap(found: dict[str, Any]) -> str:
+    return f" (gap {found['gap']:.2g}, tolerance {found['tolerance']:.2g})" if "gap" in found else ""
+
+
+def _cases(options: Namespace, recipe: Recipe | None, tokenizer: Any, vocab_size: int) -> tuple[list[Case], list[str]]:
+    cases: list[Case] = []
+    notes: list[str] = []
+    for name in options.prompts:
+        more, said = load_cases(
+            name,
+            tokenizer,
+            limit=options.limit,
+            plain=options.plain,
+            seed=options.seed,
+            recipe=recipe,
+            prompt_tokens=options.prompt_tokens,
+            vocab_size=vocab_size,
+        )
+        if more and more[0].data_set in {case.data_set for case in cases}:
+            raise ValueError(
+                f"two of --prompts are called {more[0].data_set}: give files of different names, each once"
+            )
+        cases += more
+        notes += said
+    return cases, notes
+
+
+def _tokenizer(path: str, trust_remote_code: bool) -> Any:
+    """The target's, or None; whoever needs one says so."""
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        logger.warning("%s has no usable tokenizer (%s)", path, str(error).splitlines()[0][:200])
+        return None
+
+
+def _recipe(folder: Path) -> Recipe | None:
+    """The recipe beside a drafter, or of its run; None if there is none."""
+    for path in (folder / "recipe.yaml", folder.parent / "recipe.yaml"):
+        if path.is_file():
+            return load_recipe(str(path), [])
+    return None
+
+
+def _check_same_split(recipe: Recipe | None, other: Recipe | None) -> None:
+    """ValueError if the other drafter may have learned from what the first one's recipe holds out."""
+    fractions = [r.data.eval_fraction if r and not r.data.eval_sources else 0.0 for r in (recipe, other)]
+    if fractions[1] < fractions[0]:
+        raise ValueError(
+            f"--prompts stdlib: the drafter to compare with had data.eval_fraction {fractions[1]}, the first one"
+            f" {fractions[0]}, so it may have learned from these prompts: give the one of the smaller fraction first"
+        )
+
+
+def _num_depths(folder: Path) -> int | None:
+    recipe = _recipe(folder)
+    return recipe.cod.num_depths if recipe else None
+
+
+def _trained(folder: Path) -> list[float]:
+    """The accuracy by depth that the run's last evaluation found of this drafter; empty if there was none."""
+    try:
+        summary = json.loads((folder.parent / MARKER).read_text(encoding="utf-8"))
+        return [float(share) for share in summary["after"]["accuracy"]] if summary["drafter"] == folder.name else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

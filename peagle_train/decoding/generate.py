@@ -1,0 +1,200 @@
+"""Speculative decoding of one text with a P-EAGLE drafter, as vLLM does it: draft, verify, reject, roll back.
+
+With x_0 ... x_m known and run through the target up to x_{m-1}, the drafter reads its context, then the real token x_m with
+the real features h_{m-1} at position m - 1 (slot 0), then mask tokens at m, m + 1, ... (slots 1 to K - 1), under plain
+causal attention; slot k guesses x_{m+1+k}. This is the training contract's anchor a = m - 1 (`core.elements`), and
+tests compare the two slot by slot.
+
+K: slots, n: tokens of a call, F = 3T: feature size, V: the target's vocabulary, Vd: the draft vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from peagle_train.core.draft import KV, PEagleDraft
+from peagle_train.core.visibility import Causal
+
+
+class Drafter:
+    """A drafter over one growing text, with the keys and values of its real tokens' rows."""
+
+    def __init__(self, draft: PEagleDraft, num_slots: int) -> None:
+        assert num_slots >= 1
+        self.draft, self.num_slots = draft, num_slots
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin a new text."""
+        self.length = 0
+        self._context: list[KV] | None = None
+
+    @property
+    def token_ids(self) -> Tensor:
+        """int64 [Vd]: the target's ids of the draft vocabulary."""
+        return self.draft.draft_token_ids
+
+    @torch.no_grad()
+    def propose(self, tokens: Sequence[int], features_nF: Tensor) -> Tensor:
+        """Logits of all slots, [K, Vd], in the drafter's dtype.
+
+        Args:
+            tokens: the n tokens that became known since the last call; row i pairs `tokens[i]` with
+                `features_nF[i]`, the features of the token in front of it. n >= 1; the last token is the bonus token.
+        """
+        n, K, device = len(tokens), self.num_slots, self.draft.device
+        assert features_nF.shape[0] == n >= 1
+        token = torch.tensor([[*tokens, *[self.draft.mask_token_id] * (K - 1)]], device=device)
+        index = torch.arange(n + K - 1, device=device)[None]
+        output = self.draft(
+            token,
+            self.length + index,
+            features_nF[None].to(device),
+            Causal((index - (n - 1)).clamp(min=0)),
+            context=self._context,
+            skip=n - 1,
+        )
+        # Mask slots are not kept: the rows of accepted tokens are made again from real tokens and features.
+        kept = [(key[:, :, :n], value[:, :, :n]) for key, value in output.keys_values]
+        old = self._context or [(key[:, :, :0], value[:, :, :0]) for key, value in kept]
+        self._context = [(torch.cat(k, dim=2), torch.cat(v, dim=2)) for k, v in (zip(*pair) for pair in zip(old, kept))]
+        self.length += n
+        return self.draft.lm_head(output.hidden[0])
+
+
+class Drafts(Protocol):
+    """What `decode` needs of a drafter."""
+
+    @property
+    def token_ids(self) -> Tensor: ...
+    def clear(self) -> None: ...
+    def propose(self, tokens: Sequence[int], features_nF: Tensor) -> Tensor: ...
+
+
+class Verifies(Protocol):
+    """What `decode` needs of a target (see `CachedTarget`)."""
+
+    def clear(self) -> None: ...
+    def extend(self, tokens: Sequence[int], num_logits: int) -> tuple[Tensor, Tensor]: ...
+    def crop(self, length: int) -> None: ...
+
+
+class Chance:
+    """Every random choice of a decoding, from one generator."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+
+    def accepts(self, probability: float) -> bool:
+        return float(torch.rand((), generator=self.generator, dtype=torch.float64)) < probability
+
+    def choose(self, probabilities_V: Tensor) -> int:
+        """A token; float64, on the host, summing to 1."""
+        return int(torch.multinomial(probabilities_V, 1, generator=self.generator))
+
+
+def distribution(logits: Tensor, temperature: float) -> Tensor:
+    """softmax(logits / temperature) in float64 on the host, [..., V]; at 0, all on the (first) largest."""
+    logits = logits.detach().to("cpu", torch.float64)
+    if temperature == 0:
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    return (logits / temperature).softmax(-1)
+
+
+def spread(drafted: Tensor, token_ids: Tensor, vocab_size: int) -> Tensor:
+    """Probabilities of the draft vocabulary [K, Vd] as the target's [K, V], zero where the drafter has no token."""
+    return drafted.new_zeros(drafted.shape[0], vocab_size).index_copy_(1, token_ids.cpu(), drafted)
+
+
+def verify(drafted: Sequence[int], draft_KV: Tensor, target_K1V: Tensor, chance: Chance) -> tuple[int, int]:
+    """The rejection rule of Leviathan et al. (arXiv:2211.17192): the output is distributed as the target's own.
+
+    A drafted token x is accepted with probability min(1, p(x) / q(x)); in the place of the first rejected one the target
+    puts a token from max(0, p - q), normalised, and behind a wholly accepted draft one from its own distribution. q is
+    whatever the token was drawn from, so a pruned draft vocabulary (q = 0 outside of it) costs acceptance, not exactness.
+    At temperature 0, where p and q are 0 or 1, this is the comparison of argmaxes.
+
+    Args:
+        drafted: K tokens, token k drawn from `draft_KV[k]`.
+        target_K1V: [K + 1, V], the target's distribution at each of them, and behind the last.
+
+    Returns:
+        How many of the drafted tokens are accepted, and the token that follows them.
+    """
+    for k, token in enumerate(drafted):
+        if not chance.accepts(min(1.0, float(target_K1V[k, token] / draft_KV[k, token]))):
+            residual_V = (target_K1V[k] - draft_KV[k]).clamp(min=0)
+            total = residual_V.sum()
+            # Without rounding a token is rejected only where p < q, so that p > q somewhere else.
+            return k, chance.choose(residual_V / total if total > 0 else target_K1V[k])
+    return len(drafted), chance.choose(target_K1V[len(drafted)])
+
+
+@dataclass
+class Decoded:
+    """One prompt's output and how it came about."""
+
+    prompt: list[int]
+    tokens: list[int]
+    """At most max_tokens; the last is an end token if there was one."""
+    probabilities: list[float]
+    """Of each token, under the target at this temperature."""
+    passes: list[tuple[int, int]] = field(default_factory=list)
+    """Of each verifying pass: the index in `tokens` of the bonus token that its draft followed, and how many drafted tokens
+    were accepted (those behind an end token do not count, those behind max_tokens do)."""
+    features: Tensor | None = None
+    """[prompt + tokens - 1, F]: of every token but the last."""
+
+
+@torch.no_grad()
+def decode(
+    target: Verifies,
+    drafter: Drafts,
+    prompt: Sequence[int],
+    max_tokens: int,
+    *,
+    eos: frozenset[int] = frozenset(),
+    temperature: float = 0.0,
+    chance: Chance,
+    sample_drafts: bool = True,
+) -> Decoded:
+    """Decode speculatively until `max_tokens` tokens or an end token; batch 1.
+
+    Args:
+        prompt: at least one token.
+        temperature: of target and drafter; 0 is greedy.
+        sample_drafts: draw drafts from the drafter's distribution; False: take its likeliest tokens, as engines do that
+            keep no draft probabilities.
+    """
+    assert prompt and max_tokens >= 1
+    target.clear()
+    drafter.clear()
+    features, logits = target.extend(prompt, 1)
+    first_V = distribution(logits, temperature)[0]
+    token = chance.choose(first_V)
+    out = Decoded([*prompt], [token], [float(first_V[token])])
+    kept = [features]
+    known, known_features = [*prompt[1:], token], features
+    while len(out.tokens) < max_tokens and out.tokens[-1] not in eos:
+        draft_logits = drafter.propose(known, known_features)
+        drafted_q = distribution(draft_logits, temperature if sample_drafts else 0.0)
+        draft_KV = spread(drafted_q, drafter.token_ids, first_V.numel())
+        drafted = [chance.choose(q_V) for q_V in draft_KV]
+        bonus_at, length = len(out.tokens) - 1, len(prompt) + len(out.tokens)
+        features, logits = target.extend([out.tokens[-1], *drafted], len(drafted) + 1)
+        target_K1V = distribution(logits, temperature)
+        accepted, bonus = verify(drafted, draft_KV, target_K1V, chance)
+        target.crop(length + accepted)
+        known, known_features = [*drafted[:accepted], bonus], features[: accepted + 1]
+        kept.append(known_features)
+        ends = [i for i, t in enumerate(known) if t in eos]
+        new = known[: ends[0] + 1] if ends else known
+        out.tokens += new
+        out.probabilities += [float(target_K1V[i, t]) for i, t in enumerate(new)]
+        out.passes.append((bonus_at, min(accepted, len(new))))
+    del out.tokens[max_tokens:], out.probabilities[max_tokens:]
+    out.features = torch.cat(kept)[: len(prompt) + len(out.tokens) - 1]
+    return out

@@ -1,0 +1,1 @@
+"""Drafters' folders: reading anybody's, checking, exporting, starting from them."""

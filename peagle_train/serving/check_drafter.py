@@ -1,0 +1,270 @@
+"""Would an engine load this folder as a P-EAGLE drafter, and read what was trained? Everything found, in one table.
+
+The rules are those of vLLM's Llama EAGLE-3 loader and proposer (`parallel_drafting`) and of this project's shapes.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from peagle_train.core.draft_config import PEagleDraftConfig
+from peagle_train.serving.draft_formats import (
+    ARCHITECTURES,
+    EAGLE3,
+    format_of,
+    layer_config,
+    layer_ids_of,
+    mask_token_of,
+    parse_config,
+    rope_of,
+    unsupported,
+)
+from peagle_train.serving.drafter_files import read_config, read_tensors, weight_files
+from peagle_train.serving.drafter_tensors import MAY_LACK, check_layers, check_vocab, expected_shapes, standard_name
+
+Level = Literal["ok", "warn", "BAD"]
+YARN_EXTRAS = ("attention_factor", "mscale", "mscale_all_dim")
+"""Yarn's settings that transformers reads and some versions of vLLM do not."""
+
+
+class Finding(NamedTuple):
+    """One row of the table."""
+
+    level: Level
+    what: str
+    detail: str
+
+
+def is_loadable(findings: list[Finding]) -> bool:
+    return all(finding.level != "BAD" for finding in findings)
+
+
+def table(findings: list[Finding]) -> str:
+    """The findings as lines, the bad ones repeated in the last."""
+    width = max(len(finding.what) for finding in findings)
+    lines = [f"{level:4}  {what:{width}}  {detail}" for level, what, detail in findings]
+    bad, warned = (sum(f.level == level for f in findings) for level in ("BAD", "warn"))
+    verdict = "NOT loadable as it is" if bad else "loadable"
+    return "\n".join([*lines, f"{verdict}: {bad} errors, {warned} warnings"])
+
+
+def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> list[Finding]:
+    """Everything about a drafter's folder that an engine reads.
+
+    Args:
+        target: the target's config.json, to compare with; None skips that.
+    """
+    folder = Path(folder)
+    try:
+        raw = read_config(folder)
+        layer_config(raw)
+    except ValueError as error:
+        return [Finding("BAD", "config.json", str(error))]
+    findings = [*_check_config(raw), *_check_rope(raw)]
+    config = None
+    try:
+        config = parse_config(raw)
+        if config.ptd_token_id is not None:
+            config.check_trainable()
+    except ValueError as error:
+        if not unsupported(raw):  # else they are rows already
+            findings.append(Finding("BAD", "config.json", str(error)))
+            config = None
+    findings += _check_weights(folder, raw, config)
+    if target is not None and config is not None:
+        findings += _check_target(config, raw, target)
+    return findings
+
+
+def _check_config(raw: dict[str, Any]) -> list[Finding]:
+    kind, layers = format_of(raw), layer_config(raw)
+    found = [Finding("ok", "format", f"{kind}, {layers.get('num_hidden_layers')} layers")]
+    found += [Finding("BAD", "config.json", problem) for problem in unsupported(raw)]
+    given = raw.get("architectures")
+    given = given if isinstance(given, list) and given else ["none"]
+    if kind == EAGLE3:
+        known = given[0] in ARCHITECTURES
+        detail = f"{given[0]}" + ("" if known else f": vLLM knows {', '.join(ARCHITECTURES)}")
+        found.append(Finding("ok" if known else "BAD", "architectures", detail))
+        if raw.get("model_type") != "llama":
+            found.append(Finding("BAD", "model_type", f"{raw.get('model_type')}: transformers must read it as llama"))
+    else:
+        found += _check_speculators(raw)
+    try:
+        token = mask_token_of(raw)
+    except ValueError as error:
+        found.append(Finding("BAD", "mask token", str(error)))
+    else:
+        found.append(_check_mask_token(raw, token, layers.get("vocab_size")))
+    ids = layer_ids_of(raw)
+    default = "not given: vLLM reads layers (2, n // 2, n - 3)"
+    found.append(Finding("ok", "feature layers", default if ids is None else str(ids)))
+    found.append(Finding("ok", "max positions", str(layers.get("max_position_embeddings"))))
+    if raw.get("tie_word_embeddings") or layers.get("tie_word_embeddings"):
+        pruned = raw.get("draft_vocab_size") not in (None, layers.get("vocab_size"))
+        detail = "true: a pruned vocabulary's head cannot be the embeddings" if pruned else "true, ignored by vLLM"
+        found.append(Finding("BAD" if pruned else "warn", "tie_word_embeddings", detail))
+    if raw.get("norm_before_residual") is None:
+        found.append(Finding("warn", "norm_before_residual", "not given, and readers' defaults differ: give it"))
+    return found
+
+
+def _check_mask_token(raw: dict[str, Any], token: int | None, vocab_size: Any) -> Finding:
+    if token is None:
+        return Finding("warn", "mask token", "none: an EAGLE-3 drafter, one token a pass; parallel_drafting needs one")
+    if not isinstance(vocab_size, int) or not 0 <= token < vocab_size:
+        return Finding("BAD", "mask token", f"{token} lies outside of the vocabulary of {vocab_size}")
+    if format_of(raw) == EAGLE3 and "pard_token" not in raw and "ptd_token_id" not in raw:
+        return Finding(
+            "warn", "mask token", f"{token}, as mask_token_id alone: older vLLM reads pard_token, ptd_token_id"
+        )
+    return Finding("ok", "mask token", str(token))
+
+
+def _check_speculators(raw: dict[str, Any]) -> list[Finding]:
+    try:
+        settings = raw["speculators_config"]
+        tokens = settings["proposal_methods"][0]["speculative_tokens"]
+        target = settings["verifier"]["name_or_path"]
+    except (KeyError, IndexError, TypeError) as error:
+        return [Finding("BAD", "speculators_config", f"not as vLLM reads it: {type(error).__name__} {error}")]
+    good = type(tokens) is int and tokens >= 1
+    found = [Finding("ok" if good else "BAD", "speculative tokens", str(tokens))]
+    if not target:
+        found.append(Finding("warn", "verifier", "none: `vllm serve` does not know which target this is for"))
+    else:
+        found.append(Finding("ok", "verifier", str(target)))
+    size, target_size = layer_config(raw).get("hidden_size"), raw.get("target_hidden_size")
+    if target_size not in (None, size):
+        detail = f"{target_size}, hidden_size is {size}: vLLM reads it, the speculators package does not"
+        found.append(Finding("warn", "target_hidden_size", detail))
+    return found
+
+
+def _check_rope(raw: dict[str, Any]) -> list[Finding]:
+    layers = layer_config(raw)
+    rope = rope_of(layers)
+    kind = rope["rope_type"]
+    extras = [key for key in YARN_EXTRAS if key in rope] if kind == "yarn" else []
+    if extras:
+        return [Finding("warn", "rope", f"yarn with {', '.join(extras)}, which not every version of vLLM reads")]
+    theta = rope.get("rope_theta")
+    if theta is None:
+        return [Finding("warn", "rope", f"{kind}, no rope_theta: readers take 10000")]
+    return [Finding("ok", "rope", f"{kind}, theta {theta}")]
+
+
+def _check_weights(folder: Path, raw: dict[str, Any], config: PEagleDraftConfig | None) -> list[Finding]:
+    try:
+        stored = read_tensors(folder)
+        files = weight_files(folder)
+    except ValueError as error:
+        return [Finding("BAD", "weights", str(error))]
+    found = []
+    stray = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in files)
+    if stray:
+        found.append(Finding("BAD", stray[0], "is no part of the drafter, but vLLM reads every .safetensors here"))
+    try:
+        if config is None:
+            raise ValueError("shapes not checked: config.json does not say what they must be")
+        check_layers(config, {standard_name(name): tensor for name, tensor in stored.items()})
+        shapes = expected_shapes(config)
+    except ValueError as error:
+        return [*found, Finding("BAD", "weights", str(error))]
+    names = {standard_name(name) for name in stored}
+    for name, tensor in stored.items():
+        found.append(_check_tensor(name, tensor, shapes))
+    pruned = config.draft_vocab_size != config.vocab_size
+    is_parallel = config.ptd_token_id is not None or "mask_hidden" in names
+    for name in sorted(shapes.keys() - names):
+        found.append(_missing(name, shapes[name], pruned, is_parallel))
+    if config.ptd_token_id is None and "mask_hidden" in names:
+        found.append(Finding("BAD", "mask token", "none, though there is a mask_hidden"))
+    if config.hidden_size != config.target_hidden_size and "mask_hidden" in names:
+        detail = (
+            f"[.., {shapes['mask_hidden'][-1]}]: the first vLLM versions with parallel_drafting want 3 * hidden_size"
+        )
+        found.append(Finding("warn", "mask_hidden", detail))
+    dtypes = {t.dtype for name, t in stored.items() if standard_name(name) not in ("d2t", "t2d")}
+    if len(dtypes) > 1 or torch.float64 in dtypes:
+        listed = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
+        found.append(Finding("warn", "dtypes", f"{listed}: engines cast to the target's"))
+    return found + _check_mapping(stored, config)
+
+
+def _check_tensor(name: str, tensor: Tensor, shapes: dict[str, tuple[int, ...]]) -> Finding:
+    standard, kind = standard_name(name), str(tensor.dtype).removeprefix("torch.")
+    shown = f"{kind} {list(tensor.shape)}"
+    if standard not in shapes:
+        return Finding("BAD", name, f"{shown}: no tensor of such a drafter")
+    if standard != name and not name.startswith("midlayer."):
+        return Finding("BAD", name, f"{shown}: vLLM would look for model.{name}; tools/import.py renames it")
+    wanted = shapes[standard]
+    flat = standard == "mask_hidden" and tensor.numel() == wanted[-1]
+    if tuple(tensor.shape) != wanted and not flat:
+        return Finding("BAD", name, f"{shown}, but config.json makes it {list(wanted)}")
+    if standard in ("d2t", "t2d"):
+        usual = torch.int64 if standard == "d2t" else torch.bool
+        return Finding("ok" if tensor.dtype == usual else "warn", name, shown + _unless(tensor.dtype == usual, usual))
+    if not tensor.is_floating_point():
+        return Finding("BAD", name, f"{shown}: weights must be floating point")
+    if not bool(tensor.isfinite().all()):
+        return Finding("warn", name, f"{shown}: {int((~tensor.isfinite()).sum())} values are not finite")
+    if standard == "mask_hidden" and not bool(tensor.any()):
+        return Finding("warn", name, f"{shown}: all zero, so it was never trained")
+    return Finding("ok", name, shown)
+
+
+def _missing(name: str, shape: tuple[int, ...], pruned: bool, is_parallel: bool) -> Finding:
+    if name == "lm_head.weight" and pruned:
+        return Finding("BAD", name, f"missing {list(shape)}: the target's head does not fit a pruned vocabulary")
+    if name == "mask_hidden" and not is_parallel:
+        return Finding("warn", name, f"missing {list(shape)}: parallel_drafting needs it, tools/import.py starts one")
+    if name in MAY_LACK and name != "mask_hidden":
+        return Finding("warn", name, f"missing {list(shape)}: engines take the target's")
+    if name == "t2d":
+        return Finding("warn", name, f"missing {list(shape)}: vLLM does not read it, others do")
+    if name == "d2t" and not pruned:
+        return Finding("ok", name, "none: the full vocabulary")
+    return Finding("BAD", name, f"missing {list(shape)}")
+
+
+def _check_mapping(stored: dict[str, Tensor], config: PEagleDraftConfig) -> list[Finding]:
+    tensors = {standard_name(name): tensor for name, tensor in stored.items()}
+    if "d2t" not in tensors or tensors["d2t"].shape != (config.draft_vocab_size,):
+        return []
+    try:
+        ids = check_vocab(tensors["d2t"], tensors.get("t2d"), config.vocab_size)
+    except ValueError as error:
+        return [Finding("BAD", "vocabulary", str(error))]
+    counted = f"{ids.numel()} of {config.vocab_size} tokens, {int(ids.min())} to {int(ids.max())}"
+    if bool((ids[1:] < ids[:-1]).any()):
+        return [Finding("warn", "vocabulary", f"{counted}, not ascending: t2d alone cannot tell the order")]
+    return [Finding("ok", "vocabulary", counted)]
+
+
+def _check_target(config: PEagleDraftConfig, raw: dict[str, Any], target: dict[str, Any]) -> list[Finding]:
+    text = target.get("text_config") if isinstance(target.get("text_config"), dict) else target
+    assert text is not None
+    found = []
+    for ours, theirs, name in (
+        (config.vocab_size, text.get("vocab_size"), "vocab_size"),
+        (config.target_hidden_size, text.get("hidden_size"), "hidden_size"),
+    ):
+        good = ours == theirs
+        detail = f"{theirs}" + ("" if good else f", but the drafter was made for {ours}")
+        found.append(Finding("ok" if good else "BAD", f"target's {name}", detail))
+    layers, ids = text.get("num_hidden_layers"), layer_ids_of(raw)
+    if isinstance(layers, int) and ids is not None and max(ids) >= layers:
+        found.append(Finding("BAD", "target's layers", f"{layers}, but the drafter reads the inputs of {ids}"))
+    positions = text.get("max_position_embeddings")
+    if isinstance(positions, int) and config.max_position_embeddings < positions:
+        detail = f"{positions}, the drafter's are {config.max_position_embeddings}: longer contexts are not drafted for"
+        found.append(Finding("warn", "target's positions", detail))
+    return found
+
+
+def _unless(good: bool, usual: torch.dtype) -> str:
+    return "" if good else f"; {str(usual).removeprefix('torch.')} is usual"

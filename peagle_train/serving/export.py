@@ -1,0 +1,227 @@
+"""From a run's checkpoint to a folder that an engine serves: config, weights, tokenizer, model card. All or nothing."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from peagle_train.core.draft_config import PEagleDraftConfig
+from peagle_train.durable import make_readable, sync
+from peagle_train.serving.check_drafter import Finding, check_folder, is_loadable
+from peagle_train.serving.draft_formats import EAGLE3, FORMATS, SPECULATORS, format_of, speculators_config
+from peagle_train.serving.drafter_files import WEIGHTS, DrafterFiles, read_drafter
+from peagle_train.serving.model_card import RunFacts, find_report, model_card, read_report, read_run
+
+TOKENIZER_FILES: tuple[str, ...] = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES += ("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
+
+
+@dataclass
+class Export:
+    """What was written, and what is to be said about it."""
+
+    folder: Path
+    findings: list[Finding]
+    """Of the check of what was written."""
+    notes: list[str] = field(default_factory=list)
+
+
+def find_drafter(folder: Path) -> Path:
+    """The drafter in a checkpoint's or a run's folder (its `final/`); ValueError if there is none."""
+    if (folder / "config.json").exists() or not folder.is_dir():
+        return folder
+    if (folder / "final" / "config.json").exists():
+        return folder / "final"
+    inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    choice = f"; give one of its {', '.join(inside)}" if inside else ""
+    raise ValueError(f"{folder} is no drafter's folder (no config.json){choice}")
+
+
+def export_drafter(
+    checkpoint: Path,
+    out: Path,
+    format: str,
+    *,
+    target: Path | None = None,
+    target_name: str | None = None,
+    speculative_tokens: int | None = None,
+    dtype: torch.dtype | None = None,
+    licence: str | None = None,
+    measured: Path | None = None,
+) -> Export:
+    """Write a drafter's folder as engines load it.
+
+    Args:
+        checkpoint: a drafter's folder in either format, or a run's (its `final/`).
+        out: a folder that does not exist yet, or an empty one.
+        target: the target's folder; None is the recipe's.
+        target_name: how the files name the target, such as a hub name; None is the folder.
+        speculative_tokens: K to serve with; None is the training's.
+        dtype: of the weights; None keeps the checkpoint's.
+        licence: the card's licence field.
+        measured: an evaluation's JSON for the card; None is an `acceptance.json` about this folder, in it or beside it.
+
+    Raises:
+        ValueError: one line, for what no engine would load; nothing is written then.
+    """
+    assert format in FORMATS
+    check_new(out)
+    folder = find_drafter(checkpoint)
+    files = read_drafter(folder)
+    facts, notes = read_run(folder), list(files.notes)
+    if folder != checkpoint:
+        notes.append(f"exported from {folder}")
+    lacking = files.missing + (["a mask token"] if files.config.ptd_token_id is None else [])
+    if lacking:
+        raise ValueError(f"{folder} lacks {', '.join(lacking)}: complete it with tools/import.py first")
+    files.config.check_trainable()
+    target = find_target(target, facts, notes)
+    tokens = _speculative_tokens(files, facts, speculative_tokens)
+    if format == SPECULATORS and tokens is None:
+        raise ValueError(f"{folder} does not say for how many tokens it was trained: give --num-speculative-tokens")
+    name = target_name or _known_target(files, facts, target)
+    if format == SPECULATORS and name is None:
+        raise ValueError(f"{folder} does not say which target it drafts for: give --target DIR or --target-name NAME")
+    if name is not None and Path(name).is_absolute():
+        notes.append(f"the files name the target by its folder, {name}: --target-name gives it another")
+    report = read_report(measured) if measured else find_report(folder)
+    target_config = read_target_config(target) if target else None
+    tensors = {n: t.to(dtype or t.dtype) if t.is_floating_point() else t for n, t in files.tensors.items()}
+    files.config.dtype = tensors["fc.weight"].dtype
+    config_text = _config_text(files.config, format, tokens, name, target_config)
+    if format == SPECULATORS and files.config.draft_vocab_size == files.config.vocab_size:
+        del tensors["d2t"], tensors["t2d"]  # its models have them for a pruned vocabulary only
+    card = model_card(
+        files.config,
+        format,
+        facts,
+        target=name,
+        speculative_tokens=tokens,
+        licence=licence,
+        measured=report,
+    )
+    result: list[Finding] = []
+
+    def fill(temporary: Path) -> None:
+        write_drafter(temporary, config_text, tensors)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        for file in TOKENIZER_FILES:
+            if target is not None and (target / file).is_file():
+                shutil.copyfile(target / file, temporary / file)
+        result.extend(check_folder(temporary, target_config))
+        bad = [f"{finding.what}: {finding.detail}" for finding in result if finding.level == "BAD"]
+        if not is_loadable(result):
+            raise ValueError(f"vLLM would not load {folder} as it was trained: {'; '.join(bad)}")
+
+    write_new_folder(out, fill)
+    if target is not None and not any((out / file).exists() for file in TOKENIZER_FILES):
+        notes.append(f"{target} has no tokenizer files, so none were copied")
+    return Export(out, result, notes)
+
+
+def find_target(given: Path | None, facts: RunFacts, notes: list[str]) -> Path | None:
+    """The target's folder; ValueError if one was given and is none. A recipe's that is not on this machine is noted."""
+    if given is not None:
+        if not (given / "config.json").is_file():
+            raise ValueError(f"--target {given} is no model's folder (no config.json)")
+        return given
+    path = facts.get("target", "path")
+    if isinstance(path, str) and (Path(path) / "config.json").is_file():
+        return Path(path)
+    where = f"the target {path} is not on this machine" if path else "no target is known"
+    notes.append(f"{where}: no tokenizer files were copied, and nothing was compared with it (--target DIR)")
+    return None
+
+
+def _speculative_tokens(files: DrafterFiles, facts: RunFacts, given: int | None) -> int | None:
+    trained = facts.get("cod", "num_depths")
+    trained = trained if isinstance(trained, int) else None
+    if given is not None and trained is not None and given > trained:
+        raise ValueError(
+            f"--num-speculative-tokens is {given}, but the drafter was trained for {trained}: give at most that"
+        )
+    if given is not None and given < 1:
+        raise ValueError(f"--num-speculative-tokens is {given}; give at least 1")
+    if given is None and trained is None and format_of(files.raw) == SPECULATORS:
+        try:
+            return int(files.raw["speculators_config"]["proposal_methods"][0]["speculative_tokens"])
+        except (KeyError, IndexError, TypeError, ValueError):
+            return None
+    return given or trained
+
+
+def _known_target(files: DrafterFiles, facts: RunFacts, target: Path | None) -> str | None:
+    if target is not None:
+        return str(target)
+    named = facts.get("target", "path")
+    if named is None and format_of(files.raw) == SPECULATORS:
+        settings = files.raw.get("speculators_config")
+        verifier = settings.get("verifier") if isinstance(settings, dict) else None
+        named = verifier.get("name_or_path") if isinstance(verifier, dict) else None
+    return named if isinstance(named, str) else None
+
+
+def _config_text(
+    config: PEagleDraftConfig, format: str, tokens: int | None, target: str | None, target_config: dict[str, Any] | None
+) -> str:
+    if format == EAGLE3:
+        return config.to_json_string()
+    assert tokens is not None
+    architectures = (target_config or {}).get("architectures") or []
+    content = speculators_config(config, tokens, target, architectures)
+    content["dtype"] = str(config.dtype).removeprefix("torch.")
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+
+def read_target_config(target: Path) -> dict[str, Any]:
+    """The target's config.json; ValueError if it cannot be read."""
+    try:
+        content = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the target's {target / 'config.json'} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"the target's {target / 'config.json'} is no mapping")
+    return content
+
+
+def write_drafter(folder: Path, config_text: str, tensors: dict[str, Tensor]) -> None:
+    """config.json and model.safetensors into a folder that is there."""
+    (folder / "config.json").write_text(config_text, encoding="utf-8")
+    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def check_new(path: Path) -> None:
+    """ValueError unless a folder may be put in this place."""
+    if path.is_dir() and not any(path.iterdir()) and not path.is_symlink():
+        return
+    if os.path.lexists(path):
+        raise ValueError(f"--out {path} is there already and not an empty folder; give another")
+
+
+def write_new_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write into a temporary folder beside `path`, sync it, and rename it to `path`, which is new or empty."""
+    check_new(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise ValueError(f"--out {path} cannot be written: {error.strerror}") from error
+    try:
+        fill(temporary)
+        for item in [*temporary.iterdir(), temporary]:
+            make_readable(item)  # another user may serve it
+            sync(item)
+        os.rename(temporary, path)  # fails on a folder that came to hold something meanwhile
+        sync(path.parent)
+    except OSError as error:
+        raise ValueError(f"--out {path} cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""A run: its parts, the loop, checkpoints and resuming, several processes."""

@@ -1,0 +1,115 @@
+"""Folders on disk that are either whole or not there: written beside their place, synced, renamed."""
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from peagle_train.core.draft_config import PEagleDraftConfig
+from peagle_train.durable import make_readable, partial_path, sync, write_text
+
+logger = logging.getLogger(__name__)
+
+MARKER = "run.json"
+"""In the output folder: whose folder it is, and how far the run came."""
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file so that a reader sees the old or the new one, never half of it."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write into a temporary folder, sync it and put it in the place of `path`."""
+    temporary = partial_path(path)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    temporary.mkdir(parents=True)
+    try:
+        fill(temporary)
+        for file in temporary.iterdir():
+            make_readable(file)
+            sync(file)
+        sync(temporary)
+        if path.exists():
+            old = path.with_name(f".{path.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(path, old)
+            os.replace(temporary, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, path)
+        sync(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def save_drafter(path: Path, config: PEagleDraftConfig, state: dict[str, Tensor], extra: dict[str, str]) -> None:
+    """`model.safetensors` and `config.json` as vLLM loads them, and further text files by name."""
+    write_folder(path, lambda folder: fill_drafter(folder, config, state, extra))
+
+
+def fill_drafter(folder: Path, config: PEagleDraftConfig, state: dict[str, Tensor], extra: dict[str, str]) -> None:
+    """What `save_drafter` writes, into a folder that is there; OSError where it cannot be written."""
+    config.dtype = state["fc.weight"].dtype
+    config.to_json_file(folder / "config.json")
+    save_tensors(folder / "model.safetensors", state)
+    for name, text in extra.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file; OSError where it cannot be written."""
+    plain = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
+    try:
+        save_file(plain, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from None
+
+
+def check_output(folder: Path) -> None:
+    """ValueError if the output folder holds another run or anything else. Changes nothing."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output.dir {folder} is a file; give a folder")
+    if (folder / MARKER).exists():
+        raise ValueError(
+            f"output.dir {folder} already holds a run; go on with it (--resume), give another folder, or remove it first"
+        )
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"output.dir {folder} is not empty and holds no run; give another folder")
+
+
+def claim_output(folder: Path) -> None:
+    """Make the output folder this run's; ValueError if it holds anything."""
+    check_output(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / MARKER, {"state": "started"})
+    except OSError as error:
+        raise ValueError(f"output.dir {folder} cannot be written: {error.strerror}") from error
+
+
+def lock_output(folder: Path) -> Any:
+    """An open file that keeps other processes out of the folder until it is closed, or this process dies.
+
+    Raises:
+        ValueError: another process trains into the folder.
+    """
+    file = (folder / ".lock").open("w")
+    try:
+        # POSIX's, not flock: loader processes inherit that one, and would hold it for seconds behind a killed run.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"output.dir {folder} is in use: another process is training there") from None
+    except OSError as error:  # a file system without locks
+        logger.warning("output.dir %s cannot be locked (%s): take care that one run writes there", folder, error)
+    return file

@@ -1,0 +1,105 @@
+"""Held-out evaluation: the training loss and per-depth accuracy on rows that are never trained on, under a fixed draw.
+
+Runs in the same segments as training, so that it never needs more memory. T: the target's hidden size, V: the target's
+vocabulary, m: columns.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peagle_train.data.packing import PackedRows
+from peagle_train.data.sampler import EMPTY_ROW
+from peagle_train.target.frozen import FrozenTarget
+from peagle_train.training.build import make_collator
+from peagle_train.training.distributed import sum_over_ranks
+from peagle_train.training.metrics import accuracies, expected_accepted_length
+from peagle_train.training.runner import Batch, BatchRunner
+
+EVAL_SEED = 0
+"""Of the evaluation's COD draw: the same in every run, so that runs can be compared."""
+
+
+@torch.no_grad()
+def mass_outside(target: FrozenTarget, last_hidden_mT: Tensor, draft_ids: Tensor, chunk: int = 8192) -> Tensor:
+    """[m]: the probability that the target gives to tokens that the drafter cannot draft.
+
+    Visits the vocabulary in chunks, so that no row of full logits exists.
+    """
+    head_VT, device = target.head_weight(), last_hidden_mT.device
+    is_draft_V = torch.zeros(head_VT.shape[0], dtype=torch.bool, device=device)
+    is_draft_V[draft_ids.to(device)] = True
+    inside, total = [], []
+    for start in range(0, head_VT.shape[0], chunk):
+        logits = (last_hidden_mT @ head_VT[start : start + chunk].to(device).T).float()
+        total.append(logits.logsumexp(-1))
+        drafted = is_draft_V[start : start + chunk]
+        inside.append(logits.masked_fill(~drafted, float("-inf")).logsumexp(-1))
+    log_inside = torch.stack(inside).logsumexp(0)
+    log_total = torch.stack(total).logsumexp(0)
+    return -torch.expm1(log_inside - log_total).clamp(max=0)
+
+
+def label_columns(batch: dict[str, Tensor]) -> Tensor:
+    """int64 [B, L]: how many supervised elements have their label in each column."""
+    B, L = batch["input_ids"].shape
+    label = (batch["anchor"] + batch["depth"] + 1).clamp(0, L - 1)
+    return torch.zeros(B, L, dtype=torch.int64).scatter_add_(1, label, batch["supervised"].long())
+
+
+class Evaluator:
+    """Evaluates a drafter on held-out rows; each rank takes its share of them."""
+
+    def __init__(self, runner: BatchRunner, rows: PackedRows) -> None:
+        self.runner, self.rows = runner, rows
+        self.collator = make_collator(runner.recipe, EVAL_SEED)
+        self._outside: float | None = None
+
+    @torch.no_grad()
+    def __call__(self) -> dict[str, Any] | None:
+        """Loss, per-depth accuracy, expected accepted length over all ranks' rows; None if there are none."""
+        if len(self.rows) == 0:
+            return None
+        accelerator, size = self.runner.accelerator, self.runner.recipe.train.batch_size
+        order = range(accelerator.process_index, len(self.rows), accelerator.num_processes)
+        batches = -(-len(self.rows) // (size * accelerator.num_processes))  # the same on every rank
+        indices = [*order] + [EMPTY_ROW] * (batches * size - len(order))
+        sums = []
+        weighted = torch.zeros((), dtype=torch.float64, device=self.runner.device)
+        for first in range(0, len(indices), size):
+            batch = self.collator([self.rows[0, i] for i in indices[first : first + size]])
+            sums.append(self.runner.run(batch, self.runner.plan(batch), scale=None))
+            if self._outside is None:
+                weighted += self._mass_outside(batch)
+        loss, hits = torch.stack([s.loss for s in sums]).sum(), torch.stack([s.hits for s in sums]).sum(0)
+        totals = torch.stack([s.totals for s in sums]).sum(0).to(self.runner.device)
+        sum_over_ranks([], also=[loss, hits, totals, weighted])
+        if self._outside is None:  # a property of the data, not of the drafter
+            self._outside = float(weighted) / max(1, int(totals.sum()))
+        accuracy = accuracies(hits.tolist(), totals.tolist())
+        return {
+            "loss": float(loss) / max(1, int(totals.sum())),
+            "accuracy": accuracy,
+            "expected_accepted_length": expected_accepted_length(accuracy),
+            "hits": hits.tolist(),
+            "supervised": totals.tolist(),
+            "mass_outside": self._outside,
+        }
+
+    def _mass_outside(self, batch: Batch) -> Tensor:
+        """Sum over the batch's supervised elements of the target's mass outside the draft vocabulary."""
+        target, device = self.runner.target, self.runner.device
+        count_BL = label_columns(batch)
+        used_BL = count_BL > 0
+        nothing = torch.zeros((), dtype=torch.float64, device=device)
+        if self.runner.draft.config.draft_vocab_size == target.vocab_size:
+            return nothing
+        # Also where nothing is used: of a sharded target every rank must run the same number of forwards.
+        on_device = {name: tensor.to(device) for name, tensor in batch.items()}
+        last_hidden = target.outputs(on_device, self.runner.head_rows).last_hidden
+        if not bool(used_BL.any()):
+            return nothing
+        chosen_mT = last_hidden[used_BL.to(device)]
+        mass = [mass_outside(target, part, self.runner.draft.draft_token_ids) for part in chosen_mT.split(256)]
+        return (torch.cat(mass).double() * count_BL[used_BL].to(device)).sum()

@@ -1,0 +1,97 @@
+"""Target and drafter over one micro-batch, in the recipe's segments; training and evaluation share it."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
+from torch import Tensor
+
+from peagle_train.core.compiled import CompiledDraft
+from peagle_train.core.draft import PEagleDraft
+from peagle_train.core.plan import Plan, plan_segments
+from peagle_train.core.relay import RelayBuffers, context_chunks, needed_segments, relay_step
+from peagle_train.core.segments import StepStats, recompute_step
+from peagle_train.recipe import Recipe
+from peagle_train.target.frozen import FrozenTarget
+from peagle_train.training.distributed import is_sharded, max_counts
+from peagle_train.training.profile import span
+
+Batch = dict[str, Tensor]
+
+
+class BatchRunner:
+    """Runs batches of the collator; the target and the drafter are on the accelerator's device."""
+
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, target: FrozenTarget, draft: PEagleDraft) -> None:
+        self.recipe, self.accelerator, self.target, self.draft = recipe, accelerator, target, draft
+        self.device = accelerator.device
+        self.sharded = is_sharded(draft)
+        self._backwards_to_come: int | None = None
+        self.relay = recipe.train.segment_mode == "relay" and recipe.cod.segments > 1
+        self.head_rows = target.head_rows(draft.draft_token_ids).to(self.device)
+        self.buffers = RelayBuffers()
+        self.compiled: CompiledDraft | None = None
+        if recipe.train.compile:
+            if self.sharded:
+                raise ValueError("train.compile is true and the drafter is sharded (FSDP2): turn one of them off")
+            mode = None if recipe.train.compile_mode == "default" else recipe.train.compile_mode
+            self.compiled = CompiledDraft(draft, recipe.train.compile_backend, mode)
+        # Shapes are the same for all batches where something is made for each new shape and kept: graphs, flex attention
+        # on CUDA, oneDNN's bfloat16 primitives on CPU (without this a run's memory grows for hundreds of steps).
+        self.pad_context = self.compiled is not None or self.device.type == "cuda"
+        self.static = self.pad_context or recipe.train.mixed_precision == "bf16"
+
+    def plan(self, batch: Batch) -> Plan:
+        """The passes of a batch that is on the host."""
+        return plan_segments(batch, self.recipe.cod.num_depths, self.static, self.pad_context)
+
+    def run(self, batch: Batch, plan: Plan, scale: Tensor | None, is_last: bool = True) -> StepStats:
+        """Sums over the batch, which is on the host; gradients accumulate, times `scale`, unless that is None.
+
+        A sharded drafter's gradients are reduced once a step, in the last pass of the batch that `is_last`.
+        """
+        train = self.recipe.train
+        on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        with span("target"):
+            target = self.target.outputs(on_device, self.head_rows)
+        if train.offload_features:
+            target.features, target.last_hidden = target.features.to("cpu"), target.last_hidden.to("cpu")
+        arguments: dict[str, Any] = {
+            "num_depths": self.recipe.cod.num_depths,
+            "loss": train.loss,
+            "chunk_rows": train.loss_chunk_rows,
+            "plan": plan,
+            "scale": 1.0 if scale is None else scale,
+        }
+        if self.sharded:
+            most_a, most_b = self._agree_on_passes(plan, at_least=int(is_last and scale is not None))
+            arguments["min_passes"] = (most_a, most_b) if self.relay else most_b
+            self._backwards_to_come = most_b if is_last else None
+            self.draft.set_requires_gradient_sync(False)  # type: ignore[operator]
+        draft = self.compiled or self.draft
+        # Autocast's cache would keep a second copy of all weights, whole, until the batch is through.
+        with self.accelerator.autocast(AutocastKwargs(cache_enabled=not self.sharded)):
+            if self.relay:
+                backward = None if scale is None else self._backward
+                return relay_step(draft, on_device, target, buffers=self.buffers, backward=backward, **arguments)
+            backward_loss = None if scale is None else self._backward_loss
+            return recompute_step(draft, on_device, target, backward=backward_loss, **arguments)
+
+    def _agree_on_passes(self, plan: Plan, at_least: int) -> tuple[int, int]:
+        """(pass A, pass B) of the rank that needs most: every rank takes part in every all-gather."""
+        needed = needed_segments(plan) if self.relay else [s for s in plan.segments if s.supervised.numel()]
+        chunks = context_chunks(plan, needed) if self.relay else []
+        most_a, most_b = max_counts([len(chunks), max(len(needed), at_least)], self.device)
+        return most_a, most_b
+
+    def _backward(self, tensors: Any, gradients: Any) -> None:
+        if self.sharded and self._backwards_to_come is not None:
+            self._backwards_to_come -= 1
+            if self._backwards_to_come == 0:
+                self.draft.set_requires_gradient_sync(True)  # type: ignore[operator]
+        with torch.autocast(self.device.type, enabled=False), span("backward"):
+            torch.autograd.backward(tensors, gradients)
+
+    def _backward_loss(self, loss: Tensor) -> None:
+        self._backward([loss], [None])

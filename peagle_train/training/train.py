@@ -1,0 +1,166 @@
+"""From a recipe to a finished run: what happens once, before and after the loop, and the arithmetic that is printed."""
+
+import logging
+import os
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from peagle_train.core.draft import PEagleDraft
+from peagle_train.data.packing import PackReport
+from peagle_train.data.training_data import load_training_data
+from peagle_train.data.vocab import choose_most_frequent, coverage
+from peagle_train.data.vocab_from import read_draft_vocab
+from peagle_train.memory.dry_run import resolve_segments
+from peagle_train.memory.memory_sizes import sizes_of, this_device
+from peagle_train.memory.out_of_memory import memory_explained
+from peagle_train.recipe import Recipe
+from peagle_train.serving.warm_start import Start, copy_start, read_start
+from peagle_train.target.cached_target import CachedTarget
+from peagle_train.target.frozen import FrozenTarget
+from peagle_train.training import peers
+from peagle_train.training.build import always_drafted, choose_mask_token, load_tokenizer, make_draft
+from peagle_train.training.checkpoint import check_output
+from peagle_train.training.distributed import check_device_map, check_launch
+from peagle_train.training.resume import Checkpoint, keep_segments, open_resume
+from peagle_train.training.run_checkpoint import restore
+from peagle_train.training.sharded import check_sharding, world_mesh
+from peagle_train.training.summary import describe_summary
+from peagle_train.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def train(recipe: Recipe, resume: str | None = None) -> str:
+    """Run a recipe; returns the lines that say where the drafter is and how good it is.
+
+    Args:
+        recipe: the settings. resume: None for a new run, else as in `open_resume`.
+
+    Raises:
+        ValueError: for a user's mistake, before any training.
+    """
+    with memory_explained(recipe, lambda: "out of memory before the first step"):
+        return _train(recipe, resume)
+
+
+def _train(recipe: Recipe, resume: str | None) -> str:
+    checkpoint: Checkpoint | None = None
+    if resume is None:
+        check_output(Path(recipe.output.dir))
+    else:
+        found = open_resume(recipe, resume)
+        if isinstance(found, str):
+            return found if os.environ.get("RANK", "0") == "0" else ""
+        checkpoint = found
+        recipe = keep_segments(recipe, checkpoint)
+    accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision)
+    check_launch(accelerator.num_processes)
+    peers.connect()
+    check_sharding(recipe.train.sharding, accelerator.distributed_type)  # mistakes come before the target is loaded
+    say = print if accelerator.is_main_process else (lambda *_: None)
+
+    target = load_target(recipe, accelerator)
+    if recipe.target.check:
+        target.check()
+    start = read_start(recipe, target)
+    shaped = start.recipe if start else recipe
+    tokenizer = load_tokenizer(recipe)
+    mask_token_id = choose_mask_token(shaped.draft, tokenizer, target.vocab_size)
+
+    data = load_training_data(recipe, tokenizer, target.vocab_size, mask_token_id, say)
+    if isinstance(target, CachedTarget):
+        data = target.attach(data)
+
+    draft = _draft(shaped, target, tokenizer, mask_token_id, data.counts_V, start, say)
+
+    if recipe.cod.num_segments == "auto":
+        device = this_device(accelerator.device)
+        recipe, line = resolve_segments(recipe, sizes_of(recipe, target, draft.config, device), device)
+        say(line)
+    trainer = Trainer(recipe, accelerator, target, draft, data.train_rows, data.eval_rows)
+    say(arithmetic(trainer, data.report))
+    for note in restore(trainer, checkpoint) if checkpoint else []:
+        say(f"resume: {note}")
+    summary = trainer.run()
+    accelerator.end_training()
+    return describe_summary(summary, Path(recipe.output.dir)) if accelerator.is_main_process else ""
+
+
+def load_target(recipe: Recipe, accelerator: Accelerator) -> FrozenTarget:
+    """The recipe's target, where and how it says."""
+    settings, several = recipe.target, accelerator.num_processes > 1
+    check_device_map(settings.device_map, accelerator.num_processes)
+    sharded = settings.shard and several and not settings.cache
+    if settings.shard and not sharded:
+        why = "its features come from target.cache" if settings.cache else "there is a single process"
+        logger.warning("target.shard is true, but %s: the target stays whole", why)
+    if sharded:
+        world_mesh(accelerator.device.type)
+    # A sharded target is whole on the host while it is loaded: let that be one at a time.
+    load = CachedTarget.opener(settings) if settings.cache else FrozenTarget.load
+    with peers.one_at_a_time() if sharded else nullcontext():
+        return load(
+            settings.path,
+            dtype=settings.dtype,
+            device=accelerator.device,
+            layer_ids=settings.layer_ids,
+            chunk_tokens=settings.chunk_tokens,
+            attn_implementation=settings.attn_implementation,
+            trust_remote_code=settings.trust_remote_code,
+            device_map=settings.device_map,
+            shard=sharded,
+        )
+
+
+def _draft(  # type: ignore[no-untyped-def]
+    recipe: Recipe, target: FrozenTarget, tokenizer, mask_token_id: int, counts_V: Tensor, start: Start | None, say
+) -> PEagleDraft:
+    """A new drafter, or another one's weights to go on from; its vocabulary by frequency, or another one's."""
+    always = always_drafted(tokenizer, target, mask_token_id)
+    if start:
+        draft_ids = start.files.draft_token_ids
+    elif recipe.draft.vocab_from:
+        draft_ids = read_draft_vocab(recipe.draft, target, tokenizer, always)
+    else:
+        draft_ids = choose_most_frequent(counts_V, recipe.draft.draft_vocab_size or target.vocab_size, always)
+    share = coverage(draft_ids, counts_V)
+    say(f"draft vocabulary: {draft_ids.numel()} of {target.vocab_size} tokens, {share:.2%} of the supervised ones")
+    sized = replace(recipe, draft=replace(recipe.draft, draft_vocab_size=draft_ids.numel()))
+    draft = make_draft(sized, target, mask_token_id, draft_ids, start.files.config if start else None)
+    if start:
+        copy_start(start.files, draft, target, say)
+    return draft
+
+
+def arithmetic(trainer: Trainer, report: PackReport) -> str:
+    """The run's sizes, derived from the recipe and the data."""
+    collator, recipe = trainer.collator, trainer.recipe
+    sample = min(8, len(trainer.train_rows))
+    # One at a time: rows of a cache bring their features along.
+    drawn = [collator([trainer.train_rows[0, i]])["depth"] for i in range(sample)]
+    elements = float(sum((depth >= 0).sum() for depth in drawn)) / sample
+    slots = collator.capacity * collator.num_segments
+    parameters = list(trainer.draft.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    frozen = sum(p.numel() for p in parameters) - trained
+    rows_per_step = trainer.sampler.global_batch_size
+    return "\n".join(
+        [
+            f"rows: {report.rows} of {recipe.data.max_length} tokens, {report.fill:.1%} filled",
+            f"supervised: {report.supervised / max(1, report.tokens):.1%} of the tokens",
+            f"elements: {elements:.0f} a row on average of {slots} slots ({1 - elements / slots:.1%} padding)",
+            f"segments: {collator.num_segments} of at most {collator.capacity} elements ({collator.boundaries},"
+            f" {recipe.train.segment_mode if collator.num_segments > 1 else 'flat'})",
+            f"steps: {trainer.num_steps} of {rows_per_step} rows ({trainer.accelerator.num_processes} processes x"
+            f" {recipe.train.batch_size} x {recipe.train.gradient_accumulation_steps}), {trainer.sampler.steps_per_epoch}"
+            " an epoch",
+            f"parameters: {trained:,} trained, {frozen:,} frozen ({recipe.train.dtype}, autocast"
+            f" {recipe.train.mixed_precision}); target in {str(trainer.runner.head_rows.dtype)[6:]}, layers"
+            f" {trainer.target.layer_ids}, on {trainer.device} with {torch.get_num_threads()} threads",
+        ]
+    )
