@@ -99,7 +99,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.on and not options.dry_run:
         raise ValueError("--on goes with --dry-run: it says for which device to plan")
     if options.dry_run:
-        from peagle_train.dry_run import dry_run
+        from peagle_train.memory.dry_run import dry_run
 
         table = dry_run(recipe, options.on)
         if os.environ.get("RANK", "0") == "0":

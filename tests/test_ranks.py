@@ -23,7 +23,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "relay": {"data": {"pack": False}, "cod": {"num_segments": 5}},
     "recompute": {"data": {"pack": False}, "cod": {"num_segments": 5}, "train": {"segment_mode": "recompute"}},
     "flat": {"cod": {"num_segments": 1}, "train": {"activation_checkpointing": True, "max_grad_norm": None}},
-    "packed": {"data": {"max_length": 48}, "train": {"batch_size": 2, "offload_features": True}},
+    "packed": {"data": {"max_length": 48}, "train": {"batch_size": 2, "offload_features": True, "probe": True}},
     "nothing to learn": {"data": {"pack": False}},
     "sharded target": {"data": {"pack": False, "max_length": 24}, "target": {"shard": True}},
 }

@@ -15,9 +15,9 @@ from peagle_train.data.packing import PackReport
 from peagle_train.data.training_data import load_training_data
 from peagle_train.data.vocab import choose_most_frequent, coverage
 from peagle_train.data.vocab_from import read_draft_vocab
-from peagle_train.dry_run import resolve_segments
-from peagle_train.memory_sizes import sizes_of, this_device
-from peagle_train.out_of_memory import memory_explained
+from peagle_train.memory.dry_run import resolve_segments
+from peagle_train.memory.memory_sizes import sizes_of, this_device
+from peagle_train.memory.out_of_memory import memory_explained
 from peagle_train.recipe import Recipe
 from peagle_train.serving.warm_start import Start, copy_start, read_start
 from peagle_train.target.cached_target import CachedTarget

@@ -18,8 +18,8 @@ from peagle_train.core.segments import StepStats
 from peagle_train.data.packing import PackedRows
 from peagle_train.data.sampler import StepBatchSampler
 from peagle_train.errors import RunStopped
-from peagle_train.out_of_memory import memory_explained
-from peagle_train.probe import probe_step
+from peagle_train.memory.out_of_memory import memory_explained
+from peagle_train.memory.probe import probe_step
 from peagle_train.recipe import Recipe, dump_recipe
 from peagle_train.target.frozen import FrozenTarget
 from peagle_train.training.about import ABOUT, about_machine

@@ -22,8 +22,10 @@ from peagle_train.core.partition import max_elements, segment_capacity
 GIB = 2**30
 CUDA_CONTEXT = GIB
 """CUDA's context, cuBLAS's workspaces, compiled kernels: assumed, not computed."""
-MASK_BYTES_CPU = (8 + 64) * 2**20
-"""The masks that a pass keeps on a CPU, and one block's: visibility.py bounds both."""
+CPU_EXTRA = 2**27
+"""What libraries keep beside tensors (oneDNN's kernels and scratch, the allocator's holes): assumed, not computed."""
+MASK_CACHE, MASK_BLOCK, QUERY_BLOCK = 8 * 2**20, 64 * 2**20, 512
+"""visibility.py's: bytes of the masks that a pass keeps on a CPU, bytes of a block's, queries of a block."""
 BLOCK = 128
 """flex_attention's."""
 CANDIDATES = (1, 2, 4, 8, 16, 32, 64)
@@ -237,8 +239,7 @@ def plan_memory(sizes: Sizes, num_segments: int, all_supervised: bool = False) -
         "keys, values": columns * c if relay else 0,
         "their gradients": columns * w if relay else 0,
     }
-    if s.on_cuda:
-        resident["CUDA context"] = CUDA_CONTEXT
+    resident["CUDA context" if s.on_cuda else "libraries"] = CUDA_CONTEXT if s.on_cuda else CPU_EXTRA
     base = sum(resident.values())
 
     saved = saved_bytes(s, one)
@@ -287,7 +288,9 @@ def _flowing(s: Sizes, one: Pass, relay: bool) -> int:
 
 def _masks(s: Sizes, one: Pass) -> int:
     if not s.on_cuda:
-        return MASK_BYTES_CPU
+        keys = one.context + one.M + QUERY_BLOCK * s.batch_size
+        hidden = min(QUERY_BLOCK * keys, MASK_BLOCK // s.compute_bytes)
+        return hidden * (s.compute_bytes + 2) + min(MASK_CACHE, one.N // s.batch_size * keys)
     blocks = -(-one.Q // s.batch_size // BLOCK) * -(-(one.N + one.joined) // s.batch_size // BLOCK) * s.batch_size
     return blocks * (4 * 4 + 24) + (one.N + one.joined) * 8 * 5
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from peagle_train.memory_plan import GIB
-from peagle_train.memory_sizes import available_ram, resident_ram
+from peagle_train.memory.memory_plan import GIB
+from peagle_train.memory.memory_sizes import available_ram, resident_ram
 from peagle_train.training.sharded import clip_gradients
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ def memory_explained(recipe: Recipe, where: Callable[[], str]) -> Iterator[None]
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RunStopped) or not is_out_of_memory(error):
             raise
-        from peagle_train.dry_run import out_of_memory
+        from peagle_train.memory.dry_run import out_of_memory
 
         table, line = out_of_memory(recipe, error, where())
         sys.stderr.write(f"{table}\n" if table else "")

@@ -5,8 +5,16 @@ full.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from peagle_train.memory_plan import CANDIDATES, GIB, MemoryPlan, Sizes, allowed_segments, choose_segments, plan_memory
-from peagle_train.memory_sizes import Device, parse_device, read_sizes, this_device
+from peagle_train.memory.memory_plan import (
+    CANDIDATES,
+    GIB,
+    MemoryPlan,
+    Sizes,
+    allowed_segments,
+    choose_segments,
+    plan_memory,
+)
+from peagle_train.memory.memory_sizes import Device, parse_device, read_sizes, this_device
 from peagle_train.recipe import Recipe
 from peagle_train.training.peers import from_all
 

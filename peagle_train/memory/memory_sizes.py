@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.data.vocab_from import draft_vocab_size_of
-from peagle_train.memory_plan import GIB, Sizes
+from peagle_train.memory.memory_plan import GIB, Sizes
 from peagle_train.recipe import Recipe
 from peagle_train.serving.warm_start import read_start
 from peagle_train.target.chunk_attention import BLOCK
@@ -264,21 +264,24 @@ def target_forward_bytes(
     experts = getattr(config, "num_experts_per_tok", None) or 0
     width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
     mlp = n * item * (experts * (3 * width + 2 * H) if experts else 3 * config.intermediate_size)
-    projections = n * item * (3 * A + 4 * G)
+    attending = n * item * (3 * A + 4 * G)
     norm = n * H * 8  # in float32, twice
-    bytes_ = 3 * n * H * item + max(mlp, projections, norm)
+    mask = 0
     if attention == "eager":
         rows, keys = (1, L) if chunked else (B, L)
         queries = n if chunked else L
-        bytes_ += rows * config.num_attention_heads * queries * keys * (2 * item + 4)
+        mask = rows * queries * keys * item
+        attending += rows * config.num_attention_heads * queries * keys * (item + max(item, 4))
     elif attention == "sdpa":
-        # A bool mask and the additive one that kernels make of it; of a chunk over its cache, a block of queries' only.
-        packed = n * n if chunked else B * L * L
-        bytes_ += max(packed, BLOCK * L if chunked else 0) * (1 + item)
+        # A bool mask, and the additive one that kernels make of it; of a chunk over its cache, a block of queries' only.
+        mask = max(n * n if chunked else B * L * L, BLOCK * L if chunked else 0)
+        attending += mask * item
+    if A > G and (attention == "eager" or (on_cuda and chunked and attention == "sdpa")):
+        attending += 2 * (L if chunked else n) * A * item  # heads of keys and values repeated
+    bytes_ = 3 * n * H * item + mask + max(mlp, attending, norm)
     if chunked:
         kinds = getattr(config, "layer_types", None) or []
         window = min(L, (getattr(config, "sliding_window", None) or L) + n)
         columns = sum(window if kind == "sliding_attention" else L for kind in kinds) or L * config.num_hidden_layers
         bytes_ += 2 * columns * G * item + 2 * L * G * item  # the cache, and a layer's as it is joined anew
-        bytes_ += 2 * L * A * item if on_cuda and attention == "sdpa" and A > G else 0  # heads repeated
     return bytes_

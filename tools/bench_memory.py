@@ -1,0 +1,143 @@
+"""Memory of a training step: planned (peagle_train/memory/memory_plan.py) against measured.
+
+    python tools/bench_memory.py --n 1024,4096 --segments 1,8 --layers 2 --json memory.json
+
+Every configuration of tools/bench_segments.py (modes flat, checkpoint, recompute, relay) runs in a process of its own. The
+JSON is that tool's, a list of objects, one a configuration, and in each
+
+    planned_saved_bytes, planned_peak_bytes    what the plan says of saved_bytes and peak_bytes: the most that autograd
+                      holds, and the most that a step needs over what is resident before (model, gradients, batch, target
+                      outputs)
+    saved_ratio, peak_ratio    planned over measured
+
+saved_bytes is exact; peak_bytes on a CPU is resident memory, with the C library's holes in it and, the smaller the shapes,
+the more of what a first step loads.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench_segments import MODES, Bench, Settings, cases_of, integers, mode_list, positive, run_all
+from measure import MIB, format_number, format_table, write_json
+
+if TYPE_CHECKING:
+    from peagle_train.memory.memory_plan import Sizes
+
+
+def sizes_of_bench(bench: Bench, n: int, mode: str) -> "Sizes":
+    """The sizes of a bench's steps, whose gradients are there already and whose weights are float32 or wider."""
+    from peagle_train.memory.memory_plan import Sizes
+
+    s, config = bench.settings, bench.draft.config
+    on_cuda = bench.device.type == "cuda"
+    assert config.draft_vocab_size and config.num_key_value_heads and config.head_dim and config.target_hidden_size
+    return Sizes(
+        batch_size=1,
+        length=n,
+        num_depths=s.depths,
+        ratio=s.ratio,
+        ratio_min=s.ratio_min,
+        boundaries=s.boundaries,
+        hidden=config.hidden_size,
+        target_hidden=config.target_hidden_size,
+        intermediate=config.intermediate_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        layers=config.num_hidden_layers,
+        vocab=config.vocab_size,
+        draft_vocab=config.draft_vocab_size,
+        parameters=sum(p.numel() for p in bench.draft.parameters()),
+        trained=sum(p.numel() for p in bench.draft.parameters() if p.requires_grad),
+        chunk_rows=s.chunk_rows or 384,
+        accumulates=True,
+        relay=mode == "relay",
+        checkpointing=mode == "checkpoint",
+        on_cuda=on_cuda,
+        static=on_cuda or bench.autocast,
+        pad_context=on_cuda,
+        master_bytes=bench.draft.dtype.itemsize,
+        compute_bytes=bench.dtype.itemsize,
+        target_bytes=4,
+    )
+
+
+def planned(bench: Bench, row: dict[str, Any]) -> dict[str, Any]:
+    """A configuration's plan, and the plan's ratios to what was measured."""
+    from peagle_train.memory.memory_plan import largest_pass, plan_memory, saved_bytes
+
+    sizes = sizes_of_bench(bench, row["n"], row["mode"])
+    plan = plan_memory(sizes, row["segments"], all_supervised=True)
+    # Resident before the step: all but the relay's buffers, which a bench's step makes.
+    before = sum(v for k, v in plan.resident.items() if k not in ("keys, values", "their gradients"))
+    before += plan.step["features"]
+    peak = max(plan.phases[name] for name in ("loss", "backward", "embedding")) - before
+    saved = saved_bytes(sizes, largest_pass(sizes, row["segments"], all_supervised=True))
+
+    def ratio(of: int, name: str) -> float | None:
+        return of / row[name] if row[name] else None
+
+    return {
+        "planned_saved_bytes": saved,
+        "planned_peak_bytes": peak,
+        "saved_ratio": ratio(saved, "saved_bytes"),
+        "peak_ratio": ratio(peak, "peak_bytes"),
+    }
+
+
+def table_of(rows: list[dict[str, Any]]) -> str:
+    header = ["mode", "n", "S", "layers", "saved MiB", "planned", "ratio", "peak MiB", "planned", "ratio"]
+    lines = []
+    for row in rows:
+        line = [row["mode"], str(row["n"]), str(row["segments"]), str(row["layers"])]
+        for name in ("saved", "peak"):
+            for key in (f"{name}_bytes", f"planned_{name}_bytes"):
+                line.append(format_number(row[key], MIB, 1))
+            line.append(format_number(row[f"{name}_ratio"], 1, 3))
+        lines.append(line)
+    died = [f"died: {r['mode']} n={r['n']} S={r['segments']}: {r['died']}" for r in rows if r["died"]]
+    return "\n".join([format_table(header, lines), *died])
+
+
+def main() -> int:
+    default = Settings()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--n", type=integers, default=[1024, 4096], help="tokens of the row, several with commas (1024,4096)")
+    add("--segments", type=integers, default=[1, 8], help="numbers of segments, several with commas (1,8)")
+    add("--layers", type=integers, default=[1, 4], help="layers of the drafter, several with commas (1,4)")
+    add("--modes", type=mode_list, default=list(MODES), help=f"only these of {','.join(MODES)}")
+    add("--repeats", type=positive, default=1, help="processes of each configuration (1); medians of the peaks")
+    add("--hidden", type=positive, default=default.hidden)
+    add("--vocab", type=positive, default=default.vocab)
+    add("--dtype", choices=("float32", "float64", "bfloat16"), default=default.dtype, help="bfloat16: by autocast")
+    add("--device", default=default.device, help="cpu, cuda, or auto: cuda where there is one")
+    add("--threads", type=positive, help="torch's own choice")
+    add("--timeout", type=float, help="seconds after which a configuration counts as died (none)")
+    add("--json", help="write the results here")
+    arguments = parser.parse_args()
+    cases = cases_of(arguments.n, arguments.segments, arguments.modes)
+    if not cases:
+        parser.error("nothing to run: segments = 1 gives flat and checkpoint, more give recompute and relay")
+    # Children, whose allocations above 1 MiB then leave no holes: what is measured is what is needed.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(MIB))
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    rows: list[dict[str, Any]] = []
+    for layers in arguments.layers:
+        names = ("hidden", "vocab", "dtype", "device", "threads")
+        given = {name: getattr(arguments, name) for name in names}
+        settings = Settings(layers=layers, **given).complete()
+        measured = run_all(settings, cases, arguments.repeats, arguments.timeout, None, None)
+        bench = Bench(settings)
+        rows += [{**row, **planned(bench, row)} for row in measured]
+        if arguments.json:
+            write_json(arguments.json, rows)
+    print(table_of(rows))
+    return 1 if all(row["died"] for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
