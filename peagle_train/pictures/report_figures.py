@@ -1,5 +1,6 @@
 """The report's figures: a run is a colour, a depth is a shade."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,12 +50,13 @@ def smooth(values: Sequence[float]) -> list[float]:
 def _curves(
     axes: Any, lines: Sequence[Line], x: str, y: Callable[[Line], float | None], colour: Any, label: str
 ) -> None:
-    """Raw values faint, their running mean on top."""
+    """Raw values faint, their running mean on top; of a number that has no noise, the values."""
     points = [(line[x], value) for line in lines if line[x] is not None and (value := y(line)) is not None]
     if not points:
         return
     xs, ys = [x for x, _ in points], [y for _, y in points]
-    if len(points) >= 12:
+    is_smooth = all(abs(b - a) <= 0.1 * max(map(abs, ys)) for a, b in itertools.pairwise(ys))
+    if len(points) >= 12 and not is_smooth:
         axes.plot(xs, ys, color=colour, alpha=0.22, linewidth=0.9)
         ys = smooth(ys)
     axes.plot(xs, ys, color=colour, linewidth=1.7, label=label, marker="o" if len(points) == 1 else None, markersize=4)
@@ -71,7 +73,7 @@ def _markers(axes: Any, lines: Sequence[Line], x: str, y: Callable[[Line], float
 
 def _scale_of_time(runs: Sequence[Run]) -> tuple[float, str]:
     longest = max((line["hours"] for run in runs for line in run.train), default=0.0)
-    return (1.0, "hours") if longest >= 2 else (60.0, "minutes")
+    return (1.0, "hours") if longest >= 2 else (60.0, "minutes") if longest >= 0.05 else (3600.0, "seconds")
 
 
 def _over_steps_and_time(runs: Sequence[Run], name: str, label: str, log: bool = False) -> Any:
@@ -149,8 +151,8 @@ def _pair(runs: Sequence[Run], panels: Sequence[tuple[str, float, str]], second:
                 axes.plot(*zip(*points), color=colour, linestyle=":", linewidth=1.5, label=f"{run.name}, supervised")
         axes.set_xlabel("step")
         axes.set_ylabel(label)
-        if name != "learning_rate":
-            axes.set_ylim(bottom=0)
+        if name != "learning_rate" and axes.lines:
+            axes.set_ylim(0, max(1e-9, 1.08 * max(max(line.get_ydata()) for line in axes.lines)))
         axes.set_visible(bool(axes.lines))  # runs of an older version lack some numbers
     _legend(figure, both[0])
     return figure
