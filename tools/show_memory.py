@@ -41,8 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> str:
     # Heavy imports happen here, so that --help answers at once.
-    from peagle_train.memory_plan import GIB
-    from peagle_train.memory_sizes import parse_device, read_sizes, this_device
+    from peagle_train.memory.memory_plan import GIB
+    from peagle_train.memory.memory_sizes import parse_device, read_sizes, this_device
     from peagle_train.pictures.memory import LENGTHS, draw_memory, large_drafter
     from peagle_train.pictures.style import load_matplotlib, png_of, write_bytes
     from peagle_train.recipe import load_recipe

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from peagle_train.memory_plan import GIB, Sizes, allowed_segments, plan_memory
+from peagle_train.memory.memory_plan import GIB, Sizes, allowed_segments, plan_memory
 from peagle_train.pictures.style import DARK, RUNS, load_matplotlib
 
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
