@@ -22,7 +22,7 @@ class Target:
     """The model to draft for."""
 
     path: str = option(is_path=True)
-    """Folder (or hub name) of the target in transformers' format."""
+    """Folder of the target in transformers' format."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     """What the target computes in; auto is what its files say."""
     layer_ids: list[int] | None = option(

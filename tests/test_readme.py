@@ -68,3 +68,14 @@ def test_every_option_of_a_tool_that_a_page_shows_is_one(page: Path) -> None:
         result = subprocess.run([sys.executable, str(ROOT / tool), "--help"], capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         assert given <= set(re.findall(r"--[a-z-]+", result.stdout)), tool
+
+
+def test_the_page_of_keys_is_what_the_recipe_says() -> None:
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "tools/document_keys.py"), "--check"], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    page = (ROOT / "docs" / "keys.md").read_text(encoding="utf-8")
+    for section in fields(Recipe):
+        for key in fields(get_type_hints(Recipe)[section.name]):
+            assert f"| `{section.name}.{key.name}` |" in page
