@@ -8,14 +8,15 @@ import argparse
 import ast
 import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE, PAGE = ROOT / "peagle_train" / "recipe.py", ROOT / "docs" / "keys.md"
 HEAD = """# Every key of a recipe
 
-Written by `tools/document_keys.py` from `peagle_train/recipe.py`. A key without a default has to be given; null stands for what
-the text says. Lengths are in tokens, sizes of batches in rows, learning rates per optimizer step.
+Written by `tools/document_keys.py` from `peagle_train/recipe.py`. A key without a default has to be given; null stands for
+what the text says. Lengths are in tokens, sizes of batches in rows, learning rates per optimizer step.
 """
 
 
@@ -28,7 +29,7 @@ def page(source: str) -> str:
         body = classes[section.capitalize()].body
         parts.append(f"\n## {section}\n\n{ast.get_docstring(classes[section.capitalize()])}\n")
         parts.append("\n| key | type | default | |\n|---|---|---|---|\n")
-        for field, text in zip(body[1:], body[2:]):
+        for field, text in pairwise(body[1:]):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
                 kind, default, limits = ast.unparse(field.annotation), *_default(field.value)
                 words = " ".join(ast.literal_eval(text.value).split())
