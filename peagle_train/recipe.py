@@ -61,7 +61,7 @@ class Data:
     """Files, folders, globs, `stdlib` (the running Python's own library), `hf:NAME`, or mappings with `path` or `datasets`,
     and weight, format, split, name, streaming: see `SourceSpec` in source_spec.py."""
     extensions: list[str] = option(
-        [".py", ".txt", ".md"],
+        [".py", ".txt", ".md", ".jsonl", ".parquet", ".arrow"],
         rule=(
             lambda items: all(item.startswith(".") for item in items),
             "a list of file extensions, each with its dot, as in [.py, .jsonl]",

@@ -39,7 +39,7 @@ def test_a_minimal_recipe_has_the_defaults(minimal: Path) -> None:
     recipe = load_recipe(minimal)
     assert recipe == Recipe(Target("model"), Data(["stdlib"]), Output("out"))
     assert (recipe.data.max_length, recipe.cod.num_depths, recipe.train.segment_mode) == (2048, 8, "relay")
-    assert recipe.data.extensions == [".py", ".txt", ".md"]
+    assert recipe.data.extensions == [".py", ".txt", ".md", ".jsonl", ".parquet", ".arrow"]
 
 
 def test_every_field_says_what_it_is_below_it() -> None:
@@ -51,7 +51,7 @@ def test_every_field_says_what_it_is_below_it() -> None:
 
 def test_two_recipes_do_not_share_their_lists(minimal: Path) -> None:
     load_recipe(minimal).data.extensions.append(".rst")
-    assert load_recipe(minimal).data.extensions == [".py", ".txt", ".md"]
+    assert load_recipe(minimal).data.extensions == [".py", ".txt", ".md", ".jsonl", ".parquet", ".arrow"]
 
 
 def test_overrides_replace_what_the_file_says_and_the_last_one_counts(write: Any) -> None:

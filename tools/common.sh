@@ -69,17 +69,28 @@ enter_environment() {
     unset PYTHONHOME
 }
 
+# Where the environment's peagle-train is installed from, if it is an editable install.
+installed_from() {
+    (cd / && python -c '
+import json, urllib.parse, urllib.request
+from importlib.metadata import distribution
+url = json.loads(distribution("peagle-train").read_text("direct_url.json"))["url"]
+print(urllib.request.url2pathname(urllib.parse.urlparse(url).path))') 2>/dev/null || true
+}
+
 # Install the package with an extra, unless exactly that was done before: a second run needs no network.
 install_extra() {
     local stamp="$VIRTUAL_ENV/.peagle-installed-$1" wanted
     wanted=$(python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())' \
         <"$ROOT/pyproject.toml")
     wanted="$wanted $1 $ROOT"
-    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+    # another clone may have been installed into the same environment since
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && [ "$(installed_from)" = "$ROOT" ]; then
         echo "$NAME: already installed in $VIRTUAL_ENV"
         return
     fi
     rm -f "$stamp"
+    echo "$NAME: pip install -e $ROOT[$1] into $VIRTUAL_ENV"
     python -m pip install --quiet --disable-pip-version-check -e "${ROOT}[$1]"
     echo "$wanted" >"$stamp"
 }

@@ -80,8 +80,8 @@ def find_files(
         if len(found.files) == before[0]:
             raise ValueError(
                 f"data source {spec.describe()} has no file to read: {found.excluded - before[1]} are excluded and"
-                f" {found.other - before[2]} are not {' '.join(wanted)}: change data.exclude or"
-                " data.extensions"
+                f" {found.other - before[2]} are not {' '.join(wanted)}: change data.exclude or data.extensions"
+                + (" (what ends in .gz is not read: unpack it)" if spec.describe().endswith(".gz") else "")
             )
     return found
 

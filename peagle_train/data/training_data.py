@@ -99,6 +99,8 @@ def load_training_data(
     notices = ChatEncoder.from_recipe(recipe.data, tokenizer).notices if made.has_chats else []
     for line in [*made.describe(), *(f"data: {notice}" for notice in notices)]:
         say(line)
+    if recipe.data.eval_fraction > 0 and not made.eval_report.rows:
+        say("held out: nothing: data.eval_fraction chose none of so few documents; raise it, or give data.eval_sources")
     return made
 
 

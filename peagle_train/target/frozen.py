@@ -355,7 +355,10 @@ def refuse_unfit(config: Any) -> None:
 def _check_folder(path: str) -> None:
     folder = Path(path)
     if not folder.is_dir():
-        raise ValueError(f"target.path {path} is no folder; give a Hugging Face model folder on this machine")
+        raise ValueError(
+            f"target.path {path} is no folder; give a Hugging Face model folder on this machine (a model of the hub has to"
+            " be downloaded first)"
+        )
     if not (folder / "config.json").is_file():
         raise ValueError(f"target.path {path} has no config.json; give a Hugging Face model folder")
     if not any(folder.glob("*.safetensors")):

@@ -298,6 +298,7 @@ class Trainer:
         is_finite = torch.isfinite(self._grad_norm) & torch.isfinite(stats.loss)
         applied, stop, save = (bool(x) for x in torch.stack([is_finite.long(), *self._asked]).tolist())
         self._agreed_stop, self._agreed_save = stop, save
+        self._learning_rate = self.scheduler.get_last_lr()[0]  # this step's, before the schedule goes on
         with span("optimizer"):
             if applied:
                 self.optimizer.step()
@@ -346,7 +347,7 @@ class Trainer:
             "accuracy": accuracy,
             "expected_accepted_length": expected_accepted_length(accuracy),
             "supervised": totals,
-            "learning_rate": self.scheduler.get_last_lr()[0],
+            "learning_rate": self._learning_rate,
             "grad_norm": float(self._grad_norm),
             "padding_share": padding_share(self._batches),
             "peak_memory_bytes": peak_memory_bytes(self.device),
