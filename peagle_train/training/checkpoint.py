@@ -79,7 +79,8 @@ def check_output(folder: Path) -> None:
     """ValueError if the output folder holds another run or anything else. Changes nothing."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output.dir {folder} is a file; give a folder")
-    if (folder / MARKER).exists():
+    # A checkpoint is a run too, whatever became of its marker.
+    if (folder / MARKER).exists() or any(folder.glob("checkpoint-*/manifest.json")):
         raise ValueError(
             f"output.dir {folder} already holds a run; go on with it (--resume), give another folder, or remove it first"
         )
