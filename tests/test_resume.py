@@ -315,6 +315,23 @@ def test_a_complete_checkpoint_is_enough_to_go_on_whatever_became_of_the_runs_ma
     assert_same_run(tmp_path / "run", tmp_path / "whole" / "run")
 
 
+@pytest.mark.parametrize("by_name", [False, True])
+def test_checkpoints_that_were_moved_to_another_disk_and_linked_are_gone_on_from_and_pruned(
+    by_name: bool, tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = started(tmp_path, target, rows, monkeypatch)
+    output, disk = tmp_path / "run", tmp_path / "disk"
+    disk.mkdir()
+    for step in (2, 4, 5):
+        (output / f"checkpoint-{step}").rename(disk / f"checkpoint-{step}")
+        (output / f"checkpoint-{step}").symlink_to(disk / f"checkpoint-{step}")
+    before = contents(disk)
+    run(recipe, f"--resume={output / 'checkpoint-4'}" if by_name else "--resume", "train.keep_last=1")
+    run(recipe_for(tmp_path / "whole", target, rows, data=EVALUATED, train={"max_steps": 9, "eval_steps": 3}))
+    assert_same_run(output, tmp_path / "whole" / "run")
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-8"] and contents(disk) == before
+
+
 def test_a_checkpoint_that_was_copied_elsewhere_goes_on_there_as_the_line_says(
     tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -128,7 +128,7 @@ def _named(folder: Path, output: Path) -> Path:
     if not folder.is_dir() or step_of(folder) is None:
         names = ", ".join(str(path) for path in list_checkpoints(output)) or "none"
         raise ValueError(f"--resume {folder}: give a folder named checkpoint-<step>; there are: {names}")
-    if folder.resolve().parent != output.resolve():
+    if folder.resolve() != (output / folder.name).resolve():  # either may be a link, to a bigger disk
         raise ValueError(
             f"--resume {folder} is not in output.dir {output}: set output.dir={folder.parent}, or move the folder there"
         )
