@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import peagle_train.training.run_checkpoint as run_checkpoint
 import peagle_train.training.trainer as trainer_module
 from peagle_train.__main__ import main, parse
 from peagle_train.data.packing import PackedRows
+from peagle_train.training.checkpoint import claim_output, lock_output
 from peagle_train.training.evaluate import Evaluator
 from peagle_train.training.runner import BatchRunner
 from tests.tiny import make_target, write_recipe, write_rows
@@ -330,6 +331,44 @@ def test_checkpoints_that_were_moved_to_another_disk_and_linked_are_gone_on_from
     run(recipe_for(tmp_path / "whole", target, rows, data=EVALUATED, train={"max_steps": 9, "eval_steps": 3}))
     assert_same_run(output, tmp_path / "whole" / "run")
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-8"] and contents(disk) == before
+
+
+def test_another_target_is_refused_though_its_head_is_the_same_and_a_copy_is_taken(
+    tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = started(tmp_path, target, rows, monkeypatch)
+    copy, other = tmp_path / "copy", tmp_path / "other"
+    for folder in (copy, other):
+        shutil.copytree(target, folder)
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"] *= 3
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    before = contents(tmp_path / "run")
+    run(recipe, "--resume", f"target.path={other}", code=2)
+    assert "--resume: target's config and weights: " in last_error(capsys) and contents(tmp_path / "run") == before
+    run(recipe, "--resume", f"target.path={copy}")
+    assert "accepted, as the target's config and weights came out the same" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["--resume"]])
+def test_a_folder_in_which_another_process_trains_is_said_to_be_in_use_not_to_be_removed(
+    arguments: list[str], tmp_path: Path, target: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_for(tmp_path, target, rows)
+    output = tmp_path / "run"
+    claim_output(output)  # it has no checkpoint yet
+    locked, go = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        lock = lock_output(output)
+        os.write(locked[1], b".")
+        os.read(go[0], 1)
+        os._exit(0 if lock else 1)
+    os.read(locked[0], 1)
+    run(recipe, *arguments, code=2)
+    os.write(go[1], b".")
+    os.waitpid(pid, 0)
+    assert last_error(capsys).endswith(f"output.dir {output} is in use: another process is training there")
 
 
 def test_a_checkpoint_that_was_copied_elsewhere_goes_on_there_as_the_line_says(

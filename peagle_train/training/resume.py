@@ -12,7 +12,7 @@ from peagle_train.training.checkpoint_files import MANIFEST, list_checkpoints, s
 from peagle_train.training.summary import describe_summary
 
 SAME_NUMBERS = {
-    "target.path", "target.check", "target.trust_remote_code", "output.dir", "train.log_steps", "train.eval_steps",
+    "target.check", "target.trust_remote_code", "output.dir", "train.log_steps", "train.eval_steps",
     "train.save_steps", "train.keep_last", "train.keep_every", "train.max_bad_steps", "train.profile_steps",
     "draft.init_from", "train.probe", "train.memory_margin",
 }  # fmt: skip
@@ -26,7 +26,11 @@ ROUNDING = {
 """Keys that change the order of sums; the rows of a step are compared on their own."""
 STEPS = {"train.epochs", "train.max_steps"}
 """Keys that stretch the learning-rate schedule."""
-BY_CONTENT = {"draft.draft_vocab_size": "draft vocabulary", "draft.vocab_from": "draft vocabulary"}
+BY_CONTENT = {
+    "target.path": "target's config and weights",
+    "draft.draft_vocab_size": "draft vocabulary",
+    "draft.vocab_from": "draft vocabulary",
+}
 """Keys that count by what they lead to, compared by its fingerprint; so do those of the data section (the rows)."""
 DATA_THAT_SHAPES = {"data.max_length"}
 """But not these."""
