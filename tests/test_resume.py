@@ -142,8 +142,6 @@ def test_whatever_step_a_run_was_stopped_at_it_goes_on_from_there(
     output, whole = tmp_path / "run", tmp_path / "whole"
     shutil.copytree(output, whole)
     for step in range(6, 0, -1):
-        # more steps would be asked for if it were not the same run: a finished one is left alone
-        (output / "run.json").write_text('{"state": "started"}')
         run(recipe, "--resume", str(output / f"checkpoint-{step}"))
         assert f"going on behind step {step}" in capsys.readouterr().out
         assert_same_run(output, whole)
@@ -262,16 +260,52 @@ def test_a_finished_run_says_so_and_writes_nothing(
     run(recipe)
     output = tmp_path / "run"
     before = contents(output)
-    for arguments in (["--resume"], ["--resume", str(output / "checkpoint-2")], ["--resume", "train.max_steps=6"]):
+    for arguments, more in (([], False), (["train.max_steps=6"], True), (["train.max_steps=null"], True)):
         capsys.readouterr()
-        run(recipe, *arguments)
-        assert "finished run: nothing to do" in capsys.readouterr().out and contents(output) == before
+        run(recipe, "--resume", *arguments)
+        said = capsys.readouterr().out
+        assert "finished run: nothing to do" in said and contents(output) == before
+        assert (
+            f"to train for more steps, as the recipe has it now: --resume {output / 'checkpoint-2'}" in said
+        ) == more
     # Asked for by name, it goes on to more steps, and says what becomes of the learning rate.
     run(recipe, "--resume", str(output / "checkpoint-2"), "train.max_steps=6")
     said = capsys.readouterr().out
     assert "steps 4 -> 6: at step 2 the learning rate jumps from 5.000e-03 to 6.667e-03" in said
     assert json.loads((output / "run.json").read_text())["steps"] == 6
     assert [line["step"] for line in metrics(output)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_that_ended_at_max_steps_goes_on_to_the_end_of_its_epochs(
+    tmp_path: Path, target: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_for(tmp_path, target, rows, train={"max_steps": 3, "save_steps": 2})
+    run(recipe)
+    run(recipe, "--resume", str(tmp_path / "run" / "checkpoint-2"), "train.max_steps=null")
+    whole = recipe_for(tmp_path / "whole", target, rows)
+    run(whole)
+    steps = json.loads((tmp_path / "whole" / "run" / "run.json").read_text())["steps"]
+    assert steps > 3 and json.loads((tmp_path / "run" / "run.json").read_text())["steps"] == steps
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_finished_run_whose_drafter_was_removed_or_whose_checkpoint_is_named_does_its_last_steps_again(
+    named: bool, tmp_path: Path, target: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_for(tmp_path, target, rows, train={"max_steps": 4, "save_steps": 2, "log_steps": 1})
+    run(recipe)
+    output, whole = tmp_path / "run", tmp_path / "whole"
+    shutil.copytree(output, whole)
+    if not named:
+        shutil.rmtree(output / "final")
+    run(recipe, f"--resume={output / 'checkpoint-2'}" if named else "--resume")
+    said = capsys.readouterr().out
+    assert "going on behind step 2" in said and (f"{output / 'final'} is gone" in said) == (not named)
+    assert_same_run(output, whole)
+    shutil.rmtree(output / "final")
+    shutil.rmtree(output / "checkpoint-2")
+    run(recipe, "--resume", code=2)
+    assert "without a complete checkpoint" in last_error(capsys)
 
 
 def test_where_there_is_nothing_to_resume_the_line_says_what_there_is(
@@ -285,7 +319,7 @@ def test_where_there_is_nothing_to_resume_the_line_says_what_there_is(
     (tmp_path / "run" / "checkpoint-1").mkdir()
     run(recipe, "--resume", code=2)
     message = last_error(capsys)
-    assert "before its first checkpoint" in message and "checkpoint-1 has no manifest.json" in message
+    assert "without a complete checkpoint" in message and "checkpoint-1 has no manifest.json" in message
     run(recipe, "--resume", str(tmp_path / "elsewhere"), code=2)
     assert "give a folder named checkpoint-<step>" in last_error(capsys)
     (tmp_path / "checkpoint-1").mkdir()

@@ -66,14 +66,11 @@ def open_resume(recipe: Recipe, given: str) -> Checkpoint | str:
         if chosen is None and not list_checkpoints(output):
             raise ValueError(f"--resume: output.dir {output} holds no run: start one without --resume")
         notes.append(f"{output / MARKER} is missing or broken, and is written anew")
-    wants_more = _wants_more(recipe, output, marker)
-    if marker.get("state") == "finished" and not (chosen is not None and wants_more):
-        said = f"{output} holds a finished run: nothing to do\n{describe_summary(marker, output)}"
-        newest = next(iter(list_checkpoints(output)), None)
-        if wants_more:
-            where = f"--resume {newest}" if newest else "a new run (it has left no checkpoint)"
-            said += f"\nto train for more steps, as the recipe has it now: {where}"
-        return said
+    if marker.get("state") == "finished" and chosen is None:
+        drafter = output / marker.get("drafter", "final")
+        if (drafter / "model.safetensors").is_file():
+            return _nothing_to_do(recipe, output, marker)
+        notes.append(f"the run had finished, but {drafter} is gone")
     folder = _newest(output, notes) if chosen is None else _named(chosen, output)
     try:
         verify_checkpoint(folder)
@@ -104,10 +101,21 @@ def _read_marker(output: Path) -> dict[str, Any]:
     return marker if isinstance(marker, dict) else {}
 
 
-def _wants_more(recipe: Recipe, output: Path, marker: dict[str, Any]) -> bool:
+def _nothing_to_do(recipe: Recipe, output: Path, marker: dict[str, Any]) -> str:
+    said = f"{output} holds a finished run: nothing to do\n{describe_summary(marker, output)}"
+    if _wants_more(recipe, marker):
+        newest = next(iter(list_checkpoints(output)), None)
+        where = f"--resume {newest}" if newest else "a new run (it has left no checkpoint)"
+        said += f"\nto train for more steps, as the recipe has it now: {where}"
+    return said
+
+
+def _wants_more(recipe: Recipe, marker: dict[str, Any]) -> bool:
     """Whether a finished run's recipe now asks for more steps than it had."""
     if recipe.train.max_steps is not None:
         return recipe.train.max_steps > marker.get("steps", 0)
+    if marker.get("max_steps") is not None:
+        return True  # it ended there; how many steps the epochs are is not known before the data are
     return recipe.train.epochs > marker.get("epochs", recipe.train.epochs)
 
 
@@ -122,7 +130,7 @@ def _newest(output: Path, notes: list[str]) -> Path:
     if not complete:
         passed = f" ({'; '.join(notes)})" if notes else ""
         raise ValueError(
-            f"--resume: output.dir {output} holds a run that was stopped before its first checkpoint{passed}: remove it"
+            f"--resume: output.dir {output} holds a run without a complete checkpoint{passed}: remove it"
             " and start again (train.save_steps says how often a checkpoint is made)"
         )
     return complete[0]

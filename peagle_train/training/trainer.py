@@ -204,6 +204,7 @@ class Trainer:
             "drafter": "final",
             "steps": self.step,
             "epochs": self.recipe.train.epochs,
+            "max_steps": self.recipe.train.max_steps,
             "train_seconds": seconds,
             "before": self.before,
             "after": after,
