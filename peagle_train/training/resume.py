@@ -12,7 +12,7 @@ from peagle_train.training.checkpoint_files import MANIFEST, list_checkpoints, s
 from peagle_train.training.summary import describe_summary
 
 SAME_NUMBERS = {
-    "target.path", "target.check", "target.trust_remote_code", "output.dir", "train.log_steps", "train.eval_steps",
+    "target.check", "target.trust_remote_code", "output.dir", "train.log_steps", "train.eval_steps",
     "train.save_steps", "train.keep_last", "train.keep_every", "train.max_bad_steps", "train.profile_steps",
     "draft.init_from", "train.probe", "train.memory_margin",
 }  # fmt: skip
@@ -26,7 +26,11 @@ ROUNDING = {
 """Keys that change the order of sums; the rows of a step are compared on their own."""
 STEPS = {"train.epochs", "train.max_steps"}
 """Keys that stretch the learning-rate schedule."""
-BY_CONTENT = {"draft.draft_vocab_size": "draft vocabulary", "draft.vocab_from": "draft vocabulary"}
+BY_CONTENT = {
+    "target.path": "target's config and weights",
+    "draft.draft_vocab_size": "draft vocabulary",
+    "draft.vocab_from": "draft vocabulary",
+}
 """Keys that count by what they lead to, compared by its fingerprint; so do those of the data section (the rows)."""
 DATA_THAT_SHAPES = {"data.max_length"}
 """But not these."""
@@ -54,19 +58,19 @@ def open_resume(recipe: Recipe, given: str) -> Checkpoint | str:
         ValueError: there is nothing to go on from, it is damaged, or the recipe differs where it must not.
     """
     output = Path(recipe.output.dir)
-    marker = _read_marker(output)
     chosen = Path(given).expanduser() if given else None
     if chosen is not None and chosen.resolve() == output.resolve():
         chosen = None
-    wants_more = _wants_more(recipe, output, marker)
-    if marker.get("state") == "finished" and not (chosen is not None and wants_more):
-        said = f"{output} holds a finished run: nothing to do\n{describe_summary(marker, output)}"
-        newest = next(iter(list_checkpoints(output)), None)
-        if wants_more:
-            where = f"--resume {newest}" if newest else "a new run (it has left no checkpoint)"
-            said += f"\nto train for more steps, as the recipe has it now: {where}"
-        return said
-    notes: list[str] = []
+    marker, notes = _read_marker(output), []
+    if not marker:
+        if chosen is None and not list_checkpoints(output):
+            raise ValueError(f"--resume: output.dir {output} holds no run: start one without --resume")
+        notes.append(f"{output / MARKER} is missing or broken, and is written anew")
+    if marker.get("state") == "finished" and chosen is None:
+        drafter = output / marker.get("drafter", "final")
+        if (drafter / "model.safetensors").is_file():
+            return _nothing_to_do(recipe, output, marker)
+        notes.append(f"the run had finished, but {drafter} is gone")
     folder = _newest(output, notes) if chosen is None else _named(chosen, output)
     try:
         verify_checkpoint(folder)
@@ -89,16 +93,29 @@ def keep_segments(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
 
 
 def _read_marker(output: Path) -> dict[str, Any]:
+    """run.json, or {} where it is missing or broken: a complete checkpoint is enough to go on."""
     try:
-        return json.loads((output / MARKER).read_text(encoding="utf-8"))
+        marker = json.loads((output / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise ValueError(f"--resume: output.dir {output} holds no run: start one without --resume") from None
+        return {}
+    return marker if isinstance(marker, dict) else {}
 
 
-def _wants_more(recipe: Recipe, output: Path, marker: dict[str, Any]) -> bool:
+def _nothing_to_do(recipe: Recipe, output: Path, marker: dict[str, Any]) -> str:
+    said = f"{output} holds a finished run: nothing to do\n{describe_summary(marker, output)}"
+    if _wants_more(recipe, marker):
+        newest = next(iter(list_checkpoints(output)), None)
+        where = f"--resume {newest}" if newest else "a new run (it has left no checkpoint)"
+        said += f"\nto train for more steps, as the recipe has it now: {where}"
+    return said
+
+
+def _wants_more(recipe: Recipe, marker: dict[str, Any]) -> bool:
     """Whether a finished run's recipe now asks for more steps than it had."""
     if recipe.train.max_steps is not None:
         return recipe.train.max_steps > marker.get("steps", 0)
+    if marker.get("max_steps") is not None:
+        return True  # it ended there; how many steps the epochs are is not known before the data are
     return recipe.train.epochs > marker.get("epochs", recipe.train.epochs)
 
 
@@ -113,7 +130,7 @@ def _newest(output: Path, notes: list[str]) -> Path:
     if not complete:
         passed = f" ({'; '.join(notes)})" if notes else ""
         raise ValueError(
-            f"--resume: output.dir {output} holds a run that was stopped before its first checkpoint{passed}: remove it"
+            f"--resume: output.dir {output} holds a run without a complete checkpoint{passed}: remove it"
             " and start again (train.save_steps says how often a checkpoint is made)"
         )
     return complete[0]
@@ -123,7 +140,7 @@ def _named(folder: Path, output: Path) -> Path:
     if not folder.is_dir() or step_of(folder) is None:
         names = ", ".join(str(path) for path in list_checkpoints(output)) or "none"
         raise ValueError(f"--resume {folder}: give a folder named checkpoint-<step>; there are: {names}")
-    if folder.resolve().parent != output.resolve():
+    if folder.resolve() != (output / folder.name).resolve():  # either may be a link, to a bigger disk
         raise ValueError(
             f"--resume {folder} is not in output.dir {output}: set output.dir={folder.parent}, or move the folder there"
         )

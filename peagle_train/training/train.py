@@ -25,7 +25,7 @@ from peagle_train.target.frozen import FrozenTarget
 from peagle_train.training import peers
 from peagle_train.training.about import about_data
 from peagle_train.training.build import always_drafted, choose_mask_token, load_tokenizer, make_draft
-from peagle_train.training.checkpoint import check_output
+from peagle_train.training.checkpoint import check_not_in_use, check_output
 from peagle_train.training.distributed import check_device_map, check_launch
 from peagle_train.training.resume import Checkpoint, keep_segments, open_resume
 from peagle_train.training.run_checkpoint import restore
@@ -53,6 +53,7 @@ def train(recipe: Recipe, resume: str | None = None) -> str:
 def _train(recipe: Recipe, resume: str | None) -> str:
     checkpoint: Checkpoint | None = None
     check_tracker(recipe.train.log_with)
+    check_not_in_use(Path(recipe.output.dir))
     if resume is None:
         check_output(Path(recipe.output.dir))
     else:
