@@ -170,6 +170,70 @@ def test_the_newest_checkpoints_and_those_of_every_nth_step_are_kept(
     assert len(list(tmp_path.iterdir())) == len(kept)
 
 
+def moved(folder: Path) -> Path:
+    """Move a folder to a bigger disk and leave a link in its place; returns where it is now."""
+    there = folder.parent.parent / "disk" / folder.name
+    there.parent.mkdir(exist_ok=True)
+    folder.rename(there)
+    folder.symlink_to(there)
+    return there
+
+
+def test_links_to_moved_folders_are_removed_and_replaced_and_what_they_lead_to_stays(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = tmp_path / "run"
+    output.mkdir()
+    for step in (1, 2, 3):
+        files.write_checkpoint(output, step, fill)
+    there = [moved(output / f"checkpoint-{step}") for step in (1, 3)]
+    files.verify_checkpoint(output / "checkpoint-1")
+    assert files.prune(output, keep_last=2, keep_every=None) == [1]
+    assert f"checkpoint-1 is a link: only the link is removed, {there[0]} stays" in caplog.text
+    assert files.set_aside_later(output, 2) == [3]
+    files.write_checkpoint(output, 3, fill)
+    (output / "set-aside-5").symlink_to(there[1])
+    files.remove_set_aside(output)
+    assert sorted(path.name for path in output.iterdir()) == ["checkpoint-2", "checkpoint-3"]
+    # Of a run that was killed: each may be a link as well, and lead nowhere.
+    for name in (".checkpoint-9.partial", ".checkpoint-9.deleted", ".best.partial", ".best.old", "best"):
+        (output / name).symlink_to(tmp_path / "nowhere" if "checkpoint" in name else there[1])
+    checkpoint.write_folder(output / "best", fill)
+    files.write_checkpoint(output, 9, fill)
+    (output / ".final.old").symlink_to(there[1])
+    (output / "final").mkdir()
+    files.clean_up(output)
+    assert sorted(path.name for path in output.iterdir()) == ["best", *(f"checkpoint-{n}" for n in (2, 3, 9)), "final"]
+    assert not any(path.is_symlink() for path in output.iterdir())
+    for path in there:
+        files.verify_checkpoint(path)
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning_and_no_failed_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2):
+        files.write_checkpoint(tmp_path, step, fill)
+    checkpoint.write_folder(tmp_path / "best", fill)
+    (tmp_path / "set-aside-3").mkdir()
+
+    def refuse(path: Path, *_: Any, **__: Any) -> None:
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", refuse)
+        files.write_checkpoint(tmp_path, 3, fill)
+        assert files.prune(tmp_path, keep_last=2, keep_every=None) == []
+        checkpoint.write_folder(tmp_path / "best", fill)
+        files.clean_up(tmp_path)
+        files.remove_set_aside(tmp_path)
+    for name in ("set-aside-3", "checkpoint-1", ".best.old"):
+        assert f"{name} cannot be removed" in caplog.text
+    assert [files.step_of(path) for path in files.list_checkpoints(tmp_path)] == [3, 2]
+    files.clean_up(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "checkpoint-2", "checkpoint-3"]
+
+
 def test_a_full_disk_is_an_error_that_leaves_nothing_behind(tmp_path: Path) -> None:
     files.write_checkpoint(tmp_path, 1, fill)
 

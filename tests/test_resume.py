@@ -292,6 +292,62 @@ def test_where_there_is_nothing_to_resume_the_line_says_what_there_is(
     assert f"set output.dir={tmp_path}" in last_error(capsys)
 
 
+@pytest.mark.parametrize("content", [None, "", "[]", '{"state": '])
+def test_a_complete_checkpoint_is_enough_to_go_on_whatever_became_of_the_runs_marker(
+    content: str | None,
+    tmp_path: Path,
+    target: Path,
+    rows: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = started(tmp_path, target, rows, monkeypatch)
+    marker = tmp_path / "run" / "run.json"
+    marker.unlink()
+    if content is not None:
+        marker.write_text(content)
+    run(recipe, code=2)  # a plain start says that there is a run
+    assert "already holds a run; go on with it (--resume)" in last_error(capsys)
+    run(recipe, "--resume")
+    assert f"{marker} is missing or broken, and is written anew" in capsys.readouterr().out
+    whole = recipe_for(tmp_path / "whole", target, rows, data=EVALUATED, train={"max_steps": 9, "eval_steps": 3})
+    run(whole)
+    assert_same_run(tmp_path / "run", tmp_path / "whole" / "run")
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_checkpoints_that_were_moved_to_another_disk_and_linked_are_gone_on_from_and_pruned(
+    by_name: bool, tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = started(tmp_path, target, rows, monkeypatch)
+    output, disk = tmp_path / "run", tmp_path / "disk"
+    disk.mkdir()
+    for step in (2, 4, 5):
+        (output / f"checkpoint-{step}").rename(disk / f"checkpoint-{step}")
+        (output / f"checkpoint-{step}").symlink_to(disk / f"checkpoint-{step}")
+    before = contents(disk)
+    run(recipe, f"--resume={output / 'checkpoint-4'}" if by_name else "--resume", "train.keep_last=1")
+    run(recipe_for(tmp_path / "whole", target, rows, data=EVALUATED, train={"max_steps": 9, "eval_steps": 3}))
+    assert_same_run(output, tmp_path / "whole" / "run")
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-8"] and contents(disk) == before
+
+
+def test_a_checkpoint_that_was_copied_elsewhere_goes_on_there_as_the_line_says(
+    tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = started(tmp_path, target, rows, monkeypatch)
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "run" / "checkpoint-4", other / "checkpoint-4")
+    shutil.rmtree(tmp_path / "run")
+    run(recipe, f"--resume={other / 'checkpoint-4'}", code=2)
+    assert f"set output.dir={other}" in last_error(capsys) and not (tmp_path / "run").exists()
+    run(recipe, f"--resume={other / 'checkpoint-4'}", f"output.dir={other}")
+    assert "going on behind step 4" in capsys.readouterr().out
+    run(recipe_for(tmp_path / "whole", target, rows, data=EVALUATED, train={"max_steps": 9, "eval_steps": 3}))
+    ours, theirs = drafter(other / "final"), drafter(tmp_path / "whole" / "run" / "final")
+    assert all(torch.equal(ours[n], t) for n, t in theirs.items())
+
+
 @pytest.mark.parametrize("role", ["optimizer.state", "state.json", "manifest.json"])
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_offered_by_name(
     role: str,

@@ -30,7 +30,7 @@ def write_json(path: Path, content: Any) -> None:
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write into a temporary folder, sync it and put it in the place of `path`."""
     temporary = partial_path(path)
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    remove_tree(temporary)  # of a run that was killed
     temporary.mkdir(parents=True)
     try:
         fill(temporary)
@@ -38,18 +38,37 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
             make_readable(file)
             sync(file)
         sync(temporary)
-        if path.exists():
+        if os.path.lexists(path):
             old = path.with_name(f".{path.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
+            remove_tree(old)
             os.replace(path, old)
             os.replace(temporary, path)
-            shutil.rmtree(old)
+            try_removing(old)
         else:
             os.replace(temporary, path)
         sync(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder, if it is there; of a link to one only the link. OSError where that does not work."""
+    if path.is_symlink():
+        logger.warning("%s is a link: only the link is removed, %s stays", path, os.readlink(path))
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def try_removing(path: Path, remove: Callable[[Path], None] = remove_tree) -> bool:
+    """Whether `path` is gone. What cannot be removed takes room, but what a run has saved is saved: a warning."""
+    try:
+        remove(path)
+    except OSError as error:
+        logger.warning("%s cannot be removed (%s): remove it by hand", path, error)
+        return False
+    return True
 
 
 def save_drafter(path: Path, config: PEagleDraftConfig, state: dict[str, Tensor], extra: dict[str, str]) -> None:
@@ -79,7 +98,8 @@ def check_output(folder: Path) -> None:
     """ValueError if the output folder holds another run or anything else. Changes nothing."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output.dir {folder} is a file; give a folder")
-    if (folder / MARKER).exists():
+    # A checkpoint is a run too, whatever became of its marker.
+    if (folder / MARKER).exists() or any(folder.glob("checkpoint-*/manifest.json")):
         raise ValueError(
             f"output.dir {folder} already holds a run; go on with it (--resume), give another folder, or remove it first"
         )

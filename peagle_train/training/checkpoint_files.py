@@ -16,13 +16,12 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from peagle_train.errors import DamagedCheckpoint
-from peagle_train.training.checkpoint import write_folder
+from peagle_train.training.checkpoint import remove_tree, try_removing, write_folder
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -61,7 +60,7 @@ def write_checkpoint(output: Path, step: int, fill: Callable[[Path], None]) -> P
 
     path = checkpoint_path(output, step)
     write_folder(path, fill_and_list)
-    _remove(output / f"set-aside-{step}")
+    try_removing(output / f"set-aside-{step}", _remove)
     return path
 
 
@@ -114,8 +113,7 @@ def prune(output: Path, keep_last: int | None, keep_every: int | None) -> list[i
     for path in [] if keep_last is None else list_checkpoints(output)[: keep_last - 1 : -1]:
         step = step_of(path)
         assert step is not None
-        if keep_every is None or step % keep_every:
-            _remove(path)
+        if (keep_every is None or step % keep_every) and try_removing(path, _remove):
             removed.append(step)
     return removed
 
@@ -138,29 +136,31 @@ def set_aside_later(output: Path, step: int) -> list[int]:
 def remove_set_aside(output: Path) -> None:
     for path in output.iterdir():
         if _SET_ASIDE.fullmatch(path.name):
-            _remove(path)
+            try_removing(path, _remove)
 
 
 def clean_up(output: Path) -> None:
     """Remove what a killed run has left half-written or half-removed, and put a replaced folder's old content back."""
     for path in output.iterdir():
         if _LEFT_OVER.fullmatch(path.name):
-            shutil.rmtree(path)
+            try_removing(path)
     for name in ("best", "final"):
         old = output / f".{name}.old"
-        if old.is_dir() and not (output / name).exists():
+        if os.path.lexists(old) and not os.path.lexists(output / name):
             os.rename(old, output / name)
-        elif old.is_dir():
-            shutil.rmtree(old)
+        else:
+            try_removing(old)
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder; killed half-way, what is left has a name that nobody looks for."""
-    if path.is_dir():
+    """Remove a folder (or a link to one); killed half-way, what is left has a name that nobody looks for."""
+    if path.is_symlink():
+        remove_tree(path)
+    elif path.is_dir():
         gone = path.with_name(f".{path.name.replace('set-aside', 'checkpoint')}.deleted")
-        shutil.rmtree(gone, ignore_errors=True)
+        remove_tree(gone)
         os.rename(path, gone)
-        shutil.rmtree(gone)
+        remove_tree(gone)
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -54,10 +54,14 @@ def open_resume(recipe: Recipe, given: str) -> Checkpoint | str:
         ValueError: there is nothing to go on from, it is damaged, or the recipe differs where it must not.
     """
     output = Path(recipe.output.dir)
-    marker = _read_marker(output)
     chosen = Path(given).expanduser() if given else None
     if chosen is not None and chosen.resolve() == output.resolve():
         chosen = None
+    marker, notes = _read_marker(output), []
+    if not marker:
+        if chosen is None and not list_checkpoints(output):
+            raise ValueError(f"--resume: output.dir {output} holds no run: start one without --resume")
+        notes.append(f"{output / MARKER} is missing or broken, and is written anew")
     wants_more = _wants_more(recipe, output, marker)
     if marker.get("state") == "finished" and not (chosen is not None and wants_more):
         said = f"{output} holds a finished run: nothing to do\n{describe_summary(marker, output)}"
@@ -66,7 +70,6 @@ def open_resume(recipe: Recipe, given: str) -> Checkpoint | str:
             where = f"--resume {newest}" if newest else "a new run (it has left no checkpoint)"
             said += f"\nto train for more steps, as the recipe has it now: {where}"
         return said
-    notes: list[str] = []
     folder = _newest(output, notes) if chosen is None else _named(chosen, output)
     try:
         verify_checkpoint(folder)
@@ -89,10 +92,12 @@ def keep_segments(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
 
 
 def _read_marker(output: Path) -> dict[str, Any]:
+    """run.json, or {} where it is missing or broken: a complete checkpoint is enough to go on."""
     try:
-        return json.loads((output / MARKER).read_text(encoding="utf-8"))
+        marker = json.loads((output / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise ValueError(f"--resume: output.dir {output} holds no run: start one without --resume") from None
+        return {}
+    return marker if isinstance(marker, dict) else {}
 
 
 def _wants_more(recipe: Recipe, output: Path, marker: dict[str, Any]) -> bool:
@@ -123,7 +128,7 @@ def _named(folder: Path, output: Path) -> Path:
     if not folder.is_dir() or step_of(folder) is None:
         names = ", ".join(str(path) for path in list_checkpoints(output)) or "none"
         raise ValueError(f"--resume {folder}: give a folder named checkpoint-<step>; there are: {names}")
-    if folder.resolve().parent != output.resolve():
+    if folder.resolve() != (output / folder.name).resolve():  # either may be a link, to a bigger disk
         raise ValueError(
             f"--resume {folder} is not in output.dir {output}: set output.dir={folder.parent}, or move the folder there"
         )
