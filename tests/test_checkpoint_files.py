@@ -16,8 +16,11 @@ import torch
 import peagle_train.training.checkpoint as checkpoint
 import peagle_train.training.checkpoint_files as files
 from peagle_train.errors import DamagedCheckpoint
+from peagle_train.recipe import load_recipe
 from peagle_train.training.checkpoint import check_not_in_use, lock_output, save_tensors
+from peagle_train.training.resume import open_resume
 from peagle_train.training.signals import Signals
+from tests.tiny import write_recipe
 
 ROLES = ("config.json", "model.safetensors", "optimizer.state", "rng.state", "state.json", "recipe.yaml")
 
@@ -129,6 +132,37 @@ def test_a_file_that_is_cut_changed_or_gone_is_named(role: str, tmp_path: Path) 
     path.unlink()
     with pytest.raises(DamagedCheckpoint, match=role):
         files.verify_checkpoint(folder)
+
+
+def test_what_may_not_be_read_is_said_and_never_taken_for_nothing(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    for step in (1, 2):
+        files.write_checkpoint(output, step, fill)
+    checkpoint.write_json(output / checkpoint.MARKER, {"state": "started"})
+    recipe = load_recipe(write_recipe(tmp_path, tmp_path, tmp_path / "rows.jsonl", Path("run")))
+    tmp_path.chmod(0o755)
+
+    def refused(call: Callable[[], object], match: str) -> None:
+        def body() -> None:
+            os.chdir(tmp_path)
+            if os.getuid() == 0:  # who may read everything
+                os.setresuid(65534, 65534, 65534)
+            with pytest.raises(ValueError, match=match):
+                call()
+
+        assert in_child(body) == 0, match
+
+    (output / "checkpoint-2").chmod(0)
+    sound = "the one before it is sound: go on from there with --resume run/checkpoint-1"
+    refused(lambda: open_resume(recipe, ""), f"checkpoint-2/manifest.json cannot be read: Permission denied.*{sound}")
+    output.chmod(0o111)  # names in it may be used, but not listed
+    refused(lambda: open_resume(recipe, ""), "output.dir run cannot be read: Permission denied")
+    output.chmod(0)
+    refused(lambda: open_resume(recipe, ""), "--resume: run/run.json cannot be read: Permission denied")
+    refused(lambda: checkpoint.check_output(Path("run")), "output.dir run cannot be read: Permission denied")
+    output.chmod(0o755)
+    (output / "checkpoint-2").chmod(0o755)
+    assert len(files.list_checkpoints(output)) == 2
 
 
 def test_a_checkpoint_under_another_steps_name_is_damaged_and_a_note_beside_it_is_not(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from peagle_train.__main__ import main as train_main
 from peagle_train.serving.drafter_files import load_drafter
 from peagle_train.serving.export import export_drafter, write_new_folder
 from tests.helpers import ROOT, make_draft
+from tests.test_checkpoint_files import in_child
 from tests.tiny import MASK, VOCAB, make_target, write_recipe, write_rows
 
 
@@ -243,6 +245,26 @@ def test_the_tool_exports_checks_and_says_why_not(
     (tmp_path / "out" / "model.safetensors").write_bytes(b"1234567890")
     assert export.main(["--check", out]) == 2
     assert "NOT loadable" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["export", "import"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    name: str, tmp_path: Path, run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    size = (run / "final" / "model.safetensors").stat().st_size
+    for limit in (200, size // 2, size - 1):
+
+        def write_without_room(limit: int = limit) -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            code = tool(name).main([str(run / "final"), "--out", str(tmp_path / "new" / "out")])
+            sys.stderr.flush()
+            assert code == 2
+
+        assert in_child(write_without_room) == 0
+        said = capfd.readouterr().err
+        assert said.startswith(f"{name}.py: error: --out {tmp_path / 'new' / 'out'} cannot be written: "), said
+        assert len(said.splitlines()) == 1 and said.rstrip().split(": ")[-1] != "None"
+        assert not any((tmp_path / "new").iterdir())
 
 
 @pytest.mark.parametrize("name", ["export", "import"])

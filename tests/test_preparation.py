@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from peagle_train.data.preparation import prepare_recipe
 from peagle_train.data.training_data import TrainingData, load_training_data
 from peagle_train.recipe import Recipe, load_recipe
 from tests.byte_tokenizer import BYTES_VOCAB, make_byte_tokenizer
+from tests.test_checkpoint_files import in_child
 from tests.tiny import make_target, write_recipe
 
 MASK = 299
@@ -283,6 +285,65 @@ def test_finished_shards_are_kept_and_edited_ones_are_made_again(
     encoded.clear()
     prepare_recipe(recipe, tmp_path / "begun", shard_tokens=SHARD_TOKENS, say=said.append)
     assert encoded == [] and files_in(tmp_path / "begun") == files_in(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", "{}", '{"file": 1}', "", "x", "[" * 100_000])
+def test_a_record_of_anything_else_is_said_and_its_shard_is_made_again(
+    content: str, made: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    recipe, folder = made
+    shutil.copytree(folder, tmp_path / "begun")
+    (tmp_path / "begun" / "index.json").unlink()
+    (tmp_path / "begun" / "sources-00000.json").write_text(content)
+    said: list[str] = []
+    prepare_recipe(recipe, tmp_path / "begun", shard_tokens=SHARD_TOKENS, say=said.append)
+    assert any("sources-00000.safetensors is not as it was written: it is made again" in line for line in said)
+    assert files_in(tmp_path / "begun") == files_in(folder)
+
+
+def test_a_record_without_what_reading_needs_is_none(made: tuple[Recipe, Path], tmp_path: Path) -> None:
+    recipe, folder = made
+    shutil.copytree(folder, tmp_path / "begun")
+    (tmp_path / "begun" / "index.json").unlink()
+    path = tmp_path / "begun" / "sources-00000.json"
+    record = json.loads(path.read_text())
+    for broken in ({"file": record["file"]}, {**record, "report": [1]}, {**record, "report": {"x": 1}}):
+        path.write_text(json.dumps(broken))
+        prepare_recipe(recipe, tmp_path / "begun", shard_tokens=SHARD_TOKENS, say=lambda _: None)
+        assert files_in(tmp_path / "begun") == files_in(folder)
+        (tmp_path / "begun" / "index.json").unlink()
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "null", "", "x", '{"settings": []}', "[" * 100_000])
+def test_a_begun_folder_that_does_not_say_with_what_is_refused_with_the_files_name(
+    content: str, made: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    recipe, _ = made
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "begun.json").write_text(content)
+    with pytest.raises(ValueError, match=r"begun\.json is not as it was written: give another folder") as caught:
+        prepare_recipe(recipe, tmp_path / "begun", shard_tokens=SHARD_TOKENS, say=lambda _: None)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_is_one_line_and_the_same_call_finishes_the_folder(
+    made: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    recipe, folder = made
+    sizes = sorted({len(content) for content in files_in(folder).values()})
+    for number, limit in enumerate([300, *(size - 1 for size in sizes)]):  # begun.json, then each file in turn
+        out = tmp_path / str(number)
+
+        def prepare_without_room(out: Path = out, limit: int = limit) -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            with pytest.raises(ValueError, match=r"cannot be written: .*make room.*run the same line again") as caught:
+                prepare_recipe(recipe, out, shard_tokens=SHARD_TOKENS, say=lambda _: None)
+            assert "\n" not in str(caught.value)
+
+        assert in_child(prepare_without_room) == 0, limit
+        assert not list(out.glob(".*.partial"))
+    prepare_recipe(recipe, out, shard_tokens=SHARD_TOKENS, say=lambda _: None)
+    assert files_in(out) == files_in(folder)
 
 
 def edit(path: Path) -> None:

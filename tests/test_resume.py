@@ -421,6 +421,48 @@ def test_a_checkpoint_that_was_copied_elsewhere_goes_on_there_as_the_line_says(
     assert all(torch.equal(ours[n], t) for n, t in theirs.items())
 
 
+FINISHED: dict[str, Any] = {
+    **{"state": "finished", "drafter": "final", "steps": 3, "epochs": 1, "train_seconds": 0.5},
+    **{
+        "before": {"expected_accepted_length": 1.0, "loss": 2.0},
+        "after": {"expected_accepted_length": 1.5, "loss": 1.0},
+    },
+    "best": {"step": 2, "expected_accepted_length": 1.6, "folder": "best"},
+}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "null",
+        "3",
+        '"x"',
+        "[" * 100_000,
+        "{}",
+        '{"state": []}',
+        '{"state": "stopped"}',
+        '{"state": "finished"}',
+    ]
+    + [json.dumps({**FINISHED, key: value}) for key in FINISHED for value in ([1], "x" if key != "drafter" else 1)]
+    + [json.dumps({**FINISHED, "before": None})],
+)
+def test_a_marker_of_anything_else_is_no_run_and_one_line(
+    content: str, tmp_path: Path, target: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, output = recipe_for(tmp_path, target, rows), tmp_path / "run"
+    output.mkdir()
+    (output / "run.json").write_text(json.dumps(FINISHED))
+    assert main(["--summary", str(output)]) == 0 and main([str(recipe), "--resume"]) == 0
+    assert capsys.readouterr().out.count("1.000 before, 1.500 after training") == 2
+    (output / "run.json").write_text(content)
+    for arguments in (["--summary", str(output)], [str(recipe), "--resume"]):
+        assert main(arguments) == 2
+        printed = capsys.readouterr().err
+        assert f"{output} holds no run" in printed and len(printed.splitlines()) == 1
+
+
 @pytest.mark.parametrize("role", ["optimizer.state", "state.json", "manifest.json"])
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_offered_by_name(
     role: str,

@@ -170,12 +170,30 @@ def _begin(folder: Path, begun: dict[str, Any]) -> None:
             raise ValueError(f"--out {folder} is not empty and holds no preparation; give another folder")
         write_json(folder / BEGUN, begun)
         return
-    there = json.loads((folder / BEGUN).read_text(encoding="utf-8"))
+    there = _read_begun(folder)
     flat = {**begun["settings"], "--shard-tokens": begun["shard_tokens"], "files of the sources": begun["files"]}
     flat_there = {**there["settings"], "--shard-tokens": there["shard_tokens"], "files of the sources": there["files"]}
     difference = first_difference(flat_there, json.loads(json.dumps(flat)))
     if difference is not None:
         raise ValueError(f"--out {folder} {difference}: change that, give another folder, or remove this one")
+
+
+def _read_begun(folder: Path) -> dict[str, Any]:
+    """What the preparation in the folder was begun with; ValueError where that cannot be told."""
+    why = "is not as it was written"
+    try:
+        there = json.loads((folder / BEGUN).read_text(encoding="utf-8"))
+        if (
+            isinstance(there, dict)
+            and isinstance(there.get("settings"), dict)
+            and {"shard_tokens", "files"} <= there.keys()
+        ):
+            return there
+    except OSError as error:
+        why = f"cannot be read: {error.strerror}"
+    except (ValueError, RecursionError):
+        pass
+    raise ValueError(f"--out {folder}: {folder / BEGUN} {why}: give another folder, or remove this one")
 
 
 def _listing(found: dict[str, FoundFiles]) -> str:

@@ -8,6 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -25,9 +26,15 @@ from peagle_train.recipe import Recipe
 Encoded = Iterator[tuple[list[RawRow], EncodedBatch]]
 """Batches of rows with what became of them, in order."""
 
+_RECORD = {"file", "batches", "content", "last_file", "is_last", "report"}
+
 
 class ShardWriter:
-    """Writes the shards of `sources` or of `eval_sources`, from the first that is not there yet."""
+    """Writes the shards of `sources` or of `eval_sources`, from the first that is not there yet.
+
+    Raises:
+        ValueError: one line, also where a file cannot be written (a full disk).
+    """
 
     def __init__(self, folder: Path, role: str, files: FoundFiles, recipe: Recipe, shard_tokens: int, say: Say) -> None:
         self.folder, self.role, self.files, self.shard_tokens, self.say = folder, role, files, shard_tokens, say
@@ -101,8 +108,9 @@ class ShardWriter:
         while (path := self._path(len(self.paths))).with_suffix(".json").exists():
             try:
                 record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-                is_whole = file_sum(path) == record["file"]
-            except (OSError, ValueError, KeyError):
+                is_whole = record.keys() == _RECORD and file_sum(path) == record["file"]
+                SourceReport(**record["report"])
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 is_whole = False
             if not is_whole:
                 self.say(f"{path.name} is not as it was written: it is made again, with all behind it")
@@ -181,5 +189,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _write(path: Path, fill: Callable[[Path], object]) -> None:
     partial = partial_path(path)
-    fill(partial)
-    put(partial, path)
+    try:
+        fill(partial)
+        put(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ValueError(
+            f"{path} cannot be written: {reason}; the files that are finished are kept: make room, or see to it that the"
+            " folder may be written, and run the same line again"
+        ) from None

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from peagle_train.core.draft_config import PEagleDraftConfig
@@ -19,6 +18,7 @@ from peagle_train.serving.check_drafter import Finding, check_folder, is_loadabl
 from peagle_train.serving.draft_formats import EAGLE3, FORMATS, SPECULATORS, format_of, speculators_config
 from peagle_train.serving.drafter_files import WEIGHTS, DrafterFiles, read_drafter
 from peagle_train.serving.model_card import RunFacts, find_report, model_card, read_report, read_run
+from peagle_train.training.checkpoint import save_tensors
 
 TOKENIZER_FILES: tuple[str, ...] = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 TOKENIZER_FILES += ("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
@@ -193,9 +193,9 @@ def read_target_config(target: Path) -> dict[str, Any]:
 
 
 def write_drafter(folder: Path, config_text: str, tensors: dict[str, Tensor]) -> None:
-    """config.json and model.safetensors into a folder that is there."""
+    """config.json and model.safetensors into a folder that is there; OSError where they cannot be written."""
     (folder / "config.json").write_text(config_text, encoding="utf-8")
-    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(folder / WEIGHTS, tensors)
 
 
 def check_new(path: Path) -> None:
@@ -222,6 +222,6 @@ def write_new_folder(path: Path, fill: Callable[[Path], None]) -> None:
         os.rename(temporary, path)  # fails on a folder that came to hold something meanwhile
         sync(path.parent)
     except OSError as error:
-        raise ValueError(f"--out {path} cannot be written: {error.strerror}") from error
+        raise ValueError(f"--out {path} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

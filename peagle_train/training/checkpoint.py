@@ -95,7 +95,14 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_output(folder: Path) -> None:
-    """ValueError if the output folder holds another run or anything else. Changes nothing."""
+    """ValueError if the output folder holds another run or anything else, or cannot be read. Changes nothing."""
+    try:
+        _check_output(folder)
+    except OSError as error:
+        raise ValueError(f"output.dir {folder} cannot be read: {error.strerror}; give another folder") from None
+
+
+def _check_output(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output.dir {folder} is a file; give a folder")
     # A checkpoint is a run too, whatever became of its marker.
@@ -105,6 +112,37 @@ def check_output(folder: Path) -> None:
         )
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"output.dir {folder} is not empty and holds no run; give another folder")
+
+
+def read_marker(folder: Path) -> dict[str, Any]:
+    """An output folder's `run.json`; {} where it is missing or not what a run writes. ValueError if it cannot be read."""
+    try:
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        return marker if _is_marker(marker) else {}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise ValueError(f"{folder / MARKER} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _is_marker(marker: Any) -> bool:
+    """Whether it has all that is read from it; else False, or an error of its types."""
+    if marker["state"] == "stopped":
+        return all(isinstance(marker[key], str) for key in ("signal", "checkpoint")) and isinstance(
+            marker["steps"], int
+        )
+    if marker["state"] != "finished":
+        return marker["state"] == "started"
+    best, numbers = marker.get("best"), [marker["train_seconds"], marker.get("epochs", 1)]
+    if marker["after"]:
+        numbers += [marker[when][key] for when in ("before", "after") for key in ("expected_accepted_length", "loss")]
+    if best:
+        numbers += [best["step"], best["expected_accepted_length"]]
+        best.get("folder")
+    is_sized = isinstance(marker["drafter"], str) and isinstance(marker["steps"], int)
+    return is_sized and all(isinstance(number, int | float) for number in numbers)
 
 
 def claim_output(folder: Path) -> None:

@@ -41,9 +41,25 @@ def step_of(folder: Path) -> int | None:
 
 
 def list_checkpoints(output: Path) -> list[Path]:
-    """Complete checkpoints (those with a manifest), the newest step first; their content is not looked at."""
-    found = {step: path for path in output.iterdir() if (step := step_of(path)) is not None} if output.is_dir() else {}
-    return [found[step] for step in sorted(found, reverse=True) if (found[step] / MANIFEST).is_file()]
+    """Complete checkpoints (those with a manifest), the newest step first; their content is not looked at.
+
+    Raises:
+        ValueError: the output folder cannot be read.
+    """
+    try:
+        found = {step: path for path in output.iterdir() if (step := step_of(path)) is not None}
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise ValueError(f"output.dir {output} cannot be read: {error.strerror}") from None
+    return [found[step] for step in sorted(found, reverse=True) if _has_manifest(found[step])]
+
+
+def _has_manifest(folder: Path) -> bool:
+    try:
+        return (folder / MANIFEST).is_file()
+    except OSError:  # it may not be looked into: not passed over in silence, `verify_checkpoint` says why
+        return True
 
 
 def write_checkpoint(output: Path, step: int, fill: Callable[[Path], None]) -> Path:
@@ -69,9 +85,9 @@ def verify_checkpoint(folder: Path) -> None:
     manifest = _read_manifest(folder)
     for name, described in manifest["files"].items():
         path = folder / name
-        if not path.is_file():
-            raise DamagedCheckpoint(f"{path} is missing")
         try:
+            if not path.is_file():
+                raise DamagedCheckpoint(f"{path} is missing")
             size = path.stat().st_size
             if size != described["size"]:  # told without reading it
                 raise DamagedCheckpoint(f"{path} has {size} bytes instead of {described['size']}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from peagle_train.errors import DamagedCheckpoint
 from peagle_train.recipe import Recipe
-from peagle_train.training.checkpoint import MARKER
+from peagle_train.training.checkpoint import MARKER, read_marker
 from peagle_train.training.checkpoint_files import MANIFEST, list_checkpoints, step_of, verify_checkpoint
 from peagle_train.training.summary import describe_summary
 
@@ -95,10 +95,9 @@ def keep_segments(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
 def _read_marker(output: Path) -> dict[str, Any]:
     """run.json, or {} where it is missing or broken: a complete checkpoint is enough to go on."""
     try:
-        marker = json.loads((output / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return marker if isinstance(marker, dict) else {}
+        return read_marker(output)
+    except ValueError as error:
+        raise ValueError(f"--resume: {error}") from None
 
 
 def _nothing_to_do(recipe: Recipe, output: Path, marker: dict[str, Any]) -> str:

@@ -1,19 +1,17 @@
 """What a finished run says of itself."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from peagle_train.training.checkpoint import MARKER
+from peagle_train.training.checkpoint import MARKER, read_marker
 
 
 def read_summary(folder: Path) -> str:
     """Where a finished run's drafter is and how good it is; ValueError if there is no finished run."""
-    try:
-        summary = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder} holds no run: {error}") from error
-    if summary.get("state") != "finished":
+    summary = read_marker(folder)
+    if not summary:
+        raise ValueError(f"{folder} holds no run: its {MARKER} is missing, or is not what a run writes")
+    if summary["state"] != "finished":
         raise ValueError(f"{folder} holds a run that has not finished")
     return describe_summary(summary, folder)
 
