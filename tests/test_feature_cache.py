@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -357,6 +358,17 @@ def test_features_that_are_not_finite_in_the_caches_dtype_are_refused(tmp_path: 
     )
     with pytest.raises(ValueError, match=r"not all finite in float16: give another target\.cache_dtype"):
         cache(recipe_in(tmp_path, huge, rows), tmp_path / "cache", "target.cache_dtype=float16")
+
+
+def test_the_next_command_can_be_pasted_and_a_home_folder_is_meant(
+    tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "a home"))
+    recipe = recipe_in(tmp_path, target, rows)
+    line = write_cache(load_recipe(recipe), "~/c 1")
+    assert (tmp_path / "a home" / "c 1" / "cache.json").exists()
+    pasted = shlex.split(line.partition("RECIPE ")[2])
+    assert load_recipe(recipe, pasted).target.cache == str(tmp_path / "a home" / "c 1")
 
 
 def test_help_answers_without_torch() -> None:

@@ -1,5 +1,6 @@
 """From a recipe to a whole folder of features: what tools/cache_features.py does."""
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from peagle_train.data.packing import PackedRows
 from peagle_train.data.training_data import load_training_data
 from peagle_train.recipe import Recipe
+from peagle_train.schema import as_override
 from peagle_train.target.cache_writer import CacheWriter, Compute, PlannedShard, Row, make_index, plan_shards
 from peagle_train.target.feature_cache import fingerprint
 from peagle_train.target.frozen import FrozenTarget
@@ -49,6 +51,7 @@ def write_cache(recipe: Recipe, out: str | None, shard_mib: int = 512, speculato
     """
     if out is None:
         raise ValueError("no folder given: --out DIR (or target.cache in the recipe)")
+    out = os.path.expanduser(out)  # of --out=~/x the shell leaves it to us
     if shard_mib < 1:
         raise ValueError(f"--shard-mib is {shard_mib}; it must be at least 1")
     accelerator = Accelerator()
@@ -66,7 +69,7 @@ def write_cache(recipe: Recipe, out: str | None, shard_mib: int = 512, speculato
         rows: Any = Rows(data.train_rows, data.eval_rows)
         compute = online(recipe, target)
     else:
-        rows = files = SpeculatorsFiles(speculators, target, recipe.data.max_length)
+        rows = files = SpeculatorsFiles(os.path.expanduser(speculators), target, recipe.data.max_length)
         compute = files.compute
 
     per_token = 4 * target.hidden_size * stored.itemsize
@@ -90,8 +93,10 @@ def write_cache(recipe: Recipe, out: str | None, shard_mib: int = 512, speculato
     accelerator.end_training()
     if not accelerator.is_main_process:
         return ""
-    sources = "" if files is None else f" data.sources=[{Path(out) / DOCUMENTS}]"
-    return f"train from it: python -m peagle_train RECIPE target.cache={out}{sources}\n"
+    overrides = [as_override("target.cache", out)]
+    if files is not None:
+        overrides.append(as_override("data.sources", [str(Path(out) / DOCUMENTS)]))
+    return f"train from it: python -m peagle_train RECIPE {' '.join(overrides)}\n"
 
 
 def load_target(recipe: Recipe, accelerator: Accelerator) -> FrozenTarget:
