@@ -397,6 +397,20 @@ def test_a_finished_file_that_is_damaged_is_written_anew_and_that_is_said(
     assert ("head.safetensors" if damage is edit_head else "features-00001.safetensors") in line
 
 
+def test_a_file_that_the_disk_does_not_give_is_one_line(
+    tmp_path: Path, target: Path, rows: Path, made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "cache"
+    shutil.copytree(made, folder)
+    (folder / "features-00001.sha256").unlink()
+    (folder / "features-00001.sha256").mkdir()
+    recipe = recipe_in(tmp_path, target, rows)
+    with pytest.raises(ValueError, match=r"features-00001\.safetensors cannot be read: Is a directory"):
+        cache(recipe, folder)
+    assert main([str(recipe), f"target.cache={folder}"]) == 2
+    assert "features-00001.safetensors cannot be read: Is a directory" in capsys.readouterr().err
+
+
 def test_a_second_writer_of_one_folder_is_told_so_and_touches_nothing(
     tmp_path: Path, target: Path, rows: Path, made: Path
 ) -> None:

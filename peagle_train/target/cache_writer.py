@@ -181,8 +181,11 @@ class CacheWriter:
         path = self.folder / name
         if is_damaged(path):
             logger.warning("--out %s: %s is not what was written (cut or edited): written anew", self.folder, name)
-            checksum_path(path).unlink()
-            path.unlink()
+            try:
+                checksum_path(path).unlink()
+                path.unlink()
+            except OSError as error:
+                raise ValueError(f"--out {self.folder}: {name} cannot be removed: {error.strerror}") from error
             return False
         return True
 

@@ -94,8 +94,11 @@ def sha256_of(path: Path) -> str:
 
 
 def is_damaged(path: Path) -> bool:
-    """Whether a file is not what its checksum says."""
-    return checksum_path(path).read_text(encoding="ascii", errors="replace").split()[:1] != [sha256_of(path)]
+    """Whether a file is not what its checksum says; ValueError where the disk does not give it."""
+    try:
+        return checksum_path(path).read_text(encoding="ascii", errors="replace").split()[:1] != [sha256_of(path)]
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def fingerprint(folder: str) -> str:
@@ -138,7 +141,7 @@ def read_index(folder: Path) -> CacheIndex | None:
         given = raw.get("version") if isinstance(raw, dict) else "none"
         raise ValueError(
             f"target.cache {folder} is of format {given}, this reads format {VERSION}: make the cache again with"
-            " tools/cache_features.py"
+            " tools/cache_features.py, in another folder or after removing this one"
         )
     return CacheIndex(**raw)
 
