@@ -48,7 +48,8 @@ class Target:
     trust_remote_code: bool = False
     """Run Python code that comes with the target's files."""
     check: bool = True
-    """Check at the start that packed documents do not see each other and that features and head agree."""
+    """Check at the start that packed documents do not see each other and that features and head agree.
+    The checksums of target.cache are compared in any case."""
 
 
 @dataclass

@@ -9,12 +9,13 @@ import difflib
 import json
 import math
 import os
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, field, fields
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from peagle_train.strict_yaml import YamlError, parse_yaml
+from peagle_train.strict_yaml import YamlError, dump_line, parse_yaml
 
 Rule = tuple[Callable[[Any], bool], str]
 """What a value must fulfil, and the same in words: "give <words>"."""
@@ -67,6 +68,11 @@ def read_sections(types: Mapping[str, type], raw: Mapping[Any, Any], overrides: 
         except YamlError as error:
             raise RecipeError(str(error)) from None
     return {name: read_section(cls, name, given.get(name, {}), known) for name, cls in types.items()}
+
+
+def as_override(key: str, value: Any) -> str:
+    """What a person types into a shell to get `key` the value."""
+    return shlex.quote(f"{key}={dump_line(value)}")
 
 
 def read_section(cls: type, name: str, values: Mapping[Any, Any], known: list[str]) -> Any:

@@ -70,6 +70,12 @@ def read_yaml(path: Path) -> Any:
     return parse_yaml(text, str(path))
 
 
+def dump_line(value: Any) -> str:
+    """`value` as one line of YAML; `parse_yaml` reads it back."""
+    text = str(yaml.dump([value], Dumper=StrictDumper, default_flow_style=True, width=float("inf"), allow_unicode=True))
+    return text.strip()[1:-1]  # as an element of a list, so that a word alone has no end-of-document mark
+
+
 def dump_yaml(value: Any) -> str:
     """`value` as block YAML, in the order of its keys; `parse_yaml` reads it back."""
     return str(yaml.dump(value, Dumper=StrictDumper, sort_keys=False))

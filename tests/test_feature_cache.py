@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from peagle_train.__main__ import main
+from peagle_train.locks import alone_in
 from peagle_train.recipe import load_recipe
 from peagle_train.target.cache_run import write_cache
 from peagle_train.target.feature_cache import FeatureCache
@@ -240,9 +243,10 @@ def nothing(folder: Path) -> None:
 WRONG: dict[str, tuple[Any, list[str], str]] = {
     "cut": (truncate, [], "features-00001.safetensors is not what was written"),
     "edited": (edit, [], "features-00001.safetensors is not what was written"),
+    "edited, unchecked": (edit, ["target.check=false"], "features-00001.safetensors is not what was written"),
     "header": (edit_header, [], "features-00001.safetensors is not what was written"),
     "not whole": (remove, [], "is not whole: 1 of"),
-    "format": (old_format, [], "is of format 0, this reads format 1"),
+    "format": (old_format, [], "is of format 0, this reads format 2"),
     "no index": (no_index, [], "has no cache.json"),
     "layers": (nothing, ["target.layer_ids=[1, 2, 3]"], "holds layers [2, 3, 4], the recipe wants [1, 2, 3]"),
     "dtype": (nothing, ["target.dtype=float32"], "was computed in float64, target.dtype is float32"),
@@ -291,8 +295,11 @@ def test_other_rows_or_another_target_never_mix_in_one_folder(
     before = contents(made)
     recipe = recipe_in(tmp_path, target, rows)
     for overrides in (["data.max_length=16"], ["target.layer_ids=[0, 1, 2]"], ["target.cache_dtype=float32"]):
-        with pytest.raises(ValueError, match="holds the cache of another target or other rows"):
+        with pytest.raises(ValueError, match="holds the cache of another target, other rows or other settings"):
             cache(recipe, made, *overrides)
+    for key, value in (("chunk_tokens", 8), ("attn_implementation", "eager")):  # they round in another way
+        with pytest.raises(ValueError, match=rf"other settings \({key} differ\)"):
+            cache(recipe, made, f"target.{key}={value}")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("mine")
     with pytest.raises(ValueError, match="is not empty and holds no cache"):
@@ -331,7 +338,7 @@ def test_a_disk_that_fills_up_all_the_same_is_one_line_and_the_next_run_goes_on(
             cache(recipe, tmp_path / "cache")
     assert contents(cache(recipe, tmp_path / "cache")) == contents(made)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot be written: Not a directory"):
+    with pytest.raises(ValueError, match="cannot be made: Not a directory"):
         cache(recipe, tmp_path / "file" / "cache")
 
 
@@ -357,6 +364,94 @@ def test_features_that_are_not_finite_in_the_caches_dtype_are_refused(tmp_path: 
     )
     with pytest.raises(ValueError, match=r"not all finite in float16: give another target\.cache_dtype"):
         cache(recipe_in(tmp_path, huge, rows), tmp_path / "cache", "target.cache_dtype=float16")
+
+
+def test_training_may_name_another_attention_than_the_cache_was_made_with(
+    tmp_path: Path, target: Path, rows: Path, made: Path
+) -> None:
+    recipe = recipe_in(tmp_path, target, rows, train={"max_steps": 1})
+    train(recipe, tmp_path / "run", f"target.cache={made}", "target.chunk_tokens=8", "target.attn_implementation=eager")
+
+
+def empty_checksum(folder: Path) -> None:
+    (folder / "features-00001.sha256").write_text("")
+
+
+def edit_head(folder: Path) -> None:
+    data = bytearray((folder / "head.safetensors").read_bytes())
+    data[-9] ^= 1
+    (folder / "head.safetensors").write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [truncate, edit, edit_header, empty_checksum, edit_head])
+def test_a_finished_file_that_is_damaged_is_written_anew_and_that_is_said(
+    damage: Any, tmp_path: Path, target: Path, rows: Path, made: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "cache"
+    shutil.copytree(made, folder)
+    damage(folder)
+    assert contents(folder) != contents(made)
+    cache(recipe_in(tmp_path, target, rows), folder)
+    assert contents(folder) == contents(made)
+    [line] = [record.getMessage() for record in caplog.records if "written anew" in record.getMessage()]
+    assert ("head.safetensors" if damage is edit_head else "features-00001.safetensors") in line
+
+
+def test_a_file_that_the_disk_does_not_give_is_one_line(
+    tmp_path: Path, target: Path, rows: Path, made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "cache"
+    shutil.copytree(made, folder)
+    (folder / "features-00001.sha256").unlink()
+    (folder / "features-00001.sha256").mkdir()
+    recipe = recipe_in(tmp_path, target, rows)
+    with pytest.raises(ValueError, match=r"features-00001\.safetensors cannot be read: Is a directory"):
+        cache(recipe, folder)
+    assert main([str(recipe), f"target.cache={folder}"]) == 2
+    assert "features-00001.safetensors cannot be read: Is a directory" in capsys.readouterr().err
+
+
+def test_a_second_writer_of_one_folder_is_told_so_and_touches_nothing(
+    tmp_path: Path, target: Path, rows: Path, made: Path
+) -> None:
+    recipe, folder = recipe_in(tmp_path, target, rows), tmp_path / "cache"
+    shutil.copytree(made, folder)
+    remove(folder)
+    before = contents(folder)
+    with alone_in(folder, "writing features"):
+        with pytest.raises(ValueError, match="cache: another process is writing features there; wait, or give another"):
+            cache(recipe, folder)
+        assert contents(folder) == before
+    assert contents(cache(recipe, folder)) == contents(made)
+
+
+def test_the_lock_is_held_until_the_last_shard_is_written(
+    tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import peagle_train.target.cache_writer as writer
+
+    save, refused = writer.save_file, []
+
+    def save_while_another_asks(*arguments: Any, **named: Any) -> None:
+        with pytest.raises(ValueError, match="another process"), alone_in(tmp_path / "cache", "writing features"):
+            pass
+        refused.append(arguments[1].name)
+        save(*arguments, **named)
+
+    monkeypatch.setattr(writer, "save_file", save_while_another_asks)
+    folder = cache(recipe_in(tmp_path, target, rows), tmp_path / "cache")
+    assert len(refused) == len(list(folder.glob("*.safetensors"))) > 4
+
+
+def test_the_next_command_can_be_pasted_and_a_home_folder_is_meant(
+    tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "a home"))
+    recipe = recipe_in(tmp_path, target, rows)
+    line = write_cache(load_recipe(recipe), "~/c 1")
+    assert (tmp_path / "a home" / "c 1" / "cache.json").exists()
+    pasted = shlex.split(line.partition("RECIPE ")[2])
+    assert load_recipe(recipe, pasted).target.cache == str(tmp_path / "a home" / "c 1")
 
 
 def test_help_answers_without_torch() -> None:

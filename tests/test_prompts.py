@@ -94,6 +94,8 @@ def test_a_limit_counts_prompts_not_lines(tmp_path: Path) -> None:
         ({"messages": [SYSTEM]}, "an answer without a question"),
         ({"messages": []}, "no question"),
         ({"turns": []}, "no question"),
+        ({"prompt": "a\ud800"}, "lone surrogate"),
+        ({"messages": [user("a"), assistant("\udfff"), user("b")]}, "lone surrogate"),
     ],
 )
 def test_rows_that_cannot_be_asked_are_counted_by_reason_or_refused(

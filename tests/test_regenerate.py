@@ -14,6 +14,7 @@ import pytest
 from peagle_train.answers.answers import Answer
 from peagle_train.answers.conversation import Settings, answer_seed, converse
 from peagle_train.answers.prompts import load_prompts
+from peagle_train.data.messages import messages_of
 from tests.chat_fake import MODEL, FakeServer, Reply, completion, echo, serving
 from tests.helpers import ENVIRONMENT, ROOT
 from tools.regenerate import main
@@ -88,6 +89,29 @@ def test_only_the_last_question_is_answered_on_demand(tmp_path: Path, capsys: py
     assert written["messages"][:3] == [user("a"), {**assistant("old"), "weight": 0}, user("b")]
     assert written["messages"][3]["content"].endswith(" b") and "weight" not in written["messages"][3]
     assert "1 dropped (1 no recorded answers)" in capsys.readouterr().out
+
+
+def test_a_recorded_answer_that_is_empty_is_no_recorded_answer(tmp_path: Path) -> None:
+    """Training refuses a row with an empty turn of the assistant, even one of weight 0."""
+    thoughtful = {**assistant(""), "reasoning_content": "hm"}
+    given = [assistant(""), assistant(" \n"), thoughtful]
+    rows = [{"messages": [user("a"), answer, user("b")]} for answer in given]
+    with serving() as server:
+        assert main(command(server, write(tmp_path / "p.jsonl", rows), tmp_path / "out.jsonl", "--last-turn")) == 0
+    report = json.loads((tmp_path / "out.jsonl.report.json").read_text())
+    assert report["dropped"] == {"no recorded answers": 2} and len(server.requests) == 1
+    [written] = rows_of(tmp_path / "out.jsonl")
+    read = messages_of(written)
+    assert [message["content"] for message in read.messages[:3]] == ["a", "", "b"] and read.learned[-1]
+
+
+def test_a_prompt_with_half_of_a_surrogate_pair_is_skipped_and_counted(tmp_path: Path) -> None:
+    with serving() as server:
+        prompts = write(tmp_path / "p.jsonl", [{"prompt": "x\ud800"}, {"prompt": "b"}])
+        assert main(command(server, prompts, tmp_path / "out.jsonl")) == 0
+    assert [row["id"] for row in rows_of(tmp_path / "out.jsonl")] == ["2"] and len(server.requests) == 1
+    report = json.loads((tmp_path / "out.jsonl.report.json").read_text())
+    assert report["skipped"] == {"lone surrogate": 1}
 
 
 def test_variables_of_the_chat_template_go_to_the_server_and_into_the_row(tmp_path: Path) -> None:

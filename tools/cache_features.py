@@ -38,6 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"cache_features: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("cache_features: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 

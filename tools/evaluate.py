@@ -51,13 +51,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    from peagle_train.decoding.acceptance_run import run
-
     try:
+        from peagle_train.decoding.acceptance_run import run
+
         text, is_right = run(options, Path(options.checkpoint))
     except ValueError as error:
         print(f"evaluate.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("evaluate.py: stopped", file=sys.stderr)
+        return 130
     print(text)
     return 0 if is_right else 1
 

@@ -46,6 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"export.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("export.py: stopped", file=sys.stderr)
+        return 130
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -30,9 +30,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package beside it, installed or not
-    from peagle_train.serving.import_drafter import import_drafter
-
     try:
+        from peagle_train.serving.import_drafter import import_drafter
+
         done = import_drafter(
             Path(options.folder),
             Path(options.out),
@@ -43,6 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"import.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("import.py: stopped", file=sys.stderr)
+        return 130
     for note in done.notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"imported to {done.folder}")

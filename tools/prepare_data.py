@@ -37,6 +37,7 @@ def run(options: argparse.Namespace) -> None:
     # Heavy imports happen here, so that --help answers at once.
     from peagle_train.data.preparation import SHARD_TOKENS, prepare_recipe
     from peagle_train.recipe import load_recipe
+    from peagle_train.schema import as_override
 
     recipe = load_recipe(options.recipe, options.overrides)
     out = options.out or recipe.data.prepared
@@ -48,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--workers is {workers} and --shard-tokens is {shard_tokens}; give at least 1")
     made = prepare_recipe(recipe, Path(out).expanduser(), num_workers=workers, shard_tokens=shard_tokens)
     print("\n".join(made.describe()))
-    print(f"prepared: {out}: give data.prepared={out} to train on it")
+    print(f"prepared: {out}: give {as_override('data.prepared', out)} to train on it")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,9 @@ def main() -> int:
     except ValueError as error:
         print(f"show_row: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("show_row: stopped", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -67,7 +67,7 @@ def converse(
     why = detail = None
     for turn, (asked, recorded) in enumerate(zip(prompt.turns, prompt.answers)):
         if settings.last_turn and turn < len(prompt.turns) - 1:
-            if recorded is None:
+            if recorded is None or not _says_something(recorded):  # training takes no empty turn, whatever its weight
                 why = "no recorded answers"
                 break
             messages += [*asked, {**recorded, "weight": 0}]  # read, but not learned from: it is not the target's
@@ -99,3 +99,7 @@ def converse(
     written = {"id": prompt.id, "messages": messages, **kwargs, "generated": generated}
     entry: Entry = {"row": written if finish_reasons else None, "fault": why, "answers": count, "tokens": tokens}
     return {**entry, "detail": detail} if detail else entry
+
+
+def _says_something(recorded: Message) -> bool:
+    return any(recorded.get(name, "").strip() for name in ("content", "reasoning_content"))

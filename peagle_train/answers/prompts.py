@@ -56,8 +56,8 @@ def load_prompts(name_or_path: str, limit: int | None = None, skipped: Counter[s
 
     Args:
         limit: stop behind so many prompts.
-        skipped: given, rows that are well-formed but cannot be asked (tools, content that is no text, no question) are
-            left out and counted here by reason; without it they are errors.
+        skipped: given, rows that are well-formed but cannot be asked (tools, content that is no text, half of a
+            surrogate pair, no question) are left out and counted here by reason; without it they are errors.
 
     Raises:
         ValueError: one line with file and row.
@@ -141,7 +141,10 @@ def _parse(text: str, where: str) -> Any:
 def _prompt(row: Any, number: int, where: str) -> Prompt:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: give an object with {SHAPES}")
-    turns, answers = _split(_messages(row, where))
+    messages = _messages(row, where)
+    if not all(_is_text(value) for message in messages if message for value in message.values()):
+        raise Unfit("lone surrogate")  # JSON can hold half of a pair; no tokenizer takes it, nor does training
+    turns, answers = _split(messages)
     own = (row[key] for key in ("id", "question_id", "task_id", "conversation_id") if row.get(key) is not None)
     return Prompt(str(next(own, number)), turns, answers)
 
@@ -169,6 +172,14 @@ def _messages(row: dict[str, Any], where: str) -> list[Message | None]:
     for turn in turns:
         messages += [{"role": "user", "content": turn}, None]
     return messages
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _checked(raw: Any, where: str) -> Iterator[Message]:

@@ -6,12 +6,9 @@ with a record are kept (their sums are checked, and that the sources still begin
 made, to the same bytes.
 """
 
-import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +31,7 @@ from peagle_train.data.readers import RawRow
 from peagle_train.data.shard_writer import Encoded, ShardWriter, write_json, write_tensors
 from peagle_train.data.training_data import Say, TrainingData, assemble, find_all, make_encoder
 from peagle_train.durable import PARTIAL
+from peagle_train.locks import alone_in
 from peagle_train.recipe import Recipe
 
 SHARD_TOKENS = 16 * 2**20
@@ -66,7 +64,7 @@ def prepare(
         return open_folder(folder, settings, recipe.data.max_bad_rows)
     found = find_all(recipe.data)
     begun = {"settings": settings, "shard_tokens": shard_tokens, "files": _listing(found)}
-    with _alone_in(folder):
+    with alone_in(folder, "preparing"):
         _begin(folder, begun)
         return _fill(recipe, folder, tokenizer, vocab_size, mask_token_id, num_workers, found, begun, say)
 
@@ -142,23 +140,6 @@ def prepare_recipe(
         shard_tokens=shard_tokens,
         say=say,
     )
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Make the folder, and let no other process prepare in it meanwhile. A kill lets go of it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise ValueError(f"--out {folder} cannot be made: {error.strerror}") from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise ValueError(f"--out {folder}: another process is preparing there; wait, or give another folder") from None
-    finally:
-        os.close(handle)
 
 
 def _begin(folder: Path, begun: dict[str, Any]) -> None:

@@ -1,6 +1,8 @@
 """From a recipe to a whole folder of features: what tools/cache_features.py does."""
 
+import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ from torch import Tensor
 
 from peagle_train.data.packing import PackedRows
 from peagle_train.data.training_data import load_training_data
+from peagle_train.locks import alone_in
 from peagle_train.recipe import Recipe
+from peagle_train.schema import as_override
 from peagle_train.target.cache_writer import CacheWriter, Compute, PlannedShard, Row, make_index, plan_shards
 from peagle_train.target.feature_cache import fingerprint
 from peagle_train.target.frozen import FrozenTarget
@@ -49,6 +53,7 @@ def write_cache(recipe: Recipe, out: str | None, shard_mib: int = 512, speculato
     """
     if out is None:
         raise ValueError("no folder given: --out DIR (or target.cache in the recipe)")
+    out = os.path.expanduser(out)  # of --out=~/x the shell leaves it to us
     if shard_mib < 1:
         raise ValueError(f"--shard-mib is {shard_mib}; it must be at least 1")
     accelerator = Accelerator()
@@ -66,7 +71,7 @@ def write_cache(recipe: Recipe, out: str | None, shard_mib: int = 512, speculato
         rows: Any = Rows(data.train_rows, data.eval_rows)
         compute = online(recipe, target)
     else:
-        rows = files = SpeculatorsFiles(speculators, target, recipe.data.max_length)
+        rows = files = SpeculatorsFiles(os.path.expanduser(speculators), target, recipe.data.max_length)
         compute = files.compute
 
     per_token = 4 * target.hidden_size * stored.itemsize
@@ -81,17 +86,23 @@ def write_cache(recipe: Recipe, out: str | None, shard_mib: int = 512, speculato
         dtype=str(stored)[6:],
         computed_in=str(dtype)[6:],
         max_length=recipe.data.max_length,
+        # What speculators left was computed by neither.
+        chunk_tokens=target.chunk_tokens if files is None else None,
+        attn_implementation=target.attn_implementation if files is None else None,
         source="recipe" if files is None else "speculators",
     )
     writer = CacheWriter(Path(out), index, shards, accelerator.process_index, accelerator.num_processes)
-    fill(writer, target, rows, compute, say, accelerator.is_main_process)
-    if files is not None and accelerator.is_main_process:
-        files.write_documents(Path(out))
+    with ExitStack() as held:
+        fill(writer, target, rows, compute, say, held if accelerator.is_main_process else None)
+        if files is not None and accelerator.is_main_process:
+            files.write_documents(Path(out))
     accelerator.end_training()
     if not accelerator.is_main_process:
         return ""
-    sources = "" if files is None else f" data.sources=[{Path(out) / DOCUMENTS}]"
-    return f"train from it: python -m peagle_train RECIPE target.cache={out}{sources}\n"
+    overrides = [as_override("target.cache", out)]
+    if files is not None:
+        overrides.append(as_override("data.sources", [str(Path(out) / DOCUMENTS)]))
+    return f"train from it: python -m peagle_train RECIPE {' '.join(overrides)}\n"
 
 
 def load_target(recipe: Recipe, accelerator: Accelerator) -> FrozenTarget:
@@ -130,12 +141,19 @@ def online(recipe: Recipe, target: FrozenTarget) -> Compute:
     return compute
 
 
-def fill(writer: CacheWriter, target: FrozenTarget, rows: Any, compute: Compute, say: Any, is_main: bool) -> None:
-    """Claim the folder, write head and shards; a failure of one process stops all."""
+def fill(
+    writer: CacheWriter, target: FrozenTarget, rows: Any, compute: Compute, say: Any, held: ExitStack | None
+) -> None:
+    """Claim the folder, write head and shards; a failure of one process stops all.
+
+    Args:
+        held: of the main process: keeps the folder's lock, for all processes of this run; others have None.
+    """
     head = target.head_weight()
     failure = ""
-    if is_main:
+    if held is not None:
         try:
+            held.enter_context(alone_in(writer.folder, "writing features"))
             say(f"cache: {writer.claim(2 * head.numel() * head.element_size())}")
             writer.write_head(target.head_weight, target.embedding_rows)
         except ValueError as error:

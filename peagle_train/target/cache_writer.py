@@ -5,6 +5,7 @@ T: the target's hidden size, n: tokens.
 """
 
 import hashlib
+import logging
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from peagle_train.target.feature_cache import (
     Key,
     checksum_path,
     dump_index,
+    is_damaged,
     piece_key,
     pieces_of,
     read_index,
@@ -33,6 +35,7 @@ from peagle_train.target.feature_cache import (
 )
 from peagle_train.training.checkpoint import write_json
 
+logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 Compute = Callable[[Row], tuple[Tensor, Tensor]]
 """A row's features [n, 3T] and last hidden states [n, T], for all its tokens, on any device."""
@@ -105,14 +108,12 @@ class CacheWriter:
         Raises:
             ValueError: the folder holds something else, or the disk has too little room.
         """
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"--out {self.folder} is a file; give a folder")
         old = read_index(self.folder) if self.folder.exists() else None
         if old is not None and old != self.index:
             names = [name for name, value in dump_index(self.index).items() if getattr(old, name) != value]
             raise ValueError(
-                f"--out {self.folder} holds the cache of another target or other rows ({', '.join(names)} differ):"
-                " give another folder, or remove it"
+                f"--out {self.folder} holds the cache of another target, other rows or other settings"
+                f" ({', '.join(names)} differ): give another folder, or remove it"
             )
         if old is None and self.folder.exists() and any(self.folder.iterdir()):
             raise ValueError(f"--out {self.folder} is not empty and holds no cache; give another folder")
@@ -140,19 +141,19 @@ class CacheWriter:
 
     def write_head(self, head: Callable[[], Tensor], embeddings: Callable[[], Tensor]) -> None:
         """The target's head and embeddings, [V, T]; rank 0 alone calls it."""
-        if not self._is_written(HEAD):
+        if not self._is_whole(HEAD):
             tensors = {"head": head(), "embeddings": embeddings()}
             # Copies: of tied weights safetensors would see one tensor under two names.
             self._write(HEAD, {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()})
 
     def write_shards(self, row_of: Callable[[int], Row], compute: Compute, done: Callable[[int], None]) -> None:
-        """Compute and write this process's shards that are missing; `done` is told the tokens of each.
+        """Compute and write this process's shards that are missing or damaged; `done` is told the tokens of each.
 
         Holds one shard's tensors, and a copy while they are written.
         """
         T = self.index.hidden_size
         for number, shard in list(enumerate(self.shards))[self.rank :: self.world_size]:
-            if not self._is_written(shard_name(number)):
+            if not self._is_whole(shard_name(number)):
                 features = torch.empty(shard.tokens, 3 * T, dtype=self.dtype)
                 last_hidden = torch.empty(shard.tokens, T, dtype=self.dtype)
                 at = 0
@@ -172,6 +173,21 @@ class CacheWriter:
                 tensors = {"features": features, "last_hidden": last_hidden, "keys": keys, "lengths": lengths}
                 self._write(shard_name(number), tensors)
             done(shard.tokens)
+
+    def _is_whole(self, name: str) -> bool:
+        """Whether an earlier run has written the file, and it is still that; reads all of it. A damaged one is removed."""
+        if not self._is_written(name):
+            return False
+        path = self.folder / name
+        if is_damaged(path):
+            logger.warning("--out %s: %s is not what was written (cut or edited): written anew", self.folder, name)
+            try:
+                checksum_path(path).unlink()
+                path.unlink()
+            except OSError as error:
+                raise ValueError(f"--out {self.folder}: {name} cannot be removed: {error.strerror}") from error
+            return False
+        return True
 
     def _is_written(self, name: str) -> bool:
         return (self.folder / name).exists() and checksum_path(self.folder / name).exists()

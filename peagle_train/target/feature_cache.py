@@ -28,7 +28,7 @@ from torch import Tensor
 
 from peagle_train.data.packing import PackedRows
 
-INDEX, HEAD, VERSION = "cache.json", "head.safetensors", 1
+INDEX, HEAD, VERSION = "cache.json", "head.safetensors", 2
 FIELDS = ("features", "last_hidden")
 """What a row has more than tokens: bit for bit what the target gave, in the cache's dtype."""
 Key = tuple[int, int]
@@ -53,6 +53,10 @@ class CacheIndex:
     """Of features and last hidden states on disk."""
     computed_in: str
     """The target's own dtype."""
+    chunk_tokens: int | None
+    """target.chunk_tokens. Like the next one it moves roundings, so that one folder has one; training may name others."""
+    attn_implementation: str | None
+    """transformers' attention that the target ran with; both null for what was read from speculators' files."""
     max_length: int
     """data.max_length of the rows that were run: says why pieces may be missing."""
     source: str
@@ -87,6 +91,14 @@ def checksum_path(path: Path) -> Path:
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_damaged(path: Path) -> bool:
+    """Whether a file is not what its checksum says; ValueError where the disk does not give it."""
+    try:
+        return checksum_path(path).read_text(encoding="ascii", errors="replace").split()[:1] != [sha256_of(path)]
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def fingerprint(folder: str) -> str:
@@ -129,7 +141,7 @@ def read_index(folder: Path) -> CacheIndex | None:
         given = raw.get("version") if isinstance(raw, dict) else "none"
         raise ValueError(
             f"target.cache {folder} is of format {given}, this reads format {VERSION}: make the cache again with"
-            " tools/cache_features.py"
+            " tools/cache_features.py, in another folder or after removing this one"
         )
     return CacheIndex(**raw)
 
@@ -208,13 +220,11 @@ class FeatureCache:
     def verify(self, share: int = 0, shares: int = 1) -> None:
         """Read every file of this process's share and compare checksums; ValueError names the first that differs."""
 
-        def differs(name: str) -> bool:
-            path = self._path(name)
-            return sha256_of(path) != checksum_path(path).read_text(encoding="ascii").split()[0]
-
         names = self.names[share::shares]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib lets go of the interpreter
-            bad = [name for name, wrong in zip(names, pool.map(differs, names), strict=True) if wrong]
+            bad = [
+                name for name, wrong in zip(names, pool.map(is_damaged, map(self._path, names)), strict=True) if wrong
+            ]
         if bad:
             raise self._damaged(bad[0])
 
@@ -235,8 +245,8 @@ class FeatureCache:
 
     def _damaged(self, name: str) -> ValueError:
         return ValueError(
-            f"target.cache {self.folder}: {name} is not what was written (cut or edited): delete it and its .sha256, and"
-            " run the same tools/cache_features.py again, which writes it anew"
+            f"target.cache {self.folder}: {name} is not what was written (cut or edited): run the same"
+            " tools/cache_features.py again, which writes it anew"
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -159,6 +159,11 @@ class FrozenTarget:
             target.shard(device)
         return target
 
+    @property
+    def attn_implementation(self) -> str | None:
+        """transformers' name of the attention that runs, chosen or its default."""
+        return getattr(self.config, "_attn_implementation", None)
+
     def shard(self, device: torch.device) -> None:
         """Shard all but the head over all ranks and move it to the device; the head stays whole, on the CPU.
 

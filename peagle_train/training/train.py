@@ -73,7 +73,7 @@ def _train(recipe: Recipe, resume: str | None) -> str:
     say = print if accelerator.is_main_process else (lambda *_: None)
 
     target = load_target(recipe, accelerator)
-    if recipe.target.check:
+    if recipe.target.check or isinstance(target, CachedTarget):
         target.check()
     start = read_start(recipe, target)
     shaped = start.recipe if start else recipe
