@@ -405,6 +405,52 @@ def test_a_folder_in_which_another_process_trains_is_said_to_be_in_use_not_to_be
     assert last_error(capsys).endswith(f"output.dir {output} is in use: another process is training there")
 
 
+STARTED: dict[str, list[list[str]]] = {
+    "init_from": [[], ["draft.init_from=null"], ["draft.init_from=/nowhere"]],
+    "vocab_from": [[]],
+}
+
+
+@pytest.mark.parametrize("key", STARTED)
+def test_the_drafter_that_a_run_started_from_is_not_needed_to_go_on(
+    key: str,
+    tmp_path: Path,
+    target: Path,
+    rows: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # Of another shape than the recipe and the target would give, and another vocabulary.
+    shape = {"intermediate_size": 20, "num_key_value_heads": 4, "rope_theta": 77.0, "draft_vocab_size": 31}
+    shape["rope_scaling"] = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+    run(recipe_for(tmp_path / "first", target, rows, draft=shape, train={"max_steps": 1}))
+    source = tmp_path / "first" / "run" / "final"
+    settings = {key: str(source), "draft_vocab_size": None}
+    sections = {"data": EVALUATED, "draft": settings, "train": {"max_steps": 6, "eval_steps": 3}}
+    whole = recipe_for(tmp_path / "whole", target, rows, **sections)
+    run(whole)
+    parts = recipe_for(tmp_path / "parts", target, rows, **sections)
+    with monkeypatch.context() as patch:
+        stop_after(4, patch)
+        run(parts)
+    shutil.rmtree(source)
+    for arguments in STARTED[key]:
+        shutil.rmtree(tmp_path / "again", ignore_errors=True)
+        shutil.copytree(tmp_path / "parts" / "run", tmp_path / "again")
+        run(parts, "--resume", f"output.dir={tmp_path / 'again'}", *arguments)
+        assert_same_run(tmp_path / "again", tmp_path / "whole" / "run")
+    # A vocabulary of another file must be read: it counts by what it leads to.
+    capsys.readouterr()
+    changed = ["draft.init_from=null"] if key == "init_from" else []
+    run(parts, "--resume", *changed, "draft.vocab_from=/nowhere", code=2)
+    assert "draft.vocab_from /nowhere" in last_error(capsys)
+    run(recipe_for(tmp_path / "other", target, rows, train={"max_steps": 1}))
+    run(parts, "--resume", *changed, f"draft.vocab_from={tmp_path / 'other' / 'run' / 'final'}", code=2)
+    assert "draft vocabulary" in last_error(capsys)
+    run(parts, "--resume", *changed, f"draft.vocab_from={tmp_path / 'whole' / 'run' / 'final'}")
+    assert "accepted, as the draft vocabulary came out the same" in capsys.readouterr().out
+
+
 def test_a_checkpoint_that_was_copied_elsewhere_goes_on_there_as_the_line_says(
     tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -92,6 +92,21 @@ def keep_segments(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
     return replace(recipe, cod=replace(recipe.cod, num_segments=checkpoint.state["recipe"]["cod"]["num_segments"]))
 
 
+def keep_drafter(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
+    """The recipe with the checkpoint in place of the drafter that a run took its weights, shape or vocabulary from.
+
+    All of that is in the checkpoint; the other drafter may be gone by now. A `draft.vocab_from` that is a new one stays: it
+    is read, and must come out the same.
+    """
+    draft, old = recipe.draft, checkpoint.state["recipe"]["draft"]
+    folder = str(checkpoint.folder)
+    if draft.init_from or old.get("init_from"):
+        draft = replace(draft, init_from=folder)
+    if draft.vocab_from and draft.vocab_from == old.get("vocab_from"):
+        draft = replace(draft, vocab_from=folder)
+    return replace(recipe, draft=draft)
+
+
 def _read_marker(output: Path) -> dict[str, Any]:
     """run.json, or {} where it is missing or broken: a complete checkpoint is enough to go on."""
     try:
