@@ -15,6 +15,7 @@ from peagle_train.data.choice import times_an_epoch
 from peagle_train.data.packing import pack_documents
 from peagle_train.data.source_spec import parse_sources
 from peagle_train.data.sources import Document, SourceReport, load_documents
+from peagle_train.data.table_values import as_in_json
 from tests.byte_tokenizer import BYTES_VOCAB, make_byte_tokenizer
 
 TOKENIZER = make_byte_tokenizer()
@@ -333,3 +334,104 @@ def test_a_format_overrules_the_extension(tmp_path: Path) -> None:
     assert [TOKENIZER.decode(d.input_ids) for d in load({"path": str(path), "format": "jsonl"})[0]] == ["good"]
     (as_text,), _ = load({"path": str(write_lines(tmp_path / "r.jsonl", {"text": "good"})), "format": "text"})
     assert TOKENIZER.decode(as_text.input_ids) == '{"text": "good"}\n'
+
+
+TOOL_TEMPLATE = (
+    "{{ tools | tojson }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{{ m.tool_calls | tojson if m.tool_calls }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tool_row(name: str, arguments: dict[str, Any], properties: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    parameters = {"type": "object", "properties": properties}
+    return {
+        "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}],
+        "tools": [{"type": "function", "function": {"name": name, "parameters": parameters}}],
+        "chat_template_kwargs": kwargs,
+    }
+
+
+def test_tool_calls_and_schemas_of_a_table_have_no_fields_of_other_rows(tmp_path: Path) -> None:
+    import datasets
+
+    rows = [
+        tool_row("weather", {"city": "Paris"}, {"city": {"type": "string"}}, think=True),
+        tool_row("add", {"n": 1, "m": [{"a": 2}, {"b": [None]}]}, {"n": {"type": "integer", "minimum": 0}}, brief=True),
+    ]
+    encoder = {"make_chat": lambda: ChatEncoder(TOKENIZER, TOOL_TEMPLATE)}
+    expected, _ = load(write_lines(tmp_path / "r.jsonl", *rows), **encoder)
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "r.parquet")
+    assert next(iter(datasets.Dataset.from_parquet(str(tmp_path / "r.parquet"))))["chat_template_kwargs"] == {
+        "think": True,
+        "brief": None,
+    }, "a table has the fields of all rows in each, or this shows nothing"
+    documents, _ = load(tmp_path / "r.parquet", **encoder)
+    assert [TOKENIZER.decode(d.input_ids) for d in documents] == [TOKENIZER.decode(d.input_ids) for d in expected]
+    assert '"arguments": {"city": "Paris"}' in TOKENIZER.decode(documents[0].input_ids)
+
+
+def test_null_stays_in_a_table_as_an_item_of_a_list_and_as_a_messages_own_field() -> None:
+    row = {
+        "tools": [{"enum": [None, "a"], "x": None}],
+        "messages": [{"role": "user", "content": None, "meta": {"x": None}}],
+    }
+    assert as_in_json({**row, "text": None}) == {
+        "tools": [{"enum": [None, "a"]}],
+        "messages": [{"role": "user", "content": None, "meta": {}}],
+    }
+
+
+def test_a_sequence_of_mappings_is_read_as_the_list_that_it_stands_for(tmp_path: Path) -> None:
+    import datasets
+
+    call = {"id": datasets.Value("string"), "function": {"name": datasets.Value("string")}}
+    message = {name: datasets.Value("string") for name in ("role", "content")}
+    features = datasets.Features({"messages": datasets.Sequence({**message, "tool_calls": datasets.Sequence(call)})})
+    calls = [{"id": "1", "function": {"name": "f"}}, {"id": "2", "function": {"name": "g"}}]
+    rows = [{"messages": [{**CHAT[0], "tool_calls": []}, {**CHAT[1], "tool_calls": calls}]}]
+    table = datasets.Dataset.from_list(rows, features=features)
+    assert isinstance(table[0]["messages"], dict), "or this shows nothing"
+    table.save_to_disk(tmp_path / "saved")
+    encoder = {"make_chat": lambda: ChatEncoder(TOKENIZER, TOOL_TEMPLATE)}
+    (read,), _ = load(tmp_path / "saved", **encoder)
+    (expected,), _ = load(write_lines(tmp_path / "r.jsonl", *rows), **encoder)
+    assert TOKENIZER.decode(read.input_ids) == TOKENIZER.decode(expected.input_ids) and read.key == expected.key
+    uneven = {"messages": {"role": ["user", "assistant"], "content": ["hi"]}}
+    datasets.Dataset.from_list([uneven]).to_parquet(tmp_path / "uneven.parquet")
+    with pytest.raises(ValueError, match="messages is a dict, not a list of messages"):
+        load(tmp_path / "uneven.parquet")
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+def test_a_data_set_saved_with_a_format_is_read_like_any_other(form: str, tmp_path: Path) -> None:
+    import datasets
+
+    rows = [{"input_ids": [1, 2, 3], "loss_mask": [0, 1, 1]}, {"input_ids": [4, 5], "loss_mask": [0, 1]}]
+    table = datasets.Dataset.from_list(rows)
+    table.set_format(form)
+    table.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "splits")
+    expected, _ = load(write_lines(tmp_path / "r.jsonl", *rows))
+    for name in ("saved", "splits"):
+        assert [d.key for d in load(tmp_path / name)[0]] == [d.key for d in expected]
+
+
+def test_a_table_without_rows_gives_none(tmp_path: Path) -> None:
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    empty = pa.table({"text": pa.array([], pa.string())})
+    pq.write_table(empty, tmp_path / "nothing.parquet")
+    with pq.ParquetWriter(tmp_path / "first.parquet", empty.schema) as writer:
+        writer.write_table(empty)
+        writer.write_table(pa.table({"text": ["a text", "another"]}))
+    datasets.Dataset.from_dict({"text": []}).save_to_disk(tmp_path / "saved")
+    with pq.ParquetWriter(tmp_path / "no_group.parquet", empty.schema):
+        pass
+    good = write_lines(tmp_path / "r.jsonl", {"text": "good"})
+    for name, count in (("nothing.parquet", 0), ("no_group.parquet", 0), ("first.parquet", 2), ("saved", 0)):
+        documents, report = load(tmp_path / name, good)
+        assert len(documents) == count + 1 and report.files == 2, name

@@ -50,10 +50,11 @@ def write_files(folder: Path, target: Path, rows: list[dict[str, Any]], **change
     return folder
 
 
-def write_data_set(folder: Path, rows: list[dict[str, Any]]) -> None:
+def write_data_set(folder: Path, rows: list[dict[str, Any]], form: str | None = None) -> None:
     import datasets
 
-    datasets.Dataset.from_list([{**row, "seq_len": len(row["input_ids"])} for row in rows]).save_to_disk(str(folder))
+    table = datasets.Dataset.from_list([{**row, "seq_len": len(row["input_ids"])} for row in rows])
+    table.with_format(form).save_to_disk(str(folder))
 
 
 def drafter(recipe: Path, run: Path, *overrides: str) -> dict[str, torch.Tensor]:
@@ -62,13 +63,13 @@ def drafter(recipe: Path, run: Path, *overrides: str) -> dict[str, torch.Tensor]
     return load_file(run / "final" / "model.safetensors")
 
 
-@pytest.mark.parametrize("mask", ["in the data set", "in the files"])
+@pytest.mark.parametrize("mask", ["in the data set", "in the data set as tensors", "in the files"])
 def test_a_drafter_from_speculators_files_is_the_one_from_the_target(mask: str, tmp_path: Path, target: Path) -> None:
     rows = samples(tmp_path)
     data = tmp_path / "data"
     files = write_files(data / "hidden_states", target, rows)
-    if mask == "in the data set":
-        write_data_set(data, rows)
+    if mask.startswith("in the data set"):
+        write_data_set(data, rows, "torch" if mask.endswith("tensors") else None)
     else:
         for i, row in enumerate(rows):
             path = files / f"hs_{i}.safetensors"

@@ -27,7 +27,7 @@ from peagle_train.recipe import Recipe
 
 INDEX, BEGUN = "index.json", "begun.json"
 TRAIN, HELD_OUT = "train.safetensors", "held_out.safetensors"
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the same recipe and files give other bytes."""
 _DATA_KEYS = (
     "sources extensions exclude eval_sources eval_fraction max_documents max_characters max_length pack"

@@ -21,6 +21,7 @@ from peagle_train.data.bad_row import BadRow
 from peagle_train.data.chat import ChatEncoder
 from peagle_train.data.messages import check_text, keys_read, messages_of, strings_in
 from peagle_train.data.readers import RawRow, clip
+from peagle_train.data.table_values import as_in_json
 
 FORMS = ("input_ids", "messages", "conversations", "prompt", "text")
 """In the order in which they are looked for."""
@@ -125,7 +126,7 @@ class RowEncoder:
         row = _parse(raw.content) if isinstance(raw.content, bytes) else raw.content
         form = self._form(row, raw.kind == "table")
         if raw.kind == "table":
-            row = {key: value for key, value in row.items() if value is not None}
+            row = as_in_json(row)
         read = {"input_ids": {"input_ids", "loss_mask"}, "text": {"text"}}.get(form) or keys_read(row)
         batch.ignored_keys.update(str(key) for key in row if key not in read)
         batch.several_forms += len(_forms_of(row)) > 1

@@ -161,7 +161,7 @@ def _data_set(root: Path) -> Any:
         if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
             from datasets import load_from_disk
 
-            found: Any = load_from_disk(str(folder))
+            found: Any = load_from_disk(str(folder)).with_format(None)  # it may have been saved as tensors
             if not {"input_ids", "loss_mask"} <= set(found.column_names):
                 raise ValueError(
                     f"the data set {folder} has no columns input_ids and loss_mask (has {found.column_names})"
