@@ -1,6 +1,7 @@
 """Rows of data in every form that people have them in: what is read, what is counted, what stops a run."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,10 @@ BAD = {
     json.dumps({"messages": CHAT[1:]}).encode(): "no supervised token",
     json.dumps({"messages": [CHAT[0], {"role": "assistant", "content": "\ud800"}]}).encode(): "lone surrogate",
     b'{"prompt": "no completion"}': "wrong types",
+    b'{"input_ids": [1, 2, 3, 4], "loss_mask": [0, 0, 0, 0]}': "no supervised token",
+    b'{"input_ids": [1, 2, 3, 4], "loss_mask": [1, 0, 0, 0]}': "no supervised token",
+    b'{"input_ids": [1]}': "no supervised token",
+    b'{"text": "x"}': "no supervised token",
 }
 LIMITS = {"mask_token_id": 299, "max_characters": 4_000_000}
 
@@ -179,6 +184,29 @@ def test_a_text_file_that_is_not_utf8_is_a_bad_row_of_its_own(tmp_path: Path) ->
     documents, report = load(tmp_path, max_bad_rows=1)
     assert [d.name for d in documents] == [f"{tmp_path.name}/b.txt"]
     assert report.first_bad == {"not UTF-8": f"{tmp_path / 'a.txt'}, line 2"}
+
+
+def test_whatever_keys_and_files_are_called_the_report_can_be_written(tmp_path: Path) -> None:
+    rows = [{"text": "abc def", "\ud800": 1, "k" * 100: 2}, {"text": "bad", "\ud800": 1, "input_ids": None}]
+    folder = tmp_path / os.fsdecode(b"d\xff\xc3\xbc")
+    folder.mkdir()
+    _, report = load(write_lines(folder / "r.jsonl", *rows), max_bad_rows=1)
+    told = report.describe()
+    assert f"{tmp_path}/d\\udcff\u00fc/r.jsonl, line 2" in told
+    assert r"\ud800" in told and "k" * 57 + "..." in told and "k" * 58 not in told
+    told.encode("utf-8")
+
+
+def test_some_of_the_ignored_keys_are_told_and_the_same_ones_whatever_the_batches_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_lines(tmp_path / "r.jsonl", *({"text": f"text {i}", f"key {99 - i}": 1} for i in range(50)))
+    told = load(path)[1].describe()
+    assert "keys ignored: key 79, key 80, " in told and told.endswith("key 98 and others")
+    monkeypatch.setattr("peagle_train.data.readers._BATCH_CHARACTERS", 60)
+    assert load(path)[1].describe() == told
+    path = write_lines(tmp_path / "r.jsonl", *({"text": f"text {i}", f"key {99 - i}": 1} for i in range(20)))
+    assert load(path)[1].describe().endswith("key 98, key 99")
 
 
 def test_a_broken_list_of_rows_is_one_bad_row(tmp_path: Path) -> None:
@@ -391,8 +419,9 @@ def test_a_sequence_of_mappings_is_read_as_the_list_that_it_stands_for(tmp_path:
     features = datasets.Features({"messages": datasets.Sequence({**message, "tool_calls": datasets.Sequence(call)})})
     calls = [{"id": "1", "function": {"name": "f"}}, {"id": "2", "function": {"name": "g"}}]
     rows = [{"messages": [{**CHAT[0], "tool_calls": []}, {**CHAT[1], "tool_calls": calls}]}]
-    table = datasets.Dataset.from_list(rows, features=features)
-    assert isinstance(table[0]["messages"], dict), "or this shows nothing"
+    columns = {name: [message[name] for message in CHAT] for name in ("role", "content")}
+    called = [{"id": [], "function": []}, {name: [call[name] for call in calls] for name in ("id", "function")}]
+    table = datasets.Dataset.from_list([{"messages": {**columns, "tool_calls": called}}], features=features)
     table.save_to_disk(tmp_path / "saved")
     encoder = {"make_chat": lambda: ChatEncoder(TOKENIZER, TOOL_TEMPLATE)}
     (read,), _ = load(tmp_path / "saved", **encoder)
@@ -419,7 +448,6 @@ def test_a_data_set_saved_with_a_format_is_read_like_any_other(form: str, tmp_pa
 
 
 def test_a_table_without_rows_gives_none(tmp_path: Path) -> None:
-    import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -428,10 +456,9 @@ def test_a_table_without_rows_gives_none(tmp_path: Path) -> None:
     with pq.ParquetWriter(tmp_path / "first.parquet", empty.schema) as writer:
         writer.write_table(empty)
         writer.write_table(pa.table({"text": ["a text", "another"]}))
-    datasets.Dataset.from_dict({"text": []}).save_to_disk(tmp_path / "saved")
     with pq.ParquetWriter(tmp_path / "no_group.parquet", empty.schema):
         pass
     good = write_lines(tmp_path / "r.jsonl", {"text": "good"})
-    for name, count in (("nothing.parquet", 0), ("no_group.parquet", 0), ("first.parquet", 2), ("saved", 0)):
+    for name, count in (("nothing.parquet", 0), ("no_group.parquet", 0), ("first.parquet", 2)):
         documents, report = load(tmp_path / name, good)
         assert len(documents) == count + 1 and report.files == 2, name
