@@ -462,3 +462,26 @@ def test_a_table_without_rows_gives_none(tmp_path: Path) -> None:
     for name, count in (("nothing.parquet", 0), ("no_group.parquet", 0), ("first.parquet", 2)):
         documents, report = load(tmp_path / name, good)
         assert len(documents) == count + 1 and report.files == 2, name
+
+
+@pytest.mark.parametrize("template", [None, "{{ raise_exception('never') }}"])
+def test_plain_prompts_and_completions_need_no_chat_template_and_chats_do(template: str | None, tmp_path: Path) -> None:
+    plain = {"prompt": "2 + 2 =", "completion": " 4"}
+    without = make_byte_tokenizer()
+    without.chat_template = template
+    options = {"tokenizer": without, "make_chat": lambda: ChatEncoder(without)}
+    path = write_lines(tmp_path / "r.jsonl", plain)
+    assert [d.key for d in load(path, **options)[0]] == [d.key for d in load(path)[0]]
+    assert ChatEncoder(without).notices == []
+    with pytest.raises(ValueError, match="chat template"):
+        load(write_lines(tmp_path / "r.jsonl", plain, {"messages": CHAT}), max_bad_rows=9, **options)
+
+
+FINGERPRINT = "176198b023aebea4290c8876c76cb5ba79d4550b051f6d26564524dc674839a5"
+
+
+def test_a_chats_fingerprint_is_that_of_earlier_releases_and_looks_at_no_template() -> None:
+    without = make_byte_tokenizer()
+    without.chat_template = None
+    prints = {ChatEncoder(TOKENIZER).fingerprint, ChatEncoder(without).fingerprint}
+    assert len(prints) == 2 and ChatEncoder(TOKENIZER).fingerprint == FINGERPRINT

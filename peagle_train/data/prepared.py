@@ -66,7 +66,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str | None:
 def _chat_fingerprint(recipe: Recipe, tokenizer: Any) -> str | None:
     try:
         return ChatEncoder.from_recipe(recipe.data, tokenizer).fingerprint
-    except ValueError:  # no template that works: an error where there is a chat to render, and only there
+    except ValueError:  # no tokenizer that works: an error where there is a chat to encode, and only there
         return None
 
 

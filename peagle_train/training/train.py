@@ -130,11 +130,11 @@ def _draft(  # type: ignore[no-untyped-def]
     recipe: Recipe, target: FrozenTarget, tokenizer, mask_token_id: int, counts_V: Tensor, start: Start | None, say
 ) -> PEagleDraft:
     """A new drafter, or another one's weights to go on from; its vocabulary by frequency, or another one's."""
-    always = always_drafted(tokenizer, target, mask_token_id)
+    always = always_drafted(tokenizer, target, mask_token_id, recipe.data)
     if start:
         draft_ids = start.files.draft_token_ids
     elif recipe.draft.vocab_from:
-        draft_ids = read_draft_vocab(recipe.draft, target, tokenizer, always)
+        draft_ids = read_draft_vocab(recipe.draft, target, tokenizer, always, recipe.data)
     else:
         draft_ids = choose_most_frequent(counts_V, recipe.draft.draft_vocab_size or target.vocab_size, always)
     share = coverage(draft_ids, counts_V)
