@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from peagle_train.errors import RunStopped
+from peagle_train.errors import RunStopped, print_anything
 
 EPILOG = """examples:
   accelerate launch -m peagle_train recipes/quickstart.yaml target.path=DIR output.dir=runs/first
@@ -65,6 +65,7 @@ def _close_resume(arguments: list[str]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0; 2 for a user's mistake, 1 for a run that had to stop; one line on stderr says why."""
+    print_anything()
     try:
         return _run(parse(arguments))
     except ValueError as error:

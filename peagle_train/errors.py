@@ -1,4 +1,16 @@
-"""Why a run stops that nobody made a mistake in; light, so that the command line can import it first."""
+"""Why a run stops that nobody made a mistake in, and streams that can tell it; light: the command line imports it first."""
+
+import io
+import sys
+
+
+def print_anything() -> None:
+    """Let stdout and stderr take any text: what they cannot show (half a surrogate pair, a letter that the terminal lacks)
+    they write as an escape.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class RunStopped(RuntimeError):

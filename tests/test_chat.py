@@ -441,9 +441,9 @@ def test_a_text_of_ten_megabytes_is_encoded() -> None:
         (stock(chats.CHATML), {"on_rewrite": "guess"}, "on_rewrite is 'guess'; give last_turn or refuse"),
     ],
 )
-def test_a_template_that_cannot_work_is_one_line_at_the_start(template: Any, options: Any, message: str) -> None:
+def test_a_template_that_cannot_work_is_one_line_at_the_first_chat(template: Any, options: Any, message: str) -> None:
     with pytest.raises(ValueError) as error:
-        ChatEncoder(make_tokenizer(), template, **options)
+        ChatEncoder(make_tokenizer(), template, **options).encode(messages_of(SEA))
     assert message in str(error.value) and "\n" not in str(error.value) and not isinstance(error.value, BadRow)
 
 

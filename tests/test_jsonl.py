@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from peagle_train.data.packing import Document, SourceReport, load_documents
+from tests.byte_tokenizer import make_byte_tokenizer
 
 
 def load(path: Path, **options: Any) -> tuple[list[Document], SourceReport]:
@@ -23,16 +24,20 @@ def write_rows(path: Path, *rows: Any) -> Path:
 
 
 def test_rows_of_ids_are_read_with_their_masks(tmp_path: Path) -> None:
-    rows = [{"input_ids": [5, 6, 7], "loss_mask": [1, 0, 1]}, {"input_ids": [8, 9], "source": "x"}, {"input_ids": [4]}]
+    rows = [
+        {"input_ids": [5, 6, 7], "loss_mask": [1, 0, 1]},
+        {"input_ids": [8, 9], "source": "x"},
+        {"input_ids": [4, 4]},
+    ]
     path = write(tmp_path / "r.jsonl", "\ufeff" + "\r\n\n".join(map(json.dumps, rows)))
     documents, report = load(path)
     assert [(d.input_ids.tolist(), d.loss_mask.tolist()) for d in documents] == [
         ([5, 6, 7], [1, 0, 1]),
         ([8, 9], [0, 1]),
-        ([4], [0]),
+        ([4, 4], [0, 1]),
     ]
     assert [document.name for document in documents] == ["r.jsonl:1", "r.jsonl:3", "r.jsonl:5"]
-    assert (report.supervised, report.unsupervised, report.ignored_keys) == (2, 1, ["source"])
+    assert (report.supervised, report.unsupervised, report.ignored_keys) == (3, 0, ["source"])
 
 
 def test_max_documents_takes_the_first_and_says_so_only_if_there_were_more(tmp_path: Path) -> None:
@@ -91,5 +96,11 @@ def test_data_without_a_token_or_without_anything_to_learn_is_refused(tmp_path: 
     with pytest.raises(ValueError, match="hold no token: 1 files, 1 empty documents"):
         load(write_rows(tmp_path / "e.jsonl", {"input_ids": []}))
     path = write_rows(tmp_path / "r.jsonl", {"input_ids": [1, 2], "loss_mask": [1, 0]}, {"input_ids": [3]})
-    with pytest.raises(ValueError, match="nothing to learn from: none of 2 documents"):
+    with pytest.raises(ValueError, match=r"r\.jsonl, line 1: no token of 2 has loss_mask 1 behind the first"):
         load(path)
+    with pytest.raises(
+        ValueError, match="hold no token: 1 files, 0 empty documents, 2 bad rows: 2 no supervised token"
+    ):
+        load(path, max_bad_rows=2)
+    with pytest.raises(ValueError, match="nothing to learn from: none of 1 documents"):
+        load(write(tmp_path / "one.txt", "x"), tokenizer=make_byte_tokenizer())

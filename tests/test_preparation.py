@@ -466,6 +466,57 @@ def test_a_preparation_goes_on_only_with_the_sources_that_it_was_begun_with(tmp_
         prepare_recipe(recipe, tmp_path / "texts", say=lambda _: None)
 
 
+def test_a_finished_folder_is_refused_when_its_sources_have_changed(tmp_path: Path, target: Path) -> None:
+    write_sources(tmp_path)
+    recipe = recipe_of(tmp_path, target, sources=[str(tmp_path / "ids.jsonl")])
+    said: list[str] = []
+
+    def prepare(shard_tokens: int = 100) -> TrainingData:
+        return prepare_recipe(recipe, tmp_path / "p", shard_tokens=shard_tokens, say=said.append)
+
+    first, before = prepare(), files_in(tmp_path / "p")
+    assert_same(first, prepare())
+    assert "is finished, and the sources have the names and sizes that it was made of: checking it" in said[-1]
+    with pytest.raises(ValueError, match="was made with --shard-tokens 100, while it is 200 now"):
+        prepare(200)
+    with (tmp_path / "ids.jsonl").open("a") as file:
+        file.write('{"input_ids": [1, 2]}\n')
+    with pytest.raises(
+        ValueError, match=r"was made with files of the sources .*give another folder, or remove this one"
+    ):
+        prepare()
+    (tmp_path / "ids.jsonl").unlink()
+    with pytest.raises(ValueError, match="does not exist"):
+        prepare()
+    assert files_in(tmp_path / "p") == before
+    (tmp_path / "p" / "begun.json").write_text("[")
+    write_sources(tmp_path / "again")
+    (tmp_path / "again" / "ids.jsonl").rename(tmp_path / "ids.jsonl")
+    with pytest.raises(ValueError, match=r"begun\.json is not as it was written"):
+        prepare()
+
+
+def test_what_cannot_be_compared_with_its_source_is_said(tmp_path: Path, target: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5]]}).save_to_disk(tmp_path / "saved")
+    recipe = recipe_of(tmp_path, target, sources=[str(tmp_path / "saved")], eval_fraction=0.0)
+    said: list[str] = []
+    for _ in range(2):
+        prepare_recipe(recipe, tmp_path / "p", say=said.append)
+    assert "but that of saved was not looked at: checking it" in said[-1]
+
+
+def test_a_key_that_no_stream_can_show_does_not_end_a_preparation_nor_a_run(tmp_path: Path, target: Path) -> None:
+    rows = [{"text": "abc def", "\ud800": 1}, {"text": "ghi"}]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = recipe_of(tmp_path, target, sources=[str(tmp_path / "r.jsonl")], eval_fraction=0.0)
+    prepare_recipe(recipe, tmp_path / "p", say=lambda line: line.encode())
+    lines: list[str] = []
+    read(recipe, tmp_path / "p", lines)
+    assert r"keys ignored: \ud800" in "\n".join(lines) and "\n".join(lines).isascii()
+
+
 def test_two_processes_do_not_prepare_in_one_folder(made: tuple[Recipe, Path], tmp_path: Path) -> None:
     recipe, folder = made
     (tmp_path / "p").mkdir()

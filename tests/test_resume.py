@@ -498,7 +498,8 @@ def test_a_marker_of_anything_else_is_no_run_and_one_line(
     content: str, tmp_path: Path, target: Path, rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, output = recipe_for(tmp_path, target, rows), tmp_path / "run"
-    output.mkdir()
+    (output / "final").mkdir(parents=True)
+    (output / "final" / "model.safetensors").touch()
     (output / "run.json").write_text(json.dumps(FINISHED))
     assert main(["--summary", str(output)]) == 0 and main([str(recipe), "--resume"]) == 0
     assert capsys.readouterr().out.count("1.000 before, 1.500 after training") == 2

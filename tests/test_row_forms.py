@@ -1,6 +1,7 @@
 """Rows of data in every form that people have them in: what is read, what is counted, what stops a run."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from peagle_train.data.choice import times_an_epoch
 from peagle_train.data.packing import pack_documents
 from peagle_train.data.source_spec import parse_sources
 from peagle_train.data.sources import Document, SourceReport, load_documents
+from peagle_train.data.table_values import as_in_json
 from tests.byte_tokenizer import BYTES_VOCAB, make_byte_tokenizer
 
 TOKENIZER = make_byte_tokenizer()
@@ -137,6 +139,10 @@ BAD = {
     json.dumps({"messages": CHAT[1:]}).encode(): "no supervised token",
     json.dumps({"messages": [CHAT[0], {"role": "assistant", "content": "\ud800"}]}).encode(): "lone surrogate",
     b'{"prompt": "no completion"}': "wrong types",
+    b'{"input_ids": [1, 2, 3, 4], "loss_mask": [0, 0, 0, 0]}': "no supervised token",
+    b'{"input_ids": [1, 2, 3, 4], "loss_mask": [1, 0, 0, 0]}': "no supervised token",
+    b'{"input_ids": [1]}': "no supervised token",
+    b'{"text": "x"}': "no supervised token",
 }
 LIMITS = {"mask_token_id": 299, "max_characters": 4_000_000}
 
@@ -178,6 +184,29 @@ def test_a_text_file_that_is_not_utf8_is_a_bad_row_of_its_own(tmp_path: Path) ->
     documents, report = load(tmp_path, max_bad_rows=1)
     assert [d.name for d in documents] == [f"{tmp_path.name}/b.txt"]
     assert report.first_bad == {"not UTF-8": f"{tmp_path / 'a.txt'}, line 2"}
+
+
+def test_whatever_keys_and_files_are_called_the_report_can_be_written(tmp_path: Path) -> None:
+    rows = [{"text": "abc def", "\ud800": 1, "k" * 100: 2}, {"text": "bad", "\ud800": 1, "input_ids": None}]
+    folder = tmp_path / os.fsdecode(b"d\xff\xc3\xbc")
+    folder.mkdir()
+    _, report = load(write_lines(folder / "r.jsonl", *rows), max_bad_rows=1)
+    told = report.describe()
+    assert f"{tmp_path}/d\\udcff\u00fc/r.jsonl, line 2" in told
+    assert r"\ud800" in told and "k" * 57 + "..." in told and "k" * 58 not in told
+    told.encode("utf-8")
+
+
+def test_some_of_the_ignored_keys_are_told_and_the_same_ones_whatever_the_batches_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_lines(tmp_path / "r.jsonl", *({"text": f"text {i}", f"key {99 - i}": 1} for i in range(50)))
+    told = load(path)[1].describe()
+    assert "keys ignored: key 79, key 80, " in told and told.endswith("key 98 and others")
+    monkeypatch.setattr("peagle_train.data.readers._BATCH_CHARACTERS", 60)
+    assert load(path)[1].describe() == told
+    path = write_lines(tmp_path / "r.jsonl", *({"text": f"text {i}", f"key {99 - i}": 1} for i in range(20)))
+    assert load(path)[1].describe().endswith("key 98, key 99")
 
 
 def test_a_broken_list_of_rows_is_one_bad_row(tmp_path: Path) -> None:
@@ -333,3 +362,126 @@ def test_a_format_overrules_the_extension(tmp_path: Path) -> None:
     assert [TOKENIZER.decode(d.input_ids) for d in load({"path": str(path), "format": "jsonl"})[0]] == ["good"]
     (as_text,), _ = load({"path": str(write_lines(tmp_path / "r.jsonl", {"text": "good"})), "format": "text"})
     assert TOKENIZER.decode(as_text.input_ids) == '{"text": "good"}\n'
+
+
+TOOL_TEMPLATE = (
+    "{{ tools | tojson }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{{ m.tool_calls | tojson if m.tool_calls }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tool_row(name: str, arguments: dict[str, Any], properties: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    parameters = {"type": "object", "properties": properties}
+    return {
+        "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}],
+        "tools": [{"type": "function", "function": {"name": name, "parameters": parameters}}],
+        "chat_template_kwargs": kwargs,
+    }
+
+
+def test_tool_calls_and_schemas_of_a_table_have_no_fields_of_other_rows(tmp_path: Path) -> None:
+    import datasets
+
+    rows = [
+        tool_row("weather", {"city": "Paris"}, {"city": {"type": "string"}}, think=True),
+        tool_row("add", {"n": 1, "m": [{"a": 2}, {"b": [None]}]}, {"n": {"type": "integer", "minimum": 0}}, brief=True),
+    ]
+    encoder = {"make_chat": lambda: ChatEncoder(TOKENIZER, TOOL_TEMPLATE)}
+    expected, _ = load(write_lines(tmp_path / "r.jsonl", *rows), **encoder)
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "r.parquet")
+    assert next(iter(datasets.Dataset.from_parquet(str(tmp_path / "r.parquet"))))["chat_template_kwargs"] == {
+        "think": True,
+        "brief": None,
+    }, "a table has the fields of all rows in each, or this shows nothing"
+    documents, _ = load(tmp_path / "r.parquet", **encoder)
+    assert [TOKENIZER.decode(d.input_ids) for d in documents] == [TOKENIZER.decode(d.input_ids) for d in expected]
+    assert '"arguments": {"city": "Paris"}' in TOKENIZER.decode(documents[0].input_ids)
+
+
+def test_null_stays_in_a_table_as_an_item_of_a_list_and_as_a_messages_own_field() -> None:
+    row = {
+        "tools": [{"enum": [None, "a"], "x": None}],
+        "messages": [{"role": "user", "content": None, "meta": {"x": None}}],
+    }
+    assert as_in_json({**row, "text": None}) == {
+        "tools": [{"enum": [None, "a"]}],
+        "messages": [{"role": "user", "content": None, "meta": {}}],
+    }
+
+
+def test_a_sequence_of_mappings_is_read_as_the_list_that_it_stands_for(tmp_path: Path) -> None:
+    import datasets
+
+    call = {"id": datasets.Value("string"), "function": {"name": datasets.Value("string")}}
+    message = {name: datasets.Value("string") for name in ("role", "content")}
+    features = datasets.Features({"messages": datasets.Sequence({**message, "tool_calls": datasets.Sequence(call)})})
+    calls = [{"id": "1", "function": {"name": "f"}}, {"id": "2", "function": {"name": "g"}}]
+    rows = [{"messages": [{**CHAT[0], "tool_calls": []}, {**CHAT[1], "tool_calls": calls}]}]
+    columns = {name: [message[name] for message in CHAT] for name in ("role", "content")}
+    called = [{"id": [], "function": []}, {name: [call[name] for call in calls] for name in ("id", "function")}]
+    table = datasets.Dataset.from_list([{"messages": {**columns, "tool_calls": called}}], features=features)
+    table.save_to_disk(tmp_path / "saved")
+    encoder = {"make_chat": lambda: ChatEncoder(TOKENIZER, TOOL_TEMPLATE)}
+    (read,), _ = load(tmp_path / "saved", **encoder)
+    (expected,), _ = load(write_lines(tmp_path / "r.jsonl", *rows), **encoder)
+    assert TOKENIZER.decode(read.input_ids) == TOKENIZER.decode(expected.input_ids) and read.key == expected.key
+    uneven = {"messages": {"role": ["user", "assistant"], "content": ["hi"]}}
+    datasets.Dataset.from_list([uneven]).to_parquet(tmp_path / "uneven.parquet")
+    with pytest.raises(ValueError, match="messages is a dict, not a list of messages"):
+        load(tmp_path / "uneven.parquet")
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+def test_a_data_set_saved_with_a_format_is_read_like_any_other(form: str, tmp_path: Path) -> None:
+    import datasets
+
+    rows = [{"input_ids": [1, 2, 3], "loss_mask": [0, 1, 1]}, {"input_ids": [4, 5], "loss_mask": [0, 1]}]
+    table = datasets.Dataset.from_list(rows)
+    table.set_format(form)
+    table.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "splits")
+    expected, _ = load(write_lines(tmp_path / "r.jsonl", *rows))
+    for name in ("saved", "splits"):
+        assert [d.key for d in load(tmp_path / name)[0]] == [d.key for d in expected]
+
+
+def test_a_table_without_rows_gives_none(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    empty = pa.table({"text": pa.array([], pa.string())})
+    pq.write_table(empty, tmp_path / "nothing.parquet")
+    with pq.ParquetWriter(tmp_path / "first.parquet", empty.schema) as writer:
+        writer.write_table(empty)
+        writer.write_table(pa.table({"text": ["a text", "another"]}))
+    with pq.ParquetWriter(tmp_path / "no_group.parquet", empty.schema):
+        pass
+    good = write_lines(tmp_path / "r.jsonl", {"text": "good"})
+    for name, count in (("nothing.parquet", 0), ("no_group.parquet", 0), ("first.parquet", 2)):
+        documents, report = load(tmp_path / name, good)
+        assert len(documents) == count + 1 and report.files == 2, name
+
+
+@pytest.mark.parametrize("template", [None, "{{ raise_exception('never') }}"])
+def test_plain_prompts_and_completions_need_no_chat_template_and_chats_do(template: str | None, tmp_path: Path) -> None:
+    plain = {"prompt": "2 + 2 =", "completion": " 4"}
+    without = make_byte_tokenizer()
+    without.chat_template = template
+    options = {"tokenizer": without, "make_chat": lambda: ChatEncoder(without)}
+    path = write_lines(tmp_path / "r.jsonl", plain)
+    assert [d.key for d in load(path, **options)[0]] == [d.key for d in load(path)[0]]
+    assert ChatEncoder(without).notices == []
+    with pytest.raises(ValueError, match="chat template"):
+        load(write_lines(tmp_path / "r.jsonl", plain, {"messages": CHAT}), max_bad_rows=9, **options)
+
+
+FINGERPRINT = "176198b023aebea4290c8876c76cb5ba79d4550b051f6d26564524dc674839a5"
+
+
+def test_a_chats_fingerprint_is_that_of_earlier_releases_and_looks_at_no_template() -> None:
+    without = make_byte_tokenizer()
+    without.chat_template = None
+    prints = {ChatEncoder(TOKENIZER).fingerprint, ChatEncoder(without).fingerprint}
+    assert len(prints) == 2 and ChatEncoder(TOKENIZER).fingerprint == FINGERPRINT

@@ -50,10 +50,11 @@ def write_files(folder: Path, target: Path, rows: list[dict[str, Any]], **change
     return folder
 
 
-def write_data_set(folder: Path, rows: list[dict[str, Any]]) -> None:
+def write_data_set(folder: Path, rows: list[dict[str, Any]], form: str | None = None) -> None:
     import datasets
 
-    datasets.Dataset.from_list([{**row, "seq_len": len(row["input_ids"])} for row in rows]).save_to_disk(str(folder))
+    table = datasets.Dataset.from_list([{**row, "seq_len": len(row["input_ids"])} for row in rows])
+    table.with_format(form).save_to_disk(str(folder))
 
 
 def drafter(recipe: Path, run: Path, *overrides: str) -> dict[str, torch.Tensor]:
@@ -62,21 +63,26 @@ def drafter(recipe: Path, run: Path, *overrides: str) -> dict[str, torch.Tensor]
     return load_file(run / "final" / "model.safetensors")
 
 
-@pytest.mark.parametrize("mask", ["in the data set", "in the files"])
-def test_a_drafter_from_speculators_files_is_the_one_from_the_target(mask: str, tmp_path: Path, target: Path) -> None:
+@pytest.mark.parametrize("mask", ["in the data set", "in the data set as tensors", "in the files"])
+def test_a_drafter_from_speculators_files_is_the_one_from_the_target(
+    mask: str, tmp_path: Path, target: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     rows = samples(tmp_path)
     data = tmp_path / "data"
     files = write_files(data / "hidden_states", target, rows)
-    if mask == "in the data set":
-        write_data_set(data, rows)
+    if mask.startswith("in the data set"):
+        write_data_set(data, rows, "torch" if mask.endswith("tensors") else None)
     else:
         for i, row in enumerate(rows):
             path = files / f"hs_{i}.safetensors"
             save_file({**load_file(path), "loss_mask": torch.tensor(row["loss_mask"])}, path)
-    recipe = write_recipe(tmp_path, target, tmp_path / "rows.jsonl", tmp_path / "run", train={"epochs": 3})
+    recipe = write_recipe(
+        tmp_path, target, tmp_path / "rows.jsonl", tmp_path / "run", train={"epochs": 3}, data={"max_bad_rows": 1}
+    )
     assert cache_features.main([str(recipe), "--speculators", str(data), "--out", str(tmp_path / "cache")]) == 0
     documents = [json.loads(line) for line in (tmp_path / "cache" / "documents.jsonl").read_text().splitlines()]
-    assert documents == rows
+    assert documents == [row for row in rows if 1 in row["loss_mask"][1:]] != rows
+    assert "1 samples with no token to learn from are not in" in caplog.text
     online = drafter(recipe, tmp_path / "online")
     source = f"data.sources=[{tmp_path / 'cache' / 'documents.jsonl'}]"
     cached = drafter(recipe, tmp_path / "cached", f"target.cache={tmp_path / 'cache'}", source)

@@ -16,7 +16,7 @@ from torch import Tensor
 from peagle_train.__main__ import main
 from peagle_train.data.vocab import d2t_offsets, end_of_turn_ids, eos_token_ids, t2d_mask
 from peagle_train.data.vocab_from import read_draft_vocab
-from peagle_train.recipe import Draft
+from peagle_train.recipe import Data, Draft
 from peagle_train.target.frozen import FrozenTarget
 from peagle_train.training.build import always_drafted
 from tests.tiny import VOCAB, make_target, write_recipe, write_rows
@@ -138,6 +138,28 @@ def test_the_end_of_a_turn_is_read_off_the_chat_template(caplog: pytest.LogCaptu
         assert end_of_turn_ids(tokenizer) == []
     assert "the chat template fails" in caplog.text
     assert end_of_turn_ids(None) == []
+
+
+def test_the_end_of_a_turn_is_that_of_the_recipes_own_template(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(eos_token="w7", extra_special_tokens=["w8"])
+    (tmp_path / "own.jinja").write_text(TEMPLATE.replace("<end>", "{{ finish }}"))
+    data = Data([], chat_template=str(tmp_path / "own.jinja"), template_kwargs={"finish": "w8"})
+    assert end_of_turn_ids(tokenizer, data) == [8] and end_of_turn_ids(tokenizer, Data([])) == [END]
+    tokenizer.chat_template = None
+    assert end_of_turn_ids(tokenizer, data) == [8] and end_of_turn_ids(tokenizer, Data([])) == []
+    assert end_of_turn_ids(None, data) == []
+    target = SimpleNamespace(vocab_size=VOCAB, eos_token_ids=lambda: [])
+    plain = make_tokenizer(eos_token="w7")
+    plain.add_tokens(["w9"])
+    data.template_kwargs = {"finish": "w9"}
+    assert 9 in always_drafted(plain, target, 1, data) and 9 not in always_drafted(plain, target, 1)
+    save_file({"d2t": d2t_offsets(torch.tensor([0, 7, 9]))}, tmp_path / "ends.safetensors")
+    save_file({"d2t": d2t_offsets(torch.tensor([0, 2, 9]))}, tmp_path / "own.safetensors")
+    for name in ("ends", "own"):
+        draft = Draft(vocab_from=str(tmp_path / f"{name}.safetensors"))
+        assert 9 in read_draft_vocab(draft, target, plain, [], data)
+    with pytest.raises(ValueError, match="lacks every end token"):
+        read_draft_vocab(draft, target, plain, [])
 
 
 def test_a_run_drafts_the_vocabulary_of_an_earlier_runs_drafter(

@@ -28,6 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     import logging
 
+    from peagle_train.errors import print_anything
+
+    print_anything()
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
         from peagle_train.recipe import load_recipe

@@ -22,6 +22,9 @@ def main() -> int:
     parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenize (default: all cores)")
     parser.add_argument("--shard-tokens", type=int, metavar="N", help="close a file behind so many tokens")
     options = parser.parse_intermixed_args()
+    from peagle_train.errors import print_anything
+
+    print_anything()
     try:
         run(options)
     except ValueError as error:

@@ -8,7 +8,6 @@ anchors reads and predicts.
 """
 
 import argparse
-import io
 import os
 import sys
 from pathlib import Path
@@ -31,6 +30,9 @@ def main() -> int:
     parser.add_argument("--epoch", type=int, default=0, metavar="E", help="whose draw of elements (default: 0)")
     parser.add_argument("--no-color", action="store_true", help="brackets on a terminal, too")
     options = parser.parse_intermixed_args()
+    from peagle_train.errors import print_anything
+
+    print_anything()
     try:
         print(run(options))
     except ValueError as error:
@@ -47,8 +49,6 @@ def run(options: argparse.Namespace) -> str:
     from peagle_train.data.show_row import show_row
     from peagle_train.recipe import load_recipe
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that has no such letter still gets the row
     return show_row(
         load_recipe(options.recipe, options.overrides),
         options.row,

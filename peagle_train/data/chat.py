@@ -21,6 +21,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class EncodedChat:
 
 
 class ChatEncoder:
-    """Encodes chats with a tokenizer and its chat template.
+    """Encodes chats with a tokenizer and its chat template, which is looked at when the first chat comes that takes one.
 
     Args:
         tokenizer: transformers' fast tokenizer of the target.
@@ -66,7 +67,7 @@ class ChatEncoder:
         template_kwargs: variables of the template, such as enable_thinking.
 
     Raises:
-        ValueError: no tokenizer, one without offsets, or no usable template.
+        ValueError: no tokenizer, or one without offsets.
     """
 
     def __init__(
@@ -85,12 +86,12 @@ class ChatEncoder:
             )
         if on_rewrite not in ("last_turn", "refuse"):
             raise ValueError(f"on_rewrite is {on_rewrite!r}; give last_turn or refuse")
-        self.template = ChatTemplate(tokenizer, chat_template, template_kwargs or {})
         self.on_rewrite = on_rewrite
+        self._given = tokenizer
+        self._template_text, self._template_kwargs = chat_template, template_kwargs or {}
         self._tokenizer = copy.deepcopy(tokenizer)
         # Post-processors add special tokens, which templates write themselves, and cut the space off a token's offsets.
         self._tokenizer.backend_tokenizer.post_processor = None
-        self._turns = TurnFinder(tokenizer, self.template)
         special = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special and t.content]
         self._special = re.compile("|".join(special) if special else r"(?!)")
         self._plain_start, self._plain_end = _plain_frame(tokenizer)
@@ -102,17 +103,30 @@ class ChatEncoder:
         text = None if data.chat_template is None else read_template(data.chat_template)
         return cls(tokenizer, text, data.on_rewrite, data.template_kwargs)
 
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """ValueError where there is none that can be used: plain prompts and completions need none."""
+        return ChatTemplate(self._given, self._template_text, self._template_kwargs)
+
+    @cached_property
+    def _turns(self) -> TurnFinder:
+        return TurnFinder(self._given, self.template)
+
     @property
     def notices(self) -> list[str]:
-        """What is peculiar about the template, in lines for the user."""
+        """What is peculiar about the template, in lines for the user; none without one that works (it rendered nothing)."""
+        try:
+            template = self.template
+        except ValueError:
+            return []
         lines = []
-        header = self.template.before_answer
-        if not self.template.adds_generation_prompt and any(token in header for token in self._turns.added):
+        header = template.before_answer
+        if not template.adds_generation_prompt and any(token in header for token in self._turns.added):
             lines.append(
                 "the chat template ignores add_generation_prompt: the header of the assistant's turns"
                 f" ({header!a}) is learned as generated"
             )
-        if self.template.reads_clock:
+        if template.reads_clock:
             lines.append("the chat template may print today's date (strftime_now): see its variables, template_kwargs")
         return lines
 
@@ -122,6 +136,7 @@ class ChatEncoder:
         Messages behind the last that is learned from are left out, and counted: they teach nothing.
 
         Raises:
+            ValueError: no usable template.
             BadRow: template failed, template reads no tool calls, prefix is not a prefix, no supervised token.
         """
         counts: Counter[str] = Counter()
@@ -228,11 +243,12 @@ class ChatEncoder:
 
     def _make_fingerprint(self) -> str:
         """sha256 of all that decides about ids and mask: templates, vocabulary, special tokens, options."""
-        own = getattr(self._tokenizer, "chat_template", None) if self.template.text is None else self.template.text
+        text = self._template_text
+        own = getattr(self._tokenizer, "chat_template", None) if text is None else text
         options = {
             "version": _VERSION,
             "template": own,
-            "template_kwargs": self.template.kwargs,
+            "template_kwargs": self._template_kwargs,
             "on_rewrite": self.on_rewrite,
             "special_tokens": {name: str(token) for name, token in self._tokenizer.special_tokens_map.items()},
             "plain": [self._plain_start, self._plain_end],

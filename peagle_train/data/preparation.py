@@ -27,7 +27,7 @@ from peagle_train.data.prepared import (
     open_folder,
     settings_of,
 )
-from peagle_train.data.readers import RawRow
+from peagle_train.data.readers import RawRow, clip
 from peagle_train.data.shard_writer import Encoded, ShardWriter, write_json, write_tensors
 from peagle_train.data.training_data import Say, TrainingData, assemble, find_all, make_encoder
 from peagle_train.durable import PARTIAL
@@ -59,11 +59,14 @@ def prepare(
         ValueError: one line, for a user's mistake, for a folder of something else, and for sources that have changed.
     """
     settings = settings_of(recipe, tokenizer, vocab_size, mask_token_id)
-    if (folder / INDEX).exists():
-        say(f"{folder} is finished: checking it")
-        return open_folder(folder, settings, recipe.data.max_bad_rows)
     found = find_all(recipe.data)
     begun = {"settings": settings, "shard_tokens": shard_tokens, "files": _listing(found)}
+    if (folder / INDEX).exists():
+        _compare(folder, begun)
+        unseen = [file.name for files in found.values() for file in files.files if file.format in ("saved", "hub")]
+        but = f", but that of {', '.join(map(clip, unseen))} was not looked at" if unseen else ""
+        say(f"{folder} is finished, and the sources have the names and sizes that it was made of{but}: checking it")
+        return open_folder(folder, settings, recipe.data.max_bad_rows)
     with alone_in(folder, "preparing"):
         _begin(folder, begun)
         return _fill(recipe, folder, tokenizer, vocab_size, mask_token_id, num_workers, found, begun, say)
@@ -151,10 +154,15 @@ def _begin(folder: Path, begun: dict[str, Any]) -> None:
             raise ValueError(f"--out {folder} is not empty and holds no preparation; give another folder")
         write_json(folder / BEGUN, begun)
         return
+    _compare(folder, begun)
+
+
+def _compare(folder: Path, begun: dict[str, Any]) -> None:
+    """ValueError unless the folder was begun so."""
     there = _read_begun(folder)
+    there = {**there["settings"], "--shard-tokens": there["shard_tokens"], "files of the sources": there["files"]}
     flat = {**begun["settings"], "--shard-tokens": begun["shard_tokens"], "files of the sources": begun["files"]}
-    flat_there = {**there["settings"], "--shard-tokens": there["shard_tokens"], "files of the sources": there["files"]}
-    difference = first_difference(flat_there, json.loads(json.dumps(flat)))
+    difference = first_difference(there, json.loads(json.dumps(flat)))
     if difference is not None:
         raise ValueError(f"--out {folder} {difference}: change that, give another folder, or remove this one")
 

@@ -27,7 +27,7 @@ from peagle_train.recipe import Recipe
 
 INDEX, BEGUN = "index.json", "begun.json"
 TRAIN, HELD_OUT = "train.safetensors", "held_out.safetensors"
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the same recipe and files give other bytes."""
 _DATA_KEYS = (
     "sources extensions exclude eval_sources eval_fraction max_documents max_characters max_length pack"
@@ -66,7 +66,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str | None:
 def _chat_fingerprint(recipe: Recipe, tokenizer: Any) -> str | None:
     try:
         return ChatEncoder.from_recipe(recipe.data, tokenizer).fingerprint
-    except ValueError:  # no template that works: an error where there is a chat to render, and only there
+    except ValueError:  # no tokenizer that works: an error where there is a chat to encode, and only there
         return None
 
 

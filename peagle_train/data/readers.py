@@ -20,7 +20,7 @@ class RawRow:
     source: int
     """Of the sources of the recipe."""
     where: str
-    """File and line, for messages."""
+    """File and line, for messages: printable, whatever the file's name is."""
     name: str
     """The same on every machine."""
     content: Any
@@ -55,14 +55,15 @@ def batches(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
 
 
 def _read_text(index: int, file: SourceFile) -> Iterator[RawRow]:
-    yield RawRow(index, file.source, file.path, file.name, b"".join(_lines(file)), "text")
+    yield RawRow(index, file.source, _printable(file.path), file.name, b"".join(_lines(file)), "text")
 
 
 def _read_lines(index: int, file: SourceFile) -> Iterator[RawRow]:
+    path = _printable(file.path)
     for number, line in enumerate(_lines(file), start=1):
         if line.strip():
             yield RawRow(
-                index, file.source, f"{file.path}, line {number}", f"{file.name}:{number}", line.rstrip(b"\r\n"), "line"
+                index, file.source, f"{path}, line {number}", f"{file.name}:{number}", line.rstrip(b"\r\n"), "line"
             )
 
 
@@ -76,10 +77,10 @@ def _read_json(index: int, file: SourceFile) -> Iterator[RawRow]:
     try:
         rows = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError):  # one bad row, which is told where rows are parsed
-        yield RawRow(index, file.source, file.path, file.name, content, "line")
+        yield RawRow(index, file.source, _printable(file.path), file.name, content, "line")
         return
     for number, row in enumerate(rows, start=1):
-        yield RawRow(index, file.source, f"{file.path}, row {number}", f"{file.name}:{number}", row, "line")
+        yield RawRow(index, file.source, f"{_printable(file.path)}, row {number}", f"{file.name}:{number}", row, "line")
 
 
 def _read_table(index: int, file: SourceFile) -> Iterator[RawRow]:
@@ -87,7 +88,9 @@ def _read_table(index: int, file: SourceFile) -> Iterator[RawRow]:
     from peagle_train.data.tables import table_rows
 
     for number, row in enumerate(table_rows(file), start=1):
-        yield RawRow(index, file.source, f"{file.path}, row {number}", f"{file.name}:{number}", row, "table")
+        yield RawRow(
+            index, file.source, f"{_printable(file.path)}, row {number}", f"{file.name}:{number}", row, "table"
+        )
 
 
 def _lines(file: SourceFile) -> Iterator[bytes]:
@@ -96,6 +99,11 @@ def _lines(file: SourceFile) -> Iterator[bytes]:
             yield from stream
     except OSError as error:
         raise ValueError(f"cannot read {file.path}: {error.strerror or error}") from None
+
+
+def _printable(path: str) -> str:
+    """The path with escapes for what is not UTF-8 in it."""
+    return path.encode("utf-8", "backslashreplace").decode()
 
 
 def clip(text: str) -> str:

@@ -21,6 +21,7 @@ from peagle_train.data.bad_row import BadRow
 from peagle_train.data.chat import ChatEncoder
 from peagle_train.data.messages import check_text, keys_read, messages_of, strings_in
 from peagle_train.data.readers import RawRow, clip
+from peagle_train.data.table_values import as_in_json
 
 FORMS = ("input_ids", "messages", "conversations", "prompt", "text")
 """In the order in which they are looked for."""
@@ -66,8 +67,8 @@ class EncodedBatch:
     """None stands for a row without a token."""
     several_forms: int = 0
     """Rows that had the keys of more than one form."""
-    ignored_keys: set[str] = field(default_factory=set)
-    """Keys of rows that were not looked at."""
+    ignored_keys: dict[str, None] = field(default_factory=dict)
+    """Keys of rows that were not looked at, each once, in the order of the rows; short and printable."""
     chat_counts: Counter[str] = field(default_factory=Counter)
     """What chats had that was not learned, left out or peculiar: see `EncodedChat`."""
 
@@ -125,9 +126,9 @@ class RowEncoder:
         row = _parse(raw.content) if isinstance(raw.content, bytes) else raw.content
         form = self._form(row, raw.kind == "table")
         if raw.kind == "table":
-            row = {key: value for key, value in row.items() if value is not None}
+            row = as_in_json(row)
         read = {"input_ids": {"input_ids", "loss_mask"}, "text": {"text"}}.get(form) or keys_read(row)
-        batch.ignored_keys.update(str(key) for key in row if key not in read)
+        batch.ignored_keys.update(dict.fromkeys(clip(str(key)) for key in row if key not in read))
         batch.several_forms += len(_forms_of(row)) > 1
         if form == "input_ids":
             return form, _ids_of(row)
@@ -210,6 +211,8 @@ class RowEncoder:
         if set(map(type, mask)) != {int} or min(mask) < 0 or max(mask) > 1:
             at = next(i for i, bit in enumerate(mask) if type(bit) is not int or bit not in (0, 1))
             raise BadRow("wrong loss_mask", f"loss_mask[{at}] is {clip(repr(mask[at]))}; give 0 or 1")
+        if form != "file" and 1 not in mask[1:]:
+            raise BadRow("no supervised token", f"no token of {len(ids)} has loss_mask 1 behind the first")
         ids_n, mask_n = np.array(ids, dtype=np.int32), np.array(mask, dtype=np.uint8)
         content = ids_n.astype("<i8").tobytes() + mask_n.tobytes()
         return EncodedRow(index, form, ids_n, mask_n, hashlib.sha256(content).digest())

@@ -14,6 +14,9 @@ from peagle_train.data.readers import RawRow, batches, read_rows
 from peagle_train.data.row_encoder import FORMS, EncodedBatch, EncodedRow, RejectedRow, RowEncoder
 from peagle_train.data.source_spec import SourceSpec
 
+MAX_IGNORED_KEYS = 20
+"""So many are told; rows whose keys are data of their own would have as many as there are rows."""
+
 
 @dataclass(frozen=True, eq=False)
 class Document:
@@ -64,7 +67,7 @@ class SourceReport:
     first_bad: dict[str, str] = field(default_factory=dict)
     """File, line and fault of the first row of each reason."""
     ignored_keys: list[str] = field(default_factory=list)
-    """Keys of rows that mean nothing here."""
+    """Keys of rows that mean nothing here: the first MAX_IGNORED_KEYS, and one more if there are more."""
     stopped: bool = False
     """Whether max_documents left out documents; how many is not known without reading them."""
     unread_files: int = 0
@@ -93,7 +96,10 @@ class SourceReport:
             text += f", stopped at max_documents with {self.unread_files} files unread"
         if self.unsupervised:
             text += f", {self.unsupervised} documents without a supervised row"
-        return text + (f", keys ignored: {', '.join(self.ignored_keys)}" if self.ignored_keys else "")
+        if not self.ignored_keys:
+            return text
+        more = " and others" if len(self.ignored_keys) > MAX_IGNORED_KEYS else ""
+        return text + f", keys ignored: {', '.join(self.ignored_keys[:MAX_IGNORED_KEYS])}{more}"
 
     def describe_bad(self) -> str:
         """The bad rows, by reason, with the place of the first of each."""
@@ -128,7 +134,8 @@ class Intake:
         for what, count in batch.chat_counts.items():
             report.chat_counts[what] = report.chat_counts.get(what, 0) + count
         report.several_forms += batch.several_forms
-        report.ignored_keys = sorted({*report.ignored_keys, *batch.ignored_keys})
+        new_keys = [key for key in batch.ignored_keys if key not in report.ignored_keys]
+        report.ignored_keys = sorted(report.ignored_keys + new_keys[: MAX_IGNORED_KEYS + 1 - len(report.ignored_keys)])
         for raw, row in zip(raws, batch.rows, strict=True):
             if row is None:
                 report.empty += 1

@@ -39,9 +39,11 @@ def _open(file: SourceFile) -> Any:
     if file.format in ("parquet", "arrow"):
         # Streaming reads the file itself; without it `datasets` would first copy it to its cache.
         pattern = glob.escape(file.path)  # which the name would otherwise be taken for
-        return datasets.load_dataset(file.format, data_files=pattern, split="train", streaming=True)
+        # Given a size, it does not take that of the first row group, which is 0 in a parquet file without rows.
+        size = {"batch_size": _ROWS_AT_ONCE} if file.format == "parquet" else {}
+        return datasets.load_dataset(file.format, data_files=pattern, split="train", streaming=True, **size)
     if file.format == "saved":
-        saved = datasets.load_from_disk(file.path)
+        saved = datasets.load_from_disk(file.path).with_format(None)  # it may have been saved as arrays or tensors
         if isinstance(saved, datasets.DatasetDict):
             if split not in saved:
                 raise ValueError(f"it has no split {split}, only {', '.join(saved)}")

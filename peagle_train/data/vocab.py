@@ -8,9 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from peagle_train.data.chat_template import read_template
+
 if TYPE_CHECKING:
     from peagle_train.data.document_table import DocumentTable
     from peagle_train.data.sources import Document
+    from peagle_train.recipe import Data
 
 logger = logging.getLogger(__name__)
 
@@ -122,17 +125,20 @@ def eos_token_ids(*sources: Any) -> list[int]:
     return sorted(ids)
 
 
-def end_of_turn_ids(tokenizer: Any) -> list[int]:
+def end_of_turn_ids(tokenizer: Any, data: "Data | None" = None) -> list[int]:
     """The added token that the chat template puts behind an assistant's answer ([]: none, or no template).
 
-    It ends most answers, and not every model's configs name it.
+    It ends most answers, and not every model's configs name it. The template and its variables are those of `data`, a
+    recipe's section, where it gives them.
     """
-    if not getattr(tokenizer, "chat_template", None):
+    given = None if data is None or data.chat_template is None else read_template(data.chat_template)
+    if tokenizer is None or (given is None and not getattr(tokenizer, "chat_template", None)):
         return []
+    variables = (None if data is None else data.template_kwargs) or {}
     answer = "placeholder"
     chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
     try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        text = tokenizer.apply_chat_template(chat, chat_template=given, tokenize=False, **variables)
     except Exception as error:  # templates raise what they like
         logger.warning(
             "the chat template fails, so its end of turn is not known: %s", " ".join(str(error).split())[:200]

@@ -12,18 +12,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from peagle_train.data.vocab import end_of_turn_ids, eos_token_ids, t2d_mask
-from peagle_train.recipe import Draft
+from peagle_train.recipe import Data, Draft
 
 logger = logging.getLogger(__name__)
 
 
-def read_draft_vocab(draft: Draft, target: Any, tokenizer: Any, always: Iterable[int]) -> Tensor:
+def read_draft_vocab(
+    draft: Draft, target: Any, tokenizer: Any, always: Iterable[int], data: Data | None = None
+) -> Tensor:
     """int64 [Vd], ascending: the target's tokens that `draft.vocab_from` drafts.
 
     Args:
         draft: `vocab_from` names a folder or a .safetensors file with `d2t` [Vd] (offsets: draft token i is the target's
             i + d2t[i]) and, mostly, `t2d` [V] in vLLM's and speculators' names, or a folder with d2t.npy and t2d.npy, as
             speculators prepares them. `draft_vocab_size`, if given, must be Vd.
+        data: the recipe's section, which may give a chat template.
         always: special and end tokens. Those that the mapping lacks are logged; one that can end an answer must be there.
 
     Raises:
@@ -49,7 +52,8 @@ def read_draft_vocab(draft: Draft, target: Any, tokenizer: Any, always: Iterable
         raise ValueError(
             f"draft.draft_vocab_size is {draft.draft_vocab_size}, but {where} drafts {ids.numel()} tokens: leave one out"
         )
-    _check_ends(set(ids.tolist()), target, tokenizer, always, where)
+    ends = {*target.eos_token_ids(), *eos_token_ids(tokenizer), *end_of_turn_ids(tokenizer, data)}
+    _check_ends(set(ids.tolist()), ends, always, where)
     return ids
 
 
@@ -60,8 +64,7 @@ def draft_vocab_size_of(draft: Draft) -> int:
     return _draft_ids(_read(Path(draft.vocab_from), where)[0], where).numel()
 
 
-def _check_ends(drafted: set[int], target: Any, tokenizer: Any, always: Iterable[int], where: str) -> None:
-    ends = {*target.eos_token_ids(), *eos_token_ids(tokenizer), *end_of_turn_ids(tokenizer)}
+def _check_ends(drafted: set[int], ends: set[int], always: Iterable[int], where: str) -> None:
     if ends and not ends & drafted:
         raise ValueError(
             f"{where} lacks every end token ({', '.join(map(str, sorted(ends)))}): its drafter could never end an answer"

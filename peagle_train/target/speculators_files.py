@@ -75,14 +75,22 @@ class SpeculatorsFiles:
         return hidden[:, :3].flatten(1).cpu(), self._normed(hidden[:, 3]).cpu()
 
     def write_documents(self, folder: Path) -> None:
-        """The samples with their masks as a .jsonl source, whole or not at all."""
-        partial = partial_path(folder / DOCUMENTS)
+        """The samples with their masks as a .jsonl source, whole or not at all.
+
+        Those with nothing to learn from would be bad rows there: they are left out, and counted.
+        """
+        partial, left_out = partial_path(folder / DOCUMENTS), 0
         with partial.open("w", encoding="ascii") as file:
             for index in range(len(self)):
                 row = self[index]
                 pair = {"input_ids": row["input_ids"].tolist(), "loss_mask": row["loss_mask"].tolist()}
+                if 1 not in pair["loss_mask"][1:]:
+                    left_out += 1
+                    continue
                 file.write(json.dumps(pair) + "\n")
         put(partial, folder / DOCUMENTS)
+        if left_out:
+            logger.warning("%d samples with no token to learn from are not in %s", left_out, folder / DOCUMENTS)
 
     def _hidden(self, row: dict[str, Any]) -> Tensor:
         """[n, 4, T], in the target's dtype, on its device."""
@@ -161,7 +169,7 @@ def _data_set(root: Path) -> Any:
         if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
             from datasets import load_from_disk
 
-            found: Any = load_from_disk(str(folder))
+            found: Any = load_from_disk(str(folder)).with_format(None)  # it may have been saved as tensors
             if not {"input_ids", "loss_mask"} <= set(found.column_names):
                 raise ValueError(
                     f"the data set {folder} has no columns input_ids and loss_mask (has {found.column_names})"

@@ -12,7 +12,7 @@ from peagle_train.core.collator import CODCollator
 from peagle_train.core.draft import PEagleDraft, RMSNorm
 from peagle_train.core.draft_config import ROPE_TYPES, PEagleDraftConfig
 from peagle_train.data.vocab import default_mask_token_id, end_of_turn_ids, eos_token_ids
-from peagle_train.recipe import Draft, Recipe
+from peagle_train.recipe import Data, Draft, Recipe
 from peagle_train.target.frozen import FrozenTarget
 
 logger = logging.getLogger(__name__)
@@ -63,11 +63,11 @@ def choose_mask_token(draft: Draft, tokenizer: Any, vocab_size: int) -> int:
     return default
 
 
-def always_drafted(tokenizer: Any, target: FrozenTarget, mask_token_id: int) -> list[int]:
+def always_drafted(tokenizer: Any, target: FrozenTarget, mask_token_id: int, data: Data | None = None) -> list[int]:
     """Special and end tokens (of configs, tokenizer and chat template), which a pruned draft vocabulary keeps whatever
-    their frequency.
+    their frequency. The template is that of `data`, if it gives one.
     """
-    ids = {*target.eos_token_ids(), *eos_token_ids(tokenizer), *end_of_turn_ids(tokenizer)}
+    ids = {*target.eos_token_ids(), *eos_token_ids(tokenizer), *end_of_turn_ids(tokenizer, data)}
     ids |= set(getattr(tokenizer, "all_special_ids", None) or [])
     return sorted(i for i in ids if 0 <= i < target.vocab_size and i != mask_token_id)
 

@@ -135,10 +135,10 @@ def _draft(  # type: ignore[no-untyped-def]
     recipe: Recipe, target: FrozenTarget, tokenizer, mask_token_id: int, counts_V: Tensor, start: Start | None, say
 ) -> PEagleDraft:
     """A new drafter, of another one's shape if it starts from one; its vocabulary by frequency, or another one's."""
-    always = always_drafted(tokenizer, target, mask_token_id)
+    always = always_drafted(tokenizer, target, mask_token_id, recipe.data)
     if recipe.draft.vocab_from:
         asked = replace(recipe.draft, draft_vocab_size=None) if start else recipe.draft  # that size is the start's
-        draft_ids = read_draft_vocab(asked, target, tokenizer, always)
+        draft_ids = read_draft_vocab(asked, target, tokenizer, always, recipe.data)
     elif start:
         draft_ids = start.files.draft_token_ids
     else:
