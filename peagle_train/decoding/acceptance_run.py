@@ -27,6 +27,7 @@ from peagle_train.decoding.eval_prompts import Case, load_cases
 from peagle_train.decoding.verify import end_tokens
 from peagle_train.recipe import Recipe, load_recipe
 from peagle_train.serving.drafter_files import load_drafter
+from peagle_train.serving.export import find_drafter
 from peagle_train.target.frozen import FrozenTarget
 from peagle_train.training.checkpoint import MARKER, write_json
 
@@ -47,14 +48,17 @@ def run(options: Namespace, folder: Path) -> tuple[str, bool]:
         raise ValueError(f"--temperature is {options.temperature}; give 0 (greedy) or more")
     if options.json and not Path(options.json).absolute().parent.is_dir():
         raise ValueError(f"--json {options.json} lies in a folder that does not exist")
+    folders = [find_drafter(Path(given)) for given in (folder, options.compare) if given]
+    folder = folders[0]
     recipe = _recipe(folder)
     path = options.target or (recipe.target.path if recipe else None)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; give a drafter's, or a run's")
     if path is None:
         raise ValueError(f"{folder} has no recipe.yaml that names its target: give --target DIR")
     if not Path(path).is_dir():
         raise ValueError(f"target {path} is no folder: give --target DIR")
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    folders = [folder] + ([Path(options.compare)] if options.compare else [])
     drafts = [load_drafter(f) for f in folders]
     for draft in drafts:
         draft.to(device)  # type: ignore[arg-type]
