@@ -1,5 +1,6 @@
 """Checkpoints on disk: whole or not there, whatever happens while they are written; damage is seen; old ones go."""
 
+import fcntl
 import json
 import os
 import resource
@@ -16,7 +17,7 @@ import peagle_train.training.checkpoint as checkpoint
 import peagle_train.training.checkpoint_files as files
 from peagle_train.errors import DamagedCheckpoint
 from peagle_train.recipe import load_recipe
-from peagle_train.training.checkpoint import lock_output, save_tensors
+from peagle_train.training.checkpoint import check_not_in_use, lock_output, save_tensors
 from peagle_train.training.resume import open_resume
 from peagle_train.training.signals import ECHO_SECONDS, Signals
 from tests.tiny import write_recipe
@@ -301,11 +302,23 @@ def test_a_folder_in_which_a_process_trains_is_refused_to_others_until_it_dies(t
         os.read(go[0], 1)
         os._exit(0 if lock else 1)
     os.read(told[0], 1)
-    with pytest.raises(ValueError, match="in use"):
-        lock_output(tmp_path)
+    for attempt in (check_not_in_use, lock_output):
+        with pytest.raises(ValueError, match="in use"):
+            attempt(tmp_path)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
+    check_not_in_use(tmp_path)
     lock_output(tmp_path).close()
+
+
+def test_looking_whether_a_folder_is_in_use_makes_no_file_and_keeps_no_other_look_out(tmp_path: Path) -> None:
+    check_not_in_use(tmp_path / "nowhere")
+    check_not_in_use(tmp_path)
+    assert not list(tmp_path.iterdir())
+    lock_output(tmp_path).close()
+    with (tmp_path / ".lock").open() as file:
+        fcntl.lockf(file, fcntl.LOCK_SH)  # as another rank that looks at the same moment
+        assert in_child(lambda: check_not_in_use(tmp_path)) == 0
 
 
 def test_a_second_signal_ends_the_process_at_once() -> None:

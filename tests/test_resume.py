@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import peagle_train.training.run_checkpoint as run_checkpoint
 import peagle_train.training.trainer as trainer_module
 from peagle_train.__main__ import main, parse
 from peagle_train.data.packing import PackedRows
 from peagle_train.target.frozen import FrozenTarget
+from peagle_train.training.checkpoint import claim_output, lock_output
 from peagle_train.training.evaluate import Evaluator
 from peagle_train.training.runner import BatchRunner
 from peagle_train.training.trainer import Trainer
@@ -144,8 +145,6 @@ def test_whatever_step_a_run_was_stopped_at_it_goes_on_from_there(
     output, whole = tmp_path / "run", tmp_path / "whole"
     shutil.copytree(output, whole)
     for step in range(6, 0, -1):
-        # more steps would be asked for if it were not the same run: a finished one is left alone
-        (output / "run.json").write_text('{"state": "started"}')
         run(recipe, "--resume", str(output / f"checkpoint-{step}"))
         assert f"going on behind step {step}" in capsys.readouterr().out
         assert_same_run(output, whole)
@@ -264,16 +263,52 @@ def test_a_finished_run_says_so_and_writes_nothing(
     run(recipe)
     output = tmp_path / "run"
     before = contents(output)
-    for arguments in (["--resume"], ["--resume", str(output / "checkpoint-2")], ["--resume", "train.max_steps=6"]):
+    for arguments, more in (([], False), (["train.max_steps=6"], True), (["train.max_steps=null"], True)):
         capsys.readouterr()
-        run(recipe, *arguments)
-        assert "finished run: nothing to do" in capsys.readouterr().out and contents(output) == before
+        run(recipe, "--resume", *arguments)
+        said = capsys.readouterr().out
+        assert "finished run: nothing to do" in said and contents(output) == before
+        assert (
+            f"to train for more steps, as the recipe has it now: --resume {output / 'checkpoint-2'}" in said
+        ) == more
     # Asked for by name, it goes on to more steps, and says what becomes of the learning rate.
     run(recipe, "--resume", str(output / "checkpoint-2"), "train.max_steps=6")
     said = capsys.readouterr().out
     assert "steps 4 -> 6: at step 2 the learning rate jumps from 5.000e-03 to 6.667e-03" in said
     assert json.loads((output / "run.json").read_text())["steps"] == 6
     assert [line["step"] for line in metrics(output)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_that_ended_at_max_steps_goes_on_to_the_end_of_its_epochs(
+    tmp_path: Path, target: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_for(tmp_path, target, rows, train={"max_steps": 3, "save_steps": 2})
+    run(recipe)
+    run(recipe, "--resume", str(tmp_path / "run" / "checkpoint-2"), "train.max_steps=null")
+    whole = recipe_for(tmp_path / "whole", target, rows)
+    run(whole)
+    steps = json.loads((tmp_path / "whole" / "run" / "run.json").read_text())["steps"]
+    assert steps > 3 and json.loads((tmp_path / "run" / "run.json").read_text())["steps"] == steps
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_finished_run_whose_drafter_was_removed_or_whose_checkpoint_is_named_does_its_last_steps_again(
+    named: bool, tmp_path: Path, target: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_for(tmp_path, target, rows, train={"max_steps": 4, "save_steps": 2, "log_steps": 1})
+    run(recipe)
+    output, whole = tmp_path / "run", tmp_path / "whole"
+    shutil.copytree(output, whole)
+    if not named:
+        shutil.rmtree(output / "final")
+    run(recipe, f"--resume={output / 'checkpoint-2'}" if named else "--resume")
+    said = capsys.readouterr().out
+    assert "going on behind step 2" in said and (f"{output / 'final'} is gone" in said) == (not named)
+    assert_same_run(output, whole)
+    shutil.rmtree(output / "final")
+    shutil.rmtree(output / "checkpoint-2")
+    run(recipe, "--resume", code=2)
+    assert "without a complete checkpoint" in last_error(capsys)
 
 
 def test_where_there_is_nothing_to_resume_the_line_says_what_there_is(
@@ -287,7 +322,7 @@ def test_where_there_is_nothing_to_resume_the_line_says_what_there_is(
     (tmp_path / "run" / "checkpoint-1").mkdir()
     run(recipe, "--resume", code=2)
     message = last_error(capsys)
-    assert "before its first checkpoint" in message and "checkpoint-1 has no manifest.json" in message
+    assert "without a complete checkpoint" in message and "checkpoint-1 has no manifest.json" in message
     run(recipe, "--resume", str(tmp_path / "elsewhere"), code=2)
     assert "give a folder named checkpoint-<step>" in last_error(capsys)
     (tmp_path / "checkpoint-1").mkdir()
@@ -335,6 +370,90 @@ def test_checkpoints_that_were_moved_to_another_disk_and_linked_are_gone_on_from
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-8"] and contents(disk) == before
 
 
+def test_another_target_is_refused_though_its_head_is_the_same_and_a_copy_is_taken(
+    tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = started(tmp_path, target, rows, monkeypatch)
+    copy, other = tmp_path / "copy", tmp_path / "other"
+    for folder in (copy, other):
+        shutil.copytree(target, folder)
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"] *= 3
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    before = contents(tmp_path / "run")
+    run(recipe, "--resume", f"target.path={other}", code=2)
+    assert "--resume: target's config and weights: " in last_error(capsys) and contents(tmp_path / "run") == before
+    run(recipe, "--resume", f"target.path={copy}")
+    assert "accepted, as the target's config and weights came out the same" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["--resume"]])
+def test_a_folder_in_which_another_process_trains_is_said_to_be_in_use_not_to_be_removed(
+    arguments: list[str], tmp_path: Path, target: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_for(tmp_path, target, rows)
+    output = tmp_path / "run"
+    claim_output(output)  # it has no checkpoint yet
+    locked, go = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        lock = lock_output(output)
+        os.write(locked[1], b".")
+        os.read(go[0], 1)
+        os._exit(0 if lock else 1)
+    os.read(locked[0], 1)
+    run(recipe, *arguments, code=2)
+    os.write(go[1], b".")
+    os.waitpid(pid, 0)
+    assert last_error(capsys).endswith(f"output.dir {output} is in use: another process is training there")
+
+
+STARTED: dict[str, list[list[str]]] = {
+    "init_from": [[], ["draft.init_from=null"], ["draft.init_from=/nowhere"]],
+    "vocab_from": [[]],
+}
+
+
+@pytest.mark.parametrize("key", STARTED)
+def test_the_drafter_that_a_run_started_from_is_not_needed_to_go_on(
+    key: str,
+    tmp_path: Path,
+    target: Path,
+    rows: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # Of another shape than the recipe and the target would give, and another vocabulary.
+    shape = {"intermediate_size": 20, "num_key_value_heads": 4, "rope_theta": 77.0, "draft_vocab_size": 31}
+    shape["rope_scaling"] = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+    run(recipe_for(tmp_path / "first", target, rows, draft=shape, train={"max_steps": 1}))
+    source = tmp_path / "first" / "run" / "final"
+    settings = {key: str(source), "draft_vocab_size": None}
+    sections = {"data": EVALUATED, "draft": settings, "train": {"max_steps": 6, "eval_steps": 3}}
+    whole = recipe_for(tmp_path / "whole", target, rows, **sections)
+    run(whole)
+    parts = recipe_for(tmp_path / "parts", target, rows, **sections)
+    with monkeypatch.context() as patch:
+        stop_after(4, patch)
+        run(parts)
+    shutil.rmtree(source)
+    for arguments in STARTED[key]:
+        shutil.rmtree(tmp_path / "again", ignore_errors=True)
+        shutil.copytree(tmp_path / "parts" / "run", tmp_path / "again")
+        run(parts, "--resume", f"output.dir={tmp_path / 'again'}", *arguments)
+        assert_same_run(tmp_path / "again", tmp_path / "whole" / "run")
+    # A vocabulary of another file must be read: it counts by what it leads to.
+    capsys.readouterr()
+    changed = ["draft.init_from=null"] if key == "init_from" else []
+    run(parts, "--resume", *changed, "draft.vocab_from=/nowhere", code=2)
+    assert "draft.vocab_from /nowhere" in last_error(capsys)
+    run(recipe_for(tmp_path / "other", target, rows, train={"max_steps": 1}))
+    run(parts, "--resume", *changed, f"draft.vocab_from={tmp_path / 'other' / 'run' / 'final'}", code=2)
+    assert "draft vocabulary" in last_error(capsys)
+    run(parts, "--resume", *changed, f"draft.vocab_from={tmp_path / 'whole' / 'run' / 'final'}")
+    assert "accepted, as the draft vocabulary came out the same" in capsys.readouterr().out
+
+
 def test_a_checkpoint_that_was_copied_elsewhere_goes_on_there_as_the_line_says(
     tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -369,7 +488,7 @@ FINISHED: dict[str, Any] = {
         "null",
         "3",
         '"x"',
-        "[" * 100_000,
+        pytest.param("[" * 100_000, id="deep"),
         "{}",
         '{"state": []}',
         '{"state": "stopped"}',
@@ -382,7 +501,8 @@ def test_a_marker_of_anything_else_is_no_run_and_one_line(
     content: str, tmp_path: Path, target: Path, rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, output = recipe_for(tmp_path, target, rows), tmp_path / "run"
-    output.mkdir()
+    (output / "final").mkdir(parents=True)
+    (output / "final" / "model.safetensors").touch()
     (output / "run.json").write_text(json.dumps(FINISHED))
     assert main(["--summary", str(output)]) == 0 and main([str(recipe), "--resume"]) == 0
     assert capsys.readouterr().out.count("1.000 before, 1.500 after training") == 2

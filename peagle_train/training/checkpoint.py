@@ -171,3 +171,15 @@ def lock_output(folder: Path) -> Any:
     except OSError as error:  # a file system without locks
         logger.warning("output.dir %s cannot be locked (%s): take care that one run writes there", folder, error)
     return file
+
+
+def check_not_in_use(folder: Path) -> None:
+    """ValueError if another process trains into the folder: it must be told so, not to remove it. Changes nothing."""
+    try:
+        with (folder / ".lock").open() as file:
+            # Shared, so that the ranks of one launch do not take each other for another run.
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"output.dir {folder} is in use: another process is training there") from None
+    except OSError:  # no folder, no lock, or a file system without locks: `lock_output` says so
+        pass

@@ -12,7 +12,7 @@ from peagle_train.training.checkpoint_files import MANIFEST, list_checkpoints, s
 from peagle_train.training.summary import describe_summary
 
 SAME_NUMBERS = {
-    "target.path", "target.check", "target.trust_remote_code", "output.dir", "train.log_steps", "train.eval_steps",
+    "target.check", "target.trust_remote_code", "output.dir", "train.log_steps", "train.eval_steps",
     "train.save_steps", "train.keep_last", "train.keep_every", "train.max_bad_steps", "train.profile_steps",
     "draft.init_from", "train.probe", "train.memory_margin",
 }  # fmt: skip
@@ -26,7 +26,11 @@ ROUNDING = {
 """Keys that change the order of sums; the rows of a step are compared on their own."""
 STEPS = {"train.epochs", "train.max_steps"}
 """Keys that stretch the learning-rate schedule."""
-BY_CONTENT = {"draft.draft_vocab_size": "draft vocabulary", "draft.vocab_from": "draft vocabulary"}
+BY_CONTENT = {
+    "target.path": "target's config and weights",
+    "draft.draft_vocab_size": "draft vocabulary",
+    "draft.vocab_from": "draft vocabulary",
+}
 """Keys that count by what they lead to, compared by its fingerprint; so do those of the data section (the rows)."""
 DATA_THAT_SHAPES = {"data.max_length"}
 """But not these."""
@@ -62,14 +66,11 @@ def open_resume(recipe: Recipe, given: str) -> Checkpoint | str:
         if chosen is None and not list_checkpoints(output):
             raise ValueError(f"--resume: output.dir {output} holds no run: start one without --resume")
         notes.append(f"{output / MARKER} is missing or broken, and is written anew")
-    wants_more = _wants_more(recipe, output, marker)
-    if marker.get("state") == "finished" and not (chosen is not None and wants_more):
-        said = f"{output} holds a finished run: nothing to do\n{describe_summary(marker, output)}"
-        newest = next(iter(list_checkpoints(output)), None)
-        if wants_more:
-            where = f"--resume {newest}" if newest else "a new run (it has left no checkpoint)"
-            said += f"\nto train for more steps, as the recipe has it now: {where}"
-        return said
+    if marker.get("state") == "finished" and chosen is None:
+        drafter = output / marker.get("drafter", "final")
+        if (drafter / "model.safetensors").is_file():
+            return _nothing_to_do(recipe, output, marker)
+        notes.append(f"the run had finished, but {drafter} is gone")
     folder = _newest(output, notes) if chosen is None else _named(chosen, output)
     try:
         verify_checkpoint(folder)
@@ -91,6 +92,21 @@ def keep_segments(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
     return replace(recipe, cod=replace(recipe.cod, num_segments=checkpoint.state["recipe"]["cod"]["num_segments"]))
 
 
+def keep_drafter(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
+    """The recipe with the checkpoint in place of the drafter that a run took its weights, shape or vocabulary from.
+
+    All of that is in the checkpoint; the other drafter may be gone by now. A `draft.vocab_from` that is a new one stays: it
+    is read, and must come out the same.
+    """
+    draft, old = recipe.draft, checkpoint.state["recipe"]["draft"]
+    folder = str(checkpoint.folder)
+    if draft.init_from or old.get("init_from"):
+        draft = replace(draft, init_from=folder)
+    if draft.vocab_from and draft.vocab_from == old.get("vocab_from"):
+        draft = replace(draft, vocab_from=folder)
+    return replace(recipe, draft=draft)
+
+
 def _read_marker(output: Path) -> dict[str, Any]:
     """run.json, or {} where it is missing or broken: a complete checkpoint is enough to go on."""
     try:
@@ -99,10 +115,21 @@ def _read_marker(output: Path) -> dict[str, Any]:
         raise ValueError(f"--resume: {error}") from None
 
 
-def _wants_more(recipe: Recipe, output: Path, marker: dict[str, Any]) -> bool:
+def _nothing_to_do(recipe: Recipe, output: Path, marker: dict[str, Any]) -> str:
+    said = f"{output} holds a finished run: nothing to do\n{describe_summary(marker, output)}"
+    if _wants_more(recipe, marker):
+        newest = next(iter(list_checkpoints(output)), None)
+        where = f"--resume {newest}" if newest else "a new run (it has left no checkpoint)"
+        said += f"\nto train for more steps, as the recipe has it now: {where}"
+    return said
+
+
+def _wants_more(recipe: Recipe, marker: dict[str, Any]) -> bool:
     """Whether a finished run's recipe now asks for more steps than it had."""
     if recipe.train.max_steps is not None:
         return recipe.train.max_steps > marker.get("steps", 0)
+    if marker.get("max_steps") is not None:
+        return True  # it ended there; how many steps the epochs are is not known before the data are
     return recipe.train.epochs > marker.get("epochs", recipe.train.epochs)
 
 
@@ -117,7 +144,7 @@ def _newest(output: Path, notes: list[str]) -> Path:
     if not complete:
         passed = f" ({'; '.join(notes)})" if notes else ""
         raise ValueError(
-            f"--resume: output.dir {output} holds a run that was stopped before its first checkpoint{passed}: remove it"
+            f"--resume: output.dir {output} holds a run without a complete checkpoint{passed}: remove it"
             " and start again (train.save_steps says how often a checkpoint is made)"
         )
     return complete[0]

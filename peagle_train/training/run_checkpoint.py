@@ -98,6 +98,7 @@ def _must_match(trainer: "Trainer") -> dict[str, Any]:
         "held-out rows": [len(trainer.evaluator.rows), trainer.evaluator.rows.fingerprint()],
         "rows of a step": trainer.sampler.global_batch_size,
         "draft vocabulary": fingerprint(trainer.draft.draft_token_ids.reshape(1, -1)),
+        "target's config and weights": trainer.target_fingerprint,
         "target's head": [str(trainer.runner.head_rows.dtype)[6:], fingerprint(trainer.runner.head_rows)],
     }
 
@@ -111,6 +112,8 @@ def restore(trainer: "Trainer", checkpoint: Checkpoint) -> list[str]:
     state, notes = checkpoint.state, list(checkpoint.notes)
     trainer.sampler.check_global_batch_size(state["must_match"]["rows of a step"])
     now = json.loads(json.dumps(_must_match(trainer)))
+    for what in now.keys() - state["must_match"].keys():
+        notes.append(f"{what}: {checkpoint.folder.name}, of an older version, does not record this: not compared")
     for what, value in state["must_match"].items():
         if now[what] != value:
             was, found = (f"{v[0]} ({v[1][:12]})" if isinstance(v, list) else str(v)[:12] for v in (value, now[what]))

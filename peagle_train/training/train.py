@@ -25,9 +25,9 @@ from peagle_train.target.frozen import FrozenTarget
 from peagle_train.training import peers
 from peagle_train.training.about import about_data
 from peagle_train.training.build import always_drafted, choose_mask_token, load_tokenizer, make_draft
-from peagle_train.training.checkpoint import check_output
+from peagle_train.training.checkpoint import check_not_in_use, check_output
 from peagle_train.training.distributed import check_device_map, check_launch
-from peagle_train.training.resume import Checkpoint, keep_segments, open_resume
+from peagle_train.training.resume import Checkpoint, keep_drafter, keep_segments, open_resume
 from peagle_train.training.run_checkpoint import restore
 from peagle_train.training.sharded import check_sharding, world_mesh
 from peagle_train.training.summary import describe_summary
@@ -53,6 +53,7 @@ def train(recipe: Recipe, resume: str | None = None) -> str:
 def _train(recipe: Recipe, resume: str | None) -> str:
     checkpoint: Checkpoint | None = None
     check_tracker(recipe.train.log_with)
+    check_not_in_use(Path(recipe.output.dir))
     if resume is None:
         check_output(Path(recipe.output.dir))
     else:
@@ -74,8 +75,10 @@ def _train(recipe: Recipe, resume: str | None) -> str:
     target = load_target(recipe, accelerator)
     if recipe.target.check:
         target.check()
-    start = read_start(recipe, target)
-    shaped = start.recipe if start else recipe
+    # A run that goes on has its shape, weights and vocabulary in its checkpoint.
+    drafted = keep_drafter(recipe, checkpoint) if checkpoint else recipe
+    start = read_start(drafted, target)
+    shaped = start.recipe if start else drafted
     tokenizer = load_tokenizer(recipe)
     mask_token_id = choose_mask_token(shaped.draft, tokenizer, target.vocab_size)
 
@@ -85,6 +88,8 @@ def _train(recipe: Recipe, resume: str | None) -> str:
         data = target.attach(data)
 
     draft = _draft(shaped, target, tokenizer, mask_token_id, data.counts_V, start, say)
+    if start and checkpoint is None:
+        copy_start(start.files, draft, target, say)
 
     if recipe.cod.num_segments == "auto":
         device = this_device(accelerator.device)
@@ -129,21 +134,19 @@ def load_target(recipe: Recipe, accelerator: Accelerator) -> FrozenTarget:
 def _draft(  # type: ignore[no-untyped-def]
     recipe: Recipe, target: FrozenTarget, tokenizer, mask_token_id: int, counts_V: Tensor, start: Start | None, say
 ) -> PEagleDraft:
-    """A new drafter, or another one's weights to go on from; its vocabulary by frequency, or another one's."""
+    """A new drafter, of another one's shape if it starts from one; its vocabulary by frequency, or another one's."""
     always = always_drafted(tokenizer, target, mask_token_id)
-    if start:
+    if recipe.draft.vocab_from:
+        asked = replace(recipe.draft, draft_vocab_size=None) if start else recipe.draft  # that size is the start's
+        draft_ids = read_draft_vocab(asked, target, tokenizer, always)
+    elif start:
         draft_ids = start.files.draft_token_ids
-    elif recipe.draft.vocab_from:
-        draft_ids = read_draft_vocab(recipe.draft, target, tokenizer, always)
     else:
         draft_ids = choose_most_frequent(counts_V, recipe.draft.draft_vocab_size or target.vocab_size, always)
     share = coverage(draft_ids, counts_V)
     say(f"draft vocabulary: {draft_ids.numel()} of {target.vocab_size} tokens, {share:.2%} of the supervised ones")
     sized = replace(recipe, draft=replace(recipe.draft, draft_vocab_size=draft_ids.numel()))
-    draft = make_draft(sized, target, mask_token_id, draft_ids, start.files.config if start else None)
-    if start:
-        copy_start(start.files, draft, target, say)
-    return draft
+    return make_draft(sized, target, mask_token_id, draft_ids, start.files.config if start else None)
 
 
 def arithmetic(trainer: Trainer, report: PackReport) -> str:

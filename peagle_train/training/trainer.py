@@ -21,6 +21,7 @@ from peagle_train.errors import RunStopped
 from peagle_train.out_of_memory import memory_explained
 from peagle_train.probe import probe_step
 from peagle_train.recipe import Recipe, dump_recipe
+from peagle_train.target.feature_cache import fingerprint as target_fingerprint
 from peagle_train.target.frozen import FrozenTarget
 from peagle_train.training.about import ABOUT, about_machine
 from peagle_train.training.build import make_collator
@@ -72,6 +73,7 @@ class Trainer:
         train_rows: PackedRows,
         eval_rows: PackedRows,
     ) -> None:
+        self.target_fingerprint = target_fingerprint(recipe.target.path)  # now, while it is what was loaded
         # Reading and tokenizing may have taken one rank minutes longer than another: no collective before this.
         agree(
             {
@@ -79,6 +81,7 @@ class Trainer:
                 "set of rows to train on": train_rows.fingerprint(),
                 "set of held-out rows": eval_rows.fingerprint(),
                 "draft vocabulary": str(draft.draft_token_ids.tolist()),
+                "target": self.target_fingerprint,
             }
         )
         self.recipe, self.accelerator, self.target = recipe, accelerator, target
@@ -202,6 +205,7 @@ class Trainer:
             "drafter": "final",
             "steps": self.step,
             "epochs": self.recipe.train.epochs,
+            "max_steps": self.recipe.train.max_steps,
             "train_seconds": seconds,
             "before": self.before,
             "after": after,
