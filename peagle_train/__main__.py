@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from peagle_train.errors import RunStopped, print_anything
+from peagle_train.training.signals import outside_the_loop
 
 EPILOG = """examples:
   accelerate launch -m peagle_train recipes/quickstart.yaml target.path=DIR output.dir=runs/first
@@ -66,14 +67,20 @@ def _close_resume(arguments: list[str]) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0; 2 for a user's mistake, 1 for a run that had to stop; one line on stderr says why."""
     print_anything()
+    with outside_the_loop():
+        return _main(arguments)
+
+
+def _main(arguments: list[str] | None) -> int:
     try:
         return _run(parse(arguments))
     except ValueError as error:
         return _fail(error, 2)
     except RunStopped as error:
         return _fail(error, 1)
-    except KeyboardInterrupt:
-        return _fail(Exception("interrupted outside of the training loop: nothing more was saved"), 130)
+    except KeyboardInterrupt as error:
+        name, code = ("SIGTERM", 143) if str(error) == "SIGTERM" else ("interrupted", 130)
+        return _fail(Exception(f"{name} outside of the training loop: nothing more was saved"), code)
     except Exception:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise  # anything unexpected keeps its traceback

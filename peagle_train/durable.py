@@ -22,8 +22,13 @@ def put(partial: Path, path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old or the new one, never half of it. OSError where it cannot be written."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """`write_text` of bytes as they are."""
     partial = partial_path(path)
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(content)
     put(partial, path)
 
 

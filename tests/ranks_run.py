@@ -50,7 +50,8 @@ def run(accelerator: Accelerator, recipe_path: str, *arguments: str) -> None:
     for option in options:
         if option.startswith("--stop-behind=") and accelerator.process_index == accelerator.num_processes - 1:
             stop_behind(trainer, int(option.partition("=")[2]))
-    trainer.run()
+    summary = trainer.run()
+    assert summary.get("signal") == ("SIGTERM" if summary["state"] == "stopped" else None)  # on every rank
 
 
 def stop_behind(trainer: Trainer, step: int) -> None:

@@ -19,7 +19,7 @@ from peagle_train.errors import DamagedCheckpoint
 from peagle_train.recipe import load_recipe
 from peagle_train.training.checkpoint import check_not_in_use, lock_output, save_tensors
 from peagle_train.training.resume import open_resume
-from peagle_train.training.signals import Signals
+from peagle_train.training.signals import ECHO_SECONDS, Signals
 from tests.tiny import write_recipe
 
 ROLES = ("config.json", "model.safetensors", "optimizer.state", "rng.state", "state.json", "recipe.yaml")
@@ -339,6 +339,22 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
         assert signals.save and signals.stop is None
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+
+
+def test_under_torchrun_a_second_signal_so_soon_is_its_own_and_a_later_one_ends_the_process(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def body() -> None:
+        with Signals() as signals:
+            for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+                os.kill(os.getpid(), number)
+            assert signals.stop == "SIGTERM"
+            signals._stopped_at -= ECHO_SECONDS
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert in_child(body) == 128 + signal.SIGTERM
+    assert capfd.readouterr().err.count("is taken for torchrun's") == 2
 
 
 def test_the_manifest_lists_every_file_with_size_and_sha256(tmp_path: Path) -> None:

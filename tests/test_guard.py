@@ -163,6 +163,22 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_with_one_line_and_good_weights
     assert all(torch.equal(ours[n], t) for n, t in theirs.items())
 
 
+def test_the_checkpoint_that_is_offered_is_from_before_the_bad_steps_and_the_last_one_counts_anew(
+    tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = {"max_steps": 9, "max_bad_steps": 3, "save_steps": 1}
+    recipe, output, calls = recipe_for(tmp_path, target, rows, train=train), tmp_path / "run", []
+    with monkeypatch.context() as patch:
+        poison(patch, lambda key: calls.append(key) or len(calls) > 2)
+        run(recipe, code=1)
+        message = last_error(capsys)
+        assert f"in {output / 'checkpoint-5'}" in message and f"--resume {output / 'checkpoint-2'} before" in message
+        run(recipe, "--resume", code=1)  # three more are allowed
+        assert "in step 8" in last_error(capsys)
+    run(recipe, "--resume", str(output / "checkpoint-2"))
+    assert [x["step"] for x in metrics(output) if x["kind"] == "train"] == list(range(1, 10))
+
+
 def test_a_run_with_bad_rows_that_was_stopped_is_the_run_that_was_not(
     tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

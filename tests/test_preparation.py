@@ -287,7 +287,9 @@ def test_finished_shards_are_kept_and_edited_ones_are_made_again(
     assert encoded == [] and files_in(tmp_path / "begun") == files_in(folder)
 
 
-@pytest.mark.parametrize("content", ["[]", "null", "3", "{}", '{"file": 1}', "", "x", "[" * 100_000])
+@pytest.mark.parametrize(
+    "content", ["[]", "null", "3", "{}", '{"file": 1}', "", "x", pytest.param("[" * 100_000, id="deep")]
+)
 def test_a_record_of_anything_else_is_said_and_its_shard_is_made_again(
     content: str, made: tuple[Recipe, Path], tmp_path: Path
 ) -> None:
@@ -314,7 +316,9 @@ def test_a_record_without_what_reading_needs_is_none(made: tuple[Recipe, Path], 
         (tmp_path / "begun" / "index.json").unlink()
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", "null", "", "x", '{"settings": []}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", "null", "", "x", '{"settings": []}', pytest.param("[" * 100_000, id="deep")]
+)
 def test_a_begun_folder_that_does_not_say_with_what_is_refused_with_the_files_name(
     content: str, made: tuple[Recipe, Path], tmp_path: Path
 ) -> None:

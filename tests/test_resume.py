@@ -19,9 +19,12 @@ import peagle_train.training.run_checkpoint as run_checkpoint
 import peagle_train.training.trainer as trainer_module
 from peagle_train.__main__ import main, parse
 from peagle_train.data.packing import PackedRows
+from peagle_train.target.frozen import FrozenTarget
 from peagle_train.training.checkpoint import claim_output, lock_output
 from peagle_train.training.evaluate import Evaluator
 from peagle_train.training.runner import BatchRunner
+from peagle_train.training.trainer import Trainer
+from tests.test_checkpoint_files import in_child
 from tests.tiny import make_target, write_recipe, write_rows
 
 LENGTHS = [9, 31, 4, 17, 32, 2, 26, 11, 40, 13]
@@ -485,7 +488,7 @@ FINISHED: dict[str, Any] = {
         "null",
         "3",
         '"x"',
-        "[" * 100_000,
+        pytest.param("[" * 100_000, id="deep"),
         "{}",
         '{"state": []}',
         '{"state": "stopped"}',
@@ -626,6 +629,55 @@ def test_resume_takes_a_folder_and_nothing_else_for_its_own(
 ) -> None:
     options = parse(arguments)
     assert (options.resume, options.recipe, options.overrides) == (resume, recipe, overrides)
+
+
+def test_before_the_first_step_sigusr1_is_answered_and_sigterm_is_one_line(
+    tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe, kind = recipe_for(tmp_path, target, rows, train={"max_steps": 2}), signal.SIGUSR1
+    load = FrozenTarget.load
+
+    def load_and_signal(*args: Any, **kwargs: Any) -> FrozenTarget:
+        os.kill(os.getpid(), kind)
+        return load(*args, **kwargs)
+
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    monkeypatch.setattr(FrozenTarget, "load", load_and_signal)
+    assert in_child(lambda: run(recipe)) == 0
+    assert capfd.readouterr().err.splitlines()[0].startswith("peagle_train: SIGUSR1: there is nothing to save")
+    shutil.rmtree(tmp_path / "run")
+    kind = signal.SIGTERM
+    run(recipe, code=143)
+    said = capfd.readouterr().err
+    assert said == "peagle_train: error: SIGTERM outside of the training loop: nothing more was saved\n"
+    assert not (tmp_path / "run").exists()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_a_damaged_or_missing_log_is_no_reason_not_to_go_on_and_no_step_is_in_it_twice(
+    is_gone: bool, tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_for(tmp_path, target, rows, train={"max_steps": 7, "save_steps": 2})
+    path = tmp_path / "run" / "metrics.jsonl"
+    with monkeypatch.context() as patch:
+        stop_after(3, patch)
+        run(recipe)
+    if is_gone:
+        path.unlink()
+    else:
+        content = path.read_bytes()
+        path.write_bytes(b"\xff" + content[1:] + b"half")
+    with monkeypatch.context() as patch:  # it is killed behind the checkpoint of step 4
+        patch.setattr(Trainer, "_finish", lambda self: (_ for _ in ()).throw(RuntimeError("killed")))
+        with pytest.raises(RuntimeError, match="killed"):
+            run(recipe, "--resume")
+    run(recipe, "--resume")
+    lines = path.read_bytes().splitlines()
+    if not is_gone:
+        assert lines[0][:1] == b"\xff"
+        lines = lines[1:]
+    assert [json.loads(line)["step"] for line in lines] == ([4, 5, 6, 7] if is_gone else [2, 3, 4, 5, 6, 7])
 
 
 def test_sigusr1_saves_and_goes_on_and_clocks_that_jump_change_nothing(

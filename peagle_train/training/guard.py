@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from peagle_train.errors import NonFinite
-from peagle_train.training.checkpoint_files import list_checkpoints
+from peagle_train.training.checkpoint_files import list_checkpoints, step_of
 from peagle_train.training.run_checkpoint import save_checkpoint
 
 if TYPE_CHECKING:
@@ -56,10 +56,13 @@ def skip_step(trainer: "Trainer", batches: list[dict[str, Tensor]], losses: list
     line = f"{what} is not finite in step {trainer.step}, rows {keys}: the step was not applied"
     trainer.record("skipped", f"step {trainer.step}/{trainer.num_steps}  {line}", step=trainer.step)
     if trainer.guard.must_stop:
-        earlier = next(iter(list_checkpoints(trainer.folder)), None)
+        in_a_row, trainer.guard.in_a_row = trainer.guard.in_a_row, 0  # who goes on from here begins to count anew
         path = save_checkpoint(trainer)
+        # Not one that was saved among the bad steps: it has their number, and would stop at once.
+        sound = (p for p in list_checkpoints(trainer.folder) if (step_of(p) or 0) <= trainer.step - in_a_row)
+        earlier = next(sound, None)
         raise NonFinite(
-            f"{line}, number {trainer.guard.in_a_row} in a row (train.max_bad_steps is {trainer.guard.max_bad_steps}). The"
+            f"{line}, number {in_a_row} in a row (train.max_bad_steps is {trainer.guard.max_bad_steps}). The"
             f" weights of the last good step are in {path}: the same command with --resume goes on behind these rows"
             + (f", with --resume {earlier} before them" if earlier else "")
         )

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peagle_train.durable import write_bytes
 from peagle_train.recipe import dump_recipe
 from peagle_train.training.checkpoint import (
     MARKER,
@@ -208,8 +209,9 @@ def _put_back(trainer: "Trainer", checkpoint: Checkpoint) -> None:
         names = ", ".join(map(str, later))
         say(f"resume: checkpoints of later steps ({names}) are set aside, until these steps are done again")
     for name, counter in (("metrics.jsonl", trainer.reporter), ("bad_rows.jsonl", trainer.guard)):
-        counter.lines = checkpoint.state["lines"][name]
-        dropped, missing = keep_lines(folder / name, counter.lines)
+        wanted = checkpoint.state["lines"][name]
+        dropped, missing = keep_lines(folder / name, wanted)
+        counter.lines = wanted - missing  # those of this file, which is cut back to them
         if dropped:
             say(f"resume: {name}: {dropped} lines behind step {checkpoint.step} dropped")
         if missing:
@@ -219,11 +221,15 @@ def _put_back(trainer: "Trainer", checkpoint: Checkpoint) -> None:
 
 
 def keep_lines(path: Path, count: int) -> tuple[int, int]:
-    """Cut a file of lines to its first `count`; how many lines (one may be half) were dropped, how many are missing."""
+    """Cut a file of lines to its first `count`, whatever is in them.
+
+    Returns:
+        How many lines (one may be half) were dropped, how many are missing.
+    """
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     whole_lines = [line for line in lines if line.endswith(b"\n")]
     if len(lines) > count or len(lines) > len(whole_lines):
-        write_text(path, b"".join(whole_lines[:count]).decode("utf-8"))
+        write_bytes(path, b"".join(whole_lines[:count]))  # as they are: a damaged line is no reason not to go on
     return len(lines) - len(whole_lines[:count]), max(0, count - len(whole_lines))
 
 

@@ -1,15 +1,53 @@
-"""Signals that a run answers between two steps: SIGTERM and SIGINT save and end it, SIGUSR1 saves and goes on."""
+"""Signals that a run answers between two steps: SIGTERM and SIGINT save and end it, SIGUSR1 saves and goes on; and what
+they do before the first step and behind the last."""
 
 import os
 import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
+ECHO_SECONDS = 5.0
+"""Under torchrun, a second signal within so long of the first is taken for its own: it passes a SIGTERM on, which its
+processes have got already where it was sent to their whole group, or their job."""
+
+
+@contextmanager
+def outside_the_loop() -> Iterator[None]:
+    """Around all of a process, `Signals` included: SIGTERM ends it by a KeyboardInterrupt, as SIGINT does by itself, and
+    SIGUSR1, which would kill it, is only answered.
+    """
+    main_process = os.getpid()
+
+    def on_term(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+        if os.getpid() != main_process:  # forked off; its parent ends it by this very signal
+            os.kill(os.getpid(), number)
+            return
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    def on_save(number: int, _: FrameType | None) -> None:
+        os.write(2, b"peagle_train: SIGUSR1: there is nothing to save outside of the training loop\n")
+
+    before: dict[int, Any] = {}
+    try:
+        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, on_term)
+        before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, on_save)
+    except ValueError:  # not in the main thread
+        pass
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 class Signals:
-    """While entered, signals are remembered instead of acted on; a second SIGTERM or SIGINT ends the process at once.
+    """While entered, signals are remembered instead of acted on; a second SIGTERM or SIGINT ends the process at once
+    (under torchrun, one that comes `ECHO_SECONDS` later).
 
     A handler does nothing but set a flag: it may run in the middle of any Python line, a save included.
     """
@@ -19,6 +57,7 @@ class Signals:
         """Name of the signal that asked for the end."""
         self.save = False
         """Somebody asked for a checkpoint; whoever makes one sets it back."""
+        self._stopped_at = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
@@ -36,10 +75,14 @@ class Signals:
         self._before = {}
 
     def _on_stop(self, number: int, _: FrameType | None) -> None:
+        is_echo = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._stopped_at < ECHO_SECONDS
+        if self.stop is not None and is_echo:
+            os.write(2, b"peagle_train: a second signal so soon is taken for torchrun's, which passes on the first\n")
+            return
         if self.stop is not None:
             os.write(2, b"peagle_train: a second signal: ending at once, nothing more is saved\n")
             os._exit(128 + number)
-        self.stop = signal.Signals(number).name
+        self.stop, self._stopped_at = signal.Signals(number).name, time.monotonic()
         # os.write, not print: a print that this very handler interrupted would raise
         os.write(2, f"peagle_train: {self.stop}: saving and ending; a second one ends at once\n".encode())
 

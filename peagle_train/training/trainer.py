@@ -47,7 +47,7 @@ from peagle_train.training.run_checkpoint import last_checkpoint, save_checkpoin
 from peagle_train.training.run_state import set_schedule
 from peagle_train.training.runner import Batch, BatchRunner
 from peagle_train.training.sharded import clip_gradients, full_weights, shard, wants_sharding
-from peagle_train.training.signals import Signals, is_lost_worker, leave_to_parent
+from peagle_train.training.signals import STOPPING, Signals, is_lost_worker, leave_to_parent
 from peagle_train.training.trackers import Tracker
 
 
@@ -123,7 +123,8 @@ class Trainer:
         self.about: dict[str, Any] = about_machine(self.device, accelerator.num_processes)
         self.signals = Signals()
         self.guard = Guard(self.folder, train.max_bad_steps)
-        self._agreed_stop = self._agreed_save = False
+        self._agreed_stop: str | None = None  # the signal's name, whichever rank got it
+        self._agreed_save = False
         # The run's state beside the drafter's: see run_checkpoint.py, which saves it and puts it back.
         self.step = 0
         self.saved_step: int | None = None
@@ -188,7 +189,7 @@ class Trainer:
         path = save_checkpoint(self)
         summary = {
             "state": "stopped",
-            "signal": self.signals.stop or "a signal",
+            "signal": self.signals.stop or self._agreed_stop,
             "steps": self.step,
             "checkpoint": path.name,
         }
@@ -234,7 +235,7 @@ class Trainer:
         """Whether the run shall end here: what the ranks agreed on in their last step, or this only process's signals."""
         if self.accelerator.num_processes == 1:
             return self.signals.stop is not None
-        return self._agreed_stop
+        return self._agreed_stop is not None
 
     def _steps(self) -> Generator[list[Batch], None, None]:
         """Each optimizer step's micro-batches, on the host."""
@@ -275,7 +276,8 @@ class Trainer:
         # What signals asked of any rank travels with the count: no collective of its own, and no wait.
         supervised = sum(p.num_supervised for p in plans)
         self._own_save = self.signals.save
-        count, *self._asked = sum_counts([supervised, self.signals.stop is not None, self._own_save], self.device)
+        stops = [self.signals.stop == number.name for number in STOPPING]
+        count, *self._asked = sum_counts([supervised, self._own_save, *stops], self.device)
         # FSDP averages over ranks where we want the sum; a step with nothing supervised has gradient 0, not nan.
         wide = torch.promote_types(self.draft.dtype, torch.float32)
         scale = (self.accelerator.num_processes if self.runner.sharded else 1) / count.clamp(min=1).to(wide)
@@ -300,8 +302,9 @@ class Trainer:
         self._grad_norm = clip_gradients(self.trained, math.inf if limit is None else limit)
         # The step's one wait for the device: a non-finite step must not reach the weights.
         is_finite = torch.isfinite(self._grad_norm) & torch.isfinite(stats.loss)
-        applied, stop, save = (bool(x) for x in torch.stack([is_finite.long(), *self._asked]).tolist())
-        self._agreed_stop, self._agreed_save = stop, save
+        applied, save, *stops = (bool(x) for x in torch.stack([is_finite.long(), *self._asked]).tolist())
+        self._agreed_stop = next((number.name for number, asked in zip(STOPPING, stops, strict=True) if asked), None)
+        self._agreed_save = save
         self._learning_rate = self.scheduler.get_last_lr()[0]  # this step's, before the schedule goes on
         with span("optimizer"):
             if applied:
