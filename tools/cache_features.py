@@ -35,8 +35,10 @@ def main(arguments: list[str] | None = None) -> int:
 
         recipe = load_recipe(options.recipe, options.overrides)
         print(write_cache(recipe, options.out or recipe.target.cache, options.shard_mib, options.speculators), end="")
-    except ValueError as error:
-        print(f"cache_features: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        from peagle_train.errors import told
+
+        print(f"cache_features: error: {told(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -55,8 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         text, is_right = run(options, Path(options.checkpoint))
-    except ValueError as error:
-        print(f"evaluate.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        from peagle_train.errors import told
+
+        print(f"evaluate.py: error: {told(error)}", file=sys.stderr)
         return 2
     print(text)
     return 0 if is_right else 1
