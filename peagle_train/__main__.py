@@ -91,6 +91,11 @@ def _main(arguments: list[str] | None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     # Heavy imports happen here, so that --help answers at once.
+    from peagle_train.schema import check_path
+
+    for name in ("summary", "resume"):
+        if getattr(options, name):
+            check_path(f"--{name}", getattr(options, name))
     if options.summary:
         from peagle_train.training.summary import read_summary
 

@@ -23,3 +23,13 @@ class NonFinite(RunStopped):
 
 class DamagedCheckpoint(ValueError):
     """A checkpoint's files are not what its manifest says: a user's decision, exit code 2."""
+
+
+def told(error: ValueError | OSError) -> str:
+    """A tool's last words about a user's mistake, in one line. An OSError that names no file is none, and raised again."""
+    if isinstance(error, ValueError):
+        return " ".join(str(error).split())
+    if error.filename is None:
+        raise error
+    name = ascii(error.filename)
+    return f"{error.strerror}: {name if len(name) <= 200 else name[:197] + '...'}"

@@ -10,11 +10,18 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+from peagle_train.core.rope import rope_mistake, unused_keys
 from peagle_train.data.source_spec import parse_sources
 from peagle_train.schema import RecipeError, check_section, option, read_sections
 from peagle_train.strict_yaml import YamlError, dump_yaml, read_yaml
 
-__all__ = ["Recipe", "RecipeError", "dump_recipe", "load_recipe"]
+MANY = 2**31 - 1
+"""The largest of what is only counted; what memory or time is taken for has limits of its own, beyond any use."""
+
+MAX_ROPE_THETA = 1e15
+"""Beyond it the slowest angles vanish in float32."""
+
+__all__ = ["MAX_ROPE_THETA", "Recipe", "RecipeError", "dump_recipe", "load_recipe"]
 
 
 @dataclass
@@ -33,7 +40,7 @@ class Target:
         ),
     )
     """Features are the residual stream entering these layers; null: (2, n // 2, n - 3) for n layers."""
-    chunk_tokens: int | None = option(None, ge=1)
+    chunk_tokens: int | None = option(None, ge=1, le=MANY)
     """Tokens that the target is given at a time, over a cache of keys and values; null: a whole batch."""
     cache: str | None = option(None, is_path=True)
     """Folder of tools/cache_features.py to read features from, so that the target need not run; null: run it."""
@@ -77,21 +84,21 @@ class Data:
     """Documents to evaluate on, named as in `sources` (but weights are 1). Given, eval_fraction is not used."""
     eval_fraction: float = option(0.02, ge=0, lt=1)
     """Share of the documents of `sources` that is held out to evaluate on."""
-    max_documents: int | None = option(None, ge=1)
+    max_documents: int | None = option(None, ge=1, le=MANY)
     """Stop reading behind so many documents."""
-    max_bad_rows: int = option(0, ge=0)
+    max_bad_rows: int = option(0, ge=0, le=MANY)
     """Leave out so many rows that cannot be trained on, counted by reason; one more stops the run."""
-    max_characters: int | None = option(4_000_000, ge=1)
+    max_characters: int | None = option(4_000_000, ge=1, le=MANY)
     """A row of data that holds a longer text is a bad row; null: any length. Text files may have any length."""
-    max_eval_rows: int | None = option(64, ge=1)
+    max_eval_rows: int | None = option(64, ge=1, le=MANY)
     """Evaluate on at most so many packed rows; null: on all."""
-    max_length: int = option(2048, ge=2)
+    max_length: int = option(2048, ge=2, le=2**22)
     """Tokens of a row; longer documents are split."""
     pack: bool = True
     """Several documents to a row."""
     prepared: str | None = option(None, is_path=True)
     """Folder that tools/prepare_data.py wrote for this recipe: nothing is read or tokenized again."""
-    num_workers: int = option(0, ge=0)
+    num_workers: int = option(0, ge=0, le=256)
     """Loader processes."""
     chat_template: str | None = option(None, is_path=True)
     """A .jinja file to use in place of the tokenizer's own chat template."""
@@ -105,30 +112,30 @@ class Data:
 class Draft:
     """The drafter. null stands for the target's own value."""
 
-    num_layers: int = option(1, ge=1)
+    num_layers: int = option(1, ge=1, le=128)
     """Decoder layers."""
-    hidden_size: int | None = option(None, ge=1)
+    hidden_size: int | None = option(None, ge=1, le=2**16)
     """Width of the drafter."""
-    num_attention_heads: int | None = option(None, ge=1)
+    num_attention_heads: int | None = option(None, ge=1, le=2**10)
     """Query heads."""
-    num_key_value_heads: int | None = option(None, ge=1)
+    num_key_value_heads: int | None = option(None, ge=1, le=2**10)
     """Key and value heads; divides num_attention_heads."""
-    head_dim: int | None = option(None, ge=1)
+    head_dim: int | None = option(None, ge=1, le=2**12)
     """Width of a head."""
-    intermediate_size: int | None = option(None, ge=1)
+    intermediate_size: int | None = option(None, ge=1, le=2**20)
     """Width of the feed-forward layers."""
-    draft_vocab_size: int | None = option(None, ge=1)
+    draft_vocab_size: int | None = option(None, ge=1, le=2**24)
     """Draft only the most frequent tokens; null: the full vocabulary."""
     vocab_from: str | None = option(None, is_path=True)
     """Draft the tokens that another drafter drafts (folder or .safetensors with d2t), instead of the most frequent ones."""
-    mask_token_id: int | None = option(None, ge=0)
+    mask_token_id: int | None = option(None, ge=0, le=MANY)
     """A token that never occurs in text; null: the first id that no token of the tokenizer uses."""
-    max_position_embeddings: int | None = option(None, ge=1)
+    max_position_embeddings: int | None = option(None, ge=1, le=MANY)
     """Longest context that the drafter serves."""
-    rope_theta: float | None = option(None, gt=0)
+    rope_theta: float | None = option(None, gt=1, le=MAX_ROPE_THETA)
     """Base of the rotary frequencies."""
     rope_scaling: dict[str, Any] | None = None
-    """Rotary scaling, as in config.json."""
+    """Rotary scaling, as in config.json, as in {rope_type: linear, factor: 2}: see core/rope.py for types and keys."""
     train_embeddings: bool = True
     """Train the token embeddings."""
     train_lm_head: bool = False
@@ -147,13 +154,13 @@ class Draft:
 class Cod:
     """Which elements are sampled, and how they are cut into segments."""
 
-    num_depths: int = option(8, ge=1)
+    num_depths: int = option(8, ge=1, le=256)
     """K: tokens drafted in parallel."""
     down_sample_ratio: float = option(0.7, gt=0, le=1)
     """r: depth d keeps a share r**d of the elements."""
     down_sample_ratio_min: float = option(0.2, ge=0, le=1)
     """Floor of that share (0: the paper's; 0.2: speculators')."""
-    num_segments: int | Literal["auto"] = option(1, ge=1)
+    num_segments: int | Literal["auto"] = option(1, ge=1, le=2**16)
     """S: forward and backward passes that a row is cut into; more of them take less memory. auto: the smallest power of two
     that fits the device (see train.memory_margin), which checkpoints then name, so that a resumed run keeps it."""
     boundaries: Literal["balanced", "uniform"] = "balanced"
@@ -170,13 +177,13 @@ class Cod:
 class Train:
     """The optimization."""
 
-    epochs: int = option(1, ge=1)
+    epochs: int = option(1, ge=1, le=10**6)
     """Passes over the data."""
-    max_steps: int | None = option(None, ge=1)
+    max_steps: int | None = option(None, ge=1, le=10**9)
     """Optimizer steps; overrides `epochs`."""
-    batch_size: int = option(1, ge=1)
+    batch_size: int = option(1, ge=1, le=4096)
     """Rows per device and micro-batch."""
-    gradient_accumulation_steps: int = option(1, ge=1)
+    gradient_accumulation_steps: int = option(1, ge=1, le=4096)
     """Micro-batches per optimizer step."""
     learning_rate: float = option(1e-4, gt=0)
     """The highest learning rate."""
@@ -202,7 +209,7 @@ class Train:
     """Segments hand on keys, values and their gradients, or each recomputes its past (Algorithm 1)."""
     loss: Literal["kl", "soft_ce", "hard_ce"] = "kl"
     """KL(target || draft), cross-entropy with the target's distribution, or with its argmax."""
-    loss_chunk_rows: int = option(384, ge=1)
+    loss_chunk_rows: int = option(384, ge=1, le=MANY)
     """Rows of logits that exist at a time."""
     sharding: Literal["auto", "none", "fsdp2"] = "auto"
     """Shard weights, gradients and optimizer states over all processes (FSDP2); auto: if the launch has an FSDP config."""
@@ -225,19 +232,19 @@ class Train:
     """Before training, run a full row's step and throw it away, to prove that the largest step fits; auto: on CUDA."""
     memory_margin: float = option(0.1, ge=0, lt=1)
     """Share of the device's memory that cod.num_segments = auto leaves free."""
-    log_steps: int = option(10, ge=1)
+    log_steps: int = option(10, ge=1, le=MANY)
     """Log every so many steps."""
     log_with: Literal["tensorboard", "wandb", "trackio", "mlflow"] | None = None
     """A tracker to log to beside metrics.jsonl, which is always written; it has to be installed."""
-    eval_steps: int | None = option(None, ge=1)
+    eval_steps: int | None = option(None, ge=1, le=MANY)
     """Evaluate every so many steps; null: only before and after training."""
-    save_steps: int | None = option(None, ge=1)
+    save_steps: int | None = option(None, ge=1, le=MANY)
     """Save a checkpoint every so many steps; null: only the final drafter."""
-    keep_last: int | None = option(None, ge=1)
+    keep_last: int | None = option(None, ge=1, le=MANY)
     """Keep the newest so many checkpoints; null: all."""
-    keep_every: int | None = option(None, ge=1)
+    keep_every: int | None = option(None, ge=1, le=MANY)
     """Beside those of keep_last, keep every checkpoint whose step is a multiple of this."""
-    max_bad_steps: int = option(3, ge=1)
+    max_bad_steps: int = option(3, ge=1, le=MANY)
     """Stop when the loss or gradient of so many steps in a row is not finite (such a step is never applied)."""
     dtype: Literal["float32", "float64"] = "float32"
     """Of the drafter's master weights."""
@@ -276,6 +283,8 @@ class Recipe:
         if heads is not None and kv_heads is not None:
             key = "draft.num_key_value_heads"
             self._require("draft.num_attention_heads", "a multiple of", key, heads % kv_heads == 0)
+        if self.draft.rope_scaling is not None:
+            _check_rope_scaling(self.draft.rope_scaling)
         if self.target.shard and self.target.device_map:
             raise RecipeError(
                 f"target.shard is true, target.device_map is {self.target.device_map}: change one of them to false or null"
@@ -297,6 +306,16 @@ class Recipe:
                 f"{first} is {values[0]} and {second} is {values[1]}: change one of them so that {first} is"
                 f" {relation} {second}"
             )
+
+
+def _check_rope_scaling(scaling: dict[str, Any]) -> None:
+    if "rope_theta" in scaling:
+        raise RecipeError("draft.rope_scaling has rope_theta, a setting of its own: give draft.rope_theta instead")
+    if mistake := rope_mistake(scaling):
+        raise RecipeError(f"draft.rope_scaling: {mistake}")
+    if unused := unused_keys(scaling):
+        shown = ascii(unused[0])[:80]
+        raise RecipeError(f"draft.rope_scaling has {shown}, which rope type {scaling['rope_type']} does not have")
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:

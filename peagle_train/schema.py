@@ -35,7 +35,9 @@ def option(
     rule: Rule | None = None,
     is_path: bool = False,
 ) -> Any:
-    """A dataclass field with limits. Without a default it must be given. `is_path` expands a leading `~`."""
+    """A dataclass field with limits. Without a default it must be given. `is_path` expands a leading `~`, and refuses
+    what no file can be called.
+    """
     limits = {">=": ge, ">": gt, "<=": le, "<": lt}
     metadata = {
         "limits": {sign: limit for sign, limit in limits.items() if limit is not None},
@@ -113,7 +115,27 @@ def check_value(key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) ->
     is_within = is_word or all(_COMPARE[sign](fitted, limit) for sign, limit in metadata.get("limits", {}).items())
     if not is_within or (rule is not None and not rule[0](fitted)):
         raise RecipeError(f"{key}: got {_show(value)}; give {_allowed(hint, metadata)}")
-    return os.path.expanduser(fitted) if metadata.get("is_path") else fitted
+    return check_path(key, os.path.expanduser(fitted)) if metadata.get("is_path") else fitted
+
+
+def check_path(key: str, path: str) -> str:
+    """`path` itself; RecipeError for one that no file system takes: any look at it would be an OSError."""
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:
+        raise RecipeError(f"{key}: got {_show(path)}; give a path that can be written in UTF-8") from None
+    if b"\0" in encoded:
+        raise RecipeError(f"{key}: got {_show(path)}; give a path without a null character")
+    if len(encoded) > MAX_PATH or max(map(len, encoded.split(b"/"))) > MAX_NAME:
+        raise RecipeError(
+            f"{key}: got {_show(path)}, {len(encoded)} bytes long; give a path of at most {MAX_PATH} bytes, each of its"
+            f" folders' names at most {MAX_NAME}"
+        )
+    return path
+
+
+MAX_PATH, MAX_NAME = 3800, 255
+"""Bytes. Linux takes 4095; what a run writes below its folder needs some of them."""
 
 
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {

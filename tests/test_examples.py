@@ -17,7 +17,7 @@ SCRIPTS = sorted(
     path.relative_to(ROOT).as_posix()
     for folder in ("tools", "recipes")
     for path in (ROOT / folder).glob("*.py")
-    if "argparse" in path.read_text(encoding="utf-8")
+    if "ArgumentParser(" in path.read_text(encoding="utf-8")
 )
 HEAVY = {"torch", "transformers", "accelerate", "datasets", "matplotlib", "numpy"}
 

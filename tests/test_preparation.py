@@ -593,3 +593,19 @@ def test_the_tool_answers_help_without_torch_and_tells_mistakes_in_one_line(tmp_
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({"target": {"path": "x"}, "data": {"sources": []}}))
     result = subprocess.run([sys.executable, str(tool), str(tmp_path / "r.yaml")], capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.startswith("prepare_data: error: data.sources: got []")
+
+
+@pytest.mark.parametrize("make", [load_training_data, prepare_recipe])
+def test_a_chat_template_that_is_not_there_is_refused_though_no_row_is_a_chat(
+    tmp_path: Path, target: Path, make: Any
+) -> None:
+    (tmp_path / "ids.jsonl").write_text('{"input_ids": [1, 2, 3]}\n' * 2)
+    recipe = recipe_of(
+        tmp_path, target, sources=[str(tmp_path / "ids.jsonl")], eval_fraction=0, chat_template="/nowhere.jinja"
+    )
+    with pytest.raises(ValueError, match=r"data\.chat_template: cannot read /nowhere\.jinja"):
+        if make is prepare_recipe:
+            prepare_recipe(recipe, tmp_path / "prepared", say=lambda _: None)
+        else:
+            load_training_data(recipe, None, BYTES_VOCAB, MASK, lambda _: None)
+    assert not (tmp_path / "prepared").exists()

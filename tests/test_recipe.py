@@ -64,7 +64,7 @@ def test_overrides_replace_what_the_file_says_and_the_last_one_counts(write: Any
 def test_null_switches_off_what_may_be_null_and_nothing_else(minimal: Path) -> None:
     assert load_recipe(minimal, ["train.max_grad_norm=null"]).train.max_grad_norm is None
     assert load_recipe(minimal, ["data.max_eval_rows="]).data.max_eval_rows is None
-    assert message(minimal, "train.epochs=null") == "train.epochs: got null; give an integer >= 1"
+    assert message(minimal, "train.epochs=null") == "train.epochs: got null; give an integer >= 1 and <= 1000000"
 
 
 def test_a_value_may_hold_equals_signs_and_dots(minimal: Path) -> None:
@@ -116,7 +116,7 @@ def test_no_is_a_word_not_a_boolean(write: Any) -> None:
         ("draft.rope_scaling={factor: .inf}", "draft.rope_scaling: got {'factor': inf} (dict); give a mapping"),
         ("draft.rope_scaling={1: 2}", "draft.rope_scaling: got {1: 2} (dict); give a mapping"),
         ("draft.rope_scaling=&a {b: *a}", "draft.rope_scaling: got {'b': {...}} (dict); give a mapping"),
-        ("draft.hidden_size=x", "draft.hidden_size: got 'x' (str); give an integer >= 1, or null"),
+        ("draft.hidden_size=x", "draft.hidden_size: got 'x' (str); give an integer >= 1 and <= 65536, or null"),
         ("data.extensions=[py]", "data.extensions: got ['py'] (list); give a list of file extensions, each with"),
     ],
 )
@@ -234,3 +234,98 @@ def test_a_dump_reads_back_to_the_same_recipe(minimal: Path, write: Any) -> None
     recipe = load_recipe(minimal, [*overrides, "train.adam_epsilon=1e-12", "train.max_grad_norm=null"])
     assert recipe.draft.rope_scaling == {"rope_type": "linear", "factor": 10.0}
     assert load_recipe(write(dump_recipe(recipe))) == recipe
+
+
+ROPES = {
+    "{}": "rope_type is missing; give one of default, linear, llama3, yarn",
+    "{type: linear, factor: 2}": "rope_type is missing",
+    "{rope_type: dynamic, factor: 2}": "rope_type is 'dynamic'; give one of",
+    "{rope_type: [linear]}": "rope_type is ['linear']; give one of",
+    "{rope_type: default, rope_theta: 5}": "has rope_theta, a setting of its own: give draft.rope_theta",
+    "{rope_type: default, partial_rotary_factor: 0.5}": "has 'partial_rotary_factor', which rope type default does not",
+    "{rope_type: linear, factor: 2.0, foo: 1}": "has 'foo', which rope type linear does not have",
+    "{rope_type: linear}": "factor is missing; rope type linear takes factor",
+    "{rope_type: yarn}": "factor is missing; rope type yarn takes factor",
+    "{rope_type: llama3, factor: 2}": "low_freq_factor is missing; rope type llama3 takes factor, low_freq_factor",
+    "{rope_type: linear, factor: two}": "factor is 'two'; give a number of 1 to 1e+06",
+    "{rope_type: linear, factor: null}": "factor is null; give a number",
+    "{rope_type: linear, factor: true}": "factor is True; give a number",
+    "{rope_type: linear, factor: 0}": "factor is 0; give a number",
+    "{rope_type: linear, factor: -1}": "factor is -1; give a number",
+    "{rope_type: linear, factor: 1e300}": "factor is 1e+300; give a number",
+    "{rope_type: yarn, factor: 2, beta_fast: x}": "beta_fast is 'x'; give a number",
+    "{rope_type: yarn, factor: 2, beta_slow: 33}": "beta_slow is 33, beta_fast 32; give a smaller beta_slow",
+    "{rope_type: yarn, factor: 2, truncate: 1}": "truncate is 1; give true or false",
+    "{rope_type: yarn, factor: 2, original_max_position_embeddings: 4.5}": "is 4.5; give an integer of 1 to",
+    "{rope_type: llama3, factor: 2, low_freq_factor: 4, high_freq_factor: 4, original_max_position_embeddings: 8}": (
+        "low_freq_factor is 4, high_freq_factor 4; give a smaller low_freq_factor"
+    ),
+}
+
+
+@pytest.mark.parametrize("given", ROPES)
+def test_a_rope_that_would_be_changed_ignored_or_not_a_number_is_refused(minimal: Path, given: str) -> None:
+    text = message(minimal, f"draft.rope_scaling={given}")
+    assert text.startswith("draft.rope_scaling") and ROPES[given] in text and "target" not in text
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"rope_type": "default"},
+        {"rope_type": "linear", "factor": 1},
+        {"rope_type": "yarn", "factor": 4.0, "beta_fast": 8, "truncate": False, "mscale": 0.707, "mscale_all_dim": 1},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ],
+)
+def test_a_rope_of_each_type_is_kept_as_given(minimal: Path, given: dict[str, Any]) -> None:
+    assert load_recipe(minimal, [f"draft.rope_scaling={given}"]).draft.rope_scaling == given
+
+
+@pytest.mark.parametrize("given", ["1e-300", "1", "1e300"])
+def test_a_rope_theta_whose_angles_are_no_numbers_is_refused(minimal: Path, given: str) -> None:
+    assert "give a finite number > 1 and <= 1" in message(minimal, f"draft.rope_theta={given}")
+
+
+PATHS = [
+    f"{section.name}.{spec.name}"
+    for section in fields(Recipe)
+    for spec in fields(get_type_hints(Recipe)[section.name])
+    if spec.metadata.get("is_path")
+]
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_a_path_that_no_file_can_have_is_refused_at_once(minimal: Path, key: str) -> None:
+    for given in ("x" * 256, "\u00e9" * 128, "a/" * 2000, "~/" + "x" * 300):
+        text = message(minimal, f"{key}={given}")
+        assert text.startswith(f"{key}: got '") and "give a path of at most 3800 bytes" in text
+    assert "without a null character" in message(minimal, f'{key}="a\\0b"')
+    load_recipe(minimal, [f"{key}={'x' * 255}/{'y' * 255}"])
+
+
+COUNTS = [
+    f"{section.name}.{name}"
+    for section in fields(Recipe)
+    for name, hint in get_type_hints(get_type_hints(Recipe)[section.name]).items()
+    if "int" in str(hint).replace("list[int]", "") and name != "seed"
+]
+
+
+@pytest.mark.parametrize("key", COUNTS)
+def test_a_number_beyond_any_use_is_refused_and_its_limit_named(minimal: Path, key: str) -> None:
+    assert "give an integer >= " in message(minimal, f"{key}=99999999999999999999999")
+    assert " and <= " in message(minimal, f"{key}=99999999999999999999999")
+
+
+def test_numbers_that_would_take_forever_are_refused(minimal: Path) -> None:
+    for given in ("train.batch_size=1000000", "train.gradient_accumulation_steps=100000", "data.num_workers=1000"):
+        assert " and <= " in message(minimal, given)
+    for given in ("draft.num_layers=1000", "data.max_length=9999999999"):
+        assert " and <= " in message(minimal, given)

@@ -137,6 +137,50 @@ def test_logits_changed_after_the_head_are_caught(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("model.layers.2.mlp.down_proj.weight", "features"),
+        ("model.layers.5.mlp.down_proj.weight", "last hidden states"),
+        ("model.norm.weight", "last hidden states"),
+        ("lm_head.weight", "changes its logits after the head"),
+    ],
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_target_whose_numbers_are_not_finite_is_refused(folder: Path, name: str, what: str, value: float) -> None:
+    broken = FrozenTarget.load(str(folder), dtype="float32")
+    broken.model.get_parameter(name).data[:1] = value
+    with pytest.raises(ValueError, match=what) as caught:
+        broken.check()
+    assert "not finite" in str(caught.value) or name == "lm_head.weight"
+
+
+def test_a_first_document_alone_that_is_not_finite_is_refused(folder: Path) -> None:
+    broken = FrozenTarget.load(str(folder), dtype="float32")
+    broken.model.get_input_embeddings().weight.data[3] = float("nan")  # type: ignore[operator]
+    with pytest.raises(ValueError, match="features that are not finite"):
+        broken.check()
+
+
+@pytest.mark.slow
+def test_an_attention_that_does_not_run_here_is_named_with_its_setting(folder: Path) -> None:
+    target = FrozenTarget.load(str(folder), dtype="float64", attn_implementation="flex_attention")
+    with pytest.raises(ValueError) as caught:  # compiled for the CPU, it has no float64
+        target.check()
+    text = str(caught.value)
+    assert "does not run on cpu in float64 with target.attn_implementation=flex_attention" in text
+    assert "set target.attn_implementation to null" in text and "\n" not in text and len(text) < 500
+
+
+def test_an_error_of_transformers_usual_attention_keeps_its_traceback(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = FrozenTarget.load(str(folder), dtype="float32")
+    monkeypatch.setattr(target.base, "forward", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        target.check()
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope type 'dynamic'"),

@@ -202,6 +202,7 @@ BAD = {
     "layers": ({"target": {"layer_ids": [1, 2, 9]}}, "layer_ids"),
     "unknown key": ({"train": {"learnig_rate": 1.0}}, "learning_rate"),
     "heads": ({"draft": {"num_attention_heads": 3, "num_key_value_heads": 2}}, "num_key_value_heads"),
+    "no template": ({"data": {"chat_template": "/nowhere.jinja"}}, "data.chat_template: cannot read /nowhere.jinja"),
     "odd head": ({"draft": {"head_dim": 7}}, "head_dim is 7"),
 }
 

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import format_number, format_table, write_json
+from measure import at_least_one, format_number, format_table, integers, write_json
 
 
 def measure(length: int, documents: int, segments: int, repeats: int) -> dict[str, Any]:
@@ -67,9 +67,11 @@ def loader_wait(run: Path) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", default="2048,8192,32768,131072", help="tokens of a row, several with commas")
-    parser.add_argument("--segments", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument(
+        "--lengths", type=integers, default="2048,8192,32768,131072", help="tokens of a row, several with commas"
+    )
+    parser.add_argument("--segments", type=at_least_one, default=8)
+    parser.add_argument("--repeats", type=at_least_one, default=7)
     parser.add_argument("--run", metavar="DIR", help="report a run's wait for its loader instead")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
@@ -82,8 +84,7 @@ def main() -> int:
         print(f"{found['run']}: median {found['loader_wait_share']:.2%}, worst {found['worst']:.2%} of a window's time")
         results = [found]
     else:
-        lengths = [int(text) for text in options.lengths.split(",")]
-        results = [measure(n, d, min(options.segments, n), options.repeats) for n in lengths for d in (1, 8)]
+        results = [measure(n, d, min(options.segments, n), options.repeats) for n in options.lengths for d in (1, 8)]
         header = ["length", "documents", "rows/s", "tokens/s", "elements/s", "ns/element"]
         fields = ("rows_per_second", "tokens_per_second", "elements_per_second", "nanoseconds_per_element")
         table = [

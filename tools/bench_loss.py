@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import MIB, PeakRSS, format_number, format_table, run_process, write_json
+from measure import MIB, PeakRSS, at_least_one, format_number, format_table, integers, run_process, write_json
 
 
 def one(settings: dict[str, Any], out: Path) -> None:
@@ -80,15 +80,17 @@ def one(settings: dict[str, Any], out: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=8192)
-    parser.add_argument("--vocab", type=int, default=32000)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--chunks", default="256,384,512,1024", help="rows of a chunk, several with commas")
+    parser.add_argument("--rows", type=at_least_one, default=8192)
+    parser.add_argument("--vocab", type=at_least_one, default=32000)
+    parser.add_argument("--hidden", type=at_least_one, default=1024)
+    parser.add_argument(
+        "--chunks", type=integers, default="256,384,512,1024", help="rows of a chunk, several with commas"
+    )
     parser.add_argument("--train-head", action="store_true", help="the head is trained (default: frozen)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=at_least_one, default=2)
+    parser.add_argument("--repeats", type=at_least_one, default=3)
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--one", nargs=2, metavar=("SETTINGS", "OUT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -96,8 +98,7 @@ def main() -> int:
         one(json.loads(options.one[0]), Path(options.one[1]))
         return 0
 
-    chunks = [int(c) for c in options.chunks.split(",")]
-    methods = [("naive", 0), *(("chunked", c) for c in chunks), *(("liger", c) for c in chunks)]
+    methods = [("naive", 0), *((method, c) for method in ("chunked", "liger") for c in options.chunks)]
     shared = {
         name: getattr(options, name) for name in ("rows", "vocab", "hidden", "dtype", "device", "threads", "train_head")
     }

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from measure import GIB, MIB, PeakRSS, format_number, format_table, run_process, write_json
+from measure import GIB, MIB, PeakRSS, at_least_one, format_number, format_table, integers, run_process, write_json
 
 # torch is imported where it is used, so that --help answers at once
 if TYPE_CHECKING:
@@ -241,9 +241,9 @@ def report(results: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", default="2048,8192,32768,131072", help="columns, separated by commas")
+    parser.add_argument("--n", type=integers, default="2048,8192,32768,131072", help="columns, separated by commas")
     parser.add_argument("--methods", default=",".join(METHODS), help="separated by commas (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=at_least_one, default=3)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", metavar="FILE", help="also write the results here, as a list of objects")
     parser.add_argument("--one", choices=METHODS, help=argparse.SUPPRESS)
@@ -255,7 +255,7 @@ def main() -> None:
     methods = given.methods.split(",")
     if unknown := set(methods) - set(METHODS):
         parser.error(f"unknown method {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
-    print(report(bench([int(n) for n in given.n.split(",")], methods, given.repeats, given.device, given.json)))
+    print(report(bench(given.n, methods, given.repeats, given.device, given.json)))
 
 
 if __name__ == "__main__":

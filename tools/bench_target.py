@@ -8,11 +8,12 @@ import argparse
 import json
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tools.measure import MIB, PeakRSS, format_table, run_process
+from tools.measure import MIB, PeakRSS, format_table, integers, run_process
 
 
 def child(arguments: argparse.Namespace) -> None:
@@ -47,7 +48,10 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=3, help="its layers, at least 3 (default 3)")
     parser.add_argument("--hidden", type=int, default=64, help="width of the target, a multiple of 64 (default 64)")
     parser.add_argument(
-        "--chunks", default="0,2048,512", help="chunk_tokens of each case, 0: whole (default 0,2048,512)"
+        "--chunks",
+        type=partial(integers, least=0),
+        default="0,2048,512",
+        help="chunk_tokens of each case, 0: whole (default 0,2048,512)",
     )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--chunk", type=int, help=argparse.SUPPRESS)
@@ -56,7 +60,7 @@ def main() -> int:
         child(arguments)
         return 0
     results = {}
-    for chunk in map(int, arguments.chunks.split(",")):
+    for chunk in arguments.chunks:
         with tempfile.TemporaryDirectory() as folder:
             path = f"{folder}/result.json"
             size = [

@@ -38,8 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
 
         recipe = load_recipe(options.recipe, options.overrides)
         print(write_cache(recipe, options.out or recipe.target.cache, options.shard_mib, options.speculators), end="")
-    except ValueError as error:
-        print(f"cache_features: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        from peagle_train.errors import told
+
+        print(f"cache_features: error: {told(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("cache_features: stopped; the same command goes on from here", file=sys.stderr)

@@ -400,7 +400,13 @@ def main() -> int:
     parser.add_argument("--life", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.life:
-        return live(*json.loads(options.life))
+        try:
+            way, count, arguments = json.loads(options.life)
+        except (ValueError, TypeError):
+            parser.error(
+                f"--life is {options.life!r}; this tool gives it to itself: a way to die, how often, arguments"
+            )
+        return live(way, count, arguments)
     if options.kills < 1:
         parser.error(f"--kills is {options.kills}; it must be at least 1")
 

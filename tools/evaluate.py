@@ -55,8 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
         from peagle_train.decoding.acceptance_run import run
 
         text, is_right = run(options, Path(options.checkpoint))
-    except ValueError as error:
-        print(f"evaluate.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        from peagle_train.errors import told
+
+        print(f"evaluate.py: error: {told(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("evaluate.py: stopped", file=sys.stderr)

@@ -43,8 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package beside it, installed or not
     try:
         return _check(options) if options.out is None else _export(options)
-    except ValueError as error:
-        print(f"export.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        from peagle_train.errors import told
+
+        print(f"export.py: error: {told(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("export.py: stopped", file=sys.stderr)

@@ -40,8 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
             mask_token_id=options.mask_token_id,
             seed=options.seed,
         )
-    except ValueError as error:
-        print(f"import.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        from peagle_train.errors import told
+
+        print(f"import.py: error: {told(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("import.py: stopped", file=sys.stderr)

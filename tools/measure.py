@@ -3,6 +3,7 @@
 torch is imported where it is needed, so that a parent that only starts processes stays small.
 """
 
+import argparse
 import ctypes
 import datetime
 import functools
@@ -27,6 +28,29 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MIB, GIB = 2**20, 2**30
+
+# ---- arguments
+
+
+def integers(text: str, least: int = 1) -> list[int]:
+    """`8,16` as a list, for argparse's `type`."""
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of integers such as 8,16") from None
+    if min(values) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} holds a number below {least}")
+    return values
+
+
+def at_least_one(text: str) -> int:
+    """A single number, for argparse's `type`."""
+    try:
+        (value,) = integers(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one integer") from None
+    return value
+
 
 # ---- memory of this process
 

@@ -27,8 +27,10 @@ def main() -> int:
     print_anything()
     try:
         run(options)
-    except ValueError as error:
-        print(f"prepare_data: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        from peagle_train.errors import told
+
+        print(f"prepare_data: error: {told(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("prepare_data: stopped; the same command goes on from here", file=sys.stderr)

@@ -30,8 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         paths = write_report([Path(run).expanduser() for run in options.runs], Path(options.out))
-    except ValueError as error:
-        print(f"report: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        from peagle_train.errors import told
+
+        print(f"report: error: {told(error)}", file=sys.stderr)
         return 2
     print(f"{paths[0]} and {len(paths) - 1} figures beside it")
     return 0

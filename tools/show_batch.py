@@ -36,8 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package beside it, installed or not
     try:
         print(run(options))
-    except ValueError as error:
-        print(f"show_batch: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        from peagle_train.errors import told
+
+        print(f"show_batch: error: {told(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -35,8 +35,10 @@ def main() -> int:
     print_anything()
     try:
         print(run(options))
-    except ValueError as error:
-        print(f"show_row: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        from peagle_train.errors import told
+
+        print(f"show_row: error: {told(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("show_row: stopped", file=sys.stderr)

@@ -6,8 +6,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Rope types whose tables do not depend on the length of a call, so that a segment rotates as the whole row does."""
+from peagle_train.core.rope import ROPE_TYPES, rope_mistake
 
 NOT_SAVED: tuple[str, ...] = ("_name_or_path", "chunk_size_feed_forward", "id2label", "is_encoder_decoder", "label2id")
 NOT_SAVED += ("output_attentions", "output_hidden_states", "problem_type", "return_dict", "pretraining_tp")
@@ -77,6 +76,8 @@ class PEagleDraftConfig(LlamaConfig):
                 f"the drafter's rope type is {rope_type!r}, whose tables depend on the length of a call (segments would"
                 f" differ from the whole row) or are unknown here; use one of {', '.join(ROPE_TYPES)}"
             )
+        if mistake := rope_mistake({"rope_type": rope_type, **self.rope_parameters}):
+            raise ValueError(f"the drafter's rope: {mistake}")
         if self.ptd_token_id is None:
             raise ValueError("mask_token_id is missing; set draft.mask_token_id to a token that never occurs in data")
         if not 0 <= self.ptd_token_id < self.vocab_size:

@@ -131,3 +131,9 @@ def read_template(path: str) -> str:
     if not text.strip():
         raise ValueError(f"data.chat_template: {path} is empty")
     return text
+
+
+def check_template(path: str | None) -> None:
+    """ValueError for a data.chat_template that cannot be read, be there chats or not: rows may come to be chats later."""
+    if path is not None:
+        read_template(path)

@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from peagle_train.data.chat_template import check_template
 from peagle_train.data.document_table import DocumentTable
 from peagle_train.data.encoder_pool import encoded_by_workers
 from peagle_train.data.files import FoundFiles
@@ -58,6 +59,7 @@ def prepare(
     Raises:
         ValueError: one line, for a user's mistake, for a folder of something else, and for sources that have changed.
     """
+    check_template(recipe.data.chat_template)  # before the folder is begun with it
     settings = settings_of(recipe, tokenizer, vocab_size, mask_token_id)
     found = find_all(recipe.data)
     begun = {"settings": settings, "shard_tokens": shard_tokens, "files": _listing(found)}

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from peagle_train.data.chat import ChatEncoder
+from peagle_train.data.chat_template import check_template
 from peagle_train.data.choice import held_out_documents, times_an_epoch
 from peagle_train.data.document_table import DocumentTable
 from peagle_train.data.files import FoundFiles, find_files
@@ -115,7 +116,8 @@ def find_all(data: Data) -> dict[str, FoundFiles]:
 
 
 def make_encoder(recipe: Recipe, tokenizer: Any, vocab_size: int, mask_token_id: int | None) -> RowEncoder:
-    """What turns raw rows into documents, as the recipe says."""
+    """What turns raw rows into documents, as the recipe says; ValueError for a chat template that is not there."""
+    check_template(recipe.data.chat_template)
     return RowEncoder(
         tokenizer,
         vocab_size,

@@ -25,6 +25,7 @@ from peagle_train.decoding.acceptance_report import (
 )
 from peagle_train.decoding.eval_prompts import Case, load_cases
 from peagle_train.decoding.verify import end_tokens
+from peagle_train.durable import partial_path
 from peagle_train.recipe import Recipe, load_recipe
 from peagle_train.serving.drafter_files import load_drafter
 from peagle_train.serving.export import find_drafter
@@ -46,8 +47,8 @@ def run(options: Namespace, folder: Path) -> tuple[str, bool]:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; give {least} or more")
     if not 0 <= options.temperature < math.inf:
         raise ValueError(f"--temperature is {options.temperature}; give 0 (greedy) or more")
-    if options.json and not Path(options.json).absolute().parent.is_dir():
-        raise ValueError(f"--json {options.json} lies in a folder that does not exist")
+    if options.json:
+        _check_writable(Path(options.json))
     folders = [find_drafter(Path(given)) for given in (folder, options.compare) if given]
     folder = folders[0]
     recipe = _recipe(folder)
@@ -58,7 +59,7 @@ def run(options: Namespace, folder: Path) -> tuple[str, bool]:
         raise ValueError(f"{folder} has no recipe.yaml that names its target: give --target DIR")
     if not Path(path).is_dir():
         raise ValueError(f"target {path} is no folder: give --target DIR")
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(options.device)
     drafts = [load_drafter(f) for f in folders]
     for draft in drafts:
         draft.to(device)  # type: ignore[arg-type]
@@ -108,6 +109,33 @@ def run(options: Namespace, folder: Path) -> tuple[str, bool]:
     if options.json:
         write_json(Path(options.json), report)
     return describe(report), not report["checks"]["texts"]["bug"]
+
+
+def _device(given: str | None) -> torch.device:
+    """The device to measure on; ValueError for one that is not here."""
+    name = given or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name).item()
+    except Exception as error:  # whatever a device's runtime raises
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"--device {name} cannot be used ({type(error).__name__}: {reason}): give cpu, or leave it out"
+        ) from None
+    return torch.device(name)
+
+
+def _check_writable(path: Path) -> None:
+    """ValueError unless --json can be written: better now than when everything has been measured."""
+    if path.is_dir():
+        raise ValueError(f"--json {path} is a folder; give a file's name")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"--json {path} lies in a folder that does not exist")
+    partial = partial_path(path)
+    try:
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
+        raise ValueError(f"--json {path} cannot be written: {error.strerror}") from None
 
 
 def describe(report: dict[str, Any]) -> str:

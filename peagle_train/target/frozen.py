@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from peagle_train.core.draft_config import ROPE_TYPES
+from peagle_train.core.rope import ROPE_TYPES
 from peagle_train.core.segments import TargetOutputs
 from peagle_train.data import vocab
 from peagle_train.target.chunks import Run, check_chunkable, forward_run, plan_runs

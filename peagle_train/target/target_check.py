@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from peagle_train.out_of_memory import is_out_of_memory
+
 if TYPE_CHECKING:
     from peagle_train.target.frozen import FrozenTarget
 
 logger = logging.getLogger(__name__)
 TOLERANCE = 0.05
 """Of the Euclidean norm: bfloat16 stays below, a mistake does not."""
+USUAL = (None, "eager", "sdpa")
+"""What transformers attends with of its own accord."""
 
 
 def check_target(target: "FrozenTarget") -> None:
@@ -23,7 +27,18 @@ def check_target(target: "FrozenTarget") -> None:
     try:
         ids = torch.arange(1, 12, device=target.device)[None] % target.vocab_size
         position = torch.cat([torch.arange(6), torch.arange(5)]).to(target.device)[None]
-        features, last = _isolated(target, ids, position)
+        try:
+            features, last = _isolated(target, ids, position)
+            _refuse_non_finite(target, features, last)
+        except Exception as error:  # whatever a kernel raises that transformers does not use unless it is told to
+            chosen = getattr(target.config, "_attn_implementation", None)
+            if chosen in USUAL or isinstance(error, ValueError) or is_out_of_memory(error):
+                raise
+            name, dtype = type(target.model).__name__, str(target.model.dtype)[6:]
+            raise ValueError(
+                f"target {name} does not run on {target.device.type} in {dtype} with target.attn_implementation={chosen}"
+                f" ({type(error).__name__}: {' '.join(str(error).split())[:200]}): set target.attn_implementation to null"
+            ) from error
         if chunk_tokens is not None:
             _check_chunks(target, ids, position, features, last)
         _check_logits(target, ids[:, :6], position[:, :6], last[:, :6])
@@ -35,7 +50,8 @@ def _isolated(target: "FrozenTarget", ids: Tensor, position: Tensor) -> tuple[Te
     """Features and last hidden states of two packed documents; from here on, the second's are what it gets alone."""
     name = type(target.model).__name__
     packed, last = target.features(ids, position)
-    alone, _ = target.features(ids[:, 6:], position[:, 6:])
+    alone, alone_last = target.features(ids[:, 6:], position[:, 6:])
+    _refuse_non_finite(target, alone, alone_last)
     error = relative(packed[:, 6:], alone)
     if error <= TOLERANCE:
         return packed, last
@@ -49,11 +65,22 @@ def _isolated(target: "FrozenTarget", ids: Tensor, position: Tensor) -> tuple[Te
     return target.features(ids, position)
 
 
+def _refuse_non_finite(target: "FrozenTarget", features: Tensor, last: Tensor) -> None:
+    for what, values in (("features", features), ("last hidden states", last)):
+        bad = int((~values.isfinite()).sum())
+        if bad:
+            raise ValueError(
+                f"target {type(target.model).__name__} gives {what} that are not finite ({bad} of {values.numel()} values"
+                f" of a few tokens, in {str(values.dtype)[6:]}): its weights are damaged, or target.dtype does not hold its"
+                " numbers (bfloat16 and float32 reach further than float16)"
+            )
+
+
 def _check_chunks(target: "FrozenTarget", ids: Tensor, position: Tensor, features: Tensor, last: Tensor) -> None:
     target.chunk_tokens = 4
     chunked, chunked_last = target.features(ids, position)
     error = max(relative(chunked, features), relative(chunked_last, last))
-    if error > TOLERANCE:
+    if not error <= TOLERANCE:  # not a number, too
         raise ValueError(
             f"target {type(target.model).__name__} gives other features in chunks ({error:.0%} off): set"
             " target.chunk_tokens to null"
@@ -84,7 +111,7 @@ def _check_logits(target: "FrozenTarget", ids: Tensor, position: Tensor, last: T
             f"has a quantised head ({type(target.head).__name__}) whose logits are {error:.0%} off the matrix that it"
             " multiplies by"
         )
-    if error > TOLERANCE:
+    if not error <= TOLERANCE:  # not a number, too
         raise ValueError(f"target {name} {what}: labels would be wrong, it is unsupported")
 
 

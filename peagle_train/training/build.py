@@ -10,9 +10,10 @@ from transformers import AutoConfig, AutoTokenizer
 
 from peagle_train.core.collator import CODCollator
 from peagle_train.core.draft import PEagleDraft, RMSNorm
-from peagle_train.core.draft_config import ROPE_TYPES, PEagleDraftConfig
+from peagle_train.core.draft_config import PEagleDraftConfig
+from peagle_train.core.rope import ROPE_TYPES, rope_mistake, unused_keys
 from peagle_train.data.vocab import default_mask_token_id, end_of_turn_ids, eos_token_ids
-from peagle_train.recipe import Data, Draft, Recipe
+from peagle_train.recipe import MAX_ROPE_THETA, Data, Draft, Recipe
 from peagle_train.target.frozen import FrozenTarget
 
 logger = logging.getLogger(__name__)
@@ -85,16 +86,14 @@ def make_draft_config(
         raise ValueError(f"the target's config has no {name}; give draft.{name}")
 
     heads = own("num_attention_heads")
-    rope = dict(getattr(config, "rope_parameters", None) or {})
-    if draft.rope_theta is not None or draft.rope_scaling is not None:
-        rope = {
-            **(draft.rope_scaling or {"rope_type": "default"}),
-            "rope_theta": draft.rope_theta or rope.get("rope_theta"),
-        }
-    if rope.get("rope_type") not in ROPE_TYPES or rope.get("rope_theta") is None:
-        raise ValueError(
-            f"the target's rope is {rope or 'none'}, which a drafter cannot have: give draft.rope_theta (and"
-            f" draft.rope_scaling with rope_type one of {', '.join(ROPE_TYPES)})"
+    rope = _rope(draft, config, start)
+    served, length = own("max_position_embeddings"), recipe.data.max_length
+    if served < length:
+        logger.warning(
+            "max_position_embeddings is %s, data.max_length %d: the drafter would learn from rows longer than it says to"
+            " serve; give draft.max_position_embeddings",
+            served,
+            length,
         )
     try:
         made = PEagleDraftConfig(
@@ -107,7 +106,7 @@ def make_draft_config(
             num_attention_heads=heads,
             num_key_value_heads=own("num_key_value_heads", heads),
             head_dim=own("head_dim", own("hidden_size") // heads),
-            max_position_embeddings=own("max_position_embeddings"),
+            max_position_embeddings=served,
             rms_norm_eps=(start.rms_norm_eps if start else getattr(config, "rms_norm_eps", None)) or 1e-6,
             attention_bias=start is not None and start.attention_bias,
             mlp_bias=start is not None and start.mlp_bias,
@@ -123,6 +122,38 @@ def make_draft_config(
         raise ValueError(f"the drafter's shape does not work: {' '.join(str(error).split())}") from error
     made.check_trainable()
     return made
+
+
+def _rope(draft: Draft, target_config: Any, start: PEagleDraftConfig | None) -> dict[str, Any]:
+    """The drafter's rotary table with rope_theta; ValueError, in the words of whoever gave it, for one that cannot be."""
+    rope = dict(getattr(target_config, "rope_parameters", None) or {})
+    where = "the target's rope"
+    if draft.rope_theta is not None or draft.rope_scaling is not None:
+        rope = {
+            **(draft.rope_scaling or {"rope_type": "default"}),
+            "rope_theta": draft.rope_theta or rope.get("rope_theta"),
+        }
+        where = "draft.init_from's rope" if start else "draft.rope_scaling"
+    rope = {key: value for key, value in rope.items() if value is not None}
+    mistake = rope_mistake(rope)
+    if where == "the target's rope" and (mistake or "rope_theta" not in rope):
+        raise ValueError(
+            f"the target's rope is {rope or 'none'}, which a drafter cannot have"
+            f" ({mistake or 'rope_theta is missing'}): give draft.rope_theta (and draft.rope_scaling with rope_type one of"
+            f" {', '.join(ROPE_TYPES)})"
+        )
+    if mistake:
+        raise ValueError(f"{where}: {mistake}")
+    if "rope_theta" not in rope:
+        raise ValueError("draft.rope_theta is missing, and the target's config has none: give draft.rope_theta")
+    theta = rope["rope_theta"]
+    if not isinstance(theta, (int, float)) or not 1 < theta <= MAX_ROPE_THETA:
+        raise ValueError(f"{where}: rope_theta is {theta!r}; give draft.rope_theta, > 1, <= {MAX_ROPE_THETA:g}")
+    # Training would not read them, but they would be in config.json, where an engine may.
+    unused = unused_keys(rope)
+    if unused:
+        logger.warning("%s has %s, which a drafter does not use: left out", where, ", ".join(unused))
+    return {key: value for key, value in rope.items() if key not in unused}
 
 
 def make_draft(

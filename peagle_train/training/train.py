@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from peagle_train.core.draft import PEagleDraft
+from peagle_train.data.chat_template import check_template
 from peagle_train.data.packing import PackReport
 from peagle_train.data.training_data import load_training_data
 from peagle_train.data.vocab import choose_most_frequent, coverage
@@ -62,6 +63,7 @@ def _train(recipe: Recipe, resume: str | None) -> str:
             return found if os.environ.get("RANK", "0") == "0" else ""
         checkpoint = found
         recipe = keep_segments(recipe, checkpoint)
+    check_template(recipe.data.chat_template)
     accelerator = Accelerator(
         mixed_precision=recipe.train.mixed_precision,
         log_with=recipe.train.log_with,

@@ -1,0 +1,112 @@
+"""The drafter's rope: what trains is what config.json says, whoever gave it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peagle_train.core.draft import PEagleDraft
+from peagle_train.core.draft_config import PEagleDraftConfig
+from peagle_train.recipe import Recipe, load_recipe
+from peagle_train.target.frozen import FrozenTarget
+from peagle_train.training.build import make_draft_config
+from tests.helpers import make_config
+from tests.tiny import MASK, make_target, write_recipe
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> FrozenTarget:
+    return FrozenTarget.load(str(make_target(tmp_path_factory.mktemp("target"))), dtype="float64")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return load_recipe(write_recipe(tmp_path, tmp_path, tmp_path / "rows.jsonl", tmp_path / "run"))
+
+
+def made(recipe: Recipe, target: FrozenTarget, monkeypatch: pytest.MonkeyPatch, **rope: Any) -> PEagleDraftConfig:
+    monkeypatch.setattr(target.config, "rope_parameters", rope)
+    return make_draft_config(recipe, target, MASK)
+
+
+def test_what_a_targets_rope_has_beyond_its_type_is_left_out_of_the_drafters_and_said(
+    recipe: Recipe, target: FrozenTarget, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = made(recipe, target, monkeypatch, rope_type="default", rope_theta=5e3, partial_rotary_factor=0.5)
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 5e3}
+    assert "the target's rope has partial_rotary_factor, which a drafter does not use: left out" in caplog.text
+    assert PEagleDraft.make_rotary(config).inv_freq.numel() == config.head_dim // 2
+
+
+@pytest.mark.parametrize(
+    "rope, words",
+    [
+        ({}, "none, which a drafter cannot have (rope_type is missing"),
+        (
+            {"rope_type": "linear", "rope_theta": 1e4},
+            "(factor is missing; rope type linear takes factor): give draft.rope_",
+        ),
+        ({"rope_type": "default"}, "(rope_theta is missing): give draft.rope_theta"),
+        ({"rope_type": "default", "rope_theta": 0.0}, "the target's rope: rope_theta is 0.0; give draft.rope_theta"),
+        ({"rope_type": "default", "rope_theta": "x"}, "the target's rope: rope_theta is 'x'; give draft.rope_theta"),
+    ],
+)
+def test_a_targets_rope_that_no_drafter_can_have_is_refused_with_the_way_out(
+    recipe: Recipe, target: FrozenTarget, monkeypatch: pytest.MonkeyPatch, rope: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        made(recipe, target, monkeypatch, **rope)
+    assert words in str(caught.value)
+
+
+def test_a_bad_rope_scaling_is_not_blamed_on_the_target(recipe: Recipe, target: FrozenTarget) -> None:
+    recipe.draft.rope_scaling = {"rope_type": "linear"}  # as Python may, past the recipe's own check
+    with pytest.raises(ValueError, match=r"^draft\.rope_scaling: factor is missing"):
+        make_draft_config(recipe, target, MASK)
+
+
+def test_a_drafter_of_anybody_with_a_rope_of_no_meaning_is_refused() -> None:
+    config = make_config(rope_theta=None, rope_parameters={"rope_type": "linear", "factor": 0.0, "rope_theta": 1e4})
+    with pytest.raises(ValueError, match=r"the drafter's rope: factor is 0\.0; give a number of 1"):
+        config.check_trainable()
+
+
+def test_rows_longer_than_the_drafter_says_to_serve_are_told(
+    recipe: Recipe, target: FrozenTarget, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe.draft.max_position_embeddings = recipe.data.max_length
+    make_draft_config(recipe, target, MASK)
+    assert not caplog.text
+    recipe.draft.max_position_embeddings -= 1
+    make_draft_config(recipe, target, MASK)
+    assert "max_position_embeddings is 31, data.max_length 32" in caplog.text
+
+
+def test_the_extremes_that_are_allowed_have_finite_angles() -> None:
+    for theta in (1 + 1e-6, 1e15):
+        for scaling in (
+            {"rope_type": "default"},
+            {"rope_type": "linear", "factor": 1e6},
+            {
+                "rope_type": "yarn",
+                "factor": 1e6,
+                "beta_fast": 1e6,
+                "beta_slow": 1e-6,
+                "mscale": 0,
+                "mscale_all_dim": 1e6,
+            },
+            {"rope_type": "yarn", "factor": 1, "attention_factor": 1e6, "truncate": False},
+            {
+                "rope_type": "llama3",
+                "factor": 1e6,
+                "low_freq_factor": 1e-6,
+                "high_freq_factor": 1e6,
+                "original_max_position_embeddings": 1,
+            },
+        ):
+            config = make_config(rope_theta=theta, rope_scaling=scaling)
+            config.check_trainable()
+            position = torch.tensor([[0, 1, 131071]])
+            for table in PEagleDraft.make_rotary(config)(torch.zeros(1, 3, config.hidden_size), position):
+                assert table.isfinite().all(), (theta, scaling)
