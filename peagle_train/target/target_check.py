@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peagle_train.out_of_memory import is_out_of_memory
+from peagle_train.memory.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from peagle_train.target.frozen import FrozenTarget
