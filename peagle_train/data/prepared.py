@@ -142,7 +142,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     try:
         index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         claimed = index.pop("sha256")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"data.prepared {folder}: {INDEX} cannot be read ({type(error).__name__}): {_AGAIN}") from None
     if claimed != index_sum(index):
         raise ValueError(f"data.prepared {folder}: {INDEX} is not as it was written: {_AGAIN} with another --out")

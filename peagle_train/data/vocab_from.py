@@ -121,6 +121,6 @@ def _config_vocab_size(path: Path) -> int | None:
     try:
         config = json.loads(((path if path.is_dir() else path.parent) / "config.json").read_bytes())
         size = config.get("vocab_size", config.get("transformer_layer_config", {}).get("vocab_size"))
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
     return size if isinstance(size, int) else None

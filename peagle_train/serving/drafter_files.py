@@ -121,7 +121,7 @@ def weight_files(folder: Path) -> dict[str, list[str] | None]:
             names = shards.setdefault(shard, [])
             assert names is not None
             names.append(name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{INDEX} cannot be read: {type(error).__name__}: {error}") from None
     if not shards:
         raise ValueError(f"{INDEX} names no tensor")
@@ -147,6 +147,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 def _why_unreadable(path: Path, error: Exception) -> str:
     if not path.exists():
         return f"is missing, but {INDEX} names it"
+    if not path.is_file():
+        return "is a folder"
     with path.open("rb") as file:
         if file.read(100).startswith(b"version https://git-lfs"):
             return "is a Git LFS pointer, not the weights: fetch them"

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ class CacheWriter:
         """
         old = read_index(self.folder) if self.folder.exists() else None
         if old is not None and old != self.index:
-            names = [name for name, value in dump_index(self.index).items() if getattr(old, name) != value]
+            names = [name for name, value in asdict(self.index).items() if getattr(old, name) != value]
             raise ValueError(
                 f"--out {self.folder} holds the cache of another target, other rows or other settings"
                 f" ({', '.join(names)} differ): give another folder, or remove it"

@@ -123,7 +123,7 @@ def fingerprint(folder: str) -> str:
                 for i in range(256):
                     file.seek(8 + length + max(0, size - 8 - length - 4096) * i // 255)
                     total.update(file.read(4096))
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"target.path {folder} cannot be read: {error}") from error
     return total.hexdigest()
 
@@ -134,20 +134,31 @@ def read_index(folder: Path) -> CacheIndex | None:
         raw = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"target.cache {folder}: {INDEX} cannot be read ({error}): make the cache again") from error
     names = {field.name for field in fields(CacheIndex)}
+    claimed = raw.pop("sha256", None) if isinstance(raw, dict) else None
     if not isinstance(raw, dict) or raw.get("version") != VERSION or raw.keys() != names:
         given = raw.get("version") if isinstance(raw, dict) else "none"
         raise ValueError(
             f"target.cache {folder} is of format {given}, this reads format {VERSION}: make the cache again with"
             " tools/cache_features.py, in another folder or after removing this one"
         )
+    if claimed != _sum(raw):
+        raise ValueError(
+            f"target.cache {folder}: {INDEX} is not as it was written: make the cache again in another folder"
+        )
     return CacheIndex(**raw)
 
 
 def dump_index(index: CacheIndex) -> dict[str, Any]:
-    return asdict(index)
+    """What the file holds: all fields, and a checksum of them."""
+    content = asdict(index)
+    return {**content, "sha256": _sum(content)}
+
+
+def _sum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class FeatureCache:
@@ -183,9 +194,14 @@ class FeatureCache:
         self._where: dict[Key, tuple[int, int, int]] = {}  # piece: shard, first token, length
         for shard in range(index.shards):
             handle = self._open(shard_name(shard))
-            keys, lengths = handle.get_tensor("keys").tolist(), handle.get_tensor("lengths").tolist()
+            try:
+                pieces = list(
+                    zip(handle.get_tensor("keys").tolist(), handle.get_tensor("lengths").tolist(), strict=True)
+                )
+            except (SafetensorError, ValueError):
+                raise self._damaged(shard_name(shard)) from None
             start = 0
-            for key, length in zip(keys, lengths, strict=True):
+            for key, length in pieces:
                 self._where[tuple(key)] = (shard, start, length)
                 start += length
 

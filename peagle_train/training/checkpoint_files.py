@@ -105,7 +105,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(content)
     except OSError as error:
         raise DamagedCheckpoint(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise damaged from None
     if not isinstance(manifest, dict) or not {"format", "step", "files"} <= manifest.keys():
         raise damaged
