@@ -311,7 +311,7 @@ def test_what_does_not_fit_the_disk_is_refused_with_the_numbers(
     tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("peagle_train.target.cache_writer._free_bytes", lambda _: 100_000)
-    with pytest.raises(ValueError, match=r"has too little room: 250 tokens of \d+ pieces at 512 bytes .* GiB free"):
+    with pytest.raises(ValueError, match=r"has too little room: 282 tokens of \d+ pieces at 512 bytes .* GiB free"):
         cache(recipe_in(tmp_path, target, rows), tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 

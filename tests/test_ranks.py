@@ -46,8 +46,9 @@ def write_case(folder: Path, target: Path, name: str) -> Path:
     rows = write_rows(folder / "rows.jsonl", LENGTHS, prompt=0.3)
     if name == "nothing to learn":  # but in two documents: whole micro-batches, and one step, have nothing supervised
         lines = [json.loads(line) for line in rows.read_text().splitlines()]
-        for line in lines[2:]:
-            line["loss_mask"] = [1] + [0] * (len(line["input_ids"]) - 1)
+        ids = [token for line in lines[2:] for token in line["input_ids"]] * 2
+        # cut to rows of which only the first has something
+        lines[2:] = [{"input_ids": ids, "loss_mask": [0, 1] + [0] * (len(ids) - 2)}]
         rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     held_out = write_rows(folder / "held_out.jsonl", [30, 7, 12, 2, 25], seed=9)
     shared = {"max_steps": 5, "eval_steps": 2, "learning_rate": 1e-3}
