@@ -402,9 +402,11 @@ def test_a_folder_in_which_another_process_trains_is_said_to_be_in_use_not_to_be
         os.read(go[0], 1)
         os._exit(0 if lock else 1)
     os.read(locked[0], 1)
-    run(recipe, *arguments, code=2)
-    os.write(go[1], b".")
-    os.waitpid(pid, 0)
+    try:
+        run(recipe, *arguments, code=2)
+    finally:  # or it would wait for ever
+        os.write(go[1], b".")
+        os.waitpid(pid, 0)
     assert last_error(capsys).endswith(f"output.dir {output} is in use: another process is training there")
 
 
