@@ -276,14 +276,21 @@ def test_the_tool_measures_two_drafters_and_writes_everything(runs, monkeypatch,
     monkeypatch.setattr(acceptance_run, "_tokenizer", lambda *_: Words())
     (runs / "texts.jsonl").write_text("".join(f'{{"text": "{i} {i + 7} {i + 2}"}}\n' for i in range(4)))
     arguments = [str(runs / "first" / "final"), "--prompts", str(runs / "texts.jsonl"), "--max-tokens", "9", "--k", "3"]
-    arguments += ["--compare", str(runs / "second" / "final"), "--json", str(runs / "out.json"), "--dtype", "float64"]
+    others = [str(runs / "second" / "final"), str(runs / "first" / "final")]
+    arguments += ["--compare", *others, "--json", str(runs / "out.json"), "--dtype", "float64"]
     assert evaluate.main(arguments) == 0
     text = capsys.readouterr().out
     report = json.loads((runs / "out.json").read_text())
     assert report["checks"]["texts"] == {"same": 4, "tie": 0, "bug": 0, "none": 0}
-    assert [f["texts.jsonl"]["by_k"][-1]["k"] for f in report["figures"]] == [4, 4], "the recipe's num_depths"
+    assert [f["texts.jsonl"]["by_k"][-1]["k"] for f in report["figures"]] == [4, 4, 4], "the recipe's num_depths"
     in_training = [row["expected_in_training"] for row in report["figures"][1]["texts.jsonl"]["by_k"]]
-    assert in_training == [1.25, 1.375, 1.375, 1.375] and len(report["difference"]["texts.jsonl"]) == 4
+    assert in_training == [1.25, 1.375, 1.375, 1.375]
+    assert [found["other"] for found in report["differences"]] == others
+    second, itself = (found["by_data_set"]["texts.jsonl"] for found in report["differences"])
+    assert [row["k"] for row in second] == [1, 2, 3, 4] and any(row["difference"] for row in second)
+    assert all(row["difference"] == 0 and row["interval"] == [0, 0] for row in itself)
+    lengths = [f["texts.jsonl"]["by_k"][0]["accepted_length"] for f in report["figures"]]
+    assert second[0]["difference"] == lengths[0] - lengths[1]
     assert "texts: 4 are the target's own" in text and "1.375" in text
     assert len(report["turns"]) == 4 and len(report["turns"][0]["tokens"]) == 9
 
@@ -320,20 +327,24 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(runs, monkeypatch, capsys, 
     assert message in error and "\n" not in error
 
 
-def test_a_drafter_that_may_have_learned_from_the_prompts_is_not_compared():
+def test_a_drafter_that_may_have_learned_from_the_prompts_is_not_compared(tmp_path, folder):
     from peagle_train.decoding.acceptance_run import _check_same_split
+    from peagle_train.recipe import Recipe, dump_recipe, load_recipe
 
-    class Recipe:
-        def __init__(self, eval_fraction: float) -> None:
-            from peagle_train.recipe import Data
+    def held_out(fraction: float) -> tuple[Recipe, Path]:
+        run = tmp_path / str(fraction)
+        run.mkdir(exist_ok=True)
+        rows = write_rows(run / "rows.jsonl", [20])
+        recipe = load_recipe(write_recipe(run, folder, rows, run), [f"data.eval_fraction={fraction}"])
+        (run / "recipe.yaml").write_text(dump_recipe(recipe))
+        return recipe, run / "final"
 
-            self.data = Data(sources=["stdlib"], eval_fraction=eval_fraction)
-
-    _check_same_split(Recipe(0.05), Recipe(0.05))
-    _check_same_split(Recipe(0.05), Recipe(0.1))
-    for other in (Recipe(0.01), None):
+    first, itself = held_out(0.05)
+    _check_same_split(first, itself)
+    _check_same_split(first, held_out(0.1)[1])
+    for other in (held_out(0.01)[1], tmp_path / "no recipe" / "final"):
         with pytest.raises(ValueError, match="may have learned from these prompts"):
-            _check_same_split(Recipe(0.05), other)
+            _check_same_split(first, other)
 
 
 def test_help_answers_without_torch():

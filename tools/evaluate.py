@@ -21,6 +21,7 @@ Exit code: 0; 1 if a greedy text is not the target's own and no tie of logits ex
 examples:
   python tools/evaluate.py runs/mine/final --prompts humaneval mt-bench --limit 20 --json acceptance.json
   python tools/evaluate.py runs/mine/final --prompts stdlib --compare runs/other/final
+  python tools/evaluate.py runs/mine/final --prompts stdlib --compare runs/mine/checkpoint-*   # over training time
 """
 
 
@@ -31,7 +32,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("checkpoint", help="a drafter's folder, such as runs/mine/final")
     parser.add_argument("--prompts", nargs="+", required=True, metavar="WHAT", help="see below")
     parser.add_argument("--target", metavar="DIR", help="the target's folder; default: the checkpoint's recipe's")
-    parser.add_argument("--compare", metavar="OTHER", help="another drafter, on the same texts")
+    parser.add_argument("--compare", nargs="+", default=[], metavar="OTHER", help="other drafters, on the same texts")
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="of each output (default 128)")
     parser.add_argument("--limit", type=int, metavar="N", help="prompts of each data set")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default 0: greedy")

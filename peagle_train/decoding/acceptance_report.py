@@ -40,14 +40,14 @@ def summarize(
     }
 
 
-def compare(results: Sequence[Result], seed: int) -> dict[str, Any]:
-    """Accepted length of the first drafter less the second's, on the same texts, with paired intervals."""
+def compare(results: Sequence[Result], seed: int, other: int = 1) -> dict[str, Any]:
+    """Accepted length of the first drafter less another's, on the same texts, with paired intervals."""
     out: dict[str, Any] = {}
     for name, rows in _sets(results).items():
         out[name] = []
-        for k in range(1, min(len(rows[0].drafted[d].by_k) for d in (0, 1)) + 1):
+        for k in range(1, min(len(rows[0].drafted[d].by_k) for d in (0, other)) + 1):
             series = []
-            for drafter in (0, 1):
+            for drafter in (0, other):
                 tallies = _tallies(rows, drafter, k, apart=False)
                 series += [[t.tokens for t in tallies], [t.passes for t in tallies]]
             lengths = [_ratio(sum(series[i]), sum(series[i + 1])) for i in (0, 2)]

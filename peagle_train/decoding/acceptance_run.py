@@ -49,7 +49,7 @@ def run(options: Namespace, folder: Path) -> tuple[str, bool]:
         raise ValueError(f"--temperature is {options.temperature}; give 0 (greedy) or more")
     if options.json:
         _check_writable(Path(options.json))
-    folders = [find_drafter(Path(given)) for given in (folder, options.compare) if given]
+    folders = [find_drafter(Path(given)) for given in (folder, *options.compare)]
     folder = folders[0]
     recipe = _recipe(folder)
     path = options.target or (recipe.target.path if recipe else None)
@@ -63,8 +63,9 @@ def run(options: Namespace, folder: Path) -> tuple[str, bool]:
     drafts = [load_drafter(f) for f in folders]
     for draft in drafts:
         draft.to(device)  # type: ignore[arg-type]
-    if options.compare and STDLIB in options.prompts:
-        _check_same_split(recipe, _recipe(folders[1]))
+    if STDLIB in options.prompts:
+        for other in folders[1:]:
+            _check_same_split(recipe, other)
     largest = [options.max_k or _num_depths(f) or max(8, options.k or 0) for f in folders]
     settings = Settings(
         num_slots=options.k or min(5, largest[0]),
@@ -103,7 +104,9 @@ def run(options: Namespace, folder: Path) -> tuple[str, bool]:
         "figures": [summarize(results, i, options.seed, _trained(f)) for i, f in enumerate(folders)],
         "decoding": run_figures(results, options.seed),
         "checks": checks(results),
-        "difference": compare(results, options.seed) if len(drafts) > 1 else None,
+        "differences": [
+            {"other": str(f), "by_data_set": compare(results, options.seed, i)} for i, f in enumerate(folders[1:], 1)
+        ],
         "turns": details(results),
     }
     if options.json:
@@ -165,10 +168,12 @@ def describe(report: dict[str, Any]) -> str:
             f" {texts['bug']} are wrong; {len(found['replays_that_differ'])} replays differ from their decoding"
         )
         lines += [f"  {_where(d)}: {d['verdict']} at token {d['at']}{_gap(d)}" for d in found["differences"]]
-    for name, rows in (report["difference"] or {}).items():
-        for row in rows:
-            difference = "-" if row["difference"] is None else f"{row['difference']:+.3f}"
-            lines.append(f"difference, {name}, K = {row['k']}: {difference} ({show_interval(row['interval'])})")
+    for found in report["differences"]:
+        lines.append(f"{report['drafters'][0]} less {found['other']}:")
+        for name, rows in found["by_data_set"].items():
+            for row in rows:
+                difference = "-" if row["difference"] is None else f"{row['difference']:+.3f}"
+                lines.append(f"  {name}, K = {row['k']}: {difference} ({show_interval(row['interval'])})")
     return "\n".join(lines)
 
 
@@ -220,13 +225,13 @@ def _recipe(folder: Path) -> Recipe | None:
     return None
 
 
-def _check_same_split(recipe: Recipe | None, other: Recipe | None) -> None:
+def _check_same_split(recipe: Recipe | None, other: Path) -> None:
     """ValueError if the other drafter may have learned from what the first one's recipe holds out."""
-    fractions = [r.data.eval_fraction if r and not r.data.eval_sources else 0.0 for r in (recipe, other)]
+    fractions = [r.data.eval_fraction if r and not r.data.eval_sources else 0.0 for r in (recipe, _recipe(other))]
     if fractions[1] < fractions[0]:
         raise ValueError(
-            f"--prompts stdlib: the drafter to compare with had data.eval_fraction {fractions[1]}, the first one"
-            f" {fractions[0]}, so it may have learned from these prompts: give the one of the smaller fraction first"
+            f"--prompts stdlib: {other} had data.eval_fraction {fractions[1]}, the first drafter {fractions[0]}, so it"
+            " may have learned from these prompts: give the one of the smallest fraction first"
         )
 
 
