@@ -1,6 +1,8 @@
 """Folders that are broken, or another's: what the check says, what reading refuses, and that an export never does it."""
 
 import json
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ from torch import Tensor
 from peagle_train.serving.check_drafter import Finding, check_folder, is_loadable, table
 from peagle_train.serving.drafter_files import load_drafter, read_drafter
 from peagle_train.serving.export import export_drafter
-from tests.helpers import DRAFT_VOCAB, MASK_TOKEN, TARGET_HIDDEN, VOCAB, make_draft
+from tests.helpers import DRAFT_VOCAB, MASK_TOKEN, ROOT, TARGET_HIDDEN, VOCAB, make_draft
+
+sys.path.insert(0, str(ROOT / "tools"))
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -103,15 +107,10 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "layers out of order": (lambda f: set_config(f, eagle_aux_hidden_state_layer_ids=[9, 2, 17]), "ascending order"),
     "rope dynamic": (lambda f: set_config(f, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4}), "dynamic"),
-    "rope partial": (lambda f: set_config(f, partial_rotary_factor=0.5), "rope is partial"),
     "another layer count": (lambda f: set_config(f, num_hidden_layers=3), "num_hidden_layers is 3"),
     "a million layers": (lambda f: set_config(f, num_hidden_layers=10**6), "num_hidden_layers is 1000000"),
     "a huge vocabulary": (lambda f: set_config(f, vocab_size=10**12), "vocab_size is 1000000000000, not a size"),
     "another width": (lambda f: set_config(f, hidden_size=16), "embed_tokens.weight"),
-    "norm before fc": (lambda f: set_config(f, norm_before_fc=True), "norm_before_fc"),
-    "last layer only": (lambda f: set_config(f, eagle_config={"use_aux_hidden_state": False}), "use_aux_hidden_state"),
-    "quantised": (lambda f: set_config(f, quantization_config={"bits": 4}), "quantization_config"),
-    "sliding": (lambda f: set_config(f, layer_types=["sliding_attention"] * 2), "layer_types"),
     "gelu": (lambda f: set_config(f, hidden_act="gelu"), "hidden_act"),
     "no shape": (lambda f: set_config(f, hidden_size=None), "hidden_size"),
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
@@ -121,6 +120,17 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "pickled": (lambda f: (f / WEIGHTS).rename(f / "pytorch_model.bin"), "pickled (pytorch_model.bin)"),
     "file and shards": (lambda f: (f / INDEX).write_text("{}"), "remove one"),
     "no folder": (lambda f: f.rename(f.with_name("elsewhere")), "is no folder"),
+}
+OTHERS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "rope partial": (lambda f: set_config(f, partial_rotary_factor=0.5), "rope is partial"),
+    "norm before fc": (lambda f: set_config(f, norm_before_fc=True), "norm_before_fc"),
+    "last layer only": (lambda f: set_config(f, eagle_config={"use_aux_hidden_state": False}), "use_aux_hidden_state"),
+    "quantised": (lambda f: set_config(f, quantization_config={"bits": 4}), "quantization_config"),
+    "sliding": (lambda f: set_config(f, layer_types=["sliding_attention"] * 2), "layer_types"),
+    "qwen3 layers": (
+        lambda f: set_config(f, architectures=["Qwen3Eagle3"], model_type="qwen3"),
+        "model_type is 'qwen3'",
+    ),
 }
 
 
@@ -328,6 +338,26 @@ def test_qwen3_layers_are_refused_by_name(folder: Path) -> None:
     set_config(out, transformer_layer_config={**layers, "model_type": "qwen3"})
     with pytest.raises(ValueError, match="'qwen3'; only llama"):
         load_drafter(out)
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_drafter_of_another_kind_is_not_judged_and_not_read(
+    folder: Path, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import export
+
+    change, message = OTHERS[case]
+    change(folder)
+    findings = check_folder(folder)
+    assert any(message in line for line in found(findings, "????")) and found(findings, "BAD") == [], table(findings)
+    assert not is_loadable(findings) and export.main([str(folder), "--check"]) == 1
+    assert "not judged, a drafter of another kind" in capsys.readouterr().out.splitlines()[-1]
+    for refusing in (lambda: load_drafter(folder), lambda: export_drafter(folder, folder.parent / "out", "eagle3")):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            refusing()
+    set_config(folder, hidden_act="gelu")
+    assert any("hidden_act" in line for line in found(check_folder(folder), "BAD"))
+    assert export.main([str(folder), "--check"]) == 2
 
 
 def test_a_plain_eagle3_drafter_passes_the_check_with_warnings(folder: Path) -> None:

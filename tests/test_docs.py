@@ -1,7 +1,7 @@
 """Every command that the pages show is run as it stands there, top to bottom, in a folder with what it speaks of.
 
-Stand-ins: a random target, a recipe for it, a run of it, benchmarks of two prompts. A block that is not run has a comment in
-the page's source in front of it, which says what it needs.
+Stand-ins: a random target, a recipe for it, a run of it, benchmarks of a prompt each. A block that is not run has a comment
+in the page's source in front of it, which says what it needs.
 """
 
 import gzip

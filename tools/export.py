@@ -10,7 +10,8 @@ EPILOG = """formats:
   speculators   for `vllm serve DIR`, which finds the target by itself, and for the speculators package
 
 --check without --out checks FOLDER as it is, in either format, and prints a table. An export is always checked before
-it is put in its place. Exit code: 0; 2 for a user's mistake or a folder that an engine would not load.
+it is put in its place. Exit code: 0; 1 for a drafter of another kind than this project's (layers that are not Llama's,
+windows, ...), which is not judged; 2 for a user's mistake or a folder that an engine would not load.
 
 examples:
   python tools/export.py runs/mine --out drafter
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from peagle_train.serving.check_drafter import check_folder, is_loadable, table
+    from peagle_train.serving.check_drafter import check_folder, is_bad, is_judged, table
     from peagle_train.serving.export import find_drafter, read_target_config
 
     if not options.check:
@@ -63,7 +64,7 @@ def _check(options: argparse.Namespace) -> int:
     target = read_target_config(Path(options.target)) if options.target else None
     findings = check_folder(folder, target)
     print(table(findings))
-    return 0 if is_loadable(findings) else 2
+    return 2 if is_bad(findings) else 0 if is_judged(findings) else 1
 
 
 def _export(options: argparse.Namespace) -> int:

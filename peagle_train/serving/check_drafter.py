@@ -17,14 +17,18 @@ from peagle_train.serving.draft_formats import (
     layer_config,
     layer_ids_of,
     mask_token_of,
+    misread,
+    other_kind,
     parse_config,
     rope_of,
     unsupported,
+    wrong_types,
 )
 from peagle_train.serving.drafter_files import read_config, read_tensors, weight_files
 from peagle_train.serving.drafter_tensors import MAY_LACK, check_layers, check_vocab, expected_shapes, standard_name
 
-Level = Literal["ok", "warn", "BAD"]
+Level = Literal["ok", "warn", "BAD", "????"]
+"""????: of a drafter of another kind than this project's, which cannot be judged here."""
 YARN_EXTRAS = ("attention_factor", "mscale", "mscale_all_dim")
 """Yarn's settings that transformers reads and some versions of vLLM do not."""
 
@@ -38,7 +42,15 @@ class Finding(NamedTuple):
 
 
 def is_loadable(findings: list[Finding]) -> bool:
-    return all(finding.level != "BAD" for finding in findings)
+    return not is_bad(findings) and is_judged(findings)
+
+
+def is_bad(findings: list[Finding]) -> bool:
+    return any(finding.level == "BAD" for finding in findings)
+
+
+def is_judged(findings: list[Finding]) -> bool:
+    return all(finding.level != "????" for finding in findings)
 
 
 def table(findings: list[Finding]) -> str:
@@ -47,6 +59,8 @@ def table(findings: list[Finding]) -> str:
     lines = [f"{level:4}  {what:{width}}  {detail}" for level, what, detail in findings]
     bad, warned = (sum(f.level == level for f in findings) for level in ("BAD", "warn"))
     verdict = "NOT loadable as it is" if bad else "loadable"
+    if not bad and not is_judged(findings):
+        verdict = "not judged, a drafter of another kind than this project's, which engines may load"
     return "\n".join([*lines, f"{verdict}: {bad} errors, {warned} warnings"])
 
 
@@ -81,15 +95,19 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
 def _check_config(raw: dict[str, Any]) -> list[Finding]:
     kind, layers = format_of(raw), layer_config(raw)
     found = [Finding("ok", "format", f"{kind}, {layers.get('num_hidden_layers')} layers")]
-    found += [Finding("BAD", "config.json", problem) for problem in unsupported(raw)]
+    wrong = wrong_types(raw)
+    others = [] if wrong else other_kind(raw)
+    found += [Finding("BAD", "config.json", problem) for problem in (wrong or misread(raw))]
+    found += [Finding("????", "kind", difference) for difference in others]
+    unlike: Level = "????" if others else "BAD"
     given = raw.get("architectures")
     given = given if isinstance(given, list) and given else ["none"]
     if kind == EAGLE3:
         known = given[0] in ARCHITECTURES
         detail = f"{given[0]}" + ("" if known else f": vLLM knows {', '.join(ARCHITECTURES)}")
-        found.append(Finding("ok" if known else "BAD", "architectures", detail))
+        found.append(Finding("ok" if known else unlike, "architectures", detail))
         if raw.get("model_type") != "llama":
-            found.append(Finding("BAD", "model_type", f"{raw.get('model_type')}: transformers must read it as llama"))
+            found.append(Finding(unlike, "model_type", f"{raw.get('model_type')}: transformers must read it as llama"))
     else:
         found += _check_speculators(raw)
     try:
@@ -168,7 +186,8 @@ def _check_weights(folder: Path, raw: dict[str, Any], config: PEagleDraftConfig 
         found.append(Finding("BAD", stray[0], "is no part of the drafter, but vLLM reads every .safetensors here"))
     try:
         if config is None:
-            raise ValueError("shapes not checked: config.json does not say what they must be")
+            level: Level = "????" if not wrong_types(raw) and not misread(raw) and other_kind(raw) else "BAD"
+            return [*found, Finding(level, "weights", "shapes not checked: config.json does not say what they must be")]
         check_layers(config, {standard_name(name): tensor for name, tensor in stored.items()})
         shapes = expected_shapes(config)
     except ValueError as error:

@@ -105,20 +105,16 @@ def wrong_types(raw: dict[str, Any]) -> list[str]:
     return found
 
 
-def unsupported(raw: dict[str, Any]) -> list[str]:
-    """Why this is a drafter of another kind than ours, or one that vLLM would read otherwise than it was meant."""
-    layers, found = layer_config(raw), wrong_types(raw)
-    if found:
-        return found
+def other_kind(raw: dict[str, Any]) -> list[str]:
+    """What makes this a drafter of another kind than ours, which engines may well serve; values are of the right types."""
+    layers, found = layer_config(raw), []
     kind = raw.get("speculators_model_type", "peagle")
     if kind not in ("peagle", "eagle3"):
         found.append(f"speculators_model_type is {kind!r}; peagle and eagle3 are supported")
     if layers.get("model_type", "llama") != "llama":
         found.append(f"its layers' model_type is {layers['model_type']!r}; only llama layers are supported")
-    if layers.get("hidden_act", "silu") != "silu":
-        found.append(f"hidden_act is {layers['hidden_act']!r}; vLLM's Llama layers have silu only")
     if any(kind != "full_attention" for kind in layers.get("layer_types") or []):
-        found.append("layer_types has other than full_attention")
+        found.append("layer_types has other than full_attention; windows are not supported")
     eagle = raw.get("eagle_config")
     eagle = eagle if isinstance(eagle, dict) else {}
     if not eagle.get("use_aux_hidden_state", True):
@@ -127,6 +123,17 @@ def unsupported(raw: dict[str, Any]) -> list[str]:
         value = next((part[key] for part in (raw, layers, eagle) if part.get(key)), None)
         if value and not (key == "logit_scale" and value == 1.0):
             found.append(f"{key} is set: it {meaning}")
+    rope = rope_of(layers)
+    if layers.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0 or "mrope_section" in rope:
+        found.append("its rope is partial or multimodal; a drafter here rotates whole heads by one position")
+    return found
+
+
+def misread(raw: dict[str, Any]) -> list[str]:
+    """What vLLM would refuse, or read otherwise than it was meant."""
+    layers, found = layer_config(raw), []
+    if layers.get("hidden_act", "silu") != "silu":
+        found.append(f"hidden_act is {layers['hidden_act']!r}; vLLM's Llama layers have silu only")
     ids = layer_ids_of(raw)
     if ids is not None:
         whole = isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)
@@ -136,10 +143,12 @@ def unsupported(raw: dict[str, Any]) -> list[str]:
             found.append(
                 f"eagle_aux_hidden_state_layer_ids is {ids}: vLLM reads layers in ascending order, whatever is here"
             )
-    rope = rope_of(layers)
-    if layers.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0 or "mrope_section" in rope:
-        found.append("its rope is partial or multimodal; a drafter here rotates whole heads by one position")
     return found
+
+
+def unsupported(raw: dict[str, Any]) -> list[str]:
+    """Why this folder's drafter cannot be read here."""
+    return wrong_types(raw) or [*other_kind(raw), *misread(raw)]
 
 
 def parse_config(raw: dict[str, Any]) -> PEagleDraftConfig:
