@@ -22,7 +22,8 @@ from peagle_train.memory.memory_plan import GIB, Sizes
 from peagle_train.recipe import Recipe
 from peagle_train.serving.warm_start import read_start
 from peagle_train.target.chunk_attention import BLOCK
-from peagle_train.target.frozen import FrozenTarget, refuse_unfit, resolve_dtype
+from peagle_train.target.frozen import FrozenTarget
+from peagle_train.target.loading import refuse_unfit, resolve_dtype
 from peagle_train.training.build import make_draft_config
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
