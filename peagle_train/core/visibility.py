@@ -21,6 +21,9 @@ MASK_BLOCK_BYTES = 64 * 2**20
 """No block of a dense mask is larger than this (additive, in the compute dtype)."""
 QUERY_BLOCK = 512
 """Queries of a block on CPU, fewer where the keys are so many that a block would pass MASK_BLOCK_BYTES."""
+GRID = 64
+"""In two-byte dtypes, ranges of keys and the border to the rollouts lie on multiples of this: the CPU's bfloat16 kernels are
+compiled for every shape that comes and kept, so that a run's memory would grow with every new one."""
 
 
 def sees_context(query_start: Tensor, query_anchor: Tensor, key_anchor: Tensor, key_depth: Tensor) -> Tensor:
@@ -110,7 +113,9 @@ class Visibility:
         keys = self.num_context + self.num_depth0 + QUERY_BLOCK + self.num_depths
         size = max(1, min(QUERY_BLOCK, MASK_BLOCK_BYTES // (B * keys * itemsize)))
         # Depth-0 elements and rollouts see different ranges, so a block holds one kind as far as B > 1 allows it.
-        edges = sorted({0, self.cut, self.first_rollout, self.num_depth0, N} & set(range(N + 1)))
+        grid = GRID if itemsize == 2 else 1
+        border = self.first_rollout // grid * grid
+        edges = sorted({0, self.cut, border, self.num_depth0, N} & set(range(N + 1)))
         starts = [q for lo, hi in pairwise(edges) for q in range(lo, hi, size)]
         is_depth0_BM = self.depth[:, : self.num_depth0] == 0
         anchor_BM = self.anchor[:, : self.num_depth0]
@@ -121,14 +126,12 @@ class Visibility:
             lo = int(torch.where(real, self.start[:, q0:q1], nowhere).min())
             hi = int(torch.where(real, self.anchor[:, q0:q1], -1).max()) + 1
             seen_M = (is_depth0_BM & (anchor_BM >= lo) & (anchor_BM < hi)).any(0).nonzero().flatten()
-            depth0 = slice(int(seen_M[0]), int(seen_M[-1]) + 1) if seen_M.numel() else slice(0, 0)
-            context = slice(min(lo, self.num_context), min(hi, self.num_context))
-            if context.start >= context.stop:
-                context = slice(0, 0)
+            depth0 = slice(0, 0)
+            if seen_M.numel():
+                depth0 = _on_grid(int(seen_M[0]), int(seen_M[-1]) + 1, self.num_depth0, grid)
+            context = _on_grid(min(lo, self.num_context), min(hi, self.num_context), self.num_context, grid)
             # A rollout is contiguous, so its elements lie at most K - 2 slots before the query.
-            rollout = slice(max(self.first_rollout, q0 - self.num_depths + 2), q1)
-            if rollout.start >= rollout.stop:
-                rollout = slice(0, 0)
+            rollout = _on_grid(max(self.first_rollout, q0 - self.num_depths + 2), q1, N, grid)
             sees_all = bool(real.all()) and context.stop <= min(
                 int(self.anchor[:, q0:q1].min()) + 1, int(self.context_end.min())
             )
@@ -163,6 +166,13 @@ class Visibility:
             parts.insert(0, sees_context(start, anchor, column, exists[:, None]))
         visible = torch.cat(parts, dim=-1) & (depth >= 0)
         return visible.logical_not_()[:, None]
+
+
+def _on_grid(start: int, stop: int, limit: int, grid: int) -> slice:
+    """[start, stop), widened to multiples of `grid` within [0, limit): what is not seen is masked."""
+    if start >= stop:
+        return slice(0, 0)
+    return slice(start // grid * grid, min(-(-stop // grid) * grid, limit))
 
 
 def _additive(block: QueryBlock, hidden: Tensor, dtype: torch.dtype) -> Tensor:
