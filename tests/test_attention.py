@@ -2,16 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from peagle_train.core import attention as attention_module
 from peagle_train.core import visibility as visibility_module
 from peagle_train.core.attention import attend
 from peagle_train.core.compiled_attention import attention_op
+from peagle_train.core.plan import plan_segments
+from peagle_train.core.relay import relay_step
+from peagle_train.core.segments import recompute_step
 from peagle_train.core.visibility import Visibility
-from tests import oracles
+from tests import helpers, oracles
+from tests.helpers import make_batch, make_draft, make_rows, make_target
 from tests.oracles import Who
 
 
@@ -168,6 +174,48 @@ def test_block_masks_put_together_are_the_dense_mask(name: str, size: int, monke
         p = make_pass(PASSES[name], K=K, ratio=1.0)
         assert torch.equal(blocks_put_together(p.visibility), p.visible())
         assert all(b.q1 - b.q0 <= size for b in p.visibility.blocks(8))
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_ranges_on_a_grid_put_together_are_the_dense_mask(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(visibility_module, "GRID", 4)
+    tiny_blocks(monkeypatch, 8)
+    for K in (2, 4, 7):
+        p = make_pass(PASSES[name], K=K, ratio=1.0)
+        v = p.visibility
+        assert torch.equal(blocks_put_together(v, torch.bfloat16), p.visible())
+        limits = {"context": v.num_context, "depth0": v.num_depth0, "rollout": v.anchor.shape[1]}
+        for block in v.blocks(itemsize=2):
+            for part, limit in limits.items():
+                keys = getattr(block, part)
+                assert keys.start % 4 == 0 and (keys.stop % 4 == 0 or keys.stop == limit)
+
+
+@pytest.mark.parametrize("step, S", [(relay_step, 1), (relay_step, 3), (recompute_step, 3)])
+def test_in_bfloat16_attention_gets_few_shapes_whatever_the_documents(
+    step: Any, S: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    L, shapes, flash = 300, set(), attention_module._flash
+
+    def recorded(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        shapes.add((query.shape, key.shape))
+        return flash(query, key, value, **options)
+
+    def count(rows: range) -> int:
+        shapes.clear()
+        for seed in rows:
+            batch = make_batch(make_rows(L, documents=1 + seed % 7, padding=seed % 3, seed=seed), L, S)
+            plan = plan_segments(batch, helpers.K, static=True, pad_context=False)
+            with torch.autocast("cpu", torch.bfloat16):
+                step(draft, batch, make_target(batch, torch.float32), num_depths=helpers.K, plan=plan)
+        return len(shapes)
+
+    draft = make_draft(dtype=torch.float32)
+    monkeypatch.setattr(attention_module, "_flash", recorded)
+    on_grid = count(range(40))
+    monkeypatch.setattr(visibility_module, "GRID", 1)
+    without = count(range(40))
+    assert on_grid <= 10 and without > 30
 
 
 def test_blocks_end_where_the_last_layers_queries_begin(monkeypatch: pytest.MonkeyPatch) -> None:

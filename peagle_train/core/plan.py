@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peagle_train.core.visibility import GRID
+
 
 @dataclass
 class Segment:
@@ -60,8 +62,8 @@ def plan_segments(
     """Read a collator's batch (on CPU; a batch on a device is copied back first, which waits for it).
 
     Args:
-        static: every segment gets the same sizes whatever the data, own elements being padded to the capacity; else only
-            what exists is run.
+        static: every segment gets the same sizes whatever the data, own elements being padded to the capacity, the context
+            to a multiple of `GRID` columns; else only what exists is run.
         pad_context: pad the context to L, too, which compiled drafters need; None: if static.
     """
     pad_context = static if pad_context is None else pad_context
@@ -82,6 +84,11 @@ def plan_segments(
     context_end_BS = torch.cat([torch.zeros(B, 1, dtype=torch.int64), latest_BS.cummax(1).values[:, :-1] + 1], dim=1)
     earliest_BS = torch.where(depth_BSC >= 0, start_BSC, L).amin(-1)
 
+    def padded(context: int) -> int:
+        if pad_context:
+            return L if num_segments > 1 else 0
+        return min(-(-context // GRID) * GRID, L) if static else context
+
     segments = []
     for s in range(num_segments):
         n = n_S[s]
@@ -96,7 +103,7 @@ def plan_segments(
                 columns=slice(s * capacity, s * capacity + size),
                 num_depth0=size if static else int(num_depth0_BS[:, s].max()),
                 first_rollout=0 if static else min(int(num_depth0_BS[:, s].min()), n),
-                num_context=int(context_end_BS[:, s].max()) if not pad_context else L if num_segments > 1 else 0,
+                num_context=padded(int(context_end_BS[:, s].max())),
                 context_end=context_end_BS[:, s],
                 supervised=supervised_BSC[:, s, :size].flatten().nonzero().flatten(),
                 anchors=slice(int(real_anchor.min()), int(real_anchor.max()) + 1),

@@ -34,6 +34,7 @@ from peagle_train.core.segments import (
     run,
     visibility_of,
 )
+from peagle_train.core.visibility import GRID
 from peagle_train.training.profile import span
 
 Backward = Callable[[Sequence[Tensor], Sequence[Tensor | None]], None]
@@ -224,6 +225,7 @@ def context_chunks(plan: Plan, passes: list[Segment]) -> list[slice]:
     size = max((s.num_elements for s in plan.segments), default=1)
     if plan.static:
         size = min(size, plan.row_length)
+        first = first // GRID * GRID
         starts = (min(start, plan.row_length - size) for start in range(first, end, size))
         return [slice(start, start + size) for start in starts]
     return [slice(start, min(start + size, end)) for start in range(first, end, size)]

@@ -22,8 +22,8 @@ MASK_BLOCK_BYTES = 64 * 2**20
 QUERY_BLOCK = 512
 """Queries of a block on CPU, fewer where the keys are so many that a block would pass MASK_BLOCK_BYTES."""
 GRID = 64
-"""In two-byte dtypes, ranges of keys and the border to the rollouts lie on multiples of this: the CPU's bfloat16 kernels are
-compiled for every shape that comes and kept, so that a run's memory would grow with every new one."""
+"""In two-byte dtypes, ranges of keys and the border to the rollouts lie on multiples of this: the CPU's bfloat16 kernels
+are compiled for every shape that comes and kept, so that a run's memory would grow with every new one."""
 
 
 def sees_context(query_start: Tensor, query_anchor: Tensor, key_anchor: Tensor, key_depth: Tensor) -> Tensor:
