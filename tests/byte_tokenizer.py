@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tests.tiny import make_target
+
 BYTES_VOCAB = 300
 """Ids of a target that goes with it; those from 259 on are never produced."""
+BYTES_MASK = BYTES_VOCAB - 1
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -24,3 +28,25 @@ def make_byte_tokenizer(folder: Path | None = None) -> PreTrainedTokenizerFast:
     if folder is not None:
         tokenizer.save_pretrained(folder)
     return tokenizer
+
+
+def make_byte_target(folder: Path) -> Path:
+    """A random target with this tokenizer, for texts of 4,096 bytes."""
+    make_target(folder, vocab_size=BYTES_VOCAB, max_position_embeddings=4096)
+    make_byte_tokenizer(folder)
+    return folder
+
+
+def write_stdlib_recipe(path: Path, target: Path, output: str) -> Path:
+    """A recipe of two steps on a few modules of the standard library, half of which are held out."""
+    recipe = {
+        "target": {"path": str(target)},
+        "data": {"sources": ["stdlib"], "exclude": ["[!s]*", "s[!et]*", "statistics.py"]},
+        "draft": {"draft_vocab_size": 100, "mask_token_id": BYTES_MASK},
+        "cod": {"num_depths": 4, "num_segments": 2},
+        "train": {"max_steps": 2, "save_steps": 1, "log_steps": 1},
+        "output": {"dir": output},
+    }
+    recipe["data"] |= {"max_length": 64, "eval_fraction": 0.5, "max_eval_rows": 2}
+    path.write_text(yaml.safe_dump(recipe))
+    return path

