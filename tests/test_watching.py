@@ -31,13 +31,16 @@ from tests.tiny import make_target, write_recipe, write_rows
 
 
 class Clock:
-    """A perf_counter that goes when it is told to."""
+    """A perf_counter that goes when it is told to, and processor time that is a share of it."""
 
     def __init__(self) -> None:
-        self.now = 100.0
+        self.now, self.cpu = 100.0, 3.0
 
     def perf_counter(self) -> float:
         return self.now
+
+    def process_time(self) -> float:
+        return self.cpu
 
 
 @pytest.fixture
@@ -95,8 +98,8 @@ def test_a_run_that_waits_for_its_loader_is_told_once(waiting: float, is_told: b
         steps(pace, clock, SETTLED_STEPS, seconds=1.0, waiting=5.0 if window == 0 else waiting, batch=BATCH)
         pace.close_window(1)
         said.append(pace.advice())
-    told = [line for line in said if line]
-    assert said[0] is None and len(told) == int(is_told)
+    told = [line for lines in said for line in lines]
+    assert said[0] == [] and len(told) == int(is_told)
     if is_told:
         assert "20%" in told[0] and "raise data.num_workers (now 0" in told[0]
 
@@ -107,8 +110,41 @@ def test_more_loaders_than_cores_are_not_advised(clock: Clock) -> None:
     pace.close_window(1)
     steps(pace, clock, SETTLED_STEPS, 1.0, 1.0, BATCH)
     pace.close_window(1)
-    advice = pace.advice()
-    assert advice is not None and "raise" not in advice and "cores" in advice
+    (advice,) = pace.advice()
+    assert "raise" not in advice and "cores" in advice
+
+
+@pytest.mark.parametrize(
+    ("seconds", "waiting", "cpu", "ending"),
+    [
+        (1.4, 0.0, 0.4, None),
+        (2.0, 0.0, 0.4, "other work takes this machine's cores, or the device waits"),
+        (2.0, 0.0, 1.0, "train.profile_steps shows which part of a step it is"),
+        (2.0, 0.5, 0.5, "raise data.num_workers"),
+    ],
+)
+def test_a_run_that_gets_slower_says_once_where_the_time_goes(
+    seconds: float, waiting: float, cpu: float, ending: str | None, clock: Clock
+) -> None:
+    pace, told = Pace(), []
+
+    def window(seconds: float, waiting: float, cpu_share: float) -> None:
+        for _ in range(SETTLED_STEPS // 2):  # a stretch is two windows
+            clock.cpu += seconds * cpu_share
+            steps(pace, clock, 1, seconds, waiting, BATCH)
+        pace.close_window(1)
+        told.extend(line for line in pace.advice() if "a step takes" in line)
+
+    for _ in range(5):
+        window(1.0, 0.0, 1.0)
+    assert told == []
+    for _ in range(6):
+        window(seconds, waiting, cpu)
+    assert len(told) == int(ending is not None)
+    if ending is not None:
+        assert ending in told[0] and told[0].startswith("a step takes 2 s, 2.0 times as long as before (1 s)")
+        assert f"{waiting / seconds:.0%} of it waiting for data (0% before)" in told[0]
+        assert f"{cpu:.0%} of a core's time computing (100% before)" in told[0]
 
 
 def test_padding_is_counted_over_all_slots() -> None:

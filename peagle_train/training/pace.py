@@ -14,7 +14,11 @@ from torch import Tensor
 WAITS = 0.1
 """From this share of the time spent waiting for data on, a run is told."""
 SETTLED_STEPS = 20
-"""Behind so many steps, the first window's left out, the share is believed."""
+"""Behind so many steps, the first window's left out, the share is believed; and so many make a stretch of a run."""
+SLOWER = 1.5
+"""A stretch whose steps take so many times as long as the fastest one's is told."""
+STARVED = 0.8
+"""Less than this share of the processor time that a second had in the fastest stretch means that others use the cores."""
 
 
 class Pace:
@@ -30,11 +34,15 @@ class Pace:
         self._is_first, self._has_advised = True, False
         self._settled_steps, self._settled_seconds, self._settled_wait = 0, 0.0, 0.0
         self._first_pace: float | None = None
+        self._stretch = _Stretch()
+        self._fastest: _Stretch | None = None
+        self._slow: _Stretch | None = None
+        self._has_told_slow = False
         self.restart()
 
     def restart(self) -> None:
         """Begin a window now; what the present one holds is forgotten (an evaluation came in between)."""
-        self._started = time.perf_counter()
+        self._started, self._cpu_started = time.perf_counter(), time.process_time()
         self._steps, self._tokens, self._supervised, self._wait = 0, 0, 0, 0.0
 
     def waited(self, seconds: float) -> None:
@@ -62,6 +70,8 @@ class Pace:
             self._settled_steps += self._steps
             self._settled_seconds += seconds
             self._settled_wait += self._wait
+            self._stretch.add(self._steps, seconds, self._wait, time.process_time() - self._cpu_started)
+            self._close_stretch()
         pace = self._settled_seconds / self._settled_steps if self._settled_steps else self._first_pace
         values = {
             "tokens_per_second": self._tokens * self.num_processes / seconds,
@@ -72,19 +82,70 @@ class Pace:
         self.restart()
         return values
 
-    def advice(self) -> str | None:
-        """Once a run: what to change where the loader is what it waits for."""
-        if self._has_advised or self._settled_steps < SETTLED_STEPS:
-            return None
+    def _close_stretch(self) -> None:
+        if self._stretch.steps < SETTLED_STEPS:
+            return
+        stretch, self._stretch = self._stretch, _Stretch()
+        if self._fastest is None or stretch.pace < self._fastest.pace:
+            self._fastest = stretch
+        self._slow = stretch if stretch.pace >= SLOWER * self._fastest.pace else None
+
+    def advice(self) -> list[str]:
+        """Each once a run: what to change where it waits for its loader; where the time goes where it got slower."""
+        said = []
         share = self._settled_wait / max(self._settled_seconds, 1e-9)
-        if share < WAITS:
-            return None
-        self._has_advised = True
+        if not self._has_advised and self._settled_steps >= SETTLED_STEPS and share >= WAITS:
+            self._has_advised = True
+            said.append(f"the run waits for data {share:.0%} of the time: {self._more_loaders()}")
+        if self._slow is not None and not self._has_told_slow:
+            self._has_told_slow = True
+            said.append(self._slowdown(self._slow))
+        return said
+
+    def _more_loaders(self) -> str:
         cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        begin = f"the run waits for data {share:.0%} of the time"
         if self.num_workers < cores:
-            return f"{begin}: raise data.num_workers (now {self.num_workers}; {cores} cores a process)"
-        return f"{begin}, with {self.num_workers} loader processes on {cores} cores: more cores would make it faster"
+            return f"raise data.num_workers (now {self.num_workers}; {cores} cores a process)"
+        return f"{self.num_workers} loader processes on {cores} cores: more cores would make it faster"
+
+    def _slowdown(self, now: "_Stretch") -> str:
+        before = self._fastest
+        assert before is not None
+        line = (
+            f"a step takes {now.pace:.2g} s, {now.pace / before.pace:.1f} times as long as before ({before.pace:.2g} s):"
+            f" {now.wait_share:.0%} of it waiting for data ({before.wait_share:.0%} before),"
+            f" {now.cpu_share:.0%} of a core's time computing ({before.cpu_share:.0%} before): "
+        )
+        if now.wait_share >= max(WAITS, 2 * before.wait_share):
+            return line + self._more_loaders()
+        if now.cpu_share < STARVED * before.cpu_share:
+            return line + "other work takes this machine's cores, or the device waits"
+        return line + "train.profile_steps shows which part of a step it is"
+
+
+class _Stretch:
+    """Consecutive windows, added up."""
+
+    def __init__(self) -> None:
+        self.steps, self.seconds, self.wait, self.cpu = 0, 0.0, 0.0, 0.0
+
+    def add(self, steps: int, seconds: float, wait: float, cpu: float) -> None:
+        self.steps, self.seconds = self.steps + steps, self.seconds + seconds
+        self.wait, self.cpu = self.wait + wait, self.cpu + cpu
+
+    @property
+    def pace(self) -> float:
+        """Seconds a step."""
+        return self.seconds / self.steps
+
+    @property
+    def wait_share(self) -> float:
+        return min(1.0, self.wait / self.seconds)
+
+    @property
+    def cpu_share(self) -> float:
+        """Processor time of this process, its threads together, over the time that went by."""
+        return self.cpu / self.seconds
 
 
 def padding_share(batches: Sequence[dict[str, Tensor]]) -> float:

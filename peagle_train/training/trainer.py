@@ -363,8 +363,7 @@ class Trainer:
             "seconds": time.perf_counter() - self.reporter.start_time,
         }
         self.record("train", train_line(values), **values)
-        advice = self.pace.advice()
-        if advice:
+        for advice in self.pace.advice():
             self.reporter.say(advice)
 
     def evaluate(self, title: str) -> dict[str, Any] | None:
