@@ -25,5 +25,10 @@ def test_cases_are_trained_once_and_measured_on_the_same_texts(tmp_path: Path) -
     assert base["prompts"] == untrained["prompts"] == 2 and "difference" not in base
     assert untrained["difference"] == pytest.approx(untrained["accepted_length"] - base["accepted_length"])
     assert untrained["difference_interval"][0] <= untrained["difference"] <= untrained["difference_interval"][1]
+    (out / "untrained" / "final").rename(out / "untrained" / "gone")  # as if it had been stopped
+    (out / "untrained" / "run.json").unlink()
     again = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
-    assert again.returncode == 0 and "training" not in again.stderr and again.stdout == first.stdout
+    assert again.returncode == 0 and "untrained: training" in again.stderr and "base: training" not in again.stderr
+    assert len(again.stdout.splitlines()) == len(first.stdout.splitlines()) == 3
+    other = subprocess.run([*command, "--threads", "2"], capture_output=True, text=True, env=ENVIRONMENT)
+    assert other.returncode == 2 and "begun with other settings" in other.stderr

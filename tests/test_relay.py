@@ -50,6 +50,22 @@ def test_a_static_plan_gives_what_the_flat_pass_gives(case: dict[str, Any]) -> N
     assert_same(outcome_of(relay_step, draft, batch, target, scale=0.1, plan=plan), expected)
 
 
+@pytest.mark.parametrize("pad_context", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_what_an_earlier_batch_left_behind_is_not_read(seed: int, pad_context: bool) -> None:
+    draft, buffers = make_draft(), RelayBuffers()
+    length = 150  # longer than the grid that static plans put contexts on
+    batch = make_batch(make_rows(length, documents=1 + 2 * seed, batch_size=1 + seed % 2, seed=seed), length, 3)
+    target = make_target(batch)
+    expected = outcome_of(relay_step, draft, batch, target)
+    plan = plan_segments(batch, K, static=True, pad_context=pad_context)
+    for _ in range(2):
+        assert_same(outcome_of(relay_step, draft, batch, target, plan=plan, buffers=buffers), expected)
+        for pair in buffers.keys_values:  # as a step that was not finite may
+            for tensor in pair:
+                tensor.fill_(float("nan"))
+
+
 @st.composite
 def packed_rows(draw: st.DrawFn) -> dict[str, Any]:
     lengths = draw(st.lists(st.integers(1, 14), max_size=4).filter(lambda n: sum(n) <= 26))

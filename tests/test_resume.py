@@ -23,6 +23,7 @@ from peagle_train.target.frozen import FrozenTarget
 from peagle_train.training.checkpoint import claim_output, lock_output
 from peagle_train.training.evaluate import Evaluator
 from peagle_train.training.runner import BatchRunner
+from peagle_train.training.sharded import load_full_moments
 from peagle_train.training.trainer import Trainer
 from tests.test_checkpoint_files import in_child
 from tests.tiny import make_target, write_recipe, write_rows
@@ -706,3 +707,16 @@ def test_sigusr1_saves_and_goes_on_and_clocks_that_jump_change_nothing(
     monkeypatch.undo()
     run(again, "--resume")
     assert_same_run(tmp_path / "again" / "run", tmp_path / "run")
+
+
+def test_moments_and_steps_lie_where_their_parameter_does() -> None:
+    # fused AdamW reads all of them on the parameter's device; meta stands for one that is not the host
+    model = torch.nn.Linear(3, 2, device="meta")
+    optimizer = torch.optim.AdamW(model.parameters())
+    moments = {
+        f"{kind}.{n}": torch.ones(p.shape) for kind in ("exp_avg", "exp_avg_sq") for n, p in model.named_parameters()
+    }
+    moments |= {f"step.{name}": torch.tensor(7.0) for name, _ in model.named_parameters()}
+    load_full_moments(model, optimizer, moments)
+    assert len(optimizer.state) == 2
+    assert {t.device.type for state in optimizer.state.values() for t in state.values()} == {"meta"}

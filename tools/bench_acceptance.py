@@ -14,6 +14,7 @@ what is in --out is not done again.
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -42,9 +43,20 @@ FIXED = ("untrained", "one epoch of 1 layer", "the recipe")
 
 class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.out = options, Path(options.out)
+        self.options, self.out = options, Path(options.out).absolute()
+        self.recipe = str(Path(options.recipe).absolute())
         self.out.mkdir(parents=True, exist_ok=True)
+        self.check_settings()
         self.environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "ACCELERATE_USE_CPU": "true"}
+
+    def check_settings(self) -> None:
+        """ValueError where --out holds what was trained under other settings."""
+        names = ("overrides", "recipe", "minutes", "threads")
+        given = {name: getattr(self.options, name) for name in names} | {"recipe": Path(self.recipe).read_text()}
+        file = self.out / "settings.json"
+        if file.exists() and json.loads(file.read_text()) != given:
+            raise ValueError(f"{self.out} was begun with other settings ({', '.join(names)}): give another --out")
+        file.write_text(json.dumps(given))
 
     def run(self, log: Path, *command: str) -> None:
         """A command whose output goes to a file; RuntimeError if it fails."""
@@ -54,13 +66,13 @@ class Bench:
             raise RuntimeError(f"{' '.join(command)} failed ({done.returncode}): see {log}")
 
     def cache(self, name: str, *overrides: str) -> str:
-        """A folder of features for the recipe with these overrides; a finished one is only checked."""
+        """A folder of features for the recipe with these overrides; a finished one is taken as it is."""
         folder = self.out / name
         if not (folder / "done").exists():
-            tool = [str(ROOT / "tools" / "cache_features.py"), self.options.recipe, "--out", str(folder.absolute())]
+            tool = [str(ROOT / "tools" / "cache_features.py"), self.recipe, "--out", str(folder)]
             self.run(self.out / f"{name}.log", *tool, *self.options.overrides, *overrides)
             (folder / "done").touch()
-        return f"target.cache={folder.absolute()}"
+        return f"target.cache={folder}"
 
     def train(self, name: str, *overrides: str) -> Path:
         """A run's folder, once it is finished."""
@@ -68,8 +80,12 @@ class Bench:
         if not (folder / "final").is_dir():
             print(f"{name}: training", file=sys.stderr, flush=True)
             log = folder.with_name(folder.name + ".log")
-            recipe = [self.options.recipe, "train.save_steps=null", "train.eval_steps=null"]
-            recipe += [f"output.dir={folder.absolute()}", *self.options.overrides, *overrides]
+            recipe = [self.recipe, "train.save_steps=null", "train.eval_steps=null"]
+            recipe += [f"output.dir={folder}", *self.options.overrides, *overrides]
+            if any(folder.glob("checkpoint-*")):
+                recipe.append("--resume")
+            elif folder.exists():  # stopped before its first checkpoint
+                shutil.rmtree(folder)
             self.run(log, "-m", "peagle_train", *recipe)
         return folder
 
@@ -106,7 +122,7 @@ class Bench:
         report, first = self.out / "evaluate.json", next(iter(folders.values()))
         o = self.options
         command = [str(ROOT / "tools" / "evaluate.py"), str(first), "--prompts", "stdlib", "--limit", str(o.limit)]
-        command += ["--max-tokens", str(o.max_tokens), "--k", "5", "--max-k", "5", "--json", str(report.absolute())]
+        command += ["--max-tokens", str(o.max_tokens), "--k", "5", "--max-k", "5", "--json", str(report)]
         others = [str(folder) for folder in list(folders.values())[1:]]
         self.run(self.out / "evaluate.log", *command, *(["--compare", *others] if others else []))
         return json.loads(report.read_text())
@@ -128,7 +144,9 @@ def summary(folders: dict[str, Path], report: dict[str, Any]) -> list[dict[str, 
             "changes": CASES.get(name),
             "steps": steps,
             "train_seconds": trained["train_seconds"] if run == folder else at[-1]["seconds"],
-            "expected_on_held_out_rows": trained["after"]["expected_accepted_length"] if run == folder else None,
+            "expected_on_held_out_rows": (trained["after"] or {}).get("expected_accepted_length")
+            if run == folder
+            else None,
             "expected_on_these_texts": measured["expected_from_teacher_forcing"],
             "accepted_length": measured["accepted_length"],
             "interval": measured["interval"],
@@ -186,7 +204,12 @@ def main() -> int:
     add("--max-tokens", type=at_least_one, default=64, help="of each answer (64)")
     add("--json", metavar="FILE", help="write the results here")
     options = parser.parse_args()
-    bench = Bench(options)
+    if options.limit < 2:
+        parser.error("--limit is 1; an interval needs 2 prompts or more")
+    try:
+        bench = Bench(options)
+    except ValueError as error:
+        parser.error(str(error))
     folders: dict[str, Path] = {}
     for name in options.only:
         length = [] if name in FIXED else [f"train.max_steps={bench.steps(name)}"]

@@ -76,6 +76,12 @@ class RelayBuffers:
             for tensor in pair:
                 tensor.zero_()
 
+    def zero_keys_values(self) -> None:
+        """For the next batch: columns that it does not write are masked out, but no mask hides an earlier one's nan."""
+        for pair in self.keys_values:
+            for tensor in pair:
+                tensor.zero_()
+
     def context(self, columns: int) -> list[KV]:
         """Views of the first `columns` columns."""
         return [(k[:, :, :columns], v[:, :, :columns]) for k, v in self.keys_values]
@@ -134,6 +140,8 @@ def relay_step(
     if any(s.num_context for s in passes):
         buffers.prepare(draft.config, B, L, like=torch.empty(0, dtype=compute_dtype(draft, device), device=device))
     chunks = context_chunks(plan, passes)
+    if chunks:
+        buffers.zero_keys_values()
     with span("pass A"):
         for columns in chunks:
             _run_context(draft, batch, target, buffers, columns, num_depths, plan.pad_context)
@@ -214,7 +222,8 @@ def needed_segments(plan: Plan) -> list[Segment]:
 def context_chunks(plan: Plan, passes: list[Segment]) -> list[slice]:
     """Columns for pass A: from the first that some pass reads to the last, in runs no longer than the longest segment is.
 
-    In a static plan every run has that length; the last one may overlap the one before, and computes the same again.
+    In a static plan every run has that length and begins on the grid; it may overlap the one before, and computes the same
+    again.
     """
     first, end = plan.row_length, 0
     for segment in passes:
@@ -225,8 +234,8 @@ def context_chunks(plan: Plan, passes: list[Segment]) -> list[slice]:
     size = max((s.num_elements for s in plan.segments), default=1)
     if plan.static:
         size = min(size, plan.row_length)
-        first = first // GRID * GRID
-        starts = (min(start, plan.row_length - size) for start in range(first, end, size))
+        step = size // GRID * GRID or size
+        starts = (min(start, plan.row_length - size) for start in range(first // GRID * GRID, end, step))
         return [slice(start, start + size) for start in starts]
     return [slice(start, min(start + size, end)) for start in range(first, end, size)]
 

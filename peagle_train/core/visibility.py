@@ -22,8 +22,9 @@ MASK_BLOCK_BYTES = 64 * 2**20
 QUERY_BLOCK = 512
 """Queries of a block on CPU, fewer where the keys are so many that a block would pass MASK_BLOCK_BYTES."""
 GRID = 64
-"""In two-byte dtypes, ranges of keys and the border to the rollouts lie on multiples of this: the CPU's bfloat16 kernels
-are compiled for every shape that comes and kept, so that a run's memory would grow with every new one."""
+"""In two-byte dtypes, ranges of keys and the border to the rollouts lie on multiples of this (in static plans all of them,
+see `plan_segments`): the CPU's bfloat16 kernels are compiled for every shape that comes and kept, so that a run's memory
+would grow with every new one."""
 
 
 def sees_context(query_start: Tensor, query_anchor: Tensor, key_anchor: Tensor, key_depth: Tensor) -> Tensor:
@@ -55,8 +56,8 @@ class QueryBlock:
     context: slice
     depth0: slice
     rollout: slice
-    sees_all_context: bool = False
-    """Whether every query sees every key of `context`, as where the context ends before the first query's anchor."""
+    seen: slice = slice(0, 0)
+    """Columns of `context` that every query sees, as those before the first query's anchor: no mask is made of them."""
 
 
 @dataclass
@@ -112,8 +113,10 @@ class Visibility:
         B, N = self.anchor.shape
         keys = self.num_context + self.num_depth0 + QUERY_BLOCK + self.num_depths
         size = max(1, min(QUERY_BLOCK, MASK_BLOCK_BYTES // (B * keys * itemsize)))
-        # Depth-0 elements and rollouts see different ranges, so a block holds one kind as far as B > 1 allows it.
         grid = GRID if itemsize == 2 else 1
+        if grid > 1:
+            size = size // GRID * GRID or 1 << size.bit_length() - 1
+        # Depth-0 elements and rollouts see different ranges, so a block holds one kind as far as B > 1 allows it.
         border = self.first_rollout // grid * grid
         edges = sorted({0, self.cut, border, self.num_depth0, N} & set(range(N + 1)))
         starts = [q for lo, hi in pairwise(edges) for q in range(lo, hi, size)]
@@ -132,11 +135,10 @@ class Visibility:
             context = _on_grid(min(lo, self.num_context), min(hi, self.num_context), self.num_context, grid)
             # A rollout is contiguous, so its elements lie at most K - 2 slots before the query.
             rollout = _on_grid(max(self.first_rollout, q0 - self.num_depths + 2), q1, N, grid)
-            sees_all = bool(real.all()) and context.stop <= min(
-                int(self.anchor[:, q0:q1].min()) + 1, int(self.context_end.min())
-            )
-            sees_all = sees_all and int(self.start[:, q0:q1].max()) <= context.start
-            blocks.append(QueryBlock(q0, q1, context, depth0, rollout, sees_all))
+            first = max(context.start, int(self.start[:, q0:q1].max()))
+            end = min(context.stop, int(self.anchor[:, q0:q1].min()) + 1, int(self.context_end.min()))
+            seen = slice(first, end) if first < end and bool(real.all()) else slice(context.stop, context.stop)
+            blocks.append(QueryBlock(q0, q1, context, depth0, rollout, seen))
         return blocks
 
     def block_mask(self, index: int, dtype: torch.dtype) -> Tensor:
@@ -153,17 +155,18 @@ class Visibility:
         return _additive(block, self._masks[index], dtype)
 
     def _hidden(self, block: QueryBlock) -> Tensor:
-        """bool [B, 1, q, k]: the keys that a query does not see; without the context's, if all of them are seen."""
+        """bool [B, 1, q, k]: the keys that a query does not see; those that all of them see are left out."""
         q = slice(block.q0, block.q1)
         start, anchor, depth = self.start[:, q, None], self.anchor[:, q, None], self.depth[:, q, None]
+        column = torch.cat(
+            [torch.arange(block.context.start, block.seen.start), torch.arange(block.seen.stop, block.context.stop)]
+        )
+        exists = torch.where(column < self.context_end[:, None], 0, -1)
         parts = [
+            sees_context(start, anchor, column, exists[:, None]),
             sees_context(start, anchor, self.anchor[:, None, block.depth0], self.depth[:, None, block.depth0]),
             sees_rollout(anchor, depth, self.anchor[:, None, block.rollout], self.depth[:, None, block.rollout]),
         ]
-        if not block.sees_all_context:
-            column = torch.arange(block.context.start, block.context.stop)
-            exists = torch.where(column < self.context_end[:, None], 0, -1)
-            parts.insert(0, sees_context(start, anchor, column, exists[:, None]))
         visible = torch.cat(parts, dim=-1) & (depth >= 0)
         return visible.logical_not_()[:, None]
 
@@ -176,7 +179,8 @@ def _on_grid(start: int, stop: int, limit: int, grid: int) -> slice:
 
 
 def _additive(block: QueryBlock, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    seen = block.context.stop - block.context.start if block.sees_all_context else 0
+    left, seen = block.seen.start - block.context.start, block.seen.stop - block.seen.start
     mask = torch.zeros(*hidden.shape[:-1], seen + hidden.shape[-1], dtype=dtype)
-    mask[..., seen:].masked_fill_(hidden, float("-inf"))
+    mask[..., :left].masked_fill_(hidden[..., :left], float("-inf"))
+    mask[..., left + seen :].masked_fill_(hidden[..., left:], float("-inf"))
     return mask

@@ -102,6 +102,7 @@ class Measurement:
             if slots < 1:
                 raise ValueError(f"K is {slots}; give at least 1")
         self.target, self.drafters, self.settings = target, list(drafters), settings
+        self.drafters[0][0].to(target.device)  # type: ignore[arg-type]
         self.tokenizer, self.eos = tokenizer, eos
         self.largest = max(settings.num_slots, *(slots for _, slots in drafters))
         """Tokens that a text goes on for behind max_tokens, so that its last passes are whole."""
@@ -155,10 +156,13 @@ class Measurement:
         repeated = repeats(ids, decoded.tokens)
         apart = repeated[1:]  # a pass belongs to where the first token lies that it drafts
         drafted = []
-        for draft, slots in self.drafters:
+        for i, (draft, slots) in enumerate(self.drafters):
+            draft.to(self.target.device)  # type: ignore[arg-type]
             accept_mK = accept_probabilities(draft, decoded, slots, s.temperature, s.sample_drafts)
             by_k = [replay(accept_mK, k, s.max_tokens, apart) for k in range(1, slots + 1)]
             drafted.append(Drafted(by_k, *_agreement(accept_mK, s.max_tokens, apart)))
+            if i:  # a run's checkpoints together may be larger than the device
+                draft.to("cpu")  # type: ignore[arg-type]
         return Result(
             number=number,
             id=case.id,

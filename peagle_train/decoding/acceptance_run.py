@@ -61,8 +61,6 @@ def run(options: Namespace, folder: Path) -> tuple[str, bool]:
         raise ValueError(f"target {path} is no folder: give --target DIR")
     device = _device(options.device)
     drafts = [load_drafter(f) for f in folders]
-    for draft in drafts:
-        draft.to(device)  # type: ignore[arg-type]
     if STDLIB in options.prompts:
         for other in folders[1:]:
             _check_same_split(recipe, other)

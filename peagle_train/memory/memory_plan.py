@@ -270,9 +270,7 @@ def plan_memory(sizes: Sizes, num_segments: int, all_supervised: bool = False) -
     largest = max(s.vocab * H * m if s.train_embeddings else 0, s.hidden * s.intermediate * (c + m), s.fc_weights * m)
     phases["embedding"] = during + one.N * H * (c + m) * 2 + one.M * 3 * T * c + (largest if again else 0)
     phases["reduce"] = base + kept + (s.trained * m if s.world_size > 1 and not s.sharded else 0)
-    # foreach, CUDA's way, makes a temporary of everything; a CPU goes parameter by parameter.
-    temporary = s.trained * m // ranks if s.on_cuda else 2 * max(s.vocab * H * m, s.fc_weights * m)
-    phases["optimizer"] = base + kept + temporary
+    phases["optimizer"] = base + kept  # fused AdamW makes nothing beside them
     return MemoryPlan(S, capacity_of(s, S), resident, step, phases)
 
 

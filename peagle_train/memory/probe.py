@@ -35,11 +35,6 @@ def probe_step(trainer: "Trainer") -> str:
     try:
         trainer.accumulate([batch] * min(2, trainer.recipe.train.gradient_accumulation_steps))
         clip_gradients(trainer.trained, math.inf)
-        # What AdamW makes beside its state: a tensor for each parameter where it takes all of them at once (CUDA).
-        on_cuda = device.type == "cuda"
-        largest = max(trainer.trained, key=lambda p: p.numel())
-        temporary = [torch.empty_like(p) for p in (trainer.trained if on_cuda else [largest])]
-        del temporary
     finally:
         del states, batch
         optimizer.zero_grad(set_to_none=True)

@@ -97,9 +97,10 @@ def _check_config(raw: dict[str, Any]) -> list[Finding]:
     found = [Finding("ok", "format", f"{kind}, {layers.get('num_hidden_layers')} layers")]
     wrong = wrong_types(raw)
     others = [] if wrong else other_kind(raw)
-    found += [Finding("BAD", "config.json", problem) for problem in (wrong or misread(raw))]
-    found += [Finding("????", "kind", difference) for difference in others]
     unlike: Level = "????" if others else "BAD"
+    found += [Finding("BAD", "config.json", problem) for problem in wrong]
+    found += [Finding("????", "kind", difference) for difference in others]
+    found += [Finding(unlike, "config.json", problem) for problem in ([] if wrong else misread(raw))]
     given = raw.get("architectures")
     given = given if isinstance(given, list) and given else ["none"]
     if kind == EAGLE3:
@@ -123,7 +124,7 @@ def _check_config(raw: dict[str, Any]) -> list[Finding]:
     if raw.get("tie_word_embeddings") or layers.get("tie_word_embeddings"):
         pruned = raw.get("draft_vocab_size") not in (None, layers.get("vocab_size"))
         detail = "true: a pruned vocabulary's head cannot be the embeddings" if pruned else "true, ignored by vLLM"
-        found.append(Finding("BAD" if pruned else "warn", "tie_word_embeddings", detail))
+        found.append(Finding(unlike if pruned else "warn", "tie_word_embeddings", detail))
     if raw.get("norm_before_residual") is None:
         found.append(Finding("warn", "norm_before_residual", "not given, and readers' defaults differ: give it"))
     return found
@@ -186,7 +187,7 @@ def _check_weights(folder: Path, raw: dict[str, Any], config: PEagleDraftConfig 
         found.append(Finding("BAD", stray[0], "is no part of the drafter, but vLLM reads every .safetensors here"))
     try:
         if config is None:
-            level: Level = "????" if not wrong_types(raw) and not misread(raw) and other_kind(raw) else "BAD"
+            level: Level = "????" if not wrong_types(raw) and other_kind(raw) else "BAD"
             return [*found, Finding(level, "weights", "shapes not checked: config.json does not say what they must be")]
         check_layers(config, {standard_name(name): tensor for name, tensor in stored.items()})
         shapes = expected_shapes(config)

@@ -23,7 +23,7 @@ def make_optimizer(draft: nn.Module, train: Train) -> torch.optim.AdamW:
         lr=train.learning_rate,
         betas=(train.adam_beta1, train.adam_beta2),
         eps=train.adam_epsilon,
-        fused=True,  # one pass over weights and moments: a fifth of the time, on a CPU as on a GPU
+        fused=True,  # one pass over weights and moments, and no tensor beside them: a fifth of the time on a CPU
     )
 
 

@@ -6,7 +6,8 @@ shown like all others, but neither the time left nor the advice is made of it.
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -41,9 +42,17 @@ class Pace:
         self.restart()
 
     def restart(self) -> None:
-        """Begin a window now; what the present one holds is forgotten (an evaluation came in between)."""
+        """Begin a window now; what the present one holds is forgotten."""
         self._started, self._cpu_started = time.perf_counter(), time.process_time()
         self._steps, self._tokens, self._supervised, self._wait = 0, 0, 0, 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done within is no part of the window: an evaluation, a checkpoint."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        self._started += time.perf_counter() - wall
+        self._cpu_started += time.process_time() - cpu
 
     def waited(self, seconds: float) -> None:
         """The loop stood still for its loader."""
@@ -116,7 +125,7 @@ class Pace:
             f" {now.wait_share:.0%} of it waiting for data ({before.wait_share:.0%} before),"
             f" {now.cpu_share:.0%} of a core's time computing ({before.cpu_share:.0%} before): "
         )
-        if now.wait_share >= max(WAITS, 2 * before.wait_share):
+        if now.wait / now.steps - before.wait / before.steps > (now.pace - before.pace) / 2:
             return line + self._more_loaders()
         if now.cpu_share < STARVED * before.cpu_share:
             return line + "other work takes this machine's cores, or the device waits"

@@ -162,7 +162,8 @@ def load_full_moments(model: nn.Module, optimizer: Any, moments: dict[str, Tenso
     for name, parameter in trained.items():
         state = {}
         for kind in kinds:
-            like = torch.zeros(()) if kind == "step" else torch.zeros_like(parameter)
+            # fused AdamW reads the number of steps on the parameter's device
+            like = torch.zeros((), device=parameter.device) if kind == "step" else torch.zeros_like(parameter)
             state[kind] = _from_rank_0(moments.get(f"{kind}.{name}"), like)
         optimizer.state[parameter] = state
 
@@ -212,7 +213,7 @@ def _from_rank_0(value: Tensor | None, like: Tensor) -> Tensor:
         assert value is not None
         out.copy_(value)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        # Scalars of AdamW stay on the CPU, where NCCL does not reach.
+        # NCCL does not reach what lies on the CPU.
         moved = out if like.device.type != "cpu" else out.to(_reachable())
         dist.broadcast(moved, src=0)
         out.copy_(moved)

@@ -330,12 +330,13 @@ class Trainer:
         if (self.step % train.log_steps == 0 or self.step == 1 or last) and self._stats is not None:
             self._log(self._stats)
         if train.eval_steps and self.step % train.eval_steps == 0 and not last:
-            self.evaluate(f"held-out at step {self.step}")
-            self.pace.restart()
+            with self.pace.paused():
+                self.evaluate(f"held-out at step {self.step}")
         # Behind the evaluation, so that whoever goes on from here need not repeat it.
         is_due = train.save_steps is not None and self.step % train.save_steps == 0 and not last
         if self._is_asked_to_save() or is_due:
-            save_checkpoint(self)
+            with self.pace.paused():
+                save_checkpoint(self)
 
     def _is_asked_to_save(self) -> bool:
         if self.accelerator.num_processes == 1:
