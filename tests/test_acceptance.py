@@ -242,9 +242,29 @@ def test_stdlib_prompts_are_held_out_seeded_and_from_the_recipes_own_split(monke
     assert load_cases("stdlib", Words(), **options)[0] == found
     assert {c.id: c for c in load_cases("stdlib", Words(), **options, seed=1)[0]} != {c.id: c for c in found}
     assert load_cases("stdlib", Words(), **options, limit=2)[0] == found[:2]
+    twice, said = load_cases("stdlib", Words(), **options, cuts=2, limit=len(found) + 2)
+    assert twice[:-2] == found and f"{len(twice)} pieces of 16 tokens, of {len(found)} of the" in said[0]
+    assert [c.group for c in twice[-2:]] == [c.id for c in found[:2]] and len({c.id for c in twice}) == len(twice)
+    assert all(tuple(c.ids) in windows(held_out[f"stdlib/{c.group}"], 16) for c in twice)
     Recipe.data = Data(sources=["stdlib"], eval_fraction=0.0)
     with pytest.raises(ValueError, match="eval_fraction"):
         load_cases("stdlib", Words(), **options)
+
+
+def windows(ids: list[int], length: int) -> set[tuple[int, ...]]:
+    return {tuple(ids[i : i + length]) for i in range(len(ids) - length)}
+
+
+def test_pieces_of_one_module_are_resampled_as_one(llama):
+    plain = cases(4)
+    together = [replace(case, group="a" if i < 3 else "b") for i, case in enumerate(plain)]
+    same_id = [replace(case, id="7") for case in plain]
+    settings = Settings(num_slots=2, max_tokens=6)
+    numbers = [
+        [r.number for r in Measurement(llama, [(tiny_draft(), 2)], settings)(given)]
+        for given in (plain, together, same_id)
+    ]
+    assert numbers == [[1, 2, 3, 4], [1, 1, 1, 4], [1, 2, 3, 4]]
 
 
 # the command line

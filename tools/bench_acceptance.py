@@ -122,7 +122,7 @@ class Bench:
         report, first = self.out / "evaluate.json", next(iter(folders.values()))
         o = self.options
         command = [str(ROOT / "tools" / "evaluate.py"), str(first), "--prompts", "stdlib", "--limit", str(o.limit)]
-        command += ["--max-tokens", str(o.max_tokens), "--k", "5", "--max-k", "5", "--json", str(report)]
+        command += ["--cuts", "2", "--max-tokens", str(o.max_tokens), "--k", "5", "--max-k", "5", "--json", str(report)]
         others = [str(folder) for folder in list(folders.values())[1:]]
         self.run(self.out / "evaluate.log", *command, *(["--compare", *others] if others else []))
         return json.loads(report.read_text())
@@ -152,7 +152,8 @@ def summary(folders: dict[str, Path], report: dict[str, Any]) -> list[dict[str, 
             "interval": measured["interval"],
             "accepted_by_position": measured["accepted_by_position"],
             "with_repetition": measured["with_repetition"]["accepted_length"],
-            "prompts": figures["prompts"],
+            "prompts": figures["turns"],
+            "modules": figures["prompts"],
             "tokens": figures["tokens"],
             "repeated_tokens": figures["repeated_tokens"],
         }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 EPILOG = """prompts:
   humaneval, mt-bench   by name (from optional packages: it says which)
-  stdlib                held-out standard-library modules of the checkpoint's recipe, cut at a seeded place
+  stdlib                held-out standard-library modules of the checkpoint's recipe, cut at seeded places
   FILE                  .jsonl of {"text": ...}, taken as it is, or of chats (messages, conversations, turns, prompt)
 
 what is reported, for every K from 1 to the drafter's own, out of one decoding:
@@ -45,6 +45,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
     parser.add_argument("--plain", action="store_true", help="give prompts to the target without its chat template")
     parser.add_argument("--prompt-tokens", type=int, default=256, metavar="N", help="for stdlib (default 256)")
+    parser.add_argument("--cuts", type=int, default=1, metavar="N", help="prompts of each module of stdlib (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of cuts, sampling and intervals")
     parser.add_argument("--json", metavar="FILE", help="write everything, every prompt included")
     return parser.parse_args(arguments)

@@ -54,7 +54,7 @@ class Result:
     """One turn of one prompt."""
 
     number: int
-    """Of its prompt among all: turns of one prompt share it."""
+    """Of its prompt among all: turns of one prompt share it, and pieces of one module."""
     id: str
     data_set: str
     turn: int
@@ -113,7 +113,9 @@ class Measurement:
     def __call__(self, cases: Sequence[Case], say: Callable[[str], None] = lambda _: None) -> list[Result]:
         """Decode every case; a turn's randomness depends on the seed, the data set, the prompt's id and the turn alone."""
         results: list[Result] = []
-        for number, case in enumerate(cases, start=1):
+        groups: dict[tuple[str, str], int] = {}
+        for at, case in enumerate(cases, start=1):
+            number = groups.setdefault((case.data_set, case.group), at) if case.group else at
             answers: list[str] = []
             for turn in range(case.num_turns):
                 ids = case.prompt_ids(answers, self.tokenizer)
@@ -123,7 +125,7 @@ class Measurement:
                     break
                 result = self._turn(case, number, turn, ids)
                 results.append(result)
-                say(f"{number}/{len(cases)}  {case.data_set} {case.id}  {len(result.tokens)} tokens")
+                say(f"{at}/{len(cases)}  {case.data_set} {case.id}  {len(result.tokens)} tokens")
                 if turn + 1 < case.num_turns:
                     answers.append(self.tokenizer.decode(result.tokens, skip_special_tokens=True))
         return results

@@ -41,7 +41,7 @@ def run(options: Namespace, folder: Path) -> tuple[str, bool]:
     Raises:
         ValueError: for a user's mistake.
     """
-    for name, least in (("max_tokens", 1), ("limit", 1), ("k", 1), ("max_k", 1), ("prompt_tokens", 1)):
+    for name, least in (("max_tokens", 1), ("limit", 1), ("k", 1), ("max_k", 1), ("prompt_tokens", 1), ("cuts", 1)):
         value = getattr(options, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; give {least} or more")
@@ -196,6 +196,7 @@ def _cases(options: Namespace, recipe: Recipe | None, tokenizer: Any, vocab_size
             recipe=recipe,
             prompt_tokens=options.prompt_tokens,
             vocab_size=vocab_size,
+            cuts=options.cuts,
         )
         if more and more[0].data_set in {case.data_set for case in cases}:
             raise ValueError(

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ class Case:
     data_set: str
     ids: tuple[int, ...] = ()
     chat: Prompt | None = None
+    group: str = ""
+    """Cases of one group are no independent samples: intervals resample them as one."""
 
     @property
     def num_turns(self) -> int:
@@ -55,6 +58,7 @@ def load_cases(
     recipe: Any = None,
     prompt_tokens: int = 256,
     vocab_size: int = 0,
+    cuts: int = 1,
 ) -> tuple[list[Case], list[str]]:
     """The prompts that `name` stands for, and what there is to say of them.
 
@@ -62,13 +66,15 @@ def load_cases(
         name: `stdlib`, `humaneval`, `mt-bench` or a file: .jsonl of `{"text": ...}` (given to the target as it is) or
             of what `load_prompts` reads (asked through the chat template).
         plain: give every prompt's only user message to the target as it is, without the chat template.
-        recipe, prompt_tokens, vocab_size: for `stdlib`, see `stdlib_cases`.
+        recipe, prompt_tokens, vocab_size, cuts: for `stdlib`, see `stdlib_cases`.
 
     Raises:
         ValueError: one line.
     """
     if name == STDLIB:
-        return stdlib_cases(recipe, tokenizer, vocab_size, limit=limit, prompt_tokens=prompt_tokens, seed=seed)
+        return stdlib_cases(
+            recipe, tokenizer, vocab_size, limit=limit, prompt_tokens=prompt_tokens, seed=seed, cuts=cuts
+        )
     if tokenizer is None:
         raise ValueError(f"prompts {name} need the target's tokenizer, and its folder has none")
     data_set = name if name in BENCHMARKS else Path(name).name
@@ -94,12 +100,13 @@ def load_cases(
 
 
 def stdlib_cases(
-    recipe: Any, tokenizer: Any, vocab_size: int, *, limit: int | None, prompt_tokens: int, seed: int
+    recipe: Any, tokenizer: Any, vocab_size: int, *, limit: int | None, prompt_tokens: int, seed: int, cuts: int = 1
 ) -> tuple[list[Case], list[str]]:
     """Pieces of `prompt_tokens` tokens out of standard-library modules that the recipe's split holds out.
 
     The split is by the document's key alone, so it is the training run's if `data.eval_fraction` is. The piece ends at a
-    place drawn from the seed and the key; documents come in an order drawn likewise.
+    place drawn from the seed and the key; documents come in an order drawn likewise, all with their first piece, then with
+    their second, up to `cuts` of them.
     """
     if recipe is None:
         raise ValueError(
@@ -126,20 +133,16 @@ def stdlib_cases(
         raise ValueError(f"no held-out module has more than {prompt_tokens} tokens: lower --prompt-tokens")
     long_enough.sort(key=lambda d: hashlib.sha256(f"order,{seed},{d.key}".encode()).hexdigest())
     cases = []
-    for document in long_enough[:limit]:
-        generator = _generator("cut", seed, document.key)
+    for cut, document in islice(product(range(cuts), long_enough), limit):
+        generator = _generator("cut", seed, document.key, *([cut] if cut else []))
         end = int(torch.randint(prompt_tokens, document.input_ids.numel(), (), generator=generator))
-        cases.append(
-            Case(
-                document.name.removeprefix(f"{STDLIB}/"),
-                STDLIB,
-                tuple(document.input_ids[end - prompt_tokens : end].tolist()),
-            )
-        )
+        name = document.name.removeprefix(f"{STDLIB}/")
+        piece = tuple(document.input_ids[end - prompt_tokens : end].tolist())
+        cases.append(Case(f"{name}, piece {cut + 1}" if cut else name, STDLIB, piece, group=name))
     short = len(held_out) - len(long_enough)
     return cases, [
-        f"{STDLIB}: {len(cases)} of {len(held_out)} held-out modules of {len(documents)}, {prompt_tokens} tokens of each"
-        + (f"; {short} are shorter" if short else "")
+        f"{STDLIB}: {len(cases)} pieces of {prompt_tokens} tokens, of {min(len(cases), len(long_enough))} of the"
+        f" {len(held_out)} held-out modules" + (f"; {short} are shorter" if short else "")
     ]
 
 
