@@ -67,7 +67,7 @@ def _close_resume(arguments: list[str]) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0; 2 for a user's mistake, 1 for a run that had to stop; one line on stderr says why."""
     print_anything()
-    with outside_the_loop():
+    with outside_the_loop(lambda error: os._exit(_interrupted(error))):
         return _main(arguments)
 
 
@@ -79,8 +79,7 @@ def _main(arguments: list[str] | None) -> int:
     except RunStopped as error:
         return _fail(error, 1)
     except KeyboardInterrupt as error:
-        name, code = ("SIGTERM", 143) if str(error) == "SIGTERM" else ("interrupted", 130)
-        return _fail(Exception(f"{name} outside of the training loop: nothing more was saved"), code)
+        return _interrupted(error)
     except Exception:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise  # anything unexpected keeps its traceback
@@ -134,6 +133,11 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _interrupted(error: KeyboardInterrupt) -> int:
+    name, code = ("SIGTERM", 143) if str(error) == "SIGTERM" else ("interrupted", 130)
+    return _fail(Exception(f"{name} outside of the training loop: nothing more was saved"), code)
+
+
 def _fail(error: Exception, code: int) -> int:
     line = f"peagle_train: error: {' '.join(str(error).split())}\n"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -141,6 +145,7 @@ def _fail(error: Exception, code: int) -> int:
 
         stop(line, code)
     sys.stderr.write(line)
+    sys.stderr.flush()
     return code
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -655,6 +656,28 @@ def test_before_the_first_step_sigusr1_is_answered_and_sigterm_is_one_line(
     assert said == "peagle_train: error: SIGTERM outside of the training loop: nothing more was saved\n"
     assert not (tmp_path / "run").exists()
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+def test_a_signal_that_comes_where_python_swallows_exceptions_ends_the_run_all_the_same(
+    tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Dying:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.perf_counter()  # the handler runs before the next line
+
+    load = FrozenTarget.load
+
+    def load_and_die(*args: Any, **kwargs: Any) -> FrozenTarget:
+        Dying()
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(FrozenTarget, "load", load_and_die)
+    recipe, hook = recipe_for(tmp_path, target, rows, train={"max_steps": 2}), sys.unraisablehook
+    assert in_child(lambda: run(recipe)) == 143
+    said = capfd.readouterr().err
+    assert said == "peagle_train: error: SIGTERM outside of the training loop: nothing more was saved\n"
+    assert sys.unraisablehook is hook
 
 
 @pytest.mark.parametrize("is_gone", [False, True])

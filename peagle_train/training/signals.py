@@ -3,8 +3,9 @@ they do before the first step and behind the last."""
 
 import os
 import signal
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -16,11 +17,20 @@ processes have got already where it was sent to their whole group, or their job.
 
 
 @contextmanager
-def outside_the_loop() -> Iterator[None]:
+def outside_the_loop(swallowed: Callable[[KeyboardInterrupt], None] | None = None) -> Iterator[None]:
     """Around all of a process, `Signals` included: SIGTERM ends it by a KeyboardInterrupt, as SIGINT does by itself, and
     SIGUSR1, which would kill it, is only answered.
+
+    swallowed: called, to end the process, where the interrupt came in a place whose exceptions Python only prints (the
+        callback of a weak reference, a `__del__`), and nobody would stop.
     """
-    main_process = os.getpid()
+    main_process, hook = os.getpid(), sys.unraisablehook
+
+    def on_unraisable(what: "sys.UnraisableHookArgs") -> None:
+        if swallowed is not None and isinstance(what.exc_value, KeyboardInterrupt):
+            swallowed(what.exc_value)
+        else:
+            hook(what)
 
     def on_term(number: int, _: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
@@ -38,9 +48,11 @@ def outside_the_loop() -> Iterator[None]:
         before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, on_save)
     except ValueError:  # not in the main thread
         pass
+    sys.unraisablehook = on_unraisable
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for kind, handler in before.items():
             signal.signal(kind, handler)
 
