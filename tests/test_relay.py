@@ -66,6 +66,21 @@ def test_what_an_earlier_batch_left_behind_is_not_read(seed: int, pad_context: b
                 tensor.fill_(float("nan"))
 
 
+@pytest.mark.parametrize("pad_context", [False, True])
+def test_nor_is_it_where_only_the_first_segment_has_something_to_learn(pad_context: bool) -> None:
+    draft, buffers, length = make_draft(), RelayBuffers(), 150
+    rows = [{"input_ids": list(range(40)) * 3, "loss_mask": [0] * 5 + [1] * 20 + [0] * 95}]
+    full = make_batch(make_rows(length, seed=1), length, 3)
+    outcome_of(relay_step, draft, full, make_target(full), buffers=buffers)
+    for pair in buffers.keys_values:
+        for tensor in pair:
+            tensor.fill_(float("nan"))
+    batch = make_batch(rows, length, 3, boundaries="uniform")
+    plan = plan_segments(batch, K, static=True, pad_context=pad_context)
+    expected = outcome_of(relay_step, draft, batch, make_target(batch))
+    assert_same(outcome_of(relay_step, draft, batch, make_target(batch), plan=plan, buffers=buffers), expected)
+
+
 @st.composite
 def packed_rows(draw: st.DrawFn) -> dict[str, Any]:
     lengths = draw(st.lists(st.integers(1, 14), max_size=4).filter(lambda n: sum(n) <= 26))

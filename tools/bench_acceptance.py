@@ -53,6 +53,7 @@ class Bench:
         """ValueError where --out holds what was trained under other settings."""
         names = ("overrides", "recipe", "minutes", "threads")
         given = {name: getattr(self.options, name) for name in names} | {"recipe": Path(self.recipe).read_text()}
+        given["cases"] = CASES
         file = self.out / "settings.json"
         if file.exists() and json.loads(file.read_text()) != given:
             raise ValueError(f"{self.out} was begun with other settings ({', '.join(names)}): give another --out")
@@ -107,7 +108,7 @@ class Bench:
             rows = self.rows(name)
             if not rows:
                 few.append("data.max_documents=12")
-                rows = [self.cache("features of a few", *few)]
+                rows = [self.cache(f"features of a few, {name}", *few)]
             timed = f"timed {name}"
             self.train(timed, *rows, *few, f"train.max_steps={TIMED_STEPS}", "train.log_steps=1")
             lines = [json.loads(line) for line in (self.folder(timed) / "metrics.jsonl").open()]

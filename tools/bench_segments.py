@@ -454,7 +454,7 @@ def plan_dense_blocks(self: "Visibility", itemsize: int) -> "list[QueryBlock]":
     size = max(1, min(module.QUERY_BLOCK, module.MASK_BLOCK_BYTES // (B * keys * itemsize)))
     edges = sorted({0, min(self.cut, N), N})  # no block straddles the first query of the last layer
     starts = [q for lo, hi in pairwise(edges) for q in range(lo, hi, size)]
-    return [module.QueryBlock(q0, q1, *every) for q0, q1 in zip(starts, [*starts[1:], N])]
+    return [module.QueryBlock(q0, q1, *every, slice(0, 0)) for q0, q1 in zip(starts, [*starts[1:], N])]
 
 
 def run_child(request: str) -> None:

@@ -64,7 +64,7 @@ def plan_segments(
     Args:
         static: every segment gets the same sizes whatever the data, own elements being padded to the capacity, the context
             to a multiple of `GRID` columns; else only what exists is run.
-        pad_context: pad the context to L, too, which compiled drafters need; None: if static.
+        pad_context: pad the context to L instead, which compiled drafters need; None: if static.
     """
     pad_context = static if pad_context is None else pad_context
     names = ("anchor", "depth", "supervised", "segment_ids", "position_ids")

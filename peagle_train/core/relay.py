@@ -62,7 +62,6 @@ class RelayBuffers:
         wide = torch.promote_types(like.dtype, torch.float32)
 
         def pair(dtype: torch.dtype) -> KV:
-            # Zeros, not garbage: a column that is no drafter row is masked out, but 0 * inf would still be nan.
             key, value = (torch.zeros(shape, dtype=dtype, device=like.device) for _ in range(2))
             return key, value
 
@@ -70,14 +69,8 @@ class RelayBuffers:
         self.gradients = [pair(wide) for _ in range(config.num_hidden_layers)]
         self._made_for = wanted
 
-    def zero_(self) -> None:
-        """Forget everything, in place: where a step was not finite, 0 * nan would carry it into the next one."""
-        for pair in [*self.keys_values, *self.gradients]:
-            for tensor in pair:
-                tensor.zero_()
-
-    def zero_keys_values(self) -> None:
-        """For the next batch: columns that it does not write are masked out, but no mask hides an earlier one's nan."""
+    def forget(self) -> None:
+        """Before each batch: columns that it does not write are masked out, but no mask hides an earlier one's nan."""
         for pair in self.keys_values:
             for tensor in pair:
                 tensor.zero_()
@@ -139,9 +132,8 @@ def relay_step(
     B, L = batch["input_ids"].shape
     if any(s.num_context for s in passes):
         buffers.prepare(draft.config, B, L, like=torch.empty(0, dtype=compute_dtype(draft, device), device=device))
+        buffers.forget()
     chunks = context_chunks(plan, passes)
-    if chunks:
-        buffers.zero_keys_values()
     with span("pass A"):
         for columns in chunks:
             _run_context(draft, batch, target, buffers, columns, num_depths, plan.pad_context)
@@ -222,8 +214,8 @@ def needed_segments(plan: Plan) -> list[Segment]:
 def context_chunks(plan: Plan, passes: list[Segment]) -> list[slice]:
     """Columns for pass A: from the first that some pass reads to the last, in runs no longer than the longest segment is.
 
-    In a static plan every run has that length and begins on the grid; it may overlap the one before, and computes the same
-    again.
+    In a static plan every run has that length and begins on the grid or is the row's last; it may overlap the one before,
+    and computes the same again.
     """
     first, end = plan.row_length, 0
     for segment in passes:

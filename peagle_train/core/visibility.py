@@ -56,7 +56,7 @@ class QueryBlock:
     context: slice
     depth0: slice
     rollout: slice
-    seen: slice = field(default_factory=lambda: slice(0, 0))
+    seen: slice
     """Columns of `context` that every query sees, as those before the first query's anchor: no mask is made of them."""
 
 

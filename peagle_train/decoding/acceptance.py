@@ -159,7 +159,8 @@ class Measurement:
         apart = repeated[1:]  # a pass belongs to where the first token lies that it drafts
         drafted = []
         for i, (draft, slots) in enumerate(self.drafters):
-            draft.to(self.target.device)  # type: ignore[arg-type]
+            if i:
+                draft.to(self.target.device)  # type: ignore[arg-type]
             accept_mK = accept_probabilities(draft, decoded, slots, s.temperature, s.sample_drafts)
             by_k = [replay(accept_mK, k, s.max_tokens, apart) for k in range(1, slots + 1)]
             drafted.append(Drafted(by_k, *_agreement(accept_mK, s.max_tokens, apart)))

@@ -7,11 +7,10 @@ A step's phases follow each other, and the peak is the largest of them:
     backward    the same activations, and the gradients that begin to run through the last layer
     embedding   the activations are gone, and a dense gradient of the embeddings is added to the one of earlier segments
     reduce      the gradients' second copy, where ranks sum them
-    optimizer   AdamW's temporaries
 
-What autograd saves is listed layer by layer in `saved_bytes`, as draft.py computes; tests hold it against what autograd
-really holds. Everything is in bytes. N: elements of a pass, Q: of these the last layer's queries, M: slots whose features
-are gathered, P: context columns, H: the drafter's hidden size, T: the target's.
+AdamW, fused, makes nothing beside its state. What autograd saves is listed layer by layer in `saved_bytes`, as draft.py
+computes; tests hold it against what autograd really holds. Everything is in bytes. N: elements of a pass, Q: of these the
+last layer's queries, M: slots whose features are gathered, P: context columns, H: the drafter's hidden size, T: the target's.
 """
 
 from collections.abc import Iterable
@@ -270,7 +269,6 @@ def plan_memory(sizes: Sizes, num_segments: int, all_supervised: bool = False) -
     largest = max(s.vocab * H * m if s.train_embeddings else 0, s.hidden * s.intermediate * (c + m), s.fc_weights * m)
     phases["embedding"] = during + one.N * H * (c + m) * 2 + one.M * 3 * T * c + (largest if again else 0)
     phases["reduce"] = base + kept + (s.trained * m if s.world_size > 1 and not s.sharded else 0)
-    phases["optimizer"] = base + kept  # fused AdamW makes nothing beside them
     return MemoryPlan(S, capacity_of(s, S), resident, step, phases)
 
 

@@ -38,7 +38,6 @@ def probe_step(trainer: "Trainer") -> str:
     finally:
         del states, batch
         optimizer.zero_grad(set_to_none=True)
-        trainer.runner.buffers.zero_()
     return _line(device)
 
 

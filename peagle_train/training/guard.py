@@ -42,15 +42,13 @@ class Guard:
 
 
 def skip_step(trainer: "Trainer", batches: list[dict[str, Tensor]], losses: list[Tensor]) -> None:
-    """What is left to do in a step that was not applied, on every rank: find its rows, forget its buffers, stop if it was
-    one too many.
+    """What is left to do in a step that was not applied, on every rank: find its rows, stop if it was one too many.
 
     Args:
         trainer: behind the step. batches: the step's micro-batches on this rank. losses: scalar, of each of them.
     """
     bad = [_bad_rows(trainer, b) for b, loss in zip(batches, losses, strict=True) if not bool(torch.isfinite(loss))]
     found = _entries(trainer, bad, "loss") or _entries(trainer, batches, "gradient")
-    trainer.runner.buffers.zero_()
     trainer.on_main(f"{BAD_ROWS} could not be written", lambda: trainer.guard.write(found))
     what, keys = found[0]["what"], [entry["row_key"] for entry in found]
     line = f"{what} is not finite in step {trainer.step}, rows {keys}: the step was not applied"

@@ -17,7 +17,7 @@ processes have got already where it was sent to their whole group, or their job.
 
 
 @contextmanager
-def outside_the_loop(swallowed: Callable[[KeyboardInterrupt], None] | None = None) -> Iterator[None]:
+def outside_the_loop(swallowed: Callable[[KeyboardInterrupt], None]) -> Iterator[None]:
     """Around all of a process, `Signals` included: SIGTERM ends it by a KeyboardInterrupt, as SIGINT does by itself, and
     SIGUSR1, which would kill it, is only answered.
 
@@ -27,7 +27,7 @@ def outside_the_loop(swallowed: Callable[[KeyboardInterrupt], None] | None = Non
     main_process, hook = os.getpid(), sys.unraisablehook
 
     def on_unraisable(what: "sys.UnraisableHookArgs") -> None:
-        if swallowed is not None and isinstance(what.exc_value, KeyboardInterrupt):
+        if isinstance(what.exc_value, KeyboardInterrupt):
             swallowed(what.exc_value)
         else:
             hook(what)
