@@ -244,6 +244,7 @@ def test_stdlib_prompts_are_held_out_seeded_and_from_the_recipes_own_split(monke
     assert load_cases("stdlib", Words(), **options, limit=2)[0] == found[:2]
     twice, said = load_cases("stdlib", Words(), **options, cuts=2, limit=len(found) + 2)
     assert twice[:-2] == found and f"{len(twice)} pieces of 16 tokens, of {len(found)} of the" in said[0]
+    assert all(c.ids != first.ids for c, first in zip(twice[-2:], found)), "other places of the same modules"
     assert [c.group for c in twice[-2:]] == [c.id for c in found[:2]] and len({c.id for c in twice}) == len(twice)
     assert all(tuple(c.ids) in windows(held_out[f"stdlib/{c.group}"], 16) for c in twice)
     Recipe.data = Data(sources=["stdlib"], eval_fraction=0.0)

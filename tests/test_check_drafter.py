@@ -127,6 +127,10 @@ OTHERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "last layer only": (lambda f: set_config(f, eagle_config={"use_aux_hidden_state": False}), "use_aux_hidden_state"),
     "quantised": (lambda f: set_config(f, quantization_config={"bits": 4}), "quantization_config"),
     "sliding": (lambda f: set_config(f, layer_types=["sliding_attention"] * 2), "layer_types"),
+    "tied": (
+        lambda f: set_config(f, layer_types=["sliding_attention"] * 2, tie_word_embeddings=True),
+        "layer_types",
+    ),
     "qwen3 layers": (
         lambda f: set_config(f, architectures=["Qwen3Eagle3"], model_type="qwen3"),
         "model_type is 'qwen3'",

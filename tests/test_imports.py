@@ -2,6 +2,8 @@
 
 import importlib
 import pkgutil
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -13,3 +15,10 @@ MODULES = [found.name for found in pkgutil.walk_packages(peagle_train.__path__, 
 @pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith("__main__")])
 def test_a_module_can_be_imported(name: str) -> None:
     importlib.import_module(name)
+
+
+def test_the_console_script_is_the_modules_own_and_types_are_shipped() -> None:
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    module, _, function = project["scripts"]["peagle-train"].partition(":")
+    assert getattr(importlib.import_module(module), function) is importlib.import_module("peagle_train.__main__").main
+    assert (Path(peagle_train.__file__).parent / "py.typed").is_file()

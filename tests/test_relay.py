@@ -50,12 +50,12 @@ def test_a_static_plan_gives_what_the_flat_pass_gives(case: dict[str, Any]) -> N
     assert_same(outcome_of(relay_step, draft, batch, target, scale=0.1, plan=plan), expected)
 
 
-@pytest.mark.parametrize("pad_context", [False, True])
+@pytest.mark.parametrize("S, pad_context", [(16, False), (3, True), (16, True)])
 @pytest.mark.parametrize("seed", range(4))
-def test_what_an_earlier_batch_left_behind_is_not_read(seed: int, pad_context: bool) -> None:
+def test_what_an_earlier_batch_left_behind_is_not_read(seed: int, S: int, pad_context: bool) -> None:
     draft, buffers = make_draft(), RelayBuffers()
-    length = 150  # longer than the grid that static plans put contexts on
-    batch = make_batch(make_rows(length, documents=1 + 2 * seed, batch_size=1 + seed % 2, seed=seed), length, 3)
+    length = 150  # in 16 segments, pass A's chunks are shorter than the grid that contexts are padded to
+    batch = make_batch(make_rows(length, documents=1 + 2 * seed, batch_size=1 + seed % 2, seed=seed), length, S)
     target = make_target(batch)
     expected = outcome_of(relay_step, draft, batch, target)
     plan = plan_segments(batch, K, static=True, pad_context=pad_context)

@@ -20,11 +20,14 @@ import peagle_train.training.run_checkpoint as run_checkpoint
 import peagle_train.training.trainer as trainer_module
 from peagle_train.__main__ import main, parse
 from peagle_train.data.packing import PackedRows
+from peagle_train.recipe import load_recipe
 from peagle_train.target.frozen import FrozenTarget
 from peagle_train.training.checkpoint import claim_output, lock_output
 from peagle_train.training.evaluate import Evaluator
+from peagle_train.training.optim import make_optimizer
 from peagle_train.training.runner import BatchRunner
 from peagle_train.training.sharded import load_full_moments
+from peagle_train.training.signals import outside_the_loop
 from peagle_train.training.trainer import Trainer
 from tests.test_checkpoint_files import in_child
 from tests.tiny import make_target, write_recipe, write_rows
@@ -673,11 +676,24 @@ def test_a_signal_that_comes_where_python_swallows_exceptions_ends_the_run_all_t
         return load(*args, **kwargs)
 
     monkeypatch.setattr(FrozenTarget, "load", load_and_die)
-    recipe, hook = recipe_for(tmp_path, target, rows, train={"max_steps": 2}), sys.unraisablehook
+    recipe = recipe_for(tmp_path, target, rows, train={"max_steps": 2})
     assert in_child(lambda: run(recipe)) == 143
     said = capfd.readouterr().err
     assert said == "peagle_train: error: SIGTERM outside of the training loop: nothing more was saved\n"
-    assert sys.unraisablehook is hook
+
+
+def test_other_swallowed_errors_are_told_as_ever_and_the_hook_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing:
+        def __del__(self) -> None:
+            raise OSError("in vain")
+
+    told: list[str] = []
+    hook = lambda what: told.append(str(what.exc_value))  # noqa: E731
+    monkeypatch.setattr(sys, "unraisablehook", hook)
+    with outside_the_loop(lambda error: told.append("ended")):
+        assert sys.unraisablehook is not hook
+        Failing()
+    assert told == ["in vain"] and sys.unraisablehook is hook
 
 
 @pytest.mark.parametrize("is_gone", [False, True])
@@ -730,6 +746,13 @@ def test_sigusr1_saves_and_goes_on_and_clocks_that_jump_change_nothing(
     monkeypatch.undo()
     run(again, "--resume")
     assert_same_run(tmp_path / "again" / "run", tmp_path / "run")
+
+
+def test_the_optimizer_makes_nothing_beside_its_state_as_the_plan_of_memory_takes_it(
+    tmp_path: Path, target: Path, rows: Path
+) -> None:
+    train = load_recipe(str(recipe_for(tmp_path, target, rows))).train
+    assert make_optimizer(torch.nn.Linear(3, 2), train).defaults["fused"] is True
 
 
 def test_moments_and_steps_lie_where_their_parameter_does() -> None:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,7 @@ def test_more_loaders_than_cores_are_not_advised(clock: Clock) -> None:
         (2.0, 0.0, 0.4, "other work takes this machine's cores, or the device waits"),
         (2.0, 0.0, 1.0, "train.profile_steps shows which part of a step it is"),
         (2.0, 0.75, 0.5, "raise data.num_workers"),
+        (2.0, 0.3, 1.0, "train.profile_steps shows"),  # most of it is not the loader's
     ],
 )
 def test_a_run_that_gets_slower_says_once_where_the_time_goes(
@@ -146,6 +148,72 @@ def test_a_run_that_gets_slower_says_once_where_the_time_goes(
         assert ending in told[0] and told[0].startswith("a step takes 2 s, 2.0 times as long as before (1 s)")
         assert f"{waiting / seconds:.0%} of it waiting for data (0% before)" in told[0]
         assert f"{cpu:.0%} of a core's time computing (100% before)" in told[0]
+
+
+def test_slow_is_said_of_the_fastest_stretch_not_of_the_first(clock: Clock) -> None:
+    pace, told = Pace(), []
+    for seconds in (9.0, 2.0, 1.0, 2.0):  # the first window is no stretch
+        steps(pace, clock, SETTLED_STEPS, seconds, 0.0, BATCH)
+        pace.close_window(1)
+        told.append(len(pace.advice()))
+    assert told == [0, 0, 0, 1]
+
+
+def test_what_is_done_in_a_pause_counts_neither_as_time_nor_as_computing(clock: Clock) -> None:
+    pace = Pace()
+    for seconds in (1.0, 1.0, 2.0):
+        steps(pace, clock, SETTLED_STEPS, seconds, 0.0, BATCH)
+        with pace.paused():
+            clock.now, clock.cpu = clock.now + 1000, clock.cpu + 1000
+        pace.close_window(1)
+    (line,) = pace.advice()
+    assert "a step takes 2 s, 2.0 times" in line and "0% of a core's time computing (0% before)" in line
+
+
+def test_a_checkpoint_and_an_evaluation_are_no_part_of_a_runs_pace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import peagle_train.training.trainer as trainer_module
+
+    inside: list[str] = []
+    real_pause, real_save, real_evaluate = Pace.paused, trainer_module.save_checkpoint, trainer_module.Trainer.evaluate
+    paused = False
+
+    @contextmanager
+    def pause(self: Pace) -> Iterator[None]:
+        nonlocal paused
+        paused = True
+        with real_pause(self):
+            yield
+        paused = False
+
+    def save(*args: Any) -> Any:
+        inside.append(f"save {paused}")
+        return real_save(*args)
+
+    def evaluate(self: Any, title: str) -> Any:
+        if "at step" in title:
+            inside.append(f"evaluate {paused}")
+        return real_evaluate(self, title)
+
+    monkeypatch.setattr(Pace, "paused", pause)
+    monkeypatch.setattr(Pace, "advice", lambda self: ["slower than a snail"])
+    monkeypatch.setattr(trainer_module, "save_checkpoint", save)
+    monkeypatch.setattr(trainer_module.Trainer, "evaluate", evaluate)
+    said: list[str] = []
+    monkeypatch.setattr(trainer_module.Reporter, "say", lambda self, line: said.append(line))
+    rows = write_rows(tmp_path / "rows.jsonl", [20, 31, 9, 17])
+    recipe = write_recipe(
+        tmp_path,
+        make_target(tmp_path / "target"),
+        rows,
+        tmp_path / "run",
+        data={"eval_fraction": 0.3},
+        train={"max_steps": 3, "eval_steps": 2, "save_steps": 2},
+    )
+    assert main([str(recipe)]) == 0
+    assert "save True" in inside and "save False" not in inside
+    assert "evaluate False" not in inside and "slower than a snail" in said
 
 
 def test_padding_is_counted_over_all_slots() -> None:

@@ -34,7 +34,7 @@ CASES: dict[str, list[str]] = {
     "embeddings frozen": ["draft.train_embeddings=false"],
     "K = 5 in training": ["cod.num_depths=5"],
     "rows of 128": ["data.max_length=128", "train.batch_size=8"],
-    "one epoch of 1 layer": ["draft.num_layers=1", "train.max_steps=null", "train.epochs=1"],
+    "one epoch of 1 layer": ["draft.num_layers=1", "train.max_steps=null", "train.epochs=1", "data.max_documents=160"],
     "the recipe": ["train.save_steps=390"],
 }
 """What is changed; those of a fixed length are not timed."""
@@ -144,6 +144,7 @@ def summary(folders: dict[str, Path], report: dict[str, Any]) -> list[dict[str, 
             "name": name,
             "changes": CASES.get(name),
             "steps": steps,
+            "by_k": [at_k["accepted_length"] for at_k in figures["by_k"]],
             "train_seconds": trained["train_seconds"] if run == folder else at[-1]["seconds"],
             "expected_on_held_out_rows": (trained["after"] or {}).get("expected_accepted_length")
             if run == folder

@@ -101,8 +101,7 @@ def recompute_step(
         )
         labels = labels_of(own, segment, target, loss, chunk_rows, plan.static)
         with span("pass B forward"):
-            columns = slice(0, max(P, segment.anchors.stop))
-            output = run(draft, elements, target, columns, visibility, skip=P, labels=labels)
+            output = run(draft, elements, target, slice(0, segment.anchors.stop), visibility, skip=P, labels=labels)
         account(stats, output, own, segment)
         if backward is not None:
             assert output.loss is not None

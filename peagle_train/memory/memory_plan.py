@@ -10,7 +10,8 @@ A step's phases follow each other, and the peak is the largest of them:
 
 AdamW, fused, makes nothing beside its state. What autograd saves is listed layer by layer in `saved_bytes`, as draft.py
 computes; tests hold it against what autograd really holds. Everything is in bytes. N: elements of a pass, Q: of these the
-last layer's queries, M: slots whose features are gathered, P: context columns, H: the drafter's hidden size, T: the target's.
+last layer's queries, M: slots whose features are gathered, P: context columns, H: the drafter's hidden size, T: the
+target's.
 """
 
 from collections.abc import Iterable
