@@ -10,6 +10,8 @@ import pytest
 from tests.byte_tokenizer import make_byte_target, write_stdlib_recipe
 from tests.helpers import ENVIRONMENT, ROOT
 
+sys.path.insert(0, str(ROOT / "tools"))
+
 
 @pytest.mark.slow
 def test_cases_are_trained_once_and_measured_on_the_same_texts(tmp_path: Path) -> None:
@@ -32,3 +34,48 @@ def test_cases_are_trained_once_and_measured_on_the_same_texts(tmp_path: Path) -
     assert len(again.stdout.splitlines()) == len(first.stdout.splitlines()) == 3
     other = subprocess.run([*command, "--threads", "2"], capture_output=True, text=True, env=ENVIRONMENT)
     assert other.returncode == 2 and "begun with other settings" in other.stderr
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (["--recipe", "/nowhere.yaml"], "/nowhere.yaml"),
+        (["--recipe", "."], "Is a directory"),
+        (["--minutes", "0"], "--minutes is 0"),
+        (["--minutes", "nan"], "--minutes is nan"),
+        (["--limit", "1"], "--limit is 1"),
+        (["--json", "/nowhere/x.json"], "does not exist"),
+        (["--out", "/dev/null"], "/dev/null"),
+        (["bad.key=1"], "bad"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_trained(
+    changes: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import bench_acceptance
+
+    recipe = write_stdlib_recipe(tmp_path / "recipe.yaml", tmp_path, "unused")
+    command = ["x", *changes, "--recipe", str(recipe)] if "--recipe" not in changes else ["x", *changes]
+    monkeypatch.setattr(sys, "argv", command if "--out" in changes else [*command, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as end:
+        bench_acceptance.main()
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and "error: " in error and message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_fails_is_one_line_with_the_last_of_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import bench_acceptance
+
+    recipe = write_stdlib_recipe(tmp_path / "recipe.yaml", tmp_path / "no target", "unused")
+    command = ["x", "--recipe", str(recipe), "--out", str(tmp_path / "out"), "--only", "untrained"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert bench_acceptance.main() == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("bench_acceptance.py: error: ") and "no target" in line and "features.log" in line

@@ -13,6 +13,7 @@ what is in --out is not done again.
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -25,6 +26,7 @@ from typing import Any
 from measure import at_least_one, format_table, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 TIMED_STEPS = 14
 CASES: dict[str, list[str]] = {
     "base": [],
@@ -43,8 +45,11 @@ FIXED = ("untrained", "one epoch of 1 layer", "the recipe")
 
 class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
+        from peagle_train.recipe import load_recipe
+
         self.options, self.out = options, Path(options.out).absolute()
         self.recipe = str(Path(options.recipe).absolute())
+        load_recipe(self.recipe, options.overrides)  # for its mistakes, before anything is written
         self.out.mkdir(parents=True, exist_ok=True)
         self.check_settings()
         self.environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "ACCELERATE_USE_CPU": "true"}
@@ -64,7 +69,8 @@ class Bench:
         with log.open("w") as file:
             done = subprocess.run([sys.executable, *command], stdout=file, stderr=file, env=self.environment, cwd=ROOT)
         if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed ({done.returncode}): see {log}")
+            last = next((line for line in reversed(log.read_text().splitlines()) if line.strip()), "no output")
+            raise RuntimeError(f"{Path(command[0]).name} {command[1]} failed: {last} (see {log})")
 
     def cache(self, name: str, *overrides: str) -> str:
         """A folder of features for the recipe with these overrides; a finished one is taken as it is."""
@@ -197,7 +203,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's, in every case")
+    add(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="first of all: what replaces the recipe's, in every case",
+    )
     add("--out", required=True, metavar="DIR", help="runs, features and logs")
     add("--recipe", default=str(ROOT / "recipes" / "smollm2_cpu.yaml"))
     add("--only", nargs="+", default=list(CASES), choices=list(CASES), metavar="CASE", help=f"of {', '.join(CASES)}")
@@ -209,21 +220,34 @@ def main() -> int:
     options = parser.parse_args()
     if options.limit < 2:
         parser.error("--limit is 1; an interval needs 2 prompts or more")
+    if not 0 < options.minutes < math.inf:
+        parser.error(f"--minutes is {options.minutes:g}; give more than 0")
+    if options.json and not Path(options.json).absolute().parent.is_dir():
+        parser.error(f"--json {options.json} lies in a folder that does not exist")
     try:
         bench = Bench(options)
-    except ValueError as error:
-        parser.error(str(error))
-    folders: dict[str, Path] = {}
-    for name in options.only:
-        length = [] if name in FIXED else [f"train.max_steps={bench.steps(name)}"]
-        folders[name] = bench.train(name, *bench.rows(name), *CASES[name], *length)
-        for checkpoint in sorted(folders[name].glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2])):
-            folders[f"{name}, {checkpoint.name}"] = checkpoint
-    rows = summary(folders, bench.evaluate(folders))
+    except (ValueError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
+    try:
+        rows = measure(bench)
+    except RuntimeError as error:
+        print(f"bench_acceptance.py: error: {error}", file=sys.stderr)
+        return 1
     print(table(rows))
     if options.json:
         write_json(options.json, rows)
     return 0
+
+
+def measure(bench: Bench) -> list[dict[str, Any]]:
+    """Train and measure every case that is asked for, and its checkpoints."""
+    folders: dict[str, Path] = {}
+    for name in bench.options.only:
+        length = [] if name in FIXED else [f"train.max_steps={bench.steps(name)}"]
+        folders[name] = bench.train(name, *bench.rows(name), *CASES[name], *length)
+        for checkpoint in sorted(folders[name].glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2])):
+            folders[f"{name}, {checkpoint.name}"] = checkpoint
+    return summary(folders, bench.evaluate(folders))
 
 
 if __name__ == "__main__":
