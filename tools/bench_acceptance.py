@@ -2,13 +2,13 @@
 """What a drafter's choices are worth: one change each to a recipe, trained for the same time, measured on the same texts.
 
     python tools/fetch_smollm2.py
-    python tools/bench_acceptance.py --out runs/acceptance --json acceptance.json train.mixed_precision=bf16
+    python tools/bench_acceptance.py train.mixed_precision=bf16 --out runs/acceptance --json acceptance.json
 
 The target runs once (tools/cache_features.py). Each case then trains for as many steps as fit into the minutes, by the
-pace of a few steps timed beforehand, on one thread unless --threads says otherwise; `rows of 128`, whose rows are other
-ones, has the target run along, which is not counted. All drafters, checkpoints included, are measured by one run of
-tools/evaluate.py: greedy, K = 5, held-out modules of the standard library, repetition left out. Stopped, it goes on:
-what is in --out is not done again.
+pace of a few steps timed beforehand; `rows of 128`, whose rows are other ones, has the target run along, which is not
+counted. --jobs cases run at a time, when they are timed too, each on --threads threads; the recipe itself runs alone, on
+all of these. All drafters, checkpoints included, are measured by one run of tools/evaluate.py: greedy, K = 5, held-out
+modules of the standard library, repetition left out. Stopped, it goes on: what is in --out is not done again.
 """
 
 import argparse
@@ -19,6 +19,8 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,20 +29,21 @@ from measure import at_least_one, format_table, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-TIMED_STEPS = 14
+TIMED_STEPS = 30
 CASES: dict[str, list[str]] = {
     "base": [],
     "untrained": ["train.max_steps=1", "train.learning_rate=1e-30"],
     "1 layer": ["draft.num_layers=1"],
     "4 layers": ["draft.num_layers=4"],
     "embeddings frozen": ["draft.train_embeddings=false"],
-    "K = 5 in training": ["cod.num_depths=5"],
+    "K = 8 in training": ["cod.num_depths=8"],
     "rows of 128": ["data.max_length=128", "train.batch_size=8"],
-    "one epoch of 1 layer": ["draft.num_layers=1", "train.max_steps=null", "train.epochs=1", "data.max_documents=160"],
-    "the recipe": ["train.save_steps=390"],
+    "one epoch of 1 layer": ["draft.num_layers=1", "train.max_steps=null", "train.epochs=1"],
+    "the recipe": ["train.save_steps=1000"],
 }
 """What is changed; those of a fixed length are not timed."""
 FIXED = ("untrained", "one epoch of 1 layer", "the recipe")
+ALONE = "the recipe"
 
 
 class Bench:
@@ -52,11 +55,13 @@ class Bench:
         load_recipe(self.recipe, options.overrides)  # for its mistakes, before anything is written
         self.out.mkdir(parents=True, exist_ok=True)
         self.check_settings()
-        self.environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "ACCELERATE_USE_CPU": "true"}
+        file = self.out / "steps.json"
+        self.known: dict[str, int] = json.loads(file.read_text()) if file.exists() else {}
+        self.lock = threading.Lock()
 
     def check_settings(self) -> None:
         """ValueError where --out holds what was trained under other settings."""
-        names = ("overrides", "recipe", "minutes", "threads")
+        names = ("overrides", "recipe", "minutes", "threads", "jobs")
         given = {name: getattr(self.options, name) for name in names} | {"recipe": Path(self.recipe).read_text()}
         given["cases"] = CASES
         file = self.out / "settings.json"
@@ -64,10 +69,12 @@ class Bench:
             raise ValueError(f"{self.out} was begun with other settings ({', '.join(names)}): give another --out")
         file.write_text(json.dumps(given))
 
-    def run(self, log: Path, *command: str) -> None:
-        """A command whose output goes to a file; RuntimeError if it fails."""
+    def run(self, log: Path, *command: str, alone: bool = True) -> None:
+        """A command whose output goes to a file; RuntimeError if it fails. `alone`: on the threads of all jobs."""
+        threads = self.options.threads * (self.options.jobs if alone else 1)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "ACCELERATE_USE_CPU": "true"}
         with log.open("w") as file:
-            done = subprocess.run([sys.executable, *command], stdout=file, stderr=file, env=self.environment, cwd=ROOT)
+            done = subprocess.run([sys.executable, *command], stdout=file, stderr=file, env=environment, cwd=ROOT)
         if done.returncode:
             last = next((line for line in reversed(log.read_text().splitlines()) if line.strip()), "no output")
             raise RuntimeError(f"{Path(command[0]).name} {command[1]} failed: {last} (see {log})")
@@ -77,7 +84,8 @@ class Bench:
         folder = self.out / name
         if not (folder / "done").exists():
             tool = [str(ROOT / "tools" / "cache_features.py"), self.recipe, "--out", str(folder)]
-            self.run(self.out / f"{name}.log", *tool, *self.options.overrides, *overrides)
+            changes = [*self.options.overrides, *overrides]
+            self.run(self.out / f"{name}.log", *tool, *changes, alone=name == "features")
             (folder / "done").touch()
         return f"target.cache={folder}"
 
@@ -93,7 +101,7 @@ class Bench:
                 recipe.append("--resume")
             elif folder.exists():  # stopped before its first checkpoint
                 shutil.rmtree(folder)
-            self.run(log, "-m", "peagle_train", *recipe)
+            self.run(log, "-m", "peagle_train", *recipe, alone=name == ALONE)
         return folder
 
     def folder(self, name: str) -> Path:
@@ -107,9 +115,7 @@ class Bench:
 
     def steps(self, name: str) -> int:
         """Optimizer steps that fit into the minutes, by the pace of a few that read features from disk."""
-        file = self.out / "steps.json"
-        known = json.loads(file.read_text()) if file.exists() else {}
-        if name not in known:
+        if name not in self.known:
             few = [*CASES[name], "data.max_eval_rows=1"]
             rows = self.rows(name)
             if not rows:
@@ -120,9 +126,27 @@ class Bench:
             lines = [json.loads(line) for line in (self.folder(timed) / "metrics.jsonl").open()]
             seconds = [line["seconds"] for line in lines if line["kind"] == "train"]
             pace = statistics.median(b - a for a, b in pairwise(seconds[4:]))
-            known[name] = max(1, round(60 * self.options.minutes / pace))
-            file.write_text(json.dumps(known, indent=1))
-        return known[name]
+            with self.lock:
+                self.known[name] = max(1, round(60 * self.options.minutes / pace))
+                (self.out / "steps.json").write_text(json.dumps(self.known, indent=1))
+        return self.known[name]
+
+    def case(self, name: str) -> None:
+        """Train one."""
+        length = [] if name in FIXED else [f"train.max_steps={self.steps(name)}"]
+        self.train(name, *self.rows(name), *CASES[name], *length)
+
+    def train_all(self, names: list[str]) -> None:
+        """The recipe, then the others, the long ones first, so many at a time."""
+        for name in names:
+            self.rows(name)  # before two jobs want the same features
+        if ALONE in names:
+            self.case(ALONE)
+        others = [name for name in names if name != ALONE]
+        others.sort(key=lambda name: (name not in FIXED, not any(change.startswith("data.") for change in CASES[name])))
+        with ThreadPoolExecutor(self.options.jobs) as pool:
+            list(pool.map(self.steps, [name for name in others if name not in FIXED]))
+            list(pool.map(self.case, others))
 
     def evaluate(self, folders: dict[str, Path]) -> dict[str, Any]:
         """tools/evaluate.py over all of them; the first decodes."""
@@ -213,7 +237,8 @@ def main() -> int:
     add("--recipe", default=str(ROOT / "recipes" / "smollm2_cpu.yaml"))
     add("--only", nargs="+", default=list(CASES), choices=list(CASES), metavar="CASE", help=f"of {', '.join(CASES)}")
     add("--minutes", type=float, default=15.0, help="of training (15); the recipe and the epoch take what they take")
-    add("--threads", type=at_least_one, default=1)
+    add("--jobs", type=at_least_one, default=1, help="cases at a time (1)")
+    add("--threads", type=at_least_one, default=1, help="of each case (1)")
     add("--limit", type=at_least_one, default=40, help="prompts (40)")
     add("--max-tokens", type=at_least_one, default=64, help="of each answer (64)")
     add("--json", metavar="FILE", help="write the results here")
@@ -241,10 +266,11 @@ def main() -> int:
 
 def measure(bench: Bench) -> list[dict[str, Any]]:
     """Train and measure every case that is asked for, and its checkpoints."""
+    names = bench.options.only
+    bench.train_all(names)
     folders: dict[str, Path] = {}
-    for name in bench.options.only:
-        length = [] if name in FIXED else [f"train.max_steps={bench.steps(name)}"]
-        folders[name] = bench.train(name, *bench.rows(name), *CASES[name], *length)
+    for name in names:
+        folders[name] = bench.folder(name)
         for checkpoint in sorted(folders[name].glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2])):
             folders[f"{name}, {checkpoint.name}"] = checkpoint
     return summary(folders, bench.evaluate(folders))
