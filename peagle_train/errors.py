@@ -2,6 +2,7 @@
 
 import io
 import sys
+from collections.abc import Callable
 
 
 def print_anything() -> None:
@@ -33,3 +34,17 @@ def told(error: ValueError | OSError) -> str:
         raise error
     name = ascii(error.filename)
     return f"{error.strerror}: {name if len(name) <= 200 else name[:197] + '...'}"
+
+
+def run_tool(name: str, work: Callable[[], int | None], when_stopped: str = "") -> int:
+    """A tool's exit code: what `work` gives (None: 0), 2 behind one line on stderr about a user's mistake, 130 behind one
+    line if it was interrupted.
+    """
+    try:
+        return work() or 0
+    except (ValueError, OSError) as error:
+        print(f"{name}: error: {told(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: stopped{when_stopped}", file=sys.stderr)
+        return 130

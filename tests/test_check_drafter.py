@@ -376,3 +376,22 @@ def test_a_plain_eagle3_drafter_passes_the_check_with_warnings(folder: Path) -> 
         load_drafter(folder)
     set_config(folder, ptd_token_id=MASK_TOKEN, pard_token=MASK_TOKEN)
     assert any("mask_hidden" in line for line in found(check_folder(folder), "BAD"))
+
+
+@pytest.mark.parametrize("kind", ["Qwen3ForCausalLM", "Qwen3VLForConditionalGeneration", "GPT2LMHeadModel"])
+def test_a_whole_model_is_called_one(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [kind], "hidden_size": 8}))
+    (finding,) = check_folder(tmp_path)
+    assert finding == Finding("BAD", "config.json", f"{kind}: a whole language model, no drafter")
+
+
+@pytest.mark.parametrize("own", [{"draft_vocab_size": 9}, {"eagle_config": {}}, {"speculators_model_type": "eagle3"}])
+def test_a_drafter_that_calls_itself_a_causal_lm_is_checked_as_a_drafter(tmp_path: Path, own: dict) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], **own}))
+    assert not any("a whole language model" in finding.detail for finding in check_folder(tmp_path))
+
+
+def test_an_empty_config_is_told_what_it_lacks(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    text = table(check_folder(tmp_path))
+    assert "config.json lacks vocab_size, hidden_size" in text and "None layers" not in text

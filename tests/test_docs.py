@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from tests.test_prompts import make_package
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 BLOCK = re.compile(r"(?:<!-- not run by the tests: (?P<why>[^\n]*) -->\n)?```bash\n(?P<text>.*?)```", re.DOTALL)
 REASONS = ("needs a GPU", "needs a server", "takes an hour", "needs a package index", "is the tests themselves")
+FENCES = {"```", "```bash", "```bibtex", "```python", "```text", "```yaml"}
 STAND_INS = {  # word in a page: what it is here
     "/models/some-peagle-drafter": "{here}/runs/mine/final",
     "/models/some-eagle3-drafter": "{here}/runs/mine/final",
@@ -37,7 +38,7 @@ class Command:
     """One command of a page."""
 
     page: str
-    line: str
+    words: tuple[str, ...]
     why_not: str | None
     """What it needs that tests do not have; None: it is run."""
 
@@ -45,8 +46,9 @@ class Command:
 def commands(page: str) -> Iterator[Command]:
     for block in BLOCK.finditer((ROOT / page).read_text(encoding="utf-8")):
         for line in block["text"].replace("\\\n", " ").splitlines():
-            if shlex.split(line, comments=True):
-                yield Command(page, " ".join(shlex.split(line, comments=True)), block["why"])
+            words = tuple(shlex.split(line, comments=True))
+            if words:
+                yield Command(page, words, block["why"])
 
 
 ALL = [command for page in PAGES for command in commands(page)]
@@ -59,8 +61,8 @@ def in_place(text: str, here: Path) -> str:
     return re.sub(r"(?<![\w/])/(models|data)/", rf"{here}/\1/", text)
 
 
-def run(here: Path, line: str, recipe: Path) -> subprocess.CompletedProcess[str]:
-    words = shlex.split(in_place(line.replace("RECIPE", str(recipe)), here))
+def run(here: Path, given: Sequence[str], recipe: Path) -> subprocess.CompletedProcess[str]:
+    words = [in_place(word.replace("RECIPE", str(recipe)), here) for word in given]
     environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(ROOT), str(here / "packages")])}
     environment |= {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
     while re.fullmatch(r"[A-Z_]+=\w+", words[0]):
@@ -89,7 +91,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (here / "prompts.jsonl").write_text(json.dumps({"prompt": "What is 1 + 1?"}) + "\n")
     result = run(
         here,
-        "python -m peagle_train RECIPE",
+        ["python", "-m", "peagle_train", "RECIPE"],
         write_stdlib_recipe(here / "mine.yaml", here / "models" / "my-llm", "runs/mine"),
     )
     assert result.returncode == 0, result.stderr
@@ -115,18 +117,32 @@ def test_there_are_commands_and_what_is_not_run_says_why() -> None:
     for command in ALL:
         assert command.why_not is None or command.why_not in REASONS, command
     run_here = [c for c in ALL if c.why_not is None]
+    for command in run_here:  # without a shell: a word of its own would be an argument
+        assert not any(re.search(r"^[|;&<>]|[$`]|;$", word) for word in command.words), command
     assert len(run_here) > len(ALL) / 2
     for page in PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")
-        assert not re.search(r"```(sh|shell|console)\n", text), "blocks of commands are called bash"
+        fences = re.findall(r"^ *(?:```|~~~).*$", text, re.MULTILINE)
+        assert set(fences) <= FENCES, "blocks of commands are called bash"
         assert text.count("not run by the tests:") == len([b for b in BLOCK.finditer(text) if b["why"]])
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, *(f"recipes/{path.name}" for path in sorted((ROOT / "recipes").glob("*.yaml")))]
+)
+def test_what_is_named_in_passing_is_there_with_the_options_named(page: str) -> None:
+    text = re.sub(r"\\\n#?", " ", (ROOT / page).read_text(encoding="utf-8"))
+    for tool, arguments in re.findall(r"(tools/[\w./]+\.(?:py|sh))([^`\n]*)", text):
+        source = (ROOT / tool).read_text(encoding="utf-8")
+        for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", arguments.partition(" #")[0]):
+            assert f'"{option}"' in source or tool.endswith(".sh"), f"{page}: {tool} {option}"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", sorted({command.page for command in ALL if command.why_not is None}))
 def test_the_commands_of_a_page_run_as_they_stand(page: str, here: Path) -> None:
     for number, command in enumerate(c for c in ALL if c.page == page and c.why_not is None):
-        output = "runs/killed" if "--resume" in command.line else f"runs/{number}"
+        output = "runs/killed" if "--resume" in command.words else f"runs/{number}"
         recipe = write_stdlib_recipe(here / f"recipe{number}.yaml", here / "models" / "my-llm", output)
-        result = run(here, command.line, recipe)
-        assert result.returncode == 0, f"{command.line}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
+        result = run(here, command.words, recipe)
+        assert result.returncode == 0, f"{shlex.join(command.words)}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"

@@ -241,7 +241,7 @@ def test_the_tool_exports_checks_and_says_why_not(
     assert export.main([str(run), "--out", out]) == 2 and "is there already" in capsys.readouterr().err
     assert export.main([out]) == 2 and "give --out DIR" in capsys.readouterr().err
     assert export.main([str(tmp_path), "--check"]) == 2 and "give one of its out" in capsys.readouterr().err
-    assert export.main([str(tmp_path / "gone"), "--check"]) == 2 and "is no folder" in capsys.readouterr().out
+    assert export.main([str(tmp_path / "gone"), "--check"]) == 2 and "is no folder" in capsys.readouterr().err
     (tmp_path / "out" / "model.safetensors").write_bytes(b"1234567890")
     assert export.main(["--check", out]) == 2
     assert "NOT loadable" in capsys.readouterr().out

@@ -28,25 +28,20 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     import logging
 
-    from peagle_train.errors import print_anything
+    from peagle_train.errors import print_anything, run_tool
 
     print_anything()
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    try:
-        from peagle_train.recipe import load_recipe
-        from peagle_train.target.cache_run import write_cache
+    return run_tool("cache_features", lambda: run(options), "; the same command goes on from here")
 
-        recipe = load_recipe(options.recipe, options.overrides)
-        print(write_cache(recipe, options.out or recipe.target.cache, options.shard_mib, options.speculators), end="")
-    except (ValueError, OSError) as error:
-        from peagle_train.errors import told
 
-        print(f"cache_features: error: {told(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("cache_features: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+def run(options: argparse.Namespace) -> None:
+    # Heavy imports happen here, so that --help answers at once.
+    from peagle_train.recipe import load_recipe
+    from peagle_train.target.cache_run import write_cache
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    print(write_cache(recipe, options.out or recipe.target.cache, options.shard_mib, options.speculators), end="")
 
 
 if __name__ == "__main__":

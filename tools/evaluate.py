@@ -53,18 +53,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        from peagle_train.decoding.acceptance_run import run
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package beside it, installed or not
+    from peagle_train.errors import run_tool
 
-        text, is_right = run(options, Path(options.checkpoint))
-    except (ValueError, OSError) as error:
-        from peagle_train.errors import told
+    return run_tool("evaluate.py", lambda: measure(options))
 
-        print(f"evaluate.py: error: {told(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("evaluate.py: stopped", file=sys.stderr)
-        return 130
+
+def measure(options: argparse.Namespace) -> int:
+    # Heavy imports happen here, so that --help answers at once.
+    from peagle_train.decoding.acceptance_run import run
+
+    text, is_right = run(options, Path(options.checkpoint))
     print(text)
     return 0 if is_right else 1
 

@@ -42,16 +42,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package beside it, installed or not
-    try:
-        return _check(options) if options.out is None else _export(options)
-    except (ValueError, OSError) as error:
-        from peagle_train.errors import told
+    from peagle_train.errors import run_tool
 
-        print(f"export.py: error: {told(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("export.py: stopped", file=sys.stderr)
-        return 130
+    return run_tool("export.py", lambda: _check(options) if options.out is None else _export(options))
 
 
 def _check(options: argparse.Namespace) -> int:

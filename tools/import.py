@@ -30,28 +30,25 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package beside it, installed or not
-    try:
-        from peagle_train.serving.import_drafter import import_drafter
+    from peagle_train.errors import run_tool
 
-        done = import_drafter(
-            Path(options.folder),
-            Path(options.out),
-            target=Path(options.target) if options.target else None,
-            mask_token_id=options.mask_token_id,
-            seed=options.seed,
-        )
-    except (ValueError, OSError) as error:
-        from peagle_train.errors import told
+    return run_tool("import.py", lambda: run(options))
 
-        print(f"import.py: error: {told(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("import.py: stopped", file=sys.stderr)
-        return 130
+
+def run(options: argparse.Namespace) -> None:
+    # Heavy imports happen here, so that --help answers at once.
+    from peagle_train.serving.import_drafter import import_drafter
+
+    done = import_drafter(
+        Path(options.folder),
+        Path(options.out),
+        target=Path(options.target) if options.target else None,
+        mask_token_id=options.mask_token_id,
+        seed=options.seed,
+    )
     for note in done.notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"imported to {done.folder}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -46,9 +46,11 @@ def integers(text: str, least: int = 1) -> list[int]:
 def at_least_one(text: str) -> int:
     """A single number, for argparse's `type`."""
     try:
-        (value,) = integers(text)
+        value = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not one integer") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
     return value
 
 

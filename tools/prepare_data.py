@@ -22,20 +22,10 @@ def main() -> int:
     parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenize (default: all cores)")
     parser.add_argument("--shard-tokens", type=int, metavar="N", help="close a file behind so many tokens")
     options = parser.parse_intermixed_args()
-    from peagle_train.errors import print_anything
+    from peagle_train.errors import print_anything, run_tool
 
     print_anything()
-    try:
-        run(options)
-    except (ValueError, OSError) as error:
-        from peagle_train.errors import told
-
-        print(f"prepare_data: error: {told(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("prepare_data: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    return run_tool("prepare_data", lambda: run(options), "; the same command goes on from here")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -26,17 +26,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package beside it, installed or not
+    from peagle_train.errors import run_tool
+
+    return run_tool("report", lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
+    # Heavy imports happen here, so that --help answers at once.
     from peagle_train.pictures.report import write_report
 
-    try:
-        paths = write_report([Path(run).expanduser() for run in options.runs], Path(options.out))
-    except (ValueError, OSError) as error:
-        from peagle_train.errors import told
-
-        print(f"report: error: {told(error)}", file=sys.stderr)
-        return 2
+    paths = write_report([Path(name).expanduser() for name in options.runs], Path(options.out))
     print(f"{paths[0]} and {len(paths) - 1} figures beside it")
-    return 0
 
 
 if __name__ == "__main__":

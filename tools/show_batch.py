@@ -34,14 +34,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package beside it, installed or not
-    try:
-        print(run(options))
-    except (ValueError, OSError) as error:
-        from peagle_train.errors import told
+    from peagle_train.errors import run_tool
 
-        print(f"show_batch: error: {told(error)}", file=sys.stderr)
-        return 2
-    return 0
+    return run_tool("show_batch", lambda: print(run(options)))
 
 
 def run(options: argparse.Namespace) -> str:

@@ -30,20 +30,10 @@ def main() -> int:
     parser.add_argument("--epoch", type=int, default=0, metavar="E", help="whose draw of elements (default: 0)")
     parser.add_argument("--no-color", action="store_true", help="brackets on a terminal, too")
     options = parser.parse_intermixed_args()
-    from peagle_train.errors import print_anything
+    from peagle_train.errors import print_anything, run_tool
 
     print_anything()
-    try:
-        print(run(options))
-    except (ValueError, OSError) as error:
-        from peagle_train.errors import told
-
-        print(f"show_row: error: {told(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("show_row: stopped", file=sys.stderr)
-        return 130
-    return 0
+    return run_tool("show_row", lambda: print(run(options)))
 
 
 def run(options: argparse.Namespace) -> str:

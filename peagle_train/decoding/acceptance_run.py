@@ -47,14 +47,14 @@ def run(options: Namespace, folder: Path) -> tuple[str, bool]:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; give {least} or more")
     if not 0 <= options.temperature < math.inf:
         raise ValueError(f"--temperature is {options.temperature}; give 0 (greedy) or more")
+    if STDLIB not in options.prompts and options.cuts != 1:
+        raise ValueError(f"--cuts is {options.cuts}, which is for the prompts {STDLIB} alone: leave it out")
     if options.json:
         _check_writable(Path(options.json))
     folders = [find_drafter(Path(given)) for given in (folder, *options.compare)]
     folder = folders[0]
     recipe = _recipe(folder)
     path = options.target or (recipe.target.path if recipe else None)
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder; give a drafter's, or a run's")
     if path is None:
         raise ValueError(f"{folder} has no recipe.yaml that names its target: give --target DIR")
     if not Path(path).is_dir():

@@ -77,6 +77,9 @@ def load_cases(
         )
     if tokenizer is None:
         raise ValueError(f"prompts {name} need the target's tokenizer, and its folder has none")
+    if name not in BENCHMARKS and not Path(name).expanduser().is_file():
+        known = ", ".join([STDLIB, *sorted(BENCHMARKS)])
+        raise ValueError(f"prompts {name} is no file; give a .jsonl file or one of {known}")
     data_set = name if name in BENCHMARKS else Path(name).name
     texts = None if name in BENCHMARKS else _texts(Path(name).expanduser())
     if texts is not None:

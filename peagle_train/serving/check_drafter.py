@@ -22,6 +22,7 @@ from peagle_train.serving.draft_formats import (
     parse_config,
     rope_of,
     unsupported,
+    whole_model,
     wrong_types,
 )
 from peagle_train.serving.drafter_files import read_config, read_tensors, weight_files
@@ -76,6 +77,9 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
         layer_config(raw)
     except ValueError as error:
         return [Finding("BAD", "config.json", str(error))]
+    whole = whole_model(raw)
+    if whole:
+        return [Finding("BAD", "config.json", f"{whole}: a whole language model, no drafter")]
     findings = [*_check_config(raw), *_check_rope(raw)]
     config = None
     try:
@@ -94,7 +98,8 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
 
 def _check_config(raw: dict[str, Any]) -> list[Finding]:
     kind, layers = format_of(raw), layer_config(raw)
-    found = [Finding("ok", "format", f"{kind}, {layers.get('num_hidden_layers')} layers")]
+    num_layers = layers.get("num_hidden_layers")
+    found = [Finding("ok", "format", kind + ("" if num_layers is None else f", {num_layers} layers"))]
     wrong = wrong_types(raw)
     others = [] if wrong else other_kind(raw)
     unlike: Level = "????" if others else "BAD"

@@ -81,6 +81,15 @@ def rope_of(layers: dict[str, Any]) -> dict[str, Any]:
     return {"rope_type": rope.pop("type", "default"), **rope}
 
 
+def whole_model(raw: dict[str, Any]) -> str | None:
+    """The architecture of a `config.json` that is a language model's own and no drafter's; None for any other."""
+    given = raw.get("architectures")
+    name = given[0] if isinstance(given, list) and given and isinstance(given[0], str) else ""
+    is_model = name.endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")) and "eagle" not in name.lower()
+    own = ("draft_vocab_size", "target_hidden_size", "eagle_config", "eagle_aux_hidden_state_layer_ids", *MASK_KEYS)
+    return name if is_model and format_of(raw) == EAGLE3 and not any(key in raw for key in own) else None
+
+
 def wrong_types(raw: dict[str, Any]) -> list[str]:
     """Values that cannot be what their key says, before anything computes with them."""
     layers = layer_config(raw)

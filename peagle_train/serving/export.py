@@ -36,7 +36,9 @@ class Export:
 
 def find_drafter(folder: Path) -> Path:
     """The drafter in a checkpoint's or a run's folder (its `final/`); ValueError if there is none."""
-    if (folder / "config.json").exists() or not folder.is_dir():
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; give a drafter's, or a run's")
+    if (folder / "config.json").exists():
         return folder
     if (folder / "final" / "config.json").exists():
         return folder / "final"
