@@ -240,6 +240,25 @@ def test_blocks_shrink_where_their_masks_would_be_large(monkeypatch: pytest.Monk
     assert torch.equal(blocks_put_together(p.visibility), p.visible())
 
 
+@pytest.mark.parametrize("fits, size", [(1, 1), (63, 32), (64, 64), (127, 64), (200, 192)])
+def test_in_two_byte_types_the_lengths_of_blocks_are_few(fits: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    v = make_pass([([400], 0)], K=1, padding=0).visibility
+    keys = v.num_depth0 + visibility_module.QUERY_BLOCK + v.num_depths
+    monkeypatch.setattr(visibility_module, "MASK_BLOCK_BYTES", 2 * keys * fits)
+    assert {b.q1 - b.q0 for b in v.blocks(2)[:-1]} == {size}
+
+
+def test_no_mask_is_made_of_context_that_all_queries_of_a_block_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_blocks(monkeypatch, 4)
+    p = make_pass([([40], 30)], padding=0)
+    v, made = p.visibility, []
+    for block in v.blocks(8):
+        oldest = int(v.anchor[0, block.q0 : block.q1].min())
+        assert block.seen == slice(0, min(oldest + 1, 30)) and p.visible()[0, block.q0 : block.q1, block.seen].all()
+        made.append(v._hidden(block).shape[-1])
+    assert max(made) < 30
+
+
 def test_masks_are_kept_until_the_cache_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_blocks(monkeypatch, 8)
     p = make_pass([([20], 0)])

@@ -18,14 +18,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from peagle_train.core.partition import max_elements, segment_capacity
+from peagle_train.core.visibility import MASK_BLOCK_BYTES, MASK_CACHE_BYTES, QUERY_BLOCK
 
 GIB = 2**30
 CUDA_CONTEXT = GIB
 """CUDA's context, cuBLAS's workspaces, compiled kernels: assumed, not computed."""
 CPU_EXTRA = 2**27
 """What libraries keep beside tensors (oneDNN's kernels and scratch, the allocator's holes): assumed, not computed."""
-MASK_CACHE, MASK_BLOCK, QUERY_BLOCK = 8 * 2**20, 64 * 2**20, 512
-"""visibility.py's: bytes of the masks that a pass keeps on a CPU, bytes of a block's, queries of a block."""
 BLOCK = 128
 """flex_attention's."""
 CANDIDATES = (1, 2, 4, 8, 16, 32, 64)
@@ -286,8 +285,8 @@ def _flowing(s: Sizes, one: Pass, relay: bool) -> int:
 def _masks(s: Sizes, one: Pass) -> int:
     if not s.on_cuda:
         keys = one.context + one.M + QUERY_BLOCK * s.batch_size
-        hidden = min(QUERY_BLOCK * keys, MASK_BLOCK // s.compute_bytes)
-        return hidden * (s.compute_bytes + 2) + min(MASK_CACHE, one.N // s.batch_size * keys)
+        hidden = min(QUERY_BLOCK * keys, MASK_BLOCK_BYTES // s.compute_bytes)
+        return hidden * (s.compute_bytes + 2) + min(MASK_CACHE_BYTES, one.N // s.batch_size * keys)
     blocks = -(-one.Q // s.batch_size // BLOCK) * -(-(one.N + one.joined) // s.batch_size // BLOCK) * s.batch_size
     return blocks * (4 * 4 + 24) + (one.N + one.joined) * 8 * 5
 
