@@ -26,10 +26,15 @@ class DamagedCheckpoint(ValueError):
     """A checkpoint's files are not what its manifest says: a user's decision, exit code 2."""
 
 
+def one_line(what: object, most: int | None = None) -> str:
+    """A text or an error's own words, on one line, of `most` letters at most."""
+    return " ".join(str(what).split())[:most]
+
+
 def told(error: ValueError | OSError) -> str:
     """A tool's last words about a user's mistake, in one line. An OSError that names no file is none, and raised again."""
     if isinstance(error, ValueError):
-        return " ".join(str(error).split())
+        return one_line(error)
     if error.filename is None:
         raise error
     name = ascii(error.filename)
@@ -40,6 +45,7 @@ def run_tool(name: str, work: Callable[[], int | None], when_stopped: str = "") 
     """A tool's exit code: what `work` gives (None: 0), 2 behind one line on stderr about a user's mistake, 130 behind one
     line if it was interrupted.
     """
+    print_anything()
     try:
         return work() or 0
     except (ValueError, OSError) as error:

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped,unused-ignore]
 
+from peagle_train.errors import one_line
+
 
 class YamlError(ValueError):
     """Text that is no YAML document, told in one line."""
@@ -55,8 +57,7 @@ def parse_yaml(text: str, where: str) -> Any:
         raise YamlError(f"{where}: not valid YAML: {error.problem or error.context}{place}") from None
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         # PyYAML lets plain errors through on digits without end, odd tags (!!bool x) and deep nesting.
-        reason = " ".join(str(error).split())
-        raise YamlError(f"{where}: not valid YAML: {reason}") from None
+        raise YamlError(f"{where}: not valid YAML: {one_line(error)}") from None
 
 
 def read_yaml(path: Path) -> Any:

@@ -19,10 +19,16 @@ def test_cases_are_trained_once_and_measured_on_the_same_texts(tmp_path: Path) -
     out, results = tmp_path / "out", tmp_path / "results.json"
     command = [sys.executable, str(ROOT / "tools" / "bench_acceptance.py"), "--recipe", str(recipe), "--out", str(out)]
     command += ["--minutes", "0.01", "--limit", "2", "--max-tokens", "8", "--json", str(results)]
-    command += ["--only", "base", "untrained"]
+    command += ["--jobs", "2", "--only", "base", "untrained"]
     first = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert first.returncode == 0, first.stderr
-    base, untrained = json.loads(results.read_text())
+    base, untrained = first_rows = json.loads(results.read_text())
+    assert base["texts"] == {"same": 2, "tie": 0, "bug": 0, "none": 0} and base["replays_that_differ"] == 0
+    assert len(base["teacher_forced_accuracy"]) >= 5 and "texts" not in untrained
+    evaluated = (out / "evaluate.json").stat().st_mtime_ns
+    same = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert same.returncode == 0 and same.stdout == first.stdout and same.stderr == ""
+    assert json.loads(results.read_text()) == first_rows and (out / "evaluate.json").stat().st_mtime_ns == evaluated
     assert base["steps"] == json.loads((out / "steps.json").read_text())["base"] and untrained["steps"] == 1
     assert base["prompts"] == untrained["prompts"] == 2 and "difference" not in base
     assert untrained["difference"] == pytest.approx(untrained["accepted_length"] - base["accepted_length"])
@@ -31,6 +37,7 @@ def test_cases_are_trained_once_and_measured_on_the_same_texts(tmp_path: Path) -
     (out / "untrained" / "run.json").unlink()
     again = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert again.returncode == 0 and "untrained: training" in again.stderr and "base: training" not in again.stderr
+    assert (out / "evaluate.json").stat().st_mtime_ns > evaluated, "measured anew with the drafter"
     assert len(again.stdout.splitlines()) == len(first.stdout.splitlines()) == 3
     other = subprocess.run([*command, "--threads", "2"], capture_output=True, text=True, env=ENVIRONMENT)
     assert other.returncode == 2 and "begun with other settings" in other.stderr
@@ -61,10 +68,12 @@ def test_a_mistake_is_told_before_anything_is_trained(
     recipe = write_stdlib_recipe(tmp_path / "recipe.yaml", tmp_path, "unused")
     command = ["x", *changes, "--recipe", str(recipe)] if "--recipe" not in changes else ["x", *changes]
     monkeypatch.setattr(sys, "argv", command if "--out" in changes else [*command, "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit) as end:
-        bench_acceptance.main()
+    try:
+        code = bench_acceptance.main()
+    except SystemExit as end:  # argparse's
+        code = end.code
     error = capsys.readouterr().err.splitlines()[-1]
-    assert end.value.code == 2 and "error: " in error and message in error
+    assert code == 2 and "error: " in error and message in error
     assert not (tmp_path / "out").exists()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from peagle_train.serving.check_drafter import Finding, check_folder, is_loadable, table
 from peagle_train.serving.drafter_files import load_drafter, read_drafter
 from peagle_train.serving.export import export_drafter
+from tests import vllm_reader
 from tests.helpers import DRAFT_VOCAB, MASK_TOKEN, ROOT, TARGET_HIDDEN, VOCAB, make_draft
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -235,6 +236,44 @@ def test_a_tied_head_with_a_pruned_vocabulary_is_refused(folder: Path) -> None:
     assert any("pruned vocabulary" in line for line in found(check_folder(folder), "BAD"))
 
 
+@pytest.mark.parametrize(
+    "name, level",
+    [
+        ("LlamaForCausalLMEagle3", "ok"),
+        ("Eagle3LlamaForCausalLM", "ok"),
+        ("LlamaForCausalLM", "ok"),
+        ("PEagleDraftModel", "warn"),
+        ("PeagleLlamaForCausalLM", "warn"),
+        ("Eagle3Qwen3ForCausalLM", "BAD"),
+        ("LlamaForCausalLMPeagle", "BAD"),
+    ],
+)
+def test_an_architecture_is_judged_by_what_vllm_reads_it_as(folder: Path, name: str, level: str) -> None:
+    set_config(folder, architectures=[name])
+    assert [f.level for f in check_folder(folder) if f.what == "architectures"] == [level]
+    if level == "ok":
+        assert vllm_reader.read_config(folder)[0]["num_hidden_layers"] == 2
+    else:
+        with pytest.raises(AssertionError):
+            vllm_reader.read_config(folder)
+
+
+def test_a_head_beside_a_tie_is_taken_and_said_and_the_export_is_not_tied(folder: Path) -> None:
+    set_config(folder, tie_word_embeddings=True)
+    done = export_drafter(folder, folder.parent / "out", "eagle3")
+    assert any("the head in the file is taken" in note for note in done.notes)
+    assert not json.loads((folder.parent / "out" / "config.json").read_text()).get("tie_word_embeddings")
+
+
+def test_a_rotary_table_in_the_weights_is_passed_over_and_a_name_twice_is_not(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    save_file({**tensors, "layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}, folder / WEIGHTS)
+    assert is_loadable(check_folder(folder)) and load_drafter(folder)
+    norm = "hidden_norm.weight"
+    save_file({**tensors, f"midlayer.{norm}": tensors[f"layers.0.{norm}"].clone()}, folder / WEIGHTS)
+    assert any("two tensors have this name" in line for line in found(check_folder(folder), "BAD"))
+
+
 def test_names_that_vllm_would_prefix_again_are_refused_but_read(folder: Path) -> None:
     draft = load_drafter(folder)
     tensors = load_file(folder / WEIGHTS)
@@ -380,6 +419,7 @@ def test_a_plain_eagle3_drafter_passes_the_check_with_warnings(folder: Path) -> 
 
 @pytest.mark.parametrize("kind", ["Qwen3ForCausalLM", "Qwen3VLForConditionalGeneration", "GPT2LMHeadModel"])
 def test_a_whole_model_is_called_one(tmp_path: Path, kind: str) -> None:
+    save_file({"model.embed_tokens.weight": torch.ones(2, 2)}, tmp_path / WEIGHTS)
     (tmp_path / "config.json").write_text(json.dumps({"architectures": [kind], "hidden_size": 8}))
     (finding,) = check_folder(tmp_path)
     assert finding == Finding("BAD", "config.json", f"{kind}: a whole language model, no drafter")
@@ -395,3 +435,13 @@ def test_an_empty_config_is_told_what_it_lacks(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     text = table(check_folder(tmp_path))
     assert "config.json lacks vocab_size, hidden_size" in text and "None layers" not in text
+
+
+def test_a_drafter_named_as_its_target_is_told_by_its_fc(folder: Path) -> None:
+    own = ("draft_vocab_size", "target_hidden_size", "eagle_aux_hidden_state_layer_ids", "ptd_token_id", "pard_token")
+    config = json.loads((folder / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in own} | {"architectures": ["LlamaForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert not any("a whole language model" in finding.detail for finding in check_folder(folder))
+    (folder / WEIGHTS).unlink()
+    assert any("a whole language model" in finding.detail for finding in check_folder(folder))

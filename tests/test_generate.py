@@ -15,7 +15,7 @@ from peagle_train.core.segments import TargetOutputs, run, visibility_of
 from peagle_train.decoding.generate import Chance, Decoded, Drafter, decode, distribution, spread, verify
 from peagle_train.decoding.verify import CachedTarget, end_tokens, greedy_tokens
 from peagle_train.target.frozen import FrozenTarget
-from tests.helpers import MASK_TOKEN, make_batch, make_draft, make_rows, make_target, seeded
+from tests.helpers import make_batch, make_draft, make_rows, make_target, seeded
 from tests.tiny import MASK, VOCAB
 from tests.tiny import make_target as make_llama
 
@@ -369,7 +369,3 @@ def test_every_text_is_as_likely_as_under_the_target(K, n, sample_drafts):
             known.append(token)
         assert probability == pytest.approx(likely, abs=1e-13), text
         assert len(text) == n or text[-1] == 4
-
-
-def test_mask_tokens_are_what_the_slots_read():
-    assert make_draft().mask_token_id == MASK_TOKEN

@@ -20,6 +20,9 @@ STOPPED = [
     ("show_row", "peagle_train.recipe.load_recipe", ["x.yaml", "--row", "0"]),
     ("evaluate", "peagle_train.decoding.acceptance_run.run", ["x", "--prompts", "stdlib"]),
     ("export", "peagle_train.serving.export.find_drafter", ["x", "--check"]),
+    ("report", "peagle_train.pictures.report.write_report", ["x"]),
+    ("show_batch", "peagle_train.pictures.style.load_matplotlib", ["--example"]),
+    ("show_memory", "peagle_train.pictures.style.load_matplotlib", []),
     ("import", "peagle_train.serving.import_drafter.import_drafter", ["x", "--out", "y"]),
 ]
 

@@ -20,7 +20,8 @@ import statistics
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from measure import at_least_one, format_table, write_json
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 TIMED_STEPS = 30
+CURVE = 1000
+"""Steps from one point of the recipe's curve over training to the next."""
 CASES: dict[str, list[str]] = {
     "base": [],
     "untrained": ["train.max_steps=1", "train.learning_rate=1e-30"],
@@ -39,7 +42,7 @@ CASES: dict[str, list[str]] = {
     "K = 8 in training": ["cod.num_depths=8"],
     "rows of 128": ["data.max_length=128", "train.batch_size=8"],
     "one epoch of 1 layer": ["draft.num_layers=1", "train.max_steps=null", "train.epochs=1"],
-    "the recipe": ["train.save_steps=1000"],
+    "the recipe": [f"train.save_steps={CURVE}"],
 }
 """What is changed; those of a fixed length are not timed."""
 FIXED = ("untrained", "one epoch of 1 layer", "the recipe")
@@ -67,7 +70,7 @@ class Bench:
         file = self.out / "settings.json"
         if file.exists() and json.loads(file.read_text()) != given:
             raise ValueError(f"{self.out} was begun with other settings ({', '.join(names)}): give another --out")
-        file.write_text(json.dumps(given))
+        write_json(file, given)
 
     def run(self, log: Path, *command: str, alone: bool = True) -> None:
         """A command whose output goes to a file; RuntimeError if it fails. `alone`: on the threads of all jobs."""
@@ -91,6 +94,8 @@ class Bench:
 
     def train(self, name: str, *overrides: str) -> Path:
         """A run's folder, once it is finished."""
+        from peagle_train.training.checkpoint import check_not_in_use
+
         folder = self.folder(name)
         if not (folder / "final").is_dir():
             print(f"{name}: training", file=sys.stderr, flush=True)
@@ -100,8 +105,11 @@ class Bench:
             if any(folder.glob("checkpoint-*")):
                 recipe.append("--resume")
             elif folder.exists():  # stopped before its first checkpoint
+                check_not_in_use(folder)
                 shutil.rmtree(folder)
             self.run(log, "-m", "peagle_train", *recipe, alone=name == ALONE)
+            if not (folder / "final").is_dir():  # told to stop, it saves and ends well
+                raise RuntimeError(f"{name} was stopped; the same command goes on (see {log})")
         return folder
 
     def folder(self, name: str) -> Path:
@@ -122,13 +130,15 @@ class Bench:
                 few.append("data.max_documents=12")
                 rows = [self.cache(f"features of a few, {name}", *few)]
             timed = f"timed {name}"
+            if self.folder(timed).exists() and not (self.folder(timed) / "final").exists():
+                shutil.rmtree(self.folder(timed))  # a pace is taken in one go
             self.train(timed, *rows, *few, f"train.max_steps={TIMED_STEPS}", "train.log_steps=1")
             lines = [json.loads(line) for line in (self.folder(timed) / "metrics.jsonl").open()]
             seconds = [line["seconds"] for line in lines if line["kind"] == "train"]
             pace = statistics.median(b - a for a, b in pairwise(seconds[4:]))
             with self.lock:
                 self.known[name] = max(1, round(60 * self.options.minutes / pace))
-                (self.out / "steps.json").write_text(json.dumps(self.known, indent=1))
+                write_json(self.out / "steps.json", self.known)
         return self.known[name]
 
     def case(self, name: str) -> None:
@@ -144,14 +154,29 @@ class Bench:
             self.case(ALONE)
         others = [name for name in names if name != ALONE]
         others.sort(key=lambda name: (name not in FIXED, not any(change.startswith("data.") for change in CASES[name])))
-        with ThreadPoolExecutor(self.options.jobs) as pool:
-            list(pool.map(self.steps, [name for name in others if name not in FIXED]))
-            list(pool.map(self.case, others))
+        self.at_once(self.steps, [name for name in others if name not in FIXED])
+        self.at_once(self.case, others)
+
+    def at_once(self, work: Callable[[str], object], names: list[str]) -> None:
+        """So many jobs at a time; behind one that fails none begins, and its error is raised."""
+        pool = ThreadPoolExecutor(self.options.jobs)
+        try:
+            futures = [pool.submit(work, name) for name in names]
+            for future in as_completed(futures):
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def evaluate(self, folders: dict[str, Path]) -> dict[str, Any]:
-        """tools/evaluate.py over all of them; the first decodes."""
+        """tools/evaluate.py over all of them; the first decodes. What was measured of the same is taken as it is."""
         report, first = self.out / "evaluate.json", next(iter(folders.values()))
         o = self.options
+        trained = max((folder / "model.safetensors").stat().st_mtime for folder in folders.values())
+        if report.exists() and report.stat().st_mtime > trained:
+            known = json.loads(report.read_text())
+            asked = (known["settings"]["limit"], known["settings"]["max_tokens"])
+            if known["drafters"] == [str(folder) for folder in folders.values()] and asked == (o.limit, o.max_tokens):
+                return known
         command = [str(ROOT / "tools" / "evaluate.py"), str(first), "--prompts", "stdlib", "--limit", str(o.limit)]
         command += ["--cuts", "2", "--max-tokens", str(o.max_tokens), "--k", "5", "--max-k", "5", "--json", str(report)]
         others = [str(folder) for folder in list(folders.values())[1:]]
@@ -163,11 +188,8 @@ def summary(folders: dict[str, Path], report: dict[str, Any]) -> list[dict[str, 
     """A row for each drafter, at K = 5."""
     rows: list[dict[str, Any]] = []
     for index, (name, folder) in enumerate(folders.items()):
-        run = folder if (folder / "run.json").exists() else folder.parent
-        trained = json.loads((run / "run.json").read_text())
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
-        steps = trained["steps"] if run == folder else int(folder.name.rpartition("-")[2])
-        at = [line for line in lines if line["kind"] == "train" and line["step"] <= steps]
+        trained = json.loads((folder.parent / "run.json").read_text())
+        steps = trained["steps"] if folder.name == trained["drafter"] else int(folder.name.rpartition("-")[2])
         figures = report["figures"][index]["stdlib"]
         measured = figures["by_k"][-1]
         row = {
@@ -175,11 +197,10 @@ def summary(folders: dict[str, Path], report: dict[str, Any]) -> list[dict[str, 
             "changes": CASES.get(name),
             "steps": steps,
             "by_k": [at_k["accepted_length"] for at_k in figures["by_k"]],
-            "train_seconds": trained["train_seconds"] if run == folder else at[-1]["seconds"],
-            "expected_on_held_out_rows": (trained["after"] or {}).get("expected_accepted_length")
-            if run == folder
-            else None,
+            "train_seconds": trained["train_seconds"] * steps / trained["steps"],
+            "expected_on_held_out_rows": measured["expected_in_training"],
             "expected_on_these_texts": measured["expected_from_teacher_forcing"],
+            "teacher_forced_accuracy": figures["teacher_forced_accuracy"],
             "accepted_length": measured["accepted_length"],
             "interval": measured["interval"],
             "accepted_by_position": measured["accepted_by_position"],
@@ -189,7 +210,10 @@ def summary(folders: dict[str, Path], report: dict[str, Any]) -> list[dict[str, 
             "tokens": figures["tokens"],
             "repeated_tokens": figures["repeated_tokens"],
         }
-        if index:
+        if index == 0:
+            row["texts"] = report["checks"]["texts"]
+            row["replays_that_differ"] = len(report["checks"]["replays_that_differ"])
+        else:
             by_k = report["differences"][index - 1]["by_data_set"]["stdlib"]
             # the report says the first less this one
             row["difference"] = -by_k[-1]["difference"]
@@ -249,12 +273,14 @@ def main() -> int:
         parser.error(f"--minutes is {options.minutes:g}; give more than 0")
     if options.json and not Path(options.json).absolute().parent.is_dir():
         parser.error(f"--json {options.json} lies in a folder that does not exist")
+    from peagle_train.errors import run_tool
+
+    return run_tool("bench_acceptance.py", lambda: run(options), "; the same command goes on from here")
+
+
+def run(options: argparse.Namespace) -> int:
     try:
-        bench = Bench(options)
-    except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
-    try:
-        rows = measure(bench)
+        rows = measure(Bench(options))
     except RuntimeError as error:
         print(f"bench_acceptance.py: error: {error}", file=sys.stderr)
         return 1
@@ -266,13 +292,15 @@ def main() -> int:
 
 def measure(bench: Bench) -> list[dict[str, Any]]:
     """Train and measure every case that is asked for, and its checkpoints."""
-    names = bench.options.only
+    names = list(dict.fromkeys(bench.options.only))
     bench.train_all(names)
     folders: dict[str, Path] = {}
     for name in names:
-        folders[name] = bench.folder(name)
-        for checkpoint in sorted(folders[name].glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2])):
-            folders[f"{name}, {checkpoint.name}"] = checkpoint
+        folders[name] = bench.folder(name) / "final"
+        for step in range(CURVE, 10**6 if name == ALONE else 0, CURVE):  # not those that a stop left
+            checkpoint = bench.folder(name) / f"checkpoint-{step}"
+            if checkpoint.is_dir():
+                folders[f"{name}, {checkpoint.name}"] = checkpoint
     return summary(folders, bench.evaluate(folders))
 
 

@@ -28,9 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     import logging
 
-    from peagle_train.errors import print_anything, run_tool
+    from peagle_train.errors import run_tool
 
-    print_anything()
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     return run_tool("cache_features", lambda: run(options), "; the same command goes on from here")
 

@@ -22,9 +22,8 @@ def main() -> int:
     parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenize (default: all cores)")
     parser.add_argument("--shard-tokens", type=int, metavar="N", help="close a file behind so many tokens")
     options = parser.parse_intermixed_args()
-    from peagle_train.errors import print_anything, run_tool
+    from peagle_train.errors import run_tool
 
-    print_anything()
     return run_tool("prepare_data", lambda: run(options), "; the same command goes on from here")
 
 

@@ -30,9 +30,8 @@ def main() -> int:
     parser.add_argument("--epoch", type=int, default=0, metavar="E", help="whose draw of elements (default: 0)")
     parser.add_argument("--no-color", action="store_true", help="brackets on a terminal, too")
     options = parser.parse_intermixed_args()
-    from peagle_train.errors import print_anything, run_tool
+    from peagle_train.errors import run_tool
 
-    print_anything()
     return run_tool("show_row", lambda: print(run(options)))
 
 

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from peagle_train.answers.answers import Answer
 from peagle_train.answers.prompts import Message
+from peagle_train.errors import one_line
 
 RETRIED = (408, 425, 429)
 """Statuses that are worth another try, besides 5xx."""
@@ -161,7 +162,7 @@ class ChatServer:
 
     def _clean(self, text: Any) -> str:
         """One short line without the key, which some servers repeat."""
-        line = " ".join(str(text).split()) or type(text).__name__
+        line = one_line(text) or type(text).__name__
         return (line.replace(self._key, "***") if self._key else line)[:300]
 
 

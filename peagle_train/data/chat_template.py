@@ -6,6 +6,7 @@ from typing import Any
 
 from peagle_train.data.bad_row import BadRow
 from peagle_train.data.messages import parts_of
+from peagle_train.errors import one_line
 
 _USER, _ASSISTANT, _NEXT = "Qwhatq", "Aanswera", "Nnextn"
 """Words to look for in what the template makes of them."""
@@ -65,7 +66,7 @@ class ChatTemplate:
         except (ImportError, MemoryError):
             raise  # no jinja2, or no memory: not the row's fault
         except Exception as error:  # a template is foreign code, and raises whatever it likes
-            said = " ".join(str(error).split())[:200]
+            said = one_line(error, 200)
             raise BadRow("template failed", f"{type(error).__name__}: {said}") from None
         assert isinstance(text, str)
         return text

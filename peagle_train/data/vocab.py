@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peagle_train.data.chat_template import read_template
+from peagle_train.errors import one_line
 
 if TYPE_CHECKING:
     from peagle_train.data.document_table import DocumentTable
@@ -140,9 +141,7 @@ def end_of_turn_ids(tokenizer: Any, data: "Data | None" = None) -> list[int]:
     try:
         text = tokenizer.apply_chat_template(chat, chat_template=given, tokenize=False, **variables)
     except Exception as error:  # templates raise what they like
-        logger.warning(
-            "the chat template fails, so its end of turn is not known: %s", " ".join(str(error).split())[:200]
-        )
+        logger.warning("the chat template fails, so its end of turn is not known: %s", one_line(error, 200))
         return []
     _, found, behind = text.rpartition(answer)
     ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if found else []

@@ -26,9 +26,12 @@ from peagle_train.decoding.acceptance_report import (
 from peagle_train.decoding.eval_prompts import Case, load_cases
 from peagle_train.decoding.verify import end_tokens
 from peagle_train.durable import partial_path
+from peagle_train.errors import one_line
 from peagle_train.recipe import Recipe, load_recipe
-from peagle_train.serving.drafter_files import load_drafter
+from peagle_train.serving.draft_formats import speculative_tokens_of
+from peagle_train.serving.drafter_files import load_drafter, read_config
 from peagle_train.serving.export import find_drafter
+from peagle_train.serving.model_card import read_run
 from peagle_train.target.frozen import FrozenTarget
 from peagle_train.training.checkpoint import MARKER, write_json
 
@@ -47,8 +50,12 @@ def run(options: Namespace, folder: Path) -> tuple[str, bool]:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; give {least} or more")
     if not 0 <= options.temperature < math.inf:
         raise ValueError(f"--temperature is {options.temperature}; give 0 (greedy) or more")
-    if STDLIB not in options.prompts and options.cuts != 1:
-        raise ValueError(f"--cuts is {options.cuts}, which is for the prompts {STDLIB} alone: leave it out")
+    for name in ("cuts", "prompt_tokens"):
+        if STDLIB not in options.prompts and getattr(options, name) is not None:
+            given = f"--{name.replace('_', '-')} is {getattr(options, name)}"
+            raise ValueError(f"{given}, which is for the prompts {STDLIB} alone: leave it out")
+    if options.likeliest_drafts and not options.temperature:
+        raise ValueError("--likeliest-drafts is for --temperature above 0; greedy decoding always takes them")
     if options.json:
         _check_writable(Path(options.json))
     folders = [find_drafter(Path(given)) for given in (folder, *options.compare)]
@@ -118,7 +125,7 @@ def _device(given: str | None) -> torch.device:
     try:
         torch.zeros(1, device=name).item()
     except Exception as error:  # whatever a device's runtime raises
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise ValueError(
             f"--device {name} cannot be used ({type(error).__name__}: {reason}): give cpu, or leave it out"
         ) from None
@@ -194,9 +201,9 @@ def _cases(options: Namespace, recipe: Recipe | None, tokenizer: Any, vocab_size
             plain=options.plain,
             seed=options.seed,
             recipe=recipe,
-            prompt_tokens=options.prompt_tokens,
+            prompt_tokens=options.prompt_tokens or 256,
             vocab_size=vocab_size,
-            cuts=options.cuts,
+            cuts=options.cuts or 1,
         )
         if more and more[0].data_set in {case.data_set for case in cases}:
             raise ValueError(
@@ -235,14 +242,16 @@ def _check_same_split(recipe: Recipe | None, other: Path) -> None:
 
 
 def _num_depths(folder: Path) -> int | None:
+    """The K that it was trained for, or, of an export, is to be served with; None if nothing says so."""
     recipe = _recipe(folder)
-    return recipe.cod.num_depths if recipe else None
+    return recipe.cod.num_depths if recipe else speculative_tokens_of(read_config(folder))
 
 
 def _trained(folder: Path) -> list[float]:
-    """The accuracy by depth that the run's last evaluation found of this drafter; empty if there was none."""
+    """The accuracy by depth that the run's evaluation at its step found of this drafter; empty if there was none."""
     try:
         summary = json.loads((folder.parent / MARKER).read_text(encoding="utf-8"))
-        return [float(share) for share in summary["after"]["accuracy"]] if summary["drafter"] == folder.name else []
-    except (OSError, ValueError, KeyError, TypeError):
+        found = summary["after"] if summary.get("drafter") == folder.name else read_run(folder).evaluation
+        return [float(share) for share in found["accuracy"]] if found else []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []

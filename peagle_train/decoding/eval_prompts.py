@@ -77,7 +77,7 @@ def load_cases(
         )
     if tokenizer is None:
         raise ValueError(f"prompts {name} need the target's tokenizer, and its folder has none")
-    if name not in BENCHMARKS and not Path(name).expanduser().is_file():
+    if name not in BENCHMARKS and not Path(name).expanduser().exists():
         known = ", ".join([STDLIB, *sorted(BENCHMARKS)])
         raise ValueError(f"prompts {name} is no file; give a .jsonl file or one of {known}")
     data_set = name if name in BENCHMARKS else Path(name).name

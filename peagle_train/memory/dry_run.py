@@ -5,6 +5,7 @@ full.
 from collections.abc import Sequence
 from dataclasses import replace
 
+from peagle_train.errors import one_line
 from peagle_train.memory.memory_plan import (
     CANDIDATES,
     GIB,
@@ -122,7 +123,7 @@ def resolve_segments(recipe: Recipe, sizes: Sizes, device: Device) -> tuple[Reci
 
 def out_of_memory(recipe: Recipe, error: Exception, where: str) -> tuple[str, str]:
     """The table, and the line for a device that was full `where`: what it wanted, and what would fit."""
-    wanted = " ".join(str(error).split()).partition(". ")[0][:200]
+    wanted = one_line(error).partition(". ")[0][:200]
     try:
         device = this_device()
         sizes = read_sizes(recipe, device)

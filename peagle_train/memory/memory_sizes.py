@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.data.vocab_from import draft_vocab_size_of
+from peagle_train.errors import one_line
 from peagle_train.memory.memory_plan import GIB, Sizes
 from peagle_train.recipe import Recipe
 from peagle_train.serving.warm_start import read_start
@@ -120,8 +121,9 @@ def read_sizes(recipe: Recipe, device: Device) -> Sizes:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, **given, **remote)
     except Exception as error:  # whatever a foreign or corrupt file makes the loaders raise
-        line = " ".join(str(error).split())[:300]
-        raise ValueError(f"target.path {path} cannot be read: {type(error).__name__}: {line}") from error
+        raise ValueError(
+            f"target.path {path} cannot be read: {type(error).__name__}: {one_line(error, 300)}"
+        ) from error
     target = TargetShapes(model, settings.layer_ids, settings.chunk_tokens)
     start = read_start(recipe, target)
     shaped = start.recipe if start else recipe

@@ -3,6 +3,7 @@
 The rules are those of vLLM's Llama EAGLE-3 loader and proposer (`parallel_drafting`) and of this project's shapes.
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +14,7 @@ from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.serving.draft_formats import (
     ARCHITECTURES,
     EAGLE3,
+    PEAGLE_ARCHITECTURES,
     format_of,
     layer_config,
     layer_ids_of,
@@ -21,11 +23,12 @@ from peagle_train.serving.draft_formats import (
     other_kind,
     parse_config,
     rope_of,
+    served_as,
     unsupported,
     whole_model,
     wrong_types,
 )
-from peagle_train.serving.drafter_files import read_config, read_tensors, weight_files
+from peagle_train.serving.drafter_files import read_config, read_tensors, tensor_names, weight_files
 from peagle_train.serving.drafter_tensors import MAY_LACK, check_layers, check_vocab, expected_shapes, standard_name
 
 Level = Literal["ok", "warn", "BAD", "????"]
@@ -78,7 +81,7 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
     except ValueError as error:
         return [Finding("BAD", "config.json", str(error))]
     whole = whole_model(raw)
-    if whole:
+    if whole and not _has_fc(folder):
         return [Finding("BAD", "config.json", f"{whole}: a whole language model, no drafter")]
     findings = [*_check_config(raw), *_check_rope(raw)]
     config = None
@@ -109,9 +112,7 @@ def _check_config(raw: dict[str, Any]) -> list[Finding]:
     given = raw.get("architectures")
     given = given if isinstance(given, list) and given else ["none"]
     if kind == EAGLE3:
-        known = given[0] in ARCHITECTURES
-        detail = f"{given[0]}" + ("" if known else f": vLLM knows {', '.join(ARCHITECTURES)}")
-        found.append(Finding("ok" if known else unlike, "architectures", detail))
+        found.append(_check_architecture(str(given[0]), unlike))
         if raw.get("model_type") != "llama":
             found.append(Finding(unlike, "model_type", f"{raw.get('model_type')}: transformers must read it as llama"))
     else:
@@ -133,6 +134,15 @@ def _check_config(raw: dict[str, Any]) -> list[Finding]:
     if raw.get("norm_before_residual") is None:
         found.append(Finding("warn", "norm_before_residual", "not given, and readers' defaults differ: give it"))
     return found
+
+
+def _check_architecture(name: str, unlike: Level) -> Finding:
+    served = served_as(name)
+    read_as = name if served == name else f"{name}, which vLLM reads as {served}"
+    if served in ARCHITECTURES:
+        return Finding("ok", "architectures", read_as)
+    level = "warn" if name in PEAGLE_ARCHITECTURES else unlike
+    return Finding(level, "architectures", f"{read_as}: it knows {', '.join(ARCHITECTURES)}")
 
 
 def _check_mask_token(raw: dict[str, Any], token: int | None, vocab_size: Any) -> Finding:
@@ -201,6 +211,8 @@ def _check_weights(folder: Path, raw: dict[str, Any], config: PEagleDraftConfig 
     names = {standard_name(name) for name in stored}
     for name, tensor in stored.items():
         found.append(_check_tensor(name, tensor, shapes))
+    twice = [name for name, count in Counter(map(standard_name, stored)).items() if count > 1]
+    found += [Finding("BAD", name, "two tensors have this name, or names that are read as it") for name in twice]
     pruned = config.draft_vocab_size != config.vocab_size
     is_parallel = config.ptd_token_id is not None or "mask_hidden" in names
     for name in sorted(shapes.keys() - names):
@@ -219,9 +231,19 @@ def _check_weights(folder: Path, raw: dict[str, Any], config: PEagleDraftConfig 
     return found + _check_mapping(stored, config)
 
 
+def _has_fc(folder: Path) -> bool:
+    """Whether the weights join features, as a drafter's do."""
+    try:
+        return any(standard_name(name) == "fc.weight" for name in tensor_names(folder))
+    except ValueError:
+        return False
+
+
 def _check_tensor(name: str, tensor: Tensor, shapes: dict[str, tuple[int, ...]]) -> Finding:
     standard, kind = standard_name(name), str(tensor.dtype).removeprefix("torch.")
     shown = f"{kind} {list(tensor.shape)}"
+    if standard.endswith("rotary_emb.inv_freq"):
+        return Finding("ok", name, f"{shown}: not read")
     if standard not in shapes:
         return Finding("BAD", name, f"{shown}: no tensor of such a drafter")
     if standard != name and not name.startswith("midlayer."):

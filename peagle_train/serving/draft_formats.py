@@ -11,8 +11,10 @@ from peagle_train.core.draft_config import NOT_SAVED, PEagleDraftConfig
 EAGLE3, SPECULATORS = "eagle3", "speculators"
 FORMATS = (EAGLE3, SPECULATORS)
 
-ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "PEagleDraftModel", "PeagleLlamaForCausalLM")
-"""What vLLM's registry maps to its Llama EAGLE-3 drafter, as of the versions read for this file."""
+ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
+"""What vLLM's registry maps to its Llama EAGLE-3 drafter, as of the versions read for this file; see `served_as`."""
+PEAGLE_ARCHITECTURES = ("PEagleDraftModel", "PeagleLlamaForCausalLM")
+"""Likewise, but in front of these its method eagle3 puts a word that makes them unknown again."""
 
 MASK_KEYS = ("mask_token_id", "pard_token", "ptd_token_id")
 """The mask token's names; vLLM takes the first that is there, and older ones know only the last two."""
@@ -35,6 +37,21 @@ _UNLIKE_OURS = {
     "logit_scale": "scales its logits",
 }
 """Keys of other EAGLE-3 drafters which, set, mean a drafter that this project does not have."""
+
+
+def served_as(architecture: str) -> str:
+    """The name under which vLLM's method eagle3 looks a flat config's architecture up."""
+    is_named = architecture.startswith("Eagle3") or architecture.endswith("Eagle3")
+    return architecture if is_named else f"Eagle3{architecture}"
+
+
+def speculative_tokens_of(raw: dict[str, Any]) -> int | None:
+    """K that a speculators config.json says; None where it says none."""
+    try:
+        tokens = raw["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
+    except (KeyError, IndexError, TypeError):
+        return None
+    return tokens if type(tokens) is int and tokens >= 1 else None
 
 
 def format_of(raw: dict[str, Any]) -> str:

@@ -80,6 +80,8 @@ def read_drafter(folder: str | Path) -> DrafterFiles:
         missing, filled = fit_tensors(config, tensors)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
+    if raw.get("tie_word_embeddings") and "lm_head.weight" in tensors:
+        notes.append("its config.json ties the head to the embeddings; the head in the file is taken")
     return DrafterFiles(folder, format_of(raw), raw, config, tensors, missing, notes + filled)
 
 
@@ -126,6 +128,18 @@ def weight_files(folder: Path) -> dict[str, list[str] | None]:
     if not shards:
         raise ValueError(f"{INDEX} names no tensor")
     return shards
+
+
+def tensor_names(folder: Path) -> list[str]:
+    """The names in the weights' files; nothing is loaded. ValueError for what is no safetensors file."""
+    names: list[str] = []
+    for shard in weight_files(folder):
+        try:
+            with safe_open(folder / shard, framework="pt") as file:
+                names += file.keys()
+        except (OSError, SafetensorError, ValueError) as error:
+            raise ValueError(f"{shard} {_why_unreadable(folder / shard, error)}") from None
+    return names
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -15,7 +15,14 @@ from torch import Tensor
 from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.durable import make_readable, sync
 from peagle_train.serving.check_drafter import Finding, check_folder, is_loadable
-from peagle_train.serving.draft_formats import EAGLE3, FORMATS, SPECULATORS, format_of, speculators_config
+from peagle_train.serving.draft_formats import (
+    EAGLE3,
+    FORMATS,
+    SPECULATORS,
+    format_of,
+    speculative_tokens_of,
+    speculators_config,
+)
 from peagle_train.serving.drafter_files import WEIGHTS, DrafterFiles, read_drafter
 from peagle_train.serving.model_card import RunFacts, find_report, model_card, read_report, read_run
 from peagle_train.training.checkpoint import save_tensors
@@ -95,6 +102,9 @@ def export_drafter(
     if name is not None and Path(name).is_absolute():
         notes.append(f"the files name the target by its folder, {name}: --target-name gives it another")
     report = read_report(measured) if measured else find_report(folder)
+    about = next(iter((report or {}).get("drafters") or []), None)
+    if measured and about is not None and Path(str(about)).resolve() != folder.resolve():
+        notes.append(f"{measured} is about {about}: right only if that is the same drafter")
     target_config = read_target_config(target) if target else None
     tensors = {n: t.to(dtype or t.dtype) if t.is_floating_point() else t for n, t in files.tensors.items()}
     files.config.dtype = tensors["fc.weight"].dtype
@@ -152,12 +162,7 @@ def _speculative_tokens(files: DrafterFiles, facts: RunFacts, given: int | None)
         )
     if given is not None and given < 1:
         raise ValueError(f"--num-speculative-tokens is {given}; give at least 1")
-    if given is None and trained is None and format_of(files.raw) == SPECULATORS:
-        try:
-            return int(files.raw["speculators_config"]["proposal_methods"][0]["speculative_tokens"])
-        except (KeyError, IndexError, TypeError, ValueError):
-            return None
-    return given or trained
+    return given or trained or speculative_tokens_of(files.raw)
 
 
 def _known_target(files: DrafterFiles, facts: RunFacts, target: Path | None) -> str | None:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from peagle_train.core.segments import TargetOutputs
 from peagle_train.data import vocab
+from peagle_train.errors import one_line
 from peagle_train.target.chunks import Run, check_chunkable, forward_run, plan_runs
 from peagle_train.target.dense import FLOATS, dense_embeddings, dense_head, is_plain
-from peagle_train.target.loading import load_model, one_line, refuse_unfit, resolve_dtype
+from peagle_train.target.loading import load_model, refuse_unfit, resolve_dtype
 from peagle_train.target.target_check import check_target
 from peagle_train.training.distributed import max_counts
 from peagle_train.training.sharded import shard, whole
@@ -195,7 +196,7 @@ class FrozenTarget:
         except Exception as error:  # whatever a quantiser's layer raises
             raise ValueError(
                 f"target {type(self.model).__name__} has a quantised head ({name}) that does not multiply on"
-                f" {self.device.type}: {type(error).__name__}: {one_line(error)}; leave the head unquantised"
+                f" {self.device.type}: {type(error).__name__}: {one_line(error, 300)}; leave the head unquantised"
             ) from error
         logger.warning("the target's head is quantised (%s): labels use the matrix that it multiplies by", name)
         return weight

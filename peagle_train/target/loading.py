@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from peagle_train.core.rope import ROPE_TYPES
+from peagle_train.errors import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,9 @@ def load_model(
             path, dtype=dtype, output_loading_info=True, use_safetensors=True, **kwargs
         )
     except Exception as error:  # whatever a foreign or corrupt file makes the loaders raise
-        raise ValueError(f"target.path {path} cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
+        raise ValueError(
+            f"target.path {path} cannot be loaded: {type(error).__name__}: {one_line(error, 300)}"
+        ) from error
     model, report = loaded
     bad = [f"{len(report[kind])} {kind.replace('_', ' ')}" for kind in _REPORTS if report.get(kind)]
     if bad:
@@ -127,7 +130,3 @@ def _check_size(path: str, config: Any, trust_remote_code: bool) -> None:
     described = sum(p.numel() for p in model.parameters())
     if described > 2 * held:
         raise ValueError(f"its config describes {described:,} parameters, but its weights hold {held:,}")
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

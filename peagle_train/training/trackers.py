@@ -13,6 +13,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from peagle_train.durable import write_text
+from peagle_train.errors import one_line
 from peagle_train.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ class Tracker:
         self._is_on = False
         names = ", ".join(str(tracker) for tracker in self.accelerator.log_with)
         self.accelerator.trackers = []  # so that ending the run does not wait for it either
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         logger.warning(
             "train.log_with: %s %s (%s: %s): the run goes on without; metrics.jsonl has everything",
             names,
