@@ -242,8 +242,8 @@ def test_a_tied_head_with_a_pruned_vocabulary_is_refused(folder: Path) -> None:
         ("LlamaForCausalLMEagle3", "ok"),
         ("Eagle3LlamaForCausalLM", "ok"),
         ("LlamaForCausalLM", "ok"),
-        ("PEagleDraftModel", "warn"),
-        ("PeagleLlamaForCausalLM", "warn"),
+        ("PEagleDraftModel", "BAD"),
+        ("PeagleLlamaForCausalLM", "BAD"),
         ("Eagle3Qwen3ForCausalLM", "BAD"),
         ("LlamaForCausalLMPeagle", "BAD"),
     ],
@@ -267,8 +267,13 @@ def test_a_head_beside_a_tie_is_taken_and_said_and_the_export_is_not_tied(folder
 
 def test_a_rotary_table_in_the_weights_is_passed_over_and_a_name_twice_is_not(folder: Path) -> None:
     tensors = load_file(folder / WEIGHTS)
-    save_file({**tensors, "layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}, folder / WEIGHTS)
-    assert is_loadable(check_folder(folder)) and load_drafter(folder)
+    table = torch.ones(2, dtype=torch.float64)
+    save_file(
+        {**tensors, "layers.0.self_attn.rotary_emb.inv_freq": table, "rotary_emb.inv_freq": table.clone()},
+        folder / WEIGHTS,
+    )
+    findings = check_folder(folder)
+    assert is_loadable(findings) and load_drafter(folder) and not found(findings, "warn")
     norm = "hidden_norm.weight"
     save_file({**tensors, f"midlayer.{norm}": tensors[f"layers.0.{norm}"].clone()}, folder / WEIGHTS)
     assert any("two tensors have this name" in line for line in found(check_folder(folder), "BAD"))
@@ -434,7 +439,8 @@ def test_a_drafter_that_calls_itself_a_causal_lm_is_checked_as_a_drafter(tmp_pat
 def test_an_empty_config_is_told_what_it_lacks(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     text = table(check_folder(tmp_path))
-    assert "config.json lacks vocab_size, hidden_size" in text and "None layers" not in text
+    assert "none: vLLM knows LlamaForCausalLMEagle3" in text and "config.json lacks vocab_size, hidden_size" in text
+    assert "None layers" not in text
 
 
 def test_a_drafter_named_as_its_target_is_told_by_its_fc(folder: Path) -> None:
@@ -443,5 +449,6 @@ def test_a_drafter_named_as_its_target_is_told_by_its_fc(folder: Path) -> None:
     config = {key: value for key, value in config.items() if key not in own} | {"architectures": ["LlamaForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(config))
     assert not any("a whole language model" in finding.detail for finding in check_folder(folder))
-    (folder / WEIGHTS).unlink()
-    assert any("a whole language model" in finding.detail for finding in check_folder(folder))
+    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+    assert not any("a whole language model" in finding.detail for finding in check_folder(folder))
+    assert any("pickled" in line for line in found(check_folder(folder), "BAD"))

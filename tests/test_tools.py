@@ -21,8 +21,8 @@ STOPPED = [
     ("evaluate", "peagle_train.decoding.acceptance_run.run", ["x", "--prompts", "stdlib"]),
     ("export", "peagle_train.serving.export.find_drafter", ["x", "--check"]),
     ("report", "peagle_train.pictures.report.write_report", ["x"]),
-    ("show_batch", "peagle_train.pictures.style.load_matplotlib", ["--example"]),
-    ("show_memory", "peagle_train.pictures.style.load_matplotlib", []),
+    ("show_batch", "peagle_train.pictures.batch.example_row", ["--example"]),
+    ("show_memory", "peagle_train.memory.memory_sizes.parse_device", ["--on", "cuda:79"]),
     ("import", "peagle_train.serving.import_drafter.import_drafter", ["x", "--out", "y"]),
 ]
 

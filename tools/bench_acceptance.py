@@ -22,6 +22,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -94,23 +95,31 @@ class Bench:
 
     def train(self, name: str, *overrides: str) -> Path:
         """A run's folder, once it is finished."""
-        from peagle_train.training.checkpoint import check_not_in_use
-
         folder = self.folder(name)
-        if not (folder / "final").is_dir():
+        if not self.is_finished(folder):
             print(f"{name}: training", file=sys.stderr, flush=True)
             log = folder.with_name(folder.name + ".log")
             recipe = [self.recipe, "train.save_steps=null", "train.eval_steps=null"]
             recipe += [f"output.dir={folder}", *self.options.overrides, *overrides]
             if any(folder.glob("checkpoint-*")):
                 recipe.append("--resume")
-            elif folder.exists():  # stopped before its first checkpoint
-                check_not_in_use(folder)
-                shutil.rmtree(folder)
+            else:  # stopped before its first checkpoint
+                self.remove(folder)
             self.run(log, "-m", "peagle_train", *recipe, alone=name == ALONE)
-            if not (folder / "final").is_dir():  # told to stop, it saves and ends well
+            if not self.is_finished(folder):  # told to stop, it saves and ends well
                 raise RuntimeError(f"{name} was stopped; the same command goes on (see {log})")
         return folder
+
+    def is_finished(self, folder: Path) -> bool:
+        marker = folder / "run.json"
+        return marker.is_file() and json.loads(marker.read_text())["state"] == "finished"
+
+    def remove(self, folder: Path) -> None:
+        from peagle_train.training.checkpoint import check_not_in_use
+
+        if folder.exists():
+            check_not_in_use(folder)
+            shutil.rmtree(folder)
 
     def folder(self, name: str) -> Path:
         return self.out / name.replace(" = ", "").replace(" ", "_")
@@ -130,8 +139,8 @@ class Bench:
                 few.append("data.max_documents=12")
                 rows = [self.cache(f"features of a few, {name}", *few)]
             timed = f"timed {name}"
-            if self.folder(timed).exists() and not (self.folder(timed) / "final").exists():
-                shutil.rmtree(self.folder(timed))  # a pace is taken in one go
+            if not self.is_finished(self.folder(timed)):
+                self.remove(self.folder(timed))  # a pace is taken in one go
             self.train(timed, *rows, *few, f"train.max_steps={TIMED_STEPS}", "train.log_steps=1")
             lines = [json.loads(line) for line in (self.folder(timed) / "metrics.jsonl").open()]
             seconds = [line["seconds"] for line in lines if line["kind"] == "train"]
@@ -150,22 +159,34 @@ class Bench:
         """The recipe, then the others, the long ones first, so many at a time."""
         for name in names:
             self.rows(name)  # before two jobs want the same features
-        if ALONE in names:
-            self.case(ALONE)
+        self.at_once(self.case, [name for name in names if name == ALONE])
         others = [name for name in names if name != ALONE]
         others.sort(key=lambda name: (name not in FIXED, not any(change.startswith("data.") for change in CASES[name])))
         self.at_once(self.steps, [name for name in others if name not in FIXED])
         self.at_once(self.case, others)
 
     def at_once(self, work: Callable[[str], object], names: list[str]) -> None:
-        """So many jobs at a time; behind one that fails none begins, and its error is raised."""
+        """So many jobs at a time; behind one that fails none begins, and its error is raised.
+
+        In threads, even if it is one: Ctrl-C then leaves the trainers, which get it too, the time to save.
+        """
+        ended = threading.Event()
+
+        def guarded(name: str) -> None:
+            if not ended.is_set():
+                try:
+                    work(name)
+                except BaseException:
+                    ended.set()
+                    raise
+
         pool = ThreadPoolExecutor(self.options.jobs)
         try:
-            futures = [pool.submit(work, name) for name in names]
-            for future in as_completed(futures):
+            for future in as_completed([pool.submit(guarded, name) for name in names]):
                 future.result()
         finally:
-            pool.shutdown(cancel_futures=True)
+            ended.set()
+            pool.shutdown()
 
     def evaluate(self, folders: dict[str, Path]) -> dict[str, Any]:
         """tools/evaluate.py over all of them; the first decodes. What was measured of the same is taken as it is."""
@@ -173,10 +194,11 @@ class Bench:
         o = self.options
         trained = max((folder / "model.safetensors").stat().st_mtime for folder in folders.values())
         if report.exists() and report.stat().st_mtime > trained:
-            known = json.loads(report.read_text())
-            asked = (known["settings"]["limit"], known["settings"]["max_tokens"])
-            if known["drafters"] == [str(folder) for folder in folders.values()] and asked == (o.limit, o.max_tokens):
-                return known
+            with suppress(ValueError, KeyError, TypeError):  # not one of these reports, or half of one
+                known = json.loads(report.read_text())
+                asked = (known["settings"]["limit"], known["settings"]["max_tokens"], known["drafters"])
+                if asked == (o.limit, o.max_tokens, [str(folder) for folder in folders.values()]):
+                    return known
         command = [str(ROOT / "tools" / "evaluate.py"), str(first), "--prompts", "stdlib", "--limit", str(o.limit)]
         command += ["--cuts", "2", "--max-tokens", str(o.max_tokens), "--k", "5", "--max-k", "5", "--json", str(report)]
         others = [str(folder) for folder in list(folders.values())[1:]]
@@ -185,7 +207,7 @@ class Bench:
 
 
 def summary(folders: dict[str, Path], report: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each drafter, at K = 5."""
+    """A row for each drafter, at K = 5. A checkpoint's seconds are its share of the run's steps."""
     rows: list[dict[str, Any]] = []
     for index, (name, folder) in enumerate(folders.items()):
         trained = json.loads((folder.parent / "run.json").read_text())

@@ -40,7 +40,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--likeliest-drafts", action="store_true", help="with T > 0: take the likeliest drafts, drawing none"
     )
     parser.add_argument("--k", type=int, metavar="K", help="slots of the decoding itself (default 5)")
-    parser.add_argument("--max-k", type=int, metavar="K", help="largest K reported (default: the recipe's num_depths)")
+    parser.add_argument(
+        "--max-k", type=int, metavar="K", help="largest K reported (default: the recipe's num_depths, or an export's K)"
+    )
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32", "float64"])
     parser.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
     parser.add_argument("--plain", action="store_true", help="give prompts to the target without its chat template")

@@ -17,7 +17,7 @@ def summarize(
 ) -> dict[str, Any]:
     """One drafter's figures: by data set (and all together, where there are several), then by K.
 
-    trained_accuracy: by depth, of the training run's last evaluation; its expected lengths stand beside the real ones.
+    trained_accuracy: by depth, of the run's evaluation at the drafter's step; its expected lengths stand beside real ones.
     """
     return {
         name: {

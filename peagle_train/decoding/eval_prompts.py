@@ -75,13 +75,14 @@ def load_cases(
         return stdlib_cases(
             recipe, tokenizer, vocab_size, limit=limit, prompt_tokens=prompt_tokens, seed=seed, cuts=cuts
         )
-    if tokenizer is None:
-        raise ValueError(f"prompts {name} need the target's tokenizer, and its folder has none")
-    if name not in BENCHMARKS and not Path(name).expanduser().exists():
+    file = Path(name).expanduser()
+    if name not in BENCHMARKS and (not file.exists() or file.is_dir()):
         known = ", ".join([STDLIB, *sorted(BENCHMARKS)])
         raise ValueError(f"prompts {name} is no file; give a .jsonl file or one of {known}")
+    if tokenizer is None:
+        raise ValueError(f"prompts {name} need the target's tokenizer, and its folder has none")
     data_set = name if name in BENCHMARKS else Path(name).name
-    texts = None if name in BENCHMARKS else _texts(Path(name).expanduser())
+    texts = None if name in BENCHMARKS else _texts(file)
     if texts is not None:
         cases = [
             Case(str(i), data_set, tuple(tokenizer(text, add_special_tokens=True)["input_ids"]))

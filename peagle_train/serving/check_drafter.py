@@ -14,7 +14,6 @@ from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.serving.draft_formats import (
     ARCHITECTURES,
     EAGLE3,
-    PEAGLE_ARCHITECTURES,
     format_of,
     layer_config,
     layer_ids_of,
@@ -29,7 +28,14 @@ from peagle_train.serving.draft_formats import (
     wrong_types,
 )
 from peagle_train.serving.drafter_files import read_config, read_tensors, tensor_names, weight_files
-from peagle_train.serving.drafter_tensors import MAY_LACK, check_layers, check_vocab, expected_shapes, standard_name
+from peagle_train.serving.drafter_tensors import (
+    MAY_LACK,
+    check_layers,
+    check_vocab,
+    expected_shapes,
+    is_rotary_table,
+    standard_name,
+)
 
 Level = Literal["ok", "warn", "BAD", "????"]
 """????: of a drafter of another kind than this project's, which cannot be judged here."""
@@ -81,7 +87,7 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
     except ValueError as error:
         return [Finding("BAD", "config.json", str(error))]
     whole = whole_model(raw)
-    if whole and not _has_fc(folder):
+    if whole and _lacks_fc(folder):
         return [Finding("BAD", "config.json", f"{whole}: a whole language model, no drafter")]
     findings = [*_check_config(raw), *_check_rope(raw)]
     config = None
@@ -110,9 +116,9 @@ def _check_config(raw: dict[str, Any]) -> list[Finding]:
     found += [Finding("????", "kind", difference) for difference in others]
     found += [Finding(unlike, "config.json", problem) for problem in ([] if wrong else misread(raw))]
     given = raw.get("architectures")
-    given = given if isinstance(given, list) and given else ["none"]
+    given = given if isinstance(given, list) and given else [None]
     if kind == EAGLE3:
-        found.append(_check_architecture(str(given[0]), unlike))
+        found.append(_check_architecture(given[0], unlike))
         if raw.get("model_type") != "llama":
             found.append(Finding(unlike, "model_type", f"{raw.get('model_type')}: transformers must read it as llama"))
     else:
@@ -136,13 +142,14 @@ def _check_config(raw: dict[str, Any]) -> list[Finding]:
     return found
 
 
-def _check_architecture(name: str, unlike: Level) -> Finding:
+def _check_architecture(name: Any, unlike: Level) -> Finding:
+    if not isinstance(name, str):
+        return Finding(unlike, "architectures", f"none: vLLM knows {', '.join(ARCHITECTURES)}")
     served = served_as(name)
     read_as = name if served == name else f"{name}, which vLLM reads as {served}"
     if served in ARCHITECTURES:
         return Finding("ok", "architectures", read_as)
-    level = "warn" if name in PEAGLE_ARCHITECTURES else unlike
-    return Finding(level, "architectures", f"{read_as}: it knows {', '.join(ARCHITECTURES)}")
+    return Finding(unlike, "architectures", f"{read_as}: it knows {', '.join(ARCHITECTURES)}")
 
 
 def _check_mask_token(raw: dict[str, Any], token: int | None, vocab_size: Any) -> Finding:
@@ -208,6 +215,8 @@ def _check_weights(folder: Path, raw: dict[str, Any], config: PEagleDraftConfig 
         shapes = expected_shapes(config)
     except ValueError as error:
         return [*found, Finding("BAD", "weights", str(error))]
+    tables = {name: stored.pop(name) for name in list(stored) if is_rotary_table(standard_name(name))}
+    found += [Finding("ok", name, "a rotary table, which is not read") for name in tables]
     names = {standard_name(name) for name in stored}
     for name, tensor in stored.items():
         found.append(_check_tensor(name, tensor, shapes))
@@ -231,10 +240,10 @@ def _check_weights(folder: Path, raw: dict[str, Any], config: PEagleDraftConfig 
     return found + _check_mapping(stored, config)
 
 
-def _has_fc(folder: Path) -> bool:
-    """Whether the weights join features, as a drafter's do."""
+def _lacks_fc(folder: Path) -> bool:
+    """Whether there are weights that join no features, as a drafter's do."""
     try:
-        return any(standard_name(name) == "fc.weight" for name in tensor_names(folder))
+        return all(standard_name(name) != "fc.weight" for name in tensor_names(folder))
     except ValueError:
         return False
 
@@ -242,8 +251,6 @@ def _has_fc(folder: Path) -> bool:
 def _check_tensor(name: str, tensor: Tensor, shapes: dict[str, tuple[int, ...]]) -> Finding:
     standard, kind = standard_name(name), str(tensor.dtype).removeprefix("torch.")
     shown = f"{kind} {list(tensor.shape)}"
-    if standard.endswith("rotary_emb.inv_freq"):
-        return Finding("ok", name, f"{shown}: not read")
     if standard not in shapes:
         return Finding("BAD", name, f"{shown}: no tensor of such a drafter")
     if standard != name and not name.startswith("midlayer."):

@@ -11,10 +11,9 @@ from peagle_train.core.draft_config import NOT_SAVED, PEagleDraftConfig
 EAGLE3, SPECULATORS = "eagle3", "speculators"
 FORMATS = (EAGLE3, SPECULATORS)
 
-ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
+ARCHITECTURES: tuple[str, ...] = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Qwen2_5vlForCausalLM")
+ARCHITECTURES += ("Eagle3Qwen3vlForCausalLM", "Eagle3MiniMaxM2ForCausalLM")
 """What vLLM's registry maps to its Llama EAGLE-3 drafter, as of the versions read for this file; see `served_as`."""
-PEAGLE_ARCHITECTURES = ("PEagleDraftModel", "PeagleLlamaForCausalLM")
-"""Likewise, but in front of these its method eagle3 puts a word that makes them unknown again."""
 
 MASK_KEYS = ("mask_token_id", "pard_token", "ptd_token_id")
 """The mask token's names; vLLM takes the first that is there, and older ones know only the last two."""

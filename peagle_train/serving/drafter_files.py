@@ -15,7 +15,7 @@ from torch import Tensor
 
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
-from peagle_train.serving.draft_formats import format_of, parse_config
+from peagle_train.serving.draft_formats import format_of, layer_config, parse_config
 from peagle_train.serving.drafter_tensors import check_layers, fit_tensors, standard_names
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,8 @@ def read_drafter(folder: str | Path) -> DrafterFiles:
         missing, filled = fit_tensors(config, tensors)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
-    if raw.get("tie_word_embeddings") and "lm_head.weight" in tensors:
+    is_tied = raw.get("tie_word_embeddings") or layer_config(raw).get("tie_word_embeddings")
+    if is_tied and "lm_head.weight" in tensors:
         notes.append("its config.json ties the head to the embeddings; the head in the file is taken")
     return DrafterFiles(folder, format_of(raw), raw, config, tensors, missing, notes + filled)
 

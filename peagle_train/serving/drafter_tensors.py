@@ -14,8 +14,14 @@ from peagle_train.core.draft_config import PEagleDraftConfig
 
 MAY_LACK = ("mask_hidden", "embed_tokens.weight", "lm_head.weight")
 """What an EAGLE-3 drafter may come without: the first is P-EAGLE's, the others are then the target's."""
-_DROPPED = re.compile(r"verifier_(norm|lm_head)\.weight|(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+_TABLE = re.compile(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+_TARGETS = re.compile(r"verifier_(norm|lm_head)\.weight")
 """Tensors that others save along and no drafter needs."""
+
+
+def is_rotary_table(name: str) -> bool:
+    """Whether a tensor of this standard name holds rotary frequencies, which no reader takes."""
+    return bool(_TABLE.fullmatch(name))
 
 
 def standard_name(name: str) -> str:
@@ -32,7 +38,7 @@ def standard_names(stored: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[s
     renamed, dropped = 0, []
     for name, tensor in stored.items():
         standard = standard_name(name)
-        if _DROPPED.fullmatch(standard):
+        if is_rotary_table(standard) or _TARGETS.fullmatch(standard):
             dropped.append(name)
             continue
         if standard in tensors:

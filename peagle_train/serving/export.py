@@ -102,9 +102,9 @@ def export_drafter(
     if name is not None and Path(name).is_absolute():
         notes.append(f"the files name the target by its folder, {name}: --target-name gives it another")
     report = read_report(measured) if measured else find_report(folder)
-    about = next(iter((report or {}).get("drafters") or []), None)
-    if measured and about is not None and Path(str(about)).resolve() != folder.resolve():
-        notes.append(f"{measured} is about {about}: right only if that is the same drafter")
+    about = (report or {}).get("drafters")
+    if measured and isinstance(about, list) and about and Path(str(about[0])).resolve() != folder.resolve():
+        notes.append(f"{measured} is about {about[0]}: right only if that is the same drafter")
     target_config = read_target_config(target) if target else None
     tensors = {n: t.to(dtype or t.dtype) if t.is_floating_point() else t for n, t in files.tensors.items()}
     files.config.dtype = tensors["fc.weight"].dtype
