@@ -6,6 +6,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from peagle_train.data.chat import ChatEncoder, EncodedChat
 from peagle_train.data.messages import messages_of
@@ -168,13 +169,19 @@ def readable(encoded: EncodedChat, tokenizer: Any = None) -> str:
 def marked_mask(
     template: str, row: dict[str, Any], tokenizer: Any = None, **kwargs: Any
 ) -> tuple[list[int], list[int]]:
-    """Ids and mask by another route: transformers' own, from marks in the template."""
-    encoded = (tokenizer or make_tokenizer()).apply_chat_template(
-        messages_of(row).messages,
-        tools=messages_of(row).tools,
+    """Ids and mask by another route: tokens that overlap what is marked in the template, as transformers renders it (whose
+    own mask, before 5.24, went on to the end of the text where a mark ended in a space that the tokenizer drops).
+    """
+    tokenizer = tokenizer or make_tokenizer()
+    chat = messages_of(row)
+    [text], [spans] = render_jinja_template(
+        conversations=[chat.messages],
+        tools=chat.tools,
         chat_template=template,
         return_assistant_tokens_mask=True,
-        return_dict=True,
+        **tokenizer.special_tokens_map,
         **kwargs,
     )
-    return encoded["input_ids"], encoded["assistant_masks"]
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    mask = [int(any(begin < e and end > b for b, e in spans)) for begin, end in encoded["offset_mapping"]]
+    return encoded["input_ids"], mask
