@@ -377,3 +377,26 @@ def test_help_answers_without_torch():
     code += "try:\n    import evaluate; evaluate.main()\n"
     code += "except SystemExit:\n    sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_a_checkpoints_estimate_is_of_its_own_step(tmp_path):
+    from peagle_train.decoding.acceptance_run import _trained
+
+    lines = [
+        {"kind": "eval", "step": n, "accuracy": [n / 10], "loss": 1.0, "expected_accepted_length": 1.5} for n in (3, 7)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name in ("checkpoint-3", "checkpoint-5", "checkpoint-7"):
+        (tmp_path / name).mkdir()
+    assert [_trained(tmp_path / f"checkpoint-{n}") for n in (3, 5, 7)] == [[0.3], [], [0.7]]
+    (tmp_path / "run.json").write_text(json.dumps({"drafter": "final", "steps": 7, "after": {"accuracy": [0.9]}}))
+    assert _trained(tmp_path / "final") == [0.9] and _trained(tmp_path / "export") == []
+
+
+def test_an_exports_k_is_what_its_config_says(tmp_path):
+    from peagle_train.decoding.acceptance_run import _num_depths
+
+    for proposals, k in (([{"speculative_tokens": 4}], 4), ([], None)):
+        config = {"speculators_model_type": "peagle", "speculators_config": {"proposal_methods": proposals}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert _num_depths(tmp_path) == k

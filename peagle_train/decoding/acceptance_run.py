@@ -250,10 +250,11 @@ def _num_depths(folder: Path) -> int | None:
 def _trained(folder: Path) -> list[float]:
     """The accuracy by depth that the run's evaluation at its step found of this drafter; empty if there was none."""
     try:
-        summary = json.loads((folder.parent / MARKER).read_text(encoding="utf-8"))
-        found = summary["after"] if summary.get("drafter") == folder.name else None
         if folder.name == "best" or folder.name.startswith("checkpoint-"):
             found = read_run(folder).evaluation
+        else:
+            summary = json.loads((folder.parent / MARKER).read_text(encoding="utf-8"))
+            found = summary["after"] if summary.get("drafter") == folder.name else None
         return [float(share) for share in found["accuracy"]] if found else []
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []

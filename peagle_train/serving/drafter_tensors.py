@@ -16,7 +16,7 @@ MAY_LACK = ("mask_hidden", "embed_tokens.weight", "lm_head.weight")
 """What an EAGLE-3 drafter may come without: the first is P-EAGLE's, the others are then the target's."""
 _TABLE = re.compile(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 _TARGETS = re.compile(r"verifier_(norm|lm_head)\.weight")
-"""Tensors that others save along and no drafter needs."""
+"""What speculators saves of the target along; no drafter needs it."""
 
 
 def is_rotary_table(name: str) -> bool:
