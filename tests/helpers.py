@@ -23,6 +23,8 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 """For subprocesses, whether or not the package is installed."""
 
 GOLDEN_DRAWS = json.loads((ROOT / "tests" / "golden" / "cod.json").read_text())["cases"]
+RANDOM_DRAWS = json.loads((ROOT / "tests" / "golden" / "cod_random.json").read_text())["cases"]
+"""The reference's draws from random arguments, with the state that they leave the generator in."""
 
 VOCAB, MASK_TOKEN, DRAFT_VOCAB, TARGET_HIDDEN = 48, 47, 30, 12
 L, K = 37, 5
@@ -175,9 +177,10 @@ def golden_mask(case: dict[str, Any]) -> Tensor:
     return mask
 
 
-def golden_arguments(case: dict[str, Any]) -> tuple[int, Tensor, int, float, float]:
+def golden_arguments(case: dict[str, Any]) -> tuple[int, Tensor, int, float, float, bool]:
     ratio, floor = case["down_sample_ratio"], case["down_sample_ratio_min"]
-    return case["seq_length"], golden_mask(case), case["num_depths"], ratio, floor
+    zero_out = case.get("filter_position_zero", True)
+    return case["seq_length"], golden_mask(case), case["num_depths"], ratio, floor, zero_out
 
 
 def sha256(values: Tensor) -> str:

@@ -29,6 +29,14 @@ def keep_size(n_valid: int, d: int, r: float, r_min: float) -> int:
     return int(max(0, n_valid - d) * max(r**d, r_min))
 
 
+def choose(pool: list[int], size: int, generator: torch.Generator) -> list[int]:
+    """`size` of the pool by one permutation of it, sorted; a smaller pool is taken whole, without a draw."""
+    if len(pool) < size:
+        return pool
+    order = torch.randperm(len(pool), generator=generator).tolist()
+    return sorted(pool[i] for i in order[:size])
+
+
 def draw(
     n: int, mask: Sequence[int], K: int, r: float, r_min: float, generator: torch.Generator, zero_out: bool = True
 ) -> list[Element]:
@@ -41,8 +49,7 @@ def draw(
             break
         candidates = range(n) if d == 1 else [(p + 1) % n for p in survivors]
         pool = [p for p in candidates if mask[p] and not (zero_out and p == 0)]
-        order = torch.randperm(len(pool), generator=generator).tolist()
-        survivors = sorted(pool[i] for i in order[:size])
+        survivors = choose(pool, size, generator)
         elements += [(p - d, d) for p in survivors]
     return elements
 
@@ -60,8 +67,7 @@ def draw_packed(
         size = keep_size(len(supervised), d, r, r_min)
         if size == 0:
             break
-        order = torch.randperm(len(pool), generator=generator).tolist()
-        survivors = sorted(pool[i] for i in order[:size])
+        survivors = choose(pool, size, generator)
         elements += [(p - d, d) for p in survivors]
         pool = [p + 1 for p in survivors if p + 1 in supervised and p + 1 not in firsts]
     return elements

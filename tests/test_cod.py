@@ -1,5 +1,6 @@
 """COD draws: the reference's bit for bit, and packed rows."""
 
+import hashlib
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from peagle_train.core.cod import drafter_rows, generate_cod_sample_indices, keep_counts, sample_packed_row
 from tests import oracles
-from tests.helpers import GOLDEN_DRAWS, golden_arguments, golden_mask, pairs, seeded, sha256
+from tests.helpers import GOLDEN_DRAWS, RANDOM_DRAWS, golden_arguments, golden_mask, pairs, seeded, sha256
 
 
 @pytest.mark.parametrize("case", GOLDEN_DRAWS, ids=lambda case: f"seed{case['seed']}")
@@ -21,6 +22,28 @@ def test_the_reference_draws_are_reproduced_bit_for_bit(case: dict[str, Any]) ->
     assert (sha256(anchor), sha256(depth)) == (case["anchor_sha256"], case["depth_sha256"])
     if "anchor" in case:
         assert (anchor.tolist(), depth.tolist()) == (case["anchor"], case["depth"])
+
+
+def test_draws_of_random_arguments_and_the_generators_state_after_them_are_the_references() -> None:
+    assert len(RANDOM_DRAWS) == 300
+    for case in RANDOM_DRAWS:
+        generator = seeded(case["seed"])
+        anchor, depth = generate_cod_sample_indices(*golden_arguments(case), generator=generator)
+        state = hashlib.sha256(generator.get_state().numpy().tobytes()).digest()[:8]
+        found = sha256(anchor), sha256(depth), int.from_bytes(state, "little")
+        assert found == (case["anchor_sha256"], case["depth_sha256"], case["rng_state"]), case
+
+
+def test_a_pool_smaller_than_the_sample_is_taken_whole_and_the_generator_does_not_move() -> None:
+    # Two documents of four tokens. Rows 0, 2, 4 and 6 are supervised: depth 1 is to keep int((4 - 1) * 1.0) = 3. Rows 0 and
+    # 4 are the first of their documents, so the pool is {2, 6}.
+    generator = seeded(0)
+    before = generator.get_state()
+    documents = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    unshifted = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1])
+    found = pairs(*sample_packed_row(unshifted, documents, 2, 1.0, 0.0, generator))
+    assert [e for e in found if e[1] > 0] == [(1, 1), (5, 1)]
+    assert torch.equal(generator.get_state(), before)
 
 
 def test_the_golden_file_holds_all_its_cases_and_some_as_lists() -> None:

@@ -15,7 +15,15 @@ from peagle_train.core.partition import (
     uniform_boundaries,
 )
 from tests import oracles
-from tests.helpers import GOLDEN_DRAWS, golden_arguments, pairs, seeded, sha256
+from tests.helpers import GOLDEN_DRAWS, RANDOM_DRAWS, golden_arguments, pairs, seeded, sha256
+
+
+def test_segments_of_random_draws_are_the_references_more_segments_than_columns_too() -> None:
+    assert any(case["num_segments"] > case["seq_length"] for case in RANDOM_DRAWS)
+    for case in RANDOM_DRAWS:
+        anchor, depth = generate_cod_sample_indices(*golden_arguments(case), generator=seeded(case["seed"]))
+        segment = assign_cod_segments(anchor, depth, case["seq_length"], case["num_segments"])
+        assert sha256(segment) == case["segment_sha256"], case
 
 
 @pytest.mark.parametrize("case", GOLDEN_DRAWS, ids=lambda case: f"seed{case['seed']}")
@@ -137,8 +145,9 @@ def test_a_capacity_that_is_too_small_is_noticed_not_dropped() -> None:
 def test_a_number_of_segments_outside_the_row_is_named(S: int) -> None:
     column = torch.arange(8)
     message = f"num_segments is {S}; it must lie in 1..8"
-    with pytest.raises(ValueError, match=message):
-        assign_cod_segments(column, column * 0, 8, S)
+    if S < 1:
+        with pytest.raises(ValueError, match=f"num_segments is {S}; it must be at least 1"):
+            assign_cod_segments(column, column * 0, 8, S)
     with pytest.raises(ValueError, match=message):
         uniform_boundaries(8, S)
     with pytest.raises(ValueError, match=message):

@@ -79,8 +79,10 @@ def _grow_chains(
     anchors, depths = [depth0], [torch.zeros_like(depth0)]
     pool = torch.nonzero(in_pool_P).flatten()
     for d, count in enumerate(counts, start=1):
-        order = torch.randperm(pool.numel(), generator=generator, device=pool.device)
-        kept = pool[order[:count]].sort().values
+        kept = pool
+        if pool.numel() >= count:  # else all of it, and the generator does not move: so the reference draws
+            order = torch.randperm(pool.numel(), generator=generator, device=pool.device)
+            kept = pool[order[:count]].sort().values
         anchors.append(kept - d)
         depths.append(torch.full_like(kept, d))
         # Modulo: the reference wraps at the end, which in_pool_P undoes as long as position 0 is not in it.

@@ -19,12 +19,13 @@ def assign_cod_segments(anchor_pos: Tensor, depth: Tensor, seq_length: int, num_
     Args:
         anchor_pos, depth: int64, same shape, as `generate_cod_sample_indices` returns them.
         seq_length: L >= 1.
-        num_segments: S in 1..L.
+        num_segments: S >= 1; where S > L some segments stay empty.
 
     Returns:
         int64, shape of `anchor_pos`, in 0..S-1.
     """
-    check_num_segments(num_segments, seq_length)
+    if num_segments < 1:
+        raise ValueError(f"num_segments is {num_segments}; it must be at least 1")
     return ((anchor_pos + (depth > 0)) * num_segments // seq_length).clamp(0, num_segments - 1)
 
 
