@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
             scale = 1 / (count * self.args.gradient_accumulation_steps)
             outputs = target.outputs(batch, head)
             with self.compute_loss_context_manager():  # autocast, where bf16=True
-                stats = step(model, batch, outputs, num_depths=options.depths, scale=scale)
+                stats = step(model, batch, outputs, scale=scale)
             return (stats.loss / count / self.args.gradient_accumulation_steps).detach()
 
     class NextDraw(TrainerCallback):

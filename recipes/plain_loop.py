@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
                 continue  # nothing to learn from
             on_device = {name: tensor.to(device) for name, tensor in batch.items()}
             outputs = target.outputs(on_device, head)
-            stats = relay_step(draft, on_device, outputs, num_depths=options.depths, scale=1 / count, buffers=buffers)
+            stats = relay_step(draft, on_device, outputs, scale=1 / count, buffers=buffers)
             torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()

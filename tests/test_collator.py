@@ -43,6 +43,7 @@ def test_the_batch_of_a_small_packed_row_is_this_one_with_uniform_segments() -> 
         "depth": [0, 0, 0, 1, 2, 1, *[-1] * 6, 0, 0, 1, *[-1] * 9],
         "segment_ids": [0] * 12 + [1] * 12,
         "supervised": [1, 1, 1, 1, 1, 1, *left, 0, 1, 1, *right],
+        "supervised_per_depth": [4, 3, 1],
         "row_key": 77,
     }
     typed = {name: torch.tensor([values]) for name, values in expected.items()}
@@ -63,6 +64,7 @@ def test_the_batch_of_a_small_packed_row_is_this_one_with_balanced_segments() ->
         "depth": [[0, 0, 0, 0, 1, 2, 1, -1, 0, 1, *[-1] * 6, *[-1] * 16], [-1] * 32],
         "segment_ids": [[0] * 8 + [1] * 8 + [2] * 8 + [3] * 8] * 2,
         "supervised": [[1, 1, 1, 0, 1, 1, 1, 0, 1, 1, 0, 0, 0, 0, 0, 0, *none], [0] * 32],
+        "supervised_per_depth": [[4, 3, 1], [0, 0, 0]],
         "row_key": [77, -1],
     }
     typed = {name: torch.tensor(values) for name, values in expected.items()}

@@ -356,12 +356,29 @@ def test_activation_checkpointing_changes_nothing() -> None:
     plain, _, _ = run_and_expect(draft)
     parameters = [p for n, p in draft.named_parameters() if n != "lm_head.weight"]
     expected = torch.autograd.grad(plain.hidden.square().sum(), parameters)
-    draft.activation_checkpointing = True
+    draft.gradient_checkpointing = True
     with calls_of(draft.layers[1].self_attn.q_proj) as calls:
         output, _, _ = run_and_expect(draft)
         found = torch.autograd.grad(output.hidden.square().sum(), parameters)
     assert len(calls) == 2  # the second time in the backward
     assert torch.equal(output.hidden, plain.hidden) and all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
+def test_transformers_own_switch_turns_checkpointing_on_and_off_and_evaluation_never_recomputes() -> None:
+    draft = make_draft(num_hidden_layers=3)
+    kind = "activation" if hasattr(draft, "activation_checkpointing_enable") else "gradient"  # its name before 5.24
+
+    def runs_of_a_layer() -> int:
+        with calls_of(draft.layers[1].self_attn.q_proj) as calls:
+            run_and_expect(draft)[0].hidden.square().sum().backward()
+        return len(calls)
+
+    getattr(draft, f"{kind}_checkpointing_enable")()
+    assert runs_of_a_layer() == 2 and draft.is_gradient_checkpointing
+    assert draft.eval() and runs_of_a_layer() == 1
+    assert draft.train() and runs_of_a_layer() == 2
+    getattr(draft, f"{kind}_checkpointing_disable")()
+    assert runs_of_a_layer() == 1 and not draft.is_gradient_checkpointing
 
 
 def test_a_new_drafters_weights_are_all_set_and_its_mask_vector_is_not_zero() -> None:

@@ -365,7 +365,7 @@ def test_activation_checkpointing_changes_nothing() -> None:
     draft, batch = make_draft(num_hidden_layers=3), make_batch(make_rows(L, documents=2, batch_size=2), L, 5, K)
     target = make_target(batch)
     expected = outcome_of(relay_step, draft, batch, target)
-    draft.activation_checkpointing = True
+    draft.gradient_checkpointing = True
     with calls_of(draft.layers[1].self_attn.k_proj) as calls:
         assert_same(outcome_of(relay_step, draft, batch, target), expected, 1e-13)
     passes = len(plan_segments(batch, K).segments)

@@ -1,5 +1,6 @@
 """The flat pass against loops over elements, and Algorithm 1's segments against the flat pass."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,10 +8,13 @@ import torch
 from torch import Tensor
 
 from peagle_train.core.plan import plan_segments
-from peagle_train.core.segments import recompute_step
+from peagle_train.core.relay import relay_step
+from peagle_train.core.segments import TargetOutputs, recompute_step
 from tests import oracles
 from tests.helpers import (
     GRID,
+    MASK_TOKEN,
+    VOCAB,
     K,
     L,
     Outcome,
@@ -222,7 +226,7 @@ def test_activation_checkpointing_changes_nothing() -> None:
     draft, batch = make_draft(num_hidden_layers=3), make_batch(make_rows(L, documents=2), L, 4, K)
     target = make_target(batch)
     expected = outcome_of(recompute_step, draft, batch, target)
-    draft.activation_checkpointing = True
+    draft.gradient_checkpointing = True
     assert_same(outcome_of(recompute_step, draft, batch, target), expected, 1e-13)
 
 
@@ -256,3 +260,59 @@ def test_under_bfloat16_autocast_segments_are_as_near_to_float64_as_the_flat_pas
     assert distance(cut.gradients, exact.gradients) <= 1.5 * flat_error
     assert {g.dtype for g in cut.gradients.values()} == {torch.float32} and cut.loss.dtype == torch.float32
     assert abs(cut.loss.item() / exact.loss.item() - 1) < 0.01
+
+
+STEPS = [recompute_step, relay_step]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_takes_the_batchs_own_depths_and_refuses_others(step: Any) -> None:
+    draft, batch = make_draft(), make_batch(make_rows(L), L, 3, K)
+    target = make_target(batch)
+    draft.zero_grad()
+    expected = step(draft, batch, target, num_depths=K)
+    assert torch.equal(step(draft, batch, target).loss, expected.loss)
+    by_hand = {name: tensor for name, tensor in batch.items() if name != "supervised_per_depth"}
+    assert torch.equal(step(draft, by_hand, target).loss, expected.loss)
+    for wrong in (1, K - 1, K + 1):
+        for plan in (None, plan_segments(batch)):
+            with pytest.raises(ValueError, match=f"num_depths is {wrong}, .* {K} depths"):
+                step(draft, batch, target, num_depths=wrong, plan=plan)
+    with pytest.raises(ValueError, match="num_depths is 1"):
+        step(draft, by_hand, target, num_depths=1)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_outputs_of_the_target_that_are_not_the_batchs_are_refused(step: Any) -> None:
+    draft, batch = make_draft(), make_batch(make_rows(L, batch_size=2, padding=4), L, 3, K)
+    right = make_target(batch)
+    longest = L - 4  # the rows' real tokens
+    expected = step(draft, batch, right, backward=None).loss
+    short = TargetOutputs(right.features[:, :longest], right.last_hidden[:, :longest], right.head)
+    assert torch.equal(step(draft, batch, short, backward=None).loss, expected), "padding may be left out"
+    wrong: list[tuple[str, TargetOutputs]] = [
+        ("features", replace(right, features=right.features[:, : longest - 1])),
+        ("last_hidden", replace(right, last_hidden=right.last_hidden[:, : longest - 1])),
+        ("features", replace(right, features=right.features[:1])),
+        ("last_hidden", replace(right, last_hidden=right.last_hidden.repeat(2, 1, 1))),
+        ("features", replace(right, features=right.features.repeat(1, 2, 1))),
+        ("features", replace(right, features=right.features[0])),
+        ("features", replace(right, features=right.features[..., 1:])),
+        ("last_hidden", replace(right, last_hidden=right.last_hidden[..., 1:])),
+        ("head", replace(right, head=right.head[1:])),
+    ]
+    for name, target in wrong:
+        with pytest.raises(ValueError, match=f"the target's {name} ha"):
+            step(draft, batch, target)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_tokens_that_the_drafter_cannot_read_are_refused_where_they_are_no_padding(step: Any) -> None:
+    draft, rows = make_draft(), make_rows(L, batch_size=2, padding=4)
+    padded_with_the_mask = make_batch(rows, L, 3, K, pad_token_id=MASK_TOKEN)
+    step(draft, padded_with_the_mask, make_target(padded_with_the_mask), backward=None)
+    for token, word in ((VOCAB, f"token {VOCAB}; .* 0..{VOCAB - 1}"), (-3, "token -3"), (MASK_TOKEN, "the mask token")):
+        rows[1]["input_ids"][7] = token
+        batch = make_batch(rows, L, 3, K)
+        with pytest.raises(ValueError, match=word):
+            step(draft, batch, make_target(batch))

@@ -218,7 +218,7 @@ class Bench:
         }
         if self.settings.chunk_rows:
             arguments["chunk_rows"] = self.settings.chunk_rows
-        self.draft.activation_checkpointing = mode == "checkpoint"
+        self.draft.gradient_checkpointing = mode == "checkpoint"
         casting = torch.autocast(self.device.type, dtype=self.dtype) if self.autocast else nullcontext()
         with casting:
             if mode == "relay":

@@ -1,7 +1,7 @@
 """CODCollator: rows of tokens in, fixed-shape COD-flattened batches with segment ids out.
 
 Imports torch alone. B: rows of a batch, L: columns (max_length), S: segments, C: elements per segment, T: elements of a
-row, N = S * C.
+row, N = S * C, K: depths.
 """
 
 import hashlib
@@ -46,6 +46,7 @@ class CODCollator:
         depth        int64 [B, N]  -1 on padding
         segment_ids  int64 [B, N]  ascending: segment s lies in columns s * C to (s + 1) * C
         supervised   bool  [B, N]  whether the element has a loss
+        supervised_per_depth  int64 [B, K]  how many of each depth do
         row_key      int64 [B]
     Within a segment: depth-0 elements by anchor, then every rollout contiguous by depth, then padding.
 
@@ -156,6 +157,7 @@ class CODCollator:
             "depth": placed(depth_T, -1, torch.int64),
             "segment_ids": torch.arange(self.num_segments).repeat_interleave(self.capacity),
             "supervised": placed(supervised_T, False, torch.bool),
+            "supervised_per_depth": torch.bincount(depth_T[supervised_T], minlength=self.num_depths),
             "row_key": torch.tensor(key, dtype=torch.int64),
         }
 

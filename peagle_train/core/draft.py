@@ -144,7 +144,7 @@ class PEagleDraft(PreTrainedModel):
     config: PEagleDraftConfig
     base_model_prefix = ""
     _no_split_modules = ["Layer"]  # noqa: RUF012 (an instance variable in transformers)
-    supports_gradient_checkpointing = False  # ours is `activation_checkpointing`, below
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: PEagleDraftConfig) -> None:
         super().__init__(config)
@@ -162,7 +162,7 @@ class PEagleDraft(PreTrainedModel):
         self.t2d: Tensor
         self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
         self.register_buffer("t2d", torch.arange(config.vocab_size) < config.draft_vocab_size)
-        self.activation_checkpointing = False
+        self.gradient_checkpointing = False  # set by transformers' switch, whose name depends on its version
         self.post_init()
 
     @staticmethod
@@ -226,7 +226,7 @@ class PEagleDraft(PreTrainedModel):
                 visibility,
                 layer_skip,
             )
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 hidden, key, value = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 hidden, key, value = layer(*arguments)

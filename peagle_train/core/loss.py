@@ -77,7 +77,7 @@ class _ChunkedLinearLoss(torch.autograd.Function):
                 loss_c = torch.where(counted_c, loss_c, 0)
                 d_cV = torch.where(counted_c[:, None], d_cV, 0)
             hits_M[rows] = hits_c
-            total += loss_c.sum()
+            total = total + loss_c.sum()  # not in place: compiled by torch 2.11, that loses every gradient
             d_cV = d_cV.to(hidden_MH.dtype)
             if d_hidden_MH is not None:
                 d_hidden_MH[rows] = d_cV @ head_VH

@@ -51,24 +51,35 @@ class Plan:
     """int64 [K]"""
     row_length: int
     """L"""
+    columns_read: int
+    """Columns that elements read: features and last hidden states must reach at least so far."""
+    token_ids: Tensor
+    """int64, the tokens of all documents."""
     static: bool = False
     """Whether sizes are the same for every batch (see `plan_segments`)."""
     pad_context: bool = False
 
+    @property
+    def num_depths(self) -> int:
+        """K"""
+        return self.supervised_per_depth.numel()
+
 
 def plan_segments(
-    batch: dict[str, Tensor], num_depths: int, static: bool = False, pad_context: bool | None = None
+    batch: dict[str, Tensor], num_depths: int | None = None, static: bool = False, pad_context: bool | None = None
 ) -> Plan:
     """Read a collator's batch (on CPU; a batch on a device is copied back first, which waits for it).
 
     Args:
+        num_depths: K, for batches made by hand; a collator's batch knows its own. ValueError if the two differ.
         static: every segment gets the same sizes whatever the data, own elements being padded to the capacity, the context
             to a multiple of `GRID` columns; else only what exists is run.
         pad_context: pad the context to L instead, which compiled drafters need; None: if static.
     """
     pad_context = static if pad_context is None else pad_context
-    names = ("anchor", "depth", "supervised", "segment_ids", "position_ids")
-    anchor, depth, supervised, segment_ids, position = (batch[name].cpu() for name in names)
+    names = ("anchor", "depth", "supervised", "segment_ids", "position_ids", "input_ids", "document_ids")
+    anchor, depth, supervised, segment_ids, position, ids, documents = (batch[name].cpu() for name in names)
+    num_depths = _num_depths(batch, int(depth.max()) + 1, num_depths)
     B, L = position.shape
     num_segments = int(segment_ids[0, -1]) + 1
     capacity = anchor.shape[1] // num_segments
@@ -113,4 +124,15 @@ def plan_segments(
             )
         )
     per_depth = torch.bincount(depth[supervised], minlength=num_depths)
-    return Plan(segments, int(supervised.sum()), per_depth, L, static, pad_context)
+    columns_read = max((s.labels.stop for s in segments), default=0)
+    token_ids = ids[documents >= 0]
+    return Plan(segments, int(supervised.sum()), per_depth, L, columns_read, token_ids, static, pad_context)
+
+
+def _num_depths(batch: dict[str, Tensor], deepest: int, given: int | None) -> int:
+    known = batch["supervised_per_depth"].shape[1] if "supervised_per_depth" in batch else given or deepest
+    if given not in (None, known) or known < deepest:
+        raise ValueError(
+            f"num_depths is {given}, but the batch is of {max(known, deepest)} depths: leave num_depths out"
+        )
+    return known

@@ -28,6 +28,7 @@ from peagle_train.core.segments import (
     StepStats,
     TargetOutputs,
     account,
+    check_step,
     idle_pass,
     labels_of,
     new_stats,
@@ -101,7 +102,7 @@ def relay_step(
     batch: dict[str, Tensor],
     target: TargetOutputs,
     *,
-    num_depths: int,
+    num_depths: int | None = None,
     scale: float | Tensor = 1.0,
     loss: str = "kl",
     chunk_rows: int = 384,
@@ -122,6 +123,7 @@ def relay_step(
             nothing to learn, so that every parameter gets a gradient in every pass.
     """
     plan = plan or plan_segments(batch, num_depths, static=isinstance(draft, CompiledDraft))
+    check_step(draft, batch, target, plan, num_depths)
     buffers = buffers or RelayBuffers()
     stats = new_stats(plan, batch["anchor"].device, draft.dtype)
     with_grad = backward is not None
@@ -136,12 +138,12 @@ def relay_step(
     chunks = context_chunks(plan, passes)
     with span("pass A"):
         for columns in chunks:
-            _run_context(draft, batch, target, buffers, columns, num_depths, plan.pad_context)
+            _run_context(draft, batch, target, buffers, columns, plan)
     torch.clear_autocast_cache()  # weights cast without grad in pass A must not serve pass B
     extra_a, extra_b = (0, 0) if min_passes is None else (min_passes[0] - len(chunks), min_passes[1] - len(passes))
     for _ in range(extra_a):
         with torch.no_grad():
-            idle_pass(draft, batch, target, num_depths)
+            idle_pass(draft, batch, target)
     if with_grad:
         for dk, dv in buffers.gradients:
             dk[:, :, :end] = 0
@@ -152,7 +154,7 @@ def relay_step(
         own = gather_elements(batch, segment.columns, draft.mask_token_id)
         visibility = visibility_of(
             own,
-            num_depths,
+            plan.num_depths,
             M=segment.num_depth0,
             first_rollout=segment.first_rollout,
             num_context=P,
@@ -193,7 +195,7 @@ def relay_step(
         backward(tensors, gradients)
         del tensors, gradients
     for _ in range(extra_b):
-        nothing = idle_pass(draft, batch, target, num_depths)
+        nothing = idle_pass(draft, batch, target)
         if backward is not None:
             backward([nothing], [None])
     return stats
@@ -245,16 +247,15 @@ def _run_context(
     target: TargetOutputs,
     buffers: RelayBuffers,
     columns: slice,
-    num_depths: int,
-    pad_context: bool,
+    plan: Plan,
 ) -> None:
     """Pass A over some columns: write their keys and values into the buffers."""
     elements = context_elements(batch, columns)
     n, start = columns.stop - columns.start, columns.start
-    P = batch["input_ids"].shape[1] if pad_context else start
+    P = plan.row_length if plan.pad_context else start
     visibility = visibility_of(
         elements,
-        num_depths,
+        plan.num_depths,
         M=n,
         first_rollout=n,
         num_context=P,

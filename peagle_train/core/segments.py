@@ -26,9 +26,9 @@ class TargetOutputs:
     """What the frozen target gives for a batch; on the drafter's device, or on the host to be copied piece by piece."""
 
     features: Tensor
-    """[B, L, 3T]"""
+    """[B, n, 3T]: n = L, or at least all columns that are no padding."""
     last_hidden: Tensor
-    """[B, L, T], after the target's final norm."""
+    """[B, n, T], after the target's final norm."""
     head: Tensor
     """[V, T], the head's rows of the draft vocabulary; always on the drafter's device."""
 
@@ -59,7 +59,7 @@ def recompute_step(
     batch: dict[str, Tensor],
     target: TargetOutputs,
     *,
-    num_depths: int,
+    num_depths: int | None = None,
     scale: float | Tensor = 1.0,
     loss: str = "kl",
     chunk_rows: int = 384,
@@ -74,8 +74,8 @@ def recompute_step(
     Args:
         draft: the drafter (plain, sharded by FSDP2's `fully_shard`, or a `CompiledDraft`).
         batch: `CODCollator`'s, on the drafter's device.
-        target: features and last hidden states of the same rows.
-        num_depths: K of the collator.
+        target: features and last hidden states of the same rows; ValueError where their shapes are not those of the batch.
+        num_depths: K; None: the batch's own. ValueError for another.
         scale: multiplies the loss before backward: one over the optimizer step's supervised elements.
         loss, chunk_rows: see `chunked_linear_loss`.
         plan: `plan_segments` of the batch while it was still on the host; None computes it here.
@@ -83,6 +83,7 @@ def recompute_step(
         min_passes: run at least so many, the surplus on padding (sharded ranks must agree on the number).
     """
     plan = plan or plan_segments(batch, num_depths, static=isinstance(draft, CompiledDraft))
+    check_step(draft, batch, target, plan, num_depths)
     stats = new_stats(plan, batch["anchor"].device, draft.dtype)
     passes = [s for s in plan.segments if s.supervised.numel()]
     for segment in passes:
@@ -97,7 +98,7 @@ def recompute_step(
         else:
             elements = own
         visibility = visibility_of(
-            elements, num_depths, M=P + segment.num_depth0, first_rollout=P + segment.first_rollout, cut=P
+            elements, plan.num_depths, M=P + segment.num_depth0, first_rollout=P + segment.first_rollout, cut=P
         )
         labels = labels_of(own, segment, target, loss, chunk_rows, plan.static)
         with span("pass B forward"):
@@ -108,10 +109,48 @@ def recompute_step(
             backward(output.loss * scale)
         del output, visibility, labels
     for _ in range(min_passes - len(passes)):
-        nothing = idle_pass(draft, batch, target, num_depths)
+        nothing = idle_pass(draft, batch, target)
         if backward is not None:
             backward(nothing)
     return stats
+
+
+def check_step(
+    draft: PEagleDraft | CompiledDraft,
+    batch: dict[str, Tensor],
+    target: TargetOutputs,
+    plan: Plan,
+    num_depths: int | None,
+) -> None:
+    """ValueError where target, tokens or K are not those of the batch; reads shapes and the host's tensors alone."""
+    if num_depths not in (None, plan.num_depths):
+        raise ValueError(
+            f"num_depths is {num_depths}, but the batch is of {plan.num_depths} depths: leave num_depths out"
+        )
+    config, head = draft.config, target.head
+    B, L = batch["input_ids"].shape
+    T = config.target_hidden_size
+    assert T is not None
+    if head.shape != (config.draft_vocab_size, T):
+        raise ValueError(
+            f"the target's head has shape {tuple(head.shape)}; the drafter's vocabulary needs"
+            f" ({config.draft_vocab_size}, {T})"
+        )
+    for name, tensor, width in (("features", target.features, 3 * T), ("last_hidden", target.last_hidden, T)):
+        fits = tensor.dim() == 3 and (tensor.shape[0], tensor.shape[2]) == (B, width)
+        if not fits or not plan.columns_read <= tensor.shape[1] <= L:
+            raise ValueError(
+                f"the target's {name} have shape {tuple(tensor.shape)}; this batch needs ({B}, {L}, {width}), where the"
+                f" second may be as small as {plan.columns_read}, padding left out"
+            )
+    ids = plan.token_ids
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < config.vocab_size:
+        wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+        raise ValueError(f"input_ids hold token {wrong}; the drafter's vocabulary is 0..{config.vocab_size - 1}")
+    if (ids == draft.mask_token_id).any():
+        raise ValueError(
+            f"input_ids hold the mask token, {draft.mask_token_id}: choose one that never occurs in data as ptd_token_id"
+        )
 
 
 def visibility_of(
@@ -201,14 +240,13 @@ def idle_pass(
     draft: PEagleDraft | CompiledDraft,
     batch: dict[str, Tensor],
     target: TargetOutputs,
-    num_depths: int,
 ) -> Tensor:
     """A pass over one padding element: a zero whose gradients are zero, but every collective of a sharded drafter takes
     place.
     """
     column = batch["anchor"].new_zeros(batch["anchor"].shape[0], 1)
     elements = context_elements(batch, slice(0, 1))._replace(depth=column - 1)
-    visibility = visibility_of(elements, num_depths, M=1, first_rollout=1)
+    visibility = visibility_of(elements, num_depths=1, M=1, first_rollout=1)
     nothing = column.new_zeros(0)
     labels = Labels(nothing, target.head[nothing], target.head)
     output = run(draft, elements, target, slice(0, 1), visibility, labels=labels)

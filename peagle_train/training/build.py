@@ -183,7 +183,7 @@ def make_draft(
     train_head = recipe.draft.train_lm_head or not (fits and recipe.draft.lm_head_from_target)
     draft.lm_head.weight.requires_grad_(train_head)
     draft.embed_tokens.weight.requires_grad_(recipe.draft.train_embeddings)
-    draft.activation_checkpointing = recipe.train.activation_checkpointing
+    draft.gradient_checkpointing = recipe.train.activation_checkpointing
     return draft
 
 

@@ -44,7 +44,7 @@ class BatchRunner:
 
     def plan(self, batch: Batch) -> Plan:
         """The passes of a batch that is on the host."""
-        return plan_segments(batch, self.recipe.cod.num_depths, self.static, self.pad_context)
+        return plan_segments(batch, static=self.static, pad_context=self.pad_context)
 
     def run(self, batch: Batch, plan: Plan, scale: Tensor | None, is_last: bool = True) -> StepStats:
         """Sums over the batch, which is on the host; gradients accumulate, times `scale`, unless that is None.
@@ -58,7 +58,6 @@ class BatchRunner:
         if train.offload_features:
             target.features, target.last_hidden = target.features.to("cpu"), target.last_hidden.to("cpu")
         arguments: dict[str, Any] = {
-            "num_depths": self.recipe.cod.num_depths,
             "loss": train.loss,
             "chunk_rows": train.loss_chunk_rows,
             "plan": plan,
