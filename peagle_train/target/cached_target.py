@@ -15,7 +15,7 @@ from peagle_train.core.segments import TargetOutputs
 from peagle_train.data.packing import PackedRows
 from peagle_train.data.training_data import TrainingData
 from peagle_train.recipe import Target
-from peagle_train.target.feature_cache import CachedRows, FeatureCache, fingerprint
+from peagle_train.target.feature_cache import FIELDS, CachedRows, FeatureCache, fingerprint
 from peagle_train.target.frozen import FrozenTarget, default_layer_ids
 
 logger = logging.getLogger(__name__)
@@ -122,8 +122,8 @@ class CachedTarget(FrozenTarget):
         raise AssertionError("a cached target computes nothing: its rows bring their features along")
 
     def outputs(self, batch: dict[str, Tensor], head_rows: Tensor) -> TargetOutputs:
-        """What the batch brought along, in the dtype in which the target computed."""
-        features, last_hidden = (batch[name].to(head_rows.dtype) for name in ("features", "last_hidden"))
+        """What the batch brought along, in the dtype in which the target computed, on the device of `head_rows`."""
+        features, last_hidden = (batch[n].to(head_rows.device, head_rows.dtype, non_blocking=True) for n in FIELDS)
         return TargetOutputs(features, last_hidden, head_rows)
 
     def check(self) -> None:

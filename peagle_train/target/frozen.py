@@ -264,11 +264,14 @@ class FrozenTarget:
         return out["features"].view(B, L, 3 * T), out["last"].view(B, L, T)
 
     def outputs(self, batch: dict[str, Tensor], head_rows: Tensor) -> TargetOutputs:
-        """What a step needs of the target for a collator's batch."""
+        """What a step needs of the target for a collator's batch, on the device of `head_rows`.
+
+        Args:
+            batch: on the host; on a device it costs a wait.
+        """
         features, last_hidden = self.features(batch["input_ids"], batch["position_ids"])
         # With a device map, layers may end up anywhere.
-        device = batch["input_ids"].device
-        return TargetOutputs(features.to(device), last_hidden.to(device), head_rows)
+        return TargetOutputs(features.to(head_rows.device), last_hidden.to(head_rows.device), head_rows)
 
     def check(self) -> None:
         """Run a few tokens and see that features and labels are what training takes them for; ValueError if not.

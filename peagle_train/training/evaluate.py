@@ -1,7 +1,7 @@
 """Held-out evaluation: the training loss and per-depth accuracy on rows that are never trained on, under a fixed draw.
 
-Runs in the same segments as training, so that it never needs more memory. T: the target's hidden size, V: the target's
-vocabulary, m: columns.
+Runs in the same segments as training, so that it never needs more memory. B: rows, L: columns, m: columns of several rows,
+T: the target's hidden size, V: the target's vocabulary.
 """
 
 from typing import Any
@@ -69,9 +69,10 @@ class Evaluator:
         weighted = torch.zeros((), dtype=torch.float64, device=self.runner.device)
         for first in range(0, len(indices), size):
             batch = self.collator([self.rows[0, i] for i in indices[first : first + size]])
-            sums.append(self.runner.run(batch, self.runner.plan(batch), scale=None))
+            target = self.runner.run_target(batch)
+            sums.append(self.runner.run(batch, self.runner.plan(batch), scale=None, target=target))
             if self._outside is None:
-                weighted += self._mass_outside(batch)
+                weighted += self._mass_outside(batch, target.last_hidden)
         loss, hits = torch.stack([s.loss for s in sums]).sum(), torch.stack([s.hits for s in sums]).sum(0)
         totals = torch.stack([s.totals for s in sums]).sum(0).to(self.runner.device)
         sum_over_ranks([], also=[loss, hits, totals, weighted])
@@ -87,19 +88,13 @@ class Evaluator:
             "mass_outside": self._outside,
         }
 
-    def _mass_outside(self, batch: Batch) -> Tensor:
+    def _mass_outside(self, batch: Batch, last_hidden_BLT: Tensor) -> Tensor:
         """Sum over the batch's supervised elements of the target's mass outside the draft vocabulary."""
         target, device = self.runner.target, self.runner.device
         count_BL = label_columns(batch)
         used_BL = count_BL > 0
-        nothing = torch.zeros((), dtype=torch.float64, device=device)
-        if self.runner.draft.config.draft_vocab_size == target.vocab_size:
-            return nothing
-        # Also where nothing is used: of a sharded target every rank must run the same number of forwards.
-        on_device = {name: tensor.to(device) for name, tensor in batch.items()}
-        last_hidden = target.outputs(on_device, self.runner.head_rows).last_hidden
-        if not bool(used_BL.any()):
-            return nothing
-        chosen_mT = last_hidden[used_BL.to(device)]
+        if self.runner.draft.config.draft_vocab_size == target.vocab_size or not bool(used_BL.any()):
+            return torch.zeros((), dtype=torch.float64, device=device)
+        chosen_mT = last_hidden_BLT[used_BL.to(last_hidden_BLT.device)].to(device)
         mass = [mass_outside(target, part, self.runner.draft.draft_token_ids) for part in chosen_mT.split(256)]
         return (torch.cat(mass).double() * count_BL[used_BL].to(device)).sum()

@@ -11,8 +11,9 @@ from peagle_train.core.compiled import CompiledDraft
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.plan import Plan, plan_segments
 from peagle_train.core.relay import RelayBuffers, context_chunks, needed_segments, relay_step
-from peagle_train.core.segments import StepStats, recompute_step
+from peagle_train.core.segments import StepStats, TargetOutputs, recompute_step
 from peagle_train.recipe import Recipe
+from peagle_train.target.feature_cache import FIELDS
 from peagle_train.target.frozen import FrozenTarget
 from peagle_train.training.distributed import is_sharded, max_counts
 from peagle_train.training.profile import span
@@ -46,17 +47,34 @@ class BatchRunner:
         """The passes of a batch that is on the host."""
         return plan_segments(batch, static=self.static, pad_context=self.pad_context)
 
-    def run(self, batch: Batch, plan: Plan, scale: Tensor | None, is_last: bool = True) -> StepStats:
-        """Sums over the batch, which is on the host; gradients accumulate, times `scale`, unless that is None.
+    def run_target(self, batch: Batch) -> TargetOutputs:
+        """The target's outputs for a batch on the host; on the device, unless `offload_features`."""
+        with span("target"):
+            target = self.target.outputs(batch, self.head_rows)
+        if self.recipe.train.offload_features:
+            target.features, target.last_hidden = target.features.to("cpu"), target.last_hidden.to("cpu")
+        return target
+
+    def run(
+        self,
+        batch: Batch,
+        plan: Plan,
+        scale: Tensor | None,
+        is_last: bool = True,
+        target: TargetOutputs | None = None,
+    ) -> StepStats:
+        """Run one micro-batch, which is on the host, and return its sums. With `scale`, also accumulate gradients of
+        `loss * scale`.
 
         A sharded drafter's gradients are reduced once a step, in the last pass of the batch that `is_last`.
+
+        Args:
+            target: the batch's `run_target`, if the caller has it already.
         """
         train = self.recipe.train
-        on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-        with span("target"):
-            target = self.target.outputs(on_device, self.head_rows)
-        if train.offload_features:
-            target.features, target.last_hidden = target.features.to("cpu"), target.last_hidden.to("cpu")
+        if target is None:
+            target = self.run_target(batch)
+        on_device = {n: t.to(self.device, non_blocking=True) for n, t in batch.items() if n not in FIELDS}
         arguments: dict[str, Any] = {
             "loss": train.loss,
             "chunk_rows": train.loss_chunk_rows,
