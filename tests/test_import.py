@@ -11,9 +11,11 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from peagle_train.__main__ import main as train_main
+from peagle_train.recipe import load_recipe
 from peagle_train.serving.drafter_files import load_drafter
 from peagle_train.serving.export import export_drafter
 from peagle_train.serving.import_drafter import import_drafter
+from peagle_train.target.cache_run import write_cache
 from tests.helpers import make_draft
 from tests.test_export import tool
 from tests.tiny import MASK, VOCAB, make_target, write_recipe, write_rows
@@ -121,6 +123,22 @@ def test_a_run_starts_from_an_eagle3_drafter_and_says_what_it_lacks(
     assert torch.allclose(made.embed_tokens.weight, theirs["model.embed_tokens.weight"], atol=1e-6)
     assert torch.allclose(made.lm_head.weight, theirs["lm_head.weight"][made.draft_token_ids], atol=1e-6)
     assert torch.allclose(made.layers[0].hidden_norm.weight, stored["model.midlayer.hidden_norm.weight"], atol=1e-6)
+
+
+def test_a_drafter_without_layer_ids_starts_a_run_from_cached_features(
+    tmp_path: Path, target: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = eagle3(tmp_path / "in", "embed_tokens.weight", "lm_head.weight")
+    recipe = write_recipe(tmp_path, target, rows, tmp_path / "run", target={"dtype": "float32"})
+    write_cache(load_recipe(recipe), str(tmp_path / "cache"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    given = ["draft.num_layers=1", f"target.cache={tmp_path / 'cache'}"]
+    assert start(tmp_path, target, rows, source, *given) == 0
+    assert "no embed_tokens: the target's" in capsys.readouterr().out
+    trained, weights = load_file(tmp_path / "run/final/model.safetensors"), load_file(target / "model.safetensors")
+    assert torch.equal(trained["lm_head.weight"], weights["lm_head.weight"][torch.arange(DRAFTED) * 2 + 1])
+    config = json.loads((tmp_path / "run/final/config.json").read_text())
+    assert config["eagle_aux_hidden_state_layer_ids"] == [2, 3, 4]  # the default of a target of six layers
 
 
 def test_attention_biases_come_along(tmp_path: Path, target: Path, rows: Path) -> None:

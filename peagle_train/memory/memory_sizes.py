@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from peagle_train.core.draft import PEagleDraft
@@ -22,6 +22,8 @@ from peagle_train.errors import one_line
 from peagle_train.memory.memory_plan import GIB, Sizes
 from peagle_train.recipe import Recipe
 from peagle_train.serving.warm_start import read_start
+from peagle_train.target.base import TargetBase
+from peagle_train.target.cached_target import CachedTarget
 from peagle_train.target.chunk_attention import BLOCK
 from peagle_train.target.frozen import FrozenTarget
 from peagle_train.target.loading import refuse_unfit, resolve_dtype
@@ -148,7 +150,7 @@ def _stored_dtype(path: Path, config: Any) -> torch.dtype:
     return torch.bfloat16
 
 
-def sizes_of(recipe: Recipe, target: FrozenTarget, config: PEagleDraftConfig, device: Device) -> Sizes:
+def sizes_of(recipe: Recipe, target: TargetBase, config: PEagleDraftConfig, device: Device) -> Sizes:
     """The sizes of a run. `target`: on a device, on meta, or a `CachedTarget`."""
     cod, train = recipe.cod, recipe.train
     with torch.device("meta"):
@@ -166,8 +168,7 @@ def sizes_of(recipe: Recipe, target: FrozenTarget, config: PEagleDraftConfig, de
     weights, forward, item = _target(recipe, target, device)
     cached = 0
     if recipe.target.cache:
-        cache = getattr(target, "cache", None)
-        name = recipe.target.cache_dtype if cache is None else cache.index.dtype
+        name = target.cache.index.dtype if isinstance(target, CachedTarget) else recipe.target.cache_dtype
         cached = item if name == "auto" else getattr(torch, name).itemsize
     return Sizes(
         batch_size=train.batch_size,
@@ -208,12 +209,13 @@ def sizes_of(recipe: Recipe, target: FrozenTarget, config: PEagleDraftConfig, de
     )
 
 
-def _target(recipe: Recipe, target: FrozenTarget, device: Device) -> tuple[int, int, int]:
+def _target(recipe: Recipe, target: TargetBase, device: Device) -> tuple[int, int, int]:
     """Bytes of the target's weights on the device, of its largest forward, and of a number of its outputs."""
     settings = recipe.target
-    model: nn.Module | None = getattr(target, "model", None)  # a cached target has none
-    if model is None:
-        return 0, 0, getattr(torch, target.cache.index.computed_in).itemsize  # type: ignore[attr-defined]
+    if isinstance(target, CachedTarget):
+        return 0, 0, getattr(torch, target.cache.index.computed_in).itemsize
+    assert isinstance(target, FrozenTarget)
+    model = target.model
     tensors = [*model.parameters(), *model.buffers()]
     total = sum(t.numel() * t.element_size() for t in tensors)
     item = next(p.element_size() for p in model.parameters() if p.is_floating_point())

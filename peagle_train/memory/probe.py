@@ -13,6 +13,8 @@ from torch import Tensor
 
 from peagle_train.memory.memory_plan import GIB
 from peagle_train.memory.memory_sizes import available_ram, resident_ram
+from peagle_train.target.cached_target import CachedTarget
+from peagle_train.target.frozen import FrozenTarget
 from peagle_train.training.sharded import clip_gradients
 
 if TYPE_CHECKING:
@@ -47,9 +49,8 @@ def full_batch(trainer: "Trainer") -> dict[str, Tensor]:
     L, generator = recipe.data.max_length, torch.Generator().manual_seed(0)
     ids = torch.randint(target.vocab_size, (L,), generator=generator)
     row: dict[str, Any] = {"input_ids": ids, "loss_mask": torch.ones_like(ids), "row_key": 0, "epoch": 0}
-    cache = getattr(target, "cache", None)
-    if cache is not None:
-        dtype = getattr(torch, cache.index.dtype)
+    if isinstance(target, CachedTarget):
+        dtype = target.cache.dtype
         row["features"] = torch.zeros(L, 3 * target.hidden_size, dtype=dtype)
         row["last_hidden"] = torch.zeros(L, target.hidden_size, dtype=dtype)
     return trainer.collator([row] * recipe.train.batch_size)
@@ -57,7 +58,7 @@ def full_batch(trainer: "Trainer") -> dict[str, Tensor]:
 
 def _run_target_packed(trainer: "Trainer") -> None:
     """Rows of several documents may take a mask of L x L, which a document alone does without."""
-    if getattr(trainer.target, "cache", None) is not None:
+    if not isinstance(trainer.target, FrozenTarget):
         return
     B, L = trainer.recipe.train.batch_size, trainer.recipe.data.max_length
     position = torch.cat([torch.arange(L - L // 2), torch.arange(L // 2)])[None].expand(B, -1)

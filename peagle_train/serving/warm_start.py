@@ -13,7 +13,7 @@ import torch
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.recipe import Draft, Recipe, RecipeError
 from peagle_train.serving.drafter_files import DrafterFiles, read_drafter
-from peagle_train.target.frozen import FrozenTarget, default_layer_ids
+from peagle_train.target.base import TargetBase, default_layer_ids
 
 SHAPE = (
     "hidden_size",
@@ -35,7 +35,7 @@ class Start:
     """A copy of the recipe, in which the drafter fills what the draft section leaves open."""
 
 
-def read_start(recipe: Recipe, target: FrozenTarget) -> Start | None:
+def read_start(recipe: Recipe, target: TargetBase) -> Start | None:
     """The drafter that the recipe starts from; None where it names none.
 
     Raises:
@@ -51,7 +51,7 @@ def read_start(recipe: Recipe, target: FrozenTarget) -> Start | None:
     ):
         if theirs != mine:
             raise RecipeError(f"{where} drafts for a target of {name} {theirs}, but this target's is {mine}")
-    read = config.eagle_aux_hidden_state_layer_ids or default_layer_ids(len(target.layers))
+    read = config.eagle_aux_hidden_state_layer_ids or default_layer_ids(target.num_layers)
     if list(read) != target.layer_ids:
         given = f"this run reads {target.layer_ids}: give target.layer_ids={list(read)}"
         raise RecipeError(f"{where} reads layers {list(read)} of its target, {given}")
@@ -85,7 +85,7 @@ def _agree(draft: Draft, key: str, theirs: Any, where: str) -> None:
 
 @torch.no_grad()
 def copy_start(
-    files: DrafterFiles, draft: PEagleDraft, target: FrozenTarget, say: Callable[[str], object] = print
+    files: DrafterFiles, draft: PEagleDraft, target: TargetBase, say: Callable[[str], object] = print
 ) -> None:
     """Copy a drafter's weights into a new one of its shape; what it lacks is the target's. Says what came from where."""
     state = draft.state_dict()

@@ -1,4 +1,4 @@
-"""A target whose features are on disk: what training needs of it, without its body. V: vocabulary, T: its width."""
+"""A target whose features are on disk: what training needs of it, without its body."""
 
 import logging
 import os
@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -15,26 +14,25 @@ from peagle_train.core.segments import TargetOutputs
 from peagle_train.data.packing import PackedRows
 from peagle_train.data.training_data import TrainingData
 from peagle_train.recipe import Target
+from peagle_train.target.base import TargetBase, default_layer_ids
 from peagle_train.target.feature_cache import FIELDS, CachedRows, FeatureCache, fingerprint
-from peagle_train.target.frozen import FrozenTarget, default_layer_ids
 
 logger = logging.getLogger(__name__)
 AGAIN = "make the cache again with tools/cache_features.py, or change the recipe"
 
 
-class CachedTarget(FrozenTarget):
-    """A `FrozenTarget` that answers from a `FeatureCache`: its layers are never loaded, its head stays on the disk until
-    its rows are asked for. Batches must come from `attach`ed rows.
+class CachedTarget(TargetBase):
+    """A target that answers from a `FeatureCache`: its layers are never loaded, its head stays on the disk until its rows
+    are asked for. Batches must come from `attach`ed rows.
 
     Args:
-        cache: whole. config: the target's. device: where outputs are wanted.
+        cache: whole. config: the target's.
     """
 
-    def __init__(self, cache: FeatureCache, config: Any, device: torch.device) -> None:
+    def __init__(self, cache: FeatureCache, config: Any) -> None:
         self.cache = cache
         self.config = config.get_text_config()
         self.layer_ids = list(cache.index.layer_ids)
-        self._device = device
         self._head: Tensor | None = None
 
     @classmethod
@@ -51,7 +49,6 @@ class CachedTarget(FrozenTarget):
         cache: str,
         cache_dtype: str = "auto",
         dtype: str = "auto",
-        device: torch.device | None = None,
         layer_ids: Sequence[int] | None = None,
         trust_remote_code: bool = False,
         **unused: Any,
@@ -77,7 +74,7 @@ class CachedTarget(FrozenTarget):
                 f"target.cache {cache} was computed in {index.computed_in}, target.dtype is {dtype}: {AGAIN}, as with"
                 " target.dtype=auto"
             )
-        return cls(opened, config, device or torch.device("cpu"))
+        return cls(opened, config)
 
     def attach(self, data: TrainingData) -> TrainingData:
         """The same rows with their features; ValueError if the cache lacks some."""
@@ -101,16 +98,10 @@ class CachedTarget(FrozenTarget):
     def vocab_size(self) -> int:
         return self.cache.index.vocab_size
 
-    @property
-    def device(self) -> torch.device:
-        return self._device
-
     def embedding_rows(self) -> Tensor:
-        """[V, T], the input embeddings, on the CPU."""
         return self.cache.head_tensor("embeddings")
 
     def head_weight(self) -> Tensor:
-        """[V, T], on the CPU."""
         if self._head is None:
             self._head = self.cache.head_tensor("head")
         return self._head
@@ -118,11 +109,8 @@ class CachedTarget(FrozenTarget):
     def eos_token_ids(self) -> list[int]:
         return self.cache.index.eos_token_ids
 
-    def features(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        raise AssertionError("a cached target computes nothing: its rows bring their features along")
-
     def outputs(self, batch: dict[str, Tensor], head_rows: Tensor) -> TargetOutputs:
-        """What the batch brought along, in the dtype in which the target computed, on the device of `head_rows`."""
+        """What the batch brought along, in the dtype in which the target computed."""
         features, last_hidden = (batch[n].to(head_rows.device, head_rows.dtype, non_blocking=True) for n in FIELDS)
         return TargetOutputs(features, last_hidden, head_rows)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from peagle_train.core.segments import TargetOutputs
 from peagle_train.data import vocab
 from peagle_train.errors import one_line
+from peagle_train.target.base import TargetBase, default_layer_ids
 from peagle_train.target.chunks import Run, check_chunkable, forward_run, plan_runs
 from peagle_train.target.dense import FLOATS, dense_embeddings, dense_head, is_plain
 from peagle_train.target.loading import load_model, refuse_unfit, resolve_dtype
@@ -25,20 +26,8 @@ from peagle_train.training.sharded import shard, whole
 logger = logging.getLogger(__name__)
 
 
-def default_layer_ids(num_layers: int) -> list[int]:
-    """(2, n // 2, n - 3), vLLM's default; (2, 3, 4) at n = 6, where that names a layer twice and vLLM would read only two
-    features. ValueError below.
-    """
-    if num_layers < 6:
-        raise ValueError(
-            f"the target has {num_layers} layers, too few for the default feature layers (2, n // 2, n - 3): give"
-            " target.layer_ids, three ascending ids"
-        )
-    return [2, num_layers // 2, max(num_layers - 3, num_layers // 2 + 1)]
-
-
-class FrozenTarget:
-    """A target that is only ever read.
+class FrozenTarget(TargetBase):
+    """A target that computes what is asked of it.
 
     Args:
         model: any transformers causal LM with a stack of decoder layers.
@@ -125,10 +114,6 @@ class FrozenTarget:
         shard(self.base, self.layers, device)
 
     @property
-    def hidden_size(self) -> int:
-        return self.config.hidden_size
-
-    @property
     def vocab_size(self) -> int:
         return self.head_weight().shape[0]
 
@@ -141,22 +126,14 @@ class FrozenTarget:
         return embeddings.weight.device
 
     def embedding_rows(self) -> Tensor:
-        """[vocabulary, T], the input embeddings. Every rank must call it where the target is sharded."""
         embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
         if self.sharded or is_plain(embeddings):
             return _weight(embeddings)
         return dense_embeddings(embeddings, self.vocab_size, self.device)
 
     def head_weight(self) -> Tensor:
-        """[vocabulary, T], of a quantised head what it multiplies by; on the CPU where the target is sharded or its head is
-        offloaded.
-        """
+        """Of a quantised head what it multiplies by; on the CPU where the target is sharded or its head is offloaded."""
         return _weight(self.head) if self._dense is None else self._dense.detach()
-
-    def head_rows(self, token_ids: Tensor) -> Tensor:
-        """[V, T], the head's rows of the given tokens."""
-        weight = self.head_weight()
-        return weight[token_ids.to(weight.device)]
 
     @property
     def has_plain_head(self) -> bool:
@@ -164,7 +141,7 @@ class FrozenTarget:
         return self._dense is None
 
     def eos_token_ids(self) -> list[int]:
-        """Tokens that end the target's answers, by its config and its generation config; ascending."""
+        """By the target's config and its generation config."""
         return vocab.eos_token_ids(self.config, getattr(self.model, "generation_config", None))
 
     def final_norm(self) -> nn.Module:
@@ -264,11 +241,6 @@ class FrozenTarget:
         return out["features"].view(B, L, 3 * T), out["last"].view(B, L, T)
 
     def outputs(self, batch: dict[str, Tensor], head_rows: Tensor) -> TargetOutputs:
-        """What a step needs of the target for a collator's batch, on the device of `head_rows`.
-
-        Args:
-            batch: on the host; on a device it costs a wait.
-        """
         features, last_hidden = self.features(batch["input_ids"], batch["position_ids"])
         # With a device map, layers may end up anywhere.
         return TargetOutputs(features.to(head_rows.device), last_hidden.to(head_rows.device), head_rows)

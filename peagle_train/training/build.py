@@ -14,7 +14,7 @@ from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.core.rope import ROPE_TYPES, rope_mistake, unused_keys
 from peagle_train.data.vocab import default_mask_token_id, end_of_turn_ids, eos_token_ids
 from peagle_train.recipe import MAX_ROPE_THETA, Data, Draft, Recipe
-from peagle_train.target.frozen import FrozenTarget
+from peagle_train.target.base import TargetBase
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def choose_mask_token(draft: Draft, tokenizer: Any, vocab_size: int) -> int:
     return default
 
 
-def always_drafted(tokenizer: Any, target: FrozenTarget, mask_token_id: int, data: Data | None = None) -> list[int]:
+def always_drafted(tokenizer: Any, target: TargetBase, mask_token_id: int, data: Data | None = None) -> list[int]:
     """Special and end tokens (of configs, tokenizer and chat template), which a pruned draft vocabulary keeps whatever
     their frequency. The template is that of `data`, if it gives one.
     """
@@ -74,7 +74,7 @@ def always_drafted(tokenizer: Any, target: FrozenTarget, mask_token_id: int, dat
 
 
 def make_draft_config(
-    recipe: Recipe, target: FrozenTarget, mask_token_id: int, start: PEagleDraftConfig | None = None
+    recipe: Recipe, target: TargetBase, mask_token_id: int, start: PEagleDraftConfig | None = None
 ) -> PEagleDraftConfig:
     """The drafter's shape: what the recipe leaves open is the target's. `start`: the drafter that it starts from."""
     draft, config = recipe.draft, target.config
@@ -157,7 +157,7 @@ def _rope(draft: Draft, target_config: Any, start: PEagleDraftConfig | None) -> 
 
 
 def make_draft(
-    recipe: Recipe, target: FrozenTarget, mask_token_id: int, draft_ids: Tensor, start: PEagleDraftConfig | None = None
+    recipe: Recipe, target: TargetBase, mask_token_id: int, draft_ids: Tensor, start: PEagleDraftConfig | None = None
 ) -> PEagleDraft:
     """A new drafter on the CPU, in float32 or float64: weights drawn from the recipe's seed, then the target's copied."""
     config = make_draft_config(recipe, target, mask_token_id, start)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peagle_train.data.packing import PackedRows
 from peagle_train.data.sampler import EMPTY_ROW
-from peagle_train.target.frozen import FrozenTarget
+from peagle_train.target.base import TargetBase
 from peagle_train.training.build import make_collator
 from peagle_train.training.distributed import sum_over_ranks
 from peagle_train.training.metrics import accuracies, expected_accepted_length
@@ -22,7 +22,7 @@ EVAL_SEED = 0
 
 
 @torch.no_grad()
-def mass_outside(target: FrozenTarget, last_hidden_mT: Tensor, draft_ids: Tensor, chunk: int = 8192) -> Tensor:
+def mass_outside(target: TargetBase, last_hidden_mT: Tensor, draft_ids: Tensor, chunk: int = 8192) -> Tensor:
     """[m]: the probability that the target gives to tokens that the drafter cannot draft.
 
     Visits the vocabulary in chunks, so that no row of full logits exists.

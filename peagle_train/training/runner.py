@@ -13,8 +13,8 @@ from peagle_train.core.plan import Plan, plan_segments
 from peagle_train.core.relay import RelayBuffers, context_chunks, needed_segments, relay_step
 from peagle_train.core.segments import StepStats, TargetOutputs, recompute_step
 from peagle_train.recipe import Recipe
+from peagle_train.target.base import TargetBase
 from peagle_train.target.feature_cache import FIELDS
-from peagle_train.target.frozen import FrozenTarget
 from peagle_train.training.distributed import is_sharded, max_counts
 from peagle_train.training.profile import span
 
@@ -24,7 +24,7 @@ Batch = dict[str, Tensor]
 class BatchRunner:
     """Runs batches of the collator; the target and the drafter are on the accelerator's device."""
 
-    def __init__(self, recipe: Recipe, accelerator: Accelerator, target: FrozenTarget, draft: PEagleDraft) -> None:
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, target: TargetBase, draft: PEagleDraft) -> None:
         self.recipe, self.accelerator, self.target, self.draft = recipe, accelerator, target, draft
         self.device = accelerator.device
         self.sharded = is_sharded(draft)

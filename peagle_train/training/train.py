@@ -21,6 +21,7 @@ from peagle_train.memory.memory_sizes import sizes_of, this_device
 from peagle_train.memory.out_of_memory import memory_explained
 from peagle_train.recipe import Recipe
 from peagle_train.serving.warm_start import Start, copy_start, read_start
+from peagle_train.target.base import TargetBase
 from peagle_train.target.cached_target import CachedTarget
 from peagle_train.target.frozen import FrozenTarget
 from peagle_train.training import peers
@@ -107,7 +108,7 @@ def _train(recipe: Recipe, resume: str | None) -> str:
     return describe_summary(summary, Path(recipe.output.dir)) if accelerator.is_main_process else ""
 
 
-def load_target(recipe: Recipe, accelerator: Accelerator) -> FrozenTarget:
+def load_target(recipe: Recipe, accelerator: Accelerator) -> TargetBase:
     """The recipe's target, where and how it says."""
     settings, several = recipe.target, accelerator.num_processes > 1
     check_device_map(settings.device_map, accelerator.num_processes)
@@ -134,7 +135,7 @@ def load_target(recipe: Recipe, accelerator: Accelerator) -> FrozenTarget:
 
 
 def _draft(  # type: ignore[no-untyped-def]
-    recipe: Recipe, target: FrozenTarget, tokenizer, mask_token_id: int, counts_V: Tensor, start: Start | None, say
+    recipe: Recipe, target: TargetBase, tokenizer, mask_token_id: int, counts_V: Tensor, start: Start | None, say
 ) -> PEagleDraft:
     """A new drafter, of another one's shape if it starts from one; its vocabulary by frequency, or another one's."""
     always = always_drafted(tokenizer, target, mask_token_id, recipe.data)

@@ -21,8 +21,8 @@ from peagle_train.errors import RunStopped
 from peagle_train.memory.out_of_memory import memory_explained
 from peagle_train.memory.probe import probe_step
 from peagle_train.recipe import Recipe, dump_recipe
+from peagle_train.target.base import TargetBase
 from peagle_train.target.feature_cache import fingerprint as target_fingerprint
-from peagle_train.target.frozen import FrozenTarget
 from peagle_train.training.about import ABOUT, about_machine
 from peagle_train.training.build import make_collator
 from peagle_train.training.checkpoint import MARKER, save_drafter, write_json
@@ -68,7 +68,7 @@ class Trainer:
         self,
         recipe: Recipe,
         accelerator: Accelerator,
-        target: FrozenTarget,
+        target: TargetBase,
         draft: PEagleDraft,
         train_rows: PackedRows,
         eval_rows: PackedRows,
