@@ -23,6 +23,7 @@ from peagle_train.data.packing import PackedRows
 from peagle_train.recipe import load_recipe
 from peagle_train.target.frozen import FrozenTarget
 from peagle_train.training.checkpoint import claim_output, lock_output
+from peagle_train.training.checkpoint_files import write_checkpoint
 from peagle_train.training.evaluate import Evaluator
 from peagle_train.training.optim import make_optimizer
 from peagle_train.training.runner import BatchRunner
@@ -30,7 +31,7 @@ from peagle_train.training.sharded import load_full_moments
 from peagle_train.training.signals import outside_the_loop
 from peagle_train.training.trainer import Trainer
 from tests.test_checkpoint_files import in_child
-from tests.tiny import make_target, write_recipe, write_rows
+from tests.tiny import VOCAB, make_target, write_recipe, write_rows
 
 LENGTHS = [9, 31, 4, 17, 32, 2, 26, 11, 40, 13]
 TIMES = {
@@ -139,6 +140,39 @@ def test_a_run_that_was_stopped_is_the_run_that_was_not(
     assert_same_run(tmp_path / "parts" / "run", tmp_path / "whole" / "run")
     recompiles = [line["recompiles"] for line in metrics(tmp_path / "parts" / "run") if line["kind"] == "train"]
     assert set(recompiles) == ({0} if case == "compiled" else {None})
+
+
+def test_a_run_with_the_full_vocabulary_writes_no_mapping_and_resumes_with_or_without_one(
+    tmp_path: Path, target: Path, rows: Path
+) -> None:
+    train = {"max_steps": 6, "save_steps": 2, "eval_steps": 2}
+    sections: dict[str, Any] = {"draft": {"draft_vocab_size": None}, "train": train, "data": EVALUATED}
+    whole, parts = tmp_path / "whole" / "run", tmp_path / "parts" / "run"
+    run(recipe_for(tmp_path / "whole", target, rows, **sections))
+    written = [file.parent.name for file in whole.glob("*/model.safetensors")]
+    assert {"final", "best", "checkpoint-4"} <= set(written)
+    for name in written:
+        assert not {"d2t", "t2d"} & drafter(whole / name).keys(), name
+    shutil.copytree(whole, parts)
+    recipe = recipe_for(tmp_path / "parts", target, rows, **sections)
+    run(recipe, "--resume", str(parts / "checkpoint-2"))
+    assert_same_run(parts, whole)
+    mapping = {"d2t": torch.zeros(VOCAB, dtype=torch.int64), "t2d": torch.ones(VOCAB, dtype=torch.bool)}
+
+    def as_older_versions(folder: Path) -> None:
+        for file in (whole / "checkpoint-4").iterdir():
+            if file.name != "manifest.json":
+                shutil.copy(file, folder)
+        save_file({**drafter(folder), **mapping}, folder / "model.safetensors")
+
+    write_checkpoint(parts, 4, as_older_versions)
+    run(recipe, "--resume", str(parts / "checkpoint-4"))
+    assert all(torch.equal(drafter(parts / "final")[name], t) for name, t in drafter(whole / "final").items())
+    other = recipe_for(tmp_path / "other", target, rows, **{**sections, "train": {"max_steps": 2, "save_steps": 1}})
+    for start in (f"draft.init_from={whole / 'final'}", f"draft.vocab_from={whole / 'best'}"):
+        run(other, start)
+        run(other, start, "--resume", str(tmp_path / "other" / "run" / "checkpoint-1"))
+        shutil.rmtree(tmp_path / "other" / "run")
 
 
 def test_whatever_step_a_run_was_stopped_at_it_goes_on_from_there(

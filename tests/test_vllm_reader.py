@@ -11,8 +11,10 @@ from torch import Tensor
 
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.visibility import Visibility
+from peagle_train.serving.check_drafter import check_folder, is_loadable
 from peagle_train.serving.drafter_files import load_drafter
 from peagle_train.serving.export import export_drafter
+from peagle_train.serving.import_drafter import import_drafter
 from tests import vllm_reader
 from tests.helpers import DRAFT_VOCAB, MASK_TOKEN, TARGET_HIDDEN, VOCAB, make_draft
 
@@ -105,11 +107,35 @@ def test_a_run_without_a_pruned_vocabulary_is_read_the_same(tmp_path: Path) -> N
     draft = make_draft(torch.float32, draft_vocab_size=VOCAB)
     draft.save_pretrained(tmp_path / "trained")
     for format in ("eagle3", "speculators"):
-        out = tmp_path / format
-        export_drafter(tmp_path / "trained", out, format, target_name="org/target", speculative_tokens=K)
-        assert ("d2t" in load_file(out / "model.safetensors")) == (format == "eagle3")
-        assert_same_logits(their_logits(vllm_reader.load(out)), our_logits(draft), torch.arange(VOCAB))
-        assert torch.equal(load_drafter(out).draft_token_ids, torch.arange(VOCAB))
+        export_drafter(tmp_path / "trained", tmp_path / format, format, target_name="org/target", speculative_tokens=K)
+    for folder in (tmp_path / "trained", tmp_path / "eagle3", tmp_path / "speculators"):
+        assert not {"d2t", "t2d"} & load_file(folder / "model.safetensors").keys()
+        assert_same_logits(their_logits(vllm_reader.load(folder)), our_logits(draft), torch.arange(VOCAB))
+        assert torch.equal(load_drafter(folder).draft_token_ids, torch.arange(VOCAB))
+
+
+@pytest.mark.parametrize("format", ["eagle3", "speculators"])
+def test_a_mapping_beside_the_full_vocabulary_is_refused_by_vllm_and_the_check_but_read(
+    tmp_path: Path, format: str
+) -> None:
+    draft = make_draft(torch.float32, draft_vocab_size=VOCAB)
+    draft.save_pretrained(tmp_path / "trained")
+    old = tmp_path / "old"
+    export_drafter(tmp_path / "trained", old, format, target_name="org/target", speculative_tokens=K)
+    edited(old, t2d=torch.ones(VOCAB, dtype=torch.bool))
+    vllm_reader.load(old)
+    assert is_loadable(check_folder(old))
+    order = torch.arange(VOCAB).roll(1)  # draft token i is the target's order[i]
+    head = load_file(old / "model.safetensors")["lm_head.weight"]
+    for d2t, rows in ((torch.zeros(VOCAB, dtype=torch.int64), head), (order - torch.arange(VOCAB), head[order])):
+        edited(old, d2t=d2t, lm_head__weight=rows.contiguous())
+        with pytest.raises(KeyError, match="draft_id_to_target_id"):
+            vllm_reader.load(old)
+        assert [finding.what for finding in check_folder(old) if finding.level == "BAD"] == ["d2t"]
+        for name, tensor in load_drafter(old).state_dict().items():
+            assert torch.equal(tensor, draft.state_dict()[name]), name
+    import_drafter(old, tmp_path / "new")
+    assert_same_logits(their_logits(vllm_reader.load(tmp_path / "new")), our_logits(draft), torch.arange(VOCAB))
 
 
 def edited(folder: Path, **changes: Tensor | None) -> Path:

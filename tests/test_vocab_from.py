@@ -91,6 +91,20 @@ def test_without_t2d_the_drafters_config_tells_whose_vocabulary_it_is(tmp_path: 
         read(folder)
 
 
+def test_a_drafter_of_the_full_vocabulary_has_no_mapping_and_is_read_if_its_config_says_so(tmp_path: Path) -> None:
+    folder = save(tmp_path / "drafter")
+    for config in ({"vocab_size": VOCAB}, {"vocab_size": VOCAB, "draft_vocab_size": 9}, {"draft_vocab_size": VOCAB}):
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="has no d2t"):
+            read(folder)
+    for config in ({"vocab_size": VOCAB}, {"transformer_layer_config": {"vocab_size": VOCAB}}):
+        (folder / "config.json").write_text(json.dumps({**config, "draft_vocab_size": VOCAB}))
+        assert read(folder).tolist() == list(range(VOCAB))
+    (folder / "config.json").write_text(json.dumps({"vocab_size": VOCAB - 1, "draft_vocab_size": VOCAB - 1}))
+    with pytest.raises(ValueError, match="is for a vocabulary of 60 tokens, the target has 61"):
+        read(folder)
+
+
 def test_special_tokens_that_the_mapping_lacks_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = save(tmp_path / "drafter", d2t=D2T, t2d=T2D)
     with caplog.at_level(logging.WARNING):

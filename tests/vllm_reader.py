@@ -71,8 +71,9 @@ def parameter_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         "model.fc.weight": (H, 3 * c.get("target_hidden_size", H)),
         "model.norm.weight": (H,),
         "lm_head.weight": (Vd, H),
-        "draft_id_to_target_id": (Vd,),
     }
+    if Vd != V:
+        shapes["draft_id_to_target_id"] = (Vd,)
     for i in range(c["num_hidden_layers"]):
         layer = f"model.layers.{i}"
         shapes |= {
@@ -116,10 +117,12 @@ def load(folder: Path, target: dict[str, Tensor] | None = None) -> Loaded:
     parameters: dict[str, Tensor] = {}
     for name, by_shard in parts.items():
         value = torch.cat([by_shard[i] for i in sorted(by_shard)])
+        if name not in shapes:
+            raise KeyError(f"there is no module or parameter named {name}")
         assert tuple(value.shape) == shapes[name], f"{name}: {tuple(value.shape)}, not {shapes[name]}"
         parameters[name] = value
     if "draft_id_to_target_id" not in parameters:
-        parameters["draft_id_to_target_id"] = torch.zeros(shapes["draft_id_to_target_id"], dtype=torch.int64)
+        parameters["draft_id_to_target_id"] = torch.zeros(shapes["lm_head.weight"][0], dtype=torch.int64)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         if name not in parameters:
             assert target is not None

@@ -137,7 +137,8 @@ class PEagleDraft(PreTrainedModel):
     """A P-EAGLE drafter.
 
     Parameters: `embed_tokens` [V, H], `fc` [H, 3T], `mask_hidden` [1, 1, 3T], `layers.*`, `norm`, `lm_head` [Vd, H].
-    Buffers: `d2t` int64 [Vd], offsets (target id = i + d2t[i]); `t2d` bool [V].
+    Buffers: `d2t` int64 [Vd], offsets (target id = i + d2t[i]); `t2d` bool [V]. None with the full vocabulary, where vLLM
+    knows no such tensors.
     """
 
     config_class = PEagleDraftConfig
@@ -158,10 +159,13 @@ class PEagleDraft(PreTrainedModel):
         self.norm = RMSNorm(size, config.rms_norm_eps)
         self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
         self.rotary_emb = self.make_rotary(config)
-        self.d2t: Tensor
-        self.t2d: Tensor
-        self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
-        self.register_buffer("t2d", torch.arange(config.vocab_size) < config.draft_vocab_size)
+        self.d2t: Tensor | None
+        self.t2d: Tensor | None
+        offsets = torch.zeros(config.draft_vocab_size, dtype=torch.int64)
+        listed = torch.arange(config.vocab_size) < config.draft_vocab_size
+        pruned = config.draft_vocab_size < config.vocab_size
+        self.register_buffer("d2t", offsets if pruned else None)
+        self.register_buffer("t2d", listed if pruned else None)
         self.gradient_checkpointing = False  # set by transformers' switch, whose name depends on its version
         self.post_init()
 
@@ -178,13 +182,16 @@ class PEagleDraft(PreTrainedModel):
     @property
     def draft_token_ids(self) -> Tensor:
         """int64 [Vd]: the target's ids of the draft vocabulary, ascending."""
-        return self.d2t + torch.arange(self.d2t.numel(), device=self.d2t.device)
+        ids = torch.arange(self.lm_head.out_features, device=self.lm_head.weight.device)
+        return ids if self.d2t is None else ids + self.d2t
 
     def set_draft_vocab(self, draft_token_ids: Tensor) -> None:
         """Fill d2t and t2d from the target's ids of the draft vocabulary, int64 [Vd], ascending and distinct."""
-        assert draft_token_ids.shape == self.d2t.shape
-        self.d2t.copy_(d2t_offsets(draft_token_ids))
-        self.t2d.copy_(t2d_mask(draft_token_ids, self.t2d.numel()))
+        assert draft_token_ids.shape == (self.lm_head.out_features,)
+        offsets, mask = d2t_offsets(draft_token_ids), t2d_mask(draft_token_ids, self.config.vocab_size)
+        if self.d2t is not None and self.t2d is not None:
+            self.d2t.copy_(offsets)
+            self.t2d.copy_(mask)
 
     def forward(
         self,

@@ -24,8 +24,9 @@ def read_draft_vocab(
 
     Args:
         draft: `vocab_from` names a folder or a .safetensors file with `d2t` [Vd] (offsets: draft token i is the target's
-            i + d2t[i]) and, mostly, `t2d` [V] in vLLM's and speculators' names, or a folder with d2t.npy and t2d.npy, as
-            speculators prepares them. `draft_vocab_size`, if given, must be Vd.
+            i + d2t[i]) and, mostly, `t2d` [V] in vLLM's and speculators' names, or without them if config.json says that
+            Vd is V, or a folder with d2t.npy and t2d.npy, as speculators prepares them. `draft_vocab_size`, if given,
+            must be Vd.
         data: the recipe's section, which may give a chat template.
         always: special and end tokens. Those that the mapping lacks are logged; one that can end an answer must be there.
 
@@ -37,7 +38,7 @@ def read_draft_vocab(
     path = Path(draft.vocab_from)
     d2t, t2d = _read(path, where)
     ids = _draft_ids(d2t, where)
-    size = t2d.numel() if t2d is not None else _config_vocab_size(path)
+    size = t2d.numel() if t2d is not None else _config_sizes(path)[0]
     if size is not None and size != target.vocab_size:
         raise ValueError(
             f"{where} is for a vocabulary of {size} tokens, the target has {target.vocab_size}: give one for this target"
@@ -105,7 +106,10 @@ def _read(path: Path, where: str) -> tuple[Tensor, Tensor | None]:
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{where}: cannot read {file.name}: {' '.join(str(error).split())}") from None
     if "d2t" not in found:
-        raise ValueError(f"{where} has no d2t: it is no drafter, or drafts the full vocabulary")
+        vocab_size, draft_vocab_size = _config_sizes(path)
+        if vocab_size is None or draft_vocab_size != vocab_size:
+            raise ValueError(f"{where} has no d2t: it is no drafter, or drafts the full vocabulary and does not say so")
+        found["d2t"] = torch.zeros(vocab_size, dtype=torch.int64)
     return found["d2t"], found.get("t2d")
 
 
@@ -116,11 +120,13 @@ def _read_npy(file: Path, where: str) -> Tensor:
         raise ValueError(f"{where}: cannot read {file.name}: {' '.join(str(error).split())[:200]}") from None
 
 
-def _config_vocab_size(path: Path) -> int | None:
-    """The target's vocabulary by the drafter's config.json: at its top, or in speculators' transformer_layer_config."""
+def _config_sizes(path: Path) -> tuple[int | None, int | None]:
+    """V and Vd by the drafter's config.json (V in speculators' transformer_layer_config); None where unknown."""
     try:
         config = json.loads(((path if path.is_dir() else path.parent) / "config.json").read_bytes())
-        size = config.get("vocab_size", config.get("transformer_layer_config", {}).get("vocab_size"))
+        vocab_size = config.get("vocab_size", config.get("transformer_layer_config", {}).get("vocab_size"))
+        sizes = (vocab_size, config.get("draft_vocab_size"))
     except (OSError, ValueError, AttributeError, RecursionError):
-        return None
-    return size if isinstance(size, int) else None
+        return None, None
+    vocab_size, draft_vocab_size = (size if type(size) is int and 0 < size <= 2**24 else None for size in sizes)
+    return vocab_size, draft_vocab_size

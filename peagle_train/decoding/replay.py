@@ -86,7 +86,8 @@ def accept_probabilities(
     ids, first = [*decoded.prompt, *decoded.tokens], len(decoded.prompt) - 1
     m, K = len(decoded.tokens) - 1, num_slots
     index_V = torch.full((draft.config.vocab_size,), -1)
-    index_V[draft.draft_token_ids.cpu()] = torch.arange(draft.d2t.numel())
+    draft_ids = draft.draft_token_ids.cpu()
+    index_V[draft_ids] = torch.arange(draft_ids.numel())
     accept_mK = torch.zeros(m, K, dtype=torch.float64)
     # token i + 1 + k, which slot k behind token i guesses
     guessed_mK = torch.arange(m)[:, None] + 1 + torch.arange(K)

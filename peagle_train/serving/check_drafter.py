@@ -222,7 +222,7 @@ def _check_weights(folder: Path, raw: dict[str, Any], config: PEagleDraftConfig 
         found.append(_check_tensor(name, tensor, shapes))
     twice = [name for name, count in Counter(map(standard_name, stored)).items() if count > 1]
     found += [Finding("BAD", name, "two tensors have this name, or names that are read as it") for name in twice]
-    pruned = config.draft_vocab_size != config.vocab_size
+    pruned = "d2t" in shapes
     is_parallel = config.ptd_token_id is not None or "mask_hidden" in names
     for name in sorted(shapes.keys() - names):
         found.append(_missing(name, shapes[name], pruned, is_parallel))
@@ -251,6 +251,11 @@ def _lacks_fc(folder: Path) -> bool:
 def _check_tensor(name: str, tensor: Tensor, shapes: dict[str, tuple[int, ...]]) -> Finding:
     standard, kind = standard_name(name), str(tensor.dtype).removeprefix("torch.")
     shown = f"{kind} {list(tensor.shape)}"
+    if standard in ("d2t", "t2d") and standard not in shapes:
+        why = "the vocabulary is the full one (draft_vocab_size is vocab_size)"
+        if standard == "t2d":
+            return Finding("warn", name, f"{shown}: {why}, so it says nothing")
+        return Finding("BAD", name, f"{shown}: {why}, for which vLLM has no such tensor")
     if standard not in shapes:
         return Finding("BAD", name, f"{shown}: no tensor of such a drafter")
     if standard != name and not name.startswith("midlayer."):
@@ -280,13 +285,13 @@ def _missing(name: str, shape: tuple[int, ...], pruned: bool, is_parallel: bool)
         return Finding("warn", name, f"missing {list(shape)}: engines take the target's")
     if name == "t2d":
         return Finding("warn", name, f"missing {list(shape)}: vLLM does not read it, others do")
-    if name == "d2t" and not pruned:
-        return Finding("ok", name, "none: the full vocabulary")
     return Finding("BAD", name, f"missing {list(shape)}")
 
 
 def _check_mapping(stored: dict[str, Tensor], config: PEagleDraftConfig) -> list[Finding]:
     tensors = {standard_name(name): tensor for name, tensor in stored.items()}
+    if config.draft_vocab_size == config.vocab_size:
+        return [Finding("ok", "vocabulary", f"all {config.vocab_size} tokens")]
     if "d2t" not in tensors or tensors["d2t"].shape != (config.draft_vocab_size,):
         return []
     try:

@@ -42,7 +42,9 @@ class DrafterFiles:
     @property
     def draft_token_ids(self) -> Tensor:
         """int64 [Vd]: the target's ids of the draft vocabulary, ascending."""
-        return self.tensors["d2t"] + torch.arange(self.tensors["d2t"].numel())
+        assert self.config.draft_vocab_size is not None
+        ids = torch.arange(self.config.draft_vocab_size)
+        return ids + self.tensors["d2t"] if "d2t" in self.tensors else ids
 
 
 def load_drafter(folder: str | Path, dtype: torch.dtype | None = None) -> PEagleDraft:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
+from peagle_train.data.vocab import d2t_offsets, t2d_mask
 
 MAY_LACK = ("mask_hidden", "embed_tokens.weight", "lm_head.weight")
 """What an EAGLE-3 drafter may come without: the first is P-EAGLE's, the others are then the target's."""
@@ -58,7 +59,7 @@ def check_layers(config: PEagleDraftConfig, tensors: dict[str, Tensor]) -> None:
 
 
 def expected_shapes(config: PEagleDraftConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a whole drafter's tensors."""
+    """Names and shapes of a whole drafter's tensors; d2t and t2d of a pruned vocabulary only."""
     shaped = copy.copy(config)
     if shaped.ptd_token_id is None:  # an EAGLE-3 drafter's, whose shapes are the same
         shaped.ptd_token_id = 0
@@ -78,35 +79,35 @@ def fit_tensors(config: PEagleDraftConfig, tensors: dict[str, Tensor]) -> tuple[
     notes: list[str] = []
     if "mask_hidden" in tensors:  # [1, 3T] and [3T] are around too; engines flatten it
         tensors["mask_hidden"] = tensors["mask_hidden"].reshape(1, 1, -1)
+    assert config.draft_vocab_size is not None
     shapes = expected_shapes(config)
-    pruned = config.draft_vocab_size != config.vocab_size
-    optional = {*MAY_LACK, "t2d"} | (set() if pruned else {"d2t"})
-    lost = sorted(shapes.keys() - tensors.keys() - optional)
+    pruned = "d2t" in shapes
+    known = {**shapes, "d2t": (config.draft_vocab_size,), "t2d": (config.vocab_size,)}
+    lost = sorted(shapes.keys() - tensors.keys() - {*MAY_LACK, "t2d"})
     if lost:
         raise ValueError(f"{lost[0]} {list(shapes[lost[0]])} is missing" + _and_more(lost))
-    unknown = sorted(tensors.keys() - shapes.keys())
+    unknown = sorted(tensors.keys() - known.keys())
     if unknown:
         raise ValueError(f"{unknown[0]} is no tensor of such a drafter" + _and_more(unknown))
     for name, tensor in tensors.items():
-        if tuple(tensor.shape) != shapes[name]:
-            raise ValueError(f"{name} is {list(tensor.shape)}; config.json makes it {list(shapes[name])}")
+        if tuple(tensor.shape) != known[name]:
+            raise ValueError(f"{name} is {list(tensor.shape)}; config.json makes it {list(known[name])}")
         if name not in ("d2t", "t2d") and not tensor.is_floating_point():
             raise ValueError(f"{name} is {tensor.dtype}; weights must be floating point")
-    if "d2t" not in tensors:
-        tensors["d2t"] = torch.zeros(shapes["d2t"], dtype=torch.int64)
-        notes.append("d2t was filled in: the full vocabulary")
-    ids = check_vocab(tensors["d2t"], tensors.get("t2d"), config.vocab_size)
-    tensors["d2t"] = tensors["d2t"].long()
+    stored = {name: tensors.pop(name) for name in ("d2t", "t2d") if name in tensors}
+    full = torch.zeros(config.draft_vocab_size, dtype=torch.int64)
+    ids = check_vocab(stored.get("d2t", full), stored.get("t2d"), config.vocab_size)
     order = ids.argsort()
     if bool((ids[1:] < ids[:-1]).any()):
-        tensors["d2t"] = ids[order] - torch.arange(ids.numel())
         if "lm_head.weight" in tensors:
             tensors["lm_head.weight"] = tensors["lm_head.weight"][order]
         notes.append("the draft vocabulary was brought into ascending order, lm_head with it")
-    if "t2d" not in tensors:
-        notes.append("t2d was filled in from d2t")
-    tensors["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool)
-    tensors["t2d"][ids] = True
+    if pruned:
+        tensors["d2t"], tensors["t2d"] = d2t_offsets(ids[order]), t2d_mask(ids, config.vocab_size)
+        if "t2d" not in stored:
+            notes.append("t2d was filled in from d2t")
+    elif stored:
+        notes.append(f"{' and '.join(stored)} dropped: the vocabulary is the full one")
     return [name for name in MAY_LACK if name not in tensors], notes
 
 
@@ -126,8 +127,7 @@ def check_vocab(d2t: Tensor, t2d: Tensor | None, vocab_size: int) -> Tensor:
     if t2d is not None:
         if t2d.shape != (vocab_size,):
             raise ValueError(f"t2d is {list(t2d.shape)}; config.json makes it [{vocab_size}]")
-        listed = torch.zeros(vocab_size, dtype=torch.bool)
-        listed[ids] = True
+        listed = t2d_mask(ids, vocab_size)
         if not torch.equal(listed, t2d.bool()):
             odd = int((listed != t2d.bool()).nonzero()[0])
             raise ValueError(f"t2d and d2t disagree about token {odd}")

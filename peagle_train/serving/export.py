@@ -109,8 +109,6 @@ def export_drafter(
     tensors = {n: t.to(dtype or t.dtype) if t.is_floating_point() else t for n, t in files.tensors.items()}
     files.config.dtype = tensors["fc.weight"].dtype
     config_text = _config_text(files.config, format, tokens, name, target_config)
-    if format == SPECULATORS and files.config.draft_vocab_size == files.config.vocab_size:
-        del tensors["d2t"], tensors["t2d"]  # its models have them for a pruned vocabulary only
     card = model_card(
         files.config,
         format,

@@ -130,6 +130,8 @@ def restore(trainer: "Trainer", checkpoint: Checkpoint) -> list[str]:
     weights, moments = (
         load_tensors(checkpoint.folder / name) if main else {} for name in ("model.safetensors", "optimizer.state")
     )
+    if trainer.draft.d2t is None:  # older versions wrote the mappings of the full vocabulary, too
+        weights = {name: tensor for name, tensor in weights.items() if name not in ("d2t", "t2d")}
     load_full_weights(trainer.draft, weights)
     load_full_moments(trainer.draft, trainer.optimizer, moments)
     set_schedule(trainer.scheduler, checkpoint.step)
