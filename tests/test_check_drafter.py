@@ -193,6 +193,7 @@ WARNED: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda f: set_config(f, mask_token_id=MASK_TOKEN, pard_token=None, ptd_token_id=None),
         "older vLLM",
     ),
+    "old mask names": (lambda f: set_config(f, mask_token_id=None), "NeMo"),
     "yarn": (
         lambda f: set_config(
             f,
@@ -217,6 +218,18 @@ def test_what_loads_but_should_be_known_is_warned_of(folder: Path, case: str) ->
     change(folder)
     findings = check_folder(folder)
     assert is_loadable(findings) and any(message in line for line in found(findings, "warn")), table(findings)
+
+
+@pytest.mark.parametrize(
+    "key", ["mask_token_id", "dspark_noise_token_id", "pard_token", "ptd_token_id", "dflash_config"]
+)
+def test_the_mask_token_is_found_under_each_of_the_names_that_vllm_knows(folder: Path, key: str) -> None:
+    set_config(folder, mask_token_id=None, pard_token=None, ptd_token_id=None)
+    set_config(folder, **{key: {"mask_token_id": MASK_TOKEN} if key == "dflash_config" else MASK_TOKEN})
+    assert vllm_reader.load(folder).mask_token == MASK_TOKEN
+    assert load_drafter(folder).mask_token_id == MASK_TOKEN and is_loadable(check_folder(folder))
+    set_config(folder, ptd_token_id=3, pard_token=MASK_TOKEN)
+    assert any("two ids" in line for line in found(check_folder(folder), "BAD"))
 
 
 def test_a_missing_head_is_fatal_only_where_the_targets_would_not_fit(folder: Path) -> None:
@@ -412,7 +425,7 @@ def test_a_drafter_of_another_kind_is_not_judged_and_not_read(
 
 def test_a_plain_eagle3_drafter_passes_the_check_with_warnings(folder: Path) -> None:
     set_tensors(folder, mask_hidden=None, embed_tokens__weight=None)
-    set_config(folder, ptd_token_id=None, pard_token=None)
+    set_config(folder, mask_token_id=None, ptd_token_id=None, pard_token=None)
     findings = check_folder(folder)
     assert is_loadable(findings)
     assert len(found(findings, "warn")) == 3 and any("one token a pass" in line for line in found(findings, "warn"))
@@ -444,7 +457,8 @@ def test_an_empty_config_is_told_what_it_lacks(tmp_path: Path) -> None:
 
 
 def test_a_drafter_named_as_its_target_is_told_by_its_fc(folder: Path) -> None:
-    own = ("draft_vocab_size", "target_hidden_size", "eagle_aux_hidden_state_layer_ids", "ptd_token_id", "pard_token")
+    own = ("draft_vocab_size", "target_hidden_size", "eagle_aux_hidden_state_layer_ids", "mask_token_id")
+    own += ("ptd_token_id", "pard_token")
     config = json.loads((folder / "config.json").read_text())
     config = {key: value for key, value in config.items() if key not in own} | {"architectures": ["LlamaForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(config))

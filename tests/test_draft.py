@@ -98,8 +98,9 @@ def test_config_json_holds_what_vllms_loader_reads(tmp_path: Path) -> None:
     expected = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLMEagle3"],
-        "ptd_token_id": MASK_TOKEN,
+        "mask_token_id": MASK_TOKEN,
         "pard_token": MASK_TOKEN,
+        "ptd_token_id": MASK_TOKEN,
         "draft_vocab_size": DRAFT_VOCAB,
         "vocab_size": VOCAB,
         "hidden_size": 16,
@@ -117,8 +118,6 @@ def test_config_json_holds_what_vllms_loader_reads(tmp_path: Path) -> None:
         "rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"},
     }
     assert {name: config.get(name, "missing") for name in expected} == expected
-    # Another name of the mask token that this path does not read, and that would contradict it one day.
-    assert "mask_token_id" not in config
 
 
 @pytest.mark.parametrize(
@@ -160,9 +159,20 @@ def test_other_readers_see_a_llama_with_the_same_numbers(tmp_path: Path) -> None
     assert config.rope_parameters == {"rope_theta": 5000.0, "rope_type": "default"}
 
 
-def test_either_name_of_the_mask_token_is_enough_and_defaults_are_the_targets() -> None:
-    config = PEagleDraftConfig(vocab_size=20, hidden_size=8, num_attention_heads=2, pard_token=3)
-    assert (config.ptd_token_id, config.pard_token) == (3, 3)
+NAMES = ("dflash_config", "mask_token_id", "dspark_noise_token_id", "pard_token", "ptd_token_id")
+
+
+def test_any_name_of_the_mask_token_is_enough_the_first_counts_and_defaults_are_the_targets() -> None:
+    for first in range(len(NAMES)):
+        given: dict[str, Any] = {name: 3 + i for i, name in enumerate(NAMES) if i >= first}
+        if first == 0:
+            given["dflash_config"] = {"mask_token_id": 3}
+        config = PEagleDraftConfig(vocab_size=20, hidden_size=8, num_attention_heads=2, **given)
+        assert (config.mask_token_id, config.ptd_token_id, config.pard_token) == (3 + first,) * 3
+        written = json.loads(config.to_json_string())
+        assert {name: written.get(name) for name in NAMES} == {
+            name: 3 + first if name in ("mask_token_id", "pard_token", "ptd_token_id") else None for name in NAMES
+        }
     assert (config.draft_vocab_size, config.target_hidden_size, config.norm_before_residual) == (20, 8, False)
 
 

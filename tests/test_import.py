@@ -62,7 +62,7 @@ def eagle3(folder: Path, *gone: str, prefix: str = "", **changes: Any) -> Path:
     """The same as an EAGLE-3 drafter: midlayer names, no mask token, and without the tensors `gone`."""
     drafter(folder, num_hidden_layers=1, **changes)
     config = json.loads((folder / "config.json").read_text())
-    left_out = ("ptd_token_id", "pard_token", "eagle_aux_hidden_state_layer_ids")
+    left_out = ("mask_token_id", "ptd_token_id", "pard_token", "eagle_aux_hidden_state_layer_ids")
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in left_out}))
     tensors = load_file(folder / "model.safetensors")
     kept = {name: tensor for name, tensor in tensors.items() if name not in ("mask_hidden", *gone)}

@@ -172,7 +172,7 @@ def test_the_comparison_notices_every_part_that_could_be_wrong(tmp_path: Path, w
         (tmp_path / "config.json").write_text(json.dumps(config))
     elif what == "token":
         config = json.loads((tmp_path / "config.json").read_text())
-        (tmp_path / "config.json").write_text(json.dumps({**config, "pard_token": 3}))
+        (tmp_path / "config.json").write_text(json.dumps({**config, "mask_token_id": 3}))
     else:
         edited(tmp_path, **{what.replace(".", "__"): tensors[what] + 1e-3})
     with pytest.raises(AssertionError):

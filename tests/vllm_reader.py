@@ -129,9 +129,10 @@ def load(folder: Path, target: dict[str, Tensor] | None = None) -> Loaded:
             parameters[name] = target[name.removeprefix("model.")]
     absent = {name for name in shapes.keys() - parameters.keys() if not name.endswith("hidden_norm.weight")}
     assert not absent, absent
-    mask_token = next(
-        config[key] for key in ("mask_token_id", "pard_token", "ptd_token_id") if config.get(key) is not None
-    )
+    mask_token = (config.get("dflash_config") or {}).get("mask_token_id")
+    for key in ("mask_token_id", "dspark_noise_token_id", "pard_token", "ptd_token_id"):
+        mask_token = config.get(key) if mask_token is None else mask_token
+    assert mask_token is not None
     fc = parameters["model.fc.weight"]
     return Loaded(config, parameters, mask_token, fc @ mask_hidden[0].float(), tokens)
 

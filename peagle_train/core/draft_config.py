@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import LlamaConfig
@@ -13,6 +14,18 @@ NOT_SAVED += ("output_attentions", "output_hidden_states", "problem_type", "retu
 """What transformers puts into every config and no reader of a drafter needs."""
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
+
+MASK_KEYS = ("dflash_config.mask_token_id", "mask_token_id", "dspark_noise_token_id", "pard_token", "ptd_token_id")
+"""The mask token's names in a config.json, in the order in which vLLM looks for it; other kinds of drafters have the first
+and the third.
+"""
+
+
+def mask_tokens_in(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json's content gives under each of MASK_KEYS, in their order."""
+    nested = config.get("dflash_config")
+    named = {**config, MASK_KEYS[0]: nested.get("mask_token_id") if isinstance(nested, dict) else None}
+    return {key: named[key] for key in MASK_KEYS if named.get(key) is not None}
 
 
 class PEagleDraftConfig(LlamaConfig):
@@ -26,9 +39,10 @@ class PEagleDraftConfig(LlamaConfig):
     target_hidden_size: int | None = None
     """H of the target: `fc` reads 3 of its layers. None is the drafter's hidden size."""
     ptd_token_id: int | None = None
-    """The mask token, read by every slot but the first."""
+    """The mask token, read by every slot but the first; may be given under any of MASK_KEYS."""
+    mask_token_id: int | None = None
     pard_token: int | None = None
-    """The mask token under its other name; always equal to `ptd_token_id`."""
+    """The same under its other names: every reader knows one of the three."""
     eagle_aux_hidden_state_layer_ids: list[int] | None = None
     """The three layers of the target whose *input* is read; None is (2, n // 2, n - 3)."""
     norm_before_residual: bool = False
@@ -41,14 +55,16 @@ class PEagleDraftConfig(LlamaConfig):
             rope = dict(scaling or {})
             rope.setdefault("rope_type", rope.pop("type", "default"))
             self.rope_parameters = {**rope, "rope_theta": 10000.0 if theta is None else theta}
+        own = {key: getattr(self, key) for key in ("mask_token_id", "pard_token", "ptd_token_id")}
+        named = mask_tokens_in(
+            {**own, **{key: kwargs.pop(key, None) for key in ("dflash_config", "dspark_noise_token_id")}}
+        )
+        self.mask_token_id = self.pard_token = self.ptd_token_id = next(iter(named.values()), None)
         super().__post_init__(**kwargs)
         if self.draft_vocab_size is None:
             self.draft_vocab_size = self.vocab_size
         if self.target_hidden_size is None:
             self.target_hidden_size = self.hidden_size
-        if self.ptd_token_id is None:
-            self.ptd_token_id = self.pard_token
-        self.pard_token = self.ptd_token_id
         self.architectures = [ARCHITECTURE]
 
     def validate_architecture(self) -> None:

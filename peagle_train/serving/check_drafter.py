@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from peagle_train.core.draft_config import PEagleDraftConfig
+from peagle_train.core.draft_config import PEagleDraftConfig, mask_tokens_in
 from peagle_train.serving.draft_formats import (
     ARCHITECTURES,
     EAGLE3,
@@ -157,10 +157,10 @@ def _check_mask_token(raw: dict[str, Any], token: int | None, vocab_size: Any) -
         return Finding("warn", "mask token", "none: an EAGLE-3 drafter, one token a pass; parallel_drafting needs one")
     if not isinstance(vocab_size, int) or not 0 <= token < vocab_size:
         return Finding("BAD", "mask token", f"{token} lies outside of the vocabulary of {vocab_size}")
-    if format_of(raw) == EAGLE3 and "pard_token" not in raw and "ptd_token_id" not in raw:
-        return Finding(
-            "warn", "mask token", f"{token}, as mask_token_id alone: older vLLM reads pard_token, ptd_token_id"
-        )
+    if format_of(raw) == EAGLE3 and not ("mask_token_id" in raw and {"pard_token", "ptd_token_id"} & raw.keys()):
+        names = ", ".join(mask_tokens_in(raw))
+        others = "older vLLM knows pard_token and ptd_token_id only, NeMo mask_token_id only"
+        return Finding("warn", "mask token", f"{token}, as {names} alone: {others}")
     return Finding("ok", "mask token", str(token))
 
 

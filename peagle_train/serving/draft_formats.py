@@ -6,7 +6,7 @@ target and K are in it, for `vllm serve DIR`.
 
 from typing import Any
 
-from peagle_train.core.draft_config import NOT_SAVED, PEagleDraftConfig
+from peagle_train.core.draft_config import MASK_KEYS, NOT_SAVED, PEagleDraftConfig, mask_tokens_in
 
 EAGLE3, SPECULATORS = "eagle3", "speculators"
 FORMATS = (EAGLE3, SPECULATORS)
@@ -14,9 +14,6 @@ FORMATS = (EAGLE3, SPECULATORS)
 ARCHITECTURES: tuple[str, ...] = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Qwen2_5vlForCausalLM")
 ARCHITECTURES += ("Eagle3Qwen3vlForCausalLM", "Eagle3MiniMaxM2ForCausalLM")
 """What vLLM's registry maps to its Llama EAGLE-3 drafter, as of the versions read for this file; see `served_as`."""
-
-MASK_KEYS = ("mask_token_id", "pard_token", "ptd_token_id")
-"""The mask token's names; vLLM takes the first that is there, and older ones know only the last two."""
 
 MAX_SIZE = 2**24
 """Above every size there is: a config.json that says more is damaged, and must not cost memory."""
@@ -70,14 +67,13 @@ def layer_config(raw: dict[str, Any]) -> dict[str, Any]:
 
 def mask_token_of(raw: dict[str, Any]) -> int | None:
     """The mask token's id, None where there is none; ValueError where two names of it disagree."""
-    found = {key: raw[key] for key in MASK_KEYS if raw.get(key) is not None}
-    if len(set(map(str, found.values()))) > 1:
-        raise ValueError("the mask token has two ids: " + ", ".join(f"{k} {v}" for k, v in found.items()))
+    found = mask_tokens_in(raw)
     for key, value in found.items():
         if type(value) is not int:
             raise ValueError(f"{key} is {value!r}, not a token id")
-        return value
-    return None
+    if len(set(found.values())) > 1:
+        raise ValueError("the mask token has two ids: " + ", ".join(f"{k} {v}" for k, v in found.items()))
+    return next(iter(found.values()), None)
 
 
 def layer_ids_of(raw: dict[str, Any]) -> Any:
@@ -103,7 +99,8 @@ def whole_model(raw: dict[str, Any]) -> str | None:
     name = given[0] if isinstance(given, list) and given and isinstance(given[0], str) else ""
     is_model = name.endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")) and "eagle" not in name.lower()
     own = ("draft_vocab_size", "target_hidden_size", "eagle_config", "eagle_aux_hidden_state_layer_ids", *MASK_KEYS)
-    return name if is_model and format_of(raw) == EAGLE3 and not any(key in raw for key in own) else None
+    is_drafter = any(key in raw for key in own) or bool(mask_tokens_in(raw))
+    return name if is_model and format_of(raw) == EAGLE3 and not is_drafter else None
 
 
 def wrong_types(raw: dict[str, Any]) -> list[str]:

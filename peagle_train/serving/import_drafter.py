@@ -32,7 +32,7 @@ def import_drafter(
     if config.ptd_token_id is None:
         if mask_token_id is None:
             raise ValueError(f"{source} has no mask token: give --mask-token-id, a token that never occurs in text")
-        config.ptd_token_id = config.pard_token = mask_token_id
+        config.mask_token_id = config.pard_token = config.ptd_token_id = mask_token_id
         notes.append(f"the mask token is {mask_token_id}, as given")
     elif mask_token_id not in (None, config.ptd_token_id):
         raise ValueError(f"--mask-token-id is {mask_token_id}, but {source} was trained with {config.ptd_token_id}")
