@@ -220,6 +220,20 @@ def test_what_loads_but_should_be_known_is_warned_of(folder: Path, case: str) ->
     assert is_loadable(findings) and any(message in line for line in found(findings, "warn")), table(findings)
 
 
+@pytest.mark.parametrize(("positions", "factor", "is_short"), [(128, 2.0, False), (129, 2.0, True), (163, 2.5, True)])
+def test_a_yarn_table_that_ends_before_the_longest_context_is_warned_of(
+    folder: Path, positions: int, factor: float, is_short: bool
+) -> None:
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": factor, "original_max_position_embeddings": 64}
+    set_config(folder, rope_parameters=rope, rope_scaling=None, max_position_embeddings=positions)
+    findings = check_folder(folder)
+    assert is_loadable(findings)
+    assert any(f"{positions}, but" in line and "yarn" in line for line in found(findings, "warn")) == is_short
+    out = folder.parent / "out"
+    export_drafter(folder, out, "speculators", target_name="x", speculative_tokens=3)
+    assert any("yarn" in line for line in found(check_folder(out), "warn")) == is_short
+
+
 @pytest.mark.parametrize(
     "key", ["mask_token_id", "dspark_noise_token_id", "pard_token", "ptd_token_id", "dflash_config"]
 )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from peagle_train.core.draft_config import PEagleDraftConfig, mask_tokens_in
+from peagle_train.core.rope import rope_mistake, yarn_too_short
 from peagle_train.serving.draft_formats import (
     ARCHITECTURES,
     EAGLE3,
@@ -99,6 +100,9 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
         if not unsupported(raw):  # else they are rows already
             findings.append(Finding("BAD", "config.json", str(error)))
             config = None
+    if config is not None and not rope_mistake(config.rope_parameters or {}):
+        short = yarn_too_short(config.rope_parameters or {}, config.max_position_embeddings)
+        findings += [Finding("warn", "max positions", short)] if short else []
     findings += _check_weights(folder, raw, config)
     if target is not None and config is not None:
         findings += _check_target(config, raw, target)

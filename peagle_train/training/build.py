@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer
 from peagle_train.core.collator import CODCollator
 from peagle_train.core.draft import PEagleDraft, RMSNorm
 from peagle_train.core.draft_config import PEagleDraftConfig
-from peagle_train.core.rope import ROPE_TYPES, rope_mistake, unused_keys
+from peagle_train.core.rope import ROPE_TYPES, rope_mistake, unused_keys, yarn_too_short
 from peagle_train.data.vocab import default_mask_token_id, end_of_turn_ids, eos_token_ids
 from peagle_train.recipe import MAX_ROPE_THETA, Data, Draft, Recipe
 from peagle_train.target.base import TargetBase
@@ -121,6 +121,8 @@ def make_draft_config(
     except Exception as error:  # transformers' strict configs raise types of their own
         raise ValueError(f"the drafter's shape does not work: {' '.join(str(error).split())}") from error
     made.check_trainable()
+    if short := yarn_too_short(rope, served):
+        logger.warning("the drafter's rope: %s", short)
     return made
 
 
