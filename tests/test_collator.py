@@ -107,6 +107,7 @@ def test_any_batch_holds_every_drawn_element_once_in_its_segment_and_in_order(
     assert shapes == {
         **columns,
         **dict.fromkeys(("anchor", "depth", "segment_ids", "supervised"), (B, S * C)),
+        "supervised_per_depth": (B, K),
         "row_key": (B,),
     }
     assert {n: t.dtype for n, t in batch.items()} == dict.fromkeys(batch, torch.int64) | {"supervised": torch.bool}
@@ -127,6 +128,8 @@ def test_any_batch_holds_every_drawn_element_once_in_its_segment_and_in_order(
         else:
             bounds = oracles.cut_greedily(elements, L, S, C)
         expected = oracles.flat_order(elements, bounds)
+        learned = [d for a, d in elements if mask[a + d + 1]]
+        assert batch["supervised_per_depth"][b].tolist() == [learned.count(d) for d in range(K)]
         for s in range(S):
             slots = slice(s * C, (s + 1) * C)
             padding = C - len(expected[s])
