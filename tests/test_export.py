@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
@@ -149,6 +150,26 @@ def test_options_name_the_target_the_dtype_k_the_licence_and_what_was_measured(t
         "mt-bench: accepted length 1.50 at K = 1, 2.25 at K = 3",
     ):
         assert part in card, part
+
+
+@pytest.mark.parametrize(
+    ("sources", "shown"),
+    [
+        ([{"datasets": "org/chats"}], "org/chats"),
+        ([{"datasets": "org/chats", "name": "en", "weight": 2}, "hf:org/more"], "org/chats (en), org/more"),
+        ([{"path": "/home/me/rows.jsonl"}, "/data/*.parquet", "stdlib"], "rows.jsonl, *.parquet, stdlib"),
+        ([{"path": "/x"}, 7], None),
+        (None, None),
+    ],
+)
+def test_a_card_names_every_kind_of_source_without_the_machines_folders(
+    tmp_path: Path, sources: Any, shown: str | None
+) -> None:
+    make_draft(torch.float32).save_pretrained(tmp_path / "drafter")
+    (tmp_path / "drafter" / "recipe.yaml").write_text(yaml.safe_dump({"data": {"sources": sources}}))
+    export_drafter(tmp_path / "drafter", tmp_path / "out", "eagle3")
+    rows = [line for line in (tmp_path / "out" / "README.md").read_text().splitlines() if line.startswith("| data |")]
+    assert rows == ([f"| data | {shown} |"] if shown else [])
 
 
 def test_a_report_about_this_very_folder_is_found_and_one_about_another_is_not(tmp_path: Path, run: Path) -> None:

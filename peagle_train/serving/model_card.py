@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peagle_train.core.draft_config import PEagleDraftConfig
+from peagle_train.data.source_spec import parse_sources
 from peagle_train.serving.draft_formats import EAGLE3, layer_ids_of
 from peagle_train.strict_yaml import YamlError, read_yaml
 
@@ -102,7 +103,6 @@ def model_card(
 
 def _rows(config: PEagleDraftConfig, facts: RunFacts, target: str | None, tokens: int | None) -> list[tuple[str, Any]]:
     ids = layer_ids_of({"eagle_aux_hidden_state_layer_ids": config.eagle_aux_hidden_state_layer_ids})
-    sources = facts.get("data", "sources")
     rows: list[tuple[str, Any]] = [
         ("target", target),
         ("feature layers (inputs of)", ids or "2, n // 2, n - 3"),
@@ -113,7 +113,7 @@ def _rows(config: PEagleDraftConfig, facts: RunFacts, target: str | None, tokens
         ("K to serve with", tokens),
         ("K in training", facts.get("cod", "num_depths")),
         ("r, its floor", _pair(facts, "cod", "down_sample_ratio", "down_sample_ratio_min")),
-        ("data", ", ".join(map(_source_name, sources)) if isinstance(sources, list) else None),
+        ("data", _sources(facts.get("data", "sources"))),
         ("row length", facts.get("data", "max_length")),
         ("steps", facts.step),
         ("learning rate", facts.get("train", "learning_rate")),
@@ -127,10 +127,16 @@ def _pair(facts: RunFacts, section: str, *keys: str) -> str | None:
     return None if None in values else ", ".join(map(str, values))
 
 
-def _source_name(source: Any) -> str:
-    """A source without the folders of the machine that it lay on."""
-    named = source.get("name") or source.get("path") or source.get("dataset") if isinstance(source, dict) else source
-    return Path(str(named)).name or str(named)
+def _sources(sources: Any) -> str | None:
+    """The recipe's sources, files without the folders of the machine that they lay on; None for what is none."""
+    try:
+        specs = parse_sources(sources)
+    except (ValueError, TypeError, AttributeError):
+        return None
+    names = [
+        Path(s.path).name or s.path if s.path else f"{s.datasets} ({s.name})" if s.name else s.datasets for s in specs
+    ]
+    return ", ".join(map(str, names))
 
 
 def _measured(facts: RunFacts, measured: dict[str, Any] | None) -> list[str]:
