@@ -328,6 +328,7 @@ def test_the_tool_measures_two_drafters_and_writes_everything(runs, monkeypatch,
         (["--json", "x" * 250], "cannot be written: File name too long"),  # as what it is written under first
         (["--device", "x"], "--device x cannot be used"),
         (["--device", "meta"], "--device meta cannot be used"),
+        (["--device", "mps"], "the device is mps; only cpu and cuda are supported"),
         (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--prompts", "nonsense"], "give a .jsonl file or one of stdlib, humaneval, mt-bench"),

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 
 from peagle_train.__main__ import main
 from peagle_train.core.draft import PEagleDraft
+from tests.test_export import tool
 from tests.tiny import MASK, VOCAB, make_target, write_recipe, write_rows
 
 LENGTHS = [9, 31, 4, 17, 32, 2, 26, 11, 40, 13]
@@ -187,6 +188,20 @@ def test_a_non_finite_loss_stops_the_run_with_step_and_row_and_keeps_the_last_go
     kept = load_file(tmp_path / "run" / "checkpoint-3" / "model.safetensors")
     good = weights(train(tmp_path / "good", target, rows, train={"max_steps": 5}))
     assert all(t.isfinite().all() for t in kept.values()) and kept.keys() == good.keys()
+
+
+@pytest.mark.parametrize("command", ["train", "cache"])
+def test_a_device_that_is_neither_a_cpu_nor_a_gpu_is_refused_before_anything_is_loaded(
+    command: str, tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(PartialState, "default_device", property(lambda _: torch.device("mps")))
+    recipe = write_recipe(tmp_path, tmp_path / "no target", rows, tmp_path / "run")
+    if command == "train":
+        assert main([str(recipe)]) == 2
+    else:
+        assert tool("cache_features").main([str(recipe), "--out", str(tmp_path / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "mps" in line and "ACCELERATE_USE_CPU=true" in line and not (tmp_path / "run").exists()
 
 
 BAD = {

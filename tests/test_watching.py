@@ -24,6 +24,7 @@ from peagle_train.pictures.batch import visible_elements
 from peagle_train.pictures.memory import LENGTHS, large_drafter, peaks
 from peagle_train.pictures.report_runs import differing_keys, read_run, read_runs
 from peagle_train.recipe import load_recipe
+from peagle_train.training.about import about_machine
 from peagle_train.training.pace import SETTLED_STEPS, Pace, duration, padding_share
 from peagle_train.training.trackers import Tracker, check_tracker, flatten_numbers
 from tests.helpers import ENVIRONMENT, ROOT, make_batch, make_rows
@@ -104,6 +105,21 @@ def test_a_run_that_waits_for_its_loader_is_told_once(waiting: float, is_told: b
     assert said[0] == [] and len(told) == int(is_told)
     if is_told:
         assert "20%" in told[0] and "raise data.num_workers (now 0" in told[0]
+
+
+def test_a_system_that_does_not_say_which_cores_a_process_may_use_has_all_of_them(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 11)
+    assert about_machine(torch.device("cpu"), 1)["machine"]["cores"] == 11
+    pace = Pace(num_workers=3)
+    steps(pace, clock, 1, 1.0, 1.0, BATCH)
+    pace.close_window(1)
+    steps(pace, clock, SETTLED_STEPS, 1.0, 1.0, BATCH)
+    pace.close_window(1)
+    (advice,) = pace.advice()
+    assert "raise data.num_workers (now 3; 11 cores" in advice
 
 
 def test_more_loaders_than_cores_are_not_advised(clock: Clock) -> None:

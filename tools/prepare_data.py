@@ -7,7 +7,6 @@ folder becomes the same, byte by byte.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -32,12 +31,13 @@ def run(options: argparse.Namespace) -> None:
     from peagle_train.data.preparation import SHARD_TOKENS, prepare_recipe
     from peagle_train.recipe import load_recipe
     from peagle_train.schema import as_override
+    from peagle_train.training.about import cores
 
     recipe = load_recipe(options.recipe, options.overrides)
     out = options.out or recipe.data.prepared
     if out is None:
         raise ValueError("no folder given: --out DIR, or data.prepared in the recipe")
-    workers = options.workers if options.workers is not None else len(os.sched_getaffinity(0))
+    workers = options.workers if options.workers is not None else cores()
     shard_tokens = options.shard_tokens if options.shard_tokens is not None else SHARD_TOKENS
     if workers < 1 or shard_tokens < 1:
         raise ValueError(f"--workers is {workers} and --shard-tokens is {shard_tokens}; give at least 1")

@@ -34,6 +34,7 @@ from peagle_train.serving.export import find_drafter
 from peagle_train.serving.model_card import read_run
 from peagle_train.target.frozen import FrozenTarget
 from peagle_train.training.checkpoint import MARKER, write_json
+from peagle_train.training.distributed import check_device
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +124,7 @@ def _device(given: str | None) -> torch.device:
     """The device to measure on; ValueError for one that is not here."""
     name = given or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        check_device(torch.device(name))
         torch.zeros(1, device=name).item()
     except Exception as error:  # whatever a device's runtime raises
         reason = one_line(error, 200)

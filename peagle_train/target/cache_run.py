@@ -20,7 +20,7 @@ from peagle_train.target.feature_cache import fingerprint
 from peagle_train.target.frozen import FrozenTarget
 from peagle_train.target.speculators_files import DOCUMENTS, SpeculatorsFiles
 from peagle_train.training.build import choose_mask_token, load_tokenizer, make_collator
-from peagle_train.training.distributed import check_device_map, check_launch
+from peagle_train.training.distributed import check_device, check_device_map, check_launch
 from peagle_train.training.peers import from_all
 
 
@@ -57,6 +57,7 @@ def write_cache(recipe: Recipe, out: str | None, shard_mib: int = 512, speculato
     if shard_mib < 1:
         raise ValueError(f"--shard-mib is {shard_mib}; it must be at least 1")
     accelerator = Accelerator()
+    check_device(accelerator.device)
     check_launch(accelerator.num_processes)
     say: Any = print if accelerator.is_main_process else (lambda *_: None)
     target = load_target(recipe, accelerator)

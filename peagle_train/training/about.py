@@ -41,6 +41,11 @@ def about_data(rows: PackedRows, report: PackReport, max_length: int) -> dict[st
     }
 
 
+def cores() -> int:
+    """Those that this process may use; all of the machine where the system does not say (macOS)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def about_machine(device: torch.device, num_processes: int) -> dict[str, Any]:
     """Versions, and where the run is."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
@@ -49,7 +54,7 @@ def about_machine(device: torch.device, num_processes: int) -> dict[str, Any]:
         "machine": {
             "device": f"{device.type} ({name})",
             "processes": num_processes,
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": cores(),
             "threads": torch.get_num_threads(),
             "system": platform.platform(terse=True),
         },

@@ -26,6 +26,14 @@ def check_launch(num_processes: int) -> None:
         )
 
 
+def check_device(device: torch.device) -> None:
+    """ValueError for a kind of device whose attention nobody has tried."""
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"the device is {device.type}; only cpu and cuda are supported: set ACCELERATE_USE_CPU=true to run on the CPU"
+        )
+
+
 def check_device_map(device_map: str | None, num_processes: int) -> None:
     """ValueError where several processes would each spread a target over the same devices."""
     if device_map and num_processes > 1:

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from peagle_train.training.about import cores
+
 WAITS = 0.1
 """From this share of the time spent waiting for data on, a run is told."""
 SETTLED_STEPS = 20
@@ -112,10 +114,10 @@ class Pace:
         return said
 
     def _more_loaders(self) -> str:
-        cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        if self.num_workers < cores:
-            return f"raise data.num_workers (now {self.num_workers}; {cores} cores a process)"
-        return f"{self.num_workers} loader processes on {cores} cores: more cores would make it faster"
+        own = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        if self.num_workers < own:
+            return f"raise data.num_workers (now {self.num_workers}; {own} cores a process)"
+        return f"{self.num_workers} loader processes on {own} cores: more cores would make it faster"
 
     def _slowdown(self, now: "_Stretch") -> str:
         before = self._fastest

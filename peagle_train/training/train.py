@@ -28,7 +28,7 @@ from peagle_train.training import peers
 from peagle_train.training.about import about_data
 from peagle_train.training.build import always_drafted, choose_mask_token, load_tokenizer, make_draft
 from peagle_train.training.checkpoint import check_not_in_use, check_output
-from peagle_train.training.distributed import check_device_map, check_launch
+from peagle_train.training.distributed import check_device, check_device_map, check_launch
 from peagle_train.training.resume import Checkpoint, keep_drafter, keep_segments, open_resume
 from peagle_train.training.run_checkpoint import restore
 from peagle_train.training.sharded import check_sharding, world_mesh
@@ -70,6 +70,7 @@ def _train(recipe: Recipe, resume: str | None) -> str:
         log_with=recipe.train.log_with,
         project_dir=recipe.output.dir if recipe.train.log_with else None,
     )
+    check_device(accelerator.device)
     check_launch(accelerator.num_processes)
     peers.connect()
     check_sharding(recipe.train.sharding, accelerator.distributed_type)  # mistakes come before the target is loaded
