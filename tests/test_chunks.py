@@ -22,7 +22,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from peagle_train.target.chunks import Run, plan_runs
+from peagle_train.target.chunks import Run, document_bounds, plan_runs
 from peagle_train.target.frozen import FrozenTarget
 from tests.tiny import VOCAB
 
@@ -116,18 +116,20 @@ def test_float64_agrees_to_rounding() -> None:
 
 
 def test_short_documents_share_a_forward_and_long_ones_run_alone_over_a_cache() -> None:
-    positions = tokens([[3, 2, 1, 9, 1, 4, 4, 1, 4]])[1]
-    assert plan_runs(positions, 4) == [
+    bounds = document_bounds(tokens([[3, 2, 1, 9, 1, 4, 4, 1, 4]])[1])
+    assert bounds == [0, 3, 5, 6, 15, 16, 20, 24, 25, 29]
+    assert plan_runs(bounds, 4) == [
         Run(0, 3, None), Run(3, 6, None), Run(6, 15, 4), Run(15, 16, None), Run(16, 20, None), Run(20, 24, None),
         Run(24, 25, None), Run(25, 29, None),
     ]  # fmt: skip
-    assert plan_runs(positions, 9) == [Run(0, 6, None), Run(6, 15, None), Run(15, 24, None), Run(24, 29, None)]
-    assert plan_runs(torch.zeros(2, 3, dtype=torch.int64), 6) == [Run(0, 6, None)]
-    assert [(r.start, r.stop) for r in plan_runs(positions, None, apart=True)] == [
+    assert plan_runs(bounds, 9) == [Run(0, 6, None), Run(6, 15, None), Run(15, 24, None), Run(24, 29, None)]
+    assert document_bounds(torch.zeros(2, 3, dtype=torch.int64)) == [*range(7)]
+    assert plan_runs([*range(7)], 6) == [Run(0, 6, None)]
+    assert [(r.start, r.stop) for r in plan_runs(bounds, None, apart=True)] == [
         (0, 3), (3, 5), (5, 6), (6, 15), (15, 16), (16, 20), (20, 24), (24, 25), (25, 29)
     ]  # fmt: skip
-    assert plan_runs(torch.zeros(1, 5, dtype=torch.int64), 3, apart=True) == [Run(0, 3, None), Run(3, 5, None)]
-    assert plan_runs(torch.arange(5)[None].expand(2, -1), 5) == [Run(0, 5, None), Run(5, 10, None)]
+    assert plan_runs([*range(6)], 3, apart=True) == [Run(0, 3, None), Run(3, 5, None)]
+    assert plan_runs(document_bounds(torch.arange(5)[None].expand(2, -1)), 5) == [Run(0, 5, None), Run(5, 10, None)]
 
 
 def test_a_batch_that_fits_a_chunk_is_one_forward_without_a_cache() -> None:

@@ -6,11 +6,13 @@ chunk holds, and a document longer than a chunk runs alone, chunk by chunk, with
 """
 
 import inspect
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -35,20 +37,28 @@ class Run:
         return 1 if self.chunk is None else -(-(self.stop - self.start) // self.chunk)
 
 
-def plan_runs(position_ids: Tensor, chunk_tokens: int | None, apart: bool = False) -> list[Run]:
-    """Cut packed rows into runs of at most `chunk_tokens` tokens, and single documents that are longer.
+def document_bounds(position_ids: Tensor) -> list[int]:
+    """Where each document begins among the N tokens of all rows, ascending, and N.
 
     Args:
         position_ids: int64 [B, L], on the host. A document begins where a row does and wherever a position is not the
             one before plus 1, which is transformers' rule, too.
+    """
+    begins_BL = position_ids.new_ones(position_ids.shape).bool()
+    begins_BL[:, 1:] = position_ids.diff(dim=1) != 1
+    return [*begins_BL.flatten().nonzero().flatten().tolist(), position_ids.numel()]
+
+
+def plan_runs(bounds: list[int], chunk_tokens: int | None, apart: bool = False) -> list[Run]:
+    """Cut packed rows into runs of at most `chunk_tokens` tokens, and single documents that are longer.
+
+    Args:
+        bounds: see `document_bounds`.
         chunk_tokens: None for no limit.
         apart: no document shares a run with another. But for those of one token, padding among them: nobody reads their
             features (a document of n tokens has n - 1 rows), so they run together.
     """
-    limit = position_ids.numel() if chunk_tokens is None else chunk_tokens
-    begins_BL = position_ids.new_ones(position_ids.shape).bool()
-    begins_BL[:, 1:] = position_ids.diff(dim=1) != 1
-    bounds = [*begins_BL.flatten().nonzero().flatten().tolist(), position_ids.numel()]
+    limit = bounds[-1] if chunk_tokens is None else chunk_tokens
     runs: list[Run] = []
     only_single = True  # the last run's documents have one token each
     for start, stop in pairwise(bounds):
@@ -64,6 +74,22 @@ def plan_runs(position_ids: Tensor, chunk_tokens: int | None, apart: bool = Fals
             runs.append(Run(start, stop, None))
             only_single = is_single
     return runs
+
+
+def flash_arguments(bounds: list[int], run: Run, device: torch.device) -> dict[str, Any]:
+    """What tells transformers' flash attention where the documents of a run lie, in transformers' names.
+
+    Left to itself it looks at the position ids in every layer, and of one row only.
+    """
+    own = bounds[bisect_left(bounds, run.start) : bisect_right(bounds, run.stop)]
+    cumulative = (torch.tensor(own, dtype=torch.int32) - run.start).to(device, non_blocking=True)
+    longest = max(stop - start for start, stop in pairwise(own))
+    return {
+        "cu_seq_lens_q": cumulative,
+        "cu_seq_lens_k": cumulative,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
 
 
 def check_chunkable(model: nn.Module, base: nn.Module, config: Any) -> None:
@@ -91,6 +117,7 @@ def forward_run(
     input_ids: Tensor,
     position_ids: Tensor,
     run: Run,
+    packed: dict[str, Any],
     begin: Callable[[int, int], None],
     end: Callable[[Tensor], None],
 ) -> None:
@@ -98,12 +125,13 @@ def forward_run(
 
     Args:
         input_ids, position_ids: [B, N].
+        packed: further arguments of a forward without a cache.
         begin: called before each forward with its first token and the one behind its last.
         end: called after it with the last hidden states of these tokens, [B, stop - start, T].
     """
     if run.chunk is None:
         begin(run.start, run.stop)
-        end(_forward(base, input_ids, position_ids, run.start, run.stop, {"use_cache": False}))
+        end(_forward(base, input_ids, position_ids, run.start, run.stop, {"use_cache": False, **packed}))
         return
     name = cache_argument(base)
     assert name is not None, "check_chunkable lets no such target through"

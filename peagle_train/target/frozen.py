@@ -16,7 +16,7 @@ from peagle_train.core.segments import TargetOutputs
 from peagle_train.data import vocab
 from peagle_train.errors import one_line
 from peagle_train.target.base import TargetBase, default_layer_ids
-from peagle_train.target.chunks import Run, check_chunkable, forward_run, plan_runs
+from peagle_train.target.chunks import Run, check_chunkable, document_bounds, flash_arguments, forward_run, plan_runs
 from peagle_train.target.dense import FLOATS, dense_embeddings, dense_head, is_plain
 from peagle_train.target.loading import load_model, refuse_unfit, resolve_dtype
 from peagle_train.target.target_check import check_target
@@ -64,6 +64,7 @@ class FrozenTarget(TargetBase):
             raise ValueError(f"target.layer_ids is {self.layer_ids}; ids must lie in 0..{len(self.layers) - 1}")
         self.chunk_tokens = chunk_tokens
         self.apart = False
+        self.flattens = "flash" in (self.attn_implementation or "")
         self.sharded = False
         if chunk_tokens is not None:
             check_chunkable(model, self.base, self.config)
@@ -183,19 +184,22 @@ class FrozenTarget(TargetBase):
         """Features [B, L, 3T] and last hidden states after the final norm [B, L, T], in the target's dtype.
 
         Packed documents do not see each other: transformers tells them apart by position ids that restart, as long as it
-        is given neither an attention mask nor a cache. With `chunk_tokens`, or for a target that does not (`apart`), see
+        is given neither an attention mask nor a cache. Its flash attention does so in one row only: all rows are given as
+        one, with the documents' bounds (`flattens`). With `chunk_tokens`, or for a target that does not (`apart`), see
         `peagle_train.target.chunks`.
 
         Args:
             input_ids: int64 [B, L], unshifted. position_ids: int64 [B, L], restarting at 0 with every document. On the
-                host or on the target's device (chunks are planned on the host: from the device, that waits for it).
+                host or on the target's device (bounds are found on the host: from the device, that waits for it).
         """
         B, L = input_ids.shape
         T = self.hidden_size
-        if not self.apart and (self.chunk_tokens is None or B * L <= self.chunk_tokens):
-            shape, runs = (B, L), [Run(0, L, None)]
+        whole = not self.apart and (self.chunk_tokens is None or B * L <= self.chunk_tokens)
+        if whole and not self.flattens:
+            shape, bounds, runs = (B, L), [], [Run(0, L, None)]
         else:
-            shape, runs = (1, B * L), plan_runs(position_ids.cpu(), self.chunk_tokens, self.apart)
+            shape, bounds = (1, B * L), document_bounds(position_ids.cpu())
+            runs = [Run(0, B * L, None)] if whole else plan_runs(bounds, self.chunk_tokens, self.apart)
         idle = 0
         if self.sharded and (self.apart or self.chunk_tokens is not None):  # else each rank has one forward
             own = sum(run.forwards for run in runs)
@@ -232,7 +236,8 @@ class FrozenTarget(TargetBase):
         ]
         try:
             for run in runs:
-                forward_run(self.base, self.config, ids, positions, run, begin, end)
+                packed = flash_arguments(bounds, run, self.device) if self.flattens else {}
+                forward_run(self.base, self.config, ids, positions, run, packed, begin, end)
         finally:
             for handle in handles:
                 handle.remove()
@@ -248,9 +253,9 @@ class FrozenTarget(TargetBase):
     def check(self) -> None:
         """Run a few tokens and see that features and labels are what training takes them for; ValueError if not.
 
-        A packed document must get the features that it gets alone (a target that does not isolate them gets one at a time
-        from then on), chunks must give what the whole gives, and the model's own logits must be its head times the last
-        hidden state.
+        A document in a batch of several rows of several documents must get the features that it gets alone (a target that
+        does not isolate them gets one at a time from then on), chunks must give what the whole gives, and the model's own
+        logits must be its head times the last hidden state.
         """
         check_target(self)
 

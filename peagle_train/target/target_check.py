@@ -4,10 +4,12 @@ Cheap insurance against architectures that nobody here has met.
 """
 
 import logging
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from peagle_train.memory.out_of_memory import is_out_of_memory
 
@@ -19,17 +21,17 @@ TOLERANCE = 0.05
 """Of the Euclidean norm: bfloat16 stays below, a mistake does not."""
 USUAL = (None, "eager", "sdpa")
 """What transformers attends with of its own accord."""
+LENGTHS = [6, 5, 2, 3, 7, 3]
+"""Of the documents that are run: the first three in one row, the others in another."""
 
 
 def check_target(target: "FrozenTarget") -> None:
     """See `FrozenTarget.check`."""
     chunk_tokens, target.chunk_tokens = target.chunk_tokens, None
     try:
-        ids = torch.arange(1, 12, device=target.device)[None] % target.vocab_size
-        position = torch.cat([torch.arange(6), torch.arange(5)]).to(target.device)[None]
+        ids_n = torch.arange(1, 1 + sum(LENGTHS)) % target.vocab_size
         try:
-            features, last = _isolated(target, ids, position)
-            _refuse_non_finite(target, features, last)
+            expected = _alone(target, ids_n)
         except Exception as error:  # whatever a kernel raises that transformers does not use unless it is told to
             chosen = getattr(target.config, "_attn_implementation", None)
             if chosen in USUAL or isinstance(error, ValueError) or is_out_of_memory(error):
@@ -39,30 +41,49 @@ def check_target(target: "FrozenTarget") -> None:
                 f"target {name} does not run on {target.device.type} in {dtype} with target.attn_implementation={chosen}"
                 f" ({type(error).__name__}: {' '.join(str(error).split())[:200]}): set target.attn_implementation to null"
             ) from error
+        _refuse_non_finite(target, *expected)
+        ids_BL = ids_n.view(2, -1)
+        position_BL = torch.cat([torch.arange(n) for n in LENGTHS]).view_as(ids_BL)
+        off = _error(target.features(ids_BL, position_BL), expected)
+        if not off <= TOLERANCE:  # not a number, too
+            logger.warning(
+                "target %s lets packed documents see each other (features are %.0f%% off): it is given one document at a"
+                " time, which is right but slower where documents are short",
+                type(target.model).__name__,
+                100 * off,
+            )
+            target.apart = True
         if chunk_tokens is not None:
-            _check_chunks(target, ids, position, features, last)
-        _check_logits(target, ids[:, :6], position[:, :6], last[:, :6])
+            target.chunk_tokens = 4
+            off = _error(target.features(ids_BL, position_BL), expected)
+            if not off <= TOLERANCE:
+                raise ValueError(
+                    f"target {type(target.model).__name__} gives other features in chunks ({off:.0%} off): set"
+                    " target.chunk_tokens to null"
+                )
+        _check_logits(target, ids_n[: LENGTHS[0]], expected[1][: LENGTHS[0]])
     finally:
         target.chunk_tokens = chunk_tokens
 
 
-def _isolated(target: "FrozenTarget", ids: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-    """Features and last hidden states of two packed documents; from here on, the second's are what it gets alone."""
-    name = type(target.model).__name__
-    packed, last = target.features(ids, position)
-    alone, alone_last = target.features(ids[:, 6:], position[:, 6:])
-    _refuse_non_finite(target, alone, alone_last)
-    error = relative(packed[:, 6:], alone)
-    if error <= TOLERANCE:
-        return packed, last
-    logger.warning(
-        "target %s lets packed documents see each other (features are %.0f%% off): it is given one document at a time,"
-        " which is right but slower where documents are short",
-        name,
-        100 * error,
-    )
-    target.apart = True
-    return target.features(ids, position)
+def _alone(target: "FrozenTarget", ids_n: Tensor) -> tuple[Tensor, Tensor]:
+    """Features [n, 3T] and last hidden states [n, T] of documents that have a row each, with padding after them."""
+    rows_BL = pad_sequence(ids_n.split(LENGTHS), batch_first=True)
+    column_BL = torch.arange(rows_BL.shape[1]).expand_as(rows_BL).contiguous()
+    flattens, target.flattens = target.flattens, False
+    try:
+        features, last = target.features(rows_BL, column_BL)
+    finally:
+        target.flattens = flattens
+    own_BL = (column_BL < torch.tensor(LENGTHS)[:, None]).to(features.device)
+    return features[own_BL], last[own_BL]
+
+
+def _error(packed: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> float:
+    """The largest error of a document's features or last hidden states."""
+    parts = [zip(a.flatten(0, 1).split(LENGTHS), b.split(LENGTHS)) for a, b in zip(packed, expected)]
+    errors = [relative(a, b) for part in parts for a, b in part]
+    return max(errors, key=lambda error: math.inf if math.isnan(error) else error)
 
 
 def _refuse_non_finite(target: "FrozenTarget", features: Tensor, last: Tensor) -> None:
@@ -76,20 +97,11 @@ def _refuse_non_finite(target: "FrozenTarget", features: Tensor, last: Tensor) -
             )
 
 
-def _check_chunks(target: "FrozenTarget", ids: Tensor, position: Tensor, features: Tensor, last: Tensor) -> None:
-    target.chunk_tokens = 4
-    chunked, chunked_last = target.features(ids, position)
-    error = max(relative(chunked, features), relative(chunked_last, last))
-    if not error <= TOLERANCE:  # not a number, too
-        raise ValueError(
-            f"target {type(target.model).__name__} gives other features in chunks ({error:.0%} off): set"
-            " target.chunk_tokens to null"
-        )
-
-
-def _check_logits(target: "FrozenTarget", ids: Tensor, position: Tensor, last: Tensor) -> None:
-    """The model's own logits must be its head's rows times its last hidden states."""
+def _check_logits(target: "FrozenTarget", ids_n: Tensor, last: Tensor) -> None:
+    """The model's own logits must be its head's rows times its last hidden states [n, T]."""
     model: Any = target.model
+    position_ids = torch.arange(ids_n.numel(), device=target.device)[None]
+    given = {"input_ids": ids_n[None].to(target.device), "position_ids": position_ids, "use_cache": False}
     name = type(model).__name__
     if target.has_plain_head:
         some = torch.arange(min(8, target.vocab_size), device=target.device)
@@ -98,14 +110,14 @@ def _check_logits(target: "FrozenTarget", ids: Tensor, position: Tensor, last: T
         tied = getattr(target.config, "tie_word_embeddings", False)
         model.set_output_embeddings(rows)
         try:
-            logits = model(input_ids=ids, position_ids=position, use_cache=False).logits
+            logits = model(**given).logits[0]
         finally:
             model.set_output_embeddings(target.head)
         assert getattr(target.config, "tie_word_embeddings", False) == tied
         error = relative(logits.to(last.device), last @ rows.weight.T)
         what = f"changes its logits after the head (they are {error:.0%} off head * hidden)"
     else:
-        logits = model(input_ids=ids, position_ids=position, use_cache=False).logits
+        logits = model(**given).logits[0]
         error = relative(logits.to(last.device), last @ target.head_weight().T)
         what = (
             f"has a quantised head ({type(target.head).__name__}) whose logits are {error:.0%} off the matrix that it"
