@@ -401,10 +401,21 @@ def test_a_new_drafters_weights_are_all_set_and_its_mask_vector_is_not_zero() ->
             assert 0.03 < p.std().item() < 0.07, name
 
 
-def test_rms_norm_keeps_float64() -> None:
+def test_rms_norm_is_exact_in_float64_with_its_gradients_and_answers_in_its_inputs_dtype() -> None:
     draft = make_draft()
-    x = torch.randn(3, 16, dtype=torch.float64) * 1e-3
-    expected = oracles.rms_norm(x, draft.norm.weight, draft.config.rms_norm_eps)
-    assert (draft.norm(x) - expected).abs().max().item() <= 1e-15
-    low = copy.deepcopy(draft.norm).float()
-    assert low(x.bfloat16()).dtype == torch.bfloat16
+    norm = draft.norm
+    norm.weight.data.uniform_(0.5, 1.5)
+    x, upstream = (torch.randn(3, 16, dtype=torch.float64) * scale for scale in (1e-3, 1))
+    results = []
+    for function in (norm, lambda x: oracles.rms_norm(x, norm.weight, draft.config.rms_norm_eps)):
+        leaf = x.clone().requires_grad_()
+        out = function(leaf)
+        results.append((out, *torch.autograd.grad(out, (leaf, norm.weight), upstream)))
+    for found, expected in zip(*results):
+        assert (found - expected).abs().max() <= 1e-14 * expected.abs().max()
+    low = copy.deepcopy(norm).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = [low(x.to(dtype)) for dtype in (torch.bfloat16, torch.float32)]
+    assert [out.dtype for out in outputs] == [torch.bfloat16, torch.float32]
+    for out, error in zip(outputs, (0.02, 1e-5)):
+        assert torch.allclose(out.double(), results[1][0], rtol=error, atol=error)

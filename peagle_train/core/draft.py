@@ -8,6 +8,7 @@ H: hidden size, T: the target's hidden size, D: head dim, A: query heads, G: key
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -52,7 +53,10 @@ class DraftOutput(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """Llama's, but for float64, which transformers' casts down to float32."""
+    """Llama's, computed in float32 or wider (transformers' casts float64 down); the result is in the input's dtype.
+
+    In bfloat16 the weight is rounded, as autocast rounds all others, and as it is served.
+    """
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -60,9 +64,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight * normed).to(x.dtype)
+        # torch's own, on CUDA, keeps its input as it is and a number a row; autocast would make a wide copy of it.
+        with torch.autocast(x.device.type, enabled=False):
+            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
