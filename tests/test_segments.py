@@ -110,6 +110,14 @@ def test_every_supervised_element_is_in_one_pass_and_the_counts_are_the_batches(
     assert plan.supervised_per_depth.tolist() == by_depth
 
 
+@pytest.mark.parametrize("S", [1, 2, 7])
+def test_a_static_plan_asks_features_for_no_more_slots_than_a_row_has_columns(S: int) -> None:
+    batch = make_batch(make_rows(L, documents=3, batch_size=2, prompt=0.3), L, S, K)
+    for segment in plan_segments(batch, K, static=True).segments:
+        assert 0 < segment.num_depth0 <= L
+        assert not (batch["depth"][:, segment.columns][:, segment.num_depth0 :] == 0).any()
+
+
 @pytest.mark.parametrize("boundaries", ["balanced", "uniform"])
 @pytest.mark.parametrize("S", [1, 4, 9, 37])
 def test_a_plan_says_what_its_segments_hold(S: int, boundaries: str) -> None:

@@ -112,7 +112,7 @@ def plan_segments(
         segments.append(
             Segment(
                 columns=slice(s * capacity, s * capacity + size),
-                num_depth0=size if static else int(num_depth0_BS[:, s].max()),
+                num_depth0=min(size, L) if static else int(num_depth0_BS[:, s].max()),
                 first_rollout=0 if static else min(int(num_depth0_BS[:, s].min()), n),
                 num_context=padded(int(context_end_BS[:, s].max())),
                 context_end=context_end_BS[:, s],

@@ -154,12 +154,9 @@ def largest_pass(sizes: Sizes, num_segments: int, all_supervised: bool = False) 
     """
     s, B, L = sizes, sizes.batch_size, sizes.length
     capacity = capacity_of(s, num_segments)
-    if s.static:
-        M = capacity
-    elif all_supervised:
+    M = min(L, capacity)
+    if all_supervised and not s.static:
         M = min(L, -(-capacity * L // capacity_of(s, 1)))
-    else:
-        M = min(L, capacity)
     P = 0
     if num_segments > 1:
         P = L if s.pad_context or not all_supervised else L - L // num_segments
