@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from peagle_train.__main__ import main
-from peagle_train.data.preparation import prepare_recipe
+from peagle_train.data.prepare import prepare_recipe
 from peagle_train.data.training_data import load_training_data
 from peagle_train.recipe import Recipe, load_recipe
 from peagle_train.serving.drafter_files import load_drafter
@@ -31,7 +31,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     rows = write_rows(folder / "rows.jsonl", [20, 33, 7, 31, 12, 29])
     path = write_recipe(folder, target, rows, folder / "run", train={"max_steps": 2, "save_steps": 1})
     recipe = load_recipe(path)
-    prepare_recipe(recipe, folder / "prepared", shard_tokens=40, say=lambda _: None)
+    prepare_recipe(recipe, folder / "prepared", say=lambda _: None)
     AcceleratorState._reset_state(reset_partial_state=True)
     write_cache(recipe, str(folder / "cache"))
     assert main([str(path)]) == 0

@@ -1,4 +1,4 @@
-"""Preparation: the same rows as on the fly, the same bytes after any kill, and refused where it does not fit."""
+"""Preparation: the same rows as on the fly, a folder that is whole or not there, and refused where it does not fit."""
 
 import fcntl
 import json
@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from peagle_train.data.preparation import prepare_recipe
+from peagle_train.data.prepare import prepare_recipe
 from peagle_train.data.training_data import TrainingData, load_training_data
 from peagle_train.recipe import Recipe, load_recipe
 from tests.byte_tokenizer import BYTES_VOCAB, make_byte_tokenizer
@@ -33,6 +33,7 @@ def small_batches() -> Iterator[None]:
     """Shards end where batches do, so that a little data makes several of them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("peagle_train.data.readers._BATCH_CHARACTERS", BATCH_CHARACTERS)
+        patch.setattr("peagle_train.data.prepare.SHARD_TOKENS", SHARD_TOKENS)
         yield
 
 
@@ -79,7 +80,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, target: Path) -> tuple[Recipe
     """A recipe, and what was prepared for it."""
     folder = tmp_path_factory.mktemp("made")
     recipe = recipe_of(folder, target, sources=write_sources(folder))
-    prepare_recipe(recipe, folder / "prepared", shard_tokens=SHARD_TOKENS, say=lambda _: None)
+    prepare_recipe(recipe, folder / "prepared", say=lambda _: None)
     return recipe, folder / "prepared"
 
 
@@ -143,7 +144,7 @@ def test_every_setting_means_the_same_in_both_ways(data: dict[str, Any], tmp_pat
         data = {**data, "eval_sources": [str(tmp_path / data["eval"])]}
         del data["eval"]
     recipe = recipe_of(tmp_path, target, sources=sources, **data)
-    prepare_recipe(recipe, tmp_path / "prepared", shard_tokens=100, say=lambda _: None)
+    prepare_recipe(recipe, tmp_path / "prepared", say=lambda _: None)
     now = read(recipe)
     assert_same(now, read(recipe, tmp_path / "prepared"))
     if "eval_sources" in data:
@@ -183,173 +184,6 @@ def test_an_epoch_holds_each_document_as_often_as_its_source_weighs(tmp_path: Pa
     assert torch.equal(counted, data.counts_V)
 
 
-def test_rows_do_not_depend_on_the_size_of_the_shards_or_of_the_batches(
-    made: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe, folder = made
-    monkeypatch.setattr("peagle_train.data.readers._BATCH_CHARACTERS", 97)
-    prepare_recipe(recipe, tmp_path / "other", shard_tokens=10**9, say=lambda _: None)
-    assert len(list((tmp_path / "other").glob("sources-*.safetensors"))) == 1
-    assert_same(read(recipe, folder), read(recipe, tmp_path / "other"))
-
-
-@pytest.mark.slow
-def test_any_number_of_workers_makes_the_same_bytes(
-    made: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe, folder = made
-    prepare_recipe(recipe, tmp_path / "two", num_workers=2, shard_tokens=SHARD_TOKENS, say=lambda _: None)
-    assert files_in(tmp_path / "two") == files_in(folder)
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from peagle_train.data import preparation
-from peagle_train.data import readers
-from peagle_train.data import shard_writer
-from peagle_train.training.build import load_tokenizer
-from peagle_train.recipe import load_recipe
-
-recipe, folder, shard_tokens = load_recipe(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-tokenizer = load_tokenizer(recipe)
-readers._BATCH_CHARACTERS = int(sys.argv[4])
-replace, save_file = os.replace, shard_writer.save_file
-
-def prepare(out, kill_at):
-    calls = 0
-    def dying_replace(source, to):
-        nonlocal calls
-        calls += 1
-        if calls == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace(source, to)
-        if -calls == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-    def dying_save(tensors, path):
-        save_file(tensors, path)
-        if kill_at == "half" and "00001" in str(path):
-            os.truncate(path, path.stat().st_size // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
-    os.replace, shard_writer.save_file = dying_replace, dying_save
-    preparation.prepare(recipe, out, tokenizer, 300, 299, shard_tokens=shard_tokens, say=lambda _: None)
-
-for kill_at in ["half", *range(-int(sys.argv[5]), 0), *range(1, int(sys.argv[5]) + 1)]:
-    out = folder / f"killed{kill_at}"
-    for attempt, at in enumerate((kill_at, kill_at, None) if kill_at == "half" else (kill_at, None)):
-        child = os.fork()
-        if child == 0:
-            prepare(out, at)
-            os._exit(0)
-        status = os.waitpid(child, 0)[1]
-        assert attempt or os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (kill_at, status)
-    assert status == 0, (kill_at, status)
-"""
-
-
-def test_a_kill_at_any_moment_and_a_restart_leave_the_same_bytes(tmp_path: Path, target: Path) -> None:
-    recipe = recipe_of(tmp_path, target, sources=write_sources(tmp_path))
-    prepare_recipe(recipe, tmp_path / "whole", shard_tokens=1500, say=lambda _: None)
-    whole = files_in(tmp_path / "whole")
-    num_files = len(whole)
-    assert num_files > 9
-    arguments = [str(tmp_path / "recipe.yaml"), str(tmp_path), "1500", str(BATCH_CHARACTERS), str(num_files)]
-    result = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    folders = list(tmp_path.glob("killed*"))
-    assert len(folders) == 2 * num_files + 1
-    for folder in folders:
-        assert files_in(folder) == whole, folder
-
-
-def test_finished_shards_are_kept_and_edited_ones_are_made_again(
-    made: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe, folder = made
-    shutil.copytree(folder, tmp_path / "begun")
-    for name in ("index.json", "train.safetensors"):
-        (tmp_path / "begun" / name).unlink()
-    shard = tmp_path / "begun" / "sources-00002.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-1] + b"\x02")
-    encoded: list[int] = []
-    from peagle_train.data.row_encoder import RowEncoder
-
-    encode = RowEncoder.__call__
-    monkeypatch.setattr(RowEncoder, "__call__", lambda self, raws: (encoded.append(len(raws)), encode(self, raws))[1])
-    said: list[str] = []
-    prepare_recipe(recipe, tmp_path / "begun", shard_tokens=SHARD_TOKENS, say=said.append)
-    assert files_in(tmp_path / "begun") == files_in(folder)
-    assert any("sources-00002.safetensors is not as it was written: it is made again" in line for line in said)
-    assert any("2 finished shards" in line for line in said)
-    (tmp_path / "begun" / "index.json").unlink()
-    encoded.clear()
-    prepare_recipe(recipe, tmp_path / "begun", shard_tokens=SHARD_TOKENS, say=said.append)
-    assert encoded == [] and files_in(tmp_path / "begun") == files_in(folder)
-
-
-@pytest.mark.parametrize(
-    "content", ["[]", "null", "3", "{}", '{"file": 1}', "", "x", pytest.param("[" * 100_000, id="deep")]
-)
-def test_a_record_of_anything_else_is_said_and_its_shard_is_made_again(
-    content: str, made: tuple[Recipe, Path], tmp_path: Path
-) -> None:
-    recipe, folder = made
-    shutil.copytree(folder, tmp_path / "begun")
-    (tmp_path / "begun" / "index.json").unlink()
-    (tmp_path / "begun" / "sources-00000.json").write_text(content)
-    said: list[str] = []
-    prepare_recipe(recipe, tmp_path / "begun", shard_tokens=SHARD_TOKENS, say=said.append)
-    assert any("sources-00000.safetensors is not as it was written: it is made again" in line for line in said)
-    assert files_in(tmp_path / "begun") == files_in(folder)
-
-
-def test_a_record_without_what_reading_needs_is_none(made: tuple[Recipe, Path], tmp_path: Path) -> None:
-    recipe, folder = made
-    shutil.copytree(folder, tmp_path / "begun")
-    (tmp_path / "begun" / "index.json").unlink()
-    path = tmp_path / "begun" / "sources-00000.json"
-    record = json.loads(path.read_text())
-    for broken in ({"file": record["file"]}, {**record, "report": [1]}, {**record, "report": {"x": 1}}):
-        path.write_text(json.dumps(broken))
-        prepare_recipe(recipe, tmp_path / "begun", shard_tokens=SHARD_TOKENS, say=lambda _: None)
-        assert files_in(tmp_path / "begun") == files_in(folder)
-        (tmp_path / "begun" / "index.json").unlink()
-
-
-@pytest.mark.parametrize(
-    "content", ["[]", "{}", "null", "", "x", '{"settings": []}', pytest.param("[" * 100_000, id="deep")]
-)
-def test_a_begun_folder_that_does_not_say_with_what_is_refused_with_the_files_name(
-    content: str, made: tuple[Recipe, Path], tmp_path: Path
-) -> None:
-    recipe, _ = made
-    (tmp_path / "begun").mkdir()
-    (tmp_path / "begun" / "begun.json").write_text(content)
-    with pytest.raises(ValueError, match=r"begun\.json is not as it was written: give another folder") as caught:
-        prepare_recipe(recipe, tmp_path / "begun", shard_tokens=SHARD_TOKENS, say=lambda _: None)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_full_disk_is_one_line_and_the_same_call_finishes_the_folder(
-    made: tuple[Recipe, Path], tmp_path: Path
-) -> None:
-    recipe, folder = made
-    sizes = sorted({len(content) for content in files_in(folder).values()})
-    for number, limit in enumerate([300, *(size - 1 for size in sizes)]):  # begun.json, then each file in turn
-        out = tmp_path / str(number)
-
-        def prepare_without_room(out: Path = out, limit: int = limit) -> None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-            with pytest.raises(ValueError, match=r"cannot be written: .*make room.*run the same line again") as caught:
-                prepare_recipe(recipe, out, shard_tokens=SHARD_TOKENS, say=lambda _: None)
-            assert "\n" not in str(caught.value)
-
-        assert in_child(prepare_without_room) == 0, limit
-        assert not list(out.glob(".*.partial"))
-    prepare_recipe(recipe, out, shard_tokens=SHARD_TOKENS, say=lambda _: None)
-    assert files_in(out) == files_in(folder)
-
-
 def edit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
@@ -362,14 +196,11 @@ def edit(path: Path) -> None:
         ("sources-00001.safetensors", edit, "sources-00001.safetensors is not as it was written"),
         ("train.safetensors", edit, "train.safetensors is not as it was written"),
         ("held_out.safetensors", lambda p: p.unlink(), "held_out.safetensors is missing"),
-        ("sources-00000.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-5]), "but was written with"),
+        ("sources-00000.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-5]), "is not as it was written"),
         ("index.json", lambda p: p.write_text(p.read_text()[:-40]), "index.json cannot be read"),
-        (
-            "index.json",
-            lambda p: p.write_text(p.read_text().replace('"in_both": 0', '"in_both": 1')),
-            "index.json is not as",
-        ),
-        ("index.json", lambda p: p.unlink(), "is not finished: run tools/prepare_data.py again, it goes on"),
+        ("index.json", lambda p: p.write_text("[" * 100_000), "index.json cannot be read"),
+        ("index.json", lambda p: p.write_text("{}"), "index.json cannot be read"),
+        ("index.json", lambda p: p.unlink(), "holds no prepared data"),
     ],
 )
 def test_a_folder_that_is_not_as_it_was_written_is_refused_in_one_line(
@@ -381,8 +212,8 @@ def test_a_folder_that_is_not_as_it_was_written_is_refused_in_one_line(
     with pytest.raises(ValueError) as caught:
         read(recipe, tmp_path / "copy")
     assert expected in str(caught.value) and "\n" not in str(caught.value)
-    for other, message in ((tmp_path / "none", "is no folder"), (tmp_path, "holds no prepared data")):
-        with pytest.raises(ValueError, match=message):
+    for other in (tmp_path / "none", tmp_path):
+        with pytest.raises(ValueError, match="holds no prepared data"):
             read(recipe, other)
 
 
@@ -451,53 +282,89 @@ def test_bad_rows_that_are_no_longer_allowed_are_refused_and_more_of_them_need_n
     assert_same(read(recipe, folder), read(load_recipe(folder.parent / "recipe.yaml", ["data.max_bad_rows=9"]), folder))
 
 
-def test_a_preparation_goes_on_only_with_the_sources_that_it_was_begun_with(tmp_path: Path, target: Path) -> None:
-    recipe = recipe_of(tmp_path, target, sources=write_sources(tmp_path))
-    prepare_recipe(recipe, tmp_path / "p", shard_tokens=SHARD_TOKENS, say=lambda _: None)
-    for name in ("index.json", "train.safetensors", "sources-00003.safetensors", "sources-00003.json"):
-        (tmp_path / "p" / name).unlink()
-    first = tmp_path / "texts" / "00.txt"
-    first.write_text(first.read_text().upper())
-    with pytest.raises(ValueError, match=r"the sources are not what .* was begun with"):
-        prepare_recipe(recipe, tmp_path / "p", shard_tokens=SHARD_TOKENS, say=lambda _: None)
-    first.write_text("more than there was")
-    with pytest.raises(ValueError, match="was made with files of the sources"):
-        prepare_recipe(recipe, tmp_path / "p", shard_tokens=SHARD_TOKENS, say=lambda _: None)
-    recipe.data.max_length = 32
-    with pytest.raises(ValueError, match=r"was made with data.max_length 64, while it is 32 now"):
-        prepare_recipe(recipe, tmp_path / "p", shard_tokens=SHARD_TOKENS, say=lambda _: None)
-    with pytest.raises(ValueError, match="is not empty and holds no preparation"):
-        prepare_recipe(recipe, tmp_path / "texts", say=lambda _: None)
-
-
 def test_a_finished_folder_is_refused_when_its_sources_have_changed(tmp_path: Path, target: Path) -> None:
     write_sources(tmp_path)
     recipe = recipe_of(tmp_path, target, sources=[str(tmp_path / "ids.jsonl")])
     said: list[str] = []
 
-    def prepare(shard_tokens: int = 100) -> TrainingData:
-        return prepare_recipe(recipe, tmp_path / "p", shard_tokens=shard_tokens, say=said.append)
+    def prepare() -> TrainingData:
+        return prepare_recipe(recipe, tmp_path / "p", say=said.append)
 
     first, before = prepare(), files_in(tmp_path / "p")
     assert_same(first, prepare())
     assert "is finished, and the sources have the names and sizes that it was made of: checking it" in said[-1]
-    with pytest.raises(ValueError, match="was made with --shard-tokens 100, while it is 200 now"):
-        prepare(200)
     with (tmp_path / "ids.jsonl").open("a") as file:
         file.write('{"input_ids": [1, 2]}\n')
-    with pytest.raises(
-        ValueError, match=r"was made with files of the sources .*give another folder, or remove this one"
-    ):
+    with pytest.raises(ValueError, match=r"was made with files of the sources .*give another folder"):
         prepare()
     (tmp_path / "ids.jsonl").unlink()
     with pytest.raises(ValueError, match="does not exist"):
         prepare()
     assert files_in(tmp_path / "p") == before
-    (tmp_path / "p" / "begun.json").write_text("[")
-    write_sources(tmp_path / "again")
-    (tmp_path / "again" / "ids.jsonl").rename(tmp_path / "ids.jsonl")
-    with pytest.raises(ValueError, match=r"begun\.json is not as it was written"):
-        prepare()
+
+
+def test_a_preparation_that_ends_early_leaves_nothing_and_the_next_one_starts_over(
+    made: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    recipe, folder = made
+
+    def killed(line: str) -> None:
+        if line == "packing":  # all shards are written
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare_recipe(recipe, tmp_path / "p", say=killed)
+    assert not (tmp_path / "p").exists()
+    (tmp_path / ".p.partial").mkdir(exist_ok=True)  # what kill -9 would leave
+    (tmp_path / ".p.partial" / "sources-00099.safetensors").write_bytes(b"half")
+    prepare_recipe(recipe, tmp_path / "p", say=lambda _: None)
+    assert files_in(tmp_path / "p") == files_in(folder) and not (tmp_path / ".p.partial").exists()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="is not empty and holds no prepared data"):
+        prepare_recipe(recipe, tmp_path / "other", say=lambda _: None)
+
+
+def test_several_workers_make_the_same_files(made: tuple[Recipe, Path], tmp_path: Path) -> None:
+    recipe, folder = made
+    prepare_recipe(recipe, tmp_path / "two", num_workers=2, say=lambda _: None)
+    assert files_in(tmp_path / "two") == files_in(folder)
+
+
+def test_rows_do_not_depend_on_the_size_of_the_shards(
+    made: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, folder = made
+    monkeypatch.setattr("peagle_train.data.prepare.SHARD_TOKENS", 10**9)
+    prepare_recipe(recipe, tmp_path / "other", say=lambda _: None)
+    assert len(list((tmp_path / "other").glob("sources-*.safetensors"))) == 1
+    assert_same(read(recipe, folder), read(recipe, tmp_path / "other"))
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(made: tuple[Recipe, Path], tmp_path: Path) -> None:
+    recipe, _ = made
+
+    def prepare_without_room() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300, resource.RLIM_INFINITY))
+        with pytest.raises(ValueError, match=r"--out .* cannot be written: ") as caught:
+            prepare_recipe(recipe, tmp_path / "p", say=lambda _: None)
+        assert "\n" not in str(caught.value)
+
+    assert in_child(prepare_without_room) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_do_not_prepare_in_one_folder(made: tuple[Recipe, Path], tmp_path: Path) -> None:
+    recipe, folder = made
+    (tmp_path / "p").mkdir()
+    handle = os.open(tmp_path / "p", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match="another process is preparing there"):
+        prepare_recipe(recipe, tmp_path / "p", say=lambda _: None)
+    assert not any((tmp_path / "p").iterdir())
+    os.close(handle)
+    prepare_recipe(recipe, tmp_path / "p", say=lambda _: None)
+    assert files_in(tmp_path / "p") == files_in(folder)
 
 
 def test_what_cannot_be_compared_with_its_source_is_said(tmp_path: Path, target: Path) -> None:
@@ -521,19 +388,6 @@ def test_a_key_that_no_stream_can_show_does_not_end_a_preparation_nor_a_run(tmp_
     assert r"keys ignored: \ud800" in "\n".join(lines) and "\n".join(lines).isascii()
 
 
-def test_two_processes_do_not_prepare_in_one_folder(made: tuple[Recipe, Path], tmp_path: Path) -> None:
-    recipe, folder = made
-    (tmp_path / "p").mkdir()
-    handle = os.open(tmp_path / "p", os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    with pytest.raises(ValueError, match="another process is preparing there"):
-        prepare_recipe(recipe, tmp_path / "p", shard_tokens=SHARD_TOKENS, say=lambda _: None)
-    assert not any((tmp_path / "p").iterdir())
-    os.close(handle)
-    prepare_recipe(recipe, tmp_path / "p", shard_tokens=SHARD_TOKENS, say=lambda _: None)
-    assert files_in(tmp_path / "p") == files_in(folder)
-
-
 def test_streamed_sources_are_refused_until_they_are_prepared(tmp_path: Path, target: Path) -> None:
     import datasets
 
@@ -545,7 +399,7 @@ def test_streamed_sources_are_refused_until_they_are_prepared(tmp_path: Path, ta
     recipe = recipe_of(tmp_path, target, sources=[streamed])
     with pytest.raises(ValueError, match=r"is streamed, .*run tools/prepare_data.py"):
         read(recipe)
-    prepare_recipe(recipe, tmp_path / "prepared", shard_tokens=50, say=lambda _: None)
+    prepare_recipe(recipe, tmp_path / "prepared", say=lambda _: None)
     prepared = read(recipe, tmp_path / "prepared")
     expected = read(recipe_of(tmp_path / "plain", target, sources=[str(tmp_path / "ids.jsonl")]))
     for i in range(len(expected.train_rows)):

@@ -78,7 +78,7 @@ def load_training_data(
         ValueError: one line, for a user's mistake and for data with nothing to learn from.
     """
     if recipe.data.prepared is not None:
-        from peagle_train.data.prepared import open_prepared  # which imports this file
+        from peagle_train.data.prepare import open_prepared  # which imports this file
 
         made = open_prepared(recipe, tokenizer, vocab_size, mask_token_id)
         say(f"data: as prepared in {recipe.data.prepared}, checksums verified")

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from peagle_train.durable import partial_path, put
+from peagle_train.durable import partial_path, put, write_json
 from peagle_train.target.feature_cache import (
     HEAD,
     INDEX,
@@ -33,7 +33,6 @@ from peagle_train.target.feature_cache import (
     sha256_of,
     shard_name,
 )
-from peagle_train.training.checkpoint import write_json
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]

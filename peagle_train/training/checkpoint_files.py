@@ -20,8 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from peagle_train.durable import remove_tree, try_removing, write_folder
 from peagle_train.errors import DamagedCheckpoint
-from peagle_train.training.checkpoint import remove_tree, try_removing, write_folder
 
 MANIFEST = "manifest.json"
 FORMAT = 1

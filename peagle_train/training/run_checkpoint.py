@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peagle_train.durable import write_bytes
+from peagle_train.durable import write_bytes, write_json, write_text
 from peagle_train.recipe import dump_recipe
 from peagle_train.training.checkpoint import (
     MARKER,
@@ -16,8 +16,6 @@ from peagle_train.training.checkpoint import (
     fill_drafter,
     lock_output,
     save_tensors,
-    write_json,
-    write_text,
 )
 from peagle_train.training.checkpoint_files import (
     checkpoint_path,
