@@ -214,9 +214,14 @@ def _start_worker(recipe: Recipe, tokenizer: Any, vocab_size: int, mask_token_id
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends them
     parent = multiprocessing.parent_process()
     assert parent is not None
-    # A parent that is killed would leave its workers waiting forever.
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     _encode_here = make_encoder(recipe, tokenizer, vocab_size, mask_token_id)
+
+
+def _end_with(parent: Any) -> None:
+    """A parent that is killed would leave its workers waiting forever."""
+    parent.join()
+    os._exit(1)
 
 
 def _work(raws: list[RawRow]) -> EncodedBatch:
