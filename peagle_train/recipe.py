@@ -213,8 +213,8 @@ class Train:
     """Rows of logits that exist at a time."""
     sharding: Literal["auto", "none", "fsdp2"] = "auto"
     """Shard weights, gradients and optimizer states over all processes (FSDP2); auto: if the launch has an FSDP config."""
-    compile: bool = False
-    """Compile the drafter's passes (torch.compile, static shapes): one graph each, whatever the data."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the drafter's passes (torch.compile, static shapes): one graph each, whatever the data; auto: on CUDA."""
     compile_backend: Literal["inductor", "aot_eager"] = "inductor"
     """torch.compile's backend; aot_eager only traces, for tests."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"] = "default"
@@ -289,7 +289,7 @@ class Recipe:
             raise RecipeError(
                 f"target.shard is true, target.device_map is {self.target.device_map}: change one of them to false or null"
             )
-        if self.train.sharding == "fsdp2" and self.train.compile:
+        if self.train.sharding == "fsdp2" and self.train.compile is True:
             raise RecipeError("train.sharding is fsdp2, train.compile is true: change one of them")
         if self.draft.init_from is not None and self.draft.vocab_from is not None:
             raise RecipeError(

@@ -11,14 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from peagle_train.core import relay, segments
-from peagle_train.core.block_mask import BLOCK_SIZE, direct_block_mask, visible_pairs
+from peagle_train.core.block_mask import BLOCK_SIZE, block_tables, visible_pairs
 from peagle_train.core.collator import CODCollator
 from peagle_train.core.elements import gather_elements
-from peagle_train.core.flex import block_mask_of, mask_mod_of
+from peagle_train.core.flex import FlexTables, block_mask_of, flex_tables
 from peagle_train.core.visibility import Visibility
 from tests.helpers import make_batch, make_draft, make_rows, make_target
 
@@ -40,9 +39,8 @@ def counted_pairs(visibility: Visibility, skip: int, block_size: int) -> Tensor:
 def evaluated_block_mask(visibility: Visibility, skip: int, block_size: int) -> BlockMask:
     B, N = visibility.anchor.shape
     Q, K = N - skip, visibility.num_context + N
-    return create_block_mask(
-        mask_mod_of(visibility, skip), B, None, Q, K, device="cpu", BLOCK_SIZE=(block_size, block_size)
-    )
+    mask_mod = block_mask_of(visibility, skip).mask_mod
+    return create_block_mask(mask_mod, B, None, Q, K, device="cpu", BLOCK_SIZE=(block_size, block_size))
 
 
 TABLES = ("kv", "full_kv", "q", "full_q")
@@ -73,8 +71,10 @@ def check(visibility: Visibility, skip: int = 0, block_size: int = BLOCK_SIZE) -
     pairs = visible_pairs(visibility, skip, block_size)
     assert pairs.dtype == torch.int32
     assert torch.equal(pairs.long(), counted_pairs(visibility, skip, block_size))
-    found = direct_block_mask(visibility, mask_mod_of(visibility, skip), skip, block_size)
-    assert_same_blocks(found, evaluated_block_mask(visibility, skip, block_size))
+    expected = evaluated_block_mask(visibility, skip, block_size)
+    tables = block_tables(visibility, skip, block_size)
+    found = BlockMask(expected.seq_lengths, *tables, BLOCK_SIZE=(block_size, block_size), mask_mod=expected.mask_mod)
+    assert_same_blocks(found, expected)
     return found
 
 
@@ -268,12 +268,12 @@ def test_a_relay_segment_over_whole_blocks_of_context_agrees() -> None:
     assert visibility.num_context >= 411
 
 
-def test_block_mask_of_is_made_once_for_each_number_of_skipped_queries() -> None:
+def test_block_mask_of_leaves_skipped_queries_out_and_makes_nothing_that_a_pass_has_already() -> None:
     visibility = flat([90, 80])
-    assert block_mask_of(visibility, 7) is block_mask_of(visibility, 7)
-    assert block_mask_of(visibility, 0) is not block_mask_of(visibility, 7)
     assert_same_blocks(block_mask_of(visibility, 7), evaluated_block_mask(visibility, 7, BLOCK_SIZE))
     assert block_mask_of(visibility, 7).seq_lengths == (visibility.anchor.shape[1] - 7, visibility.anchor.shape[1])
+    visibility.flex = {7: flex_tables(visibility, 7)}
+    assert block_mask_of(visibility, 7).kv_indices is visibility.flex[7].blocks[1]
 
 
 # ---- answers by hand
@@ -320,29 +320,12 @@ def test_context_that_a_row_does_not_have_is_seen_by_nobody() -> None:
     assert visible_pairs(visibility)[0, 0, :3].sum() == 0
 
 
-# ---- inside a compiled step
+# ---- on devices
 
 
-def tables(start: Tensor, anchor: Tensor, depth: Tensor, context_end: Tensor) -> list[Tensor]:
+def tables(start: Tensor, anchor: Tensor, depth: Tensor, context_end: Tensor) -> tuple[Tensor, ...]:
     N = anchor.shape[1]
-    visibility = Visibility(start, anchor, depth, context_end, 200, N, 0, 8)
-    mask = direct_block_mask(visibility, mask_mod_of(visibility, 3), 3)
-    names = [f"{table}_{what}" for table in TABLES for what in ("num_blocks", "indices")]
-    return [getattr(mask, name) for name in names]
-
-
-def test_two_batches_of_one_shape_are_one_graph_without_breaks() -> None:
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(tables, backend=counter, fullgraph=True, dynamic=False)
-    results = []
-    for lengths, end in (([150, 120], 0), ([30, 99, 140], 170)):
-        own = flat(lengths, elements=600)
-        arguments = own.start, own.anchor + end, own.depth, torch.tensor([end])
-        found, expected = compiled(*arguments), tables(*arguments)
-        assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
-        results.append(found)
-    assert any(not torch.equal(a, b) for a, b in zip(*results, strict=True)), "the two batches do not differ"
-    assert counter.frame_count == 1
+    return block_tables(Visibility(start, anchor, depth, context_end, 200, N, 0, 8), 3)
 
 
 def test_nothing_reads_a_value() -> None:
@@ -354,18 +337,19 @@ def test_nothing_reads_a_value() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
-def test_compiled_attention_that_builds_its_own_mask_is_dense_attention() -> None:
-    """The compiled kernel reads the tables (eager flex does not), here built in the same graph."""
+def test_a_compiled_pass_that_is_given_its_tables_attends_as_the_dense_mask_says() -> None:
+    """The compiled kernel reads the block tables; eager flex does not."""
     own = flat([150, 260], elements=900)
     query, key, value = torch.randn(3, 1, 2, 900, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
 
-    def attention(start: Tensor, anchor: Tensor, depth: Tensor, *qkv: Tensor) -> Tensor:
-        visibility = Visibility(start, anchor, depth, anchor.new_zeros(1), 0, own.num_depth0, 0, 8)
-        return flex_attention(*qkv, block_mask=direct_block_mask(visibility, mask_mod_of(visibility)))
+    def attention(given: FlexTables, *qkv: Tensor) -> Tensor:
+        visibility = Visibility(own.start, own.anchor, own.depth, own.context_end, 0, own.num_depth0, 0, 8)
+        visibility.flex = {0: given}
+        return flex_attention(*qkv, block_mask=block_mask_of(visibility))  # type: ignore[return-value]
 
     compiled = torch.compile(attention, fullgraph=True, dynamic=False)
     with torch.no_grad():
-        found = compiled(own.start, own.anchor, own.depth, query, key, value)
+        found = compiled(flex_tables(own), query, key, value)
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=own.dense()[:, None])
     assert (own.depth >= 0).all()
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
@@ -374,13 +358,13 @@ def test_compiled_attention_that_builds_its_own_mask_is_dense_attention() -> Non
 @pytest.mark.gpu
 def test_on_a_gpu_the_tables_are_the_same_and_nothing_waits_for_it() -> None:
     visibility = flat([300, 500], rows=2)
-    expected = direct_block_mask(visibility, mask_mod_of(visibility))
+    expected = flex_tables(visibility)
     for name in ("start", "anchor", "depth", "context_end"):
         setattr(visibility, name, getattr(visibility, name).cuda())
-    mask_mod = mask_mod_of(visibility)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = direct_block_mask(visibility, mask_mod)
+        found = flex_tables(visibility)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert_same_blocks(found.to("cpu"), expected)
+    for f, e in zip((*found.rule, *found.blocks), (*expected.rule, *expected.blocks), strict=True):
+        assert torch.equal(f.cpu(), e)

@@ -110,18 +110,17 @@ def measure(method: str, path: str, device: str) -> dict[str, Any]:
     import torch
     from torch.nn.attention.flex_attention import create_block_mask
 
-    from peagle_train.core.block_mask import direct_block_mask
-    from peagle_train.core.flex import mask_mod_of
+    from peagle_train.core.flex import block_mask_of
 
     visibility, small = visibility_of(torch.load(path), device), visibility_of(inputs(256), device)
     evaluate = torch.compile(create_block_mask, dynamic=False) if method == "compiled" else create_block_mask
 
     def build(visibility: Visibility) -> BlockMask:
-        mask_mod = mask_mod_of(visibility)
+        found = block_mask_of(visibility)
         if method == "direct":
-            return direct_block_mask(visibility, mask_mod)
+            return found
         B, N = visibility.anchor.shape
-        return evaluate(mask_mod, B, None, N, N, device=device)
+        return evaluate(found.mask_mod, B, None, N, N, device=device)
 
     if method != "compiled":
         build(small)  # what is loaded on first use is no part of the mask

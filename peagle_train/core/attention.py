@@ -18,6 +18,11 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
+def uses_flex(device: torch.device) -> bool:
+    """Whether elements attend through flex_attention there, and not through torch's flash kernel for CPUs."""
+    return device.type != "cpu"
+
+
 def attend(
     query: Tensor,
     own: tuple[Tensor, Tensor],
@@ -40,7 +45,7 @@ def attend(
         context = (key[:, :, :0], value[:, :, :0])
     if isinstance(visibility, Causal):
         out_BQHD = _causal(query, key, value, context)
-    elif query.device.type != "cpu":
+    elif uses_flex(query.device):
         out_BQHD = _flex(query, key, value, context, visibility)
     elif torch.compiler.is_compiling():
         from peagle_train.core.compiled_attention import attention_op

@@ -8,18 +8,15 @@ out, all: full, else partial). Two facts give it in whole-tensor integer operati
         inside those (a difference array), whatever lies in between.
     A rollout is contiguous and ascends by depth. So a query of depth d sees itself and the d - 1 slots before it.
 
-Shapes depend on shapes alone and nothing waits for the device, so torch.compile traces it into a step. Work is linear in
-the elements plus linear in the pairs of blocks.
+Shapes depend on shapes alone and nothing waits for the device. Work is linear in the elements plus linear in the pairs of
+blocks.
 
 B: rows, Q: queries, P: context columns, M: leading own slots that hold all depth-0 elements, T = P + M, N: own elements,
 X: query blocks of q queries, Y: key blocks, Z: key blocks below T.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 
 from peagle_train.core.visibility import Visibility
 
@@ -27,30 +24,22 @@ BLOCK_SIZE = 128
 """flex_attention's default, on both sides."""
 
 
-def direct_block_mask(
-    visibility: Visibility,
-    mask_mod: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
-    skip: int = 0,
-    block_size: int = BLOCK_SIZE,
-) -> BlockMask:
-    """`create_block_mask(mask_mod, B, None, N - skip, P + N)`, table for table, the transposed ones too.
+def block_tables(visibility: Visibility, skip: int = 0, block_size: int = BLOCK_SIZE) -> tuple[Tensor, ...]:
+    """The eight tables of `create_block_mask(mask_mod, B, None, N - skip, P + N)`, in the order of BlockMask's constructor.
 
     Args:
         visibility: a row's own slots hold its depth-0 elements with ascending anchors, all of them at or after
             `context_end`, then each rollout with depths 1, 2, ... side by side; padding may lie anywhere between them.
-        mask_mod: the same rule, for partial blocks; kept, not called.
         skip: own elements before this one are keys only.
         block_size: of queries and of keys.
     """
-    Q, K = visibility.anchor.shape[1] - skip, visibility.num_context + visibility.anchor.shape[1]
     pairs_B1XY = visible_pairs(visibility, skip, block_size)[:, None]
     full_B1XY = pairs_B1XY == block_size**2
     partial_B1XY = (pairs_B1XY > 0) & ~full_B1XY
     del pairs_B1XY
     kv, full_kv = _ordered(partial_B1XY), _ordered(full_B1XY)
     # Not from_kv_blocks: it would find the transposed tables by writing the dense ones out and sorting them.
-    q, full_q = _ordered(partial_B1XY.mT.contiguous()), _ordered(full_B1XY.mT.contiguous())
-    return BlockMask((Q, K), *kv, *full_kv, *q, *full_q, BLOCK_SIZE=(block_size, block_size), mask_mod=mask_mod)
+    return (*kv, *full_kv, *_ordered(partial_B1XY.mT.contiguous()), *_ordered(full_B1XY.mT.contiguous()))
 
 
 def visible_pairs(visibility: Visibility, skip: int = 0, block_size: int = BLOCK_SIZE) -> Tensor:
@@ -82,9 +71,7 @@ def _add_rollout_keys(pairs_BXY: Tensor, depth_BXq: Tensor, base: int, num_depth
     q_q = torch.arange(block_size, device=depth_BXq.device)
     end_Xq = base + x_X1 * block_size + q_q + 1  # behind the own key, the last of the rollout's that are seen
     first_BXq = end_Xq - depth_BXq  # depth 0 and padding see none of a rollout
-    # The own key's block. Not end_Xq // block_size: where that divides a running index, Inductor's CPU code leaves out
-    # what follows the last whole block (pytorch issue 195582).
-    own_Xq = base // block_size + x_X1 + (q_q + base % block_size >= block_size)
+    own_Xq = (end_Xq - 1) // block_size  # the own key's block
     for back in range((num_depths + block_size - 3) // block_size + 1):  # blocks that num_depths - 1 keys can reach
         y_Xq = own_Xq - back
         left_Xq, right_Xq = y_Xq * block_size, torch.minimum(end_Xq, (y_Xq + 1) * block_size)

@@ -38,12 +38,13 @@ def _call(
     features: Tensor,
     tables: tuple[Tensor, Tensor, Tensor, Tensor],
     sizes: tuple[int, int, int, int, int],
+    flex: dict[int, Any],
     context: list[KV] | None,
     skip: int,
     labels: Labels | None,
 ) -> DraftOutput:
-    # Made inside the graph: a Visibility keeps masks, which a graph must not see from outside.
-    visibility = Visibility(*tables, *sizes)
+    # Made inside the graph: a Visibility keeps masks, which a graph must not see from outside. Flex's tables come along.
+    visibility = Visibility(*tables, *sizes, flex)
     return draft(token, position, features, visibility, context, keys_values_only, skip, labels)
 
 
@@ -132,4 +133,4 @@ class CompiledDraft:
         v = visibility
         sizes = (v.num_context, v.num_depth0, v.first_rollout, v.num_depths, v.cut)
         tables = (v.start, v.anchor, v.depth, v.context_end)
-        return self._passes[name](self.draft, token, position, features, tables, sizes, context, skip, labels)
+        return self._passes[name](self.draft, token, position, features, tables, sizes, v.flex, context, skip, labels)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peagle_train.core import attention
 from peagle_train.core.compiled import CompiledDraft
 from peagle_train.core.draft import KV, DraftOutput, Labels, PEagleDraft
 from peagle_train.core.elements import Elements, context_elements, gather_elements
@@ -214,6 +215,10 @@ def run(
     features = target.features[:, columns].to(device, non_blocking=True)
     index_BM = (elements.anchor[:, :M] - columns.start).clamp(0, features.shape[1] - 1)
     features = features.gather(1, index_BM[:, :, None].expand(-1, -1, features.shape[2]))
+    if attention.uses_flex(device):
+        from peagle_train.core.flex import flex_tables_of_pass
+
+        visibility.flex = flex_tables_of_pass(visibility, draft.config.num_hidden_layers, keys_values_only, skip)
     return draft(
         elements.token,
         elements.position,

@@ -70,7 +70,7 @@ class Visibility:
     num_depth0: M, a Python int: own slots from M on hold no depth-0 element.
     first_rollout: own slots before it hold no deeper element.
     cut: queries before it take no part in the last layer (Algorithm 1's context rows).
-    block_masks: flex's, by the number of queries left out; kept by `peagle_train.core.flex`.
+    flex: flex attention's tables of the pass (`FlexTables`), by the number of queries left out, where it is used.
     """
 
     start: Tensor
@@ -82,7 +82,7 @@ class Visibility:
     first_rollout: int
     num_depths: int
     cut: int = 0
-    block_masks: dict[int, Any] = field(default_factory=dict)
+    flex: dict[int, Any] = field(default_factory=dict)
     _blocks: list[QueryBlock] | None = None
     _masks: dict[int, Tensor] = field(default_factory=dict)
 

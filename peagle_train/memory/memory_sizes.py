@@ -164,7 +164,7 @@ def sizes_of(recipe: Recipe, target: TargetBase, config: PEagleDraftConfig, devi
     sharded = train.sharding == "fsdp2" or (
         train.sharding == "auto" and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     )
-    pad_context = train.compile or device.kind == "cuda"
+    pad_context = train.compile is True or device.kind == "cuda"
     weights, forward, item = _target(recipe, target, device)
     cached = 0
     if recipe.target.cache:

@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 from torch import Tensor
 
+from peagle_train.core import attention
 from peagle_train.core.compiled import CompiledDraft
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.plan import Plan, plan_segments
@@ -32,15 +33,16 @@ class BatchRunner:
         self.relay = recipe.train.segment_mode == "relay" and recipe.cod.segments > 1
         self.head_rows = target.head_rows(draft.draft_token_ids).to(self.device)
         self.buffers = RelayBuffers()
+        on_flex = attention.uses_flex(self.device)
         self.compiled: CompiledDraft | None = None
-        if recipe.train.compile:
-            if self.sharded:
-                raise ValueError("train.compile is true and the drafter is sharded (FSDP2): turn one of them off")
+        if recipe.train.compile is True and self.sharded:
+            raise ValueError("train.compile is true and the drafter is sharded (FSDP2): turn one of them off")
+        if recipe.train.compile is True or (recipe.train.compile == "auto" and on_flex and not self.sharded):
             mode = None if recipe.train.compile_mode == "default" else recipe.train.compile_mode
             self.compiled = CompiledDraft(draft, recipe.train.compile_backend, mode)
         # Shapes are the same for all batches where something is made for each new shape and kept: graphs, flex attention
         # on CUDA, oneDNN's bfloat16 primitives on CPU (without this a run's memory grows for hundreds of steps).
-        self.pad_context = self.compiled is not None or self.device.type == "cuda"
+        self.pad_context = self.compiled is not None or on_flex
         self.static = self.pad_context or recipe.train.mixed_precision == "bf16"
 
     def plan(self, batch: Batch) -> Plan:

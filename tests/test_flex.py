@@ -1,0 +1,117 @@
+"""The CUDA path's attention, forced onto the CPU: real values, the graphs of a GPU, none of its kernels."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.attention.flex_attention as torch_flex
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from peagle_train.core import attention, flex
+from peagle_train.core.compiled import CompiledDraft
+from peagle_train.core.draft import PEagleDraft
+from peagle_train.core.flex import kernel_options
+from peagle_train.core.plan import plan_segments
+from peagle_train.core.relay import RelayBuffers, relay_step
+from peagle_train.core.segments import recompute_step
+from tests.helpers import make_batch, make_draft, make_rows, make_target
+
+L = 61
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
+    """Flex compiled by a backend that has a backward on the CPU, which Inductor has not; counts its graphs."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    original = torch_flex.flex_attention  # in a function of its own, so that it is compiled anew
+    monkeypatch.setattr(flex, "flex_attention", lambda *tensors, **options: original(*tensors, **options))
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)  # torch refuses gradients on the CPU
+    return counter
+
+
+def gradients_of(draft: PEagleDraft, step: Callable[[], Any]) -> dict[str, Tensor]:
+    draft.zero_grad()
+    step()
+    return {name: p.grad.clone() for name, p in draft.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mode, segments, compiled, bf16",
+    [
+        ("relay", 4, False, False),
+        ("relay", 4, True, False),
+        ("relay", 3, True, True),
+        ("recompute", 1, True, False),
+        ("recompute", 3, False, True),
+    ],
+)
+def test_the_cuda_path_gives_the_flat_passs_gradients(
+    graphs: CompileCounterWithBackend,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+    segments: int,
+    compiled: bool,
+    bf16: bool,
+) -> None:
+    draft, buffers = make_draft(torch.float32), RelayBuffers()
+    runner = CompiledDraft(draft, "aot_eager") if compiled else draft
+    for batch_number, prompt in enumerate((0.3, 0.6)):
+        rows = make_rows(L, documents=3, batch_size=2, prompt=prompt, padding=7 + batch_number)
+        flat, cut = make_batch(rows, L), make_batch(rows, L, segments)
+        target = make_target(flat, torch.float32)
+        monkeypatch.setattr(attention, "uses_flex", lambda device: False)
+        draft.gradient_checkpointing = False
+        expected = gradients_of(draft, lambda: recompute_step(draft, flat, target, scale=0.1))  # noqa: B023
+        monkeypatch.setattr(attention, "uses_flex", lambda device: True)
+        draft.gradient_checkpointing = True
+        plan = plan_segments(cut, static=True, pad_context=True)
+        step: Any = functools.partial(relay_step, buffers=buffers) if mode == "relay" else recompute_step
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            found = gradients_of(draft, lambda: step(runner, cut, target, scale=0.1, plan=plan))  # noqa: B023
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            error = (found[name] - gradient).abs().max() / gradient.abs().max().clamp(min=1e-6)
+            assert error < (0.1 if bf16 else 1e-4), (name, float(error))
+    if isinstance(runner, CompiledDraft):
+        assert runner.graphs == {"keys and values": int(mode == "relay"), "training": 1, "evaluation": 0}
+        assert graphs.frame_count == 0, "flex was compiled by itself, beside the passes"
+    else:
+        assert graphs.frame_count == 2  # with and without a gradient, or with and without the queries left out
+
+
+def test_flex_is_compiled_for_as_many_shapes_as_come(graphs: CompileCounterWithBackend) -> None:
+    """torch gives up after 8 by default, and attends densely from then on."""
+    for n in range(1, 13):
+        query = torch.randn(1, 2, n, 8)
+        mask = torch_flex.create_block_mask(lambda b, h, q, k: q >= k, 1, None, n, n, device="cpu")
+        flex.flex(query, query, query, mask)
+    assert graphs.frame_count == 12
+
+
+@pytest.mark.parametrize(
+    "queries, head_dim, itemsize, capability, expected",
+    [
+        (127, 128, 2, None, {"BACKEND"}),
+        (1, 64, 2, (8, 0), {"BACKEND"}),
+        (128, 128, 2, (8, 0), set()),
+        (128, 256, 2, (9, 0), set()),
+        (128, 128, 4, (9, 0), set()),
+        (127, 96, 2, (9, 0), {"BACKEND", "blocks"}),
+        (8576, 128, 2, (9, 0), {"blocks"}),
+    ],
+)
+def test_kernel_options_are_given_where_flexs_own_choice_fails_or_spills(
+    queries: int, head_dim: int, itemsize: int, capability: tuple[int, int] | None, expected: set[str]
+) -> None:
+    options = kernel_options(queries, head_dim, itemsize, capability)
+    blocks = dict(
+        bwd_BLOCK_M1=32, bwd_BLOCK_N1=128, bwd_BLOCK_M2=128, bwd_BLOCK_N2=32, bwd_num_warps=8, bwd_num_stages=2
+    )
+    every = {"BACKEND": {"BACKEND": "TRITON"}, "blocks": blocks}
+    assert options == {key: value for name in expected for key, value in every[name].items()}
