@@ -218,7 +218,7 @@ class Train:
     compile_backend: Literal["inductor", "aot_eager"] = "inductor"
     """torch.compile's backend; aot_eager only traces, for tests."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"] = "default"
-    """torch.compile's mode; reduce-overhead replays CUDA graphs."""
+    """torch.compile's mode; reduce-overhead is refused."""
     profile_steps: list[int] | None = option(
         None,
         rule=(lambda steps: len(steps) == 2 and 1 <= steps[0] <= steps[1], "the first and the last step, as in [5, 8]"),
@@ -294,6 +294,11 @@ class Recipe:
         if self.draft.init_from is not None and self.draft.vocab_from is not None:
             raise RecipeError(
                 "draft.init_from and draft.vocab_from are both given, and each brings a draft vocabulary: leave one out"
+            )
+        if self.train.compile_mode == "reduce-overhead":
+            raise RecipeError(
+                "train.compile_mode is reduce-overhead, whose CUDA graphs would overwrite one segment's gradients with the"
+                " next one's: give default or max-autotune-no-cudagraphs"
             )
         if self.train.mixed_precision == "bf16" and self.train.dtype == "float64":
             # Autocast leaves float64 as it is, without a word.

@@ -1,5 +1,6 @@
 """The collator: exact batches, fixed shapes, and draws that nothing but (seed, epoch, row) decides."""
 
+import math
 import pickle
 import subprocess
 import sys
@@ -90,15 +91,17 @@ def rows(draw: st.DrawFn, L: int) -> dict[str, Any]:
     K=st.integers(1, 8),
     boundaries=st.sampled_from(["balanced", "uniform"]),
     ratio=st.sampled_from([0.5, 0.8, 1.0]),
+    multiple=st.sampled_from([1, 1, 7, 128]),
 )
 @settings(max_examples=120, deadline=None)
 def test_any_batch_holds_every_drawn_element_once_in_its_segment_and_in_order(
-    given_rows: list[dict[str, Any]], S: int, K: int, boundaries: str, ratio: float
+    given_rows: list[dict[str, Any]], S: int, K: int, boundaries: str, ratio: float, multiple: int
 ) -> None:
     L, floor = 29, 0.2
     options: dict[str, Any] = {"num_depths": K, "down_sample_ratio": ratio, "down_sample_ratio_min": floor}
-    batch = CODCollator(L, num_segments=S, boundaries=boundaries, **options)(given_rows)
-    C, B = segment_capacity(L, K, ratio, floor, S, boundaries), len(given_rows)
+    collator = CODCollator(L, num_segments=S, boundaries=boundaries, capacity_multiple=multiple, **options)
+    batch, B = collator(given_rows), len(given_rows)
+    C = math.ceil(segment_capacity(L, K, ratio, floor, S, boundaries) / multiple) * multiple
     # The same draw, uncut: its elements may be told from the batch of a single segment.
     uncut = CODCollator(L, num_segments=1, **options)(given_rows)
 

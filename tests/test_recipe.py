@@ -109,6 +109,7 @@ def test_no_is_a_word_not_a_boolean(write: Any) -> None:
         ("train.warmup_ratio=1", "train.warmup_ratio: got 1 (int); give a finite number >= 0 and < 1"),
         ("train.seed=-1", "train.seed: got -1 (int); give an integer >= 0 and < 9223372036854775808"),
         ("train.loss=mse", "train.loss: got 'mse' (str); give one of kl, soft_ce, hard_ce"),
+        ("train.compile_mode=reduce-overhead", "train.compile_mode is reduce-overhead, whose CUDA graphs"),
         ("cod.down_sample_ratio=0", "cod.down_sample_ratio: got 0 (int); give a finite number > 0 and <= 1"),
         ("output.dir=2024", "output.dir: got 2024 (int); give a non-empty string"),
         ("output.dir='  '", "output.dir: got '  ' (str); give a non-empty string"),

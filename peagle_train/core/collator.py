@@ -59,6 +59,7 @@ class CODCollator:
         boundaries: "balanced" (cut by element count) or "uniform" (Algorithm 1 as published).
         seed: any int.
         pad_token_id: fills input_ids behind a row's end; never read by an element.
+        capacity_multiple: C is rounded up to a multiple of this: of 128 for CUDA, whose attention works in such blocks.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class CODCollator:
         boundaries: str = "balanced",
         seed: int = 0,
         pad_token_id: int = 0,
+        capacity_multiple: int = 1,
     ) -> None:
         check_cod_arguments(num_depths, down_sample_ratio, down_sample_ratio_min)
         if max_length < num_depths:
@@ -85,9 +87,10 @@ class CODCollator:
         self.boundaries = boundaries
         self.seed = seed
         self.pad_token_id = pad_token_id
-        self.capacity = segment_capacity(
+        capacity = segment_capacity(
             max_length, num_depths, down_sample_ratio, down_sample_ratio_min, num_segments, boundaries
         )
+        self.capacity = -(-capacity // capacity_multiple) * capacity_multiple
         # Shared memory, so that set_epoch in the main process reaches workers that live on (persistent_workers).
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 

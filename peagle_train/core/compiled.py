@@ -62,7 +62,8 @@ class CompiledDraft:
     Args:
         draft: on its device.
         backend: torch.compile's; "inductor", or "aot_eager" to test.
-        mode: torch.compile's, e.g. "reduce-overhead" for CUDA graphs.
+        mode: torch.compile's, e.g. "max-autotune-no-cudagraphs". Not one with CUDA graphs: gradients lie in their memory,
+            and a step's second backward would overwrite those of the first.
     """
 
     def __init__(self, draft: PEagleDraft, backend: Any = "inductor", mode: str | None = None) -> None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
+from peagle_train.core.attention import uses_flex
+from peagle_train.core.block_mask import BLOCK_SIZE
 from peagle_train.core.collator import CODCollator
 from peagle_train.core.draft import PEagleDraft, RMSNorm
 from peagle_train.core.draft_config import PEagleDraftConfig
@@ -189,7 +191,8 @@ def make_draft(
     return draft
 
 
-def make_collator(recipe: Recipe, seed: int) -> CODCollator:
+def make_collator(recipe: Recipe, seed: int, device: torch.device | None = None) -> CODCollator:
+    """`device`: that the drafter trains on, for its attention's blocks."""
     cod = recipe.cod
     return CODCollator(
         recipe.data.max_length,
@@ -199,6 +202,7 @@ def make_collator(recipe: Recipe, seed: int) -> CODCollator:
         cod.segments,
         cod.boundaries,
         seed=seed,
+        capacity_multiple=BLOCK_SIZE if device and uses_flex(device) else 1,
     )
 
 

@@ -53,7 +53,7 @@ class Evaluator:
 
     def __init__(self, runner: BatchRunner, rows: PackedRows) -> None:
         self.runner, self.rows = runner, rows
-        self.collator = make_collator(runner.recipe, EVAL_SEED)
+        self.collator = make_collator(runner.recipe, EVAL_SEED, runner.device)
         self._outside: float | None = None
 
     @torch.no_grad()

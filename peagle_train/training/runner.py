@@ -1,5 +1,10 @@
 """Target and drafter over one micro-batch, in the recipe's segments; training and evaluation share it."""
 
+import logging
+import os
+import shutil
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,13 +18,34 @@ from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.plan import Plan, plan_segments
 from peagle_train.core.relay import RelayBuffers, context_chunks, needed_segments, relay_step
 from peagle_train.core.segments import StepStats, TargetOutputs, recompute_step
-from peagle_train.recipe import Recipe
+from peagle_train.recipe import Recipe, Train
 from peagle_train.target.base import TargetBase
 from peagle_train.target.feature_cache import FIELDS
 from peagle_train.training.distributed import is_sharded, max_counts
 from peagle_train.training.profile import span
 
+logger = logging.getLogger(__name__)
+
 Batch = dict[str, Tensor]
+
+
+def check_flex(train: Train) -> None:
+    """What flex attention needs: a compiler for Triton (ValueError), and bfloat16 to be fast (a warning)."""
+    missing = []
+    if "CC" not in os.environ and not shutil.which("gcc") and not shutil.which("clang"):
+        missing.append("a C compiler (gcc or clang, or name one in CC)")
+    if not Path(str(sysconfig.get_config_var("INCLUDEPY")), "Python.h").exists():
+        missing.append("Python's headers (python3-dev, or conda's python)")
+    if missing:
+        raise ValueError(
+            f"Triton, which compiles the drafter's attention on CUDA, needs {' and '.join(missing)}: install it"
+        )
+    if train.mixed_precision == "no":
+        logger.warning(
+            "train.mixed_precision is no: the drafter's attention is an order of magnitude slower on CUDA in %s than in"
+            " bfloat16; give train.mixed_precision=bf16",
+            train.dtype,
+        )
 
 
 class BatchRunner:

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from peagle_train.core.attention import uses_flex
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.data.chat_template import check_template
 from peagle_train.data.packing import PackReport
@@ -31,6 +32,7 @@ from peagle_train.training.checkpoint import check_not_in_use, check_output
 from peagle_train.training.distributed import check_device, check_device_map, check_launch
 from peagle_train.training.resume import Checkpoint, keep_drafter, keep_segments, open_resume
 from peagle_train.training.run_checkpoint import restore
+from peagle_train.training.runner import check_flex
 from peagle_train.training.sharded import check_sharding, world_mesh
 from peagle_train.training.summary import describe_summary
 from peagle_train.training.trackers import check_tracker
@@ -74,6 +76,8 @@ def _train(recipe: Recipe, resume: str | None) -> str:
     check_launch(accelerator.num_processes)
     peers.connect()
     check_sharding(recipe.train.sharding, accelerator.distributed_type)  # mistakes come before the target is loaded
+    if uses_flex(accelerator.device):
+        check_flex(recipe.train)
     say = print if accelerator.is_main_process else (lambda *_: None)
 
     target = load_target(recipe, accelerator)

@@ -105,7 +105,7 @@ class Trainer:
         self.trained = [p for p in self.draft.parameters() if p.requires_grad]
         self.runner = BatchRunner(recipe, accelerator, target, self.draft)
         self.evaluator = Evaluator(self.runner, eval_rows)
-        self.collator = make_collator(recipe, train.seed)
+        self.collator = make_collator(recipe, train.seed, self.device)
         self.sampler = StepBatchSampler(
             len(train_rows),
             train.batch_size,
