@@ -21,6 +21,7 @@ from peagle_train.recipe import load_recipe
 from peagle_train.target.cache_run import write_cache
 from peagle_train.target.feature_cache import FeatureCache
 from peagle_train.target.frozen import FrozenTarget
+from peagle_train.training.runner import BatchRunner
 from tests.tiny import make_target, write_recipe, write_rows
 
 ROOT = Path(__file__).parent.parent
@@ -102,6 +103,31 @@ def test_training_from_a_cache_gives_the_weights_of_training_without(
         assert {k: a.get(k) for k in ("loss", "accuracy", "mass_outside")} == {
             k: b.get(k) for k in ("loss", "accuracy", "mass_outside")
         }
+
+
+def test_features_are_read_one_micro_batch_ahead_however_many_a_step_has(
+    tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"max_steps": 3, "gradient_accumulation_steps": 4}
+    recipe = recipe_in(tmp_path, target, rows, train=settings, data={"pack": False, "eval_fraction": 0.0})
+    folder = cache(recipe, tmp_path / "cache")
+    read, run, events = FeatureCache.read, BatchRunner.run, []
+
+    def reading(self: FeatureCache, *arguments: Any) -> Any:
+        events.append("read")
+        return read(self, *arguments)
+
+    def running(self: BatchRunner, *arguments: Any, **keywords: Any) -> Any:
+        found = run(self, *arguments, **keywords)
+        events.append("run")
+        return found
+
+    monkeypatch.setattr(FeatureCache, "read", reading)
+    monkeypatch.setattr(BatchRunner, "run", running)
+    train(recipe, tmp_path / "run", f"target.cache={folder}")
+    assert events.count("read") == events.count("run") == 12
+    for i in range(len(events)):
+        assert events[:i].count("read") <= events[:i].count("run") + 2
 
 
 def test_packing_masks_and_batches_may_change_without_a_new_cache(tmp_path: Path, target: Path, rows: Path) -> None:

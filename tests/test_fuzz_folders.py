@@ -56,8 +56,9 @@ def read_cache(folder: Path, world: dict[str, Any]) -> list[Any]:
     recipe = load_recipe(world["recipe"], [f"target.cache={folder}"])
     target = CachedTarget.opener(recipe.target)(recipe.target.path, dtype=recipe.target.dtype)
     target.check()
-    data = target.attach(load_training_data(recipe, None, VOCAB, MASK, lambda _: None))
-    rows = [data.train_rows[i] for i in range(len(data.train_rows))]
+    data = load_training_data(recipe, None, VOCAB, MASK, lambda _: None)
+    target.check_rows(data)
+    rows = [target.cache.read(data.train_rows[i]) for i in range(len(data.train_rows))]
     return [target.head_weight(), target.embedding_rows(), *({name: row[name] for name in sorted(row)} for row in rows)]
 
 

@@ -48,6 +48,10 @@ class TargetBase(ABC):
         weight = self.head_weight()
         return weight[token_ids.to(weight.device)]
 
+    def expect(self, batch: dict[str, Tensor]) -> None:
+        """`outputs` will be asked for this very batch soon: begin to read what it needs, if anything is read."""
+        return
+
     @abstractmethod
     def outputs(self, batch: dict[str, Tensor], head_rows: Tensor) -> TargetOutputs:
         """What a step needs of the target for a collator's batch, on the device of `head_rows`.

@@ -3,19 +3,19 @@
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoConfig
 
 from peagle_train.core.segments import TargetOutputs
-from peagle_train.data.packing import PackedRows
 from peagle_train.data.training_data import TrainingData
 from peagle_train.recipe import Target
 from peagle_train.target.base import TargetBase, default_layer_ids
-from peagle_train.target.feature_cache import FIELDS, CachedRows, FeatureCache, fingerprint
+from peagle_train.target.feature_cache import FIELDS, FeatureCache, fingerprint
 
 logger = logging.getLogger(__name__)
 AGAIN = "make the cache again with tools/cache_features.py, or change the recipe"
@@ -23,17 +23,20 @@ AGAIN = "make the cache again with tools/cache_features.py, or change the recipe
 
 class CachedTarget(TargetBase):
     """A target that answers from a `FeatureCache`: its layers are never loaded, its head stays on the disk until its rows
-    are asked for. Batches must come from `attach`ed rows.
+    are asked for. Batches must be of rows that `check_rows` has seen, or bring features of their own.
 
     Args:
-        cache: whole. config: the target's.
+        cache: whole. config: the target's. pin: read into page-locked memory, for a CUDA device.
     """
 
-    def __init__(self, cache: FeatureCache, config: Any) -> None:
+    def __init__(self, cache: FeatureCache, config: Any, pin: bool = False) -> None:
         self.cache = cache
         self.config = config.get_text_config()
         self.layer_ids = list(cache.index.layer_ids)
         self._head: Tensor | None = None
+        self._pin = pin
+        self._reader = ThreadPoolExecutor(1)
+        self._coming: dict[int, tuple[dict[str, Tensor], Future[dict[str, Tensor]]]] = {}  # by the batch's id
 
     @classmethod
     def opener(cls, target: Target) -> Callable[..., "CachedTarget"]:
@@ -49,6 +52,7 @@ class CachedTarget(TargetBase):
         cache: str,
         cache_dtype: str = "auto",
         dtype: str = "auto",
+        device: torch.device | None = None,
         layer_ids: Sequence[int] | None = None,
         trust_remote_code: bool = False,
         **unused: Any,
@@ -74,10 +78,10 @@ class CachedTarget(TargetBase):
                 f"target.cache {cache} was computed in {index.computed_in}, target.dtype is {dtype}: {AGAIN}, as with"
                 " target.dtype=auto"
             )
-        return cls(opened, config)
+        return cls(opened, config, pin=device is not None and device.type == "cuda")
 
-    def attach(self, data: TrainingData) -> TrainingData:
-        """The same rows with their features; ValueError if the cache lacks some."""
+    def check_rows(self, data: TrainingData) -> None:
+        """ValueError if the cache lacks some of the rows' features."""
         rows = {"data.sources": data.train_rows, "held-out rows": data.eval_rows}
         for name, part in rows.items():
             total, lacking, longest = self.cache.missing(part)
@@ -87,12 +91,6 @@ class CachedTarget(TargetBase):
                     f" {longest} tokens (it was made of {self.cache.index.pieces} pieces with data.max_length"
                     f" {self.cache.index.max_length}): {AGAIN}"
                 )
-        return replace(
-            data, train_rows=self._with_features(data.train_rows), eval_rows=self._with_features(data.eval_rows)
-        )
-
-    def _with_features(self, rows: PackedRows) -> CachedRows:
-        return CachedRows(rows, self.cache)
 
     @property
     def vocab_size(self) -> int:
@@ -109,9 +107,33 @@ class CachedTarget(TargetBase):
     def eos_token_ids(self) -> list[int]:
         return self.cache.index.eos_token_ids
 
+    def expect(self, batch: dict[str, Tensor]) -> None:
+        if FIELDS[0] in batch:
+            return
+        B, L = batch["input_ids"].shape
+        T = self.hidden_size
+        # Allocated here: page-locked memory belongs to the device of the thread that asks for it.
+        room = {
+            name: torch.empty(B, L, width, dtype=self.cache.dtype, pin_memory=self._pin)
+            for name, width in zip(FIELDS, (3 * T, T), strict=True)
+        }
+        self._coming[id(batch)] = batch, self._reader.submit(self._read, batch, room)
+
+    def _read(self, batch: dict[str, Tensor], room: dict[str, Tensor]) -> dict[str, Tensor]:
+        for b, documents in enumerate(batch["document_ids"]):
+            n = int((documents >= 0).sum())
+            row = {name: batch[name][b, :n] for name in ("input_ids", "document_ids")}
+            self.cache.read(row, {name: tensor[b] for name, tensor in room.items()})
+            for tensor in room.values():
+                tensor[b, n:] = 0
+        return room
+
     def outputs(self, batch: dict[str, Tensor], head_rows: Tensor) -> TargetOutputs:
-        """What the batch brought along, in the dtype in which the target computed."""
-        features, last_hidden = (batch[n].to(head_rows.device, head_rows.dtype, non_blocking=True) for n in FIELDS)
+        """What the cache has for the batch, in the dtype in which the target computed."""
+        if id(batch) not in self._coming:
+            self.expect(batch)
+        known = batch if FIELDS[0] in batch else self._coming.pop(id(batch))[1].result()
+        features, last_hidden = (known[n].to(head_rows.device, head_rows.dtype, non_blocking=True) for n in FIELDS)
         return TargetOutputs(features, last_hidden, head_rows)
 
     def check(self) -> None:

@@ -30,7 +30,7 @@ from peagle_train.data.packing import PackedRows
 
 INDEX, HEAD, VERSION = "cache.json", "head.safetensors", 2
 FIELDS = ("features", "last_hidden")
-"""What a row has more than tokens: bit for bit what the target gave, in the cache's dtype."""
+"""Of a row's tokens: bit for bit what the target gave, in the cache's dtype."""
 Key = tuple[int, int]
 
 
@@ -162,7 +162,7 @@ def _sum(content: dict[str, Any]) -> str:
 
 
 class FeatureCache:
-    """A whole folder, memory-mapped. Processes that a loader starts open the files anew.
+    """A whole folder, memory-mapped.
 
     Raises:
         ValueError: one line, for a folder that is no cache or not a whole one.
@@ -220,11 +220,12 @@ class FeatureCache:
                     lacking, longest = lacking + 1, max(longest, part.stop - part.start)
         return total, lacking, longest
 
-    def read(self, row: Mapping[str, Any]) -> dict[str, Tensor]:
-        """`FIELDS` of a row's tokens: [n, 3T] and [n, T]."""
-        T = self.index.hidden_size
-        n = row["input_ids"].numel()
-        out = {"features": torch.empty(n, 3 * T, dtype=self.dtype), "last_hidden": torch.empty(n, T, dtype=self.dtype)}
+    def read(self, row: Mapping[str, Any], out: Mapping[str, Tensor] | None = None) -> Mapping[str, Tensor]:
+        """`FIELDS` of a row's n tokens, [n, 3T] and [n, T]; `out`: where to put them, in the first n places."""
+        if out is None:
+            T, n = self.index.hidden_size, row["input_ids"].numel()
+            widths = zip(FIELDS, (3 * T, T), strict=True)
+            out = {name: torch.empty(n, width, dtype=self.dtype) for name, width in widths}
         for part in pieces_of(row):
             shard, start, length = self._where[piece_key(row["input_ids"][part])]
             assert length == part.stop - part.start, "two pieces have one key"
@@ -264,18 +265,3 @@ class FeatureCache:
             f"target.cache {self.folder}: {name} is not what was written (cut or edited): run the same"
             " tools/cache_features.py again, which writes it anew"
         )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": {}}
-
-
-class CachedRows(PackedRows):
-    """Rows that bring their features along."""
-
-    def __init__(self, rows: PackedRows, cache: FeatureCache) -> None:
-        self.__dict__.update(rows.__dict__)
-        self._cache = cache
-
-    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
-        row = super().__getitem__(index)
-        return {**row, **self._cache.read(row)}

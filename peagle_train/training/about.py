@@ -24,7 +24,7 @@ def about_data(rows: PackedRows, report: PackReport, max_length: int) -> dict[st
     """Lengths, fill and supervised share of the rows to train on, plain values.
 
     Args:
-        rows: before any features are attached. report: of the same rows.
+        rows: all of them. report: of the same rows.
     """
     layout = rows.layout()
     lengths = layout["piece_lengths"]

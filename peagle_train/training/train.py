@@ -93,7 +93,7 @@ def _train(recipe: Recipe, resume: str | None) -> str:
     data = load_training_data(recipe, tokenizer, target.vocab_size, mask_token_id, say)
     described = about_data(data.train_rows, data.report, recipe.data.max_length)
     if isinstance(target, CachedTarget):
-        data = target.attach(data)
+        target.check_rows(data)
 
     draft = _draft(shaped, target, tokenizer, mask_token_id, data.counts_V, start, say)
     if start and checkpoint is None:
@@ -161,7 +161,6 @@ def arithmetic(trainer: Trainer, report: PackReport) -> str:
     """The run's sizes, derived from the recipe and the data."""
     collator, recipe = trainer.collator, trainer.recipe
     sample = min(8, len(trainer.train_rows))
-    # One at a time: rows of a cache bring their features along.
     drawn = [collator([trainer.train_rows[0, i]])["depth"] for i in range(sample)]
     elements = float(sum((depth >= 0).sum() for depth in drawn)) / sample
     slots = collator.capacity * collator.num_segments

@@ -125,6 +125,7 @@ class Trainer:
         self.guard = Guard(self.folder, train.max_bad_steps)
         self._agreed_stop: str | None = None  # the signal's name, whichever rank got it
         self._agreed_save = False
+        self._following: list[Batch] = []  # the next step's micro-batches
         # The run's state beside the drafter's: see run_checkpoint.py, which saves it and puts it back.
         self.step = 0
         self.saved_step: int | None = None
@@ -238,7 +239,11 @@ class Trainer:
         return self._agreed_stop is not None
 
     def _steps(self) -> Generator[list[Batch], None, None]:
-        """Each optimizer step's micro-batches, on the host."""
+        """Each optimizer step's micro-batches, on the host.
+
+        A step's supervised elements are counted before its first pass, so all of its draws are here at once, and those of
+        the next step; a cache's features, hundreds of times as large, are read one micro-batch ahead.
+        """
         loader = DataLoader(
             self.train_rows,
             batch_sampler=self.sampler,
@@ -249,13 +254,18 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
         )
         self.pace.restart()
-        iterator = iter(loader)
+        iterator, self._following = iter(loader), []
+
+        def draw() -> list[Batch]:
+            return [next(iterator) for _ in range(self.recipe.train.gradient_accumulation_steps)]
+
         try:
             for step in range(self.step + 1, self.num_steps + 1):
                 self.profiler.before(step)
                 started = time.perf_counter()
                 with span("loader wait"):
-                    batches = [next(iterator) for _ in range(self.recipe.train.gradient_accumulation_steps)]
+                    batches = self._following or draw()
+                    self._following = draw() if step < self.num_steps else []
                 self.pace.waited(time.perf_counter() - started)
                 yield batches
                 table = self.profiler.after(step, is_last=step == self.num_steps)
@@ -285,6 +295,8 @@ class Trainer:
         for i, (batch, plan) in enumerate(zip(batches, plans, strict=True)):
             if i > 0 and self._is_asked_to_stop():
                 raise StepDropped  # who asks may not wait for all of a long step; it is done again from its start
+            for coming in [*batches, *self._following][i + 1 : i + 2]:
+                self.target.expect(coming)
             sums.append(self.runner.run(batch, plan, scale, is_last=i == len(batches) - 1))
         stats = StepStats(
             torch.stack([s.loss for s in sums]).sum(),
