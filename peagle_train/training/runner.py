@@ -79,8 +79,14 @@ class BatchRunner:
         """The target's outputs for a batch on the host; on the device, unless `offload_features`."""
         with span("target"):
             target = self.target.outputs(batch, self.head_rows)
-        if self.recipe.train.offload_features:
-            target.features, target.last_hidden = target.features.to("cpu"), target.last_hidden.to("cpu")
+        if self.recipe.train.offload_features and self.device.type == "cuda":
+            # Page-locked, or every segment's piece would wait for its copy back.
+            held = [
+                torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+                for tensor in (target.features, target.last_hidden)
+            ]
+            torch.cuda.current_stream(self.device).synchronize()  # the host cuts pieces out of them
+            target.features, target.last_hidden = held
         return target
 
     def run(
