@@ -67,6 +67,9 @@ def _close_resume(arguments: list[str]) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0; 2 for a user's mistake, 1 for a run that had to stop; one line on stderr says why."""
     print_anything()
+    if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
+        # Else segments of several sizes leave holes. torch reads this when its CUDA allocator starts.
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     with outside_the_loop(lambda error: os._exit(_interrupted(error))):
         return _main(arguments)
 

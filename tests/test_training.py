@@ -1,6 +1,7 @@
 """Runs from recipe to drafter on one process: what is written, what is equal, what stops."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -269,6 +270,20 @@ def test_an_output_folder_that_holds_something_is_left_alone(
     (tmp_path / "other" / "file").write_text("mine")
     assert main([str(recipe), f"output.dir={tmp_path / 'other'}"]) == 2
     assert "not empty" in capsys.readouterr().err
+
+
+def test_cudas_allocator_gets_expandable_segments_unless_the_user_has_set_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+    for given in ({}, {names[0]: "backend:native"}, {names[1]: "backend:native"}):
+        for name in names:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        assert main([]) == 2
+        found = {name: os.environ[name] for name in names if name in os.environ}
+        assert found == (given or {names[0]: "expandable_segments:True"})
 
 
 def test_print_config_shows_every_setting_and_reads_back(
