@@ -14,9 +14,7 @@ from peagle_train.data.vocab import (
     choose_draft_vocab,
     count_supervised,
     coverage,
-    d2t_offsets,
     default_mask_token_id,
-    t2d_mask,
 )
 
 VOCAB = 12
@@ -81,17 +79,6 @@ def test_supervised_ids_outside_of_the_vocabulary_are_refused() -> None:
     for token in (12, -1):
         with pytest.raises(ValueError, match=r"outside of the vocabulary 0\.\.11"):
             count_supervised([document([1, token], [1, 1])], VOCAB)
-
-
-def test_offsets_and_mask_lead_from_draft_tokens_to_target_tokens_and_back() -> None:
-    ids = torch.tensor([0, 3, 4, 11])
-    offsets, mask = d2t_offsets(ids), t2d_mask(ids, VOCAB)
-    assert offsets.dtype == torch.int64 and mask.dtype == torch.bool
-    assert [i + int(offset) for i, offset in enumerate(offsets)] == [0, 3, 4, 11]
-    assert mask.nonzero().flatten().tolist() == [0, 3, 4, 11] and mask.shape == (VOCAB,)
-    assert d2t_offsets(torch.arange(VOCAB)).tolist() == [0] * VOCAB
-    with pytest.raises(AssertionError):
-        d2t_offsets(torch.tensor([3, 3]))
 
 
 def test_coverage_is_the_share_of_supervised_tokens_that_can_be_drafted() -> None:

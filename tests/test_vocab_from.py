@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peagle_train.__main__ import main
-from peagle_train.data.vocab import d2t_offsets, end_of_turn_ids, eos_token_ids, t2d_mask
+from peagle_train.data.vocab import end_of_turn_ids, eos_token_ids, t2d_mask
 from peagle_train.data.vocab_from import read_draft_vocab
 from peagle_train.recipe import Data, Draft
 from peagle_train.target.frozen import FrozenTarget
@@ -28,7 +28,7 @@ TARGET = SimpleNamespace(
     config=SimpleNamespace(eos_token_id=3),
     eos_token_ids=lambda: [3, 4],
 )
-D2T, T2D = d2t_offsets(IDS), t2d_mask(IDS, VOCAB)
+D2T, T2D = IDS - torch.arange(len(IDS)), t2d_mask(IDS, VOCAB)
 
 
 def read(path: Path, size: int | None = None, always: tuple[int, ...] = (), target: Any = TARGET) -> Tensor:
@@ -167,8 +167,8 @@ def test_the_end_of_a_turn_is_that_of_the_recipes_own_template(tmp_path: Path) -
     plain.add_tokens(["w9"])
     data.template_kwargs = {"finish": "w9"}
     assert 9 in always_drafted(plain, target, 1, data) and 9 not in always_drafted(plain, target, 1)
-    save_file({"d2t": d2t_offsets(torch.tensor([0, 7, 9]))}, tmp_path / "ends.safetensors")
-    save_file({"d2t": d2t_offsets(torch.tensor([0, 2, 9]))}, tmp_path / "own.safetensors")
+    save_file({"d2t": torch.tensor([0, 6, 7])}, tmp_path / "ends.safetensors")
+    save_file({"d2t": torch.tensor([0, 1, 7])}, tmp_path / "own.safetensors")
     for name in ("ends", "own"):
         draft = Draft(vocab_from=str(tmp_path / f"{name}.safetensors"))
         assert 9 in read_draft_vocab(draft, target, plain, [], data)

@@ -5,11 +5,13 @@ vocabulary. B: rows, N: elements of a pass, M: leading slots that hold depth-0 e
 H: hidden size, T: the target's hidden size, D: head dim, A: query heads, G: key/value heads.
 """
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -19,8 +21,6 @@ from peagle_train.core.attention import attend
 from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.core.loss import chunked_linear_loss
 from peagle_train.core.visibility import Causal, Visibility
-from peagle_train.data.vocab import d2t_offsets, t2d_mask
-from peagle_train.training.profile import span
 
 KV = tuple[Tensor, Tensor]
 """Keys (rotated) and values of one layer, [B, G, n, D] each."""
@@ -192,10 +192,10 @@ class PEagleDraft(PreTrainedModel):
     def set_draft_vocab(self, draft_token_ids: Tensor) -> None:
         """Fill d2t and t2d from the target's ids of the draft vocabulary, int64 [Vd], ascending and distinct."""
         assert draft_token_ids.shape == (self.lm_head.out_features,)
-        offsets, mask = d2t_offsets(draft_token_ids), t2d_mask(draft_token_ids, self.config.vocab_size)
+        assert bool((draft_token_ids[1:] > draft_token_ids[:-1]).all()), "draft ids must ascend"
         if self.d2t is not None and self.t2d is not None:
-            self.d2t.copy_(offsets)
-            self.t2d.copy_(mask)
+            self.d2t.copy_(draft_token_ids - torch.arange(draft_token_ids.numel()))
+            self.t2d.zero_()[draft_token_ids] = True
 
     def forward(
         self,
@@ -247,7 +247,7 @@ class PEagleDraft(PreTrainedModel):
         hidden = self.norm(hidden)
         if labels is None:
             return DraftOutput(hidden, keys_values, None, None)
-        with span("loss"):
+        with nullcontext() if torch.compiler.is_compiling() else record_function("peagle::loss"):
             loss, hits = chunked_linear_loss(
                 hidden.flatten(0, 1) if labels.rows is None else hidden.flatten(0, 1)[labels.rows],
                 self.lm_head.weight,

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from peagle_train.core.compiled import CompiledDraft
 from peagle_train.core.draft import KV, PEagleDraft
@@ -36,7 +37,6 @@ from peagle_train.core.segments import (
     visibility_of,
 )
 from peagle_train.core.visibility import GRID
-from peagle_train.training.profile import span
 
 Backward = Callable[[Sequence[Tensor], Sequence[Tensor | None]], None]
 
@@ -136,7 +136,7 @@ def relay_step(
         buffers.prepare(draft.config, B, L, like=torch.empty(0, dtype=compute_dtype(draft, device), device=device))
         buffers.forget()
     chunks = context_chunks(plan, passes)
-    with span("pass A"):
+    with record_function("peagle::pass A"):
         for columns in chunks:
             _run_context(draft, batch, target, buffers, columns, plan)
     torch.clear_autocast_cache()  # weights cast without grad in pass A must not serve pass B
@@ -164,7 +164,7 @@ def relay_step(
         # Sharded ranks and compiled drafters run every pass in full, whether it has something to learn or not.
         in_full = has_labels or min_passes is not None or plan.static
         context = None if P == 0 else buffers.leaves(P) if with_grad else buffers.context(P)
-        with span("pass B forward"):
+        with record_function("peagle::pass B forward"):
             output = run(
                 draft,
                 own,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from peagle_train.core import attention
 from peagle_train.core.compiled import CompiledDraft
@@ -17,7 +18,6 @@ from peagle_train.core.draft import KV, DraftOutput, Labels, PEagleDraft
 from peagle_train.core.elements import Elements, context_elements, gather_elements
 from peagle_train.core.plan import Plan, Segment, plan_segments
 from peagle_train.core.visibility import Visibility
-from peagle_train.training.profile import span
 
 Backward = Callable[[Tensor], None]
 
@@ -102,7 +102,7 @@ def recompute_step(
             elements, plan.num_depths, M=P + segment.num_depth0, first_rollout=P + segment.first_rollout, cut=P
         )
         labels = labels_of(own, segment, target, loss, chunk_rows, plan.static)
-        with span("pass B forward"):
+        with record_function("peagle::pass B forward"):
             output = run(draft, elements, target, slice(0, segment.anchors.stop), visibility, skip=P, labels=labels)
         account(stats, output, own, segment)
         if backward is not None:

@@ -86,12 +86,6 @@ def count_repeated(table: "DocumentTable", times_D: np.ndarray, vocab_size: int)
     return counts_V
 
 
-def d2t_offsets(draft_ids: Tensor) -> Tensor:
-    """int64 [Vd]: what to add to a draft token to get the target's (vLLM's `d2t`)."""
-    assert bool((draft_ids[1:] > draft_ids[:-1]).all()), "draft ids must ascend"
-    return draft_ids - torch.arange(draft_ids.numel(), dtype=torch.int64)
-
-
 def t2d_mask(draft_ids: Tensor, vocab_size: int) -> Tensor:
     """bool [V]: which of the target's tokens can be drafted (vLLM's `t2d`)."""
     mask_V = torch.zeros(vocab_size, dtype=torch.bool)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
-from peagle_train.data.vocab import d2t_offsets, t2d_mask
+from peagle_train.data.vocab import t2d_mask
 
 MAY_LACK = ("mask_hidden", "embed_tokens.weight", "lm_head.weight")
 """What an EAGLE-3 drafter may come without: the first is P-EAGLE's, the others are then the target's."""
@@ -103,7 +103,7 @@ def fit_tensors(config: PEagleDraftConfig, tensors: dict[str, Tensor]) -> tuple[
             tensors["lm_head.weight"] = tensors["lm_head.weight"][order]
         notes.append("the draft vocabulary was brought into ascending order, lm_head with it")
     if pruned:
-        tensors["d2t"], tensors["t2d"] = d2t_offsets(ids[order]), t2d_mask(ids, config.vocab_size)
+        tensors["d2t"], tensors["t2d"] = ids[order] - torch.arange(len(ids)), t2d_mask(ids, config.vocab_size)
         if "t2d" not in stored:
             notes.append("t2d was filled in from d2t")
     elif stored:
