@@ -99,7 +99,7 @@ def _run(options: argparse.Namespace) -> int:
         if getattr(options, name):
             check_path(f"--{name}", getattr(options, name))
     if options.summary:
-        from peagle_train.training.summary import read_summary
+        from peagle_train.training.metrics import read_summary
 
         print(read_summary(Path(options.summary)))
         return 0

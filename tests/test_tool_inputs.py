@@ -73,7 +73,6 @@ def test_a_benchs_bad_number_is_named_with_its_option(
         f"prepare_data.py {LONG}",
         f"show_row.py {LONG} --row 0",
         f"show_batch.py {LONG}",
-        f"show_memory.py {LONG}",
     ],
 )
 def test_a_name_that_is_too_long_for_a_file_is_one_line(

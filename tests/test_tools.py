@@ -20,9 +20,8 @@ STOPPED = [
     ("show_row", "peagle_train.recipe.load_recipe", ["x.yaml", "--row", "0"]),
     ("evaluate", "peagle_train.decoding.acceptance_run.run", ["x", "--prompts", "stdlib"]),
     ("export", "peagle_train.serving.export.find_drafter", ["x", "--check"]),
-    ("report", "peagle_train.pictures.report.write_report", ["x"]),
-    ("show_batch", "peagle_train.pictures.batch.example_row", ["--example"]),
-    ("show_memory", "peagle_train.memory.memory_sizes.parse_device", ["--on", "cuda:79"]),
+    ("report", "peagle_train.report.write_report", ["x"]),
+    ("show_batch", "peagle_train.show.write_picture", ["--example"]),
     ("import", "peagle_train.serving.import_drafter.import_drafter", ["x", "--out", "y"]),
 ]
 

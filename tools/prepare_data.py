@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
     from peagle_train.data.prepare import prepare_recipe
     from peagle_train.recipe import load_recipe
     from peagle_train.schema import as_override
-    from peagle_train.training.about import cores
+    from peagle_train.training.metrics import cores
 
     recipe = load_recipe(options.recipe, options.overrides)
     out = options.out or recipe.data.prepared

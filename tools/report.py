@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""One HTML page about runs, finished or running: curves, throughput, memory, data, settings; several runs overlaid.
+"""One HTML page about runs, finished or running: results, curves, data, settings; several runs side by side.
 
-The page needs no other file; its figures are written beside it as PNGs, too. Needs matplotlib (the extra `report`).
+The page needs no other file. Needs matplotlib (the extra `report`).
 """
 
 import argparse
@@ -33,10 +33,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     # Heavy imports happen here, so that --help answers at once.
-    from peagle_train.pictures.report import write_report
+    from peagle_train.report import write_report
 
-    paths = write_report([Path(name).expanduser() for name in options.runs], Path(options.out))
-    print(f"{paths[0]} and {len(paths) - 1} figures beside it")
+    write_report([Path(name).expanduser() for name in options.runs], Path(options.out))
+    print(options.out)
 
 
 if __name__ == "__main__":

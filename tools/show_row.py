@@ -1,4 +1,4 @@
-"""Print a row of a recipe's data as training sees it: tokens, which are learned from, where documents end.
+"""Print a sequence of a recipe's data as training sees it: tokens, which are learned, where documents end.
 
     python tools/show_row.py RECIPE --row 3 [section.key=value ...]
     python tools/show_row.py RECIPE --row 3 --elements [--anchors 17,18,40]
@@ -23,8 +23,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a YAML file, as for training")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
-    parser.add_argument("--row", type=int, required=True, metavar="N", help="which row, from 0 on")
-    parser.add_argument("--held-out", action="store_true", help="of the rows to evaluate on")
+    parser.add_argument("--row", type=int, required=True, metavar="N", help="which sequence, from 0")
+    parser.add_argument("--held-out", action="store_true", help="of the held-out sequences")
     parser.add_argument("--elements", action="store_true", help="what elements read and predict, too")
     parser.add_argument("--anchors", type=numbers, metavar="A,B,...", help="whose elements (default: the first few)")
     parser.add_argument("--epoch", type=int, default=0, metavar="E", help="whose draw of elements (default: 0)")
@@ -37,10 +37,10 @@ def main() -> int:
 
 def run(options: argparse.Namespace) -> str:
     # Heavy imports happen here, so that --help answers at once.
-    from peagle_train.data.show_row import show_row
     from peagle_train.recipe import load_recipe
+    from peagle_train.show import show_sequence
 
-    return show_row(
+    return show_sequence(
         load_recipe(options.recipe, options.overrides),
         options.row,
         epoch=options.epoch,

@@ -1,18 +1,39 @@
-"""Numbers of a run: per-depth accuracy, expected accepted length, progress bar and JSON lines."""
+"""A run's numbers: accuracy by depth, pace, log lines, metrics.jsonl, trackers, a profile, the result of a finished run."""
 
 import json
+import logging
 import os
+import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import ProfileKwargs
+from torch import Tensor
 from tqdm import tqdm
 
-from peagle_train.training.pace import duration
+from peagle_train.durable import write_text
+from peagle_train.errors import one_line
+from peagle_train.training.checkpoint import MARKER, read_marker
+from peagle_train.training.run_state import versions
+
+logger = logging.getLogger(__name__)
+
+ABOUT = "about.json"
+"""In the output folder: data, versions and machine of a run; rewritten when it is resumed."""
+TRACKED = "tracker.json"
+"""In the output folder: the tracker's id of the run, so that a resumed run continues in it."""
+WAITS, SETTLED_STEPS = 0.1, 20
+"""Share of the time spent waiting for data, over at least this many steps, that is worth a line."""
 
 
 def accuracies(hits: Sequence[int], totals: Sequence[int]) -> list[float]:
@@ -29,46 +50,167 @@ def expected_accepted_length(accuracy: Sequence[float]) -> float:
     return total
 
 
+def padding_share(batches: Sequence[dict[str, Tensor]]) -> float:
+    """Share of the batches' element slots that hold no element."""
+    slots = sum(b["depth"].numel() for b in batches)
+    return sum(int((b["depth"] < 0).sum()) for b in batches) / slots
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Peak since the start: of the CUDA allocator, or of this process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def cores() -> int:
+    """Those that this process may use; all of the machine where the system does not say (macOS)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def about_machine(device: torch.device, num_processes: int) -> dict[str, Any]:
+    """Versions and machine, for about.json."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    machine = {
+        "device": f"{device.type} ({name})",
+        "processes": num_processes,
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(terse=True),
+    }
+    return {"versions": versions(), "machine": machine}
+
+
+class Pace:
+    """How fast a run is and what it waits for, counted on the host: nothing waits for the device.
+
+    A *window* lies between two log lines. The first one includes compiling and first allocations: it is logged like the
+    others, but the time left and the advice ignore it as soon as there is another.
+
+    Args:
+        num_processes: ranks, assumed to do what this one does. num_workers: data.num_workers.
+    """
+
+    def __init__(self, num_processes: int = 1, num_workers: int = 0) -> None:
+        self.num_processes, self.num_workers = num_processes, num_workers
+        self._is_first, self._has_advised = True, False
+        self._settled_steps, self._settled_seconds, self._settled_wait = 0, 0.0, 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        """Start a window now; the current one is discarded."""
+        self._started = time.perf_counter()
+        self._steps, self._tokens, self._supervised, self._wait = 0, 0, 0, 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside does not count: an evaluation, a checkpoint."""
+        started = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - started
+
+    def waited(self, seconds: float) -> None:
+        """The loop waited for its loader."""
+        self._wait += seconds
+
+    def step(self, batches: Sequence[dict[str, Tensor]]) -> None:
+        """Count an optimizer step. `batches`: its micro-batches, on the host."""
+        self._steps += 1
+        self._tokens += sum(int((b["document_ids"] >= 0).sum()) for b in batches)
+        self._supervised += sum(int((b["supervised"] & (b["depth"] == 0)).sum()) for b in batches)
+
+    def close_window(self, steps_left: int) -> dict[str, Any]:
+        """The window's numbers: tokens/s and supervised tokens/s over all ranks, share of the time waiting, time left."""
+        seconds = max(time.perf_counter() - self._started, 1e-9)
+        if not self._is_first:
+            self._settled_steps += self._steps
+            self._settled_seconds += seconds
+            self._settled_wait += self._wait
+        self._is_first = False
+        pace = self._settled_seconds / self._settled_steps if self._settled_steps else seconds / self._steps
+        values = {
+            "tokens_per_second": self._tokens * self.num_processes / seconds,
+            "supervised_tokens_per_second": self._supervised * self.num_processes / seconds,
+            "loader_wait_share": min(1.0, self._wait / seconds),
+            "seconds_left": pace * steps_left,
+        }
+        self.restart()
+        return values
+
+    def advice(self) -> str | None:
+        """Once a run: what to change if it waits for its loader."""
+        share = self._settled_wait / max(self._settled_seconds, 1e-9)
+        if self._has_advised or self._settled_steps < SETTLED_STEPS or share < WAITS:
+            return None
+        self._has_advised = True
+        own = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        change = "raise data.num_workers" if self.num_workers < own else "only more cores would help"
+        return (
+            f"the run waits for data {share:.0%} of the time: {change} (data.num_workers is {self.num_workers},"
+            f" {own} cores a process)"
+        )
+
+
+class StepProfiler:
+    """Profiles the optimizer steps first..last (counted from 1) into `trace.json` in the output folder.
+
+    The spans in its table are the `record_function("peagle::NAME")` of the step's code; inside a compiled graph there are
+    none.
+    """
+
+    def __init__(self, steps: list[int] | None, folder: Path) -> None:
+        self.first, self.last = steps or (0, 0)
+        self.path = folder / "trace.json"
+        self._profile: Any = None
+
+    def before(self, step: int) -> None:
+        """Call before the step waits for its data."""
+        if step == self.first:
+            self._profile = ProfileKwargs().build()
+            self._profile.start()
+
+    def after(self, step: int, is_last: bool) -> str | None:
+        """Call after the step; after the last profiled step, or the run's last, returns a table of where the time went."""
+        if self._profile is None or (step < self.last and not is_last):
+            return None
+        profile, self._profile = self._profile, None
+        profile.stop()
+        profile.export_chrome_trace(str(self.path))
+        steps = step - self.first + 1
+        lines = [f"profile of {steps} steps, milliseconds a step on the host (and the device); trace: {self.path}"]
+        spans = [e for e in profile.key_averages() if e.key.startswith("peagle::") and e.cpu_time_total]
+        for event in sorted(spans, key=lambda e: -e.cpu_time_total):
+            device = f"  ({event.device_time_total / 1e3 / steps:.1f})" if event.device_time_total else ""
+            lines.append(f"  {event.key[len('peagle::') :]:<16}{event.cpu_time_total / 1e3 / steps:10.1f}{device}")
+        return "\n".join(lines)
+
+
+def check_tracker(name: str | None) -> None:
+    """ValueError, with what to install, unless the recipe's train.log_with can be used."""
+    try:
+        if name is not None:
+            metadata.version(name)
+    except metadata.PackageNotFoundError:
+        raise ValueError(
+            f"train.log_with is {name}, which is not installed: pip install {name}, or set train.log_with to null"
+            " (metrics.jsonl is written either way)"
+        ) from None
 
 
 class Reporter:
-    """Rank 0's voice: a progress bar on a terminal, plain lines elsewhere, and `metrics.jsonl` in the output folder.
+    """The main process's output: `metrics.jsonl`, log lines, a progress bar on a terminal, and Accelerate's tracker."""
 
-    Args:
-        also: called with (kind, values) for each line of metrics.jsonl.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        num_steps: int,
-        active: bool,
-        start_step: int = 0,
-        also: Callable[[str, dict[str, Any]], object] = lambda kind, values: None,
-    ) -> None:
-        self.active, self.also = active, also
-        self.path = folder / "metrics.jsonl"
-        self.lines = 0
-        self.start_time = time.perf_counter()
-        self.bar = tqdm(
-            total=num_steps,
-            initial=start_step,
-            unit="step",
-            disable=not (active and sys.stderr.isatty()),
-            leave=False,
-        )
+    def __init__(self, folder: Path, num_steps: int, accelerator: Accelerator, start_step: int = 0) -> None:
+        self.folder, self.accelerator, self.active = folder, accelerator, accelerator.is_main_process
+        self.path, self.lines, self.start_time = folder / "metrics.jsonl", 0, time.perf_counter()
+        hidden = not (self.active and sys.stderr.isatty())
+        self.bar = tqdm(total=num_steps, initial=start_step, unit="step", disable=hidden, leave=False)
 
     def step(self) -> None:
         self.bar.update(1)
 
     def record(self, kind: str, line: str, **values: Any) -> None:
-        """One JSON line and one line for a person."""
+        """Write a line of metrics.jsonl, print one for a person, and log the numbers to the tracker."""
         if not self.active:
             return
         with self.path.open("a", encoding="utf-8") as file:
@@ -78,10 +220,10 @@ class Reporter:
         if "loss" in values:
             shown = f"loss {values['loss']:.3f}, accepted {values['expected_accepted_length']:.2f}"
             self.bar.set_postfix_str(f"{kind} {shown}")
-        self.also(kind, values)
+        self._track(kind, values)
 
     def sync(self) -> None:
-        """Have the lines so far on disk, whatever happens to the machine."""
+        """Flush the lines written so far to the disk."""
         if self.active and self.path.exists():
             with self.path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -94,6 +236,54 @@ class Reporter:
     def close(self) -> None:
         self.bar.close()
 
+    # ---- the tracker: another's service, so one that fails costs a warning, never the run
+
+    def start_tracker(self, step: int, config: dict[str, dict[str, Any]]) -> None:
+        """Open the tracker's run, or continue it after `step`. `config`: the recipe's sections as plain values."""
+        if not (self.active and self.accelerator.log_with):
+            return
+        tracker, title, memo = config["train"]["log_with"], self.folder.resolve().name, self.folder / TRACKED
+        flat = {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
+        flat = {key: v if isinstance(v, (str, int, float)) else json.dumps(v) for key, v in flat.items()}
+        try:
+            known = json.loads(memo.read_text(encoding="utf-8"))["id"] if step and memo.exists() else None
+            run_id = known or uuid.uuid4().hex
+            options: dict[str, dict[str, Any]] = {
+                "tensorboard": {"purge_step": step + 1 if step else None},
+                "wandb": {"name": title, "id": run_id, "resume": "allow", "dir": str(self.folder)},
+                "trackio": {"name": f"{title}-{run_id[:8]}", "resume": "allow"},
+                "mlflow": {"run_name": title, "run_id": known},
+            }
+            # To tensorboard, a project is a folder in the output folder.
+            self.accelerator.init_trackers("tensorboard" if tracker == "tensorboard" else "peagle_train", flat, options)
+            if tracker == "mlflow":  # it chooses the id
+                run_id = self.accelerator.get_tracker("mlflow", unwrap=True).info.run_id
+            write_text(memo, json.dumps({"tracker": tracker, "id": run_id}) + "\n")
+        except Exception as error:
+            self._drop_tracker("did not start", error)
+
+    def _track(self, kind: str, values: dict[str, Any]) -> None:
+        """Log numbers as `kind/name`, those of a list as `kind/name/depth_d`."""
+        if not self.accelerator.trackers:
+            return
+        numbers: dict[str, float] = {}
+        for name, value in values.items():
+            if isinstance(value, list):
+                numbers |= {f"{kind}/{name}/depth_{depth}": item for depth, item in enumerate(value)}
+            elif value is not None and name not in ("step", "num_steps"):
+                numbers[f"{kind}/{name}"] = value
+        try:
+            self.accelerator.log(numbers, step=values["step"])
+        except Exception as error:
+            self._drop_tracker("failed", error)
+
+    def _drop_tracker(self, what: str, error: Exception) -> None:
+        self.accelerator.trackers = []  # so that the end of the run does not wait for it either
+        reason = f"{type(error).__name__}: {one_line(error, 200)}"
+        logger.warning(
+            "train.log_with: tracker %s (%s): the run continues without; metrics.jsonl has all", what, reason
+        )
+
 
 def train_line(values: dict[str, Any]) -> str:
     """A step's numbers for a person."""
@@ -105,7 +295,7 @@ def train_line(values: dict[str, Any]) -> str:
         f" ({values['supervised_tokens_per_second']:.0f} supervised)  padding {values['padding_share']:.1%}"
         f"  waits {values['loader_wait_share']:.1%}  peak {values['peak_memory_bytes'] / 2**30:.2f} GiB"
         + ("" if values["recompiles"] is None else f"  {values['recompiles']} recompiles")
-        + ("" if values["seconds_left"] is None else f"  left {duration(values['seconds_left'])}")
+        + f"  left {duration(values['seconds_left'])}"
     )
 
 
@@ -115,3 +305,37 @@ def eval_line(title: str, values: dict[str, Any]) -> str:
         f"{title}: expected accepted length {values['expected_accepted_length']:.3f}  loss {values['loss']:.4f}"
         f"  acc {shares}  target mass outside the draft vocabulary {values['mass_outside']:.2%}"
     )
+
+
+def duration(seconds: float) -> str:
+    """For a person: 0:03:07; 2 days, 3:00:00."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+def read_summary(folder: Path) -> str:
+    """Where a finished run's drafter is and how good it is; ValueError if there is no finished run."""
+    summary = read_marker(folder)
+    if not summary:
+        raise ValueError(f"{folder} holds no run: its {MARKER} is missing, or is not what a run writes")
+    if summary["state"] != "finished":
+        raise ValueError(f"{folder} holds a run that has not finished")
+    return describe_summary(summary, folder)
+
+
+def describe_summary(summary: dict[str, Any], folder: Path) -> str:
+    if summary["state"] == "stopped":
+        where = folder / summary["checkpoint"]
+        return (
+            f"stopped by {summary['signal']} at step {summary['steps']}, saved as {where}: the same command with --resume"
+            " continues from there"
+        )
+    lines = [f"drafter: {folder / summary['drafter']} ({summary['steps']} steps in {summary['train_seconds']:.0f} s)"]
+    before, after, best = summary["before"], summary["after"], summary.get("best")
+    if after:
+        lines.append(
+            f"held-out expected accepted length: {before['expected_accepted_length']:.3f} before,"
+            f" {after['expected_accepted_length']:.3f} after training (loss {before['loss']:.3f} -> {after['loss']:.3f})"
+        )
+    if best and best.get("folder") == "best":
+        lines.append(f"the best was at step {best['step']} ({best['expected_accepted_length']:.3f}): {folder / 'best'}")
+    return "\n".join(lines)

@@ -9,7 +9,7 @@ from peagle_train.errors import DamagedCheckpoint
 from peagle_train.recipe import Recipe
 from peagle_train.training.checkpoint import MARKER, read_marker
 from peagle_train.training.checkpoint_files import MANIFEST, list_checkpoints, step_of, verify_checkpoint
-from peagle_train.training.summary import describe_summary
+from peagle_train.training.metrics import describe_summary
 
 SAME_NUMBERS = {
     "target.check", "target.trust_remote_code", "output.dir", "train.log_steps", "train.eval_steps",

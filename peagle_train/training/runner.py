@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 from torch import Tensor
+from torch.profiler import record_function
 
 from peagle_train.core import attention
 from peagle_train.core.compiled import CompiledDraft
@@ -22,7 +23,6 @@ from peagle_train.recipe import Recipe, Train
 from peagle_train.target.base import TargetBase
 from peagle_train.target.feature_cache import FIELDS
 from peagle_train.training.distributed import is_sharded, max_counts
-from peagle_train.training.profile import span
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class BatchRunner:
 
     def run_target(self, batch: Batch) -> TargetOutputs:
         """The target's outputs for a batch on the host; on the device, unless `offload_features`."""
-        with span("target"):
+        with record_function("peagle::target"):
             target = self.target.outputs(batch, self.head_rows)
         if self.recipe.train.offload_features and self.device.type == "cuda":
             # Page-locked, or every segment's piece would wait for its copy back.
@@ -141,7 +141,7 @@ class BatchRunner:
             self._backwards_to_come -= 1
             if self._backwards_to_come == 0:
                 self.draft.set_requires_gradient_sync(True)  # type: ignore[operator]
-        with torch.autocast(self.device.type, enabled=False), span("backward"):
+        with torch.autocast(self.device.type, enabled=False), record_function("peagle::backward"):
             torch.autograd.backward(tensors, gradients)
 
     def _backward_loss(self, loss: Tensor) -> None:

@@ -3,7 +3,7 @@
 import logging
 import os
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -26,16 +26,14 @@ from peagle_train.target.base import TargetBase
 from peagle_train.target.cached_target import CachedTarget
 from peagle_train.target.frozen import FrozenTarget
 from peagle_train.training import peers
-from peagle_train.training.about import about_data
 from peagle_train.training.build import always_drafted, choose_mask_token, load_tokenizer, make_draft
 from peagle_train.training.checkpoint import check_not_in_use, check_output
 from peagle_train.training.distributed import check_device, check_device_map, check_launch
+from peagle_train.training.metrics import check_tracker, describe_summary
 from peagle_train.training.resume import Checkpoint, keep_drafter, keep_segments, open_resume
 from peagle_train.training.run_checkpoint import restore
 from peagle_train.training.runner import check_flex
 from peagle_train.training.sharded import check_sharding, world_mesh
-from peagle_train.training.summary import describe_summary
-from peagle_train.training.trackers import check_tracker
 from peagle_train.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -91,7 +89,6 @@ def _train(recipe: Recipe, resume: str | None) -> str:
     mask_token_id = choose_mask_token(shaped.draft, tokenizer, target.vocab_size)
 
     data = load_training_data(recipe, tokenizer, target.vocab_size, mask_token_id, say)
-    described = about_data(data.train_rows, data.report, recipe.data.max_length)
     if isinstance(target, CachedTarget):
         target.check_rows(data)
 
@@ -104,7 +101,7 @@ def _train(recipe: Recipe, resume: str | None) -> str:
         recipe, line = resolve_segments(recipe, sizes_of(recipe, target, draft.config, device), device)
         say(line)
     trainer = Trainer(recipe, accelerator, target, draft, data.train_rows, data.eval_rows)
-    trainer.about["data"] = described
+    trainer.about["data"] = {"packing": asdict(data.report), "max_length": recipe.data.max_length}
     say(arithmetic(trainer, data.report))
     for note in restore(trainer, checkpoint) if checkpoint else []:
         say(f"resume: {note}")

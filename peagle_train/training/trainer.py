@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.profiler import record_function
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
@@ -23,7 +24,6 @@ from peagle_train.memory.probe import probe_step
 from peagle_train.recipe import Recipe, dump_recipe
 from peagle_train.target.base import TargetBase
 from peagle_train.target.feature_cache import fingerprint as target_fingerprint
-from peagle_train.training.about import ABOUT, about_machine
 from peagle_train.training.build import make_collator
 from peagle_train.training.checkpoint import MARKER, save_drafter, write_json
 from peagle_train.training.checkpoint_files import remove_set_aside
@@ -31,24 +31,26 @@ from peagle_train.training.distributed import same_on_all_ranks, sum_counts, sum
 from peagle_train.training.evaluate import Evaluator
 from peagle_train.training.guard import Guard, skip_step
 from peagle_train.training.metrics import (
+    ABOUT,
+    Pace,
     Reporter,
+    StepProfiler,
+    about_machine,
     accuracies,
     eval_line,
     expected_accepted_length,
+    padding_share,
     peak_memory_bytes,
     train_line,
 )
 from peagle_train.training.optim import make_optimizer, make_scheduler
-from peagle_train.training.pace import Pace, padding_share
 from peagle_train.training.peers import agree, from_main
-from peagle_train.training.profile import StepProfiler, span
 from peagle_train.training.resume import Checkpoint
 from peagle_train.training.run_checkpoint import last_checkpoint, save_checkpoint, take_up_output
 from peagle_train.training.run_state import set_schedule
 from peagle_train.training.runner import Batch, BatchRunner
 from peagle_train.training.sharded import clip_gradients, full_weights, shard, wants_sharding
 from peagle_train.training.signals import STOPPING, Signals, is_lost_worker, leave_to_parent
-from peagle_train.training.trackers import Tracker
 
 
 class StepDropped(Exception):
@@ -117,9 +119,8 @@ class Trainer:
         self.num_steps = train.max_steps or train.epochs * self.sampler.steps_per_epoch
         self.sampler.num_steps = self.num_steps
         self.scheduler = make_scheduler(self.optimizer, train, self.num_steps)
-        self.profiler = StepProfiler(train.profile_steps, self.folder, self.device)
+        self.profiler = StepProfiler(train.profile_steps if accelerator.is_main_process else None, self.folder)
         self.pace = Pace(accelerator.num_processes, recipe.data.num_workers)
-        self.tracker = Tracker(accelerator)
         self.about: dict[str, Any] = about_machine(self.device, accelerator.num_processes)
         self.signals = Signals()
         self.guard = Guard(self.folder, train.max_bad_steps)
@@ -143,11 +144,10 @@ class Trainer:
             ValueError: the output folder cannot be used.
             RunStopped: the run had to stop, with a line that says why and how to go on.
         """
-        main = self.accelerator.is_main_process
-        self.reporter = Reporter(self.folder, self.num_steps, main, self.step, also=self.tracker.log)
+        self.reporter = Reporter(self.folder, self.num_steps, self.accelerator, self.step)
         lock = take_up_output(self)
         self.on_main(f"{ABOUT} could not be written", lambda: write_json(self.folder / ABOUT, self.about))
-        self.tracker.start(self.recipe, self.step, asdict(self.recipe))
+        self.reporter.start_tracker(self.step, asdict(self.recipe))
         steps = self._steps()
         try:
             with memory_explained(self.recipe, self._where), self.signals:
@@ -263,7 +263,7 @@ class Trainer:
             for step in range(self.step + 1, self.num_steps + 1):
                 self.profiler.before(step)
                 started = time.perf_counter()
-                with span("loader wait"):
+                with record_function("peagle::loader wait"):
                     batches = self._following or draw()
                     self._following = draw() if step < self.num_steps else []
                 self.pace.waited(time.perf_counter() - started)
@@ -304,7 +304,7 @@ class Trainer:
             torch.stack([s.totals for s in sums]).sum(0).to(self.device, non_blocking=True),
         )
         self._own_losses = [s.loss for s in sums]
-        with span("reduce"):
+        with record_function("peagle::reduce"):
             sum_over_ranks([] if self.runner.sharded else self.trained, also=[stats.loss, stats.hits, stats.totals])
         return stats
 
@@ -318,7 +318,7 @@ class Trainer:
         self._agreed_stop = next((number.name for number, asked in zip(STOPPING, stops, strict=True) if asked), None)
         self._agreed_save = save
         self._learning_rate = self.scheduler.get_last_lr()[0]  # this step's, before the schedule goes on
-        with span("optimizer"):
+        with record_function("peagle::optimizer"):
             if applied:
                 self.optimizer.step()
                 self.scheduler.step()
@@ -376,7 +376,7 @@ class Trainer:
             "seconds": time.perf_counter() - self.reporter.start_time,
         }
         self.record("train", train_line(values), **values)
-        for advice in self.pace.advice():
+        if advice := self.pace.advice():
             self.reporter.say(advice)
 
     def evaluate(self, title: str) -> dict[str, Any] | None:

@@ -1,0 +1,252 @@
+"""One self-contained HTML page about runs, finished or not: results, curves, data and settings; several runs side by side.
+
+matplotlib is an optional extra: only what draws imports this file.
+"""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle, pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from peagle_train.durable import write_bytes
+from peagle_train.strict_yaml import YamlError, dump_yaml, read_yaml
+from peagle_train.training.checkpoint import MARKER
+from peagle_train.training.metrics import ABOUT, duration
+
+Line = dict[str, Any]
+
+COLOURS = ("#1f6fb4", "#d1601c", "#2b8a3e", "#8b3fa8", "#a8323a", "#4d6a7a", "#b08800", "#128f8b")
+PANELS = (
+    ("loss", 1, "loss, nats per element"),
+    ("expected_accepted_length", 1, "expected accepted length"),
+    ("tokens_per_second", 1, "tokens/s"),
+    ("loader_wait_share", 100, "waiting for data, % of the time"),
+    ("padding_share", 100, "unused element slots, %"),
+    ("peak_memory_bytes", 2**-30, "peak memory so far, GiB"),
+    ("grad_norm", 1, "gradient norm, unclipped"),
+    ("learning_rate", 1, "learning rate"),
+)
+"""Key of a line of metrics.jsonl, factor, title; the first two have held-out values, too."""
+STYLE: dict[str, Any] = {
+    "font.size": 9.5,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e9ec",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
+CSS = """
+body { font: 15px/1.45 system-ui, sans-serif; color: #20262d; max-width: 1080px; margin: 2em auto; padding: 0 1.2em; }
+img { width: 100%; } table { border-collapse: collapse; display: block; overflow-x: auto; }
+th, td { text-align: left; padding: .28em 1.2em .28em 0; border-bottom: 1px solid #e3e7ea; vertical-align: top; }
+pre { background: #f5f7f8; padding: .8em 1em; overflow-x: auto; } summary { cursor: pointer; }
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The content of one output folder."""
+
+    name: str
+    folder: Path
+    train: list[Line]
+    eval: list[Line]
+    skipped: list[Line]
+    """Steps that were not applied."""
+    summary: Line
+    """run.json."""
+    about: Line
+    """about.json."""
+    recipe: dict[str, dict[str, Any]]
+
+    @property
+    def seconds(self) -> float:
+        """Training time over all parts of the run: `seconds` starts at 0 again in each."""
+        return sum(b - a if b >= a else b for a, b in pairwise([0.0, *(line["seconds"] for line in self.train)]))
+
+
+def write_report(folders: Sequence[Path], out: Path) -> None:
+    """Write the page. ValueError for a folder without a run, or without matplotlib."""
+    runs = read_runs(folders)
+    content = page(runs, draw(runs))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(out, content.encode())
+
+
+# ---- runs
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Runs, named by as many of the last parts of their paths as it takes to tell them apart."""
+    runs = [read_run(folder) for folder in folders]
+    paths = [run.folder.resolve().parts for run in runs]
+    if len(set(paths)) < len(paths):
+        raise ValueError("a run is given twice")
+    parts = 1
+    while len({path[-parts:] for path in paths}) < len(paths):
+        parts += 1
+    return [replace(run, name="/".join(path[-parts:])) for run, path in zip(runs, paths)]
+
+
+def read_run(folder: Path) -> Run:
+    """ValueError unless the folder holds a run with at least one number. An unfinished last line is ignored."""
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no run: it has no metrics.jsonl")
+    *whole, _ = path.read_bytes().split(b"\n")
+    lines: dict[str, list[Line]] = {"train": [], "eval": [], "skipped": []}
+    for number, text in enumerate(whole, start=1):
+        try:
+            line = json.loads(text)
+            lines[line["kind"]].append(line)
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}, line {number} is damaged") from None
+    if not lines["train"] and not lines["eval"]:
+        raise ValueError(f"{path} holds no numbers yet")
+    try:
+        recipe = read_yaml(folder / "recipe.yaml")
+    except YamlError as error:
+        raise ValueError(f"the recipe {error}") from None
+    summary, about = _read_json(folder / MARKER), _read_json(folder / ABOUT)
+    return Run(folder.resolve().name, folder, **lines, summary=summary, about=about, recipe=recipe)
+
+
+def _read_json(path: Path) -> Line:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def differing_keys(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Of each run, the settings that are not the same in all of them, as `section.key`."""
+    flat = [{f"{s}.{k}": v for s, values in run.recipe.items() for k, v in values.items()} for run in runs]
+    keys = sorted({key for one in flat for key in one})
+    different = [key for key in keys if any(one.get(key) != flat[0].get(key) for one in flat)]
+    return [{key: one.get(key) for key in different} for one in flat]
+
+
+# ---- the page
+
+
+def page(runs: Sequence[Run], figure: bytes) -> str:
+    """The page's HTML. `figure`: a PNG."""
+    title = html.escape(", ".join(run.name for run in runs))
+    image = f'<img alt="curves" src="data:image/png;base64,{base64.b64encode(figure).decode()}">'
+    machines = [{**run.about.get("versions", {}), **run.about.get("machine", {})} for run in runs]
+    sections = {
+        "Result": _table(runs, [_result(run) for run in runs]),
+        "Curves": f"<p>Lines: training (a running mean over faint values). Circles: held out.</p>{image}",
+        "Data": _table(runs, [run.about.get("data", {}).get("packing", {}) for run in runs]),
+        "Settings that differ": _table(runs, differing_keys(runs)) if len(runs) > 1 else "",
+        "Versions and machine": _table(runs, machines),
+        "Recipes": "".join(
+            f"<details><summary>{html.escape(run.name)}</summary><pre>{html.escape(dump_yaml(run.recipe))}</pre></details>"
+            for run in runs
+        ),
+    }
+    body = "".join(f"<h2>{name}</h2>{content}" for name, content in sections.items() if content)
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{CSS}</style>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body><h1>{title}</h1>{body}</body></html>\n'
+
+
+def _result(run: Run) -> dict[str, Any]:
+    state = run.summary.get("state", "unknown")
+    found = {
+        "state": "running, or ended without a word" if state == "started" else state,
+        "step": max(line["step"] for line in (*run.train, *run.eval)),
+        "steps not applied": len(run.skipped),
+    }
+    if run.eval:
+        first, last = run.eval[0], run.eval[-1]
+        for name, key in (("accepted length", "expected_accepted_length"), ("loss", "loss")):
+            found[f"{name}, held out"] = f"{first[key]:.3f} -> {last[key]:.3f} (step {last['step']})"
+        found["accuracy by depth, held out"] = " ".join(f"{share:.2f}" for share in last["accuracy"])
+        found["target mass outside the draft vocabulary"] = f"{last['mass_outside']:.2%}"
+    if run.train:
+        last = run.train[-1]
+        found |= {
+            "steps in all": last["num_steps"],
+            "time": duration(run.seconds),
+            "tokens/s, median": f"{median(line['tokens_per_second'] for line in run.train):,.0f}",
+            "waiting for data, median": f"{median(line['loader_wait_share'] for line in run.train):.1%}",
+            "peak memory": f"{max(line['peak_memory_bytes'] for line in run.train) / 2**30:.2f} GiB",
+            "recompiles": last["recompiles"] or 0,
+        }
+    return found
+
+
+def _table(runs: Sequence[Run], columns: Sequence[dict[str, Any]]) -> str:
+    """A column for each run, a row for each key that any has; nothing without keys."""
+    keys = dict.fromkeys(key for column in columns for key in column)
+    rows = [["", *(run.name for run in runs)]] if keys else []
+    rows += [[key, *(str(column.get(key, "")) for column in columns)] for key in keys]
+    cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>" if keys else ""
+
+
+# ---- figures
+
+
+def draw(runs: Sequence[Run]) -> bytes:
+    """All curves on one PNG: a run is a colour."""
+    plt = load_matplotlib()
+    figure, grid = plt.subplots(3, 3, figsize=(13, 9.5), layout="constrained")
+    by_depth, *others = grid.flat
+    for run, colour in zip(runs, cycle(COLOURS)):
+        shares = (run.eval or run.train)[-1]["accuracy"]
+        by_depth.plot(range(len(shares)), shares, color=colour, marker="o", label=run.name)
+        for axes, (name, factor, title) in zip(others, PANELS):
+            points = [(line["step"], line[name] * factor) for line in run.train if line.get(name) is not None]
+            axes.plot(*zip(*points), color=colour, alpha=0.22)
+            axes.plot(*zip(*_smooth(points)), color=colour, marker="o" if len(points) == 1 else None)
+            held_out = [(line["step"], line[name]) for line in run.eval if name in line]
+            axes.plot(*zip(*held_out), color=colour, marker="o", markerfacecolor="white", linestyle=":")
+            axes.set(title=title, xlabel="step")
+        by_depth.set(title="accuracy by depth, latest", xlabel="depth", xticks=range(len(shares)))
+    for axes in (by_depth, *others[2:]):
+        axes.set_ylim(bottom=0)
+    if len(runs) > 1:
+        figure.legend(loc="outside lower center", ncols=4)
+    return png_of(figure)
+
+
+def _smooth(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Means over a 20th of the points, at least over 5, and over fewer at both ends."""
+    half, ys = max(2, len(points) // 40), [y for _, y in points]
+    windows = [ys[max(0, i - half) : i + half + 1] for i in range(len(ys))]
+    return [(x, sum(window) / len(window)) for (x, _), window in zip(points, windows)]
+
+
+def load_matplotlib() -> Any:
+    """matplotlib.pyplot, without a display, in this project's style; ValueError that says what to install."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("drawing needs matplotlib: pip install matplotlib (the extra peagle-train[report])") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    settings: Any = pyplot.rcParams  # whose type names every key
+    settings.update(STYLE)
+    return pyplot
+
+
+def png_of(figure: Any) -> bytes:
+    """The figure as a PNG; the figure is closed."""
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=100, bbox_inches="tight", pad_inches=0.12)
+    load_matplotlib().close(figure)
+    return data.getvalue()

@@ -1,0 +1,298 @@
+"""What training sees: a sequence in readable tokens, what each of its elements reads, and its flat batch as a picture.
+
+Nothing is decided here: sequences come from `load_training_data`, elements from the collator, `gather_elements` and the
+step's visibility. N: elements of a sequence.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from peagle_train.core.collator import CODCollator
+from peagle_train.core.elements import Elements, gather_elements
+from peagle_train.core.segments import visibility_of
+from peagle_train.data.training_data import load_training_data
+from peagle_train.durable import write_bytes
+from peagle_train.recipe import Recipe
+from peagle_train.report import load_matplotlib, png_of
+from peagle_train.training.build import choose_mask_token, load_tokenizer, make_collator, target_vocab_size
+from peagle_train.training.evaluate import EVAL_SEED
+
+LEARNED, RESET = ("\x1b[30;42m", "\x1b[30;102m"), "\x1b[0m"
+"""Black on two greens in turn, so that the borders of tokens can be seen."""
+MASK, PAST_END = "<mask>", "(past the end)"
+HEADER = ("anchor", "depth", "position id", "token", "features at", "predicts", "the target's label at", "learned")
+MAX_ELEMENTS, LABELLED = 4096, 72
+"""More than a picture can show; up to this many elements or positions have labels."""
+DOCUMENTS, GREY, DARK = ("#a9c9ea", "#f6c592", "#b5dcae", "#d9b8e3"), "#c9ced4", "#20262d"
+EXAMPLE = (
+    ("sky blue ?", "air scatters blue light far more than red light ."),
+    ("2 + 2 ?", "the sum of two and two is four ."),
+)
+"""(question, answer) of two documents, a word a token."""
+
+
+class Shown(NamedTuple):
+    """A sequence of a recipe, and what it takes to show it."""
+
+    sequence: dict[str, Any]
+    name: Callable[[int], str]
+    """Readable text of a token id."""
+    mask_token_id: int
+    title: str
+    notes: list[str]
+    """What loading the data reported."""
+
+
+def load_sequence(recipe: Recipe, number: int, *, epoch: int = 0, is_held_out: bool = False) -> Shown:
+    """Sequence `number` of a recipe's training data or of its held-out data. ValueError if there is none."""
+    tokenizer, vocab_size, notes = load_tokenizer(recipe), target_vocab_size(recipe), list[str]()
+    mask_token_id = choose_mask_token(recipe.draft, tokenizer, vocab_size)
+    data = load_training_data(recipe, tokenizer, vocab_size, mask_token_id, notes.append)
+    rows, which = (data.eval_rows, "held-out sequences") if is_held_out else (data.train_rows, "training sequences")
+    if not 0 <= number < len(rows):
+        allowed = f"; give 0 to {len(rows) - 1}" if len(rows) else ""
+        raise ValueError(f"--row {number}: there are {len(rows)} {which}{allowed}")
+    sequence = rows[epoch, number]
+    tokens, learned = sequence["input_ids"].numel(), int(sequence["loss_mask"].sum())
+    documents = sequence["document_ids"].unique().numel()
+    title = (
+        f"sequence {number} of {len(rows)} {which}: {tokens} tokens, {learned} of them learned, {documents} documents"
+    )
+    return Shown(sequence, token_names(tokenizer), mask_token_id, title, notes)
+
+
+def _collator(recipe: Recipe, is_held_out: bool = False) -> CODCollator:
+    if recipe.cod.num_segments == "auto":
+        raise ValueError("cod.num_segments is auto: give the number, as in cod.num_segments=4")
+    return make_collator(recipe, EVAL_SEED if is_held_out else recipe.train.seed)
+
+
+def token_names(tokenizer: Any) -> Callable[[int], str]:
+    """Text of token ids as decoded alone, anything unprintable escaped; without a tokenizer, the ids."""
+
+    @cache
+    def name(token: int) -> str:
+        if tokenizer is None:
+            return f"<{token}>"
+        # Some decoders drop the space at the start of all text: the second of two has its own.
+        once, twice = (
+            str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+            for ids in ([token], [token, token])
+        )
+        text = twice[len(once) :] if twice.startswith(once) else once
+        if not text or "\ufffd" in text:  # part of a character: as the vocabulary writes it
+            text = f"<{tokenizer.convert_ids_to_tokens(token)}>"
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+    return name
+
+
+# ---- as text
+
+
+def show_sequence(
+    recipe: Recipe,
+    number: int,
+    *,
+    epoch: int = 0,
+    is_held_out: bool = False,
+    with_elements: bool = False,
+    anchors: Sequence[int] = (),
+    is_colored: bool = False,
+) -> str:
+    """A sequence's tokens; `with_elements`, also what the elements of `anchors` (default: the first few) read and predict.
+
+    Raises:
+        ValueError: no such sequence or anchor, or the recipe's data cannot be loaded.
+    """
+    shown = load_sequence(recipe, number, epoch=epoch, is_held_out=is_held_out)
+    sequence, name = shown.sequence, shown.name
+    lines = [*shown.notes, shown.title, show_tokens(sequence, name, is_colored)]
+    if with_elements:
+        length = sequence["input_ids"].numel()
+        for anchor in anchors:
+            if not 0 <= anchor < length:
+                raise ValueError(f"--anchors {anchor}: the sequence has positions 0 to {length - 1}")
+        collator = _collator(recipe, is_held_out)
+        elements = list_elements(sequence, collator, shown.mask_token_id, name)
+        chosen = anchors or sorted({anchor for anchor, depth, *_ in elements if depth})[:6]
+        lines.append(f"--- elements drawn in epoch {epoch}, of {recipe.cod.num_depths} depths ---")
+        table = [HEADER, *([str(cell) for cell in row] for row in elements if row[0] in chosen)]
+        widths = [max(map(len, column)) for column in zip(*table)]
+        lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table]
+    return "\n".join(lines)
+
+
+def show_tokens(sequence: dict[str, Tensor], name: Callable[[int], str], is_colored: bool) -> str:
+    """The tokens by document; learned ones on green, or in [brackets] without colour."""
+    ids, mask, documents = (sequence[key].tolist() for key in ("input_ids", "loss_mask", "document_ids"))
+    lines: list[str] = []
+    for document, group in groupby(range(len(ids)), key=documents.__getitem__):
+        positions = list(group)
+        learned = sum(mask[i] for i in positions)
+        title = f"--- document {document}: positions {positions[0]} to {positions[-1]}, {learned} tokens learned ---"
+        lines += [f"\x1b[1m{title}{RESET}" if is_colored else title, ""]
+        for i in positions:
+            text = name(ids[i])
+            marked = f"{LEARNED[i % 2]}{text}{RESET}" if is_colored else f"[{text}]"
+            lines[-1] += marked if mask[i] else text
+            if text.endswith("\\n"):
+                lines.append("")
+    return "\n".join(line for line in lines if line)
+
+
+def list_elements(
+    sequence: dict[str, Any], collator: CODCollator, mask_token_id: int, name: Callable[[int], str]
+) -> list[tuple[int, int, int, str, str, str, str, str]]:
+    """The elements that training draws for the sequence, by anchor and depth, in the columns of HEADER."""
+    batch = collator([sequence])
+    elements = gather_elements(batch, slice(None), mask_token_id)
+    documents, ids = batch["document_ids"][0].tolist(), batch["input_ids"][0].tolist()
+
+    def at(position: int) -> str:
+        return f"{position} '{name(ids[position])}'"
+
+    rows = []
+    for anchor, depth, token, position_id, _, label, is_learned in zip(*(values[0].tolist() for values in elements)):
+        if depth < 0:
+            continue
+        assert depth == 0 or token == mask_token_id
+        reads = (MASK, "mask_hidden") if depth else (f"'{name(token)}'", at(anchor))
+        is_inside = documents[label + 1 : label + 2] == [documents[label]]
+        predicts = f"'{name(ids[label + 1])}'" if is_inside else PAST_END
+        rows.append((anchor, depth, position_id, *reads, predicts, at(label), "yes" if is_learned else "no"))
+    return sorted(rows)
+
+
+# ---- as a picture
+
+
+def write_picture(recipe: Recipe | None, number: int, out: Path) -> str:
+    """Draw the flat batch of a recipe's training sequence, or of the example; returns its title.
+
+    Raises:
+        ValueError: matplotlib is missing, cod.num_segments is auto, or no such sequence.
+    """
+    load_matplotlib()  # its absence is reported before anything is read
+    if recipe is None:
+        sequence, words = example_sequence()
+        collator = CODCollator(len(words), num_depths=4, down_sample_ratio=0.8, num_segments=3, seed=1)
+        title = f"the example: {len(words)} tokens, {len(EXAMPLE)} documents"
+    else:
+        shown, collator = load_sequence(recipe, number), _collator(recipe)
+        sequence, title = shown.sequence, shown.title
+        words = [shown.name(token) for token in sequence["input_ids"].tolist()]
+    title += f"; K = {collator.num_depths}, S = {collator.num_segments}"
+    figure = draw_batch(collator([sequence]), collator.num_depths, words, list(sequence["loss_mask"]), title)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(out, png_of(figure))
+    return title
+
+
+def example_sequence() -> tuple[dict[str, Any], list[str]]:
+    """A sequence for the collator, and its tokens as words."""
+    words, mask, documents = [], [], []
+    for number, texts in enumerate(EXAMPLE):
+        for is_answer, text in enumerate(texts):
+            tokens = text.split()
+            words += tokens
+            mask += [is_answer] * len(tokens)
+            documents += [number] * len(tokens)
+    return {"input_ids": range(len(words)), "loss_mask": mask, "document_ids": documents, "row_key": 0}, words
+
+
+def visible_elements(batch: dict[str, Tensor], num_depths: int) -> tuple[Elements, Tensor, Tensor]:
+    """The elements without padding, their segments int64 [N], and who sees whom, bool [N, N] (queries by keys).
+
+    Args:
+        batch: CODCollator's, of one sequence.
+    """
+    real = (batch["depth"][0] >= 0).nonzero().flatten()
+    if not 0 < real.numel() <= MAX_ELEMENTS:
+        raise ValueError(
+            f"the sequence has {real.numel()} elements; a picture shows 1 to {MAX_ELEMENTS}: change data.max_length, as in"
+            " data.max_length=64"
+        )
+    flat = {**batch, **{name: batch[name][:, real] for name in ("anchor", "depth", "supervised", "segment_ids")}}
+    elements = gather_elements(flat, slice(None), mask_token_id=0)
+    # no order is assumed: any slot may hold a depth-0 element or a deeper one
+    visible_NN = visibility_of(elements, num_depths, M=real.numel(), first_rollout=0).dense()[0]
+    return elements, flat["segment_ids"][0], visible_NN
+
+
+def draw_batch(
+    batch: dict[str, Tensor], num_depths: int, words: Sequence[str], is_taught: Sequence[int], title: str
+) -> Any:
+    """A matplotlib figure: who sees whom on the left, what each segment runs and reads on the right.
+
+    Args:
+        batch: CODCollator's, of one sequence. words: its tokens. is_taught: its loss mask.
+    """
+    plt = load_matplotlib()
+    from matplotlib.colors import to_rgb
+
+    elements, segment_N, visible_NN = visible_elements(batch, num_depths)
+    documents, anchor_N, depth_N = batch["document_ids"][0], elements.anchor[0], elements.depth[0]
+    of_depth = plt.colormaps["viridis"](torch.linspace(0.02, 0.88, num_depths).numpy())
+    colours = [
+        to_rgb(of_depth[depth] if depth else DOCUMENTS[document % len(DOCUMENTS)])
+        for depth, document in zip(depth_N.tolist(), documents[anchor_N].tolist())
+    ]
+    used = sorted(set(segment_N.tolist()))
+    figure = plt.figure(figsize=(12.6, 6.6), layout="constrained")
+    figure.suptitle(f"{title}\n", x=0.01, ha="left")
+    left, right = figure.add_gridspec(1, 2, width_ratios=[1.0, 1.12])
+
+    axes, N = figure.add_subplot(left), len(colours)
+    colour_N3 = torch.tensor(colours)
+    image = torch.where(visible_NN[:, :, None], colour_N3[None].expand(N, N, 3), torch.ones(3))
+    axes.imshow(image.numpy(), interpolation="nearest", extent=(0, N, N, 0))
+    axes.grid(False)
+    axes.set(
+        title="Who sees whom", ylabel="queries: anchor + depth", xlabel="keys: anchor + depth", xticks=[], yticks=[]
+    )
+    for edge in ((segment_N[1:] != segment_N[:-1]).nonzero().flatten() + 1).tolist():
+        axes.axhline(edge, color=DARK, linewidth=1.1)
+        axes.axvline(edge, color=DARK, linewidth=1.1)
+    if N <= LABELLED:
+        ticks = [i + 0.5 for i in range(N)]
+        labels = [f"{a}+{d}" if d else f"{a}" for a, d in zip(anchor_N.tolist(), depth_N.tolist())]
+        axes.set_yticks(ticks, labels, fontsize=6)
+        axes.set_xticks(ticks, labels, fontsize=6, rotation=90)
+
+    below = right.subgridspec(len(used), 1)
+    tokens = int((documents >= 0).sum())
+    starts = (documents[1:tokens] != documents[: tokens - 1]).nonzero().flatten() + 1
+    for i, s in enumerate(used):
+        axes, own_N = figure.add_subplot(below[i]), segment_N == s
+        drawn = (own_N | visible_NN[own_N].any(0)).nonzero().flatten().tolist()
+        axes.bar(
+            (anchor_N + depth_N)[drawn].tolist(),
+            height=0.84,
+            width=0.9,
+            bottom=(depth_N[drawn] - 0.42).tolist(),
+            color=[colours[n] if own_N[n] else to_rgb(GREY) for n in drawn],
+        )
+        axes.grid(False)
+        for start in starts.tolist():
+            axes.axvline(start - 0.5, color=DARK, linewidth=0.8, linestyle="--")
+        axes.set(xlim=(-0.6, tokens - 0.4), ylim=(-0.6, num_depths - 0.4), xticks=[], yticks=range(num_depths))
+        axes.set(ylabel=f"segment {s}\ndepth" if len(used) <= 8 else str(s))
+        if i == 0:
+            axes.set_title("What each segment runs (colours) and reads (grey)")
+    axes.set_xlabel("position: anchor + depth (bold: learned tokens)")
+    if tokens <= LABELLED:
+        axes.set_xticks(range(tokens), [word[:10] for word in words], rotation=90, fontsize=8)
+        for label, taught in zip(axes.get_xticklabels(), is_taught):
+            label.set_fontweight("bold" if taught else "normal")
+    colours_of = {"depth 0 (by document)": DOCUMENTS[0], **{f"depth {d}": of_depth[d] for d in range(1, num_depths)}}
+    colours_of["another segment's, read"] = GREY
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours_of.values()]
+    figure.legend(handles, colours_of, loc="outside lower center", ncols=8)
+    return figure

@@ -1,0 +1,172 @@
+"""A sequence in readable tokens and a batch as a picture: what is shown is what is trained."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+
+from peagle_train.core.collator import CODCollator
+from peagle_train.show import MASK, PAST_END, list_elements, show_tokens, token_names, visible_elements
+from tests import chats
+from tests.chats import make_tokenizer, stock
+from tests.helpers import ROOT, make_batch, make_rows
+from tests.oracles import who_sees_whom
+from tests.tiny import make_target, write_recipe
+
+# Two documents; the assistant's words are in capitals.
+WORDS = ["name", "a", "colour", "DARK", "SEA", "BLUE", "END", "bye", "SO", "LONG"]
+SEQUENCE = {
+    "input_ids": torch.arange(10),
+    "loss_mask": torch.tensor([0, 0, 0, 1, 1, 1, 1, 0, 1, 1]),
+    "document_ids": torch.tensor([0, 0, 0, 0, 0, 0, 0, 1, 1, 1]),
+}
+MASK_TOKEN, NUM_DEPTHS = 10, 4
+
+# Of every element that can be drawn: anchor, depth, position id, token read, position of its features, position of the
+# target's distribution, the token that follows that one in its document, learned.
+TABLE = [
+    (0, 0, 0, "a", 0, 1, "colour", "no"),
+    (1, 0, 1, "colour", 1, 2, "DARK", "no"),
+    (1, 1, 2, MASK, None, 3, "SEA", "yes"),
+    (1, 2, 3, MASK, None, 4, "BLUE", "yes"),
+    (1, 3, 4, MASK, None, 5, "END", "yes"),
+    (2, 0, 2, "DARK", 2, 3, "SEA", "yes"),
+    (2, 1, 3, MASK, None, 4, "BLUE", "yes"),
+    (2, 2, 4, MASK, None, 5, "END", "yes"),
+    (2, 3, 5, MASK, None, 6, PAST_END, "yes"),
+    (3, 0, 3, "SEA", 3, 4, "BLUE", "yes"),
+    (3, 1, 4, MASK, None, 5, "END", "yes"),
+    (3, 2, 5, MASK, None, 6, PAST_END, "yes"),
+    (4, 0, 4, "BLUE", 4, 5, "END", "yes"),
+    (4, 1, 5, MASK, None, 6, PAST_END, "yes"),
+    (5, 0, 5, "END", 5, 6, PAST_END, "yes"),
+    (7, 0, 0, "SO", 7, 8, "LONG", "yes"),
+    (7, 1, 1, MASK, None, 9, PAST_END, "yes"),
+    (8, 0, 1, "LONG", 8, 9, PAST_END, "yes"),
+]
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*WORDS, MASK])}, unk_token=MASK))
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def as_shown(element: tuple[Any, ...]) -> tuple[Any, ...]:
+    anchor, depth, position_id, reads, feature, label, predicts, learned = element
+    reads, predicts = (text if text in (MASK, PAST_END) else f"'{text}'" for text in (reads, predicts))
+    features = "mask_hidden" if feature is None else f"{feature} '{WORDS[feature]}'"
+    return (anchor, depth, position_id, reads, features, predicts, f"{label} '{WORDS[label]}'", learned)
+
+
+def test_elements_are_shown_as_the_contract_has_them() -> None:
+    collator = CODCollator(16, NUM_DEPTHS, down_sample_ratio=1.0)
+    name, table, seen = token_names(word_tokenizer()), set(map(as_shown, TABLE)), set()
+    for epoch in range(30):
+        shown = list_elements({**SEQUENCE, "epoch": epoch}, collator, MASK_TOKEN, name)
+        assert set(shown) <= table, "no element but those of the table"
+        assert {e for e in table if e[1] == 0} <= set(shown), "depth 0 is never dropped"
+        assert shown == sorted(shown)
+        seen.update(shown)
+    assert seen == table
+
+
+def test_tokens_are_shown_by_document_with_the_learned_ones_marked() -> None:
+    name = token_names(word_tokenizer())
+    assert show_tokens(SEQUENCE, name, is_colored=False).splitlines() == [
+        "--- document 0: positions 0 to 6, 4 tokens learned ---",
+        "nameacolour[DARK][SEA][BLUE][END]",
+        "--- document 1: positions 7 to 9, 2 tokens learned ---",
+        "bye[SO][LONG]",
+    ]
+    colored = show_tokens(SEQUENCE, name, is_colored=True)
+    assert "nameacolour\x1b[30;102mDARK\x1b[0m\x1b[30;42mSEA\x1b[0m" in colored and "[DARK]" not in colored
+
+
+def test_names_of_tokens_have_no_line_breaks_no_control_characters_and_nothing_lost() -> None:
+    tokenizer = make_tokenizer()
+    name = token_names(tokenizer)
+    text = "Hi the\n\tsea \x1b[31m \u00e9\u4f60<|im_end|>"
+    shown = [name(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    assert "".join(shown[:5]) == r"Hi the\n\tsea"
+    assert r"\x1b" in "".join(shown) and not any(c in "".join(shown) for c in "\n\t\x1b")
+    assert "".join(shown).endswith("<|im_end|>") and "\ufffd" not in "".join(shown)
+    assert token_names(None)(7) == "<7>"
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipe")
+    tokenizer = make_tokenizer()
+    target = make_target(folder / "target", vocab_size=len(tokenizer) + 1)
+    chatting = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>")
+    chatting.chat_template = stock(chats.CHATML)
+    chatting.save_pretrained(target)
+    turns = ["user: What colour is the sea?", "assistant: Blue."]
+    (folder / "chats.jsonl").write_text(json.dumps(chats.chat(*turns)) + "\n")
+    changes: dict[str, Any] = {"data": {"max_length": 64}, "draft": {"mask_token_id": len(tokenizer)}}
+    return write_recipe(folder, target, folder / "chats.jsonl", folder / "out", **changes)
+
+
+def run_tool(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: Any) -> int:
+    """The tool's exit code, in this process."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    return int(runpy.run_path(str(ROOT / "tools" / f"{name}.py"))["main"]())
+
+
+def test_the_tool_shows_a_sequence_of_a_recipe_and_what_its_elements_read(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_tool(monkeypatch, "show_row", recipe, "--row", 0, "--anchors", "11", "cod.down_sample_ratio=1.0") == 0
+    text = capsys.readouterr().out
+    assert "1 documents of 1 files" in text and "sequence 0 of 1 training sequences: 18 tokens, 3 of them" in text
+    assert "\n<|im_start|>user\\n\nWhat colour is the sea?<|im_end|>\\n\n" in text
+    assert "\n<|im_start|>assistant\\n\n[Blue][.][<|im_end|>]\\n\n" in text
+    lines = [line.split("  ") for line in text.splitlines() if line.startswith("11 ")]
+    cells = [cell.strip() for cell in lines[0] if cell.strip()]
+    assert cells == ["11", "0", "11", "'assistant'", "11 '<|im_start|>'", r"'\n'", "12 'assistant'", "no"]
+
+
+def test_mistakes_are_one_line_with_exit_code_2(
+    tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    for tool, arguments, message in (
+        ("show_row", ["--row", "1"], "give 0 to 0"),
+        ("show_row", ["--row", "-1"], "give 0 to 0"),
+        ("show_row", ["--row", "0", "--held-out"], "there are 0 held-out"),
+        ("show_row", ["--row", "0", "--anchors", "18"], "positions 0 to 17"),
+        ("show_row", ["--row", "0", f"target.path={tmp_path}"], "has no config that can be read"),
+        ("show_row", ["--row", "0", "--elements", "cod.num_segments=auto"], "cod.num_segments is auto"),
+        ("show_batch", ["--row", "1"], "give 0 to 0"),
+        ("show_batch", ["cod.num_segments=auto"], "cod.num_segments is auto"),
+    ):
+        assert run_tool(monkeypatch, tool, recipe, *arguments) == 2, arguments
+        *_, last = capsys.readouterr().err.splitlines()
+        assert last.startswith(f"{tool}: error: ") and message in last
+
+
+@pytest.mark.parametrize(("S", "documents"), [(1, 1), (3, 2), (7, 3)])
+def test_the_picture_shows_what_the_oracle_sees(S: int, documents: int) -> None:
+    batch = make_batch(make_rows(37, documents=documents), 37, S)
+    elements, segment_N, visible_NN = visible_elements(batch, num_depths=5)
+    who = list(zip(elements.start[0].tolist(), elements.anchor[0].tolist(), elements.depth[0].tolist()))
+    assert len(who) == int((batch["depth"] >= 0).sum()) == segment_N.numel()
+    assert torch.equal(visible_NN, who_sees_whom(who, who))
+    assert segment_N.tolist() == sorted(segment_N.tolist())
+
+
+def test_a_picture_is_drawn_of_the_example_and_of_a_recipe(
+    tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    for number, arguments in enumerate((["--example"], [recipe])):
+        out = tmp_path / "new" / f"{number}.png"
+        assert run_tool(monkeypatch, "show_batch", *arguments, "--out", out) == 0
+        assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size < 150 * 1024
