@@ -227,3 +227,14 @@ def build(case: dict[str, Any]) -> tuple[PEagleDraft, dict[str, Tensor], dict[st
 
 def case_name(case: dict[str, Any]) -> str:
     return "-".join(f"{value}" for value in case.values())
+
+
+def make_package(folder: Path, package: str, file: str, content: bytes) -> None:
+    """An installed distribution that would fail if it were imported."""
+    info = folder / f"{package.replace('-', '_')}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    (info / "RECORD").write_text(f"{file},,\n")
+    (folder / file).parent.mkdir(parents=True)
+    (folder / file).write_bytes(content)
+    (folder / file.split("/")[0] / "__init__.py").write_text("raise RuntimeError('imported')")

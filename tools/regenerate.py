@@ -4,13 +4,14 @@
     python tools/regenerate.py PROMPTS --out FILE.jsonl --target DIR
 
 PROMPTS is `mt-bench`, `humaneval` or a .jsonl, .jsonl.gz or .json file of `messages`, `conversations`, `turns` or `prompt`.
-Each question is asked with the target's own answers before it. A run that was killed goes on when it is started again.
+Each question is asked with the target's own answers before it. A run that was killed resumes when it is started again.
 """
 
 import argparse
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="regenerate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("prompts", metavar="PROMPTS")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl", help="rows of messages, in order")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl", help="rows of messages, as they come")
     who = parser.add_argument_group("who answers: a server (vLLM, SGLang) or a local model")
-    who.add_argument("--base-url", metavar="URL", help="of a server with /v1/chat/completions")
+    who.add_argument("--base-url", metavar="URL", help="of a server with /chat/completions; needs the package openai")
     who.add_argument("--model", metavar="NAME", help="what that server calls the target")
     who.add_argument("--target", metavar="DIR", help="a Hugging Face folder, run here by transformers")
     how = parser.add_argument_group("how")
     how.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: the likeliest token (default 0.8)")
     how.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default 1")
-    how.add_argument("--max-tokens", type=int, default=2048, metavar="N", help="of an answer (default 2048)")
     how.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="default 0; each answer's own seed follows from it"
+        "--max-tokens", type=int, default=2048, metavar="N", help="of an answer, if the context has room (default 2048)"
     )
+    how.add_argument("--seed", type=int, default=0, metavar="S", help="each answer's own follows from it (default 0)")
     how.add_argument("--limit", type=int, metavar="N", help="the first N prompts alone")
     turns = how.add_mutually_exclusive_group()
     turns.add_argument("--all-turns", action="store_true", help="answer every question (the default)")
@@ -50,10 +51,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--api-key-env", default="OPENAI_API_KEY", metavar="VAR", help="variable that holds the API key"
     )
     server.add_argument("--timeout", type=float, default=3600.0, metavar="SECONDS", help="of an answer (default 3600)")
-    server.add_argument("--retries", type=int, default=6, help="of a request (default 6)")
-    server.add_argument(
-        "--retry-wait", type=float, default=1.0, metavar="SECONDS", help="before the first; then doubled"
-    )
+    server.add_argument("--retries", type=int, default=10, help="of a request, up to 8 s apart (default 10)")
     local = parser.add_argument_group("with --target")
     local.add_argument("--batch-size", type=int, default=8, metavar="B", help="conversations at a time (default 8)")
     local.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16", "float64"])
@@ -61,15 +59,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> int:
     # Heavy imports happen here, so that --help answers at once.
-    from collections import Counter
+    from peagle_train.errors import RunStopped
+    from peagle_train.regenerate import Local, Server, Settings, load_prompts, regenerate
 
-    from peagle_train.answers.conversation import Settings
-    from peagle_train.answers.prompts import load_prompts
-    from peagle_train.answers.regenerate import regenerate
-
-    template_kwargs = read_mapping(options.chat_template_kwargs)
+    if (options.base_url is None) == (options.target is None) or (options.base_url and not options.model):
+        raise ValueError("give --base-url and --model for a server, or --target for a local model")
     settings = Settings(
         options.temperature,
         options.top_p,
@@ -77,56 +73,30 @@ def run(options: argparse.Namespace) -> None:
         options.seed,
         options.last_turn,
         options.keep_truncated,
+        read_mapping(options.chat_template_kwargs),
     )
-    settings.check()
-    if (options.base_url is None) == (options.target is None):
-        raise ValueError("give --base-url and --model for a server, or --target for a local model")
     skipped: Counter[str] = Counter()
     prompts = load_prompts(options.prompts, options.limit, skipped)
-    sampling: dict[str, Any] = {
-        "temperature": settings.temperature,
-        "top_p": settings.top_p,
-        "max_tokens": settings.max_tokens,
-    }
-    identity: dict[str, Any]
-    backend: Any
-    if options.target is not None:
-        from transformers.utils.logging import disable_progress_bar
-
-        from peagle_train.answers.chat_local import LocalChat
-
-        if not sys.stderr.isatty():
-            disable_progress_bar()
-        backend = LocalChat.load(
-            os.path.expanduser(options.target),
-            dtype=options.dtype,
-            trust_remote_code=options.trust_remote_code,
-            batch_size=options.batch_size,
-            template_kwargs=template_kwargs,
-            **sampling,
-        )
-        identity = backend.identity(options.target)
-    else:
-        from peagle_train.answers.chat_server import ChatServer
-
-        if not options.model:
-            raise ValueError("--model is missing: give the name by which the server knows the target")
-        if options.timeout <= 0 or options.retries < 0 or options.retry_wait < 0:
-            raise ValueError("--timeout must be more than 0, --retries and --retry-wait 0 or more")
-        backend = ChatServer(
-            options.base_url,
-            options.model,
-            sampling={**sampling, **({"chat_template_kwargs": template_kwargs} if template_kwargs else {})},
-            api_key=os.environ.get(options.api_key_env),
-            timeout=options.timeout,
-            retries=options.retries,
-            retry_wait=options.retry_wait,
-        )
-        identity = {"backend": "server", "model": options.model, "chat_template_kwargs": template_kwargs}
-        backend.check()
-    regenerate(
-        prompts, options.out, backend, settings, identity=identity, skipped=skipped, concurrency=options.concurrency
-    )
+    try:
+        backend: Local | Server
+        if options.target is not None:
+            path, code = os.path.expanduser(options.target), options.trust_remote_code
+            backend = Local(path, settings, dtype=options.dtype, batch_size=options.batch_size, trust_remote_code=code)
+        else:
+            backend = Server(
+                options.base_url,
+                options.model,
+                settings,
+                key=os.environ.get(options.api_key_env, "").strip(),
+                concurrency=options.concurrency,
+                timeout=options.timeout,
+                retries=options.retries,
+            )
+        regenerate(prompts, options.out, backend, settings, skipped)
+    except RunStopped as error:
+        print(f"regenerate: error: {error}; what is answered is kept: the same command resumes", file=sys.stderr)
+        return 1
+    return 0
 
 
 def read_mapping(text: str) -> dict[str, Any]:
@@ -142,26 +112,9 @@ def read_mapping(text: str) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0; 2 for a user's mistake, 1 for a server that stopped answering; one line on stderr says why."""
     options = parse(arguments)
-    try:
-        run(options)
-    except KeyboardInterrupt:
-        print("regenerate: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    except ValueError as error:
-        print(f"regenerate: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except (OSError, RuntimeError) as error:
-        if type(error).__name__ == "OutOfMemoryError":
-            print(
-                "regenerate: error: out of GPU memory: give a smaller --batch-size and another --out", file=sys.stderr
-            )
-            return 1
-        if isinstance(error, RuntimeError) and type(error).__name__ != "ServerError":
-            raise
-        line = " ".join(str(error).split())
-        print(f"regenerate: error: {line}; what is answered is kept: the same command goes on", file=sys.stderr)
-        return 1
-    return 0
+    from peagle_train.errors import run_tool
+
+    return run_tool("regenerate", lambda: run(options), "; the same command resumes")
 
 
 if __name__ == "__main__":

@@ -54,8 +54,8 @@ def keys_read(row: dict[str, Any]) -> set[str]:
     return read | ({"completion"} if key == "prompt" else {"system"} if key == "conversations" else set())
 
 
-def messages_of(row: dict[str, Any]) -> Conversation:
-    """The chat that a row holds.
+def messages_of(row: dict[str, Any], to_ask: bool = False) -> Conversation:
+    """The chat that a row holds. `to_ask`: answers will be generated, so the recorded ones may be empty or missing.
 
     Tool calls get one shape, {"type": "function", "function": {"name", "arguments"}}, arguments that are a JSON string
     are parsed (servers do so before they render), thoughts are there as reasoning_content and thinking, fields that are
@@ -66,7 +66,7 @@ def messages_of(row: dict[str, Any]) -> Conversation:
             no assistant turn, no chat.
     """
     try:
-        conversation = _read(row)
+        conversation = _read(row, to_ask)
         for text in strings_in([conversation.messages, conversation.tools, conversation.template_kwargs]):
             check_text(text)
         for text in conversation.text or ():
@@ -99,7 +99,7 @@ def check_text(text: str) -> None:
         raise BadRow("lone surrogate", f"character {error.start} of a text is {text[error.start]!a}") from None
 
 
-def _read(row: dict[str, Any]) -> Conversation:
+def _read(row: dict[str, Any], to_ask: bool) -> Conversation:
     key = next((key for key in CHAT_KEYS if key in row), None)
     if key is None:
         raise BadRow("no chat", f"a chat has one of the keys {', '.join(CHAT_KEYS)}")
@@ -127,9 +127,11 @@ def _read(row: dict[str, Any]) -> Conversation:
         messages.append({"role": "system", "content": row["system"]})
         learned.append(False)
     for number, raw in enumerate(given):
-        message, weight = _message(raw, f"message {number}")
+        message, weight = _message(raw, f"message {number}", to_ask)
         messages.append(message)
         learned.append(message["role"] == "assistant" and weight and number >= num_prompt)
+    if to_ask:
+        return Conversation(messages, learned, tools, template_kwargs)
     if not any(message["role"] == "assistant" for message in messages[num_prompt:]):
         raise BadRow("no assistant turn", f"{len(messages)} messages, none of them the assistant's to learn from")
     if not any(learned):
@@ -137,7 +139,7 @@ def _read(row: dict[str, Any]) -> Conversation:
     return Conversation(messages, learned, tools, template_kwargs)
 
 
-def _message(raw: Any, where: str) -> tuple[dict[str, Any], bool]:
+def _message(raw: Any, where: str, to_ask: bool) -> tuple[dict[str, Any], bool]:
     """The message in one shape, and whether its weight lets it be learned from."""
     if not isinstance(raw, dict):
         raise BadRow("wrong types", f"{where} is a {type(raw).__name__}, not a mapping")
@@ -169,7 +171,7 @@ def _message(raw: Any, where: str) -> tuple[dict[str, Any], bool]:
         is_null = any(name in raw for name in ("content", "value"))
         raise BadRow("null field" if is_null else "wrong types", f"{where} (by {role}) has no content")
     is_empty = not any(part.strip() for part in parts_of(message["content"]))
-    if is_empty and (role == "user" or (role == "assistant" and not _has_more_than_content(message))):
+    if is_empty and (role == "user" or (role == "assistant" and not (to_ask or _has_more_than_content(message)))):
         raise BadRow("empty turn", f"{where} (by {role}) is empty")
     return message, bool(weight)
 

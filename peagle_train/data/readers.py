@@ -1,5 +1,6 @@
 """Raw rows from files and data sets, in order: a line, a text or a mapping each. What is in them is looked at elsewhere."""
 
+import gzip
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -94,11 +95,12 @@ def _read_table(index: int, file: SourceFile) -> Iterator[RawRow]:
 
 
 def _lines(file: SourceFile) -> Iterator[bytes]:
+    opener: Any = gzip.open if file.path.endswith(".gz") else open
     try:
-        with open(file.path, "rb") as stream:
+        with opener(file.path, "rb") as stream:
             yield from stream
-    except OSError as error:
-        raise ValueError(f"cannot read {file.path}: {error.strerror or error}") from None
+    except (OSError, EOFError) as error:  # gzip raises both on what is no gzip or is cut
+        raise ValueError(f"cannot read {file.path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _printable(path: str) -> str:

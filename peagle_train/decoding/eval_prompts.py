@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from peagle_train.answers.prompts import BENCHMARKS, Prompt, load_prompts
 from peagle_train.data.files import STDLIB
 from peagle_train.data.packing import split_train_eval
 from peagle_train.data.sources import load_documents
+from peagle_train.regenerate import BENCHMARKS, Prompt, load_prompts
 
 
 @dataclass(frozen=True)
