@@ -112,12 +112,6 @@ def test_gzip_a_json_list_a_byte_order_mark_and_empty_lines_are_read_and_repeate
         assert load_prompts(str(tmp_path / name)) == expected
 
 
-def test_a_limit_counts_prompts_not_lines(tmp_path: Path) -> None:
-    path = write(tmp_path / "p.jsonl", {"prompt": "a"}, {"messages": []}, {"prompt": "b"}, {"prompt": "c"})
-    skipped: Counter[str] = Counter()
-    assert [p.id for p in load_prompts(path, 2, skipped)] == ["1", "3"] and skipped == {"no question": 1}
-
-
 @pytest.mark.parametrize(
     "row, reason",
     [
@@ -138,9 +132,11 @@ def test_a_limit_counts_prompts_not_lines(tmp_path: Path) -> None:
     ],
 )
 def test_rows_that_cannot_be_asked_are_counted_by_reason_or_refused(tmp_path: Path, row: Any, reason: str) -> None:
-    path = write(tmp_path / "p.jsonl", {"prompt": "fine"}, row)
+    path = write(tmp_path / "p.jsonl", {"prompt": "fine"}, row, {"prompt": "too"}, {"prompt": "late"})
     skipped: Counter[str] = Counter()
-    assert [p.id for p in load_prompts(path, skipped=skipped)] == ["1"] and skipped == {reason: 1}
+    assert [p.id for p in load_prompts(path, skipped=skipped)] == ["1", "3", "4"] and skipped == {reason: 1}
+    assert [p.id for p in load_prompts(path, 1)] == ["1"]  # a limit counts prompts, not lines
+    assert [p.id for p in load_prompts(path, 2, Counter())] == ["1", "3"]
     with pytest.raises(ValueError, match=rf"p\.jsonl, line 2: .*{reason}"):
         load_prompts(path)
 
@@ -332,38 +328,6 @@ def test_a_server_that_does_not_know_top_k_is_asked_without_it_and_the_report_sa
     assert "top_k" in caplog.text and "top_k" not in report_of(out)["settings"]["sampling"]
 
 
-@pytest.mark.parametrize("concurrency", ["1", "3"])
-def test_a_run_that_is_killed_resumes_and_has_each_prompt_once(tmp_path: Path, concurrency: str) -> None:
-    prompts, out, whole = write(tmp_path / "p.jsonl", *QUESTIONS), tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
-    started: list[subprocess.Popen[bytes]] = []
-    ready = threading.Event()
-    count = iter(range(1, 1000))
-
-    def kill(body: dict[str, Any]) -> Reply:
-        if next(count) == 8:
-            assert ready.wait(60)
-            started[0].send_signal(signal.SIGKILL)
-            started[0].wait()
-        return echo(body)
-
-    more = ("--concurrency", concurrency)
-    with serving(kill) as server:
-        started.append(subprocess.Popen([sys.executable, TOOL, *command(server, prompts, out, *more)], env=ENVIRONMENT))
-        ready.set()
-        assert started[0].wait() == -signal.SIGKILL
-        assert not out.exists()
-        partial = partial_path(out)
-        kept = [json.loads(line)["id"] for line in partial.read_text().splitlines()]
-        partial.write_bytes(partial.read_bytes() + b'{"id": "q6", "messa')  # as if killed while writing
-        server.respond = echo
-        server.requests.clear()
-        assert main(command(server, prompts, out, *more)) == 0
-        assert kept and not {f"first {id[1]}" for id in kept} & {texts[0] for texts in asked(server)}
-        assert main(command(server, prompts, whole, *more)) == 0
-    assert rows_of(out) == rows_of(whole) and len(rows_of(out)) == 7
-    assert report_of(out) == report_of(whole) and not list(tmp_path.glob(".*"))
-
-
 INTERRUPTIBLE = """
 import runpy, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
@@ -372,30 +336,45 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_an_interrupted_run_ends_with_one_line_although_an_answer_is_still_out(tmp_path: Path) -> None:
-    prompts, out = write(tmp_path / "p.jsonl", *QUESTIONS), tmp_path / "out.jsonl"
+@pytest.mark.parametrize(
+    "concurrency, sent, code", [("1", signal.SIGKILL, -9), ("3", signal.SIGKILL, -9), ("2", signal.SIGINT, 130)]
+)
+def test_a_run_that_is_killed_or_interrupted_ends_at_once_resumes_and_has_each_prompt_once(
+    tmp_path: Path, concurrency: str, sent: signal.Signals, code: int
+) -> None:
+    """Although other answers are still out, which nobody will read."""
+    prompts, out, whole = write(tmp_path / "p.jsonl", *QUESTIONS), tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
     started: list[subprocess.Popen[str]] = []
     ready = threading.Event()
     count = iter(range(1, 1000))
 
-    def interrupt(body: dict[str, Any]) -> Reply:
+    def stop(body: dict[str, Any]) -> Reply:
         number = next(count)
-        if number == 5:
+        if number == 8:
             assert ready.wait(60)
-            started[0].send_signal(signal.SIGINT)
-        if number >= 5:
+            started[0].send_signal(sent)
+        if number >= 8:
             started[0].wait()
         return echo(body)
 
-    with serving(interrupt) as server:
-        line = [sys.executable, "-c", INTERRUPTIBLE, TOOL, *command(server, prompts, out, "--concurrency", "2")]
+    with serving(stop) as server:
+        run = command(server, prompts, out, "--concurrency", concurrency)
+        line = [sys.executable, "-c", INTERRUPTIBLE, TOOL, *run]
         started.append(subprocess.Popen(line, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True))
         ready.set()
         last = started[0].communicate(timeout=120)[1].splitlines()[-1]
-        assert started[0].returncode == 130 and last.startswith("regenerate: stopped")
+        assert started[0].returncode == code and not out.exists()
+        assert code < 0 or last.startswith("regenerate: stopped")
+        partial = partial_path(out)
+        kept = [json.loads(line)["id"] for line in partial.read_text().splitlines()]
+        partial.write_bytes(partial.read_bytes() + b'{"id": "q6", "messa')  # as if killed while writing
         server.respond = echo
-        assert main(command(server, prompts, out)) == 0
-    assert len(rows_of(out)) == 7
+        server.requests.clear()
+        assert main(run) == 0
+        assert kept and not {f"first {id[1]}" for id in kept} & {texts[0] for texts in asked(server)}
+        assert main(command(server, prompts, whole)) == 0
+    assert rows_of(out) == rows_of(whole) and len(rows_of(out)) == 7
+    assert report_of(out) == report_of(whole) and not list(tmp_path.glob(".*"))
 
 
 def test_what_was_answered_before_the_server_failed_is_not_asked_again(
@@ -523,18 +502,14 @@ def test_what_another_command_or_process_began_is_refused(tmp_path: Path, capsys
 
 
 def test_help_answers_without_heavy_imports() -> None:
-    heavy = '{"torch", "transformers", "openai"}'
     code = f"""
 import atexit, runpy, sys
-atexit.register(lambda: print(sorted({heavy} & set(sys.modules))))
+atexit.register(lambda: print(sorted(set(sys.modules) & set("torch transformers openai".split()))))
 sys.argv = ["regenerate", "--help"]
 runpy.run_path({TOOL!r}, run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0 and "--base-url" in done.stdout and done.stdout.endswith("[]\n")
-
-
-# a model in this process
 
 
 @pytest.fixture(scope="module")
@@ -589,19 +564,6 @@ def test_greedy_answers_are_the_likeliest_tokens_whatever_the_batch(
         count = next((n for n, text in enumerate(texts[:count]) if not text), count)
         assert [m["content"] for m in written[str(i)]["messages"][1::2]] == texts[:count]
         assert written[str(i)]["generated"]["finish_reasons"] == ends[:count]
-
-
-def test_a_greedy_run_that_lost_rows_resumes_with_the_same_ones(folder: Path, tmp_path: Path) -> None:
-    prompts, out = write(tmp_path / "p.jsonl", *({"turns": turns} for turns in CHATS)), tmp_path / "out.jsonl"
-    run = local(
-        folder, prompts, out, "--temperature", "0", "--max-tokens", "9", "--batch-size", "4", "--keep-truncated"
-    )
-    assert main(run) == 0
-    whole, report = rows_of(out), report_of(out)
-    partial_path(out).write_bytes(b"".join(out.read_bytes().splitlines(keepends=True)[::2])[:-5])
-    out.unlink()
-    assert main(run) == 0
-    assert rows_of(out) == whole and report_of(out) == report
 
 
 def first_words(folder: Path, out: Path, *more: str) -> list[str]:
