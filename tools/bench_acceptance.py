@@ -56,7 +56,8 @@ class Bench:
 
         self.options, self.out = options, Path(options.out).absolute()
         self.recipe = str(Path(options.recipe).absolute())
-        load_recipe(self.recipe, options.overrides)  # for its mistakes, before anything is written
+        # For its mistakes, before anything is written.
+        self.trusted = load_recipe(self.recipe, options.overrides).target.trust_remote_code
         self.out.mkdir(parents=True, exist_ok=True)
         self.check_settings()
         file = self.out / "steps.json"
@@ -200,6 +201,7 @@ class Bench:
                 if asked == (o.limit, o.max_tokens, [str(folder) for folder in folders.values()]):
                     return known
         command = [str(ROOT / "tools" / "evaluate.py"), str(first), "--prompts", "stdlib", "--limit", str(o.limit)]
+        command += ["--trust-remote-code"] if self.trusted else []
         command += ["--cuts", "2", "--max-tokens", str(o.max_tokens), "--k", "5", "--max-k", "5", "--json", str(report)]
         others = [str(folder) for folder in list(folders.values())[1:]]
         self.run(self.out / "evaluate.log", *command, *(["--compare", *others] if others else []))

@@ -32,6 +32,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("checkpoint", help="a drafter's folder, such as runs/mine/final")
     parser.add_argument("--prompts", nargs="+", required=True, metavar="WHAT", help="see below")
     parser.add_argument("--target", metavar="DIR", help="the target's folder; default: the checkpoint's recipe's")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the target")
     parser.add_argument("--compare", nargs="+", default=[], metavar="OTHER", help="other drafters, on the same texts")
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="of each output (default 128)")
     parser.add_argument("--limit", type=int, metavar="N", help="prompts of each data set")

@@ -81,12 +81,16 @@ def run(options: Namespace, folder: Path) -> tuple[str, bool]:
         seed=options.seed,
     )
     largest[0] = max(largest[0], settings.num_slots)
-    trusted = bool(recipe and recipe.target.trust_remote_code)
+    trusted = options.trust_remote_code  # never the recipe's word: whoever made the drafter wrote that
+    if recipe and recipe.target.trust_remote_code and not trusted:
+        logger.warning("%s's recipe trusts code of %s: give --trust-remote-code if you do, too", folder, path)
     tokenizer = _tokenizer(path, trusted)
     # before the target, which may take minutes to load
     cases, notes = _cases(options, recipe, tokenizer, drafts[0].config.vocab_size)
     if not sys.stderr.isatty():
         disable_progress_bar()
+    if not options.target:
+        print(f"target: {path}, as the recipe beside {folder} says", file=sys.stderr, flush=True)
     target = FrozenTarget.load(
         path,
         dtype=options.dtype,

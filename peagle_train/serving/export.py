@@ -145,6 +145,7 @@ def find_target(given: Path | None, facts: RunFacts, notes: list[str]) -> Path |
         return given
     path = facts.get("target", "path")
     if isinstance(path, str) and (Path(path) / "config.json").is_file():
+        notes.append(f"the target is {path}, as the recipe beside the drafter says")
         return Path(path)
     where = f"the target {path} is not on this machine" if path else "no target is known"
     notes.append(f"{where}: no tokenizer files were copied, and nothing was compared with it (--target DIR)")
