@@ -152,7 +152,7 @@ def test_blocks_of_queries_give_what_the_whole_gives(block: int, monkeypatch: py
     target = make("llama")
     ids, positions = tokens([[29, 4]])
     features, last = target.features(ids, positions)
-    monkeypatch.setattr("peagle_train.target.chunk_attention.CPU_BLOCK", block)
+    monkeypatch.setattr("peagle_train.target.attention.CPU_BLOCK", block)
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", watched)
     for chunk in (5, 7, 28):
         target.chunk_tokens = chunk

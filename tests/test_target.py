@@ -107,7 +107,7 @@ def test_other_architectures_pass_the_check(model: Any) -> None:
 def test_a_target_that_lets_packed_documents_see_each_other_gets_one_at_a_time(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    leaky, good = (FrozenTarget.load(str(folder), dtype="float64") for _ in range(2))
+    leaky, good = (FrozenTarget.load(str(folder), dtype="float64", attn_implementation="eager") for _ in range(2))
     original = leaky.base.forward
     leaky.base.forward = lambda **kwargs: original(  # type: ignore[method-assign]
         **{**kwargs, "position_ids": torch.arange(kwargs["input_ids"].shape[1])[None]}
@@ -119,7 +119,8 @@ def test_a_target_that_lets_packed_documents_see_each_other_gets_one_at_a_time(
     leaky.check()
     assert "one document at a time" in caplog.text
     read = [*range(7), *range(9, 21)]  # nobody reads documents of one token
-    assert torch.allclose(leaky.features(ids, positions)[0][:, read], expected[:, read], atol=1e-12)
+    found = leaky.features(ids, positions)[0]
+    assert torch.allclose(found[:, read], expected[:, read], atol=1e-5)  # eager softmaxes in float32
 
 
 def test_logits_changed_after_the_head_are_caught(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Packed documents in the target: each gets what it gets alone, however many rows a batch has and whatever attends."""
 
 import sys
+from functools import wraps
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -9,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from peagle_train.target.attention import packed_attention, varlen_serves
 from peagle_train.target.frozen import FrozenTarget
+from tests.test_chunks import make
 from tests.tiny import VOCAB, make_target
 
 ROWS = [[7, 1, 11, 2], [13, 3, 5]]
@@ -38,13 +42,17 @@ def alone(model: Any, layer_ids: list[int], rows: list[list[int]]) -> tuple[Tens
     return features, last
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """What a causal kernel gives for one document, [n, heads, D], written out."""
-    n, groups = query.shape[0], query.shape[1] // key.shape[1]
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, window: int | None = None) -> Tensor:
+    """What a causal kernel gives for one document, written out: position i sees the `window` last ones up to itself.
+
+    query: [Q, heads, D], of the last positions. key, value: [K, key heads, D], of all positions.
+    """
+    groups, Q, K = query.shape[1] // key.shape[1], query.shape[0], key.shape[0]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = torch.einsum("qhd,khd->hqk", query, key) * (query.shape[2] ** -0.5 if scale is None else scale)
-    weights = scores.masked_fill(torch.ones(n, n).triu(1).bool(), float("-inf")).softmax(-1)
-    return torch.einsum("hqk,khd->qhd", weights, value)
+    back = torch.arange(K - Q, K)[:, None] - torch.arange(K)
+    hidden = (back < 0) | (back >= (window or K))
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), value)
 
 
 CALLS: list[int] = []
@@ -123,3 +131,193 @@ def test_the_check_sees_documents_that_leak_only_where_a_batch_has_several_rows(
     expected, _ = alone(FrozenTarget.load(str(folder), dtype="float64").model, target.layer_ids, ROWS)
     read = torch.tensor([[n > 1 for n in row for _ in range(n)] for row in ROWS])  # nobody reads one of a single token
     assert torch.allclose(features[read], expected[read], atol=1e-5)  # eager softmaxes in float32
+
+
+class Layer:
+    """What attention looks at of the module that it works for."""
+
+    class config:
+        layer_types = None
+
+    is_causal = True
+
+
+def run_packed_attention(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], **given: Any) -> Tensor:
+    """[Q, heads, D] from [Q, heads, D] and [K, key heads, D], as transformers would call it."""
+    states = [x.transpose(0, 1)[None] for x in (query, key, value)]
+    bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    told = {"documents": tuple(bounds), "cu_seq_lens_q": torch.tensor(bounds, dtype=torch.int32)}
+    out, _ = packed_attention(Layer(), *states, None, max_length_q=max(lengths), dropout=0.0, **told, **given)  # type: ignore[arg-type]
+    return out[0]
+
+
+def random_states(Q: int, K: int, value_D: int = 8) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = (Q, 4, 8), (K, 2, 8), (K, 2, value_D)
+    return [torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in shapes]
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 65, 500])
+@pytest.mark.parametrize("lengths", [[1], [97], [1, 65, 1, 1, 131, 2], [64, 128]])
+def test_packed_documents_get_what_attention_written_out_gives(lengths: list[int], window: int | None) -> None:
+    states = random_states(sum(lengths), sum(lengths), value_D=5)
+    found = run_packed_attention(*states, lengths, scaling=0.3, sliding_window=window)
+    parts = zip(*(x.split(lengths) for x in states), strict=True)
+    assert torch.allclose(found, torch.cat([attend(*part, 0.3, window) for part in parts]), atol=1e-13)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 65, 500])
+@pytest.mark.parametrize(("Q", "K"), [(1, 2), (1, 131), (65, 131), (130, 131)])
+def test_a_chunk_gets_what_attention_to_all_before_it_written_out_gives(Q: int, K: int, window: int | None) -> None:
+    states = random_states(Q, K)
+    found = run_packed_attention(*states, [Q], sliding_window=window)
+    assert torch.allclose(found, attend(*states, window=window), atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral, all layers sliding", "gemma3, some layers sliding", "gpt2"])
+def test_rows_that_run_as_one_give_what_documents_get_alone(name: str) -> None:
+    target = make(name)
+    assert target.flattens
+    found = target.features(*packed(ROWS))
+    target.flattens = False
+    masked = target.features(*packed(ROWS))
+    expected = alone(target.model, target.layer_ids, ROWS)
+    for ours, theirs, right in zip(found, masked, expected, strict=True):
+        # Norms and rotary tables compute in float32, whatever the model's dtype.
+        assert torch.allclose(ours, right, atol=2e-6 * float(right.abs().max()))
+        assert torch.allclose(theirs, right, atol=2e-6 * float(right.abs().max()))
+
+
+class Watched(TorchDispatchMode):
+    """The largest boolean tensor that is made inside, and how often a value is read (for which a GPU is waited for)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest_mask, self.reads = 0, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.dtype == torch.bool:
+            self.largest_mask = max(self.largest_mask, out.numel())
+        self.reads += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return out
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral, all layers sliding", "gemma3, some layers sliding"])
+@pytest.mark.parametrize("chunk_tokens", [None, 5])
+def test_no_mask_of_tokens_by_tokens_is_made_and_nothing_waits_for_the_device(
+    name: str, chunk_tokens: int | None
+) -> None:
+    target = make(name, chunk_tokens)
+    forward = target.base.forward
+    watched = Watched()
+
+    @wraps(forward)  # whose arguments say what a cache is called
+    def watching(**given: Any) -> Any:
+        with watched:
+            return forward(**given)
+
+    target.base.forward = watching  # type: ignore[method-assign]
+    target.features(*packed(ROWS))
+    # Of a document in a window, or in chunks: a block of its queries by as many keys as they see.
+    assert watched.reads == 0 and watched.largest_mask <= max(n for row in ROWS for n in row) ** 2
+    target.flattens, target.chunk_tokens = False, None
+    target.features(*packed(ROWS))
+    assert watched.reads > 0 and watched.largest_mask >= 2 * sum(ROWS[0]) ** 2
+
+
+@pytest.mark.parametrize("what", ["lost", "wrong"])
+@pytest.mark.parametrize("chunk_tokens", [None, 8])
+def test_a_model_that_does_not_heed_bounds_goes_by_transformers_masks_from_the_check_on(
+    what: str, chunk_tokens: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    target, good = make("qwen3", chunk_tokens), make("qwen3")
+    forward = target.base.forward
+
+    @wraps(forward)
+    def deaf(documents: Any = None, **given: Any) -> Any:
+        return forward(**given) if what == "lost" or documents is None else forward(documents=documents[::2], **given)
+
+    target.base.forward = deaf  # type: ignore[method-assign]
+    target.check()
+    assert "does not heed the bounds of packed documents" in caplog.text
+    assert not target.flattens and not target.apart
+    for found, expected in zip(target.features(*packed(ROWS)), good.features(*packed(ROWS)), strict=True):
+        assert torch.allclose(found, expected, atol=2e-6 * float(expected.abs().max()))
+
+
+def test_without_the_check_a_model_that_loses_the_bounds_is_one_line() -> None:
+    target = make("qwen3")
+    forward = target.base.forward
+    target.base.forward = lambda documents, **given: forward(**given)  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"Qwen3Attention has no documents' bounds.* target\.check") as caught:
+        target.features(*packed(ROWS))
+    assert "\n" not in str(caught.value)
+
+
+def varlen(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
+    scale: float | None = None, window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False
+) -> Tensor:  # fmt: skip
+    """torch's varlen_attn, which has no kernel for a CPU, as its documentation describes it."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and window_size[1] == 0
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    assert max_q == int(cu_seq_q.diff().max()) and max_k == int(cu_seq_k.diff().max())
+    window = None if window_size[0] < 0 else window_size[0] + 1
+    parts = zip(pairwise(cu_seq_q.tolist()), pairwise(cu_seq_k.tolist()), strict=True)
+    return torch.cat([attend(query[a:b], key[c:d], value[c:d], scale, window) for (a, b), (c, d) in parts])
+
+
+def old_varlen(*given: Any, scale: float | None = None, window_size: tuple[int, int] = (-1, -1)) -> Tensor:
+    """The same on torch 2.11, which has no `enable_gqa`."""
+    return varlen(*given, scale=scale, window_size=window_size)
+
+
+def top_left(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, *most: int, **given: Any) -> Tensor:
+    """A kernel that takes the first queries for a cache's first keys."""
+    n = query.shape[0]
+    return varlen(query, key[:n], value[:n], cu_q, cu_q, most[0], most[0], **given)
+
+
+def deaf_to_windows(*given: Any, window_size: tuple[int, int], **more: Any) -> Tensor:
+    return varlen(*given, window_size=(-1, 0), **more)
+
+
+def test_the_kernel_that_skips_is_used_where_it_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def serves(kernel: Any, D: int = 8, value_D: int = 8, gqa: bool = True) -> bool:
+        varlen_serves.cache_clear()
+        monkeypatch.setattr("peagle_train.target.attention.varlen_attn", kernel)
+        monkeypatch.setattr("peagle_train.target.attention.HAS_GQA", gqa)
+        return varlen_serves(torch.device("cpu"), torch.float32, D, value_D)
+
+    try:
+        assert serves(varlen) and serves(old_varlen, gqa=False) and serves(varlen, 96, 96) and not caplog.messages
+        assert not serves(varlen, 8, 16) and not serves(top_left) and not serves(deaf_to_windows)
+        assert not serves(old_varlen) and len(caplog.messages) == 4 and "one by one" in caplog.text
+    finally:
+        varlen_serves.cache_clear()
+
+
+def test_torchs_own_kernel_is_not_believed_in_where_it_does_not_run() -> None:
+    assert not varlen_serves(torch.device("cpu"), torch.bfloat16, 64, 64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "mistral, all layers sliding", "gemma3, some layers sliding"])
+@pytest.mark.parametrize("chunk_tokens", [None, 5])
+def test_on_a_gpu_the_kernel_serves_and_nothing_waits_for_it(name: str, chunk_tokens: int | None) -> None:
+    assert varlen_serves(torch.device("cuda", 0), torch.bfloat16, 8, 8)
+    target, right = make(name, chunk_tokens), make(name)
+    target.model.to("cuda", torch.bfloat16)
+    target.check()
+    assert target.flattens
+    target.features(*packed(ROWS))  # libraries make their buffers
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = target.features(*packed(ROWS))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for ours, expected in zip(found, right.features(*packed(ROWS)), strict=True):
+        assert (ours.cpu() - expected).norm() < 0.03 * expected.norm()

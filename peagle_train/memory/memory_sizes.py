@@ -22,9 +22,9 @@ from peagle_train.errors import one_line
 from peagle_train.memory.memory_plan import GIB, Sizes
 from peagle_train.recipe import Recipe
 from peagle_train.serving.warm_start import read_start
+from peagle_train.target.attention import BLOCK
 from peagle_train.target.base import TargetBase
 from peagle_train.target.cached_target import CachedTarget
-from peagle_train.target.chunk_attention import BLOCK
 from peagle_train.target.frozen import FrozenTarget
 from peagle_train.target.loading import refuse_unfit, resolve_dtype
 from peagle_train.training.build import make_draft_config

@@ -17,10 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from peagle_train.target.chunk_attention import narrow_masks
-
-KINDS = ("full_attention", "sliding_attention")
-"""Layer types whose keys and values a chunk can be given; their masks are checked against the unchunked forward."""
+from peagle_train.target.attention import KINDS
 
 
 @dataclass(frozen=True)
@@ -76,15 +73,15 @@ def plan_runs(bounds: list[int], chunk_tokens: int | None, apart: bool = False) 
     return runs
 
 
-def flash_arguments(bounds: list[int], run: Run, device: torch.device) -> dict[str, Any]:
-    """What tells transformers' flash attention where the documents of a run lie, in transformers' names.
-
-    Left to itself it looks at the position ids in every layer, and of one row only.
+def bounds_arguments(bounds: list[int], start: int, stop: int, device: torch.device) -> dict[str, Any]:
+    """What tells attention where the documents among tokens start to stop lie: in the names of transformers' flash
+    attention (which, left to itself, looks at the position ids in every layer, and of one row only), and as a list.
     """
-    own = bounds[bisect_left(bounds, run.start) : bisect_right(bounds, run.stop)]
-    cumulative = (torch.tensor(own, dtype=torch.int32) - run.start).to(device, non_blocking=True)
-    longest = max(stop - start for start, stop in pairwise(own))
+    own = [start, *bounds[bisect_right(bounds, start) : bisect_left(bounds, stop)], stop]
+    cumulative = (torch.tensor(own, dtype=torch.int32) - start).to(device, non_blocking=True)
+    longest = max(b - a for a, b in pairwise(own))
     return {
+        "documents": tuple(bound - start for bound in own),
         "cu_seq_lens_q": cumulative,
         "cu_seq_lens_k": cumulative,
         "max_length_q": longest,
@@ -117,7 +114,7 @@ def forward_run(
     input_ids: Tensor,
     position_ids: Tensor,
     run: Run,
-    packed: dict[str, Any],
+    bounds: list[int] | None,
     begin: Callable[[int, int], None],
     end: Callable[[Tensor], None],
 ) -> None:
@@ -125,26 +122,28 @@ def forward_run(
 
     Args:
         input_ids, position_ids: [B, N].
-        packed: further arguments of a forward without a cache.
+        bounds: see `document_bounds`; None for attention that is not told them.
         begin: called before each forward with its first token and the one behind its last.
         end: called after it with the last hidden states of these tokens, [B, stop - start, T].
     """
     if run.chunk is None:
         begin(run.start, run.stop)
-        end(_forward(base, input_ids, position_ids, run.start, run.stop, {"use_cache": False, **packed}))
+        told = {} if bounds is None else bounds_arguments(bounds, run.start, run.stop, input_ids.device)
+        end(_forward(base, input_ids, position_ids, run.start, run.stop, {"use_cache": False, **told}))
         return
     name = cache_argument(base)
     assert name is not None, "check_chunkable lets no such target through"
     cache = {name: DynamicCache(config=config), "use_cache": True}
-    with narrow_masks(config):
-        for start in range(run.start, run.stop, run.chunk):
-            stop = min(start + run.chunk, run.stop)
-            begin(start, stop)
-            end(_forward(base, input_ids, position_ids, start, stop, cache))
+    for start in range(run.start, run.stop, run.chunk):
+        stop = min(start + run.chunk, run.stop)
+        begin(start, stop)
+        told = {} if bounds is None else bounds_arguments([], start, stop, input_ids.device)
+        told.pop("cu_seq_lens_k", None)  # each layer's cache knows how many keys there are
+        end(_forward(base, input_ids, position_ids, start, stop, {**cache, **told}))
 
 
 def _forward(
-    base: nn.Module, input_ids: Tensor, position_ids: Tensor, start: int, stop: int, cache: dict[str, Any]
+    base: nn.Module, input_ids: Tensor, position_ids: Tensor, start: int, stop: int, further: dict[str, Any]
 ) -> Tensor:
     ids, positions = input_ids[:, start:stop], position_ids[:, start:stop]
-    return base(input_ids=ids, position_ids=positions, attention_mask=None, **cache).last_hidden_state
+    return base(input_ids=ids, position_ids=positions, attention_mask=None, **further).last_hidden_state

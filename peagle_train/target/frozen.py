@@ -6,6 +6,7 @@ hidden state outlives its layer. B: rows, L: columns, T: hidden size, V: draft v
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from peagle_train.core.segments import TargetOutputs
 from peagle_train.data import vocab
 from peagle_train.errors import one_line
+from peagle_train.target.attention import bounds_heeded, takes_bounds
 from peagle_train.target.base import TargetBase, default_layer_ids
-from peagle_train.target.chunks import Run, check_chunkable, document_bounds, flash_arguments, forward_run, plan_runs
+from peagle_train.target.chunks import Run, check_chunkable, document_bounds, forward_run, plan_runs
 from peagle_train.target.dense import FLOATS, dense_embeddings, dense_head, is_plain
 from peagle_train.target.loading import load_model, refuse_unfit, resolve_dtype
 from peagle_train.target.target_check import check_target
@@ -64,7 +66,7 @@ class FrozenTarget(TargetBase):
             raise ValueError(f"target.layer_ids is {self.layer_ids}; ids must lie in 0..{len(self.layers) - 1}")
         self.chunk_tokens = chunk_tokens
         self.apart = False
-        self.flattens = "flash" in (self.attn_implementation or "")
+        self.flattens = takes_bounds(model, self.config)
         self.sharded = False
         if chunk_tokens is not None:
             check_chunkable(model, self.base, self.config)
@@ -183,10 +185,10 @@ class FrozenTarget(TargetBase):
     def features(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Features [B, L, 3T] and last hidden states after the final norm [B, L, T], in the target's dtype.
 
-        Packed documents do not see each other: transformers tells them apart by position ids that restart, as long as it
-        is given neither an attention mask nor a cache. Its flash attention does so in one row only: all rows are given as
-        one, with the documents' bounds (`flattens`). With `chunk_tokens`, or for a target that does not (`apart`), see
-        `peagle_train.target.chunks`.
+        Packed documents do not see each other. Where attention heeds the documents' bounds (`flattens`), all rows are given
+        as one, see `peagle_train.target.attention`. Else transformers tells documents apart by position ids that restart,
+        as long as it is given neither an attention mask nor a cache. With `chunk_tokens`, or for a target that does
+        neither (`apart`), see `peagle_train.target.chunks`.
 
         Args:
             input_ids: int64 [B, L], unshifted. position_ids: int64 [B, L], restarting at 0 with every document. On the
@@ -234,10 +236,11 @@ class FrozenTarget(TargetBase):
             self.layers[layer].register_forward_pre_hook(keep(slot), with_kwargs=True)
             for slot, layer in enumerate(self.layer_ids)
         ]
+        told = bounds if self.flattens else None
         try:
-            for run in runs:
-                packed = flash_arguments(bounds, run, self.device) if self.flattens else {}
-                forward_run(self.base, self.config, ids, positions, run, packed, begin, end)
+            with bounds_heeded(self.config) if self.flattens else nullcontext():
+                for run in runs:
+                    forward_run(self.base, self.config, ids, positions, run, told, begin, end)
         finally:
             for handle in handles:
                 handle.remove()

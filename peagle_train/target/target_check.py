@@ -5,12 +5,15 @@ Cheap insurance against architectures that nobody here has met.
 
 import logging
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from peagle_train.errors import one_line
 from peagle_train.memory.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -32,35 +35,33 @@ def check_target(target: "FrozenTarget") -> None:
         ids_n = torch.arange(1, 1 + sum(LENGTHS)) % target.vocab_size
         try:
             expected = _alone(target, ids_n)
-        except Exception as error:  # whatever a kernel raises that transformers does not use unless it is told to
+        except Exception as raised:  # whatever a kernel raises that transformers does not use unless it is told to
             chosen = getattr(target.config, "_attn_implementation", None)
-            if chosen in USUAL or isinstance(error, ValueError) or is_out_of_memory(error):
+            if chosen in USUAL or isinstance(raised, ValueError) or is_out_of_memory(raised):
                 raise
             name, dtype = type(target.model).__name__, str(target.model.dtype)[6:]
             raise ValueError(
                 f"target {name} does not run on {target.device.type} in {dtype} with target.attn_implementation={chosen}"
-                f" ({type(error).__name__}: {' '.join(str(error).split())[:200]}): set target.attn_implementation to null"
-            ) from error
+                f" ({type(raised).__name__}: {one_line(raised, 200)}): set target.attn_implementation to null"
+            ) from raised
         _refuse_non_finite(target, *expected)
-        ids_BL = ids_n.view(2, -1)
-        position_BL = torch.cat([torch.arange(n) for n in LENGTHS]).view_as(ids_BL)
-        off = _error(target.features(ids_BL, position_BL), expected)
-        if not off <= TOLERANCE:  # not a number, too
+        off = partial(_packed_error, target, ids_n, expected)
+        chunks = [None] if chunk_tokens is None else [None, 4]
+        if target.flattens:
+            _check_bounds(target, [partial(off, chunk) for chunk in chunks])
+        if not target.flattens and not (error := off(None)) <= TOLERANCE:
             logger.warning(
                 "target %s lets packed documents see each other (features are %.0f%% off): it is given one document at a"
                 " time, which is right but slower where documents are short",
                 type(target.model).__name__,
-                100 * off,
+                100 * error,
             )
             target.apart = True
-        if chunk_tokens is not None:
-            target.chunk_tokens = 4
-            off = _error(target.features(ids_BL, position_BL), expected)
-            if not off <= TOLERANCE:
-                raise ValueError(
-                    f"target {type(target.model).__name__} gives other features in chunks ({off:.0%} off): set"
-                    " target.chunk_tokens to null"
-                )
+        if not target.flattens and not (error := off(chunks[-1])) <= TOLERANCE:
+            raise ValueError(
+                f"target {type(target.model).__name__} gives other features in chunks ({error:.0%} off): set"
+                " target.chunk_tokens to null"
+            )
         _check_logits(target, ids_n[: LENGTHS[0]], expected[1][: LENGTHS[0]])
     finally:
         target.chunk_tokens = chunk_tokens
@@ -79,11 +80,33 @@ def _alone(target: "FrozenTarget", ids_n: Tensor) -> tuple[Tensor, Tensor]:
     return features[own_BL], last[own_BL]
 
 
-def _error(packed: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> float:
-    """The largest error of a document's features or last hidden states."""
-    parts = [zip(a.flatten(0, 1).split(LENGTHS), b.split(LENGTHS)) for a, b in zip(packed, expected)]
-    errors = [relative(a, b) for part in parts for a, b in part]
-    return max(errors, key=lambda error: math.inf if math.isnan(error) else error)
+def _packed_error(
+    target: "FrozenTarget", ids_n: Tensor, expected: tuple[Tensor, Tensor], chunk_tokens: int | None
+) -> float:
+    """The largest error of a document's features or last hidden states, packed in two rows."""
+    target.chunk_tokens = chunk_tokens
+    position_BL = torch.cat([torch.arange(n) for n in LENGTHS]).view(2, -1)
+    found = target.features(ids_n.view_as(position_BL), position_BL)
+    pairs = [p for a, b in zip(found, expected) for p in zip(a.flatten(0, 1).split(LENGTHS), b.split(LENGTHS))]
+    return max(math.inf if math.isnan(error) else error for error in (relative(a, b) for a, b in pairs))
+
+
+def _check_bounds(target: "FrozenTarget", errors: list[Callable[[], float]]) -> None:
+    """Leave documents to transformers where telling attention their bounds does not do."""
+    try:
+        error = max(measure() for measure in errors)
+        if error <= TOLERANCE:
+            return
+        why = f"features are {error:.0%} off"
+    except Exception as raised:  # whatever a model raises that knows no such arguments
+        why = one_line(raised, 200)
+    logger.warning(
+        "target %s does not heed the bounds of packed documents (%s): transformers' own masks keep them apart, which takes"
+        " memory for tokens x tokens",
+        type(target.model).__name__,
+        why,
+    )
+    target.flattens = False
 
 
 def _refuse_non_finite(target: "FrozenTarget", features: Tensor, last: Tensor) -> None:
