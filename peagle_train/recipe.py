@@ -289,8 +289,6 @@ class Recipe:
             raise RecipeError(
                 f"target.shard is true, target.device_map is {self.target.device_map}: change one of them to false or null"
             )
-        if self.train.sharding == "fsdp2" and self.train.compile is True:
-            raise RecipeError("train.sharding is fsdp2, train.compile is true: change one of them")
         if self.draft.init_from is not None and self.draft.vocab_from is not None:
             raise RecipeError(
                 "draft.init_from and draft.vocab_from are both given, and each brings a draft vocabulary: leave one out"

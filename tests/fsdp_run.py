@@ -4,15 +4,16 @@ python -m torch.distributed.run ... tests/fsdp_run.py FOLDER
 """
 
 import sys
+from functools import partial
+from itertools import product
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from peagle_train.core.collator import CODCollator
+from peagle_train.core.compiled import compile_layers
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.core.plan import plan_segments
@@ -20,9 +21,10 @@ from peagle_train.core.relay import context_chunks, needed_segments, relay_step
 from peagle_train.core.segments import TargetOutputs, recompute_step
 from peagle_train.training.build import draw_weights
 from peagle_train.training.distributed import max_counts
+from peagle_train.training.sharded import shard
 
 L, K, S = 48, 5, 6
-CASES = [(mode, case) for mode in ("relay", "recompute") for case in ("short", "nothing supervised")]
+MODES, CASES, VARIANTS = ("relay", "recompute"), ("short", "nothing supervised"), ("eager", "compiled", "compiled bf16")
 
 
 def make_draft() -> PEagleDraft:
@@ -63,15 +65,14 @@ def make_batch(rank: int, case: str) -> tuple[dict[str, Tensor], TargetOutputs]:
     return batch, TargetOutputs(random(1, L, 36), random(1, L, 12), head)
 
 
-def sharded(mode: str, case: str) -> dict[str, Tensor]:
+def sharded(mode: str, case: str, variant: str) -> dict[str, Tensor]:
     rank, world = dist.get_rank(), dist.get_world_size()
+    bf16, compiled = "bf16" in variant, "compiled" in variant
     draft = make_draft()
-    mesh = init_device_mesh("cpu", (world,))
-    for layer in draft.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(draft, mesh=mesh)
+    shard(draft.float() if bf16 else draft, draft.layers, torch.device("cpu"), bf16)
+    graphs = compile_layers(draft, "aot_eager") if compiled else None
     batch, target = make_batch(rank, case)
-    plan = plan_segments(batch, K)
+    plan = plan_segments(batch, K, static=compiled)
     count = torch.tensor(float(plan.num_supervised), dtype=torch.float64)
     dist.all_reduce(count)
     for _ in range(2):  # the second step finds buffers and gradients as the first left them
@@ -80,10 +81,13 @@ def sharded(mode: str, case: str) -> dict[str, Tensor]:
         if mode == "relay":
             needed = needed_segments(plan)
             passes_a, passes_b = max_counts([len(context_chunks(plan, needed)), len(needed)], torch.device("cpu"))
-            relay_step(draft, batch, target, num_depths=K, scale=scale, plan=plan, min_passes=(passes_a, passes_b))
+            step = partial(relay_step, min_passes=(passes_a, passes_b))
         else:
             most = max_counts([sum(bool(s.supervised.numel()) for s in plan.segments)], torch.device("cpu"))[0]
-            recompute_step(draft, batch, target, num_depths=K, scale=scale, plan=plan, min_passes=most)
+            step = partial(recompute_step, min_passes=most)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
+            step(draft, batch, target, num_depths=K, scale=scale, plan=plan)
+    assert graphs is None or (len(graphs) >= 2 and graphs.recompiles == 0), graphs
     whole = {name: p.grad.full_tensor() for name, p in draft.named_parameters()}  # type: ignore[union-attr]
     return whole
 
@@ -100,9 +104,9 @@ def alone(case: str) -> dict[str, Tensor]:
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    for mode, case in CASES:
-        gradients = sharded(mode, case)
+    for mode, case, variant in product(MODES, CASES, VARIANTS):
+        gradients = sharded(mode, case, variant)
         if dist.get_rank() == 0:
-            save_file({name: g.contiguous() for name, g in gradients.items()}, f"{sys.argv[1]}/{mode} {case}")
+            save_file({name: g.contiguous() for name, g in gradients.items()}, f"{sys.argv[1]}/{mode} {case} {variant}")
     dist.barrier()
     dist.destroy_process_group()

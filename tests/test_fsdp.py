@@ -1,11 +1,12 @@
 """FSDP2 (`fully_shard` on a CPU mesh, two processes): what is sharded computes, saves and resumes as what is whole."""
 
+from itertools import product
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.fsdp_run import CASES, alone
+from tests.fsdp_run import CASES, MODES, VARIANTS, alone
 from tests.test_distributed import launch
 from tests.tiny import make_target, write_recipe, write_rows
 
@@ -20,15 +21,15 @@ def gradients(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("mode, case", CASES)
+@pytest.mark.parametrize("mode, case, variant", product(MODES, CASES, VARIANTS))
 def test_sharded_ranks_with_different_segments_give_one_processs_gradients(
-    mode: str, case: str, gradients: Path
+    mode: str, case: str, variant: str, gradients: Path
 ) -> None:
-    ours, theirs = load_file(gradients / f"{mode} {case}"), alone(case)
+    ours, theirs = load_file(gradients / f"{mode} {case} {variant}"), alone(case)
     assert ours.keys() == theirs.keys()
     for name, gradient in theirs.items():
         error = (ours[name] - gradient).abs().max() / gradient.abs().max()
-        assert error < 1e-10, (name, float(error))
+        assert error < (0.05 if "bf16" in variant else 1e-10), (name, float(error))
 
 
 def test_sharded_targets_states_and_steps_are_what_they_are_when_whole(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ as a recompile of the training step. Shapes are static (a static plan), so that 
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peagle_train.core.draft import KV, DraftOutput, Labels, PEagleDraft
+from peagle_train.core.draft import KV, DraftOutput, Labels, Layer, PEagleDraft
 from peagle_train.core.visibility import Visibility
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,70 @@ def failed_guard(function: Any) -> str:
     return " ".join(reasons[-1].split()) if reasons else "that TORCH_LOGS=recompiles shows"
 
 
+class Graphs(Counter[str]):
+    """How often each function was compiled; more than once is warned about."""
+
+    @property
+    def recompiles(self) -> int:
+        """Graphs compiled beyond the first of each function."""
+        return sum(max(0, count - 1) for count in self.values())
+
+    def compile(self, function: Any, name: str, backend: Any, mode: str | None) -> Callable[..., Any]:
+        """`function`, compiled for static shapes and counted as `name`."""
+        from torch._dynamo.backends.registry import lookup_backend
+
+        inner = lookup_backend(backend) if isinstance(backend, str) else backend
+        options = torch._inductor.list_mode_options(mode) if mode and backend == "inductor" else {}
+        # Code of its own: torch keeps graphs by code object, so that another one's would be searched, too.
+        function = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+        self[name] = 0
+
+        def counted(graph: Any, inputs: Any) -> Any:
+            self[name] += 1
+            if self[name] > 1:
+                logger.warning(
+                    "the %s pass was compiled again (graph %d), because of the guard %s",
+                    name,
+                    self[name],
+                    failed_guard(function),
+                )
+            if options:
+                from torch._inductor.compile_fx import compile_fx
+
+                return compile_fx(graph, inputs, config_patches=options)
+            return inner(graph, inputs)
+
+        return torch.compile(function, fullgraph=True, dynamic=False, backend=counted)
+
+
+def _layer_pass(layer: Layer, *arguments: Any) -> tuple[Tensor | None, Tensor, Tensor]:
+    return Layer.forward(layer, *arguments)
+
+
+def compile_layers(draft: PEagleDraft, backend: Any = "inductor", mode: str | None = None) -> Graphs:
+    """Compile each layer by itself, in place, for drafters that FSDP2 shards: its hooks around a layer's forward, which
+    gather the weights, stay outside of the graph. Arguments as `CompiledDraft`'s.
+    """
+    graphs = Graphs()
+
+    def compiled(layer: Layer, index: int) -> Callable[..., Any]:
+        functions: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+        def forward(x_BNH: Tensor, embeds: Tensor | None, rope: Any, context: Any, visibility: Any, skip: int) -> Any:
+            # A graph for each kind of pass, idle ones on a single element among them.
+            kind = torch.is_grad_enabled(), tuple(x_BNH.shape), context is None, skip
+            if kind not in functions:
+                functions[kind] = graphs.compile(_layer_pass, f"layer {index}'s {kind}", backend, mode)
+            return functions[kind](layer, x_BNH, embeds, rope, context, visibility, skip)
+
+        return forward
+
+    for index, layer in enumerate(draft.layers):
+        assert isinstance(layer, Layer)
+        layer.forward = compiled(layer, index)  # type: ignore[method-assign]
+    return graphs
+
+
 class CompiledDraft:
     """Stands in for a `PEagleDraft` in `relay_step` and `recompute_step`; parameters stay the drafter's.
 
@@ -68,44 +133,14 @@ class CompiledDraft:
 
     def __init__(self, draft: PEagleDraft, backend: Any = "inductor", mode: str | None = None) -> None:
         self.draft = draft
-        self.graphs = {"keys and values": 0, "training": 0, "evaluation": 0}
-        if backend != "inductor":
-            mode = None
-        self._passes = {
-            "keys and values": self._compile(_keys_values_pass, "keys and values", backend, mode),
-            "training": self._compile(_training_pass, "training", backend, mode),
-            "evaluation": self._compile(_evaluation_pass, "evaluation", backend, mode),
-        }
-
-    def _compile(self, function: Any, name: str, backend: Any, mode: str | None) -> Callable[..., Any]:
-        from torch._dynamo.backends.registry import lookup_backend
-
-        inner = lookup_backend(backend) if isinstance(backend, str) else backend
-        options = torch._inductor.list_mode_options(mode) if mode else {}
-        # Code of its own: torch keeps graphs by code object, so that another CompiledDraft's would be searched, too.
-        function = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-
-        def counted(graph: Any, inputs: Any) -> Any:
-            self.graphs[name] += 1
-            if self.graphs[name] > 1:
-                logger.warning(
-                    "the %s pass was compiled again (graph %d), because of the guard %s",
-                    name,
-                    self.graphs[name],
-                    failed_guard(function),
-                )
-            if options:
-                from torch._inductor.compile_fx import compile_fx
-
-                return compile_fx(graph, inputs, config_patches=options)
-            return inner(graph, inputs)
-
-        return torch.compile(function, fullgraph=True, dynamic=False, backend=counted)
+        self.graphs = Graphs()
+        functions = {"keys and values": _keys_values_pass, "training": _training_pass, "evaluation": _evaluation_pass}
+        self._passes = {name: self.graphs.compile(f, name, backend, mode) for name, f in functions.items()}
 
     @property
     def recompiles(self) -> int:
         """Graphs compiled beyond the first of each pass."""
-        return sum(max(0, count - 1) for count in self.graphs.values())
+        return self.graphs.recompiles
 
     @property
     def mask_token_id(self) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from peagle_train.core import attention
-from peagle_train.core.compiled import CompiledDraft
+from peagle_train.core.compiled import CompiledDraft, Graphs, compile_layers
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.plan import Plan, plan_segments
 from peagle_train.core.relay import RelayBuffers, context_chunks, needed_segments, relay_step
@@ -60,15 +60,18 @@ class BatchRunner:
         self.head_rows = target.head_rows(draft.draft_token_ids).to(self.device)
         self.buffers = RelayBuffers()
         on_flex = attention.uses_flex(self.device)
-        self.compiled: CompiledDraft | None = None
-        if recipe.train.compile is True and self.sharded:
-            raise ValueError("train.compile is true and the drafter is sharded (FSDP2): turn one of them off")
-        if recipe.train.compile is True or (recipe.train.compile == "auto" and on_flex and not self.sharded):
+        self.runs: PEagleDraft | CompiledDraft = draft
+        self.graphs: Graphs | None = None
+        if recipe.train.compile is True or (recipe.train.compile == "auto" and on_flex):
             mode = None if recipe.train.compile_mode == "default" else recipe.train.compile_mode
-            self.compiled = CompiledDraft(draft, recipe.train.compile_backend, mode)
+            if self.sharded:
+                self.graphs = compile_layers(draft, recipe.train.compile_backend, mode)
+            else:
+                self.runs = CompiledDraft(draft, recipe.train.compile_backend, mode)
+                self.graphs = self.runs.graphs
         # Shapes are the same for all batches where something is made for each new shape and kept: graphs, flex attention
         # on CUDA, oneDNN's bfloat16 primitives on CPU (without this a run's memory grows for hundreds of steps).
-        self.pad_context = self.compiled is not None or on_flex
+        self.pad_context = self.graphs is not None or on_flex
         self.static = self.pad_context or recipe.train.mixed_precision == "bf16"
 
     def plan(self, batch: Batch) -> Plan:
@@ -120,14 +123,13 @@ class BatchRunner:
             arguments["min_passes"] = (most_a, most_b) if self.relay else most_b
             self._backwards_to_come = most_b if is_last else None
             self.draft.set_requires_gradient_sync(False)  # type: ignore[operator]
-        draft = self.compiled or self.draft
         # Autocast's cache would keep a second copy of all weights, whole, until the batch is through.
         with self.accelerator.autocast(AutocastKwargs(cache_enabled=not self.sharded)):
             if self.relay:
                 backward = None if scale is None else self._backward
-                return relay_step(draft, on_device, target, buffers=self.buffers, backward=backward, **arguments)
+                return relay_step(self.runs, on_device, target, buffers=self.buffers, backward=backward, **arguments)
             backward_loss = None if scale is None else self._backward_loss
-            return recompute_step(draft, on_device, target, backward=backward_loss, **arguments)
+            return recompute_step(self.runs, on_device, target, backward=backward_loss, **arguments)
 
     def _agree_on_passes(self, plan: Plan, at_least: int) -> tuple[int, int]:
         """(pass A, pass B) of the rank that needs most: every rank takes part in every all-gather."""

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 logger = logging.getLogger(__name__)
@@ -81,8 +81,10 @@ def world_mesh(device_type: str) -> DeviceMesh:
     return init_device_mesh(device_type, (dist.get_world_size(),))
 
 
-def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
+def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device, bf16: bool = False) -> None:
     """Shard a module over all ranks, in place, and move it to the device, a block at a time.
+
+    bf16: gather weights in bfloat16, as autocast rounds them; gradients are summed in float32 all the same.
 
     Every rank must hold the same weights already. Blocks and the rest are whole only while they run: whoever does not see
     all ranks run the same number of forwards and backwards must wait for ever.
@@ -90,10 +92,13 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -
     mesh = world_mesh(device.type)
     # Nothing here changes a module's output in place, which is what it warns of; tests compare with the unsharded drafter.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    precision = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if bf16:
+        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=precision)
     # The root's default would be to stay whole after a forward, with stale weights in `parameters()` after an evaluation.
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True, mp_policy=precision)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ class Trainer:
         self.optimizer: Any
         if wants_sharding(train.sharding, accelerator):
             same_on_all_ranks(draft, self.device)
-            shard(draft, draft.layers, self.device)
+            shard(draft, draft.layers, self.device, train.mixed_precision == "bf16")
             self.optimizer = make_optimizer(draft, train)
         else:
             # No DDP around it: gradients are summed once a step, by us (sum_over_ranks), so that a rank may run any number
@@ -372,7 +372,7 @@ class Trainer:
             "padding_share": padding_share(self._batches),
             "peak_memory_bytes": peak_memory_bytes(self.device),
             **self.pace.close_window(self.num_steps - self.step),
-            "recompiles": self.runner.compiled.recompiles if self.runner.compiled else None,
+            "recompiles": None if self.runner.graphs is None else self.runner.graphs.recompiles,
             "seconds": time.perf_counter() - self.reporter.start_time,
         }
         self.record("train", train_line(values), **values)
