@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peagle_train.core.plan import plan_segments
+from peagle_train.core.plan import padding_share, plan_segments
 from peagle_train.core.relay import relay_step
 from peagle_train.core.segments import TargetOutputs, recompute_step
 from tests import oracles
@@ -108,6 +108,45 @@ def test_every_supervised_element_is_in_one_pass_and_the_counts_are_the_batches(
     assert plan.num_supervised == len(chosen) == sum(plan.supervised_per_depth.tolist())
     by_depth = [int((batch["supervised"] & (batch["depth"] == d)).sum()) for d in range(K)]
     assert plan.supervised_per_depth.tolist() == by_depth
+
+
+@pytest.mark.parametrize(("S", "most"), [(1, 1.2), (2, 1.2), (4, 1.15), (16, 1.15)])
+def test_a_half_supervised_sequence_of_8k_runs_few_slots_more_than_it_has_elements(S: int, most: float) -> None:
+    n = 8192
+    half, chat = torch.arange(n) >= n // 2, torch.arange(n) % 1024 >= 512
+    for i, mask in enumerate((half, ~half, chat)):
+        row = {"input_ids": [1] * n, "loss_mask": mask.long(), "row_key": i}
+        batch = make_batch([row], n, S, 8)
+        plan = plan_segments(batch, 8, static=True)
+        slots, elements = sum(s.num_elements for s in plan.segments), int((batch["depth"] >= 0).sum())
+        assert elements <= slots <= most * elements
+        assert padding_share([plan, plan]) == pytest.approx(1 - elements / slots)
+
+
+@pytest.mark.parametrize("S", [1, 2, 4, 9])
+def test_static_plans_have_eight_sizes_at_most_and_hold_every_element(S: int) -> None:
+    n, sizes = 1000, set()
+    for supervised in range(0, n + 1, 20):
+        row = {"input_ids": [1] * n, "loss_mask": [0] * (n - supervised) + [1] * supervised}
+        batch = make_batch([row], n, S, 8)
+        plan = plan_segments(batch, 8, static=True)
+        sizes |= {s.num_elements for s in plan.segments}
+        held = sum(int((batch["depth"][:, s.columns] >= 0).sum()) for s in plan.segments)
+        assert held == int((batch["depth"] >= 0).sum())
+    assert len(sizes) == 1 if S == 9 else 1 < len(sizes) <= 8
+
+
+@pytest.mark.parametrize("step", [recompute_step, relay_step])
+@pytest.mark.parametrize("S", [1, 2])
+def test_passes_of_several_sizes_give_what_the_flat_pass_gives(step: Any, S: int) -> None:
+    length = 300
+    draft, rows = make_draft(), make_rows(length, documents=2, batch_size=2, prompt=0.6)
+    batch, flat_batch = make_batch(rows, length, S, K), make_batch(rows, length, 1, K)
+    target = make_target(batch)
+    plan = plan_segments(batch, K, static=True, pad_context=True)
+    assert plan.segments[-1].num_elements < plan.capacity
+    expected = outcome_of(recompute_step, draft, flat_batch, target)
+    assert_same(outcome_of(step, draft, batch, target, plan=plan), expected)
 
 
 @pytest.mark.parametrize("S", [1, 2, 7])

@@ -28,7 +28,6 @@ from peagle_train.training.metrics import (
     about_machine,
     check_tracker,
     duration,
-    padding_share,
 )
 from tests.helpers import ENVIRONMENT, ROOT
 from tests.tiny import make_target, write_recipe, write_rows
@@ -149,10 +148,6 @@ def test_a_checkpoint_and_an_evaluation_are_no_part_of_a_runs_pace(
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     pace = [line["tokens_per_second"] for line in lines if line["kind"] == "train"]
     assert len(pace) == 3 and min(pace) > 1e-6
-
-
-def test_padding_is_counted_over_all_slots() -> None:
-    assert padding_share([BATCH, BATCH]) == float((BATCH["depth"] < 0).float().mean())
 
 
 def test_durations_are_for_people() -> None:

@@ -4,6 +4,7 @@ Computed from the collator's CPU tensors, so that nothing on the step's path wai
 C: capacity, n: own elements of a segment without its padding, K: depths.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,13 +12,19 @@ from torch import Tensor
 
 from peagle_train.core.visibility import GRID
 
+SIZES = 8
+"""A static plan's passes have so many sizes at most: a graph is compiled for each one that occurs."""
+SIZE_STEP = 128
+"""They are multiples of this, flex attention's block, but for the capacity itself."""
+
 
 @dataclass
 class Segment:
     """One segment of a batch; everything but tensors is a Python int."""
 
     columns: slice
-    """Own elements in the flat batch; the padding behind the fullest row's is left out."""
+    """Own elements in the flat batch; the padding behind the fullest row's is left out, in a static plan what is beyond the
+    next of its sizes."""
     num_depth0: int
     """M: own slots from here on hold no depth-0 element in any row."""
     first_rollout: int
@@ -49,20 +56,45 @@ class Plan:
     num_supervised: int
     supervised_per_depth: Tensor
     """int64 [K]"""
+    num_elements: int
+    """Of all rows."""
     row_length: int
     """L"""
+    capacity: int
+    """C"""
     columns_read: int
     """Columns that elements read: features and last hidden states must reach at least so far."""
     token_ids: Tensor
     """int64, the tokens of all documents."""
     static: bool = False
-    """Whether sizes are the same for every batch (see `plan_segments`)."""
+    """Whether sizes are the same few for every batch (see `plan_segments`)."""
     pad_context: bool = False
 
     @property
     def num_depths(self) -> int:
         """K"""
         return self.supervised_per_depth.numel()
+
+    @property
+    def num_slots(self) -> int:
+        """Of all segments and rows: elements and padding."""
+        return sum(s.num_elements * s.latest.numel() for s in self.segments)
+
+
+def padding_share(plans: Sequence[Plan]) -> float:
+    """Share of the slots of these plans' passes that hold no element."""
+    slots = sum(plan.num_slots for plan in plans)
+    return 1 - sum(plan.num_elements for plan in plans) / slots if slots else 0.0
+
+
+def pass_size(num_elements: int, capacity: int, num_segments: int) -> int:
+    """Slots of a static pass: the next of a few sizes, the fewer the more segments there are, so that the last segment of a
+    row, the only one that balanced boundaries do not fill, is padded by no more than a sixteenth of the most elements that
+    a row can have (an eighth where there is one segment).
+    """
+    sizes = min(SIZES, max(1, 2 * SIZES // num_segments))
+    step = -(-capacity // (sizes * SIZE_STEP)) * SIZE_STEP
+    return min(-(-num_elements // step) * step, capacity)
 
 
 def plan_segments(
@@ -72,8 +104,8 @@ def plan_segments(
 
     Args:
         num_depths: K, for batches made by hand; a collator's batch knows its own. ValueError if the two differ.
-        static: every segment gets the same sizes whatever the data, own elements being padded to the capacity, the context
-            to a multiple of `GRID` columns; else only what exists is run.
+        static: sizes are few whatever the data, own elements being padded to the next `pass_size`, the context to a
+            multiple of `GRID` columns; else only what exists is run.
         pad_context: pad the context to L instead, which compiled drafters need; None: if static.
     """
     pad_context = static if pad_context is None else pad_context
@@ -108,7 +140,7 @@ def plan_segments(
         own_anchor, own_depth = anchor_BSC[:, s, :n], depth_BSC[:, s, :n]
         real_anchor = own_anchor[own_depth >= 0]
         last_position = int((own_anchor + own_depth)[own_depth >= 0].max())
-        size = capacity if static else n
+        size = pass_size(n, capacity, num_segments) if static else n
         segments.append(
             Segment(
                 columns=slice(s * capacity, s * capacity + size),
@@ -126,7 +158,18 @@ def plan_segments(
     per_depth = torch.bincount(depth[supervised], minlength=num_depths)
     columns_read = max((s.labels.stop for s in segments), default=0)
     token_ids = ids[documents >= 0]
-    return Plan(segments, int(supervised.sum()), per_depth, L, columns_read, token_ids, static, pad_context)
+    return Plan(
+        segments=segments,
+        num_supervised=int(supervised.sum()),
+        supervised_per_depth=per_depth,
+        num_elements=int((depth >= 0).sum()),
+        row_length=L,
+        capacity=capacity,
+        columns_read=columns_read,
+        token_ids=token_ids,
+        static=static,
+        pad_context=pad_context,
+    )
 
 
 def _num_depths(batch: dict[str, Tensor], deepest: int, given: int | None) -> int:

@@ -216,8 +216,8 @@ def needed_segments(plan: Plan) -> list[Segment]:
 def context_chunks(plan: Plan, passes: list[Segment]) -> list[slice]:
     """Columns for pass A: from the first that some pass reads to the last, in runs no longer than the longest segment is.
 
-    In a static plan every run has that length and begins on the grid or is the row's last; it may overlap the one before,
-    and computes the same again.
+    In a static plan every run is as long as the longest segment can be, and begins on the grid or is the row's last; it may
+    overlap the one before, and computes the same again.
     """
     first, end = plan.row_length, 0
     for segment in passes:
@@ -225,12 +225,12 @@ def context_chunks(plan: Plan, passes: list[Segment]) -> list[slice]:
         if reads_B.any():
             first = min(first, int(segment.earliest[reads_B].min()))
             end = max(end, int(segment.context_end[reads_B].max()))
-    size = max((s.num_elements for s in plan.segments), default=1)
     if plan.static:
-        size = min(size, plan.row_length)
+        size = min(plan.capacity, plan.row_length)
         step = size // GRID * GRID or size
         starts = (min(start, plan.row_length - size) for start in range(first // GRID * GRID, end, step))
         return [slice(start, start + size) for start in starts]
+    size = max((s.num_elements for s in plan.segments), default=1)
     return [slice(start, min(start + size, end)) for start in range(first, end, size)]
 
 

@@ -50,12 +50,6 @@ def expected_accepted_length(accuracy: Sequence[float]) -> float:
     return total
 
 
-def padding_share(batches: Sequence[dict[str, Tensor]]) -> float:
-    """Share of the batches' element slots that hold no element."""
-    slots = sum(b["depth"].numel() for b in batches)
-    return sum(int((b["depth"] < 0).sum()) for b in batches) / slots
-
-
 def peak_memory_bytes(device: torch.device) -> int:
     """Peak since the start: of the CUDA allocator, or of this process's resident set."""
     if device.type == "cuda":

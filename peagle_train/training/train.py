@@ -12,6 +12,7 @@ from torch import Tensor
 
 from peagle_train.core.attention import uses_flex
 from peagle_train.core.draft import PEagleDraft
+from peagle_train.core.plan import padding_share
 from peagle_train.data.chat_template import check_template
 from peagle_train.data.packing import PackReport
 from peagle_train.data.training_data import load_training_data
@@ -158,9 +159,8 @@ def arithmetic(trainer: Trainer, report: PackReport) -> str:
     """The run's sizes, derived from the recipe and the data."""
     collator, recipe = trainer.collator, trainer.recipe
     sample = min(8, len(trainer.train_rows))
-    drawn = [collator([trainer.train_rows[0, i]])["depth"] for i in range(sample)]
-    elements = float(sum((depth >= 0).sum() for depth in drawn)) / sample
-    slots = collator.capacity * collator.num_segments
+    plans = [trainer.runner.plan(collator([trainer.train_rows[0, i]])) for i in range(sample)]
+    elements, slots = (sum(getattr(p, name) for p in plans) / sample for name in ("num_elements", "num_slots"))
     parameters = list(trainer.draft.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     frozen = sum(p.numel() for p in parameters) - trained
@@ -169,7 +169,7 @@ def arithmetic(trainer: Trainer, report: PackReport) -> str:
         [
             f"rows: {report.rows} of {recipe.data.max_length} tokens, {report.fill:.1%} filled",
             f"supervised: {report.supervised / max(1, report.tokens):.1%} of the tokens",
-            f"elements: {elements:.0f} a row on average of {slots} slots ({1 - elements / slots:.1%} padding)",
+            f"elements: {elements:.0f} a row on average of {slots:.0f} slots ({padding_share(plans):.1%} padding)",
             f"segments: {collator.num_segments} of at most {collator.capacity} elements ({collator.boundaries},"
             f" {recipe.train.segment_mode if collator.num_segments > 1 else 'flat'})",
             f"steps: {trainer.num_steps} of {rows_per_step} rows ({trainer.accelerator.num_processes} processes x"

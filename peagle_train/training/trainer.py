@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from peagle_train.core.draft import PEagleDraft
+from peagle_train.core.plan import padding_share
 from peagle_train.core.segments import StepStats
 from peagle_train.data.packing import PackedRows
 from peagle_train.data.sampler import StepBatchSampler
@@ -39,7 +40,6 @@ from peagle_train.training.metrics import (
     accuracies,
     eval_line,
     expected_accepted_length,
-    padding_share,
     peak_memory_bytes,
     train_line,
 )
@@ -282,7 +282,7 @@ class Trainer:
 
         Afterwards every rank holds the same gradients and the same sums.
         """
-        plans = [self.runner.plan(batch) for batch in batches]
+        plans = self._plans = [self.runner.plan(batch) for batch in batches]
         # What signals asked of any rank travels with the count: no collective of its own, and no wait.
         supervised = sum(p.num_supervised for p in plans)
         self._own_save = self.signals.save
@@ -327,7 +327,6 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.pace.step(batches)
-        self._batches = batches
         self.reporter.step()
         self._stats = stats if applied else None
         self.guard.in_a_row = 0 if applied else self.guard.in_a_row + 1
@@ -369,7 +368,7 @@ class Trainer:
             "supervised": totals,
             "learning_rate": self._learning_rate,
             "grad_norm": float(self._grad_norm),
-            "padding_share": padding_share(self._batches),
+            "padding_share": padding_share(self._plans),
             "peak_memory_bytes": peak_memory_bytes(self.device),
             **self.pace.close_window(self.num_steps - self.step),
             "recompiles": None if self.runner.graphs is None else self.runner.graphs.recompiles,
