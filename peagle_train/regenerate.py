@@ -366,12 +366,15 @@ class Local:
     def __init__(self, path: str, settings: Settings, *, dtype: str, batch_size: int, trust_remote_code: bool) -> None:
         import torch
         from transformers import AutoTokenizer, GenerationConfig
+        from transformers.utils.logging import disable_progress_bar
 
         from peagle_train.data.vocab import eos_token_ids
         from peagle_train.target.loading import load_model, resolve_dtype
 
         if batch_size < 1:
             raise ValueError(f"--batch-size is {batch_size}; give 1 or more")
+        if not sys.stderr.isatty():
+            disable_progress_bar()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model: Any = load_model(path, resolve_dtype(dtype, device), trust_remote_code=trust_remote_code).to(device)
         code = {"trust_remote_code": trust_remote_code, "local_files_only": True}
