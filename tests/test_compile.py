@@ -102,6 +102,24 @@ def test_algorithm_1_compiles_to_one_graph_too() -> None:
     assert compiled.graphs["training"] == 1 and compiled.recompiles == 0
 
 
+def test_a_graph_is_compiled_for_each_size_of_the_static_plans_and_none_again(caplog: pytest.LogCaptureFixture) -> None:
+    draft, length, sizes = make_draft(), 400, set()
+    compiled = CompiledDraft(draft, "aot_eager")
+    collator = CODCollator(length, num_depths=K, down_sample_ratio=0.8)
+    for supervised in (length, 0.4 * length, 0.1 * length, length, 0.4 * length):
+        ids = torch.arange(length) % 47
+        batch = collator(
+            [{"input_ids": ids, "loss_mask": (ids.new_ones(length).cumsum(0) > length - supervised).long()}]
+        )
+        generator = torch.Generator().manual_seed(0)
+        shapes = (1, length, 36), (1, length, 12), (30, 12)
+        outputs = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes)
+        relay_step(compiled, batch, TargetOutputs(*outputs))
+        sizes |= {segment.num_elements for segment in plan_segments(batch, static=True).segments}
+    assert compiled.graphs["training"] == len(sizes) == 3 and compiled.recompiles == 0
+    assert "compiled again" not in caplog.text
+
+
 @pytest.mark.slow
 def test_inductor_compiles_three_graphs_and_agrees_with_eager_to_rounding() -> None:
     compiled = run_ragged_batches("inductor", "relay", 20, torch.float32, 1e-3)

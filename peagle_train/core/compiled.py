@@ -1,7 +1,8 @@
-"""The drafter's passes as compiled graphs: one for keys and values alone, one with gradients, one for evaluation.
+"""The drafter's passes as compiled graphs: for keys and values alone, with gradients, and for evaluation; one for each of
+the few sizes that a static plan has.
 
-Each has a function of its own, because torch.compile keeps its graphs by function: a first evaluation would otherwise count
-as a recompile of the training step. Shapes are static (a static plan), so that no batch ever compiles anything again.
+Each has a function of its own, because torch.compile keeps its graphs by function: a first evaluation, or a new size, would
+otherwise count as a recompile of the training step. No batch ever compiles anything again.
 """
 
 import logging
@@ -58,12 +59,10 @@ def failed_guard(function: Any) -> str:
 
 
 class Graphs(Counter[str]):
-    """How often each function was compiled; more than once is warned about."""
+    """Graphs compiled, by name."""
 
-    @property
-    def recompiles(self) -> int:
-        """Graphs compiled beyond the first of each function."""
-        return sum(max(0, count - 1) for count in self.values())
+    recompiles = 0
+    """Those beyond the first of a function, each of which is warned about."""
 
     def compile(self, function: Any, name: str, backend: Any, mode: str | None) -> Callable[..., Any]:
         """`function`, compiled for static shapes and counted as `name`."""
@@ -73,17 +72,15 @@ class Graphs(Counter[str]):
         options = torch._inductor.list_mode_options(mode) if mode and backend == "inductor" else {}
         # Code of its own: torch keeps graphs by code object, so that another one's would be searched, too.
         function = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-        self[name] = 0
+        is_compiled = False
 
         def counted(graph: Any, inputs: Any) -> Any:
+            nonlocal is_compiled
             self[name] += 1
-            if self[name] > 1:
-                logger.warning(
-                    "the %s pass was compiled again (graph %d), because of the guard %s",
-                    name,
-                    self[name],
-                    failed_guard(function),
-                )
+            if is_compiled:
+                self.recompiles += 1
+                logger.warning("the %s pass was compiled again, because of the guard %s", name, failed_guard(function))
+            is_compiled = True
             if options:
                 from torch._inductor.compile_fx import compile_fx
 
@@ -121,6 +118,9 @@ def compile_layers(draft: PEagleDraft, backend: Any = "inductor", mode: str | No
     return graphs
 
 
+PASSES = {"keys and values": _keys_values_pass, "training": _training_pass, "evaluation": _evaluation_pass}
+
+
 class CompiledDraft:
     """Stands in for a `PEagleDraft` in `relay_step` and `recompute_step`; parameters stay the drafter's.
 
@@ -132,14 +132,13 @@ class CompiledDraft:
     """
 
     def __init__(self, draft: PEagleDraft, backend: Any = "inductor", mode: str | None = None) -> None:
-        self.draft = draft
-        self.graphs = Graphs()
-        functions = {"keys and values": _keys_values_pass, "training": _training_pass, "evaluation": _evaluation_pass}
-        self._passes = {name: self.graphs.compile(f, name, backend, mode) for name, f in functions.items()}
+        self.draft, self.backend, self.mode = draft, backend, mode
+        self.graphs = Graphs(dict.fromkeys(PASSES, 0))
+        self._passes: dict[tuple[str, int], Callable[..., Any]] = {}
 
     @property
     def recompiles(self) -> int:
-        """Graphs compiled beyond the first of each pass."""
+        """Graphs compiled beyond the first of each pass and size."""
         return self.graphs.recompiles
 
     @property
@@ -169,4 +168,7 @@ class CompiledDraft:
         v = visibility
         sizes = (v.num_context, v.num_depth0, v.first_rollout, v.num_depths, v.cut)
         tables = (v.start, v.anchor, v.depth, v.context_end)
-        return self._passes[name](self.draft, token, position, features, tables, sizes, v.flex, context, skip, labels)
+        key = name, token.shape[1]
+        if key not in self._passes:
+            self._passes[key] = self.graphs.compile(PASSES[name], name, self.backend, self.mode)
+        return self._passes[key](self.draft, token, position, features, tables, sizes, v.flex, context, skip, labels)
