@@ -38,6 +38,17 @@ python_works() {
     "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 }
 
+find_python() {
+    local python
+    for python in python3.11 python3.12 python3; do
+        if python_works "$python"; then
+            echo "$python"
+            return
+        fi
+    done
+    die 2 "no Python >= 3.11 with venv runs here: install python3.11 (and python3.11-venv)"
+}
+
 # Use the active environment, or make .venv. What we make holds a file from its first moment on and another one from
 # its last: half-made ones are redone, and one that somebody else made is used, never removed.
 enter_environment() {
@@ -52,10 +63,7 @@ enter_environment() {
             fi
         fi
         if [ ! -e "$VIRTUAL_ENV" ]; then
-            for python in python3.11 python3.12 python3 ''; do
-                [ -n "$python" ] || die 2 "no Python >= 3.11 with venv runs here: install python3.11 (and python3.11-venv)"
-                if python_works "$python"; then break; fi
-            done
+            python=$(find_python)
             echo "$NAME: making .venv with $("$python" --version)"
             mkdir "$VIRTUAL_ENV"
             : >"$making"
