@@ -308,6 +308,7 @@ class Server:
             raise ValueError(f"{url} has no model {model!a}; it has {', '.join(names[:5]) or 'none'}")
         how = {"temperature": settings.temperature, "top_p": settings.top_p, "max_tokens": settings.max_tokens}
         self.sampling: dict[str, Any] = {**how, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+        self.told = False
         self.own: dict[str, Any] = dict(NEUTRAL)
         if settings.template_kwargs:
             self.own["chat_template_kwargs"] = settings.template_kwargs
@@ -345,6 +346,12 @@ class Server:
                 # Without max_tokens an answer may fill what is left of the context, which the server alone knows.
                 if fields.pop("max_tokens", None) is None:
                     return Answer("", "refused", detail=self._line(error))
+        if "max_tokens" not in fields and not self.told:
+            self.told = True
+            logger.warning(
+                "the server takes no max_tokens=%d with some prompts: it sets the limit itself",
+                self.sampling["max_tokens"],
+            )
         # vLLM renamed the field; older ones and SGLang say reasoning_content.
         reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
         tokens = reply.usage.completion_tokens if reply.usage else 0

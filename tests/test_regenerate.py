@@ -302,12 +302,12 @@ def test_unfit_answers_end_their_conversations_and_are_counted_by_reason(tmp_pat
     assert kept == {**written, "cut-a": ["cut", "half a"], "a-cut": [*fine, "cut", "half a"]}
 
 
-def test_an_answer_that_the_context_has_no_room_for_is_asked_again_without_max_tokens(tmp_path):
+def test_an_answer_that_the_context_has_no_room_for_is_asked_again_without_max_tokens(tmp_path, caplog):
     refusal = (400, b'{"error": {"message": "max_tokens is too large"}}')
-    prompts, out = write(tmp_path / "p.jsonl", {"prompt": "a"}), tmp_path / "out.jsonl"
+    prompts, out = write(tmp_path / "p.jsonl", {"prompt": "a"}, {"prompt": "b"}), tmp_path / "out.jsonl"
     with serving(lambda body: refusal if body.get("max_tokens", 0) > 100 else echo(body)) as server:
-        assert main(command(server, prompts, out)) == 0
-    assert len(rows_of(out)) == 1
+        assert main(command(server, prompts, out, "--concurrency", "1")) == 0
+    assert len(rows_of(out)) == 2 and caplog.text.count("max_tokens=2048") == 1
 
 
 def test_a_server_that_does_not_know_top_k_is_asked_without_it_and_the_report_says_so(tmp_path, caplog):
