@@ -47,7 +47,8 @@ def full_batch(trainer: "Trainer") -> dict[str, Tensor]:
     """A batch, on the host, of rows as long and with as many elements as any can have."""
     recipe, target = trainer.recipe, trainer.target
     L, generator = recipe.data.max_length, torch.Generator().manual_seed(0)
-    ids = torch.randint(target.vocab_size, (L,), generator=generator)
+    ids = torch.randint(target.vocab_size - 1, (L,), generator=generator)
+    ids += ids >= trainer.draft.mask_token_id  # which no sequence may hold
     row: dict[str, Any] = {"input_ids": ids, "loss_mask": torch.ones_like(ids), "row_key": 0, "epoch": 0}
     if isinstance(target, CachedTarget):
         dtype = target.cache.dtype
