@@ -185,13 +185,13 @@ class Train:
     """Rows per device and micro-batch."""
     gradient_accumulation_steps: int = option(1, ge=1, le=4096)
     """Micro-batches per optimizer step."""
-    learning_rate: float = option(1e-4, gt=0)
+    learning_rate: float = option(1e-4, gt=0, le=1)
     """The highest learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate falls behind the warm-up."""
     warmup_ratio: float = option(0.0025, ge=0, lt=1)
     """Share of the steps in which the learning rate rises."""
-    weight_decay: float = option(0.0, ge=0)
+    weight_decay: float = option(0.0, ge=0, le=1)
     """AdamW's; never on embeddings, norms and mask_hidden."""
     adam_beta1: float = option(0.9, ge=0, lt=1)
     """AdamW's first momentum."""

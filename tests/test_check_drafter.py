@@ -69,6 +69,12 @@ def at(index: int, value: int) -> Callable[[Path], None]:
     return change
 
 
+def fill(folder: Path, name: str, index: slice, value: float) -> None:
+    values = tensor(folder, name).clone()
+    values.view(-1)[index] = value
+    set_tensors(folder, **{name: values})
+
+
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "cut in the weights": (lambda f: cut(f, 3000), "is no whole safetensors file"),
     "cut in the header": (lambda f: cut(f, 100), "is no whole safetensors file"),
@@ -89,6 +95,8 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
         "mask_hidden",
     ),
     "integers": (lambda f: set_tensors(f, norm__weight=torch.ones(TARGET_HIDDEN).int()), "floating point"),
+    "nan": (lambda f: fill(f, "fc.weight", slice(None), float("nan")), "values that are not finite"),
+    "one inf": (lambda f: fill(f, "norm.weight", slice(3, 4), float("inf")), "1 values that are not finite"),
     "no d2t": (lambda f: set_tensors(f, d2t=None), "d2t"),
     "d2t beyond": (at(-1, VOCAB - DRAFT_VOCAB + 1), f"token {VOCAB}, outside of the vocabulary 0..{VOCAB - 1}"),
     "d2t below": (at(0, -1), "token -1, outside"),
@@ -154,12 +162,6 @@ def test_a_broken_folder_is_named_by_the_check_refused_by_reading_and_never_expo
     assert not out.exists() and {path.name for path in folder.parent.iterdir()} <= {"drafter", "elsewhere"}
 
 
-def fill(folder: Path, name: str, index: slice, value: float) -> None:
-    values = tensor(folder, name).clone()
-    values.view(-1)[index] = value
-    set_tensors(folder, **{name: values})
-
-
 @pytest.mark.parametrize("format", ["eagle3", "speculators"])
 def test_no_value_in_a_config_breaks_the_check_or_the_reading(folder: Path, format: str) -> None:
     out = folder.parent / "out"
@@ -182,8 +184,6 @@ def test_no_value_in_a_config_breaks_the_check_or_the_reading(folder: Path, form
 
 
 WARNED: dict[str, tuple[Callable[[Path], None], str]] = {
-    "nan": (lambda f: fill(f, "fc.weight", slice(None), float("nan")), "not finite"),
-    "one inf": (lambda f: fill(f, "norm.weight", slice(3, 4), float("inf")), "1 values"),
     "untrained mask": (lambda f: set_tensors(f, mask_hidden=torch.zeros(1, 1, 3 * TARGET_HIDDEN)), "never trained"),
     "two dtypes": (lambda f: set_tensors(f, norm__weight=torch.ones(TARGET_HIDDEN).half()), "float16, float32"),
     "d2t is int32": (lambda f: set_tensors(f, d2t=tensor(f, "d2t").int()), "int64 is usual"),

@@ -172,6 +172,17 @@ def test_a_card_names_every_kind_of_source_without_the_machines_folders(
     assert rows == ([f"| data | {shown} |"] if shown else [])
 
 
+def test_what_does_not_fit_into_the_asked_dtype_is_refused(tmp_path: Path) -> None:
+    draft = make_draft(torch.float32)
+    with torch.no_grad():
+        draft.norm.weight[3] = 1e5  # float16 ends at 65,504
+    draft.save_pretrained(tmp_path / "drafter")
+    export_drafter(tmp_path / "drafter", tmp_path / "wide", "eagle3", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"norm\.weight: .*not finite"):
+        export_drafter(tmp_path / "drafter", tmp_path / "out", "eagle3", dtype=torch.float16)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_report_about_this_very_folder_is_found_and_one_about_another_is_not(tmp_path: Path, run: Path) -> None:
     figures = {"figures": [{"code": {"by_k": [{"k": 2, "accepted_length": 1.75}, {"k": 3, "accepted_length": None}]}}]}
     for name, about, expected in (("own", run / "final", True), ("other", run / "checkpoint-2", False)):

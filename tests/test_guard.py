@@ -1,6 +1,7 @@
 """A step that is not finite is not applied: its rows are written down and the run goes on, unless there are too many."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import save_file
 
 from peagle_train.core.relay import RelayBuffers
 from peagle_train.target.frozen import FrozenTarget
+from peagle_train.training.checkpoint_files import write_checkpoint
 from peagle_train.training.trainer import Trainer
 from tests.test_resume import LENGTHS, assert_same_run, drafter, last_error, metrics, recipe_for, run, stop_after
 from tests.tiny import make_target, write_rows
@@ -195,6 +198,67 @@ def test_a_run_with_bad_rows_that_was_stopped_is_the_run_that_was_not(
     assert_same_run(tmp_path / "parts" / "run", tmp_path / "whole" / "run")
     ours, theirs = ((tmp_path / name / "run" / "bad_rows.jsonl").read_text() for name in ("parts", "whole"))
     assert ours == theirs and len(theirs.splitlines()) > 1
+
+
+@pytest.mark.parametrize(
+    ("at", "more"),
+    [(3, {}), (3, {"save_steps": 2, "max_bad_steps": 1}), (4, {"save_steps": 2}), (7, {}), (6, {"eval_steps": 6})],
+    ids=["next step", "max_bad_steps", "checkpoint", "final", "best"],
+)
+def test_a_run_whose_weights_are_no_longer_finite_says_that_it_diverged_and_leaves_none_of_them(
+    at: int, more: dict[str, Any], tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    real, calls = torch.optim.AdamW.step, []
+
+    def overflow(self: torch.optim.AdamW, *arguments: Any, **options: Any) -> Any:
+        result = real(self, *arguments, **options)
+        calls.append(1)
+        if len(calls) == at:
+            with torch.no_grad():
+                max((p for group in self.param_groups for p in group["params"]), key=torch.numel)[:] = float("inf")
+        return result
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
+    train = {"max_steps": 7, "schedule": "constant", "warmup_ratio": 0.0, "weight_decay": 0.5, **more}
+    run(recipe_for(tmp_path, target, rows, train=train, data={"eval_fraction": 0.3}), code=1)
+    message, output = last_error(capsys), tmp_path / "run"
+    assert "not finite" in message and "diverged" in message, message
+    assert "learning rate of 0.01" in message and "weight_decay 0.5" in message
+    assert "rows" not in message and "--resume" not in message and not (output / "bad_rows.jsonl").exists()
+    saved = sorted(path.parent.name for path in output.glob("*/model.safetensors"))
+    assert saved == (["checkpoint-2"] if more.get("save_steps") else []) and not (output / "final").exists()
+    assert all(t.isfinite().all() for name in saved for t in drafter(output / name).values())
+
+
+def test_no_run_starts_or_resumes_with_weights_that_are_not_finite(
+    tmp_path: Path, rows: Path, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def damage(folder: Path, name: str) -> None:
+        tensors = drafter(folder)
+        tensors[name][-1] = float("nan")
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def ruined(folder: Path) -> None:
+        shutil.copytree(tmp_path / "whole", folder, dirs_exist_ok=True)
+        damage(folder, "fc.weight")
+
+    recipe, output = recipe_for(tmp_path, target, rows, train={"max_steps": 3, "save_steps": 1}), tmp_path / "run"
+    run(recipe)
+    shutil.copytree(output / "checkpoint-2", tmp_path / "whole", ignore=shutil.ignore_patterns("manifest.json"))
+    write_checkpoint(output, 2, ruined)
+    run(recipe, "--resume", str(output / "checkpoint-2"), code=2)
+    message = last_error(capsys)
+    assert "checkpoint-2's fc.weight has" in message and "not finite" in message
+    damage(output / "final", "norm.weight")
+    shutil.copytree(target, tmp_path / "broken")
+    damage(tmp_path / "broken", "model.embed_tokens.weight")
+    other = f"output.dir={tmp_path / 'other'}"
+    run(recipe, other, f"draft.init_from={output / 'final'}", code=2)
+    assert "its norm.weight has 1 values that are not finite" in last_error(capsys)
+    run(recipe, other, f"target.path={tmp_path / 'broken'}", code=2)
+    assert "embed_tokens.weight has 16 values that are not finite" in last_error(capsys)
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_a_bad_step_leaves_in_the_relays_buffers_is_gone_before_the_next_reads_them(

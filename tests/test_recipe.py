@@ -106,6 +106,8 @@ def test_no_is_a_word_not_a_boolean(write: Any) -> None:
         ("train.learning_rate=.nan", "train.learning_rate: got nan (float); give a finite number > 0"),
         ("train.learning_rate=inf", "train.learning_rate: got 'inf' (str); give a finite number > 0"),
         ("train.learning_rate=1e999", "train.learning_rate: got inf (float); give a finite number > 0"),
+        ("train.learning_rate=1.5", "train.learning_rate: got 1.5 (float); give a finite number > 0 and <= 1"),
+        ("train.weight_decay=1e300", "train.weight_decay: got 1e+300 (float); give a finite number >= 0 and <= 1"),
         ("train.warmup_ratio=1", "train.warmup_ratio: got 1 (int); give a finite number >= 0 and < 1"),
         ("train.seed=-1", "train.seed: got -1 (int); give an integer >= 0 and < 9223372036854775808"),
         ("train.loss=mse", "train.loss: got 'mse' (str); give one of kl, soft_ce, hard_ce"),

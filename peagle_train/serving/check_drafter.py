@@ -33,6 +33,7 @@ from peagle_train.serving.drafter_tensors import (
     MAY_LACK,
     check_layers,
     check_vocab,
+    count_non_finite,
     expected_shapes,
     is_rotary_table,
     standard_name,
@@ -273,8 +274,8 @@ def _check_tensor(name: str, tensor: Tensor, shapes: dict[str, tuple[int, ...]])
         return Finding("ok" if tensor.dtype == usual else "warn", name, shown + _unless(tensor.dtype == usual, usual))
     if not tensor.is_floating_point():
         return Finding("BAD", name, f"{shown}: weights must be floating point")
-    if not bool(tensor.isfinite().all()):
-        return Finding("warn", name, f"{shown}: {int((~tensor.isfinite()).sum())} values are not finite")
+    if bad := count_non_finite(tensor):
+        return Finding("BAD", name, f"{shown}: {bad} values that are not finite")
     if standard == "mask_hidden" and not bool(tensor.any()):
         return Finding("warn", name, f"{shown}: all zero, so it was never trained")
     return Finding("ok", name, shown)

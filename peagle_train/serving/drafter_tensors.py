@@ -5,6 +5,7 @@ V: the target's vocabulary, Vd: the draft vocabulary, T: the target's hidden siz
 
 import copy
 import re
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ def fit_tensors(config: PEagleDraftConfig, tensors: dict[str, Tensor]) -> tuple[
         (what an EAGLE-3 drafter may lack and this one does, what was filled in or changed).
 
     Raises:
-        ValueError: a missing, misshapen or unknown tensor, by name; a broken vocabulary mapping.
+        ValueError: a missing, misshapen or unknown tensor, or one that is not finite, by name; a broken vocabulary mapping.
     """
     notes: list[str] = []
     if "mask_hidden" in tensors:  # [1, 3T] and [3T] are around too; engines flatten it
@@ -94,6 +95,7 @@ def fit_tensors(config: PEagleDraftConfig, tensors: dict[str, Tensor]) -> tuple[
             raise ValueError(f"{name} is {list(tensor.shape)}; config.json makes it {list(known[name])}")
         if name not in ("d2t", "t2d") and not tensor.is_floating_point():
             raise ValueError(f"{name} is {tensor.dtype}; weights must be floating point")
+    check_finite(tensors, "its")
     stored = {name: tensors.pop(name) for name in ("d2t", "t2d") if name in tensors}
     full = torch.zeros(config.draft_vocab_size, dtype=torch.int64)
     ids = check_vocab(stored.get("d2t", full), stored.get("t2d"), config.vocab_size)
@@ -109,6 +111,17 @@ def fit_tensors(config: PEagleDraftConfig, tensors: dict[str, Tensor]) -> tuple[
     elif stored:
         notes.append(f"{' and '.join(stored)} dropped: the vocabulary is the full one")
     return [name for name in MAY_LACK if name not in tensors], notes
+
+
+def check_finite(tensors: Mapping[str, Tensor], whose: str) -> None:
+    """ValueError that names the first tensor with a value that is not finite."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and (bad := count_non_finite(tensor)):
+            raise ValueError(f"{whose} {name} has {bad} values that are not finite")
+
+
+def count_non_finite(tensor: Tensor) -> int:
+    return int((~tensor.isfinite()).sum())
 
 
 def check_vocab(d2t: Tensor, t2d: Tensor | None, vocab_size: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.durable import write_folder, write_json
+from peagle_train.serving.drafter_tensors import check_finite
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,12 @@ def save_drafter(path: Path, config: PEagleDraftConfig, state: dict[str, Tensor]
 
 
 def fill_drafter(folder: Path, config: PEagleDraftConfig, state: dict[str, Tensor], extra: dict[str, str]) -> None:
-    """What `save_drafter` writes, into a folder that is there; OSError where it cannot be written."""
+    """What `save_drafter` writes, into a folder that is there.
+
+    Raises:
+        ValueError: a weight is not finite. OSError: it cannot be written.
+    """
+    check_finite(state, "the drafter's")
     config.dtype = state["fc.weight"].dtype
     config.to_json_file(folder / "config.json")
     save_tensors(folder / "model.safetensors", state)

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from peagle_train.errors import NonFinite
+from peagle_train.serving.drafter_tensors import count_non_finite
 from peagle_train.training.checkpoint_files import list_checkpoints, step_of
+from peagle_train.training.distributed import sum_counts
 from peagle_train.training.run_checkpoint import save_checkpoint
 
 if TYPE_CHECKING:
@@ -42,11 +45,16 @@ class Guard:
 
 
 def skip_step(trainer: "Trainer", batches: list[dict[str, Tensor]], losses: list[Tensor]) -> None:
-    """What is left to do in a step that was not applied, on every rank: find its rows, stop if it was one too many.
+    """What is left to do in a step that was not applied, on every rank: find its rows, stop if it was one too many, or if
+    the weights are not finite, for then no row is at fault.
 
     Args:
         trainer: behind the step. batches: the step's micro-batches on this rank. losses: scalar, of each of them.
     """
+    if not _has_finite_weights(trainer):
+        raise NonFinite(
+            f"step {trainer.step} was not applied: the drafter's weights are not finite: {diverged(trainer)}"
+        )
     bad = [_bad_rows(trainer, b) for b, loss in zip(batches, losses, strict=True) if not bool(torch.isfinite(loss))]
     found = _entries(trainer, bad, "loss") or _entries(trainer, batches, "gradient")
     trainer.on_main(f"{BAD_ROWS} could not be written", lambda: trainer.guard.write(found))
@@ -60,10 +68,28 @@ def skip_step(trainer: "Trainer", batches: list[dict[str, Tensor]], losses: list
         sound = (p for p in list_checkpoints(trainer.folder) if (step_of(p) or 0) <= trainer.step - in_a_row)
         earlier = next(sound, None)
         raise NonFinite(
-            f"{line}, number {in_a_row} in a row (train.max_bad_steps is {trainer.guard.max_bad_steps}). The"
-            f" weights of the last good step are in {path}: the same command with --resume goes on behind these rows"
+            f"{line}, number {in_a_row} in a row (train.max_bad_steps is {trainer.guard.max_bad_steps}), at a learning"
+            f" rate of {trainer.learning_rate:.3g}. The weights of the last good step, all finite, are in {path}: the same"
+            " command with --resume goes on behind these rows"
             + (f", with --resume {earlier} before them" if earlier else "")
+            + "; if the loss had risen before, start a new run with a lower train.learning_rate"
         )
+
+
+def diverged(trainer: "Trainer") -> str:
+    """Words for a run whose weights are no longer finite: no checkpoint of them is made or offered."""
+    train = trainer.recipe.train
+    return (
+        f"the run has diverged at a learning rate of {trainer.learning_rate:.3g} (train.learning_rate"
+        f" {train.learning_rate:g}, train.weight_decay {train.weight_decay:g}): start a new run with a lower one"
+    )
+
+
+@torch.no_grad()
+def _has_finite_weights(trainer: "Trainer") -> bool:
+    """Whether the drafter's are, over all ranks."""
+    own = (p.to_local() if isinstance(p, DTensor) else p for p in trainer.draft.parameters())
+    return int(sum_counts([sum(map(count_non_finite, own))], trainer.device)) == 0
 
 
 @torch.no_grad()

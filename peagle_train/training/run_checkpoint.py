@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from peagle_train.durable import write_bytes, write_json, write_text
 from peagle_train.recipe import dump_recipe
+from peagle_train.serving.drafter_tensors import check_finite
 from peagle_train.training.checkpoint import (
     MARKER,
     claim_output,
@@ -128,6 +129,7 @@ def restore(trainer: "Trainer", checkpoint: Checkpoint) -> list[str]:
     weights, moments = (
         load_tensors(checkpoint.folder / name) if main else {} for name in ("model.safetensors", "optimizer.state")
     )
+    check_finite(weights, f"--resume: {checkpoint.folder}'s")
     if trainer.draft.d2t is None:  # older versions wrote the mappings of the full vocabulary, too
         weights = {name: tensor for name, tensor in weights.items() if name not in ("d2t", "t2d")}
     load_full_weights(trainer.draft, weights)

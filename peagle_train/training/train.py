@@ -22,6 +22,7 @@ from peagle_train.memory.dry_run import resolve_segments
 from peagle_train.memory.memory_sizes import sizes_of, this_device
 from peagle_train.memory.out_of_memory import memory_explained
 from peagle_train.recipe import Recipe
+from peagle_train.serving.drafter_tensors import check_finite
 from peagle_train.serving.warm_start import Start, copy_start, read_start
 from peagle_train.target.base import TargetBase
 from peagle_train.target.cached_target import CachedTarget
@@ -96,6 +97,7 @@ def _train(recipe: Recipe, resume: str | None) -> str:
     draft = _draft(shaped, target, tokenizer, mask_token_id, data.counts_V, start, say)
     if start and checkpoint is None:
         copy_start(start.files, draft, target, say)
+    check_finite(draft.state_dict(), "the new drafter's")  # those of the target are its own, too
 
     if recipe.cod.num_segments == "auto":
         device = this_device(accelerator.device)

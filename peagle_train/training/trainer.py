@@ -30,7 +30,7 @@ from peagle_train.training.checkpoint import MARKER, save_drafter, write_json
 from peagle_train.training.checkpoint_files import remove_set_aside
 from peagle_train.training.distributed import same_on_all_ranks, sum_counts, sum_over_ranks
 from peagle_train.training.evaluate import Evaluator
-from peagle_train.training.guard import Guard, skip_step
+from peagle_train.training.guard import Guard, diverged, skip_step
 from peagle_train.training.metrics import (
     ABOUT,
     Pace,
@@ -224,6 +224,8 @@ class Trainer:
                 action()
             except OSError as error:
                 failure = f"{failing}: {error}; {last_checkpoint(self.folder)}"
+            except ValueError as error:  # weights that are not finite
+                failure = f"{failing}: {error}: {diverged(self)}"
         failure = from_main(failure)  # no collective: a slow disk must not be a time-out
         if failure:
             raise RunStopped(failure)
@@ -317,7 +319,7 @@ class Trainer:
         applied, save, *stops = (bool(x) for x in torch.stack([is_finite.long(), *self._asked]).tolist())
         self._agreed_stop = next((number.name for number, asked in zip(STOPPING, stops, strict=True) if asked), None)
         self._agreed_save = save
-        self._learning_rate = self.scheduler.get_last_lr()[0]  # this step's, before the schedule goes on
+        self.learning_rate = self.scheduler.get_last_lr()[0]  # this step's, before the schedule goes on
         with record_function("peagle::optimizer"):
             if applied:
                 self.optimizer.step()
@@ -366,7 +368,7 @@ class Trainer:
             "accuracy": accuracy,
             "expected_accepted_length": expected_accepted_length(accuracy),
             "supervised": totals,
-            "learning_rate": self._learning_rate,
+            "learning_rate": self.learning_rate,
             "grad_norm": float(self._grad_norm),
             "padding_share": padding_share(self._plans),
             "peak_memory_bytes": peak_memory_bytes(self.device),
