@@ -49,6 +49,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="DIR",
         help="go on with the run in output.dir, from its newest checkpoint or from the folder DIR of one",
     )
+    parser.add_argument(
+        "--force", action="store_true", help="start a run even if its planned memory is over twice what there is"
+    )
     parser.add_argument("--summary", metavar="DIR", help="print where a finished run's drafter is and how good it is")
     return parser.parse_intermixed_args(_close_resume(sys.argv[1:] if arguments is None else arguments))
 
@@ -130,7 +133,7 @@ def _run(options: argparse.Namespace) -> int:
     if not sys.stderr.isatty():
         disable_progress_bar()
 
-    summary = train(recipe, options.resume)
+    summary = train(recipe, options.resume, options.force)
     if summary:
         print(summary)
     return 0

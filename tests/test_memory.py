@@ -245,6 +245,35 @@ def test_auto_becomes_the_number_that_fits_and_stays_it_when_the_run_goes_on(
     assert "no number up to 64 fits" in capsys.readouterr().err
 
 
+def test_a_run_that_no_machine_holds_ends_with_its_plan_before_anything_is_loaded(
+    tmp_path: Path, target: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = tmp_path / "bare"  # there is nothing to load
+    bare.mkdir()
+    (bare / "config.json").write_text((target / "config.json").read_text())
+    recipe = write_recipe(tmp_path, bare, rows, tmp_path / "run", data={"max_length": 4_000_000})
+    assert main([str(recipe)]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert any(line.startswith("peak") for line in said) and "GiB are planned for 3 segments" in said[-1]
+    assert "--force" in said[-1] and not (tmp_path / "run").exists()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main([str(recipe), "--force"]) == 2  # and then it comes to its target
+    assert "no .safetensors weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("share", "code"), [(0.51, 0), (0.49, 2)])
+def test_only_over_twice_the_memory_that_there_is_a_run_does_not_start_unless_it_is_forced_to(
+    tmp_path: Path, target: Path, rows: Path, share: float, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_recipe(tmp_path, target, rows, tmp_path / "run", train={"max_steps": 1})
+    peak = plan_memory(read_sizes(load_recipe(path), Device("cpu", 0)), 3).peak
+    monkeypatch.setattr("peagle_train.training.train.this_device", lambda _: Device("cpu", int(peak * share)))
+    assert main([str(path)]) == code
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if code:
+        assert main([str(path), "--force"]) == 0
+
+
 def test_a_full_device_ends_a_run_with_the_table_and_the_number_that_fits(
     tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

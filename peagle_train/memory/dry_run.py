@@ -2,6 +2,8 @@
 full.
 """
 
+import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -132,13 +134,40 @@ def out_of_memory(recipe: Recipe, error: Exception, where: str) -> tuple[str, st
     asked = recipe.cod.num_segments
     numbers = allowed_segments(sizes)
     S = asked if asked != "auto" else numbers[-1]
-    larger = [n for n in numbers if n > S]
-    fitting = choose_segments(sizes, device.budget, recipe.train.memory_margin, larger)
     planned = (
         f"{plan_memory(sizes, S).peak / GIB:.2f} GiB were planned for {S} segments, {device.budget / GIB:.2f} are there"
     )
+    return describe(recipe, sizes, device), f"{where}: {wanted}; {planned}: {way_out(recipe, sizes, device, S)}"
+
+
+def way_out(recipe: Recipe, sizes: Sizes, device: Device, num_segments: int) -> str:
+    """What to do where that many segments are too much."""
+    larger = [n for n in allowed_segments(sizes) if n > num_segments]
+    fitting = choose_segments(sizes, device.budget, recipe.train.memory_margin, larger)
     if fitting:
-        next_step = f"set cod.num_segments={fitting.num_segments} ({fitting.peak / GIB:.2f} GiB planned)"
-    else:
-        next_step = f"more segments would not do: {advice(recipe, sizes)}"
-    return describe(recipe, sizes, device), f"{where}: {wanted}; {planned}: {next_step}"
+        return f"set cod.num_segments={fitting.num_segments} ({fitting.peak / GIB:.2f} GiB planned)"
+    return f"more segments would not do: {advice(recipe, sizes)}"
+
+
+def refuse_hopeless(recipe: Recipe, device: Device) -> None:
+    """ValueError, below the table on stderr, for a run that is planned to take over twice what its device has.
+
+    Loads nothing. Mistakes that make a plan impossible are left to the run, which says where they are.
+    """
+    S = recipe.cod.num_segments
+    if S == "auto":  # `resolve_segments` refuses what does not fit
+        return
+    logging.disable(logging.WARNING)  # the run gives these warnings itself
+    try:
+        sizes = read_sizes(recipe, device)
+    except (ValueError, RuntimeError):
+        return
+    finally:
+        logging.disable(logging.NOTSET)
+    peak = plan_memory(sizes, S).peak
+    if peak > 2 * device.budget:
+        sys.stderr.write(f"{describe(recipe, sizes, device)}\n")
+        raise ValueError(
+            f"{peak / GIB:,.1f} GiB are planned for {S} segments, over twice what there is ({device}):"
+            f" {way_out(recipe, sizes, device, S)}; --force starts the run all the same"
+        )

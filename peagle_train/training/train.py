@@ -18,7 +18,7 @@ from peagle_train.data.packing import PackReport
 from peagle_train.data.training_data import load_training_data
 from peagle_train.data.vocab import choose_most_frequent, coverage
 from peagle_train.data.vocab_from import read_draft_vocab
-from peagle_train.memory.dry_run import resolve_segments
+from peagle_train.memory.dry_run import refuse_hopeless, resolve_segments
 from peagle_train.memory.memory_sizes import sizes_of, this_device
 from peagle_train.memory.out_of_memory import memory_explained
 from peagle_train.recipe import Recipe
@@ -41,20 +41,21 @@ from peagle_train.training.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 
-def train(recipe: Recipe, resume: str | None = None) -> str:
+def train(recipe: Recipe, resume: str | None = None, force: bool = False) -> str:
     """Run a recipe; returns the lines that say where the drafter is and how good it is.
 
     Args:
         recipe: the settings. resume: None for a new run, else as in `open_resume`.
+        force: start even a run that is planned to take over twice the memory that there is.
 
     Raises:
         ValueError: for a user's mistake, before any training.
     """
     with memory_explained(recipe, lambda: "out of memory before the first step"):
-        return _train(recipe, resume)
+        return _train(recipe, resume, force)
 
 
-def _train(recipe: Recipe, resume: str | None) -> str:
+def _train(recipe: Recipe, resume: str | None, force: bool) -> str:
     checkpoint: Checkpoint | None = None
     check_tracker(recipe.train.log_with)
     check_not_in_use(Path(recipe.output.dir))
@@ -79,12 +80,14 @@ def _train(recipe: Recipe, resume: str | None) -> str:
     if uses_flex(accelerator.device):
         check_flex(recipe.train)
     say = print if accelerator.is_main_process else (lambda *_: None)
+    # A run that resumes has its shape, weights and vocabulary in its checkpoint.
+    drafted = keep_drafter(recipe, checkpoint) if checkpoint else recipe
+    if not force:
+        refuse_hopeless(drafted, this_device(accelerator.device))
 
     target = load_target(recipe, accelerator)
     if recipe.target.check or isinstance(target, CachedTarget):
         target.check()
-    # A run that goes on has its shape, weights and vocabulary in its checkpoint.
-    drafted = keep_drafter(recipe, checkpoint) if checkpoint else recipe
     start = read_start(drafted, target)
     shaped = start.recipe if start else drafted
     tokenizer = load_tokenizer(recipe)
