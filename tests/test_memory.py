@@ -80,7 +80,9 @@ def test_what_is_planned_to_be_saved_is_what_autograd_holds(shape: str) -> None:
             bench.step(mode, batch, outputs, buffers)
         sizes = sizes_of_bench(bench, n, mode)
         planned = saved_bytes(sizes, largest_pass(sizes, S, all_supervised=True))
-        assert planned == pytest.approx(saved.peak_bytes, rel=0.15), (n, mode, S)
+        assert planned >= 0.85 * saved.peak_bytes, (n, mode, S)
+        if shape != "prompts":  # whose passes are smaller than the largest, which is planned
+            assert planned <= 1.15 * saved.peak_bytes, (n, mode, S)
 
 
 def sizes(**changes: Any) -> Sizes:

@@ -105,10 +105,11 @@ def recompute_step(
         with record_function("peagle::pass B forward"):
             output = run(draft, elements, target, slice(0, segment.anchors.stop), visibility, skip=P, labels=labels)
         account(stats, output, own, segment)
+        of_segment = output.loss
+        del output, visibility, labels  # hidden states, keys and values that the backward does without
         if backward is not None:
-            assert output.loss is not None
-            backward(output.loss * scale)
-        del output, visibility, labels
+            assert of_segment is not None
+            backward(of_segment * scale)
     for _ in range(min_passes - len(passes)):
         nothing = idle_pass(draft, batch, target)
         if backward is not None:

@@ -88,7 +88,7 @@ def advice(recipe: Recipe, sizes: Sizes) -> str:
         options.append("train.batch_size=1")
     if recipe.target.chunk_tokens is None and not recipe.target.cache and sizes.length > 2048:
         options.append("target.chunk_tokens=2048")
-    if not train.offload_features:
+    if sizes.on_cuda and not train.offload_features:
         options.append("train.offload_features=true")
     if not recipe.target.cache:
         options.append("target.cache (the target then need not be loaded)")

@@ -5,7 +5,8 @@ A step's phases follow each other, and the peak is the largest of them:
     target      the target's forward; features and last hidden states appear
     loss        a segment's activations are all there, and a chunk of both models' logits on top
     backward    the same activations, and the gradients that begin to run through the last layer
-    embedding   the activations are gone, and a dense gradient of the embeddings is added to the one of earlier segments
+    embedding   the activations are gone, and a dense gradient of the embeddings is added to the one of earlier segments;
+                autocast's copies of the weights are kept for the next segment, and their gradients come last
     reduce      the gradients' second copy, where ranks sum them
 
 AdamW, fused, makes nothing beside its state. What autograd saves is listed layer by layer in `saved_bytes`, as draft.py
@@ -74,7 +75,7 @@ class Sizes:
     target_bytes: int = 2
     """Of features and last hidden states."""
     cached_bytes: int = 0
-    """Of a number of features as a cache has it, where there is one: the batch then brings them to the device."""
+    """Of a number of features as a cache has it, where there is one."""
     target_weights: int = 0
     """Bytes of the target on the device."""
     target_forward: int = 0
@@ -175,30 +176,34 @@ def capacity_of(sizes: Sizes, num_segments: int) -> int:
 
 def saved_bytes(sizes: Sizes, one: Pass) -> int:
     """The most that autograd holds at a time for a pass, masks, parameters and the relay's buffers not counted."""
-    s = sizes
+    return max(_saved(sizes, one))
+
+
+def _saved(s: Sizes, one: Pass) -> tuple[int, int]:
+    """What autograd holds behind the forward, and the most that it holds in the backward."""
     c, N, Q = s.compute_bytes, one.N, one.Q
     # The position ids' tables, the token ids, fc's input.
     before = one.M * 3 * s.target_hidden * c + 2 * N * s.head_dim * c + 8 * N
     behind = _norm(s, Q) + Q * s.hidden * c + 8 * Q + (s.draft_vocab * s.hidden * s.wide if s.train_head else 0)
     layers = [_layer(s, one, i) for i in range(s.layers)]
     if not s.checkpointing:
-        copies = s.linear_weights * c if s.autocast else 0
-        return before + sum(layers) + behind + copies
+        whole = before + sum(layers) + behind + (s.linear_weights * c if s.autocast else 0)
+        return whole, whole
     inputs = N * s.hidden * c  # of each layer; of the first, the embeddings, too
-    at_end = before + (s.layers + 1) * inputs + behind
-    # A layer is computed again with its input held already (which, without autocast, is what its norm saves).
-    peaks = [at_end]
+    fc_copy = s.fc_weights * c if s.autocast else 0
+    # A layer is computed again with its input held already, which is what its norm saves unless that is a wide copy.
+    peaks = []
     for i, layer in enumerate(layers):
         held = (i + 2) * inputs
-        again = layer - (0 if s.autocast else inputs * (2 if i == 0 else 1))
+        again = layer - (0 if s.autocast and not s.on_cuda else inputs * (2 if i == 0 else 1))
         copies = s.layer_weights(i == 0) * c if s.autocast else 0
         peaks.append(before + held + again + copies)
-    return max(peaks) + (s.fc_weights * c if s.autocast else 0)
+    return before + (s.layers + 1) * inputs + behind + fc_copy, max(peaks) + fc_copy
 
 
 def _norm(s: Sizes, n: int) -> int:
-    """RMSNorm of n rows: its input (or a wider copy), what it is multiplied into, and a number a row."""
-    return n * (2 * s.hidden + 1) * s.wide
+    """RMSNorm of n rows: its input and a number a row; on a CPU a wide copy of the input, and one of what becomes of it."""
+    return n * (s.hidden * s.compute_bytes + s.wide if s.on_cuda else (2 * s.hidden + 1) * s.wide)
 
 
 def _layer(s: Sizes, one: Pass, index: int) -> int:
@@ -238,20 +243,27 @@ def plan_memory(sizes: Sizes, num_segments: int, all_supervised: bool = False) -
     resident["CUDA context" if s.on_cuda else "libraries"] = CUDA_CONTEXT if s.on_cuda else CPU_EXTRA
     base = sum(resident.values())
 
-    saved = saved_bytes(s, one)
-    kept = 0 if s.offload_features or s.cached_bytes == t else outputs
-    kept += B * L * 4 * T * s.cached_bytes
-    pieces = (one.M * 3 + one.Q) * T * t  # gathered out of features and last hidden states, for one segment
+    behind_forward, in_backward = _saved(s, one)
+    kept = 0 if s.offload_features and s.on_cuda else outputs
+    kept += 0 if s.on_cuda else B * L * 4 * T * s.cached_bytes  # read ahead
+    pieces = one.M * 3 * T * t  # gathered out of the features, for one segment
+    hidden = one.Q * (T * t + H * c)  # labels gathered out of the last hidden states, and what they are compared with
+    # Flex attention's keys are a copy, context first; the pass's own are there until it has answered, or are handed on.
+    own = 2 * one.N * s.kv_size * c * s.layers if s.on_cuda else 0
     batch = B * L * 24 + S * capacity_of(s, S) * B * 25 + one.N * 8 * 7
     masks = _masks(s, one)
     chunk = min(s.chunk_rows, one.Q) * V * (3 * w + (c if c != w else 0))
     chunk += (one.Q * T + V * T) * c if t != c else 0
     chunk += V * H * c if s.autocast else 0
+    # Autocast keeps its copies through a batch's segments, and their gradients come last; not those of sharded weights,
+    # nor those of layers that are computed again, which clears them away.
+    copies = s.linear_weights * c if s.autocast and ranks == 1 else 0
+    unsaved = copies - (s.layer_weights(True) + s.fc_weights) * c if copies and s.checkpointing else 0
     flowing = _flowing(s, one, relay)
     step = {
         "features": outputs,
         "target's forward": s.target_forward,
-        "saved for backward": saved,
+        "saved for backward": max(behind_forward, in_backward),
         "loss chunk": chunk,
         "gradients in flight": flowing,
         "masks and tables": masks + batch,
@@ -259,21 +271,22 @@ def plan_memory(sizes: Sizes, num_segments: int, all_supervised: bool = False) -
     during = base + kept + pieces + masks + batch
     phases = {
         "target": base + outputs + s.target_forward + B * L * 24,
-        "loss": during + saved + one.Q * H * c + chunk,
-        "backward": during + saved + one.Q * H * c + flowing,
+        "loss": during + unsaved + behind_forward + own + hidden + chunk,
+        "backward": during + (unsaved if S > 1 else 0) + in_backward + (own if relay else 0) + flowing,
     }
     again = S > 1 or s.accumulates
     largest = max(s.vocab * H * m if s.train_embeddings else 0, s.hidden * s.intermediate * (c + m), s.fc_weights * m)
-    phases["embedding"] = during + one.N * H * (c + m) * 2 + one.M * 3 * T * c + (largest if again else 0)
+    late = 0 if s.checkpointing else copies * (2 if S > 1 else 1)
+    phases["embedding"] = during + late + one.N * H * (c + m) * 2 + one.M * 3 * T * c + (largest if again else 0)
     phases["reduce"] = base + kept + (s.trained * m if s.world_size > 1 and not s.sharded else 0)
     return MemoryPlan(S, capacity_of(s, S), resident, step, phases)
 
 
 def _flowing(s: Sizes, one: Pass, relay: bool) -> int:
-    """Gradients of activations at the start of the backward, where everything that was saved is still there."""
+    """Gradients of activations at the start of the backward, where nearly everything that was saved is still there."""
     c, w = s.compute_bytes, s.wide
     loss = 2 * one.Q * s.hidden * w
-    mlp = 2 * one.Q * s.intermediate * c + 2 * one.Q * s.hidden * w
+    mlp = 2 * one.Q * s.intermediate * c + (0 if s.on_cuda else 2 * one.Q * s.hidden * w)
     owed = 2 * one.N * s.kv_size * c * s.layers if relay else 0
     attention = 2 * (one.N + one.context) * s.kv_size * (c + w) + 2 * one.Q * s.query_size * c
     return max(loss, mlp, attention) + owed
