@@ -209,8 +209,8 @@ class Train:
     """Segments hand on keys, values and their gradients, or each recomputes its past (Algorithm 1)."""
     loss: Literal["kl", "soft_ce", "hard_ce"] = "kl"
     """KL(target || draft), cross-entropy with the target's distribution, or with its argmax."""
-    loss_chunk_rows: int = option(384, ge=1, le=MANY)
-    """Rows of logits that exist at a time."""
+    loss_chunk_rows: int | Literal["auto"] = option("auto", ge=1, le=MANY)
+    """Rows of logits that exist at a time; auto: 1024 on CUDA, 384 elsewhere."""
     sharding: Literal["auto", "none", "fsdp2"] = "auto"
     """Shard weights, gradients and optimizer states over all processes (FSDP2); auto: if the launch has an FSDP config."""
     compile: bool | Literal["auto"] = "auto"
@@ -248,6 +248,12 @@ class Train:
     """Stop when the loss or gradient of so many steps in a row is not finite (such a step is never applied)."""
     dtype: Literal["float32", "float64"] = "float32"
     """Of the drafter's master weights."""
+
+    def chunk_rows(self, kind: str) -> int:
+        """`loss_chunk_rows` as a number, on a device of this type."""
+        if self.loss_chunk_rows != "auto":
+            return self.loss_chunk_rows
+        return 1024 if kind == "cuda" else 384
 
 
 @dataclass

@@ -63,31 +63,30 @@ class _ChunkedLinearLoss(torch.autograd.Function):
         want_head = with_grad and ctx.needs_input_grad[1]
         M = hidden_MH.shape[0]
         wide = torch.promote_types(hidden_MH.dtype, torch.float32)
-        total = hidden_MH.new_zeros((), dtype=wide)
+        loss_M = hidden_MH.new_empty(M, dtype=wide)
         hits_M = torch.zeros(M, dtype=torch.bool, device=hidden_MH.device)
         d_hidden_MH = torch.empty_like(hidden_MH) if want_hidden else None
         d_head_VH = torch.zeros_like(head_VH, dtype=wide) if want_head else None
+        left_out_M = None if counted_M is None else ~counted_M
         for start in range(0, M, chunk_rows):
             rows = slice(start, start + chunk_rows)
             h_cH = hidden_MH[rows]
-            loss_c, hits_c, d_cV = _visit(h_cH, head_VH, target_MT[rows], target_head_VT, loss)
-            if counted_M is not None:
-                counted_c = counted_M[rows]
-                hits_c = hits_c & counted_c
-                loss_c = torch.where(counted_c, loss_c, 0)
-                d_cV = torch.where(counted_c[:, None], d_cV, 0)
-            hits_M[rows] = hits_c
-            total = total + loss_c.sum()  # not in place: compiled by torch 2.11, that loses every gradient
+            loss_M[rows], hits_M[rows], d_cV = _visit(h_cH, head_VH, target_MT[rows], target_head_VT, loss)
+            if left_out_M is not None:
+                d_cV.masked_fill_(left_out_M[rows, None], 0)
             d_cV = d_cV.to(hidden_MH.dtype)
             if d_hidden_MH is not None:
                 d_hidden_MH[rows] = d_cV @ head_VH
             if d_head_VH is not None:
                 d_head_VH += d_cV.T @ h_cH
             del d_cV  # before the next chunk's logits are made
+        if left_out_M is not None:
+            loss_M, hits_M = loss_M.masked_fill(left_out_M, 0), hits_M & counted_M
         ctx.save_for_backward(d_hidden_MH, d_head_VH)
         ctx.mark_non_differentiable(hits_M)
         ctx.head_dtype = head_VH.dtype
-        return total, hits_M
+        # A sum, not filled in place: compiled by torch 2.11, what is returned would lose every gradient.
+        return loss_M.sum(), hits_M
 
     @staticmethod
     @once_differentiable
@@ -106,26 +105,27 @@ def _visit(
 
     In place wherever a tensor of logits is not needed again: three of them exist at a time.
     """
-    wide = torch.promote_types(h_cH.dtype, torch.float32)
-    t_cV = (target_cT @ target_head_VT.T).to(wide)
+    t_cV = _logits(target_cT, target_head_VT)
     best_c = t_cV.argmax(-1)
-    t_cV.sub_(t_cV.gather(1, best_c[:, None]))  # less the largest, so that exp stays finite
-    u_cV = (h_cH @ head_VH.T).to(wide)
+    log_p_cV = None if loss == "hard_ce" else t_cV.log_softmax(-1)
+    del t_cV
+    u_cV = _logits(h_cH, head_VH)
     hits_c = u_cV.argmax(-1) == best_c
-    u_cV.sub_(u_cV.amax(-1, keepdim=True))
-    if loss == "hard_ce":
-        own_c = u_cV.gather(1, best_c[:, None])[:, 0]
-        d_cV = u_cV.exp_()
-        z_c = d_cV.sum(-1)
-        d_cV.div_(z_c[:, None]).scatter_add_(1, best_c[:, None], d_cV.new_full((h_cH.shape[0], 1), -1.0))
-        return z_c.log() - own_c, hits_c, d_cV
-    p_cV = t_cV.exp()
-    s_c = p_cV.sum(-1)
-    p_cV.div_(s_c[:, None])
-    # log p - log q = (t - u) + (log z - log s), and the p of a row sum to 1.
-    score_cV = t_cV.sub_(u_cV) if loss == "kl" else t_cV.copy_(u_cV).neg_()
-    mean_c = (p_cV[:, None] @ score_cV[:, :, None])[:, 0, 0]
-    d_cV = u_cV.exp_()
-    z_c = d_cV.sum(-1)
-    d_cV.div_(z_c[:, None]).sub_(p_cV)
-    return mean_c + z_c.log() - (s_c.log() if loss == "kl" else 0), hits_c, d_cV
+    log_q_cV = u_cV.log_softmax(-1)
+    del u_cV
+    if log_p_cV is None:
+        best_c1 = best_c[:, None]
+        loss_c = -log_q_cV.gather(1, best_c1)[:, 0]
+        return loss_c, hits_c, log_q_cV.exp_().scatter_add_(1, best_c1, log_q_cV.new_full(best_c1.shape, -1.0))
+    p_cV = log_p_cV.exp()
+    score_cV = log_p_cV.sub_(log_q_cV) if loss == "kl" else log_p_cV.copy_(log_q_cV).neg_()
+    loss_c = (p_cV[:, None] @ score_cV[:, :, None])[:, 0, 0]
+    return loss_c, hits_c, log_q_cV.exp_().sub_(p_cV)
+
+
+def _logits(x_cI: Tensor, weight_VI: Tensor) -> Tensor:
+    """[c, V] in float32 or wider; on CUDA as they were summed, not rounded in between."""
+    wide = torch.promote_types(x_cI.dtype, torch.float32)
+    if x_cI.is_cuda and x_cI.dtype != wide:
+        return torch.mm(x_cI, weight_VI.T, out_dtype=wide)
+    return (x_cI @ weight_VI.T).to(wide)

@@ -190,7 +190,7 @@ def sizes_of(recipe: Recipe, target: TargetBase, config: PEagleDraftConfig, devi
         trained=sum(p.numel() for p in draft.parameters() if p.requires_grad),
         train_head=train_head,
         train_embeddings=recipe.draft.train_embeddings,
-        chunk_rows=train.loss_chunk_rows,
+        chunk_rows=train.chunk_rows(device.kind),
         accumulates=train.gradient_accumulation_steps > 1,
         relay=train.segment_mode == "relay",
         checkpointing=train.activation_checkpointing,

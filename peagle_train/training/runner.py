@@ -114,7 +114,7 @@ class BatchRunner:
         on_device = {n: t.to(self.device, non_blocking=True) for n, t in batch.items() if n not in FIELDS}
         arguments: dict[str, Any] = {
             "loss": train.loss,
-            "chunk_rows": train.loss_chunk_rows,
+            "chunk_rows": train.chunk_rows(self.device.type),
             "plan": plan,
             "scale": 1.0 if scale is None else scale,
         }
