@@ -60,9 +60,8 @@ def block_mask_of(visibility: Visibility, skip: int = 0) -> BlockMask:
         return (visible | sees_rollout(anchor, depth, key_anchor, key_depth)) & (depth >= 0)
 
     lengths = start_BQ.shape[1], key_anchor_BK.shape[1]
-    return BlockMask(  # type: ignore[misc]
-        lengths, *tables.blocks, BLOCK_SIZE=(BLOCK_SIZE, BLOCK_SIZE), mask_mod=mask_mod
-    )
+    size = (BLOCK_SIZE, BLOCK_SIZE)
+    return BlockMask(lengths, *tables.blocks, BLOCK_SIZE=size, mask_mod=mask_mod)  # type: ignore[misc]
 
 
 def kernel_options(queries: int, head_dim: int, itemsize: int, capability: tuple[int, int] | None) -> dict[str, Any]:
