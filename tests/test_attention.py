@@ -443,23 +443,3 @@ def test_compiled_flex_on_cpu_gives_what_loops_give() -> None:
     pad = [-size % 128 for size in (visible.shape[2], visible.shape[1])]
     tiles = torch.nn.functional.pad(visible, (0, pad[0], 0, pad[1])).unflatten(2, (-1, 128)).unflatten(1, (-1, 128))
     assert torch.equal(blocks.bool(), tiles.any(4).any(2))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("skip", [0, 37])
-def test_flex_on_cuda_gives_what_loops_give_forward_and_backward(skip: int) -> None:
-    p = make_pass(FLEX_ROWS, K=4, cut=skip)
-    v = p.visibility
-    v.start, v.anchor, v.depth = v.start.cuda(), v.anchor.cuda(), v.depth.cuda()
-    v.context_end = v.context_end.cuda()
-    inputs = [t.detach().cuda().requires_grad_() for t in tensors(p, 4, 2, D=16, dtype=torch.float32)]
-    query, *rest = inputs
-    found = attend(query[:, :, skip:], (rest[0], rest[1]), (rest[2], rest[3]), v)
-    on_host = [t.detach().cpu().double().requires_grad_() for t in inputs]
-    query, *rest = on_host
-    expected = by_hand(p, query[:, :, skip:], (rest[0], rest[1]), (rest[2], rest[3]))
-    g = torch.Generator().manual_seed(1)
-    weight = torch.randn(expected.shape, generator=g, dtype=torch.float64)
-    d_found = torch.autograd.grad((found * weight.to(found)).sum(), inputs)
-    d_expected = torch.autograd.grad((expected * weight).sum(), on_host)
-    assert_close([t.cpu() for t in (found, *d_found)], [expected, *d_expected], tolerance=1e-3)

@@ -411,29 +411,6 @@ def test_target_outputs_may_be_views_of_something_larger() -> None:
     assert_same(outcome_of(relay_step, draft, batch, views), expected, 1e-13)
 
 
-def gpu_outcome(batch: dict[str, Tensor], target: TargetOutputs, on_host: bool) -> Outcome:
-    draft = make_draft(torch.float32, head_dim=16).cuda()
-    device = "cpu" if on_host else "cuda"
-    moved = TargetOutputs(target.features.to(device), target.last_hidden.to(device), target.head.cuda())
-    on_device = {name: tensor.cuda() for name, tensor in batch.items()}
-    outcome = outcome_of(relay_step, draft, on_device, moved, plan=plan_segments(batch, K), scale=0.1)
-    gradients = {name: g.cpu().double() for name, g in outcome.gradients.items()}
-    return Outcome(outcome.loss.cpu(), outcome.hits, outcome.totals, gradients, outcome.untouched)
-
-
-@pytest.mark.gpu
-def test_a_target_on_the_host_gives_what_one_on_the_device_gives_and_what_the_cpu_gives() -> None:
-    rows = make_rows(L, documents=2, batch_size=2)
-    batch = make_batch(rows, L, 4, K)
-    target = make_target(batch, torch.float32)
-    on_host, on_device = gpu_outcome(batch, target, True), gpu_outcome(batch, target, False)
-    assert_same(on_host, on_device, 1e-4)
-    exact = outcome_of(
-        recompute_step, make_draft(head_dim=16), make_batch(rows, L, 1, K), make_target(batch), scale=0.1
-    )
-    assert_same(on_host, exact, 1e-2)
-
-
 @pytest.mark.parametrize("ratio", [0.5, 1.0])
 def test_under_bfloat16_autocast_relay_is_as_near_to_float64_as_the_flat_pass(ratio: float) -> None:
     rows = make_rows(L, documents=2, batch_size=2)
