@@ -171,6 +171,18 @@ def test_a_dry_run_needs_no_data_no_weights_and_no_output(
     assert "ids must lie in 0..5" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("attention", [None, "sdpa", "eager"])
+def test_the_plan_has_a_mask_of_tokens_by_tokens_where_the_target_makes_one(
+    attention: str | None, tmp_path: Path, rows: Path
+) -> None:
+    L = 65536
+    target = make_target(tmp_path / "target", max_position_embeddings=L)
+    sections = {"target": {"attn_implementation": attention}, "data": {"max_length": L}}
+    recipe = load_recipe(write_recipe(tmp_path, target, rows, tmp_path / "run", **sections))
+    forward = read_sizes(recipe, parse_device("cuda:80")).target_forward
+    assert forward > L * L if attention == "eager" else forward < L * L / 8
+
+
 # ---- runs
 
 
@@ -253,7 +265,8 @@ def test_a_run_that_no_machine_holds_ends_with_its_plan_before_anything_is_loade
     bare = tmp_path / "bare"  # there is nothing to load
     bare.mkdir()
     (bare / "config.json").write_text((target / "config.json").read_text())
-    recipe = write_recipe(tmp_path, bare, rows, tmp_path / "run", data={"max_length": 4_000_000})
+    sections = {"data": {"max_length": 4_000_000}, "target": {"attn_implementation": "eager"}}  # scores, and a mask
+    recipe = write_recipe(tmp_path, bare, rows, tmp_path / "run", **sections)
     assert main([str(recipe)]) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert any(line.startswith("peak") for line in said) and "GiB are planned for 3 segments" in said[-1]

@@ -22,7 +22,7 @@ from peagle_train.errors import one_line
 from peagle_train.memory.memory_plan import GIB, Sizes
 from peagle_train.recipe import Recipe
 from peagle_train.serving.warm_start import read_start
-from peagle_train.target.attention import BLOCK
+from peagle_train.target.attention import BLOCK, NAME
 from peagle_train.target.base import TargetBase
 from peagle_train.target.cached_target import CachedTarget
 from peagle_train.target.frozen import FrozenTarget
@@ -231,6 +231,8 @@ def _target(recipe: Recipe, target: TargetBase, device: Device) -> tuple[int, in
     elif settings.device_map and device.kind == "cuda":
         total //= max(1, torch.cuda.device_count())
     attention = settings.attn_implementation or config._attn_implementation or "eager"
+    if attention == "sdpa" and target.flattens:
+        attention = NAME
     forward = target_forward_bytes(
         target.config,
         recipe.train.batch_size,
@@ -258,8 +260,11 @@ def target_forward_bytes(
 ) -> int:
     """Bytes beside its weights that a decoder's largest forward needs, without the outputs that training keeps.
 
-    An estimate from above: one layer's activations, attention masks or scores as transformers makes them for packed rows,
-    and with chunks the keys and values of a document as long as a row.
+    An estimate from above: one layer's activations, attention masks or scores as they are made for packed rows, and with
+    chunks the keys and values of a document as long as a row.
+
+    Args:
+        attention: transformers' name, or that of `peagle_train.target.attention`.
     """
     n = B * L if chunk_tokens is None else min(chunk_tokens, B * L)
     chunked = n < B * L
@@ -277,11 +282,11 @@ def target_forward_bytes(
         queries = n if chunked else L
         mask = rows * queries * keys * item
         attending += rows * config.num_attention_heads * queries * keys * (item + max(item, 4))
-    elif attention == "sdpa":
-        # A bool mask, and the additive one that kernels make of it; of a chunk over its cache, a block of queries' only.
-        mask = max(n * n if chunked else B * L * L, BLOCK * L if chunked else 0)
+    elif attention in ("sdpa", NAME):
+        # A bool mask, and the additive one that kernels make of it; a block of queries' at most, where it is ours.
+        mask = BLOCK * L if attention == NAME else n * L if chunked else B * L * L
         attending += mask * item
-    if A > G and (attention == "eager" or (on_cuda and chunked and attention == "sdpa")):
+    if A > G and (attention == "eager" or (on_cuda and attention == NAME)):
         attending += 2 * (L if chunked else n) * A * item  # heads of keys and values repeated
     bytes_ = 3 * n * H * item + mask + max(mlp, attending, norm)
     if chunked:
