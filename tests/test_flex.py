@@ -11,6 +11,7 @@ import torch
 import torch.nn.attention.flex_attention as torch_flex
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peagle_train.core import attention, flex
 from peagle_train.core.compiled import CompiledDraft
@@ -151,3 +152,43 @@ def test_float32_on_cuda_is_warned_about(
     monkeypatch.setattr(sysconfig, "get_config_var", lambda name: str(tmp_path))
     check_flex(Train(mixed_precision=mixed_precision))
     assert ("mixed_precision" in caplog.text) == warns
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators that write something."""
+
+    VIEWS = frozenset(
+        "alias as_strided detach empty empty_like empty_strided expand new_empty permute select slice split squeeze t"
+        " transpose unbind unsqueeze view _reshape_alias _unsafe_view".split()
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function._overloadpacket.__name__ not in self.VIEWS
+        return function(*args, **(kwargs or {}))
+
+
+def test_an_eager_step_of_four_segments_takes_at_most_5000_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts do not depend on widths: 4 layers, K = 8, 9 chunks of the loss a segment, as rows of 8,192 have on CUDA.
+    There they are fewer, as rms_norm is one kernel, and what the host does for the plan is none.
+    """
+    draft = make_draft(torch.float32, num_hidden_layers=4)
+    draft.lm_head.weight.requires_grad_(False)
+    rows = make_rows(256)
+    batch = make_batch(rows, 256, 4, 8, down_sample_ratio=0.8, down_sample_ratio_min=0.0)
+    plan = plan_segments(batch, static=True, pad_context=True)
+    target = make_target(batch, torch.float32)
+    monkeypatch.setattr(attention, "uses_flex", lambda device: True)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
+        """In place of flex: three kernels, with the backward's."""
+        return query + (key.mean() + value.mean())
+
+    monkeypatch.setattr(flex, "flex", attend)
+    capacity = plan.segments[0].num_elements
+    with Operators() as operators, torch.autocast("cpu", torch.bfloat16):
+        relay_step(draft, batch, target, plan=plan, scale=0.1, chunk_rows=-(-capacity // 9))
+    assert operators.count <= 5000, operators.count
