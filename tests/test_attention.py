@@ -215,7 +215,7 @@ def test_in_bfloat16_attention_gets_few_shapes_whatever_the_documents(
     on_grid = count(range(40))
     monkeypatch.setattr(visibility_module, "GRID", 1)
     without = count(range(40))
-    assert on_grid <= 10 and without > 30
+    assert on_grid <= 20 and without > 30  # ten for each pass size, of which S = 3 has few
 
 
 def test_blocks_end_where_the_last_layers_queries_begin(monkeypatch: pytest.MonkeyPatch) -> None:
