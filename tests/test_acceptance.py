@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from peagle_train.decoding import vllm
 from peagle_train.decoding.acceptance import TIE_TOLERANCE, Measurement, Settings
 from peagle_train.decoding.acceptance_report import ALL, checks, compare, describe_table, summarize
 from peagle_train.decoding.eval_prompts import Case, load_cases
-from peagle_train.decoding.generate import Decoded
+from peagle_train.decoding.generate import Decoded, lead
 from peagle_train.decoding.replay import Tally
 from peagle_train.decoding.verify import CachedTarget
 from peagle_train.regenerate import Prompt
@@ -97,7 +98,7 @@ def test_figures_by_hand():
 
     def result(id: str, plain: Tally, apart: Tally, tokens: int) -> Result:
         drafted = [Drafted([(plain, apart)], [3.0], [4])]
-        return Result(ord(id), id, "set", 0, 5, [0] * tokens, 2, False, (plain, apart), drafted, {"verdict": "same"})
+        return Result(ord(id), id, "set", 0, [5], [0] * tokens, 2, False, (plain, apart), drafted, [], [])
 
     rows = [
         result("a", Tally(4.0, 6.0, (2.0,)), Tally(1.0, 2.0, (1.0,)), 9),
@@ -140,6 +141,56 @@ def test_an_end_token_ends_the_text_and_its_passes(llama):
     result = measurement(cases(1))[0]
     assert result.tokens == own[:end] and result.ended and result.check == {"verdict": "same"}
     assert sum(t.tokens for t in result.run) == end - 1
+
+
+class Engine:
+    """A vLLM that did what it is told to have done."""
+
+    version = "0"
+
+    def __init__(self, did: list[tuple[list[int], list[int]]], counts: bool = True) -> None:
+        self.did, self.counted = iter(did), [0, 0, 0] if counts else []
+
+    def counters(self) -> list[int]:
+        return self.counted
+
+    def complete(self, prompt: list[int], max_tokens: int, eos: frozenset[int]) -> list[int]:
+        tokens, more = next(self.did)
+        self.counted = [a + b for a, b in zip(self.counted, more)]
+        return tokens
+
+
+def test_vllm_is_compared_prompt_by_prompt_and_where_it_parts_from_ours_is_said(llama):
+    results = Measurement(llama, [(tiny_draft(), 2)], Settings(num_slots=2, max_tokens=9))(cases(4))
+    ours = [sum(result.run, Tally()) for result in results]
+    counts = [[int(tally.passes), *map(int, tally.accepted)] for tally in ours]
+    did = [(list(result.tokens), list(count)) for result, count in zip(results, counts)]
+    did[1][0][3] += 1
+    did[2][1][0] += 1
+    near = replace(results[3], leads=[*results[3].leads[:5], 63.0, *results[3].leads[6:]])
+    did[3][0][5] += 1
+    report = vllm.measure(Engine(did), None, [*results[:3], near], 9, frozenset(), "float32")
+    assert report["prompts"] == {"same": 1, "near_tie": 1, "other": 2}
+    assert [(p["id"], p["part_in"], p["ulps"]) for p in report["parted"]] == [
+        ("1", "text", results[1].leads[3]),
+        ("2", "drafts", min(results[2].draft_leads)),
+        ("3", "text", 63.0),
+    ]
+    passes = sum(count[0] for count in counts)
+    assert report["ours"]["passes"] == passes and report["vllm"]["passes"] == passes + 1
+    assert report["ours"]["accepted_length"] == pytest.approx(1 + sum(sum(count[1:]) for count in counts) / passes)
+    assert "1: other text, ours led by" in vllm.describe_vllm(report)
+    engines = Engine([did[0]] * 5), Engine([did[0]] * 5, counts=False)
+    report = vllm.measure(*engines, [results[0]] * 4, 9, frozenset(), "float32")
+    assert report["prompts"]["same"] == 4 and " times as fast " in vllm.describe_vllm(report)
+
+
+def test_by_how_much_the_best_logit_leads_is_counted_in_ulp():
+    assert lead(torch.tensor([[1.0, 4.4375, 4.40625], [2.0, 2.0, 0.0]], dtype=torch.bfloat16)) == [1.0, 0.0]
+    three = torch.tensor(3.0)
+    one, two = three.nextafter(torch.tensor(9.0)), three.nextafter(torch.tensor(0.0))
+    assert lead(torch.stack([one, two])[None]) == [2.0] and lead(-torch.stack([one, two])[None]) == [2.0]
+    assert lead(three[None, None]) == [float("inf")]
 
 
 def test_a_text_that_parts_from_the_targets_is_a_tie_only_between_close_logits(llama):
@@ -316,6 +367,28 @@ def test_the_tool_measures_two_drafters_and_writes_everything(runs, monkeypatch,
     assert len(report["turns"]) == 4 and len(report["turns"][0]["tokens"]) == 9
 
 
+def test_the_drafter_runs_in_the_targets_dtype_as_engines_run_it(runs, monkeypatch):
+    import evaluate
+
+    from peagle_train.decoding import acceptance_run
+
+    monkeypatch.setattr(acceptance_run, "_tokenizer", lambda *_: Words())
+    (runs / "texts.jsonl").write_text('{"text": "5 9 2"}')
+    seen: list[Any] = []
+
+    class Seen(Measurement):
+        def __init__(self, target, drafters, *arguments, **options):
+            seen.extend(drafters[0][0].state_dict().values())
+            seen.append(drafters[0][0].rotary_emb.inv_freq)
+            super().__init__(target, drafters, *arguments, **options)
+
+    monkeypatch.setattr(acceptance_run, "Measurement", Seen)
+    arguments = [str(runs / "first" / "final"), "--prompts", str(runs / "texts.jsonl"), "--max-tokens", "4"]
+    assert evaluate.main([*arguments, "--dtype", "bfloat16"]) == 0
+    *weights, rotary_table = (tensor.dtype for tensor in seen if tensor.is_floating_point())
+    assert set(weights) == {torch.bfloat16} and rotary_table == torch.float32
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -336,6 +409,12 @@ def test_the_tool_measures_two_drafters_and_writes_everything(runs, monkeypatch,
         (["--prompts", "stdlib"], "eval_fraction"),
         (["--target", "/nowhere"], "/nowhere"),
         (["--prompts", "TEXTS", "TEXTS"], "two of --prompts are called"),
+        (["--speed"], "--base-url and --speed are for --engine vllm alone"),
+        (["--engine", "vllm", "--temperature", "1"], "--engine vllm is greedy, but --temperature is 1"),
+        (["--engine", "vllm", "--dtype", "float64"], "give --dtype float32"),
+        (["--engine", "vllm", "--base-url", "http://127.0.0.1:9", "--speed"], "leave one out"),
+        (["--engine", "vllm", "--base-url", "http://127.0.0.1:9"], "http://127.0.0.1:9/v1/models: "),
+        (["--engine", "vllm", "--base-url", "nowhere"], "nowhere/v1/models: unknown url type"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(runs, monkeypatch, capsys, changes, message):

@@ -16,12 +16,16 @@ what is reported, for every K from 1 to the drafter's own, out of one decoding:
   in training       that estimate on the training run's own held-out rows
   tokens/pass       output tokens over all passes of the target, the prompt's and repetition included
 Repetition: stretches of at least max(24, 2 p) tokens that each equal the one p before, p up to 64.
-Exit code: 0; 1 if a greedy text is not the target's own and no tie of logits explains it; 2 for a user's mistake.
+--engine vllm (greedy): the same prompts in vLLM with the same K, beside our decoder's figures, and where the two part: by
+how many ulp of the dtype our best logit led the second (near-tie: 2 of a 16-bit dtype).
+Exit code: 0; 1 if a greedy text is not the target's own and no tie of logits explains it, or vLLM parts from our decoder in
+float32 without a near-tie; 2 for a user's mistake.
 
 examples:
   python tools/evaluate.py runs/mine/final --prompts humaneval mt-bench --limit 20 --json acceptance.json
   python tools/evaluate.py runs/mine/final --prompts stdlib --compare runs/other/final
   python tools/evaluate.py runs/mine/final --prompts stdlib --compare runs/mine/checkpoint-*   # over training time
+  .venv-vllm/bin/python tools/evaluate.py runs/mine/final --prompts stdlib --engine vllm   # behind tools/vllm_setup.sh
 """
 
 
@@ -50,6 +54,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, metavar="N", help="for stdlib (default 256)")
     parser.add_argument("--cuts", type=int, metavar="N", help="prompts of each module of stdlib (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of cuts, sampling and intervals")
+    parser.add_argument("--engine", choices=["vllm"], help="measure in vLLM too, beside our own decoder (see below)")
+    parser.add_argument(
+        "--base-url", metavar="URL", help="with --engine: a server that runs, such as http://localhost:8000"
+    )
+    parser.add_argument(
+        "--speed", action="store_true", help="with --engine: tokens per second with and without drafter"
+    )
     parser.add_argument("--json", metavar="FILE", help="write everything, every prompt included")
     return parser.parse_args(arguments)
 

@@ -58,7 +58,7 @@ class Result:
     id: str
     data_set: str
     turn: int
-    prompt_tokens: int
+    prompt: list[int]
     tokens: list[int]
     """The output, at most max_tokens."""
     repeated: int
@@ -69,6 +69,9 @@ class Result:
     """The decoding itself, as `Drafted.by_k`."""
     drafted: list[Drafted]
     """By drafter, the first one being the one that decoded."""
+    leads: list[float]
+    draft_leads: list[float]
+    """As `Decoded`'s, of the output and of all slots of `run`'s passes."""
     check: dict[str, Any] = field(default_factory=dict)
     """verdict: "same", "tie" or "bug" (greedy), "none" (sampled); where they part: at, gap, tolerance."""
 
@@ -171,12 +174,16 @@ class Measurement:
             id=case.id,
             data_set=case.data_set,
             turn=turn,
-            prompt_tokens=len(ids),
+            prompt=ids,
             tokens=output,
             repeated=sum(repeated[: len(output)]),
             ended=output[-1] in self.eos,
             run=tally_run(decoded, s.num_slots, s.max_tokens, apart),
             drafted=drafted,
+            leads=decoded.leads[: s.max_tokens],
+            draft_leads=[
+                x for (i, _), slots in zip(decoded.passes, decoded.draft_leads) if i < s.max_tokens - 1 for x in slots
+            ],
             check={"verdict": "none"} if own is None else self.compare(decoded, own, output),
         )
 

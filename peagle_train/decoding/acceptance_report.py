@@ -91,7 +91,7 @@ def details(results: Sequence[Result]) -> list[dict[str, Any]]:
             "data_set": r.data_set,
             "id": r.id,
             "turn": r.turn,
-            "prompt_tokens": r.prompt_tokens,
+            "prompt_tokens": len(r.prompt),
             "tokens": r.tokens,
             "repeated": r.repeated,
             "ended": r.ended,

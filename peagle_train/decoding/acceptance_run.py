@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from peagle_train.data.files import STDLIB
+from peagle_train.decoding import vllm
 from peagle_train.decoding.acceptance import Measurement, Settings
 from peagle_train.decoding.acceptance_report import (
     checks,
@@ -57,6 +58,10 @@ def run(options: Namespace, folder: Path) -> tuple[str, bool]:
             raise ValueError(f"{given}, which is for the prompts {STDLIB} alone: leave it out")
     if options.likeliest_drafts and not options.temperature:
         raise ValueError("--likeliest-drafts is for --temperature above 0; greedy decoding always takes them")
+    if options.engine:
+        vllm.check_vllm(options.temperature, options.dtype, options.base_url, options.speed)
+    elif options.base_url or options.speed:
+        raise ValueError("--base-url and --speed are for --engine vllm alone: give it, or leave them out")
     if options.json:
         _check_writable(Path(options.json))
     folders = [find_drafter(Path(given)) for given in (folder, *options.compare)]
@@ -72,6 +77,12 @@ def run(options: Namespace, folder: Path) -> tuple[str, bool]:
     if STDLIB in options.prompts:
         for other in folders[1:]:
             _check_same_split(recipe, other)
+    server = vllm.Server(options.base_url) if options.base_url else None
+    if server is not None:
+        served = len(server.counters()) - 1
+        if options.k not in (None, served):
+            raise ValueError(f"--k is {options.k}, but the server at {options.base_url} drafts {served}: leave it out")
+        options.k = served
     largest = [options.max_k or _num_depths(f) or max(8, options.k or 0) for f in folders]
     settings = Settings(
         num_slots=options.k or min(5, largest[0]),
@@ -99,6 +110,10 @@ def run(options: Namespace, folder: Path) -> tuple[str, bool]:
         trust_remote_code=trusted,
     )
     target.check()
+    dtype = target.model.get_input_embeddings().weight.dtype  # type: ignore[operator]
+    for draft in drafts:  # as engines run it
+        draft.to(dtype)  # type: ignore[arg-type]
+        draft.rotary_emb = draft.make_rotary(draft.config)  # whose table stays float32
     measurement = Measurement(target, list(zip(drafts, largest)), settings, tokenizer=tokenizer, eos=end_tokens(target))
     results = measurement(cases, say=lambda line: print(line, file=sys.stderr, flush=True))
     if not results:
@@ -106,8 +121,7 @@ def run(options: Namespace, folder: Path) -> tuple[str, bool]:
     report: dict[str, Any] = {
         "drafters": [str(f) for f in folders],
         "target": str(path),
-        "dtype": str(next(target.model.parameters()).dtype)[6:],
-        "drafter_dtype": str(drafts[0].dtype)[6:],
+        "dtype": str(dtype)[6:],
         "settings": vars(settings) | {"prompts": options.prompts, "limit": options.limit, "plain": options.plain},
         "prompts": notes,
         "left_out": measurement.left_out,
@@ -119,9 +133,21 @@ def run(options: Namespace, folder: Path) -> tuple[str, bool]:
         ],
         "turns": details(results),
     }
+    if options.engine:
+        eos = measurement.eos
+        del measurement, target, drafts  # vLLM needs the memory
+        torch.cuda.empty_cache()
+        positions = max(len(r.prompt) for r in results) + settings.max_tokens + 2 * settings.num_slots
+        arguments = (settings.num_slots, report["dtype"], positions, options.speed, trusted)
+        engine = server or vllm.LocalEngine(path, folder, *arguments)
+        plain = vllm.LocalEngine(path, None, *arguments) if options.speed else None
+        report["vllm"] = vllm.measure(engine, plain, results, settings.max_tokens, eos, report["dtype"], options.seed)
     if options.json:
         write_json(Path(options.json), report)
-    return describe(report), not report["checks"]["texts"]["bug"]
+    is_right = not report["checks"]["texts"]["bug"]
+    if "vllm" in report and report["dtype"] == "float32":
+        is_right &= not report["vllm"]["prompts"]["other"]
+    return describe(report), is_right
 
 
 def _device(given: str | None) -> torch.device:
@@ -179,6 +205,8 @@ def describe(report: dict[str, Any]) -> str:
             f" {texts['bug']} are wrong; {len(found['replays_that_differ'])} replays differ from their decoding"
         )
         lines += [f"  {_where(d)}: {d['verdict']} at token {d['at']}{_gap(d)}" for d in found["differences"]]
+    if "vllm" in report:
+        lines.append(vllm.describe_vllm(report["vllm"]))
     for found in report["differences"]:
         lines.append(f"{report['drafters'][0]} less {found['other']}:")
         for name, rows in found["by_data_set"].items():

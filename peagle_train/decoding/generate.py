@@ -8,6 +8,7 @@ tests compare the two slot by slot.
 K: slots, n: tokens of a call, F = 3T: feature size, V: the target's vocabulary, Vd: the draft vocabulary.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -133,6 +134,15 @@ def verify(drafted: Sequence[int], draft_KV: Tensor, target_K1V: Tensor, chance:
     return len(drafted), chance.choose(target_K1V[len(drafted)])
 
 
+def lead(logits: Tensor) -> list[float]:
+    """By how many ulp of its dtype the best of logits [n, V] leads the second: [n]; sums in another order move a few."""
+    if logits.shape[-1] == 1:
+        return [math.inf] * logits.shape[0]
+    best = logits.detach().to("cpu", torch.float64).topk(2).values
+    ulp = torch.finfo(logits.dtype).eps * 2.0 ** (best.abs().amax(-1).frexp().exponent - 1)
+    return ((best[:, 0] - best[:, 1]) / ulp).tolist()
+
+
 @dataclass
 class Decoded:
     """One prompt's output and how it came about."""
@@ -147,6 +157,10 @@ class Decoded:
     were accepted (those behind an end token do not count, those behind max_tokens do)."""
     features: Tensor | None = None
     """[prompt + tokens - 1, F]: of every token but the last."""
+    leads: list[float] = field(default_factory=list)
+    """Of each token: the `lead` of the target's logits."""
+    draft_leads: list[list[float]] = field(default_factory=list)
+    """Of each pass: that of each slot's logits."""
 
 
 @torch.no_grad()
@@ -176,6 +190,7 @@ def decode(
     first_V = distribution(logits, temperature)[0]
     token = chance.choose(first_V)
     out = Decoded([*prompt], [token], [float(first_V[token])])
+    out.leads = lead(logits)
     kept = [features]
     known, known_features = [*prompt[1:], token], features
     while len(out.tokens) < max_tokens and out.tokens[-1] not in eos:
@@ -195,6 +210,8 @@ def decode(
         out.tokens += new
         out.probabilities += [float(target_K1V[i, t]) for i, t in enumerate(new)]
         out.passes.append((bonus_at, min(accepted, len(new))))
-    del out.tokens[max_tokens:], out.probabilities[max_tokens:]
+        out.leads += lead(logits)[: len(new)]
+        out.draft_leads.append(lead(draft_logits))
+    del out.tokens[max_tokens:], out.probabilities[max_tokens:], out.leads[max_tokens:]
     out.features = torch.cat(kept)[: len(prompt) + len(out.tokens) - 1]
     return out

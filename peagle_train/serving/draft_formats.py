@@ -11,10 +11,6 @@ from peagle_train.core.draft_config import MASK_KEYS, NOT_SAVED, PEagleDraftConf
 EAGLE3, SPECULATORS = "eagle3", "speculators"
 FORMATS = (EAGLE3, SPECULATORS)
 
-ARCHITECTURES: tuple[str, ...] = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Qwen2_5vlForCausalLM")
-ARCHITECTURES += ("Eagle3Qwen3vlForCausalLM", "Eagle3MiniMaxM2ForCausalLM")
-"""What vLLM's registry maps to its Llama EAGLE-3 drafter, as of the versions read for this file; see `served_as`."""
-
 MAX_SIZE = 2**24
 """Above every size there is: a config.json that says more is damaged, and must not cost memory."""
 
@@ -33,12 +29,6 @@ _UNLIKE_OURS = {
     "logit_scale": "scales its logits",
 }
 """Keys of other EAGLE-3 drafters which, set, mean a drafter that this project does not have."""
-
-
-def served_as(architecture: str) -> str:
-    """The name under which vLLM's method eagle3 looks a flat config's architecture up."""
-    is_named = architecture.startswith("Eagle3") or architecture.endswith("Eagle3")
-    return architecture if is_named else f"Eagle3{architecture}"
 
 
 def speculative_tokens_of(raw: dict[str, Any]) -> int | None:

@@ -1,0 +1,397 @@
+"""The real vLLM, on a CPU, serves our drafters: texts, draft tokens and counts are those of our own decoder.
+
+Needs vLLM beside this project: `bash tools/vllm_setup.sh`, then `.venv-vllm/bin/python -m pytest -m vllm`.
+"""
+
+import gc
+import importlib.util
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from peagle_train.core.collator import CODCollator
+from peagle_train.core.draft import PEagleDraft
+from peagle_train.core.relay import RelayBuffers, relay_step
+from peagle_train.core.segments import TargetOutputs
+from peagle_train.decoding.generate import Chance, Drafter, decode
+from peagle_train.decoding.verify import CachedTarget, greedy_tokens
+from peagle_train.serving.check_drafter import check_folder, is_loadable
+from peagle_train.serving.drafter_files import load_drafter
+from peagle_train.serving.export import export_drafter
+from peagle_train.target.frozen import FrozenTarget
+from tests.helpers import ENVIRONMENT, ROOT, make_draft, seeded
+from tests.test_check_drafter import set_config, set_tensors, tensor
+from tests.tiny import MASK, VOCAB, make_target
+from tests.tiny_chat import make_tokenizer
+
+sys.path.insert(0, str(ROOT / "tools"))
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM here: bash tools/vllm_setup.sh"),
+]
+
+HIDDEN, DRAFTED, TRAINED_LENGTH, TRAINED_K, TOKENS = 64, 37, 24, 5, 23
+TARGET = {"hidden_size": HIDDEN, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
+PROMPTS = [[7], [3, 14, 15, 9, 26], [(5 * i * i + i) % MASK for i in range(2 * TRAINED_LENGTH + 1)], [1, 2], [41, 8, 8]]
+"""One token, some, and more than a training row has; one more than vLLM runs at once."""
+
+
+@dataclass
+class Decoding:
+    """What a decoding of all prompts gave, by prompt."""
+
+    texts: list[list[int]]
+    drafts: list[list[list[int]]]
+    """Every draft, the unverified one behind the text's end included: K tokens of the target's vocabulary."""
+    num_drafts: int
+    """Verified ones."""
+    accepted: list[int]
+    """By slot."""
+
+
+@pytest.fixture(scope="module")
+def vllm_drafts() -> Iterator[dict[str, list[list[int]]]]:
+    """By request, every draft that vLLM makes from now on."""
+    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+        made: dict[str, list[list[int]]] = {}
+        original = GPUModelRunner.propose_draft_token_ids
+
+        def recorded(runner: Any, *arguments: Any, **keywords: Any) -> Any:
+            drafts = original(runner, *arguments, **keywords)
+            for request, draft in zip(runner.input_batch.req_ids, drafts.tolist()):
+                made.setdefault(request, []).append(draft)
+            return drafts
+
+        patch.setattr(GPUModelRunner, "propose_draft_token_ids", recorded)
+        yield made
+
+
+def by_vllm(
+    made: dict[str, list[list[int]]], model: Path, speculative: dict[str, Any] | None, dtype: str = "float32"
+) -> Decoding:
+    """All prompts, up to four at once."""
+    from vllm import LLM, SamplingParams
+
+    options = {} if speculative is None else {"speculative_config": speculative}
+    llm = LLM(
+        str(model), enforce_eager=True, max_num_seqs=4, enable_prefix_caching=False, dtype=dtype,
+        kv_cache_memory_bytes=1 << 26, skip_tokenizer_init=True, disable_log_stats=False, **options,
+    )  # fmt: skip
+    made.clear()
+    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], sampling, use_tqdm=False)
+    counters = {metric.name: metric for metric in llm.get_metrics()}
+    decoding = Decoding(
+        [list(output.outputs[0].token_ids) for output in outputs],
+        list(made.values()),
+        counters["vllm:spec_decode_num_drafts"].value,
+        counters["vllm:spec_decode_num_accepted_tokens_per_pos"].values,
+    )
+    del llm
+    gc.collect()
+    return decoding
+
+
+class Recorded(Drafter):
+    """A drafter that keeps every slot's logits."""
+
+    def __init__(self, draft: PEagleDraft, K: int) -> None:
+        super().__init__(draft, K)
+        self.logits: list[Tensor] = []
+
+    def propose(self, tokens: Sequence[int], features_nF: Tensor) -> Tensor:
+        self.logits.append(super().propose(tokens, features_nF))
+        return self.logits[-1]
+
+
+def by_ours(target: FrozenTarget, draft: PEagleDraft, K: int) -> tuple[Decoding, list[list[tuple[int, Tensor]]]]:
+    """Prompt by prompt; and of every draft how many tokens were out before it, and its logits [K, Vd]."""
+    result, logits = Decoding([], [], 0, [0] * K), []
+    with CachedTarget(target) as cached:
+        for prompt in PROMPTS:
+            drafter = Recorded(draft, K)
+            # longer than asked for, so that the draft behind the end is made as well
+            decoded = decode(cached, drafter, prompt, TOKENS + K + 1, chance=Chance(seeded(0)))
+            verified = [accepted for bonus_at, accepted in decoded.passes if bonus_at < TOKENS - 1]
+            result.texts.append(decoded.tokens[:TOKENS])
+            out = [bonus_at + 1 for bonus_at, _ in decoded.passes][: len(verified) + 1]
+            logits.append(list(zip(out, drafter.logits)))
+            result.drafts.append([drafter.token_ids[slots.argmax(-1)].tolist() for _, slots in logits[-1]])
+            result.num_drafts += len(verified)
+            result.accepted = [n + sum(a > k for a in verified) for k, n in enumerate(result.accepted)]
+    return result, logits
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_target(tmp_path_factory.mktemp("target"), **TARGET)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def drafter(tmp_path_factory: pytest.TempPathFactory, target: Path) -> Path:
+    """An export of the first shape."""
+    folder = tmp_path_factory.mktemp("drafter")
+    taught(folder / "trained", target)
+    export_drafter(folder / "trained", folder / "out", "eagle3", target=target, speculative_tokens=TRAINED_K)
+    return folder / "out"
+
+
+def taught(folder: Path, target: Path, **changes: Any) -> PEagleDraft:
+    """A drafter's folder; it has learned some of the target's texts, so that drafts are accepted to any depth."""
+    shape: dict[str, Any] = {"vocab_size": VOCAB, "ptd_token_id": MASK, "draft_vocab_size": DRAFTED, "head_dim": 32}
+    shape |= {"hidden_size": HIDDEN, "target_hidden_size": HIDDEN, "num_attention_heads": 2, "num_key_value_heads": 1}
+    shape |= {"intermediate_size": 80, "max_position_embeddings": 256, "eagle_aux_hidden_state_layer_ids": [1, 2, 4]}
+    draft = make_draft(torch.float32, **{**shape, **changes})
+    frozen = FrozenTarget.load(str(target), dtype="float32", layer_ids=draft.config.eagle_aux_hidden_state_layer_ids)
+    with CachedTarget(frozen) as cached:
+        texts = [prompt + greedy_tokens(cached, prompt, TRAINED_LENGTH, frozenset()) for prompt in PROMPTS[:2]]
+    occurring = {token for text in texts for token in text}
+    ids = sorted(range(VOCAB), key=lambda token: (token not in occurring, token))
+    draft.set_draft_vocab(torch.tensor(sorted(ids[: draft.config.draft_vocab_size])))
+    rows = [{"input_ids": text[:TRAINED_LENGTH], "loss_mask": [1] * TRAINED_LENGTH} for text in texts]
+    batch = CODCollator(TRAINED_LENGTH, num_depths=TRAINED_K, down_sample_ratio=1.0)(rows)
+    outputs = TargetOutputs(
+        *frozen.features(batch["input_ids"], batch["position_ids"]), frozen.head_rows(draft.draft_token_ids)
+    )
+    optimizer = torch.optim.AdamW(draft.parameters(), lr=3e-3)
+    for _ in range(60):
+        relay_step(
+            draft, batch, outputs, num_depths=TRAINED_K, scale=1 / batch["supervised"].sum(), buffers=RelayBuffers()
+        )
+        optimizer.step()
+        optimizer.zero_grad()
+    draft.save_pretrained(folder)
+    return draft.eval()
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 3.0},
+    "llama3": {
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16
+    },
+    "yarn": {"factor": 8.0, "original_max_position_embeddings": 32},
+}  # fmt: skip
+SHAPES: dict[str, tuple[dict[str, Any], int]] = {
+    "2 layers": ({}, TRAINED_K),
+    "1 layer, norm before residual, fewer tokens": (
+        {"num_hidden_layers": 1, "norm_before_residual": True},
+        TRAINED_K - 2,
+    ),
+    "4 layers, a key for every head, more tokens": (
+        {"num_hidden_layers": 4, "num_key_value_heads": 2},
+        TRAINED_K + 3,
+    ),
+    "one token": ({"norm_before_residual": True}, 1),
+    "biases": ({"attention_bias": True}, TRAINED_K),
+    "eps and theta": ({"rms_norm_eps": 0.1, "rope_theta": 3.0}, TRAINED_K),
+    "wider": ({"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 3}, TRAINED_K),
+    "narrower": ({"hidden_size": 32, "num_attention_heads": 1}, TRAINED_K),
+    "four heads a key, wide heads": ({"num_attention_heads": 4, "head_dim": 64}, TRAINED_K),
+    "other features": ({"eagle_aux_hidden_state_layer_ids": [0, 3, 5]}, TRAINED_K),
+    "full vocabulary": ({"draft_vocab_size": VOCAB}, TRAINED_K),
+    "full vocabulary, 1 layer": ({"draft_vocab_size": VOCAB, "num_hidden_layers": 1}, TRAINED_K),
+    **{kind: ({"rope_scaling": {"rope_type": kind, **rope}}, TRAINED_K) for kind, rope in ROPES.items()},
+}
+
+
+def speculative(folder: Path, K: int) -> dict[str, Any]:
+    return {"method": "eagle3", "model": str(folder), "num_speculative_tokens": K, "parallel_drafting": True}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_texts_drafts_and_counts_are_our_decoders_in_both_formats(
+    tmp_path: Path, target: Path, vllm_drafts: dict[str, list[list[int]]], shape: str
+) -> None:
+    changes, K = SHAPES[shape]
+    draft = taught(tmp_path / "trained", target, **changes)
+    frozen = FrozenTarget.load(str(target), dtype="float32", layer_ids=draft.config.eagle_aux_hidden_state_layer_ids)
+    ours, _ = by_ours(frozen, draft, K)
+    assert 0 < ours.accepted[-1] < ours.num_drafts and len(ours.texts[0]) == TOKENS
+    for format in ("eagle3", "speculators"):
+        out = tmp_path / format
+        export_drafter(tmp_path / "trained", out, format, target=target, speculative_tokens=K)
+        assert is_loadable(check_folder(out))
+        theirs = by_vllm(vllm_drafts, *((target, speculative(out, K)) if format == "eagle3" else (out, None)))
+        assert theirs == ours, format
+        print(f"{shape}, {format}: {theirs.num_drafts} drafts, accepted {theirs.accepted}")
+
+
+def ulps_apart(logits_V: Tensor) -> int:
+    """How many bfloat16 numbers the two best are apart."""
+    first, second = logits_V.topk(2).values.tolist()
+    assert logits_V.dtype == torch.bfloat16 and (first > 0) == (second > 0)
+    one, other = torch.tensor([first, second], dtype=torch.bfloat16).view(torch.int16).tolist()
+    return abs(one - other)
+
+
+def test_in_bfloat16_only_near_ties_part_them(tmp_path: Path, vllm_drafts: dict[str, list[list[int]]]) -> None:
+    """8 ulp: the best logits of random models stand out little, by a third of what rounding moves them."""
+    target = make_target(tmp_path / "target", **TARGET, initializer_range=0.1)
+    taught(tmp_path / "drafter", target)
+    draft = load_drafter(tmp_path / "drafter", torch.bfloat16)
+    frozen = FrozenTarget.load(str(target), dtype="bfloat16", layer_ids=draft.config.eagle_aux_hidden_state_layer_ids)
+    ours, logits = by_ours(frozen, draft, TRAINED_K)
+    theirs = by_vllm(vllm_drafts, target, speculative(tmp_path / "drafter", TRAINED_K), "bfloat16")
+    compared, gaps = 0, []
+    for i, prompt in enumerate(PROMPTS):
+        mine, other = ours.texts[i], theirs.texts[i]
+        parted = next((t for t, pair in enumerate(zip(mine, other)) if pair[0] != pair[1]), TOKENS)
+        if parted < TOKENS:
+            with torch.no_grad():
+                gaps.append(ulps_apart(frozen.model(torch.tensor([prompt + mine[:parted]])).logits[0, -1]))
+        for (out, slots), one, two in zip(logits[i], ours.drafts[i], theirs.drafts[i]):
+            if out > parted:
+                break
+            compared += 1
+            gaps += [ulps_apart(slot) for slot, x, y in zip(slots, one, two) if x != y]
+            if one != two:  # another number of tokens may be accepted from here on
+                break
+    print(f"bfloat16: {compared} drafts compared; where they part, the two best are {gaps} ulp apart")
+    assert max(gaps, default=0) <= 8 and compared > ours.num_drafts / 3
+
+
+BROKEN: dict[str, Callable[[Path], None]] = {
+    "d2t with the full vocabulary": lambda f: (
+        set_config(f, draft_vocab_size=VOCAB),
+        set_tensors(
+            f,
+            d2t=torch.zeros(VOCAB, dtype=torch.int64),
+            t2d=torch.ones(VOCAB, dtype=torch.bool),
+            lm_head__weight=torch.ones(VOCAB, HIDDEN),
+        ),
+    ),
+    "missing": lambda f: set_tensors(f, fc__weight=None),
+    "misnamed": lambda f: set_tensors(f, norm__weight=None, norms__weight=tensor(f, "norm.weight")),
+    "a shape": lambda f: set_tensors(f, norm__weight=torch.ones(HIDDEN + 1)),
+    "mask id beyond the vocabulary": lambda f: set_config(f, mask_token_id=VOCAB, ptd_token_id=VOCAB, pard_token=VOCAB),
+    "another architecture": lambda f: set_config(f, architectures=["LlamaForCausalLMEagle2"]),
+    "no mask_hidden": lambda f: set_tensors(f, mask_hidden=None),
+    "two feature layers": lambda f: set_config(f, eagle_aux_hidden_state_layer_ids=[1, 2]),
+    "d2t holds ids": lambda f: set_tensors(f, d2t=tensor(f, "d2t") + torch.arange(DRAFTED)),
+    "no d2t": lambda f: set_tensors(f, d2t=None),
+    "prefixed names": lambda f: set_tensors(f, norm__weight=None, **{"model.norm.weight": tensor(f, "norm.weight")}),
+    "another file of tensors": lambda f: save_file({"exp_avg": torch.ones(2)}, f / "optimizer.safetensors"),
+    "one layer more": lambda f: set_config(f, num_hidden_layers=3),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_the_check_refuses_vllm_refuses_or_drafts_other_tokens_from(
+    tmp_path: Path, target: Path, drafter: Path, vllm_drafts: dict[str, list[list[int]]], case: str
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(drafter, broken)
+    assert is_loadable(check_folder(broken))
+    BROKEN[case](broken)
+    assert not is_loadable(check_folder(broken))
+    try:
+        theirs = by_vllm(vllm_drafts, target, speculative(broken, TRAINED_K))
+    except Exception as error:
+        print(f"{case}: refused, {type(error).__name__} {str(error)[:200]}")
+        return
+    draft = load_drafter(drafter)
+    frozen = FrozenTarget.load(str(target), dtype="float32", layer_ids=draft.config.eagle_aux_hidden_state_layer_ids)
+    assert theirs.drafts != by_ours(frozen, draft, TRAINED_K)[0].drafts
+    print(f"{case}: other drafts")
+
+
+def test_other_peoples_names_that_the_check_takes_load_and_draft_the_same(
+    tmp_path: Path, target: Path, drafter: Path, vllm_drafts: dict[str, list[list[int]]]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(drafter, other)
+    tensors = load_file(other / "model.safetensors")
+    del tensors["t2d"], tensors["embed_tokens.weight"]  # which are the target's then
+    tensors = {name.replace("layers.0.", "midlayer."): each for name, each in tensors.items()}
+    save_file({**tensors, "midlayer.self_attn.rotary_emb.inv_freq": torch.ones(16)}, other / "model.safetensors")
+    set_config(other, mask_token_id=None, ptd_token_id=None, pard_token=None, dflash_config={"mask_token_id": MASK})
+    set_config(other, architectures=["LlamaForCausalLM"])
+    assert is_loadable(check_folder(other))
+    draft = load_drafter(drafter)
+    frozen = FrozenTarget.load(str(target), dtype="float32", layer_ids=draft.config.eagle_aux_hidden_state_layer_ids)
+    draft.embed_tokens.weight.data.copy_(frozen.embedding_rows())
+    assert by_vllm(vllm_drafts, target, speculative(other, TRAINED_K)) == by_ours(frozen, draft, TRAINED_K)[0]
+
+
+@pytest.fixture(scope="module")
+def server(target: Path, drafter: Path) -> Iterator[str]:
+    """A running server's URL, with the drafter."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(target)]
+    command += ["--speculative-config", json.dumps(speculative(drafter, TRAINED_K)), "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--no-enable-prefix-caching"]
+    command += ["--kv-cache-memory-bytes", str(1 << 26)]
+    process = subprocess.Popen(command, env={**ENVIRONMENT, "VLLM_NO_USAGE_STATS": "1"})
+    try:
+        for _ in range(600):
+            assert process.poll() is None
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"text": " ".join(f"w{i % 59}" for i in ids)}) + "\n" for ids in PROMPTS))
+    return path
+
+
+def evaluated(drafter: Path, target: Path, prompts: Path, *options: str) -> dict[str, Any]:
+    """vLLM's part of the report of tools/evaluate.py."""
+    import evaluate
+
+    file = prompts.with_suffix(".json")
+    arguments = [str(drafter), "--target", str(target), "--prompts", str(prompts), "--dtype", "float32", "--max-tokens"]
+    assert evaluate.main([*arguments, str(TOKENS), "--json", str(file), "--engine", "vllm", *options]) == 0
+    return json.loads(file.read_text())["vllm"]
+
+
+def test_evaluate_has_vllms_figures_beside_ours_from_here_and_from_a_server(
+    target: Path, drafter: Path, prompts: Path, server: str, vllm_drafts: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reports = [
+        evaluated(drafter, target, prompts, *options) for options in (["--k", "5", "--speed"], ["--base-url", server])
+    ]
+    speed = reports[0].pop("speed")
+    assert speed["speed_up"] == pytest.approx(speed["tokens_per_second"] / speed["without_drafter"])
+    assert " with the drafter, " in capsys.readouterr().out
+    for report in reports:
+        assert report["vllm"] == report["ours"] and report["vllm"]["accepted_by_position"][-1] > 0
+        assert report["prompts"] == {"same": len(PROMPTS), "near_tie": 0, "other": 0} and report["parted"] == []
+        for turn in report["turns"]:
+            del turn["seconds"]
+    assert reports[0] == reports[1]
+    with pytest.raises(AssertionError):
+        evaluated(drafter, target, prompts, "--base-url", server, "--k", "3")
+    assert "drafts 5" in capsys.readouterr().err
