@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from peagle_train.recipe import load_recipe
 from tests.ranks_run import make_trainer
-from tests.tiny import make_target, write_recipe, write_rows
+from tests.tiny import VOCAB, make_target, write_recipe, write_rows
 
 
 class LargestTensor(TorchDispatchMode):
@@ -57,7 +57,8 @@ def test_evaluation_has_no_larger_pass_and_no_larger_tensor_than_training(
     most = max(trainer.collator.capacity, max(n for n, _ in trained))
     assert max(n for n, _ in passes) <= most and len(passes) <= len(trained)
     assert max(columns for _, columns in passes) <= max(columns for _, columns in trained)
-    assert evaluating.numel <= training.numel
+    # The target's logits of a row's labels: its mass outside the draft vocabulary is computed from chunks of them.
+    assert evaluating.numel <= max(training.numel, 64 * VOCAB)
     if num_segments > 1 and mode == "relay":
         assert most < 64
 
