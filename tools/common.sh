@@ -106,14 +106,13 @@ install_extra() {
 # install_beside PACKAGE FOLDER: it and the project's tests into an environment of their own, without the packages that it
 # brings for another build of torch (transformers fails on importing them). Exit code 3 where it cannot be had.
 install_beside() {
-    local stamp="$2/.peagle-beside" index=https://download.pytorch.org/whl/cpu
-    local install=(python -m pip install --quiet --disable-pip-version-check "$1" -e "${ROOT}[test]")
+    local stamp="$2/.peagle-beside"
     [ -e "$stamp" ] || "$(find_python)" -m venv "$2" # one that is half made gets whole, too
     export VIRTUAL_ENV=$2 PATH="$2/bin:$PATH"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$1" ]; then
         echo "$NAME: pip install $1 into $2, some minutes and GB"
-        "${install[@]}" || "${install[@]}" --extra-index-url "$index" ||
-            die 3 "no $1 for $(uname -sm) and $(python --version) with a CPU build of torch, here or from $index (see above)"
+        python -m pip install --quiet --disable-pip-version-check "$1" -e "${ROOT}[test]" ||
+            die 3 "no $1 for $(uname -sm) and $(python --version) here (see above): it wants a CPU build of torch, which PyTorch's own index has, too"
         python -m pip uninstall --quiet -y torchvision torchaudio torchcodec
         echo "$1" >"$stamp"
     fi
