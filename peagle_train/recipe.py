@@ -48,8 +48,7 @@ class Target:
     """What features have in that folder; auto is what the target computes in."""
     attn_implementation: str | None = None
     """transformers' attention of the target; null: its default. Where that is sdpa, and the model heeds documents' bounds,
-    packed documents are attended to without transformers' mask of tokens by tokens.
-    """
+    packed documents are attended to without transformers' mask of tokens by tokens."""
     shard: bool = False
     """Shard the target over all processes (FSDP2), where it does not fit on one device."""
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None

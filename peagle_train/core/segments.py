@@ -133,12 +133,13 @@ def check_step(
     B, L = batch["input_ids"].shape
     T = config.target_hidden_size
     assert T is not None
-    if head.shape != (config.draft_vocab_size, T):
+    if head.dim() != 2 or head.shape[0] != config.draft_vocab_size:
         raise ValueError(
             f"the target's head has shape {tuple(head.shape)}; the drafter's vocabulary needs"
-            f" ({config.draft_vocab_size}, {T})"
+            f" {config.draft_vocab_size} rows"
         )
-    for name, tensor, width in (("features", target.features, 3 * T), ("last_hidden", target.last_hidden, T)):
+    widths = ("features", target.features, 3 * T), ("last_hidden", target.last_hidden, head.shape[1])
+    for name, tensor, width in widths:
         fits = tensor.dim() == 3 and (tensor.shape[0], tensor.shape[2]) == (B, width)
         if not fits or not plan.columns_read <= tensor.shape[1] <= L:
             raise ValueError(
