@@ -91,6 +91,7 @@ def _train(recipe: Recipe, resume: str | None, force: bool) -> str:
     start = read_start(drafted, target)
     shaped = start.recipe if start else drafted
     tokenizer = load_tokenizer(recipe)
+    peers.wait_for_all()  # so that mistakes of all ranks come to all at once, and are told once
     mask_token_id = choose_mask_token(shaped.draft, tokenizer, target.vocab_size)
 
     data = load_training_data(recipe, tokenizer, target.vocab_size, mask_token_id, say)
