@@ -293,7 +293,6 @@ BROKEN: dict[str, Callable[[Path], None]] = {
     "no d2t": lambda f: set_tensors(f, d2t=None),
     "prefixed names": lambda f: set_tensors(f, norm__weight=None, **{"model.norm.weight": tensor(f, "norm.weight")}),
     "another file of tensors": lambda f: save_file({"exp_avg": torch.ones(2)}, f / "optimizer.safetensors"),
-    "one layer more": lambda f: set_config(f, num_hidden_layers=3),
 }
 
 
