@@ -19,7 +19,11 @@ class RunStopped(RuntimeError):
 
 
 class NonFinite(RunStopped):
-    """Too many steps in a row had a loss or a gradient that is not finite; none of them was applied."""
+    """The weights are not finite, or the loss or gradient of too many steps in a row; none of these steps was applied."""
+
+
+class NonFiniteWeights(ValueError):
+    """A drafter's weights are not finite: refused where they are read, the end of a run that would save them."""
 
 
 class DamagedCheckpoint(ValueError):

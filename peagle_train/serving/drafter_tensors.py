@@ -13,6 +13,7 @@ from torch import Tensor
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.data.vocab import t2d_mask
+from peagle_train.errors import NonFiniteWeights
 
 MAY_LACK = ("mask_hidden", "embed_tokens.weight", "lm_head.weight")
 """What an EAGLE-3 drafter may come without: the first is P-EAGLE's, the others are then the target's."""
@@ -114,10 +115,10 @@ def fit_tensors(config: PEagleDraftConfig, tensors: dict[str, Tensor]) -> tuple[
 
 
 def check_finite(tensors: Mapping[str, Tensor], whose: str) -> None:
-    """ValueError that names the first tensor with a value that is not finite."""
+    """NonFiniteWeights that names the first tensor with a value that is not finite."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and (bad := count_non_finite(tensor)):
-            raise ValueError(f"{whose} {name} has {bad} values that are not finite")
+            raise NonFiniteWeights(f"{whose} {name} has {bad} values that are not finite")
 
 
 def count_non_finite(tensor: Tensor) -> int:

@@ -30,7 +30,7 @@ def fill_drafter(folder: Path, config: PEagleDraftConfig, state: dict[str, Tenso
     """What `save_drafter` writes, into a folder that is there.
 
     Raises:
-        ValueError: a weight is not finite. OSError: it cannot be written.
+        NonFiniteWeights: a weight is not finite. OSError: it cannot be written.
     """
     check_finite(state, "the drafter's")
     config.dtype = state["fc.weight"].dtype

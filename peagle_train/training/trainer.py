@@ -19,7 +19,7 @@ from peagle_train.core.plan import padding_share
 from peagle_train.core.segments import StepStats
 from peagle_train.data.packing import PackedRows
 from peagle_train.data.sampler import StepBatchSampler
-from peagle_train.errors import RunStopped
+from peagle_train.errors import NonFiniteWeights, RunStopped
 from peagle_train.memory.out_of_memory import memory_explained
 from peagle_train.memory.probe import probe_step
 from peagle_train.recipe import Recipe, dump_recipe
@@ -224,7 +224,7 @@ class Trainer:
                 action()
             except OSError as error:
                 failure = f"{failing}: {error}; {last_checkpoint(self.folder)}"
-            except ValueError as error:  # weights that are not finite
+            except NonFiniteWeights as error:
                 failure = f"{failing}: {error}: {diverged(self)}"
         failure = from_main(failure)  # no collective: a slow disk must not be a time-out
         if failure:
