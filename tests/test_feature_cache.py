@@ -6,7 +6,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +39,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerate_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)
+def each_cache_has_an_accelerator_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("peagle_train.target.cache_run.Accelerator", fresh_accelerator)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def fresh_accelerator() -> Any:

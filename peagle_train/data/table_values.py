@@ -26,10 +26,10 @@ def as_in_json(row: dict[str, Any]) -> dict[str, Any]:
 
 def _messages(value: Any) -> Any:
     messages = _as_list(value)
-    return [_message(message) for message in messages] if isinstance(messages, list) else messages
+    return [_table_message(message) for message in messages] if isinstance(messages, list) else messages
 
 
-def _message(message: Any) -> Any:
+def _table_message(message: Any) -> Any:
     if not isinstance(message, dict):
         return message
     lists = {name: _as_list(message[name]) for name in ("content", "value", "tool_calls") if name in message}
