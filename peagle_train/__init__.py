@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from peagle_train.config import Recipe, load_recipe
     from peagle_train.core.cod import generate_cod_sample_indices
     from peagle_train.core.collator import CODCollator
     from peagle_train.core.draft import PEagleDraft
@@ -15,8 +16,7 @@ if TYPE_CHECKING:
     from peagle_train.core.partition import assign_cod_segments, balanced_boundaries, segment_capacity
     from peagle_train.core.relay import RelayBuffers, relay_step
     from peagle_train.core.segments import TargetOutputs, recompute_step
-    from peagle_train.recipe import Recipe, load_recipe
-    from peagle_train.target.frozen import FrozenTarget
+    from peagle_train.target_model.frozen import FrozenTarget
 
 _HOMES = {
     "CODCollator": "core.collator",

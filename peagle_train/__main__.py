@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from peagle_train.errors import RunStopped, print_anything
+from peagle_train.files import RunStopped, print_anything
 from peagle_train.training.signals import outside_the_loop
 
 EPILOG = """examples:
@@ -89,26 +89,26 @@ def _main(arguments: list[str] | None) -> int:
     except Exception:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise  # anything unexpected keeps its traceback
-        from peagle_train.training.peers import stop
+        from peagle_train.distributed import stop
 
         stop(traceback.format_exc(), 1)
 
 
 def _run(options: argparse.Namespace) -> int:
     # Heavy imports happen here, so that --help answers at once.
-    from peagle_train.schema import check_path
+    from peagle_train.config import check_path
 
     for name in ("summary", "resume"):
         if getattr(options, name):
             check_path(f"--{name}", getattr(options, name))
     if options.summary:
-        from peagle_train.training.metrics import read_summary
+        from peagle_train.training.checkpoint import read_summary
 
         print(read_summary(Path(options.summary)))
         return 0
     if not options.recipe:
         raise ValueError("no recipe given: `python -m peagle_train RECIPE`, for example recipes/quickstart.yaml")
-    from peagle_train.recipe import dump_recipe, load_recipe
+    from peagle_train.config import dump_recipe, load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
     if options.print_config:
@@ -117,7 +117,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.on and not options.dry_run:
         raise ValueError("--on goes with --dry-run: it says for which device to plan")
     if options.dry_run:
-        from peagle_train.memory.dry_run import dry_run
+        from peagle_train.memory import dry_run
 
         table = dry_run(recipe, options.on)
         if os.environ.get("RANK", "0") == "0":
@@ -128,7 +128,7 @@ def _run(options: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     from transformers.utils.logging import disable_progress_bar
 
-    from peagle_train.training.train import train
+    from peagle_train.training.build import train
 
     if not sys.stderr.isatty():
         disable_progress_bar()
@@ -147,7 +147,7 @@ def _interrupted(error: KeyboardInterrupt) -> int:
 def _fail(error: Exception, code: int) -> int:
     line = f"peagle_train: error: {' '.join(str(error).split())}\n"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from peagle_train.training.peers import stop
+        from peagle_train.distributed import stop
 
         stop(line, code)
     sys.stderr.write(line)

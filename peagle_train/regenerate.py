@@ -23,12 +23,10 @@ from typing import IO, Any, NamedTuple
 
 from tqdm import tqdm
 
-from peagle_train.data.bad_row import BadRow
-from peagle_train.data.files import SourceFile
-from peagle_train.data.messages import messages_of, parts_of
-from peagle_train.data.readers import RawRow, read_rows
-from peagle_train.durable import partial_path, put, write_text
-from peagle_train.errors import RunStopped, one_line
+from peagle_train.data.documents import SourceFile, read_rows
+from peagle_train.data.encode import RawRow
+from peagle_train.data.messages import BadRow, messages_of, parts_of
+from peagle_train.files import RunStopped, one_line, partial_path, put, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -376,7 +374,7 @@ class Local:
         from transformers.utils.logging import disable_progress_bar
 
         from peagle_train.data.vocab import eos_token_ids
-        from peagle_train.target.loading import load_model, resolve_dtype
+        from peagle_train.target_model.frozen import load_model, resolve_dtype
 
         if batch_size < 1:
             raise ValueError(f"--batch-size is {batch_size}; give 1 or more")

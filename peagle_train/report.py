@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from peagle_train.durable import write_bytes
-from peagle_train.strict_yaml import YamlError, dump_yaml, read_yaml
+from peagle_train.config import YamlError, dump_yaml, read_yaml
+from peagle_train.files import write_bytes
 from peagle_train.training.checkpoint import MARKER
 from peagle_train.training.metrics import ABOUT, duration
 

@@ -13,14 +13,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from peagle_train.config import Recipe
 from peagle_train.core.collator import CODCollator
 from peagle_train.core.elements import Elements, gather_elements
 from peagle_train.core.segments import visibility_of
-from peagle_train.data.training_data import load_training_data
-from peagle_train.durable import write_bytes
-from peagle_train.recipe import Recipe
+from peagle_train.data.training_data import (
+    choose_mask_token,
+    load_tokenizer,
+    load_training_data,
+    make_collator,
+    target_vocab_size,
+)
+from peagle_train.files import write_bytes
 from peagle_train.report import load_matplotlib, png_of
-from peagle_train.training.build import choose_mask_token, load_tokenizer, make_collator, target_vocab_size
 from peagle_train.training.evaluate import EVAL_SEED
 
 LEARNED, RESET = ("\x1b[30;42m", "\x1b[30;102m"), "\x1b[0m"

@@ -8,10 +8,10 @@ import signal
 import sys
 from typing import Any
 
-import peagle_train.training.train
+import peagle_train.training.build
 from peagle_train.__main__ import main
 from peagle_train.data.packing import PackedRows
-from peagle_train.target.frozen import FrozenTarget
+from peagle_train.target_model.frozen import FrozenTarget
 
 RANK = int(os.environ["RANK"])
 
@@ -39,7 +39,7 @@ if __name__ == "__main__":
     if where == "data" and RANK == 1:
         fail_in(PackedRows, "__getitem__", OSError("the disk is gone"), call=4)
     if where == "start" and RANK == 1:
-        fail_in(peagle_train.training.train, "load_tokenizer", ValueError("rows.jsonl cannot be read"))
+        fail_in(peagle_train.training.build, "load_tokenizer", ValueError("rows.jsonl cannot be read"))
     if where == "stuck":  # rank 1 in the forward, while rank 0 is where nobody comes
         if RANK == 1:
             fail_in(FrozenTarget, "outputs", RuntimeError("no such kernel"))

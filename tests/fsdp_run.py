@@ -18,9 +18,8 @@ from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.core.plan import plan_segments
 from peagle_train.core.relay import context_chunks, needed_segments, relay_step
 from peagle_train.core.segments import TargetOutputs, recompute_step
-from peagle_train.training.build import draw_weights
-from peagle_train.training.distributed import max_counts
-from peagle_train.training.sharded import shard
+from peagle_train.distributed import max_counts, shard
+from peagle_train.serving.start import draw_weights
 
 L, K, S = 48, 5, 6
 CASES = [

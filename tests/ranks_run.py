@@ -12,15 +12,14 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from peagle_train.config import Recipe, load_recipe
 from peagle_train.core.segments import StepStats
+from peagle_train.data.documents import load_documents
 from peagle_train.data.packing import PackedRows, pack_documents
-from peagle_train.data.sources import load_documents
-from peagle_train.recipe import Recipe, load_recipe
-from peagle_train.training.build import make_draft
-from peagle_train.training.resume import Checkpoint, open_resume
-from peagle_train.training.run_checkpoint import restore
-from peagle_train.training.runner import Batch
-from peagle_train.training.train import load_target
+from peagle_train.serving.start import make_draft
+from peagle_train.training.build import load_target
+from peagle_train.training.checkpoint import Checkpoint, open_resume, restore
+from peagle_train.training.step import Batch
 from peagle_train.training.trainer import Trainer
 
 

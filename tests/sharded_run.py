@@ -14,12 +14,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peagle_train.recipe import Train, load_recipe
-from peagle_train.target.frozen import FrozenTarget
-from peagle_train.training import peers
-from peagle_train.training.evaluate import mass_outside
-from peagle_train.training.optim import make_optimizer
-from peagle_train.training.sharded import (
+from peagle_train import distributed as peers
+from peagle_train.config import Train, load_recipe
+from peagle_train.distributed import (
     clip_gradients,
     full_moments,
     full_weights,
@@ -28,6 +25,9 @@ from peagle_train.training.sharded import (
     shard,
     world_mesh,
 )
+from peagle_train.target_model.frozen import FrozenTarget
+from peagle_train.training.evaluate import mass_outside
+from peagle_train.training.step import make_optimizer
 from tests.fsdp_run import make_draft
 from tests.ranks_run import make_trainer
 

@@ -10,14 +10,22 @@ import pytest
 import torch
 
 from peagle_train.decoding import vllm
-from peagle_train.decoding.acceptance import TIE_TOLERANCE, Measurement, Settings
-from peagle_train.decoding.acceptance_report import ALL, checks, compare, describe_table, summarize
-from peagle_train.decoding.eval_prompts import Case, load_cases
-from peagle_train.decoding.generate import Decoded, lead
+from peagle_train.decoding.generate import CachedTarget, Decoded, lead
+from peagle_train.decoding.measure import (
+    ALL,
+    TIE_TOLERANCE,
+    Case,
+    Measurement,
+    Settings,
+    checks,
+    compare,
+    describe_table,
+    load_cases,
+    summarize,
+)
 from peagle_train.decoding.replay import Tally
-from peagle_train.decoding.verify import CachedTarget
 from peagle_train.regenerate import Prompt
-from peagle_train.target.frozen import FrozenTarget
+from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.training.checkpoint import save_drafter
 from tests.helpers import ROOT, make_draft, seeded
 from tests.test_generate import greedy_by_hand, tiny_draft
@@ -94,7 +102,7 @@ def test_a_prompts_figures_do_not_depend_on_the_others(llama):
 
 
 def test_figures_by_hand():
-    from peagle_train.decoding.acceptance import Drafted, Result
+    from peagle_train.decoding.measure import Drafted, Result
 
     def result(id: str, plain: Tally, apart: Tally, tokens: int) -> Result:
         drafted = [Drafted([(plain, apart)], [3.0], [4])]
@@ -264,10 +272,10 @@ def test_broken_rows_of_text_are_told_by_line(tmp_path, content, message):
 
 
 def test_stdlib_prompts_are_held_out_seeded_and_from_the_recipes_own_split(monkeypatch):
+    from peagle_train.config import Data
+    from peagle_train.data.documents import Document
     from peagle_train.data.packing import split_train_eval
-    from peagle_train.data.sources import Document
-    from peagle_train.decoding import eval_prompts
-    from peagle_train.recipe import Data
+    from peagle_train.decoding import measure as eval_prompts
 
     class Recipe:
         data = Data(sources=["stdlib"], eval_fraction=0.3)
@@ -325,7 +333,7 @@ def test_pieces_of_one_module_are_resampled_as_one(llama):
 @pytest.fixture(scope="module")
 def runs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two drafters, as a run leaves them, and a file of prompts."""
-    from peagle_train.recipe import dump_recipe, load_recipe
+    from peagle_train.config import dump_recipe, load_recipe
 
     root = tmp_path_factory.mktemp("runs")
     rows = write_rows(root / "rows.jsonl", [20, 30])
@@ -343,7 +351,7 @@ def runs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_tool_measures_two_drafters_and_writes_everything(runs, monkeypatch, capsys):
     import evaluate
 
-    from peagle_train.decoding import acceptance_run
+    from peagle_train.decoding import evaluate as acceptance_run
 
     monkeypatch.setattr(acceptance_run, "_tokenizer", lambda *_: Words())
     (runs / "texts.jsonl").write_text("".join(f'{{"text": "{i} {i + 7} {i + 2}"}}\n' for i in range(4)))
@@ -370,7 +378,7 @@ def test_the_tool_measures_two_drafters_and_writes_everything(runs, monkeypatch,
 def test_the_drafter_runs_in_the_targets_dtype_as_engines_run_it(runs, monkeypatch):
     import evaluate
 
-    from peagle_train.decoding import acceptance_run
+    from peagle_train.decoding import evaluate as acceptance_run
 
     monkeypatch.setattr(acceptance_run, "_tokenizer", lambda *_: Words())
     (runs / "texts.jsonl").write_text('{"text": "5 9 2"}')
@@ -420,7 +428,7 @@ def test_the_drafter_runs_in_the_targets_dtype_as_engines_run_it(runs, monkeypat
 def test_a_users_mistake_is_one_line_and_exit_code_2(runs, monkeypatch, capsys, changes, message):
     import evaluate
 
-    from peagle_train.decoding import acceptance_run
+    from peagle_train.decoding import evaluate as acceptance_run
 
     monkeypatch.setattr(acceptance_run, "_tokenizer", lambda *_: Words())
     (runs / "texts.jsonl").write_text('{"text": "5"}')
@@ -431,8 +439,8 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(runs, monkeypatch, capsys, 
 
 
 def test_a_drafter_that_may_have_learned_from_the_prompts_is_not_compared(tmp_path, folder):
-    from peagle_train.decoding.acceptance_run import _check_same_split
-    from peagle_train.recipe import Recipe, dump_recipe, load_recipe
+    from peagle_train.config import Recipe, dump_recipe, load_recipe
+    from peagle_train.decoding.evaluate import _check_same_split
 
     def held_out(fraction: float) -> tuple[Recipe, Path]:
         run = tmp_path / str(fraction)
@@ -460,7 +468,7 @@ def test_help_answers_without_torch():
 
 
 def test_a_checkpoints_estimate_is_of_its_own_step(tmp_path):
-    from peagle_train.decoding.acceptance_run import _trained
+    from peagle_train.decoding.evaluate import _trained
 
     lines = [
         {"kind": "eval", "step": n, "accuracy": [n / 10], "loss": 1.0, "expected_accepted_length": 1.5} for n in (3, 7)
@@ -474,7 +482,7 @@ def test_a_checkpoints_estimate_is_of_its_own_step(tmp_path):
 
 
 def test_an_exports_k_is_what_its_config_says(tmp_path):
-    from peagle_train.decoding.acceptance_run import _num_depths
+    from peagle_train.decoding.evaluate import _num_depths
 
     for proposals, k in (([{"speculative_tokens": 4}], 4), ([], None)):
         config = {"speculators_model_type": "peagle", "speculators_config": {"proposal_methods": proposals}}

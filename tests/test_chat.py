@@ -13,9 +13,8 @@ from tokenizers.normalizers import NFC
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from peagle_train.data.bad_row import BadRow
 from peagle_train.data.chat import ChatEncoder
-from peagle_train.data.messages import messages_of
+from peagle_train.data.messages import BadRow, messages_of
 from tests import chats
 from tests.chats import WORDS, chat, encode, encoder, make_tokenizer, marked_mask, readable, stock
 

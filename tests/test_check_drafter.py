@@ -12,10 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peagle_train.serving.check_drafter import Finding, check_folder, is_loadable, table
-from peagle_train.serving.drafter_files import load_drafter, read_drafter
+from peagle_train.serving.drafter_io import Finding, check_folder, is_loadable, load_drafter, read_drafter, table
 from peagle_train.serving.export import export_drafter
-from peagle_train.serving.import_drafter import import_drafter
+from peagle_train.serving.start import import_drafter
 from tests.helpers import DRAFT_VOCAB, MASK_TOKEN, ROOT, TARGET_HIDDEN, VOCAB, make_draft
 
 sys.path.insert(0, str(ROOT / "tools"))

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import peagle_train.training.checkpoint as checkpoint
-import peagle_train.training.checkpoint_files as files
-from peagle_train.errors import DamagedCheckpoint
-from peagle_train.recipe import load_recipe
-from peagle_train.training.checkpoint import check_not_in_use, lock_output, save_tensors
-from peagle_train.training.resume import open_resume
+import peagle_train.training.checkpoint as files
+from peagle_train.config import load_recipe
+from peagle_train.files import DamagedCheckpoint
+from peagle_train.serving.drafter_io import save_tensors
+from peagle_train.training.checkpoint import check_not_in_use, lock_output, open_resume
 from peagle_train.training.signals import ECHO_SECONDS, Signals
 from tests.tiny import write_recipe
 

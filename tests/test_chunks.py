@@ -22,8 +22,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from peagle_train.target.chunks import Run, document_bounds, plan_runs
-from peagle_train.target.frozen import FrozenTarget
+from peagle_train.target_model.chunks import Run, document_bounds, plan_runs
+from peagle_train.target_model.frozen import FrozenTarget
 from tests.tiny import VOCAB
 
 SHAPE: dict[str, Any] = {
@@ -152,7 +152,7 @@ def test_blocks_of_queries_give_what_the_whole_gives(block: int, monkeypatch: py
     target = make("llama")
     ids, positions = tokens([[29, 4]])
     features, last = target.features(ids, positions)
-    monkeypatch.setattr("peagle_train.target.attention.CPU_BLOCK", block)
+    monkeypatch.setattr("peagle_train.target_model.attention.CPU_BLOCK", block)
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", watched)
     for chunk in (5, 7, 28):
         target.chunk_tokens = chunk

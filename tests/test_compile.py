@@ -16,7 +16,7 @@ from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.core.plan import plan_segments
 from peagle_train.core.relay import RelayBuffers, relay_step
 from peagle_train.core.segments import TargetOutputs, recompute_step
-from peagle_train.training.build import draw_weights
+from peagle_train.serving.start import draw_weights
 from tests.test_distributed import launch
 from tests.tiny import make_target, write_recipe, write_rows
 

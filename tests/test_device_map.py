@@ -6,8 +6,8 @@ import pytest
 import torch
 from accelerate import cpu_offload
 
-from peagle_train.target.frozen import FrozenTarget
-from peagle_train.training.distributed import check_device_map
+from peagle_train.distributed import check_device_map
+from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.training.evaluate import mass_outside
 from tests.tiny import VOCAB, make_target
 

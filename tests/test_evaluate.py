@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from peagle_train.recipe import load_recipe
+from peagle_train.config import load_recipe
 from tests.ranks_run import make_trainer
 from tests.tiny import VOCAB, make_target, write_recipe, write_rows
 

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from peagle_train.__main__ import main as train_main
-from peagle_train.serving.drafter_files import load_drafter
+from peagle_train.serving.drafter_io import load_drafter
 from peagle_train.serving.export import export_drafter, write_new_folder
 from tests.helpers import ROOT, make_draft
 from tests.test_checkpoint_files import in_child

@@ -15,12 +15,11 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from peagle_train.__main__ import main
-from peagle_train.locks import alone_in
-from peagle_train.recipe import load_recipe
-from peagle_train.target.cache_run import write_cache
-from peagle_train.target.feature_cache import FeatureCache
-from peagle_train.target.frozen import FrozenTarget
-from peagle_train.training.runner import BatchRunner
+from peagle_train.config import load_recipe
+from peagle_train.files import alone_in
+from peagle_train.target_model.cache import FeatureCache, write_cache
+from peagle_train.target_model.frozen import FrozenTarget
+from peagle_train.training.step import BatchRunner
 from tests.tiny import make_target, write_recipe, write_rows
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +39,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def each_cache_has_an_accelerator_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peagle_train.target.cache_run.Accelerator", fresh_accelerator)
+    monkeypatch.setattr("peagle_train.target_model.cache.Accelerator", fresh_accelerator)
 
 
 def fresh_accelerator() -> Any:
@@ -58,7 +57,7 @@ def recipe_in(folder: Path, target: Path, rows: Path, **sections: dict[str, Any]
 
 def cache(recipe: Path, out: Path, *overrides: str, shard_tokens: int = 40) -> Path:
     """Written with shards of about so many tokens of a float64 target of width 16."""
-    import peagle_train.target.cache_run as run
+    import peagle_train.target_model.cache as run
 
     original = run.plan_shards
     run.plan_shards = lambda rows, _: original(rows, shard_tokens)
@@ -192,7 +191,7 @@ def test_a_write_stopped_anywhere_and_started_again_leaves_the_same_bytes(
 
 KILLED = """
 import os, signal, sys
-from peagle_train.target import cache_writer
+from peagle_train.target_model import cache as cache_writer
 from tools import cache_features
 replace, left = os.replace, [int(sys.argv.pop())]
 def kill(a, b):
@@ -202,7 +201,7 @@ def kill(a, b):
         os.kill(os.getpid(), signal.SIGKILL)
 os.replace = kill
 original = cache_writer.plan_shards
-import peagle_train.target.cache_run as run
+import peagle_train.target_model.cache as run
 run.plan_shards = lambda rows, _: original(rows, 40)
 sys.exit(cache_features.main(sys.argv[1:]))
 """
@@ -332,7 +331,7 @@ def test_other_rows_or_another_target_never_mix_in_one_folder(
 def test_what_does_not_fit_the_disk_is_refused_with_the_numbers(
     tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peagle_train.target.cache_writer._free_bytes", lambda _: 100_000)
+    monkeypatch.setattr("peagle_train.target_model.cache._free_bytes", lambda _: 100_000)
     with pytest.raises(ValueError, match=r"has too little room: 282 tokens of \d+ pieces at 512 bytes .* GiB free"):
         cache(recipe_in(tmp_path, target, rows), tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
@@ -341,7 +340,7 @@ def test_what_does_not_fit_the_disk_is_refused_with_the_numbers(
 def test_a_disk_that_fills_up_all_the_same_is_one_line_and_the_next_run_goes_on(
     tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, made: Path
 ) -> None:
-    import peagle_train.target.cache_writer as writer
+    import peagle_train.target_model.cache as writer
 
     save, calls = writer.save_file, []
 
@@ -370,7 +369,7 @@ def test_the_estimate_is_what_is_written(
     size = sum(len(data) for data in contents(made).values())
     recipe = recipe_in(tmp_path, target, rows)
     for free, fits in ((size, False), (size + 20 * 4096 + 8192, True)):
-        monkeypatch.setattr("peagle_train.target.cache_writer._free_bytes", lambda _, free=free: free)
+        monkeypatch.setattr("peagle_train.target_model.cache._free_bytes", lambda _, free=free: free)
         if fits:
             cache(recipe, tmp_path / "cache")
         else:
@@ -450,7 +449,7 @@ def test_a_second_writer_of_one_folder_is_told_so_and_touches_nothing(
 def test_the_lock_is_held_until_the_last_shard_is_written(
     tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import peagle_train.target.cache_writer as writer
+    import peagle_train.target_model.cache as writer
 
     save, refused = writer.save_file, []
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from peagle_train.config import Train
 from peagle_train.core import attention, flex
 from peagle_train.core.compiled import CompiledDraft
 from peagle_train.core.draft import PEagleDraft
@@ -20,8 +21,7 @@ from peagle_train.core.flex import kernel_options
 from peagle_train.core.plan import plan_segments
 from peagle_train.core.relay import RelayBuffers, relay_step
 from peagle_train.core.segments import recompute_step
-from peagle_train.recipe import Train
-from peagle_train.training.runner import check_flex
+from peagle_train.training.step import check_flex
 from tests.helpers import make_batch, make_draft, make_rows, make_target
 
 L = 61

@@ -12,13 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from peagle_train.__main__ import main
+from peagle_train.config import Recipe, load_recipe
 from peagle_train.data.prepare import prepare_recipe
 from peagle_train.data.training_data import load_training_data
-from peagle_train.recipe import Recipe, load_recipe
-from peagle_train.serving.drafter_files import load_drafter
-from peagle_train.target.cache_run import write_cache
-from peagle_train.target.cached_target import CachedTarget
-from peagle_train.training.checkpoint_files import verify_checkpoint
+from peagle_train.serving.drafter_io import load_drafter
+from peagle_train.target_model.cache import CachedTarget, write_cache
+from peagle_train.training.checkpoint import verify_checkpoint
 from tests.tiny import MASK, VOCAB, make_target, write_recipe, write_rows
 
 QUIET = settings(max_examples=120, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from peagle_train.config import load_recipe
 from peagle_train.data.training_data import load_training_data
-from peagle_train.recipe import load_recipe
 from tests.byte_tokenizer import BYTES_VOCAB, make_byte_tokenizer
 from tests.tiny import make_target, write_recipe
 

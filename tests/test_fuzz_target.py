@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import make_target
 
-from peagle_train.target.frozen import FrozenTarget
+from peagle_train.target_model.frozen import FrozenTarget
 
 QUIET = settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 

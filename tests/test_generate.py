@@ -12,9 +12,19 @@ from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConf
 from peagle_train.core.elements import gather_elements
 from peagle_train.core.plan import plan_segments
 from peagle_train.core.segments import TargetOutputs, run, visibility_of
-from peagle_train.decoding.generate import Chance, Decoded, Drafter, decode, distribution, spread, verify
-from peagle_train.decoding.verify import CachedTarget, end_tokens, greedy_tokens
-from peagle_train.target.frozen import FrozenTarget
+from peagle_train.decoding.generate import (
+    CachedTarget,
+    Chance,
+    Decoded,
+    Drafter,
+    decode,
+    distribution,
+    end_tokens,
+    greedy_tokens,
+    spread,
+    verify,
+)
+from peagle_train.target_model.frozen import FrozenTarget
 from tests.helpers import make_batch, make_draft, make_rows, make_target, seeded
 from tests.tiny import MASK, VOCAB
 from tests.tiny import make_target as make_llama

@@ -18,7 +18,7 @@ from peagle_train.core.loss import chunked_linear_loss
 from peagle_train.core.plan import plan_segments
 from peagle_train.core.relay import RelayBuffers, relay_step
 from peagle_train.core.segments import TargetOutputs, recompute_step
-from peagle_train.target.frozen import FrozenTarget
+from peagle_train.target_model.frozen import FrozenTarget
 from tests.helpers import (
     K,
     L,

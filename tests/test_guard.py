@@ -12,8 +12,8 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 
 from peagle_train.core.relay import RelayBuffers
-from peagle_train.target.frozen import FrozenTarget
-from peagle_train.training.checkpoint_files import write_checkpoint
+from peagle_train.target_model.frozen import FrozenTarget
+from peagle_train.training.checkpoint import write_checkpoint
 from peagle_train.training.trainer import Trainer
 from tests.test_resume import LENGTHS, assert_same_run, drafter, last_error, metrics, recipe_for, run, stop_after
 from tests.tiny import make_target, write_rows

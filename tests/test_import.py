@@ -11,11 +11,11 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from peagle_train.__main__ import main as train_main
-from peagle_train.recipe import load_recipe
-from peagle_train.serving.drafter_files import load_drafter
+from peagle_train.config import load_recipe
+from peagle_train.serving.drafter_io import load_drafter
 from peagle_train.serving.export import export_drafter
-from peagle_train.serving.import_drafter import import_drafter
-from peagle_train.target.cache_run import write_cache
+from peagle_train.serving.start import import_drafter
+from peagle_train.target_model.cache import write_cache
 from tests.helpers import make_draft
 from tests.test_export import tool
 from tests.tiny import MASK, VOCAB, make_target, write_recipe, write_rows

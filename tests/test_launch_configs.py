@@ -8,7 +8,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import patch_environment
 from accelerate.utils.launch import prepare_multi_gpu_env
 
-from peagle_train.training.sharded import check_sharding
+from peagle_train.distributed import check_sharding
 
 FOLDER = Path(__file__).parent.parent / "recipes" / "accelerate"
 EXPECTED = {

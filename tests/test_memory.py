@@ -12,20 +12,22 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from peagle_train import memory as planning
 from peagle_train.__main__ import main
+from peagle_train.config import load_recipe
 from peagle_train.core.relay import RelayBuffers
-from peagle_train.memory import dry_run as planning
-from peagle_train.memory.memory_plan import (
+from peagle_train.memory import (
     GIB,
+    Device,
     Sizes,
     capacity_of,
     choose_segments,
     largest_pass,
+    parse_device,
     plan_memory,
+    read_sizes,
     saved_bytes,
 )
-from peagle_train.memory.memory_sizes import Device, parse_device, read_sizes
-from peagle_train.recipe import load_recipe
 from peagle_train.training.trainer import Trainer
 from tests.tiny import make_target, write_recipe, write_rows
 
@@ -236,17 +238,17 @@ def test_auto_becomes_the_number_that_fits_and_stays_it_when_the_run_goes_on(
     sections: dict[str, Any] = {"cod": {"num_segments": "auto"}, "train": {"max_steps": 2, "save_steps": 1}}
     recipe = load_recipe(write_recipe(tmp_path, target, rows, tmp_path / "x", **sections))
     four = plan_memory(read_sizes(recipe, Device("cpu", 0)), 4).peak
-    monkeypatch.setattr("peagle_train.training.train.this_device", lambda _: Device("cpu", int(four / 0.9) + 2))
+    monkeypatch.setattr("peagle_train.training.build.this_device", lambda _: Device("cpu", int(four / 0.9) + 2))
     folder = run(tmp_path / "a", target, rows, **sections)
     assert "cod.num_segments: auto is 4:" in capsys.readouterr().out
     assert load_recipe(folder / "recipe.yaml").cod.num_segments == 4
     assert load_recipe(folder / "checkpoint-1" / "recipe.yaml").cod.num_segments == 4
-    monkeypatch.setattr("peagle_train.training.train.this_device", lambda _: Device("cpu", 2**50))
+    monkeypatch.setattr("peagle_train.training.build.this_device", lambda _: Device("cpu", 2**50))
     run(tmp_path / "a", target, rows, "--resume", str(folder / "checkpoint-1"), "train.max_steps=3", **sections)
     assert "cod.num_segments auto stays 4" in capsys.readouterr().out
     assert load_recipe(folder / "recipe.yaml").cod.num_segments == 4
     AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.setattr("peagle_train.training.train.this_device", lambda _: Device("cpu", 1))
+    monkeypatch.setattr("peagle_train.training.build.this_device", lambda _: Device("cpu", 1))
     assert main([str(write_recipe(tmp_path, target, rows, tmp_path / "b", **sections))]) == 2
     assert "no number up to 64 fits" in capsys.readouterr().err
 
@@ -274,7 +276,7 @@ def test_only_over_twice_the_memory_that_there_is_a_run_does_not_start_unless_it
 ) -> None:
     path = write_recipe(tmp_path, target, rows, tmp_path / "run", train={"max_steps": 1})
     peak = plan_memory(read_sizes(load_recipe(path), Device("cpu", 0)), 3).peak
-    monkeypatch.setattr("peagle_train.training.train.this_device", lambda _: Device("cpu", int(peak * share)))
+    monkeypatch.setattr("peagle_train.training.build.this_device", lambda _: Device("cpu", int(peak * share)))
     assert main([str(path)]) == code
     AcceleratorState._reset_state(reset_partial_state=True)
     if code:

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from peagle_train.data.bad_row import BadRow
-from peagle_train.data.messages import is_chat, keys_read, messages_of
+from peagle_train.data.messages import BadRow, is_chat, keys_read, messages_of
 from tests.chats import chat
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Bye"}

@@ -16,9 +16,9 @@ import pytest
 import torch
 import yaml
 
+from peagle_train.config import Recipe, load_recipe
 from peagle_train.data.prepare import prepare_recipe
 from peagle_train.data.training_data import TrainingData, load_training_data
-from peagle_train.recipe import Recipe, load_recipe
 from tests.byte_tokenizer import BYTES_VOCAB, make_byte_tokenizer
 from tests.test_checkpoint_files import in_child
 from tests.tiny import make_target, write_recipe
@@ -32,7 +32,7 @@ BATCH_CHARACTERS = 400
 def small_batches() -> Iterator[None]:
     """Shards end where batches do, so that a little data makes several of them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("peagle_train.data.readers._BATCH_CHARACTERS", BATCH_CHARACTERS)
+        patch.setattr("peagle_train.data.documents._BATCH_CHARACTERS", BATCH_CHARACTERS)
         patch.setattr("peagle_train.data.prepare.SHARD_TOKENS", SHARD_TOKENS)
         yield
 

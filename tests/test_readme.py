@@ -10,7 +10,7 @@ from typing import get_type_hints
 
 import pytest
 
-from peagle_train.recipe import Recipe
+from peagle_train.config import Recipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

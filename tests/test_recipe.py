@@ -6,7 +6,7 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from peagle_train.recipe import Data, Output, Recipe, RecipeError, Target, dump_recipe, load_recipe
+from peagle_train.config import Data, Output, Recipe, RecipeError, Target, dump_recipe, load_recipe
 
 MINIMAL = "target: {path: model}\ndata: {sources: [stdlib]}\noutput: {dir: out}\n"
 
@@ -43,7 +43,7 @@ def test_a_minimal_recipe_has_the_defaults(minimal: Path) -> None:
 
 
 def test_every_field_says_what_it_is_below_it() -> None:
-    source = Path(__import__("peagle_train.recipe").recipe.__file__).read_text()
+    source = Path(__import__("peagle_train.config").recipe.__file__).read_text()
     for cls in get_type_hints(Recipe).values():
         body = source.split(f"class {cls.__name__}:")[1].split("@dataclass")[0]
         assert body.count('\n    """') == len(fields(cls)) + 1, cls.__name__

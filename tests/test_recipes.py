@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from peagle_train.memory.dry_run import dry_run
-from peagle_train.memory.memory_plan import GIB, choose_segments, plan_memory
-from peagle_train.memory.memory_sizes import parse_device, read_sizes
-from peagle_train.recipe import Recipe, load_recipe
+from peagle_train.config import Recipe, load_recipe
+from peagle_train.memory import GIB, choose_segments, dry_run, parse_device, plan_memory, read_sizes
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

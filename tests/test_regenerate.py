@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from peagle_train.data.messages import messages_of
-from peagle_train.durable import partial_path
+from peagle_train.files import partial_path
 from peagle_train.regenerate import Answer, Prompt, fault, is_loop, load_prompts
 from tests.chat_fake import MODEL, FakeServer, Reply, completion, echo, serving
 from tests.helpers import ENVIRONMENT, ROOT, make_package

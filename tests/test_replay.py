@@ -6,11 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from peagle_train.decoding.bootstrap import difference_interval, ratio_interval
-from peagle_train.decoding.generate import Chance, Decoded, Drafter, decode, distribution
+from peagle_train.decoding.generate import CachedTarget, Chance, Decoded, Drafter, decode, distribution
+from peagle_train.decoding.measure import difference_interval, ratio_interval
 from peagle_train.decoding.replay import ANCHORS_AT_A_TIME, Tally, accept_probabilities, repeats, replay, tally_run
-from peagle_train.decoding.verify import CachedTarget
-from peagle_train.target.frozen import FrozenTarget
+from peagle_train.target_model.frozen import FrozenTarget
 from tests.helpers import make_draft, seeded
 from tests.test_generate import PROMPT, ToyDrafter, ToyTarget, tiny_draft, toy_decodings
 from tests.tiny import MASK, VOCAB

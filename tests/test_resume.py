@@ -16,19 +16,17 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
-import peagle_train.training.run_checkpoint as run_checkpoint
+import peagle_train.training.checkpoint as run_checkpoint
 import peagle_train.training.trainer as trainer_module
 from peagle_train.__main__ import main, parse
+from peagle_train.config import load_recipe
 from peagle_train.data.packing import PackedRows
-from peagle_train.recipe import load_recipe
-from peagle_train.target.frozen import FrozenTarget
-from peagle_train.training.checkpoint import claim_output, lock_output
-from peagle_train.training.checkpoint_files import write_checkpoint
+from peagle_train.distributed import load_full_moments
+from peagle_train.target_model.frozen import FrozenTarget
+from peagle_train.training.checkpoint import claim_output, lock_output, write_checkpoint
 from peagle_train.training.evaluate import Evaluator
-from peagle_train.training.optim import make_optimizer
-from peagle_train.training.runner import BatchRunner
-from peagle_train.training.sharded import load_full_moments
 from peagle_train.training.signals import outside_the_loop
+from peagle_train.training.step import BatchRunner, make_optimizer
 from peagle_train.training.trainer import Trainer
 from tests.test_checkpoint_files import in_child
 from tests.tiny import VOCAB, make_target, write_recipe, write_rows

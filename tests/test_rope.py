@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from peagle_train.config import Recipe, load_recipe
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
-from peagle_train.recipe import Recipe, load_recipe
-from peagle_train.target.frozen import FrozenTarget
-from peagle_train.training.build import make_draft_config
+from peagle_train.serving.start import make_draft_config
+from peagle_train.target_model.frozen import FrozenTarget
 from tests.helpers import make_config
 from tests.tiny import MASK, make_target, write_recipe
 

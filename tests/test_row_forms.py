@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from peagle_train.config import parse_sources
 from peagle_train.data.chat import ChatEncoder
-from peagle_train.data.choice import times_an_epoch
-from peagle_train.data.packing import pack_documents
-from peagle_train.data.source_spec import parse_sources
-from peagle_train.data.sources import Document, SourceReport, load_documents
-from peagle_train.data.table_values import as_in_json
+from peagle_train.data.documents import Document, SourceReport, load_documents
+from peagle_train.data.messages import as_in_json
+from peagle_train.data.packing import pack_documents, times_an_epoch
 from tests.byte_tokenizer import BYTES_VOCAB, make_byte_tokenizer
 
 TOKENIZER = make_byte_tokenizer()
@@ -203,7 +202,7 @@ def test_some_of_the_ignored_keys_are_told_and_the_same_ones_whatever_the_batche
     path = write_lines(tmp_path / "r.jsonl", *({"text": f"text {i}", f"key {99 - i}": 1} for i in range(50)))
     told = load(path)[1].describe()
     assert "keys ignored: key 79, key 80, " in told and told.endswith("key 98 and others")
-    monkeypatch.setattr("peagle_train.data.readers._BATCH_CHARACTERS", 60)
+    monkeypatch.setattr("peagle_train.data.documents._BATCH_CHARACTERS", 60)
     assert load(path)[1].describe() == told
     path = write_lines(tmp_path / "r.jsonl", *({"text": f"text {i}", f"key {99 - i}": 1} for i in range(20)))
     assert load(path)[1].describe().endswith("key 98, key 99")
@@ -294,7 +293,7 @@ def test_reading_jsonl_and_text_imports_no_datasets(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "r.jsonl", {"input_ids": [1, 2, 3]})
     code = (
         "import sys\nfrom peagle_train.data.training_data import load_training_data\n"
-        "from peagle_train.data.sources import load_documents\n"
+        "from peagle_train.data.documents import load_documents\n"
         f"load_documents([{str(path)!r}], tokenizer=None, vocab_size=9)\nsys.exit('datasets' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

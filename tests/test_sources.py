@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from peagle_train.data.files import find_files
+from peagle_train.data.documents import find_files
 from peagle_train.data.packing import Document, load_documents
 
 VOCAB = 300
@@ -99,7 +99,7 @@ def test_texts_and_rows_keep_the_order_of_the_files(tmp_path: Path, load: Any) -
 def test_many_texts_are_read_in_batches_without_mixing_them_up(
     tmp_path: Path, load: Any, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    monkeypatch.setattr("peagle_train.data.readers._BATCH_CHARACTERS", 25)
+    monkeypatch.setattr("peagle_train.data.documents._BATCH_CHARACTERS", 25)
     texts = {f"d/{i:03}.txt": f"text {i} " * (i % 7 + 1) for i in range(60)}
     for name, text in texts.items():
         write(tmp_path / name, text)

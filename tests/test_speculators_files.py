@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from peagle_train.__main__ import main
-from peagle_train.target.frozen import FrozenTarget
+from peagle_train.target_model.frozen import FrozenTarget
 from tests.tiny import make_target, write_recipe, write_rows
 from tools import cache_features
 

@@ -7,7 +7,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peagle_train.strict_yaml import YamlError, dump_yaml, parse_yaml
+from peagle_train.config import YamlError, dump_yaml, parse_yaml
 
 WORDS = "no yes on off y n 010 0x10 0b1 1:30 1:30.5 2024-01-01 << = - 1e 1e-4x nano trueish +".split()
 NUMBERS = {"1e-4": 1e-4, "1E5": 1e5, "-2.5e+3": -2500.0, "1_000": 1000, "-7": -7, "+7": 7, "0": 0, ".5": 0.5, "1.": 1.0}

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
-from peagle_train.target.frozen import FrozenTarget, default_layer_ids
+from peagle_train.target_model.frozen import FrozenTarget, default_layer_ids
 from peagle_train.training.evaluate import mass_outside
 from tests.tiny import VOCAB, make_target
 

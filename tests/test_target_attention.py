@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peagle_train.target.attention import packed_attention, varlen_serves
-from peagle_train.target.frozen import FrozenTarget
+from peagle_train.target_model.attention import packed_attention, varlen_serves
+from peagle_train.target_model.frozen import FrozenTarget
 from tests.test_chunks import make
 from tests.tiny import VOCAB, make_target
 
@@ -289,8 +289,8 @@ def test_the_kernel_that_skips_is_used_where_it_gives_the_same(
 ) -> None:
     def serves(kernel: Any, D: int = 8, value_D: int = 8, gqa: bool = True) -> bool:
         varlen_serves.cache_clear()
-        monkeypatch.setattr("peagle_train.target.attention.varlen_attn", kernel)
-        monkeypatch.setattr("peagle_train.target.attention.HAS_GQA", gqa)
+        monkeypatch.setattr("peagle_train.target_model.attention.varlen_attn", kernel)
+        monkeypatch.setattr("peagle_train.target_model.attention.HAS_GQA", gqa)
         return varlen_serves(torch.device("cpu"), torch.float32, D, value_D)
 
     try:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from peagle_train.errors import told
+from peagle_train.files import told
 from tests.helpers import ROOT
 from tests.tiny import make_target, write_recipe, write_rows
 

@@ -8,21 +8,19 @@ from typing import Any
 
 import pytest
 
-from peagle_train.recipe import load_recipe
-from peagle_train.schema import as_override
-from peagle_train.strict_yaml import dump_line, parse_yaml
+from peagle_train.config import as_override, dump_line, load_recipe, parse_yaml
 from tests.helpers import ROOT
 from tests.tiny import write_recipe
 
 STOPPED = [
-    ("cache_features", "peagle_train.recipe.load_recipe", ["x.yaml"]),
-    ("prepare_data", "peagle_train.recipe.load_recipe", ["x.yaml"]),
-    ("show_row", "peagle_train.recipe.load_recipe", ["x.yaml", "--row", "0"]),
-    ("evaluate", "peagle_train.decoding.acceptance_run.run", ["x", "--prompts", "stdlib"]),
+    ("cache_features", "peagle_train.config.load_recipe", ["x.yaml"]),
+    ("prepare_data", "peagle_train.config.load_recipe", ["x.yaml"]),
+    ("show_row", "peagle_train.config.load_recipe", ["x.yaml", "--row", "0"]),
+    ("evaluate", "peagle_train.decoding.evaluate.run", ["x", "--prompts", "stdlib"]),
     ("export", "peagle_train.serving.export.find_drafter", ["x", "--check"]),
     ("report", "peagle_train.report.write_report", ["x"]),
     ("show_batch", "peagle_train.show.write_picture", ["--example"]),
-    ("import", "peagle_train.serving.import_drafter.import_drafter", ["x", "--out", "y"]),
+    ("import", "peagle_train.serving.start.import_drafter", ["x", "--out", "y"]),
 ]
 
 

@@ -169,7 +169,7 @@ def test_a_drafter_of_another_width_trains_its_own_head(tmp_path: Path, target: 
 def test_a_non_finite_loss_stops_the_run_with_step_and_row_and_keeps_the_last_good_weights(
     tmp_path: Path, target: Path, rows: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from peagle_train.target.frozen import FrozenTarget
+    from peagle_train.target_model.frozen import FrozenTarget
 
     outputs, calls = FrozenTarget.outputs, []
 

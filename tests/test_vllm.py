@@ -26,12 +26,10 @@ from peagle_train.core.collator import CODCollator
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.relay import RelayBuffers, relay_step
 from peagle_train.core.segments import TargetOutputs
-from peagle_train.decoding.generate import Chance, Drafter, decode
-from peagle_train.decoding.verify import CachedTarget, greedy_tokens
-from peagle_train.serving.check_drafter import check_folder, is_loadable
-from peagle_train.serving.drafter_files import load_drafter
+from peagle_train.decoding.generate import CachedTarget, Chance, Drafter, decode, greedy_tokens
+from peagle_train.serving.drafter_io import check_folder, is_loadable, load_drafter
 from peagle_train.serving.export import export_drafter
-from peagle_train.target.frozen import FrozenTarget
+from peagle_train.target_model.frozen import FrozenTarget
 from tests.helpers import ENVIRONMENT, ROOT, make_draft, seeded
 from tests.test_check_drafter import set_config, set_tensors, tensor
 from tests.tiny import MASK, VOCAB, make_target

@@ -14,11 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peagle_train.__main__ import main
-from peagle_train.data.vocab import end_of_turn_ids, eos_token_ids, t2d_mask
-from peagle_train.data.vocab_from import read_draft_vocab
-from peagle_train.recipe import Data, Draft
-from peagle_train.target.frozen import FrozenTarget
-from peagle_train.training.build import always_drafted
+from peagle_train.config import Data, Draft
+from peagle_train.data.vocab import end_of_turn_ids, eos_token_ids, read_draft_vocab, t2d_mask
+from peagle_train.serving.start import always_drafted
+from peagle_train.target_model.frozen import FrozenTarget
 from tests.tiny import VOCAB, make_target, write_recipe, write_rows
 from tests.tiny_chat import END, TEMPLATE, make_chat_target, make_tokenizer
 

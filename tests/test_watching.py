@@ -188,7 +188,7 @@ class Recording(GeneralTracker):
 @pytest.fixture
 def run_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Train a tiny run of 4 steps whose accelerator has a given tracker; returns the output folder."""
-    import peagle_train.training.train as train_module
+    import peagle_train.training.build as train_module
 
     def go(tracker: Recording) -> Path:
         target = make_target(tmp_path / "target")

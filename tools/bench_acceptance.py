@@ -52,7 +52,7 @@ ALONE = "the recipe"
 
 class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
-        from peagle_train.recipe import load_recipe
+        from peagle_train.config import load_recipe
 
         self.options, self.out = options, Path(options.out).absolute()
         self.recipe = str(Path(options.recipe).absolute())
@@ -297,7 +297,7 @@ def main() -> int:
         parser.error(f"--minutes is {options.minutes:g}; give more than 0")
     if options.json and not Path(options.json).absolute().parent.is_dir():
         parser.error(f"--json {options.json} lies in a folder that does not exist")
-    from peagle_train.errors import run_tool
+    from peagle_train.files import run_tool
 
     return run_tool("bench_acceptance.py", lambda: run(options), "; the same command goes on from here")
 

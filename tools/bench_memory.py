@@ -24,12 +24,12 @@ from bench_segments import MODES, Bench, Settings, cases_of, integers, mode_list
 from measure import MIB, format_number, format_table, write_json
 
 if TYPE_CHECKING:
-    from peagle_train.memory.memory_plan import Sizes
+    from peagle_train.memory import Sizes
 
 
 def sizes_of_bench(bench: Bench, n: int, mode: str) -> "Sizes":
     """The sizes of a bench's steps, whose gradients are there already and whose weights are float32 or wider."""
-    from peagle_train.memory.memory_plan import Sizes
+    from peagle_train.memory import Sizes
 
     s, config = bench.settings, bench.draft.config
     on_cuda = bench.device.type == "cuda"
@@ -67,7 +67,7 @@ def sizes_of_bench(bench: Bench, n: int, mode: str) -> "Sizes":
 
 def planned(bench: Bench, row: dict[str, Any]) -> dict[str, Any]:
     """A configuration's plan, and the plan's ratios to what was measured."""
-    from peagle_train.memory.memory_plan import largest_pass, plan_memory, saved_bytes
+    from peagle_train.memory import largest_pass, plan_memory, saved_bytes
 
     sizes = sizes_of_bench(bench, row["n"], row["mode"])
     plan = plan_memory(sizes, row["segments"], all_supervised=True)

@@ -22,7 +22,7 @@ def child(arguments: argparse.Namespace) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from peagle_train.target.frozen import FrozenTarget
+    from peagle_train.target_model.frozen import FrozenTarget
 
     H = arguments.hidden
     torch.manual_seed(0)

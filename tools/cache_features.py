@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     import logging
 
-    from peagle_train.errors import run_tool
+    from peagle_train.files import run_tool
 
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     return run_tool("cache_features", lambda: run(options), "; the same command goes on from here")
@@ -36,8 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     # Heavy imports happen here, so that --help answers at once.
-    from peagle_train.recipe import load_recipe
-    from peagle_train.target.cache_run import write_cache
+    from peagle_train.config import load_recipe
+    from peagle_train.target_model.cache import write_cache
 
     recipe = load_recipe(options.recipe, options.overrides)
     print(write_cache(recipe, options.out or recipe.target.cache, options.shard_mib, options.speculators), end="")

@@ -110,9 +110,9 @@ def live(way: str, count: int, arguments: list[str]) -> int:
 
 def arrange_death(way: str, count: int) -> None:
     """Have this process end in `way`, at its `count`-th occasion; ways that come from outside arrange nothing."""
-    import peagle_train.training.run_checkpoint as run_checkpoint
+    import peagle_train.training.checkpoint as run_checkpoint
     from peagle_train.training.metrics import Reporter
-    from peagle_train.training.runner import BatchRunner
+    from peagle_train.training.step import BatchRunner
 
     left = [count]
 
@@ -410,9 +410,8 @@ def main() -> int:
     if options.kills < 1:
         parser.error(f"--kills is {options.kills}; it must be at least 1")
 
-    import peagle_train.training.train  # noqa: F401  (what every life would import)
-    from peagle_train.training.checkpoint import write_json
-    from peagle_train.training.run_state import versions
+    import peagle_train.training.build  # noqa: F401  (what every life would import)
+    from peagle_train.training.checkpoint import versions, write_json
 
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="peagle-chaos-") as folder:

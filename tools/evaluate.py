@@ -68,14 +68,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package beside it, installed or not
-    from peagle_train.errors import run_tool
+    from peagle_train.files import run_tool
 
     return run_tool("evaluate.py", lambda: measure(options))
 
 
 def measure(options: argparse.Namespace) -> int:
     # Heavy imports happen here, so that --help answers at once.
-    from peagle_train.decoding.acceptance_run import run
+    from peagle_train.decoding.evaluate import run
 
     text, is_right = run(options, Path(options.checkpoint))
     print(text)

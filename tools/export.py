@@ -42,13 +42,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package beside it, installed or not
-    from peagle_train.errors import run_tool
+    from peagle_train.files import run_tool
 
     return run_tool("export.py", lambda: _check(options) if options.out is None else _export(options))
 
 
 def _check(options: argparse.Namespace) -> int:
-    from peagle_train.serving.check_drafter import check_folder, is_bad, is_judged, table
+    from peagle_train.serving.drafter_io import check_folder, is_bad, is_judged, table
     from peagle_train.serving.export import find_drafter, read_target_config
 
     if not options.check:
@@ -63,7 +63,7 @@ def _check(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     import torch
 
-    from peagle_train.serving.check_drafter import table
+    from peagle_train.serving.drafter_io import table
     from peagle_train.serving.export import export_drafter
 
     done = export_drafter(

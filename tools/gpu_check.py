@@ -78,8 +78,8 @@ from peagle_train.core.flex import flex as attend_by_flex
 from peagle_train.core.plan import plan_segments
 from peagle_train.core.segments import TargetOutputs, recompute_step, visibility_of
 from peagle_train.core.visibility import Visibility
-from peagle_train.memory.memory_plan import GIB
-from peagle_train.target.frozen import FrozenTarget
+from peagle_train.memory import GIB
+from peagle_train.target_model.frozen import FrozenTarget
 from tools.gpu_parts import (
     DATASHEET,
     DEPTHS,

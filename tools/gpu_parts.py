@@ -19,18 +19,15 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from peagle_train.config import Cod, Data, Draft, Output, Recipe, Target, Train
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.core.segments import StepStats, TargetOutputs
-from peagle_train.memory.memory_plan import GIB, plan_memory
-from peagle_train.memory.memory_sizes import Device, sizes_of
-from peagle_train.recipe import Cod, Data, Draft, Output, Recipe, Target, Train
-from peagle_train.target.frozen import FrozenTarget
-from peagle_train.training.build import make_collator
-from peagle_train.training.distributed import same_on_all_ranks, sum_counts, sum_over_ranks
-from peagle_train.training.optim import make_optimizer
-from peagle_train.training.runner import BatchRunner
-from peagle_train.training.sharded import clip_gradients, shard, whole
+from peagle_train.data.training_data import make_collator
+from peagle_train.distributed import clip_gradients, same_on_all_ranks, shard, sum_counts, sum_over_ranks, whole
+from peagle_train.memory import GIB, Device, plan_memory, sizes_of
+from peagle_train.target_model.frozen import FrozenTarget
+from peagle_train.training.step import BatchRunner, make_optimizer
 
 DATASHEET = 989e12
 """Dense bfloat16 operations a second of an H100 or H200 (SXM): what MFU is a share of."""

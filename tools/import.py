@@ -30,14 +30,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package beside it, installed or not
-    from peagle_train.errors import run_tool
+    from peagle_train.files import run_tool
 
     return run_tool("import.py", lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> None:
     # Heavy imports happen here, so that --help answers at once.
-    from peagle_train.serving.import_drafter import import_drafter
+    from peagle_train.serving.start import import_drafter
 
     done = import_drafter(
         Path(options.folder),

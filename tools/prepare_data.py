@@ -19,16 +19,15 @@ def main() -> int:
     parser.add_argument("--out", metavar="DIR", help="the folder to make (default: the recipe's data.prepared)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenize (default: all cores)")
     options = parser.parse_intermixed_args()
-    from peagle_train.errors import run_tool
+    from peagle_train.files import run_tool
 
     return run_tool("prepare_data", lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> None:
     # Heavy imports happen here, so that --help answers at once.
+    from peagle_train.config import as_override, load_recipe
     from peagle_train.data.prepare import prepare_recipe
-    from peagle_train.recipe import load_recipe
-    from peagle_train.schema import as_override
     from peagle_train.training.metrics import cores
 
     recipe = load_recipe(options.recipe, options.overrides)

@@ -61,7 +61,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> int:
     # Heavy imports happen here, so that --help answers at once.
-    from peagle_train.errors import RunStopped
+    from peagle_train.files import RunStopped
     from peagle_train.regenerate import Local, Server, Settings, load_prompts, regenerate
 
     if (options.base_url is None) == (options.target is None) or (options.base_url and not options.model):
@@ -112,7 +112,7 @@ def read_mapping(text: str) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0; 2 for a user's mistake, 1 for a server that stopped answering; one line on stderr says why."""
     options = parse(arguments)
-    from peagle_train.errors import run_tool
+    from peagle_train.files import run_tool
 
     return run_tool("regenerate", lambda: run(options), "; the same command resumes")
 

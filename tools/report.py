@@ -26,7 +26,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package beside it, installed or not
-    from peagle_train.errors import run_tool
+    from peagle_train.files import run_tool
 
     return run_tool("report", lambda: run(options))
 

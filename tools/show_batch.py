@@ -34,14 +34,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package beside it, installed or not
-    from peagle_train.errors import run_tool
+    from peagle_train.files import run_tool
 
     return run_tool("show_batch", lambda: print(run(options)))
 
 
 def run(options: argparse.Namespace) -> str:
     # Heavy imports happen here, so that --help answers at once.
-    from peagle_train.recipe import load_recipe
+    from peagle_train.config import load_recipe
     from peagle_train.show import write_picture
 
     recipe = load_recipe(options.recipe, options.overrides) if options.recipe else None

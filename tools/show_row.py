@@ -30,14 +30,14 @@ def main() -> int:
     parser.add_argument("--epoch", type=int, default=0, metavar="E", help="whose draw of elements (default: 0)")
     parser.add_argument("--no-color", action="store_true", help="brackets on a terminal, too")
     options = parser.parse_intermixed_args()
-    from peagle_train.errors import run_tool
+    from peagle_train.files import run_tool
 
     return run_tool("show_row", lambda: print(run(options)))
 
 
 def run(options: argparse.Namespace) -> str:
     # Heavy imports happen here, so that --help answers at once.
-    from peagle_train.recipe import load_recipe
+    from peagle_train.config import load_recipe
     from peagle_train.show import show_sequence
 
     return show_sequence(

@@ -1,15 +1,82 @@
-"""Rows of chats in the formats people have them in, as one: a list of messages, and which of them are learned from.
+"""Rows of tables (Parquet, Arrow, data sets) as the same rows of JSON would be.
 
-Read are `messages` (role and content), ShareGPT's `conversations` (from and value), and `prompt` with `completion` (two
-lists of messages, or two strings: plain text without a chat template, as in TRL). Knows nothing of templates or tokens.
+A table gives every mapping of a column the fields of all of them, and null where a row has none; JSON would not have the
+field. And `datasets` keeps a `Sequence` of mappings as a mapping of lists.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from peagle_train.data.bad_row import BadRow
-from peagle_train.data.tool_calls import parse_json, tool_call, tool_schemas
+# ---- bad_row
+# A row of a data file that cannot be trained on, and why.
+
+
+class BadRow(ValueError):
+    """One row is unusable; the run counts it under `reason` and goes on, or stops, as the recipe says.
+
+    reason: a short stable phrase, the same for every row with this fault ("broken JSON", "wrong roles", "empty turn",
+        "lone surrogate", "id out of range", "null field", "no supervised token", "prefix is not a prefix",
+        "template failed"): a counter's key. It never holds anything of the row itself.
+    detail: one line on this row: what was found, and where.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type["BadRow"], tuple[str, str]]:
+        """Survives the way from a worker process to the main one with both fields."""
+        return type(self), (self.reason, self.detail)
+
+
+# ---- tool_calls
+# Tool calls and tool schemas of a chat in the one shape that templates read. Arguments in a JSON string are parsed.
+
+
+def tool_call(call: Any, where: str) -> dict[str, Any]:
+    """A call in the shape {"type": "function", "function": {"name", "arguments": a mapping}}; its id stays."""
+    call = parse_json(call, where)
+    if not isinstance(call, dict):
+        raise BadRow("bad tool call", f"{where}: a tool call is a {type(call).__name__}, not a mapping")
+    function = call.get("function", call)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise BadRow("bad tool call", f"{where}: a tool call names no function")
+    arguments = parse_json(function.get("arguments") or {}, where)
+    if not isinstance(arguments, dict):
+        raise BadRow("bad tool call", f"{where}: a tool call's arguments are a {type(arguments).__name__}, no mapping")
+    outside = {} if function is call else {name: value for name, value in call.items() if value is not None}
+    inside = {name: value for name, value in function.items() if value is not None}
+    return {**outside, "type": "function", "function": {**inside, "arguments": arguments}}
+
+
+def tool_schemas(tools: Any) -> list[dict[str, Any]] | None:
+    """A row's tools, which may be a JSON string; None if there are none."""
+    if tools is None or tools == "":
+        return None
+    tools = parse_json(tools, "tools")
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise BadRow("wrong types", "tools is not a list of JSON schemas")
+    return tools or None
+
+
+def parse_json(value: Any, where: str) -> Any:
+    """What a JSON string stands for; any other value is itself."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise BadRow("bad tool call", f"{where}: a string of broken JSON") from None
+
+
+# ---- messages
+# Rows of chats in the formats people have them in, as one: a list of messages, and which of them are learned from.
+#
+# Read are `messages` (role and content), ShareGPT's `conversations` (from and value), and `prompt` with `completion` (two
+# lists of messages, or two strings: plain text without a chat template, as in TRL). Knows nothing of templates or tokens.
 
 CHAT_KEYS = ("messages", "conversations", "prompt")
 """A row with one of these is a chat; the first that it has is read."""
@@ -234,3 +301,61 @@ def _present(row: dict[str, Any], key: str, kind: type, default: Any) -> Any:
     if not isinstance(value, kind):
         raise BadRow("wrong types", f"{key} is a {type(value).__name__}, not a {kind.__name__}")
     return value
+
+
+# ---- table_values
+# Rows of tables (Parquet, Arrow, data sets) as the same rows of JSON would be.
+#
+# A table gives every mapping of a column the fields of all of them, and null where a row has none; JSON would not have the
+# field. And `datasets` keeps a `Sequence` of mappings as a mapping of lists.
+
+_MESSAGE_KEYS = ("messages", "conversations", "prompt", "completion")
+
+
+def as_in_json(row: dict[str, Any]) -> dict[str, Any]:
+    """The row without the columns that are null, and without the fields that its chat's mappings do not have.
+
+    A message's own fields stay null: those of JSON may be, too, and what that means is decided where messages are read.
+    """
+    row = {key: value for key, value in row.items() if value is not None}
+    for key in _MESSAGE_KEYS:
+        if key in row:
+            row[key] = _messages(row[key])
+    for key in ("tools", "chat_template_kwargs"):
+        if key in row:
+            row[key] = _without_null(_as_list(row[key]) if key == "tools" else row[key])
+    return row
+
+
+def _messages(value: Any) -> Any:
+    messages = _as_list(value)
+    return [_table_message(message) for message in messages] if isinstance(messages, list) else messages
+
+
+def _table_message(message: Any) -> Any:
+    if not isinstance(message, dict):
+        return message
+    lists = {name: _as_list(message[name]) for name in ("content", "value", "tool_calls") if name in message}
+    return {
+        name: value if name in ("content", "value") else _without_null(value)
+        for name, value in {**message, **lists}.items()
+    }
+
+
+def _as_list(value: Any) -> Any:
+    """A mapping of equally long lists as a list of mappings; any other value as it is."""
+    if not isinstance(value, dict):
+        return value
+    columns = {name: column for name, column in value.items() if column is not None}
+    if not columns or not all(isinstance(column, list) for column in columns.values()):
+        return value
+    if len({len(column) for column in columns.values()}) != 1:
+        return value
+    return [dict(zip(columns, items, strict=True)) for items in zip(*columns.values(), strict=True)]
+
+
+def _without_null(value: Any) -> Any:
+    """Without the fields that are null, in mappings at any depth. Null as an item of a list stays: it was given."""
+    if isinstance(value, dict):
+        return {name: _without_null(item) for name, item in value.items() if item is not None}
+    return [_without_null(item) for item in value] if isinstance(value, list) else value

@@ -25,19 +25,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from peagle_train.data.chat import ChatEncoder
-from peagle_train.data.chat_template import check_template
-from peagle_train.data.document_table import DocumentTable, make_shard
-from peagle_train.data.files import FoundFiles
+from peagle_train.config import Recipe
+from peagle_train.data.chat import ChatEncoder, check_template
+from peagle_train.data.documents import (
+    DocumentTable,
+    FoundFiles,
+    Intake,
+    SourceReport,
+    batches,
+    make_shard,
+    new_report,
+    read_rows,
+)
+from peagle_train.data.encode import EncodedBatch, EncodedRow, RawRow, RowEncoder, clip
 from peagle_train.data.messages import CHAT_KEYS
 from peagle_train.data.packing import PackedRows, PackReport
-from peagle_train.data.readers import RawRow, batches, clip, read_rows
-from peagle_train.data.row_encoder import EncodedBatch, EncodedRow, RowEncoder
-from peagle_train.data.sources import Intake, SourceReport, new_report
 from peagle_train.data.training_data import Say, TrainingData, assemble, find_all, make_encoder
-from peagle_train.durable import write_folder, write_json
-from peagle_train.locks import alone_in
-from peagle_train.recipe import Recipe
+from peagle_train.files import alone_in, write_folder, write_json
 
 SHARD_TOKENS = 16 * 2**20
 """A shard is closed when it holds this many tokens (80 MB): more than one is never held in memory."""
@@ -63,7 +67,7 @@ def prepare_recipe(recipe: Recipe, folder: Path, *, num_workers: int = 1, say: S
     """`prepare` with the recipe's own tokenizer, without loading its target."""
     from transformers import AutoConfig
 
-    from peagle_train.training.build import choose_mask_token, load_tokenizer
+    from peagle_train.data.training_data import choose_mask_token, load_tokenizer
 
     tokenizer = load_tokenizer(recipe)
     try:

@@ -1,25 +1,36 @@
 """What a run learns from: the rows of its recipe's data section, and what is counted on the way."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer
 
-from peagle_train.data.chat import ChatEncoder
-from peagle_train.data.chat_template import check_template
-from peagle_train.data.choice import held_out_documents, times_an_epoch
-from peagle_train.data.document_table import DocumentTable
-from peagle_train.data.files import FoundFiles, find_files
+from peagle_train.config import Data, Draft, Recipe, SourceSpec, parse_sources
+from peagle_train.core.attention import uses_flex
+from peagle_train.core.block_mask import BLOCK_SIZE
+from peagle_train.core.collator import CODCollator
+from peagle_train.data.chat import ChatEncoder, check_template
+from peagle_train.data.documents import (
+    DocumentTable,
+    FoundFiles,
+    Intake,
+    SourceReport,
+    find_files,
+    new_report,
+    read_documents,
+)
+from peagle_train.data.encode import RowEncoder
 from peagle_train.data.messages import CHAT_KEYS
-from peagle_train.data.packing import PackedRows, PackReport, pack_table
-from peagle_train.data.row_encoder import RowEncoder
-from peagle_train.data.source_spec import SourceSpec, parse_sources
-from peagle_train.data.sources import Intake, SourceReport, new_report, read_documents
-from peagle_train.data.vocab import count_repeated
-from peagle_train.recipe import Data, Recipe
+from peagle_train.data.packing import PackedRows, PackReport, held_out_documents, pack_table, times_an_epoch
+from peagle_train.data.vocab import count_repeated, default_mask_token_id
+
+logger = logging.getLogger(__name__)
 
 Say = Callable[[str], object]
 
@@ -168,3 +179,63 @@ def _refuse_streaming(data: Data) -> None:
             f"data source {streamed.describe()} is streamed, which takes prepared rows (a resume could not be exact"
             " without): run tools/prepare_data.py on this recipe, and give its folder as data.prepared"
         )
+
+
+def load_tokenizer(recipe: Recipe) -> Any:
+    """The target's own tokenizer, or None where its folder has none (rows of ids need none)."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            recipe.target.path, trust_remote_code=recipe.target.trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        logger.warning(
+            "target.path %s has no usable tokenizer (%s)",
+            recipe.target.path,
+            str(error).splitlines()[0][:200],
+        )
+        return None
+
+
+def target_vocab_size(recipe: Recipe) -> int:
+    """V, from the target's config alone; ValueError if its folder has none."""
+    try:
+        config = AutoConfig.from_pretrained(
+            recipe.target.path, trust_remote_code=recipe.target.trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ValueError(f"target.path {recipe.target.path} has no config that can be read: {reason}") from None
+    return int(config.get_text_config().vocab_size)
+
+
+def choose_mask_token(draft: Draft, tokenizer: Any, vocab_size: int) -> int:
+    """The recipe's mask token, or one that the tokenizer provably never produces; ValueError if there is none."""
+    if draft.mask_token_id is not None:
+        if not 0 <= draft.mask_token_id < vocab_size:
+            raise ValueError(
+                f"draft.mask_token_id is {draft.mask_token_id}; it must lie in 0..{vocab_size - 1}, the target's vocabulary"
+            )
+        return draft.mask_token_id
+    default = None if tokenizer is None else default_mask_token_id(tokenizer, vocab_size)
+    if default is None:
+        raise ValueError(
+            "draft.mask_token_id is missing and the tokenizer leaves no id of the target's vocabulary provably unused:"
+            " give the id of a token that never occurs in your data"
+        )
+    logger.warning("draft.mask_token_id was not given: %d, the first id that the tokenizer never produces", default)
+    return default
+
+
+def make_collator(recipe: Recipe, seed: int, device: torch.device | None = None) -> CODCollator:
+    """`device`: that the drafter trains on, for its attention's blocks."""
+    cod = recipe.cod
+    return CODCollator(
+        recipe.data.max_length,
+        cod.num_depths,
+        cod.down_sample_ratio,
+        cod.down_sample_ratio_min,
+        cod.segments,
+        cod.boundaries,
+        seed=seed,
+        capacity_multiple=BLOCK_SIZE if device and uses_flex(device) else 1,
+    )

@@ -16,10 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peagle_train.decoding.acceptance import Result
-from peagle_train.decoding.bootstrap import ratio_interval
+from peagle_train.decoding.measure import Result, ratio_interval
 from peagle_train.decoding.replay import Tally
-from peagle_train.errors import one_line
+from peagle_train.files import one_line
 
 LONGEST_WAIT = 10.0
 """Seconds for a server's counters to know of a request that it has answered."""

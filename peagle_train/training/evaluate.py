@@ -11,11 +11,11 @@ from torch import Tensor
 
 from peagle_train.data.packing import PackedRows
 from peagle_train.data.sampler import EMPTY_ROW
-from peagle_train.target.base import TargetBase
-from peagle_train.training.build import make_collator
-from peagle_train.training.distributed import sum_over_ranks
+from peagle_train.data.training_data import make_collator
+from peagle_train.distributed import sum_over_ranks
+from peagle_train.target_model.frozen import TargetBase
 from peagle_train.training.metrics import accuracies, expected_accepted_length
-from peagle_train.training.runner import Batch, BatchRunner
+from peagle_train.training.step import Batch, BatchRunner
 
 EVAL_SEED = 0
 """Of the evaluation's COD draw: the same in every run, so that runs can be compared."""

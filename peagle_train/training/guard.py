@@ -13,11 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from peagle_train.errors import NonFinite
-from peagle_train.serving.drafter_tensors import count_non_finite
-from peagle_train.training.checkpoint_files import list_checkpoints, step_of
-from peagle_train.training.distributed import sum_counts
-from peagle_train.training.run_checkpoint import save_checkpoint
+from peagle_train.distributed import sum_counts
+from peagle_train.files import NonFinite
+from peagle_train.serving.drafter_io import count_non_finite
+from peagle_train.training.checkpoint import list_checkpoints, save_checkpoint, step_of
 
 if TYPE_CHECKING:
     from peagle_train.training.trainer import Trainer

@@ -21,10 +21,8 @@ from accelerate.utils import ProfileKwargs
 from torch import Tensor
 from tqdm import tqdm
 
-from peagle_train.durable import write_text
-from peagle_train.errors import one_line
-from peagle_train.training.checkpoint import MARKER, read_marker
-from peagle_train.training.run_state import versions
+from peagle_train.files import one_line, write_text
+from peagle_train.training.checkpoint import versions
 
 logger = logging.getLogger(__name__)
 
@@ -304,32 +302,3 @@ def eval_line(title: str, values: dict[str, Any]) -> str:
 def duration(seconds: float) -> str:
     """For a person: 0:03:07; 2 days, 3:00:00."""
     return str(timedelta(seconds=round(seconds)))
-
-
-def read_summary(folder: Path) -> str:
-    """Where a finished run's drafter is and how good it is; ValueError if there is no finished run."""
-    summary = read_marker(folder)
-    if not summary:
-        raise ValueError(f"{folder} holds no run: its {MARKER} is missing, or is not what a run writes")
-    if summary["state"] != "finished":
-        raise ValueError(f"{folder} holds a run that has not finished")
-    return describe_summary(summary, folder)
-
-
-def describe_summary(summary: dict[str, Any], folder: Path) -> str:
-    if summary["state"] == "stopped":
-        where = folder / summary["checkpoint"]
-        return (
-            f"stopped by {summary['signal']} at step {summary['steps']}, saved as {where}: the same command with --resume"
-            " continues from there"
-        )
-    lines = [f"drafter: {folder / summary['drafter']} ({summary['steps']} steps in {summary['train_seconds']:.0f} s)"]
-    before, after, best = summary["before"], summary["after"], summary.get("best")
-    if after:
-        lines.append(
-            f"held-out expected accepted length: {before['expected_accepted_length']:.3f} before,"
-            f" {after['expected_accepted_length']:.3f} after training (loss {before['loss']:.3f} -> {after['loss']:.3f})"
-        )
-    if best and best.get("folder") == "best":
-        lines.append(f"the best was at step {best['step']} ({best['expected_accepted_length']:.3f}): {folder / 'best'}")
-    return "\n".join(lines)

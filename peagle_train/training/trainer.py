@@ -14,21 +14,39 @@ from torch.profiler import record_function
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from peagle_train.config import Recipe, dump_recipe
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.plan import padding_share
 from peagle_train.core.segments import StepStats
 from peagle_train.data.packing import PackedRows
 from peagle_train.data.sampler import StepBatchSampler
-from peagle_train.errors import NonFiniteWeights, RunStopped
-from peagle_train.memory.out_of_memory import memory_explained
-from peagle_train.memory.probe import probe_step
-from peagle_train.recipe import Recipe, dump_recipe
-from peagle_train.target.base import TargetBase
-from peagle_train.target.feature_cache import fingerprint as target_fingerprint
-from peagle_train.training.build import make_collator
-from peagle_train.training.checkpoint import MARKER, save_drafter, write_json
-from peagle_train.training.checkpoint_files import remove_set_aside
-from peagle_train.training.distributed import same_on_all_ranks, sum_counts, sum_over_ranks
+from peagle_train.data.training_data import make_collator
+from peagle_train.distributed import (
+    agree,
+    clip_gradients,
+    from_main,
+    full_weights,
+    same_on_all_ranks,
+    shard,
+    sum_counts,
+    sum_over_ranks,
+    wants_sharding,
+)
+from peagle_train.files import NonFiniteWeights, RunStopped
+from peagle_train.memory import memory_explained, probe_step
+from peagle_train.target_model.cache import fingerprint as target_fingerprint
+from peagle_train.target_model.frozen import TargetBase
+from peagle_train.training.checkpoint import (
+    MARKER,
+    Checkpoint,
+    last_checkpoint,
+    remove_set_aside,
+    save_checkpoint,
+    save_drafter,
+    set_schedule,
+    take_up_output,
+    write_json,
+)
 from peagle_train.training.evaluate import Evaluator
 from peagle_train.training.guard import Guard, diverged, skip_step
 from peagle_train.training.metrics import (
@@ -43,14 +61,8 @@ from peagle_train.training.metrics import (
     peak_memory_bytes,
     train_line,
 )
-from peagle_train.training.optim import make_optimizer, make_scheduler
-from peagle_train.training.peers import agree, from_main
-from peagle_train.training.resume import Checkpoint
-from peagle_train.training.run_checkpoint import last_checkpoint, save_checkpoint, take_up_output
-from peagle_train.training.run_state import set_schedule
-from peagle_train.training.runner import Batch, BatchRunner
-from peagle_train.training.sharded import clip_gradients, full_weights, shard, wants_sharding
 from peagle_train.training.signals import STOPPING, Signals, is_lost_worker, leave_to_parent
+from peagle_train.training.step import Batch, BatchRunner, make_optimizer, make_scheduler
 
 
 class StepDropped(Exception):

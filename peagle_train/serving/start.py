@@ -1,0 +1,364 @@
+"""A run that starts from another drafter (`draft.init_from`): EAGLE-3 or P-EAGLE, in either format.
+
+The drafter brings its shape, its rope and its draft vocabulary; what the recipe says of them must agree with it.
+"""
+
+import copy
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from peagle_train.config import MAX_ROPE_THETA, Data, Draft, Recipe, RecipeError
+from peagle_train.core.draft import PEagleDraft, RMSNorm
+from peagle_train.core.draft_config import PEagleDraftConfig
+from peagle_train.core.rope import ROPE_TYPES, rope_mistake, unused_keys, yarn_too_short
+from peagle_train.data.vocab import (
+    end_of_turn_ids,
+    eos_token_ids,
+)
+from peagle_train.serving.drafter_io import (
+    DrafterFiles,
+    Finding,
+    check_folder,
+    expected_shapes,
+    is_loadable,
+    read_drafter,
+    weight_files,
+)
+from peagle_train.serving.export import Export, check_new, write_drafter, write_new_folder
+from peagle_train.target_model.frozen import TargetBase, default_layer_ids
+
+logger = logging.getLogger(__name__)
+
+# ---- import_drafter
+# Another's drafter in this project's names, completed to a P-EAGLE drafter where it is an EAGLE-3 one.
+
+
+def import_drafter(
+    source: Path, out: Path, *, target: Path | None = None, mask_token_id: int | None = None, seed: int = 0
+) -> Export:
+    """Write a drafter of either format and any of the known names as `model.safetensors` and `config.json` of our own.
+
+    Args:
+        source: a drafter's folder. out: a folder that does not exist yet, or an empty one.
+        target: the target's folder, for embeddings and head where the drafter has none.
+        mask_token_id: needed where the drafter has none.
+        seed: of `mask_hidden` where the drafter has none.
+
+    Raises:
+        ValueError: one line; nothing is written then.
+    """
+    check_new(out)
+    files = read_drafter(source)
+    notes, config = list(files.notes), files.config
+    if config.ptd_token_id is None:
+        if mask_token_id is None:
+            raise ValueError(f"{source} has no mask token: give --mask-token-id, a token that never occurs in text")
+        config.mask_token_id = config.pard_token = config.ptd_token_id = mask_token_id
+        notes.append(f"the mask token is {mask_token_id}, as given")
+    elif mask_token_id not in (None, config.ptd_token_id):
+        raise ValueError(f"--mask-token-id is {mask_token_id}, but {source} was trained with {config.ptd_token_id}")
+    config.check_trainable()
+    if "mask_hidden" in files.missing:
+        shape = expected_shapes(config)["mask_hidden"]
+        random = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * config.initializer_range
+        files.tensors["mask_hidden"] = random.to(files.tensors["fc.weight"].dtype)
+        notes.append("mask_hidden was drawn at random (an EAGLE-3 drafter has none): train before serving")
+    _take_from_target(files, target, notes)
+    config.dtype = files.tensors["fc.weight"].dtype
+    findings: list[Finding] = []
+
+    def fill(temporary: Path) -> None:
+        write_drafter(temporary, config.to_json_string(), files.tensors)
+        findings.extend(check_folder(temporary))
+        if not is_loadable(findings):
+            bad = [f"{finding.what}: {finding.detail}" for finding in findings if finding.level == "BAD"]
+            raise ValueError(f"{source} does not make a drafter: {'; '.join(bad)}")
+
+    write_new_folder(out, fill)
+    return Export(out, findings, notes)
+
+
+def _take_from_target(files: DrafterFiles, target: Path | None, notes: list[str]) -> None:
+    """Fill in embeddings and head from the target's files, where the drafter has none."""
+    lost = [name for name in files.missing if name != "mask_hidden"]
+    if not lost:
+        return
+    if target is None:
+        raise ValueError(f"{files.folder} lacks {', '.join(lost)}, which are the target's: give --target DIR")
+    shapes = expected_shapes(files.config)
+    for name in lost:
+        found = target_tensor(target, name)
+        if found is None and name == "lm_head.weight":
+            found = target_tensor(target, "embed_tokens.weight")  # tied
+        if found is None:
+            raise ValueError(f"{target} has no tensor that ends in {name}")
+        if found.shape[0] != files.config.vocab_size:
+            raise ValueError(f"{target} has {found.shape[0]} tokens, the drafter is for {files.config.vocab_size}")
+        tensor = found[files.draft_token_ids] if name == "lm_head.weight" else found
+        if tuple(tensor.shape) != shapes[name]:
+            raise ValueError(f"{name} of {target} is {list(tensor.shape)}; the drafter's is {list(shapes[name])}")
+        files.tensors[name] = tensor.to(files.tensors["fc.weight"].dtype)
+        notes.append(f"{name} is the target's")
+
+
+def target_tensor(target: Path, name: str) -> Tensor | None:
+    """The one tensor of a model's folder whose name ends in `name`; None if there is none."""
+    found = []
+    try:
+        if not target.is_dir():
+            raise ValueError("no folder")
+        for shard in weight_files(target):
+            with safe_open(target / shard, framework="pt") as file:
+                found += [file.get_tensor(key) for key in file.keys() if key == name or key.endswith(f".{name}")]
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"--target {target} cannot be read: {error}") from None
+    if len(found) > 1:
+        raise ValueError(f"--target {target} has {len(found)} tensors that end in {name}")
+    return found[0] if found else None
+
+
+# ---- warm_start
+# A run that starts from another drafter (`draft.init_from`): EAGLE-3 or P-EAGLE, in either format.
+#
+# The drafter brings its shape, its rope and its draft vocabulary; what the recipe says of them must agree with it.
+
+SHAPE = (
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "draft_vocab_size",
+)
+"""Fields of the recipe's draft section that take the drafter's value where they are null."""
+
+
+@dataclass
+class Start:
+    """A drafter that fits a recipe and its target."""
+
+    files: DrafterFiles
+    recipe: Recipe
+    """A copy of the recipe, in which the drafter fills what the draft section leaves open."""
+
+
+def read_start(recipe: Recipe, target: TargetBase) -> Start | None:
+    """The drafter that the recipe starts from; None where it names none.
+
+    Raises:
+        ValueError: one line that names the key, where the recipe or the target does not fit the drafter.
+    """
+    if recipe.draft.init_from is None:
+        return None
+    files = read_drafter(recipe.draft.init_from)
+    config, where = files.config, f"draft.init_from {recipe.draft.init_from}"
+    for theirs, mine, name in (
+        (config.vocab_size, target.vocab_size, "vocabulary"),
+        (config.target_hidden_size, target.hidden_size, "hidden size"),
+    ):
+        if theirs != mine:
+            raise RecipeError(f"{where} drafts for a target of {name} {theirs}, but this target's is {mine}")
+    read = config.eagle_aux_hidden_state_layer_ids or default_layer_ids(target.num_layers)
+    if list(read) != target.layer_ids:
+        given = f"this run reads {target.layer_ids}: give target.layer_ids={list(read)}"
+        raise RecipeError(f"{where} reads layers {list(read)} of its target, {given}")
+    lost = [name for name in files.missing if name != "mask_hidden"]
+    if lost and config.hidden_size != target.hidden_size:
+        raise RecipeError(f"{where} lacks {', '.join(lost)}, and the target's do not fit: their hidden sizes differ")
+    filled = copy.deepcopy(recipe)
+    for key in SHAPE:
+        _agree(filled.draft, key, getattr(config, key), where)
+    _agree(filled.draft, "num_layers", config.num_hidden_layers, where)
+    _agree(filled.draft, "norm_before_residual", config.norm_before_residual, where)
+    if config.ptd_token_id is not None:
+        _agree(filled.draft, "mask_token_id", config.ptd_token_id, where)
+    rope = dict(config.rope_parameters or {})
+    _agree(filled.draft, "rope_theta", rope.pop("rope_theta", None), where)
+    _agree(filled.draft, "rope_scaling", None if rope.get("rope_type", "default") == "default" else rope, where)
+    return Start(files, filled)
+
+
+def _agree(draft: Draft, key: str, theirs: Any, where: str) -> None:
+    """Fill a null field with the drafter's value; RecipeError where it says something else."""
+    mine = getattr(draft, key)
+    if mine is None:
+        setattr(draft, key, theirs)
+    elif mine != theirs:
+        value = "null" if theirs is None else str(theirs).lower() if isinstance(theirs, bool) else theirs
+        raise RecipeError(
+            f"draft.{key} is {mine}, but {where} has {value}: give draft.{key}={value}, or another drafter"
+        )
+
+
+@torch.no_grad()
+def copy_start(
+    files: DrafterFiles, draft: PEagleDraft, target: TargetBase, say: Callable[[str], object] = print
+) -> None:
+    """Copy a drafter's weights into a new one of its shape; what it lacks is the target's. Says what came from where."""
+    state = draft.state_dict()
+    for name, tensor in files.tensors.items():
+        if name not in ("d2t", "t2d"):
+            state[name].copy_(tensor)
+    notes = list(files.notes)
+    if "mask_hidden" in files.missing:
+        notes.append("it has no mask_hidden (an EAGLE-3 drafter's), which starts random")
+    if "embed_tokens.weight" in files.missing:
+        state["embed_tokens.weight"].copy_(target.embedding_rows())
+        notes.append("it has no embed_tokens: the target's")
+    if "lm_head.weight" in files.missing:
+        state["lm_head.weight"].copy_(target.head_rows(files.draft_token_ids))
+        notes.append("it has no lm_head: the target's")
+    served, mine = files.config.max_position_embeddings, draft.config.max_position_embeddings
+    if served != mine:
+        notes.append(f"max_position_embeddings was {served}, is {mine} now")
+    say(f"started from {files.folder} ({files.format})" + "".join(f"; {note}" for note in notes))
+
+
+def always_drafted(tokenizer: Any, target: TargetBase, mask_token_id: int, data: Data | None = None) -> list[int]:
+    """Special and end tokens (of configs, tokenizer and chat template), which a pruned draft vocabulary keeps whatever
+    their frequency. The template is that of `data`, if it gives one.
+    """
+    ids = {*target.eos_token_ids(), *eos_token_ids(tokenizer), *end_of_turn_ids(tokenizer, data)}
+    ids |= set(getattr(tokenizer, "all_special_ids", None) or [])
+    return sorted(i for i in ids if 0 <= i < target.vocab_size and i != mask_token_id)
+
+
+def make_draft_config(
+    recipe: Recipe, target: TargetBase, mask_token_id: int, start: PEagleDraftConfig | None = None
+) -> PEagleDraftConfig:
+    """The drafter's shape: what the recipe leaves open is the target's. `start`: the drafter that it starts from."""
+    draft, config = recipe.draft, target.config
+
+    def own(name: str, *fallbacks: Any) -> Any:
+        for value in (getattr(draft, name, None), getattr(config, name, None), *fallbacks):
+            if value is not None:
+                return value
+        raise ValueError(f"the target's config has no {name}; give draft.{name}")
+
+    heads = own("num_attention_heads")
+    rope = _rope(draft, config, start)
+    served, length = own("max_position_embeddings"), recipe.data.max_length
+    if served < length:
+        logger.warning(
+            "max_position_embeddings is %s, data.max_length %d: the drafter would learn from rows longer than it says to"
+            " serve; give draft.max_position_embeddings",
+            served,
+            length,
+        )
+    try:
+        made = PEagleDraftConfig(
+            vocab_size=target.vocab_size,
+            draft_vocab_size=draft.draft_vocab_size or target.vocab_size,
+            hidden_size=own("hidden_size"),
+            target_hidden_size=target.hidden_size,
+            intermediate_size=own("intermediate_size", 4 * own("hidden_size")),
+            num_hidden_layers=draft.num_layers,
+            num_attention_heads=heads,
+            num_key_value_heads=own("num_key_value_heads", heads),
+            head_dim=own("head_dim", own("hidden_size") // heads),
+            max_position_embeddings=served,
+            rms_norm_eps=(start.rms_norm_eps if start else getattr(config, "rms_norm_eps", None)) or 1e-6,
+            attention_bias=start is not None and start.attention_bias,
+            mlp_bias=start is not None and start.mlp_bias,
+            rope_parameters=rope,
+            ptd_token_id=mask_token_id,
+            eagle_aux_hidden_state_layer_ids=target.layer_ids,
+            norm_before_residual=draft.norm_before_residual,
+            bos_token_id=getattr(config, "bos_token_id", None),
+            eos_token_id=getattr(config, "eos_token_id", None),
+            pad_token_id=None,
+        )
+    except Exception as error:  # transformers' strict configs raise types of their own
+        raise ValueError(f"the drafter's shape does not work: {' '.join(str(error).split())}") from error
+    made.check_trainable()
+    if short := yarn_too_short(rope, served):
+        logger.warning("the drafter's rope: %s", short)
+    return made
+
+
+def _rope(draft: Draft, target_config: Any, start: PEagleDraftConfig | None) -> dict[str, Any]:
+    """The drafter's rotary table with rope_theta; ValueError, in the words of whoever gave it, for one that cannot be."""
+    rope = dict(getattr(target_config, "rope_parameters", None) or {})
+    where = "the target's rope"
+    if draft.rope_theta is not None or draft.rope_scaling is not None:
+        rope = {
+            **(draft.rope_scaling or {"rope_type": "default"}),
+            "rope_theta": draft.rope_theta or rope.get("rope_theta"),
+        }
+        where = "draft.init_from's rope" if start else "draft.rope_scaling"
+    rope = {key: value for key, value in rope.items() if value is not None}
+    mistake = rope_mistake(rope)
+    if where == "the target's rope" and (mistake or "rope_theta" not in rope):
+        raise ValueError(
+            f"the target's rope is {rope or 'none'}, which a drafter cannot have"
+            f" ({mistake or 'rope_theta is missing'}): give draft.rope_theta (and draft.rope_scaling with rope_type one of"
+            f" {', '.join(ROPE_TYPES)})"
+        )
+    if mistake:
+        raise ValueError(f"{where}: {mistake}")
+    if "rope_theta" not in rope:
+        raise ValueError("draft.rope_theta is missing, and the target's config has none: give draft.rope_theta")
+    theta = rope["rope_theta"]
+    if not isinstance(theta, (int, float)) or not 1 < theta <= MAX_ROPE_THETA:
+        raise ValueError(f"{where}: rope_theta is {theta!r}; give draft.rope_theta, > 1, <= {MAX_ROPE_THETA:g}")
+    # Training would not read them, but they would be in config.json, where an engine may.
+    unused = unused_keys(rope)
+    if unused:
+        logger.warning("%s has %s, which a drafter does not use: left out", where, ", ".join(unused))
+    return {key: value for key, value in rope.items() if key not in unused}
+
+
+def make_draft(
+    recipe: Recipe, target: TargetBase, mask_token_id: int, draft_ids: Tensor, start: PEagleDraftConfig | None = None
+) -> PEagleDraft:
+    """A new drafter on the CPU, in float32 or float64: weights drawn from the recipe's seed, then the target's copied."""
+    config = make_draft_config(recipe, target, mask_token_id, start)
+    with torch.device("meta"):
+        draft = PEagleDraft(config)
+    draft = draft.to(getattr(torch, recipe.train.dtype)).to_empty(device="cpu")
+    # Buffers that no checkpoint holds (the rotary table) are only right if made on a real device.
+    draft.rotary_emb = PEagleDraft.make_rotary(config)
+    draw_weights(draft, recipe.train.seed)
+    draft.set_draft_vocab(draft_ids)
+    with torch.no_grad():
+        fits = config.hidden_size == target.hidden_size
+        if recipe.draft.embeddings_from_target:
+            if fits:
+                draft.embed_tokens.weight.copy_(target.embedding_rows())
+            else:
+                logger.warning("draft.hidden_size is not the target's: embeddings start random, not as the target's")
+        if recipe.draft.lm_head_from_target:
+            if fits:
+                draft.lm_head.weight.copy_(target.head_rows(draft_ids))
+            else:
+                logger.warning("draft.hidden_size is not the target's: lm_head starts random, and is trained")
+    train_head = recipe.draft.train_lm_head or not (fits and recipe.draft.lm_head_from_target)
+    draft.lm_head.weight.requires_grad_(train_head)
+    draft.embed_tokens.weight.requires_grad_(recipe.draft.train_embeddings)
+    draft.gradient_checkpointing = recipe.train.activation_checkpointing
+    return draft
+
+
+@torch.no_grad()
+def draw_weights(draft: PEagleDraft, seed: int) -> None:
+    """Initial weights from (seed, tensor name), so that they depend neither on the order of creation nor on any
+    generator that others use.
+    """
+    norms = {f"{name}.weight" for name, module in draft.named_modules() if isinstance(module, RMSNorm)}
+    for name, parameter in draft.named_parameters():
+        if name in norms:
+            parameter.fill_(1.0)
+        elif name.endswith("bias"):
+            parameter.zero_()
+        else:
+            key = hashlib.sha256(f"weights,{seed},{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+            parameter.normal_(std=draft.config.initializer_range, generator=generator)

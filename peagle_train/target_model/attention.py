@@ -1,0 +1,205 @@
+"""Attention of packed documents, and of a chunk of one to all that came before, without a mask over tokens by tokens.
+
+transformers' sdpa masks packed rows, so nothing is skipped: at 8,192 tokens the mask is 64 MiB, and 128 MiB more once a
+kernel has made bfloat16 of it. Told where documents begin, `varlen_attn` computes what is seen and nothing else; where it
+does not run (CPU, float32, ...) every document is attended to by itself.
+Q: queries, K: keys, of which the queries' own are the last; h: query heads, g: key heads, D: head size.
+"""
+
+import inspect
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import repeat_kv
+
+from peagle_train.files import one_line
+
+logger = logging.getLogger(__name__)
+NAME = "peagle_train"
+BLOCK, CPU_BLOCK = 256, 64
+"""Queries at a time where a mask is needed: it is as wide as the keys, and on CPU most of a narrow target's memory."""
+KINDS = ("full_attention", "sliding_attention")
+"""Layer types whose attention is known here."""
+HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+"""Not on torch 2.11."""
+
+
+def takes_bounds(model: nn.Module, config: Any) -> bool:
+    """Whether a model's layers attend as its documents' bounds say, so that all rows can be given as one.
+
+    Those of transformers' flash attention do. So do layers that would attend by sdpa through transformers' interface, and
+    that flash attention supports (it has no masks either): `packed_attention` takes the place of sdpa.
+    """
+    name = config._attn_implementation or ""
+    by_interface = bool(model._supports_attention_backend and model._supports_flash_attn)
+    known = set(getattr(config, "layer_types", None) or KINDS) <= {*KINDS}
+    return "flash" in name or (name == "sdpa" and by_interface and known)
+
+
+@contextmanager
+def bounds_heeded(config: Any) -> Iterator[None]:
+    """In the block, a target that attends by sdpa goes by `packed_attention`; transformers then makes no masks."""
+    given = config._attn_implementation
+    if given == "sdpa":
+        config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = given
+
+
+def packed_attention(
+    module: nn.Module,
+    query_1hQD: Tensor,
+    key_1gKD: Tensor,
+    value_1gKD: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    documents: Sequence[int] | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **given: Any,
+) -> tuple[Tensor, None]:
+    """As transformers calls it; returns [1, Q, h, D].
+
+    Args:
+        documents: where each begins among the queries, and Q; `cu_seq_lens_q` is the same, int32 on the device. With more
+            keys than queries there is one document, whose last Q positions are the queries.
+        sliding_window: that many positions are seen, the query's own included.
+
+    Raises:
+        ValueError: for attention of another kind.
+    """
+    _refuse_unknown(module, attention_mask, is_causal, sliding_window, documents, given)
+    assert documents is not None and cu_seq_lens_q is not None and max_length_q is not None
+    states = query_1hQD, key_1gKD, value_1gKD
+    sizes = query_1hQD.shape[3], value_1gKD.shape[3]
+    if query_1hQD.device.type != "cpu" and varlen_serves(query_1hQD.device, query_1hQD.dtype, *sizes):
+        out_1hQD = _by_varlen(*states, cu_seq_lens_q, max_length_q, scaling, sliding_window)
+    else:
+        out_1hQD = _one_by_one(*states, documents, scaling, sliding_window)
+    return out_1hQD.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, packed_attention)
+
+
+def _refuse_unknown(
+    module: Any, mask: Tensor | None, causal: bool | None, window: int | None, documents: Any, given: dict[str, Any]
+) -> None:
+    kinds = getattr(module.config, "layer_types", None)
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    unknown = [name for name in ("position_bias", "softcap", "s_aux") if given.get(name) is not None]
+    unknown += ["a mask"] * (mask is not None) + ["no causal order"] * (not causal)
+    unknown += ["no documents' bounds"] * (documents is None)
+    unknown += ["an unknown window"] * bool(kinds and kinds[module.layer_idx] == KINDS[1] and not window)
+    if unknown:
+        raise ValueError(
+            f"{type(module).__name__} has {', '.join(unknown)}, unlike what packed documents are attended to by: with"
+            " target.check true, transformers' own attention is used for them"
+        )
+
+
+@cache
+def varlen_serves(device: torch.device, dtype: torch.dtype, D: int, value_D: int) -> bool:
+    """Whether `varlen_attn` runs and gives what attending to documents one by one gives: a few tokens are tried, once."""
+    try:
+        if value_D != D:
+            raise ValueError(f"values have size {value_D}")
+        q_1hKD = torch.arange(4 * 9 * D, device=device).sin().view(1, 4, 9, D).to(dtype)
+        k_1gKD, v_1gKD = (q_1hKD[:, :2] * 3).sin(), (q_1hKD[:, 2:] * 5).sin()
+        for documents, window in (([0, 4, 9], None), ([0, 4, 9], 3), ([0, 5], None), ([0, 5], 3)):
+            states = q_1hKD[:, :, 9 - documents[-1] :], k_1gKD, v_1gKD
+            bounds = torch.tensor(documents, dtype=torch.int32, device=device)
+            found = _by_varlen(*states, bounds, 5, None, window)
+            expected = _one_by_one(*states, documents, None, window)
+            if not (found - expected).abs().max() <= 0.03 * expected.abs().max():
+                raise ValueError("its results are wrong")
+    except Exception as error:  # whatever a build, a device, a dtype or a head size without the kernel raises
+        kind = f"{str(dtype)[6:]}, head size {D}, on {device}"
+        logger.warning(
+            "torch's varlen_attn does not serve (%s: %s): documents are attended to one by one",
+            kind,
+            one_line(error, 200),
+        )
+        return False
+    return True
+
+
+def _by_varlen(
+    q_1hQD: Tensor,
+    k_1gKD: Tensor,
+    v_1gKD: Tensor,
+    bounds: Tensor,
+    longest: int,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    """[1, h, Q, D], by a kernel that skips what is not seen."""
+    Q, K = q_1hQD.shape[2], k_1gKD.shape[2]
+    # Not from the host, which would wait: a cache's length differs from layer to layer.
+    bounds_k = bounds if Q == K else torch.arange(2, dtype=torch.int32, device=bounds.device) * K
+    more: dict[str, Any] = {"enable_gqa": True}
+    if not HAS_GQA:
+        groups, more = q_1hQD.shape[1] // k_1gKD.shape[1], {}
+        k_1gKD, v_1gKD = repeat_kv(k_1gKD, groups), repeat_kv(v_1gKD, groups)
+    sides = (window - 1 if window else -1, 0)  # positions seen before and after a query's own; -1: all
+    q_QhD, k_KgD, v_KgD = (states[0].transpose(0, 1) for states in (q_1hQD, k_1gKD, v_1gKD))
+    out_QhD: Any = varlen_attn(
+        q_QhD, k_KgD, v_KgD, bounds, bounds_k, longest, longest if Q == K else K, scale=scale, window_size=sides, **more
+    )
+    return out_QhD.transpose(0, 1)[None]
+
+
+def _one_by_one(
+    q_1hQD: Tensor, k_1gKD: Tensor, v_1gKD: Tensor, documents: Sequence[int], scale: float | None, window: int | None
+) -> Tensor:
+    """[1, h, Q, D], by sdpa."""
+    Q, K = q_1hQD.shape[2], k_1gKD.shape[2]
+    groups, block = q_1hQD.shape[1] // k_1gKD.shape[1], CPU_BLOCK
+    if q_1hQD.device.type != "cpu":  # CUDA's kernels for float32 and for masks want as many key heads as query heads
+        k_1gKD, v_1gKD, groups, block = repeat_kv(k_1gKD, groups), repeat_kv(v_1gKD, groups), 1, BLOCK
+    if Q < K:
+        return _attend(q_1hQD, k_1gKD, v_1gKD, scale, window or K, block)
+    out_1hQD = repeat_kv(v_1gKD, groups).clone()  # what a document of one token gets, as padding is
+    for start, stop in pairwise(documents):
+        n = stop - start
+        if n > 1:
+            # Of a few lengths: CPU kernels keep something for every new one in bfloat16. What comes after is not seen.
+            padded = slice(start, start - (-n // CPU_BLOCK) * CPU_BLOCK)
+            q, k, v = (states[:, :, padded] for states in (q_1hQD, k_1gKD, v_1gKD))
+            out_1hQD[:, :, start:stop] = _attend(q, k, v, scale, window or K, block)[:, :, :n]
+    return out_1hQD
+
+
+def _attend(q_1hQD: Tensor, k_1gKD: Tensor, v_1gKD: Tensor, scale: float | None, window: int, block: int) -> Tensor:
+    """One document: query i sees the last `window` of its first K - Q + i + 1 keys."""
+    Q, K = q_1hQD.shape[2], k_1gKD.shape[2]
+    given: dict[str, Any] = {"scale": scale, "enable_gqa": q_1hQD.shape[1] != k_1gKD.shape[1]}
+    if Q == K <= window:
+        return F.scaled_dot_product_attention(q_1hQD, k_1gKD, v_1gKD, is_causal=True, **given)
+    out_1hQD = q_1hQD.new_empty(*q_1hQD.shape[:3], v_1gKD.shape[3])
+    for start in range(0, Q, block):
+        stop = min(start + block, Q)
+        position, first = (
+            K - Q + start,
+            max(0, K - Q + start + 1 - window),
+        )  # of the first query; key that it sees first
+        keys = slice(first, K - Q + stop)
+        mask = torch.ones(stop - start, keys.stop - first, dtype=torch.bool, device=q_1hQD.device)
+        mask = mask.tril(position - first).triu(position - first + 1 - window)
+        out_1hQD[:, :, start:stop] = F.scaled_dot_product_attention(
+            q_1hQD[:, :, start:stop], k_1gKD[:, :, keys], v_1gKD[:, :, keys], attn_mask=mask, **given
+        )
+    return out_1hQD

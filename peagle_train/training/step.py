@@ -1,0 +1,191 @@
+"""AdamW's parameter groups and the learning-rate schedule."""
+
+import logging
+import os
+import shutil
+import sysconfig
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
+from torch import Tensor, nn
+from torch.profiler import record_function
+from transformers import get_scheduler
+
+from peagle_train.config import Recipe, Train
+from peagle_train.core import attention
+from peagle_train.core.compiled import CompiledDraft, Graphs, compile_layers
+from peagle_train.core.draft import PEagleDraft
+from peagle_train.core.plan import Plan, plan_segments
+from peagle_train.core.relay import RelayBuffers, context_chunks, needed_segments, relay_step
+from peagle_train.core.segments import StepStats, TargetOutputs, recompute_step
+from peagle_train.distributed import is_sharded, max_counts
+from peagle_train.target_model.cache import FIELDS
+from peagle_train.target_model.frozen import TargetBase
+
+# ---- runner
+# Target and drafter over one micro-batch, in the recipe's segments; training and evaluation share it.
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, Tensor]
+
+
+def check_flex(train: Train) -> None:
+    """What flex attention needs: a compiler for Triton (ValueError), and bfloat16 to be fast (a warning)."""
+    missing = []
+    if "CC" not in os.environ and not shutil.which("gcc") and not shutil.which("clang"):
+        missing.append("a C compiler (gcc or clang, or name one in CC)")
+    if not Path(str(sysconfig.get_config_var("INCLUDEPY")), "Python.h").exists():
+        missing.append("Python's headers (python3-dev, or conda's python)")
+    if missing:
+        raise ValueError(
+            f"Triton, which compiles the drafter's attention on CUDA, needs {' and '.join(missing)}: install it"
+        )
+    if train.mixed_precision == "no":
+        logger.warning(
+            "train.mixed_precision is no: the drafter's attention is an order of magnitude slower on CUDA in %s than in"
+            " bfloat16; give train.mixed_precision=bf16",
+            train.dtype,
+        )
+
+
+class BatchRunner:
+    """Runs batches of the collator; the target and the drafter are on the accelerator's device."""
+
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, target: TargetBase, draft: PEagleDraft) -> None:
+        self.recipe, self.accelerator, self.target, self.draft = recipe, accelerator, target, draft
+        self.device = accelerator.device
+        self.sharded = is_sharded(draft)
+        self._backwards_to_come: int | None = None
+        self.relay = recipe.train.segment_mode == "relay" and recipe.cod.segments > 1
+        self.head_rows = target.head_rows(draft.draft_token_ids).to(self.device)
+        self.buffers = RelayBuffers()
+        on_flex = attention.uses_flex(self.device)
+        self.runs: PEagleDraft | CompiledDraft = draft
+        self.graphs: Graphs | None = None
+        if recipe.train.compile is True or (recipe.train.compile == "auto" and on_flex):
+            mode = None if recipe.train.compile_mode == "default" else recipe.train.compile_mode
+            if self.sharded:
+                self.graphs = compile_layers(draft, recipe.train.compile_backend, mode)
+            else:
+                self.runs = CompiledDraft(draft, recipe.train.compile_backend, mode)
+                self.graphs = self.runs.graphs
+        # Shapes are the same for all batches where something is made for each new shape and kept: graphs, flex attention
+        # on CUDA, oneDNN's bfloat16 primitives on CPU (without this a run's memory grows for hundreds of steps).
+        self.pad_context = self.graphs is not None or on_flex
+        self.static = self.pad_context or recipe.train.mixed_precision == "bf16"
+
+    def plan(self, batch: Batch) -> Plan:
+        """The passes of a batch that is on the host."""
+        return plan_segments(batch, static=self.static, pad_context=self.pad_context)
+
+    def run_target(self, batch: Batch) -> TargetOutputs:
+        """The target's outputs for a batch on the host; on the device, unless `offload_features`."""
+        with record_function("peagle::target"):
+            target = self.target.outputs(batch, self.head_rows)
+        if self.recipe.train.offload_features and self.device.type == "cuda":
+            # Page-locked, or every segment's piece would wait for its copy back.
+            held = [
+                torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+                for tensor in (target.features, target.last_hidden)
+            ]
+            torch.cuda.current_stream(self.device).synchronize()  # the host cuts pieces out of them
+            target.features, target.last_hidden = held
+        return target
+
+    def run(
+        self,
+        batch: Batch,
+        plan: Plan,
+        scale: Tensor | None,
+        is_last: bool = True,
+        target: TargetOutputs | None = None,
+    ) -> StepStats:
+        """Run one micro-batch, which is on the host, and return its sums. With `scale`, also accumulate gradients of
+        `loss * scale`.
+
+        A sharded drafter's gradients are reduced once a step, in the last pass of the batch that `is_last`.
+
+        Args:
+            target: the batch's `run_target`, if the caller has it already.
+        """
+        train = self.recipe.train
+        if target is None:
+            target = self.run_target(batch)
+        on_device = {n: t.to(self.device, non_blocking=True) for n, t in batch.items() if n not in FIELDS}
+        arguments: dict[str, Any] = {
+            "loss": train.loss,
+            "chunk_rows": train.chunk_rows(self.device.type),
+            "plan": plan,
+            "scale": 1.0 if scale is None else scale,
+        }
+        if self.sharded:
+            most_a, most_b = self._agree_on_passes(plan, at_least=int(is_last and scale is not None))
+            arguments["min_passes"] = (most_a, most_b) if self.relay else most_b
+            self._backwards_to_come = most_b if is_last else None
+            self.draft.set_requires_gradient_sync(False)  # type: ignore[operator]
+        # Autocast's cache would keep a second copy of all weights, whole, until the batch is through.
+        with self.accelerator.autocast(AutocastKwargs(cache_enabled=not self.sharded)):
+            if self.relay:
+                backward = None if scale is None else self._backward
+                return relay_step(self.runs, on_device, target, buffers=self.buffers, backward=backward, **arguments)
+            backward_loss = None if scale is None else self._backward_loss
+            return recompute_step(self.runs, on_device, target, backward=backward_loss, **arguments)
+
+    def _agree_on_passes(self, plan: Plan, at_least: int) -> tuple[int, int]:
+        """(pass A, pass B) of the rank that needs most: every rank takes part in every all-gather."""
+        needed = needed_segments(plan) if self.relay else [s for s in plan.segments if s.supervised.numel()]
+        chunks = context_chunks(plan, needed) if self.relay else []
+        most_a, most_b = max_counts([len(chunks), max(len(needed), at_least)], self.device)
+        return most_a, most_b
+
+    def _backward(self, tensors: Any, gradients: Any) -> None:
+        if self.sharded and self._backwards_to_come is not None:
+            self._backwards_to_come -= 1
+            if self._backwards_to_come == 0:
+                self.draft.set_requires_gradient_sync(True)  # type: ignore[operator]
+        with torch.autocast(self.device.type, enabled=False), record_function("peagle::backward"):
+            torch.autograd.backward(tensors, gradients)
+
+    def _backward_loss(self, loss: Tensor) -> None:
+        self._backward([loss], [None])
+
+
+# ---- optim
+# AdamW's parameter groups and the learning-rate schedule.
+
+
+def make_optimizer(draft: nn.Module, train: Train) -> torch.optim.AdamW:
+    """AdamW without weight decay on embeddings (decay shrinks rows that are never seen), norms and `mask_hidden`."""
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    for name, parameter in draft.named_parameters():
+        if parameter.requires_grad:
+            no_decay = parameter.dim() < 2 or name.endswith(("embed_tokens.weight", "mask_hidden"))
+            (kept if no_decay else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]],
+        lr=train.learning_rate,
+        betas=(train.adam_beta1, train.adam_beta2),
+        eps=train.adam_epsilon,
+        fused=True,  # one pass over weights and moments, and no tensor beside them: a fifth of the time on a CPU
+    )
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, train: Train, num_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Warm-up, then linear or cosine to 0, or constant; stepped once an optimizer step on every rank."""
+    warmup = round(train.warmup_ratio * num_steps)
+    if train.schedule == "constant":
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_warm_up, warmup))
+    return get_scheduler(train.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=num_steps)
+
+
+def _warm_up(warmup: int, step: int) -> float:
+    return min(1.0, step / warmup) if warmup else 1.0
