@@ -3,6 +3,7 @@
 Names are looked up on first use, so that importing the package costs nothing and the collator brings only torch.
 """
 
+# ruff: noqa: F401 (what is imported for type checkers is what `_HOMES` names)
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -20,39 +21,23 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "CODCollator": "core.collator",
-    "FrozenTarget": "target.frozen",
+    "FrozenTarget": "target_model.frozen",
     "PEagleDraft": "core.draft",
     "PEagleDraftConfig": "core.draft_config",
-    "Recipe": "recipe",
+    "Recipe": "config",
     "RelayBuffers": "core.relay",
     "TargetOutputs": "core.segments",
     "assign_cod_segments": "core.partition",
     "balanced_boundaries": "core.partition",
     "chunked_linear_loss": "core.loss",
     "generate_cod_sample_indices": "core.cod",
-    "load_recipe": "recipe",
+    "load_recipe": "config",
     "recompute_step": "core.segments",
     "relay_step": "core.relay",
     "segment_capacity": "core.partition",
 }
 
-__all__ = [
-    "CODCollator",
-    "FrozenTarget",
-    "PEagleDraft",
-    "PEagleDraftConfig",
-    "Recipe",
-    "RelayBuffers",
-    "TargetOutputs",
-    "assign_cod_segments",
-    "balanced_boundaries",
-    "chunked_linear_loss",
-    "generate_cod_sample_indices",
-    "load_recipe",
-    "recompute_step",
-    "relay_step",
-    "segment_capacity",
-]
+__all__ = sorted(_HOMES)
 __version__ = "0.1.0"
 
 

@@ -100,7 +100,10 @@ def _run(options: argparse.Namespace) -> int:
 
     for name in ("summary", "resume"):
         if getattr(options, name):
-            check_path(f"--{name}", getattr(options, name))
+            try:
+                check_path(getattr(options, name))
+            except ValueError as error:
+                raise ValueError(f"--{name}: {error}") from None
     if options.summary:
         from peagle_train.training.checkpoint import read_summary
 

@@ -1,27 +1,25 @@
 """The recipe: every setting of a training run, in six sections, from YAML and `section.key=value` arguments.
 
-A new setting is a new field: its type hint, `option(...)` limits and docstring are all that it takes.
+A new setting is a new field: its type hint with its limits and its docstring are all that it takes.
 """
 
 import difflib
+import functools
 import json
-import math
 import os
 import re
 import shlex
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
 
 from peagle_train.core.rope import rope_mistake, unused_keys
 from peagle_train.files import one_line
 
-# ---- strict_yaml
-# YAML without its surprises, for files that people write.
+# ---- YAML without its surprises, for files that people write
 
 
 class YamlError(ValueError):
@@ -96,206 +94,129 @@ def dump_yaml(value: Any) -> str:
     return str(yaml.dump(value, Dumper=StrictDumper, sort_keys=False))
 
 
-# ---- schema
-# Strict sections: plain values read into dataclasses by their type hints, each mistake one clear line.
-#
-# Machinery of `recipe.py`; knows nothing of its fields. A field's type hint says what is allowed: `int`,
-# `float`, `bool`, `str`, `list[int]`, `list[str]`, `list[str | dict[str, Any]]`, `dict[str, Any]` or `Literal[...]`, each
-# with or without `| None`, or a plain type and a word, as in `int | Literal["auto"]`. `option` adds limits or a rule.
-
-Rule = tuple[Callable[[Any], bool], str]
-"""What a value must fulfil, and the same in words: "give <words>"."""
+# ---- sections: plain values read into dataclasses by pydantic, each mistake one clear line
 
 
 class RecipeError(ValueError):
     """A mistake in a recipe, told in one line."""
 
 
-def option(
-    default: Any = MISSING,
-    *,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    lt: float | None = None,
-    rule: Rule | None = None,
-    is_path: bool = False,
-) -> Any:
-    """A dataclass field with limits. Without a default it must be given. `is_path` expands a leading `~`, and refuses
-    what no file can be called.
+class within:
+    """Limits of a number, in a field's hint. Like `fits`, it asks for pydantic only when a recipe is read: without it,
+    recipes can be built in Python.
     """
-    limits = {">=": ge, ">": gt, "<=": le, "<": lt}
-    metadata = {
-        "limits": {sign: limit for sign, limit in limits.items() if limit is not None},
-        "rule": rule,
-        "is_path": is_path,
-    }
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+
+    def __init__(self, **limits: float) -> None:
+        self.limits = limits
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+        return {**handler(source), **self.limits}
 
 
-def read_sections(types: Mapping[str, type], raw: Mapping[Any, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """An instance of each section from what a file holds and `section.key=value` overrides."""
-    known = [f"{name}.{spec.name}" for name, cls in types.items() for spec in fields(cls)]
-    given: dict[str, dict[Any, Any]] = {}
-    for name, values in raw.items():
-        _check_section_name(name, types, known)
-        # A section whose every line is commented out reads as null.
-        given[name] = {} if values is None else values
-        if not isinstance(given[name], dict):
-            raise RecipeError(f"{name}: got {_show(values)}; give a mapping of its keys to values")
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        name, dot, leaf = key.strip().partition(".")
-        if not equals or not dot:
-            raise RecipeError(f"override {override!a}: give section.key=value, as in train.epochs=2")
-        _check_section_name(name, types, known)
-        try:
-            given.setdefault(name, {})[leaf] = parse_yaml(text, f"override {key.strip()}")
-        except YamlError as error:
-            raise RecipeError(str(error)) from None
-    return {name: read_section(cls, name, given.get(name, {}), known) for name, cls in types.items()}
+class fits:
+    """What a value of a field's hint becomes; `convert` raises ValueError with what to give instead."""
+
+    def __init__(self, convert: Callable[[Any], Any]) -> None:
+        self.convert = convert
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+        from pydantic_core.core_schema import no_info_after_validator_function
+
+        return no_info_after_validator_function(self.convert, handler(source))
 
 
-def as_override(key: str, value: Any) -> str:
-    """What a person types into a shell to get `key` the value."""
-    return shlex.quote(f"{key}={dump_line(value)}")
+def _holding(holds: Callable[[Any], bool], words: str) -> fits:
+    def check(value: Any) -> Any:
+        if not holds(value):
+            raise ValueError(f"give {words}")
+        return value
+
+    return fits(check)
 
 
-def read_section(cls: type, name: str, values: Mapping[Any, Any], known: list[str]) -> Any:
-    """An instance of the dataclass from plain values; `known` are the dotted keys that a wrong one is compared with."""
-    hints = get_type_hints(cls)
-    for key in values:
-        if key not in hints:
-            meant = _nearest_key(name, str(key), known)
-            raise RecipeError(f"{name}.{key} is not a key; did you mean {meant}?")
-    read = {}
-    for spec in fields(cls):
-        key = f"{name}.{spec.name}"
-        if spec.name in values:
-            read[spec.name] = check_value(key, values[spec.name], hints[spec.name], spec.metadata)
-        elif spec.default is MISSING and spec.default_factory is MISSING:
-            raise RecipeError(f"{key} is missing; give {_allowed(hints[spec.name], spec.metadata)}")
-    return cls(**read)
-
-
-def check_section(section: Any, name: str) -> None:
-    """RecipeError unless every field of a section that was built in Python fits its hint and limits."""
-    hints = get_type_hints(type(section))
-    for spec in fields(section):
-        check_value(f"{name}.{spec.name}", getattr(section, spec.name), hints[spec.name], spec.metadata)
-
-
-def check_value(key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
-    """`value` in the type that `hint` names, or a RecipeError that says what was given and what to give."""
-    plain, is_nullable = _split_null(hint)
-    if value is None and is_nullable:
-        return None
-    try:
-        fitted = _fit(value, plain)
-    except (TypeError, ValueError, OverflowError):
-        raise RecipeError(f"{key}: got {_show(value)}; give {_allowed(hint, metadata)}") from None
-    rule: Rule | None = metadata.get("rule")
-    is_word = isinstance(fitted, str)  # such as auto in a number's place
-    is_within = is_word or all(_COMPARE[sign](fitted, limit) for sign, limit in metadata.get("limits", {}).items())
-    if not is_within or (rule is not None and not rule[0](fitted)):
-        raise RecipeError(f"{key}: got {_show(value)}; give {_allowed(hint, metadata)}")
-    return check_path(key, os.path.expanduser(fitted)) if metadata.get("is_path") else fitted
-
-
-def check_path(key: str, path: str) -> str:
-    """`path` itself; RecipeError for one that no file system takes: any look at it would be an OSError."""
+def check_path(path: str) -> str:
+    """`path`, its leading ~ expanded; ValueError for one that no file system takes: any look at it would be an OSError."""
+    path = os.path.expanduser(path)
     try:
         encoded = os.fsencode(path)
     except UnicodeEncodeError:
-        raise RecipeError(f"{key}: got {_show(path)}; give a path that can be written in UTF-8") from None
+        raise ValueError("give a path that can be written in UTF-8") from None
     if b"\0" in encoded:
-        raise RecipeError(f"{key}: got {_show(path)}; give a path without a null character")
+        raise ValueError("give a path without a null character")
     if len(encoded) > MAX_PATH or max(map(len, encoded.split(b"/"))) > MAX_NAME:
-        raise RecipeError(
-            f"{key}: got {_show(path)}, {len(encoded)} bytes long; give a path of at most {MAX_PATH} bytes, each of its"
-            f" folders' names at most {MAX_NAME}"
+        raise ValueError(
+            f"give a path of at most {MAX_PATH} bytes, each of its folders' names at most {MAX_NAME}; it has {len(encoded)}"
         )
     return path
 
 
 MAX_PATH, MAX_NAME = 3800, 255
 """Bytes. Linux takes 4095; what a run writes below its folder needs some of them."""
+MANY = 2**31 - 1
+"""The largest of what is only counted; what memory or time is taken for has limits of its own, beyond any use."""
+
+MAX_ROPE_THETA = 1e15
+"""Beyond it the slowest angles vanish in float32."""
 
 
-_COMPARE: dict[str, Callable[[Any, Any], bool]] = {
-    ">=": lambda value, limit: value >= limit,
-    ">": lambda value, limit: value > limit,
-    "<=": lambda value, limit: value <= limit,
-    "<": lambda value, limit: value < limit,
-}
+def _is_plain(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)  # raises on NaN and on what has no plain form, such as a cycle
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
-def _split_null(hint: Any) -> tuple[Any, bool]:
-    if get_origin(hint) not in (Union, UnionType):
-        return hint, False
-    plain = tuple(arg for arg in get_args(hint) if arg is not NoneType)
-    return Union[plain], NoneType in get_args(hint)  # noqa: UP007 (of what is known only now)
+Count = Annotated[int, within(ge=1, le=MANY)]
+Share = Annotated[float, within(ge=0, lt=1)]
+Text = Annotated[str, _holding(lambda text: text.strip() != "", "a non-empty string")]
+FilePath = Annotated[Text, fits(check_path)]
+Plain = Annotated[dict[str, Any], _holding(_is_plain, "a mapping of names to finite values")]
+Sources = list[Text | dict[str, Any]]
 
 
-def _fit(value: Any, hint: Any) -> Any:
-    """`value` as `hint`; TypeError, ValueError or OverflowError where it is none."""
-    origin = get_origin(hint)
-    if origin is Literal:
-        if isinstance(value, str) and value in get_args(hint):
-            return value
-    elif origin is list:
-        if isinstance(value, list):
-            return [_fit(item, get_args(hint)[0]) for item in value]
-    elif origin in (Union, UnionType):
-        for arg in get_args(hint):
-            try:
-                return _fit(value, arg)
-            except (TypeError, ValueError, OverflowError):
-                continue
-    elif origin is dict:
-        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-            json.dumps(value, allow_nan=False)  # raises on NaN, on cycles and on what has no plain form
-            return value
-    elif hint is float:
-        # Strings too: to most YAML readers, 1e-4 without a dot is one.
-        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            number = float(value)
-            if math.isfinite(number):
-                return number
-    elif hint is str:
-        if isinstance(value, str) and value.strip():
-            return value
-    else:
-        assert hint in (int, bool), f"no rule for fields of type {hint}"
-        if type(value) is hint:  # not isinstance: a bool is an int to Python, but not to a reader of recipes
-            return value
-    raise TypeError
+def read_section(cls: type, name: str, values: Mapping[Any, Any], known: Iterable[str] = ()) -> Any:
+    """An instance of the dataclass from plain values; RecipeError of one line where they do not fit.
+
+    Args:
+        known: dotted keys of other sections, where a wrong one may have been meant.
+    """
+    from pydantic import ValidationError
+
+    try:
+        read = _model(cls).model_validate(dict(values))
+    except ValidationError as error:
+        mistakes = error.errors()
+        first = mistakes[0]
+        key = name + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][:1])
+        if first["type"] in ("extra_forbidden", "invalid_key"):
+            here = [f"{name}.{spec.name}" for spec in fields(cls)]
+            elsewhere = [dotted for dotted in known if dotted.endswith(f".{first['loc'][0]}")]
+            meant = elsewhere[0] if elsewhere else _nearest(key, here)
+            raise RecipeError(f"{key} is not a key; did you mean {meant}?") from None
+        if first["type"] == "missing":
+            raise RecipeError(f"{key} is missing") from None
+        words = dict.fromkeys(m["msg"] for m in mistakes if m["loc"][0] == first["loc"][0])
+        allowed = ", or ".join(
+            w.removeprefix("Value error, ").replace("Input should be", "it should be") for w in words
+        )
+        raise RecipeError(f"{key}: got {_show(first['input'])}; {allowed}") from None
+    return cls(**{key: getattr(read, key) for key in read.model_fields_set})
 
 
-def _allowed(hint: Any, metadata: Mapping[str, Any]) -> str:
-    plain, is_nullable = _split_null(hint)
-    others = ""
-    if get_origin(plain) in (Union, UnionType):
-        plain, *words_too = get_args(plain)
-        others = "".join(f", or {word}" for literal in words_too for word in get_args(literal))
-    rule: Rule | None = metadata.get("rule")
-    if rule is not None:
-        words = rule[1]
-    elif get_origin(plain) is Literal:
-        words = "one of " + ", ".join(get_args(plain))
-    elif get_origin(plain) is list:
-        words = "a list of " + {int: "integers", str: "non-empty strings, as in [a, b]"}[get_args(plain)[0]]
-    elif get_origin(plain) is dict:
-        words = "a mapping of names to finite values"
-    else:
-        words = _WORDS[plain]
-    limits = " and ".join(f"{sign} {limit}" for sign, limit in metadata.get("limits", {}).items())
-    return words + (f" {limits}" if limits else "") + others + (", or null" if is_nullable else "")
+@functools.cache
+def _model(cls: type) -> Any:
+    from pydantic import create_model
+
+    hints = get_type_hints(cls, include_extras=True)
+    needed = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(cls)}
+    parts: dict[str, Any] = {key: (hints[key], ... if needed[key] else None) for key in needed}
+    return create_model(cls.__name__, __config__={"strict": True, "extra": "forbid", "allow_inf_nan": False}, **parts)
 
 
-_WORDS = {int: "an integer", float: "a finite number", bool: "true or false", str: "a non-empty string"}
+def as_override(key: str, value: Any) -> str:
+    """What a person types into a shell to get `key` the value."""
+    return shlex.quote(f"{key}={dump_line(value)}")
 
 
 def _show(value: Any) -> str:
@@ -305,26 +226,11 @@ def _show(value: Any) -> str:
     return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
 
 
-def _check_section_name(name: Any, types: Mapping[str, type], known: list[str]) -> None:
-    if name not in types:
-        is_key = any(key.partition(".")[2] == name for key in known)
-        meant = _nearest_key("", str(name), known) if is_key else _nearest(str(name), types)
-        raise RecipeError(f"{name} is not a section; did you mean {meant}?")
-
-
-def _nearest_key(section: str, key: str, known: list[str]) -> str:
-    """The dotted key likely meant: the same name in another section, or the closest in this one."""
-    elsewhere = [dotted for dotted in known if dotted.partition(".")[2] == key]
-    inside = [dotted for dotted in known if dotted.startswith(f"{section}.")]
-    return elsewhere[0] if elsewhere else _nearest(f"{section}.{key}", inside)
-
-
 def _nearest(name: str, known: Iterable[str]) -> str:
     return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
 
 
-# ---- source_spec
-# One entry of `data.sources`: a string, or a mapping with a weight and more. Knows nothing of what is on the disk.
+# ---- one entry of `data.sources`
 
 HUB = "hf:"
 """In front of a name, it is that of a data set that Hugging Face's `datasets` loads."""
@@ -334,17 +240,17 @@ HUB = "hf:"
 class SourceSpec:
     """What a recipe says of one source."""
 
-    path: str | None = option(None)
+    path: Text | None = None
     """A file, a folder (of files, or written by `datasets.save_to_disk`), a glob, or stdlib."""
-    datasets: str | None = option(None)
+    datasets: Text | None = None
     """The name of a data set, for `datasets.load_dataset`. Either this or path."""
-    weight: float = option(1.0, gt=0, le=1000)
+    weight: Annotated[float, within(gt=0, le=1000)] = 1.0
     """How often each document comes in an epoch: 2.5 is twice, and once more for the half that their keys choose."""
     format: Literal["auto", "text", "jsonl", "json", "parquet", "arrow"] = "auto"
     """What the files are; auto goes by their extension. Given, it also chooses what a folder's files are."""
-    split: str | None = option(None)
+    split: Text | None = None
     """Of a data set that has splits; null: train."""
-    name: str | None = option(None)
+    name: Text | None = None
     """The data set's configuration."""
     streaming: bool = False
     """Never held in memory or on disk as a whole; has to be prepared before training."""
@@ -364,7 +270,7 @@ def _parse(item: str | dict[str, Any], key: str) -> SourceSpec:
         item = {"datasets": item.removeprefix(HUB)} if item.startswith(HUB) else {"path": item}
     if isinstance(item.get("path"), str) and item["path"].startswith(HUB) and "datasets" not in item:
         item = {**{name: value for name, value in item.items() if name != "path"}, "datasets": item["path"][len(HUB) :]}
-    spec: SourceSpec = read_section(SourceSpec, key, item, [f"{key}.{spec.name}" for spec in fields(SourceSpec)])
+    spec: SourceSpec = read_section(SourceSpec, key, item)
     if (spec.path is None) == (spec.datasets is None):
         given = "both path and datasets" if spec.path is not None else "neither path nor datasets"
         raise RecipeError(f"{key} has {given}; give one of them")
@@ -373,46 +279,35 @@ def _parse(item: str | dict[str, Any], key: str) -> SourceSpec:
     return spec
 
 
-# ---- recipe
-# The recipe: every setting of a training run, in six sections, from YAML and `section.key=value` arguments.
-#
-# A new setting is a new field: its type hint, `option(...)` limits and docstring are all that it takes.
-
-# ruff: noqa: RUF009 (option() makes a dataclass field)
-
-
-MANY = 2**31 - 1
-"""The largest of what is only counted; what memory or time is taken for has limits of its own, beyond any use."""
-
-MAX_ROPE_THETA = 1e15
-"""Beyond it the slowest angles vanish in float32."""
-
-__all__ = ["MAX_ROPE_THETA", "Recipe", "RecipeError", "dump_recipe", "load_recipe"]
+# ---- the recipe
 
 
 @dataclass
 class Target:
     """The model to draft for."""
 
-    path: str = option(is_path=True)
+    path: FilePath
     """Folder of the target in transformers' format."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     """What the target computes in; auto is what its files say."""
-    layer_ids: list[int] | None = option(
-        None,
-        rule=(
-            lambda ids: len(ids) == 3 and 0 <= ids[0] < ids[1] < ids[2],
-            "3 strictly increasing integers >= 0, as in [2, 14, 25]",
-        ),
-    )
+    layer_ids: (
+        Annotated[
+            list[int],
+            _holding(
+                lambda ids: len(ids) == 3 and 0 <= ids[0] < ids[1] < ids[2],
+                "3 strictly increasing integers >= 0, as in [2, 14, 25]",
+            ),
+        ]
+        | None
+    ) = None
     """Features are the residual stream entering these layers; null: (2, n // 2, n - 3) for n layers."""
-    chunk_tokens: int | None = option(None, ge=1, le=MANY)
+    chunk_tokens: Count | None = None
     """Tokens that the target is given at a time, over a cache of keys and values; null: a whole batch."""
-    cache: str | None = option(None, is_path=True)
+    cache: FilePath | None = None
     """Folder of tools/cache_features.py to read features from, so that the target need not run; null: run it."""
     cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     """What features have in that folder; auto is what the target computes in."""
-    attn_implementation: str | None = None
+    attn_implementation: Text | None = None
     """transformers' attention of the target; null: its default. Where that is sdpa, and the model heeds documents' bounds,
     packed documents are attended to without transformers' mask of tokens by tokens."""
     shard: bool = False
@@ -430,46 +325,42 @@ class Target:
 class Data:
     """The documents to learn from."""
 
-    sources: list[str | dict[str, Any]] = option(
-        rule=(lambda items: len(items) > 0, "a non-empty list of files, folders, globs or the word stdlib")
-    )
+    sources: Annotated[Sources, _holding(len, "a non-empty list of files, folders, globs or the word stdlib")]
     """Files, folders, globs, `stdlib` (the running Python's own library), `hf:NAME`, or mappings with `path` or `datasets`,
-    and weight, format, split, name, streaming: see `SourceSpec` in source_spec.py."""
-    extensions: list[str] = option(
-        [".py", ".txt", ".md", ".jsonl", ".parquet", ".arrow"],
-        rule=(
+    and weight, format, split, name, streaming: see `SourceSpec` in config.py."""
+    extensions: Annotated[
+        list[Text],
+        _holding(
             lambda items: all(item.startswith(".") for item in items),
             "a list of file extensions, each with its dot, as in [.py, .jsonl]",
         ),
-    )
+    ] = field(default_factory=lambda: [".py", ".txt", ".md", ".jsonl", ".parquet", ".arrow"])
     """Which files of folders are read: .jsonl, .json, .parquet and .arrow as rows, anything else as text."""
-    exclude: list[str] = option([])
+    exclude: list[Text] = field(default_factory=list)
     """fnmatch patterns; a file whose path below its source matches one is left out."""
-    eval_sources: list[str | dict[str, Any]] = option(
-        [], rule=(lambda items: True, "a list of files, folders, globs or the word stdlib")
-    )
+    eval_sources: Sources = field(default_factory=list)
     """Documents to evaluate on, named as in `sources` (but weights are 1). Given, eval_fraction is not used."""
-    eval_fraction: float = option(0.02, ge=0, lt=1)
+    eval_fraction: Share = 0.02
     """Share of the documents of `sources` that is held out to evaluate on."""
-    max_documents: int | None = option(None, ge=1, le=MANY)
+    max_documents: Count | None = None
     """Stop reading behind so many documents."""
-    max_bad_rows: int = option(0, ge=0, le=MANY)
+    max_bad_rows: Annotated[int, within(ge=0, le=MANY)] = 0
     """Leave out so many rows that cannot be trained on, counted by reason; one more stops the run."""
-    max_characters: int | None = option(4_000_000, ge=1, le=MANY)
+    max_characters: Count | None = 4_000_000
     """A row of data that holds a longer text is a bad row; null: any length. Text files may have any length."""
-    max_eval_rows: int | None = option(64, ge=1, le=MANY)
+    max_eval_rows: Count | None = 64
     """Evaluate on at most so many packed rows; null: on all."""
-    max_length: int = option(2048, ge=2, le=2**22)
+    max_length: Annotated[int, within(ge=2, le=2**22)] = 2048
     """Tokens of a row; longer documents are split."""
     pack: bool = True
     """Several documents to a row."""
-    prepared: str | None = option(None, is_path=True)
+    prepared: FilePath | None = None
     """Folder that tools/prepare_data.py wrote for this recipe: nothing is read or tokenized again."""
-    num_workers: int = option(0, ge=0, le=256)
+    num_workers: Annotated[int, within(ge=0, le=256)] = 0
     """Loader processes."""
-    chat_template: str | None = option(None, is_path=True)
+    chat_template: FilePath | None = None
     """A .jinja file to use in place of the tokenizer's own chat template."""
-    template_kwargs: dict[str, Any] | None = None
+    template_kwargs: Plain | None = None
     """Variables of the chat template, as in {enable_thinking: false}."""
     on_rewrite: Literal["last_turn", "refuse"] = "last_turn"
     """Chats whose earlier turns the template rewrites (drops their thoughts): learn from the last turn only, or not."""
@@ -479,29 +370,29 @@ class Data:
 class Draft:
     """The drafter. null stands for the target's own value."""
 
-    num_layers: int = option(1, ge=1, le=128)
+    num_layers: Annotated[int, within(ge=1, le=128)] = 1
     """Decoder layers."""
-    hidden_size: int | None = option(None, ge=1, le=2**16)
+    hidden_size: Annotated[int, within(ge=1, le=2**16)] | None = None
     """Width of the drafter."""
-    num_attention_heads: int | None = option(None, ge=1, le=2**10)
+    num_attention_heads: Annotated[int, within(ge=1, le=2**10)] | None = None
     """Query heads."""
-    num_key_value_heads: int | None = option(None, ge=1, le=2**10)
+    num_key_value_heads: Annotated[int, within(ge=1, le=2**10)] | None = None
     """Key and value heads; divides num_attention_heads."""
-    head_dim: int | None = option(None, ge=1, le=2**12)
+    head_dim: Annotated[int, within(ge=1, le=2**12)] | None = None
     """Width of a head."""
-    intermediate_size: int | None = option(None, ge=1, le=2**20)
+    intermediate_size: Annotated[int, within(ge=1, le=2**20)] | None = None
     """Width of the feed-forward layers."""
-    draft_vocab_size: int | None = option(None, ge=1, le=2**24)
+    draft_vocab_size: Annotated[int, within(ge=1, le=2**24)] | None = None
     """Draft only the most frequent tokens; null: the full vocabulary."""
-    vocab_from: str | None = option(None, is_path=True)
+    vocab_from: FilePath | None = None
     """Draft the tokens that another drafter drafts (folder or .safetensors with d2t), instead of the most frequent ones."""
-    mask_token_id: int | None = option(None, ge=0, le=MANY)
+    mask_token_id: Annotated[int, within(ge=0, le=MANY)] | None = None
     """A token that never occurs in text; null: the first id that no token of the tokenizer uses."""
-    max_position_embeddings: int | None = option(None, ge=1, le=MANY)
+    max_position_embeddings: Count | None = None
     """Longest context that the drafter serves."""
-    rope_theta: float | None = option(None, gt=1, le=MAX_ROPE_THETA)
+    rope_theta: Annotated[float, within(gt=1, le=MAX_ROPE_THETA)] | None = None
     """Base of the rotary frequencies."""
-    rope_scaling: dict[str, Any] | None = None
+    rope_scaling: Plain | None = None
     """Rotary scaling, as in config.json, as in {rope_type: linear, factor: 2}: see core/rope.py for types and keys."""
     train_embeddings: bool = True
     """Train the token embeddings."""
@@ -513,7 +404,7 @@ class Draft:
     """Start from the target's head (its rows of the draft vocabulary)."""
     norm_before_residual: bool = False
     """Layer 0's residual is the normed features instead of the raw ones."""
-    init_from: str | None = option(None, is_path=True)
+    init_from: FilePath | None = None
     """Folder of an EAGLE-3 or P-EAGLE drafter to start from: its weights, its shape and its draft vocabulary."""
 
 
@@ -521,13 +412,13 @@ class Draft:
 class Cod:
     """Which elements are sampled, and how they are cut into segments."""
 
-    num_depths: int = option(8, ge=1, le=256)
+    num_depths: Annotated[int, within(ge=1, le=256)] = 8
     """K: tokens drafted in parallel."""
-    down_sample_ratio: float = option(0.7, gt=0, le=1)
+    down_sample_ratio: Annotated[float, within(gt=0, le=1)] = 0.7
     """r: depth d keeps a share r**d of the elements."""
-    down_sample_ratio_min: float = option(0.2, ge=0, le=1)
+    down_sample_ratio_min: Annotated[float, within(ge=0, le=1)] = 0.2
     """Floor of that share (0: the paper's; 0.2: speculators')."""
-    num_segments: int | Literal["auto"] = option(1, ge=1, le=2**16)
+    num_segments: Annotated[int, within(ge=1, le=2**16)] | Literal["auto"] = 1
     """S: forward and backward passes that a row is cut into; more of them take less memory. auto: the smallest power of two
     that fits the device (see train.memory_margin), which checkpoints then name, so that a resumed run keeps it."""
     boundaries: Literal["balanced", "uniform"] = "balanced"
@@ -544,39 +435,39 @@ class Cod:
 class Train:
     """The optimization."""
 
-    epochs: int = option(1, ge=1, le=10**6)
+    epochs: Annotated[int, within(ge=1, le=10**6)] = 1
     """Passes over the data."""
-    max_steps: int | None = option(None, ge=1, le=10**9)
+    max_steps: Annotated[int, within(ge=1, le=10**9)] | None = None
     """Optimizer steps; overrides `epochs`."""
-    batch_size: int = option(1, ge=1, le=4096)
+    batch_size: Annotated[int, within(ge=1, le=4096)] = 1
     """Rows per device and micro-batch."""
-    gradient_accumulation_steps: int = option(1, ge=1, le=4096)
+    gradient_accumulation_steps: Annotated[int, within(ge=1, le=4096)] = 1
     """Micro-batches per optimizer step."""
-    learning_rate: float = option(1e-4, gt=0, le=1)
+    learning_rate: Annotated[float, within(gt=0, le=1)] = 1e-4
     """The highest learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate falls behind the warm-up."""
-    warmup_ratio: float = option(0.0025, ge=0, lt=1)
+    warmup_ratio: Share = 0.0025
     """Share of the steps in which the learning rate rises."""
-    weight_decay: float = option(0.0, ge=0, le=1)
+    weight_decay: Annotated[float, within(ge=0, le=1)] = 0.0
     """AdamW's; never on embeddings, norms and mask_hidden."""
-    adam_beta1: float = option(0.9, ge=0, lt=1)
+    adam_beta1: Share = 0.9
     """AdamW's first momentum."""
-    adam_beta2: float = option(0.95, ge=0, lt=1)
+    adam_beta2: Share = 0.95
     """AdamW's second momentum."""
-    adam_epsilon: float = option(1e-8, gt=0)
+    adam_epsilon: Annotated[float, within(gt=0)] = 1e-8
     """AdamW's epsilon."""
-    max_grad_norm: float | None = option(1.0, gt=0)
+    max_grad_norm: Annotated[float, within(gt=0)] | None = 1.0
     """Clip the gradient's norm; null: never."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """Autocast of the drafter."""
-    seed: int = option(0, ge=0, lt=2**63)
+    seed: Annotated[int, within(ge=0, lt=2**63)] = 0
     """Of initial weights, row order and COD draws."""
     segment_mode: Literal["relay", "recompute"] = "relay"
     """Segments hand on keys, values and their gradients, or each recomputes its past (Algorithm 1)."""
     loss: Literal["kl", "soft_ce", "hard_ce"] = "kl"
     """KL(target || draft), cross-entropy with the target's distribution, or with its argmax."""
-    loss_chunk_rows: int | Literal["auto"] = option("auto", ge=1, le=MANY)
+    loss_chunk_rows: Count | Literal["auto"] = "auto"
     """Rows of logits that exist at a time; auto: 1024 on CUDA, 384 elsewhere."""
     sharding: Literal["auto", "none", "fsdp2"] = "auto"
     """Shard weights, gradients and optimizer states over all processes (FSDP2); auto: if the launch has an FSDP config."""
@@ -586,10 +477,15 @@ class Train:
     """torch.compile's backend; aot_eager only traces, for tests."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"] = "default"
     """torch.compile's mode; reduce-overhead is refused."""
-    profile_steps: list[int] | None = option(
-        None,
-        rule=(lambda steps: len(steps) == 2 and 1 <= steps[0] <= steps[1], "the first and the last step, as in [5, 8]"),
-    )
+    profile_steps: (
+        Annotated[
+            list[int],
+            _holding(
+                lambda steps: len(steps) == 2 and 1 <= steps[0] <= steps[1], "the first and the last step, as in [5, 8]"
+            ),
+        ]
+        | None
+    ) = None
     """Write a torch profiler trace of these steps, and print where their time goes."""
     activation_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass."""
@@ -597,21 +493,21 @@ class Train:
     """Keep the target's features in host memory between segments."""
     probe: bool | Literal["auto"] = "auto"
     """Before training, run a full row's step and throw it away, to prove that the largest step fits; auto: on CUDA."""
-    memory_margin: float = option(0.1, ge=0, lt=1)
+    memory_margin: Share = 0.1
     """Share of the device's memory that cod.num_segments = auto leaves free."""
-    log_steps: int = option(10, ge=1, le=MANY)
+    log_steps: Count = 10
     """Log every so many steps."""
     log_with: Literal["tensorboard", "wandb", "trackio", "mlflow"] | None = None
     """A tracker to log to beside metrics.jsonl, which is always written; it has to be installed."""
-    eval_steps: int | None = option(None, ge=1, le=MANY)
+    eval_steps: Count | None = None
     """Evaluate every so many steps; null: only before and after training."""
-    save_steps: int | None = option(None, ge=1, le=MANY)
+    save_steps: Count | None = None
     """Save a checkpoint every so many steps; null: only the final drafter."""
-    keep_last: int | None = option(None, ge=1, le=MANY)
+    keep_last: Count | None = None
     """Keep the newest so many checkpoints; null: all."""
-    keep_every: int | None = option(None, ge=1, le=MANY)
+    keep_every: Count | None = None
     """Beside those of keep_last, keep every checkpoint whose step is a multiple of this."""
-    max_bad_steps: int = option(3, ge=1, le=MANY)
+    max_bad_steps: Count = 3
     """Stop when the loss or gradient of so many steps in a row is not finite (such a step is never applied)."""
     dtype: Literal["float32", "float64"] = "float32"
     """Of the drafter's master weights."""
@@ -627,7 +523,7 @@ class Train:
 class Output:
     """Where results go."""
 
-    dir: str = option(is_path=True)
+    dir: FilePath
     """Folder of logs, checkpoints and the drafter."""
 
 
@@ -645,7 +541,8 @@ class Recipe:
     def validate(self) -> None:
         """RecipeError unless every field and every pair of fields that depend on each other is allowed."""
         for section in fields(self):
-            check_section(getattr(self, section.name), section.name)
+            values = getattr(self, section.name)
+            read_section(type(values), section.name, vars(values))
         parse_sources(self.data.sources)
         if any(source.weight != 1 for source in parse_sources(self.data.eval_sources, "data.eval_sources")):
             raise RecipeError("data.eval_sources has a weight; every document of it is evaluated on once: leave it out")
@@ -699,10 +596,33 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
     A mistake is a RecipeError of one line: what was given, what is allowed, what to change.
     """
-    types: dict[str, type] = get_type_hints(Recipe)
-    recipe = Recipe(**read_sections(types, _read_mapping(Path(os.path.expanduser(path)), types), overrides))
+    sections = get_type_hints(Recipe)
+    known = [f"{name}.{spec.name}" for name, cls in sections.items() for spec in fields(cls)]
+    given: dict[Any, Any] = {}
+    for name, values in _read_mapping(Path(os.path.expanduser(path)), sections).items():
+        _check_section_name(name, sections, known)
+        if values is not None and not isinstance(values, dict):
+            raise RecipeError(f"{name}: got {_show(values)}; give a mapping of its keys to values")
+        given[name] = values or {}  # a section whose every line is commented out reads as null
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        name, dot, leaf = key.strip().partition(".")
+        if not equals or not dot:
+            raise RecipeError(f"override {override!a}: give section.key=value, as in train.epochs=2")
+        _check_section_name(name, sections, known)
+        try:
+            given.setdefault(name, {})[leaf] = parse_yaml(text, f"override {key.strip()}")
+        except YamlError as error:
+            raise RecipeError(str(error)) from None
+    recipe = Recipe(**{name: read_section(cls, name, given.get(name, {}), known) for name, cls in sections.items()})
     recipe.validate()
     return recipe
+
+
+def _check_section_name(name: Any, sections: Iterable[str], known: Iterable[str]) -> None:
+    if name not in sections:
+        meant = [dotted for dotted in known if dotted.endswith(f".{name}")] or [_nearest(str(name), sections)]
+        raise RecipeError(f"{name} is not a section; did you mean {meant[0]}?")
 
 
 def dump_recipe(recipe: Recipe) -> str:

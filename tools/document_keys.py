@@ -1,4 +1,4 @@
-"""Write docs/keys.md: every key of a recipe with its type, default, limits and meaning, as peagle_train/recipe.py has them.
+"""Write docs/keys.md: every key of a recipe with its type, default, limits and meaning, as peagle_train/config.py has them.
 
 python tools/document_keys.py            # writes the page
 python tools/document_keys.py --check    # exit code 1 if the page is not what would be written
@@ -12,10 +12,10 @@ from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPE, PAGE = ROOT / "peagle_train" / "recipe.py", ROOT / "docs" / "keys.md"
+CONFIG, PAGE = ROOT / "peagle_train" / "config.py", ROOT / "docs" / "keys.md"
 HEAD = """# Every key of a recipe
 
-Written by `tools/document_keys.py` from `peagle_train/recipe.py`. A key without a default has to be given; null stands for
+Written by `tools/document_keys.py` from `peagle_train/config.py`. A key without a default has to be given; null stands for
 what the text says. Lengths are in tokens, sizes of batches in rows, learning rates per optimizer step.
 """
 
@@ -31,24 +31,40 @@ def page(source: str) -> str:
         parts.append("\n| key | type | default | |\n|---|---|---|---|\n")
         for field, text in pairwise(body[1:]):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                kind, default, limits = ast.unparse(field.annotation), *_default(field.value)
+                kind, limits = _hint(ast.unparse(field.annotation))
+                default = "" if field.value is None else f"`{_yaml(field.value)}`"
                 words = " ".join(ast.literal_eval(text.value).split())
                 cells = [f"`{section}.{field.target.id}`", f"`{kind}`{limits}", default, words]
                 parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n")
     return "".join(parts)
 
 
-def _default(value: ast.expr | None) -> tuple[str, str]:
-    """The default and the limits, in words."""
-    if not isinstance(value, ast.Call):
-        return ("" if value is None else f"`{_yaml(value)}`"), ""
-    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    limits = [f"{signs[k.arg]} {ast.unparse(k.value)}" for k in value.keywords if k.arg in signs]
-    default = f"`{_yaml(value.args[0])}`" if value.args else ""
-    return default, f" ({', '.join(limits)})" if limits else ""
+PLAIN = {
+    "Count": "int",
+    "Text": "str",
+    "FilePath": "str",
+    "Sources": "list[str | dict]",
+    "Plain": "dict",
+    "Share": "float",
+}
+LIMITS = {"Count": ">= 1", "Share": ">= 0, < 1"}
+SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
+
+def _hint(hint: str) -> tuple[str, str]:
+    """A field's type as a reader of recipes thinks of it, and its limits, in words."""
+    limits = [text for name, text in LIMITS.items() if re.search(rf"\b{name}\b", hint)]
+    if found := re.search(r"within\(([^)]*)\)", hint):
+        limits = [f"{SIGNS[sign]} {limit}" for sign, limit in re.findall(r"(\w\w)=([^,]+)", found[1])]
+    hint = re.sub(r"Annotated\[(\w+(?:\[\w+\])?), (?:[^\[\]]|\[[^\]]*\])*\]", r"\1", hint)
+    hint = re.sub(r"\b\w+\b", lambda word: PLAIN.get(word[0], word[0]), hint)
+    return hint.replace("| None", "| null"), f" ({', '.join(limits)})" if limits else ""
 
 
 def _yaml(value: ast.expr) -> str:
+    if isinstance(value, ast.Call):  # field(default_factory=...)
+        factory = value.keywords[0].value
+        return _yaml(factory.body) if isinstance(factory, ast.Lambda) else "[]"
     words = {"None": "null", "True": "true", "False": "false"}
     return re.sub(r"\b(None|True|False)\b", lambda found: words[found[0]], ast.unparse(value)).replace("'", "")
 
@@ -57,13 +73,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing, compare")
     options = parser.parse_args()
-    text = page(RECIPE.read_text(encoding="utf-8"))
+    text = page(CONFIG.read_text(encoding="utf-8"))
     if not options.check:
         PAGE.write_text(text, encoding="utf-8")
         return 0
     if PAGE.exists() and PAGE.read_text(encoding="utf-8") == text:
         return 0
-    print(f"{PAGE.name} is not what peagle_train/recipe.py says: run python tools/document_keys.py", file=sys.stderr)
+    print(f"{PAGE.name} is not what peagle_train/config.py says: run python tools/document_keys.py", file=sys.stderr)
     return 1
 
 
