@@ -159,4 +159,6 @@ def _fail(error: Exception, code: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from peagle_train import cli
+
+    sys.exit(cli.main())

@@ -304,7 +304,7 @@ class Target:
     chunk_tokens: Count | None = None
     """Tokens that the target is given at a time, over a cache of keys and values; null: a whole batch."""
     cache: FilePath | None = None
-    """Folder of tools/cache_features.py to read features from, so that the target need not run; null: run it."""
+    """Folder of `peagle-train cache` to read features from, so that the target need not run; null: run it."""
     cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     """What features have in that folder; auto is what the target computes in."""
     attn_implementation: Text | None = None
@@ -355,7 +355,7 @@ class Data:
     pack: bool = True
     """Several documents to a row."""
     prepared: FilePath | None = None
-    """Folder that tools/prepare_data.py wrote for this recipe: nothing is read or tokenized again."""
+    """Folder that `peagle-train prepare` wrote for this recipe: nothing is read or tokenized again."""
     num_workers: Annotated[int, within(ge=0, le=256)] = 0
     """Loader processes."""
     chat_template: FilePath | None = None

@@ -5,6 +5,7 @@ in the page's source in front of it, which says what it needs.
 """
 
 import gzip
+import io
 import json
 import os
 import re
@@ -13,11 +14,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from peagle_train.cli import COMMANDS, main
 from tests.byte_tokenizer import BYTES_MASK, make_byte_target, write_stdlib_recipe
 from tests.helpers import ENVIRONMENT, ROOT, make_package
 
@@ -69,6 +72,7 @@ def run(here: Path, given: Sequence[str], recipe: Path) -> subprocess.CompletedP
         environment[name] = value
     python = {
         "python": [],
+        "peagle-train": ["-m", "peagle_train"],
         "accelerate": ["-m", "accelerate.commands.accelerate_cli"],
         "torchrun": ["-m", "torch.distributed.run"],
     }
@@ -135,6 +139,12 @@ def test_what_is_named_in_passing_is_there_with_the_options_named(page: str) -> 
         source = (ROOT / tool).read_text(encoding="utf-8")
         for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", arguments.partition(" #")[0]):
             assert f'"{option}"' in source or tool.endswith(".sh"), f"{page}: {tool} {option}"
+    for name, arguments in re.findall(r"peagle-train ([a-z-]+)([^`\n]*)", text):
+        assert name in ("train", *COMMANDS), f"{page}: peagle-train {name}"
+        with redirect_stdout(io.StringIO()) as shown, suppress(SystemExit):
+            main([name, "--help"])
+        for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", arguments.partition(" #")[0]):
+            assert option in shown.getvalue(), f"{page}: peagle-train {name} {option}"
 
 
 @pytest.mark.slow

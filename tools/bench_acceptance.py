@@ -4,10 +4,10 @@
     python tools/fetch_smollm2.py
     python tools/bench_acceptance.py train.mixed_precision=bf16 --out runs/acceptance --json acceptance.json
 
-The target runs once (tools/cache_features.py). Each case then trains for as many steps as fit into the minutes, by the
+The target runs once (peagle-train cache). Each case then trains for as many steps as fit into the minutes, by the
 pace of a few steps timed beforehand; `rows of 128`, whose rows are other ones, has the target run along, which is not
 counted. --jobs cases run at a time, when they are timed too, each on --threads threads; the recipe itself runs alone, on
-all of these. All drafters, checkpoints included, are measured by one run of tools/evaluate.py: greedy, K = 5, held-out
+all of these. All drafters, checkpoints included, are measured by one run of peagle-train evaluate: greedy, K = 5, held-out
 modules of the standard library, repetition left out. Stopped, it goes on: what is in --out is not done again.
 """
 
@@ -88,7 +88,7 @@ class Bench:
         """A folder of features for the recipe with these overrides; a finished one is taken as it is."""
         folder = self.out / name
         if not (folder / "done").exists():
-            tool = [str(ROOT / "tools" / "cache_features.py"), self.recipe, "--out", str(folder)]
+            tool = ["-m", "peagle_train", "cache", self.recipe, "--out", str(folder)]
             changes = [*self.options.overrides, *overrides]
             self.run(self.out / f"{name}.log", *tool, *changes, alone=name == "features")
             (folder / "done").touch()
@@ -190,7 +190,7 @@ class Bench:
             pool.shutdown()
 
     def evaluate(self, folders: dict[str, Path]) -> dict[str, Any]:
-        """tools/evaluate.py over all of them; the first decodes. What was measured of the same is taken as it is."""
+        """peagle-train evaluate over all of them; the first decodes. What was measured of the same is taken as it is."""
         report, first = self.out / "evaluate.json", next(iter(folders.values()))
         o = self.options
         trained = max((folder / "model.safetensors").stat().st_mtime for folder in folders.values())
@@ -200,7 +200,7 @@ class Bench:
                 asked = (known["settings"]["limit"], known["settings"]["max_tokens"], known["drafters"])
                 if asked == (o.limit, o.max_tokens, [str(folder) for folder in folders.values()]):
                     return known
-        command = [str(ROOT / "tools" / "evaluate.py"), str(first), "--prompts", "stdlib", "--limit", str(o.limit)]
+        command = ["-m", "peagle_train", "evaluate", str(first), "--prompts", "stdlib", "--limit", str(o.limit)]
         command += ["--trust-remote-code"] if self.trusted else []
         command += ["--cuts", "2", "--max-tokens", str(o.max_tokens), "--k", "5", "--max-k", "5", "--json", str(report)]
         others = [str(folder) for folder in list(folders.values())[1:]]

@@ -36,15 +36,15 @@ recipe+=("data.sources=[$OUTPUT/answers.jsonl]" output.dir="$OUTPUT/drafter" tra
 step answers
 if [ ! -e "$OUTPUT/answers.jsonl" ]; then
     mkdir -p "$OUTPUT"
-    python tools/regenerate.py mt-bench --out "$OUTPUT/answers.jsonl" --target "$TARGET" --keep-truncated \
+    peagle-train regenerate mt-bench --out "$OUTPUT/answers.jsonl" --target "$TARGET" --keep-truncated \
         --limit "${PEAGLE_PROMPTS:-80}" --max-tokens "${PEAGLE_TOKENS:-512}"
 fi
 
 step rows
-python tools/prepare_data.py "${recipe[@]}"
+peagle-train prepare "${recipe[@]}"
 
 step features
-python tools/cache_features.py "${recipe[@]}"
+peagle-train cache "${recipe[@]}"
 
 step train
 resume=()

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# vLLM on a CPU with this project beside it, for `pytest -m vllm` and `tools/evaluate.py --engine vllm`, in an environment of
+# vLLM on a CPU with this project beside it, for `pytest -m vllm` and `peagle-train evaluate --engine vllm`, in an environment of
 # its own: the folder given, or .venv-vllm.
 # Exit code 3 where there is none for this machine.
 set -euo pipefail

@@ -1,0 +1,86 @@
+"""The commands: help at once, one line where they are stopped, and recipes that need no checkout."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peagle_train.cli import COMMANDS, main
+from peagle_train.config import load_recipe
+from tests.helpers import ENVIRONMENT
+
+HEAVY = {"torch", "transformers", "accelerate", "datasets", "matplotlib", "numpy", "pydantic"}
+
+
+def test_the_help_of_every_command_answers_at_once_and_says_its_first_line_in_the_list(tmp_path: Path) -> None:
+    code = f"""
+import sys
+from peagle_train.cli import COMMANDS, main
+assert main([]) == 0
+for name in ["train", *COMMANDS]:
+    print("====", name, flush=True)
+    try:
+        assert main([name, "--help"]) == 0
+    except SystemExit as end:
+        assert not end.code
+heavy = {HEAVY} & set(sys.modules)
+assert not heavy, heavy
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-1500:]
+    overview, *pages = result.stdout.split("==== ")
+    for page in pages:
+        name = page.split()[0]
+        assert f"  {name} " in overview and "--help" in page and (name == "train" or f"peagle-train {name}" in page)
+
+
+def test_recipes_are_listed_and_one_that_is_printed_can_be_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["recipes"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert {"quickstart", "qwen3_8b_8k"} <= set(listed)
+    for name in listed:
+        assert main(["recipes", name]) == 0
+        (tmp_path / "mine.yaml").write_text(capsys.readouterr().out)
+        load_recipe(tmp_path / "mine.yaml")
+    assert main(["recipes", "none"]) == 2
+    assert "quickstart" in capsys.readouterr().err
+
+
+STOPPED = {
+    "plan": ("peagle_train.config.load_recipe", ["x.yaml"]),
+    "cache": ("peagle_train.config.load_recipe", ["x.yaml"]),
+    "prepare": ("peagle_train.config.load_recipe", ["x.yaml"]),
+    "show-row": ("peagle_train.config.load_recipe", ["x.yaml", "--row", "0"]),
+    "evaluate": ("peagle_train.decoding.evaluate.run", ["x", "--prompts", "stdlib"]),
+    "export": ("peagle_train.serving.export.export_drafter", ["x", "--out", "y"]),
+    "check": ("peagle_train.serving.export.find_drafter", ["x"]),
+    "report": ("peagle_train.report.write_report", ["x"]),
+    "show-batch": ("peagle_train.show.write_picture", ["--example"]),
+    "import": ("peagle_train.serving.start.import_drafter", ["x", "--out", "y"]),
+    "regenerate": ("peagle_train.regenerate.load_prompts", ["x", "--out", "y", "--target", "z"]),
+}
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_a_command_that_is_interrupted_says_one_line_and_exits_with_130(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    where, arguments = STOPPED[name]
+    monkeypatch.setattr(where, interrupted)
+    assert main([name, *arguments]) == 130
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"peagle-train {name}: stopped")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_option_that_a_command_does_not_have_is_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--nonsense"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"peagle-train {name}: error:")
