@@ -23,9 +23,9 @@ from typing import IO, Any, NamedTuple
 
 from tqdm import tqdm
 
-from peagle_train.data.documents import SourceFile, read_rows
-from peagle_train.data.encode import RawRow
-from peagle_train.data.messages import BadRow, messages_of, parts_of
+from peagle_train.data.documents import SourceFile, read_examples
+from peagle_train.data.encode import RawExample, parse
+from peagle_train.data.messages import FORMAT, BadRow, messages_of, parts_of
 from peagle_train.files import RunStopped, one_line, partial_path, put, write_text
 
 logger = logging.getLogger(__name__)
@@ -112,10 +112,11 @@ def load_prompts(name_or_path: str, limit: int | None = None, skipped: Counter[s
     if limit is not None and limit < 1:
         raise ValueError(f"the limit of prompts is {limit}; give 1 or more")
     path, prompts = find_file(name_or_path), dict[str, Prompt]()
-    for raw in read_rows([SourceFile(path, path, "json" if path.endswith(".json") else "jsonl")]):
+    for raw in read_examples([SourceFile(path, path, "json" if path.endswith(".json") else "jsonl")]):
         try:
             prompt = _prompt(raw, prompts)
-        except BadRow as error:
+        except (BadRow, RecursionError) as given:
+            error = given if isinstance(given, BadRow) else BadRow(FORMAT, "values are nested too deeply")
             if skipped is None:
                 raise ValueError(f"{raw.where}: this row cannot be asked ({error})") from None
             if not skipped[error.reason]:
@@ -150,13 +151,10 @@ def find_file(name_or_path: str) -> str:
     raise ValueError(f"the installed package {package} has no {ending}; install it again: {how}")
 
 
-def _prompt(raw: RawRow, taken: Container[str]) -> Prompt:
-    try:
-        row = json.loads(raw.content) if isinstance(raw.content, bytes) else raw.content
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{raw.where}: not valid JSON ({error})") from None
+def _prompt(raw: RawExample, taken: Container[str]) -> Prompt:
+    row = parse(raw.content)
     if not isinstance(row, dict):
-        raise BadRow("no chat", f"a {type(row).__name__}, not an object")
+        raise BadRow(FORMAT, f"a {type(row).__name__}, not an object")
     if row.get("tools") or row.get("functions"):
         raise BadRow("tools", "the target would have to call them")
     only_questions = False
@@ -180,12 +178,12 @@ def _prompt(raw: RawRow, taken: Container[str]) -> Prompt:
             asked.append(kept)
         if is_answer or only_questions or message is messages[-1]:
             if not any(question["role"] == "user" for question in asked):
-                raise BadRow("an answer without a question")
+                raise BadRow("no question", "an answer follows no question")
             turns.append(tuple(asked))
             answers.append(kept if is_answer else None)
             asked = []
     if not turns:
-        raise BadRow("no question")
+        raise BadRow("no question", "no message asks anything")
     line = raw.name.rpartition(":")[2]
     own = (row[key] for key in ("id", "question_id", "task_id", "conversation_id") if row.get(key) is not None)
     id = str(next(own, line))

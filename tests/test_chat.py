@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from peagle_train.data.chat import ChatEncoder
-from peagle_train.data.messages import BadRow, messages_of
+from peagle_train.data.messages import NOTHING, TEMPLATE, BadRow, messages_of
 from tests import chats
 from tests.chats import WORDS, chat, encode, encoder, make_tokenizer, marked_mask, readable, stock
 
@@ -54,7 +54,7 @@ def test_chatml() -> None:
         r"<|im_start|> user \n And _the _grass ? <|im_end|> \n "
         r"<|im_start|> assistant \n [Green] [.] [<|im_end|>] \n"
     )
-    assert encoded.counts == {} and not encoded.last_turn_only
+    assert encoded.counts == {}
 
 
 def test_llama_3() -> None:
@@ -95,8 +95,7 @@ def test_a_reasoning_template_drops_earlier_thoughts_so_the_last_turn_is_learned
         r"<|im_start|> assistant \n "
         r"[<think>] [\n] [Thinking] [_more] [\n] [</think>] [\n] [\n] [Light] [.] [<|im_end|>] \n"
     )
-    assert encoded.last_turn_only
-    assert encoded.counts == {"turns rewritten by the template, not learned": 1}
+    assert encoded.counts == {UNLEARNED: 1}
 
 
 def test_thoughts_that_the_generation_prompt_opens_and_closes_are_prompt() -> None:
@@ -131,7 +130,7 @@ def test_tool_calls_are_learned_and_tool_results_are_not_with_the_thoughts_of_ev
 
 BLANKS = chat("user: Hello", "assistant:  Hi \n\n", "user: Bye ", "assistant: \n Bye", "user: So?", "assistant: So\n")
 BORDER = "tokens across the border of a turn, not learned"
-REWRITTEN = "turns rewritten by the template, not learned"
+UNLEARNED = "turns that cannot be learned in their chat"
 ORACLE_ROWS = [
     SEA,
     GRASS,
@@ -151,7 +150,7 @@ def test_masks_are_those_of_the_same_template_with_marks(name: str, row: dict[st
     try:
         encoded = encode(template, row, tokenizer)
     except BadRow as error:
-        assert error.reason in ("template failed", "template reads no tool calls"), "only what a template cannot hold"
+        assert error.reason == TEMPLATE, "only what a template cannot hold"
         assert row is WEATHER
         return
     ids, mask = marked_mask(template, row, tokenizer)
@@ -169,7 +168,7 @@ def test_behind_the_last_user_the_mask_of_a_reasoning_template_is_that_of_its_ma
     assert encoded.input_ids == ids
     begin = min(i for i, bit in enumerate(encoded.loss_mask) if bit)
     assert encoded.loss_mask[begin:] == mask[begin:]
-    assert (1 in mask[:begin]) == encoded.last_turn_only
+    assert (1 in mask[:begin]) == (UNLEARNED in encoded.counts)
 
 
 def test_offsets_that_leave_out_the_leading_space_change_nothing() -> None:
@@ -224,7 +223,7 @@ def test_ids_are_those_of_the_serving_path() -> None:
             try:
                 ids = encode(template, row).input_ids
             except BadRow as error:
-                assert error.reason == "template reads no tool calls"
+                assert error.reason == TEMPLATE
                 continue
             conversation = messages_of(row)
             assert ids == make_tokenizer().apply_chat_template(
@@ -264,9 +263,9 @@ def test_an_end_token_that_takes_the_newline_behind_it_along_is_learned_with_it(
 
 
 def test_refuse_takes_no_chat_that_the_template_rewrites() -> None:
-    with pytest.raises(BadRow, match="the template rewrites message 1 once others follow") as error:
+    with pytest.raises(BadRow, match="rewrites message 1 once others follow") as error:
         encode(chats.REASONING, THOUGHTFUL, on_rewrite="refuse")
-    assert error.value.reason == "prefix is not a prefix"
+    assert error.value.reason == TEMPLATE
     assert encode(chats.REASONING, WEATHER, on_rewrite="refuse") == encode(chats.REASONING, WEATHER)
 
 
@@ -276,13 +275,13 @@ def test_a_template_that_drops_the_thoughts_of_the_last_turn_too_takes_no_chat()
     for on_rewrite in ("last_turn", "refuse"):
         with pytest.raises(BadRow, match="does it drop thoughts") as error:
             encode(template, SEA, on_rewrite=on_rewrite)
-        assert error.value.reason == "prefix is not a prefix"
+        assert error.value.reason == TEMPLATE
 
 
 def test_last_turn_means_the_steps_of_the_assistant_behind_the_last_user() -> None:
     both = {"tools": WEATHER["tools"], "messages": THOUGHTFUL["messages"] + WEATHER["messages"]}
     alone, encoded = encode(chats.REASONING, WEATHER), encode(chats.REASONING, both)
-    assert encoded.counts == {REWRITTEN: 2}
+    assert encoded.counts == {UNLEARNED: 2}
     assert sum(encoded.loss_mask) == sum(alone.loss_mask)
     steps = sum(alone.loss_mask) + len(alone.loss_mask) - alone.loss_mask.index(1) - sum(alone.loss_mask)
     assert encoded.loss_mask[-steps:] == alone.loss_mask[-steps:]
@@ -294,10 +293,10 @@ def test_a_chat_that_the_assistant_opens_is_learned_from_its_second_turn() -> No
         r"<|im_start|> assistant \n Hello <|im_end|> \n <|im_start|> user \n Hi <|im_end|> \n "
         r"<|im_start|> assistant \n [Bye] [<|im_end|>] \n"
     )
-    assert encoded.counts == {"turns that open a chat, not learned": 1}
+    assert encoded.counts == {UNLEARNED: 1}
     with pytest.raises(BadRow) as error:
         encode(chats.CHATML, chat("assistant: Hello"))
-    assert error.value.reason == "no supervised token"
+    assert error.value.reason == NOTHING
 
 
 def test_a_system_prompt_alone_is_a_prompt() -> None:
@@ -312,7 +311,7 @@ def test_two_turns_of_the_assistant_in_a_row_are_both_learned() -> None:
     )
     with pytest.raises(BadRow, match="TemplateError: Roles must alternate") as error:
         encode(chats.GEMMA, chat("user: Hi", "assistant: Hello", "assistant: Bye"))
-    assert error.value.reason == "template failed"
+    assert error.value.reason == TEMPLATE
 
 
 def test_an_empty_system_prompt_is_rendered_as_it_is() -> None:
@@ -326,7 +325,7 @@ def test_messages_behind_the_last_learned_one_are_left_out_and_counted() -> None
     row["messages"][-1]["weight"] = 0
     encoded = encode(chats.CHATML, row)
     assert encoded.input_ids == encode(chats.CHATML, SEA).input_ids
-    assert encoded.counts == {"messages behind the last learned one, left out": 2}
+    assert encoded.counts == {"messages after the last learned one, dropped": 2}
     # Or else the user's last word would make the template drop the thoughts of the answer before it.
     row = {"messages": THOUGHTFUL["messages"][:3]}
     assert "[Light] [\\n] [</think>] [\\n] [\\n] [Blue]" in readable(encode(chats.REASONING, row))
@@ -357,7 +356,7 @@ def test_a_prompt_and_a_completion_in_strings_get_bos_and_eos_and_no_template() 
     assert readable(encoded, with_bos) == "<bos> Hello [_Bye] [</s>]"
     with pytest.raises(BadRow) as error:
         encode(chats.CHATML, {"prompt": "Hel", "completion": "lo"}, make_tokenizer_without_eos())
-    assert error.value.reason == "no supervised token", "Hello is one token, which straddles the border"
+    assert error.value.reason == NOTHING, "Hello is one token, which straddles the border"
 
 
 def make_tokenizer_without_eos() -> PreTrainedTokenizerFast:
@@ -387,14 +386,10 @@ def test_what_the_template_leaves_out_is_counted() -> None:
     row = {"messages": chat("system: You are short.", "user: Hi", "assistant: Bye")["messages"]}
     row["tools"] = [{"type": "function", "function": {"name": "weather"}}]
     row["messages"][2]["thinking"] = "Thinking about it"
-    assert encode(silent, row).counts == {
-        "texts that the template changes or leaves out": 1,
-        "thoughts of the last turn that the template leaves out": 1,
-        "rows whose tools the template leaves out": 1,
-    }
+    assert encode(silent, row).counts == {"texts that the template changes or omits": 3}, "system, thoughts and tools"
     with pytest.raises(BadRow) as error:
         encode(chats.CHATML, WEATHER)
-    assert error.value.reason == "template reads no tool calls"
+    assert error.value.reason == TEMPLATE
 
 
 def test_parts_of_content_are_joined_by_a_newline_where_the_template_takes_text_alone() -> None:
@@ -421,23 +416,20 @@ def test_a_chat_of_200_turns_is_learned_from_in_every_turn() -> None:
     assert encoded.loss_mask[: len(first.loss_mask)] == first.loss_mask
 
 
-@pytest.mark.slow
-def test_a_text_of_ten_megabytes_is_encoded() -> None:
-    encoded = encode(chats.CHATML, chat("user: " + "Hello sea " * 1_000_000, "assistant: " + "\n" * 100_000 + "Bye"))
-    assert sum(encoded.loss_mask) > 1000 and len(encoded.input_ids) > 2_000_000
-    assert encode(chats.CHATML, chat("user: Hi", "assistant: " + "y" * 1_000_000)).counts == {}
+def test_a_text_of_a_megabyte_is_encoded() -> None:
+    encoded = encode(chats.CHATML, chat("user: " + "Hello sea " * 100_000, "assistant: " + "\n" * 10_000 + "Bye"))
+    assert sum(encoded.loss_mask) > 100 and len(encoded.input_ids) > 200_000
 
 
 @pytest.mark.parametrize(
     ("template", "options", "message"),
     [
         (None, {}, "has no chat template: set data.chat_template to a .jinja file"),
-        ("{% for", {}, "the chat template cannot render a user's message (TemplateSyntaxError"),
+        ("{% for", {}, "the chat template cannot render the user's message (TemplateSyntaxError"),
         ("{{ messages[0].role }}", {}, "what the user says is not in it"),
-        ("{{ messages[0].content }}", {}, "cannot render an assistant's message (what the assistant says"),
+        ("{{ messages[0].content }}", {}, "cannot render the assistant's message (what the assistant says"),
         ("{{ raise_exception('no') }}", {}, "(TemplateError: no): set data.chat_template"),
         (stock(chats.CHATML), {"template_kwargs": {"tools": []}}, "data.template_kwargs cannot set tools"),
-        (stock(chats.CHATML), {"on_rewrite": "guess"}, "on_rewrite is 'guess'; give last_turn or refuse"),
     ],
 )
 def test_a_template_that_cannot_work_is_one_line_at_the_first_chat(template: Any, options: Any, message: str) -> None:
@@ -447,10 +439,9 @@ def test_a_template_that_cannot_work_is_one_line_at_the_first_chat(template: Any
 
 
 def test_chats_take_a_fast_tokenizer() -> None:
-    with pytest.raises(ValueError, match=r"and target\.path has none"):
-        ChatEncoder(None)
-    with pytest.raises(ValueError, match="chats take a fast tokenizer"):
-        ChatEncoder(SimpleNamespace(is_fast=False, chat_template="x"))
+    for tokenizer in (None, SimpleNamespace(is_fast=False, chat_template="x")):
+        with pytest.raises(ValueError, match="chats take a fast tokenizer"):
+            ChatEncoder(tokenizer)
 
 
 def test_the_recipe_names_template_file_variables_and_what_to_do_on_a_rewrite(tmp_path: Path) -> None:

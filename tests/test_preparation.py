@@ -1,4 +1,4 @@
-"""Preparation: the same rows as on the fly, a folder that is whole or not there, and refused where it does not fit."""
+"""Preparation: the same sequences as on the fly, in a folder that is whole or not there, refused where it does not fit."""
 
 import fcntl
 import json
@@ -6,35 +6,21 @@ import os
 import pickle
 import resource
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from peagle_train.config import Recipe, load_recipe
+from peagle_train.data.packing import TrainingData
 from peagle_train.data.prepare import prepare_recipe
-from peagle_train.data.training_data import TrainingData, load_training_data
+from peagle_train.data.training_data import load_training_data
 from tests.byte_tokenizer import BYTES_VOCAB, make_byte_tokenizer
 from tests.test_checkpoint_files import in_child
 from tests.tiny import make_target, write_recipe
 
 MASK = 299
-SHARD_TOKENS = 300
-BATCH_CHARACTERS = 400
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_batches() -> Iterator[None]:
-    """Shards end where batches do, so that a little data makes several of them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("peagle_train.data.documents._BATCH_CHARACTERS", BATCH_CHARACTERS)
-        patch.setattr("peagle_train.data.prepare.SHARD_TOKENS", SHARD_TOKENS)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +31,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_sources(folder: Path) -> list[Any]:
-    """Text files, chats and ids, some of them twice, some of them longer than a row."""
+    """Text files, chats and ids, some twice, some longer than a sequence; the ids are several batches."""
     texts = folder / "texts"
     texts.mkdir(parents=True)
     for i in range(12):
@@ -63,9 +49,8 @@ def write_sources(folder: Path) -> list[Any]:
         file.writelines(
             json.dumps(row) + "\n" for row in [*chats, chats[3], {"text": "text 1 " * 4}, {"question": "?"}]
         )
-    with (folder / "ids.jsonl").open("w") as file:
-        file.writelines(json.dumps({"input_ids": list(range(i, i + 9))}) + "\n" for i in range(30))
-    return [str(texts), {"path": str(folder / "chats.jsonl"), "weight": 1.5}, str(folder / "ids.jsonl")]
+    (folder / "ids.json").write_text(json.dumps([{"input_ids": [i // 250, i % 250, 7, 8, 9]} for i in range(600)]))
+    return [str(texts), {"path": str(folder / "chats.jsonl"), "weight": 1.5}, str(folder / "ids.json")]
 
 
 def recipe_of(folder: Path, target: Path, **data: Any) -> Recipe:
@@ -114,18 +99,22 @@ def files_in(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_prepared_rows_are_those_made_on_the_fly_bit_by_bit(made: tuple[Recipe, Path]) -> None:
+def test_prepared_sequences_are_those_made_on_the_fly_bit_by_bit(made: tuple[Recipe, Path]) -> None:
     recipe, folder = made
-    assert len(list(folder.glob("sources-*.safetensors"))) > 3, "several shards, or this shows little"
     said_now: list[str] = []
     said_then: list[str] = []
     now, then = read(recipe, lines=said_now), read(recipe, folder, said_then)
     assert_same(now, then)
     assert said_then[1:] == said_now and "checksums verified" in said_then[0]
     report = now.source_reports["sources"]
-    assert report.bad_rows == {"no known form": 1} and report.duplicates == 2 and len(now.eval_rows) == 4
-    assert now.report.repeats > 0 and now.report.split_documents > 0
-    assert_same(now, pickle.loads(pickle.dumps(then)))
+    assert report.bad_rows == {"wrong format": 1} and report.left_out["duplicate documents"] == 2
+    assert len(now.eval_rows) == 4 and now.report.repeats > 0 and now.report.split_documents > 0
+    sent = pickle.dumps(then)
+    assert (folder / "sources-ids.bin").read_bytes()[:400] not in sent, "files are mapped again, not copied"
+    assert_same(now, pickle.loads(sent))
+    umask = os.umask(0)
+    os.umask(umask)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~umask}, "others may read them"
 
 
 @pytest.mark.parametrize(
@@ -150,13 +139,7 @@ def test_every_setting_means_the_same_in_both_ways(data: dict[str, Any], tmp_pat
     if "eval_sources" in data:
         assert (now.in_both > 0) == ("max_documents" not in data) and "eval_sources" in now.source_reports
     if "max_documents" in data:
-        assert now.source_reports["sources"].stopped
-
-
-def test_others_may_read_the_files_as_the_umask_says(made: tuple[Recipe, Path]) -> None:
-    umask = os.umask(0)
-    os.umask(umask)
-    assert {path.stat().st_mode & 0o777 for path in made[1].iterdir()} == {0o666 & ~umask}
+        assert now.source_reports["sources"].unread_files is not None
 
 
 def test_an_epoch_holds_each_document_as_often_as_its_source_weighs(tmp_path: Path, target: Path) -> None:
@@ -175,7 +158,7 @@ def test_an_epoch_holds_each_document_as_often_as_its_source_weighs(tmp_path: Pa
     assert set(texts.values()) == {3} and len(texts) == 12
     assert set(chats.values()) == {1} and len(chats) == 40
     others = len(times) - len(texts) - len(chats)
-    assert 5 < others < 25 and data.report.left_out_by_weight == 30 - others
+    assert 250 < others < 350 and data.report.left_out_by_weight == 600 - others
     assert data.report.documents == sum(times.values()) and data.report.repeats == 24
     counted = torch.zeros(BYTES_VOCAB, dtype=torch.int64)
     for i in range(len(data.train_rows)):
@@ -193,10 +176,10 @@ def edit(path: Path) -> None:
 @pytest.mark.parametrize(
     "name, change, expected",
     [
-        ("sources-00001.safetensors", edit, "sources-00001.safetensors is not as it was written"),
-        ("train.safetensors", edit, "train.safetensors is not as it was written"),
+        ("sources-ids.bin", edit, "sources-ids.bin was changed"),
+        ("train.safetensors", edit, "train.safetensors was changed"),
         ("held_out.safetensors", lambda p: p.unlink(), "held_out.safetensors is missing"),
-        ("sources-00000.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-5]), "is not as it was written"),
+        ("sources-mask.bin", lambda p: p.write_bytes(p.read_bytes()[:-5]), "sources-mask.bin was changed"),
         ("index.json", lambda p: p.write_text(p.read_text()[:-40]), "index.json cannot be read"),
         ("index.json", lambda p: p.write_text("[" * 100_000), "index.json cannot be read"),
         ("index.json", lambda p: p.write_text("{}"), "index.json cannot be read"),
@@ -221,10 +204,8 @@ def test_a_folder_that_is_not_as_it_was_written_is_refused_in_one_line(
     "key, value",
     [
         ("max_length", 65),
-        ("eval_fraction", 0.25),
         ("sources", ["elsewhere"]),
         ("pack", False),
-        ("max_documents", 5),
         ("on_rewrite", "refuse"),
         ("max_characters", None),
     ],
@@ -277,14 +258,16 @@ def test_bad_rows_that_are_no_longer_allowed_are_refused_and_more_of_them_need_n
 ) -> None:
     recipe, folder = made
     stricter = load_recipe(folder.parent / "recipe.yaml", ["data.max_bad_rows=0"])
-    with pytest.raises(ValueError, match=r"left out 1 bad rows: 1 no known form .*data.max_bad_rows allows 0"):
+    with pytest.raises(ValueError, match=r"left out 1 bad rows: 1 wrong format .*data.max_bad_rows is 0"):
         read(stricter, folder)
     assert_same(read(recipe, folder), read(load_recipe(folder.parent / "recipe.yaml", ["data.max_bad_rows=9"]), folder))
 
 
-def test_a_finished_folder_is_refused_when_its_sources_have_changed(tmp_path: Path, target: Path) -> None:
+def test_a_finished_folder_is_checked_and_refused_when_its_sources_or_its_format_have_changed(
+    tmp_path: Path, target: Path
+) -> None:
     write_sources(tmp_path)
-    recipe = recipe_of(tmp_path, target, sources=[str(tmp_path / "ids.jsonl")])
+    recipe = recipe_of(tmp_path, target, sources=[str(tmp_path / "ids.json")])
     said: list[str] = []
 
     def prepare() -> TrainingData:
@@ -292,12 +275,11 @@ def test_a_finished_folder_is_refused_when_its_sources_have_changed(tmp_path: Pa
 
     first, before = prepare(), files_in(tmp_path / "p")
     assert_same(first, prepare())
-    assert "is finished, and the sources have the names and sizes that it was made of: checking it" in said[-1]
-    with (tmp_path / "ids.jsonl").open("a") as file:
-        file.write('{"input_ids": [1, 2]}\n')
-    with pytest.raises(ValueError, match=r"was made with files of the sources .*give another folder"):
+    assert "is finished: checking it" in said[-1]
+    (tmp_path / "ids.json").write_text('{"input_ids": [1, 2]}\n')
+    with pytest.raises(ValueError, match=r"their names or sizes changed; give another folder"):
         prepare()
-    (tmp_path / "ids.jsonl").unlink()
+    (tmp_path / "ids.json").unlink()
     with pytest.raises(ValueError, match="does not exist"):
         prepare()
     assert files_in(tmp_path / "p") == before
@@ -309,14 +291,14 @@ def test_a_preparation_that_ends_early_leaves_nothing_and_the_next_one_starts_ov
     recipe, folder = made
 
     def killed(line: str) -> None:
-        if line == "packing":  # all shards are written
+        if line == "packing":  # all tokens are written
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         prepare_recipe(recipe, tmp_path / "p", say=killed)
     assert not (tmp_path / "p").exists()
-    (tmp_path / ".p.partial").mkdir(exist_ok=True)  # what kill -9 would leave
-    (tmp_path / ".p.partial" / "sources-00099.safetensors").write_bytes(b"half")
+    (tmp_path / ".p.partial").mkdir()  # what kill -9 would leave
+    (tmp_path / ".p.partial" / "sources-ids.bin").write_bytes(b"half")
     prepare_recipe(recipe, tmp_path / "p", say=lambda _: None)
     assert files_in(tmp_path / "p") == files_in(folder) and not (tmp_path / ".p.partial").exists()
     (tmp_path / "other").mkdir()
@@ -329,16 +311,6 @@ def test_several_workers_make_the_same_files(made: tuple[Recipe, Path], tmp_path
     recipe, folder = made
     prepare_recipe(recipe, tmp_path / "two", num_workers=2, say=lambda _: None)
     assert files_in(tmp_path / "two") == files_in(folder)
-
-
-def test_rows_do_not_depend_on_the_size_of_the_shards(
-    made: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe, folder = made
-    monkeypatch.setattr("peagle_train.data.prepare.SHARD_TOKENS", 10**9)
-    prepare_recipe(recipe, tmp_path / "other", say=lambda _: None)
-    assert len(list((tmp_path / "other").glob("sources-*.safetensors"))) == 1
-    assert_same(read(recipe, folder), read(recipe, tmp_path / "other"))
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(made: tuple[Recipe, Path], tmp_path: Path) -> None:
@@ -367,86 +339,22 @@ def test_two_processes_do_not_prepare_in_one_folder(made: tuple[Recipe, Path], t
     assert files_in(tmp_path / "p") == files_in(folder)
 
 
-def test_what_cannot_be_compared_with_its_source_is_said(tmp_path: Path, target: Path) -> None:
-    import datasets
-
-    datasets.Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5]]}).save_to_disk(tmp_path / "saved")
-    recipe = recipe_of(tmp_path, target, sources=[str(tmp_path / "saved")], eval_fraction=0.0)
-    said: list[str] = []
-    for _ in range(2):
-        prepare_recipe(recipe, tmp_path / "p", say=said.append)
-    assert "but that of saved was not looked at: checking it" in said[-1]
-
-
-def test_a_key_that_no_stream_can_show_does_not_end_a_preparation_nor_a_run(tmp_path: Path, target: Path) -> None:
-    rows = [{"text": "abc def", "\ud800": 1}, {"text": "ghi"}]
-    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = recipe_of(tmp_path, target, sources=[str(tmp_path / "r.jsonl")], eval_fraction=0.0)
-    prepare_recipe(recipe, tmp_path / "p", say=lambda line: line.encode())
-    lines: list[str] = []
-    read(recipe, tmp_path / "p", lines)
-    assert r"keys ignored: \ud800" in "\n".join(lines) and "\n".join(lines).isascii()
-
-
 def test_streamed_sources_are_refused_until_they_are_prepared(tmp_path: Path, target: Path) -> None:
     import datasets
 
     write_sources(tmp_path)
     (tmp_path / "named").mkdir()
-    rows = [json.loads(line) for line in (tmp_path / "ids.jsonl").read_text().splitlines()]
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "named" / "train.parquet")
+    datasets.Dataset.from_list(json.loads((tmp_path / "ids.json").read_text())).to_parquet(
+        tmp_path / "named" / "train.parquet"
+    )
     streamed = {"datasets": str(tmp_path / "named"), "streaming": True}
     recipe = recipe_of(tmp_path, target, sources=[streamed])
-    with pytest.raises(ValueError, match=r"is streamed, .*run tools/prepare_data.py"):
+    with pytest.raises(ValueError, match=r"is streamed, which has to be prepared"):
         read(recipe)
     prepare_recipe(recipe, tmp_path / "prepared", say=lambda _: None)
     prepared = read(recipe, tmp_path / "prepared")
-    expected = read(recipe_of(tmp_path / "plain", target, sources=[str(tmp_path / "ids.jsonl")]))
-    for i in range(len(expected.train_rows)):
-        assert torch.equal(prepared.train_rows[i]["input_ids"], expected.train_rows[i]["input_ids"])
-    assert len(prepared.train_rows) == len(expected.train_rows)
-
-
-def test_a_prepared_run_gives_the_drafter_of_an_unprepared_one_and_an_edited_one_exits_with_2(
-    tmp_path: Path, target: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import runpy
-
-    from accelerate.state import AcceleratorState
-    from safetensors.torch import load_file
-
-    from peagle_train.__main__ import main
-
-    recipe_of(tmp_path, target, sources=write_sources(tmp_path))
-    recipe = tmp_path / "recipe.yaml"
-    tool = Path(__file__).parent.parent / "tools" / "prepare_data.py"
-    monkeypatch.setattr(sys, "argv", [str(tool), str(recipe), "--out", str(tmp_path / "p"), "--workers", "1"])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(tool), run_name="__main__")
-    assert ended.value.code == 0 and f"give data.prepared={tmp_path / 'p'}" in capsys.readouterr().out
-    options = ["train.max_steps=2"]
-    weights = []
-    for name, more in (("now", []), ("then", [f"data.prepared={tmp_path / 'p'}"])):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        assert main([str(recipe), *options, *more, f"output.dir={tmp_path / name}"]) == 0
-        weights.append(load_file(tmp_path / name / "final" / "model.safetensors"))
-    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
-    edit(tmp_path / "p" / "train.safetensors")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    assert main([str(recipe), *more, f"output.dir={tmp_path / 'edited'}"]) == 2
-    assert "train.safetensors is not as it was written" in capsys.readouterr().err.strip().splitlines()[-1]
-    assert not (tmp_path / "edited").exists()
-
-
-def test_the_tool_answers_help_without_torch_and_tells_mistakes_in_one_line(tmp_path: Path) -> None:
-    tool = Path(__file__).parent.parent / "tools" / "prepare_data.py"
-    code = f"import runpy, sys; sys.argv = ['x', '--help']\ntry: runpy.run_path({str(tool)!r}, run_name='__main__')\n"
-    code += "except SystemExit: sys.exit('torch' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0 and "--out" in result.stdout
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"target": {"path": "x"}, "data": {"sources": []}}))
-    result = subprocess.run([sys.executable, str(tool), str(tmp_path / "r.yaml")], capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.startswith("prepare_data: error: data.sources: got []")
+    expected = read(recipe_of(tmp_path / "plain", target, sources=[str(tmp_path / "ids.json")]))
+    assert prepared.train_rows.fingerprint() == expected.train_rows.fingerprint()
 
 
 @pytest.mark.parametrize("make", [load_training_data, prepare_recipe])

@@ -114,17 +114,17 @@ def test_gzip_a_json_list_a_byte_order_mark_and_empty_lines_are_read_and_repeate
         ({"messages": [user("a")], "tools": [{}]}, "tools"),
         ({"messages": [user("a"), {"role": "tool", "content": "1"}]}, "tools"),
         ({"messages": [user("a"), {**assistant("b"), "tool_calls": [{"name": "f"}]}]}, "tools"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "wrong types"),
-        ({"messages": [assistant("a"), user("b")]}, "an answer without a question"),
-        ({"messages": [user("a"), assistant("b"), assistant("c")]}, "an answer without a question"),
-        ({"messages": [{"role": "narrator", "content": "a"}]}, "wrong roles"),
-        ({"messages": {}}, "wrong types"),
-        ({"prompt": 3}, "wrong types"),
-        ({"prompt": " "}, "empty turn"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "wrong format"),
+        ({"messages": [assistant("a"), user("b")]}, "no question"),
+        ({"messages": [user("a"), assistant("b"), assistant("c")]}, "no question"),
+        ({"messages": [{"role": "narrator", "content": "a"}]}, "wrong format"),
+        ({"messages": {}}, "wrong format"),
+        ({"prompt": 3}, "wrong format"),
+        ({"prompt": " "}, "nothing to learn from"),
         ({"turns": []}, "no question"),
-        ({"prompt": "a\ud800"}, "lone surrogate"),
-        ({"text": "a"}, "no chat"),
-        ([], "no chat"),
+        ({"prompt": "a\ud800"}, "unreadable text"),
+        ({"text": "a"}, "wrong format"),
+        ([], "wrong format"),
     ],
 )
 def test_rows_that_cannot_be_asked_are_counted_by_reason_or_refused(tmp_path, row, reason):
@@ -139,7 +139,7 @@ def test_rows_that_cannot_be_asked_are_counted_by_reason_or_refused(tmp_path, ro
 
 def test_files_that_cannot_be_read_are_one_line(tmp_path):
     packed = gzip.compress(b'{"prompt": "a"}\n' * 100)
-    files = {"a.jsonl": b'{"prompt": "a"}\n{', "b.jsonl": b'{"prompt": "\xe9"}', "c.jsonl.gz": packed[:-12]}
+    files = {"a.jsonl": b"{", "b.jsonl": b'{"prompt": "\xe9"}', "c.jsonl.gz": packed[:-12]}
     for name, content in {**files, "d.jsonl.gz": b"plain", "e.jsonl": b"", "f.json": b"[[]]"}.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=name) as caught:

@@ -1,21 +1,19 @@
-"""Rows of data in every form that people have them in: what is read, what is counted, what stops a run."""
+"""Examples in every form that people have them in: what is read, what is counted, what stops a run."""
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from peagle_train.config import parse_sources
 from peagle_train.data.chat import ChatEncoder
 from peagle_train.data.documents import Document, SourceReport, load_documents
-from peagle_train.data.messages import as_in_json
-from peagle_train.data.packing import pack_documents, times_an_epoch
+from peagle_train.data.messages import BAD_IDS, FORMAT, NOTHING, TOO_LONG, UNREADABLE, as_in_json
+from peagle_train.data.packing import pack_documents
 from tests.byte_tokenizer import BYTES_VOCAB, make_byte_tokenizer
 
 TOKENIZER = make_byte_tokenizer()
@@ -24,12 +22,7 @@ SHAREGPT = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
 
 
 def load(*sources: Any, **options: Any) -> tuple[list[Document], SourceReport]:
-    options = {
-        "tokenizer": TOKENIZER,
-        "vocab_size": BYTES_VOCAB,
-        "make_chat": lambda: ChatEncoder(TOKENIZER),
-        **options,
-    }
+    options = {"tokenizer": TOKENIZER, "vocab_size": BYTES_VOCAB, **options}
     specs = parse_sources([str(source) if isinstance(source, Path) else source for source in sources])
     return load_documents(specs, **options)
 
@@ -75,7 +68,7 @@ def test_a_row_of_each_form_becomes_the_ids_and_the_mask_that_it_means(
         assert (read.input_ids.tolist(), read.loss_mask.tolist()) == (row["input_ids"], row["loss_mask"])
     else:
         assert TOKENIZER.decode(read.input_ids) == text and learned(read) == what_is_learned
-    assert report.forms == {next(iter(row)): 1} and report.several_forms == 0
+    assert report.forms == {next(iter(row)): 1} and not sum(report.notes.values())
 
 
 def test_one_file_may_mix_forms_and_the_same_chat_in_two_of_them_is_one_document(tmp_path: Path) -> None:
@@ -88,7 +81,7 @@ def test_one_file_may_mix_forms_and_the_same_chat_in_two_of_them_is_one_document
     ]
     documents, report = load(write_lines(tmp_path / "r.jsonl", *rows))
     assert [document.name for document in documents] == ["r.jsonl:1", "r.jsonl:2", "r.jsonl:4"]
-    assert report.duplicates == 2 and report.forms == {"messages": 1, "text": 1, "input_ids": 1}
+    assert report.left_out["duplicate documents"] == 2 and report.forms == {"messages": 1, "text": 1, "input_ids": 1}
     assert "(1 messages, 1 text, 1 input_ids)" in report.describe()
 
 
@@ -107,73 +100,87 @@ def test_a_row_with_several_forms_is_read_as_the_first_of_them_and_that_is_said(
         "nly this",
         "cc<|im_end|>",
     ]
-    assert report.several_forms == 3
-    assert "3 rows of several forms read as the first of input_ids, messages, conversations, prompt, text" in (
+    assert "3 examples of several forms read as the first of input_ids, messages, conversations, prompt, text" in (
         report.describe()
     )
     assert {"text", "prompt", "conversations"} <= set(report.ignored_keys)
 
 
-BAD = {
-    b'{"text": "broken': "broken JSON",
-    b"[1, 2]": "no known form",
-    b'{"question": "?"}': "no known form",
-    b'{"text": "\xff"}': "not UTF-8",
-    b'{"text": "\\ud800"}': "lone surrogate",
-    b'{"text": null}': "null field",
-    b'{"text": 5}': "wrong types",
-    json.dumps({"text": "x" * 10_000_000}).encode(): "text too long",
-    json.dumps({"messages": [{"role": "user", "content": "x" * 10_000_000}, CHAT[1]]}).encode(): "text too long",
-    b'{"input_ids": [1, 300]}': "id out of range",
-    b'{"input_ids": [1, -1]}': "id out of range",
-    b'{"input_ids": [1, null]}': "null field",
-    b'{"input_ids": null}': "null field",
-    b'{"input_ids": [1, 299]}': "holds the mask token",
-    b'{"input_ids": [1, 2], "loss_mask": [1]}': "wrong loss_mask",
-    b'{"input_ids": [1, 2], "labels": [1, 2]}': "unread loss mark",
-    json.dumps({"messages": [{"role": "robot", "content": "hi"}, CHAT[1]]}).encode(): "wrong roles",
-    json.dumps({"messages": [CHAT[0], {"role": "assistant", "content": ""}]}).encode(): "empty turn",
-    json.dumps({"messages": [CHAT[0], {"role": "assistant", "content": None}]}).encode(): "null field",
-    json.dumps({"messages": CHAT[:1]}).encode(): "no assistant turn",
-    json.dumps({"messages": CHAT[1:]}).encode(): "no supervised token",
-    json.dumps({"messages": [CHAT[0], {"role": "assistant", "content": "\ud800"}]}).encode(): "lone surrogate",
-    b'{"prompt": "no completion"}': "wrong types",
-    b'{"input_ids": [1, 2, 3, 4], "loss_mask": [0, 0, 0, 0]}': "no supervised token",
-    b'{"input_ids": [1, 2, 3, 4], "loss_mask": [1, 0, 0, 0]}': "no supervised token",
-    b'{"input_ids": [1]}': "no supervised token",
-    b'{"text": "x"}': "no supervised token",
-}
-LIMITS = {"mask_token_id": 299, "max_characters": 4_000_000}
+def ids(tokens: str, **more: str) -> bytes:
+    return (
+        ", ".join([f'{{"input_ids": {tokens}', *(f'"{key}": {value}' for key, value in more.items())]).encode() + b"}"
+    )
+
+
+# What is in a line, what it is counted as, and a word of what is said about it.
+BAD = [
+    (b'{"text": "broken', UNREADABLE, "not valid JSON"),
+    (b'{"text": "\xff"}', UNREADABLE, "not UTF-8"),
+    (b'{"text": "\\ud800"}', UNREADABLE, "ud800"),
+    (b"[1, 2]", FORMAT, "give {"),
+    (b'{"question": "?"}', FORMAT, "give {"),
+    (b'{"text": null}', FORMAT, "give a string"),
+    (b'{"text": 5}', FORMAT, "give a string"),
+    (b'{"prompt": "no completion"}', FORMAT, "two strings"),
+    (b'{"messages": %s%s}' % (b"[" * 5000, b"]" * 5000), FORMAT, "nested"),
+    (json.dumps({"text": "x" * 10_000}).encode(), TOO_LONG, "data.max_characters is 9999"),
+    (json.dumps({"messages": [{"role": "user", "content": "x" * 10_000}, CHAT[1]]}).encode(), TOO_LONG, "10000"),
+    (json.dumps({"messages": [{"role": "robot", "content": "hi"}, CHAT[1]]}).encode(), FORMAT, "robot"),
+    (json.dumps({"messages": [CHAT[0], {"role": "assistant", "content": ""}]}).encode(), NOTHING, "message 1"),
+    (json.dumps({"messages": CHAT[1:]}).encode(), NOTHING, "after a prompt"),
+    (b'{"text": "x"}', NOTHING, "no token of 1"),
+    (ids("[1, 2, 3]", loss_mask="[0, 0, 0]"), NOTHING, "no token of 3"),
+    (ids("[1, 2, 3]", loss_mask="[1, 0, 0]"), NOTHING, "after the first"),
+    (ids("null"), FORMAT, "give {"),
+    (ids('"12"'), FORMAT, "give {"),
+    (ids("[1, 300]"), BAD_IDS, "input_ids[1] is 300; ids are integers in 0..299"),
+    (ids("[1, -1]"), BAD_IDS, "input_ids[1] is -1"),
+    (ids("[1, null]"), BAD_IDS, "input_ids[1] is None"),
+    (ids("[1, true]"), BAD_IDS, "input_ids[1] is True"),
+    (ids("[1.0, 2]"), BAD_IDS, "input_ids[0] is 1.0"),
+    (ids("[[1], 2]"), BAD_IDS, "input_ids[0] is [1]"),
+    (ids("[1, 1" + "0" * 99 + "]"), BAD_IDS, "000...;"),
+    (ids("[1, 1" + "0" * 5000 + "]"), UNREADABLE, "not valid JSON"),
+    (ids("[1, 299]"), BAD_IDS, "input_ids[1] is the mask token 299"),
+    (ids("[1, 2]", loss_mask="[1]"), FORMAT, "2 input_ids but 1 in loss_mask"),
+    (ids("[]", loss_mask="[1]"), FORMAT, "0 input_ids but 1 in loss_mask"),
+    (ids("[1, 2]", loss_mask="[0, 2]"), FORMAT, "loss_mask[1] is 2; give 0 or 1"),
+    (ids("[1, 2]", loss_mask="[0, true]"), FORMAT, "loss_mask[1] is True"),
+    (ids("[1, 2]", loss_mask="null"), FORMAT, "loss_mask is None"),
+    (ids("[1, 2]", labels="[-100, 2]"), FORMAT, "labels is not read"),
+]
+LIMITS = {"mask_token_id": 299, "max_characters": 9_999}
 
 
 def test_bad_rows_are_counted_by_reason_with_the_line_of_the_first(tmp_path: Path) -> None:
     lines: list[Any] = [{"text": "a good row"}]
     first: dict[str, int] = {}
     counts: dict[str, int] = {}
-    for line, reason in BAD.items():
+    for line, reason, _ in BAD:
         lines += [line, {"text": f"good row {len(lines)}"}]
         first.setdefault(reason, len(lines) - 1)
         counts[reason] = counts.get(reason, 0) + 1
     path = write_lines(tmp_path / "r.jsonl", *lines)
     documents, report = load(path, max_bad_rows=len(BAD), **LIMITS)
     assert report.bad_rows == counts and len(documents) == len(BAD) + 1
-    assert report.first_bad == {reason: f"{path}, line {line}" for reason, line in first.items()}
     told = report.describe()
     assert f"{len(BAD)} bad rows: " in told and "\n" not in told
     for reason, count in counts.items():
-        assert f"{count} {reason} (first: {path}, line {first[reason]})" in told
-    with pytest.raises(ValueError, match=f"{len(BAD)} bad rows: .*data.max_bad_rows allows {len(BAD) - 1}") as caught:
+        assert report.first_bad[reason].startswith(f"{path}, line {first[reason]}: ")
+        assert f"{count} {reason} (first: {path}, line {first[reason]}" in told
+    with pytest.raises(ValueError, match=f"{len(BAD)} bad rows: .*data.max_bad_rows is {len(BAD) - 1}"):
         load(path, max_bad_rows=len(BAD) - 1, **LIMITS)
-    assert all(f"{count} {reason} (first" in str(caught.value) for reason, count in counts.items())
 
 
-@pytest.mark.parametrize("line", BAD)
-def test_without_leave_the_first_bad_row_stops_with_its_line_and_its_reason(line: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("line, reason, word", BAD)
+def test_without_leave_the_first_bad_row_stops_with_its_line_and_its_reason(
+    line: bytes, reason: str, word: str, tmp_path: Path
+) -> None:
     path = write_lines(tmp_path / "r.jsonl", {"text": "good"}, line, b"{")
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=r"data\.max_bad_rows is 0") as caught:
         load(path, **LIMITS)
     text = str(caught.value)
-    assert text.startswith(f"{path}, line 2: ") and f"(bad row: {BAD[line]}; data.max_bad_rows is 0" in text
+    assert f"1 {reason} (first: {path}, line 2: " in text and word in text
     assert "\n" not in text and len(text) < 500
 
 
@@ -182,7 +189,7 @@ def test_a_text_file_that_is_not_utf8_is_a_bad_row_of_its_own(tmp_path: Path) ->
     (tmp_path / "b.txt").write_text("two")
     documents, report = load(tmp_path, max_bad_rows=1)
     assert [d.name for d in documents] == [f"{tmp_path.name}/b.txt"]
-    assert report.first_bad == {"not UTF-8": f"{tmp_path / 'a.txt'}, line 2"}
+    assert report.first_bad == {UNREADABLE: f"{tmp_path / 'a.txt'}: not UTF-8 (byte 0xff in line 2)"}
 
 
 def test_whatever_keys_and_files_are_called_the_report_can_be_written(tmp_path: Path) -> None:
@@ -196,14 +203,10 @@ def test_whatever_keys_and_files_are_called_the_report_can_be_written(tmp_path: 
     told.encode("utf-8")
 
 
-def test_some_of_the_ignored_keys_are_told_and_the_same_ones_whatever_the_batches_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_first_ignored_keys_are_told(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "r.jsonl", *({"text": f"text {i}", f"key {99 - i}": 1} for i in range(50)))
     told = load(path)[1].describe()
     assert "keys ignored: key 79, key 80, " in told and told.endswith("key 98 and others")
-    monkeypatch.setattr("peagle_train.data.documents._BATCH_CHARACTERS", 60)
-    assert load(path)[1].describe() == told
     path = write_lines(tmp_path / "r.jsonl", *({"text": f"text {i}", f"key {99 - i}": 1} for i in range(20)))
     assert load(path)[1].describe().endswith("key 98, key 99")
 
@@ -213,21 +216,52 @@ def test_a_broken_list_of_rows_is_one_bad_row(tmp_path: Path) -> None:
     path.write_text(json.dumps([{"text": "one"}, {"text": "two"}])[:-1])
     good = write_lines(tmp_path / "r.jsonl", {"text": "good"})
     documents, report = load(path, good, max_bad_rows=1)
-    assert len(documents) == 1 and report.first_bad == {"broken JSON": str(path)}
+    assert len(documents) == 1 and report.first_bad[UNREADABLE].startswith(str(path))
     path.write_text(json.dumps([{"text": "one"}, 5, {"text": "two"}], indent=2))
     documents, report = load(path, max_bad_rows=1)
-    assert len(documents) == 2 and report.first_bad == {"no known form": f"{path}, row 2"}
+    assert len(documents) == 2 and report.first_bad[FORMAT].startswith(f"{path}, row 2: ")
 
 
-def test_values_nested_without_end_are_a_bad_row_and_no_crash(tmp_path: Path) -> None:
-    lines = [b'{"%s": %s%s}' % (key, b"[" * 5000, b"]" * 5000) for key in (b"messages", b"text", b"input_ids", b"x")]
-    documents, report = load(write_lines(tmp_path / "r.jsonl", {"text": "good"}, *lines), max_bad_rows=4)
-    assert len(documents) == 1 and sum(report.bad_rows.values()) == 4
-
-
-def test_data_of_nothing_but_bad_rows_is_refused_with_their_reasons(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="hold no token: 1 files, 0 empty documents, 2 bad rows: 2 broken JSON"):
+def test_data_of_nothing_to_learn_from_is_refused_with_what_it_holds(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nothing to learn from: 0 documents of 1 files, .* 2 bad rows: 2 unreadable"):
         load(write_lines(tmp_path / "r.jsonl", b"{", b"["), max_bad_rows=9)
+    with pytest.raises(ValueError, match=r"nothing to learn from: 0 documents of 1 files, .* 1 empty documents"):
+        load(write_lines(tmp_path / "e.jsonl", {"input_ids": []}))
+    (tmp_path / "one.txt").write_text("x")
+    with pytest.raises(ValueError, match="nothing to learn from: 1 documents"):
+        load(tmp_path / "one.txt")
+
+
+def test_lines_of_ids_are_read_with_their_masks_and_equal_ids_with_another_mask_are_another_document(
+    tmp_path: Path,
+) -> None:
+    rows = [
+        {"input_ids": [5, 6, 7], "loss_mask": [1, 0, 1]},
+        {"input_ids": [8, 9], "source": "x"},
+        {"input_ids": [8, 9], "loss_mask": [1, 1]},
+    ]
+    (tmp_path / "r.jsonl").write_bytes(("\ufeff" + "\r\n\n".join(map(json.dumps, rows))).encode())
+    documents, report = load(tmp_path / "r.jsonl", tokenizer=None)
+    found = [(d.name, d.input_ids.tolist(), d.loss_mask.tolist()) for d in documents]
+    assert found == [
+        ("r.jsonl:1", [5, 6, 7], [1, 0, 1]),
+        ("r.jsonl:3", [8, 9], [0, 1]),
+        ("r.jsonl:5", [8, 9], [1, 1]),
+    ]
+    assert (report.supervised, report.ignored_keys) == (3, ["source"])
+    (read,), _ = load(write_lines(tmp_path / "k.jsonl", {"input_ids": [1, 2, 299]}), tokenizer=None)
+    assert read.key == "e33c46185c8d0f151e2aa7606446336a022335d6222296ff02a80c5519f61d22", "the same in every release"
+    with pytest.raises(ValueError, match="takes a tokenizer"):
+        load(write_lines(tmp_path / "t.jsonl", {"text": "ab"}), tokenizer=None)
+
+
+def test_max_documents_takes_the_first_and_says_so_only_if_there_were_more(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "r.jsonl", *({"input_ids": [i, i]} for i in range(5)))
+    documents, report = load(path, max_documents=3)
+    assert [document.name for document in documents] == ["r.jsonl:1", "r.jsonl:2", "r.jsonl:3"]
+    assert report.unread_files == 0 and "max_documents" in report.describe()
+    documents, report = load(path, max_documents=5)
+    assert len(documents) == 5 and "max_documents" not in report.describe()
 
 
 ROWS = [
@@ -285,41 +319,13 @@ def test_a_null_column_of_a_table_is_a_field_that_is_not_there(tmp_path: Path) -
     )
     table.to_parquet(tmp_path / "r.parquet")
     documents, report = load(tmp_path / "r.parquet", max_bad_rows=1)
-    assert report.forms == {"messages": 1, "text": 1, "input_ids": 1} and report.several_forms == 0
-    assert report.first_bad == {"null field": f"{tmp_path / 'r.parquet'}, row 4"} and len(documents) == 3
+    assert report.forms == {"messages": 1, "text": 1, "input_ids": 1} and not sum(report.notes.values())
+    assert report.first_bad[FORMAT].startswith(f"{tmp_path / 'r.parquet'}, row 4: ") and len(documents) == 3
 
 
-def test_reading_jsonl_and_text_imports_no_datasets(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "r.jsonl", {"input_ids": [1, 2, 3]})
-    code = (
-        "import sys\nfrom peagle_train.data.training_data import load_training_data\n"
-        "from peagle_train.data.documents import load_documents\n"
-        f"load_documents([{str(path)!r}], tokenizer=None, vocab_size=9)\nsys.exit('datasets' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-def test_a_weight_says_how_often_each_document_comes_and_its_key_decides_about_the_rest() -> None:
-    keys = np.random.default_rng(0).integers(0, 256, (4000, 32), dtype=np.uint8)
-    for weight, whole, share in ((1.0, 1, 0.0), (0.5, 0, 0.5), (2.0, 2, 0.0), (2.25, 2, 0.25)):
-        times = times_an_epoch(keys, np.full(4000, weight))
-        assert set(times.tolist()) <= {whole, whole + 1}
-        assert float((times == whole + 1).mean()) == pytest.approx(share, abs=0.03)
-        assert np.array_equal(times[100:200], times_an_epoch(keys[100:200], np.full(100, weight)))
-        more = times_an_epoch(keys, np.full(4000, weight + 0.1))
-        assert (more >= times).all(), "a larger weight only adds"
-    mixed = times_an_epoch(keys, np.where(np.arange(4000) < 2000, 0.5, 3.0))
-    assert mixed[:2000].max() == 1 and set(mixed[2000:].tolist()) == {3}
-
-
-def test_rows_of_a_log_normal_mix_of_lengths_are_97_percent_full() -> None:
-    lengths = np.random.default_rng(1).lognormal(6.5, 1.2, 3000).astype(int).clip(1, 40_000)
-    tokens, mask = torch.zeros(40_000, dtype=torch.int64), torch.ones(40_000, dtype=torch.uint8)
-    documents = [Document(tokens[:n], mask[:n], "", f"{i:064x}") for i, n in enumerate(lengths.tolist())]
-    rows, report = pack_documents(documents, 4096)
-    held = sum(rows[i]["input_ids"].numel() for i in range(len(rows)))
-    assert held == lengths.sum() == report.tokens
-    assert held / (len(rows) * 4096) >= 0.97 and report.split_documents == int((lengths > 4096).sum()) > 0
+def test_lines_and_texts_are_read_without_the_package_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)  # which takes seconds to import
+    assert len(load(write_lines(tmp_path / "r.jsonl", {"input_ids": [1, 2, 3]}, {"text": "abc"}))[0]) == 2
 
 
 def test_a_long_chat_is_split_without_losing_a_token_or_its_mask(tmp_path: Path) -> None:
@@ -350,14 +356,10 @@ def test_a_source_with_a_mistake_is_one_clear_line(source: Any, expected: str) -
     assert str(caught.value).startswith(expected)
 
 
-def test_a_split_of_something_that_has_none_is_refused(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "r.jsonl", {"text": "good"})
+def test_a_format_overrules_the_extension_and_a_file_has_no_splits(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "r.txt", {"text": "good"})
     with pytest.raises(ValueError, match="no data set with splits and names"):
         load({"path": str(path), "split": "test"})
-
-
-def test_a_format_overrules_the_extension(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "r.txt", {"text": "good"})
     assert [TOKENIZER.decode(d.input_ids) for d in load({"path": str(path), "format": "jsonl"})[0]] == ["good"]
     (as_text,), _ = load({"path": str(write_lines(tmp_path / "r.jsonl", {"text": "good"})), "format": "text"})
     assert TOKENIZER.decode(as_text.input_ids) == '{"text": "good"}\n'
@@ -428,7 +430,7 @@ def test_a_sequence_of_mappings_is_read_as_the_list_that_it_stands_for(tmp_path:
     assert TOKENIZER.decode(read.input_ids) == TOKENIZER.decode(expected.input_ids) and read.key == expected.key
     uneven = {"messages": {"role": ["user", "assistant"], "content": ["hi"]}}
     datasets.Dataset.from_list([uneven]).to_parquet(tmp_path / "uneven.parquet")
-    with pytest.raises(ValueError, match="messages is a dict, not a list of messages"):
+    with pytest.raises(ValueError, match="messages is a dict, not a list"):
         load(tmp_path / "uneven.parquet")
 
 

@@ -1,101 +1,233 @@
-"""The draft vocabulary: the most frequent supervised tokens, in the form that engines read."""
+"""The draft vocabulary: the most frequent supervised tokens, or another drafter's, in the form that engines read."""
 
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from peagle_train.data.packing import Document
+from peagle_train.config import Data, Draft
+from peagle_train.data.documents import Documents, TokenStore
 from peagle_train.data.vocab import (
-    choose_draft_vocab,
+    choose_most_frequent,
     count_supervised,
     coverage,
     default_mask_token_id,
+    end_of_turn_ids,
+    eos_token_ids,
+    read_draft_vocab,
+    t2d_mask,
 )
-
-VOCAB = 12
-
-
-def document(ids: list[int], mask: list[int]) -> Document:
-    return Document(torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.uint8), "test", "0" * 64)
+from peagle_train.serving.start import always_drafted
+from peagle_train.target_model.frozen import FrozenTarget
+from tests.tiny import VOCAB
+from tests.tiny_chat import END, TEMPLATE, make_chat_target, make_tokenizer
 
 
-def slow_choice(pairs: list[tuple[int, int]], size: int, always: set[int]) -> list[int]:
+def documents(*lengths: int, ids: list[int], mask: list[int]) -> Documents:
+    store = TokenStore(np.array(ids, np.int32), np.array(mask, np.uint8))
+    D = len(lengths)
+    return Documents(store, np.array(lengths, np.int64), np.zeros(D, np.int64), np.zeros((D, 32), np.uint8))
+
+
+def slow_choice(counts: list[int], size: int, always: set[int]) -> list[int]:
     """Take the best token left, one at a time."""
     chosen = set(always)
     while len(chosen) < size:
-        left = [token for token in range(VOCAB) if token not in chosen]
-        chosen.add(max(left, key=lambda token: (pairs.count((token, 1)), -token)))
+        left = [token for token in range(len(counts)) if token not in chosen]
+        chosen.add(max(left, key=lambda token: (counts[token], -token)))
     return sorted(chosen)
 
 
-tokens = st.integers(0, VOCAB - 1)
-
-
 @settings(max_examples=80, deadline=None)
-@given(st.lists(st.tuples(tokens, st.integers(0, 1)), max_size=40), st.sets(tokens, max_size=4), st.data())
-def test_the_choice_is_that_of_a_slow_chooser(pairs: list[tuple[int, int]], always: set[int], data: Any) -> None:
-    size = data.draw(st.integers(max(1, len(always)), VOCAB))
-    cut = data.draw(st.integers(0, len(pairs)))
-    documents = [document([i for i, _ in part], [m for _, m in part]) for part in (pairs[:cut], pairs[cut:])]
-    flat = (torch.tensor([i for i, _ in pairs], dtype=torch.int32), torch.tensor([m for _, m in pairs]))
-    expected = slow_choice(pairs, size, always)
-    for given_as in (documents, flat):
-        ids = choose_draft_vocab(given_as, VOCAB, size, always)
-        assert ids.dtype == torch.int64 and ids.tolist() == expected
+@given(
+    st.lists(st.integers(0, 3), min_size=12, max_size=12),
+    st.sets(st.integers(0, 11), min_size=1, max_size=4),
+    st.data(),
+)
+def test_the_choice_is_that_of_a_slow_chooser(counts: list[int], always: set[int], data: Any) -> None:
+    size = data.draw(st.integers(len(always), 12))
+    ids = choose_most_frequent(torch.tensor(counts), size, always)
+    assert ids.dtype == torch.int64 and ids.tolist() == slow_choice(counts, size, always)
+    assert choose_most_frequent(torch.tensor(counts), 12).tolist() == list(range(12))
 
 
-def test_of_equally_frequent_tokens_the_lower_id_wins_and_unseen_ones_fill_up() -> None:
-    data = [document([9, 5, 5, 9, 3, 7], [1, 1, 1, 1, 1, 0])]
-    assert choose_draft_vocab(data, VOCAB, 1).tolist() == [5]
-    assert choose_draft_vocab(data, VOCAB, 2).tolist() == [5, 9]
-    assert choose_draft_vocab(data, VOCAB, 3).tolist() == [3, 5, 9]
-    assert choose_draft_vocab(data, VOCAB, 5).tolist() == [0, 1, 3, 5, 9]
-    assert choose_draft_vocab(data, VOCAB, 2, always=[11]).tolist() == [5, 11]
-    assert choose_draft_vocab(data, VOCAB, VOCAB).tolist() == list(range(VOCAB))
+def test_tokens_are_counted_where_they_are_supervised_as_often_as_their_documents_come() -> None:
+    table = documents(3, 1, 4, ids=[9, 5, 5, 9, 5, 7, 0, 0], mask=[0, 1, 1, 1, 1, 1, 0, 1])
+    counts = count_supervised(table, np.array([2, 0, 1]), 12)
+    assert counts.dtype == torch.int64 and counts.tolist() == [1, 0, 0, 0, 0, 5, 0, 1, 0, 0, 0, 0]
+    assert coverage(torch.tensor([5, 8]), counts) == 5 / 7 and coverage(torch.arange(12), counts) == 1.0
 
 
 @pytest.mark.parametrize(
     "size, always, expected",
     [
-        (13, (), "draft_vocab_size is 13, but the target's vocabulary has 12 tokens: give 1 to 12"),
+        (13, (), "draft_vocab_size is 13; .* allows 1 to 12"),
         (0, (), "draft_vocab_size is 0"),
         (2, (1, 2, 3, 3), "draft_vocab_size is 2, but 3 tokens must always be drafted: give at least 3"),
-        (5, (1, 12), "token 12 must always be drafted, but the vocabulary is 0..11"),
-        (5, (-1,), "token -1 must always be drafted"),
+        (5, (1, 12), r"the vocabulary is 0\.\.11"),
+        (5, (-1,), r"the vocabulary is 0\.\.11"),
     ],
 )
 def test_sizes_and_tokens_that_do_not_fit_are_refused(size: int, always: tuple[int, ...], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
-        choose_draft_vocab([], VOCAB, size, always)
+        choose_most_frequent(torch.zeros(12, dtype=torch.int64), size, always)
 
 
-def test_supervised_ids_outside_of_the_vocabulary_are_refused() -> None:
-    assert count_supervised([document([1, 99], [1, 0])], VOCAB).tolist()[1] == 1
-    for token in (12, -1):
-        with pytest.raises(ValueError, match=r"outside of the vocabulary 0\.\.11"):
-            count_supervised([document([1, token], [1, 1])], VOCAB)
-
-
-def test_coverage_is_the_share_of_supervised_tokens_that_can_be_drafted() -> None:
-    counts = count_supervised([document([9, 5, 5, 9, 5, 7, 0], [1, 1, 1, 1, 1, 1, 0])], VOCAB)
-    assert coverage(torch.tensor([5, 8]), counts) == 0.5
-    assert coverage(torch.arange(VOCAB), counts) == 1.0
-    with pytest.raises(ValueError, match="no supervised token"):
-        coverage(torch.tensor([5]), torch.zeros(VOCAB, dtype=torch.int64))
-
-
-def test_the_mask_token_is_the_first_id_behind_all_that_the_tokenizer_knows() -> None:
+def test_the_mask_token_is_the_first_id_after_all_that_the_tokenizer_knows() -> None:
     core = Tokenizer(models.WordLevel({"a": 0, "b": 1, "gap": 5}, unk_token="a"))
-    core.add_special_tokens(["<end>"])  # takes the id behind the highest, or a free one: either way a known one
+    core.add_special_tokens(["<end>"])  # takes the id after the highest, or a free one: either way a known one
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
-    behind = max(tokenizer.get_vocab().values()) + 1
-    assert behind >= 6
-    assert default_mask_token_id(tokenizer, 20) == behind
-    assert default_mask_token_id(tokenizer, behind + 1) == behind
-    assert default_mask_token_id(tokenizer, behind) is None
-    assert default_mask_token_id(tokenizer, 2) is None
+    first_unused = max(tokenizer.get_vocab().values()) + 1
+    assert first_unused >= 6
+    assert default_mask_token_id(tokenizer, first_unused + 1) == first_unused
+    assert default_mask_token_id(tokenizer, first_unused) is default_mask_token_id(tokenizer, 2) is None
+
+
+# Another drafter's vocabulary.
+
+IDS = torch.tensor([0, 2, 3, 9, VOCAB - 1])
+TARGET = SimpleNamespace(vocab_size=VOCAB, eos_token_ids=lambda: [3, 4])
+D2T, T2D = IDS - torch.arange(len(IDS)), t2d_mask(IDS, VOCAB)
+
+
+def read(path: Path, size: int | None = None, always: tuple[int, ...] = (), target: Any = TARGET) -> Tensor:
+    return read_draft_vocab(Draft(vocab_from=str(path), draft_vocab_size=size), target, None, always)
+
+
+def save(folder: Path, name: str = "model.safetensors", **tensors: Tensor) -> Path:
+    folder.mkdir(exist_ok=True)
+    save_file({"fc.weight": torch.zeros(2), **tensors}, folder / name)
+    return folder
+
+
+def test_folders_files_shards_and_speculators_arrays_are_read(tmp_path: Path) -> None:
+    whole = save(tmp_path / "whole", d2t=D2T, t2d=T2D)
+    shards = save(save(tmp_path / "shards", "a.safetensors", d2t=D2T.int()), "b.safetensors", t2d=T2D)
+    alone = save(tmp_path / "alone", d2t=D2T)
+    arrays = tmp_path / "arrays"
+    arrays.mkdir()
+    np.save(arrays / "d2t.npy", D2T.numpy())
+    np.save(arrays / "t2d.npy", T2D.numpy())
+    for path in (whole, whole / "model.safetensors", shards, alone, arrays):
+        ids = read(path)
+        assert ids.dtype == torch.int64 and ids.tolist() == IDS.tolist()
+    assert read(whole, size=5).numel() == 5
+
+
+@pytest.mark.parametrize(
+    "tensors, size, expected",
+    [
+        ({"d2t": D2T, "t2d": T2D}, 6, "draft_vocab_size is 6, but draft.vocab_from .* drafts 5 tokens: leave one out"),
+        ({"d2t": D2T, "t2d": T2D[:-1]}, None, "is for a vocabulary of 60 tokens, the target has 61"),
+        ({"d2t": D2T + 1}, None, r"drafts token 61, but the target's vocabulary is 0\.\.60"),
+        ({"d2t": D2T - 1}, None, "below 0, twice or out of order"),
+        ({"d2t": torch.tensor([0, 2, 1])}, None, "below 0, twice or out of order"),
+        ({"d2t": torch.tensor([0, 5, 2])}, None, "below 0, twice or out of order"),
+        ({"d2t": IDS, "t2d": T2D}, None, "drafts token 64, but the target"),
+        ({"d2t": D2T, "t2d": t2d_mask(IDS[1:], VOCAB)}, None, "its d2t and t2d disagree"),
+        ({"d2t": D2T.float()}, None, r"d2t is torch.float32 \[5\]; it must be a vector of integers"),
+        ({"d2t": D2T[None]}, None, r"d2t is torch.int64 \[1, 5\]"),
+        ({"d2t": D2T[:0]}, None, r"d2t is torch.int64 \[0\]"),
+        ({"t2d": T2D}, None, "has no d2t: it is no drafter, or drafts the full vocabulary"),
+        ({"d2t": torch.tensor([1, 1])}, None, r"lacks every end token .*3, 4"),
+    ],
+)
+def test_a_mapping_that_does_not_fit_is_one_line(
+    tmp_path: Path, tensors: dict[str, Tensor], size: int | None, expected: str
+) -> None:
+    folder = save(tmp_path / "drafter", **{name: tensor.contiguous() for name, tensor in tensors.items()})
+    with pytest.raises(ValueError, match=expected) as caught:
+        read(folder, size)
+    assert "\n" not in str(caught.value) and "drafter" in str(caught.value)
+
+
+def test_the_drafters_config_tells_whose_vocabulary_it_is_and_whether_it_drafts_all_of_it(tmp_path: Path) -> None:
+    partial, full = save(tmp_path / "partial", d2t=D2T[:4].clone()), save(tmp_path / "full")
+    assert read(partial).numel() == 4
+    for config in ({"vocab_size": 50}, {"transformer_layer_config": {"vocab_size": 50}}):
+        (partial / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="is for a vocabulary of 50 tokens, the target has 61"):
+            read(partial)
+    for config in ({"vocab_size": VOCAB}, {"vocab_size": VOCAB, "draft_vocab_size": 9}, {"draft_vocab_size": VOCAB}):
+        (full / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="has no d2t"):
+            read(full)
+    for config in ({"vocab_size": VOCAB}, {"transformer_layer_config": {"vocab_size": VOCAB}}):
+        (full / "config.json").write_text(json.dumps({**config, "draft_vocab_size": VOCAB}))
+        assert read(full).tolist() == list(range(VOCAB))
+
+
+def test_special_tokens_that_the_mapping_lacks_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = save(tmp_path / "drafter", d2t=D2T, t2d=T2D)
+    with caplog.at_level(logging.WARNING):
+        read(folder, always=(3, 9))
+        assert caplog.text == ""
+        read(folder, always=(3, 4, 9, *range(20, 40)))
+    assert "lacks 21 special or end tokens, which will not be drafted: 4, 20, 21" in caplog.text
+
+
+def test_what_is_no_drafter_is_one_line_and_no_pickle_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "model.pt").write_bytes(b"")
+    for path in (tmp_path / "empty", tmp_path / "none", tmp_path / "none.safetensors", tmp_path / "model.pt"):
+        with pytest.raises(ValueError, match="give a drafter's folder or"):
+            read(path)
+    (tmp_path / "cut.safetensors").write_bytes(b"12345")
+    with pytest.raises(ValueError, match=r"cannot read cut\.safetensors"):
+        read(tmp_path / "cut.safetensors")
+    np.save(tmp_path / "empty" / "d2t.npy", np.array([print], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"cannot read d2t\.npy"):
+        read(tmp_path / "empty")
+
+
+# What ends an answer.
+
+
+def test_end_tokens_of_configs_tokenizer_and_chat_template_are_always_drafted(tmp_path: Path) -> None:
+    """Each from its own place: 3 of the config, 4 and 5 of the generation config, <end> of the chats."""
+    target = FrozenTarget.load(str(make_chat_target(tmp_path / "target")), dtype="float64", layer_ids=[0, 1, 2])
+    for tokenizer in (make_tokenizer(), make_tokenizer(eos_token="w7"), make_tokenizer(extra_special_tokens=["w8"])):
+        always = always_drafted(tokenizer, target, mask_token_id=1)
+        assert {3, 4, 5, END, *eos_token_ids(tokenizer)} <= set(always)
+    assert {8, END} <= set(always)
+    assert END not in always_drafted(make_tokenizer(), target, END)
+
+
+def test_the_end_of_a_turn_is_read_off_the_chat_template(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = make_tokenizer(eos_token="w7")
+    assert end_of_turn_ids(tokenizer) == [END]
+    for template in (TEMPLATE.replace("<end>", "w9"), TEMPLATE.replace("<end>", ""), "{{ messages[0].content }}", None):
+        tokenizer.chat_template = template  # a word, nothing, no answer at all, no template
+        assert end_of_turn_ids(tokenizer) == []
+    assert caplog.text == "" and end_of_turn_ids(None) == []
+    tokenizer.chat_template = "{{ raise_exception('never') }}"
+    with caplog.at_level(logging.WARNING):
+        assert end_of_turn_ids(tokenizer) == []
+    assert "the chat template fails" in caplog.text
+
+
+def test_the_end_of_a_turn_is_that_of_the_recipes_own_template(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(eos_token="w7", extra_special_tokens=["w8"])
+    (tmp_path / "own.jinja").write_text(TEMPLATE.replace("<end>", "{{ finish }}"))
+    data = Data(sources=["x"], chat_template=str(tmp_path / "own.jinja"), template_kwargs={"finish": "w8"})
+    assert end_of_turn_ids(tokenizer, data) == [8] and end_of_turn_ids(tokenizer, Data(sources=["x"])) == [END]
+    tokenizer.chat_template = None
+    assert end_of_turn_ids(tokenizer, data) == [8] and end_of_turn_ids(None, data) == []
+    target = SimpleNamespace(vocab_size=VOCAB, eos_token_ids=lambda: [])
+    for name, d2t in (("ends", [0, 6, 7]), ("lacks", [0, 1, 2])):
+        save_file({"d2t": torch.tensor(d2t)}, tmp_path / f"{name}.safetensors")
+    assert 8 in always_drafted(tokenizer, target, 1, data)
+    with pytest.raises(ValueError, match="lacks every end token"):
+        read_draft_vocab(Draft(vocab_from=str(tmp_path / "lacks.safetensors")), target, tokenizer, [], data)
+    assert 7 in read_draft_vocab(Draft(vocab_from=str(tmp_path / "ends.safetensors")), target, tokenizer, [], data)

@@ -1,14 +1,14 @@
-"""From documents to rows: packing into rows of at most max_length tokens.
+"""From documents to sequences: which documents are held out, how often the others come, and packing without loss.
 
-A *document* is what was read, a *piece* is a part of one that fits a row (most documents are one piece), a
-*row* is what the collator gets: whole pieces side by side.
+A *document* is an example's tokens, a *piece* is a part of one that fits a sequence (most documents are one piece), a
+*sequence* is what the collator gets: whole pieces side by side, at most max_length tokens. D: documents, P: pieces.
 """
 
 import hashlib
 import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,26 +16,24 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from peagle_train.data.documents import Document, DocumentTable, SourceReport, TokenStore, load_documents
+from peagle_train.config import Data, parse_sources
+from peagle_train.data.documents import Document, Documents, SourceReport, TokenStore, load_documents
+from peagle_train.data.messages import CHAT_KEYS
 from peagle_train.data.sampler import EMPTY_ROW
+from peagle_train.data.vocab import count_supervised
 
-# ---- choice
-# Which documents are held out, and how often each other one comes in an epoch: decided by their own keys.
+__all__ = ["Document", "SourceReport", "load_documents"]
 
 
 def held_out_documents(keys_D32: np.ndarray, eval_fraction: float) -> np.ndarray:
     """bool [D]: whether a document is held out, about `eval_fraction` of them.
 
-    Its own key decides, so it lands on the same side on every machine and whatever the others are.
-
-    Args:
-        keys_D32: uint8, sha256 of each document.
+    Its own key (uint8, sha256) decides, so it lands on the same side on every machine and whatever the others are.
 
     Raises:
-        ValueError: a fraction outside of [0, 1), or one that leaves nothing to train on.
+        ValueError: a fraction that leaves nothing to train on.
     """
-    if not 0 <= eval_fraction < 1:
-        raise ValueError(f"eval_fraction is {eval_fraction}; it must lie in [0, 1)")
+    assert 0 <= eval_fraction < 1
     held_out_D = _lies_below(keys_D32[:, :8], eval_fraction)
     if held_out_D.size and held_out_D.all():
         raise ValueError(f"data.eval_fraction {eval_fraction} holds out all {held_out_D.size} documents: lower it")
@@ -59,34 +57,13 @@ def split_train_eval(documents: Sequence[Document], eval_fraction: float) -> tup
 def times_an_epoch(keys_D32: np.ndarray, weights_D: np.ndarray) -> np.ndarray:
     """int64 [D]: how often each document is packed.
 
-    Weight 2.25 is twice, and a third time for that quarter of the documents that their keys choose (by other bytes than
+    Weight 2.25 is twice, and a third time for the quarter of the documents that their keys choose (by other bytes than
     those that hold documents out).
     """
-    whole_D = np.floor(weights_D)
-    times_D = whole_D.astype(np.int64)
+    times_D = np.floor(weights_D).astype(np.int64)
     for weight in np.unique(weights_D).tolist():
-        is_more_D = (weights_D == weight) & _lies_below(keys_D32[:, 8:16], weight - math.floor(weight))
-        times_D += is_more_D
+        times_D += (weights_D == weight) & _lies_below(keys_D32[:, 8:16], weight - math.floor(weight))
     return times_D
-
-
-# ---- packing
-# From documents to rows: packing into rows of at most max_length tokens.
-#
-# A *document* is what was read, a *piece* is a part of one that fits a row (most documents are one piece), a
-# *row* is what the collator gets: whole pieces side by side.
-
-__all__ = [
-    "Document",
-    "PackReport",
-    "PackedRows",
-    "SourceReport",
-    "held_out_documents",
-    "load_documents",
-    "pack_documents",
-    "pack_table",
-    "split_train_eval",
-]
 
 
 @dataclass(frozen=True)
@@ -100,28 +77,28 @@ class PackReport:
     split_documents: int
     """Documents longer than max_length."""
     rows: int
-    """Rows of at most max_length tokens."""
+    """Sequences of at most max_length tokens."""
     tokens: int
-    """Tokens in all rows: those of the documents, every one."""
+    """Tokens in all sequences: those of the documents, every one."""
     supervised: int
     """Drafter rows with a loss: tokens with mask 1, without the first of each piece."""
     lost_at_splits: int
     """Drafter rows with a loss that the documents had and the pieces do not."""
     fill: float
-    """Share of rows * max_length that is tokens."""
+    """Share of sequences * max_length that is tokens."""
     repeats: int = 0
-    """Of `documents`, those that are there once more because of their source's weight."""
+    """Of `documents`, those that come once more because of their source's weight."""
     left_out_by_weight: int = 0
     """Documents that are not packed because of their source's weight."""
 
     def describe(self) -> str:
         """One line."""
-        text = f"{self.documents} documents in {self.rows} rows, {self.fill:.1%} full"
+        text = f"{self.documents} documents in {self.rows} sequences, {self.fill:.1%} full"
         text += f", {self.tokens} tokens, {self.supervised} supervised"
         if self.split_documents:
             text += (
-                f"; {self.split_documents} documents longer than a row were split ({self.pieces} pieces in"
-                f" all, {self.lost_at_splits} supervised rows lost at the cuts)"
+                f"; {self.split_documents} documents longer than a sequence were split ({self.pieces} pieces in"
+                f" all, {self.lost_at_splits} supervised tokens lost at the cuts)"
             )
         if self.repeats:
             text += f"; {self.repeats} of the documents are repeats, by their source's weight"
@@ -131,102 +108,72 @@ class PackReport:
 
 
 class PackedRows(Dataset[dict[str, Any]]):
-    """Rows of whole pieces, kept flat so that loader processes share them.
+    """Sequences of whole pieces, kept flat so that loader processes share them.
 
     `rows[i]` or `rows[epoch, i]` is a dict of
-        input_ids, loss_mask, document_ids: int64 [n]; document ids are 0, 1, ... within the row.
-        row_key: int, 63 bits of the sha256 of the row's content: the same on every machine.
+        input_ids, loss_mask, document_ids: int64 [n]; document ids are 0, 1, ... within the sequence.
+        row_key: int, 63 bits of the sha256 of the sequence's content: the same on every machine.
         epoch: int, when given.
-    Index -1 (`EMPTY_ROW`) is a row of no tokens with row_key 0.
+    Index -1 (`EMPTY_ROW`) is a sequence of no tokens with row_key 0.
     """
 
-    def __init__(self, pieces: Sequence[tuple[Tensor, Tensor]], rows: Sequence[Sequence[int]]) -> None:
-        """`pieces`: (ids, mask) of each; `rows`: which pieces each row has, in order."""
-        placed = [pieces[piece] for row in rows for piece in row]
-        ids = torch.cat([torch.zeros(0).int(), *(ids.to(torch.int32) for ids, _ in placed)])
-        mask = torch.cat([torch.zeros(0).byte(), *(mask.to(torch.uint8) for _, mask in placed)])
-        lengths = torch.tensor([ids.numel() for ids, _ in placed], dtype=torch.int64)
-        starts = lengths.cumsum(0) - lengths
-        self._place(TokenStore([(ids, mask)]), starts, lengths, _offsets([len(row) for row in rows]))
+    def __init__(self, store: TokenStore, layout: dict[str, np.ndarray]) -> None:
+        """`layout`: where in the store the tokens are, all int64.
 
-    @classmethod
-    def at(cls, store: TokenStore, layout: dict[str, Tensor]) -> "PackedRows":
-        """Rows of the store's tokens, where `layout` (see there) says."""
-        rows = cls.__new__(cls)
-        rows._place(
-            store, layout["piece_starts"], layout["piece_lengths"], layout["row_offsets"], layout.get("row_keys")
-        )
-        return rows
-
-    def layout(self) -> dict[str, Tensor]:
-        """Where all rows' tokens are, whatever `limit` says.
-
-        piece_starts, piece_lengths: int64 [pieces], in the store. row_offsets: int64 [rows + 1], each row's pieces.
-        row_keys: int64 [rows].
+        piece_starts, piece_lengths [pieces]. row_offsets [sequences + 1]: each one's pieces. row_keys [sequences]: their
+        content's, hashed here if they are missing.
         """
-        return {
-            "piece_starts": self._piece_starts,
-            "piece_lengths": self._piece_lengths,
-            "row_offsets": self._row_offsets,
-            "row_keys": self._keys,
-        }
-
-    def _place(
-        self, store: TokenStore, starts: Tensor, lengths: Tensor, row_offsets: Tensor, keys: Tensor | None = None
-    ) -> None:
-        self._store, self._piece_starts, self._piece_lengths, self._row_offsets = store, starts, lengths, row_offsets
-        self._index = torch.arange(row_offsets.numel() - 1)
-        if keys is None:
-            keys = torch.tensor([self._content_key(row) for row in self._index.tolist()], dtype=torch.int64)
-        self._keys = keys
+        self._store, self.layout = store, layout
+        self._index = np.arange(layout["row_offsets"].size - 1)
+        if "row_keys" not in layout:
+            keys = np.array([self._content_key(sequence) for sequence in self._index.tolist()], dtype=np.int64)
+            self.layout = {**layout, "row_keys": keys}
 
     def __len__(self) -> int:
-        return self._index.numel()
+        return self._index.size
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
         epoch, i = index if isinstance(index, tuple) else (None, index)
         if not -1 <= i < len(self):
-            raise IndexError(f"row {i} of {len(self)}")
+            raise IndexError(f"sequence {i} of {len(self)}")
         if i == EMPTY_ROW:
-            tokens, row_key = {name: torch.zeros(0, dtype=torch.int64) for name in _TOKEN_FIELDS}, 0
+            row: dict[str, Any] = {name: torch.zeros(0, dtype=torch.int64) for name in _TOKEN_FIELDS}
+            row["row_key"] = 0
         else:
             stored = int(self._index[i])
-            tokens, row_key = (
-                dict(zip(_TOKEN_FIELDS, self._tokens(stored), strict=True)),
-                int(self._keys[stored]),
-            )
-        row = {**tokens, "row_key": row_key}
+            row = {n: torch.from_numpy(values) for n, values in zip(_TOKEN_FIELDS, self._tokens(stored), strict=True)}
+            row["row_key"] = int(self.layout["row_keys"][stored])
         return row if epoch is None else {**row, "epoch": epoch}
 
     def fingerprint(self) -> str:
-        """sha256 over all rows' keys in order, in hex: the same where and only where the rows are."""
-        return hashlib.sha256(self._keys[self._index].numpy().astype("<i8").tobytes()).hexdigest()
+        """sha256 over all sequences' keys in order, in hex: the same where and only where the sequences are."""
+        return hashlib.sha256(self.layout["row_keys"][self._index].astype("<i8").tobytes()).hexdigest()
 
     def limit(self, max_rows: int | None) -> "PackedRows":
-        """At most `max_rows` of these rows, in their order, without a copy: those of the lowest keys.
+        """At most `max_rows` of these sequences, in their order, without a copy: those of the lowest keys.
 
-        Packing sorts rows by length, so that the first ones would be no fair sample.
+        Packing sorts sequences by length, so that the first ones would be no fair sample.
         """
         if max_rows is None or max_rows >= len(self):
             return self
-        limited = PackedRows.__new__(PackedRows)
-        limited.__dict__.update(self.__dict__)
-        lowest = torch.sort(self._keys[self._index], stable=True).indices[:max_rows]
-        limited._index = self._index[lowest.sort().values]
+        limited = PackedRows(self._store, self.layout)
+        lowest = np.argsort(self.layout["row_keys"][self._index], kind="stable")[:max_rows]
+        limited._index = self._index[np.sort(lowest)]
         return limited
 
-    def _tokens(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
-        first, last = self._row_offsets[row : row + 2].tolist()
-        lengths = self._piece_lengths[first:last]
-        pieces = [
-            self._store.piece(start, length)
-            for start, length in zip(self._piece_starts[first:last].tolist(), lengths.tolist(), strict=True)
-        ]
-        ids, mask = (torch.cat(parts).to(torch.int64) for parts in zip(*pieces, strict=True))
-        return ids, mask, torch.arange(last - first).repeat_interleave(lengths)
+    def _tokens(self, sequence: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids, mask and document ids: int64 [n] each."""
+        first, last = self.layout["row_offsets"][sequence : sequence + 2].tolist()
+        starts, lengths = (self.layout[name][first:last] for name in ("piece_starts", "piece_lengths"))
+        pieces = [slice(start, start + length) for start, length in zip(starts.tolist(), lengths.tolist())]
+        ids, mask = (
+            np.concatenate([values[piece] for piece in pieces], dtype=np.int64)
+            for values in (self._store.ids_n, self._store.mask_n)
+        )
+        return ids, mask, np.repeat(np.arange(last - first), lengths)
 
-    def _content_key(self, row: int) -> int:
-        content = b"".join(values.numpy().astype("<i8").tobytes() for values in self._tokens(row))
+    def _content_key(self, sequence: int) -> int:
+        content = b"".join(values.astype("<i8").tobytes() for values in self._tokens(sequence))
         return int.from_bytes(hashlib.sha256(content).digest()[:8], "little") >> 1
 
 
@@ -235,63 +182,58 @@ _TOKEN_FIELDS = ("input_ids", "loss_mask", "document_ids")
 
 def pack_documents(documents: Sequence[Document], max_length: int, pack: bool = True) -> tuple[PackedRows, PackReport]:
     """`pack_table` of a few documents, once each."""
-    ids = torch.cat([torch.zeros(0).int(), *(document.input_ids.int() for document in documents)])
-    mask = torch.cat([torch.zeros(0).byte(), *(document.loss_mask for document in documents)])
-    shard = {
-        "input_ids": ids,
-        "loss_mask": mask,
-        "lengths": torch.tensor([document.input_ids.numel() for document in documents], dtype=torch.int32),
-        "sources": torch.zeros(len(documents), dtype=torch.int32),
-        "keys": torch.zeros((len(documents), 32), dtype=torch.uint8),
-    }
-    return pack_table(DocumentTable.of([shard]), np.ones(len(documents), np.int64), max_length, pack)
+    ids_n = np.concatenate([np.zeros(0, np.int32), *(document.input_ids.int().numpy() for document in documents)])
+    mask_n = np.concatenate([np.zeros(0, np.uint8), *(document.loss_mask.numpy() for document in documents)])
+    D = len(documents)
+    lengths_D = np.array([document.input_ids.numel() for document in documents], dtype=np.int64)
+    table = Documents(TokenStore(ids_n, mask_n), lengths_D, np.zeros(D, np.int64), np.zeros((D, 32), np.uint8))
+    return pack_table(table, np.ones(D, np.int64), max_length, pack)
 
 
 def pack_table(
-    table: DocumentTable, times_D: np.ndarray, max_length: int, pack: bool = True
+    table: Documents, times_D: np.ndarray, max_length: int, pack: bool = True
 ) -> tuple[PackedRows, PackReport]:
-    """Put documents, each as often as `times_D` (int64) says, into rows of at most `max_length` tokens; none is lost.
+    """Put documents, each as often as `times_D` (int64) says, into sequences of at most `max_length` tokens; none is lost.
 
     Longer documents are cut into pieces of `max_length`, each from then on a document of its own. The first
     token of a later piece keeps its loss mask, but like every first token it is no drafter row:
     `lost_at_splits` counts those. Pieces of one token are kept, although they have no drafter row. With
-    `pack`, the longest piece comes first, each in the fullest row that has room for it; without, each piece
-    is a row.
+    `pack`, the longest piece comes first, each in the fullest sequence that has room for it; without, each piece
+    is a sequence.
     """
-    if max_length < 1:
-        raise ValueError(f"max_length is {max_length}; it must be at least 1")
     # Every document is cut, in order; then the pieces are taken as often as their documents are.
     cuts_D = -(-table.lengths_D // max_length)
     document_P = np.repeat(np.arange(len(table)), cuts_D)
-    behind_P = (np.arange(document_P.size) - np.repeat(cuts_D.cumsum() - cuts_D, cuts_D)) * max_length
-    starts_P = table.starts_D[document_P] + behind_P
-    lengths_P = np.minimum(max_length, table.lengths_D[document_P] - behind_P)
-    supervised_P = _supervised(table.store, starts_P)
-    supervised_D = _supervised(table.store, table.starts_D)
+    offset_P = (np.arange(document_P.size) - np.repeat(cuts_D.cumsum() - cuts_D, cuts_D)) * max_length
+    starts_P = table.starts_D[document_P] + offset_P
+    lengths_P = np.minimum(max_length, table.lengths_D[document_P] - offset_P)
+    supervised_P = _supervised(table.store.mask_n, starts_P)
+    supervised_D = _supervised(table.store.mask_n, table.starts_D)
 
     pieces_Q = _repeated(cuts_D, times_D)
     lengths_Q = lengths_P[pieces_Q]
     lengths = lengths_Q.tolist()
-    rows = _best_fit_decreasing(lengths, max_length) if pack else [[piece] for piece in range(len(lengths))]
-    placed = np.array([piece for row in rows for piece in row], dtype=np.int64)
+    sequences = _best_fit_decreasing(lengths, max_length) if pack else [[piece] for piece in range(len(lengths))]
+    placed = np.array([piece for sequence in sequences for piece in sequence], dtype=np.int64)
+    sizes = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
     layout = {
-        "piece_starts": torch.from_numpy(starts_P[pieces_Q][placed]),
-        "piece_lengths": torch.from_numpy(lengths_Q[placed]),
-        "row_offsets": _offsets([len(row) for row in rows]),
+        "piece_starts": starts_P[pieces_Q][placed],
+        "piece_lengths": lengths_Q[placed],
+        "row_offsets": np.concatenate([np.zeros(1, np.int64), sizes.cumsum()]),
     }
     tokens, supervised = int(lengths_Q.sum()), int(supervised_P[pieces_Q].sum())
     report = PackReport(
         documents=int(times_D.sum()),
         pieces=len(lengths),
         split_documents=int(times_D[cuts_D > 1].sum()),
-        rows=len(rows),
+        rows=len(sequences),
         tokens=tokens,
         supervised=supervised,
         lost_at_splits=int((supervised_D * times_D).sum()) - supervised,
-        fill=tokens / (len(rows) * max_length) if rows else 0.0,
+        fill=tokens / (len(sequences) * max_length) if sequences else 0.0,
         repeats=int(np.maximum(times_D - 1, 0).sum()),
     )
-    return PackedRows.at(table.store, layout), report
+    return PackedRows(table.store, layout), report
 
 
 def _repeated(sizes_D: np.ndarray, times_D: np.ndarray) -> np.ndarray:
@@ -302,43 +244,105 @@ def _repeated(sizes_D: np.ndarray, times_D: np.ndarray) -> np.ndarray:
     return np.repeat(first_D[run_R], sizes_D[run_R]) + within
 
 
-def _supervised(store: TokenStore, starts: np.ndarray) -> np.ndarray:
-    """int64: tokens with mask 1, but the first, of each of the runs that begin at `starts` and together fill the store."""
-    counts = []
-    for (_, mask), begin, end in zip(store.shards, store.starts, store.starts[1:], strict=False):
-        own = starts[(starts >= begin) & (starts < end)] - begin
-        if own.size:
-            values = mask.numpy()
-            counts.append(np.add.reduceat(values, own, dtype=np.int64) - values[own])
-    return np.concatenate([np.zeros(0, np.int64), *counts])
+def _supervised(mask_n: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """int64: tokens with mask 1, without the first, of each of the runs that begin at `starts` and together are all."""
+    return np.add.reduceat(mask_n, starts, dtype=np.int64) - mask_n[starts] if starts.size else np.zeros(0, np.int64)
 
 
 def _best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices into `lengths` by row: the longest first, each where the least space is left behind it."""
-    rows: list[list[int]] = []
-    spaces: list[int] = []  # ascending: the amounts of space that any row has left
-    rows_with: dict[int, list[int]] = {}  # those rows, by space
+    """Indices into `lengths` by sequence: the longest first, each where the least space remains."""
+    sequences: list[list[int]] = []
+    spaces: list[int] = []  # ascending: the amounts of space that any sequence has left
+    sequences_with: dict[int, list[int]] = {}  # those sequences, by space
     for piece in sorted(range(len(lengths)), key=lambda piece: -lengths[piece]):
         at = bisect_left(spaces, lengths[piece])
         if at == len(spaces):
-            row, space = len(rows), capacity
-            rows.append([])
+            sequence, space = len(sequences), capacity
+            sequences.append([])
         else:
             space = spaces[at]
-            row = rows_with[space].pop()
-            if not rows_with[space]:
-                del rows_with[space], spaces[at]
-        rows[row].append(piece)
+            sequence = sequences_with[space].pop()
+            if not sequences_with[space]:
+                del sequences_with[space], spaces[at]
+        sequences[sequence].append(piece)
         space -= lengths[piece]
-        assert space >= 0, "a piece is longer than a row"
-        if space > 0 and space not in rows_with:
+        assert space >= 0, "a piece is longer than a sequence"
+        if space > 0 and space not in sequences_with:
             insort(spaces, space)
-            rows_with[space] = []
+            sequences_with[space] = []
         if space > 0:
-            rows_with[space].append(row)
-    return rows
+            sequences_with[space].append(sequence)
+    return sequences
 
 
-def _offsets(sizes: Sequence[int]) -> Tensor:
-    """int64 [n + 1]: where each of n consecutive runs begins, then where the last ends."""
-    return torch.cat([torch.zeros(1, dtype=torch.int64), torch.tensor(sizes, dtype=torch.int64).cumsum(0)])
+@dataclass(frozen=True)
+class TrainingData:
+    """Sequences to train on and sequences to evaluate on."""
+
+    train_rows: PackedRows
+    """Every sequence of an epoch."""
+    eval_rows: PackedRows
+    """At most data.max_eval_rows; may be empty."""
+    counts_V: Tensor
+    """int64 [V]: how often each of the target's tokens is supervised in train_rows. Chooses the draft vocabulary."""
+    report: PackReport
+    """Of train_rows."""
+    eval_report: PackReport
+    """Of all held-out sequences, those beyond data.max_eval_rows included."""
+    in_both: int = 0
+    """Documents of data.sources that are in data.eval_sources too, and not trained on."""
+    source_reports: dict[str, SourceReport] = field(default_factory=dict)
+    """What was read for `sources`, and for `eval_sources` if there are any."""
+
+    @property
+    def has_chats(self) -> bool:
+        """Whether a chat template made any of the documents."""
+        return any(form in CHAT_KEYS for report in self.source_reports.values() for form in report.forms)
+
+    def describe(self) -> list[str]:
+        """What was read, left out and packed, in lines."""
+        lines = [f"data: {report.describe()}" for report in self.source_reports.values()]
+        if self.in_both:
+            lines.append(f"data: {self.in_both} documents of data.sources are in data.eval_sources too: not trained on")
+        lines.append(f"train: {self.report.describe()}")
+        if self.eval_report.rows:
+            is_limited = len(self.eval_rows) < self.eval_report.rows
+            used = f"; {len(self.eval_rows)} sequences used" if is_limited else ""
+            lines.append(f"held out: {self.eval_report.describe()}{used}")
+        return lines
+
+
+def split_and_pack(
+    data: Data, tables: dict[str, Documents], reports: dict[str, SourceReport], vocab_size: int
+) -> TrainingData:
+    """Split documents into those to train on and those to evaluate on, and pack both.
+
+    Args:
+        tables, reports: the documents of each role, and what was read of it: see `documents.find_all`.
+
+    Raises:
+        ValueError: nothing to train on, or nothing to learn.
+    """
+    table, in_both = tables["sources"], 0
+    if "eval_sources" in tables:
+        eval_table = tables["eval_sources"]
+        eval_times_D = np.ones(len(eval_table), np.int64)
+        held_out = {key.tobytes() for key in eval_table.keys_D32}
+        is_out_D = np.array([key.tobytes() in held_out for key in table.keys_D32], dtype=bool)
+        in_both = int(is_out_D.sum())
+        if in_both == len(table):
+            raise ValueError("every document of data.sources is in data.eval_sources too: nothing is left to train on")
+    else:
+        is_out_D = held_out_documents(table.keys_D32, data.eval_fraction)
+        eval_table, eval_times_D = table, is_out_D.astype(np.int64)
+    weights = np.array([source.weight for source in parse_sources(data.sources)])
+    times_D = np.where(is_out_D, 0, times_an_epoch(table.keys_D32, weights[table.sources_D]))
+    if not times_D.any():
+        raise ValueError("the weights of data.sources leave no document to train on: raise them, or give more data")
+    train_rows, report = pack_table(table, times_D, data.max_length, data.pack)
+    report = replace(report, left_out_by_weight=int(((times_D == 0) & ~is_out_D).sum()))
+    eval_rows, eval_report = pack_table(eval_table, eval_times_D, data.max_length, data.pack)
+    if report.supervised == 0:
+        raise ValueError("nothing to learn from: no document to train on has loss_mask 1 after its first token")
+    counts_V = count_supervised(table, times_D, vocab_size)
+    return TrainingData(train_rows, eval_rows, counts_V, report, eval_report, in_both, reports)

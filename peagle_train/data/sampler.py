@@ -1,4 +1,4 @@
-"""Which rows a rank trains on in which step: a pure function of (seed, epoch, rank, step)."""
+"""Which sequences a rank trains on in which step: a pure function of (seed, epoch, rank, step)."""
 
 import hashlib
 from collections.abc import Iterator
@@ -8,23 +8,23 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 EMPTY_ROW = -1
-"""The index of no row: `PackedRows` answers it with a row of length 0."""
+"""The index of no sequence: `PackedRows` answers it with one of length 0."""
 
 
 class StepBatchSampler(Sampler[list[tuple[int, int]]]):
     """Micro-batches of one rank, lists of `(epoch, index)`, `accumulation` of them for every optimizer step.
 
-    Epoch e visits every row once, in an order drawn from (seed, e). A step takes the next batch_size *
-    accumulation * world_size rows: row j of them belongs to micro-batch j // (world_size * batch_size) of
-    rank j // batch_size % world_size, so that one process with twice the accumulation trains on the same rows
-    as two processes. The last step of an epoch is filled up with `EMPTY_ROW`: no row is repeated or left out.
+    Epoch e visits every sequence once, in an order drawn from (seed, e). A step takes the next batch_size *
+    accumulation * world_size sequences: number j of them belongs to micro-batch j // (world_size * batch_size) of
+    rank j // batch_size % world_size, so that one process with twice the accumulation trains on the same sequences
+    as two processes. The last step of an epoch is filled up with `EMPTY_ROW`: nothing is repeated or left out.
 
-    A `DataLoader`'s `batch_sampler`. It has shared the rows out among the ranks already: do not have
+    A `DataLoader`'s `batch_sampler`. It has divided the sequences among the ranks already: do not let
     Accelerate prepare that loader.
 
     Args:
-        num_rows: rows of the data set, >= 1.
-        batch_size: rows per rank and micro-batch.
+        num_rows: sequences of the data set, >= 1.
+        batch_size: sequences per rank and micro-batch.
         accumulation: micro-batches per optimizer step.
         rank, world_size: this process and their number.
         seed: any int.
@@ -43,35 +43,20 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
         start_step: int = 0,
         num_steps: int | None = None,
     ) -> None:
-        sizes = {
-            "num_rows": num_rows,
-            "batch_size": batch_size,
-            "accumulation": accumulation,
-            "world_size": world_size,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} is {size}; it must be at least 1")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank is {rank}; with world_size {world_size} it must lie in 0..{world_size - 1}")
+        assert min(num_rows, batch_size, accumulation, world_size) >= 1 and 0 <= rank < world_size
         self.num_rows, self.batch_size, self.accumulation = num_rows, batch_size, accumulation
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.num_steps = self.steps_per_epoch if num_steps is None else num_steps
-        if self.num_steps < 0:
-            raise ValueError(f"num_steps is {num_steps}; it must be at least 0")
-        if not 0 <= start_step <= self.num_steps:
-            raise ValueError(
-                f"start_step is {start_step}; with num_steps {self.num_steps} it must lie in 0..{self.num_steps}"
-            )
+        assert 0 <= start_step <= self.num_steps
         self.start_step = start_step
 
     @property
     def global_batch_size(self) -> int:
-        """Rows of an optimizer step over all ranks."""
+        """Sequences of an optimizer step over all ranks."""
         return self.batch_size * self.accumulation * self.world_size
 
     def check_global_batch_size(self, before: int) -> None:
-        """ValueError unless a run that took so many rows a step before goes on with the same rows in the same steps."""
+        """ValueError unless a run that took `before` sequences a step resumes with the same sequences in the same steps."""
         if before != self.global_batch_size:
             raise ValueError(
                 f"rows of a step: {before} when the run began, {self.global_batch_size} now (train.batch_size"
@@ -102,7 +87,7 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
 
 
 def epoch_order(num_rows: int, seed: int, epoch: int) -> Tensor:
-    """int64 [num_rows]: the order in which an epoch visits the rows."""
+    """int64 [num_rows]: the order in which an epoch visits the sequences."""
     # Hashed: torch's CPU generator keeps 32 bits of a seed, and seed + epoch repeats other seeds' orders.
     digest = hashlib.sha256(f"row order,{seed},{epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,120 +1,77 @@
-"""The draft vocabulary of another drafter: so that two can be compared, or one can take the other's place."""
+"""The target's tokenizer and special tokens, and which tokens the drafter drafts, as engines read it (d2t, t2d).
+
+V: the target's vocabulary, Vd: the drafter's.
+"""
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer
 
-from peagle_train.config import Data, Draft
+from peagle_train.config import Data, Draft, Recipe
 from peagle_train.data.chat import read_template
+from peagle_train.data.documents import Documents
 from peagle_train.files import one_line
-
-if TYPE_CHECKING:
-    from peagle_train.config import Data
-    from peagle_train.data.documents import Document, DocumentTable
-
-
-# ---- vocab
-# The drafter's vocabulary: the target's most frequent tokens, in the form that engines read (d2t, t2d).
 
 logger = logging.getLogger(__name__)
 
+_CHUNK_TOKENS = 2**24
 
-def choose_draft_vocab(
-    data: Sequence["Document"] | tuple[Tensor, Tensor],
-    vocab_size: int,
-    draft_vocab_size: int,
-    always: Iterable[int] = (),
-) -> Tensor:
-    """`choose_most_frequent` of the supervised tokens of `data`: documents, or flat `(input_ids, loss_mask)`."""
-    return choose_most_frequent(count_supervised(data, vocab_size), draft_vocab_size, always)
+# The target's.
 
 
-def choose_most_frequent(counts_V: Tensor, draft_vocab_size: int, always: Iterable[int] = ()) -> Tensor:
-    """The tokens to draft: `always`, then the most frequent supervised ones (of equals, the lower id first).
+def load_tokenizer(recipe: Recipe) -> Any:
+    """The target's own tokenizer, or None where its folder has none (ids need none)."""
+    path, code = recipe.target.path, recipe.target.trust_remote_code
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=code, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        logger.warning("target.path %s has no usable tokenizer (%s)", path, one_line(str(error).splitlines()[0], 200))
+        return None
 
-    Args:
-        counts_V: int64 [V], V the target's vocabulary: see `count_supervised`. Not changed.
-        draft_vocab_size: Vd in 1..V.
-        always: special and end tokens that the drafter must be able to draft, whatever their frequency.
 
-    Returns:
-        int64 [Vd], ascending.
-    """
-    vocab_size = counts_V.numel()
-    if not 1 <= draft_vocab_size <= vocab_size:
+def target_vocab_size(recipe: Recipe) -> int:
+    """V, from the target's config alone; ValueError if its folder has none."""
+    path, code = recipe.target.path, recipe.target.trust_remote_code
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=code, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = one_line(str(error).splitlines()[0], 200)
+        raise ValueError(f"target.path {path} has no config that can be read: {reason}") from None
+    return int(config.get_text_config().vocab_size)
+
+
+def choose_mask_token(draft: Draft, tokenizer: Any, vocab_size: int) -> int:
+    """The recipe's mask token, or one that the tokenizer provably never produces; ValueError if there is none."""
+    if draft.mask_token_id is not None:
+        if not 0 <= draft.mask_token_id < vocab_size:
+            raise ValueError(
+                f"draft.mask_token_id is {draft.mask_token_id}; it must lie in 0..{vocab_size - 1}, the target's vocabulary"
+            )
+        return draft.mask_token_id
+    default = None if tokenizer is None else default_mask_token_id(tokenizer, vocab_size)
+    if default is None:
         raise ValueError(
-            f"draft_vocab_size is {draft_vocab_size}, but the target's vocabulary has {vocab_size} tokens:"
-            f" give 1 to {vocab_size}"
+            "draft.mask_token_id is missing and the tokenizer leaves no id of the target's vocabulary provably unused:"
+            " give the id of a token that never occurs in your data"
         )
-    kept = sorted(set(always))
-    outside = [token for token in kept if not 0 <= token < vocab_size]
-    if outside:
-        raise ValueError(f"token {outside[0]} must always be drafted, but the vocabulary is 0..{vocab_size - 1}")
-    if len(kept) > draft_vocab_size:
-        raise ValueError(
-            f"draft_vocab_size is {draft_vocab_size}, but {len(kept)} tokens must always be drafted:"
-            f" give at least {len(kept)}"
-        )
-    rank_V = counts_V.clone()
-    rank_V[kept] = torch.iinfo(torch.int64).max
-    # Stable: equal counts stay in ascending order of ids, those of tokens never seen included.
-    order_V = torch.sort(rank_V, descending=True, stable=True).indices
-    return order_V[:draft_vocab_size].sort().values
-
-
-def count_supervised(data: Sequence["Document"] | tuple[Tensor, Tensor], vocab_size: int) -> Tensor:
-    """int64 [V]: how often each token occurs with a loss mask of 1."""
-    if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor):
-        pairs = [data]
-    else:
-        pairs = [(document.input_ids, document.loss_mask) for document in data]
-    supervised = torch.cat([torch.zeros(0, dtype=torch.int64), *(ids[mask != 0].long() for ids, mask in pairs)])
-    if supervised.numel() and not 0 <= int(supervised.min()) <= int(supervised.max()) < vocab_size:
-        raise ValueError(f"the data holds ids outside of the vocabulary 0..{vocab_size - 1}")
-    return torch.bincount(supervised, minlength=vocab_size)
-
-
-def count_repeated(table: "DocumentTable", times_D: np.ndarray, vocab_size: int) -> Tensor:
-    """int64 [V]: `count_supervised` of a table's documents, each counted as often as `times_D` (int64) says."""
-    counts_V = torch.zeros(vocab_size, dtype=torch.int64)
-    shards = zip(table.store.shards, table.store.starts, table.store.starts[1:], strict=False)
-    for (ids, mask), begin, end in shards:
-        own = (table.starts_D >= begin) & (table.starts_D < end)
-        times_n = torch.from_numpy(np.repeat(times_D[own], table.lengths_D[own]))
-        for times in np.unique(times_D[own]).tolist():
-            counts_V += times * count_supervised((ids, mask * (times_n == times)), vocab_size)
-    return counts_V
-
-
-def t2d_mask(draft_ids: Tensor, vocab_size: int) -> Tensor:
-    """bool [V]: which of the target's tokens can be drafted (vLLM's `t2d`)."""
-    mask_V = torch.zeros(vocab_size, dtype=torch.bool)
-    mask_V[draft_ids] = True
-    return mask_V
-
-
-def coverage(draft_ids: Tensor, counts_V: Tensor) -> float:
-    """Share of the counted occurrences whose token can be drafted."""
-    total = int(counts_V.sum())
-    if total == 0:
-        raise ValueError("no supervised token was counted, so a draft vocabulary covers no share of them")
-    return int(counts_V[draft_ids].sum()) / total
+    logger.warning("draft.mask_token_id was not given: %d, the first id that the tokenizer never produces", default)
+    return default
 
 
 def default_mask_token_id(tokenizer: Any, vocab_size: int) -> int | None:
-    """The first id behind all that the tokenizer knows, if the model's vocabulary has one; else None.
+    """The first id after all that the tokenizer knows, if the model's vocabulary has one; else None.
 
     Rows that pad the embedding table are the only ids that provably never occur in text.
     """
-    known = tokenizer.get_vocab().values()
-    first_unused = max(known, default=-1) + 1
+    first_unused = max(tokenizer.get_vocab().values(), default=-1) + 1
     return first_unused if first_unused < vocab_size else None
 
 
@@ -127,8 +84,8 @@ def eos_token_ids(*sources: Any) -> list[int]:
     return sorted(ids)
 
 
-def end_of_turn_ids(tokenizer: Any, data: "Data | None" = None) -> list[int]:
-    """The added token that the chat template puts behind an assistant's answer ([]: none, or no template).
+def end_of_turn_ids(tokenizer: Any, data: Data | None = None) -> list[int]:
+    """The added token that the chat template puts after an assistant's answer ([]: none, or no template).
 
     It ends most answers, and not every model's configs name it. The template and its variables are those of `data`, a
     recipe's section, where it gives them.
@@ -144,38 +101,87 @@ def end_of_turn_ids(tokenizer: Any, data: "Data | None" = None) -> list[int]:
     except Exception as error:  # templates raise what they like
         logger.warning("the chat template fails, so its end of turn is not known: %s", one_line(error, 200))
         return []
-    _, found, behind = text.rpartition(answer)
-    ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if found else []
+    _, found, after = text.rpartition(answer)
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
     return ids[:1] if ids and ids[0] in tokenizer.added_tokens_decoder else []
 
 
-# ---- vocab_from
-# The draft vocabulary of another drafter: so that two can be compared, or one can take the other's place.
+# The drafter's.
+
+
+def count_supervised(documents: Documents, times_D: np.ndarray, vocab_size: int) -> Tensor:
+    """int64 [V]: how often each token occurs with a loss mask of 1, documents counted as often as `times_D` says."""
+    store, starts_D, counts_V = documents.store, documents.starts_D, np.zeros(vocab_size, np.int64)
+    for first in range(0, store.ids_n.size, _CHUNK_TOKENS):
+        ids_n = store.ids_n[first : first + _CHUNK_TOKENS]
+        document_n = np.searchsorted(starts_D, np.arange(first, first + ids_n.size), side="right") - 1
+        weights_n = store.mask_n[first : first + _CHUNK_TOKENS] * times_D[document_n]
+        counts_V += np.bincount(ids_n, weights_n, vocab_size).astype(np.int64)  # float64 is exact up to 2**53
+    return torch.from_numpy(counts_V)
+
+
+def choose_most_frequent(counts_V: Tensor, draft_vocab_size: int, always: Iterable[int] = ()) -> Tensor:
+    """The tokens to draft: `always`, then the most frequent supervised ones (of equals, the lower id first).
+
+    Args:
+        counts_V: int64 [V]: see `count_supervised`. Not changed.
+        draft_vocab_size: Vd in 1..V.
+        always: special and end tokens that the drafter must be able to draft, whatever their frequency.
+
+    Returns:
+        int64 [Vd], ascending.
+    """
+    vocab_size, kept = counts_V.numel(), sorted(set(always))
+    if not 1 <= draft_vocab_size <= vocab_size:
+        raise ValueError(f"draft_vocab_size is {draft_vocab_size}; the target's vocabulary allows 1 to {vocab_size}")
+    if kept and not 0 <= kept[0] <= kept[-1] < vocab_size:
+        raise ValueError(f"tokens {kept} must always be drafted, but the vocabulary is 0..{vocab_size - 1}")
+    if len(kept) > draft_vocab_size:
+        raise ValueError(
+            f"draft_vocab_size is {draft_vocab_size}, but {len(kept)} tokens must always be drafted:"
+            f" give at least {len(kept)}"
+        )
+    rank_V = counts_V.clone()
+    rank_V[kept] = torch.iinfo(torch.int64).max
+    # Stable: equal counts stay in ascending order of ids, those of tokens never seen included.
+    order_V = torch.sort(rank_V, descending=True, stable=True).indices
+    return order_V[:draft_vocab_size].sort().values
+
+
+def t2d_mask(draft_ids: Tensor, vocab_size: int) -> Tensor:
+    """bool [V]: which of the target's tokens can be drafted (vLLM's `t2d`)."""
+    mask_V = torch.zeros(vocab_size, dtype=torch.bool)
+    mask_V[draft_ids] = True
+    return mask_V
+
+
+def coverage(draft_ids: Tensor, counts_V: Tensor) -> float:
+    """Share of the counted occurrences whose token can be drafted."""
+    total = int(counts_V.sum())
+    assert total > 0, "no supervised token was counted"
+    return int(counts_V[draft_ids].sum()) / total
 
 
 def read_draft_vocab(
     draft: Draft, target: Any, tokenizer: Any, always: Iterable[int], data: Data | None = None
 ) -> Tensor:
-    """int64 [Vd], ascending: the target's tokens that `draft.vocab_from` drafts.
+    """int64 [Vd], ascending: the target's tokens that the drafter of `draft.vocab_from` drafts.
 
     Args:
         draft: `vocab_from` names a folder or a .safetensors file with `d2t` [Vd] (offsets: draft token i is the target's
             i + d2t[i]) and, mostly, `t2d` [V] in vLLM's and speculators' names, or without them if config.json says that
             Vd is V, or a folder with d2t.npy and t2d.npy, as speculators prepares them. `draft_vocab_size`, if given,
             must be Vd.
-        data: the recipe's section, which may give a chat template.
         always: special and end tokens. Those that the mapping lacks are logged; one that can end an answer must be there.
+        data: the recipe's section, which may give a chat template.
 
     Raises:
         ValueError: one line that says what does not fit.
     """
-    assert draft.vocab_from is not None
     where = f"draft.vocab_from {draft.vocab_from}"
-    path = Path(draft.vocab_from)
-    d2t, t2d = _read(path, where)
-    ids = _draft_ids(d2t, where)
-    size = t2d.numel() if t2d is not None else _config_sizes(path)[0]
-    if size is not None and size != target.vocab_size:
+    ids, t2d, size = _read(draft)
+    size = size if t2d is None else t2d.numel()
+    if size not in (None, target.vocab_size):
         raise ValueError(
             f"{where} is for a vocabulary of {size} tokens, the target has {target.vocab_size}: give one for this target"
         )
@@ -189,71 +195,51 @@ def read_draft_vocab(
         raise ValueError(
             f"draft.draft_vocab_size is {draft.draft_vocab_size}, but {where} drafts {ids.numel()} tokens: leave one out"
         )
+    drafted = set(ids.tolist())
     ends = {*target.eos_token_ids(), *eos_token_ids(tokenizer), *end_of_turn_ids(tokenizer, data)}
-    _check_ends(set(ids.tolist()), ends, always, where)
+    if ends and not ends & drafted:
+        raise ValueError(f"{where} lacks every end token ({sorted(ends)}): its drafter could never end an answer")
+    missing = sorted(set(always) - drafted)
+    if missing:
+        listed = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+        logger.warning("%s lacks %d special or end tokens, which will not be drafted: %s", where, len(missing), listed)
     return ids
 
 
 def draft_vocab_size_of(draft: Draft) -> int:
     """Vd of the drafter that `draft.vocab_from` names; ValueError as in `read_draft_vocab`."""
+    return _read(draft)[0].numel()
+
+
+def _read(draft: Draft) -> tuple[Tensor, Tensor | None, int | None]:
+    """int64 [Vd], the target's tokens that are drafted; t2d and V of the config, None where there is none."""
     assert draft.vocab_from is not None
-    where = f"draft.vocab_from {draft.vocab_from}"
-    return _draft_ids(_read(Path(draft.vocab_from), where)[0], where).numel()
-
-
-def _check_ends(drafted: set[int], ends: set[int], always: Iterable[int], where: str) -> None:
-    if ends and not ends & drafted:
-        raise ValueError(
-            f"{where} lacks every end token ({', '.join(map(str, sorted(ends)))}): its drafter could never end an answer"
-        )
-    missing = sorted(set(always) - drafted)
-    if missing:
-        listed = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
-        logger.warning("%s lacks %d special or end tokens, which will not be drafted: %s", where, len(missing), listed)
-
-
-def _draft_ids(d2t: Tensor, where: str) -> Tensor:
-    if d2t.dim() != 1 or d2t.numel() == 0 or d2t.is_floating_point() or d2t.is_complex() or d2t.dtype == torch.bool:
-        raise ValueError(f"{where}: d2t is {d2t.dtype} {list(d2t.shape)}; it must be a vector of integers")
-    ids = d2t.long() + torch.arange(d2t.numel())
-    if int(ids[0]) < 0:
-        raise ValueError(f"{where}: its d2t leads to token {int(ids[0])}, below 0")
-    falls = (ids[1:] <= ids[:-1]).nonzero()
-    if falls.numel():
-        at = int(falls[0, 0])
-        what = "twice" if ids[at] == ids[at + 1] else f"behind token {int(ids[at])}"
-        raise ValueError(f"{where}: its d2t leads to token {int(ids[at + 1])} {what}; draft tokens must ascend")
-    return ids
-
-
-def _read(path: Path, where: str) -> tuple[Tensor, Tensor | None]:
-    """d2t and t2d (None if there is none) of whatever the path is."""
-    if path.is_dir() and (path / "d2t.npy").is_file():
-        t2d = path / "t2d.npy"
-        return _read_npy(path / "d2t.npy", where), _read_npy(t2d, where) if t2d.is_file() else None
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not path.exists() or not files or files[0].suffix != ".safetensors":
+    path, where = Path(draft.vocab_from), f"draft.vocab_from {draft.vocab_from}"
+    files = sorted([*path.glob("[dt]2[td].npy"), *path.glob("*.safetensors")]) if path.is_dir() else [path]
+    if not files or not files[0].is_file() or not {file.suffix for file in files} <= {".safetensors", ".npy"}:
         raise ValueError(f"{where}: give a drafter's folder or .safetensors file (or a folder with d2t.npy)")
     found: dict[str, Tensor] = {}
     for file in files:
         try:
-            with safe_open(file, framework="pt") as tensors:
-                found |= {name: tensors.get_tensor(name) for name in ("d2t", "t2d") if name in tensors.keys()}
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{where}: cannot read {file.name}: {' '.join(str(error).split())}") from None
+            if file.suffix == ".npy":
+                found[file.stem] = torch.from_numpy(np.load(file, allow_pickle=False))
+            else:
+                with safe_open(file, framework="pt") as tensors:
+                    found |= {name: tensors.get_tensor(name) for name in ("d2t", "t2d") if name in tensors.keys()}
+        except (OSError, SafetensorError, ValueError, EOFError, TypeError) as error:
+            raise ValueError(f"{where}: cannot read {file.name}: {one_line(error, 200)}") from None
+    vocab_size, draft_vocab_size = _config_sizes(path)
     if "d2t" not in found:
-        vocab_size, draft_vocab_size = _config_sizes(path)
         if vocab_size is None or draft_vocab_size != vocab_size:
             raise ValueError(f"{where} has no d2t: it is no drafter, or drafts the full vocabulary and does not say so")
         found["d2t"] = torch.zeros(vocab_size, dtype=torch.int64)
-    return found["d2t"], found.get("t2d")
-
-
-def _read_npy(file: Path, where: str) -> Tensor:
-    try:
-        return torch.from_numpy(np.load(file, allow_pickle=False))
-    except (OSError, ValueError, EOFError, TypeError) as error:
-        raise ValueError(f"{where}: cannot read {file.name}: {' '.join(str(error).split())[:200]}") from None
+    d2t = found["d2t"]
+    if d2t.dim() != 1 or d2t.numel() == 0 or d2t.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{where}: d2t is {d2t.dtype} {list(d2t.shape)}; it must be a vector of integers")
+    ids = d2t.long() + torch.arange(d2t.numel())
+    if int(ids[0]) < 0 or bool((ids[1:] <= ids[:-1]).any()):
+        raise ValueError(f"{where}: its d2t leads to tokens below 0, twice or out of order; they must ascend from 0")
+    return ids, found.get("t2d"), vocab_size
 
 
 def _config_sizes(path: Path) -> tuple[int | None, int | None]:
