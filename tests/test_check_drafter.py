@@ -59,6 +59,10 @@ def found(findings: list[Finding], level: str) -> list[str]:
     return [f"{finding.what}: {finding.detail}" for finding in findings if finding.level == level]
 
 
+def same_weights(one: Any, other: Any) -> bool:
+    return all(torch.equal(t, other.state_dict()[name]) for name, t in one.state_dict().items())
+
+
 def at(index: int, value: int) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         d2t = tensor(folder, "d2t").clone()
@@ -129,27 +133,19 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "file and shards": (lambda f: (f / INDEX).write_text("{}"), "remove one"),
     "no folder": (lambda f: f.rename(f.with_name("elsewhere")), "is no folder"),
 }
-OTHERS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "rope partial": (lambda f: set_config(f, partial_rotary_factor=0.5), "rope is partial"),
-    "norm before fc": (lambda f: set_config(f, norm_before_fc=True), "norm_before_fc"),
-    "last layer only": (lambda f: set_config(f, eagle_config={"use_aux_hidden_state": False}), "use_aux_hidden_state"),
-    "quantised": (lambda f: set_config(f, quantization_config={"bits": 4}), "quantization_config"),
-    "sliding": (lambda f: set_config(f, layer_types=["sliding_attention"] * 2), "layer_types"),
-    "tied": (
-        lambda f: set_config(f, layer_types=["sliding_attention"] * 2, tie_word_embeddings=True),
-        "layer_types",
-    ),
-    "qwen3 layers": (
-        lambda f: set_config(f, architectures=["Qwen3Eagle3"], model_type="qwen3"),
-        "model_type is 'qwen3'",
-    ),
+OTHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "rope partial": ({"partial_rotary_factor": 0.5}, "rope is partial"),
+    "norm before fc": ({"norm_before_fc": True}, "norm_before_fc"),
+    "last layer only": ({"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state"),
+    "quantised": ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    "sliding": ({"layer_types": ["sliding_attention"] * 2}, "layer_types"),
+    "qwen3 layers": ({"architectures": ["Qwen3Eagle3"], "model_type": "qwen3"}, "model_type is 'qwen3'"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_folder_is_named_by_the_check_refused_by_reading_and_never_exported(folder: Path, case: str) -> None:
     change, message = BROKEN[case]
-    assert is_loadable(check_folder(folder)) and read_drafter(folder).missing == []
     change(folder)
     findings = check_folder(folder)
     assert not is_loadable(findings) and any(message in line for line in found(findings, "BAD")), table(findings)
@@ -158,49 +154,30 @@ def test_a_broken_folder_is_named_by_the_check_refused_by_reading_and_never_expo
         with pytest.raises(ValueError) as caught:
             refusing()
         assert message in str(caught.value) and "\n" not in str(caught.value), str(caught.value)
-    assert not out.exists() and {path.name for path in folder.parent.iterdir()} <= {"drafter", "elsewhere"}
+    assert {path.name for path in folder.parent.iterdir()} <= {"drafter", "elsewhere"}
 
 
-@pytest.mark.parametrize("format", ["eagle3", "speculators"])
-def test_no_value_in_a_config_breaks_the_check_or_the_reading(folder: Path, format: str) -> None:
+def test_no_value_in_a_config_breaks_the_check(folder: Path) -> None:
     out = folder.parent / "out"
-    export_drafter(folder, out, format, target_name="org/target", speculative_tokens=3)
+    export_drafter(folder, out, "speculators", target_name="org/target", speculative_tokens=3)
     raw = json.loads((out / "config.json").read_text())
-    nested = raw.get("transformer_layer_config", {})
-    places = [(raw, key) for key in (*raw, "eagle_config", "layer_types", "logit_scale", "mask_token_id")]
-    places += [(nested, key) for key in nested]
-    for part, key in places:
+    nested = raw["transformer_layer_config"]
+    places = [(raw, key) for key in (*raw, "eagle_config", "architectures", "mask_token_id")]
+    for part, key in places + [(nested, key) for key in (*nested, "layer_types", "logit_scale")]:
         had = part.get(key)
-        for value in (None, "", -1, 0, 10**9, [], {"a": 1}, 1.5, True):
+        for value in (None, "", -1, 10**9, [], {"a": 1}, 1.5):
             part[key] = value
             (out / "config.json").write_text(json.dumps(raw))
-            assert table(check_folder(out))
-            try:
-                load_drafter(out)
-            except ValueError as error:
-                assert "\n" not in str(error), key
+            assert all("\n" not in finding.detail for finding in check_folder(out)), (key, value)
         part[key] = had
 
 
-WARNED: dict[str, tuple[Callable[[Path], None], str]] = {
-    "untrained mask": (lambda f: set_tensors(f, mask_hidden=torch.zeros(1, 1, 3 * TARGET_HIDDEN)), "never trained"),
-    "d2t is int32": (lambda f: set_tensors(f, d2t=tensor(f, "d2t").int()), "int64 is usual"),
-    "no embeddings": (lambda f: set_tensors(f, embed_tokens__weight=None), "engines take the target's"),
-    "new mask name": (
-        lambda f: set_config(f, mask_token_id=MASK_TOKEN, pard_token=None, ptd_token_id=None),
-        "older vLLM",
-    ),
-    "old mask names": (lambda f: set_config(f, mask_token_id=None), "NeMo"),
-}
-
-
-@pytest.mark.parametrize("case", WARNED)
-def test_what_loads_but_should_be_known_is_warned_of(folder: Path, case: str) -> None:
-    change, message = WARNED[case]
-    assert found(check_folder(folder), "warn") == []
-    change(folder)
+def test_what_loads_but_should_be_known_is_warned_of(folder: Path) -> None:
+    assert is_loadable(check_folder(folder)) and found(check_folder(folder), "warn") == []
+    set_tensors(folder, mask_hidden=torch.zeros(1, 1, 3 * TARGET_HIDDEN), embed_tokens__weight=None)
     findings = check_folder(folder)
-    assert is_loadable(findings) and any(message in line for line in found(findings, "warn")), table(findings)
+    assert is_loadable(findings) and len(found(findings, "warn")) == 2, table(findings)
+    assert "never trained" in found(findings, "warn")[0] and "the target's" in found(findings, "warn")[1]
 
 
 @pytest.mark.parametrize(("positions", "factor", "is_short"), [(128, 2.0, False), (129, 2.0, True), (163, 2.5, True)])
@@ -209,12 +186,11 @@ def test_a_yarn_table_that_ends_before_the_longest_context_is_warned_of(
 ) -> None:
     rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": factor, "original_max_position_embeddings": 64}
     set_config(folder, rope_parameters=rope, rope_scaling=None, max_position_embeddings=positions)
-    findings = check_folder(folder)
-    assert is_loadable(findings)
-    assert any(f"{positions}, but" in line and "yarn" in line for line in found(findings, "warn")) == is_short
-    out = folder.parent / "out"
-    export_drafter(folder, out, "speculators", target_name="x", speculative_tokens=3)
-    assert any("yarn" in line for line in found(check_folder(out), "warn")) == is_short
+    export_drafter(folder, folder.parent / "out", "speculators", target_name="x", speculative_tokens=3)
+    for each in (folder, folder.parent / "out"):
+        findings = check_folder(each)
+        assert is_loadable(findings)
+        assert any(f"{positions}, but" in line and "yarn" in line for line in found(findings, "warn")) == is_short
 
 
 @pytest.mark.parametrize(
@@ -224,8 +200,6 @@ def test_the_mask_token_is_found_under_each_of_the_names_that_vllm_knows(folder:
     set_config(folder, mask_token_id=None, pard_token=None, ptd_token_id=None)
     set_config(folder, **{key: {"mask_token_id": MASK_TOKEN} if key == "dflash_config" else MASK_TOKEN})
     assert load_drafter(folder).mask_token_id == MASK_TOKEN and is_loadable(check_folder(folder))
-    set_config(folder, ptd_token_id=3, pard_token=MASK_TOKEN)
-    assert any("two ids" in line for line in found(check_folder(folder), "BAD"))
 
 
 @pytest.mark.parametrize("format", ["eagle3", "speculators"])
@@ -238,12 +212,10 @@ def test_a_mapping_beside_the_full_vocabulary_is_refused_by_the_check_but_read(f
     set_tensors(old, t2d=torch.ones(VOCAB, dtype=torch.bool))
     assert is_loadable(check_folder(old))
     order = torch.arange(VOCAB).roll(1)  # draft token i is the target's order[i]
-    head = tensor(old, "lm_head.weight")
-    for d2t, rows in ((torch.zeros(VOCAB, dtype=torch.int64), head), (order - torch.arange(VOCAB), head[order])):
-        set_tensors(old, d2t=d2t, lm_head__weight=rows.contiguous())
-        assert [finding.what for finding in check_folder(old) if finding.level == "BAD"] == ["d2t"]
-        for name, value in load_drafter(old).state_dict().items():
-            assert torch.equal(value, draft.state_dict()[name]), name
+    head = tensor(old, "lm_head.weight")[order].contiguous()
+    set_tensors(old, d2t=order - torch.arange(VOCAB), lm_head__weight=head)
+    assert [finding.what for finding in check_folder(old) if finding.level == "BAD"] == ["d2t"]
+    assert same_weights(load_drafter(old), draft)
     import_drafter(old, folder.parent / "new")
     assert is_loadable(check_folder(folder.parent / "new"))
     assert torch.equal(load_drafter(folder.parent / "new").draft_token_ids, torch.arange(VOCAB))
@@ -252,61 +224,36 @@ def test_a_mapping_beside_the_full_vocabulary_is_refused_by_the_check_but_read(f
 def test_a_missing_head_is_fatal_only_where_the_targets_would_not_fit(folder: Path) -> None:
     set_tensors(folder, lm_head__weight=None)
     assert any("does not fit a pruned vocabulary" in line for line in found(check_folder(folder), "BAD"))
-    draft = make_draft(torch.float32, hidden_size=TARGET_HIDDEN, draft_vocab_size=VOCAB)
-    draft.save_pretrained(folder)
+    make_draft(torch.float32, hidden_size=TARGET_HIDDEN, draft_vocab_size=VOCAB).save_pretrained(folder)
     set_tensors(folder, lm_head__weight=None)
     findings = check_folder(folder)
     assert is_loadable(findings) and any("engines take the target's" in line for line in found(findings, "warn"))
 
 
-@pytest.mark.parametrize(
-    "name, level",
-    [
-        ("LlamaForCausalLMEagle3", "ok"),
-        ("Eagle3LlamaForCausalLM", "ok"),
-        ("LlamaForCausalLM", "ok"),
-        ("PEagleDraftModel", "BAD"),
-        ("PeagleLlamaForCausalLM", "BAD"),
-        ("Eagle3Qwen3ForCausalLM", "BAD"),
-        ("LlamaForCausalLMPeagle", "BAD"),
-    ],
-)
-def test_an_architecture_is_judged_by_what_vllm_reads_it_as(folder: Path, name: str, level: str) -> None:
-    set_config(folder, architectures=[name])
-    assert [f.level for f in check_folder(folder) if f.what == "architectures"] == [level]
+def test_an_architecture_is_judged_by_what_vllm_reads_it_as(folder: Path) -> None:
+    for name in ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "LlamaForCausalLM"):
+        set_config(folder, architectures=[name])
+        assert is_loadable(check_folder(folder))
+    for name in ("PEagleDraftModel", "PeagleLlamaForCausalLM", "Eagle3Qwen3ForCausalLM"):
+        set_config(folder, architectures=[name])
+        assert [f.what for f in check_folder(folder) if f.level == "BAD"] == ["architectures"]
 
 
-def test_a_head_beside_a_tie_is_taken_and_said_and_the_export_is_not_tied(folder: Path) -> None:
-    set_config(folder, tie_word_embeddings=True)
-    done = export_drafter(folder, folder.parent / "out", "eagle3")
-    assert any("the head in the file is taken" in note for note in done.notes)
-    assert not json.loads((folder.parent / "out" / "config.json").read_text()).get("tie_word_embeddings")
-
-
-def test_a_rotary_table_in_the_weights_is_passed_over_and_a_name_twice_is_not(folder: Path) -> None:
+def test_a_rotary_table_in_the_weights_is_ignored_and_a_name_twice_is_not(folder: Path) -> None:
     tensors = load_file(folder / WEIGHTS)
-    table = torch.ones(2, dtype=torch.float64)
-    save_file(
-        {**tensors, "layers.0.self_attn.rotary_emb.inv_freq": table, "rotary_emb.inv_freq": table.clone()},
-        folder / WEIGHTS,
-    )
+    save_file({**tensors, "layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}, folder / WEIGHTS)
     findings = check_folder(folder)
     assert is_loadable(findings) and load_drafter(folder) and not found(findings, "warn")
     norm = "hidden_norm.weight"
     save_file({**tensors, f"midlayer.{norm}": tensors[f"layers.0.{norm}"].clone()}, folder / WEIGHTS)
-    assert any("two tensors have this name" in line for line in found(check_folder(folder), "BAD"))
+    assert any("two of its tensors" in line for line in found(check_folder(folder), "BAD"))
 
 
 def test_names_that_vllm_would_prefix_again_are_refused_but_read(folder: Path) -> None:
-    draft = load_drafter(folder)
-    tensors = load_file(folder / WEIGHTS)
+    draft, tensors = load_drafter(folder), load_file(folder / WEIGHTS)
     save_file({f"model.{name}": t for name, t in tensors.items()}, folder / WEIGHTS)
     assert len(found(check_folder(folder), "BAD")) == len(tensors)
-    again = load_drafter(folder)
-    assert all(torch.equal(t, again.state_dict()[name]) for name, t in draft.state_dict().items())
-    save_file({**tensors, "model.fc.weight": tensors["fc.weight"].clone()}, folder / WEIGHTS)
-    with pytest.raises(ValueError, match=r"two of its tensors are fc\.weight"):
-        load_drafter(folder)
+    assert same_weights(draft, load_drafter(folder))
 
 
 def test_another_safetensors_file_beside_the_weights_is_refused_since_vllm_would_read_it(folder: Path) -> None:
@@ -334,15 +281,14 @@ def test_shards_are_read_as_one_file(folder: Path) -> None:
     draft = load_drafter(folder)
     shard(folder)
     assert is_loadable(check_folder(folder))
-    again = load_drafter(folder)
-    assert all(torch.equal(t, again.state_dict()[name]) for name, t in draft.state_dict().items())
+    assert same_weights(draft, load_drafter(folder))
 
 
-@pytest.mark.parametrize("case", ["lost shard", "outside", "lying", "silent", "empty", "no map", "cut shard"])
+@pytest.mark.parametrize("case", ["lost shard", "outside", "lying", "silent", "no map", "cut shard"])
 def test_shards_that_do_not_fit_their_index_are_refused(folder: Path, case: str) -> None:
     weight_map = shard(folder)
     first = folder / "model-00001-of-00002.safetensors"
-    messages = {"lost shard": "is missing", "outside": "is no safetensors file of this folder", "empty": "no tensor"}
+    messages = {"lost shard": "is missing", "outside": "is no safetensors file of this folder"}
     messages |= {"lying": "norm.bias is in one of them", "silent": "is in one of them", "cut shard": "no whole"}
     if case == "lost shard":
         first.unlink()
@@ -355,12 +301,10 @@ def test_shards_that_do_not_fit_their_index_are_refused(folder: Path, case: str)
             "outside": {**weight_map, "fc.weight": "../model.safetensors"},
             "lying": {**weight_map, "norm.bias": first.name},
             "silent": {name: file for name, file in weight_map.items() if name != "fc.weight"},
-            "empty": {},
         }[case]
         (folder / INDEX).write_text(json.dumps({"weight_map": changed}))
-    for refusing in (lambda: read_drafter(folder), lambda: load_drafter(folder)):
-        with pytest.raises(ValueError, match=messages.get(case, INDEX)):
-            refusing()
+    with pytest.raises(ValueError, match=messages.get(case, INDEX)):
+        load_drafter(folder)
     assert not is_loadable(check_folder(folder))
 
 
@@ -369,11 +313,8 @@ def test_a_vocabulary_out_of_order_is_sorted_with_its_head(folder: Path) -> None
     order = torch.randperm(DRAFT_VOCAB, generator=torch.Generator().manual_seed(1))
     d2t = ids()[order] - torch.arange(DRAFT_VOCAB)
     set_tensors(folder, d2t=d2t, lm_head__weight=tensor(folder, "lm_head.weight")[order])
-    assert any("not ascending" in line for line in found(check_folder(folder), "warn"))
-    files = read_drafter(folder)
-    assert any("ascending" in note for note in files.notes)
-    again = load_drafter(folder)
-    assert all(torch.equal(t, again.state_dict()[name]) for name, t in draft.state_dict().items())
+    assert any("ascending" in note for note in read_drafter(folder).notes)
+    assert same_weights(draft, load_drafter(folder))
 
 
 def test_the_check_compares_with_the_target(folder: Path) -> None:
@@ -397,23 +338,14 @@ def test_a_speculators_folder_without_a_part_is_not_loadable(folder: Path, gone:
         load_drafter(out)
 
 
-def test_qwen3_layers_are_refused_by_name(folder: Path) -> None:
-    out = folder.parent / "out"
-    export_drafter(folder, out, "speculators", target_name="org/target", speculative_tokens=3)
-    layers = json.loads((out / "config.json").read_text())["transformer_layer_config"]
-    set_config(out, transformer_layer_config={**layers, "model_type": "qwen3"})
-    with pytest.raises(ValueError, match="'qwen3'; only llama"):
-        load_drafter(out)
-
-
 @pytest.mark.parametrize("case", OTHERS)
 def test_a_drafter_of_another_kind_is_not_judged_and_not_read(
     folder: Path, case: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import export
 
-    change, message = OTHERS[case]
-    change(folder)
+    changes, message = OTHERS[case]
+    set_config(folder, **changes)
     findings = check_folder(folder)
     assert any(message in line for line in found(findings, "????")) and found(findings, "BAD") == [], table(findings)
     assert not is_loadable(findings) and export.main([str(folder), "--check"]) == 1
@@ -421,10 +353,7 @@ def test_a_drafter_of_another_kind_is_not_judged_and_not_read(
     for refusing in (lambda: load_drafter(folder), lambda: export_drafter(folder, folder.parent / "out", "eagle3")):
         with pytest.raises(ValueError, match=re.escape(message)):
             refusing()
-    set_config(folder, hidden_act="gelu")  # which is no rule for layers that are not Llama's
-    assert export.main([str(folder), "--check"]) == 1
     cut(folder, 3000)
-    assert any("no whole safetensors" in line for line in found(check_folder(folder), "BAD"))
     assert export.main([str(folder), "--check"]) == 2
 
 
@@ -433,41 +362,15 @@ def test_a_plain_eagle3_drafter_passes_the_check_with_warnings(folder: Path) -> 
     set_config(folder, mask_token_id=None, ptd_token_id=None, pard_token=None)
     findings = check_folder(folder)
     assert is_loadable(findings)
-    assert len(found(findings, "warn")) == 3 and any("one token a pass" in line for line in found(findings, "warn"))
+    assert len(found(findings, "warn")) == 2 and any("one token a pass" in line for line in found(findings, "warn"))
     with pytest.raises(ValueError, match=r"lacks mask_hidden, embed_tokens\.weight, a mask token"):
         load_drafter(folder)
     set_config(folder, ptd_token_id=MASK_TOKEN, pard_token=MASK_TOKEN)
     assert any("mask_hidden" in line for line in found(check_folder(folder), "BAD"))
 
 
-@pytest.mark.parametrize("kind", ["Qwen3ForCausalLM", "Qwen3VLForConditionalGeneration", "GPT2LMHeadModel"])
-def test_a_whole_model_is_called_one(tmp_path: Path, kind: str) -> None:
+def test_a_whole_model_is_no_drafter_whatever_its_layers(tmp_path: Path) -> None:
     save_file({"model.embed_tokens.weight": torch.ones(2, 2)}, tmp_path / WEIGHTS)
-    (tmp_path / "config.json").write_text(json.dumps({"architectures": [kind], "hidden_size": 8}))
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}))
     (finding,) = check_folder(tmp_path)
-    assert finding == Finding("BAD", "config.json", f"{kind}: a whole language model, no drafter")
-
-
-@pytest.mark.parametrize("own", [{"draft_vocab_size": 9}, {"eagle_config": {}}, {"speculators_model_type": "eagle3"}])
-def test_a_drafter_that_calls_itself_a_causal_lm_is_checked_as_a_drafter(tmp_path: Path, own: dict) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], **own}))
-    assert not any("a whole language model" in finding.detail for finding in check_folder(tmp_path))
-
-
-def test_an_empty_config_is_told_what_it_lacks(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    text = table(check_folder(tmp_path))
-    assert "up as LlamaForCausalLMEagle3" in text and "config.json lacks vocab_size, hidden_size" in text
-    assert "None layers" not in text
-
-
-def test_a_drafter_named_as_its_target_is_told_by_its_fc(folder: Path) -> None:
-    own = ("draft_vocab_size", "target_hidden_size", "eagle_aux_hidden_state_layer_ids", "mask_token_id")
-    own += ("ptd_token_id", "pard_token")
-    config = json.loads((folder / "config.json").read_text())
-    config = {key: value for key, value in config.items() if key not in own} | {"architectures": ["LlamaForCausalLM"]}
-    (folder / "config.json").write_text(json.dumps(config))
-    assert not any("a whole language model" in finding.detail for finding in check_folder(folder))
-    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
-    assert not any("a whole language model" in finding.detail for finding in check_folder(folder))
-    assert any("pickled" in line for line in found(check_folder(folder), "BAD"))
+    assert finding.level == "BAD" and "no drafter of this kind (['Qwen3ForCausalLM'])" in finding.detail

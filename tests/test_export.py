@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from peagle_train.__main__ import main as train_main
 from peagle_train.serving.drafter_io import load_drafter
-from peagle_train.serving.export import export_drafter, write_new_folder
+from peagle_train.serving.export import export_drafter, write_drafter
 from tests.helpers import ROOT, make_draft
 from tests.test_checkpoint_files import in_child
 from tests.tiny import MASK, VOCAB, make_target, write_recipe, write_rows
@@ -178,7 +178,7 @@ def test_what_does_not_fit_into_the_asked_dtype_is_refused(tmp_path: Path) -> No
         draft.norm.weight[3] = 1e5  # float16 ends at 65,504
     draft.save_pretrained(tmp_path / "drafter")
     export_drafter(tmp_path / "drafter", tmp_path / "wide", "eagle3", dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=r"norm\.weight: .*not finite"):
+    with pytest.raises(ValueError, match=r"norm\.weight .*not finite"):
         export_drafter(tmp_path / "drafter", tmp_path / "out", "eagle3", dtype=torch.float16)
     assert not (tmp_path / "out").exists()
 
@@ -196,9 +196,9 @@ def test_a_report_about_this_very_folder_is_found_and_one_about_another_is_not(t
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"speculative_tokens": 5}, "is 5, but the drafter was trained for 4"),
-        ({"speculative_tokens": 0}, "is 0; give at least 1"),
-        ({"target": Path("/nowhere")}, "no model's folder"),
+        ({"speculative_tokens": 5}, "is 5; give 1 to 4"),
+        ({"speculative_tokens": 0}, "is 0; give 1 to 4"),
+        ({"target": Path("/nowhere")}, "/nowhere is no folder"),
         ({"measured": Path("/nowhere.json")}, "holds no accepted lengths"),
     ],
 )
@@ -212,7 +212,7 @@ def test_a_users_mistake_is_one_line_and_nothing_is_written(
 
 def test_an_export_for_another_target_is_refused(tmp_path: Path, run: Path) -> None:
     other = make_target(tmp_path / "other", vocab_size=VOCAB + 3)
-    with pytest.raises(ValueError, match=f"target's vocab_size: {VOCAB + 3}, but the drafter was made for {VOCAB}"):
+    with pytest.raises(ValueError, match=f"target's vocab_size: {VOCAB + 3}, the drafter was made for {VOCAB}"):
         export_drafter(run, tmp_path / "out", "eagle3", target=other)
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
@@ -250,13 +250,13 @@ def test_an_empty_folder_is_taken_and_one_that_fills_meanwhile_is_not(tmp_path: 
     export_drafter(run, tmp_path / "out", "eagle3")
     assert same_weights(run / "final", tmp_path / "out")
 
-    def fill(folder: Path) -> None:
-        (folder / "half").write_text("x")
+    def fill(_: Path) -> None:
         (tmp_path / "race").mkdir()
         (tmp_path / "race" / "mine").write_text("x")
 
-    with pytest.raises(ValueError, match="cannot be written"):
-        write_new_folder(tmp_path / "race", fill)
+    config, weights = (run / "final" / name for name in ("config.json", "model.safetensors"))
+    with pytest.raises(ValueError, match="is there already"):
+        write_drafter(tmp_path / "race", config.read_text(), load_file(weights), add=fill)
     assert [path.name for path in (tmp_path / "race").iterdir()] == ["mine"]
     assert {path.name for path in tmp_path.iterdir()} == {"out", "race"}
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tools.regenerate import main
 from transformers import AutoModelForCausalLM
 
 from peagle_train.data.messages import messages_of
@@ -25,7 +26,6 @@ from peagle_train.regenerate import Answer, Prompt, fault, is_loop, load_prompts
 from tests.chat_fake import MODEL, FakeServer, Reply, completion, echo, serving
 from tests.helpers import ENVIRONMENT, ROOT, make_package
 from tests.tiny_chat import END, TURN, make_chat_target
-from tools.regenerate import main
 
 TOOL = str(ROOT / "tools" / "regenerate.py")
 QUESTIONS = [{"id": f"q{i}", "turns": [f"first {i}", f"second {i}"][: 1 + i % 2]} for i in range(7)]

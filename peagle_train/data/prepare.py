@@ -263,7 +263,7 @@ def read_index(folder: Path) -> dict[str, Any]:
             raise ValueError("it was changed")
         return index
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"data.prepared {folder} holds no prepared data; tools/prepare_data.py makes it") from None
+        raise ValueError(f"data.prepared {folder} holds no prepared data; peagle-train prepare makes it") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"data.prepared {folder}: {INDEX} cannot be read ({type(error).__name__}): remove the folder and prepare it"

@@ -63,12 +63,12 @@ def load_training_data(
         for source in parse_sources(data.sources) + parse_sources(data.eval_sources, "data.eval_sources"):
             if source.streaming:  # a resume could not be exact
                 raise ValueError(
-                    f"data source {source.describe()} is streamed, which has to be prepared: run tools/prepare_data.py on"
+                    f"data source {source.describe()} is streamed, which has to be prepared: run peagle-train prepare on"
                     " this recipe, and give its folder as data.prepared"
                 )
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             say(
-                f"data: each of {dist.get_world_size()} processes reads and tokenizes it all; tools/prepare_data.py does it"
+                f"data: each of {dist.get_world_size()} processes reads and tokenizes it all; peagle-train prepare does it"
                 " once"
             )
         encode = Encoder.from_recipe(recipe, tokenizer, vocab_size, mask_token_id)

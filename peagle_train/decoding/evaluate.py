@@ -1,4 +1,4 @@
-"""`tools/evaluate.py` behind its arguments: load, measure, write the report."""
+"""`peagle-train evaluate` behind its arguments: load, measure, write the report."""
 
 import json
 import logging

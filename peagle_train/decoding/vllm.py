@@ -146,7 +146,7 @@ def check_vllm(temperature: float, dtype: str, base_url: str | None, speed: bool
     if not base_url and importlib.util.find_spec("vllm") is None:
         raise ValueError(
             "--engine vllm needs vLLM in this environment: bash tools/vllm_setup.sh, then"
-            " .venv-vllm/bin/python tools/evaluate.py ...; or give a server's --base-url"
+            " .venv-vllm/bin/peagle-train evaluate ...; or give a server's --base-url"
         )
 
 

@@ -4,24 +4,25 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 
 from peagle_train.config import YamlError, parse_sources, read_yaml
 from peagle_train.core.draft_config import PEagleDraftConfig
-from peagle_train.files import make_readable, sync
+from peagle_train.files import write_folder
 from peagle_train.serving.drafter_io import (
     WEIGHTS,
     DrafterFiles,
     Finding,
     check_folder,
     is_loadable,
+    read_config,
     read_drafter,
     save_tensors,
 )
@@ -29,29 +30,65 @@ from peagle_train.serving.formats import (
     EAGLE3,
     FORMATS,
     SPECULATORS,
-    format_of,
-    layer_ids_of,
     speculative_tokens_of,
     speculators_config,
+    target_name_of,
 )
 
-# ---- model_card
-# The README.md of an exported drafter: what it drafts for, how it was trained, how good it is, how to serve it.
-#
-# Says only what the run's files say; what is not known is left out.
+TOKENIZER_FILES: tuple[str, ...] = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES += ("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
 
-UNKNOWN_LICENCE = "unknown"
+CARD = """---
+{{ card_data }}
+---
+
+# P-EAGLE drafter for {{ target or "a target that its files do not name" }}
+
+Drafts all K tokens in one forward pass (arXiv:2602.01469). Trained with peagle_train.
+
+| | |
+|---|---|
+{{ rows }}
+
+## Measured
+
+{{ measured }}
+
+## Serving
+
+```bash
+{{ command }}
+```
+
+The target must run in vLLM with EAGLE-3 support, with exactly the weights that the drafter was trained on.
+
+## Licence
+
+{{ licence or "Not set" }}. Embeddings and head start as the target's own unless a recipe says otherwise, so its licence may
+apply too.
+"""
+
+
+@dataclass
+class Export:
+    """What was written."""
+
+    folder: Path
+    findings: list[Finding]
+    """Of the check of what was written."""
+    notes: list[str] = field(default_factory=list)
+    """What a user should know."""
 
 
 @dataclass
 class RunFacts:
-    """What a run's folder says of one of its drafters."""
+    """What the files of a run say about one of its drafters; empty where there are none."""
 
     recipe: dict[str, Any] = field(default_factory=dict)
-    """recipe.yaml, sections by name; empty if there is none."""
+    """recipe.yaml, sections by name."""
     step: int | None = None
     evaluation: dict[str, Any] | None = None
-    """The held-out evaluation of this step, from metrics.jsonl."""
+    """The held-out evaluation at this step, from metrics.jsonl."""
 
     def get(self, section: str, key: str) -> Any:
         values = self.recipe.get(section)
@@ -59,198 +96,32 @@ class RunFacts:
 
 
 def read_run(folder: Path) -> RunFacts:
-    """Facts from the files beside and above a drafter's folder; whatever is missing or unreadable is left out."""
-    facts = RunFacts()
-    for path in (folder / "recipe.yaml", folder.parent / "recipe.yaml"):
-        if path.is_file():
-            try:
-                recipe = read_yaml(path)
-            except YamlError:
-                continue
-            facts.recipe = recipe if isinstance(recipe, dict) else {}
-            break
-    kind, _, number = folder.name.partition("-")
-    if kind == "checkpoint" and number.isdecimal():
-        facts.step = int(number)
-    else:
-        name, key = ("best.json", "step") if kind == "best" else ("run.json", "steps")
-        step = _read_json(folder.parent / name).get(key)
+    """Facts from the files in a drafter's folder and its parent; whatever is missing or unreadable is left out."""
+    facts, run = RunFacts(), folder.parent
+    path = next((place / "recipe.yaml" for place in (folder, run) if (place / "recipe.yaml").is_file()), None)
+    try:
+        recipe = read_yaml(path) if path else None
+        facts.recipe = recipe if isinstance(recipe, dict) else {}
+    except YamlError:
+        pass
+    if folder.name.startswith("checkpoint-") and folder.name.removeprefix("checkpoint-").isdecimal():
+        facts.step = int(folder.name.removeprefix("checkpoint-"))
+    elif folder.name in ("best", "final"):
+        file, key = ("best.json", "step") if folder.name == "best" else ("run.json", "steps")
+        step = _read_json(run / file).get(key)
         facts.step = step if isinstance(step, int) else None
-    facts.evaluation = _evaluation(folder.parent / "metrics.jsonl", facts.step)
+    metrics = run / "metrics.jsonl"
+    for line in (
+        metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() and facts.step is not None else []
+    ):
+        # the last line of a run that was killed may be cut
+        if '"eval"' in line and line.endswith("}") and (record := json.loads(line)).get("step") == facts.step:
+            facts.evaluation = record if record.get("kind") == "eval" else facts.evaluation
     return facts
 
 
-def model_card(
-    config: PEagleDraftConfig,
-    format: str,
-    facts: RunFacts,
-    *,
-    target: str | None,
-    speculative_tokens: int | None,
-    licence: str | None,
-    measured: dict[str, Any] | None = None,
-) -> str:
-    """The card's text.
-
-    Args:
-        target: the target's hub name or folder.
-        speculative_tokens: K to serve with.
-        measured: what `tools/evaluate.py --json` wrote of this drafter.
-    """
-    lines = ["---", f"license: {licence or UNKNOWN_LICENCE}"]
-    if target and re.fullmatch(r"[\w.-]+/[\w.-]+", target):  # a hub's name; a folder is none
-        lines.append(f"base_model: {target}")
-    lines += ["tags: [speculative-decoding, eagle3, p-eagle, vllm]", "---", ""]
-    lines += [f"# P-EAGLE drafter for {target or 'a target that its files do not name'}", ""]
-    lines += [
-        "Drafts all K tokens in one forward pass (arXiv:2602.01469). Trained with peagle_train.",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in _rows(config, facts, target, speculative_tokens)),
-        "",
-        "## Measured",
-        "",
-        *_measured(facts, measured),
-        "",
-        "## Serving",
-        "",
-        *_serving(format, target, speculative_tokens),
-        "",
-        "The target must run in vLLM with EAGLE-3 support, with the very weights that the drafter was trained on.",
-        "",
-        "## Licence",
-        "",
-    ]
-    start = "Embeddings and head start as the target's own unless a recipe says otherwise, so its licence may hold too."
-    lines.append(f"{licence or 'Not set'}. {start}")
-    return "\n".join(lines) + "\n"
-
-
-def _rows(config: PEagleDraftConfig, facts: RunFacts, target: str | None, tokens: int | None) -> list[tuple[str, Any]]:
-    ids = layer_ids_of({"eagle_aux_hidden_state_layer_ids": config.eagle_aux_hidden_state_layer_ids})
-    rows: list[tuple[str, Any]] = [
-        ("target", target),
-        ("feature layers (inputs of)", ids or "2, n // 2, n - 3"),
-        ("layers, hidden size", f"{config.num_hidden_layers}, {config.hidden_size}"),
-        ("draft vocabulary", f"{config.draft_vocab_size} of {config.vocab_size} tokens"),
-        ("mask token", config.ptd_token_id),
-        ("positions", config.max_position_embeddings),
-        ("K to serve with", tokens),
-        ("K in training", facts.get("cod", "num_depths")),
-        ("r, its floor", _pair(facts, "cod", "down_sample_ratio", "down_sample_ratio_min")),
-        ("data", _sources(facts.get("data", "sources"))),
-        ("row length", facts.get("data", "max_length")),
-        ("steps", facts.step),
-        ("learning rate", facts.get("train", "learning_rate")),
-        ("started from", facts.get("draft", "init_from")),
-    ]
-    return [(name, value) for name, value in rows if value is not None]
-
-
-def _pair(facts: RunFacts, section: str, *keys: str) -> str | None:
-    values = [facts.get(section, key) for key in keys]
-    return None if None in values else ", ".join(map(str, values))
-
-
-def _sources(sources: Any) -> str | None:
-    """The recipe's sources, files without the folders of the machine that they lay on; None for what is none."""
-    try:
-        specs = parse_sources(sources)
-    except (ValueError, TypeError, AttributeError):
-        return None
-    names = [
-        Path(s.path).name or s.path if s.path else f"{s.datasets} ({s.name})" if s.name else s.datasets for s in specs
-    ]
-    return ", ".join(map(str, names))
-
-
-def _measured(facts: RunFacts, measured: dict[str, Any] | None) -> list[str]:
-    lines = []
-    for name, by_k in _acceptance(measured or {}).items():
-        lines.append(f"- {name}: accepted length " + ", ".join(f"{value:.2f} at K = {k}" for k, value in by_k))
-    if facts.evaluation:
-        length, loss = (facts.evaluation[key] for key in ("expected_accepted_length", "loss"))
-        where = f"at step {facts.step}, held-out rows of the training data"
-        lines.append(f"- {where}: expected accepted length {length:.3f} (teacher-forced), loss {loss:.3f}")
-    return lines or ["Nothing yet."]
-
-
-def _acceptance(report: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
-    """Accepted length by data set and K from an evaluation's report; empty if it has none."""
-    found: dict[str, list[tuple[int, float]]] = {}
-    try:
-        for name, figures in report["figures"][0].items():
-            rows = [(int(row["k"]), row["accepted_length"]) for row in figures["by_k"]]
-            found[name] = [(k, float(length)) for k, length in rows if length is not None]
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-        return {}
-    return {name: rows for name, rows in found.items() if rows}
-
-
-def _serving(format: str, target: str | None, tokens: int | None) -> list[str]:
-    if format != EAGLE3:
-        return ["```bash", "vllm serve THIS_FOLDER", "```"]
-    settings = {
-        "method": "eagle3",
-        "model": "THIS_FOLDER",
-        "num_speculative_tokens": tokens or "K",
-        "parallel_drafting": True,
-    }
-    return [
-        "```bash",
-        f"vllm serve {target or 'TARGET'} --speculative-config \\",
-        f"    '{json.dumps(settings)}'",
-        "```",
-    ]
-
-
-def read_report(path: Path) -> dict[str, Any]:
-    """An evaluation's JSON; ValueError unless it holds accepted lengths."""
-    report = _read_json(path)
-    if not _acceptance(report):
-        raise ValueError(f"{path} holds no accepted lengths; give what `tools/evaluate.py --json FILE` wrote")
-    return report
-
-
-def find_report(folder: Path) -> dict[str, Any] | None:
-    """An evaluation's `acceptance.json` in a drafter's folder or the one above, if this drafter is what it is about."""
-    for path in (folder / "acceptance.json", folder.parent / "acceptance.json"):
-        report = _read_json(path)
-        named = report.get("drafters")
-        if (
-            _acceptance(report)
-            and isinstance(named, list)
-            and named
-            and Path(str(named[0])).resolve() == folder.resolve()
-        ):
-            return report
-    return None
-
-
-def _evaluation(path: Path, step: int | None) -> dict[str, Any] | None:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    found = None
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:  # the last line of a run that was cut off
-            continue
-        if (
-            isinstance(record, dict)
-            and record.get("kind") == "eval"
-            and step is not None
-            and record.get("step") == step
-        ):
-            if all(isinstance(record.get(key), float) for key in ("expected_accepted_length", "loss")):
-                found = record
-    return found
-
-
 def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's mapping; empty if it is missing or none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -258,31 +129,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-# ---- export
-# From a run's checkpoint to a folder that an engine serves: config, weights, tokenizer, model card. All or nothing.
-
-TOKENIZER_FILES: tuple[str, ...] = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-TOKENIZER_FILES += ("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
-
-
-@dataclass
-class Export:
-    """What was written, and what is to be said about it."""
-
-    folder: Path
-    findings: list[Finding]
-    """Of the check of what was written."""
-    notes: list[str] = field(default_factory=list)
-
-
 def find_drafter(folder: Path) -> Path:
     """The drafter in a checkpoint's or a run's folder (its `final/`); ValueError if there is none."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; give a drafter's, or a run's")
-    if (folder / "config.json").exists():
-        return folder
-    if (folder / "final" / "config.json").exists():
-        return folder / "final"
+    for found in (folder, folder / "final"):
+        if (found / "config.json").exists():
+            return found
     inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
     choice = f"; give one of its {', '.join(inside)}" if inside else ""
     raise ValueError(f"{folder} is no drafter's folder (no config.json){choice}")
@@ -319,63 +172,49 @@ def export_drafter(
     check_new(out)
     folder = find_drafter(checkpoint)
     files = read_drafter(folder)
+    if files.lacking:
+        raise ValueError(f"{folder} lacks {', '.join(files.lacking)}: complete it with peagle-train import first")
     facts, notes = read_run(folder), list(files.notes)
     if folder != checkpoint:
         notes.append(f"exported from {folder}")
-    lacking = files.missing + (["a mask token"] if files.config.ptd_token_id is None else [])
-    if lacking:
-        raise ValueError(f"{folder} lacks {', '.join(lacking)}: complete it with tools/import.py first")
-    files.config.check_trainable()
-    target = find_target(target, facts, notes)
-    tokens = _speculative_tokens(files, facts, speculative_tokens)
+    target = _find_target(target, facts, notes)
+    tokens = _tokens_to_serve(files, facts, speculative_tokens)
     if format == SPECULATORS and tokens is None:
         raise ValueError(f"{folder} does not say for how many tokens it was trained: give --num-speculative-tokens")
-    name = target_name or _known_target(files, facts, target)
+    named = target_name or target or facts.get("target", "path") or target_name_of(files.raw)
+    name = None if named is None else str(named)
     if format == SPECULATORS and name is None:
         raise ValueError(f"{folder} does not say which target it drafts for: give --target DIR or --target-name NAME")
     if name is not None and Path(name).is_absolute():
         notes.append(f"the files name the target by its folder, {name}: --target-name gives it another")
-    report = read_report(measured) if measured else find_report(folder)
-    about = (report or {}).get("drafters")
-    if measured and isinstance(about, list) and about and Path(str(about[0])).resolve() != folder.resolve():
-        notes.append(f"{measured} is about {about[0]}: right only if that is the same drafter")
-    target_config = read_target_config(target) if target else None
+    target_config = read_config(target) if target else None
     tensors = {n: t.to(dtype or t.dtype) if t.is_floating_point() else t for n, t in files.tensors.items()}
-    files.config.dtype = tensors["fc.weight"].dtype
-    config_text = _config_text(files.config, format, tokens, name, target_config)
-    card = model_card(
-        files.config,
-        format,
-        facts,
-        target=name,
-        speculative_tokens=tokens,
-        licence=licence,
-        measured=report,
-    )
-    result: list[Finding] = []
+    config = files.config
+    config.dtype = tensors["fc.weight"].dtype
+    text = config.to_json_string()
+    if format == SPECULATORS:
+        assert tokens is not None
+        architectures = (target_config or {}).get("architectures") or []
+        text = json.dumps(speculators_config(config, tokens, name, architectures), indent=2, sort_keys=True) + "\n"
+    report = _report(folder, measured, notes)
+    card = _card(config, format, facts, name, tokens, licence, report)
 
-    def fill(temporary: Path) -> None:
-        write_drafter(temporary, config_text, tensors)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+    def add(temporary: Path) -> None:
+        card.save(temporary / "README.md")
         for file in TOKENIZER_FILES:
             if target is not None and (target / file).is_file():
                 shutil.copyfile(target / file, temporary / file)
-        result.extend(check_folder(temporary, target_config))
-        bad = [f"{finding.what}: {finding.detail}" for finding in result if finding.level == "BAD"]
-        if not is_loadable(result):
-            raise ValueError(f"vLLM would not load {folder} as it was trained: {'; '.join(bad)}")
 
-    write_new_folder(out, fill)
+    findings = write_drafter(out, text, tensors, target_config, add)
     if target is not None and not any((out / file).exists() for file in TOKENIZER_FILES):
         notes.append(f"{target} has no tokenizer files, so none were copied")
-    return Export(out, result, notes)
+    return Export(out, findings, notes)
 
 
-def find_target(given: Path | None, facts: RunFacts, notes: list[str]) -> Path | None:
+def _find_target(given: Path | None, facts: RunFacts, notes: list[str]) -> Path | None:
     """The target's folder; ValueError if one was given and is none. A recipe's that is not on this machine is noted."""
     if given is not None:
-        if not (given / "config.json").is_file():
-            raise ValueError(f"--target {given} is no model's folder (no config.json)")
+        read_config(given)
         return given
     path = facts.get("target", "path")
     if isinstance(path, str) and (Path(path) / "config.json").is_file():
@@ -386,82 +225,152 @@ def find_target(given: Path | None, facts: RunFacts, notes: list[str]) -> Path |
     return None
 
 
-def _speculative_tokens(files: DrafterFiles, facts: RunFacts, given: int | None) -> int | None:
+def _tokens_to_serve(files: DrafterFiles, facts: RunFacts, given: int | None) -> int | None:
     trained = facts.get("cod", "num_depths")
     trained = trained if isinstance(trained, int) else None
-    if given is not None and trained is not None and given > trained:
-        raise ValueError(
-            f"--num-speculative-tokens is {given}, but the drafter was trained for {trained}: give at most that"
-        )
-    if given is not None and given < 1:
-        raise ValueError(f"--num-speculative-tokens is {given}; give at least 1")
+    if given is not None and not 1 <= given <= (trained or given):
+        allowed = f"1 to {trained}, what the drafter was trained for" if trained else "at least 1"
+        raise ValueError(f"--num-speculative-tokens is {given}; give {allowed}")
     return given or trained or speculative_tokens_of(files.raw)
-
-
-def _known_target(files: DrafterFiles, facts: RunFacts, target: Path | None) -> str | None:
-    if target is not None:
-        return str(target)
-    named = facts.get("target", "path")
-    if named is None and format_of(files.raw) == SPECULATORS:
-        settings = files.raw.get("speculators_config")
-        verifier = settings.get("verifier") if isinstance(settings, dict) else None
-        named = verifier.get("name_or_path") if isinstance(verifier, dict) else None
-    return named if isinstance(named, str) else None
-
-
-def _config_text(
-    config: PEagleDraftConfig, format: str, tokens: int | None, target: str | None, target_config: dict[str, Any] | None
-) -> str:
-    if format == EAGLE3:
-        return config.to_json_string()
-    assert tokens is not None
-    architectures = (target_config or {}).get("architectures") or []
-    content = speculators_config(config, tokens, target, architectures)
-    content["dtype"] = str(config.dtype).removeprefix("torch.")
-    return json.dumps(content, indent=2, sort_keys=True) + "\n"
-
-
-def read_target_config(target: Path) -> dict[str, Any]:
-    """The target's config.json; ValueError if it cannot be read."""
-    try:
-        content = json.loads((target / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the target's {target / 'config.json'} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"the target's {target / 'config.json'} is no mapping")
-    return content
-
-
-def write_drafter(folder: Path, config_text: str, tensors: dict[str, Tensor]) -> None:
-    """config.json and model.safetensors into a folder that is there; OSError where they cannot be written."""
-    (folder / "config.json").write_text(config_text, encoding="utf-8")
-    save_tensors(folder / WEIGHTS, tensors)
 
 
 def check_new(path: Path) -> None:
     """ValueError unless a folder may be put in this place."""
-    if path.is_dir() and not any(path.iterdir()) and not path.is_symlink():
-        return
-    if os.path.lexists(path):
+    is_empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+    if os.path.lexists(path) and not is_empty:
         raise ValueError(f"--out {path} is there already and not an empty folder; give another")
 
 
-def write_new_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write into a temporary folder beside `path`, sync it, and rename it to `path`, which is new or empty."""
-    check_new(path)
+def write_drafter(
+    out: Path,
+    config_text: str,
+    tensors: dict[str, Tensor],
+    target_config: dict[str, Any] | None = None,
+    add: Callable[[Path], None] = lambda _: None,
+) -> list[Finding]:
+    """Write a drafter's new folder, check it, and put it in its place; returns the check's findings.
+
+    Args:
+        add: writes more files into the folder.
+
+    Raises:
+        ValueError: an engine would not load it, or it cannot be written; `out` is unchanged then.
+    """
+    findings: list[Finding] = []
+
+    def fill(temporary: Path) -> None:
+        (temporary / "config.json").write_text(config_text, encoding="utf-8")
+        save_tensors(temporary / WEIGHTS, tensors)
+        add(temporary)
+        findings.extend(check_folder(temporary, target_config))
+        if not is_loadable(findings):
+            bad = "; ".join(f"{f.what}: {f.detail}" for f in findings if f.level not in ("ok", "warn"))
+            raise ValueError(f"vLLM would not load the drafter as it was trained: {bad}")
+        check_new(out)  # again: it may have filled meanwhile
+
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        write_folder(out, fill)
     except OSError as error:
-        raise ValueError(f"--out {path} cannot be written: {error.strerror}") from error
+        raise ValueError(f"--out {out} cannot be written: {error.strerror or error}") from error
+    return findings
+
+
+# The model card
+
+
+def _card(
+    config: PEagleDraftConfig,
+    format: str,
+    facts: RunFacts,
+    target: str | None,
+    tokens: int | None,
+    licence: str | None,
+    report: dict[str, Any],
+) -> ModelCard:
+    """The README.md. It says only what the run's files say; `report` is an evaluation's, or empty."""
+    ratio = facts.get("cod", "down_sample_ratio")
+    rows = {
+        "target": target,
+        "feature layers (inputs of)": config.eagle_aux_hidden_state_layer_ids or "2, n // 2, n - 3",
+        "layers, hidden size": f"{config.num_hidden_layers}, {config.hidden_size}",
+        "draft vocabulary": f"{config.draft_vocab_size} of {config.vocab_size} tokens",
+        "mask token": config.ptd_token_id,
+        "positions": config.max_position_embeddings,
+        "K to serve with": tokens,
+        "K in training": facts.get("cod", "num_depths"),
+        "r, its floor": None if ratio is None else f"{ratio}, {facts.get('cod', 'down_sample_ratio_min')}",
+        "data": _source_names(facts.get("data", "sources")),
+        "longest sequence": facts.get("data", "max_length"),
+        "steps": facts.step,
+        "learning rate": facts.get("train", "learning_rate"),
+        "started from": facts.get("draft", "init_from"),
+    }
+    measured = [
+        f"- {name}: accepted length " + ", ".join(f"{length:.2f} at K = {k}" for k, length in by_k)
+        for name, by_k in _lengths(report).items()
+    ]
+    if facts.evaluation:
+        length, loss = facts.evaluation["expected_accepted_length"], facts.evaluation["loss"]
+        measured.append(
+            f"- at step {facts.step}, held-out examples of the training data: expected accepted length {length:.3f}"
+            f" (teacher-forced), loss {loss:.3f}"
+        )
+    command = "vllm serve THIS_FOLDER"
+    if format == EAGLE3:
+        served = {"method": "eagle3", "model": "THIS_FOLDER", "num_speculative_tokens": tokens or "K"}
+        settings = json.dumps({**served, "parallel_drafting": True})
+        command = f"vllm serve {target or 'TARGET'} --speculative-config \\\n    '{settings}'"
+    is_hub_name = target is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", target)
+    data = ModelCardData(
+        license=licence or "unknown",
+        base_model=target if is_hub_name else None,
+        tags=["speculative-decoding", "eagle3", "p-eagle", "vllm"],
+    )
+    return ModelCard.from_template(
+        data,
+        template_str=CARD,
+        target=target,
+        rows="\n".join(f"| {name} | {value} |" for name, value in rows.items() if value is not None),
+        measured="\n".join(measured) or "Nothing yet.",
+        command=command,
+        licence=licence,
+    )
+
+
+def _source_names(sources: Any) -> str | None:
+    """The recipe's sources, files without their machine's folders; None for what is none."""
     try:
-        fill(temporary)
-        for item in [*temporary.iterdir(), temporary]:
-            make_readable(item)  # another user may serve it
-            sync(item)
-        os.rename(temporary, path)  # fails on a folder that came to hold something meanwhile
-        sync(path.parent)
-    except OSError as error:
-        raise ValueError(f"--out {path} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        specs = parse_sources(sources)
+    except (ValueError, TypeError, AttributeError):
+        return None
+    files = (spec.path and (Path(spec.path).name or spec.path) for spec in specs)
+    sets = (f"{spec.datasets} ({spec.name})" if spec.name else spec.datasets for spec in specs)
+    return ", ".join(str(file or data_set) for file, data_set in zip(files, sets))
+
+
+def _report(folder: Path, given: Path | None, notes: list[str]) -> dict[str, Any]:
+    """The evaluation's report to quote: the given one, or an `acceptance.json` about this very folder; empty if none."""
+    for path in [given] if given else [folder / "acceptance.json", folder.parent / "acceptance.json"]:
+        report = _read_json(path)
+        drafters = report.get("drafters")
+        about = str(drafters[0]) if isinstance(drafters, list) and drafters else None
+        is_about_it = about is not None and Path(about).resolve() == folder.resolve()
+        if given and not _lengths(report):
+            raise ValueError(f"{given} holds no accepted lengths; give what `peagle-train evaluate --json FILE` wrote")
+        if given and about and not is_about_it:
+            notes.append(f"{given} is about {about}: right only if that is the same drafter")
+        if given or is_about_it:
+            return report
+    return {}
+
+
+def _lengths(report: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
+    """(K, accepted length) by data set, from an evaluation's report; empty if it has none."""
+    try:
+        found = {
+            name: [(int(row["k"]), float(row["accepted_length"])) for row in figures["by_k"] if row["accepted_length"]]
+            for name, figures in report["figures"][0].items()
+        }
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        return {}
+    return {name: by_k for name, by_k in found.items() if by_k}

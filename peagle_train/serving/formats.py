@@ -7,37 +7,40 @@ target and K are in it, for `vllm serve DIR`.
 from typing import Any
 
 from peagle_train.core.draft_config import MASK_KEYS, NOT_SAVED, PEagleDraftConfig, mask_tokens_in
+from peagle_train.files import one_line
 
 EAGLE3, SPECULATORS = "eagle3", "speculators"
 FORMATS = (EAGLE3, SPECULATORS)
 
 MAX_SIZE = 2**24
-"""Above every size there is: a config.json that says more is damaged, and must not cost memory."""
+"""Above every real size: a config.json with a larger one is damaged, and must not cost memory."""
 
-_LLAMA_KEYS: tuple[str, ...] = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act")
-_LLAMA_KEYS += ("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps")
-_LLAMA_KEYS += ("initializer_range", "attention_bias", "mlp_bias", "bos_token_id", "eos_token_id")
 _SIZES: tuple[str, ...] = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _SIZES += ("num_key_value_heads", "head_dim", "max_position_embeddings")
+_REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+_LLAMA_KEYS: tuple[str, ...] = (
+    *_SIZES,
+    "hidden_act",
+    "rms_norm_eps",
+    "initializer_range",
+    "attention_bias",
+    "mlp_bias",
+)
+_LLAMA_KEYS += ("bos_token_id", "eos_token_id")
 _OWN_KEYS = ("draft_vocab_size", "target_hidden_size", "eagle_aux_hidden_state_layer_ids", "norm_before_residual")
 
 _UNLIKE_OURS = {
     "norm_before_fc": "normalises the features before fc",
     "fc_norm": "normalises each layer's features before fc",
-    "norm_output": "hands on normalised hidden states",
+    "norm_output": "passes on normalised hidden states",
     "quantization_config": "is quantised",
     "logit_scale": "scales its logits",
 }
 """Keys of other EAGLE-3 drafters which, set, mean a drafter that this project does not have."""
 
 
-def speculative_tokens_of(raw: dict[str, Any]) -> int | None:
-    """K that a speculators config.json says; None where it says none."""
-    try:
-        tokens = raw["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
-    except (KeyError, IndexError, TypeError):
-        return None
-    return tokens if type(tokens) is int and tokens >= 1 else None
+class OtherKind(ValueError):
+    """A drafter of another kind than this project's, which engines may well serve."""
 
 
 def format_of(raw: dict[str, Any]) -> str:
@@ -45,18 +48,69 @@ def format_of(raw: dict[str, Any]) -> str:
     return SPECULATORS if "speculators_model_type" in raw else EAGLE3
 
 
-def layer_config(raw: dict[str, Any]) -> dict[str, Any]:
-    """The part of a `config.json` that describes the drafter's Llama layers; ValueError if it is not there."""
-    if format_of(raw) == EAGLE3:
-        return raw
-    nested = raw.get("transformer_layer_config")
-    if not isinstance(nested, dict):
-        raise ValueError("config.json has speculators_model_type but no transformer_layer_config, a mapping")
-    return nested
+def speculative_tokens_of(raw: dict[str, Any]) -> int | None:
+    """K in a speculators config.json; None if there is none."""
+    tokens = _at(raw, "speculators_config", "proposal_methods", 0, "speculative_tokens")
+    return tokens if type(tokens) is int and tokens >= 1 else None
 
 
-def mask_token_of(raw: dict[str, Any]) -> int | None:
-    """The mask token's id, None where there is none; ValueError where two names of it disagree."""
+def target_name_of(raw: dict[str, Any]) -> str | None:
+    """The target's name or folder in a speculators config.json; None if there is none."""
+    name = _at(raw, "speculators_config", "verifier", "name_or_path")
+    return name if isinstance(name, str) else None
+
+
+def layer_ids_of(raw: dict[str, Any]) -> Any:
+    """The target's feature layers as given, at the top or in `eagle_config`; None means vLLM's default."""
+    key = "eagle_aux_hidden_state_layer_ids"
+    return raw.get(key) or _at(raw, "eagle_config", key)
+
+
+def _at(value: Any, *keys: str | int) -> Any:
+    """The value at `keys` in nested mappings and lists; None where one is missing."""
+    for key in keys:
+        try:
+            value = value[key]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value
+
+
+def parse_config(raw: dict[str, Any]) -> PEagleDraftConfig:
+    """The drafter's shape from either format. EAGLE-3 drafters have no mask token: `ptd_token_id` stays None.
+
+    Raises:
+        OtherKind: the drafter differs from this project's.
+        ValueError: a key is missing, has a value of the wrong type, or would be read differently by vLLM.
+    """
+    try:
+        layers = raw if format_of(raw) == EAGLE3 else raw["transformer_layer_config"]
+        if different := _differences(raw, layers):
+            raise OtherKind("; ".join(different))
+        if mistakes := _mistakes(raw, layers):
+            raise ValueError("; ".join(mistakes))
+        fields = {key: layers[key] for key in _LLAMA_KEYS if layers.get(key) is not None}
+        fields |= {key: raw[key] for key in _OWN_KEYS if raw.get(key) is not None}
+        fields |= {"rope_parameters": {"rope_theta": 10000.0, **_rope_of(layers)}, "pad_token_id": None}
+        fields |= {"eagle_aux_hidden_state_layer_ids": layer_ids_of(raw), "ptd_token_id": _mask_token_of(raw)}
+        return PEagleDraftConfig(**fields)
+    except OtherKind:
+        raise
+    except KeyError as error:
+        raise ValueError(f"config.json has no {error}") from error
+    except Exception as error:  # anything: values are a stranger's, and transformers' strict configs have own types
+        raise ValueError(f"config.json: {one_line(error)}") from error
+
+
+def _rope_of(layers: dict[str, Any]) -> dict[str, Any]:
+    """The rope of a layers' config, in either spelling; `rope_type` is always present."""
+    merged = {"rope_theta": layers.get("rope_theta")}
+    merged |= (layers.get("rope_scaling") or {}) | (layers.get("rope_parameters") or {})
+    rope = {key: value for key, value in merged.items() if value is not None}
+    return {"rope_type": rope.pop("type", "default"), **rope}
+
+
+def _mask_token_of(raw: dict[str, Any]) -> int | None:
     found = mask_tokens_in(raw)
     for key, value in found.items():
         if type(value) is not int:
@@ -66,60 +120,9 @@ def mask_token_of(raw: dict[str, Any]) -> int | None:
     return next(iter(found.values()), None)
 
 
-def layer_ids_of(raw: dict[str, Any]) -> Any:
-    """The target's feature layers as given, at the top or in `eagle_config`; None where vLLM's default holds."""
-    nested = raw.get("eagle_config")
-    nested = nested if isinstance(nested, dict) else {}
-    return raw.get("eagle_aux_hidden_state_layer_ids") or nested.get("eagle_aux_hidden_state_layer_ids")
-
-
-def rope_of(layers: dict[str, Any]) -> dict[str, Any]:
-    """What a layers' config says of its rope, in either spelling; `rope_type` is always there."""
-    spellings = [layers.get("rope_scaling"), layers.get("rope_parameters")]
-    merged = {"rope_theta": layers.get("rope_theta")}
-    for spelling in spellings:
-        merged |= spelling if isinstance(spelling, dict) else {}
-    rope = {key: value for key, value in merged.items() if value is not None}
-    return {"rope_type": rope.pop("type", "default"), **rope}
-
-
-def whole_model(raw: dict[str, Any]) -> str | None:
-    """The architecture of a `config.json` that is a language model's own and no drafter's; None for any other."""
-    given = raw.get("architectures")
-    name = given[0] if isinstance(given, list) and given and isinstance(given[0], str) else ""
-    is_model = name.endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")) and "eagle" not in name.lower()
-    own = ("draft_vocab_size", "target_hidden_size", "eagle_config", "eagle_aux_hidden_state_layer_ids", *MASK_KEYS)
-    is_drafter = any(key in raw for key in own) or bool(mask_tokens_in(raw))
-    return name if is_model and format_of(raw) == EAGLE3 and not is_drafter else None
-
-
-def wrong_types(raw: dict[str, Any]) -> list[str]:
-    """Values that cannot be what their key says, before anything computes with them."""
-    layers = layer_config(raw)
+def _differences(raw: dict[str, Any], layers: dict[str, Any]) -> list[str]:
+    """Where the drafter differs from this project's."""
     found = []
-    for part, keys in ((layers, _SIZES), (raw, ("draft_vocab_size", "target_hidden_size"))):
-        for key in keys:
-            value = part.get(key)
-            if value is not None and (type(value) is not int or not 1 <= value < MAX_SIZE):
-                found.append(f"{key} is {value!r}, not a size")
-    for part, key, kind in (
-        (layers, "rope_parameters", dict),
-        (layers, "rope_scaling", dict),
-        (layers, "layer_types", list),
-        (raw, "architectures", list),
-        (raw, "norm_before_residual", bool),
-    ):
-        if part.get(key) is not None and not isinstance(part[key], kind):
-            found.append(f"{key} is {part[key]!r}, not a {kind.__name__}")
-    theta = rope_of(layers).get("rope_theta", 1.0)
-    if not isinstance(theta, (int, float)) or not 0 < theta < float("inf"):
-        found.append(f"rope_theta is {theta!r}, not a positive number")
-    return found
-
-
-def other_kind(raw: dict[str, Any]) -> list[str]:
-    """What makes this a drafter of another kind than ours, which engines may well serve; values are of the right types."""
-    layers, found = layer_config(raw), []
     kind = raw.get("speculators_model_type", "peagle")
     if kind not in ("peagle", "eagle3"):
         found.append(f"speculators_model_type is {kind!r}; peagle and eagle3 are supported")
@@ -127,65 +130,38 @@ def other_kind(raw: dict[str, Any]) -> list[str]:
         found.append(f"its layers' model_type is {layers['model_type']!r}; only llama layers are supported")
     if any(kind != "full_attention" for kind in layers.get("layer_types") or []):
         found.append("layer_types has other than full_attention; windows are not supported")
-    eagle = raw.get("eagle_config")
-    eagle = eagle if isinstance(eagle, dict) else {}
-    if not eagle.get("use_aux_hidden_state", True):
+    if _at(raw, "eagle_config", "use_aux_hidden_state") is False:
         found.append("eagle_config.use_aux_hidden_state is false: it reads the last layer, not three")
     for key, meaning in _UNLIKE_OURS.items():
-        value = next((part[key] for part in (raw, layers, eagle) if part.get(key)), None)
+        value = raw.get(key) or layers.get(key) or _at(raw, "eagle_config", key)
         if value and not (key == "logit_scale" and value == 1.0):
             found.append(f"{key} is set: it {meaning}")
-    rope = rope_of(layers)
+    rope = _rope_of(layers)
     if layers.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0 or "mrope_section" in rope:
         found.append("its rope is partial or multimodal; a drafter here rotates whole heads by one position")
     return found
 
 
-def misread(raw: dict[str, Any]) -> list[str]:
-    """What vLLM would refuse, or read otherwise than it was meant."""
-    layers, found = layer_config(raw), []
+def _mistakes(raw: dict[str, Any], layers: dict[str, Any]) -> list[str]:
+    """Missing keys, values of wrong types, and what vLLM would refuse or read differently."""
+    found = [f"{key} is missing" for key in _REQUIRED if layers.get(key) is None]
+    for part, keys in ((layers, _SIZES), (raw, ("draft_vocab_size", "target_hidden_size"))):
+        for key in keys:
+            value = part.get(key)
+            if value is not None and (type(value) is not int or not 1 <= value < MAX_SIZE):
+                found.append(f"{key} is {value!r}, not a size")
+    theta = _rope_of(layers).get("rope_theta", 1.0)
+    if not isinstance(theta, (int, float)) or not 0 < theta < float("inf"):
+        found.append(f"rope_theta is {theta!r}, not a positive number")
     if layers.get("hidden_act", "silu") != "silu":
         found.append(f"hidden_act is {layers['hidden_act']!r}; vLLM's Llama layers have silu only")
     ids = layer_ids_of(raw)
     if ids is not None:
-        whole = isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)
-        if not whole or len(ids) != 3:
+        if not isinstance(ids, list) or len(ids) != 3 or not all(type(i) is int and i >= 0 for i in ids):
             found.append(f"eagle_aux_hidden_state_layer_ids is {ids}: it must name exactly 3 layers of the target")
         elif not ids[0] < ids[1] < ids[2]:
-            found.append(
-                f"eagle_aux_hidden_state_layer_ids is {ids}: vLLM reads layers in ascending order, whatever is here"
-            )
+            found.append(f"eagle_aux_hidden_state_layer_ids is {ids}: vLLM reads layers in ascending order in any case")
     return found
-
-
-def unsupported(raw: dict[str, Any]) -> list[str]:
-    """Why this folder's drafter cannot be read here."""
-    return wrong_types(raw) or [*other_kind(raw), *misread(raw)]
-
-
-def parse_config(raw: dict[str, Any]) -> PEagleDraftConfig:
-    """The drafter's shape from either format. EAGLE-3 ones have no mask token: `ptd_token_id` stays None.
-
-    Raises:
-        ValueError: one line, for what this project does not have.
-    """
-    problems = unsupported(raw)
-    if problems:
-        raise ValueError("; ".join(problems))
-    layers = layer_config(raw)
-    fields = {key: layers[key] for key in _LLAMA_KEYS if layers.get(key) is not None}
-    fields |= {key: raw[key] for key in _OWN_KEYS if raw.get(key) is not None}
-    absent = [
-        key for key in ("vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers") if key not in fields
-    ]
-    if absent:
-        raise ValueError(f"config.json lacks {', '.join(absent)}")
-    fields["rope_parameters"] = {"rope_theta": 10000.0, **rope_of(layers)}
-    fields["eagle_aux_hidden_state_layer_ids"] = layer_ids_of(raw)
-    try:
-        return PEagleDraftConfig(**fields, ptd_token_id=mask_token_of(raw), pad_token_id=None)
-    except Exception as error:  # transformers' strict configs raise types of their own
-        raise ValueError(f"config.json: {' '.join(str(error).split())}") from error
 
 
 def speculators_config(
@@ -195,12 +171,10 @@ def speculators_config(
 
     Args:
         speculative_tokens: K, what `vllm serve` drafts per step.
-        target: the verifier's hub name or folder.
+        target: the target's hub name or folder.
     """
-    layers = {key: value for key, value in config.to_dict().items() if value is not None and key not in NOT_SAVED}
-    for key in (*_OWN_KEYS, *MASK_KEYS, "architectures", "transformers_version", "dtype"):
-        layers.pop(key, None)
-    layers["model_type"] = "llama"
+    left_out = {*NOT_SAVED, *_OWN_KEYS, *MASK_KEYS, "architectures", "transformers_version", "dtype"}
+    layers = {key: value for key, value in config.to_dict().items() if value is not None and key not in left_out}
     content: dict[str, Any] = {
         "architectures": ["PEagleSpeculator"],
         "speculators_model_type": "peagle",
@@ -209,7 +183,8 @@ def speculators_config(
         "norm_before_residual": config.norm_before_residual,
         "eagle_aux_hidden_state_layer_ids": config.eagle_aux_hidden_state_layer_ids,
         "tie_word_embeddings": False,
-        "transformer_layer_config": layers,
+        "dtype": str(config.dtype).removeprefix("torch."),
+        "transformer_layer_config": {**layers, "model_type": "llama"},
         "speculators_config": {
             "algorithm": "peagle",
             "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": speculative_tokens}],

@@ -1,6 +1,7 @@
-"""A run that starts from another drafter (`draft.init_from`): EAGLE-3 or P-EAGLE, in either format.
+"""A run's new drafter: from the target's shape, or from another drafter (`draft.init_from`, EAGLE-3 or P-EAGLE).
 
-The drafter brings its shape, its rope and its draft vocabulary; what the recipe says of them must agree with it.
+Another's drafter brings its shape, its rope and its draft vocabulary; what the recipe says about them must agree.
+`import_drafter` writes one in this project's names instead, completed to a P-EAGLE drafter.
 """
 
 import copy
@@ -12,33 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from peagle_train.config import MAX_ROPE_THETA, Data, Draft, Recipe, RecipeError
 from peagle_train.core.draft import PEagleDraft, RMSNorm
 from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.core.rope import ROPE_TYPES, rope_mistake, unused_keys, yarn_too_short
-from peagle_train.data.vocab import (
-    end_of_turn_ids,
-    eos_token_ids,
-)
-from peagle_train.serving.drafter_io import (
-    DrafterFiles,
-    Finding,
-    check_folder,
-    expected_shapes,
-    is_loadable,
-    read_drafter,
-    weight_files,
-)
-from peagle_train.serving.export import Export, check_new, write_drafter, write_new_folder
+from peagle_train.data.vocab import end_of_turn_ids, eos_token_ids
+from peagle_train.files import one_line
+from peagle_train.serving.drafter_io import DrafterFiles, expected_shapes, read_drafter, read_tensors, tensor_names
+from peagle_train.serving.export import Export, check_new, write_drafter
 from peagle_train.target_model.frozen import TargetBase, default_layer_ids
 
 logger = logging.getLogger(__name__)
 
-# ---- import_drafter
-# Another's drafter in this project's names, completed to a P-EAGLE drafter where it is an EAGLE-3 one.
+SHAPE: tuple[str, ...] = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
+SHAPE += ("draft_vocab_size", "norm_before_residual")
+"""Fields of the recipe's draft section that the drafter fills where they are null, and must agree with elsewhere."""
+
+
+# From another drafter
 
 
 def import_drafter(
@@ -62,83 +56,44 @@ def import_drafter(
         if mask_token_id is None:
             raise ValueError(f"{source} has no mask token: give --mask-token-id, a token that never occurs in text")
         config.mask_token_id = config.pard_token = config.ptd_token_id = mask_token_id
+        config.check_trainable()
         notes.append(f"the mask token is {mask_token_id}, as given")
     elif mask_token_id not in (None, config.ptd_token_id):
         raise ValueError(f"--mask-token-id is {mask_token_id}, but {source} was trained with {config.ptd_token_id}")
-    config.check_trainable()
+    config.dtype = files.tensors["fc.weight"].dtype
     if "mask_hidden" in files.missing:
         shape = expected_shapes(config)["mask_hidden"]
         random = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * config.initializer_range
-        files.tensors["mask_hidden"] = random.to(files.tensors["fc.weight"].dtype)
+        files.tensors["mask_hidden"] = random.to(config.dtype)
         notes.append("mask_hidden was drawn at random (an EAGLE-3 drafter has none): train before serving")
-    _take_from_target(files, target, notes)
-    config.dtype = files.tensors["fc.weight"].dtype
-    findings: list[Finding] = []
-
-    def fill(temporary: Path) -> None:
-        write_drafter(temporary, config.to_json_string(), files.tensors)
-        findings.extend(check_folder(temporary))
-        if not is_loadable(findings):
-            bad = [f"{finding.what}: {finding.detail}" for finding in findings if finding.level == "BAD"]
-            raise ValueError(f"{source} does not make a drafter: {'; '.join(bad)}")
-
-    write_new_folder(out, fill)
-    return Export(out, findings, notes)
-
-
-def _take_from_target(files: DrafterFiles, target: Path | None, notes: list[str]) -> None:
-    """Fill in embeddings and head from the target's files, where the drafter has none."""
     lost = [name for name in files.missing if name != "mask_hidden"]
-    if not lost:
-        return
-    if target is None:
-        raise ValueError(f"{files.folder} lacks {', '.join(lost)}, which are the target's: give --target DIR")
-    shapes = expected_shapes(files.config)
+    if lost and target is None:
+        raise ValueError(f"{source} lacks {', '.join(lost)}, which are the target's: give --target DIR")
     for name in lost:
-        found = target_tensor(target, name)
-        if found is None and name == "lm_head.weight":
-            found = target_tensor(target, "embed_tokens.weight")  # tied
-        if found is None:
-            raise ValueError(f"{target} has no tensor that ends in {name}")
-        if found.shape[0] != files.config.vocab_size:
-            raise ValueError(f"{target} has {found.shape[0]} tokens, the drafter is for {files.config.vocab_size}")
-        tensor = found[files.draft_token_ids] if name == "lm_head.weight" else found
-        if tuple(tensor.shape) != shapes[name]:
-            raise ValueError(f"{name} of {target} is {list(tensor.shape)}; the drafter's is {list(shapes[name])}")
-        files.tensors[name] = tensor.to(files.tensors["fc.weight"].dtype)
+        assert target is not None
+        files.tensors[name] = _of_target(target, name, files).to(config.dtype)
         notes.append(f"{name} is the target's")
+    return Export(out, write_drafter(out, config.to_json_string(), files.tensors), notes)
 
 
-def target_tensor(target: Path, name: str) -> Tensor | None:
-    """The one tensor of a model's folder whose name ends in `name`; None if there is none."""
-    found = []
+def _of_target(target: Path, name: str, files: DrafterFiles) -> Tensor:
+    """The embeddings, or the head's rows of the draft vocabulary, from a target's folder; ValueError if they do not fit."""
     try:
-        if not target.is_dir():
-            raise ValueError("no folder")
-        for shard in weight_files(target):
-            with safe_open(target / shard, framework="pt") as file:
-                found += [file.get_tensor(key) for key in file.keys() if key == name or key.endswith(f".{name}")]
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ValueError(f"--target {target} cannot be read: {error}") from None
-    if len(found) > 1:
-        raise ValueError(f"--target {target} has {len(found)} tensors that end in {name}")
-    return found[0] if found else None
-
-
-# ---- warm_start
-# A run that starts from another drafter (`draft.init_from`): EAGLE-3 or P-EAGLE, in either format.
-#
-# The drafter brings its shape, its rope and its draft vocabulary; what the recipe says of them must agree with it.
-
-SHAPE = (
-    "hidden_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "draft_vocab_size",
-)
-"""Fields of the recipe's draft section that take the drafter's value where they are null."""
+        found = [n for n in tensor_names(target) if f".{n}".endswith(f".{name}")]
+        if not found and name == "lm_head.weight":  # tied
+            found = [n for n in tensor_names(target) if f".{n}".endswith(".embed_tokens.weight")]
+        if len(found) != 1:
+            raise ValueError(f"{len(found)} of its tensors end in {name}")
+        tensor = read_tensors(target, found)[found[0]]
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--target {target} cannot be read: {one_line(error)}") from None
+    if tensor.shape[0] != files.config.vocab_size:
+        raise ValueError(f"{target} has {tensor.shape[0]} tokens, the drafter is for {files.config.vocab_size}")
+    tensor = tensor[files.draft_token_ids] if name == "lm_head.weight" else tensor
+    shape = expected_shapes(files.config)[name]
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} of {target} is {list(tensor.shape)}; the drafter's is {list(shape)}")
+    return tensor
 
 
 @dataclass
@@ -151,7 +106,7 @@ class Start:
 
 
 def read_start(recipe: Recipe, target: TargetBase) -> Start | None:
-    """The drafter that the recipe starts from; None where it names none.
+    """The drafter that the recipe starts from; None if it names none.
 
     Raises:
         ValueError: one line that names the key, where the recipe or the target does not fit the drafter.
@@ -166,43 +121,37 @@ def read_start(recipe: Recipe, target: TargetBase) -> Start | None:
     ):
         if theirs != mine:
             raise RecipeError(f"{where} drafts for a target of {name} {theirs}, but this target's is {mine}")
-    read = config.eagle_aux_hidden_state_layer_ids or default_layer_ids(target.num_layers)
-    if list(read) != target.layer_ids:
-        given = f"this run reads {target.layer_ids}: give target.layer_ids={list(read)}"
-        raise RecipeError(f"{where} reads layers {list(read)} of its target, {given}")
+    layers = list(config.eagle_aux_hidden_state_layer_ids or default_layer_ids(target.num_layers))
+    if layers != target.layer_ids:
+        given = f"this run reads {target.layer_ids}: give target.layer_ids={layers}"
+        raise RecipeError(f"{where} reads layers {layers} of its target, {given}")
     lost = [name for name in files.missing if name != "mask_hidden"]
     if lost and config.hidden_size != target.hidden_size:
         raise RecipeError(f"{where} lacks {', '.join(lost)}, and the target's do not fit: their hidden sizes differ")
     filled = copy.deepcopy(recipe)
-    for key in SHAPE:
-        _agree(filled.draft, key, getattr(config, key), where)
-    _agree(filled.draft, "num_layers", config.num_hidden_layers, where)
-    _agree(filled.draft, "norm_before_residual", config.norm_before_residual, where)
-    if config.ptd_token_id is not None:
-        _agree(filled.draft, "mask_token_id", config.ptd_token_id, where)
     rope = dict(config.rope_parameters or {})
-    _agree(filled.draft, "rope_theta", rope.pop("rope_theta", None), where)
-    _agree(filled.draft, "rope_scaling", None if rope.get("rope_type", "default") == "default" else rope, where)
+    theirs: dict[str, Any] = {key: getattr(config, key) for key in SHAPE} | {"num_layers": config.num_hidden_layers}
+    theirs |= {"rope_theta": rope.pop("rope_theta", None)}
+    theirs |= {"rope_scaling": None if rope.get("rope_type", "default") == "default" else rope}
+    if config.ptd_token_id is not None:
+        theirs["mask_token_id"] = config.ptd_token_id
+    for key, value in theirs.items():
+        mine = getattr(filled.draft, key)
+        if mine is None:
+            setattr(filled.draft, key, value)
+        elif mine != value:
+            text = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+            raise RecipeError(
+                f"draft.{key} is {mine}, but {where} has {text}: give draft.{key}={text}, or another drafter"
+            )
     return Start(files, filled)
-
-
-def _agree(draft: Draft, key: str, theirs: Any, where: str) -> None:
-    """Fill a null field with the drafter's value; RecipeError where it says something else."""
-    mine = getattr(draft, key)
-    if mine is None:
-        setattr(draft, key, theirs)
-    elif mine != theirs:
-        value = "null" if theirs is None else str(theirs).lower() if isinstance(theirs, bool) else theirs
-        raise RecipeError(
-            f"draft.{key} is {mine}, but {where} has {value}: give draft.{key}={value}, or another drafter"
-        )
 
 
 @torch.no_grad()
 def copy_start(
     files: DrafterFiles, draft: PEagleDraft, target: TargetBase, say: Callable[[str], object] = print
 ) -> None:
-    """Copy a drafter's weights into a new one of its shape; what it lacks is the target's. Says what came from where."""
+    """Copy a drafter's weights into a new one of its shape; what it lacks is the target's. Prints what came from where."""
     state = draft.state_dict()
     for name, tensor in files.tensors.items():
         if name not in ("d2t", "t2d"):
@@ -220,6 +169,9 @@ def copy_start(
     if served != mine:
         notes.append(f"max_position_embeddings was {served}, is {mine} now")
     say(f"started from {files.folder} ({files.format})" + "".join(f"; {note}" for note in notes))
+
+
+# A new drafter
 
 
 def always_drafted(tokenizer: Any, target: TargetBase, mask_token_id: int, data: Data | None = None) -> list[int]:

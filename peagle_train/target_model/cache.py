@@ -1,4 +1,4 @@
-"""From a recipe to a whole folder of features: what tools/cache_features.py does."""
+"""From a recipe to a whole folder of features: what peagle-train cache does."""
 
 import hashlib
 import json
@@ -166,7 +166,7 @@ def read_index(folder: Path) -> CacheIndex | None:
         given = raw.get("version") if isinstance(raw, dict) else "none"
         raise ValueError(
             f"target.cache {folder} is of format {given}, this reads format {VERSION}: make the cache again with"
-            " tools/cache_features.py, in another folder or after removing this one"
+            " peagle-train cache, in another folder or after removing this one"
         )
     if claimed != _sum(raw):
         raise ValueError(
@@ -195,24 +195,20 @@ class FeatureCache:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise ValueError(
-                f"target.cache {folder} is no folder: make it with tools/cache_features.py RECIPE --out DIR"
-            )
+            raise ValueError(f"target.cache {folder} is no folder: make it with peagle-train cache RECIPE --out DIR")
         index = read_index(self.folder)
         if index is None:
             hint = ""
             if any(self.folder.glob("hs_*.safetensors")):
-                hint = (
-                    f" (speculators wrote it: tools/cache_features.py RECIPE --speculators {folder} --out DIR reads it)"
-                )
-            raise ValueError(f"target.cache {folder} has no {INDEX}{hint}: give a folder of tools/cache_features.py")
+                hint = f" (speculators wrote it: peagle-train cache RECIPE --speculators {folder} --out DIR reads it)"
+            raise ValueError(f"target.cache {folder} has no {INDEX}{hint}: give a folder of peagle-train cache")
         self.index = index
         self.names = [HEAD, *map(shard_name, range(index.shards))]
         missing = [n for n in self.names if not self._path(n).exists() or not checksum_path(self._path(n)).exists()]
         if missing:
             raise ValueError(
                 f"target.cache {folder} is not whole: {len(missing)} of {len(self.names)} files are missing, first"
-                f" {missing[0]}: run the same tools/cache_features.py again, it goes on where it stopped"
+                f" {missing[0]}: run the same peagle-train cache again, it goes on where it stopped"
             )
         self._handles: dict[str, Any] = {}
         self._where: dict[Key, tuple[int, int, int]] = {}  # piece: shard, first token, length
@@ -287,7 +283,7 @@ class FeatureCache:
     def _damaged(self, name: str) -> ValueError:
         return ValueError(
             f"target.cache {self.folder}: {name} is not what was written (cut or edited): run the same"
-            " tools/cache_features.py again, which writes it anew"
+            " peagle-train cache again, which writes it anew"
         )
 
 
@@ -295,7 +291,7 @@ class FeatureCache:
 # A target whose features are on disk: what training needs of it, without its body.
 
 logger = logging.getLogger(__name__)
-AGAIN = "make the cache again with tools/cache_features.py, or change the recipe"
+AGAIN = "make the cache again with peagle-train cache, or change the recipe"
 
 
 class CachedTarget(TargetBase):
@@ -778,7 +774,7 @@ def _data_set(root: Path) -> Any:
 
 
 # ---- cache_run
-# From a recipe to a whole folder of features: what tools/cache_features.py does.
+# From a recipe to a whole folder of features: what peagle-train cache does.
 
 
 class Rows:
