@@ -238,3 +238,10 @@ def make_package(folder: Path, package: str, file: str, content: bytes) -> None:
     (folder / file).parent.mkdir(parents=True)
     (folder / file).write_bytes(content)
     (folder / file.split("/")[0] / "__init__.py").write_text("raise RuntimeError('imported')")
+
+
+def command(name: str, *arguments: object) -> int:
+    """A command of `peagle-train` in this process; its exit code."""
+    from peagle_train.cli import main
+
+    return main([name, *map(str, arguments)])

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 
 from peagle_train.__main__ import main as train
 from tests.byte_tokenizer import make_byte_target, write_stdlib_recipe
-from tests.test_export import tool
+from tests.helpers import command
 
 PAYLOAD = """
 from pathlib import Path
@@ -63,25 +63,25 @@ def test_a_drafters_recipe_cannot_have_code_of_its_target_run(
     evaluate = [drafter, "--prompts", str(prompts), "--max-tokens", "3"]
     out = str(tmp_path / "other")
     commands: dict[str, Callable[[], int]] = {
-        "evaluate": lambda: tool("evaluate").main(evaluate),
-        "evaluate stdlib": lambda: tool("evaluate").main([drafter, "--prompts", "stdlib", "--limit", "1"]),
-        "export": lambda: tool("export").main([drafter, "--out", str(tmp_path / "exported")]),
-        "check": lambda: tool("export").main([drafter, "--check", "--target", str(target)]),
-        "import": lambda: tool("import").main([drafter, "--out", str(tmp_path / "in"), "--target", str(target)]),
-        "report": lambda: tool("report").main([str(tmp_path / "run"), "--out", str(tmp_path / "report.html")]),
+        "evaluate": lambda: command("evaluate", *evaluate),
+        "evaluate stdlib": lambda: command("evaluate", drafter, "--prompts", "stdlib", "--limit", "1"),
+        "export": lambda: command("export", drafter, "--out", tmp_path / "exported"),
+        "check": lambda: command("check", drafter, "--target", target),
+        "import": lambda: command("import", drafter, "--out", tmp_path / "in", "--target", target),
+        "report": lambda: command("report", tmp_path / "run", "--out", tmp_path / "report.html"),
         "summary": lambda: train(["--summary", str(tmp_path / "run")]),
         "resume": lambda: train([recipe, "--resume", str(tmp_path / "run" / "checkpoint-1")]),
         "plan": lambda: train([recipe, "--dry-run", f"draft.init_from={drafter}"]),
         "warm start": lambda: train([recipe, f"draft.init_from={drafter}", f"output.dir={out}"]),
     }
-    for name, command in commands.items():
+    for name, run in commands.items():
         AcceleratorState._reset_state(reset_partial_state=True)
         capfd.readouterr()
-        code, said = command(), "".join(capfd.readouterr())
+        code, said = run(), "".join(capfd.readouterr())
         assert code == 0 and not marker.exists(), (name, said[-600:])
         if name in ("evaluate", "export"):
             assert str(target) in said, name
         if name == "evaluate":
             assert "--trust-remote-code" in caplog.text
-    assert tool("evaluate").main([*evaluate, "--trust-remote-code"]) == 0
+    assert command("evaluate", *evaluate, "--trust-remote-code") == 0
     assert marker.exists()

@@ -1,8 +1,6 @@
 """A sequence in readable tokens and a batch as a picture: what is shown is what is trained."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from peagle_train.core.collator import CODCollator
 from peagle_train.show import MASK, PAST_END, list_elements, show_tokens, token_names, visible_elements
 from tests import chats
 from tests.chats import make_tokenizer, stock
-from tests.helpers import ROOT, make_batch, make_rows
+from tests.helpers import command, make_batch, make_rows
 from tests.oracles import who_sees_whom
 from tests.tiny import make_target, write_recipe
 
@@ -114,16 +112,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_recipe(folder, target, folder / "chats.jsonl", folder / "out", **changes)
 
 
-def run_tool(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: Any) -> int:
-    """The tool's exit code, in this process."""
-    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-    return int(runpy.run_path(str(ROOT / "tools" / f"{name}.py"))["main"]())
-
-
 def test_the_tool_shows_a_sequence_of_a_recipe_and_what_its_elements_read(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_tool(monkeypatch, "show_row", recipe, "--row", 0, "--anchors", "11", "cod.down_sample_ratio=1.0") == 0
+    assert command("show-row", recipe, "--row", 0, "--anchors", "11", "cod.down_sample_ratio=1.0") == 0
     text = capsys.readouterr().out
     assert "1 documents of 1 files" in text and "sequence 0 of 1 training sequences: 18 tokens, 3 of them" in text
     assert "\n<|im_start|>user\\n\nWhat colour is the sea?<|im_end|>\\n\n" in text
@@ -134,22 +126,22 @@ def test_the_tool_shows_a_sequence_of_a_recipe_and_what_its_elements_read(
 
 
 def test_mistakes_are_one_line_with_exit_code_2(
-    tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
     for tool, arguments, message in (
-        ("show_row", ["--row", "1"], "give 0 to 0"),
-        ("show_row", ["--row", "-1"], "give 0 to 0"),
-        ("show_row", ["--row", "0", "--held-out"], "there are 0 held-out"),
-        ("show_row", ["--row", "0", "--anchors", "18"], "positions 0 to 17"),
-        ("show_row", ["--row", "0", f"target.path={tmp_path}"], "has no config that can be read"),
-        ("show_row", ["--row", "0", "--elements", "cod.num_segments=auto"], "cod.num_segments is auto"),
-        ("show_batch", ["--row", "1"], "give 0 to 0"),
-        ("show_batch", ["cod.num_segments=auto"], "cod.num_segments is auto"),
+        ("show-row", ["--row", "1"], "give 0 to 0"),
+        ("show-row", ["--row", "-1"], "give 0 to 0"),
+        ("show-row", ["--row", "0", "--held-out"], "there are 0 held-out"),
+        ("show-row", ["--row", "0", "--anchors", "18"], "positions 0 to 17"),
+        ("show-row", ["--row", "0", f"target.path={tmp_path}"], "has no config that can be read"),
+        ("show-row", ["--row", "0", "--elements", "cod.num_segments=auto"], "cod.num_segments is auto"),
+        ("show-batch", ["--row", "1"], "give 0 to 0"),
+        ("show-batch", ["cod.num_segments=auto"], "cod.num_segments is auto"),
     ):
-        assert run_tool(monkeypatch, tool, recipe, *arguments) == 2, arguments
+        assert command(tool, recipe, *arguments) == 2, arguments
         *_, last = capsys.readouterr().err.splitlines()
-        assert last.startswith(f"{tool}: error: ") and message in last
+        assert last.startswith(f"peagle-train {tool}: error: ") and message in last
 
 
 @pytest.mark.parametrize(("S", "documents"), [(1, 1), (3, 2), (7, 3)])
@@ -162,11 +154,9 @@ def test_the_picture_shows_what_the_oracle_sees(S: int, documents: int) -> None:
     assert segment_N.tolist() == sorted(segment_N.tolist())
 
 
-def test_a_picture_is_drawn_of_the_example_and_of_a_recipe(
-    tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_picture_is_drawn_of_the_example_and_of_a_recipe(tmp_path: Path, recipe: Path) -> None:
     pytest.importorskip("matplotlib")
     for number, arguments in enumerate((["--example"], [recipe])):
         out = tmp_path / "new" / f"{number}.png"
-        assert run_tool(monkeypatch, "show_batch", *arguments, "--out", out) == 0
+        assert command("show-batch", *arguments, "--out", out) == 0
         assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size < 150 * 1024

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from peagle_train.__main__ import main
 from peagle_train.core.draft import PEagleDraft
-from tests.test_export import tool
 from tests.tiny import MASK, VOCAB, make_target, write_recipe, write_rows
 
 LENGTHS = [9, 31, 4, 17, 32, 2, 26, 11, 40, 13]
@@ -200,7 +199,7 @@ def test_a_device_that_is_neither_a_cpu_nor_a_gpu_is_refused_before_anything_is_
     if command == "train":
         assert main([str(recipe)]) == 2
     else:
-        assert tool("cache_features").main([str(recipe), "--out", str(tmp_path / "run")]) == 2
+        assert command("cache", recipe, "--out", tmp_path / "run") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "mps" in line and "ACCELERATE_USE_CPU=true" in line and not (tmp_path / "run").exists()
 
