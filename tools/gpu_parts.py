@@ -141,6 +141,7 @@ class Stepper:
         self.recipe = make_recipe(check, shape, length, S, **train)
         self.target = target or GivenTarget(check, shape, length)
         self.draft = make_draft(check, shape, length)
+        self.draft.gradient_checkpointing = self.recipe.train.activation_checkpointing
         accelerator = Accelerator(cpu=check.dry, mixed_precision="bf16")
         if dist.is_initialized():
             same_on_all_ranks(self.draft, check.device)
@@ -168,8 +169,9 @@ class Stepper:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def step(self, batch: Any) -> None:
-        self.accumulate(batch)
+    def step(self, *batches: Any) -> None:
+        for batch in batches:
+            self.accumulate(batch)
         self.reduce()
         self.update()
 

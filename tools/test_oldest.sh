@@ -23,4 +23,4 @@ step pytest
 cd "$ROOT"
 # subprocesses of the tests find their commands here, too
 export VIRTUAL_ENV=$venv PATH="$venv/bin:$PATH" OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(cores)}
-python -m pytest tests/test_{cod,collator,partition,segments,attention,block_mask,loss,relay,compile,flex,draft,resume}.py
+python -m pytest tests/test_{cod,collator,partition,segments,attention,block_mask,loss,relay,compile,flex,fake_cuda,draft,resume}.py

@@ -93,7 +93,8 @@ def recompute_step(
         if P:
             earlier = context_elements(batch, slice(0, P))
             # Rows whose segment starts further left than P own some of these columns themselves.
-            foreign = earlier.anchor < segment.context_end.to(earlier.anchor.device)[:, None]
+            context_end = segment.context_end.to(earlier.anchor.device, non_blocking=True)
+            foreign = earlier.anchor < context_end[:, None]
             earlier = earlier._replace(depth=torch.where(foreign, earlier.depth, -1))
             elements = Elements(*(torch.cat(pair, dim=1) for pair in zip(earlier, own, strict=True)))
         else:
