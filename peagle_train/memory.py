@@ -205,9 +205,9 @@ def largest_pass(sizes: Sizes, num_segments: int, all_supervised: bool = False) 
 def capacity_of(sizes: Sizes, num_segments: int) -> int:
     """C: elements of a row's segment."""
     s = sizes
-    if num_segments == 1:
-        return max_elements(s.length, s.num_depths, s.ratio, s.ratio_min)
-    return segment_capacity(s.length, s.num_depths, s.ratio, s.ratio_min, num_segments, s.boundaries)
+    cod = s.length, s.num_depths, s.ratio, s.ratio_min
+    C = max_elements(*cod) if num_segments == 1 else segment_capacity(*cod, num_segments, s.boundaries)
+    return -(-C // BLOCK) * BLOCK if s.on_cuda else C
 
 
 def saved_bytes(sizes: Sizes, one: Pass) -> int:
@@ -288,7 +288,7 @@ def plan_memory(sizes: Sizes, num_segments: int, all_supervised: bool = False) -
     own = 2 * one.N * s.kv_size * c * s.layers if s.on_cuda else 0
     batch = B * L * 24 + S * capacity_of(s, S) * B * 25 + one.N * 8 * 7
     masks = _masks(s, one)
-    chunk = min(s.chunk_rows, one.Q) * V * (3 * w + (c if c != w else 0))
+    chunk = min(s.chunk_rows, one.Q) * V * 3 * w
     chunk += (one.Q * T + V * T) * c if t != c else 0
     chunk += V * H * c if s.autocast else 0
     # Autocast keeps its copies through a batch's segments, and their gradients come last; not those of sharded weights,
@@ -305,12 +305,13 @@ def plan_memory(sizes: Sizes, num_segments: int, all_supervised: bool = False) -
         "masks and tables": masks + batch,
     }
     during = base + kept + pieces + masks + batch
+    again = S > 1 or s.accumulates
+    to_come = 0 if again or ranks > 1 else resident["gradients"]  # while what was saved goes
     phases = {
         "target": base + outputs + s.target_forward + B * L * 24,
-        "loss": during + unsaved + behind_forward + own + hidden + chunk,
-        "backward": during + (unsaved if S > 1 else 0) + in_backward + (own if relay else 0) + flowing,
+        "loss": during - to_come + unsaved + behind_forward + own + hidden + chunk,
+        "backward": during - to_come + (unsaved if S > 1 else 0) + in_backward + (own if relay else 0) + flowing,
     }
-    again = S > 1 or s.accumulates
     largest = max(s.vocab * H * m if s.train_embeddings else 0, s.hidden * s.intermediate * (c + m), s.fc_weights * m)
     late = 0 if s.checkpointing else copies * (2 if S > 1 else 1)
     phases["embedding"] = during + late + one.N * H * (c + m) * 2 + one.M * 3 * T * c + (largest if again else 0)
