@@ -33,7 +33,7 @@ def make_trainer(recipe: Recipe, accelerator: Accelerator) -> Trainer:
     mask_token_id, draft_vocab_size = recipe.draft.mask_token_id, recipe.draft.draft_vocab_size
     assert mask_token_id is not None and draft_vocab_size is not None
     draft = make_draft(recipe, target, mask_token_id, torch.arange(draft_vocab_size))
-    held_out = rows(recipe.data.eval_sources) if recipe.data.eval_sources else PackedRows([], [])
+    held_out = rows(recipe.data.eval_sources) if recipe.data.eval_sources else pack_documents([], recipe.data.max_length)[0]
     return Trainer(recipe, accelerator, target, draft, rows(recipe.data.sources), held_out)
 
 
