@@ -2,13 +2,16 @@
 
 import argparse
 import os
+import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from types import FrameType
+from typing import Any, NoReturn
 
 from peagle_train.files import RunStopped, print_anything
-from peagle_train.training.signals import outside_the_loop
 
 EPILOG = """examples:
   accelerate launch -m peagle_train recipes/quickstart.yaml target.path=DIR output.dir=runs/first
@@ -47,7 +50,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         nargs="?",
         const="",
         metavar="DIR",
-        help="go on with the run in output.dir, from its newest checkpoint or from the folder DIR of one",
+        help="resume the run in output.dir, from its newest checkpoint or from the folder DIR of one",
     )
     parser.add_argument(
         "--force", action="store_true", help="start a run even if its planned memory is over twice what there is"
@@ -73,8 +76,30 @@ def main(arguments: list[str] | None = None) -> int:
     if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
         # Else segments of several sizes leave holes. torch reads this when its CUDA allocator starts.
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
-    with outside_the_loop(lambda error: os._exit(_interrupted(error))):
+    with interruptible():
         return _main(arguments)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Outside of the training loop SIGTERM ends the process by a KeyboardInterrupt, as SIGINT does by itself, and SIGUSR1,
+    which would kill it, does nothing.
+    """
+    main_process = os.getpid()
+
+    def on_term(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+        if os.getpid() != main_process:  # forked off; its parent ends it by this very signal
+            os.kill(os.getpid(), number)
+            return
+        raise KeyboardInterrupt("SIGTERM")
+
+    before: list[Any] = [signal.signal(signal.SIGTERM, on_term), signal.signal(signal.SIGUSR1, signal.SIG_IGN)]
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGUSR1, before[1])
 
 
 def _main(arguments: list[str] | None) -> int:
@@ -86,12 +111,12 @@ def _main(arguments: list[str] | None) -> int:
         return _fail(error, 1)
     except KeyboardInterrupt as error:
         return _interrupted(error)
-    except Exception:
+    except Exception as error:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise  # anything unexpected keeps its traceback
         from peagle_train.distributed import stop
 
-        stop(traceback.format_exc(), 1)
+        stop(error, traceback.format_exc(), 1)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -147,12 +172,12 @@ def _interrupted(error: KeyboardInterrupt) -> int:
     return _fail(Exception(f"{name} outside of the training loop: nothing more was saved"), code)
 
 
-def _fail(error: Exception, code: int) -> int:
+def _fail(error: BaseException, code: int) -> int:
     line = f"peagle_train: error: {' '.join(str(error).split())}\n"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from peagle_train.distributed import stop
 
-        stop(line, code)
+        stop(error, line, code)
     sys.stderr.write(line)
     sys.stderr.flush()
     return code

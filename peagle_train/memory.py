@@ -1,7 +1,19 @@
-"""One full-length step before the first one, and away with it: what fits here fits for the whole run.
+"""What a training step needs of a device, and whether it fits: the plan from shapes, S = auto, the probe step.
 
-Shapes are the same for every batch (on CUDA they are static), so a row that is full, supervised throughout and as long as
-rows get needs all that any step can need. Nothing of the run changes: no weight, no optimizer state, no generator, no file.
+The plan is computed from sizes alone; nothing is loaded or run. A step's phases follow each other, and its peak is the
+largest of them:
+
+    target      the target's forward; features and last hidden states appear
+    loss        a segment's activations are all there, and a chunk of both models' logits on top
+    backward    the same activations, and the gradients that begin to run through the last layer
+    embedding   the activations are gone, and a dense gradient of the embeddings is added to the one of earlier segments;
+                autocast's copies of the weights are kept for the next segment, and their gradients come last
+    reduce      the gradients' second copy, where ranks sum them
+
+Fused AdamW makes nothing beside its state. What autograd saves is listed layer by layer in `_layer`, as draft.py computes;
+tests compare it with what autograd really holds. Everything is in bytes. B: sequences, L: positions, N: elements of a pass,
+Q: of these the last layer's queries, M: slots whose features are gathered, P: context positions, H: the drafter's hidden
+size, T: the target's.
 """
 
 import logging
@@ -14,14 +26,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from peagle_train.config import Recipe
+from peagle_train.core.collator import CODCollator
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.core.partition import max_elements, segment_capacity
@@ -35,27 +47,6 @@ from peagle_train.target_model.attention import NAME
 from peagle_train.target_model.cache import CachedTarget
 from peagle_train.target_model.check import is_out_of_memory
 from peagle_train.target_model.frozen import FrozenTarget, TargetBase, refuse_unfit, resolve_dtype
-
-if TYPE_CHECKING:
-    from peagle_train.training.trainer import Trainer
-
-
-# ---- memory_plan
-# What a training step keeps in memory, computed from sizes alone: nothing is loaded, nothing is run.
-#
-# A step's phases follow each other, and the peak is the largest of them:
-#
-#     target      the target's forward; features and last hidden states appear
-#     loss        a segment's activations are all there, and a chunk of both models' logits on top
-#     backward    the same activations, and the gradients that begin to run through the last layer
-#     embedding   the activations are gone, and a dense gradient of the embeddings is added to the one of earlier segments;
-#                 autocast's copies of the weights are kept for the next segment, and their gradients come last
-#     reduce      the gradients' second copy, where ranks sum them
-#
-# AdamW, fused, makes nothing beside its state. What autograd saves is listed layer by layer in `saved_bytes`, as draft.py
-# computes; tests hold it against what autograd really holds. Everything is in bytes. N: elements of a pass, Q: of these the
-# last layer's queries, M: slots whose features are gathered, P: context columns, H: the drafter's hidden size, T: the
-# target's.
 
 GIB = 2**30
 CUDA_CONTEXT = GIB
@@ -73,7 +64,7 @@ class Sizes:
 
     batch_size: int
     length: int
-    """Columns of a row, L."""
+    """Positions of a sequence, L."""
     num_depths: int
     ratio: float
     ratio_min: float
@@ -111,7 +102,7 @@ class Sizes:
     target_bytes: int = 2
     """Of features and last hidden states."""
     cached_bytes: int = 0
-    """Of a number of features as a cache has it, where there is one."""
+    """Of a feature's number in the cache, if there is one."""
     target_weights: int = 0
     """Bytes of the target on the device."""
     target_forward: int = 0
@@ -156,9 +147,9 @@ class Pass:
     Q: int
     M: int
     joined: int
-    """Keys that a layer's attention joins beside its own (CUDA): context columns."""
+    """Keys that a layer's attention joins beside its own (CUDA): context positions."""
     context: int
-    """Columns whose keys and values enter as leaves (relay)."""
+    """Positions whose keys and values enter as leaves (relay)."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +178,7 @@ class MemoryPlan:
 def largest_pass(sizes: Sizes, num_segments: int, all_supervised: bool = False) -> Pass:
     """The elements that a pass can have at most.
 
-    all_supervised: rows without a prompt, which have more rollouts, hence fewer depth-0 slots where passes are not padded.
+    all_supervised: sequences without a prompt have more rollouts, hence fewer depth-0 slots where passes are not padded.
     """
     s, B, L = sizes, sizes.batch_size, sizes.length
     capacity = capacity_of(s, num_segments)
@@ -203,7 +194,7 @@ def largest_pass(sizes: Sizes, num_segments: int, all_supervised: bool = False) 
 
 
 def capacity_of(sizes: Sizes, num_segments: int) -> int:
-    """C: elements of a row's segment."""
+    """C: elements of a sequence's segment."""
     s = sizes
     cod = s.length, s.num_depths, s.ratio, s.ratio_min
     C = max_elements(*cod) if num_segments == 1 else segment_capacity(*cod, num_segments, s.boundaries)
@@ -216,14 +207,14 @@ def saved_bytes(sizes: Sizes, one: Pass) -> int:
 
 
 def _saved(s: Sizes, one: Pass) -> tuple[int, int]:
-    """What autograd holds behind the forward, and the most that it holds in the backward."""
+    """What autograd holds after the forward, and the most that it holds in the backward."""
     c, N, Q = s.compute_bytes, one.N, one.Q
     # The position ids' tables, the token ids, fc's input.
     before = one.M * 3 * s.target_hidden * c + 2 * N * s.head_dim * c + 8 * N
-    behind = _norm(s, Q) + Q * s.hidden * c + 8 * Q + (s.draft_vocab * s.hidden * s.wide if s.train_head else 0)
+    after = _norm(s, Q) + Q * s.hidden * c + 8 * Q + (s.draft_vocab * s.hidden * s.wide if s.train_head else 0)
     layers = [_layer(s, one, i) for i in range(s.layers)]
     if not s.checkpointing:
-        whole = before + sum(layers) + behind + (s.linear_weights * c if s.autocast else 0)
+        whole = before + sum(layers) + after + (s.linear_weights * c if s.autocast else 0)
         return whole, whole
     inputs = N * s.hidden * c  # of each layer; of the first, the embeddings, too
     fc_copy = s.fc_weights * c if s.autocast else 0
@@ -234,11 +225,11 @@ def _saved(s: Sizes, one: Pass) -> tuple[int, int]:
         again = layer - (0 if s.autocast and not s.on_cuda else inputs * (2 if i == 0 else 1))
         copies = s.layer_weights(i == 0) * c if s.autocast else 0
         peaks.append(before + held + again + copies)
-    return before + (s.layers + 1) * inputs + behind + fc_copy, max(peaks) + fc_copy
+    return before + (s.layers + 1) * inputs + after + fc_copy, max(peaks) + fc_copy
 
 
 def _norm(s: Sizes, n: int) -> int:
-    """RMSNorm of n rows: its input and a number a row; on a CPU a wide copy of the input, and one of what becomes of it."""
+    """RMSNorm of n rows: its input and a number a row; on a CPU a wide copy of the input and one of the output."""
     return n * (s.hidden * s.compute_bytes + s.wide if s.on_cuda else (2 * s.hidden + 1) * s.wide)
 
 
@@ -279,7 +270,7 @@ def plan_memory(sizes: Sizes, num_segments: int, all_supervised: bool = False) -
     resident["CUDA context" if s.on_cuda else "libraries"] = CUDA_CONTEXT if s.on_cuda else CPU_EXTRA
     base = sum(resident.values())
 
-    behind_forward, in_backward = _saved(s, one)
+    after_forward, in_backward = _saved(s, one)
     kept = 0 if s.offload_features and s.on_cuda else outputs
     kept += 0 if s.on_cuda else B * L * 4 * T * s.cached_bytes  # read ahead
     pieces = one.M * 3 * T * t  # gathered out of the features, for one segment
@@ -299,7 +290,7 @@ def plan_memory(sizes: Sizes, num_segments: int, all_supervised: bool = False) -
     step = {
         "features": outputs,
         "target's forward": s.target_forward,
-        "saved for backward": max(behind_forward, in_backward),
+        "saved for backward": max(after_forward, in_backward),
         "loss chunk": chunk,
         "gradients in flight": flowing,
         "masks and tables": masks + batch,
@@ -309,7 +300,7 @@ def plan_memory(sizes: Sizes, num_segments: int, all_supervised: bool = False) -
     to_come = 0 if again or ranks > 1 else resident["gradients"]  # while what was saved goes
     phases = {
         "target": base + outputs + s.target_forward + B * L * 24,
-        "loss": during - to_come + unsaved + behind_forward + own + hidden + chunk,
+        "loss": during - to_come + unsaved + after_forward + own + hidden + chunk,
         "backward": during - to_come + (unsaved if S > 1 else 0) + in_backward + (own if relay else 0) + flowing,
     }
     largest = max(s.vocab * H * m if s.train_embeddings else 0, s.hidden * s.intermediate * (c + m), s.fc_weights * m)
@@ -349,16 +340,11 @@ def choose_segments(
 
 
 def allowed_segments(sizes: Sizes, candidates: Iterable[int] = CANDIDATES) -> list[int]:
-    """Those that a row has columns for."""
+    """Those of the candidates that a sequence has positions for."""
     return [S for S in candidates if S <= sizes.length]
 
 
-# ---- memory_sizes
-# From a recipe and two configs to the sizes that memory_plan.py computes with, and what a device has.
-#
-# Models are built on the meta device: shapes and parameter counts, no weights. B: rows, L: columns.
-
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# ---- sizes, from a recipe and two configs; models are built on the meta device
 
 
 @dataclass(frozen=True)
@@ -400,7 +386,7 @@ def parse_device(text: str) -> Device:
 
 
 def available_ram() -> int:
-    """Bytes that processes can still get: of the machine, or of the control group where that allows less."""
+    """Bytes that processes can still get: of the machine, or of the control group if that allows less."""
     available = 0
     try:
         text = Path("/proc/meminfo").read_text(encoding="ascii")
@@ -433,10 +419,10 @@ class TargetShapes(FrozenTarget):
 
 
 def read_sizes(recipe: Recipe, device: Device) -> Sizes:
-    """The sizes of a recipe that has not been started: of the target, only config.json is read.
+    """The sizes of a recipe that has not been started; of the target, only config.json is read.
 
     Raises:
-        ValueError: what the target's or the drafter's config alone shows to be wrong.
+        ValueError: the target's or the drafter's config is wrong.
     """
     settings = recipe.target
     path = Path(settings.path)
@@ -447,7 +433,8 @@ def read_sizes(recipe: Recipe, device: Device) -> Sizes:
         config = AutoConfig.from_pretrained(path, local_files_only=True, **remote)
         refuse_unfit(config.get_text_config())
         dtype = resolve_dtype(settings.dtype, torch.device(device.kind))
-        dtype = _stored_dtype(path, config) if dtype == "auto" else dtype
+        if dtype == "auto":
+            dtype = config.get_text_config().dtype or torch.bfloat16
         given = {"attn_implementation": settings.attn_implementation} if settings.attn_implementation else {}
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, **given, **remote)
@@ -465,18 +452,6 @@ def read_sizes(recipe: Recipe, device: Device) -> Sizes:
         shaped, target, 0 if mask_token_id is None else mask_token_id, start.files.config if start else None
     )
     return sizes_of(recipe, target, draft, device)
-
-
-def _stored_dtype(path: Path, config: Any) -> torch.dtype:
-    """What dtype auto makes of a target: its config's, else its weights', else bfloat16, as nearly all have it."""
-    stated = config.get_text_config().dtype
-    if stated is not None:
-        return stated
-    for file in sorted(path.glob("*.safetensors"))[:1]:
-        with safe_open(file, framework="pt") as tensors:
-            kinds = [str(tensors.get_slice(name).get_dtype()) for name in tensors.keys()]
-        return next((FLOATS[kind] for kind in kinds if kind in FLOATS), torch.bfloat16)
-    return torch.bfloat16
 
 
 def sizes_of(recipe: Recipe, target: TargetBase, config: PEagleDraftConfig, device: Device) -> Sizes:
@@ -539,7 +514,7 @@ def sizes_of(recipe: Recipe, target: TargetBase, config: PEagleDraftConfig, devi
 
 
 def _target(recipe: Recipe, target: TargetBase, device: Device) -> tuple[int, int, int]:
-    """Bytes of the target's weights on the device, of its largest forward, and of a number of its outputs."""
+    """Bytes of the target's weights on the device, of its largest forward, and of one number of its outputs."""
     settings = recipe.target
     if isinstance(target, CachedTarget):
         return 0, 0, getattr(torch, target.cache.index.computed_in).itemsize
@@ -555,7 +530,7 @@ def _target(recipe: Recipe, target: TargetBase, device: Device) -> tuple[int, in
         total = _as_stored(config, total)
     if settings.shard and device.world_size > 1:
         head = target.head_weight().numel() * item
-        layer = (total - 2 * head) // len(target.layers)  # whole while it runs, and the next one behind it
+        layer = (total - 2 * head) // len(target.layers)  # whole while it runs, and the next one after it
         total = (total - head) // device.world_size + 2 * max(layer, head)
     elif settings.device_map and device.kind == "cuda":
         total //= max(1, torch.cuda.device_count())
@@ -575,7 +550,7 @@ def _target(recipe: Recipe, target: TargetBase, device: Device) -> tuple[int, in
 
 
 def _as_stored(config: Any, total: int) -> int:
-    """A quantised model's bytes, which its config tells by method only; what is unpacked when it is loaded stays whole."""
+    """A quantised model's bytes, estimated from its config's bits or method."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
         return total
@@ -587,10 +562,10 @@ def _as_stored(config: Any, total: int) -> int:
 def target_forward_bytes(
     config: Any, B: int, L: int, chunk_tokens: int | None, item: int, attention: str, on_cuda: bool
 ) -> int:
-    """Bytes beside its weights that a decoder's largest forward needs, without the outputs that training keeps.
+    """Bytes that a decoder's largest forward needs beside its weights and the outputs that training keeps.
 
-    An estimate from above: one layer's activations, attention masks or scores as they are made for packed rows, and with
-    chunks the keys and values of a document as long as a row.
+    An estimate from above: one layer's activations, attention masks or scores as they are made for packed sequences, and
+    with chunks the keys and values of a document as long as a sequence.
 
     Args:
         attention: transformers' name, or that of `peagle_train.target_model.attention`.
@@ -626,19 +601,17 @@ def target_forward_bytes(
     return bytes_
 
 
-# ---- dry_run
-# What a run will need, as a table: `--dry-run`, the choice of cod.num_segments = auto, and the words for a device that is
-# full.
+# ---- tables, choices and refusals
 
 
 def dry_run(recipe: Recipe, on: str | None = None) -> str:
     """The table of memory by number of segments, and which one fits.
 
     Args:
-        on: plan for this device (see `parse_device`) instead of the one that is here.
+        on: plan for this device (see `parse_device`) instead of this machine's.
 
     Raises:
-        ValueError: for what a recipe and the target's config.json alone show to be wrong.
+        ValueError: the recipe or the target's config.json is wrong.
     """
     device = parse_device(on) if on else this_device()
     sizes = read_sizes(recipe, device)
@@ -647,11 +620,9 @@ def dry_run(recipe: Recipe, on: str | None = None) -> str:
 
 def describe(recipe: Recipe, sizes: Sizes, device: Device) -> str:
     """The table, and the numbers of segments that fit."""
-    asked = recipe.cod.num_segments
+    asked, margin = recipe.cod.num_segments, recipe.train.memory_margin
     numbers = allowed_segments(sizes, sorted({*CANDIDATES, *([] if asked == "auto" else [asked])}))
-    margin = recipe.train.memory_margin
-    plans = [plan_memory(sizes, S) for S in numbers]
-    lines = [table_of(plans, asked)]
+    lines = [table_of([plan_memory(sizes, S) for S in numbers], asked)]
     room = f"{device.budget / GIB:.1f} GiB less {margin:.0%}"
     fitting = choose_segments(sizes, device.budget, margin)
     if fitting is None:
@@ -659,10 +630,8 @@ def describe(recipe: Recipe, sizes: Sizes, device: Device) -> str:
     else:
         lines.append(f"cod.num_segments=auto would be {fitting.num_segments}: the fewest that fit into {room}")
     if asked != "auto":
-        peak = plan_memory(sizes, asked).peak
-        verdict = (
-            "fits" if peak <= device.budget * (1 - margin) else "is close" if peak <= device.budget else "is too much"
-        )
+        peak, budget = plan_memory(sizes, asked).peak, device.budget
+        verdict = "fits" if peak <= budget * (1 - margin) else "is close" if peak <= budget else "is too much"
         lines.append(f"this recipe: {asked} segments, {peak / GIB:.2f} GiB: {verdict}")
     return "\n".join(lines)
 
@@ -687,31 +656,26 @@ def table_of(plans: Sequence[MemoryPlan], asked: int | str = "auto") -> str:
 
 
 def advice(recipe: Recipe, sizes: Sizes) -> str:
-    """What else takes less memory, where segments do not do."""
-    train, options = recipe.train, []
-    if train.mixed_precision == "no" and train.dtype == "float32":
-        options.append("train.mixed_precision=bf16")
-    if train.segment_mode != "relay":
-        options.append("train.segment_mode=relay")
-    if train.batch_size > 1:
-        options.append("train.batch_size=1")
-    if recipe.target.chunk_tokens is None and not recipe.target.cache and sizes.length > 2048:
-        options.append("target.chunk_tokens=2048")
-    if sizes.on_cuda and not train.offload_features:
-        options.append("train.offload_features=true")
-    if not recipe.target.cache:
-        options.append("target.cache (the target then need not be loaded)")
-    if sizes.world_size > 1 and not sizes.sharded:
-        options.append("train.sharding=fsdp2")
-    options.append("a smaller data.max_length or draft.draft_vocab_size")
-    return "try " + ", ".join(options)
+    """What else takes less memory, if segments do not help."""
+    train, target = recipe.train, recipe.target
+    options = {
+        "train.mixed_precision=bf16": train.mixed_precision == "no" and train.dtype == "float32",
+        "train.segment_mode=relay": train.segment_mode != "relay",
+        "train.batch_size=1": train.batch_size > 1,
+        "target.chunk_tokens=2048": target.chunk_tokens is None and not target.cache and sizes.length > 2048,
+        "train.offload_features=true": sizes.on_cuda and not train.offload_features,
+        "target.cache (the target then need not be loaded)": not target.cache,
+        "train.sharding=fsdp2": sizes.world_size > 1 and not sizes.sharded,
+        "a smaller data.max_length or draft.draft_vocab_size": True,
+    }
+    return "try " + ", ".join(option for option, helps in options.items() if helps)
 
 
 def resolve_segments(recipe: Recipe, sizes: Sizes, device: Device) -> tuple[Recipe, str]:
-    """The recipe with a number in place of cod.num_segments = auto, the same on every rank, and the line that says so.
+    """The recipe with a number in place of cod.num_segments = auto, the same on every rank, and a line to log.
 
     Raises:
-        ValueError: on every rank, where no number fits on one of them.
+        ValueError: on every rank, if no number fits on one of them.
     """
     assert recipe.cod.num_segments == "auto"
     margin = recipe.train.memory_margin
@@ -733,7 +697,7 @@ def resolve_segments(recipe: Recipe, sizes: Sizes, device: Device) -> tuple[Reci
 
 
 def out_of_memory(recipe: Recipe, error: Exception, where: str) -> tuple[str, str]:
-    """The table, and the line for a device that was full `where`: what it wanted, and what would fit."""
+    """The table, and the line for a device that was full `where`: what was wanted, and what would fit."""
     wanted = one_line(error).partition(". ")[0][:200]
     try:
         device = this_device()
@@ -750,18 +714,18 @@ def out_of_memory(recipe: Recipe, error: Exception, where: str) -> tuple[str, st
 
 
 def way_out(recipe: Recipe, sizes: Sizes, device: Device, num_segments: int) -> str:
-    """What to do where that many segments are too much."""
+    """What to change if this many segments need too much."""
     larger = [n for n in allowed_segments(sizes) if n > num_segments]
     fitting = choose_segments(sizes, device.budget, recipe.train.memory_margin, larger)
     if fitting:
         return f"set cod.num_segments={fitting.num_segments} ({fitting.peak / GIB:.2f} GiB planned)"
-    return f"more segments would not do: {advice(recipe, sizes)}"
+    return f"more segments would not help: {advice(recipe, sizes)}"
 
 
 def refuse_hopeless(recipe: Recipe, device: Device) -> None:
-    """ValueError, below the table on stderr, for a run that is planned to take over twice what its device has.
+    """Print the table and raise ValueError for a run that is planned to take over twice what its device has.
 
-    Loads nothing. Mistakes that make a plan impossible are left to the run, which says where they are.
+    Loads nothing. Mistakes that make a plan impossible are left to the run, which reports them.
     """
     S = recipe.cod.num_segments
     if S == "auto":  # `resolve_segments` refuses what does not fit
@@ -782,79 +746,80 @@ def refuse_hopeless(recipe: Recipe, device: Device) -> None:
         )
 
 
-# ---- out_of_memory
-# A device that is full ends a run with what was planned and what would fit, not with a traceback.
-
-
 @contextmanager
 def memory_explained(recipe: Recipe, where: Callable[[], str]) -> Iterator[None]:
-    """RunStopped in the place of an out-of-memory error inside; the table goes to stderr before.
+    """Raise RunStopped in place of an out-of-memory error inside, after printing the table to stderr.
 
     Args:
-        where: asked only then: words for what was being done, and for how to go on.
+        where: called only then: what was being done, and how to resume.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RunStopped) or not is_out_of_memory(error):
             raise
-
         table, line = out_of_memory(recipe, error, where())
         sys.stderr.write(f"{table}\n" if table else "")
         raise RunStopped(line) from None
 
 
-# ---- probe
-# One full-length step before the first one, and away with it: what fits here fits for the whole run.
-#
-# Shapes are the same for every batch (on CUDA they are static), so a row that is full, supervised throughout and as long as
-# rows get needs all that any step can need. Nothing of the run changes: no weight, no optimizer state, no generator,
-# no file.
+# ---- the probe
 
 
-def probe_step(trainer: "Trainer") -> str:
-    """Run it, on every rank at once; returns the line that says what it took here.
+def probe_step(
+    recipe: Recipe,
+    target: TargetBase,
+    draft: PEagleDraft,
+    collator: CODCollator,
+    optimizer: torch.optim.Optimizer,
+    accumulate: Callable[[list[dict[str, Tensor]]], object],
+) -> str:
+    """Run one full-length step on every rank and undo it: if it fits here, the whole run fits.
+
+    Sequences that are full, supervised throughout and as long as they get need all that any step can need. No weight, no
+    optimizer state, no generator and no file changes.
+
+    Args:
+        accumulate: leaves an optimizer step's gradients, given its micro-batches.
+
+    Returns:
+        the line that says what it took on this rank.
 
     Raises:
         torch.OutOfMemoryError: it does not fit.
     """
-    device, optimizer = trainer.device, trainer.optimizer
+    device = draft.device
+    trained = [p for p in draft.parameters() if p.requires_grad]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    _run_target_packed(trainer)
-    # AdamW's state is there in every step but the first; in a run that goes on, it is there already.
-    states = [torch.zeros_like(p) for p in trainer.trained if not optimizer.state.get(p) for _ in range(2)]
-    batch = full_batch(trainer)
+    B, L = recipe.train.batch_size, recipe.data.max_length
+    if isinstance(target, FrozenTarget):
+        # Sequences of several documents may take a mask of L x L, which a document alone does without.
+        position = torch.cat([torch.arange(L - L // 2), torch.arange(L // 2)])[None].expand(B, -1)
+        target.features(torch.zeros(B, L, dtype=torch.int64), position.contiguous())
+    # AdamW's state is there in every step but the first; in a resumed run, it is there already.
+    states = [torch.zeros_like(p) for p in trained if not optimizer.state.get(p) for _ in range(2)]
+    batch = full_batch(recipe, target, draft, collator)
     try:
-        trainer.accumulate([batch] * min(2, trainer.recipe.train.gradient_accumulation_steps))
-        clip_gradients(trainer.trained, math.inf)
+        accumulate([batch] * min(2, recipe.train.gradient_accumulation_steps))
+        clip_gradients(trained, math.inf)
     finally:
         del states, batch
         optimizer.zero_grad(set_to_none=True)
     return _line(device)
 
 
-def full_batch(trainer: "Trainer") -> dict[str, Tensor]:
-    """A batch, on the host, of rows as long and with as many elements as any can have."""
-    recipe, target = trainer.recipe, trainer.target
+def full_batch(recipe: Recipe, target: TargetBase, draft: PEagleDraft, collator: CODCollator) -> dict[str, Tensor]:
+    """A batch, on the host, of sequences as long and with as many elements as any can have."""
     L, generator = recipe.data.max_length, torch.Generator().manual_seed(0)
     ids = torch.randint(target.vocab_size - 1, (L,), generator=generator)
-    ids += ids >= trainer.draft.mask_token_id  # which no sequence may hold
+    ids += ids >= draft.mask_token_id  # which no sequence may hold
     row: dict[str, Any] = {"input_ids": ids, "loss_mask": torch.ones_like(ids), "row_key": 0, "epoch": 0}
     if isinstance(target, CachedTarget):
         dtype = target.cache.dtype
         row["features"] = torch.zeros(L, 3 * target.hidden_size, dtype=dtype)
         row["last_hidden"] = torch.zeros(L, target.hidden_size, dtype=dtype)
-    return trainer.collator([row] * recipe.train.batch_size)
-
-
-def _run_target_packed(trainer: "Trainer") -> None:
-    """Rows of several documents may take a mask of L x L, which a document alone does without."""
-    if not isinstance(trainer.target, FrozenTarget):
-        return
-    B, L = trainer.recipe.train.batch_size, trainer.recipe.data.max_length
-    position = torch.cat([torch.arange(L - L // 2), torch.arange(L // 2)])[None].expand(B, -1)
-    trainer.target.features(torch.zeros(B, L, dtype=torch.int64), position.contiguous())
+    return collator([row] * recipe.train.batch_size)
 
 
 def _line(device: torch.device) -> str:

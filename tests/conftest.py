@@ -2,6 +2,11 @@
 
 import os
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tests.runs import Begun
 
 # Before anything imports transformers or tokenizers: both read these once, at import.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -28,3 +33,25 @@ def fresh_accelerate_state() -> None:
         from accelerate.state import AcceleratorState
 
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.tiny import make_target
+
+    return make_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture(scope="session")
+def tiny_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.runs import LENGTHS
+    from tests.tiny import write_rows
+
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", LENGTHS, prompt=0.3)
+
+
+@pytest.fixture(scope="session")
+def begun(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path, tiny_rows: Path) -> "Begun":
+    from tests.runs import Begun
+
+    return Begun(tmp_path_factory.mktemp("begun"), tiny_target, tiny_rows)

@@ -1,10 +1,7 @@
-"""Started by torchrun: what sharding must not change, asserted on every rank, in float64 on CPU.
+"""A job of ranks_run.py: what sharding must not change, asserted on every rank, in float64 on CPU."""
 
-python -m torch.distributed.run ... tests/sharded_run.py RECIPE TARGET_FOLDER ...
-"""
-
-import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,15 +11,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peagle_train import distributed as peers
 from peagle_train.config import Train, load_recipe
 from peagle_train.distributed import (
+    agree,
     clip_gradients,
+    from_all,
     full_moments,
     full_weights,
-    load_full_moments,
-    load_full_weights,
+    load_full,
+    one_at_a_time,
     shard,
+    wait_for_all,
     world_mesh,
 )
 from peagle_train.target_model.frozen import FrozenTarget
@@ -49,7 +48,7 @@ def rows(rank: int, call: int) -> tuple[Tensor, Tensor]:
 def check_target(folder: str, rank: int, chunk_tokens: int | None) -> None:
     """With chunks, ranks have different numbers of forwards."""
     whole = load(folder)
-    with peers.one_at_a_time():
+    with one_at_a_time():
         sharded = load(folder, shard=True, chunk_tokens=chunk_tokens)
     sharded.check()
     for call in range(3):
@@ -90,8 +89,7 @@ def stepped(sharded: bool, steps: range, state: tuple[dict[str, Tensor], dict[st
     optimizer = make_optimizer(draft, Train(weight_decay=0.1, learning_rate=0.1))
     assert full_moments(draft, optimizer) == {}
     if state is not None:
-        load_full_weights(draft, state[0])
-        load_full_moments(draft, optimizer, state[1])
+        load_full(draft, optimizer, *state)
     for step in steps:
         gradients_of(draft, step)
         norm = clip_gradients([p for p in draft.parameters() if p.requires_grad], 1.0)
@@ -109,22 +107,12 @@ def check_state(rank: int) -> None:
             draft, optimizer = stepped(first, range(2))
             saved = full_weights(draft), full_moments(draft, optimizer)
             assert bool(saved[0]) == bool(saved[1]) == (rank == 0)
-            draft, optimizer = stepped(second, range(2, 5), saved)
+            draft, optimizer = stepped(second, range(2, 5), from_all(saved)[0])
             again = full_weights(draft), full_moments(draft, optimizer)
             for ours, theirs in zip(again, expected, strict=True):
                 assert set(theirs) == set(ours)
                 for name, value in theirs.items():
                     assert torch.allclose(ours[name], value, rtol=0, atol=1e-13), (first, second, name)
-    for broken, word in (({"fc.weight": torch.zeros(2)}, "of shape"), ({}, "missing")):
-        weights = {**expected[0], **broken}
-        if not broken:
-            weights.pop("fc.weight", None)
-        try:
-            load_full_weights(draft, weights)
-        except ValueError as error:
-            assert "fc.weight" in str(error) and word in str(error)
-        else:
-            raise AssertionError("weights that do not fit were taken")
 
 
 class Operations(TorchDispatchMode):
@@ -144,7 +132,7 @@ def check_reductions(recipe_path: str) -> None:
     """Gradients are reduced once a step, however many passes and micro-batches there are; nothing stays whole."""
     trainer = make_trainer(load_recipe(recipe_path, ["train.sharding=fsdp2"]), Accelerator())
     with Operations() as operations:
-        trainer.accumulate(next(trainer._steps()))
+        trainer.accumulate(next(trainer.steps()))
     counts = operations.counts
     groups = len(trainer.draft.layers) + 1
     assert sum(n for op, n in counts.items() if "reduce_scatter" in op) == groups, counts
@@ -154,29 +142,25 @@ def check_reductions(recipe_path: str) -> None:
     assert all(isinstance(parameter, DTensor) for parameter in trainer.draft.parameters())
 
 
-def check_agreement(rank: int) -> None:
-    peers.agree({"recipe": "a", "set of rows": "b"})
+def check_agreement(rank: int, folder: Path) -> None:
+    agree({"recipe": "a", "set of data": "b"})
     try:
-        peers.agree({"recipe": "a", "set of rows": "b" if rank < 2 else "c"})
+        agree({"recipe": "a", "set of data": "b" if rank < 2 else "c"})
     except ValueError as error:
-        assert rank == 2 and "another set of rows than rank 0" in str(error)
+        assert rank == 2 and "another set of data than rank 0" in str(error)
     else:
         assert rank < 2
-    order: list[int] = [dist.get_rank()]
-    with peers.one_at_a_time():
-        order.append(peers._peers.store.add("turns taken", 1))  # type: ignore[union-attr]
-    assert order == [rank, rank + 1]
+    with one_at_a_time(), (folder / "turns").open("a") as file:
+        file.write(str(rank))
+    assert (folder / "turns").read_text() == "012"
 
 
-if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    peers.connect()
+def run(recipe_path: str, *target_folders: str) -> None:
+    rank = dist.get_rank()
     world_mesh("cpu")
-    check_reductions(sys.argv[1])
-    for target_folder in sys.argv[2:]:
-        for chunk_tokens in (None, 3):
-            check_target(target_folder, dist.get_rank(), chunk_tokens)
-    check_agreement(dist.get_rank())
-    check_state(dist.get_rank())
-    peers.wait_for_all()
-    dist.destroy_process_group()
+    check_reductions(recipe_path)
+    for folder, chunk_tokens in zip(target_folders, (None, 3), strict=True):
+        check_target(folder, rank, chunk_tokens)
+    check_agreement(rank, Path(recipe_path).parent)
+    check_state(rank)
+    wait_for_all()

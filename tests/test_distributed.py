@@ -4,12 +4,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny import make_target, write_recipe, write_rows
+from peagle_train.__main__ import main
+from tests.runs import in_child
+from tests.tiny import write_recipe, write_rows
 
 LENGTHS = [9, 31, 4, 17, 32, 2, 26, 11, 40, 13, 5]
 ROOT = Path(__file__).parent.parent
@@ -24,39 +27,43 @@ def launch(processes: int, *arguments: str, **environment: str) -> subprocess.Co
     return subprocess.run(command + list(arguments), env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_target(tmp_path_factory.mktemp("target"))
-
-
-def test_twenty_steps_sharded_over_two_processes_end_with_one_processs_weights(tmp_path: Path, target: Path) -> None:
+def test_the_command_line_on_two_processes_prints_once_and_ends_with_one_processs_weights(
+    tmp_path: Path, tiny_target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", LENGTHS, prompt=0.3)
-    shared = {"max_steps": 20, "log_steps": 5}
     held_out = write_rows(tmp_path / "held_out.jsonl", [30, 7, 12], seed=9)
-    recipe = write_recipe(
-        tmp_path, target, rows, tmp_path / "run", data={"eval_sources": [str(held_out)]}, train=shared
-    )
+    sections: dict[str, Any] = {"data": {"eval_sources": [str(held_out)]}, "train": {"max_steps": 4}}
+    recipe = write_recipe(tmp_path, tiny_target, rows, tmp_path / "run", **sections)
     sharded = ["train.sharding=fsdp2", "target.shard=true"]
     two = launch(2, "-m", "peagle_train", str(recipe), f"output.dir={tmp_path / 'two'}", *sharded)
     assert two.returncode == 0, two.stderr[-2000:]
-    one = launch(
-        1, "-m", "peagle_train", str(recipe), f"output.dir={tmp_path / 'one'}", "train.gradient_accumulation_steps=2"
-    )
-    assert one.returncode == 0, one.stderr[-2000:]
+    assert main([str(recipe), f"output.dir={tmp_path / 'one'}", "train.gradient_accumulation_steps=2"]) == 0
     ours, theirs = (load_file(tmp_path / n / "final" / "model.safetensors") for n in ("two", "one"))
     for name, value in theirs.items():
         assert torch.allclose(ours[name], value, rtol=0, atol=1e-8), name
-    # Evaluation gathers counts over ranks: the same numbers, printed once.
-    lines = [[x for x in r.stdout.splitlines() if x.startswith("held-out")] for r in (two, one)]
+    lines = [
+        [x for x in text.splitlines() if x.startswith("held-out")] for text in (two.stdout, capsys.readouterr().out)
+    ]
     assert lines[0] == lines[1] and len(lines[0]) >= 2
 
 
-def test_processes_that_would_train_alone_are_refused_with_the_line_that_works(tmp_path: Path, target: Path) -> None:
-    recipe = write_recipe(tmp_path, target, write_rows(tmp_path / "rows.jsonl", LENGTHS), tmp_path / "run")
-    strangers = launch(2, "-m", "peagle_train", str(recipe), ACCELERATE_USE_CPU="")
-    assert strangers.returncode != 0
-    assert "each believes that it is alone" in strangers.stderr
-    assert "ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2" in strangers.stderr
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "each believes that it is alone"),
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}, "starts only one"),
+    ],
+    ids=["strangers", "single"],
+)
+def test_processes_that_would_train_alone_are_refused_with_the_line_that_works(
+    environment: dict[str, str], message: str, tmp_path: Path, tiny_target: Path, tiny_rows: Path,
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    recipe = write_recipe(tmp_path, tiny_target, tiny_rows, tmp_path / "run")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    assert in_child(lambda: sys.exit(main([str(recipe)]))) != 0
+    error = capfd.readouterr().err
+    assert message in error and "ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2" in error
     assert not (tmp_path / "run").exists()
-    single = launch(1, "-m", "peagle_train", str(recipe), MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
-    assert single.returncode == 2 and "starts only one" in single.stderr

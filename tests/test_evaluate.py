@@ -47,7 +47,7 @@ def test_evaluation_has_no_larger_pass_and_no_larger_tensor_than_training(
 
     trainer.draft.forward = counted  # type: ignore[method-assign, assignment]
     with LargestTensor() as training:
-        for batches in trainer._steps():
+        for batches in trainer.steps():
             trainer.accumulate(batches)
     trained, passes[:] = list(passes), []
     with LargestTensor() as evaluating:

@@ -28,40 +28,23 @@ def failing(where: str, recipe: Path, output: Path, *overrides: str) -> tuple[in
     return result.returncode, [line for line in lines[:end] if not logged.match(line)]
 
 
-def test_a_failure_in_the_forward_is_the_only_traceback_and_ends_a_rank_that_hears_no_signal(
-    recipe: Path, tmp_path: Path
-) -> None:
-    code, lines = failing("stuck", recipe, tmp_path / "run")
-    assert code == 1
-    assert [line for line in lines if "Traceback" in line] == lines[:1]
-    assert lines[-2:] == [
-        "RuntimeError: no such kernel (rank 1)",
-        "peagle_train: rank 0 stops because rank 1 has failed; its message is above",
-    ]
-
-
-def test_data_that_fails_in_a_loaders_process_comes_before_what_the_waiting_rank_has_to_say(
-    recipe: Path, tmp_path: Path
-) -> None:
+def test_data_that_fails_on_one_rank_is_the_only_traceback_and_ends_the_other(recipe: Path, tmp_path: Path) -> None:
     code, lines = failing("data", recipe, tmp_path / "run", "data.num_workers=1")
     assert code == 1 and lines[0].startswith("Traceback")
     rest = lines[lines.index("OSError: the disk is gone (rank 1)") + 1 :]
-    assert len(rest) <= 1 and all(line.startswith("peagle_train: rank 0 stops") for line in rest)
+    assert not any("Traceback" in line for line in rest)
+    assert all(line.startswith("peagle_train: ") for line in rest) and len(rest) <= 2
 
 
 def test_a_mistake_on_one_rank_before_the_first_collective_is_one_line_with_that_rank(
     recipe: Path, tmp_path: Path
 ) -> None:
     code, lines = failing("start", recipe, tmp_path / "run")
-    assert code == 1
-    assert lines[0] == "peagle_train: error: rows.jsonl cannot be read (rank 1)"
-    assert len(lines) <= 2 and all("rank 0 stops" in line for line in lines[1:])
-    assert not (tmp_path / "run").exists()
+    assert code == 1 and "peagle_train: error: rows.jsonl cannot be read (rank 1)" in lines
+    assert not any("Traceback" in line for line in lines) and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("override", ["train.epochs=0", "draft.mask_token_id=61"])
-def test_a_mistake_of_all_ranks_is_told_once(recipe: Path, tmp_path: Path, override: str) -> None:
-    """The recipe's shows before the processes have met, the other one afterwards."""
-    code, lines = failing("nowhere", recipe, tmp_path / "run", override)
+def test_a_mistake_of_all_ranks_is_told_once(recipe: Path, tmp_path: Path) -> None:
+    code, lines = failing("nowhere", recipe, tmp_path / "run", "draft.mask_token_id=61")
     assert code == 1
-    assert len(lines) == 1 and lines[0].startswith("peagle_train: error: ") and override.split("=")[0] in lines[0]
+    assert len(lines) == 1 and lines[0].startswith("peagle_train: error: ") and "mask_token_id" in lines[0]

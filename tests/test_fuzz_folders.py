@@ -63,7 +63,7 @@ def read_cache(folder: Path, world: dict[str, Any]) -> list[Any]:
 
 def read_checkpoint(folder: Path, world: dict[str, Any]) -> list[Any]:
     verify_checkpoint(folder)
-    return [path.read_bytes() for path in sorted(folder.iterdir())]
+    return [path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "manifest.json"]
 
 
 def read_drafter(folder: Path, world: dict[str, Any]) -> list[Any]:

@@ -1,214 +1,179 @@
-"""A step that is not finite is not applied: its rows are written down and the run goes on, unless there are too many."""
+"""A step that is not finite is not applied: its sequences are logged and the run continues, unless there are too many."""
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 
 from peagle_train.core.relay import RelayBuffers
+from peagle_train.distributed import clip_gradients
 from peagle_train.target_model.frozen import FrozenTarget
+from peagle_train.training import trainer as trainer_module
 from peagle_train.training.checkpoint import write_checkpoint
 from peagle_train.training.trainer import Trainer
-from tests.test_resume import LENGTHS, assert_same_run, drafter, last_error, metrics, recipe_for, run, stop_after
-from tests.tiny import make_target, write_rows
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_target(tmp_path_factory.mktemp("target"))
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", LENGTHS, prompt=0.3)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state() -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+from tests.runs import assert_same_run, drafter, last_error, metrics, recipe_for, run, same_tensors, stopped
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, is_bad: Any, value: float = float("inf"), what: str = "features") -> None:
-    """Have the target give something that is not finite for rows whose key is bad."""
+    """Have the target give something that is not finite for sequences whose key is bad."""
     outputs = FrozenTarget.outputs
 
     def poisoned(self: FrozenTarget, batch: Any, head_rows: Any) -> Any:
         result = outputs(self, batch, head_rows)
-        for row, key in enumerate(batch["row_key"].tolist()):
+        for i, key in enumerate(batch["row_key"].tolist()):
             if is_bad(key):
-                getattr(result, what)[row] = value
+                getattr(result, what)[i] = value
         return result
 
     monkeypatch.setattr(FrozenTarget, "outputs", poisoned)
 
 
-def rows_by_step(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[list[int]]]:
-    """Fills with each step's row keys by micro-batch."""
-    seen: dict[int, list[list[int]]] = {}
-    real = Trainer._optimizer_step
+def without(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """The oracle: the optimizer has no such steps, but the schedule and the data move on."""
+    taken, step = [0], torch.optim.AdamW.step
 
-    def step(self: Trainer, batches: Any) -> None:
-        seen[self.step + 1] = [batch["row_key"].tolist() for batch in batches]
-        real(self, batches)
+    def step_or_not(self: torch.optim.AdamW, *arguments: Any, **options: Any) -> Any:
+        taken[0] += 1
+        return None if taken[0] in steps else step(self, *arguments, **options)
 
-    monkeypatch.setattr(Trainer, "_optimizer_step", step)
-    return seen
+    monkeypatch.setattr(torch.optim.AdamW, "step", step_or_not)
 
 
-def leave_out(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
-    """The oracle: those steps are not trained at all, but the schedule and the data go on."""
-    real = Trainer._optimizer_step
-
-    def step(self: Trainer, batches: Any) -> None:
-        if self.step + 1 in steps:
-            self.scheduler.step()
-            self.step += 1
-            self._stats = None
-        else:
-            real(self, batches)
-
-    monkeypatch.setattr(Trainer, "_optimizer_step", step)
+def entries(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "bad_rows.jsonl").read_text().splitlines()]
 
 
 SETTINGS: dict[str, Any] = {
-    "train": {"max_steps": 7, "batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 3},
+    "train": {"max_steps": 6, "batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 3},
     "data": {"pack": False},
 }
 
 
-@pytest.mark.parametrize("what", ["features", "last_hidden"])
-@pytest.mark.parametrize("segments", [1, 4])
-def test_a_poisoned_row_costs_its_step_and_nothing_else(
-    what: str, segments: int, tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path, tiny_rows: Path) -> Any:
+    """An undisturbed run's final drafter, and each step's keys by micro-batch."""
+    folder, seen, real = tmp_path_factory.mktemp("plain"), {}, Trainer.take_step
+
+    def step(self: Trainer, batches: Any) -> Any:
+        seen[self.step + 1] = [batch["row_key"].tolist() for batch in batches]
+        return real(self, batches)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "take_step", step)
+        run(recipe_for(folder, tiny_target, tiny_rows, **SETTINGS))
+    return drafter(folder / "run" / "final"), seen
+
+
+@pytest.mark.parametrize(("what", "segments"), [("features", 1), ("last_hidden", 4)])
+def test_a_poisoned_sequence_costs_its_step_and_nothing_else_and_a_resumed_run_the_same(
+    what: str,
+    segments: int,
+    tmp_path: Path,
+    tiny_target: Path,
+    tiny_rows: Path,
+    plain: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = {**SETTINGS, "cod": {"num_segments": segments}}
-    with monkeypatch.context() as patch:
-        seen = rows_by_step(patch)
-        run(recipe_for(tmp_path / "plain", target, rows, **settings))
-    bad = max(seen[2][1])  # a row of the second micro-batch, comes again in each epoch
-    steps = {step for step, batches in seen.items() if any(bad in keys for keys in batches)}
+    bad = max(plain[1][2][1])  # of the second micro-batch, comes again in each epoch
+    steps = {step for step, batches in plain[1].items() if any(bad in keys for keys in batches)}
     assert len(steps) > 1
     with monkeypatch.context() as patch:
         poison(patch, lambda key: key == bad, what=what)
-        run(recipe_for(tmp_path / "poisoned", target, rows, **settings))
+        run(recipe_for(tmp_path / "poisoned", tiny_target, tiny_rows, **settings))
+        if segments == 4:
+            parts = recipe_for(tmp_path / "parts", tiny_target, tiny_rows, **settings)
+            stopped(parts, 4, patch)
+            run(parts, "--resume", str(tmp_path / "parts" / "run" / "checkpoint-3"))
+            assert_same_run(tmp_path / "parts" / "run", tmp_path / "poisoned" / "run")
+            assert entries(tmp_path / "parts" / "run") == entries(tmp_path / "poisoned" / "run")
     with monkeypatch.context() as patch:
-        leave_out(patch, steps)
-        run(recipe_for(tmp_path / "without", target, rows, **settings))
+        without(patch, steps)
+        run(recipe_for(tmp_path / "without", tiny_target, tiny_rows, **settings))
     ours, theirs = (drafter(tmp_path / name / "run" / "final") for name in ("poisoned", "without"))
-    assert all(torch.equal(ours[n], t) for n, t in theirs.items())
-    assert not all(torch.equal(ours[n], t) for n, t in drafter(tmp_path / "plain" / "run" / "final").items())
-    entries = [json.loads(x) for x in (tmp_path / "poisoned" / "run" / "bad_rows.jsonl").read_text().splitlines()]
-    assert {e["step"] for e in entries} == steps and all(e["rank"] == 0 and e["what"] == "loss" for e in entries)
-    assert len(entries) == len(steps) and all(e["row_key"] == bad for e in entries)
+    assert same_tensors(ours, theirs) and not same_tensors(ours, plain[0])
+    found = entries(tmp_path / "poisoned" / "run")
+    assert {e["step"] for e in found} == steps and all(e["rank"] == 0 and e["what"] == "loss" for e in found)
+    assert len(found) == len(steps) and all(e["row_key"] == bad for e in found)
     lines = metrics(tmp_path / "poisoned" / "run")
     assert {x["step"] for x in lines if x["kind"] == "skipped"} == steps
-    assert {x["step"] for x in lines if x["kind"] == "train"} == set(range(1, 8)) - steps
+    assert {x["step"] for x in lines if x["kind"] == "train"} == set(range(1, 7)) - steps
 
 
 def test_a_gradient_alone_that_is_not_finite_is_not_applied_either(
-    tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_target: Path, tiny_rows: Path, plain: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, seen = Trainer.accumulate, []
+    calls = []
 
-    def accumulate(self: Trainer, batches: Any) -> Any:
-        stats = real(self, batches)
-        if self.step == 2:
-            self.draft.fc.weight.grad[0, 0] = float("inf")
-            seen.extend(key for batch in batches for key in batch["row_key"].tolist())
-        return stats
+    def spoil_and_clip(parameters: Any, limit: float) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            parameters[0].grad.view(-1)[0] = float("inf")
+        return clip_gradients(parameters, limit)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "accumulate", accumulate)
-        run(recipe_for(tmp_path, target, rows, train={"max_steps": 5, "gradient_accumulation_steps": 2}))
-    entries = [json.loads(line) for line in (tmp_path / "run" / "bad_rows.jsonl").read_text().splitlines()]
-    assert [e["row_key"] for e in entries] == seen and {e["what"] for e in entries} == {"gradient"}
-    assert all(t.isfinite().all() for t in drafter(tmp_path / "run" / "final").values())
+        patch.setattr(trainer_module, "clip_gradients", spoil_and_clip)
+        run(recipe_for(tmp_path / "a", tiny_target, tiny_rows, **SETTINGS))
+    found = entries(tmp_path / "a" / "run")
+    assert [e["row_key"] for e in found] == [key for keys in plain[1][3] for key in keys if key]
+    assert {e["what"] for e in found} == {"gradient"}
     with monkeypatch.context() as patch:
-        leave_out(patch, {3})
-        settings = {"max_steps": 5, "gradient_accumulation_steps": 2}
-        run(recipe_for(tmp_path / "without", target, rows, train=settings))
-    theirs = drafter(tmp_path / "without" / "run" / "final")
-    assert all(torch.equal(drafter(tmp_path / "run" / "final")[n], t) for n, t in theirs.items())
+        without(patch, {3})
+        run(recipe_for(tmp_path / "b", tiny_target, tiny_rows, **SETTINGS))
+    assert same_tensors(*(drafter(tmp_path / name / "run" / "final") for name in ("a", "b")))
 
 
 def test_too_many_bad_steps_in_a_row_stop_the_run_with_one_line_and_good_weights(
-    tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    tiny_target: Path,
+    tiny_rows: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     calls = []
 
     def is_bad(key: int) -> bool:
         calls.append(key)
-        return len(calls) in (2, 4, 5, 6)  # two in a row would do, but the first bad one stands alone
+        return len(calls) in (2, 4, 5)  # two in a row would do, but the first bad one stands alone
 
-    recipe = recipe_for(tmp_path, target, rows, train={"max_steps": 8, "max_bad_steps": 3, "save_steps": 3})
+    train = {"max_steps": 7, "max_bad_steps": 2, "save_steps": 1}
+    recipe, output = recipe_for(tmp_path, tiny_target, tiny_rows, train=train), tmp_path / "run"
     with monkeypatch.context() as patch:
         poison(patch, is_bad, float("nan"), "last_hidden")
         run(recipe, code=1)
     message = last_error(capsys)
-    output = tmp_path / "run"
-    assert "step 6" in message and str(calls[5]) in message and "number 3 in a row" in message
-    assert f"in {output / 'checkpoint-6'}" in message and f"--resume {output / 'checkpoint-3'}" in message
-    assert all(t.isfinite().all() for t in drafter(output / "checkpoint-6").values())
-    run(recipe, "--resume")  # behind the bad rows
-    assert [x["step"] for x in metrics(output) if x["kind"] == "train"] == [1, 3, 7, 8]
+    assert "step 5" in message and str(calls[4]) in message and "number 2 in a row" in message
+    # offered: one from before the bad steps, not that of the first of them
+    assert f"in {output / 'checkpoint-5'}" in message and f"--resume {output / 'checkpoint-3'} before" in message
+    assert all(t.isfinite().all() for t in drafter(output / "checkpoint-5").values())
     with monkeypatch.context() as patch:
-        leave_out(patch, {2, 4, 5, 6})
-        run(recipe_for(tmp_path / "without", target, rows, train={"max_steps": 8}))
-    ours, theirs = drafter(output / "final"), drafter(tmp_path / "without" / "run" / "final")
-    assert all(torch.equal(ours[n], t) for n, t in theirs.items())
-
-
-def test_the_checkpoint_that_is_offered_is_from_before_the_bad_steps_and_the_last_one_counts_anew(
-    tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    train = {"max_steps": 9, "max_bad_steps": 3, "save_steps": 1}
-    recipe, output, calls = recipe_for(tmp_path, target, rows, train=train), tmp_path / "run", []
-    with monkeypatch.context() as patch:
-        poison(patch, lambda key: calls.append(key) or len(calls) > 2)
-        run(recipe, code=1)
-        message = last_error(capsys)
-        assert f"in {output / 'checkpoint-5'}" in message and f"--resume {output / 'checkpoint-2'} before" in message
-        run(recipe, "--resume", code=1)  # three more are allowed
-        assert "in step 8" in last_error(capsys)
-    run(recipe, "--resume", str(output / "checkpoint-2"))
-    assert [x["step"] for x in metrics(output) if x["kind"] == "train"] == list(range(1, 10))
-
-
-def test_a_run_with_bad_rows_that_was_stopped_is_the_run_that_was_not(
-    tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        seen = rows_by_step(patch)
-        run(recipe_for(tmp_path / "plain", target, rows, **SETTINGS))
-    poison(monkeypatch, lambda key: key in (max(seen[2][1]), max(seen[5][0])))
-    run(recipe_for(tmp_path / "whole", target, rows, **SETTINGS))
-    parts = recipe_for(tmp_path / "parts", target, rows, **SETTINGS)
-    with monkeypatch.context() as patch:
-        stop_after(5, patch)
-        run(parts)
-    run(parts, "--resume", str(tmp_path / "parts" / "run" / "checkpoint-3"))
-    assert_same_run(tmp_path / "parts" / "run", tmp_path / "whole" / "run")
-    ours, theirs = ((tmp_path / name / "run" / "bad_rows.jsonl").read_text() for name in ("parts", "whole"))
-    assert ours == theirs and len(theirs.splitlines()) > 1
+        poison(patch, lambda key: True)
+        run(recipe, "--resume", code=1)  # counts from 0: two more are allowed
+        assert "in step 7" in last_error(capsys)
+    run(recipe, "--resume", str(output / "checkpoint-5"))
+    assert [x["step"] for x in metrics(output) if x["kind"] == "train"] == [1, 3, 6, 7]
+    run(recipe, "--resume", str(output / "checkpoint-3"))
+    assert [x["step"] for x in metrics(output) if x["kind"] == "train"] == [1, 3, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize(
     ("at", "more"),
-    [(3, {}), (3, {"save_steps": 2, "max_bad_steps": 1}), (4, {"save_steps": 2}), (7, {}), (6, {"eval_steps": 6})],
-    ids=["next step", "max_bad_steps", "checkpoint", "final", "best"],
+    [(3, {"save_steps": 2, "max_bad_steps": 1}), (4, {"save_steps": 2}), (6, {}), (5, {"eval_steps": 5})],
+    ids=["next step", "checkpoint", "final", "best"],
 )
 def test_a_run_whose_weights_are_no_longer_finite_says_that_it_diverged_and_leaves_none_of_them(
-    at: int, more: dict[str, Any], tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch,
+    at: int,
+    more: dict[str, Any],
+    tmp_path: Path,
+    tiny_target: Path,
+    tiny_rows: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     real, calls = torch.optim.AdamW.step, []
 
     def overflow(self: torch.optim.AdamW, *arguments: Any, **options: Any) -> Any:
@@ -220,19 +185,19 @@ def test_a_run_whose_weights_are_no_longer_finite_says_that_it_diverged_and_leav
         return result
 
     monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
-    train = {"max_steps": 7, "schedule": "constant", "warmup_ratio": 0.0, "weight_decay": 0.5, **more}
-    run(recipe_for(tmp_path, target, rows, train=train, data={"eval_fraction": 0.3}), code=1)
+    train = {"max_steps": 6, "schedule": "constant", "warmup_ratio": 0.0, "weight_decay": 0.5, **more}
+    run(recipe_for(tmp_path, tiny_target, tiny_rows, train=train, data={"eval_fraction": 0.3}), code=1)
     message, output = last_error(capsys), tmp_path / "run"
     assert "not finite" in message and "diverged" in message, message
     assert "learning rate of 0.01" in message and "weight_decay 0.5" in message
-    assert "rows" not in message and "--resume" not in message and not (output / "bad_rows.jsonl").exists()
+    assert "sequences" not in message and "--resume" not in message and not (output / "bad_rows.jsonl").exists()
     saved = sorted(path.parent.name for path in output.glob("*/model.safetensors"))
     assert saved == (["checkpoint-2"] if more.get("save_steps") else []) and not (output / "final").exists()
     assert all(t.isfinite().all() for name in saved for t in drafter(output / name).values())
 
 
 def test_no_run_starts_or_resumes_with_weights_that_are_not_finite(
-    tmp_path: Path, rows: Path, target: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny_rows: Path, tiny_target: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def damage(folder: Path, name: str) -> None:
         tensors = drafter(folder)
@@ -243,26 +208,29 @@ def test_no_run_starts_or_resumes_with_weights_that_are_not_finite(
         shutil.copytree(tmp_path / "whole", folder, dirs_exist_ok=True)
         damage(folder, "fc.weight")
 
-    recipe, output = recipe_for(tmp_path, target, rows, train={"max_steps": 3, "save_steps": 1}), tmp_path / "run"
+    recipe, output = (
+        recipe_for(tmp_path, tiny_target, tiny_rows, train={"max_steps": 2, "save_steps": 1}),
+        tmp_path / "run",
+    )
     run(recipe)
-    shutil.copytree(output / "checkpoint-2", tmp_path / "whole", ignore=shutil.ignore_patterns("manifest.json"))
-    write_checkpoint(output, 2, ruined)
-    run(recipe, "--resume", str(output / "checkpoint-2"), code=2)
+    shutil.copytree(output / "checkpoint-1", tmp_path / "whole", ignore=shutil.ignore_patterns("manifest.json"))
+    write_checkpoint(output, 1, ruined)
+    run(recipe, "--resume", str(output / "checkpoint-1"), code=2)
     message = last_error(capsys)
-    assert "checkpoint-2's fc.weight has" in message and "not finite" in message
+    assert "checkpoint-1's fc.weight has" in message and "not finite" in message
     damage(output / "final", "norm.weight")
-    shutil.copytree(target, tmp_path / "broken")
+    shutil.copytree(tiny_target, tmp_path / "broken")
     damage(tmp_path / "broken", "model.embed_tokens.weight")
     other = f"output.dir={tmp_path / 'other'}"
     run(recipe, other, f"draft.init_from={output / 'final'}", code=2)
-    assert "its norm.weight has 1 values that are not finite" in last_error(capsys)
+    assert "norm.weight has 1 values that are not finite" in last_error(capsys)
     run(recipe, other, f"target.path={tmp_path / 'broken'}", code=2)
     assert "embed_tokens.weight has 16 values that are not finite" in last_error(capsys)
     assert not (tmp_path / "other").exists()
 
 
 def test_what_a_bad_step_leaves_in_the_relays_buffers_is_gone_before_the_next_reads_them(
-    tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_target: Path, tiny_rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = []
     real = RelayBuffers.forget
@@ -275,6 +243,6 @@ def test_what_a_bad_step_leaves_in_the_relays_buffers_is_gone_before_the_next_re
 
     monkeypatch.setattr(RelayBuffers, "forget", look_and_forget)
     poison(monkeypatch, lambda key: True, float("nan"))
-    run(recipe_for(tmp_path, target, rows, train={"max_steps": 5, "max_bad_steps": 2}), code=1)
+    run(recipe_for(tmp_path, tiny_target, tiny_rows, train={"max_steps": 5, "max_bad_steps": 2}), code=1)
     assert len(found) >= 2 and all(is_zero for _, is_zero in found)
     assert found[0][0] and not any(was_finite for was_finite, _ in found[1:])

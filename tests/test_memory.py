@@ -29,7 +29,7 @@ from peagle_train.memory import (
     saved_bytes,
 )
 from peagle_train.training.trainer import Trainer
-from tests.tiny import make_target, write_recipe, write_rows
+from tests.tiny import make_target, write_recipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
@@ -38,14 +38,14 @@ from bench_segments import Bench, Settings, attention_without_kernel
 from measure import SavedBytes
 
 
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_target(tmp_path_factory.mktemp("target"))
+@pytest.fixture
+def target(tiny_target: Path) -> Path:
+    return tiny_target
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", [9, 31, 17, 32, 26, 40, 13], prompt=0.3)
+@pytest.fixture
+def rows(tiny_rows: Path) -> Path:
+    return tiny_rows
 
 
 # ---- the arithmetic
@@ -219,7 +219,7 @@ def test_a_probe_changes_no_number_of_a_run(
     assert all(torch.equal(probed[name], plain[name]) for name in plain) and probed_numbers == plain_numbers
 
 
-def test_a_probe_changes_nothing_of_a_run_that_goes_on(tmp_path: Path, target: Path, rows: Path) -> None:
+def test_a_probe_changes_nothing_of_a_resumed_run(tmp_path: Path, target: Path, rows: Path) -> None:
     whole = run(tmp_path / "whole", target, rows, train={"max_steps": 4, "save_steps": 2})
     shared = {"max_steps": 4, "save_steps": 2}
     cut = run(tmp_path / "cut", target, rows, train=shared)
@@ -232,7 +232,7 @@ def test_a_probe_changes_nothing_of_a_run_that_goes_on(tmp_path: Path, target: P
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_auto_becomes_the_number_that_fits_and_stays_it_when_the_run_goes_on(
+def test_auto_becomes_the_number_that_fits_and_stays_it_when_the_run_resumes(
     tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sections: dict[str, Any] = {"cod": {"num_segments": "auto"}, "train": {"max_steps": 2, "save_steps": 1}}
@@ -308,7 +308,7 @@ def test_a_full_device_ends_a_run_with_the_table_and_the_number_that_fits(
     calls.clear()
     other = write_recipe(tmp_path, target, rows, tmp_path / "other", train={"max_steps": 3})
     assert main([str(other)]) == 1
-    assert "more segments would not do: try" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert "more segments would not help: try" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_an_error_of_another_kind_keeps_its_traceback(

@@ -3,10 +3,8 @@
 import json
 import os
 import re
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
 
 from peagle_train.__main__ import main
@@ -29,7 +26,7 @@ from peagle_train.training.metrics import (
     check_tracker,
     duration,
 )
-from tests.helpers import ENVIRONMENT, ROOT
+from tests.helpers import command
 from tests.tiny import make_target, write_recipe, write_rows
 
 
@@ -48,13 +45,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     monkeypatch.setattr(time, "perf_counter", made)
     return made
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state() -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def steps(pace: Pace, clock: Clock, count: int, seconds: float, waiting: float) -> None:
@@ -251,7 +241,7 @@ def test_tensorboard_gets_numbers_alone_in_the_output_folder(tmp_path: Path) -> 
     pytest.importorskip("tensorboard")
     accelerator = Accelerator(log_with="tensorboard", project_dir=tmp_path)
     reporter = Reporter(tmp_path, 9, accelerator)
-    reporter.start_tracker(0, {"train": {"learning_rate": 1.0, "profile_steps": None, "log_with": "tensorboard"}})
+    reporter.start(0, {"train": {"learning_rate": 1.0, "profile_steps": None, "log_with": "tensorboard"}})
     values = {"step": 3, "num_steps": 9, "recompiles": None, "loss": 2.5, "accuracy": [0.5, 0.25]}
     reporter.record("train", "a line", **values, expected_accepted_length=1.5)
     accelerator.end_training()
@@ -267,8 +257,8 @@ def test_tensorboard_gets_numbers_alone_in_the_output_folder(tmp_path: Path) -> 
 def test_a_resumed_run_continues_in_its_trackers_run_and_a_new_one_does_not(tmp_path: Path) -> None:
     seen = []
     for step in (0, 5, 0):
-        reporter = Reporter(tmp_path, 9, Accelerator(log_with=Recording()), step)
-        reporter.start_tracker(step, {"train": {"log_with": "wandb"}})
+        reporter = Reporter(tmp_path, 9, Accelerator(log_with=Recording()))
+        reporter.start(step, {"train": {"log_with": "wandb"}})
         seen.append(json.loads((tmp_path / "tracker.json").read_text())["id"])
     assert seen[0] == seen[1] != seen[2]
 
@@ -310,28 +300,24 @@ def test_runs_are_told_apart_by_as_much_of_their_paths_as_it_takes(tmp_path: Pat
         read_run(folders[0])
 
 
-def run_tool(name: str, *arguments: str, prelude: str = "pass") -> subprocess.CompletedProcess[str]:
-    code = f"import runpy, sys\n{prelude}\nsys.argv = {[name, *arguments]!r}\n"
-    code += f"runpy.run_path('tools/{name}', run_name='__main__')"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT)
-
-
 def test_the_page_needs_no_other_file_and_shows_names_as_text(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     folders = [write_run(tmp_path / "<b>", [1.0]), write_run(tmp_path / "c", [float(i) for i in range(1, 40)])]
     out = tmp_path / "page" / "r.html"
-    result = run_tool("report.py", *map(str, folders), "--out", str(out))
-    assert result.returncode == 0, result.stderr[-2000:]
+    assert command("report", *folders, "--out", out) == 0
     page = out.read_text()
     assert "&lt;b&gt;" in page and "<b>" not in page
     assert not re.findall(r'(?:src|href)="(?!data:)', page) and page.count("data:image/png") == 1
     assert list(out.parent.iterdir()) == [out]
 
 
-@pytest.mark.parametrize("command", [["report.py", "X"], ["show_batch.py", "--example"]])
-def test_without_matplotlib_a_picture_is_one_line_that_says_what_to_install(command: list[str], tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run", [1.0])
-    arguments = [str(folder) if word == "X" else word for word in command[1:]]
-    result = run_tool(command[0], *arguments, "--out", str(tmp_path / "o"), prelude="sys.modules['matplotlib'] = None")
-    assert result.returncode == 2 and "pip install matplotlib" in result.stderr
-    assert len(result.stderr.splitlines()) == 1 and not (tmp_path / "o").exists()
+def test_without_matplotlib_a_picture_is_one_line_that_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name, argument in (("report", str(write_run(tmp_path / "run", [1.0]))), ("show-batch", "--example")):
+        assert command(name, argument, "--out", tmp_path / "o") == 2
+        error = capsys.readouterr().err
+        assert "pip install matplotlib" in error and len(error.splitlines()) == 1 and not (tmp_path / "o").exists()

@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from peagle_train import distributed as peers
 from peagle_train.config import Recipe
 from peagle_train.core.attention import uses_flex
 from peagle_train.core.draft import PEagleDraft
@@ -18,12 +17,17 @@ from peagle_train.core.plan import padding_share
 from peagle_train.data.chat import check_template
 from peagle_train.data.packing import PackReport
 from peagle_train.data.training_data import choose_mask_token, load_tokenizer, load_training_data
-from peagle_train.data.vocab import (
-    choose_most_frequent,
-    coverage,
-    read_draft_vocab,
+from peagle_train.data.vocab import choose_most_frequent, coverage, read_draft_vocab
+from peagle_train.distributed import (
+    check_device,
+    check_device_map,
+    check_launch,
+    check_sharding,
+    one_at_a_time,
+    wait_for_all,
+    world_mesh,
 )
-from peagle_train.distributed import check_device, check_device_map, check_launch, check_sharding, world_mesh
+from peagle_train.files import told
 from peagle_train.memory import memory_explained, refuse_hopeless, resolve_segments, sizes_of, this_device
 from peagle_train.serving.drafter_io import check_finite
 from peagle_train.serving.start import Start, always_drafted, copy_start, make_draft, read_start
@@ -37,20 +41,12 @@ from peagle_train.training.checkpoint import (
     keep_drafter,
     keep_segments,
     open_resume,
-    restore,
 )
 from peagle_train.training.metrics import check_tracker
 from peagle_train.training.step import check_flex
 from peagle_train.training.trainer import Trainer
 
-# ---- build
-# From a recipe to the parts of a run: tokenizer, documents, draft vocabulary, drafter.
-
 logger = logging.getLogger(__name__)
-
-
-# ---- train
-# From a recipe to a finished run: what happens once, before and after the loop, and the arithmetic that is printed.
 
 
 def train(recipe: Recipe, resume: str | None = None, force: bool = False) -> str:
@@ -70,15 +66,17 @@ def train(recipe: Recipe, resume: str | None = None, force: bool = False) -> str
 def _train(recipe: Recipe, resume: str | None, force: bool) -> str:
     checkpoint: Checkpoint | None = None
     check_tracker(recipe.train.log_with)
-    check_not_in_use(Path(recipe.output.dir))
-    if resume is None:
-        check_output(Path(recipe.output.dir))
-    else:
-        found = open_resume(recipe, resume)
-        if isinstance(found, str):
-            return found if os.environ.get("RANK", "0") == "0" else ""
-        checkpoint = found
-        recipe = keep_segments(recipe, checkpoint)
+    try:
+        check_not_in_use(Path(recipe.output.dir))
+        if resume is None:
+            check_output(Path(recipe.output.dir))
+        else:
+            found = open_resume(recipe, resume)
+            if isinstance(found, str):
+                return found if os.environ.get("RANK", "0") == "0" else ""
+            checkpoint, recipe = found, keep_segments(recipe, found)
+    except OSError as error:
+        raise ValueError(f"output.dir {recipe.output.dir} cannot be used: {told(error)}") from None
     check_template(recipe.data.chat_template)
     accelerator = Accelerator(
         mixed_precision=recipe.train.mixed_precision,
@@ -87,12 +85,11 @@ def _train(recipe: Recipe, resume: str | None, force: bool) -> str:
     )
     check_device(accelerator.device)
     check_launch(accelerator.num_processes)
-    peers.connect()
     check_sharding(recipe.train.sharding, accelerator.distributed_type)  # mistakes come before the target is loaded
     if uses_flex(accelerator.device):
         check_flex(recipe.train)
     say = print if accelerator.is_main_process else (lambda *_: None)
-    # A run that resumes has its shape, weights and vocabulary in its checkpoint.
+    # A resumed run has its shape, weights and vocabulary in its checkpoint.
     drafted = keep_drafter(recipe, checkpoint) if checkpoint else recipe
     if not force:
         refuse_hopeless(drafted, this_device(accelerator.device))
@@ -103,7 +100,7 @@ def _train(recipe: Recipe, resume: str | None, force: bool) -> str:
     start = read_start(drafted, target)
     shaped = start.recipe if start else drafted
     tokenizer = load_tokenizer(recipe)
-    peers.wait_for_all()  # so that mistakes of all ranks come to all at once, and are told once
+    wait_for_all()  # so that all ranks find the mistakes that all of them make at the same time
     mask_token_id = choose_mask_token(shaped.draft, tokenizer, target.vocab_size)
 
     data = load_training_data(recipe, tokenizer, target.vocab_size, mask_token_id, say)
@@ -122,7 +119,7 @@ def _train(recipe: Recipe, resume: str | None, force: bool) -> str:
     trainer = Trainer(recipe, accelerator, target, draft, data.train_rows, data.eval_rows)
     trainer.about["data"] = {"packing": asdict(data.report), "max_length": recipe.data.max_length}
     say(arithmetic(trainer, data.report))
-    for note in restore(trainer, checkpoint) if checkpoint else []:
+    for note in trainer.restore(checkpoint) if checkpoint else []:
         say(f"resume: {note}")
     summary = trainer.run()
     accelerator.end_training()
@@ -141,7 +138,7 @@ def load_target(recipe: Recipe, accelerator: Accelerator) -> TargetBase:
         world_mesh(accelerator.device.type)
     # A sharded target is whole on the host while it is loaded: let that be one at a time.
     load = CachedTarget.opener(settings) if settings.cache else FrozenTarget.load
-    with peers.one_at_a_time() if sharded else nullcontext():
+    with one_at_a_time() if sharded else nullcontext():
         return load(
             settings.path,
             dtype=settings.dtype,
@@ -182,15 +179,15 @@ def arithmetic(trainer: Trainer, report: PackReport) -> str:
     parameters = list(trainer.draft.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     frozen = sum(p.numel() for p in parameters) - trained
-    rows_per_step = trainer.sampler.global_batch_size
+    per_step = trainer.sampler.global_batch_size
     return "\n".join(
         [
-            f"rows: {report.rows} of {recipe.data.max_length} tokens, {report.fill:.1%} filled",
+            f"sequences: {report.rows} of {recipe.data.max_length} tokens, {report.fill:.1%} filled",
             f"supervised: {report.supervised / max(1, report.tokens):.1%} of the tokens",
-            f"elements: {elements:.0f} a row on average of {slots:.0f} slots ({padding_share(plans):.1%} padding)",
+            f"elements: {elements:.0f} a sequence on average of {slots:.0f} slots ({padding_share(plans):.1%} padding)",
             f"segments: {collator.num_segments} of at most {collator.capacity} elements ({collator.boundaries},"
             f" {recipe.train.segment_mode if collator.num_segments > 1 else 'flat'})",
-            f"steps: {trainer.num_steps} of {rows_per_step} rows ({trainer.accelerator.num_processes} processes x"
+            f"steps: {trainer.num_steps} of {per_step} sequences ({trainer.accelerator.num_processes} processes x"
             f" {recipe.train.batch_size} x {recipe.train.gradient_accumulation_steps}), {trainer.sampler.steps_per_epoch}"
             " an epoch",
             f"parameters: {trained:,} trained, {frozen:,} frozen ({recipe.train.dtype}, autocast"

@@ -1,7 +1,7 @@
-"""Held-out evaluation: the training loss and per-depth accuracy on rows that are never trained on, under a fixed draw.
+"""Held-out evaluation: the training loss and per-depth accuracy on data that is never trained on, under a fixed draw.
 
-Runs in the same segments as training, so that it never needs more memory. B: rows, L: columns, m: columns of several rows,
-T: the target's hidden size, V: the target's vocabulary.
+Runs in the same segments as training, so it never needs more memory. B: sequences, L: positions, m: positions of several
+sequences, T: the target's hidden size, V: the target's vocabulary.
 """
 
 from typing import Any
@@ -23,9 +23,9 @@ EVAL_SEED = 0
 
 @torch.no_grad()
 def mass_outside(target: TargetBase, last_hidden_mT: Tensor, draft_ids: Tensor, chunk: int = 8192) -> Tensor:
-    """[m]: the probability that the target gives to tokens that the drafter cannot draft.
+    """[m]: the probability that the target gives tokens that the drafter cannot draft.
 
-    Visits the vocabulary in chunks, so that no row of full logits exists.
+    Visits the vocabulary in chunks, so full logits never exist.
     """
     head_VT, device = target.head_weight(), last_hidden_mT.device
     is_draft_V = torch.zeros(head_VT.shape[0], dtype=torch.bool, device=device)
@@ -42,14 +42,14 @@ def mass_outside(target: TargetBase, last_hidden_mT: Tensor, draft_ids: Tensor, 
 
 
 def label_columns(batch: dict[str, Tensor]) -> Tensor:
-    """int64 [B, L]: how many supervised elements have their label in each column."""
+    """int64 [B, L]: how many supervised elements have their label at each position."""
     B, L = batch["input_ids"].shape
     label = (batch["anchor"] + batch["depth"] + 1).clamp(0, L - 1)
     return torch.zeros(B, L, dtype=torch.int64).scatter_add_(1, label, batch["supervised"].long())
 
 
 class Evaluator:
-    """Evaluates a drafter on held-out rows; each rank takes its share of them."""
+    """Evaluates a drafter on held-out sequences; each rank takes its share of them."""
 
     def __init__(self, runner: BatchRunner, rows: PackedRows) -> None:
         self.runner, self.rows = runner, rows
@@ -58,7 +58,7 @@ class Evaluator:
 
     @torch.no_grad()
     def __call__(self) -> dict[str, Any] | None:
-        """Loss, per-depth accuracy, expected accepted length over all ranks' rows; None if there are none."""
+        """Loss, per-depth accuracy, expected accepted length over all ranks; None without held-out data."""
         if len(self.rows) == 0:
             return None
         accelerator, size = self.runner.accelerator, self.runner.recipe.train.batch_size

@@ -1,4 +1,4 @@
-"""A run's numbers: accuracy by depth, pace, log lines, metrics.jsonl, trackers, a profile, the result of a finished run."""
+"""A run's numbers: accuracy by depth, pace, log lines, metrics.jsonl, trackers, a profile."""
 
 import json
 import logging
@@ -192,11 +192,17 @@ def check_tracker(name: str | None) -> None:
 class Reporter:
     """The main process's output: `metrics.jsonl`, log lines, a progress bar on a terminal, and Accelerate's tracker."""
 
-    def __init__(self, folder: Path, num_steps: int, accelerator: Accelerator, start_step: int = 0) -> None:
+    def __init__(self, folder: Path, num_steps: int, accelerator: Accelerator) -> None:
         self.folder, self.accelerator, self.active = folder, accelerator, accelerator.is_main_process
-        self.path, self.lines, self.start_time = folder / "metrics.jsonl", 0, time.perf_counter()
+        self.path, self.lines, self.num_steps, self.start_time = folder / "metrics.jsonl", 0, num_steps, 0.0
+
+    def start(self, step: int, config: dict[str, dict[str, Any]]) -> None:
+        """Start, or continue after `step`. `config`: the recipe's sections as plain values."""
+        self.start_time = time.perf_counter()
         hidden = not (self.active and sys.stderr.isatty())
-        self.bar = tqdm(total=num_steps, initial=start_step, unit="step", disable=hidden, leave=False)
+        self.bar = tqdm(total=self.num_steps, initial=step, unit="step", disable=hidden, leave=False)
+        if self.active and self.accelerator.log_with:
+            self._start_tracker(step, config)
 
     def step(self) -> None:
         self.bar.update(1)
@@ -216,7 +222,7 @@ class Reporter:
 
     def sync(self) -> None:
         """Flush the lines written so far to the disk."""
-        if self.active and self.path.exists():
+        if self.path.exists():
             with self.path.open("rb") as file:
                 os.fsync(file.fileno())
 
@@ -230,10 +236,7 @@ class Reporter:
 
     # ---- the tracker: another's service, so one that fails costs a warning, never the run
 
-    def start_tracker(self, step: int, config: dict[str, dict[str, Any]]) -> None:
-        """Open the tracker's run, or continue it after `step`. `config`: the recipe's sections as plain values."""
-        if not (self.active and self.accelerator.log_with):
-            return
+    def _start_tracker(self, step: int, config: dict[str, dict[str, Any]]) -> None:
         tracker, title, memo = config["train"]["log_with"], self.folder.resolve().name, self.folder / TRACKED
         flat = {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
         flat = {key: v if isinstance(v, (str, int, float)) else json.dumps(v) for key, v in flat.items()}

@@ -1,9 +1,13 @@
-"""AdamW's parameter groups and the learning-rate schedule."""
+"""What one optimizer step is made of: target and drafter over a micro-batch, the optimizer, the schedule, bad sequences.
+
+Training and evaluation share `BatchRunner`. B: sequences of a micro-batch, K: depths.
+"""
 
 import logging
 import os
 import shutil
 import sysconfig
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.profiler import record_function
 from transformers import get_scheduler
 
@@ -22,16 +28,41 @@ from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.plan import Plan, plan_segments
 from peagle_train.core.relay import RelayBuffers, context_chunks, needed_segments, relay_step
 from peagle_train.core.segments import StepStats, TargetOutputs, recompute_step
-from peagle_train.distributed import is_sharded, max_counts
+from peagle_train.distributed import is_sharded, max_counts, sum_counts
+from peagle_train.serving.drafter_io import count_non_finite
 from peagle_train.target_model.cache import FIELDS
 from peagle_train.target_model.frozen import TargetBase
-
-# ---- runner
-# Target and drafter over one micro-batch, in the recipe's segments; training and evaluation share it.
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
+
+
+@dataclass
+class Gradients:
+    """What `Trainer.accumulate` leaves beside the gradients."""
+
+    stats: StepStats
+    """Over all ranks and micro-batches."""
+    losses: list[Tensor]
+    """Scalar, of each micro-batch of this rank."""
+    plans: list[Plan]
+    asked: Tensor
+    """int64 [1 + stopping signals]: how many ranks were asked to save, and to stop by each signal."""
+    asked_to_save: bool
+    """Whether this rank was."""
+
+
+@dataclass
+class StepResult:
+    gradients: Gradients
+    grad_norm: Tensor
+    """Scalar, before clipping."""
+    learning_rate: float
+    applied: bool
+    """False: loss or gradient was not finite, and weights and moments are unchanged."""
+    save: bool
+    """Some rank was asked for a checkpoint."""
 
 
 def check_flex(train: Train) -> None:
@@ -54,7 +85,7 @@ def check_flex(train: Train) -> None:
 
 
 class BatchRunner:
-    """Runs batches of the collator; the target and the drafter are on the accelerator's device."""
+    """Runs the collator's batches; target and drafter are on the accelerator's device."""
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator, target: TargetBase, draft: PEagleDraft) -> None:
         self.recipe, self.accelerator, self.target, self.draft = recipe, accelerator, target, draft
@@ -155,10 +186,6 @@ class BatchRunner:
         self._backward([loss], [None])
 
 
-# ---- optim
-# AdamW's parameter groups and the learning-rate schedule.
-
-
 def make_optimizer(draft: nn.Module, train: Train) -> torch.optim.AdamW:
     """AdamW without weight decay on embeddings (decay shrinks rows that are never seen), norms and `mask_hidden`."""
     decayed: list[nn.Parameter] = []
@@ -177,15 +204,50 @@ def make_optimizer(draft: nn.Module, train: Train) -> torch.optim.AdamW:
     )
 
 
-def make_scheduler(
-    optimizer: torch.optim.Optimizer, train: Train, num_steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
+def make_scheduler(optimizer: torch.optim.Optimizer, train: Train, num_steps: int) -> LRScheduler:
     """Warm-up, then linear or cosine to 0, or constant; stepped once an optimizer step on every rank."""
     warmup = round(train.warmup_ratio * num_steps)
     if train.schedule == "constant":
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_warm_up, warmup))
+        return LambdaLR(optimizer, partial(_warm_up, warmup))
     return get_scheduler(train.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=num_steps)
 
 
 def _warm_up(warmup: int, step: int) -> float:
     return min(1.0, step / warmup) if warmup else 1.0
+
+
+def rates_at(scheduler: LRScheduler, step: int) -> list[float]:
+    """Each parameter group's learning rate in the step after `step`."""
+    factors = scheduler.lr_lambdas  # type: ignore[attr-defined]
+    return [base * factor(step) for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
+
+
+def set_schedule(scheduler: LRScheduler, step: int) -> None:
+    """Put the schedule where it is after `step` steps."""
+    rates = rates_at(scheduler, step)
+    scheduler.last_epoch, scheduler._step_count, scheduler._last_lr = step, step + 1, list(rates)
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+@torch.no_grad()
+def has_finite_weights(draft: nn.Module, device: torch.device) -> bool:
+    """Whether all of the drafter's weights are finite, over all ranks."""
+    own = (p.to_local() if isinstance(p, DTensor) else p for p in draft.parameters())
+    return int(sum_counts([sum(map(count_non_finite, own))], device)) == 0
+
+
+@torch.no_grad()
+def bad_sequences(runner: BatchRunner, batch: Batch) -> list[int]:
+    """Keys of a micro-batch's sequences whose own loss is not finite; all of them if that cannot be told."""
+    keys = batch["row_key"].tolist()
+    several = runner.accelerator.num_processes > 1
+    if len(keys) == 1 or (several and (runner.sharded or runner.recipe.target.shard)):
+        return keys  # where something is sharded, all ranks would have to run the same number of passes
+    bad = []
+    for i, key in enumerate(keys):
+        # The sequence in every place of the batch: the same shapes, so nothing is compiled again.
+        alone = {name: tensor[i : i + 1].expand_as(tensor).contiguous() for name, tensor in batch.items()}
+        if not bool(torch.isfinite(runner.run(alone, runner.plan(alone), scale=None).loss)):
+            bad.append(key)
+    return bad or keys

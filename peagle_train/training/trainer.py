@@ -1,15 +1,24 @@
-"""The training loop, on top of everything else: rows in, drafter out, on one process or many."""
+"""The training loop: sequences in, drafter out, on one process or many.
+
+A step whose loss or gradient is not finite is not applied, but counts: the learning rate and the position in the data move
+on, so that step n always trains the same sequences at the same rate; weights and moments are unchanged.
+"""
 
 import json
 import math
+import os
+import signal
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch.profiler import record_function
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
@@ -24,31 +33,25 @@ from peagle_train.data.training_data import make_collator
 from peagle_train.distributed import (
     agree,
     clip_gradients,
+    from_all,
     from_main,
+    full_moments,
     full_weights,
+    load_full,
     same_on_all_ranks,
     shard,
     sum_counts,
     sum_over_ranks,
     wants_sharding,
 )
-from peagle_train.files import NonFiniteWeights, RunStopped
+from peagle_train.files import NonFinite, NonFiniteWeights, RunStopped, write_json, write_text
 from peagle_train.memory import memory_explained, probe_step
+from peagle_train.serving.drafter_io import check_finite
 from peagle_train.target_model.cache import fingerprint as target_fingerprint
 from peagle_train.target_model.frozen import TargetBase
-from peagle_train.training.checkpoint import (
-    MARKER,
-    Checkpoint,
-    last_checkpoint,
-    remove_set_aside,
-    save_checkpoint,
-    save_drafter,
-    set_schedule,
-    take_up_output,
-    write_json,
-)
+from peagle_train.training import checkpoint as checkpoints
+from peagle_train.training.checkpoint import MARKER, Checkpoint, fingerprint, last_checkpoint, save_drafter
 from peagle_train.training.evaluate import Evaluator
-from peagle_train.training.guard import Guard, diverged, skip_step
 from peagle_train.training.metrics import (
     ABOUT,
     Pace,
@@ -61,21 +64,37 @@ from peagle_train.training.metrics import (
     peak_memory_bytes,
     train_line,
 )
-from peagle_train.training.signals import STOPPING, Signals, is_lost_worker, leave_to_parent
-from peagle_train.training.step import Batch, BatchRunner, make_optimizer, make_scheduler
+from peagle_train.training.step import (
+    Batch,
+    BatchRunner,
+    Gradients,
+    StepResult,
+    bad_sequences,
+    has_finite_weights,
+    make_optimizer,
+    make_scheduler,
+    rates_at,
+    set_schedule,
+)
+
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+ECHO_SECONDS = 5.0
+"""Under torchrun, a second signal this soon after the first is taken for its copy: torchrun passes on a SIGTERM that its
+processes have already got if it was sent to their whole group, or job."""
+BAD_ROWS = "bad_rows.jsonl"
 
 
 class StepDropped(Exception):
-    """A signal came between two micro-batches; the step has not been."""
+    """A signal came between two micro-batches; the step was not made."""
 
 
 class Trainer:
-    """One run. `run` does everything; the methods below it are its steps, in the order in which they happen.
+    """One run. `run` does everything; the methods after it are its parts, in the order in which they happen.
 
     Args:
         recipe: the settings. accelerator: made by the caller, who knows the device.
         target: frozen, on the accelerator's device. draft: on the CPU; prepared here.
-        train_rows, eval_rows: packed rows; eval_rows may be empty.
+        train_rows, eval_rows: packed sequences; eval_rows may be empty.
     """
 
     def __init__(
@@ -92,32 +111,27 @@ class Trainer:
         agree(
             {
                 "recipe": dump_recipe(recipe),
-                "set of rows to train on": train_rows.fingerprint(),
-                "set of held-out rows": eval_rows.fingerprint(),
+                "set of training data": train_rows.fingerprint(),
+                "set of held-out data": eval_rows.fingerprint(),
                 "draft vocabulary": str(draft.draft_token_ids.tolist()),
                 "target": self.target_fingerprint,
             }
         )
-        self.recipe, self.accelerator, self.target = recipe, accelerator, target
+        self.recipe, self.accelerator, self.target, self.draft = recipe, accelerator, target, draft
         self.train_rows = train_rows
         self.folder = Path(recipe.output.dir)
-        self.device = accelerator.device
+        self.device, self.world_size = accelerator.device, accelerator.num_processes
         train = recipe.train
-
-        self.draft = draft
-        self.optimizer: Any
+        # No DDP around the drafter: gradients are summed once a step (sum_over_ranks), so a rank may run any number of
+        # passes. (DDP's reducer would also hold a second copy of the gradients, and can deadlock at exit on gloo.)
         if wants_sharding(train.sharding, accelerator):
             same_on_all_ranks(draft, self.device)
             shard(draft, draft.layers, self.device, train.mixed_precision == "bf16")
-            self.optimizer = make_optimizer(draft, train)
         else:
-            # No DDP around it: gradients are summed once a step, by us (sum_over_ranks), so that a rank may run any number
-            # of passes. (Its reducer would also hold a second copy of the gradients, and can deadlock at exit on gloo.)
-            draft.to(self.device)
-            same_on_all_ranks(draft, self.device)
-            self.optimizer = accelerator.prepare(make_optimizer(draft, train))
-        self.trained = [p for p in self.draft.parameters() if p.requires_grad]
-        self.runner = BatchRunner(recipe, accelerator, target, self.draft)
+            same_on_all_ranks(draft.to(self.device), self.device)
+        self.trained = [p for p in draft.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(draft, train)
+        self.runner = BatchRunner(recipe, accelerator, target, draft)
         self.evaluator = Evaluator(self.runner, eval_rows)
         self.collator = make_collator(recipe, train.seed, self.device)
         self.sampler = StepBatchSampler(
@@ -125,27 +139,28 @@ class Trainer:
             train.batch_size,
             train.gradient_accumulation_steps,
             accelerator.process_index,
-            accelerator.num_processes,
+            self.world_size,
             train.seed,
         )
         self.num_steps = train.max_steps or train.epochs * self.sampler.steps_per_epoch
         self.sampler.num_steps = self.num_steps
         self.scheduler = make_scheduler(self.optimizer, train, self.num_steps)
+        self.reporter = Reporter(self.folder, self.num_steps, accelerator)
         self.profiler = StepProfiler(train.profile_steps if accelerator.is_main_process else None, self.folder)
-        self.pace = Pace(accelerator.num_processes, recipe.data.num_workers)
-        self.about: dict[str, Any] = about_machine(self.device, accelerator.num_processes)
+        self.pace = Pace(self.world_size, recipe.data.num_workers)
+        self.about: dict[str, Any] = about_machine(self.device, self.world_size)
         self.signals = Signals()
-        self.guard = Guard(self.folder, train.max_bad_steps)
-        self._agreed_stop: str | None = None  # the signal's name, whichever rank got it
-        self._agreed_save = False
-        self._following: list[Batch] = []  # the next step's micro-batches
-        # The run's state beside the drafter's: see run_checkpoint.py, which saves it and puts it back.
-        self.step = 0
-        self.saved_step: int | None = None
+        self.agreed_stop: str | None = None
+        """A signal that some rank got, known to all of them."""
+        self.following: list[Batch] = []
+        """The next step's micro-batches."""
+        # What a checkpoint saves beside weights, moments and generators, and `restore` puts back:
+        self.step, self.saved_step = 0, -1
+        self.bad_in_a_row, self.bad_lines = 0, 0
         self.before: dict[str, Any] | None = None
         self.best: dict[str, Any] | None = None
         self.resumed: Checkpoint | None = None
-        self.seconds_before, self._started = 0.0, time.perf_counter()
+        self.seconds_before, self.started = 0.0, time.perf_counter()
 
     # ---- the run
 
@@ -154,16 +169,18 @@ class Trainer:
 
         Raises:
             ValueError: the output folder cannot be used.
-            RunStopped: the run had to stop, with a line that says why and how to go on.
+            RunStopped: the run had to stop, with a line that says why and how to resume.
         """
-        self.reporter = Reporter(self.folder, self.num_steps, self.accelerator, self.step)
-        lock = take_up_output(self)
-        self.on_main(f"{ABOUT} could not be written", lambda: write_json(self.folder / ABOUT, self.about))
-        self.reporter.start_tracker(self.step, asdict(self.recipe))
-        steps = self._steps()
+        lock = self._take_output()
+        self.reporter.start(self.step, asdict(self.recipe))
+        steps = self.steps()
         try:
             with memory_explained(self.recipe, self._where), self.signals:
-                self._probe()
+                asked = self.recipe.train.probe
+                if asked is True or (asked == "auto" and self.device.type == "cuda"):
+                    parts = self.recipe, self.target, self.draft, self.collator, self.optimizer
+                    with suppress(StepDropped):  # a signal: the run then ends before its first step
+                        self.reporter.say(probe_step(*parts, accumulate=self.accumulate))
                 return self._run(steps)
         except (RuntimeError, OSError, EOFError) as error:
             if not is_lost_worker(error):
@@ -180,39 +197,36 @@ class Trainer:
     def _where(self) -> str:
         return f"out of memory in step {self.step + 1} of {self.num_steps} ({last_checkpoint(self.folder)})"
 
-    def _probe(self) -> None:
-        asked = self.recipe.train.probe
-        if asked is True or (asked == "auto" and self.device.type == "cuda"):
-            self.reporter.say(probe_step(self))
-
-    def _run(self, steps: Iterator[list[Batch]]) -> dict[str, Any]:
+    def _run(self, steps: Generator[list[Batch], None, None]) -> dict[str, Any]:
         if self.resumed is None:
             self.before = self.evaluate("held-out before training")
-        self._started = time.perf_counter()
-        while not self._is_asked_to_stop():
+        self.started = time.perf_counter()
+        while self.stop is None:
             batches = next(steps, None)
             if batches is None:
                 return self._finish()
             try:
-                self._optimizer_step(batches)
+                result = self.take_step(batches)
             except StepDropped:
                 self.optimizer.zero_grad(set_to_none=True)
                 break
-            self._log_evaluate_save()
-        path = save_checkpoint(self)
-        summary = {
-            "state": "stopped",
-            "signal": self.signals.stop or self._agreed_stop,
-            "steps": self.step,
-            "checkpoint": path.name,
-        }
+            if not result.applied:
+                self._skip(batches, result)
+            self._log_evaluate_save(result)
+        path = self.save_checkpoint()
+        summary = {"state": "stopped", "signal": self.stop, "steps": self.step, "checkpoint": path.name}
         self._write_marker(summary)
         return summary
+
+    @property
+    def stop(self) -> str | None:
+        """The signal that ends the run: what the ranks agreed on in their last step, or this only process's own."""
+        return self.signals.stop if self.world_size == 1 else self.agreed_stop
 
     def _finish(self) -> dict[str, Any]:
         seconds = self.seconds()
         after = self.evaluate("held-out after training")
-        self.save(self.folder / "final")
+        self._save_drafter(self.folder / "final")
         summary = {
             "state": "finished",
             "drafter": "final",
@@ -225,11 +239,11 @@ class Trainer:
             "best": self.best,
         }
         self._write_marker(summary)
-        self.on_main("old checkpoints could not be removed", lambda: remove_set_aside(self.folder))
+        self.on_main("old checkpoints could not be removed", lambda: checkpoints.remove_set_aside(self.folder))
         return summary
 
     def on_main(self, failing: str, action: Callable[[], object]) -> None:
-        """Let the main process write something; RunStopped on every rank, with `failing`, where that does not work."""
+        """Let the main process write something; RunStopped on every rank, with `failing`, if that does not work."""
         failure = ""
         if self.accelerator.is_main_process:
             try:
@@ -237,22 +251,17 @@ class Trainer:
             except OSError as error:
                 failure = f"{failing}: {error}; {last_checkpoint(self.folder)}"
             except NonFiniteWeights as error:
-                failure = f"{failing}: {error}: {diverged(self)}"
-        failure = from_main(failure)  # no collective: a slow disk must not be a time-out
-        if failure:
+                failure = f"{failing}: {error}: {self._diverged()}"
+        if failure := from_main(failure):
             raise RunStopped(failure)
 
     def seconds(self) -> float:
         """Spent in training, over all of the run's parts."""
-        return self.seconds_before + time.perf_counter() - self._started
+        return self.seconds_before + time.perf_counter() - self.started
 
-    def _is_asked_to_stop(self) -> bool:
-        """Whether the run shall end here: what the ranks agreed on in their last step, or this only process's signals."""
-        if self.accelerator.num_processes == 1:
-            return self.signals.stop is not None
-        return self._agreed_stop is not None
+    # ---- a step
 
-    def _steps(self) -> Generator[list[Batch], None, None]:
+    def steps(self) -> Generator[list[Batch], None, None]:
         """Each optimizer step's micro-batches, on the host.
 
         A step's supervised elements are counted before its first pass, so all of its draws are here at once, and those of
@@ -268,7 +277,7 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
         )
         self.pace.restart()
-        iterator, self._following = iter(loader), []
+        iterator, self.following = iter(loader), []
 
         def draw() -> list[Batch]:
             return [next(iterator) for _ in range(self.recipe.train.gradient_accumulation_steps)]
@@ -278,60 +287,57 @@ class Trainer:
                 self.profiler.before(step)
                 started = time.perf_counter()
                 with record_function("peagle::loader wait"):
-                    batches = self._following or draw()
-                    self._following = draw() if step < self.num_steps else []
+                    batches = self.following or draw()
+                    self.following = draw() if step < self.num_steps else []
                 self.pace.waited(time.perf_counter() - started)
                 yield batches
-                table = self.profiler.after(step, is_last=step == self.num_steps)
-                if table:
+                if table := self.profiler.after(step, is_last=step == self.num_steps):
                     self.reporter.say(table)
         finally:
             if isinstance(iterator, _MultiProcessingDataLoaderIter):
                 iterator._shutdown_workers()  # not left to garbage collection: a traceback would keep them alive
 
-    # ---- a step
-
-    def accumulate(self, batches: list[Batch]) -> StepStats:
+    def accumulate(self, batches: list[Batch]) -> Gradients:
         """Gradients of one optimizer step over all ranks and micro-batches, normalised by its supervised elements.
 
         Afterwards every rank holds the same gradients and the same sums.
         """
-        plans = self._plans = [self.runner.plan(batch) for batch in batches]
+        plans = [self.runner.plan(batch) for batch in batches]
         # What signals asked of any rank travels with the count: no collective of its own, and no wait.
-        supervised = sum(p.num_supervised for p in plans)
-        self._own_save = self.signals.save
-        stops = [self.signals.stop == number.name for number in STOPPING]
-        count, *self._asked = sum_counts([supervised, self._own_save, *stops], self.device)
+        save, stops = self.signals.save, [self.signals.stop == number.name for number in STOPPING]
+        sums = sum_counts([sum(p.num_supervised for p in plans), save, *stops], self.device)
         # FSDP averages over ranks where we want the sum; a step with nothing supervised has gradient 0, not nan.
         wide = torch.promote_types(self.draft.dtype, torch.float32)
-        scale = (self.accelerator.num_processes if self.runner.sharded else 1) / count.clamp(min=1).to(wide)
-        sums = []
+        scale = (self.world_size if self.runner.sharded else 1) / sums[0].clamp(min=1).to(wide)
+        parts = []
         for i, (batch, plan) in enumerate(zip(batches, plans, strict=True)):
-            if i > 0 and self._is_asked_to_stop():
-                raise StepDropped  # who asks may not wait for all of a long step; it is done again from its start
-            for coming in [*batches, *self._following][i + 1 : i + 2]:
+            if i > 0 and self.stop is not None:
+                raise StepDropped  # a stop should not wait for all of a long step; it is repeated when the run resumes
+            for coming in [*batches, *self.following][i + 1 : i + 2]:
                 self.target.expect(coming)
-            sums.append(self.runner.run(batch, plan, scale, is_last=i == len(batches) - 1))
+            parts.append(self.runner.run(batch, plan, scale, is_last=i == len(batches) - 1))
         stats = StepStats(
-            torch.stack([s.loss for s in sums]).sum(),
-            torch.stack([s.hits for s in sums]).sum(0),
-            torch.stack([s.totals for s in sums]).sum(0).to(self.device, non_blocking=True),
+            torch.stack([part.loss for part in parts]).sum(),
+            torch.stack([part.hits for part in parts]).sum(0),
+            torch.stack([part.totals for part in parts]).sum(0).to(self.device, non_blocking=True),
         )
-        self._own_losses = [s.loss for s in sums]
+        losses = [part.loss for part in parts]
         with record_function("peagle::reduce"):
             sum_over_ranks([] if self.runner.sharded else self.trained, also=[stats.loss, stats.hits, stats.totals])
-        return stats
+        return Gradients(stats, losses, plans, sums[1:], save)
 
-    def _optimizer_step(self, batches: list[Batch]) -> None:
-        stats = self.accumulate(batches)
+    def take_step(self, batches: list[Batch]) -> StepResult:
+        """One optimizer step; it is not applied if its loss or gradient is not finite."""
+        gradients = self.accumulate(batches)
         limit = self.recipe.train.max_grad_norm
-        self._grad_norm = clip_gradients(self.trained, math.inf if limit is None else limit)
+        norm = clip_gradients(self.trained, math.inf if limit is None else limit)
         # The step's one wait for the device: a non-finite step must not reach the weights.
-        is_finite = torch.isfinite(self._grad_norm) & torch.isfinite(stats.loss)
-        applied, save, *stops = (bool(x) for x in torch.stack([is_finite.long(), *self._asked]).tolist())
-        self._agreed_stop = next((number.name for number, asked in zip(STOPPING, stops, strict=True) if asked), None)
-        self._agreed_save = save
-        self.learning_rate = self.scheduler.get_last_lr()[0]  # this step's, before the schedule goes on
+        is_finite = torch.isfinite(norm) & torch.isfinite(gradients.stats.loss)
+        applied, save, *stops = torch.cat([is_finite.long()[None], gradients.asked]).tolist()
+        self.agreed_stop = next((number.name for number, asked in zip(STOPPING, stops, strict=True) if asked), None)
+        if gradients.asked_to_save:  # a request that came since is not yet known to the other ranks
+            self.signals.save = False
+        rate = float(self.scheduler.get_last_lr()[0])
         with record_function("peagle::optimizer"):
             if applied:
                 self.optimizer.step()
@@ -340,37 +346,84 @@ class Trainer:
                 set_schedule(self.scheduler, self.step + 1)  # its own step() would warn that the optimizer's is missing
             self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self.bad_in_a_row = 0 if applied else self.bad_in_a_row + 1
         self.pace.step(batches)
         self.reporter.step()
-        self._stats = stats if applied else None
-        self.guard.in_a_row = 0 if applied else self.guard.in_a_row + 1
-        if not applied:
-            skip_step(self, batches, self._own_losses)
+        return StepResult(gradients, norm, rate, bool(applied), bool(save))
+
+    def _skip(self, batches: list[Batch], result: StepResult) -> None:
+        """Log a step that was not applied and its sequences; stop the run if it was one too many.
+
+        If the weights are not finite, no sequence is at fault, and no checkpoint is saved or offered.
+        """
+        if not has_finite_weights(self.draft, self.device):
+            raise NonFinite(
+                f"step {self.step} was not applied: the drafter's weights are not finite: {self._diverged()}"
+            )
+        pairs = zip(batches, result.gradients.losses, strict=True)
+        keys = [key for b, loss in pairs if not bool(torch.isfinite(loss)) for key in bad_sequences(self.runner, b)]
+        what, found = "loss", from_all(keys)
+        if not any(found):  # nobody can tell whose gradient it is
+            what, found = "gradient", from_all([key for batch in batches for key in batch["row_key"].tolist()])
+        epoch = (self.step - 1) // self.sampler.steps_per_epoch
+        entries = [
+            {"step": self.step, "epoch": epoch, "rank": rank, "row_key": key, "what": what}
+            for rank, keys in enumerate(found)
+            for key in keys
+            if key  # 0 is a sequence of nothing
+        ]
+        self.on_main(f"{BAD_ROWS} could not be written", lambda: self._write_bad_rows(entries))
+        line = (
+            f"{what} is not finite in step {self.step}, sequences {[entry['row_key'] for entry in entries]}: the step was"
+            " not applied"
+        )
+        self._record("skipped", f"step {self.step}/{self.num_steps}  {line}", step=self.step)
+        bad, most = self.bad_in_a_row, self.recipe.train.max_bad_steps
+        if bad < most:
+            return
+        self.bad_in_a_row = 0  # a run that resumes here counts from 0
+        path = self.save_checkpoint()
+        # Not one saved among the bad steps: it has their number, and would stop at once.
+        saved = checkpoints.list_checkpoints(self.folder)
+        sound = [p for p in saved if (checkpoints.step_of(p) or 0) <= self.step - bad]
+        raise NonFinite(
+            f"{line}, number {bad} in a row (train.max_bad_steps is {most}), at a learning rate of"
+            f" {result.learning_rate:.3g}. The weights of the last good step, all finite, are in {path}: the same command"
+            " with --resume continues after these sequences"
+            + (f", with --resume {sound[0]} before them" if sound else "")
+            + "; if the loss had risen before, start a new run with a lower train.learning_rate"
+        )
+
+    def _write_bad_rows(self, entries: list[dict[str, Any]]) -> None:
+        with (self.folder / BAD_ROWS).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in entries)
+        self.bad_lines += len(entries)
+
+    def _diverged(self) -> str:
+        train, rate = self.recipe.train, rates_at(self.scheduler, max(0, self.step - 1))[0]
+        return (
+            f"the run has diverged at a learning rate of {rate:.3g} (train.learning_rate {train.learning_rate:g},"
+            f" train.weight_decay {train.weight_decay:g}): start a new run with a lower one"
+        )
 
     # ---- logging, evaluation, saving
 
-    def _log_evaluate_save(self) -> None:
+    def _log_evaluate_save(self, result: StepResult) -> None:
         train = self.recipe.train
         last = self.step == self.num_steps
-        if (self.step % train.log_steps == 0 or self.step == 1 or last) and self._stats is not None:
-            self._log(self._stats)
+        if result.applied and (self.step % train.log_steps == 0 or self.step == 1 or last):
+            self._log(result)
         if train.eval_steps and self.step % train.eval_steps == 0 and not last:
             with self.pace.paused():
                 self.evaluate(f"held-out at step {self.step}")
-        # Behind the evaluation, so that whoever goes on from here need not repeat it.
+        # After the evaluation, so that a run that resumes here need not repeat it.
         is_due = train.save_steps is not None and self.step % train.save_steps == 0 and not last
-        if self._is_asked_to_save() or is_due:
+        if result.save or is_due:
             with self.pace.paused():
-                save_checkpoint(self)
+                self.save_checkpoint()
 
-    def _is_asked_to_save(self) -> bool:
-        if self.accelerator.num_processes == 1:
-            self._own_save = self._agreed_save = self.signals.save
-        if self._own_save:  # not one that came since: the others do not know of it yet
-            self.signals.save = False
-        return self._agreed_save
-
-    def _log(self, stats: StepStats) -> None:
+    def _log(self, result: StepResult) -> None:
+        stats = result.gradients.stats
         hits, totals = stats.hits.tolist(), stats.totals.tolist()
         accuracy = accuracies(hits, totals)
         values = {
@@ -380,40 +433,36 @@ class Trainer:
             "accuracy": accuracy,
             "expected_accepted_length": expected_accepted_length(accuracy),
             "supervised": totals,
-            "learning_rate": self.learning_rate,
-            "grad_norm": float(self._grad_norm),
-            "padding_share": padding_share(self._plans),
+            "learning_rate": result.learning_rate,
+            "grad_norm": float(result.grad_norm),
+            "padding_share": padding_share(result.gradients.plans),
             "peak_memory_bytes": peak_memory_bytes(self.device),
             **self.pace.close_window(self.num_steps - self.step),
             "recompiles": None if self.runner.graphs is None else self.runner.graphs.recompiles,
             "seconds": time.perf_counter() - self.reporter.start_time,
         }
-        self.record("train", train_line(values), **values)
+        self._record("train", train_line(values), **values)
         if advice := self.pace.advice():
             self.reporter.say(advice)
 
     def evaluate(self, title: str) -> dict[str, Any] | None:
-        """Held-out loss, accuracies and expected accepted length over all ranks; None without held-out rows."""
+        """Held-out loss, accuracies and expected accepted length over all ranks; None without held-out data."""
         values = self.evaluator()
-        if values is not None:
-            self.record("eval", eval_line(title, values), step=self.step, **values)
-            self._mark_best(values)
+        if values is None:
+            return None
+        self._record("eval", eval_line(title, values), step=self.step, **values)
+        length = values["expected_accepted_length"]
+        if self.best is None or length > self.best["expected_accepted_length"]:
+            last = self.step == self.num_steps
+            folder = None if self.step == 0 else "final" if last else "best"
+            self.best = {"step": self.step, "expected_accepted_length": length, "folder": folder}
+            if folder == "best":
+                self._save_drafter(self.folder / folder, {"best.json": json.dumps(self.best)})
+            if folder:
+                self.on_main("best.json could not be written", lambda: write_json(self.folder / "best.json", self.best))
         return values
 
-    def _mark_best(self, values: dict[str, Any]) -> None:
-        better = self.best is None or values["expected_accepted_length"] > self.best["expected_accepted_length"]
-        if not better:
-            return
-        self.best = {"step": self.step, "expected_accepted_length": values["expected_accepted_length"]}
-        if self.step == 0:
-            return
-        folder = "final" if self.step == self.num_steps else "best"
-        self.best["folder"] = folder
-        if folder == "best":
-            self.save(self.folder / folder, {"best.json": json.dumps(self.best)})
-        self.on_main("best.json could not be written", lambda: write_json(self.folder / "best.json", self.best))
-
-    def save(self, path: Path, extra: dict[str, str] | None = None) -> None:
+    def _save_drafter(self, path: Path, extra: dict[str, str] | None = None) -> None:
         """Write the drafter as vLLM loads it, and further files; every rank must call it."""
         state = full_weights(self.draft)
         texts = {"recipe.yaml": dump_recipe(self.recipe), **(extra or {})}
@@ -422,5 +471,196 @@ class Trainer:
     def _write_marker(self, summary: dict[str, Any]) -> None:
         self.on_main(f"{MARKER} could not be written", lambda: write_json(self.folder / MARKER, summary))
 
-    def record(self, kind: str, line: str, **values: Any) -> None:
+    def _record(self, kind: str, line: str, **values: Any) -> None:
         self.on_main("metrics.jsonl could not be written", lambda: self.reporter.record(kind, line, **values))
+
+    # ---- checkpoints
+
+    def save_checkpoint(self) -> Path:
+        """Save checkpoint-<step>, unless it was saved before, and return it; every rank must call it."""
+        path = self.folder / f"checkpoint-{self.step}"
+        if self.saved_step == self.step:
+            return path
+        weights, moments = full_weights(self.draft), full_moments(self.draft, self.optimizer)
+        # Nothing of a run draws from the global generators; a target's own code may.
+        own = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            own["cuda"] = torch.cuda.get_rng_state()
+        generators = {f"{kind}.{rank}": t for rank, states in enumerate(from_all(own)) for kind, t in states.items()}
+        epoch, step_in_epoch = divmod(self.step, self.sampler.steps_per_epoch)
+        state = {
+            "step": self.step,
+            "num_steps": self.num_steps,
+            "position": {"epoch": epoch, "step_in_epoch": step_in_epoch},
+            "learning_rates": rates_at(self.scheduler, self.step),
+            "bad_steps_in_a_row": self.bad_in_a_row,
+            "train_seconds": self.seconds(),
+            "before": self.before,
+            "best": self.best,
+            "lines": {"metrics.jsonl": self.reporter.lines, BAD_ROWS: self.bad_lines},
+            "must_match": self._must_match(),
+            "world_size": self.world_size,
+            "versions": checkpoints.versions(),
+            "recipe": asdict(self.recipe),
+        }
+
+        def write() -> None:
+            self.reporter.sync()  # a checkpoint's lines are on disk before it is
+            parts = self.draft.config, weights, moments, generators, state
+            checkpoints.save_checkpoint(self.folder, self.step, self.recipe, *parts)
+
+        self.on_main(f"{path} could not be saved", write)
+        self.saved_step = self.step
+        return path
+
+    def _must_match(self) -> dict[str, Any]:
+        """What a run that resumes must find unchanged, by the words for it."""
+        held_out = self.evaluator.rows
+        return {
+            "training data": [len(self.train_rows), self.train_rows.fingerprint()],
+            "held-out data": [len(held_out), held_out.fingerprint()],
+            "sequences of a step": self.sampler.global_batch_size,
+            "draft vocabulary": fingerprint(self.draft.draft_token_ids.reshape(1, -1)),
+            "target's config and weights": self.target_fingerprint,
+            "target's head": [str(self.runner.head_rows.dtype)[6:], fingerprint(self.runner.head_rows)],
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> list[str]:
+        """Make this new trainer the one that was saved. Changes no file; returns what the user should know.
+
+        Raises:
+            ValueError: data, draft vocabulary, target or the size of a step are not the checkpoint's.
+        """
+        state, folder = checkpoint.state, checkpoint.folder
+        self.sampler.check_global_batch_size(state["must_match"]["sequences of a step"])
+        checkpoints.compare_state(state, self._must_match(), self.num_steps, folder.name)
+        weights, moments, generators = (
+            load_file(folder / name) for name in ("model.safetensors", "optimizer.state", "rng.state")
+        )
+        check_finite(weights, f"--resume: {folder}'s")
+        load_full(self.draft, self.optimizer, weights, moments)
+        set_schedule(self.scheduler, checkpoint.step)
+        rank = self.accelerator.process_index
+        if f"cpu.{rank}" in generators:
+            torch.set_rng_state(generators[f"cpu.{rank}"].clone())
+        if f"cuda.{rank}" in generators and torch.cuda.is_available():
+            torch.cuda.set_rng_state(generators[f"cuda.{rank}"].clone())
+        self.step = self.saved_step = self.sampler.start_step = checkpoint.step
+        self.bad_in_a_row = state["bad_steps_in_a_row"]
+        self.before, self.best, self.seconds_before = state["before"], state["best"], state["train_seconds"]
+        self.resumed = checkpoint
+        rate = rates_at(self.scheduler, self.step)[0]
+        notes = checkpoint.notes + checkpoints.compare_surroundings(state, self.num_steps, rate, self.world_size)
+        if self.best and self.best["folder"] == "best" and not self._has_best(self.best["step"]):
+            notes.append(
+                f"best/ holds a later step than {self.step}: the drafter of step {self.best['step']}, the best so far, is"
+                " gone; the next better one takes its place"
+            )
+            self.best = {**self.best, "folder": None}
+        return notes
+
+    def _has_best(self, step: int) -> bool:
+        for name in ("best", ".best.old"):
+            path = self.folder / name / "best.json"
+            if path.is_file():
+                return json.loads(path.read_bytes())["step"] == step
+        return False
+
+    def _take_output(self) -> Any:
+        """Make a new output folder the run's, or put one back to where its checkpoint was saved; returns its lock (main).
+
+        Raises:
+            ValueError: on every rank, if the folder cannot be used.
+        """
+        failure, lock = "", None
+        if self.accelerator.is_main_process:
+            try:
+                if self.resumed is None:
+                    checkpoints.claim_output(self.folder)
+                lock = checkpoints.lock_output(self.folder)
+                if self.resumed is not None:
+                    self._put_back(self.resumed)
+                write_text(self.folder / "recipe.yaml", dump_recipe(self.recipe))
+                write_json(self.folder / ABOUT, self.about)
+            except ValueError as error:
+                failure = str(error)
+            except OSError as error:
+                failure = f"output.dir {self.folder} cannot be written: {error}"
+        if failure := from_main(failure):
+            raise ValueError(failure)
+        return lock
+
+    def _put_back(self, checkpoint: Checkpoint) -> None:
+        """Undo what an output folder got after the checkpoint, and say what that is."""
+        say = self.reporter.say
+        checkpoints.clean_up(self.folder)
+        if later := checkpoints.set_aside_later(self.folder, checkpoint.step):
+            say(f"resume: checkpoints of later steps ({', '.join(map(str, later))}) are set aside until the run ends")
+        lines = {}
+        for name, wanted in checkpoint.state["lines"].items():
+            dropped, missing = checkpoints.keep_lines(self.folder / name, wanted)
+            lines[name] = wanted - missing
+            if dropped:
+                say(f"resume: {name}: {dropped} lines after step {checkpoint.step} dropped")
+            if missing:
+                say(f"resume: {name}: {missing} lines that were there at step {checkpoint.step} are missing")
+        self.reporter.lines, self.bad_lines = lines["metrics.jsonl"], lines[BAD_ROWS]
+        write_json(self.folder / MARKER, {"state": "started"})
+        say(f"resume: continuing after step {checkpoint.step}, from {checkpoint.folder}")
+
+
+class Signals:
+    """While entered, SIGTERM and SIGINT ask for a checkpoint and the end, SIGUSR1 for a checkpoint, answered between two
+    steps. A second SIGTERM or SIGINT ends the process at once (under torchrun, one that comes `ECHO_SECONDS` later).
+
+    A handler does nothing but set a flag: it may run in the middle of any Python line, a save included.
+    """
+
+    def __init__(self) -> None:
+        self.stop: str | None = None
+        """Name of the signal that asked for the end."""
+        self.save = False
+        self._stopped_at = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        self._before = {number: signal.signal(number, self._on_signal) for number in (*STOPPING, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        # os.write, not print: a print that this very handler interrupted would raise
+        if number == signal.SIGUSR1:
+            self.save = True
+        elif self.stop is None:
+            self.stop, self._stopped_at = signal.Signals(number).name, time.monotonic()
+            os.write(2, f"peagle_train: {self.stop}: saving and ending; a second one ends at once\n".encode())
+        elif "TORCHELASTIC_RUN_ID" not in os.environ or time.monotonic() - self._stopped_at >= ECHO_SECONDS:
+            os.write(2, b"peagle_train: a second signal: ending at once, nothing more is saved\n")
+            os._exit(128 + number)
+
+
+def is_lost_worker(error: BaseException) -> bool:
+    """Whether an error says that a loader process is gone; not one that the data raised inside of one.
+
+    torch says so from a signal handler, anywhere in the run, unless reading what the process was about to hand over fails
+    first, with the error of a connection that was cut.
+    """
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    module = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
+    is_cut = isinstance(error, (OSError, EOFError))
+    is_cut &= module.startswith("multiprocessing.") or "in pin memory thread" in str(error)
+    return "DataLoader worker (pid" in str(error) or is_cut
+
+
+def leave_to_parent(worker_id: int) -> None:
+    """A loader process's `worker_init_fn`: signals to the whole group (a terminal's ^C, a scheduler's SIGTERM) must not
+    kill it under a parent that is still finishing its step. It ends when the parent says so, or is gone.
+    """
+    for number in (*STOPPING, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

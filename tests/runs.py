@@ -1,0 +1,123 @@
+"""Whole runs in this process, and what is compared between them."""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from peagle_train.__main__ import main
+from peagle_train.training.trainer import Trainer
+from tests.tiny import write_recipe
+
+LENGTHS = [9, 31, 4, 17, 32, 2, 26, 11, 40, 13]
+TIMES = {
+    "tokens_per_second",
+    "supervised_tokens_per_second",
+    "peak_memory_bytes",
+    "loader_wait_share",
+    "seconds",
+    "seconds_left",
+}
+EVALUATED = {"eval_fraction": 0.3}
+
+
+def recipe_for(folder: Path, target: Path, rows: Path, **sections: dict[str, Any]) -> Path:
+    folder.mkdir(exist_ok=True)
+    return write_recipe(folder, target, rows, folder / "run", **sections)
+
+
+def run(recipe: Path, *arguments: str, code: int = 0) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main([str(recipe), *arguments]) == code
+
+
+def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the next run get a SIGTERM after a step."""
+    take_step = Trainer.take_step
+
+    def step_and_stop(self: Trainer, batches: Any) -> Any:
+        result = take_step(self, batches)
+        if self.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(Trainer, "take_step", step_and_stop)
+
+
+def stopped(recipe: Path, step: int, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(step, patch)
+        run(recipe, *arguments)
+
+
+def drafter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], t) for name, t in theirs.items())
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+def assert_same_run(ours: Path, whole: Path) -> None:
+    """Drafters, numbers, summaries and the checkpoints that both have are equal bit for bit."""
+    for name in ("final", "best"):
+        assert (ours / name).exists() == (whole / name).exists(), name
+        assert not (whole / name).exists() or same_tensors(drafter(ours / name), drafter(whole / name)), name
+    assert metrics(ours) == metrics(whole)
+    summaries = [json.loads((output / "run.json").read_text()) for output in (ours, whole)]
+    for summary in summaries:
+        del summary["train_seconds"]
+    assert summaries[0] == summaries[1]
+    for path in {path.name for path in whole.glob("checkpoint-*")} & {path.name for path in ours.glob("checkpoint-*")}:
+        for file in ("model.safetensors", "optimizer.state", "rng.state"):
+            assert (ours / path / file).read_bytes() == (whole / path / file).read_bytes(), (path, file)
+
+
+def last_error(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("peagle_train: error: ") and not any("Traceback" in line for line in lines)
+    return lines[-1]
+
+
+def in_child(function: Callable[[], object]) -> int:
+    """Run something that touches files only in a forked process: its exit code, or minus the signal that killed it."""
+    pid = os.fork()
+    if pid == 0:
+        code = 70
+        try:
+            function()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+class Begun:
+    """A run of 9 steps with checkpoints 2, 4, 6, 8, whole, and the same stopped after step 5 (checkpoints 2, 4, 5)."""
+
+    def __init__(self, folder: Path, target: Path, rows: Path) -> None:
+        self.target, self.rows = target, rows
+        self.settings = {"data": EVALUATED, "train": {"max_steps": 9, "save_steps": 2, "eval_steps": 3}}
+        run(recipe_for(folder / "whole", target, rows, **self.settings))
+        with pytest.MonkeyPatch.context() as patch:
+            stopped(recipe_for(folder / "stopped", target, rows, **self.settings), 5, patch)
+        self.whole, self.stopped = folder / "whole" / "run", folder / "stopped" / "run"
+
+    def copy(self, folder: Path) -> Path:
+        """The recipe of a copy of the stopped run in folder / "run"."""
+        folder.mkdir(exist_ok=True)
+        shutil.copytree(self.stopped, folder / "run")
+        return recipe_for(folder, self.target, self.rows, **self.settings)
