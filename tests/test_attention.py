@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from peagle_train.core import attention as attention_module
+from peagle_train.core import attention_cpu
 from peagle_train.core import visibility as visibility_module
 from peagle_train.core.attention import attend
-from peagle_train.core.compiled_attention import attention_op
+from peagle_train.core.attention_cpu import attention_op
 from peagle_train.core.plan import plan_segments
 from peagle_train.core.relay import relay_step
 from peagle_train.core.segments import recompute_step
@@ -195,7 +195,7 @@ def test_ranges_on_a_grid_put_together_are_the_dense_mask(name: str, monkeypatch
 def test_in_bfloat16_attention_gets_few_shapes_whatever_the_documents(
     step: Any, S: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    L, shapes, flash = 300, set(), attention_module._flash
+    L, shapes, flash = 300, set(), attention_cpu._flash
 
     def recorded(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         shapes.add((query.shape, key.shape))
@@ -211,7 +211,7 @@ def test_in_bfloat16_attention_gets_few_shapes_whatever_the_documents(
         return len(shapes)
 
     draft = make_draft(dtype=torch.float32)
-    monkeypatch.setattr(attention_module, "_flash", recorded)
+    monkeypatch.setattr(attention_cpu, "_flash", recorded)
     on_grid = count(range(40))
     monkeypatch.setattr(visibility_module, "GRID", 1)
     without = count(range(40))

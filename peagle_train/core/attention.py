@@ -1,21 +1,17 @@
 """Attention of drafter elements under the visibility rule.
 
-CPU: torch's flash kernel, block of queries by block of queries, each over the keys that it can see; only queries, keys,
-values, output and log-sum-exp are kept for the backward, no mask and no score. CUDA: flex_attention with a BlockMask.
+On a CPU by `attention_cpu.py`, elsewhere by flex_attention with a BlockMask (`flex.py`).
 
-B: rows, H: query heads, G: key/value heads, R = H / G, N: own elements (queries and keys), Q: queries of this call (the
-last Q of the N), P: context columns, D: head dim.
+B: rows, H: query heads, G: key/value heads, N: own elements (queries and keys), Q: queries of this call (the last Q of the
+N), P: context columns, D: head dim.
 """
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
-from peagle_train.core.visibility import Causal, QueryBlock, Visibility
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+from peagle_train.core.attention_cpu import CPUAttention, attention_op
+from peagle_train.core.visibility import Causal, Visibility
 
 
 def uses_flex(device: torch.device) -> bool:
@@ -48,11 +44,9 @@ def attend(
     elif uses_flex(query.device):
         out_BQHD = _flex(query, key, value, context, visibility)
     elif torch.compiler.is_compiling():
-        from peagle_train.core.compiled_attention import attention_op
-
         out_BQHD = attention_op(query, key, value, *context, visibility)
     else:
-        out_BQHD = _CPUAttention.apply(query, key, value, *context, visibility)
+        out_BQHD = CPUAttention.apply(query, key, value, *context, visibility)
     return out_BQHD.flatten(2)
 
 
@@ -62,117 +56,6 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, context: tuple[Tensor, Te
     seen_Qn = torch.ones(Q, n, dtype=torch.bool, device=query.device).tril(n - Q)
     out_BHQD = scaled_dot_product_attention(query, key, value, attn_mask=seen_Qn, enable_gqa=True)
     return out_BHQD.transpose(1, 2)
-
-
-class _CPUAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query, key, value, context_key, context_value, visibility):  # type: ignore[no-untyped-def]
-        out_BQGRD, lse_BQGR = _forward(query, key, value, context_key, context_value, visibility)
-        ctx.save_for_backward(query, key, value, context_key, context_value, out_BQGRD, lse_BQGR)
-        ctx.visibility = visibility
-        return out_BQGRD.flatten(2, 3)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_BQHD):  # type: ignore[no-untyped-def]
-        query, key, value, context_key, context_value, out, lse = ctx.saved_tensors
-        d = _backward(grad_BQHD, query, key, value, context_key, context_value, out, lse, ctx.visibility)
-        return *d, None
-
-
-def _forward(
-    query: Tensor, key: Tensor, value: Tensor, context_key: Tensor, context_value: Tensor, visibility: Visibility
-) -> tuple[Tensor, Tensor]:
-    """Output [B, Q, G, R, D] and log-sum-exp [B, Q, G, R] (float32 or wider)."""
-    B, H, Q, D = query.shape
-    G, N = key.shape[1:3]
-    query_BGRQD = query.reshape(B, G, H // G, Q, D)
-    out_BQGRD = query.new_zeros(B, Q, G, H // G, D)
-    lse_BQGR = query.new_zeros(B, Q, G, H // G, dtype=torch.promote_types(query.dtype, torch.float32))
-    for index, block, q in _blocks_of_last(visibility, query, N - Q):
-        k = _visible_keys(block, context_key, key)
-        if k.shape[2] == 0:
-            continue
-        v = _visible_keys(block, context_value, value)
-        mask = visibility.block_mask(index, query.dtype)
-        for r in range(H // G):  # a group's heads share keys and values without repeating them
-            out, lse = _flash(query_BGRQD[:, :, r, q], k, v, attn_mask=mask, scale=D**-0.5)
-            out_BQGRD[:, q, :, r] = out.transpose(1, 2)
-            lse_BQGR[:, q, :, r] = lse.transpose(1, 2)
-        del k, v, mask  # before the next block's are made
-    return out_BQGRD, lse_BQGR
-
-
-def _backward(
-    grad_BQHD: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    context_key: Tensor,
-    context_value: Tensor,
-    out_BQGRD: Tensor,
-    lse_BQGR: Tensor,
-    visibility: Visibility,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, context_key, context_value, in their dtypes."""
-    B, H, Q, D = query.shape
-    G, N = key.shape[1:3]
-    query_BGRQD = query.reshape(B, G, H // G, Q, D)
-    grad_BGRQD = grad_BQHD.reshape(B, Q, G, H // G, D).permute(0, 2, 3, 1, 4)
-    out_BGRQD = out_BQGRD.permute(0, 2, 3, 1, 4)
-    lse_BGRQ = lse_BQGR.permute(0, 2, 3, 1)
-    # Many blocks add to a key: sums in float32 or wider.
-    wide = lse_BQGR.dtype
-    d_query_BGRQD = query.new_zeros(B, G, H // G, Q, D)
-    d_own = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
-    d_context = torch.zeros_like(context_key, dtype=wide), torch.zeros_like(context_value, dtype=wide)
-    for index, block, q in _blocks_of_last(visibility, query, N - Q):
-        k = _visible_keys(block, context_key, key)
-        if k.shape[2] == 0:
-            continue
-        v = _visible_keys(block, context_value, value)
-        mask = visibility.block_mask(index, query.dtype)
-        for r in range(H // G):
-            d_query, d_key, d_value = _flash_backward(
-                grad_BGRQD[:, :, r, q].contiguous(),
-                query_BGRQD[:, :, r, q],
-                k,
-                v,
-                out_BGRQD[:, :, r, q],
-                lse_BGRQ[:, :, r, q],
-                0.0,
-                False,
-                attn_mask=mask,
-                scale=D**-0.5,
-            )
-            d_query_BGRQD[:, :, r, q] = d_query
-            _add_to_visible(block, d_context[0], d_own[0], d_key)
-            _add_to_visible(block, d_context[1], d_own[1], d_value)
-            del d_query, d_key, d_value
-        del k, v, mask  # before the next block's are made
-    d_keys_values = [d.to(key.dtype) for d in (*d_own, *d_context)]
-    return d_query_BGRQD.reshape(B, H, Q, D), d_keys_values[0], d_keys_values[1], d_keys_values[2], d_keys_values[3]
-
-
-def _blocks_of_last(visibility: Visibility, query: Tensor, skip: int) -> list[tuple[int, QueryBlock, slice]]:
-    """(index, block, its queries as a slice of this call's) for the blocks from query `skip` on."""
-    blocks = enumerate(visibility.blocks(query.dtype.itemsize))
-    chosen = [(i, b, slice(b.q0 - skip, b.q1 - skip)) for i, b in blocks if b.q0 >= skip]
-    assert sum(b.q1 - b.q0 for _, b, _ in chosen) == query.shape[2], "a block straddles the first query"
-    return chosen
-
-
-def _visible_keys(block: QueryBlock, context: Tensor, own: Tensor) -> Tensor:
-    parts = [context[:, :, block.context], own[:, :, block.depth0], own[:, :, block.rollout]]
-    parts = [p for p in parts if p.shape[2]]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2) if parts else own[:, :, :0]
-
-
-def _add_to_visible(block: QueryBlock, d_context: Tensor, d_own: Tensor, d_visible: Tensor) -> None:
-    slices = [(d_context, block.context), (d_own, block.depth0), (d_own, block.rollout)]
-    lengths = [s.stop - s.start for _, s in slices]
-    for (target, where), part in zip(slices, d_visible.split(lengths, dim=2), strict=True):
-        target[:, :, where] += part
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, context: tuple[Tensor, Tensor], visibility: Visibility) -> Tensor:
