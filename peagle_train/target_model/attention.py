@@ -1,13 +1,16 @@
-"""Attention of packed documents, and of a chunk of one to all that came before, without a mask over tokens by tokens.
+"""Attention that is told where documents lie, so that no mask over tokens by tokens is needed.
 
-transformers' sdpa masks packed rows, so nothing is skipped: at 8,192 tokens the mask is 64 MiB, and 128 MiB more once a
-kernel has made bfloat16 of it. Told where documents begin, `varlen_attn` computes what is seen and nothing else; where it
-does not run (CPU, float32, ...) every document is attended to by itself.
+transformers' sdpa masks packed sequences, so nothing is skipped: at 8,192 tokens the mask is 64 MiB, and 128 MiB more once
+a kernel has made bfloat16 of it. Told where documents begin, `varlen_attn` computes what is seen and nothing else; where it
+does not run (CPU, float32, ...) every document is attended to by itself. A chunk of a document is the same case: one
+document whose last Q positions are the queries.
+
 Q: queries, K: keys, of which the queries' own are the last; h: query heads, g: key heads, D: head size.
 """
 
 import inspect
 import logging
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -34,7 +37,7 @@ HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def takes_bounds(model: nn.Module, config: Any) -> bool:
-    """Whether a model's layers attend as its documents' bounds say, so that all rows can be given as one.
+    """Whether a model's layers attend as its documents' bounds say, so that all sequences can be given as one.
 
     Those of transformers' flash attention do. So do layers that would attend by sdpa through transformers' interface, and
     that flash attention supports (it has no masks either): `packed_attention` takes the place of sdpa.
@@ -57,6 +60,25 @@ def bounds_heeded(config: Any) -> Iterator[None]:
         config._attn_implementation = given
 
 
+def bounds_arguments(bounds: list[int], span: slice, device: torch.device) -> dict[str, Any]:
+    """What tells attention where the documents of a span of tokens lie, as a list and in the names of transformers' flash
+    attention (which, left to itself, looks at the position ids in every layer, and of one sequence only).
+
+    Args:
+        bounds: where each document begins, ascending, and the number of tokens.
+    """
+    own = [span.start, *bounds[bisect_right(bounds, span.start) : bisect_left(bounds, span.stop)], span.stop]
+    cumulative = (torch.tensor(own, dtype=torch.int32) - span.start).to(device, non_blocking=True)
+    longest = max(b - a for a, b in pairwise(own))
+    return {
+        "documents": tuple(bound - span.start for bound in own),
+        "cu_seq_lens_q": cumulative,
+        "cu_seq_lens_k": cumulative,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
 def packed_attention(
     module: nn.Module,
     query_1hQD: Tensor,
@@ -76,12 +98,24 @@ def packed_attention(
     Args:
         documents: where each begins among the queries, and Q; `cu_seq_lens_q` is the same, int32 on the device. With more
             keys than queries there is one document, whose last Q positions are the queries.
-        sliding_window: that many positions are seen, the query's own included.
+        sliding_window: how many positions are seen, the query's own included.
 
     Raises:
         ValueError: for attention of another kind.
     """
-    _refuse_unknown(module, attention_mask, is_causal, sliding_window, documents, given)
+    kinds = getattr(module.config, "layer_types", None)
+    unknown = {
+        **{name: given.get(name) is not None for name in ("position_bias", "softcap", "s_aux")},
+        "a mask": attention_mask is not None,
+        "no causal order": not (getattr(module, "is_causal", True) if is_causal is None else is_causal),
+        "no documents' bounds": documents is None,
+        "an unknown window": bool(kinds and kinds[module.layer_idx] == KINDS[1] and not sliding_window),  # type: ignore[index]
+    }
+    if any(unknown.values()):
+        raise ValueError(
+            f"{type(module).__name__} has {', '.join(what for what, found in unknown.items() if found)}, which attention"
+            " by documents does not handle: with target.check true, transformers' own attention is used"
+        )
     assert documents is not None and cu_seq_lens_q is not None and max_length_q is not None
     states = query_1hQD, key_1gKD, value_1gKD
     sizes = query_1hQD.shape[3], value_1gKD.shape[3]
@@ -93,22 +127,6 @@ def packed_attention(
 
 
 AttentionInterface.register(NAME, packed_attention)
-
-
-def _refuse_unknown(
-    module: Any, mask: Tensor | None, causal: bool | None, window: int | None, documents: Any, given: dict[str, Any]
-) -> None:
-    kinds = getattr(module.config, "layer_types", None)
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    unknown = [name for name in ("position_bias", "softcap", "s_aux") if given.get(name) is not None]
-    unknown += ["a mask"] * (mask is not None) + ["no causal order"] * (not causal)
-    unknown += ["no documents' bounds"] * (documents is None)
-    unknown += ["an unknown window"] * bool(kinds and kinds[module.layer_idx] == KINDS[1] and not window)
-    if unknown:
-        raise ValueError(
-            f"{type(module).__name__} has {', '.join(unknown)}, unlike what packed documents are attended to by: with"
-            " target.check true, transformers' own attention is used for them"
-        )
 
 
 @cache
@@ -126,11 +144,12 @@ def varlen_serves(device: torch.device, dtype: torch.dtype, D: int, value_D: int
             expected = _one_by_one(*states, documents, None, window)
             if not (found - expected).abs().max() <= 0.03 * expected.abs().max():
                 raise ValueError("its results are wrong")
-    except Exception as error:  # whatever a build, a device, a dtype or a head size without the kernel raises
-        kind = f"{str(dtype)[6:]}, head size {D}, on {device}"
+    except Exception as error:  # a build, a device, a dtype or a head size without the kernel
         logger.warning(
-            "torch's varlen_attn does not serve (%s: %s): documents are attended to one by one",
-            kind,
+            "torch's varlen_attn does not serve (%s, head size %d, on %s: %s): documents are attended to one by one",
+            str(dtype)[6:],
+            D,
+            device,
             one_line(error, 200),
         )
         return False
@@ -148,7 +167,7 @@ def _by_varlen(
 ) -> Tensor:
     """[1, h, Q, D], by a kernel that skips what is not seen."""
     Q, K = q_1hQD.shape[2], k_1gKD.shape[2]
-    # Not from the host, which would wait: a cache's length differs from layer to layer.
+    # Made on the device, as a copy from the host would wait: a cache's length differs from layer to layer.
     bounds_k = bounds if Q == K else torch.arange(2, dtype=torch.int32, device=bounds.device) * K
     more: dict[str, Any] = {"enable_gqa": True}
     if not HAS_GQA:
@@ -176,7 +195,7 @@ def _one_by_one(
     for start, stop in pairwise(documents):
         n = stop - start
         if n > 1:
-            # Of a few lengths: CPU kernels keep something for every new one in bfloat16. What comes after is not seen.
+            # Few lengths, as CPU kernels keep something for each new one in bfloat16. What comes after is not seen.
             padded = slice(start, start - (-n // CPU_BLOCK) * CPU_BLOCK)
             q, k, v = (states[:, :, padded] for states in (q_1hQD, k_1gKD, v_1gKD))
             out_1hQD[:, :, start:stop] = _attend(q, k, v, scale, window or K, block)[:, :, :n]
@@ -192,10 +211,8 @@ def _attend(q_1hQD: Tensor, k_1gKD: Tensor, v_1gKD: Tensor, scale: float | None,
     out_1hQD = q_1hQD.new_empty(*q_1hQD.shape[:3], v_1gKD.shape[3])
     for start in range(0, Q, block):
         stop = min(start + block, Q)
-        position, first = (
-            K - Q + start,
-            max(0, K - Q + start + 1 - window),
-        )  # of the first query; key that it sees first
+        position = K - Q + start  # of the first query
+        first = max(0, position + 1 - window)  # key that it sees first
         keys = slice(first, K - Q + stop)
         mask = torch.ones(stop - start, keys.stop - first, dtype=torch.bool, device=q_1hQD.device)
         mask = mask.tril(position - first).triu(position - first + 1 - window)

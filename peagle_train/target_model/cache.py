@@ -1,4 +1,19 @@
-"""From a recipe to a whole folder of features: what peagle-train cache does."""
+"""Features of the target on disk: written once, by any number of processes, and read instead of running the target.
+
+A folder holds
+    cache.json              what the features are of, written first: `CacheIndex`, and a sha256 of it
+    features-NNNNN.safetensors
+                            features [n, 3T] and last_hidden [n, T] of whole pieces side by side; keys int64 [P, 2] and
+                            lengths int64 [P] say which
+    head.safetensors        the target's head and embeddings, [V, T] each
+    *.sha256                the checksum of each .safetensors, written after it: one without is not there
+    documents.jsonl         of a cache made from speculators' files: their samples as a data source
+A *piece* is a document, or the part of one that a sequence holds; its features depend on its ids alone, so it is found by
+their hash: sequences may be shuffled, masked and packed in another way. What goes into which shard is a function of the
+sequences alone, so a stopped write is resumed by the same command.
+
+T: the target's hidden size, V: its vocabulary, n: tokens, P: pieces, B: sequences of a batch, L: positions.
+"""
 
 import hashlib
 import json
@@ -7,20 +22,20 @@ import os
 import shutil
 import struct
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, fields
-from functools import partial
-from itertools import accumulate
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, fields
+from itertools import accumulate, groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.data import ConcatDataset
 from transformers import AutoConfig
 
 from peagle_train.config import Recipe, Target, as_override
@@ -34,27 +49,17 @@ from peagle_train.data.training_data import (
     make_collator,
 )
 from peagle_train.distributed import check_device, check_device_map, check_launch, from_all
-from peagle_train.files import alone_in, partial_path, put, write_json
+from peagle_train.files import alone_in, one_line, partial_path, put, write_json, write_text
 from peagle_train.target_model.check import relative
 from peagle_train.target_model.frozen import FrozenTarget, TargetBase, default_layer_ids
 
-# ---- feature_cache
-# Features of the target on disk, and how training reads them.
-#
-# A folder holds
-#     cache.json              what the features are of, written first: `CacheIndex`
-#     features-NNNNN.safetensors
-#                             features [n, 3T] and last_hidden [n, T] of whole pieces side by side; keys int64 [P, 2] and
-#                             lengths int64 [P] say which
-#     features-NNNNN.sha256   that file's checksum, written after it: a shard without one is not there
-#     head.safetensors        the target's head [V, T] and embeddings [V, T], and its .sha256
-# A *piece* is a document, or the part of one that a row holds; its features depend on its ids alone, so it is found
-# by their
-# hash: rows may be shuffled, masked and packed in another way. T: the target's hidden size, n: tokens, P: pieces.
+logger = logging.getLogger(__name__)
 
-INDEX, HEAD, VERSION = "cache.json", "head.safetensors", 2
+INDEX, HEAD, DOCUMENTS, VERSION = "cache.json", "head.safetensors", "documents.jsonl", 2
+COMMAND = "peagle-train cache"
+AGAIN = f"make the cache again with {COMMAND}, or change the recipe"
 FIELDS = ("features", "last_hidden")
-"""Of a row's tokens: bit for bit what the target gave, in the cache's dtype."""
+"""Of a sequence's tokens: bit for bit what the target gave, in the cache's dtype."""
 Key = tuple[int, int]
 
 
@@ -63,66 +68,22 @@ class CacheIndex:
     """What the features of a folder are of."""
 
     version: int
-    target: str
-    """`fingerprint` of the target's folder."""
+    target: str  # `fingerprint` of the target's folder
     layer_ids: list[int]
-    """The layers whose input the features are."""
     hidden_size: int
-    """T."""
     vocab_size: int
-    """V, of the target."""
     eos_token_ids: list[int]
-    """What ends the target's answers."""
-    dtype: str
-    """Of features and last hidden states on disk."""
-    computed_in: str
-    """The target's own dtype."""
+    dtype: str  # of features and last hidden states on disk
+    computed_in: str  # the target's own dtype
+    # These two move roundings, so that one folder has one of each; training may name others. null for speculators' files.
     chunk_tokens: int | None
-    """target.chunk_tokens. Like the next one it moves roundings, so that one folder has one; training may name others."""
     attn_implementation: str | None
-    """transformers' attention that the target ran with; both null for what was read from speculators' files."""
-    max_length: int
-    """data.max_length of the rows that were run: says why pieces may be missing."""
-    source: str
-    """"recipe", or "speculators" for what was read from its files."""
+    max_length: int  # data.max_length: says why pieces may be missing
+    source: str  # "recipe" or "speculators"
     shards: int
     tokens: int
     pieces: int
-    plan: str
-    """sha256 over keys and lengths of all pieces and where each shard ends."""
-
-
-def piece_key(ids_n: Tensor) -> Key:
-    """128 bits of the sha256 of a piece's ids: the same on every machine."""
-    digest = hashlib.sha256(ids_n.to(torch.int64).contiguous().numpy().astype("<i8", copy=False).tobytes()).digest()
-    return struct.unpack("<qq", digest[:16])
-
-
-def pieces_of(row: Mapping[str, Any]) -> list[slice]:
-    """Columns of each piece of a row of `PackedRows`, in order."""
-    counts = row["document_ids"].unique_consecutive(return_counts=True)[1].tolist()
-    return [slice(end - count, end) for end, count in zip(accumulate(counts), counts)]
-
-
-def shard_name(number: int) -> str:
-    return f"features-{number:05d}.safetensors"
-
-
-def checksum_path(path: Path) -> Path:
-    return path.with_suffix(".sha256")
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def is_damaged(path: Path) -> bool:
-    """Whether a file is not what its checksum says; ValueError where the disk does not give it."""
-    try:
-        return checksum_path(path).read_text(encoding="ascii", errors="replace").split()[:1] != [sha256_of(path)]
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    plan: str  # sha256 over keys and lengths of all pieces and where each shard ends
 
 
 def fingerprint(folder: str) -> str:
@@ -147,9 +108,46 @@ def fingerprint(folder: str) -> str:
                 for i in range(256):
                     file.seek(8 + length + max(0, size - 8 - length - 4096) * i // 255)
                     total.update(file.read(4096))
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"target.path {folder} cannot be read: {error}") from error
     return total.hexdigest()
+
+
+def piece_key(ids_n: Tensor) -> Key:
+    """128 bits of the sha256 of a piece's ids: the same on every machine."""
+    digest = hashlib.sha256(ids_n.to(torch.int64).contiguous().numpy().astype("<i8", copy=False).tobytes()).digest()
+    return struct.unpack("<qq", digest[:16])
+
+
+def pieces_of(row: Mapping[str, Any]) -> list[slice]:
+    """Positions of each piece of a sequence of `PackedRows`, in order."""
+    counts = row["document_ids"].unique_consecutive(return_counts=True)[1].tolist()
+    return [slice(end - count, end) for end, count in zip(accumulate(counts), counts)]
+
+
+def shard_name(number: int) -> str:
+    return f"features-{number:05d}.safetensors"
+
+
+def checksum_path(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def is_written(path: Path) -> bool:
+    return path.exists() and checksum_path(path).exists()
+
+
+def is_damaged(path: Path) -> bool:
+    """Whether a file is not what its checksum says, or cannot be read."""
+    try:
+        return checksum_path(path).read_text(encoding="ascii", errors="replace").split()[:1] != [sha256_of(path)]
+    except OSError:
+        return True
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_index(folder: Path) -> CacheIndex | None:
@@ -159,30 +157,27 @@ def read_index(folder: Path) -> CacheIndex | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"target.cache {folder}: {INDEX} cannot be read ({error}): make the cache again") from error
-    names = {field.name for field in fields(CacheIndex)}
-    claimed = raw.pop("sha256", None) if isinstance(raw, dict) else None
-    if not isinstance(raw, dict) or raw.get("version") != VERSION or raw.keys() != names:
+        raise ValueError(f"target.cache {folder}: {INDEX} cannot be read ({error}): {AGAIN}") from error
+    is_ours = isinstance(raw, dict) and raw.get("version") == VERSION
+    if not is_ours or raw.keys() != {"sha256", *(field.name for field in fields(CacheIndex))}:
         given = raw.get("version") if isinstance(raw, dict) else "none"
         raise ValueError(
-            f"target.cache {folder} is of format {given}, this reads format {VERSION}: make the cache again with"
-            " peagle-train cache, in another folder or after removing this one"
+            f"target.cache {folder} is of format {given}, this reads format {VERSION}: make the cache again with {COMMAND},"
+            " in another folder or after removing this one"
         )
+    claimed = raw.pop("sha256")
     if claimed != _sum(raw):
         raise ValueError(
-            f"target.cache {folder}: {INDEX} is not as it was written: make the cache again in another folder"
+            f"target.cache {folder}: {INDEX} is not what was written: make the cache with {COMMAND} in another folder"
         )
     return CacheIndex(**raw)
 
 
-def dump_index(index: CacheIndex) -> dict[str, Any]:
-    """What the file holds: all fields, and a checksum of them."""
-    content = asdict(index)
-    return {**content, "sha256": _sum(content)}
-
-
 def _sum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+# Reading
 
 
 class FeatureCache:
@@ -194,109 +189,88 @@ class FeatureCache:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise ValueError(f"target.cache {folder} is no folder: make it with peagle-train cache RECIPE --out DIR")
         index = read_index(self.folder)
         if index is None:
-            hint = ""
-            if any(self.folder.glob("hs_*.safetensors")):
-                hint = f" (speculators wrote it: peagle-train cache RECIPE --speculators {folder} --out DIR reads it)"
-            raise ValueError(f"target.cache {folder} has no {INDEX}{hint}: give a folder of peagle-train cache")
+            hint = " --speculators, as speculators wrote this one" if any(self.folder.glob("hs_*.safetensors")) else ""
+            raise ValueError(
+                f"target.cache {folder} has no {INDEX}: give a folder made by {COMMAND} RECIPE --out DIR{hint}"
+            )
         self.index = index
+        self.dtype: torch.dtype = getattr(torch, index.dtype)
         self.names = [HEAD, *map(shard_name, range(index.shards))]
-        missing = [n for n in self.names if not self._path(n).exists() or not checksum_path(self._path(n)).exists()]
-        if missing:
+        if missing := [name for name in self.names if not is_written(self.folder / name)]:
             raise ValueError(
                 f"target.cache {folder} is not whole: {len(missing)} of {len(self.names)} files are missing, first"
-                f" {missing[0]}: run the same peagle-train cache again, it goes on where it stopped"
+                f" {missing[0]}: run the same {COMMAND} again, it resumes where it stopped"
             )
-        self._handles: dict[str, Any] = {}
-        self._where: dict[Key, tuple[int, int, int]] = {}  # piece: shard, first token, length
-        for shard in range(index.shards):
-            handle = self._open(shard_name(shard))
+        self._files: dict[str, Any] = {}
+        self._where: dict[Key, tuple[str, slice]] = {}  # of a piece: the shard, and its tokens there
+        for name in self.names[1:]:
             try:
-                pieces = list(
-                    zip(handle.get_tensor("keys").tolist(), handle.get_tensor("lengths").tolist(), strict=True)
-                )
-            except (SafetensorError, ValueError):
-                raise self._damaged(shard_name(shard)) from None
-            start = 0
-            for key, length in pieces:
-                self._where[tuple(key)] = (shard, start, length)
-                start += length
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return getattr(torch, self.index.dtype)
+                keys, lengths = (self._open(name).get_tensor(field).tolist() for field in ("keys", "lengths"))
+                ends = accumulate(lengths)
+                for key, length, end in zip(keys, lengths, ends, strict=True):
+                    self._where[tuple(key)] = name, slice(end - length, end)
+            except (SafetensorError, TypeError, ValueError):
+                raise self._damaged(name) from None
 
     def missing(self, rows: PackedRows) -> tuple[int, int, int]:
-        """(pieces of the rows, those that the cache lacks, tokens of the longest one that it lacks)."""
-        total = lacking = longest = 0
+        """(pieces of the sequences, those that the cache lacks, tokens of the longest one that it lacks)."""
+        total, lacking = 0, []
         for i in range(len(rows)):
-            row = rows[i]
-            for part in pieces_of(row):
-                total += 1
-                if piece_key(row["input_ids"][part]) not in self._where:
-                    lacking, longest = lacking + 1, max(longest, part.stop - part.start)
-        return total, lacking, longest
+            ids = rows[i]["input_ids"]
+            parts = pieces_of(rows[i])
+            total += len(parts)
+            lacking += [part.stop - part.start for part in parts if piece_key(ids[part]) not in self._where]
+        return total, len(lacking), max(lacking, default=0)
+
+    def empty(self, *shape: int, pin: bool = False) -> dict[str, Tensor]:
+        """Room for `FIELDS` of [*shape] tokens."""
+        T = self.index.hidden_size
+        widths = zip(FIELDS, (3 * T, T), strict=True)
+        return {name: torch.empty(*shape, width, dtype=self.dtype, pin_memory=pin) for name, width in widths}
 
     def read(self, row: Mapping[str, Any], out: Mapping[str, Tensor] | None = None) -> Mapping[str, Tensor]:
-        """`FIELDS` of a row's n tokens, [n, 3T] and [n, T]; `out`: where to put them, in the first n places."""
+        """`FIELDS` of a sequence's n tokens, [n, 3T] and [n, T]; `out`: where to put them, in the first n places."""
         if out is None:
-            T, n = self.index.hidden_size, row["input_ids"].numel()
-            widths = zip(FIELDS, (3 * T, T), strict=True)
-            out = {name: torch.empty(n, width, dtype=self.dtype) for name, width in widths}
+            out = self.empty(row["input_ids"].numel())
         for part in pieces_of(row):
-            shard, start, length = self._where[piece_key(row["input_ids"][part])]
-            assert length == part.stop - part.start, "two pieces have one key"
-            handle = self._open(shard_name(shard))
+            shard, tokens = self._where[piece_key(row["input_ids"][part])]
+            assert tokens.stop - tokens.start == part.stop - part.start, "two pieces have one key"
             for name in FIELDS:
-                out[name][part] = handle.get_slice(name)[start : start + length]
+                out[name][part] = self._open(shard).get_slice(name)[tokens]
         return out
 
     def verify(self, share: int = 0, shares: int = 1) -> None:
         """Read every file of this process's share and compare checksums; ValueError names the first that differs."""
-
         names = self.names[share::shares]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib lets go of the interpreter
-            bad = [
-                name for name, wrong in zip(names, pool.map(is_damaged, map(self._path, names)), strict=True) if wrong
-            ]
-        if bad:
-            raise self._damaged(bad[0])
+            for name, damaged in zip(names, pool.map(is_damaged, map(self.folder.joinpath, names)), strict=True):
+                if damaged:
+                    raise self._damaged(name)
 
     def head_tensor(self, name: str) -> Tensor:
         """ "head" or "embeddings", [V, T], in the target's dtype."""
         return self._open(HEAD).get_tensor(name)
 
-    def _path(self, name: str) -> Path:
-        return self.folder / name
-
     def _open(self, name: str) -> Any:
-        if name not in self._handles:
+        if name not in self._files:
             try:
-                self._handles[name] = safe_open(self._path(name), framework="pt")
+                self._files[name] = safe_open(self.folder / name, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise self._damaged(name) from error
-        return self._handles[name]
+        return self._files[name]
 
     def _damaged(self, name: str) -> ValueError:
         return ValueError(
-            f"target.cache {self.folder}: {name} is not what was written (cut or edited): run the same"
-            " peagle-train cache again, which writes it anew"
+            f"target.cache {self.folder}: {name} is not what was written (cut or edited): run the same {COMMAND} again,"
+            " which replaces it"
         )
-
-
-# ---- cached_target
-# A target whose features are on disk: what training needs of it, without its body.
-
-logger = logging.getLogger(__name__)
-AGAIN = "make the cache again with peagle-train cache, or change the recipe"
 
 
 class CachedTarget(TargetBase):
     """A target that answers from a `FeatureCache`: its layers are never loaded, its head stays on the disk until its rows
-    are asked for. Batches must be of rows that `check_rows` has seen, or bring features of their own.
+    are asked for. Batches must be of sequences that `check_rows` has seen, or bring features of their own.
 
     Args:
         cache: whole. config: the target's. pin: read into page-locked memory, for a CUDA device.
@@ -312,52 +286,32 @@ class CachedTarget(TargetBase):
         self._coming: dict[int, tuple[dict[str, Tensor], Future[dict[str, Tensor]]]] = {}  # by the batch's id
 
     @classmethod
-    def opener(cls, target: Target) -> Callable[..., "CachedTarget"]:
-        """A function that takes what `FrozenTarget.load` takes and opens the recipe's cache."""
+    def open(cls, target: Target, device: torch.device) -> "CachedTarget":
+        """The recipe's cache, if it is of the recipe's target and settings; ValueError, one line, where they differ."""
         assert target.cache is not None
-        return partial(cls.open, cache=target.cache, cache_dtype=target.cache_dtype)
-
-    @classmethod
-    def open(
-        cls,
-        path: str,
-        *,
-        cache: str,
-        cache_dtype: str = "auto",
-        dtype: str = "auto",
-        device: torch.device | None = None,
-        layer_ids: Sequence[int] | None = None,
-        trust_remote_code: bool = False,
-        **unused: Any,
-    ) -> "CachedTarget":
-        """Open a cache and compare it with the target's folder and settings; ValueError, one line, where they differ."""
-        opened = FeatureCache(cache)
+        opened = FeatureCache(target.cache)
         index = opened.index
-        if fingerprint(path) != index.target:
+        if fingerprint(target.path) != index.target:
             raise ValueError(
-                f"target.cache {cache} is of another target than {path} (config or weights differ): {AGAIN}"
+                f"target.cache {target.cache} is of another target than {target.path} (config or weights differ): {AGAIN}"
             )
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
-        wanted = list(layer_ids) if layer_ids else default_layer_ids(config.get_text_config().num_hidden_layers)
-        if wanted != index.layer_ids:
-            raise ValueError(f"target.cache {cache} holds layers {index.layer_ids}, the recipe wants {wanted}: {AGAIN}")
-        if cache_dtype not in ("auto", index.dtype):
-            raise ValueError(
-                f"target.cache {cache} is in {index.dtype}, target.cache_dtype is {cache_dtype}: {AGAIN}, as with"
-                " target.cache_dtype=auto"
-            )
-        if dtype not in ("auto", index.computed_in):
-            raise ValueError(
-                f"target.cache {cache} was computed in {index.computed_in}, target.dtype is {dtype}: {AGAIN}, as with"
-                " target.dtype=auto"
-            )
-        return cls(opened, config, pin=device is not None and device.type == "cuda")
+        config = AutoConfig.from_pretrained(
+            target.path, trust_remote_code=target.trust_remote_code, local_files_only=True
+        )
+        layers = target.layer_ids or default_layer_ids(config.get_text_config().num_hidden_layers)
+        for key, asked, has in (
+            ("layer_ids", layers, index.layer_ids),
+            ("cache_dtype", target.cache_dtype, index.dtype),
+            ("dtype", target.dtype, index.computed_in),
+        ):
+            if asked not in ("auto", has):
+                raise ValueError(f"target.cache {target.cache} is of {key} {has}, the recipe asks for {asked}: {AGAIN}")
+        return cls(opened, config, pin=device.type == "cuda")
 
     def check_rows(self, data: TrainingData) -> None:
-        """ValueError if the cache lacks some of the rows' features."""
-        rows = {"data.sources": data.train_rows, "held-out rows": data.eval_rows}
-        for name, part in rows.items():
-            total, lacking, longest = self.cache.missing(part)
+        """ValueError if the cache lacks some of the sequences' features."""
+        for name, rows in {"data.sources": data.train_rows, "held-out sequences": data.eval_rows}.items():
+            total, lacking, longest = self.cache.missing(rows)
             if lacking:
                 raise ValueError(
                     f"target.cache {self.cache.folder} lacks {lacking} of {total} pieces of the {name}, the longest of"
@@ -381,16 +335,10 @@ class CachedTarget(TargetBase):
         return self.cache.index.eos_token_ids
 
     def expect(self, batch: dict[str, Tensor]) -> None:
-        if FIELDS[0] in batch:
-            return
-        B, L = batch["input_ids"].shape
-        T = self.hidden_size
-        # Allocated here: page-locked memory belongs to the device of the thread that asks for it.
-        room = {
-            name: torch.empty(B, L, width, dtype=self.cache.dtype, pin_memory=self._pin)
-            for name, width in zip(FIELDS, (3 * T, T), strict=True)
-        }
-        self._coming[id(batch)] = batch, self._reader.submit(self._read, batch, room)
+        if FIELDS[0] not in batch:
+            # Allocated here: page-locked memory belongs to the device of the thread that asks for it.
+            room = self.cache.empty(*batch["input_ids"].shape, pin=self._pin)
+            self._coming[id(batch)] = batch, self._reader.submit(self._read, batch, room)
 
     def _read(self, batch: dict[str, Tensor], room: dict[str, Tensor]) -> dict[str, Tensor]:
         for b, documents in enumerate(batch["document_ids"]):
@@ -414,220 +362,256 @@ class CachedTarget(TargetBase):
 
         Cheap beside a run that learns from wrong numbers, so target.check does not turn it off.
         """
-        size = sum(path.stat().st_size for path in self.cache.folder.glob("*.safetensors")) / 2**30
         rank = int(os.environ.get("LOCAL_RANK", "0"))
         if rank == 0:
-            logger.warning("target.cache: reading %.2f GiB once to see that they are whole", size)
+            size = sum((self.cache.folder / name).stat().st_size for name in self.cache.names)
+            logger.warning("target.cache: reading %.2f GiB once to see that they are whole", size / 2**30)
         self.cache.verify(rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-# ---- cache_writer
-# Writing a folder of `feature_cache`: what goes into which shard is a function of the rows alone, so that any number of
-# processes, killed and started again as often as one likes, write the same bytes.
-#
-# T: the target's hidden size, n: tokens.
-
-Row = dict[str, Any]
-Compute = Callable[[Row], tuple[Tensor, Tensor]]
-"""A row's features [n, 3T] and last hidden states [n, T], for all its tokens, on any device."""
+# Writing
 
 
-@dataclass
-class PlannedShard:
-    """Pieces that are written together."""
-
-    rows: list[tuple[int, list[slice]]] = field(default_factory=list)
-    """Which row, and which of its columns: pieces that no earlier row has."""
-    keys: list[Key] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
+class Piece(NamedTuple):
+    row: int  # number of the first sequence that has it
+    part: slice  # its positions there
+    key: Key
 
     @property
     def tokens(self) -> int:
-        return sum(self.lengths)
+        return self.part.stop - self.part.start
 
 
-def plan_shards(rows: Iterable[Row], shard_tokens: int) -> list[PlannedShard]:
-    """Every piece once, in the order of the rows; a shard ends behind the row that fills it."""
-    shards, seen, filled = [PlannedShard()], set(), 0
-    for number, row in enumerate(rows):
-        new = []
+Shard = list[Piece]
+
+
+def plan_shards(rows: Any, shard_tokens: int) -> list[Shard]:
+    """Every piece once, in the order of the sequences; a shard ends after the sequence that fills it."""
+    shards: list[Shard] = []
+    seen: set[Key] = set()
+    room = 0
+    for number in range(len(rows)):
+        row, new = rows[number], []
         for part in pieces_of(row):
             key = piece_key(row["input_ids"][part])
             if key not in seen:
                 seen.add(key)
-                new.append((key, part))
-        if not new:
-            continue
-        if filled >= shard_tokens:
-            shards.append(PlannedShard())
-            filled = 0
-        shards[-1].rows.append((number, [part for _, part in new]))
-        shards[-1].keys += [key for key, _ in new]
-        shards[-1].lengths += [part.stop - part.start for _, part in new]
-        filled += sum(part.stop - part.start for _, part in new)
-    return shards if shards[0].rows else []
+                new.append(Piece(number, part, key))
+        if new and room <= 0:
+            shards.append([])
+            room = shard_tokens
+        if new:
+            shards[-1] += new
+            room -= sum(piece.tokens for piece in new)
+    return shards
 
 
-def make_index(shards: Sequence[PlannedShard], **target: Any) -> CacheIndex:
-    """`target`: the fields of `CacheIndex` that say what the features are of."""
-    plan = hashlib.sha256()
-    for shard in shards:
-        plan.update(repr((shard.keys, shard.lengths)).encode())
-    pieces, tokens = sum(len(s.keys) for s in shards), sum(s.tokens for s in shards)
-    return CacheIndex(
-        version=VERSION, shards=len(shards), tokens=tokens, pieces=pieces, plan=plan.hexdigest(), **target
-    )
-
-
-class CacheWriter:
-    """Writes the shards of one process.
+def write_cache(recipe: Recipe, out: str | None, shard_mib: float = 512, speculators: str | None = None) -> str:
+    """Fill `out` and return the lines that say how to train from it, on the main process. Run again, it resumes: whole
+    files stay, missing and damaged ones are written.
 
     Args:
-        folder: made if missing; may hold the same cache, whole or in part. index: see `make_index`. shards: the plan.
-        rank, world_size: this process and their number; shard i is written by rank i % world_size.
+        shard_mib: size of a file. speculators: take what lies in this folder, see `SpeculatorsFiles`, instead of
+            running the target over the recipe's sequences.
+
+    Raises:
+        ValueError: for a user's mistake.
     """
-
-    def __init__(
-        self, folder: Path, index: CacheIndex, shards: Sequence[PlannedShard], rank: int = 0, world_size: int = 1
-    ) -> None:
-        self.folder, self.index, self.shards, self.rank, self.world_size = folder, index, shards, rank, world_size
-        self.dtype: torch.dtype = getattr(torch, index.dtype)
-
-    def claim(self, head_bytes: int) -> str:
-        """Make the folder this cache's, and say in one line what is to do; rank 0 alone calls it.
-
-        Raises:
-            ValueError: the folder holds something else, or the disk has too little room.
-        """
-        old = read_index(self.folder) if self.folder.exists() else None
-        if old is not None and old != self.index:
-            names = [name for name, value in asdict(self.index).items() if getattr(old, name) != value]
-            raise ValueError(
-                f"--out {self.folder} holds the cache of another target, other rows or other settings"
-                f" ({', '.join(names)} differ): give another folder, or remove it"
-            )
-        if old is None and self.folder.exists() and any(self.folder.iterdir()):
-            raise ValueError(f"--out {self.folder} is not empty and holds no cache; give another folder")
-        todo = [s for i, s in enumerate(self.shards) if not self._is_written(shard_name(i))]
-        per_token = 4 * self.index.hidden_size * self.dtype.itemsize
-        needed = sum(s.tokens * per_token + 24 * len(s.keys) + 4096 for s in todo)
-        needed += 0 if self._is_written(HEAD) else head_bytes + 4096
-        free = _free_bytes(self.folder)
-        words = (
-            f"{self.index.tokens} tokens of {self.index.pieces} pieces at {per_token} bytes ({self.index.dtype}):"
-            f" {needed / 2**30:.2f} GiB to write in {len(todo)} of {len(self.shards)} shards, {free / 2**30:.2f} GiB free"
+    if out is None:
+        raise ValueError("no folder given: --out DIR (or target.cache in the recipe)")
+    if shard_mib <= 0:
+        raise ValueError(f"--shard-mib is {shard_mib}; it must be at least 1")
+    if recipe.target.shard:
+        raise ValueError(
+            "target.shard is true, but here every process gives other sequences to a target of its own: set it to false"
+            " (target.device_map spreads the target of a single process)"
         )
-        if needed > free:
-            raise ValueError(
-                f"--out {self.folder} has too little room: {words}; give a folder on another disk,"
-                " target.cache_dtype=bfloat16, or fewer documents (data.max_documents)"
-            )
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if old is None:
-                write_json(self.folder / INDEX, dump_index(self.index))
-        except OSError as error:
-            raise ValueError(f"--out {self.folder} cannot be written: {error.strerror}") from error
-        return words
+    folder = Path(out).expanduser()  # of --out=~/x the shell leaves it to us
+    accelerator = Accelerator()
+    rank, world_size, is_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    check_device(accelerator.device)
+    check_launch(world_size)
+    check_device_map(recipe.target.device_map, world_size)
+    say: Any = print if is_main else (lambda *_: None)
+    target = FrozenTarget.from_recipe(recipe.target, accelerator.device)
+    if recipe.target.check:
+        target.check()
 
-    def write_head(self, head: Callable[[], Tensor], embeddings: Callable[[], Tensor]) -> None:
-        """The target's head and embeddings, [V, T]; rank 0 alone calls it."""
-        if not self._is_whole(HEAD):
-            tensors = {"head": head(), "embeddings": embeddings()}
-            # Copies: of tied weights safetensors would see one tensor under two names.
-            self._write(HEAD, {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()})
+    files = None
+    if speculators is None:
+        tokenizer = load_tokenizer(recipe)
+        mask_token_id = choose_mask_token(recipe.draft, tokenizer, target.vocab_size)
+        data = load_training_data(recipe, tokenizer, target.vocab_size, mask_token_id, say)
+        rows: Any = ConcatDataset([data.train_rows, data.eval_rows])
+        collator = make_collator(recipe, seed=0)
 
-    def write_shards(self, row_of: Callable[[int], Row], compute: Compute, done: Callable[[int], None]) -> None:
-        """Compute and write this process's shards that are missing or damaged; `done` is told the tokens of each.
+        def compute(row: dict[str, Any]) -> tuple[Tensor, Tensor]:
+            """As a training step with one sequence a batch computes it: the same padding, so the same bits."""
+            batch = collator([row])
+            features, last_hidden = target.features(batch["input_ids"], batch["position_ids"])
+            return features[0].cpu(), last_hidden[0].cpu()
+    else:
+        rows = files = SpeculatorsFiles(speculators, target, recipe.data.max_length)
+        compute = files.compute
 
-        Holds one shard's tensors, and a copy while they are written.
-        """
-        T = self.index.hidden_size
-        for number, shard in list(enumerate(self.shards))[self.rank :: self.world_size]:
-            if not self._is_whole(shard_name(number)):
-                features = torch.empty(shard.tokens, 3 * T, dtype=self.dtype)
-                last_hidden = torch.empty(shard.tokens, T, dtype=self.dtype)
-                at = 0
-                for index, parts in shard.rows:
-                    row_features, row_last = compute(row_of(index))
-                    for part in parts:
-                        end = at + part.stop - part.start
-                        features[at:end], last_hidden[at:end] = row_features[part], row_last[part]
-                        at = end
-                assert at == shard.tokens, "the plan and the rows differ"
-                if not bool(features.isfinite().all() & last_hidden.isfinite().all()):
-                    raise ValueError(
-                        f"the target's features of rows {shard.rows[0][0]} to {shard.rows[-1][0]} are not all finite in"
-                        f" {self.index.dtype}: give another target.cache_dtype or target.dtype"
+    head = target.head_weight()
+    stored = head.dtype if recipe.target.cache_dtype == "auto" else getattr(torch, recipe.target.cache_dtype)
+    per_token = 4 * target.hidden_size * stored.itemsize
+    shards = plan_shards(rows, max(1, int(shard_mib * 2**20 // per_token)))
+    plan = hashlib.sha256()
+    for shard in shards:
+        plan.update(repr(([piece.key for piece in shard], [piece.tokens for piece in shard])).encode())
+    index = CacheIndex(
+        version=VERSION,
+        target=fingerprint(recipe.target.path),
+        layer_ids=target.layer_ids,
+        hidden_size=target.hidden_size,
+        vocab_size=target.vocab_size,
+        eos_token_ids=target.eos_token_ids(),
+        dtype=str(stored)[6:],
+        computed_in=str(head.dtype)[6:],
+        chunk_tokens=None if files else recipe.target.chunk_tokens,
+        attn_implementation=None if files else target.config._attn_implementation,
+        max_length=recipe.data.max_length,
+        source="speculators" if files else "recipe",
+        shards=len(shards),
+        tokens=sum(piece.tokens for shard in shards for piece in shard),
+        pieces=sum(map(len, shards)),
+        plan=plan.hexdigest(),
+    )
+    with ExitStack() as held:
+        with _failing_together():
+            if is_main:
+                held.enter_context(alone_in(folder, "writing features"))
+                say(f"cache: {_claim(folder, index, 2 * head.numel() * head.element_size())}")
+                if not _is_whole(folder / HEAD):
+                    # Copies: of tied weights safetensors would see one tensor under two names.
+                    pair = {"head": head, "embeddings": target.embedding_rows()}
+                    _write(
+                        folder / HEAD, {name: t.detach().to("cpu", copy=True).contiguous() for name, t in pair.items()}
                     )
-                keys, lengths = torch.tensor(shard.keys), torch.tensor(shard.lengths)
-                tensors = {"features": features, "last_hidden": last_hidden, "keys": keys, "lengths": lengths}
-                self._write(shard_name(number), tensors)
-            done(shard.tokens)
-
-    def _is_whole(self, name: str) -> bool:
-        """Whether an earlier run has written the file, and it is still that; reads all of it. A damaged one is removed."""
-        if not self._is_written(name):
-            return False
-        path = self.folder / name
-        if is_damaged(path):
-            logger.warning("--out %s: %s is not what was written (cut or edited): written anew", self.folder, name)
-            try:
-                checksum_path(path).unlink()
-                path.unlink()
-            except OSError as error:
-                raise ValueError(f"--out {self.folder}: {name} cannot be removed: {error.strerror}") from error
-            return False
-        return True
-
-    def _is_written(self, name: str) -> bool:
-        return (self.folder / name).exists() and checksum_path(self.folder / name).exists()
-
-    def _write(self, name: str, tensors: dict[str, Tensor]) -> None:
-        path = self.folder / name
-        partial, checksum = partial_path(path), partial_path(checksum_path(path))
-        try:
-            save_file(tensors, partial, metadata={"format": "pt"})
-            checksum.write_text(f"{sha256_of(partial)}  {name}\n", encoding="ascii")
-            put(partial, path)
-            put(checksum, checksum_path(path))
-        except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"--out {self.folder}: {name} cannot be written ({error}): make room and run the same line again, it goes"
-                " on where it stopped"
-            ) from error
+        started, done = time.perf_counter(), 0
+        with _failing_together():
+            own = list(enumerate(shards))[rank::world_size]
+            for number, shard in own:
+                if not _is_whole(folder / shard_name(number)):
+                    _write(folder / shard_name(number), _tensors_of(shard, rows, compute, target.hidden_size, stored))
+                done += sum(piece.tokens for piece in shard)
+                say(f"cache: shard {number}, {done} tokens here, {done / (time.perf_counter() - started):.0f} tokens/s")
+        if files is not None and is_main:
+            files.write_documents(folder)
+    accelerator.end_training()
+    if not is_main:
+        return ""
+    overrides = [as_override("target.cache", str(folder))]
+    if files is not None:
+        overrides.append(as_override("data.sources", [str(folder / DOCUMENTS)]))
+    return f"train from it: peagle-train train RECIPE {' '.join(overrides)}\n"
 
 
-def _free_bytes(folder: Path) -> int:
-    """What is free on the disk of a folder that may not exist yet."""
-    there = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
-    return shutil.disk_usage(there).free
+@contextmanager
+def _failing_together() -> Iterator[None]:
+    """ValueError on every process if one of them fails inside; waits for all, however long the last one still computes."""
+    failure = ""
+    try:
+        yield
+    except ValueError as error:
+        failure = str(error)
+    except (OSError, SafetensorError) as error:
+        failure = f"{one_line(error)}: make room and run the same command again, it resumes where it stopped"
+    for first in filter(None, from_all(failure)):
+        raise ValueError(first)
 
 
-# ---- speculators_files
-# Hidden states that speculators (vllm-project) has written for offline training, as rows and features.
-#
-# Its folder holds hs_{i}.safetensors, one a sample i, with `token_ids` [n] and `hidden_states` [n, 4, T]: three layers and
-# what enters the target's final norm. The loss mask is in the data set next to it (Arrow, written by `datasets`): row i has
-# `loss_mask` [n] and the same tokens as `input_ids`. T: the target's hidden size, n: tokens.
+def _claim(folder: Path, index: CacheIndex, head_bytes: int) -> str:
+    """Make the folder this cache's; returns what is to do, in one line.
 
-DOCUMENTS = "documents.jsonl"
-"""In the folder that is written: the samples as a data source."""
+    Raises:
+        ValueError: the folder holds something else, or the disk has too little room.
+    """
+    old = read_index(folder)
+    if old is not None and old != index:
+        names = [name for name, value in asdict(index).items() if getattr(old, name) != value]
+        raise ValueError(
+            f"--out {folder} holds the cache of another target, other sequences or other settings"
+            f" ({', '.join(names)} differ): give another folder, or remove it"
+        )
+    if old is None and any(folder.iterdir()):
+        raise ValueError(f"--out {folder} is not empty and holds no cache; give another folder")
+    per_token = 4 * index.hidden_size * getattr(torch, index.dtype).itemsize
+    size = index.tokens * per_token + 24 * index.pieces + 4096 * (index.shards + 1) + head_bytes
+    there = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    free = shutil.disk_usage(folder).free
+    words = (
+        f"{index.tokens} tokens of {index.pieces} pieces at {per_token} bytes ({index.dtype}): {size / 2**30:.2f} GiB in"
+        f" {index.shards} shards, {there / 2**30:.2f} GiB there, {free / 2**30:.2f} GiB free"
+    )
+    if size - there > free:
+        raise ValueError(
+            f"--out {folder} has too little room: {words}; give a folder on another disk, target.cache_dtype=bfloat16, or"
+            " fewer documents (data.max_documents)"
+        )
+    if old is None:
+        content = asdict(index)
+        write_json(folder / INDEX, {**content, "sha256": _sum(content)})
+    return words
+
+
+def _tensors_of(shard: Shard, rows: Any, compute: Any, T: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What a shard's file holds; ValueError for features that are not finite in the cache's dtype."""
+    n = sum(piece.tokens for piece in shard)
+    features, last_hidden = torch.empty(n, 3 * T, dtype=dtype), torch.empty(n, T, dtype=dtype)
+    end = 0
+    for number, pieces in groupby(shard, key=lambda piece: piece.row):
+        row_features, row_last = compute(rows[number])
+        for piece in pieces:
+            start, end = end, end + piece.tokens
+            features[start:end], last_hidden[start:end] = row_features[piece.part], row_last[piece.part]
+    if not bool(features.isfinite().all() & last_hidden.isfinite().all()):
+        raise ValueError(
+            f"the target's features of sequences {shard[0].row} to {shard[-1].row} are not all finite in"
+            f" {str(dtype)[6:]}: give another target.cache_dtype or target.dtype"
+        )
+    keys, lengths = torch.tensor([piece.key for piece in shard]), torch.tensor([piece.tokens for piece in shard])
+    return {"features": features, "last_hidden": last_hidden, "keys": keys, "lengths": lengths}
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an earlier run has written the file, and it is still that; reads all of it."""
+    if is_written(path) and is_damaged(path):
+        logger.warning("%s is not what was written (cut or edited): it is replaced", path)
+        checksum_path(path).unlink()
+    return is_written(path)
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    partial = partial_path(path)
+    save_file(tensors, partial, metadata={"format": "pt"})
+    checksum = sha256_of(partial)
+    put(partial, path)
+    write_text(checksum_path(path), f"{checksum}  {path.name}\n")
+
+
+# What speculators (vllm-project) wrote for offline training
 
 
 class SpeculatorsFiles:
-    """Each file is a row of one document, in the order of i.
+    """Its samples as sequences of one document each, in the order of i, with their features.
+
+    hs_{i}.safetensors holds `token_ids` [n] and `hidden_states` [n, 4, T]: three layers and what enters the target's final
+    norm. The loss mask is in the file, or in the data set next to it (Arrow, written by `datasets`): its row i has
+    `loss_mask` [n] and the same tokens as `input_ids`.
 
     Args:
         folder: of hs_{i}.safetensors, or the one above its `hidden_states`.
-        target: the target that they are said to be of. max_length: of a row; a longer sample is a ValueError.
+        target: the target that they are said to be of. max_length: of a sequence; a longer sample is a ValueError.
 
     Raises:
         ValueError: one line, for files that are something else, and for features that the target does not give.
     """
 
     def __init__(self, folder: str, target: FrozenTarget, max_length: int) -> None:
-        root = Path(folder)
+        root = Path(folder).expanduser()
         root = root / "hidden_states" if (root / "hidden_states").is_dir() else root
         numbered = {int(p.stem[3:]): p for p in root.glob("hs_*.safetensors") if p.stem[3:].isdigit()}
         if not numbered:
@@ -636,8 +620,9 @@ class SpeculatorsFiles:
             )
         self.target, self.max_length = target, max_length
         self.samples = sorted(numbered.items())
-        self.data_set = _data_set(root)
-        self.last_is_normed = self._compare_with_target()
+        self.masks = _data_set(root)
+        self.last_is_normed = False
+        self._compare_with_target()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -645,114 +630,75 @@ class SpeculatorsFiles:
     def __getitem__(self, index: int) -> dict[str, Any]:
         """input_ids, loss_mask, document_ids int64 [n], as `PackedRows` gives them, and the file's path."""
         number, path = self.samples[index]
-        ids, mask = self._read(path, ["token_ids", "loss_mask"])
-        n, V = ids.numel(), self.target.vocab_size
-        if ids.dim() != 1 or ids.is_floating_point() or n == 0 or not 0 <= int(ids.min()) <= int(ids.max()) < V:
-            raise ValueError(f"{path}: token_ids must be a flat list of ids in 0..{V - 1}, the target's vocabulary")
-        if n > self.max_length:
+        try:
+            with safe_open(path, framework="pt") as file:
+                views = {name: file.get_slice(name) for name in file.keys()}
+                has = {name: (view.get_dtype(), *view.get_shape()) for name, view in views.items()}
+                ids, mask = (file.get_tensor(n) if n in has else torch.empty(0) for n in ("token_ids", "loss_mask"))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        n, T, V = ids.numel(), self.target.hidden_size, self.target.vocab_size
+        if "loss_mask" not in has and self.masks is not None:
+            row = self.masks[number] if number < len(self.masks) else {"input_ids": None}
+            if row["input_ids"] != ids.tolist():
+                raise ValueError(f"{path}: row {number} of the data set next to it has other tokens")
+            mask = torch.tensor(row["loss_mask"])
+        elif "loss_mask" not in has:
+            mask = torch.ones(n)
+        is_ids = n > 0 and ids.dim() == 1 and not ids.is_floating_point() and 0 <= ids.min() <= ids.max() < V
+        is_hidden = has.get("hidden_states") in [(dtype, n, 4, T) for dtype in ("F64", "F32", "BF16", "F16")]
+        if not (is_ids and is_hidden and mask.numel() == n and bool(((mask == 0) | (mask == 1)).all())):
             raise ValueError(
-                f"{path} has {n} tokens, more than data.max_length {self.max_length}: raise data.max_length"
+                f"{path} has {has}; it must have token_ids [n], ids in 0..{V - 1}, hidden_states, floats [n, 4, {T}] (three"
+                " layers and what enters the final norm), and a loss_mask, if any, of 0 or 1 [n]"
             )
-        if mask is None and self.data_set is not None:
-            mask = self._mask_of(number, path, ids)
-        mask = torch.ones(n, dtype=torch.int64) if mask is None else mask.flatten().to(torch.int64)
-        if mask.numel() != n or bool(((mask != 0) & (mask != 1)).any()):
-            raise ValueError(f"{path} has {n} tokens; its loss_mask must be 0 or 1 for each of them")
-        document_ids = torch.zeros(n, dtype=torch.int64)
-        return {"input_ids": ids.to(torch.int64), "loss_mask": mask, "document_ids": document_ids, "path": path}
+        if n > self.max_length:
+            raise ValueError(f"{path} has {n} tokens, data.max_length is {self.max_length}: raise data.max_length")
+        mask, document_ids = mask.flatten().long(), torch.zeros(n, dtype=torch.int64)
+        return {"input_ids": ids.long(), "loss_mask": mask, "document_ids": document_ids, "path": path}
 
     def compute(self, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """A row's features [n, 3T] and last hidden states [n, T] after the final norm."""
+        """A sample's features [n, 3T] and last hidden states [n, T] after the final norm."""
         hidden = self._hidden(row)
-        return hidden[:, :3].flatten(1).cpu(), self._normed(hidden[:, 3]).cpu()
-
-    def write_documents(self, folder: Path) -> None:
-        """The samples with their masks as a .jsonl source, whole or not at all.
-
-        Those with nothing to learn from would be bad rows there: they are left out, and counted.
-        """
-        partial, left_out = partial_path(folder / DOCUMENTS), 0
-        with partial.open("w", encoding="ascii") as file:
-            for index in range(len(self)):
-                row = self[index]
-                pair = {"input_ids": row["input_ids"].tolist(), "loss_mask": row["loss_mask"].tolist()}
-                if 1 not in pair["loss_mask"][1:]:
-                    left_out += 1
-                    continue
-                file.write(json.dumps(pair) + "\n")
-        put(partial, folder / DOCUMENTS)
-        if left_out:
-            logger.warning("%d samples with no token to learn from are not in %s", left_out, folder / DOCUMENTS)
+        last = hidden[:, 3] if self.last_is_normed else self._normed(hidden[:, 3])
+        return hidden[:, :3].flatten(1).cpu(), last.cpu()
 
     def _hidden(self, row: dict[str, Any]) -> Tensor:
         """[n, 4, T], in the target's dtype, on its device."""
-        path, T = row["path"], self.target.hidden_size
-        hidden = self._read(path, ["hidden_states"])[0]
-        shape = (row["input_ids"].numel(), 4, T)
-        if hidden is None or tuple(hidden.shape) != shape or not hidden.is_floating_point():
-            given = "missing" if hidden is None else f"{hidden.dtype} {list(hidden.shape)}"
-            raise ValueError(
-                f"{path}: hidden_states is {given}; it must be floats {list(shape)}: three layers and what enters the final"
-                " norm, for every token"
-            )
-        return hidden.to(self.target.device, self.target.head_weight().dtype)
+        return load_file(row["path"])["hidden_states"].to(self.target.device, self.target.head_weight().dtype)
 
     @torch.no_grad()
     def _normed(self, last: Tensor) -> Tensor:
-        return last if self.last_is_normed else self.target.final_norm()(last[None])[0]
+        return self.target.final_norm()(last[None])[0]
 
-    def _compare_with_target(self) -> bool:
-        """Run the target over the shortest of the first 16 samples with more than one token. Returns whether the last slot
-        is behind the final norm already.
-
-        The files do not say of which layers they are: this does.
+    def _compare_with_target(self) -> None:
+        """Run the target over the shortest of the first 16 samples with more than one token: the files say neither of which
+        layers they are nor whether their last hidden states have been through the final norm.
         """
-        rows = [self[i] for i in range(min(16, len(self)))]
-        row = min(rows, key=lambda row: (row["input_ids"].numel() == 1, row["input_ids"].numel()))
-        hidden = self._hidden(row)
+        first = [self[i] for i in range(min(16, len(self)))]
+        row = min(first, key=lambda row: (row["input_ids"].numel() == 1, row["input_ids"].numel()))
         ids = row["input_ids"][None]
         features, last = self.target.features(ids, torch.arange(ids.shape[1])[None])
-        off = relative(hidden[:, :3].flatten(1), features[0])
-        if off > 0.1:
+        given = self._hidden(row)
+        off = relative(given[:, :3].flatten(1), features[0])
+        before, after = relative(self._normed(given[:, 3]), last[0]), relative(given[:, 3], last[0])
+        if off > 0.1 or min(before, after) > 0.1:
             raise ValueError(
-                f"{row['path']}: its features are {off:.0%} off what the target gives in layers {self.target.layer_ids}:"
-                " they are of another target, or of other layers (give target.layer_ids)"
+                f"--speculators: features are {off:.0%} off what the target gives in layers {self.target.layer_ids}, last"
+                f" hidden states {before:.0%} off before the final norm and {after:.0%} after it: they are of another"
+                " target, or of other layers (give target.layer_ids)"
             )
-        self.last_is_normed = False
-        before, behind = relative(self._normed(hidden[:, 3]), last[0]), relative(hidden[:, 3], last[0])
-        if min(before, behind) > 0.1:
-            raise ValueError(
-                f"{row['path']}: its last hidden state is not the target's, neither before the final norm ({before:.0%}"
-                f" off) nor behind it ({behind:.0%} off)"
-            )
-        if behind < before:
-            logger.warning(
-                "the last hidden states of %s are behind the final norm: taken as they are", row["path"].parent
-            )
-        return behind < before
+        self.last_is_normed = after < before
+        if self.last_is_normed:
+            logger.warning("speculators' last hidden states are after the final norm: taken as they are")
 
-    def _mask_of(self, number: int, path: Path, ids: Tensor) -> Tensor:
-        if number >= len(self.data_set):
-            raise ValueError(f"{path}: the data set next to it has {len(self.data_set)} rows only")
-        sample = self.data_set[number]
-        if list(sample["input_ids"]) != ids.tolist():
-            raise ValueError(
-                f"{path}: row {number} of the data set next to it has other tokens: another data set, or a cut one"
-            )
-        return torch.as_tensor(sample["loss_mask"])
-
-    def _read(self, path: Path, names: list[str]) -> list[Any]:
-        """Tensors by name, None where the file has no such one."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                known = set(file.keys())
-                if "token_ids" not in known:
-                    raise ValueError(
-                        f"{path} has no token_ids (it has {', '.join(sorted(known))}): not speculators' format"
-                    )
-                return [file.get_tensor(name) if name in known else None for name in names]
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
+    def write_documents(self, folder: Path) -> None:
+        """The samples with their masks as a .jsonl source. Those with nothing to learn from are dropped, and counted."""
+        rows = [{name: self[i][name].tolist() for name in ("input_ids", "loss_mask")} for i in range(len(self))]
+        kept = [row for row in rows if 1 in row["loss_mask"][1:]]
+        write_text(folder / DOCUMENTS, "".join(json.dumps(row) + "\n" for row in kept))
+        if dropped := len(rows) - len(kept):
+            logger.warning("%d samples with no token to learn from are not in %s", dropped, folder / DOCUMENTS)
 
 
 def _data_set(root: Path) -> Any:
@@ -762,177 +708,10 @@ def _data_set(root: Path) -> Any:
             from datasets import load_from_disk
 
             found: Any = load_from_disk(str(folder)).with_format(None)  # it may have been saved as tensors
-            if not {"input_ids", "loss_mask"} <= set(found.column_names):
-                raise ValueError(
-                    f"the data set {folder} has no columns input_ids and loss_mask (has {found.column_names})"
-                )
-            return found
+            if {"input_ids", "loss_mask"} <= set(found.column_names):
+                return found
+            raise ValueError(f"the data set {folder} has {found.column_names}, but not input_ids and loss_mask")
     logger.warning(
         "no data set next to %s: where a file has no loss_mask of its own, every token is learned from", root
     )
     return None
-
-
-# ---- cache_run
-# From a recipe to a whole folder of features: what peagle-train cache does.
-
-
-class Rows:
-    """The rows of several sets, one after the other."""
-
-    def __init__(self, *parts: PackedRows) -> None:
-        self.parts = parts
-
-    def __len__(self) -> int:
-        return sum(map(len, self.parts))
-
-    def __getitem__(self, index: int) -> Row:
-        for part in self.parts:
-            if index < len(part):
-                return part[index]
-            index -= len(part)
-        raise IndexError("behind the last row")
-
-
-def write_cache(recipe: Recipe, out: str | None, shard_mib: int = 512, speculators: str | None = None) -> str:
-    """Fill `out` and return the lines that say how to train from it, on the main process.
-
-    Args:
-        shard_mib: size of a file. speculators: take what lies in this folder, see `SpeculatorsFiles`, instead of
-            running the target over the recipe's rows.
-
-    Raises:
-        ValueError: for a user's mistake.
-    """
-    if out is None:
-        raise ValueError("no folder given: --out DIR (or target.cache in the recipe)")
-    out = os.path.expanduser(out)  # of --out=~/x the shell leaves it to us
-    if shard_mib < 1:
-        raise ValueError(f"--shard-mib is {shard_mib}; it must be at least 1")
-    accelerator = Accelerator()
-    check_device(accelerator.device)
-    check_launch(accelerator.num_processes)
-    say: Any = print if accelerator.is_main_process else (lambda *_: None)
-    target = load_target(recipe, accelerator)
-    dtype = target.head_weight().dtype
-    stored = dtype if recipe.target.cache_dtype == "auto" else getattr(torch, recipe.target.cache_dtype)
-
-    files: SpeculatorsFiles | None = None
-    if speculators is None:
-        tokenizer = load_tokenizer(recipe)
-        mask_token_id = choose_mask_token(recipe.draft, tokenizer, target.vocab_size)
-        data = load_training_data(recipe, tokenizer, target.vocab_size, mask_token_id, say)
-        rows: Any = Rows(data.train_rows, data.eval_rows)
-        compute = online(recipe, target)
-    else:
-        rows = files = SpeculatorsFiles(os.path.expanduser(speculators), target, recipe.data.max_length)
-        compute = files.compute
-
-    per_token = 4 * target.hidden_size * stored.itemsize
-    shards = plan_shards(rows, max(1, shard_mib * 2**20 // per_token))
-    index = make_index(
-        shards,
-        target=fingerprint(recipe.target.path),
-        layer_ids=target.layer_ids,
-        hidden_size=target.hidden_size,
-        vocab_size=target.vocab_size,
-        eos_token_ids=target.eos_token_ids(),
-        dtype=str(stored)[6:],
-        computed_in=str(dtype)[6:],
-        max_length=recipe.data.max_length,
-        # What speculators left was computed by neither.
-        chunk_tokens=target.chunk_tokens if files is None else None,
-        attn_implementation=target.attn_implementation if files is None else None,
-        source="recipe" if files is None else "speculators",
-    )
-    writer = CacheWriter(Path(out), index, shards, accelerator.process_index, accelerator.num_processes)
-    with ExitStack() as held:
-        fill(writer, target, rows, compute, say, held if accelerator.is_main_process else None)
-        if files is not None and accelerator.is_main_process:
-            files.write_documents(Path(out))
-    accelerator.end_training()
-    if not accelerator.is_main_process:
-        return ""
-    overrides = [as_override("target.cache", out)]
-    if files is not None:
-        overrides.append(as_override("data.sources", [str(Path(out) / DOCUMENTS)]))
-    return f"train from it: python -m peagle_train RECIPE {' '.join(overrides)}\n"
-
-
-def load_target(recipe: Recipe, accelerator: Accelerator) -> FrozenTarget:
-    """The recipe's target, checked, never from a cache."""
-    settings = recipe.target
-    check_device_map(settings.device_map, accelerator.num_processes)
-    if settings.shard:
-        raise ValueError(
-            "target.shard is true, but here every process gives other rows to a target of its own: set it to false"
-            " (target.device_map spreads the target of a single process)"
-        )
-    target = FrozenTarget.load(
-        settings.path,
-        dtype=settings.dtype,
-        device=accelerator.device,
-        layer_ids=settings.layer_ids,
-        chunk_tokens=settings.chunk_tokens,
-        attn_implementation=settings.attn_implementation,
-        trust_remote_code=settings.trust_remote_code,
-        device_map=settings.device_map,
-    )
-    if settings.check:
-        target.check()
-    return target
-
-
-def online(recipe: Recipe, target: FrozenTarget) -> Compute:
-    """A row's features as a training step with one row a batch computes them: the same padding, so the same bits."""
-    collator = make_collator(recipe, seed=0)
-
-    def compute(row: Row) -> tuple[Tensor, Tensor]:
-        batch = collator([row])
-        features, last_hidden = target.features(batch["input_ids"], batch["position_ids"])
-        return features[0].cpu(), last_hidden[0].cpu()
-
-    return compute
-
-
-def fill(
-    writer: CacheWriter, target: FrozenTarget, rows: Any, compute: Compute, say: Any, held: ExitStack | None
-) -> None:
-    """Claim the folder, write head and shards; a failure of one process stops all.
-
-    Args:
-        held: of the main process: keeps the folder's lock, for all processes of this run; others have None.
-    """
-    head = target.head_weight()
-    failure = ""
-    if held is not None:
-        try:
-            held.enter_context(alone_in(writer.folder, "writing features"))
-            say(f"cache: {writer.claim(2 * head.numel() * head.element_size())}")
-            writer.write_head(target.head_weight, target.embedding_rows)
-        except ValueError as error:
-            failure = str(error)
-    stop_together(failure)
-    started, done = time.perf_counter(), [0]
-
-    def report(tokens: int) -> None:
-        done[0] += tokens
-        seconds = time.perf_counter() - started
-        say(f"cache: {done[0]} of {_own_tokens(writer)} tokens, {done[0] / seconds:.0f} tokens/s")
-
-    try:
-        writer.write_shards(rows.__getitem__, compute, report)
-    except ValueError as error:
-        failure = str(error)
-    stop_together(failure)
-
-
-def _own_tokens(writer: CacheWriter) -> int:
-    own: list[PlannedShard] = list(writer.shards)[writer.rank :: writer.world_size]
-    return sum(shard.tokens for shard in own)
-
-
-def stop_together(failure: str) -> None:
-    """ValueError on every process if one of them failed; waits for all, however long the last one still computes."""
-    for first in filter(None, from_all(failure)):
-        raise ValueError(first)

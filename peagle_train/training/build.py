@@ -137,19 +137,10 @@ def load_target(recipe: Recipe, accelerator: Accelerator) -> TargetBase:
     if sharded:
         world_mesh(accelerator.device.type)
     # A sharded target is whole on the host while it is loaded: let that be one at a time.
-    load = CachedTarget.opener(settings) if settings.cache else FrozenTarget.load
     with one_at_a_time() if sharded else nullcontext():
-        return load(
-            settings.path,
-            dtype=settings.dtype,
-            device=accelerator.device,
-            layer_ids=settings.layer_ids,
-            chunk_tokens=settings.chunk_tokens,
-            attn_implementation=settings.attn_implementation,
-            trust_remote_code=settings.trust_remote_code,
-            device_map=settings.device_map,
-            shard=sharded,
-        )
+        if settings.cache:
+            return CachedTarget.open(settings, accelerator.device)
+        return FrozenTarget.from_recipe(settings, accelerator.device, sharded)
 
 
 def _draft(  # type: ignore[no-untyped-def]
