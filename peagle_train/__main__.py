@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -114,9 +115,7 @@ def _main(arguments: list[str] | None) -> int:
     except Exception as error:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise  # anything unexpected keeps its traceback
-        from peagle_train.distributed import stop
-
-        stop(error, traceback.format_exc(), 1)
+        _stop(error, traceback.format_exc(), 1)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -175,12 +174,25 @@ def _interrupted(error: KeyboardInterrupt) -> int:
 def _fail(error: BaseException, code: int) -> int:
     line = f"peagle_train: error: {' '.join(str(error).split())}\n"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from peagle_train.distributed import stop
-
-        stop(error, line, code)
+        _stop(error, line, code)
     sys.stderr.write(line)
     sys.stderr.flush()
     return code
+
+
+def _stop(error: BaseException, text: str, code: int) -> NoReturn:
+    """Print why this rank fails and end the process at once: nothing at exit may wait for the other ranks."""
+    rank = os.environ.get("RANK", "0")
+    if code == 2 and rank != "0":
+        # All ranks make a user's mistake, as a rule: rank 0 reports it, and its launcher ends the others meanwhile.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
+    if type(error).__name__.startswith("Dist") or "gloo" in str(error):
+        text = "peagle_train: error: another rank has failed; its message is above"
+    sys.stdout.flush()
+    sys.stderr.write(f"{text.rstrip()} (rank {rank})\n")
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Several processes as one run: how they were launched, what they wait for, what they sum, and FSDP2.
 
 A step's collectives run in the default group, whose time-out is minutes. Waiting that may take longer (loading,
-tokenizing, saving) goes over a gloo group on the host that never times out. A rank that fails prints why and ends at once;
-torchrun then ends the others.
+tokenizing, saving) goes over a gloo group on the host that never times out. A rank that fails prints why and ends at once
+(`__main__.py`); torchrun then ends the others.
 
 FSDP2 is the same raw `fully_shard` on GPUs and on CPUs: Accelerate's own silently becomes data parallelism on CPUs. Nothing
 needs `register_fsdp_forward_method`: the drafter computes its loss inside its forward, and only the forward of a sharded
@@ -13,15 +13,12 @@ not.
 import hashlib
 import logging
 import os
-import signal
-import sys
-import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -53,7 +50,7 @@ def check_launch(num_processes: int) -> None:
             f"launched as {asked} processes, but each believes that it is alone and would train the same model: on CPU"
             f" start it as `{LAUNCH_CPU.format(n=asked)}`"
         )
-    # `accelerate launch --cpu --num_processes 2` names a master, starts a single process and says nothing.
+    # `accelerate launch --cpu --num_processes 2` names a master and starts a single process, silently.
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ and num_processes == 1:
         raise ValueError(
             "launched with several processes asked for, but `accelerate launch --cpu` starts only one: start it as"
@@ -64,7 +61,7 @@ def check_launch(num_processes: int) -> None:
 
 
 def check_device(device: torch.device) -> None:
-    """ValueError for a kind of device whose attention nobody has tried."""
+    """ValueError for a kind of device that attention was never run on."""
     if device.type not in ("cpu", "cuda"):
         raise ValueError(
             f"the device is {device.type}; only cpu and cuda are supported: set ACCELERATE_USE_CPU=true to run on the CPU"
@@ -184,25 +181,6 @@ def one_at_a_time() -> Iterator[None]:
     yield
     for _ in range(turns - turn):
         wait_for_all()
-
-
-def stop(error: BaseException, text: str, code: int) -> NoReturn:
-    """Print why this rank fails and end the process at once: nothing at exit may wait for the other ranks.
-
-    Args:
-        text: whole lines. code: the exit code; 2 for a user's mistake, which all ranks make as a rule: rank 0 prints it,
-            and torchrun ends the others before they do.
-    """
-    rank = os.environ.get("RANK", "0")
-    if code == 2 and rank != "0":
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(3)
-    if isinstance(error, dist.DistError) or "gloo" in str(error):
-        text = "peagle_train: error: another rank has failed; its message is above"
-    sys.stdout.flush()
-    sys.stderr.write(f"{text.rstrip()} (rank {rank})\n")
-    sys.stderr.flush()
-    os._exit(code)
 
 
 # ---- sums

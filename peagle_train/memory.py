@@ -60,7 +60,7 @@ CANDIDATES = (1, 2, 4, 8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class Sizes:
-    """Everything that memory depends on but the number of segments; counts of elements unless they say bytes."""
+    """All that memory depends on except the number of segments; counts of numbers unless named bytes."""
 
     batch_size: int
     length: int
@@ -587,7 +587,7 @@ def target_forward_bytes(
         mask = rows * queries * keys * item
         attending += rows * config.num_attention_heads * queries * keys * (item + max(item, 4))
     elif attention in ("sdpa", NAME):
-        # A bool mask, and the additive one that kernels make of it; a block of queries' at most, where it is ours.
+        # A bool mask, and the additive one that kernels make of it; a block of queries' at most if it is ours.
         mask = TARGET_BLOCK * L if attention == NAME else n * L if chunked else B * L * L
         attending += mask * item
     if A > G and (attention == "eager" or (on_cuda and attention == NAME)):
@@ -742,7 +742,7 @@ def refuse_hopeless(recipe: Recipe, device: Device) -> None:
         sys.stderr.write(f"{describe(recipe, sizes, device)}\n")
         raise ValueError(
             f"{peak / GIB:,.1f} GiB are planned for {S} segments, over twice what there is ({device}):"
-            f" {way_out(recipe, sizes, device, S)}; --force starts the run all the same"
+            f" {way_out(recipe, sizes, device, S)}; --force starts the run anyway"
         )
 
 

@@ -207,8 +207,8 @@ def test_a_users_mistake_is_one_clear_line_before_any_training(
         ('{"input_ids": [1, 99, 3]}', "99"),
         ('{"input_ids": [1, 60, 3]}', "mask"),
         ('{"input_ids": [1, 2, 3], "loss_mask": [1, 1]}', "loss_mask"),
-        ('{"input_ids": [1, 2, 3], "loss_mask": [0, 0, 0]}', "no supervised token"),
-        ("", "empty"),
+        ('{"input_ids": [1, 2, 3], "loss_mask": [0, 0, 0]}', "nothing to learn from"),
+        ("", "nothing to learn from"),
         ('{"input_ids": [1, 2', "line 1"),
     ],
 )

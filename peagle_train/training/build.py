@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(recipe: Recipe, resume: str | None = None, force: bool = False) -> str:
-    """Run a recipe; returns the lines that say where the drafter is and how good it is.
+    """Run a recipe; returns lines on where the drafter is and how good it is.
 
     Args:
         recipe: the settings. resume: None for a new run, else as in `open_resume`.
@@ -127,7 +127,7 @@ def _train(recipe: Recipe, resume: str | None, force: bool) -> str:
 
 
 def load_target(recipe: Recipe, accelerator: Accelerator) -> TargetBase:
-    """The recipe's target, where and how it says."""
+    """Load the recipe's target."""
     settings, several = recipe.target, accelerator.num_processes > 1
     check_device_map(settings.device_map, accelerator.num_processes)
     sharded = settings.shard and several and not settings.cache

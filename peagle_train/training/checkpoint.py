@@ -259,7 +259,7 @@ def verify_checkpoint(folder: Path) -> None:
             path = folder / name
             if not path.is_file():
                 raise DamagedCheckpoint(f"{path} is missing")
-            if path.stat().st_size != described["size"]:  # told without reading it
+            if path.stat().st_size != described["size"]:  # seen without reading it
                 raise DamagedCheckpoint(f"{path} has {path.stat().st_size} bytes instead of {described['size']}")
             if _describe(path) != described:
                 raise DamagedCheckpoint(f"{path} is not what was written (its sha256 differs)")
@@ -314,7 +314,7 @@ def clean_up(output: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder or a link to one; if that is killed half-way, what is left has a name that nobody looks for."""
+    """Remove a folder or a link to one. If that is killed half-way, no reader sees the rest, and `clean_up` removes it."""
     if os.path.lexists(path):
         gone = path.with_name(f".{path.name}.deleted")
         remove_tree(gone)
@@ -403,7 +403,7 @@ def open_resume(recipe: Recipe, given: str) -> Checkpoint | str:
             raise ValueError(
                 f"--resume: output.dir {output} holds a run without a complete checkpoint"
                 + "".join(f" ({note})" for note in notes)
-                + ": remove it and start over (train.save_steps says how often a checkpoint is saved)"
+                + ": remove it and start over (train.save_steps makes checkpoints)"
             )
         folder = complete[0]
     try:

@@ -56,7 +56,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def cores() -> int:
-    """Those that this process may use; all of the machine where the system does not say (macOS)."""
+    """Cores that this process may use; on macOS, all of the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -169,7 +169,7 @@ class Trainer:
 
         Raises:
             ValueError: the output folder cannot be used.
-            RunStopped: the run had to stop, with a line that says why and how to resume.
+            RunStopped: the run had to stop, with a line on why and how to resume.
         """
         lock = self._take_output()
         self.reporter.start(self.step, asdict(self.recipe))
@@ -363,7 +363,7 @@ class Trainer:
         pairs = zip(batches, result.gradients.losses, strict=True)
         keys = [key for b, loss in pairs if not bool(torch.isfinite(loss)) for key in bad_sequences(self.runner, b)]
         what, found = "loss", from_all(keys)
-        if not any(found):  # nobody can tell whose gradient it is
+        if not any(found):  # it cannot be known whose gradient it is
             what, found = "gradient", from_all([key for batch in batches for key in batch["row_key"].tolist()])
         epoch = (self.step - 1) // self.sampler.steps_per_epoch
         entries = [
@@ -591,7 +591,7 @@ class Trainer:
         return lock
 
     def _put_back(self, checkpoint: Checkpoint) -> None:
-        """Undo what an output folder got after the checkpoint, and say what that is."""
+        """Undo what an output folder got after the checkpoint, and log it."""
         say = self.reporter.say
         checkpoints.clean_up(self.folder)
         if later := checkpoints.set_aside_later(self.folder, checkpoint.step):
@@ -644,9 +644,9 @@ class Signals:
 
 
 def is_lost_worker(error: BaseException) -> bool:
-    """Whether an error says that a loader process is gone; not one that the data raised inside of one.
+    """Whether an error means that a loader process was killed, rather than that the data raised inside of one.
 
-    torch says so from a signal handler, anywhere in the run, unless reading what the process was about to hand over fails
+    torch raises it from a signal handler, anywhere in the run, unless reading what the process was about to hand over fails
     first, with the error of a connection that was cut.
     """
     frame = error.__traceback__
@@ -660,7 +660,7 @@ def is_lost_worker(error: BaseException) -> bool:
 
 def leave_to_parent(worker_id: int) -> None:
     """A loader process's `worker_init_fn`: signals to the whole group (a terminal's ^C, a scheduler's SIGTERM) must not
-    kill it under a parent that is still finishing its step. It ends when the parent says so, or is gone.
+    kill it under a parent that is still finishing its step. It ends with its parent.
     """
     for number in (*STOPPING, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
