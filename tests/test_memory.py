@@ -1,7 +1,6 @@
 """Memory that is planned: against what autograd holds, and in what a run makes of it."""
 
 import itertools
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
 
 from peagle_train import memory as planning
 from peagle_train.__main__ import main
@@ -29,6 +27,7 @@ from peagle_train.memory import (
     saved_bytes,
 )
 from peagle_train.training.trainer import Trainer
+from tests.runs import Begun, assert_same_run
 from tests.tiny import make_target, write_recipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
@@ -187,49 +186,27 @@ def run(folder: Path, target: Path, rows: Path, /, *arguments: str, **sections: 
     return folder / "run"
 
 
-def numbers(folder: Path) -> list[Any]:
-    """Losses, rates and norms of a run's steps."""
-    kept = ("step", "loss", "accuracy", "learning_rate", "grad_norm")
-    return [
-        [json.loads(line).get(name) for name in kept] for line in (folder / "metrics.jsonl").read_text().splitlines()
-    ]
-
-
 @pytest.mark.parametrize(
     "sections",
     [
-        {},
         {"cod": {"num_segments": 1}, "train": {"gradient_accumulation_steps": 2, "batch_size": 2}},
         {"train": {"segment_mode": "recompute", "activation_checkpointing": True}},
     ],
-    ids=["relay", "flat", "recompute"],
+    ids=["flat", "recompute"],
 )
 def test_a_probe_changes_no_number_of_a_run(
     tmp_path: Path, target: Path, rows: Path, sections: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs = []
     for probe in (True, False):
         train = {"max_steps": 3, "probe": probe, **sections.get("train", {})}
-        folder = run(
-            tmp_path / str(probe), target, rows, **{**sections, "train": train, "data": {"eval_fraction": 0.2}}
-        )
+        run(tmp_path / str(probe), target, rows, **{**sections, "train": train, "data": {"eval_fraction": 0.2}})
         assert ("fits: peak" in capsys.readouterr().out) == probe
-        runs.append((load_file(folder / "final" / "model.safetensors"), numbers(folder)))
-    (probed, probed_numbers), (plain, plain_numbers) = runs
-    assert all(torch.equal(probed[name], plain[name]) for name in plain) and probed_numbers == plain_numbers
+    assert_same_run(tmp_path / "True" / "run", tmp_path / "False" / "run")
 
 
-def test_a_probe_changes_nothing_of_a_resumed_run(tmp_path: Path, target: Path, rows: Path) -> None:
-    whole = run(tmp_path / "whole", target, rows, train={"max_steps": 4, "save_steps": 2})
-    shared = {"max_steps": 4, "save_steps": 2}
-    cut = run(tmp_path / "cut", target, rows, train=shared)
-    for name in ("final", "checkpoint-4"):
-        if (cut / name).exists():
-            (cut / name).rename(tmp_path / name)
-    (cut / "run.json").write_text('{"state": "started"}')
-    run(tmp_path / "cut", target, rows, "--resume", "train.probe=true", train=shared)
-    ours, theirs = (load_file(f / "final" / "model.safetensors") for f in (cut, whole))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+def test_a_probe_changes_nothing_of_a_resumed_run(tmp_path: Path, begun: Begun) -> None:
+    assert main([str(begun.copy(tmp_path)), "--resume", "train.probe=true"]) == 0
+    assert_same_run(tmp_path / "run", begun.whole)
 
 
 def test_auto_becomes_the_number_that_fits_and_stays_it_when_the_run_resumes(
