@@ -1,7 +1,7 @@
 """Prompts answered by the target itself, which a drafter learns best from: through a server, or by a model in this process.
 
-Each question is asked with the target's own answers before it. Rows are appended to a hidden file beside OUT, which gets
-OUT's name when every prompt has been asked. A run that was killed resumes there; its dropped prompts are asked again.
+Each question is asked with the target's own answers before it. Examples are appended to a hidden file beside OUT, which
+gets OUT's name when every prompt has been asked. A run that was killed resumes there; its dropped prompts are asked again.
 """
 
 import fcntl
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from peagle_train.data.documents import SourceFile, read_examples
 from peagle_train.data.encode import RawExample, parse
 from peagle_train.data.messages import FORMAT, BadRow, messages_of, parts_of
-from peagle_train.files import RunStopped, one_line, partial_path, put, write_text
+from peagle_train.files import RunStopped, one_line, partial_path, put, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def load_prompts(name_or_path: str, limit: int | None = None, skipped: Counter[s
         if len(prompts) == limit:
             break
     if not prompts:
-        raise ValueError(f"{name_or_path} holds no prompt" + (f"; skipped: {_counts(skipped)}" if skipped else ""))
+        raise ValueError(f"{name_or_path} holds no prompt" + (f"; skipped: {_reasons(skipped)}" if skipped else ""))
     return list(prompts.values())
 
 
@@ -261,15 +261,6 @@ def converse(prompt: Prompt, number: int, model: str, settings: Settings) -> Cha
     return Result(row if finish_reasons else None, why, f"prompt {prompt.id} is {why}: {detail}")
 
 
-def _advance(chat: Chat, answer: Answer | None) -> Ask | Result:
-    """Start a conversation (None), or give it an answer: its next question, or its end."""
-    try:
-        return chat.send(answer)  # type: ignore[arg-type]
-    except StopIteration as end:
-        result: Result = end.value
-        return result
-
-
 class Server:
     """A server that speaks OpenAI's chat completions (vLLM, SGLang), asked from `concurrency` threads.
 
@@ -286,7 +277,8 @@ class Server:
             raise ValueError("--base-url takes the package openai, which is missing: pip install openai") from None
         if concurrency < 1 or timeout <= 0 or retries < 0:
             raise ValueError("--concurrency must be 1 or more, --timeout more than 0, --retries 0 or more")
-        self.url, self.model, self.key, self.concurrency, self.openai = url, model, key, concurrency, openai
+        self.url, self.model, self.key, self.openai = url, model, key, openai
+        self.concurrency, self.batch_size = concurrency, 1
         # A proxy of the environment does not know this machine.
         http = openai.DefaultHttpxClient(trust_env=not re.match(r"https?://(localhost|127\.0\.0\.1|\[::1\])[:/]", url))
         try:
@@ -316,17 +308,9 @@ class Server:
         self.record: dict[str, Any] = {"backend": "server", "model": model}
         self.record |= {"sampling": self.sampling | self.own}
 
-    def run(self, chats: Sequence[Chat]) -> Generator[Result, None, None]:
-        """Results as they come; a thread takes a conversation from its first turn to its last."""
-
-        def work(chat: Chat) -> Result:
-            step = _advance(chat, None)
-            while not isinstance(step, Result):
-                step = _advance(chat, self.answer(step))
-            return step
-
-        with ThreadPool(self.concurrency) as pool:
-            yield from pool.imap_unordered(work, chats)
+    def answers(self, asks: Sequence[Ask]) -> list[Answer]:
+        """An answer to each."""
+        return [self.answer(ask) for ask in asks]
 
     def answer(self, ask: Ask, **changes: Any) -> Answer:
         """The model's next turn. RunStopped: no answer after all retries."""
@@ -392,7 +376,8 @@ class Local:
         if not self.end_ids:
             raise ValueError("the target names no end token (eos_token_id), so its answers would never end")
         self.context = getattr(text_config, "max_position_embeddings", None) or 2**63
-        self.model, self.tokenizer, self.settings, self.batch_size = model.eval(), tokenizer, settings, batch_size
+        self.model, self.tokenizer, self.settings = model.eval(), tokenizer, settings
+        self.concurrency, self.batch_size = 1, batch_size
         sampling: dict[str, Any] = {"do_sample": settings.temperature > 0, "repetition_penalty": 1.0}
         if settings.temperature > 0:
             sampling |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
@@ -400,16 +385,6 @@ class Local:
         model.generation_config = GenerationConfig(**sampling, eos_token_id=self.end_ids, pad_token_id=self.end_ids[0])
         self.record: dict[str, Any] = {"backend": "local", "model": Path(path).resolve().name}
         self.record |= {"dtype": str(model.dtype), "sampling": sampling}
-
-    def run(self, chats: Sequence[Chat]) -> Generator[Result, None, None]:
-        """Results batch by batch; a batch goes from turn to turn together."""
-        for first in range(0, len(chats), self.batch_size):
-            steps = [(chat, _advance(chat, None)) for chat in chats[first : first + self.batch_size]]
-            while steps:
-                yield from (step for _, step in steps if isinstance(step, Result))
-                asked = [(chat, step) for chat, step in steps if not isinstance(step, Result)]
-                answers = self.answers([step for _, step in asked])
-                steps = [(chat, _advance(chat, answer)) for (chat, _), answer in zip(asked, answers)]
 
     def answers(self, asks: Sequence[Ask]) -> list[Answer]:
         """An answer to each, generated together; chats that the template or the context does not take are refused."""
@@ -450,26 +425,29 @@ class Local:
             yield Answer(text, "length", tokens=len(ids)) if end is None else Answer(text, tokens=end + 1)
 
 
-class Tally:
-    """What became of the prompts: rows written, and the others by reason."""
+def converse_all(backend: Server | Local, chats: Sequence[Chat]) -> Generator[Result, None, None]:
+    """Results as they come. The chats of a batch go from turn to turn together; a thread keeps its batch to the end."""
 
-    def __init__(self, skipped: Counter[str]) -> None:
-        self.rows = self.answers = self.tokens = 0
-        self.cut, self.dropped, self.skipped = Counter[str](), Counter[str](), skipped
+    def advance(chat: Chat, answer: Answer | None) -> Ask | Result:
+        try:
+            return chat.send(answer)  # type: ignore[arg-type]  # None starts it
+        except StopIteration as end:
+            result: Result = end.value
+            return result
 
-    def add(self, row: dict[str, Any]) -> None:
-        generated = row["generated"]
-        self.rows += 1
-        self.answers += len(generated["finish_reasons"])
-        self.tokens += generated["tokens"]
-        self.cut += Counter([generated["cut"]] if generated["cut"] else [])
+    def work(batch: Sequence[Chat]) -> list[Result]:
+        results, steps = list[Result](), [(chat, advance(chat, None)) for chat in batch]
+        while steps:
+            results += [step for _, step in steps if isinstance(step, Result)]
+            asked = [(chat, step) for chat, step in steps if not isinstance(step, Result)]
+            answers = backend.answers([ask for _, ask in asked])
+            steps = [(chat, advance(chat, answer)) for (chat, _), answer in zip(asked, answers)]
+        return results
 
-    def describe(self) -> str:
-        """One line."""
-        text = f"{self.rows} of {self.rows + self.dropped.total()} prompts written"
-        for what, counts in (("cut short", self.cut), ("dropped", self.dropped), ("skipped", self.skipped)):
-            text += f", {counts.total()} {what} ({_counts(counts)})" if counts else ""
-        return f"{text}; {self.answers} answers, {self.tokens} tokens"
+    batches = [chats[first : first + backend.batch_size] for first in range(0, len(chats), backend.batch_size)]
+    with ThreadPool(backend.concurrency) as pool:
+        for results in pool.imap_unordered(work, batches):
+            yield from results
 
 
 def regenerate(
@@ -482,6 +460,8 @@ def regenerate(
     """
     digest = sha256(json.dumps(prompts).encode()).hexdigest()
     record = {"prompts": digest, "count": len(prompts), **backend.record, **asdict(settings)}
+    report: dict[str, Any] = {"settings": record, "prompts": len(prompts), "rows": 0, "answers": 0, "tokens": 0}
+    report |= {"cut": Counter[str](), "dropped": Counter[str](), "skipped": skipped}
     partial, report_path = partial_path(out), out.with_name(out.name + ".report.json")
     if out.exists() or partial.exists():
         _check_same(report_path, record)
@@ -489,46 +469,61 @@ def regenerate(
         print(f"{out} is already complete")
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(report_path, json.dumps({"settings": record}, indent=2) + "\n")
-    tally, ids = Tally(skipped), set[str]()
+    write_json(report_path, {"settings": record})
     with partial.open("a+b") as file:
+        ids = set[str]()
         for row in _resumed(file, partial):
-            tally.add(row)
+            _count(report, row)
             ids.add(row["id"])
         if ids:
             print(f"resuming after {len(ids)} of {len(prompts)} prompts in {partial}")
         chats = [converse(p, n, backend.record["model"], settings) for n, p in enumerate(prompts) if p.id not in ids]
         try:
-            _ask(backend.run(chats), len(prompts), file, tally)
+            _ask(converse_all(backend, chats), file, report)
         finally:
-            if not tally.rows:
+            if not report["rows"]:
                 partial.unlink()
                 report_path.unlink()
-    totals = {"prompts": len(prompts), "rows": tally.rows, "answers": tally.answers, "tokens": tally.tokens}
-    counts = {"cut": tally.cut, "dropped": tally.dropped, "skipped": tally.skipped}
-    write_text(report_path, json.dumps({"settings": record, **totals, **counts}, indent=2) + "\n")
+    write_json(report_path, report)
     put(partial, out)
-    print(f"{out}: {tally.describe()}")
+    print(f"{out}: {_describe(report)}")
 
 
-def _ask(results: Generator[Result, None, None], total: int, file: IO[bytes], tally: Tally) -> None:
-    pace = 0.1 if sys.stderr.isatty() else 60.0
-    with closing(results), tqdm(total=total, initial=tally.rows, unit="prompt", mininterval=pace) as bar:
+def _ask(results: Generator[Result, None, None], file: IO[bytes], report: dict[str, Any]) -> None:
+    pace, total, dropped = 0.1 if sys.stderr.isatty() else 60.0, report["prompts"], report["dropped"]
+    with closing(results), tqdm(total=total, initial=report["rows"], unit="prompt", mininterval=pace) as bar:
         for result in results:
             bar.update()
             if result.row is not None:
                 line = json.dumps(result.row, ensure_ascii=False)
                 file.write(line.encode(errors="backslashreplace") + b"\n")
                 file.flush()
-                tally.add(result.row)
+                _count(report, result.row)
             elif result.fault is not None:
-                tally.dropped[result.fault] += 1
-            if result.fault == "refused" and tally.dropped["refused"] + tally.cut["refused"] == 1:
+                dropped[result.fault] += 1
+            if result.fault == "refused" and dropped["refused"] + report["cut"]["refused"] == 1:
                 print(result.detail)
-            if tally.dropped["refused"] == bar.n == min(HOPELESS, total):
+            if dropped["refused"] == bar.n == min(HOPELESS, total):
                 raise ValueError(f"the first {bar.n} prompts are all refused; the last {result.detail}")
-    if not tally.rows:
-        raise ValueError(f"no prompt got a usable answer ({tally.describe()})")
+    if not report["rows"]:
+        raise ValueError(f"no prompt got a usable answer ({_describe(report)})")
+
+
+def _count(report: dict[str, Any], row: dict[str, Any]) -> None:
+    generated = row["generated"]
+    report["rows"] += 1
+    report["answers"] += len(generated["finish_reasons"])
+    report["tokens"] += generated["tokens"]
+    if generated["cut"]:
+        report["cut"][generated["cut"]] += 1
+
+
+def _describe(report: dict[str, Any]) -> str:
+    """One line."""
+    text = f"{report['rows']} of {report['rows'] + report['dropped'].total()} prompts written"
+    for what in ("cut", "dropped", "skipped"):
+        text += f", {report[what].total()} {what} ({_reasons(report[what])})" if report[what] else ""
+    return f"{text}; {report['answers']} answers, {report['tokens']} tokens"
 
 
 def _check_same(report_path: Path, record: dict[str, Any]) -> None:
@@ -564,5 +559,5 @@ def _resumed(file: IO[bytes], partial: Path) -> Iterator[dict[str, Any]]:
         end += len(line)
 
 
-def _counts(reasons: Counter[str]) -> str:
+def _reasons(reasons: Counter[str]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
