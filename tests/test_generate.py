@@ -19,7 +19,6 @@ from peagle_train.decoding.generate import (
     Drafter,
     decode,
     distribution,
-    end_tokens,
     greedy_tokens,
     spread,
     verify,
@@ -244,7 +243,7 @@ def test_generate_of_transformers_agrees(llama, tmp_path):
     ids = torch.tensor([PROMPT])
     out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=17, pad_token_id=0)
     with CachedTarget(llama) as target:
-        own = greedy_tokens(target, PROMPT, 17, end_tokens(FrozenTarget(model)))
+        own = greedy_tokens(target, PROMPT, 17, FrozenTarget(model).eos_token_ids())
     assert out[0, len(PROMPT) :].tolist() == own
 
 

@@ -5,15 +5,15 @@ the real features h_{m-1} at position m - 1 (slot 0), then mask tokens at m, m +
 causal attention; slot k guesses x_{m+1+k}. This is the training contract's anchor a = m - 1 (`core.elements`), and
 tests compare the two slot by slot.
 
-K: slots, n: tokens of a call, F = 3T: feature size, V: the target's vocabulary, Vd: the draft vocabulary.
+K: slots, n: tokens of a call, T: the target's hidden size, F = 3T: feature size, V: the target's vocabulary, Vd: the
+draft vocabulary.
 """
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +23,12 @@ from peagle_train.core.draft import KV, PEagleDraft
 from peagle_train.core.visibility import Causal
 from peagle_train.target_model.frozen import FrozenTarget
 
-# ---- verify
-# The target's side of speculative decoding: a cache of keys and values that tokens are added to and taken from again.
-#
-# n: tokens of a call, T: the target's hidden size, V: its vocabulary.
-
 
 class CachedTarget:
     """A frozen target over one growing text. A context manager: inside, hooks keep the three layers' inputs.
 
     Its cache keeps all tokens in every layer, in sliding ones too (whose masks transformers makes from the config), so that
-    any number of tokens can be taken back.
+    any number of tokens can be removed again.
     """
 
     def __init__(self, target: FrozenTarget) -> None:
@@ -49,9 +44,7 @@ class CachedTarget:
             self._handles.append(self.target.layers[layer].register_forward_pre_hook(self._keep, with_kwargs=True))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         while self._handles:
             self._handles.pop().remove()
 
@@ -59,7 +52,7 @@ class CachedTarget:
         self._kept.append(args[0] if args else kwargs["hidden_states"])
 
     def clear(self) -> None:
-        """Begin a new text."""
+        """Start a new text."""
         self.length = 0
         self._cache = DynamicCache()
 
@@ -68,43 +61,33 @@ class CachedTarget:
         """Run the next tokens of the text.
 
         Returns:
-            features [n, 3T] of these tokens, and the logits [num_logits, V] of the last ones, in the target's dtype.
+            features [n, F] of these tokens, and the logits [num_logits, V] of the last ones, in the target's dtype.
         """
         assert self._handles, "a CachedTarget is used in a with block"
         device = self.target.device
-        ids_1n = torch.tensor([tokens], dtype=torch.int64, device=device)
-        position_1n = torch.arange(self.length, self.length + len(tokens), device=device)[None]
+        position_n = torch.arange(self.length, self.length + len(tokens), device=device)
         self._kept.clear()
         result = self.target.base(
-            input_ids=ids_1n,
-            position_ids=position_1n,
+            input_ids=torch.tensor([tokens], dtype=torch.int64, device=device),
+            position_ids=position_n[None],
             attention_mask=None,
             use_cache=True,
             **{self._cache_name: self._cache},
         )
         self.length += len(tokens)
-        features = torch.cat([hidden[0] for hidden in self._kept], dim=-1)
-        return features, self.target.head(result.last_hidden_state[0, len(tokens) - num_logits :])
+        features_nF = torch.cat([hidden[0] for hidden in self._kept], dim=-1)
+        return features_nF, self.target.head(result.last_hidden_state[0, len(tokens) - num_logits :])
 
     def crop(self, length: int) -> None:
-        """Take back all but the first `length` tokens."""
+        """Remove all but the first `length` tokens."""
         assert 0 <= length <= self.length
         if length < self.length:
             self._cache.crop(length - self.length)
         self.length = length
 
 
-def end_tokens(target: FrozenTarget) -> frozenset[int]:
-    """The tokens at which the target's generation ends, by its config and its generation config."""
-    ids: set[int] = set()
-    for source in (target.config, getattr(target.model, "generation_config", None)):
-        eos = getattr(source, "eos_token_id", None)
-        ids |= set(eos if isinstance(eos, list) else [] if eos is None else [eos])
-    return frozenset(ids)
-
-
 @torch.no_grad()
-def greedy_tokens(target: CachedTarget, prompt: Sequence[int], max_tokens: int, eos: frozenset[int]) -> list[int]:
+def greedy_tokens(target: CachedTarget, prompt: Sequence[int], max_tokens: int, eos: Collection[int]) -> list[int]:
     """The target's own greedy output, one token a pass: what speculative decoding has to reproduce."""
     target.clear()
     tokens: list[int] = []
@@ -116,20 +99,8 @@ def greedy_tokens(target: CachedTarget, prompt: Sequence[int], max_tokens: int, 
     return tokens
 
 
-# ---- generate
-# Speculative decoding of one text with a P-EAGLE drafter, as vLLM does it: draft, verify, reject, roll back.
-#
-# With x_0 ... x_m known and run through the target up to x_{m-1}, the drafter reads its context, then the real token x_m
-# with the real features h_{m-1} at position m - 1 (slot 0), then mask tokens at m, m + 1, ... (slots 1 to K - 1),
-# under plain
-# causal attention; slot k guesses x_{m+1+k}. This is the training contract's anchor a = m - 1 (`core.elements`), and
-# tests compare the two slot by slot.
-#
-# K: slots, n: tokens of a call, F = 3T: feature size, V: the target's vocabulary, Vd: the draft vocabulary.
-
-
 class Drafter:
-    """A drafter over one growing text, with the keys and values of its real tokens' rows."""
+    """A drafter over one growing text, with the keys and values of its real tokens."""
 
     def __init__(self, draft: PEagleDraft, num_slots: int) -> None:
         assert num_slots >= 1
@@ -137,7 +108,7 @@ class Drafter:
         self.clear()
 
     def clear(self) -> None:
-        """Begin a new text."""
+        """Start a new text."""
         self.length = 0
         self._context: list[KV] | None = None
 
@@ -151,44 +122,32 @@ class Drafter:
         """Logits of all slots, [K, Vd], in the drafter's dtype.
 
         Args:
-            tokens: the n tokens that became known since the last call; row i pairs `tokens[i]` with
-                `features_nF[i]`, the features of the token in front of it. n >= 1; the last token is the bonus token.
+            tokens: the n >= 1 tokens that became known since the last call; the last is the bonus token.
+            features_nF: of the token before each of them.
         """
         n, K, device = len(tokens), self.num_slots, self.draft.device
         assert features_nF.shape[0] == n >= 1
-        token = torch.tensor([[*tokens, *[self.draft.mask_token_id] * (K - 1)]], device=device)
         index = torch.arange(n + K - 1, device=device)[None]
         output = self.draft(
-            token,
+            torch.tensor([[*tokens, *[self.draft.mask_token_id] * (K - 1)]], device=device),
             self.length + index,
             features_nF[None].to(device),
             Causal((index - (n - 1)).clamp(min=0)),
             context=self._context,
             skip=n - 1,
         )
-        # Mask slots are not kept: the rows of accepted tokens are made again from real tokens and features.
-        kept = [(key[:, :, :n], value[:, :, :n]) for key, value in output.keys_values]
-        old = self._context or [(key[:, :, :0], value[:, :, :0]) for key, value in kept]
-        self._context = [(torch.cat(k, dim=2), torch.cat(v, dim=2)) for k, v in (zip(*pair) for pair in zip(old, kept))]
+        # Mask slots are not kept: accepted tokens run again with their real ids and features.
+        self._context = join_context(self._context, output.keys_values, n)
         self.length += n
         return self.draft.lm_head(output.hidden[0])
 
 
-class Drafts(Protocol):
-    """What `decode` needs of a drafter."""
-
-    @property
-    def token_ids(self) -> Tensor: ...
-    def clear(self) -> None: ...
-    def propose(self, tokens: Sequence[int], features_nF: Tensor) -> Tensor: ...
-
-
-class Verifies(Protocol):
-    """What `decode` needs of a target (see `CachedTarget`)."""
-
-    def clear(self) -> None: ...
-    def extend(self, tokens: Sequence[int], num_logits: int) -> tuple[Tensor, Tensor]: ...
-    def crop(self, length: int) -> None: ...
+def join_context(context: list[KV] | None, more: Sequence[KV], n: int) -> list[KV]:
+    """A context's keys and values with the first n of `more` appended, layer by layer."""
+    new = [(k[:, :, :n], v[:, :, :n]) for k, v in more]
+    if context is None:
+        return new
+    return [(torch.cat([k, a], dim=2), torch.cat([v, b], dim=2)) for (k, v), (a, b) in zip(context, new, strict=True)]
 
 
 class Chance:
@@ -221,14 +180,14 @@ def spread(drafted: Tensor, token_ids: Tensor, vocab_size: int) -> Tensor:
 def verify(drafted: Sequence[int], draft_KV: Tensor, target_K1V: Tensor, chance: Chance) -> tuple[int, int]:
     """The rejection rule of Leviathan et al. (arXiv:2211.17192): the output is distributed as the target's own.
 
-    A drafted token x is accepted with probability min(1, p(x) / q(x)); in the place of the first rejected one the target
-    puts a token from max(0, p - q), normalised, and behind a wholly accepted draft one from its own distribution. q is
-    whatever the token was drawn from, so a pruned draft vocabulary (q = 0 outside of it) costs acceptance, not exactness.
-    At temperature 0, where p and q are 0 or 1, this is the comparison of argmaxes.
+    A drafted token x is accepted with probability min(1, p(x) / q(x)). The target replaces the first rejected one by a
+    token from max(0, p - q), normalised, and adds one from its own distribution after a wholly accepted draft. q is what
+    the token was drawn from, so a pruned draft vocabulary (q = 0 outside of it) costs acceptance, not exactness. At
+    temperature 0, where p and q are 0 or 1, this compares argmaxes.
 
     Args:
         drafted: K tokens, token k drawn from `draft_KV[k]`.
-        target_K1V: [K + 1, V], the target's distribution at each of them, and behind the last.
+        target_K1V: [K + 1, V], the target's distribution at each of them, and after the last.
 
     Returns:
         How many of the drafted tokens are accepted, and the token that follows them.
@@ -262,7 +221,7 @@ class Decoded:
     """Of each token, under the target at this temperature."""
     passes: list[tuple[int, int]] = field(default_factory=list)
     """Of each verifying pass: the index in `tokens` of the bonus token that its draft followed, and how many drafted tokens
-    were accepted (those behind an end token do not count, those behind max_tokens do)."""
+    were accepted (those after an end token do not count, those after max_tokens do)."""
     features: Tensor | None = None
     """[prompt + tokens - 1, F]: of every token but the last."""
     leads: list[float] = field(default_factory=list)
@@ -273,12 +232,12 @@ class Decoded:
 
 @torch.no_grad()
 def decode(
-    target: Verifies,
-    drafter: Drafts,
+    target: CachedTarget,
+    drafter: Drafter,
     prompt: Sequence[int],
     max_tokens: int,
     *,
-    eos: frozenset[int] = frozenset(),
+    eos: Collection[int] = (),
     temperature: float = 0.0,
     chance: Chance,
     sample_drafts: bool = True,
@@ -288,7 +247,7 @@ def decode(
     Args:
         prompt: at least one token.
         temperature: of target and drafter; 0 is greedy.
-        sample_drafts: draw drafts from the drafter's distribution; False: take its likeliest tokens, as engines do that
+        sample_drafts: draw drafts from the drafter's distribution; False takes its likeliest tokens, as engines do that
             keep no draft probabilities.
     """
     assert prompt and max_tokens >= 1
@@ -297,8 +256,7 @@ def decode(
     features, logits = target.extend(prompt, 1)
     first_V = distribution(logits, temperature)[0]
     token = chance.choose(first_V)
-    out = Decoded([*prompt], [token], [float(first_V[token])])
-    out.leads = lead(logits)
+    out = Decoded([*prompt], [token], [float(first_V[token])], leads=lead(logits))
     kept = [features]
     known, known_features = [*prompt[1:], token], features
     while len(out.tokens) < max_tokens and out.tokens[-1] not in eos:

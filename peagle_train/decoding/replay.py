@@ -8,7 +8,7 @@ where the passes of each K begin:
 - greedy, slot d is accepted where its guess is the text's token;
 - sampled, given that the text has token x there, the drafted token was accepted with probability min(1, q(x) / p(x)):
   drafted-and-accepted has probability min(p(x), q(x)), x comes out with p(x), and the coins of all slots are independent.
-  (Drafts that are taken, not drawn, have q 0 or 1: 1 where the guess is x, else 0.)
+  (Likeliest drafts have q 0 or 1: 1 where the guess is x, else 0.)
 Following all of a text's passes at once, each with the probability that there is one, gives expected counts: for greedy
 decoding, where every probability is 0 or 1, these are the counts.
 
@@ -18,7 +18,7 @@ vocabulary.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from torch import Tensor
 from peagle_train.core.draft import KV, PEagleDraft
 from peagle_train.core.elements import make_elements
 from peagle_train.core.segments import visibility_of
-from peagle_train.decoding.generate import Decoded, distribution
+from peagle_train.decoding.generate import Decoded, distribution, join_context
 
 ANCHORS_AT_A_TIME = 64
 LONGEST_PERIOD, SHORTEST_RUN = 64, 24
@@ -56,19 +56,16 @@ def slot_logits(
         visibility = visibility_of(
             elements, K, M=rows, first_rollout=rows, num_context=start, context_end=torch.tensor([start])
         )
-        features = features_nF[None, start:stop].to(device)
         with torch.no_grad():
             output = draft(
                 elements.token,
                 elements.position,
-                features,
+                features_nF[None, start:stop].to(device),
                 visibility,
                 context=context,
                 keys_values_only=not drafts,
             )
-            own = [(k[:, :, :rows], v[:, :, :rows]) for k, v in output.keys_values]
-            old = context or [(k[:, :, :0], v[:, :, :0]) for k, v in own]
-            context = [(torch.cat([a, c], dim=2), torch.cat([b, d], dim=2)) for (a, b), (c, d) in zip(old, own)]
+            context = join_context(context, output.keys_values, rows)
             if drafts:
                 hidden = output.hidden[0]
                 real_R1H, masks_RkH = hidden[:rows, None], hidden[rows:].unflatten(0, (rows, K - 1))
@@ -78,9 +75,9 @@ def slot_logits(
 def accept_probabilities(
     draft: PEagleDraft, decoded: Decoded, num_slots: int, temperature: float = 0.0, sample_drafts: bool = True
 ) -> Tensor:
-    """[m, K] float64: with what probability slot k of the draft behind token i is accepted, had all before it been.
+    """[m, K] float64: the probability that slot k of the draft after token i is accepted, given that all before it are.
 
-    0 behind the text's end.
+    0 beyond the text's end.
     """
     assert decoded.features is not None
     ids, first = [*decoded.prompt, *decoded.tokens], len(decoded.prompt) - 1
@@ -89,7 +86,7 @@ def accept_probabilities(
     draft_ids = draft.draft_token_ids.cpu()
     index_V[draft_ids] = torch.arange(draft_ids.numel())
     accept_mK = torch.zeros(m, K, dtype=torch.float64)
-    # token i + 1 + k, which slot k behind token i guesses
+    # token i + 1 + k, which slot k after token i guesses
     guessed_mK = torch.arange(m)[:, None] + 1 + torch.arange(K)
     inside_mK = guessed_mK <= m
     guessed_mK = guessed_mK.clamp(max=m)
@@ -114,17 +111,14 @@ class Tally:
     """By slot: passes in which its token, and so every one before, was accepted."""
 
     def __add__(self, other: "Tally") -> "Tally":
-        K = max(len(self.accepted), len(other.accepted))
-        padded = [[*t.accepted, *[0.0] * (K - len(t.accepted))] for t in (self, other)]
-        return Tally(
-            self.passes + other.passes, self.tokens + other.tokens, tuple(a + b for a, b in zip(*padded, strict=True))
-        )
+        accepted = tuple(a + b for a, b in zip_longest(self.accepted, other.accepted, fillvalue=0.0))
+        return Tally(self.passes + other.passes, self.tokens + other.tokens, accepted)
 
 
 def replay(accept_mK: Tensor, num_slots: int, max_tokens: int, apart_m: Sequence[bool]) -> tuple[Tally, Tally]:
     """The passes of drafts of `num_slots` over a text of m + 1 tokens, as in decoding it until `max_tokens` are out.
 
-    A pass that crosses `max_tokens` counts whole; the text goes on for `num_slots` tokens behind it, or ends with an end
+    A pass that crosses `max_tokens` counts whole; the text continues for `num_slots` tokens after it, or ends with an end
     token before.
 
     Args:
@@ -138,25 +132,21 @@ def replay(accept_mK: Tensor, num_slots: int, max_tokens: int, apart_m: Sequence
     assert accept_mK.shape[1] >= K or m == 0
     chain_mK = accept_mK[:, :K].cumprod(1).tolist()
     begins = [1.0] + [0.0] * (m + K + 1)
-    tallies = [[0.0, 0.0, [0.0] * K], [0.0, 0.0, [0.0] * K]]
+    both = [Tally(accepted=(0.0,) * K), Tally(accepted=(0.0,) * K)]
     for i in range(min(m, max_tokens - 1)):
         if begins[i] == 0.0:
             continue
-        tally = tallies[bool(apart_m[i])]
-        tally[0] += begins[i]  # type: ignore[operator]
-        reach = [1.0, *chain_mK[i], 0.0]  # reach[j]: at least j are accepted
-        for j in range(K + 1):
-            exactly = begins[i] * (reach[j] - reach[j + 1])
-            begins[i + j + 1] += exactly
-            tally[1] += exactly * min(j + 1, m - i)  # type: ignore[operator]
-            if j:
-                tally[2][j - 1] += begins[i] * reach[j]  # type: ignore[index]
-    plain, apart = (Tally(t[0], t[1], tuple(t[2])) for t in tallies)  # type: ignore[arg-type]
-    return plain, apart
+        reach = [begins[i] * share for share in (1.0, *chain_mK[i], 0.0)]  # reach[j]: at least j are accepted
+        exactly = [more - most for more, most in pairwise(reach)]
+        for j, share in enumerate(exactly):
+            begins[i + j + 1] += share
+        tokens = sum(share * min(j + 1, m - i) for j, share in enumerate(exactly))
+        both[bool(apart_m[i])] += Tally(begins[i], tokens, tuple(reach[1:-1]))
+    return both[0], both[1]
 
 
 def tally_run(decoded: Decoded, num_slots: int, max_tokens: int, apart_m: Sequence[bool]) -> tuple[Tally, Tally]:
-    """What really happened in a decoding, in `replay`'s terms."""
+    """The passes that a decoding really made, in `replay`'s terms."""
     m = len(decoded.tokens) - 1
     both = [Tally(accepted=(0.0,) * num_slots), Tally(accepted=(0.0,) * num_slots)]
     for i, accepted in decoded.passes:

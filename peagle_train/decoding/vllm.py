@@ -1,7 +1,7 @@
-"""What the real vLLM gets out of a drafter: greedily, one prompt at a time, on the prompts that our own decoder had before.
+"""How many drafted tokens the real vLLM accepts: greedily, one prompt at a time, on the prompts that our own decoder had.
 
-An engine is vLLM's `LLM` (made here) or a server that runs already; its counters before and after a prompt say how many
-drafts it verified and how much of them it accepted.
+An engine is vLLM's `LLM` (made here) or a running server; its counters before and after a prompt give the drafts that
+it verified and the tokens that it accepted.
 """
 
 import http.client
@@ -11,7 +11,7 @@ import os
 import re
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ class LocalEngine:
         accepted = found["vllm:spec_decode_num_accepted_tokens_per_pos"].values
         return [found["vllm:spec_decode_num_drafts"].value, *accepted]
 
-    def complete(self, prompt: Sequence[int], max_tokens: int, eos: frozenset[int]) -> list[int]:
+    def complete(self, prompt: Sequence[int], max_tokens: int, eos: Collection[int]) -> list[int]:
         from vllm import SamplingParams
 
         sampling = SamplingParams(
@@ -98,7 +98,7 @@ class LocalEngine:
 
 
 class Server:
-    """A server that runs already; nobody else may use it meanwhile. ValueError where it is none, or has no drafter."""
+    """A running server; nobody else may use it meanwhile. ValueError if it is none, or has no drafter."""
 
     def __init__(self, base_url: str) -> None:
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
@@ -125,7 +125,7 @@ class Server:
         in_order = sorted((int(position), int(float(count))) for position, count in accepted)
         return [sum(int(float(count)) for count in drafts), *(count for _, count in in_order)] if accepted else []
 
-    def complete(self, prompt: Sequence[int], max_tokens: int, eos: frozenset[int]) -> list[int]:
+    def complete(self, prompt: Sequence[int], max_tokens: int, eos: Collection[int]) -> list[int]:
         body = {"model": self.model, "prompt": list(prompt), "max_tokens": max_tokens, "temperature": 0}
         body |= {"ignore_eos": True, "stop_token_ids": sorted(eos), "return_token_ids": True}
         [choice] = json.loads(self._ask("/v1/completions", body))["choices"]
@@ -150,8 +150,8 @@ def check_vllm(temperature: float, dtype: str, base_url: str | None, speed: bool
         )
 
 
-def ask(engine: Engine, prompt: Sequence[int], max_tokens: int, eos: frozenset[int]) -> Answer:
-    """One prompt, and what the engine's counters say of it."""
+def ask(engine: Engine, prompt: Sequence[int], max_tokens: int, eos: Collection[int]) -> Answer:
+    """Answer one prompt, and read the engine's counters before and after it."""
     before, start = engine.counters(), time.perf_counter()
     tokens = engine.complete(prompt, max_tokens, eos)
     seconds = time.perf_counter() - start
@@ -169,54 +169,53 @@ def measure(
     plain: Engine | None,
     results: Sequence[Result],
     max_tokens: int,
-    eos: frozenset[int],
+    eos: Collection[int],
     dtype: str,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Every prompt in vLLM, for the report: counts beside ours, and what explains where they differ.
+    """Every prompt in vLLM, for the report: counts beside ours, and why they differ.
 
     Args:
-        plain: without the drafter, to compare speeds with, in turns; None measures none.
+        plain: vLLM without the drafter, to compare speeds with, in turns; None measures none.
         results: our own decoder's, with as many slots.
         dtype: of the target and the drafter.
     """
-    if plain is not None:  # what is compiled or allocated at first is no speed
-        for each in (engine, plain):
+    engines = [engine] if plain is None else [engine, plain]
+    if plain is not None:
+        for each in engines:  # the first prompt may compile and allocate
             ask(each, results[0].prompt, max_tokens, eos)
-    answers: list[Answer] = []
-    plains: list[Answer] = []
+    pairs = []
     for i, result in enumerate(results):
-        turns = [(engine, answers)] + ([(plain, plains)] if plain is not None else [])
-        for each, into in turns[:: -1 if i % 2 else 1]:
-            into.append(ask(each, result.prompt, max_tokens, eos))
+        in_turns = engines if i % 2 == 0 else engines[::-1]
+        answers = [ask(each, result.prompt, max_tokens, eos) for each in in_turns]
+        pairs.append(answers if i % 2 == 0 else answers[::-1])
+    theirs = [answers[0] for answers in pairs]
     ours = sum((tally for r in results for tally in r.run), Tally())
-    found = [compare(result, answer) for result, answer in zip(results, answers)]
     near = 2 if dtype in ("bfloat16", "float16") else 64
-    parted = [
-        {"data_set": r.data_set, "id": r.id, "turn": r.turn, "part_in": what, "ulps": ulps}
-        for r, (what, ulps) in zip(results, found)
-        if what != "same"
-    ]
-    nearly = sum(what != "same" and ulps is not None and ulps <= near for what, ulps in found)
+    parted: list[dict[str, Any]] = []
+    for result, answer in zip(results, theirs):
+        what, ulps = compare(result, answer)
+        if what != "same":
+            where = {"data_set": result.data_set, "id": result.id, "turn": result.turn}
+            parted.append({**where, "part_in": what, "ulps": ulps})
+    nearly = sum(p["ulps"] is not None and p["ulps"] <= near for p in parted)
+    leads = {
+        "tokens": [lead for r in results for lead in r.leads],
+        "drafted": [lead for r in results for lead in r.draft_leads],
+    }
     report: dict[str, Any] = {
         "version": engine.version,
         "k": len(ours.accepted),
-        "vllm": _figures(sum(a.passes for a in answers), [sum(n) for n in zip(*(a.accepted for a in answers))]),
+        "vllm": _figures(sum(a.passes for a in theirs), [sum(n) for n in zip(*(a.accepted for a in theirs))]),
         "ours": _figures(ours.passes, ours.accepted),
         "prompts": {"same": len(results) - len(parted), "near_tie": nearly, "other": len(parted) - nearly},
         "near_ulps": near,
-        "near_ties": {
-            name: [sum(x <= near for x in leads), len(leads)]
-            for name, leads in (
-                ("tokens", [x for r in results for x in r.leads]),
-                ("drafted", [x for r in results for x in r.draft_leads]),
-            )
-        },
+        "near_ties": {name: [sum(x <= near for x in values), len(values)] for name, values in leads.items()},
         "parted": parted,
-        "turns": [asdict(answer) for answer in answers],
+        "turns": [asdict(answer) for answer in theirs],
     }
-    if plains:
-        times, plain_times = ([a.seconds / len(a.tokens) for a in some] for some in (answers, plains))
+    if plain is not None:
+        times, plain_times = ([answers[i].seconds / len(answers[i].tokens) for answers in pairs] for i in (0, 1))
         report["speed"] = {
             "tokens_per_second": len(times) / sum(times),
             "without_drafter": len(times) / sum(plain_times),
@@ -237,7 +236,7 @@ def compare(result: Result, answer: Answer) -> tuple[str, float | None]:
         return "text", result.leads[at] if at < len(result.leads) else None
     ours = sum(result.run, Tally())
     more = [theirs - mine for theirs, mine in zip(answer.accepted, ours.accepted, strict=True)]
-    # vLLM counts what it accepts behind an end token, too
+    # vLLM counts what it accepts after an end token, too
     if answer.passes == ours.passes and all(0 <= n <= result.ended for n in more):
         return "same", None
     return "drafts", min(result.draft_leads, default=None)
@@ -265,16 +264,13 @@ def describe_vllm(report: dict[str, Any]) -> str:
         f" {near['tokens'][1]} tokens, {near['drafted'][0]} of {near['drafted'][1]} drafted ones"
     )
     for p in report["parted"]:
-        where = f"{p['data_set']} {p['id']}" + (f", turn {p['turn'] + 1}" if p["turn"] else "")
-        lines.append(
-            f"  {where}: other {p['part_in']}, ours led by {'-' if p['ulps'] is None else round(p['ulps'], 1)} ulp"
-        )
+        ulps = "-" if p["ulps"] is None else round(p["ulps"], 1)
+        lines.append(f"  {p['data_set']} {p['id']}, turn {p['turn'] + 1}: other {p['part_in']}, ours led by {ulps} ulp")
     if "speed" in report:
         speed = report["speed"]
-        low, high = speed["interval"] or (speed["speed_up"],) * 2
-        verdict = "faster" if low > 1 else "slower" if high < 1 else "as fast"
+        interval = "" if speed["interval"] is None else " ({:.3f} to {:.3f})".format(*speed["interval"])
         lines.append(
             f"vLLM, tokens per second: {speed['tokens_per_second']:.2f} with the drafter, {speed['without_drafter']:.2f}"
-            f" without: {speed['speed_up']:.3f} times as fast ({low:.3f} to {high:.3f}), {verdict}"
+            f" without: {speed['speed_up']:.3f} times as fast{interval}"
         )
     return "\n".join(lines)

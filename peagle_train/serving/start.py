@@ -130,12 +130,12 @@ def read_start(recipe: Recipe, target: TargetBase) -> Start | None:
         raise RecipeError(f"{where} lacks {', '.join(lost)}, and the target's do not fit: their hidden sizes differ")
     filled = copy.deepcopy(recipe)
     rope = dict(config.rope_parameters or {})
-    shape: dict[str, Any] = {key: getattr(config, key) for key in SHAPE} | {"num_layers": config.num_hidden_layers}
-    shape |= {"rope_theta": rope.pop("rope_theta", None)}
-    shape |= {"rope_scaling": None if rope.get("rope_type", "default") == "default" else rope}
+    brought = {key: getattr(config, key) for key in SHAPE}
+    brought |= {"num_layers": config.num_hidden_layers, "rope_theta": rope.pop("rope_theta", None)}
+    brought["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
     if config.ptd_token_id is not None:
-        shape["mask_token_id"] = config.ptd_token_id
-    for key, value in shape.items():
+        brought["mask_token_id"] = config.ptd_token_id
+    for key, value in brought.items():
         mine = getattr(filled.draft, key)
         if mine is None:
             setattr(filled.draft, key, value)
