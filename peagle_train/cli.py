@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from peagle_train import launch
 from peagle_train.files import run_tool
 
 Options = argparse.Namespace
@@ -509,14 +510,13 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     if not given or given[0] in ("-h", "--help"):
         print("usage: peagle-train COMMAND ... (each has --help)\n")
-        for name, add in {"train": _train_help, **COMMANDS}.items():
+        print(f"  {'train':12} Train a P-EAGLE drafter from a recipe.")
+        for name, add in COMMANDS.items():
             print(f"  {name:12} {(add.__doc__ or '').splitlines()[0]}")
         return 0
     name, *rest = given
     if name not in COMMANDS:
-        from peagle_train.__main__ import main as train
-
-        return train(rest if name == "train" else given)
+        return launch.main(rest if name == "train" else given)
 
     def work() -> int | None:
         summary, _, details = (COMMANDS[name].__doc__ or "").partition("\n\n")
@@ -534,7 +534,3 @@ def main(arguments: list[str] | None = None) -> int:
         return run(options)
 
     return run_tool(f"peagle-train {name}", work, RESUMES.get(name, ""))
-
-
-def _train_help() -> None:
-    """Train a P-EAGLE drafter from a recipe."""

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import peagle_train.training.checkpoint as checkpoint_module
 import peagle_train.training.trainer as trainer_module
-from peagle_train.__main__ import main, parse
+from peagle_train.__main__ import main
 from peagle_train.config import load_recipe
+from peagle_train.launch import parse
 from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.training.evaluate import Evaluator
 from peagle_train.training.step import BatchRunner, make_optimizer

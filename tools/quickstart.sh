@@ -55,11 +55,9 @@ if [ -d "$OUTPUT" ] && [ -n "$(ls -A "$OUTPUT")" ]; then
     if ! compgen -G "$OUTPUT/checkpoint*" >/dev/null; then
         echo "$NAME: $OUTPUT holds a run that was stopped before its first checkpoint: removing it, starting again"
         rm -rf "$OUTPUT"
-    elif [[ $(python -m peagle_train --help) == *--resume* ]]; then
-        echo "$NAME: $OUTPUT holds a run that was stopped: going on from its last checkpoint"
-        resume=(--resume)
     else
-        die 2 "$OUTPUT holds checkpoints of a run that was stopped: set PEAGLE_OUTPUT to a new folder, or remove it"
+        echo "$NAME: $OUTPUT holds a run that was stopped: resuming from its last checkpoint"
+        resume=(--resume)
     fi
 fi
 
