@@ -1,7 +1,6 @@
 """From prompts to a report: checks of the text, sets and turns, the command line over files."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,14 +32,11 @@ from peagle_train.decoding.replay import Tally
 from peagle_train.regenerate import Prompt
 from peagle_train.serving.export import read_run
 from peagle_train.target_model.frozen import FrozenTarget
-from tests.helpers import ROOT, make_draft, seeded
+from tests.helpers import command, make_draft, seeded
 from tests.test_generate import greedy_by_hand, tiny_draft
 from tests.tiny import MASK, VOCAB, write_recipe, write_rows
 from tests.tiny import make_target as make_llama
 from tests.tiny_chat import make_tokenizer
-
-sys.path.insert(0, str(ROOT / "tools"))
-import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -361,7 +357,7 @@ def test_the_tool_measures_two_drafters_and_writes_everything(runs, capsys):
     arguments = [str(runs / "first" / "final"), "--prompts", str(runs / "texts.jsonl"), "--max-tokens", "9", "--k", "3"]
     others = [str(runs / "second" / "final"), str(runs / "first" / "final")]
     arguments += ["--compare", *others, "--json", str(runs / "out.json"), "--dtype", "float64"]
-    assert evaluate.main(arguments) == 0
+    assert command("evaluate", *arguments) == 0
     text = capsys.readouterr().out
     report = json.loads((runs / "out.json").read_text())
     assert report["checks"]["texts"] == {"same": 4, "tie": 0, "bug": 0, "none": 0}
@@ -403,7 +399,7 @@ def test_the_tool_measures_two_drafters_and_writes_everything(runs, capsys):
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(runs, capsys, changes, message):
     changes = [str(runs / "texts.jsonl") if word == "TEXTS" else word for word in changes]
-    assert evaluate.main([str(runs / "first" / "final"), "--prompts", "humaneval", *changes]) == 2
+    assert command("evaluate", runs / "first" / "final", "--prompts", "humaneval", *changes) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
 

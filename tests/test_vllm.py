@@ -30,12 +30,10 @@ from peagle_train.decoding.generate import CachedTarget, Chance, Drafter, decode
 from peagle_train.serving.drafter_io import check_folder, is_loadable, load_drafter
 from peagle_train.serving.export import export_drafter
 from peagle_train.target_model.frozen import FrozenTarget
-from tests.helpers import ENVIRONMENT, ROOT, make_draft, seeded
+from tests.helpers import ENVIRONMENT, command, make_draft, seeded
 from tests.test_check_drafter import set_config, set_tensors, tensor
 from tests.tiny import MASK, VOCAB, make_target
 from tests.tiny_chat import make_tokenizer
-
-sys.path.insert(0, str(ROOT / "tools"))
 
 pytestmark = [
     pytest.mark.vllm,
@@ -365,12 +363,10 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluated(drafter: Path, target: Path, prompts: Path, *options: str) -> dict[str, Any]:
-    """vLLM's part of the report of tools/evaluate.py."""
-    import evaluate
-
+    """vLLM's part of `peagle-train evaluate`'s report."""
     file = prompts.with_suffix(".json")
     arguments = [str(drafter), "--target", str(target), "--prompts", str(prompts), "--dtype", "float32", "--max-tokens"]
-    assert evaluate.main([*arguments, str(TOKENS), "--json", str(file), "--engine", "vllm", *options]) == 0
+    assert command("evaluate", *arguments, TOKENS, "--json", file, "--engine", "vllm", *options) == 0
     return json.loads(file.read_text())["vllm"]
 
 
