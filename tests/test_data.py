@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader
 
 from peagle_train.core.cod import drafter_rows
 from peagle_train.core.collator import CODCollator
-from peagle_train.data.documents import Document
+from peagle_train.data.documents import Document, Documents, TokenStore
 from peagle_train.data.packing import PackedRows, pack_documents, split_train_eval, times_an_epoch
 from peagle_train.data.sampler import StepBatchSampler
+from peagle_train.data.vocab import count_supervised
 
 
 def document(ids: list[int], mask: list[int] | None = None, key: str = "0" * 64) -> Document:
@@ -191,6 +192,22 @@ def test_a_log_normal_mix_of_lengths_fills_97_percent() -> None:
     held = sum(rows[i]["input_ids"].numel() for i in range(len(rows)))
     assert held == lengths.sum() == report.tokens
     assert held / (len(rows) * 4096) >= 0.97 and report.split_documents == int((lengths > 4096).sum()) > 0
+
+
+def test_more_than_a_million_tokens_are_counted_across_the_parts_that_they_are_counted_in() -> None:
+    rng = np.random.default_rng(0)
+    lengths = [2**20 - 3, 7, 1, 2**20 + 1, 5]
+    documents = [
+        Document(torch.ones(n, dtype=torch.int64), torch.from_numpy(rng.integers(0, 2, n, np.uint8)), "", "")
+        for n in lengths
+    ]
+    _, report = pack_documents(documents, 2**21, pack=False)
+    assert report.supervised == sum(int(document.loss_mask[1:].sum()) for document in documents)
+    ids = np.concatenate([np.full(n, i, np.int32) for i, n in enumerate(lengths)])
+    store = TokenStore(ids, np.concatenate([document.loss_mask.numpy() for document in documents]))
+    table = Documents(store, np.array(lengths), np.zeros(5, np.int64), np.zeros((5, 32), np.uint8))
+    expected = [times * int(d.loss_mask.sum()) for times, d in zip((2, 0, 1, 1, 3), documents)]
+    assert count_supervised(table, np.array([2, 0, 1, 1, 3]), 5).tolist() == expected
 
 
 def test_a_weight_says_how_often_each_document_comes_and_its_key_decides_about_the_rest() -> None:

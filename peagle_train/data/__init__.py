@@ -1,1 +1,1 @@
-"""From what users have to rows: sources, chats and their masks, packing, preparation, vocabulary, order."""
+"""From what users have to sequences: sources, chats and their masks, packing, preparation, vocabulary, order."""

@@ -9,6 +9,7 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from peagle_train.data.documents import Document, Documents, SourceReport, Token
 from peagle_train.data.messages import CHAT_KEYS
 from peagle_train.data.sampler import EMPTY_ROW
 from peagle_train.data.vocab import count_supervised
+
+_CHUNK_TOKENS = 2**20
 
 __all__ = ["Document", "SourceReport", "load_documents"]
 
@@ -246,7 +249,12 @@ def _repeated(sizes_D: np.ndarray, times_D: np.ndarray) -> np.ndarray:
 
 def _supervised(mask_n: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """int64: tokens with mask 1, without the first, of each of the runs that begin at `starts` and together are all."""
-    return np.add.reduceat(mask_n, starts, dtype=np.int64) - mask_n[starts] if starts.size else np.zeros(0, np.int64)
+    counts, cuts = [np.zeros(0, np.int64)], np.searchsorted(starts, np.arange(0, mask_n.size, _CHUNK_TOKENS))
+    for first, last in pairwise([*np.unique(cuts).tolist(), starts.size]):  # in parts: each is widened to int64
+        end = starts[last] if last < starts.size else mask_n.size
+        part = mask_n[starts[first] : end]
+        counts.append(np.add.reduceat(part, starts[first:last] - starts[first], dtype=np.int64))
+    return np.concatenate(counts) - mask_n[starts]
 
 
 def _best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:

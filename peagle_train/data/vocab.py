@@ -22,7 +22,7 @@ from peagle_train.files import one_line
 
 logger = logging.getLogger(__name__)
 
-_CHUNK_TOKENS = 2**24
+_CHUNK_TOKENS = 2**20
 
 # The target's.
 
