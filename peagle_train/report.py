@@ -1,6 +1,6 @@
-"""One self-contained HTML page about runs, finished or not: results, curves, data and settings; several runs side by side.
+"""One self-contained HTML page about runs, finished or not: results, curves, data and settings, side by side.
 
-matplotlib is an optional extra: only what draws imports this file.
+matplotlib is an optional extra, imported where something is drawn.
 """
 
 import base64
@@ -8,8 +8,8 @@ import html
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import cycle, pairwise
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,7 +21,6 @@ from peagle_train.training.metrics import ABOUT, duration
 
 Line = dict[str, Any]
 
-COLOURS = ("#1f6fb4", "#d1601c", "#2b8a3e", "#8b3fa8", "#a8323a", "#4d6a7a", "#b08800", "#128f8b")
 PANELS = (
     ("loss", 1, "loss, nats per element"),
     ("expected_accepted_length", 1, "expected accepted length"),
@@ -33,18 +32,6 @@ PANELS = (
     ("learning_rate", 1, "learning rate"),
 )
 """Key of a line of metrics.jsonl, factor, title; the first two have held-out values, too."""
-STYLE: dict[str, Any] = {
-    "font.size": 9.5,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e9ec",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-}
 CSS = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #20262d; max-width: 1080px; margin: 2em auto; padding: 0 1.2em; }
 img { width: 100%; } table { border-collapse: collapse; display: block; overflow-x: auto; }
@@ -58,7 +45,7 @@ class Run:
     """The content of one output folder."""
 
     name: str
-    folder: Path
+    """The folder as given."""
     train: list[Line]
     eval: list[Line]
     skipped: list[Line]
@@ -77,25 +64,13 @@ class Run:
 
 def write_report(folders: Sequence[Path], out: Path) -> None:
     """Write the page. ValueError for a folder without a run, or without matplotlib."""
-    runs = read_runs(folders)
+    runs = [read_run(folder) for folder in folders]
     content = page(runs, draw(runs))
     out.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(out, content.encode())
 
 
-# ---- runs
-
-
-def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Runs, named by as many of the last parts of their paths as it takes to tell them apart."""
-    runs = [read_run(folder) for folder in folders]
-    paths = [run.folder.resolve().parts for run in runs]
-    if len(set(paths)) < len(paths):
-        raise ValueError("a run is given twice")
-    parts = 1
-    while len({path[-parts:] for path in paths}) < len(paths):
-        parts += 1
-    return [replace(run, name="/".join(path[-parts:])) for run, path in zip(runs, paths)]
+# Runs
 
 
 def read_run(folder: Path) -> Run:
@@ -103,9 +78,8 @@ def read_run(folder: Path) -> Run:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{folder} holds no run: it has no metrics.jsonl")
-    *whole, _ = path.read_bytes().split(b"\n")
     lines: dict[str, list[Line]] = {"train": [], "eval": [], "skipped": []}
-    for number, text in enumerate(whole, start=1):
+    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             line = json.loads(text)
             lines[line["kind"]].append(line)
@@ -117,8 +91,9 @@ def read_run(folder: Path) -> Run:
         recipe = read_yaml(folder / "recipe.yaml")
     except YamlError as error:
         raise ValueError(f"the recipe {error}") from None
-    summary, about = _read_json(folder / MARKER), _read_json(folder / ABOUT)
-    return Run(folder.resolve().name, folder, **lines, summary=summary, about=about, recipe=recipe)
+    return Run(
+        str(folder), **lines, summary=_read_json(folder / MARKER), about=_read_json(folder / ABOUT), recipe=recipe
+    )
 
 
 def _read_json(path: Path) -> Line:
@@ -131,14 +106,14 @@ def _read_json(path: Path) -> Line:
 
 
 def differing_keys(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Of each run, the settings that are not the same in all of them, as `section.key`."""
+    """Of each run, the settings that differ between runs, as `section.key`."""
     flat = [{f"{s}.{k}": v for s, values in run.recipe.items() for k, v in values.items()} for run in runs]
     keys = sorted({key for one in flat for key in one})
     different = [key for key in keys if any(one.get(key) != flat[0].get(key) for one in flat)]
     return [{key: one.get(key) for key in different} for one in flat]
 
 
-# ---- the page
+# The page
 
 
 def page(runs: Sequence[Run], figure: bytes) -> str:
@@ -165,7 +140,7 @@ def page(runs: Sequence[Run], figure: bytes) -> str:
 def _result(run: Run) -> dict[str, Any]:
     state = run.summary.get("state", "unknown")
     found = {
-        "state": "running, or ended without a word" if state == "started" else state,
+        "state": "running or killed" if state == "started" else state,
         "step": max(line["step"] for line in (*run.train, *run.eval)),
         "steps not applied": len(run.skipped),
     }
@@ -197,7 +172,7 @@ def _table(runs: Sequence[Run], columns: Sequence[dict[str, Any]]) -> str:
     return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>" if keys else ""
 
 
-# ---- figures
+# The figure
 
 
 def draw(runs: Sequence[Run]) -> bytes:
@@ -205,7 +180,8 @@ def draw(runs: Sequence[Run]) -> bytes:
     plt = load_matplotlib()
     figure, grid = plt.subplots(3, 3, figsize=(13, 9.5), layout="constrained")
     by_depth, *others = grid.flat
-    for run, colour in zip(runs, cycle(COLOURS)):
+    for number, run in enumerate(runs):
+        colour = f"C{number % 10}"
         shares = (run.eval or run.train)[-1]["accuracy"]
         by_depth.plot(range(len(shares)), shares, color=colour, marker="o", label=run.name)
         for axes, (name, factor, title) in zip(others, PANELS):
@@ -239,8 +215,7 @@ def load_matplotlib() -> Any:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    settings: Any = pyplot.rcParams  # whose type names every key
-    settings.update(STYLE)
+    pyplot.style.use("seaborn-v0_8-whitegrid")
     return pyplot
 
 

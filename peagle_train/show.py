@@ -1,7 +1,7 @@
 """What training sees: a sequence in readable tokens, what each of its elements reads, and its flat batch as a picture.
 
-Nothing is decided here: sequences come from `load_training_data`, elements from the collator, `gather_elements` and the
-step's visibility. N: elements of a sequence.
+Sequences come from `load_training_data`, elements from the collator and `gather_elements`, as in training.
+N: elements of a sequence.
 """
 
 from collections.abc import Callable, Sequence
@@ -65,10 +65,8 @@ def load_sequence(recipe: Recipe, number: int, *, epoch: int = 0, is_held_out: b
         raise ValueError(f"--row {number}: there are {len(rows)} {which}{allowed}")
     sequence = rows[epoch, number]
     tokens, learned = sequence["input_ids"].numel(), int(sequence["loss_mask"].sum())
-    documents = sequence["document_ids"].unique().numel()
-    title = (
-        f"sequence {number} of {len(rows)} {which}: {tokens} tokens, {learned} of them learned, {documents} documents"
-    )
+    title = f"sequence {number} of {len(rows)} {which}: {tokens} tokens, {learned} of them learned, "
+    title += f"{sequence['document_ids'].unique().numel()} documents"
     return Shown(sequence, token_names(tokenizer), mask_token_id, title, notes)
 
 
@@ -98,7 +96,7 @@ def token_names(tokenizer: Any) -> Callable[[int], str]:
     return name
 
 
-# ---- as text
+# As text
 
 
 def show_sequence(
@@ -175,7 +173,7 @@ def list_elements(
     return sorted(rows)
 
 
-# ---- as a picture
+# As a picture
 
 
 def write_picture(recipe: Recipe | None, number: int, out: Path) -> str:
@@ -249,27 +247,23 @@ def draw_batch(
         to_rgb(of_depth[depth] if depth else DOCUMENTS[document % len(DOCUMENTS)])
         for depth, document in zip(depth_N.tolist(), documents[anchor_N].tolist())
     ]
-    used = sorted(set(segment_N.tolist()))
+    used, N = sorted(set(segment_N.tolist())), len(colours)
     figure = plt.figure(figsize=(12.6, 6.6), layout="constrained")
     figure.suptitle(f"{title}\n", x=0.01, ha="left")
     left, right = figure.add_gridspec(1, 2, width_ratios=[1.0, 1.12])
 
-    axes, N = figure.add_subplot(left), len(colours)
-    colour_N3 = torch.tensor(colours)
-    image = torch.where(visible_NN[:, :, None], colour_N3[None].expand(N, N, 3), torch.ones(3))
+    axes = figure.add_subplot(left)
+    image = torch.where(visible_NN[:, :, None], torch.tensor(colours)[None].expand(N, N, 3), torch.ones(3))
     axes.imshow(image.numpy(), interpolation="nearest", extent=(0, N, N, 0))
-    axes.grid(False)
-    axes.set(
-        title="Who sees whom", ylabel="queries: anchor + depth", xlabel="keys: anchor + depth", xticks=[], yticks=[]
-    )
+    axes.set(title="Who sees whom", ylabel="queries: anchor + depth", xlabel="keys: anchor + depth")
+    axes.set(xticks=[], yticks=[])
     for edge in ((segment_N[1:] != segment_N[:-1]).nonzero().flatten() + 1).tolist():
         axes.axhline(edge, color=DARK, linewidth=1.1)
         axes.axvline(edge, color=DARK, linewidth=1.1)
     if N <= LABELLED:
-        ticks = [i + 0.5 for i in range(N)]
         labels = [f"{a}+{d}" if d else f"{a}" for a, d in zip(anchor_N.tolist(), depth_N.tolist())]
-        axes.set_yticks(ticks, labels, fontsize=6)
-        axes.set_xticks(ticks, labels, fontsize=6, rotation=90)
+        axes.set_yticks([i + 0.5 for i in range(N)], labels, fontsize=6)
+        axes.set_xticks([i + 0.5 for i in range(N)], labels, fontsize=6, rotation=90)
 
     below = right.subgridspec(len(used), 1)
     tokens = int((documents >= 0).sum())
@@ -282,9 +276,8 @@ def draw_batch(
             height=0.84,
             width=0.9,
             bottom=(depth_N[drawn] - 0.42).tolist(),
-            color=[colours[n] if own_N[n] else to_rgb(GREY) for n in drawn],
+            color=[colours[n] if own_N[n] else GREY for n in drawn],
         )
-        axes.grid(False)
         for start in starts.tolist():
             axes.axvline(start - 0.5, color=DARK, linewidth=0.8, linestyle="--")
         axes.set(xlim=(-0.6, tokens - 0.4), ylim=(-0.6, num_depths - 0.4), xticks=[], yticks=range(num_depths))
@@ -296,6 +289,8 @@ def draw_batch(
         axes.set_xticks(range(tokens), [word[:10] for word in words], rotation=90, fontsize=8)
         for label, taught in zip(axes.get_xticklabels(), is_taught):
             label.set_fontweight("bold" if taught else "normal")
+    for axes in figure.axes:
+        axes.grid(False)
     colours_of = {"depth 0 (by document)": DOCUMENTS[0], **{f"depth {d}": of_depth[d] for d in range(1, num_depths)}}
     colours_of["another segment's, read"] = GREY
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours_of.values()]

@@ -53,11 +53,18 @@ HISTORIES = {
 
 
 @pytest.mark.parametrize("history", HISTORIES)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-@pytest.mark.parametrize("changes", [{}, {"num_hidden_layers": 1}, {"norm_before_residual": True}], ids=str)
-def test_every_slot_after_any_acceptance_is_the_training_row(history, dtype, tolerance, changes):
+@pytest.mark.parametrize(
+    "changes, dtype, tolerance",
+    [
+        ({}, torch.float32, 1e-5),
+        ({"num_hidden_layers": 1}, torch.float64, 1e-12),
+        ({"norm_before_residual": True}, torch.float64, 1e-12),
+    ],
+    ids=str,
+)
+def test_every_slot_after_any_acceptance_is_the_training_row(history, changes, dtype, tolerance):
     K, L, prompt = 5, 37, 5
-    # serving goes on where the drafter's own max_position_embeddings (and the training length) end
+    # serving continues where the drafter's own max_position_embeddings (and the training length) end
     draft = make_draft(dtype, max_position_embeddings=16, **changes)
     row = make_rows(L, padding=0)[0]
     ids = row["input_ids"]
@@ -133,8 +140,7 @@ def greedy_by_hand(target: FrozenTarget, prompt: Sequence[int], n: int) -> list[
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("n", [1, 2, 4, 5, 6, 31])
-@pytest.mark.parametrize("K", [1, 4])
+@pytest.mark.parametrize("n, K", [(1, 4), (2, 4), (5, 4), (6, 4), (31, 4), (7, 1)])
 def test_greedy_output_is_the_targets_own_whatever_the_drafter(llama, n, K):
     own = greedy_by_hand(llama, PROMPT, n)
     with CachedTarget(llama) as target:
@@ -203,7 +209,7 @@ def test_served_drafts_over_a_served_target_are_the_training_rows(llama):
     assert len(errors) > 2 * len(drafted) and max(errors) < 1e-10
 
 
-@pytest.mark.parametrize("eos_at", [0, 1, 2, 4, 5, 6, 10])
+@pytest.mark.parametrize("eos_at", [0, 2, 4, 5, 10])
 def test_an_end_token_inside_a_draft_ends_the_text_there(llama, eos_at):
     own = greedy_by_hand(llama, PROMPT, 20)
     eos = frozenset([own[eos_at]])
@@ -293,9 +299,9 @@ def some_distributions(n: int, V: int, seed: int, zeros: bool = False) -> Tensor
     return weights / weights.sum(-1, keepdim=True)
 
 
-@pytest.mark.parametrize("K", [1, 2, 3])
-@pytest.mark.parametrize("drafted_ids", [[0, 1, 2, 3, 4], [0, 2, 3], [4]], ids=str)
-@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(
+    "K, drafted_ids, zeros", [(1, [4], False), (2, [0, 1, 2, 3, 4], True), (3, [0, 2, 3], False), (3, [0, 2, 3], True)]
+)
 def test_the_rejection_rule_gives_exactly_the_targets_distribution(K, drafted_ids, zeros):
     V = 5
     q_KV = spread(some_distributions(K, len(drafted_ids), 1), torch.tensor(drafted_ids), V)
@@ -311,7 +317,7 @@ def test_the_rejection_rule_gives_exactly_the_targets_distribution(K, drafted_id
             accepted_k[:accepted] += likely * probability
     assert torch.allclose(first, p_K1V[0], rtol=0, atol=1e-14)
     assert float(emitted_kV.sum()) == pytest.approx(1, abs=1e-13)
-    # slot k is accepted with sum_x min(p, q), all slots in front of it given
+    # slot k is accepted with sum_x min(p, q), given all slots before it
     rates = torch.minimum(p_K1V[:K], q_KV).sum(-1).cumprod(0)
     assert torch.allclose(accepted_k.double(), rates, rtol=0, atol=1e-6)
 

@@ -42,14 +42,14 @@ def test_what_a_targets_rope_has_beyond_its_type_is_left_out_of_the_drafters_and
 @pytest.mark.parametrize(
     "rope, words",
     [
-        ({}, "none, which a drafter cannot have (rope_type is missing"),
+        ({}, "the target's rope: rope_type is missing"),
         (
             {"rope_type": "linear", "rope_theta": 1e4},
-            "(factor is missing; rope type linear takes factor): give draft.rope_",
+            "factor is missing; rope type linear takes factor; give draft.rope_",
         ),
-        ({"rope_type": "default"}, "(rope_theta is missing): give draft.rope_theta"),
-        ({"rope_type": "default", "rope_theta": 0.0}, "the target's rope: rope_theta is 0.0; give draft.rope_theta"),
-        ({"rope_type": "default", "rope_theta": "x"}, "the target's rope: rope_theta is 'x'; give draft.rope_theta"),
+        ({"rope_type": "default"}, "rope_theta is missing; it must be > 1"),
+        ({"rope_type": "default", "rope_theta": 0.0}, "the target's rope: rope_theta is 0.0; it must be"),
+        ({"rope_type": "default", "rope_theta": "x"}, "the target's rope: rope_theta is x; it must be"),
     ],
 )
 def test_a_targets_rope_that_no_drafter_can_have_is_refused_with_the_way_out(

@@ -386,8 +386,10 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
     if files.format == EAGLE3:
         given = raw.get("architectures") or [None]
         name = given[0] if isinstance(given, list) else given
-        find(name in ARCHITECTURES, "architectures", f"{name}; vLLM looks for {ARCHITECTURES[0]}")
-        find(raw.get("model_type") is not None, "model_type", f"{raw.get('model_type')}; transformers must read llama")
+        is_known = name in ARCHITECTURES
+        find(is_known, "architectures", name if is_known else f"{name}; vLLM looks for {ARCHITECTURES[0]}")
+        if raw.get("model_type") is None:
+            find("BAD", "model_type", "missing: transformers must read it as llama")
     else:
         tokens, verifier = speculative_tokens_of(raw), target_name_of(raw)
         find(tokens is not None, "speculative tokens", tokens)
@@ -405,7 +407,7 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
     find("ok", "vocabulary", f"{config.draft_vocab_size} of {config.vocab_size} tokens")
     if "lm_head.weight" in missing and is_pruned:
         find("BAD", "lm_head.weight", "missing: the target's head does not fit a pruned vocabulary")
-    for name in missing - {"mask_hidden"} - ({"lm_head.weight"} if is_pruned else set()):
+    for name in sorted(missing - {"mask_hidden"} - ({"lm_head.weight"} if is_pruned else set())):
         find("warn", name, "missing: engines take the target's")
     for name in files.stored:
         if name.startswith("model."):

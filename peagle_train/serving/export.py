@@ -96,7 +96,7 @@ class RunFacts:
 
 
 def read_run(folder: Path) -> RunFacts:
-    """Facts from the files in a drafter's folder and its parent; whatever is missing or unreadable is left out."""
+    """Facts from the files in a drafter's folder and its parent; whatever is missing or unreadable is skipped."""
     facts, run = RunFacts(), folder.parent
     path = next((place / "recipe.yaml" for place in (folder, run) if (place / "recipe.yaml").is_file()), None)
     try:

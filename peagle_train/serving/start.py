@@ -200,8 +200,8 @@ def make_draft_config(
     served, length = own("max_position_embeddings"), recipe.data.max_length
     if served < length:
         logger.warning(
-            "max_position_embeddings is %s, data.max_length %d: the drafter would learn from rows longer than it says to"
-            " serve; give draft.max_position_embeddings",
+            "max_position_embeddings is %s, data.max_length %d: sequences are longer than the drafter says it serves; give"
+            " draft.max_position_embeddings",
             served,
             length,
         )
@@ -229,7 +229,7 @@ def make_draft_config(
             pad_token_id=None,
         )
     except Exception as error:  # transformers' strict configs raise types of their own
-        raise ValueError(f"the drafter's shape does not work: {' '.join(str(error).split())}") from error
+        raise ValueError(f"the drafter's shape does not work: {one_line(error)}") from error
     made.check_trainable()
     if short := yarn_too_short(rope, served):
         logger.warning("the drafter's rope: %s", short)
@@ -237,33 +237,24 @@ def make_draft_config(
 
 
 def _rope(draft: Draft, target_config: Any, start: PEagleDraftConfig | None) -> dict[str, Any]:
-    """The drafter's rotary table with rope_theta; ValueError, in the words of whoever gave it, for one that cannot be."""
-    rope = dict(getattr(target_config, "rope_parameters", None) or {})
-    where = "the target's rope"
+    """The drafter's rotary table with rope_theta; ValueError, naming who gave it, for one that a drafter cannot have."""
+    rope, where = dict(getattr(target_config, "rope_parameters", None) or {}), "the target's rope"
     if draft.rope_theta is not None or draft.rope_scaling is not None:
-        rope = {
-            **(draft.rope_scaling or {"rope_type": "default"}),
-            "rope_theta": draft.rope_theta or rope.get("rope_theta"),
-        }
+        theta = draft.rope_theta or rope.get("rope_theta")
+        rope = {**(draft.rope_scaling or {"rope_type": "default"}), "rope_theta": theta}
         where = "draft.init_from's rope" if start else "draft.rope_scaling"
     rope = {key: value for key, value in rope.items() if value is not None}
+    theta = rope.get("rope_theta", "missing")
     mistake = rope_mistake(rope)
-    if where == "the target's rope" and (mistake or "rope_theta" not in rope):
-        raise ValueError(
-            f"the target's rope is {rope or 'none'}, which a drafter cannot have"
-            f" ({mistake or 'rope_theta is missing'}): give draft.rope_theta (and draft.rope_scaling with rope_type one of"
-            f" {', '.join(ROPE_TYPES)})"
-        )
+    if not mistake and (not isinstance(theta, (int, float)) or not 1 < theta <= MAX_ROPE_THETA):
+        mistake = f"rope_theta is {theta}; it must be > 1, <= {MAX_ROPE_THETA:g}"
     if mistake:
-        raise ValueError(f"{where}: {mistake}")
-    if "rope_theta" not in rope:
-        raise ValueError("draft.rope_theta is missing, and the target's config has none: give draft.rope_theta")
-    theta = rope["rope_theta"]
-    if not isinstance(theta, (int, float)) or not 1 < theta <= MAX_ROPE_THETA:
-        raise ValueError(f"{where}: rope_theta is {theta!r}; give draft.rope_theta, > 1, <= {MAX_ROPE_THETA:g}")
+        types = ", ".join(ROPE_TYPES)
+        raise ValueError(
+            f"{where}: {mistake}; give draft.rope_theta (and draft.rope_scaling with rope_type one of {types})"
+        )
     # Training would not read them, but they would be in config.json, where an engine may.
-    unused = unused_keys(rope)
-    if unused:
+    if unused := unused_keys(rope):
         logger.warning("%s has %s, which a drafter does not use: left out", where, ", ".join(unused))
     return {key: value for key, value in rope.items() if key not in unused}
 
@@ -280,18 +271,16 @@ def make_draft(
     draft.rotary_emb = PEagleDraft.make_rotary(config)
     draw_weights(draft, recipe.train.seed)
     draft.set_draft_vocab(draft_ids)
+    fits = config.hidden_size == target.hidden_size
     with torch.no_grad():
-        fits = config.hidden_size == target.hidden_size
-        if recipe.draft.embeddings_from_target:
-            if fits:
-                draft.embed_tokens.weight.copy_(target.embedding_rows())
-            else:
-                logger.warning("draft.hidden_size is not the target's: embeddings start random, not as the target's")
-        if recipe.draft.lm_head_from_target:
-            if fits:
-                draft.lm_head.weight.copy_(target.head_rows(draft_ids))
-            else:
-                logger.warning("draft.hidden_size is not the target's: lm_head starts random, and is trained")
+        if fits and recipe.draft.embeddings_from_target:
+            draft.embed_tokens.weight.copy_(target.embedding_rows())
+        if fits and recipe.draft.lm_head_from_target:
+            draft.lm_head.weight.copy_(target.head_rows(draft_ids))
+    if not fits and (recipe.draft.embeddings_from_target or recipe.draft.lm_head_from_target):
+        logger.warning(
+            "draft.hidden_size is not the target's: embeddings and lm_head start random (lm_head is trained)"
+        )
     train_head = recipe.draft.train_lm_head or not (fits and recipe.draft.lm_head_from_target)
     draft.lm_head.weight.requires_grad_(train_head)
     draft.embed_tokens.weight.requires_grad_(recipe.draft.train_embeddings)
