@@ -1,12 +1,10 @@
-"""tools/export.py: what a run's checkpoint becomes, what its card says, and that nothing is overwritten or half there."""
+"""`peagle-train export` and `check`: what a checkpoint becomes, what its card says, nothing overwritten or half there."""
 
-import importlib.util
 import json
 import os
 import resource
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,18 +16,9 @@ from safetensors.torch import load_file
 from peagle_train.__main__ import main as train_main
 from peagle_train.serving.drafter_io import load_drafter
 from peagle_train.serving.export import export_drafter, write_drafter
-from tests.helpers import ROOT, make_draft
+from tests.helpers import command, make_draft
 from tests.test_checkpoint_files import in_child
 from tests.tiny import MASK, VOCAB, make_target, write_recipe, write_rows
-
-
-def tool(name: str) -> ModuleType:
-    """tools/NAME.py as a module, whatever its name means to Python."""
-    spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -220,21 +209,20 @@ def test_an_empty_folder_is_taken_and_one_that_fills_meanwhile_is_not(tmp_path: 
     assert {path.name for path in tmp_path.iterdir()} == {"out", "race"}
 
 
-def test_the_tool_exports_checks_and_says_why_not(
+def test_the_command_exports_checks_and_says_why_not(
     tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    export = tool("export")
     out = str(tmp_path / "out")
-    assert export.main([str(run), "--out", out, "--dtype", "bfloat16"]) == 0
+    assert command("export", run, "--out", out, "--dtype", "bfloat16") == 0
     printed = capsys.readouterr()
     assert "exported to" in printed.out and "note: exported from" in printed.err
-    assert export.main(["--check", out]) == 0 and "loadable: 0 errors, 0 warnings" in capsys.readouterr().out
-    assert export.main([str(run), "--out", out]) == 2 and "is there already" in capsys.readouterr().err
-    assert export.main([out]) == 2 and "give --out DIR" in capsys.readouterr().err
-    assert export.main([str(tmp_path), "--check"]) == 2 and "give one of its out" in capsys.readouterr().err
-    assert export.main([str(tmp_path / "gone"), "--check"]) == 2 and "is no folder" in capsys.readouterr().err
+    assert command("check", out) == 0 and "loadable: 0 errors, 0 warnings" in capsys.readouterr().out
+    assert command("export", run, "--out", out) == 2 and "is there already" in capsys.readouterr().err
+    assert command("export", out) == 2 and "--out" in capsys.readouterr().err
+    assert command("check", tmp_path) == 2 and "give one of its out" in capsys.readouterr().err
+    assert command("check", tmp_path / "gone") == 2 and "is no folder" in capsys.readouterr().err
     (tmp_path / "out" / "model.safetensors").write_bytes(b"1234567890")
-    assert export.main(["--check", out]) == 2 and "NOT loadable" in capsys.readouterr().out
+    assert command("check", out) == 2 and "NOT loadable" in capsys.readouterr().out
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(
@@ -245,12 +233,14 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
 
         def write_without_room(limit: int = limit) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-            code = tool("export").main([str(run / "final"), "--out", str(tmp_path / "new" / "out")])
+            code = command("export", run / "final", "--out", tmp_path / "new" / "out")
             sys.stderr.flush()
             assert code == 2
 
         assert in_child(write_without_room) == 0
         said = capfd.readouterr().err
-        assert said.startswith(f"export.py: error: --out {tmp_path / 'new' / 'out'} cannot be written: "), said
+        assert said.startswith(f"peagle-train export: error: --out {tmp_path / 'new' / 'out'} cannot be written: "), (
+            said
+        )
         assert len(said.splitlines()) == 1 and said.rstrip().split(": ")[-1] != "None"
         assert not any((tmp_path / "new").iterdir())

@@ -1,4 +1,4 @@
-"""Other people's drafters: tools/import.py and draft.init_from, from either format, whole or EAGLE-3's."""
+"""Other people's drafters: `peagle-train import` and draft.init_from, from either format, whole or EAGLE-3's."""
 
 import json
 import re
@@ -16,8 +16,7 @@ from peagle_train.serving.drafter_io import load_drafter
 from peagle_train.serving.export import export_drafter
 from peagle_train.serving.start import import_drafter
 from peagle_train.target_model.cache import write_cache
-from tests.helpers import make_draft
-from tests.test_export import tool
+from tests.helpers import command, make_draft
 from tests.tiny import MASK, VOCAB, make_target, write_recipe, write_rows
 
 DRAFTED = 30
@@ -189,14 +188,13 @@ def test_a_tied_target_gives_its_embeddings_as_the_head_and_another_ones_are_ref
     assert not (tmp_path / "no").exists()
 
 
-def test_the_tool_imports_and_says_why_not(tmp_path: Path, target: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    imports = tool("import")
+def test_the_command_imports_and_says_why_not(tmp_path: Path, target: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = str(eagle3(tmp_path / "in", "embed_tokens.weight")), str(tmp_path / "out")
-    assert imports.main([source, "--out", out]) == 2 and "--mask-token-id" in capsys.readouterr().err
+    assert command("import", source, "--out", out) == 2 and "--mask-token-id" in capsys.readouterr().err
     arguments = [source, "--out", out, "--target", str(target), "--mask-token-id", str(MASK)]
-    assert imports.main(arguments) == 0 and "note: mask_hidden was drawn" in capsys.readouterr().err
-    assert tool("export").main(["--check", out]) == 0
-    assert imports.main(arguments) == 2 and "is there already" in capsys.readouterr().err
+    assert command("import", *arguments) == 0 and "note: mask_hidden was drawn" in capsys.readouterr().err
+    assert command("check", out) == 0
+    assert command("import", *arguments) == 2 and "is there already" in capsys.readouterr().err
     whole = str(drafter(tmp_path / "whole"))
-    assert imports.main([whole, "--out", str(tmp_path / "b"), "--mask-token-id", "3"]) == 2
+    assert command("import", whole, "--out", tmp_path / "b", "--mask-token-id", "3") == 2
     assert f"was trained with {MASK}" in capsys.readouterr().err
