@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Set up and run all tests, the slow ones too. Arguments go to pytest. --install-only: set up, run nothing.
+# Set up and run all tests, the slow ones too: a file at a time on each core. With arguments, which go to pytest, in one
+# process. --install-only: set up, run nothing.
 set -euo pipefail
 NAME="test"
 # shellcheck source=tools/common.sh
@@ -13,5 +14,6 @@ if [ "${1:-}" = --install-only ]; then exit 0; fi
 
 step pytest
 cd "$ROOT" # paths among the arguments are the repository's
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(cores)}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+if [ $# = 0 ]; then set -- -n "$(cores)" --dist loadfile; fi
 python -m pytest "$@"
