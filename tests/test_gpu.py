@@ -158,6 +158,7 @@ def test_compiled_passes_give_eager_ones_gradients_in_bfloat16_with_one_graph_a_
 
 
 def test_a_run_continues_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    pytest.importorskip("pydantic", reason="recipes are read by it")
     folder = make_target_folder(tmp_path / "target", hidden_size=128, intermediate_size=64, initializer_range=0.1)
     rows = write_rows(tmp_path / "rows.jsonl", [130, 31, 200, 17, 90, 64, 111, 40], prompt=0.3)
     train = {"dtype": "float32", "mixed_precision": "bf16", "max_steps": 6, "save_steps": 3, "learning_rate": 1e-3}
