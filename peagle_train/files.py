@@ -1,4 +1,7 @@
-"""One process at a time in a folder."""
+"""How commands end, files and folders that are written whole or not at all, and one process at a time in a folder.
+
+Needs the standard library alone: the command line imports it first.
+"""
 
 import fcntl
 import io
@@ -12,21 +15,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-# ---- errors
-# Why a run stops that nobody made a mistake in, and streams that can tell it; light: the command line imports it first.
+# ---- how a command ends
 
 
 def print_anything() -> None:
-    """Let stdout and stderr take any text: what they cannot show (half a surrogate pair, a letter that the terminal lacks)
-    they write as an escape.
-    """
+    """Let stdout and stderr escape what they cannot show: half a surrogate pair, a letter that the terminal lacks."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 class RunStopped(RuntimeError):
-    """The run had to stop: one line for a person, exit code 1. What was saved before is whole."""
+    """Ends a run with one line and exit code 1 instead of a traceback. What was saved before is whole."""
 
 
 class NonFinite(RunStopped):
@@ -34,20 +34,20 @@ class NonFinite(RunStopped):
 
 
 class NonFiniteWeights(ValueError):
-    """A drafter's weights are not finite: refused where they are read, the end of a run that would save them."""
+    """A drafter's weights are not finite: refused when read; a run that would save them ends."""
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint's files are not what its manifest says: a user's decision, exit code 2."""
+    """A checkpoint's files do not match its manifest. Exit code 2: the user decides."""
 
 
 def one_line(what: object, most: int | None = None) -> str:
-    """A text or an error's own words, on one line, of `most` letters at most."""
+    """A text or an error's message on one line, cut after `most` characters."""
     return " ".join(str(what).split())[:most]
 
 
 def told(error: ValueError | OSError) -> str:
-    """A tool's last words about a user's mistake, in one line. An OSError that names no file is none, and raised again."""
+    """The line about a user's mistake. An OSError that names no file is not one, and is raised again."""
     if isinstance(error, ValueError):
         return one_line(error)
     if error.filename is None:
@@ -57,8 +57,8 @@ def told(error: ValueError | OSError) -> str:
 
 
 def run_tool(name: str, work: Callable[[], int | None], when_stopped: str = "") -> int:
-    """A tool's exit code: what `work` gives (None: 0), 2 behind one line on stderr about a user's mistake, 130 behind one
-    line if it was interrupted.
+    """Run a command; its exit code is what `work` returns (None: 0). A user's mistake is one line on stderr and 2, an
+    interrupt one line and 130.
     """
     print_anything()
     try:
@@ -71,22 +71,21 @@ def run_tool(name: str, work: Callable[[], int | None], when_stopped: str = "") 
         return 130
 
 
-# ---- durable
-# Files and folders that are whole or not there: written beside their place, synced, and renamed to it.
+# ---- whole or not at all: written beside its place, synced, renamed to it
 
 logger = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
-"""What the name of an unfinished file ends with."""
+"""The suffix of an unfinished file."""
 
 
 def partial_path(path: Path) -> Path:
-    """Where to write what will be `path`: one name, so that what a killed run left is written over."""
+    """Where to write what will be `path`: always the same name, so that a killed run's leftover is overwritten."""
     return path.with_name(f".{path.name}{PARTIAL}")
 
 
 def put(partial: Path, path: Path) -> None:
-    """Give a finished file its name, on disk for good when this returns. OSError where that fails."""
+    """Rename a finished file to `path`; it is on disk when this returns. OSError if that fails."""
     make_readable(partial)
     sync(partial)
     os.replace(partial, path)
@@ -94,12 +93,12 @@ def put(partial: Path, path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old or the new one, never half of it. OSError where it cannot be written."""
+    """Write a file so that a reader sees the old or the new one, never half of it. OSError if it cannot be written."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """`write_text` of bytes as they are."""
+    """`write_text` for bytes."""
     partial = partial_path(path)
     partial.write_bytes(content)
     put(partial, path)
@@ -122,12 +121,12 @@ def sync(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file so that a reader sees the old or the new one, never half of it."""
+    """`write_text` for a JSON value."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write into a temporary folder, sync it and put it in the place of `path`."""
+    """Let `fill` write into a temporary folder, then sync it and rename it to `path`, replacing what is there."""
     temporary = partial_path(path)
     remove_tree(temporary)  # of a run that was killed
     temporary.mkdir(parents=True)
@@ -152,7 +151,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder, if it is there; of a link to one only the link. OSError where that does not work."""
+    """Remove a folder if it exists; of a link to one, only the link. OSError if that fails."""
     if path.is_symlink():
         logger.warning("%s is a link: only the link is removed, %s stays", path, os.readlink(path))
         path.unlink()
@@ -161,7 +160,7 @@ def remove_tree(path: Path) -> None:
 
 
 def try_removing(path: Path, remove: Callable[[Path], None] = remove_tree) -> bool:
-    """Whether `path` is gone. What cannot be removed takes room, but what a run has saved is saved: a warning."""
+    """Remove `path`; False and a warning if that fails: it takes up disk space, but nothing that was saved is lost."""
     try:
         remove(path)
     except OSError as error:
@@ -170,18 +169,16 @@ def try_removing(path: Path, remove: Callable[[Path], None] = remove_tree) -> bo
     return True
 
 
-# ---- locks
-# One process at a time in a folder.
+# ---- one process at a time
 
 
 @contextmanager
 def alone_in(folder: Path, doing: str) -> Iterator[None]:
-    """Make the folder of `--out`, and keep out any other process that asks here meanwhile. A kill lets go of it.
-
-    A folder that is made here and stays empty is removed again.
+    """Create the folder given as `--out` and hold its lock, which ends with the process. Removed again if it was created
+    here and stays empty.
 
     Raises:
-        ValueError: it cannot be made, or another process is `doing` there.
+        ValueError: it cannot be created, or another process is `doing` something there.
     """
     is_new = not folder.exists()
     try:
@@ -197,7 +194,7 @@ def alone_in(folder: Path, doing: str) -> Iterator[None]:
             yield
         finally:
             if is_new:
-                with suppress(OSError):  # it is not empty, as a rule
+                with suppress(OSError):  # not empty, usually
                     folder.rmdir()
     finally:
         os.close(handle)
