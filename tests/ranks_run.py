@@ -75,12 +75,12 @@ def stop_after(trainer: Trainer, step: int) -> None:
 def cache(recipe_path: str, folder: str, *refused: str) -> None:
     """Features on disk: with these overrides every rank is told that the folder holds others; without them it is filled."""
     try:
-        write_cache(load_recipe(recipe_path, refused), folder, shard_mib=1)
+        write_cache(load_recipe(recipe_path, refused), folder, shard_mib=0.02)
     except ValueError as error:
         assert "holds the cache of another target" in str(error)
     else:
         raise AssertionError("nothing was refused")
-    write_cache(load_recipe(recipe_path), folder, shard_mib=1)
+    write_cache(load_recipe(recipe_path), folder, shard_mib=0.02)
 
 
 def work(jobs: list[list[str]]) -> None:

@@ -4,8 +4,6 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ from peagle_train.files import alone_in
 from peagle_train.target_model.cache import FeatureCache, write_cache
 from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.training.step import BatchRunner
-from tests.helpers import ENVIRONMENT, ROOT
 from tests.tiny import make_target, write_recipe, write_rows
 
 LENGTHS = [9, 31, 4, 17, 32, 2, 26, 11, 40, 13, 33, 64]
@@ -163,23 +160,6 @@ def test_a_write_stopped_anywhere_and_started_again_leaves_the_same_cache(
             with pytest.raises(KeyboardInterrupt):
                 cache(recipe, tmp_path / "again")
     assert contents(cache(recipe, tmp_path / "again")) == contents(made)
-
-
-@pytest.mark.slow
-def test_two_processes_finish_what_one_has_begun_and_a_failure_of_one_ends_both(
-    tmp_path: Path, target: Path, rows: Path
-) -> None:
-    recipe = recipe_in(tmp_path, target, rows)
-    whole = contents(cache(recipe, tmp_path / "whole", shard_tokens=2048))
-    assert len(whole) == 5
-    shutil.copytree(tmp_path / "whole", tmp_path / "again")
-    (tmp_path / "again" / "features-00000.sha256").unlink()
-    jobs = tmp_path / "jobs.json"
-    jobs.write_text(json.dumps([["cache", str(recipe), str(tmp_path / "again"), "data.max_length=16"]]))
-    command = [sys.executable, "tests/ranks_run.py", "2", str(jobs)]
-    two = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
-    assert two.returncode == 0, two.stderr[-2000:]
-    assert contents(tmp_path / "again") == whole
 
 
 def truncate(folder: Path) -> None:

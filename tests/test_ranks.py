@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from peagle_train.config import load_recipe
+from peagle_train.target_model.cache import write_cache
 from tests import fsdp_run
 from tests.ranks_run import run
 from tests.test_distributed import launch
@@ -80,6 +83,7 @@ def outputs(recipes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
         if move[1][0] > move[0][0]:  # the launches come one after the other, those of more processes later
             add(move, "relay", *move[1], "--resume")
     accelerator = Accelerator(cpu=True)
+    jobs[2].append(cache_job(folder, recipes["relay"]))
     for _, *arguments in jobs[1]:
         run(accelerator, *arguments)
     for processes in (2, 3):
@@ -100,6 +104,23 @@ def sharded_job(folder: Path) -> list[str]:
     train, data = {"gradient_accumulation_steps": 2}, {"eval_sources": [str(rows)]}
     recipe = write_recipe(folder, targets[0], rows, folder / "run", train=train, data=data)
     return ["sharded", str(recipe), *map(str, targets)]
+
+
+def cache_job(folder: Path, recipe: Path) -> list[str]:
+    """Features on disk, made whole, and beside that begun: some shards are missing, one is damaged."""
+    write_cache(load_recipe(recipe), str(folder / "whole"), shard_mib=0.02)
+    shutil.copytree(folder / "whole", folder / "begun")
+    first, *others = sorted((folder / "begun").glob("features-*.safetensors"))
+    assert len(others) > 2
+    first.write_bytes(first.read_bytes()[:-1])
+    for path in others[1:]:
+        path.with_suffix(".sha256").unlink()
+    return ["cache", str(recipe), str(folder / "begun"), "data.max_length=16"]
+
+
+def test_two_processes_finish_the_features_that_one_has_begun(outputs: dict[Any, Path]) -> None:
+    begun, whole = ({p.name: p.read_bytes() for p in (outputs["gradients"] / n).iterdir()} for n in ("begun", "whole"))
+    assert begun == whole
 
 
 @pytest.mark.parametrize("mode, case, variant", fsdp_run.CASES)
