@@ -11,19 +11,13 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from peagle_train import launch
 from peagle_train.files import run_tool
+from peagle_train.launch import Parser
 
 Options = argparse.Namespace
-
-
-class Parser(argparse.ArgumentParser):
-    """Mistakes are told like all others: in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (--help says what is allowed)")
 
 
 def _add_recipe(parser: Parser, nargs: str | None = None) -> None:

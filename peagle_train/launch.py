@@ -23,7 +23,7 @@ EPILOG = """examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Mistakes are told like all others: in one line."""
 
     def error(self, message: str) -> NoReturn:
@@ -31,7 +31,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="peagle_train",
         description="Train a P-EAGLE drafter from a recipe.",
         epilog=EPILOG,
