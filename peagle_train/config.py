@@ -335,7 +335,7 @@ class Data:
             "a list of file extensions, each with its dot, as in [.py, .jsonl]",
         ),
     ] = field(default_factory=lambda: [".py", ".txt", ".md", ".jsonl", ".parquet", ".arrow"])
-    """Which files of folders are read: .jsonl, .json, .parquet and .arrow as rows, anything else as text."""
+    """Which files of folders are read: .jsonl, .json, .parquet and .arrow as examples, anything else as text."""
     exclude: list[Text] = field(default_factory=list)
     """fnmatch patterns; a file whose path below its source matches one is left out."""
     eval_sources: Sources = field(default_factory=list)
@@ -343,17 +343,17 @@ class Data:
     eval_fraction: Share = 0.02
     """Share of the documents of `sources` that is held out to evaluate on."""
     max_documents: Count | None = None
-    """Stop reading behind so many documents."""
+    """Read at most this many documents."""
     max_bad_rows: Annotated[int, within(ge=0, le=MANY)] = 0
-    """Leave out so many rows that cannot be trained on, counted by reason; one more stops the run."""
+    """Skip at most this many examples that cannot be trained on, counted by reason; one more stops the run."""
     max_characters: Count | None = 4_000_000
-    """A row of data that holds a longer text is a bad row; null: any length. Text files may have any length."""
+    """An example that holds a longer text is a bad row; null: any length. Text files may have any length."""
     max_eval_rows: Count | None = 64
-    """Evaluate on at most so many packed rows; null: on all."""
+    """Evaluate on at most this many sequences; null: on all."""
     max_length: Annotated[int, within(ge=2, le=2**22)] = 2048
-    """Tokens of a row; longer documents are split."""
+    """Tokens of a sequence; longer documents are split."""
     pack: bool = True
-    """Several documents to a row."""
+    """Several documents to a sequence."""
     prepared: FilePath | None = None
     """Folder that `peagle-train prepare` wrote for this recipe: nothing is read or tokenized again."""
     num_workers: Annotated[int, within(ge=0, le=256)] = 0

@@ -57,29 +57,6 @@ def test_chatml() -> None:
     assert encoded.counts == {}
 
 
-def test_llama_3() -> None:
-    encoded = encode(chats.LLAMA3, GRASS)
-    assert readable(encoded) == (
-        r"<|begin|> <|head|> system <|/head|> \n \n You _are _short . <|eot|> "
-        r"<|head|> user <|/head|> \n \n What _colour _is _the _sea ? <|eot|> "
-        r"<|head|> assistant <|/head|> \n \n [Blue] [.] [<|eot|>] "
-        r"<|head|> user <|/head|> \n \n And _the _grass ? <|eot|> "
-        r"<|head|> assistant <|/head|> \n \n [Green] [.] [<|eot|>]"
-    )
-    assert encoded.counts == {}
-
-
-def test_gemma() -> None:
-    encoded = encode(chats.GEMMA, GRASS)
-    assert readable(encoded) == (
-        r"<bos> <start_of_turn> user \n You _are _short . \n \n What _colour _is _the _sea ? <end_of_turn> \n "
-        r"<start_of_turn> model \n [Blue] [.] [<end_of_turn>] \n "
-        r"<start_of_turn> user \n And _the _grass ? <end_of_turn> \n "
-        r"<start_of_turn> model \n [Green] [.] [<end_of_turn>] \n"
-    )
-    assert encoded.counts == {}
-
-
 def test_a_template_without_headers_and_a_turn_that_begins_with_a_space() -> None:
     encoded = encode(chats.PLAIN, chat("user: Hello", "assistant: Hi", "user: Bye", "assistant: Bye"))
     assert readable(encoded) == "user : _Hello _assistant : [_Hi] [</s>] user : _Bye _assistant : [_Bye] [</s>]"
@@ -162,7 +139,7 @@ def test_masks_are_those_of_the_same_template_with_marks(name: str, row: dict[st
 
 
 @pytest.mark.parametrize("row", [THOUGHTFUL, WEATHER])
-def test_behind_the_last_user_the_mask_of_a_reasoning_template_is_that_of_its_marks(row: dict[str, Any]) -> None:
+def test_after_the_last_user_the_mask_of_a_reasoning_template_is_that_of_its_marks(row: dict[str, Any]) -> None:
     ids, mask = marked_mask(chats.REASONING, row)
     encoded = encode(chats.REASONING, row)
     assert encoded.input_ids == ids
@@ -178,7 +155,7 @@ def test_offsets_that_leave_out_the_leading_space_change_nothing() -> None:
             assert plain == trimmed
 
 
-def test_a_space_that_the_prompt_ends_in_is_never_learned_with_the_word_behind_it() -> None:
+def test_a_space_that_the_prompt_ends_in_is_never_learned_with_the_word_after_it() -> None:
     # As in Vicuna: the server's prompt ends in the space, so that the target cannot begin with "_Blue".
     template = (
         "{% for m in messages %}"
@@ -234,7 +211,7 @@ def test_ids_are_those_of_the_serving_path() -> None:
             )
 
 
-def test_a_token_behind_the_whole_chat_that_no_earlier_turn_has_is_not_learned() -> None:
+def test_a_token_after_the_whole_chat_that_no_earlier_turn_has_is_not_learned() -> None:
     assert readable(encode(chats.CHAT_END, chat("user: Hello", "assistant: Hi"))) == (
         r"<|im_start|> user \n Hello <|im_end|> \n <|im_start|> assistant \n [Hi] [<|im_end|>] \n <|endoftext|>"
     )
@@ -251,7 +228,7 @@ def test_end_tokens_that_differ_in_the_last_turn_leave_the_earlier_turns_learned
     assert encoded.counts == {"turns without an end-of-turn token": 1}
 
 
-def test_an_end_token_that_takes_the_newline_behind_it_along_is_learned_with_it() -> None:
+def test_an_end_token_that_takes_the_newline_after_it_along_is_learned_with_it() -> None:
     tokenizer = make_tokenizer(stripping=True)
     row, behind = chat("user: Hello", "assistant: Hi"), {"CHATML": "", "CHAT_END": " <|endoftext|>"}
     for name, end in behind.items():
@@ -278,7 +255,7 @@ def test_a_template_that_drops_the_thoughts_of_the_last_turn_too_takes_no_chat()
         assert error.value.reason == TEMPLATE
 
 
-def test_last_turn_means_the_steps_of_the_assistant_behind_the_last_user() -> None:
+def test_last_turn_means_the_steps_of_the_assistant_after_the_last_user() -> None:
     both = {"tools": WEATHER["tools"], "messages": THOUGHTFUL["messages"] + WEATHER["messages"]}
     alone, encoded = encode(chats.REASONING, WEATHER), encode(chats.REASONING, both)
     assert encoded.counts == {UNLEARNED: 2}
@@ -314,13 +291,7 @@ def test_two_turns_of_the_assistant_in_a_row_are_both_learned() -> None:
     assert error.value.reason == TEMPLATE
 
 
-def test_an_empty_system_prompt_is_rendered_as_it_is() -> None:
-    encoded = encode(chats.CHATML, chat("system: ", "user: Hi", "assistant: Bye"))
-    assert readable(encoded).startswith(r"<|im_start|> system \n <|im_end|> \n <|im_start|> user")
-    assert encoded.counts == {}
-
-
-def test_messages_behind_the_last_learned_one_are_left_out_and_counted() -> None:
+def test_messages_after_the_last_learned_one_are_dropped_and_counted() -> None:
     row = {"messages": SEA["messages"] + chat("user: Why?", "assistant: Light.")["messages"]}
     row["messages"][-1]["weight"] = 0
     encoded = encode(chats.CHATML, row)
