@@ -50,7 +50,7 @@ def llama(folder: Path) -> FrozenTarget:
 
 
 class Words:
-    """A tokenizer of numbers: "5 9" is the ids 5 and 9; a chat is its contents, each behind the token 1."""
+    """A tokenizer of numbers: "5 9" is the ids 5 and 9; a chat is its contents, each after the token 1."""
 
     chat_template = "as below"
 
@@ -82,13 +82,9 @@ def test_a_measurement_has_every_k_and_its_texts_are_the_targets(llama, temperat
     found = checks(results)
     if temperature == 0:
         assert found["texts"] == {"same": 5, "tie": 0, "bug": 0, "none": 0} and not found["replays_that_differ"]
+        assert [tuple(r.prompt) for r in results] == [c.ids for c in [*cases(3), *cases(2, "second", seed=1)]]
         for result in results:
-            prompt = next(
-                c.ids
-                for c in [*cases(3), *cases(2, "second", seed=1)]
-                if (c.id, c.data_set) == (result.id, result.data_set)
-            )
-            assert result.tokens == greedy_by_hand(llama, prompt, 20)
+            assert result.tokens == greedy_by_hand(llama, result.prompt, 20)
             assert result.run == result.drafted[0].by_k[2]
     else:
         assert found["texts"]["none"] == 5
@@ -101,9 +97,8 @@ def test_a_measurement_has_every_k_and_its_texts_are_the_targets(llama, temperat
 def test_the_drafter_runs_in_the_targets_dtype_as_engines_run_it(folder):
     target = FrozenTarget.load(str(folder), dtype="bfloat16")
     [(draft, _)] = Measurement(target, [(tiny_draft(torch.float32), 2)], Settings(num_slots=2)).drafters
-    assert {p.dtype for p in draft.parameters()} == {
-        torch.bfloat16
-    } and draft.rotary_emb.inv_freq.dtype == torch.float32
+    assert {p.dtype for p in draft.parameters()} == {torch.bfloat16}
+    assert draft.rotary_emb.inv_freq.dtype == torch.float32
 
 
 def test_a_prompts_figures_do_not_depend_on_the_others(llama):
@@ -300,7 +295,7 @@ def test_stdlib_prompts_are_held_out_seeded_and_from_the_recipes_own_split(monke
     for case in found:
         ids = held_out[f"stdlib/{case.id}"]
         places = [i for i in range(len(ids) - 16) if tuple(ids[i : i + 16]) == case.ids]
-        assert places, "a piece of the document with something behind it"
+        assert places, "a piece of the document with something after it"
         starts.add(places[0])
     assert len(starts) > 3
     assert load_cases("stdlib", Words(), **options)[0] == found

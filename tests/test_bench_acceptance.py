@@ -1,4 +1,4 @@
-"""tools/bench_acceptance.py on a tiny target: what it trains, what it measures, and that it goes on."""
+"""tools/bench_acceptance.py on a tiny target: what it trains, what it measures, and that it resumes."""
 
 import json
 import subprocess

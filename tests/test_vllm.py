@@ -53,7 +53,7 @@ class Decoding:
 
     texts: list[list[int]]
     drafts: list[list[list[int]]]
-    """Every draft, the unverified one behind the text's end included: K tokens of the target's vocabulary."""
+    """Every draft, the unverified one after the text's end included: K tokens of the target's vocabulary."""
     num_drafts: int
     """Verified ones."""
     accepted: list[int]
@@ -126,7 +126,7 @@ def by_ours(target: FrozenTarget, draft: PEagleDraft, K: int) -> tuple[Decoding,
     with CachedTarget(target) as cached:
         for prompt in PROMPTS:
             drafter = Recorded(draft, K)
-            # longer than asked for, so that the draft behind the end is made as well
+            # longer than asked for, so that the draft after the end is made as well
             decoded = decode(cached, drafter, prompt, TOKENS + K + 1, chance=Chance(seeded(0)))
             verified = [accepted for bonus_at, accepted in decoded.passes if bonus_at < TOKENS - 1]
             result.texts.append(decoded.tokens[:TOKENS])
