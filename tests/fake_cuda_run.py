@@ -1,37 +1,43 @@
 """The trainer's step on a CUDA device that is not there, over tensors without data; tests/fake_cuda.cpp must be preloaded.
 
-Arguments: configurations, JSON objects of Train's keys and "S". Prints for each, as a JSON object: GiB that tensors held at
-most and GiB planned, kernels, and operators that wait for the device. Operators count, not what they do inside.
+Arguments: "measure" or "compile", and configurations, JSON objects of that function's arguments. Prints what it returns for
+each. Operators count, not what they do inside.
 """
 
 import json
 import sys
 import weakref
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch._subclasses import fake_tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._ops import HigherOrderOperator
+from torch._subclasses import FakeTensor, FakeTensorMode, fake_tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporarily
 from torch.utils._pytree import tree_leaves
 
 from peagle_train.core import flex
+from peagle_train.core.compiled import CompiledDraft
 from peagle_train.memory import GIB
 from tools.gpu_parts import DRAFTER_8B, Check, Stepper, planned_gib
 
-LENGTH = 8192
 ALLOCATE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "device")
 LIBRARY = torch.library.Library("aten", "IMPL")
 
 
 def pretend() -> None:
     """Answer in the place of torch.cuda."""
-    answers = {"is_available": True, "is_bf16_supported": True, "is_current_stream_capturing": False}
-    answers |= {"current_device": 0, "set_device": None, "_lazy_init": None}
+    answers: dict[str, Any] = dict.fromkeys(("set_device", "set_rng_state", "_lazy_init"))
+    answers |= {"is_available": True, "is_bf16_supported": True, "is_current_stream_capturing": False}
+    answers |= {"current_device": 0, "get_device_capability": (9, 0), "get_rng_state": torch.zeros(1)}
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    torch.utils._triton.has_triton_package = lambda: False
     fake_tensor.init_gpu_context = lambda device: None
+    FakeTensorMode.avoid_device_init = property(lambda self: True)  # type: ignore[assignment]
     torch.Tensor.pin_memory = lambda self: self  # type: ignore[assignment, method-assign]
     if torch.version.cuda is None:
         # Autograd takes an operator apart where a build has no kernel of it. No fake tensor runs one.
@@ -39,12 +45,10 @@ def pretend() -> None:
             LIBRARY.impl(name, lambda *_: NotImplemented, "CUDA")
 
 
-class FakeTensors(fake_tensor.FakeTensorMode):
-    avoid_device_init = property(lambda self: True)
-
-
 class Meter(TorchDispatchMode):
-    """Sees every operator. Those on the host's own tensors run with their values, outside of `FakeTensors`."""
+    """Sees every operator. Those on the host's own tensors run with their values, outside of a FakeTensorMode."""
+
+    supports_higher_order_operators = True  # flex attention's, in compiled passes
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +64,9 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        is_fake = any(isinstance(t, fake_tensor.FakeTensor) for t in inputs)
+        is_fake = any(isinstance(t, FakeTensor) for t in inputs)
+        if isinstance(function, HigherOrderOperator):
+            return function(*args, **kwargs)
         if not is_fake and torch.device(kwargs.get("device") or "cpu").type == "cpu":
             with fake_tensor.unset_fake_temporarily():
                 return function(*args, **kwargs)
@@ -116,10 +122,11 @@ class Meter(TorchDispatchMode):
 
 
 def measure(S: int, **train: Any) -> dict[str, Any]:
+    """A step of 8,192 tokens: GiB that tensors hold at most, GiB planned, kernels, operators that wait for the device."""
     check, meter = Check(), Meter()
     flex.flex = meter.flex
-    with FakeTensors(allow_non_fake_inputs=True), meter:
-        stepper = Stepper(check, DRAFTER_8B, LENGTH, S, **train)
+    with FakeTensorMode(allow_non_fake_inputs=True), meter:
+        stepper = Stepper(check, DRAFTER_8B, 8192, S, **train)
         batch = stepper.batch()
         for parameter in stepper.trained:
             parameter.grad = torch.empty_like(parameter)
@@ -131,7 +138,34 @@ def measure(S: int, **train: Any) -> dict[str, Any]:
     return {"peak": meter.peak / GIB, "planned": planned, "kernels": kernels, "waits": waits}
 
 
+def compile_passes(length: int, S: int, layers: int = 1, supervised: Sequence[float] = (1.0,), **train: Any) -> Any:
+    """Graphs of a step for each of these shares, and of an evaluation; and as many as there are sizes of passes."""
+    torch._dynamo.reset()
+    call = CompiledDraft.__call__
+
+    def without_meter(*arguments: Any, **named: Any) -> Any:
+        with _pop_mode_temporarily():  # nothing is compiled inside of one
+            return call(*arguments, **named)
+
+    with FakeTensorMode(allow_non_fake_inputs=True), Meter(), patch.object(CompiledDraft, "__call__", without_meter):
+        shape = {**DRAFTER_8B, "num_hidden_layers": layers}
+        train = {"compile_backend": "eager", "loss_chunk_rows": 2**20, **train}  # chunks are unrolled
+        stepper = Stepper(Check(), shape, length, S, compile=True, **train)
+        batches = [stepper.batch(supervised=share) for share in supervised]
+        plans = [stepper.runner.plan(batch) for batch in batches]
+        for batch in batches:
+            stepper.accumulate(batch)
+        with torch.no_grad():
+            stepper.runner.run(batches[0], plans[0], None)
+    sizes = [{segment.num_elements for segment in plan.segments} for plan in plans]
+    expected = {"keys and values": int(stepper.runner.relay), "training": len(set().union(*sizes))}
+    expected["evaluation"] = len(sizes[0])
+    graphs = stepper.runner.graphs
+    return {"graphs": graphs, "expected": expected, "recompiles": graphs.recompiles}
+
+
 if __name__ == "__main__":
     pretend()
-    for configuration in sys.argv[1:]:
-        print(json.dumps(measure(**json.loads(configuration))), flush=True)
+    function = {"measure": measure, "compile": compile_passes}[sys.argv[1]]
+    for configuration in sys.argv[2:]:
+        print(json.dumps(function(**json.loads(configuration))), flush=True)

@@ -1,6 +1,6 @@
-"""The trainer's step on a CUDA device that is not there: bytes, kernels and waits, counted on tensors without data.
+"""The trainer's step on a CUDA device that is not there: bytes, kernels, waits and graphs, counted on tensors without data.
 
-The same numbers on builds for CPUs and for CUDA. A sequence of 8,192 tokens, a drafter for an 8B target.
+The same numbers on builds for CPUs and for CUDA. Steps are those of a sequence of 8,192 tokens, a drafter for an 8B target.
 """
 
 import json
@@ -30,17 +30,59 @@ STEPS: dict[str, dict[str, Any]] = {
 }
 
 
+GRID: dict[str, dict[str, Any]] = {
+    "8k, S=1": {"length": 8192, "S": 1, "supervised": [1.0, 0.4]},
+    "8k, S=2": {"length": 8192, "S": 2},
+    "8k, S=4": {"length": 8192, "S": 4},
+    "8k, S=4, four layers": {"length": 8192, "S": 4, "layers": 4, "supervised": [1.0, 0.6]},
+    "8k, S=16": {"length": 8192, "S": 16},
+    "32k, S=1": {"length": 32768, "S": 1},
+    "32k, S=4, recompute, checkpointing": {
+        "length": 32768,
+        "S": 4,
+        "segment_mode": "recompute",
+        "activation_checkpointing": True,
+    },
+    "8k, S=1, checkpointing": {"length": 8192, "S": 1, "activation_checkpointing": True},
+    "8k, S=2, B=2, checkpointing": {"length": 8192, "S": 2, "batch_size": 2, "activation_checkpointing": True},
+    "128k, S=16": {"length": 131072, "S": 16},
+    "8k, S=4, recompute": {"length": 8192, "S": 4, "segment_mode": "recompute"},
+    "8k, S=16, B=2": {"length": 8192, "S": 16, "batch_size": 2},
+    "32k, S=4, B=2, recompute": {"length": 32768, "S": 4, "batch_size": 2, "segment_mode": "recompute"},
+    "32k, S=16": {"length": 32768, "S": 16},
+    "128k, S=4, checkpointing": {"length": 131072, "S": 4, "activation_checkpointing": True},
+    "128k, S=16, recompute": {"length": 131072, "S": 16, "segment_mode": "recompute"},
+}
+if torch.__version__ >= "2.12":
+    GRID = dict(list(GRID.items())[1::5])  # all 16 with the oldest torch, in tools/test_oldest.sh: minutes
+
+
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What each of `STEPS` takes."""
-    shim, package = tmp_path_factory.mktemp("shim") / "fake_cuda.so", Path(torch.__file__).parent
-    build = ["g++", "-shared", "-fPIC", "-std=c++20", f"-I{package}/include", "tests/fake_cuda.cpp", "-o", str(shim)]
+def shim(tmp_path_factory: pytest.TempPathFactory) -> str:
+    library, package = tmp_path_factory.mktemp("shim") / "fake_cuda.so", Path(torch.__file__).parent
+    build = ["g++", "-shared", "-fPIC", "-std=c++20", f"-I{package}/include", "tests/fake_cuda.cpp", "-o", str(library)]
     subprocess.run([*build, f"-L{package}/lib", f"-Wl,-rpath,{package}/lib", "-lc10"], cwd=ROOT, check=True)
-    run = [sys.executable, "tests/fake_cuda_run.py", *map(json.dumps, STEPS.values())]
-    environment = {**ENVIRONMENT, "LD_PRELOAD": str(shim), "CUDA_VISIBLE_DEVICES": ""}
-    found = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return str(library)
+
+
+def run(shim: str, what: str, configurations: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    command = [sys.executable, "tests/fake_cuda_run.py", what, *map(json.dumps, configurations.values())]
+    environment = {**ENVIRONMENT, "LD_PRELOAD": shim, "CUDA_VISIBLE_DEVICES": ""}
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr[-3000:]
-    return dict(zip(STEPS, map(json.loads, found.stdout.splitlines()), strict=True))
+    return dict(zip(configurations, map(json.loads, found.stdout.splitlines()), strict=True))
+
+
+@pytest.fixture(scope="module")
+def measured(shim: str) -> dict[str, Any]:
+    """What each of `STEPS` takes."""
+    return run(shim, "measure", STEPS)
+
+
+@pytest.fixture(scope="module")
+def compiled(shim: str) -> dict[str, Any]:
+    """What became of each of `GRID`."""
+    return run(shim, "compile", GRID)
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -55,3 +97,12 @@ def test_a_step_never_waits_for_the_device(step: str, measured: dict[str, Any]) 
 
 def test_an_eager_step_launches_at_most_3800_kernels_in_four_segments(measured: dict[str, Any]) -> None:
     assert 3000 < measured["S=4"]["kernels"] <= 3800
+
+
+@pytest.mark.parametrize("passes", GRID)
+def test_passes_and_their_evaluation_are_a_graph_for_each_size_and_none_again(
+    passes: str, compiled: dict[str, Any]
+) -> None:
+    """Captured whole, with flex attention inside, at their real lengths; no code is generated."""
+    found = compiled[passes]
+    assert found["graphs"] == found["expected"] and found["recompiles"] == 0

@@ -95,25 +95,25 @@ def make_draft(check: Check, shape: Shape, length: int) -> PEagleDraft:
 def make_batch(
     check: Check, shape: Shape, recipe: Recipe, documents: int = 1, supervised: float = 1.0, seed: int = 0
 ) -> dict[str, Tensor]:
-    """A full sequence, on the host: documents of nearly the same length, whose last `supervised` share is learned from."""
+    """Full sequences, on the host: documents of nearly the same length, whose last `supervised` share is learned from."""
     lengths = [len(part) for part in torch.arange(recipe.data.max_length).tensor_split(documents)]
     generator = torch.Generator().manual_seed(seed)
     ids = [torch.randint(shape["vocab_size"] - 1, (n,), generator=generator) for n in lengths]
     mask = [(torch.arange(n) >= n * (1 - supervised)).long() for n in lengths]
     row = {"input_ids": ids, "loss_mask": mask, "row_key": seed}
-    batch = make_collator(recipe, 0, check.device)([row])
+    batch = make_collator(recipe, 0, check.device)([row] * recipe.train.batch_size)
     return {name: t.pin_memory() for name, t in batch.items()} if torch.cuda.is_available() else batch
 
 
 class GivenTarget:
     """Stands in for the target: random features and last hidden states that are there already, in bfloat16."""
 
-    def __init__(self, check: Check, shape: Shape, length: int) -> None:
+    def __init__(self, check: Check, shape: Shape, length: int, B: int = 1) -> None:
         T = shape["hidden_size"]
         torch.manual_seed(1)
         normal = partial(torch.randn, device=check.device, dtype=torch.bfloat16)
         self.head = normal(shape["draft_vocab_size"], T) * 0.02
-        self.given = TargetOutputs(normal(1, length, 3 * T), normal(1, length, T), self.head)
+        self.given = TargetOutputs(normal(B, length, 3 * T), normal(B, length, T), self.head)
 
     def head_rows(self, token_ids: Tensor) -> Tensor:
         return self.head
@@ -139,7 +139,7 @@ class Stepper:
     def __init__(self, check: Check, shape: Shape, length: int, S: int, target: Any = None, **train: Any) -> None:
         self.check, self.shape = check, shape
         self.recipe = make_recipe(check, shape, length, S, **train)
-        self.target = target or GivenTarget(check, shape, length)
+        self.target = target or GivenTarget(check, shape, length, self.recipe.train.batch_size)
         self.draft = make_draft(check, shape, length)
         self.draft.gradient_checkpointing = self.recipe.train.activation_checkpointing
         accelerator = Accelerator(cpu=check.dry, mixed_precision="bf16")
