@@ -183,8 +183,8 @@ def _fail(error: BaseException, code: int) -> int:
 def _stop(error: BaseException, text: str, code: int) -> NoReturn:
     """Print why this rank fails and end the process at once: nothing at exit may wait for the other ranks."""
     rank = os.environ.get("RANK", "0")
-    if code == 2 and rank != "0":
-        # All ranks make a user's mistake, as a rule: rank 0 reports it, and its launcher ends the others meanwhile.
+    if code != 1 and rank != "0":
+        # All ranks make a user's mistake or get a signal, as a rule: rank 0 reports it, and torchrun ends the others.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
     if type(error).__name__.startswith("Dist") or "gloo" in str(error):

@@ -172,18 +172,10 @@ def test_a_device_that_is_neither_a_cpu_nor_a_gpu_is_refused_before_anything_is_
 
 BAD = {
     "no target": ({"target": {"path": "/nowhere"}}, "is no folder"),
-    "mask missing": ({"draft": {"mask_token_id": None}}, "mask_token_id is missing"),
     "mask outside": ({"draft": {"mask_token_id": VOCAB}}, f"must lie in 0..{VOCAB - 1}"),
-    "row below depths": ({"data": {"max_length": 3}}, "cod.num_depths"),
-    "ratio": ({"cod": {"down_sample_ratio": 0.0}}, "down_sample_ratio"),
-    "floor": ({"cod": {"down_sample_ratio_min": 1.5}}, "down_sample_ratio_min"),
-    "segments": ({"cod": {"num_segments": 33}}, "cod.num_segments"),
-    "rope": ({"draft": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}}, "dynamic"),
     "draft vocabulary": ({"draft": {"draft_vocab_size": 100}}, "draft_vocab_size"),
     "layers": ({"target": {"layer_ids": [1, 2, 9]}}, "layer_ids"),
     "unknown key": ({"train": {"learnig_rate": 1.0}}, "learning_rate"),
-    "heads": ({"draft": {"num_attention_heads": 3, "num_key_value_heads": 2}}, "num_key_value_heads"),
-    "no template": ({"data": {"chat_template": "/nowhere.jinja"}}, "data.chat_template: cannot read /nowhere.jinja"),
     "odd head": ({"draft": {"head_dim": 7}}, "head_dim is 7"),
 }
 
@@ -203,19 +195,15 @@ def test_a_users_mistake_is_one_clear_line_before_any_training(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"input_ids": [1, 2.5, 3]}', "2.5"),
         ('{"input_ids": [1, 99, 3]}', "99"),
-        ('{"input_ids": [1, 60, 3]}', "mask"),
-        ('{"input_ids": [1, 2, 3], "loss_mask": [1, 1]}', "loss_mask"),
         ('{"input_ids": [1, 2, 3], "loss_mask": [0, 0, 0]}', "nothing to learn from"),
-        ("", "nothing to learn from"),
         ('{"input_ids": [1, 2', "line 1"),
     ],
 )
 def test_bad_rows_are_one_clear_line(
     line: str, message: str, tmp_path: Path, target: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "bad.jsonl").write_text(line + "\n" if line else "")
+    (tmp_path / "bad.jsonl").write_text(line + "\n")
     recipe = write_recipe(tmp_path, target, tmp_path / "bad.jsonl", tmp_path / "run")
     assert main([str(recipe)]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]

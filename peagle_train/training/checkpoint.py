@@ -390,7 +390,7 @@ def open_resume(recipe: Recipe, given: str) -> Checkpoint | str:
     if marker.get("state") == "finished" and chosen is None:
         drafter = output / marker["drafter"]
         if (drafter / "model.safetensors").is_file():
-            return _nothing_to_do(recipe, output, marker)
+            return _nothing_to_do(output, marker)
         notes.append(f"the run had finished, but {drafter} is gone")
     if chosen is not None:
         folder = _named(chosen, output)
@@ -439,16 +439,10 @@ def _offer(complete: list[Path], damaged: Path) -> str:
     return "no sound one is left before it: start over in a new folder"
 
 
-def _nothing_to_do(recipe: Recipe, output: Path, marker: dict[str, Any]) -> str:
+def _nothing_to_do(output: Path, marker: dict[str, Any]) -> str:
     text = f"{output} holds a finished run: nothing to do\n{describe_summary(marker, output)}"
-    if recipe.train.max_steps is not None:
-        wants_more = recipe.train.max_steps > marker["steps"]
-    else:  # how many steps the epochs are is not known before the data are
-        wants_more = marker["max_steps"] is not None or recipe.train.epochs > marker["epochs"]
-    if wants_more:
-        newest = next(iter(list_checkpoints(output)), None)
-        where = f"--resume {newest}" if newest else "a new run (it has left no checkpoint)"
-        text += f"\nto train for more steps, as the recipe has it now: {where}"
+    if newest := next(iter(list_checkpoints(output)), None):
+        text += f"\nto train for more steps than {marker['steps']}: --resume {newest}"
     return text
 
 

@@ -487,11 +487,9 @@ class Trainer:
         if torch.cuda.is_available():
             own["cuda"] = torch.cuda.get_rng_state()
         generators = {f"{kind}.{rank}": t for rank, states in enumerate(from_all(own)) for kind, t in states.items()}
-        epoch, step_in_epoch = divmod(self.step, self.sampler.steps_per_epoch)
         state = {
             "step": self.step,
             "num_steps": self.num_steps,
-            "position": {"epoch": epoch, "step_in_epoch": step_in_epoch},
             "learning_rates": rates_at(self.scheduler, self.step),
             "bad_steps_in_a_row": self.bad_in_a_row,
             "train_seconds": self.seconds(),
