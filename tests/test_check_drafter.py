@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,7 @@ from torch import Tensor
 from peagle_train.serving.drafter_io import Finding, check_folder, is_loadable, load_drafter, read_drafter, table
 from peagle_train.serving.export import export_drafter
 from peagle_train.serving.start import import_drafter
-from tests.helpers import DRAFT_VOCAB, MASK_TOKEN, ROOT, TARGET_HIDDEN, VOCAB, make_draft
-
-sys.path.insert(0, str(ROOT / "tools"))
+from tests.helpers import DRAFT_VOCAB, MASK_TOKEN, TARGET_HIDDEN, VOCAB, command, make_draft
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -334,19 +331,17 @@ def test_a_speculators_folder_without_a_part_is_not_loadable(folder: Path, gone:
 def test_a_drafter_of_another_kind_is_not_judged_and_not_read(
     folder: Path, case: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import export
-
     changes, message = OTHERS[case]
     set_config(folder, **changes)
     findings = check_folder(folder)
     assert any(message in line for line in found(findings, "????")) and found(findings, "BAD") == [], table(findings)
-    assert not is_loadable(findings) and export.main([str(folder), "--check"]) == 1
+    assert not is_loadable(findings) and command("check", folder) == 1
     assert "not judged, a drafter of another kind" in capsys.readouterr().out.splitlines()[-1]
     for refusing in (lambda: load_drafter(folder), lambda: export_drafter(folder, folder.parent / "out", "eagle3")):
         with pytest.raises(ValueError, match=re.escape(message)):
             refusing()
     cut(folder, 3000)
-    assert export.main([str(folder), "--check"]) == 2
+    assert command("check", folder) == 2
 
 
 def test_a_plain_eagle3_drafter_passes_the_check_with_warnings(folder: Path) -> None:
