@@ -214,15 +214,10 @@ class FeatureCache:
             except (SafetensorError, TypeError, ValueError):
                 raise self._damaged(name) from None
 
-    def missing(self, rows: PackedRows) -> tuple[int, int, int]:
-        """(pieces of the sequences, those that the cache lacks, tokens of the longest one that it lacks)."""
-        total, lacking = 0, []
-        for i in range(len(rows)):
-            ids = rows[i]["input_ids"]
-            parts = pieces_of(rows[i])
-            total += len(parts)
-            lacking += [part.stop - part.start for part in parts if piece_key(ids[part]) not in self._where]
-        return total, len(lacking), max(lacking, default=0)
+    def lacking(self, rows: PackedRows) -> list[int]:
+        """Tokens of each piece of the sequences that the cache does not have."""
+        found = ((row["input_ids"], part) for row in map(rows.__getitem__, range(len(rows))) for part in pieces_of(row))
+        return [ids[part].numel() for ids, part in found if piece_key(ids[part]) not in self._where]
 
     def empty(self, *shape: int, pin: bool = False) -> dict[str, Tensor]:
         """Room for `FIELDS` of [*shape] tokens."""
@@ -311,12 +306,10 @@ class CachedTarget(TargetBase):
     def check_rows(self, data: TrainingData) -> None:
         """ValueError if the cache lacks some of the sequences' features."""
         for name, rows in {"data.sources": data.train_rows, "held-out sequences": data.eval_rows}.items():
-            total, lacking, longest = self.cache.missing(rows)
-            if lacking:
+            if lacking := self.cache.lacking(rows):
                 raise ValueError(
-                    f"target.cache {self.cache.folder} lacks {lacking} of {total} pieces of the {name}, the longest of"
-                    f" {longest} tokens (it was made of {self.cache.index.pieces} pieces with data.max_length"
-                    f" {self.cache.index.max_length}): {AGAIN}"
+                    f"target.cache {self.cache.folder} lacks {len(lacking)} pieces of the {name}, the longest of"
+                    f" {max(lacking)} tokens (it was made with data.max_length {self.cache.index.max_length}): {AGAIN}"
                 )
 
     @property
