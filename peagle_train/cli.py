@@ -22,7 +22,9 @@ Options = argparse.Namespace
 
 def _add_recipe(parser: Parser, nargs: str | None = None) -> None:
     parser.add_argument("recipe", nargs=nargs, help="a YAML file, as for training")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the recipe's"
+    )
 
 
 def _plan(parser: Parser) -> Callable[[Options], None]:
@@ -500,14 +502,15 @@ RESUMES = {"cache": "; the same command resumes", "regenerate": "; the same comm
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`peagle-train COMMAND ...`; without a command's name, `train`, as `python -m peagle_train` always is."""
+    """`peagle-train COMMAND ...`; other arguments are those of `train`, as in `python -m peagle_train RECIPE`."""
     given = sys.argv[1:] if arguments is None else arguments
     if not given or given[0] in ("-h", "--help"):
-        print("usage: peagle-train COMMAND ... (each has --help)\n")
-        print(f"  {'train':12} Train a P-EAGLE drafter from a recipe.")
+        out = sys.stdout if given else sys.stderr
+        print("usage: peagle-train COMMAND ... (each has --help)\n", file=out)
+        print(f"  {'train':12} Train a P-EAGLE drafter from a recipe.", file=out)
         for name, add in COMMANDS.items():
-            print(f"  {name:12} {(add.__doc__ or '').splitlines()[0]}")
-        return 0
+            print(f"  {name:12} {(add.__doc__ or '').splitlines()[0]}", file=out)
+        return 0 if given else 2
     name, *rest = given
     if name not in COMMANDS:
         return launch.main(rest if name == "train" else given)

@@ -2,8 +2,10 @@
 
 import argparse
 import os
+import re
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from peagle_train.files import RunStopped, print_anything
+from peagle_train.files import RunStopped, one_line, print_anything
 
 EPILOG = """examples:
   accelerate launch -m peagle_train recipes/quickstart.yaml target.path=DIR output.dir=runs/first
@@ -27,12 +29,12 @@ class Parser(argparse.ArgumentParser):
     """Mistakes are told like all others: in one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (--help says what is allowed)")
+        raise ValueError(f"{message} ({self.prog} --help says what is allowed)")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(
-        prog="peagle_train",
+        prog="peagle-train train",
         description="Train a P-EAGLE drafter from a recipe.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -95,10 +97,22 @@ def interruptible() -> Iterator[None]:
             return
         raise KeyboardInterrupt("SIGTERM")
 
+    def on_unraisable(what: "sys.UnraisableHookArgs") -> None:
+        hook(what)
+        if isinstance(what.exc_value, KeyboardInterrupt):  # lost in a `__del__` or a weak reference's callback
+            os._exit(_interrupted(what.exc_value))
+
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # of a notebook or a server, which has its own handlers
+        yield
+        return
+    hook, sys.unraisablehook = sys.unraisablehook, on_unraisable
     before: list[Any] = [signal.signal(signal.SIGTERM, on_term), signal.signal(signal.SIGUSR1, signal.SIG_IGN)]
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         signal.signal(signal.SIGTERM, before[0])
         signal.signal(signal.SIGUSR1, before[1])
 
@@ -187,8 +201,8 @@ def _stop(error: BaseException, text: str, code: int) -> NoReturn:
         # All ranks make a user's mistake or get a signal, as a rule: rank 0 reports it, and torchrun ends the others.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
-    if type(error).__name__.startswith("Dist") or "gloo" in str(error):
-        text = "peagle_train: error: another rank has failed; its message is above"
+    if code == 1 and re.search(r"[Cc]onnection (closed|reset)|remote process exited", str(error)):
+        text = f"peagle_train: error: {one_line(error, 300)}: if another rank has failed, its message is above"
     sys.stdout.flush()
     sys.stderr.write(f"{text.rstrip()} (rank {rank})\n")
     sys.stderr.flush()

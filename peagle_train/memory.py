@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -434,7 +435,7 @@ def read_sizes(recipe: Recipe, device: Device) -> Sizes:
         refuse_unfit(config.get_text_config())
         dtype = resolve_dtype(settings.dtype, torch.device(device.kind))
         if dtype == "auto":
-            dtype = config.get_text_config().dtype or torch.bfloat16
+            dtype = config.get_text_config().dtype or _stored_dtype(path)
         given = {"attn_implementation": settings.attn_implementation} if settings.attn_implementation else {}
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, **given, **remote)
@@ -452,6 +453,16 @@ def read_sizes(recipe: Recipe, device: Device) -> Sizes:
         shaped, target, 0 if mask_token_id is None else mask_token_id, start.files.config if start else None
     )
     return sizes_of(recipe, target, draft, device)
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """What `auto` makes of a target whose config names no dtype: its weights', else bfloat16, as nearly all have it."""
+    names = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    for file in sorted(folder.glob("*.safetensors"))[:1]:
+        with safe_open(file, framework="pt") as tensors:
+            kinds = [tensors.get_slice(name).get_dtype() for name in tensors.keys()]
+        return next((names[kind] for kind in kinds if kind in names), torch.bfloat16)
+    return torch.bfloat16
 
 
 def sizes_of(recipe: Recipe, target: TargetBase, config: PEagleDraftConfig, device: Device) -> Sizes:

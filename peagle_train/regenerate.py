@@ -445,6 +445,10 @@ def converse_all(backend: Server | Local, chats: Sequence[Chat]) -> Generator[Re
         return results
 
     batches = [chats[first : first + backend.batch_size] for first in range(0, len(chats), backend.batch_size)]
+    if backend.concurrency == 1:  # here: a thread inside torch could not be interrupted
+        for batch in batches:
+            yield from work(batch)
+        return
     with ThreadPool(backend.concurrency) as pool:
         for results in pool.imap_unordered(work, batches):
             yield from results

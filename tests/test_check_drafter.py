@@ -245,6 +245,15 @@ def test_names_that_vllm_would_prefix_again_are_refused_but_read(folder: Path) -
     assert same_weights(draft, load_drafter(folder))
 
 
+@pytest.mark.parametrize("name", ["draft_id_to_target_id", "verifier_norm.weight", "verifier_lm_head.weight"])
+def test_names_that_vllm_passes_over_or_does_not_know_are_refused_but_read(folder: Path, name: str) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    given = tensors.pop("d2t") if name.startswith("draft") else torch.ones(4)
+    save_file({**tensors, name: given}, folder / WEIGHTS)
+    assert any(line.startswith(name) for line in found(check_folder(folder), "BAD"))
+    load_drafter(folder)
+
+
 def test_another_safetensors_file_beside_the_weights_is_refused_since_vllm_would_read_it(folder: Path) -> None:
     save_file({"exp_avg": torch.ones(2)}, folder / "optimizer.safetensors")
     assert any(line.startswith("optimizer.safetensors") for line in found(check_folder(folder), "BAD"))
@@ -320,6 +329,10 @@ def test_a_speculators_folder_without_a_part_is_not_loadable(folder: Path, gone:
     out = folder.parent / "out"
     export_drafter(folder, out, "speculators", target_name="org/target", speculative_tokens=3)
     assert is_loadable(check_folder(out)) and found(check_folder(out), "warn") == []
+    whole = json.loads((out / "config.json").read_text())["speculators_config"]
+    set_config(out, speculators_config={**whole, "verifier": {}})
+    assert not is_loadable(check_folder(out)), "vLLM reads verifier.name_or_path"
+    set_config(out, speculators_config=whole)
     set_config(out, **{gone: None})
     assert not is_loadable(check_folder(out))
     set_config(out, speculators_model_type="dflash")

@@ -210,6 +210,13 @@ def test_more_than_a_million_tokens_are_counted_across_the_parts_that_they_are_c
     assert count_supervised(table, np.array([2, 0, 1, 1, 3]), 5).tolist() == expected
 
 
+@pytest.mark.parametrize("lengths", [[2**20 + 1], [2**20], [2**20 - 3, 100], [3, 2**21 + 5]])
+def test_a_last_document_that_crosses_a_part_of_a_million_tokens_is_counted(lengths: list[int]) -> None:
+    documents = [Document(torch.ones(n, dtype=torch.int64), torch.ones(n, dtype=torch.uint8), "", "") for n in lengths]
+    _, report = pack_documents(documents, 2**22, pack=False)
+    assert report.supervised == sum(lengths) - len(lengths)
+
+
 def test_a_weight_says_how_often_each_document_comes_and_its_key_decides_about_the_rest() -> None:
     keys = np.random.default_rng(0).integers(0, 256, (4000, 32), dtype=np.uint8)
     for weight, whole, share in ((1.0, 1, 0.0), (0.5, 0, 0.5), (2.0, 2, 0.0), (2.25, 2, 0.25)):

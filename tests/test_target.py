@@ -263,3 +263,13 @@ def test_a_document_that_rounding_moves_is_kept_packed_and_one_that_its_neighbou
 
     way = choose_way(object(), features, Way(flattens=True, chunk_tokens=None, apart=False), 64)
     assert (way.flattens, way.apart) == ((False, True) if what == "leaks" else (True, False))
+
+
+def test_a_kernel_that_fails_without_a_word_is_not_taken_for_one_that_works() -> None:
+    def features(ids_BL: torch.Tensor, position_BL: torch.Tensor, way: Way) -> tuple[torch.Tensor, torch.Tensor]:
+        if way.flattens:
+            raise NotImplementedError
+        found = (ids_BL + position_BL)[..., None].float()
+        return found, found
+
+    assert not choose_way(object(), features, Way(flattens=True, chunk_tokens=None, apart=False), 64).flattens

@@ -1,4 +1,4 @@
-"""Memory of a training step: planned (peagle_train/memory/memory_plan.py) against measured.
+"""Memory of a training step: planned (peagle_train/memory.py) against measured.
 
     python tools/bench_memory.py --n 1024,4096 --segments 1,8 --layers 2 --json memory.json
 

@@ -250,7 +250,7 @@ def _repeated(sizes_D: np.ndarray, times_D: np.ndarray) -> np.ndarray:
 def _supervised(mask_n: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """int64: tokens with mask 1, without the first, of each of the runs that begin at `starts` and together are all."""
     counts, cuts = [np.zeros(0, np.int64)], np.searchsorted(starts, np.arange(0, mask_n.size, _CHUNK_TOKENS))
-    for first, last in pairwise([*np.unique(cuts).tolist(), starts.size]):  # in parts: each is widened to int64
+    for first, last in pairwise(np.unique([*cuts, starts.size]).tolist()):  # in parts: each is widened to int64
         end = starts[last] if last < starts.size else mask_n.size
         part = mask_n[starts[first] : end]
         counts.append(np.add.reduceat(part, starts[first:last] - starts[first], dtype=np.int64))

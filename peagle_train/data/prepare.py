@@ -76,12 +76,13 @@ def prepare_recipe(
     listing = _listing(found)
     if (folder / INDEX).exists():
         index = read_index(folder)
+        say(f"{folder} is finished: checking it (saved and named data sets are compared by their names only)")
+        whole = _open_folder(folder, settings, data.max_bad_rows)
         if index["files of the sources"] != listing:
             raise ValueError(
                 f"--out {folder} was made of other files: their names or sizes changed; give another folder"
             )
-        say(f"{folder} is finished: checking it (saved and named data sets are compared by their names only)")
-        return _open_folder(folder, settings, data.max_bad_rows)
+        return whole
     with alone_in(folder, "preparing"):
         if any(folder.iterdir()):
             raise ValueError(f"--out {folder} is not empty and holds no prepared data; give another folder")

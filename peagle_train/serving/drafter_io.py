@@ -393,7 +393,9 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
     else:
         tokens, verifier = speculative_tokens_of(raw), target_name_of(raw)
         find(tokens is not None, "speculative tokens", tokens)
-        find("ok" if verifier else "warn", "verifier", verifier or "none: `vllm serve` does not know the target")
+        given = (raw.get("speculators_config") or {}).get("verifier") or {}
+        unnamed: Level = "warn" if "name_or_path" in given else "BAD"  # null is a name that vLLM passes over
+        find("ok" if verifier else unnamed, "verifier", verifier or "none: `vllm serve` does not know the target")
     token, has_mask = config.ptd_token_id, "mask_hidden" not in missing
     if token is None and not has_mask:
         find(
@@ -410,8 +412,10 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
     for name in sorted(missing - {"mask_hidden"} - ({"lm_head.weight"} if is_pruned else set())):
         find("warn", name, "missing: engines take the target's")
     for name in files.stored:
-        if name.startswith("model."):
+        if name.startswith("model.") or name == "draft_id_to_target_id":
             find("BAD", name, f"vLLM would look for model.{name}; peagle-train import renames it")
+        elif name.startswith("verifier_"):
+            find("BAD", name, "vLLM knows no such tensor; peagle-train import leaves it out")
         elif standard_name(name) in ("d2t", "t2d") and not is_pruned:
             find("warn" if name == "t2d" else "BAD", name, "of a full vocabulary, for which vLLM has no such tensor")
     used = set(tensor_names(files.folder).values())

@@ -529,7 +529,7 @@ def _claim(folder: Path, index: CacheIndex, head_bytes: int) -> str:
             f"--out {folder} holds the cache of another target, other sequences or other settings"
             f" ({', '.join(names)} differ): give another folder, or remove it"
         )
-    if old is None and any(folder.iterdir()):
+    if old is None and any(path != partial_path(folder / INDEX) for path in folder.iterdir()):
         raise ValueError(f"--out {folder} is not empty and holds no cache; give another folder")
     per_token = 4 * index.hidden_size * getattr(torch, index.dtype).itemsize
     size = index.tokens * per_token + 24 * index.pieces + 4096 * (index.shards + 1) + head_bytes
@@ -687,10 +687,16 @@ class SpeculatorsFiles:
 
     def write_documents(self, folder: Path) -> None:
         """The samples with their masks as a .jsonl source. Those with nothing to learn from are dropped, and counted."""
-        rows = [{name: self[i][name].tolist() for name in ("input_ids", "loss_mask")} for i in range(len(self))]
-        kept = [row for row in rows if 1 in row["loss_mask"][1:]]
-        write_text(folder / DOCUMENTS, "".join(json.dumps(row) + "\n" for row in kept))
-        if dropped := len(rows) - len(kept):
+        partial, dropped = partial_path(folder / DOCUMENTS), 0
+        with partial.open("w", encoding="utf-8") as file:
+            for i in range(len(self)):
+                row = {name: self[i][name].tolist() for name in ("input_ids", "loss_mask")}
+                if 1 in row["loss_mask"][1:]:
+                    file.write(json.dumps(row) + "\n")
+                else:
+                    dropped += 1
+        put(partial, folder / DOCUMENTS)
+        if dropped:
             logger.warning("%d samples with no token to learn from are not in %s", dropped, folder / DOCUMENTS)
 
 

@@ -68,7 +68,7 @@ def choose_way(model: Any, features: Features, way: Way, vocab_size: int) -> Way
             off = max(map(error, whole_and_chunked(way)))
             why = f"features are {off:.0%} off" if off > TOLERANCE else ""
         except Exception as raised:  # whatever a model raises that knows no such arguments
-            why = one_line(raised, 200)
+            why = one_line(raised, 200) or type(raised).__name__
         if not why:
             return way
         logger.warning(

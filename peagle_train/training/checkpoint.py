@@ -33,7 +33,15 @@ from torch import Tensor
 import peagle_train
 from peagle_train.config import Recipe, dump_recipe
 from peagle_train.core.draft_config import PEagleDraftConfig
-from peagle_train.files import DamagedCheckpoint, remove_tree, try_removing, write_bytes, write_folder, write_json
+from peagle_train.files import (
+    DamagedCheckpoint,
+    remove_tree,
+    told,
+    try_removing,
+    write_bytes,
+    write_folder,
+    write_json,
+)
 from peagle_train.serving.drafter_io import check_finite, save_tensors
 
 logger = logging.getLogger(__name__)
@@ -150,7 +158,10 @@ def read_marker(folder: Path) -> dict[str, Any]:
 
 def read_summary(folder: Path) -> str:
     """Where a finished run's drafter is and how good it is; ValueError if there is no finished run."""
-    summary = read_marker(folder)
+    try:
+        summary = read_marker(folder)
+    except OSError as error:
+        raise ValueError(told(error)) from None
     if not summary:
         raise ValueError(f"{folder} holds no run: its {MARKER} is missing, or is not what a run writes")
     if summary["state"] != "finished":
@@ -241,16 +252,24 @@ def write_checkpoint(output: Path, step: int, fill: Callable[[Path], None]) -> P
 
     path = output / f"checkpoint-{step}"
     write_folder(path, fill_and_list)
+    try_removing(output / f"set-aside-{step}", _remove)  # of the run before this one was resumed
     return path
 
 
+class OtherFormat(ValueError):
+    """A checkpoint of another version of the package."""
+
+
 def verify_checkpoint(folder: Path) -> None:
-    """DamagedCheckpoint unless every file of the manifest has its size and its sha256."""
+    """DamagedCheckpoint unless every file of the manifest has its size and sha256; OtherFormat for another version's."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
         if manifest["format"] != FORMAT:
-            raise DamagedCheckpoint(f"{path} has format {manifest['format']}; this version reads format {FORMAT}")
+            raise OtherFormat(
+                f"{path} has format {manifest['format']}, this version of peagle_train reads {FORMAT}: resume with the"
+                " version that wrote it"
+            )
         if manifest["step"] != step_of(folder):
             raise DamagedCheckpoint(f"{path} is of step {manifest['step']}, not of the folder's name")
         if not {"model.safetensors", "optimizer.state", "rng.state", "state.json"} <= manifest["files"].keys():
@@ -265,7 +284,7 @@ def verify_checkpoint(folder: Path) -> None:
                 raise DamagedCheckpoint(f"{path} is not what was written (its sha256 differs)")
     except OSError as error:
         raise DamagedCheckpoint(f"{path} cannot be read: {error.strerror}") from None
-    except DamagedCheckpoint:
+    except (DamagedCheckpoint, OtherFormat):
         raise
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise DamagedCheckpoint(f"{path} is not what was written") from None
@@ -433,7 +452,7 @@ def _offer(complete: list[Path], damaged: Path) -> str:
         if (step_of(path) or 0) < (step_of(damaged) or 0):
             try:
                 verify_checkpoint(path)
-            except DamagedCheckpoint:
+            except (DamagedCheckpoint, OtherFormat):
                 continue
             return f"the one before it is sound: resume with --resume {path}"
     return "no sound one is left before it: start over in a new folder"

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
@@ -561,7 +562,8 @@ class Trainer:
         for name in ("best", ".best.old"):
             path = self.folder / name / "best.json"
             if path.is_file():
-                return json.loads(path.read_bytes())["step"] == step
+                with suppress(ValueError, LookupError, TypeError):  # damaged
+                    return json.loads(path.read_bytes())["step"] == step
         return False
 
     def _take_output(self) -> Any:
@@ -622,7 +624,8 @@ class Signals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
-        self._before = {number: signal.signal(number, self._on_signal) for number in (*STOPPING, signal.SIGUSR1)}
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python lets nobody have a handler
+            self._before = {number: signal.signal(number, self._on_signal) for number in (*STOPPING, signal.SIGUSR1)}
         return self
 
     def __exit__(self, *_: object) -> None:
