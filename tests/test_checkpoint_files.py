@@ -126,7 +126,7 @@ def test_a_checkpoint_of_another_format_or_under_another_steps_name_is_refused(t
     with pytest.raises(DamagedCheckpoint, match="step 7"):
         files.verify_checkpoint(tmp_path / "checkpoint-8")
     (tmp_path / "checkpoint-8" / files.MANIFEST).write_text(json.dumps({**manifest, "step": 8, "format": 1}))
-    with pytest.raises(DamagedCheckpoint, match="format 1"):  # of version 0.1.0
+    with pytest.raises(files.OtherFormat, match="format 1"):  # of version 0.1.0
         files.verify_checkpoint(tmp_path / "checkpoint-8")
 
 

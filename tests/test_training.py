@@ -234,7 +234,7 @@ def test_cudas_allocator_gets_expandable_segments_unless_the_user_has_set_it(
             monkeypatch.delenv(name, raising=False)
         for name, value in given.items():
             monkeypatch.setenv(name, value)
-        assert main([]) == 2
+        assert main(["train"]) == 2
         found = {name: os.environ[name] for name in names if name in os.environ}
         assert found == (given or {names[0]: "expandable_segments:True"})
 

@@ -422,7 +422,7 @@ def attention_without_kernel() -> Iterator[None]:
     """The package's attention, all that it saves included, with the CPU's kernel giving zeros."""
     import torch
 
-    from peagle_train.core import attention
+    from peagle_train.core import attention_cpu
     from peagle_train.core.visibility import Visibility
 
     def flash(query: "Tensor", key: "Tensor", value: "Tensor", **_: Any) -> "tuple[Tensor, Tensor]":
@@ -436,8 +436,8 @@ def attention_without_kernel() -> Iterator[None]:
 
     with ExitStack() as stack:
         for target, name, value in (
-            (attention, "_flash", flash),
-            (attention, "_flash_backward", flash_backward),
+            (attention_cpu, "_flash", flash),
+            (attention_cpu, "_flash_backward", flash_backward),
             (Visibility, "block_mask", lambda *_: None),
         ):
             stack.enter_context(mock.patch.object(target, name, value))

@@ -393,8 +393,9 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
     else:
         tokens, verifier = speculative_tokens_of(raw), target_name_of(raw)
         find(tokens is not None, "speculative tokens", tokens)
-        given = (raw.get("speculators_config") or {}).get("verifier") or {}
-        unnamed: Level = "warn" if "name_or_path" in given else "BAD"  # null is a name that vLLM passes over
+        section = raw.get("speculators_config")
+        named = section.get("verifier") if isinstance(section, dict) else None
+        unnamed: Level = "warn" if isinstance(named, dict) and "name_or_path" in named else "BAD"  # vLLM takes null
         find("ok" if verifier else unnamed, "verifier", verifier or "none: `vllm serve` does not know the target")
     token, has_mask = config.ptd_token_id, "mask_hidden" not in missing
     if token is None and not has_mask:
