@@ -34,7 +34,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", ACCELERATE_USE_CPU="true")
+SURROUNDINGS = dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", ACCELERATE_USE_CPU="true")
 
 DEADLY = ("moment", "accumulating", "file", "rename", "prune", "removal", "metrics")
 STOPPED = {"term": signal.SIGTERM, "int": signal.SIGINT}
@@ -407,10 +407,12 @@ def main() -> int:
             parser.error(
                 f"--life is {options.life!r}; this tool gives it to itself: a way to die, how often, arguments"
             )
+        os.environ.update(SURROUNDINGS)
         return live(way, count, arguments)
     if options.kills < 1:
         parser.error(f"--kills is {options.kills}; it must be at least 1")
 
+    os.environ.update(SURROUNDINGS)
     import peagle_train.training.build  # noqa: F401  (what every life would import)
     from peagle_train.training.checkpoint import versions, write_json
 
