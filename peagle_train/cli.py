@@ -250,7 +250,7 @@ def _export(parser: Parser) -> Callable[[Options], None]:
 
 
 def _check(parser: Parser) -> Callable[[Options], int]:
-    """Check a drafter's folder, whoever made it, in either format, and print a table.
+    """Check any drafter's folder, in either format, and print a table.
 
     peagle-train check drafter
 

@@ -446,7 +446,7 @@ class Train:
     learning_rate: Annotated[float, within(gt=0, le=1)] = 1e-4
     """The highest learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """How the learning rate falls behind the warm-up."""
+    """How the learning rate falls after the warm-up."""
     warmup_ratio: Share = 0.0025
     """Share of the steps in which the learning rate rises."""
     weight_decay: Annotated[float, within(ge=0, le=1)] = 0.0
@@ -496,19 +496,19 @@ class Train:
     memory_margin: Share = 0.1
     """Share of the device's memory that cod.num_segments = auto leaves free."""
     log_steps: Count = 10
-    """Log every so many steps."""
+    """Log every N steps."""
     log_with: Literal["tensorboard", "wandb", "trackio", "mlflow"] | None = None
     """A tracker to log to beside metrics.jsonl, which is always written; it has to be installed."""
     eval_steps: Count | None = None
-    """Evaluate every so many steps; null: only before and after training."""
+    """Evaluate every N steps; null: only before and after training."""
     save_steps: Count | None = None
-    """Save a checkpoint every so many steps; null: only the final drafter."""
+    """Save a checkpoint every N steps; null: only the final drafter."""
     keep_last: Count | None = None
-    """Keep the newest so many checkpoints; null: all."""
+    """Keep the newest N checkpoints; null: all."""
     keep_every: Count | None = None
     """Beside those of keep_last, keep every checkpoint whose step is a multiple of this."""
     max_bad_steps: Count = 3
-    """Stop when the loss or gradient of so many steps in a row is not finite (such a step is never applied)."""
+    """Stop when the loss or gradient of N steps in a row is not finite (such a step is never applied)."""
     dtype: Literal["float32", "float64"] = "float32"
     """Of the drafter's master weights."""
 

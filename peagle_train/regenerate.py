@@ -132,7 +132,7 @@ def load_prompts(name_or_path: str, limit: int | None = None, skipped: Counter[s
 
 
 def find_file(name_or_path: str) -> str:
-    """The file behind a benchmark's name (in the installed package, which is not imported), or the path itself."""
+    """The file that a benchmark's name stands for (in the installed package, which is not imported), or the path itself."""
     if name_or_path not in BENCHMARKS:
         path = os.path.expanduser(name_or_path)
         if not os.path.isfile(path):

@@ -69,7 +69,7 @@ def _add_rollout_keys(pairs_BXY: Tensor, depth_BXq: Tensor, base: int, num_depth
     X, block_size = depth_BXq.shape[1:]
     x_X1 = torch.arange(X, device=depth_BXq.device)[:, None]
     q_q = torch.arange(block_size, device=depth_BXq.device)
-    end_Xq = base + x_X1 * block_size + q_q + 1  # behind the own key, the last of the rollout's that are seen
+    end_Xq = base + x_X1 * block_size + q_q + 1  # just past the own key, the last that is seen of the rollout
     first_BXq = end_Xq - depth_BXq  # depth 0 and padding see none of a rollout
     own_Xq = (end_Xq - 1) // block_size  # the own key's block
     for back in range((num_depths + block_size - 3) // block_size + 1):  # blocks that num_depths - 1 keys can reach
@@ -109,7 +109,9 @@ def _add_depth0_keys(
         enters_BXZ.scatter_add_(2, z_BXq, torch.full_like(z_BXq, -sign, dtype=torch.int32))
     edge = (torch.arange(Z + 1, device=exists_BT.device) * block_size).clamp(max=T)
     keys_BZ = before_BT1[:, edge].diff(dim=1).to(torch.int32)
-    between_BXZ = enters_BXZ.cumsum(2, dtype=torch.int32)  # intervals that begin in this block or before and end behind
+    between_BXZ = enters_BXZ.cumsum(
+        2, dtype=torch.int32
+    )  # intervals that begin in this block or before, and end after it
     pairs_BXY[:, :, :Z].add_(between_BXZ.mul_(keys_BZ[:, None]))
 
 

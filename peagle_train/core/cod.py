@@ -1,6 +1,6 @@
 """COD: which (anchor, depth) elements of a sequence are trained on (P-EAGLE, arXiv:2602.01469, section 3).
 
-An element (anchor a, depth d) is the drafter's slot d of the draft that starts behind token a + 1. Depth 0 is every
+An element (anchor a, depth d) is the drafter's slot d of the draft that starts after token a + 1. Depth 0 is every
 position; each deeper level keeps a random share of the chains that the level above kept, so that a sequence of n tokens
 costs n * sum(r**d) elements instead of n * K.
 

@@ -69,7 +69,7 @@ def kernel_options(queries: int, head_dim: int, itemsize: int, capability: tuple
     options: dict[str, Any] = {}
     if queries < BLOCK_SIZE:
         options["BACKEND"] = (
-            "TRITON"  # its decoding kernel, the default, has no form for so many queries of grouped heads
+            "TRITON"  # its decoding kernel, the default, has no form for this many queries of grouped heads
         )
     if capability == (9, 0) and itemsize == 2 and 64 < head_dim <= 128:
         # The default's backward spills registers wherever a length is no multiple of its blocks.

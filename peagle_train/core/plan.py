@@ -13,7 +13,7 @@ from torch import Tensor
 from peagle_train.core.visibility import GRID
 
 SIZES = 8
-"""A static plan's passes have so many sizes at most: a graph is compiled for each one that occurs."""
+"""The most sizes that a static plan's passes have: a graph is compiled for each one that occurs."""
 SIZE_STEP = 128
 """They are multiples of this, flex attention's block, but for the capacity itself."""
 
@@ -23,7 +23,7 @@ class Segment:
     """One segment of a batch; everything but tensors is a Python int."""
 
     columns: slice
-    """Own elements in the flat batch; the padding behind the fullest row's is left out, in a static plan what is beyond the
+    """Own elements in the flat batch; padding after the fullest row's is left out, in a static plan what is beyond the
     next of its sizes."""
     num_depth0: int
     """M: own slots from here on hold no depth-0 element in any row."""

@@ -81,7 +81,7 @@ def recompute_step(
         loss, chunk_rows: see `chunked_linear_loss`.
         plan: `plan_segments` of the batch while it was still on the host; None computes it here.
         backward: called with each segment's scaled loss; None evaluates only.
-        min_passes: run at least so many, the surplus on padding (sharded ranks must agree on the number).
+        min_passes: run at least this many, the surplus on padding (sharded ranks must agree on the number).
     """
     plan = plan or plan_segments(batch, num_depths, static=isinstance(draft, CompiledDraft))
     check_step(draft, batch, target, plan, num_depths)

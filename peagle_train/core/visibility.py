@@ -20,7 +20,7 @@ MASK_CACHE_BYTES = 8 * 2**20
 MASK_BLOCK_BYTES = 64 * 2**20
 """No block of a dense mask is larger than this (additive, in the compute dtype)."""
 QUERY_BLOCK = 512
-"""Queries of a block on CPU, fewer where the keys are so many that a block would pass MASK_BLOCK_BYTES."""
+"""Queries of a block on CPU; fewer where a block over all its keys would exceed MASK_BLOCK_BYTES."""
 GRID = 64
 """In two-byte dtypes, ranges of keys and the border to the rollouts lie on multiples of this (in static plans all of them,
 see `plan_segments`): the CPU's bfloat16 kernels are compiled for every shape that comes and kept, so that a run's memory

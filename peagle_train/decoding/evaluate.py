@@ -69,7 +69,7 @@ def run(options: Namespace, folder: Path) -> tuple[str, bool]:
         seed=options.seed,
     )
     largest[0] = max(largest[0], settings.num_slots)
-    trusted = options.trust_remote_code  # never because a recipe says so: whoever made the drafter wrote that
+    trusted = options.trust_remote_code  # never because a recipe says so: the drafter's author wrote that
     if recipe and recipe.target.trust_remote_code and not trusted:
         logger.warning("%s's recipe trusts code of %s: give --trust-remote-code if you do, too", folder, path)
     # before the target, which may take minutes to load

@@ -49,7 +49,7 @@ def choose_way(model: Any, features: Features, way: Way, vocab_size: int) -> Way
         """How far packed documents are off what they give alone, or off themselves beside other documents.
 
         The second in the worst case: a neighbour changes no shape, so nothing may move. The first in the median: in 16 bits
-        a few tokens of a model with massive activations are off by half when any shape changes, whoever packs them.
+        a few tokens of a model with massive activations are off by half when any shape changes, packed or not.
         """
         packed = _by_document(features, way, ids_n)
         alone = [relative_pair(a, b) for a, b in zip(packed, zip(*(e.split(LENGTHS) for e in expected)))]
