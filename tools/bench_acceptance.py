@@ -8,7 +8,7 @@ The target runs once (peagle-train cache). Each case then trains for as many ste
 pace of a few steps timed beforehand; `rows of 128`, whose rows are other ones, has the target run along, which is not
 counted. --jobs cases run at a time, when they are timed too, each on --threads threads; the recipe itself runs alone, on
 all of these. All drafters, checkpoints included, are measured by one run of peagle-train evaluate: greedy, K = 5, held-out
-modules of the standard library, repetition left out. Stopped, it goes on: what is in --out is not done again.
+modules of the standard library, repetition left out. Stopped, it resumes: what is in --out is not done again.
 """
 
 import argparse
@@ -108,7 +108,7 @@ class Bench:
                 self.remove(folder)
             self.run(log, "-m", "peagle_train", *recipe, alone=name == ALONE)
             if not self.is_finished(folder):  # told to stop, it saves and ends well
-                raise RuntimeError(f"{name} was stopped; the same command goes on (see {log})")
+                raise RuntimeError(f"{name} was stopped; the same command resumes (see {log})")
         return folder
 
     def is_finished(self, folder: Path) -> bool:
@@ -157,7 +157,7 @@ class Bench:
         self.train(name, *self.rows(name), *CASES[name], *length)
 
     def train_all(self, names: list[str]) -> None:
-        """The recipe, then the others, the long ones first, so many at a time."""
+        """The recipe, then the others, the long ones first, `jobs` at a time."""
         for name in names:
             self.rows(name)  # before two jobs want the same features
         self.at_once(self.case, [name for name in names if name == ALONE])
@@ -167,7 +167,7 @@ class Bench:
         self.at_once(self.case, others)
 
     def at_once(self, work: Callable[[str], object], names: list[str]) -> None:
-        """So many jobs at a time; behind one that fails none begins, and its error is raised.
+        """`jobs` at a time; after one that fails none begins, and its error is raised.
 
         In threads, even if it is one: Ctrl-C then leaves the trainers, which get it too, the time to save.
         """
@@ -299,7 +299,7 @@ def main() -> int:
         parser.error(f"--json {options.json} lies in a folder that does not exist")
     from peagle_train.files import run_tool
 
-    return run_tool("bench_acceptance.py", lambda: run(options), "; the same command goes on from here")
+    return run_tool("bench_acceptance.py", lambda: run(options), "; the same command resumes")
 
 
 def run(options: argparse.Namespace) -> int:

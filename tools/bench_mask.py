@@ -145,7 +145,7 @@ def measure(method: str, path: str, device: str) -> dict[str, Any]:
 
 
 def digest(mask: BlockMask) -> str:
-    """Of all tables, without what lies behind the counts."""
+    """Of all tables, without what lies beyond the counts."""
     import torch
 
     found = hashlib.sha256()

@@ -2,7 +2,7 @@
 
     python tools/bench_segments.py --n 2048,4096 --segments 1,8 --json results.json
 
-Every configuration runs in a process of its own, one step behind a tiny warm-up; repeats are interleaved, medians are
+Every configuration runs in a process of its own, one step after a tiny warm-up; repeats are interleaved, medians are
 reported. Segments = 1 gives `flat` and `checkpoint`, every other number `recompute` (Algorithm 1) and `relay`. The JSON
 is a list of objects, one a configuration:
 

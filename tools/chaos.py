@@ -1,4 +1,4 @@
-"""Kill, starve and damage a tiny run again and again, go on each time, and compare what comes out with an undisturbed run.
+"""Kill, starve and damage a tiny run again and again, resume it each time, and compare what comes out with an undisturbed run.
 
     python tools/chaos.py --kills 50 --json tools/results/chaos.json
 
@@ -394,7 +394,7 @@ def main() -> int:
         description="Kill a tiny run N times, resume it, compare it with an undisturbed one.",
         epilog="example: python tools/chaos.py --kills 50 --json chaos.json",
     )
-    parser.add_argument("--kills", type=int, default=50, help="go on until so many processes were killed (50)")
+    parser.add_argument("--kills", type=int, default=50, help="stop after N processes were killed (50)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of deaths (0)")
     parser.add_argument("--json", type=Path, help="write the result there, too")
     parser.add_argument("--exec", action="store_true", help="start every life as a new process, imports included")

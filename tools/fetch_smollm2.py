@@ -173,7 +173,7 @@ def convert(gguf: Path, out: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     # bfloat16 is the type that SmolLM2 was published in and would be served in. 4-bit weights times a 16-bit
     # scale do not fit it exactly, but that rounding is small (mean KL to float32: 5e-5) beside what 4 bits
-    # lost, and it is done once, here: whoever loads this folder, in whatever type, sees the same target.
+    # lost, and it is done once, here: all who load this folder, in any type, see the same target.
     model.to(torch.bfloat16).save_pretrained(out)
     del model
 

@@ -284,7 +284,7 @@ FLEX_OPTIONS: dict[str, dict[str, int]] = {
 
 
 def flex(check: Check) -> None:
-    """The second segment of 4 and of 2 at 8k: 8,576 and 17,152 elements, behind 8,192 columns of context."""
+    """The second segment of 4 and of 2 at 8k: 8,576 and 17,152 elements, after 8,192 columns of context."""
     shape, length = check.pick((DRAFTER_8B, 8192), (TINY, 64))
     A, G, D = (shape[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     make = partial(torch.randn, device=check.device, dtype=torch.bfloat16, requires_grad=True)

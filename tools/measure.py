@@ -312,7 +312,7 @@ def _where_and_when() -> dict[str, str]:
 
 
 def _processor() -> str:
-    """The processor's name, behind the GPUs' where there are some."""
+    """The processor's name, after the GPUs' if there are any."""
     name = platform.machine()
     with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
         name = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), name)

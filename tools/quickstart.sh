@@ -23,7 +23,7 @@ step install
 install_extra quickstart
 
 STEP=output
-# A run that goes on looks like one that was killed; only this lock, which the trainer inherits, tells them apart.
+# A run that is going looks like one that was killed; only this lock, which the trainer inherits, tells them apart.
 mkdir -p "$(dirname "$OUTPUT")"
 exec 9>"$(dirname "$OUTPUT")/.$(basename "$OUTPUT").lock"
 if command -v flock >/dev/null && ! flock -n 9; then die 2 "another quickstart is at work on $OUTPUT"; fi
@@ -35,12 +35,12 @@ if [ -e "$OUTPUT/final/config.json" ] && [ -e "$OUTPUT/final/model.safetensors" 
         if [ $# -gt 0 ]; then echo "$NAME: not used, as nothing was trained: $*"; fi
         exit 0
     fi
-    # with checkpoints it goes on below: a run can be killed between its last file and the mark that it has ended
+    # with checkpoints it is resumed below: a run can be killed between its last file and the mark that it has ended
     compgen -G "$OUTPUT/checkpoint-*" >/dev/null ||
         die 1 "$OUTPUT/final is there but its run did not end well: remove $OUTPUT, or set PEAGLE_OUTPUT to a new folder"
 fi
 
-STEP=recipe # a mistake in the arguments is told now, not behind the download
+STEP=recipe # a mistake in the arguments is told now, not after the download
 python -m peagle_train recipes/quickstart.yaml "$@" --print-config >/dev/null
 
 step target

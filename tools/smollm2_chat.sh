@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # recipes/smollm2_chat.yaml from nothing to a trained drafter: environment, install, target, its own answers to MT-Bench's
-# questions, rows, features, training. Every step that was killed goes on where it was when this is run again.
+# questions, rows, features, training. Every step that was killed resumes when this is run again.
 # Arguments are overrides of the recipe, such as train.epochs=2.
 # PEAGLE_PROMPTS: how many questions (80). PEAGLE_TOKENS: the longest answer (512).
 # PEAGLE_OUTPUT: where results go (runs/smollm2_chat). PEAGLE_CACHE: where the target goes (~/.cache/peagle_train).
