@@ -4,6 +4,7 @@ Needs the standard library alone: the command line imports it first.
 """
 
 import fcntl
+import hashlib
 import io
 import json
 import logging
@@ -123,6 +124,17 @@ def sync(path: Path) -> None:
 def write_json(path: Path, content: Any) -> None:
     """`write_text` for a JSON value."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def sha256_of(path: Path) -> str:
+    """A file's."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksum(content: Any) -> str:
+    """The sha256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:

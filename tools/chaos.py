@@ -1,4 +1,4 @@
-"""Kill, starve and damage a tiny run again and again, resume it each time, and compare what comes out with an undisturbed run.
+"""Kill, starve and damage a tiny run again and again, resume it each time, and compare it with an undisturbed run.
 
     python tools/chaos.py --kills 50 --json tools/results/chaos.json
 

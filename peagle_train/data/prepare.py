@@ -43,7 +43,7 @@ from peagle_train.data.encode import EncodedBatch, Encoder, RawExample, clip
 from peagle_train.data.messages import CHAT_KEYS
 from peagle_train.data.packing import PackedRows, PackReport, TrainingData, split_and_pack
 from peagle_train.data.vocab import choose_mask_token, load_tokenizer, target_vocab_size
-from peagle_train.files import alone_in, write_folder, write_json
+from peagle_train.files import alone_in, checksum, sha256_of, write_folder, write_json
 
 INDEX, TRAIN, HELD_OUT = "index.json", "train.safetensors", "held_out.safetensors"
 FORMAT = 4
@@ -108,7 +108,7 @@ def prepare_recipe(
                 "eval_report": asdict(made.eval_report),
                 "in_both": made.in_both,
             }
-            write_json(partial / INDEX, {**index, "sha256": _sum(index)})
+            write_json(partial / INDEX, {**index, "sha256": checksum(index)})
 
         try:
             write_folder(folder, fill)
@@ -208,7 +208,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str | None:
         described.update(padding=None, truncation=None)  # how it was last called, not what it is
     else:
         described = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    return checksum(described)
 
 
 def open_prepared(recipe: Recipe, tokenizer: Any, vocab_size: int, mask_token_id: int | None) -> TrainingData:
@@ -260,7 +260,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     """The index of a finished folder; ValueError for any other."""
     try:
         index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        if index.pop("sha256") != _sum(index):
+        if index.pop("sha256") != checksum(index):
             raise ValueError("it was changed")
         return index
     except (FileNotFoundError, NotADirectoryError):
@@ -272,11 +272,6 @@ def read_index(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def _sum(index: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
-
-
 def file_sum(path: Path) -> dict[str, Any]:
     """A file's size in bytes and its sha256."""
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}

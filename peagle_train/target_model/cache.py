@@ -49,7 +49,7 @@ from peagle_train.data.training_data import (
     make_collator,
 )
 from peagle_train.distributed import check_device, check_device_map, check_launch, from_all
-from peagle_train.files import alone_in, one_line, partial_path, put, write_json, write_text
+from peagle_train.files import alone_in, checksum, one_line, partial_path, put, sha256_of, write_json, write_text
 from peagle_train.target_model.check import relative
 from peagle_train.target_model.frozen import FrozenTarget, TargetBase, default_layer_ids
 
@@ -145,11 +145,6 @@ def is_damaged(path: Path) -> bool:
         return True
 
 
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def read_index(folder: Path) -> CacheIndex | None:
     """A folder's index; None if it has none; ValueError for one that is no index of this version."""
     try:
@@ -166,15 +161,11 @@ def read_index(folder: Path) -> CacheIndex | None:
             " in another folder or after removing this one"
         )
     claimed = raw.pop("sha256")
-    if claimed != _sum(raw):
+    if claimed != checksum(raw):
         raise ValueError(
             f"target.cache {folder}: {INDEX} is not what was written: make the cache with {COMMAND} in another folder"
         )
     return CacheIndex(**raw)
-
-
-def _sum(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 # Reading
@@ -546,7 +537,7 @@ def _claim(folder: Path, index: CacheIndex, head_bytes: int) -> str:
         )
     if old is None:
         content = asdict(index)
-        write_json(folder / INDEX, {**content, "sha256": _sum(content)})
+        write_json(folder / INDEX, {**content, "sha256": checksum(content)})
     return words
 
 

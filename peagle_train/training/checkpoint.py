@@ -36,6 +36,7 @@ from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.files import (
     DamagedCheckpoint,
     remove_tree,
+    sha256_of,
     told,
     try_removing,
     write_bytes,
@@ -291,9 +292,7 @@ def verify_checkpoint(folder: Path) -> None:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"size": path.stat().st_size, "sha256": digest}
+    return {"size": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def prune(output: Path, keep_last: int | None, keep_every: int | None) -> None:
