@@ -162,7 +162,8 @@ MAX_ROPE_THETA = 1e15
 def _is_plain(value: Any) -> bool:
     try:
         json.dumps(value, allow_nan=False)  # raises on NaN and on what has no plain form, such as a cycle
-    except (TypeError, ValueError):
+        dump_line(value)
+    except (TypeError, ValueError, RecursionError):  # the last by what is nested hundreds deep
         return False
     return True
 
@@ -455,7 +456,7 @@ class Train:
     """AdamW's first momentum."""
     adam_beta2: Share = 0.95
     """AdamW's second momentum."""
-    adam_epsilon: Annotated[float, within(gt=0)] = 1e-8
+    adam_epsilon: Annotated[float, within(ge=1e-30, le=1)] = 1e-8
     """AdamW's epsilon."""
     max_grad_norm: Annotated[float, within(gt=0)] | None = 1.0
     """Clip the gradient's norm; null: never."""

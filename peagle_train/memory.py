@@ -299,10 +299,17 @@ def plan_memory(sizes: Sizes, num_segments: int, all_supervised: bool = False) -
     during = base + kept + pieces + masks + batch
     again = S > 1 or s.accumulates
     to_come = 0 if again or ranks > 1 else resident["gradients"]  # while what was saved goes
+    # With checkpointing a layer is computed again when those above it have their gradients: the first one's peak counts.
+    above = sum(s.layer_weights(False) for _ in range(1, s.layers)) * m if s.checkpointing else 0
     phases = {
         "target": base + outputs + s.target_forward + B * L * 24,
         "loss": during - to_come + unsaved + after_forward + own + hidden + chunk,
-        "backward": during - to_come + (unsaved if S > 1 else 0) + in_backward + (own if relay else 0) + flowing,
+        "backward": during
+        - max(to_come - above, 0)
+        + (unsaved if S > 1 else 0)
+        + in_backward
+        + (own if relay else 0)
+        + flowing,
     }
     largest = max(s.vocab * H * m if s.train_embeddings else 0, s.hidden * s.intermediate * (c + m), s.fc_weights * m)
     late = 0 if s.checkpointing else copies * (2 if S > 1 else 1)

@@ -73,12 +73,13 @@ class Meter(TorchDispatchMode):
         output = function(*args, **kwargs)
         name = function._overloadpacket.__name__
         outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-        devices = {t.device.type for t in [*inputs, *outputs] if t.is_cuda or t.dim()}  # numbers come along as they are
+        copies = name in ("_to_copy", "copy_")  # elsewhere numbers on the host come along as they are
+        devices = {t.device.type for t in [*inputs, *outputs] if t.is_cuda or t.dim() or copies}
         returns = function._schema.returns
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
         if "cuda" in devices and not is_view and name not in ALLOCATE:
             self.kernels[name] += 1
-        is_copy = len(devices) > 1 and not kwargs.get("non_blocking") and not any(a is True for a in args)
+        is_copy = len(devices) > 1 and not kwargs.get("non_blocking") and not (name == "copy_" and args[2:3] == (True,))
         if is_copy or name in ("_local_scalar_dense", "nonzero"):
             self.waits[name] += 1
         for tensor in outputs:

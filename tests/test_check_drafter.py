@@ -254,6 +254,26 @@ def test_names_that_vllm_passes_over_or_does_not_know_are_refused_but_read(folde
     load_drafter(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("fc.weight", torch.float8_e4m3fn), ("t2d", torch.float8_e4m3fn), ("d2t", torch.uint64), ("d2t", torch.complex64)],
+)
+def test_a_dtype_that_no_engine_serves_is_a_finding(folder: Path, name: str, dtype: torch.dtype) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    save_file({**tensors, name: tensors[name].to(dtype)}, folder / WEIGHTS)
+    assert any(name in line and str(dtype) in line for line in found(check_folder(folder), "BAD"))
+
+
+@pytest.mark.parametrize(
+    "key", ["vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "text_config"]
+)
+def test_no_value_in_the_targets_config_breaks_the_check(folder: Path, key: str) -> None:
+    target: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 18}
+    for value in (None, "4096", [], 1.5, {"num_hidden_layers": None}):
+        check_folder(folder, {**target, key: value})
+        check_folder(folder, {"text_config": {**target, key: value}})
+
+
 def test_another_safetensors_file_beside_the_weights_is_refused_since_vllm_would_read_it(folder: Path) -> None:
     save_file({"exp_avg": torch.ones(2)}, folder / "optimizer.safetensors")
     assert any(line.startswith("optimizer.safetensors") for line in found(check_folder(folder), "BAD"))

@@ -24,6 +24,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "S=2": {"S": 2},
     "S=4": {"S": 4},
     "S=16": {"S": 16},
+    "S=1, checkpointing": {"S": 1, "activation_checkpointing": True},
     "S=1, checkpointing, 2 micro-batches": {"S": 1, "activation_checkpointing": True, "gradient_accumulation_steps": 2},
     "S=4, large chunks of the loss": {"S": 4, "loss_chunk_rows": 8192},
     "S=4, recompute, checkpointing": {"S": 4, "segment_mode": "recompute", "activation_checkpointing": True},
@@ -106,3 +107,4 @@ def test_passes_and_their_evaluation_are_a_graph_for_each_size_and_none_again(
     """Captured whole, with flex attention inside, at their real lengths; no code is generated."""
     found = compiled[passes]
     assert found["graphs"] == found["expected"] and found["recompiles"] == 0
+    assert found["graphs"]["training"] <= 8, "sizes come in buckets"

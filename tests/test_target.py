@@ -245,24 +245,28 @@ def test_the_final_norm_is_found(target: FrozenTarget) -> None:
     assert target.final_norm() is target.model.model.norm  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("what", ["exact", "rounded", "leaks"])
-def test_a_document_that_rounding_moves_is_kept_packed_and_one_that_its_neighbour_moves_is_not(what: str) -> None:
+def test_a_document_that_rounding_moves_is_kept_packed_and_one_that_its_neighbour_moves_is_not(
+    what: str, dtype: torch.dtype
+) -> None:
     """Of six documents in two sequences of 13 tokens, the second is far off what it gives alone, or the last one reads the
-    first token of its sequence. Models in 16 bits do the first by themselves.
+    first token of its sequence. Models in 16 bits do the first by themselves, in 32 none does.
     """
-    table = torch.randn(64, 8, generator=seeded(0))
+    table = torch.randn(64, 8, generator=seeded(0)).to(dtype)
 
     def features(ids_BL: torch.Tensor, position_BL: torch.Tensor, way: Way) -> tuple[torch.Tensor, torch.Tensor]:
         found = table[ids_BL] + position_BL[..., None]
         is_packed = bool((position_BL[:, 1:] == 0).any())
-        if is_packed and what == "rounded":
+        if is_packed and what == "rounded" and not way.apart:
             found[0, 6:11] *= 1.5
         if is_packed and what == "leaks" and not way.apart:
             found[1, 10:] += table[ids_BL[1, 0]]
         return found, found
 
     way = choose_way(object(), features, Way(flattens=True, chunk_tokens=None, apart=False), 64)
-    assert (way.flattens, way.apart) == ((False, True) if what == "leaks" else (True, False))
+    is_wrong = what == "leaks" or (what == "rounded" and dtype == torch.float32)
+    assert (way.flattens, way.apart) == ((False, True) if is_wrong else (True, False))
 
 
 def test_a_kernel_that_fails_without_a_word_is_not_taken_for_one_that_works() -> None:

@@ -38,6 +38,8 @@ from peagle_train.serving.formats import (
 logger = logging.getLogger(__name__)
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 MAY_LACK = ("mask_hidden", "embed_tokens.weight", "lm_head.weight")
 """What an EAGLE-3 drafter may lack: the first is P-EAGLE's, the others are the target's then."""
 
@@ -275,8 +277,12 @@ def _fit(config: PEagleDraftConfig, tensors: dict[str, Tensor]) -> tuple[list[st
             wrong.append(f"{name} is no tensor of such a drafter")
         elif tuple(tensor.shape) != known[name]:
             wrong.append(f"{name} is {list(tensor.shape)}; config.json makes it {list(known[name])}")
-        elif name not in ("d2t", "t2d") and not tensor.is_floating_point():
-            wrong.append(f"{name} is {tensor.dtype}; weights must be floating point")
+        elif name == "d2t" and tensor.dtype not in INTEGERS:
+            wrong.append(f"d2t is {tensor.dtype}; it must be int64, what to add to a draft id")
+        elif name == "t2d" and tensor.dtype not in (torch.bool, *INTEGERS):
+            wrong.append(f"t2d is {tensor.dtype}; it must be bool")
+        elif name not in ("d2t", "t2d") and tensor.dtype not in FLOATS:
+            wrong.append(f"{name} is {tensor.dtype}; weights must be floating point, of 16, 32 or 64 bits")
     if wrong:
         raise ValueError("; ".join(wrong[:5]) + (f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""))
     check_finite(tensors, "its")
@@ -309,8 +315,6 @@ def count_non_finite(tensor: Tensor) -> int:
 
 def _draft_ids(d2t: Tensor, t2d: Tensor | None, vocab_size: int) -> Tensor:
     """int64 [Vd], the target's ids of the draft vocabulary in the file's order; ValueError where d2t or t2d are wrong."""
-    if d2t.is_floating_point() or d2t.dtype == torch.bool:
-        raise ValueError(f"d2t is {d2t.dtype}; it must be int64, what to add to a draft id")
     ids = d2t.long() + torch.arange(d2t.numel())
     outside = ids[(ids < 0) | (ids >= vocab_size)]
     is_ids = d2t.numel() > 1 and bool((d2t[1:] > d2t[:-1]).all()) and 0 <= int(d2t[0]) and int(d2t[-1]) < vocab_size
@@ -430,13 +434,13 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
     short = yarn_too_short(config.rope_parameters or {}, config.max_position_embeddings)
     find("warn" if short else "ok", "max positions", short or config.max_position_embeddings)
     if target is not None:
-        text = target.get("text_config") or target
+        text = target["text_config"] if isinstance(target.get("text_config"), dict) else target
         for mine, name in ((config.vocab_size, "vocab_size"), (config.target_hidden_size, "hidden_size")):
             find(mine == text.get(name), f"target's {name}", f"{text.get(name)}, the drafter was made for {mine}")
-        if ids is not None and max(ids) >= text.get("num_hidden_layers", max(ids) + 1):
-            find("BAD", "target's layers", f"{text['num_hidden_layers']}, but the drafter reads the inputs of {ids}")
-        positions = text.get("max_position_embeddings") or 0
-        if config.max_position_embeddings < positions:
+        layers, positions = text.get("num_hidden_layers"), text.get("max_position_embeddings")
+        if not isinstance(layers, int) or (ids is not None and max(ids) >= layers):
+            find("BAD", "target's layers", f"{layers}, but the drafter reads the inputs of {ids}")
+        if isinstance(positions, int) and config.max_position_embeddings < positions:
             find(
                 "warn",
                 "target's positions",
