@@ -68,10 +68,13 @@ class _ChunkedLinearLoss(torch.autograd.Function):
         d_hidden_MH = torch.empty_like(hidden_MH) if want_hidden else None
         d_head_VH = torch.zeros_like(head_VH, dtype=wide) if want_head else None
         left_out_M = None if counted_M is None else ~counted_M
+        # All the wide tensors that there are, made once: made anew for each chunk, they leave holes in a CPU's heap.
+        room_RcV = hidden_MH.new_empty(2 if loss == "hard_ce" else 3, min(chunk_rows, M), head_VH.shape[0], dtype=wide)
         for start in range(0, M, chunk_rows):
             rows = slice(start, start + chunk_rows)
             h_cH = hidden_MH[rows]
-            loss_M[rows], hits_M[rows], d_cV = _visit(h_cH, head_VH, target_MT[rows], target_head_VT, loss)
+            room = room_RcV[:, : h_cH.shape[0]].unbind()
+            loss_M[rows], hits_M[rows], d_cV = _visit(h_cH, head_VH, target_MT[rows], target_head_VT, loss, room)
             if left_out_M is not None:
                 d_cV.masked_fill_(left_out_M[rows, None], 0)
             d_cV = d_cV.to(hidden_MH.dtype)
@@ -79,7 +82,6 @@ class _ChunkedLinearLoss(torch.autograd.Function):
                 d_hidden_MH[rows] = d_cV @ head_VH
             if d_head_VH is not None:
                 d_head_VH += d_cV.T @ h_cH
-            del d_cV  # before the next chunk's logits are made
         if left_out_M is not None:
             loss_M, hits_M = loss_M.masked_fill(left_out_M, 0), hits_M & counted_M
         ctx.save_for_backward(d_hidden_MH, d_head_VH)
@@ -99,33 +101,33 @@ class _ChunkedLinearLoss(torch.autograd.Function):
 
 
 def _visit(
-    h_cH: Tensor, head_VH: Tensor, target_cT: Tensor, target_head_VT: Tensor, loss: str
+    h_cH: Tensor, head_VH: Tensor, target_cT: Tensor, target_head_VT: Tensor, loss: str, room: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each row's loss [c], whether its argmaxes agree [c], and the loss's gradient by the drafter's logits [c, V].
 
-    In place wherever a tensor of logits is not needed again: three of them exist at a time.
+    Everything of the size [c, V] is written into the tensors of `room`, two for hard_ce and else three.
     """
-    t_cV = _logits(target_cT, target_head_VT)
-    best_c = t_cV.argmax(-1)
-    log_p_cV = None if loss == "hard_ce" else t_cV.log_softmax(-1)
-    del t_cV
-    u_cV = _logits(h_cH, head_VH)
-    hits_c = u_cV.argmax(-1) == best_c
-    log_q_cV = u_cV.log_softmax(-1)
-    del u_cV
-    if log_p_cV is None:
+    a_cV, log_q_cV, *more = room
+    best_c = _logits(target_cT, target_head_VT, out=a_cV).argmax(-1)
+    if more:
+        (b_cV,) = more
+        torch.log_softmax(a_cV, -1, out=b_cV)
+    hits_c = _logits(h_cH, head_VH, out=a_cV).argmax(-1) == best_c
+    torch.log_softmax(a_cV, -1, out=log_q_cV)
+    if not more:
         best_c1 = best_c[:, None]
         loss_c = -log_q_cV.gather(1, best_c1)[:, 0]
         return loss_c, hits_c, log_q_cV.exp_().scatter_add_(1, best_c1, log_q_cV.new_full(best_c1.shape, -1.0))
-    p_cV = log_p_cV.exp()
-    score_cV = log_p_cV.sub_(log_q_cV) if loss == "kl" else log_p_cV.copy_(log_q_cV).neg_()
+    p_cV = torch.exp(b_cV, out=a_cV)
+    score_cV = b_cV.sub_(log_q_cV) if loss == "kl" else torch.neg(log_q_cV, out=b_cV)
     loss_c = (p_cV[:, None] @ score_cV[:, :, None])[:, 0, 0]
     return loss_c, hits_c, log_q_cV.exp_().sub_(p_cV)
 
 
-def _logits(x_cI: Tensor, weight_VI: Tensor) -> Tensor:
+def _logits(x_cI: Tensor, weight_VI: Tensor, out: Tensor) -> Tensor:
     """[c, V] in float32 or wider; on CUDA as they were summed, not rounded in between."""
-    wide = torch.promote_types(x_cI.dtype, torch.float32)
-    if x_cI.is_cuda and x_cI.dtype != wide:
-        return torch.mm(x_cI, weight_VI.T, out_dtype=wide)
-    return (x_cI @ weight_VI.T).to(wide)
+    if x_cI.dtype == out.dtype:
+        return torch.mm(x_cI, weight_VI.T, out=out)
+    if x_cI.is_cuda:
+        return torch.mm(x_cI, weight_VI.T, out_dtype=out.dtype, out=out)
+    return out.copy_(x_cI @ weight_VI.T)
