@@ -240,8 +240,11 @@ def _layer(s: Sizes, one: Pass, index: int) -> int:
     Q = one.Q if index == s.layers - 1 else N
     entering = 2 * _norm(s, N) + 2 * N * s.hidden * c if index == 0 else _norm(s, N) + N * s.hidden * c
     attention = 2 * Q * s.query_size * c + Q * s.heads * s.wide + 2 * (N + one.joined) * s.kv_size * c
-    mlp = _norm(s, Q) + Q * s.hidden * c + 4 * Q * s.intermediate * c
-    return entering + attention + mlp
+    return entering + attention + _mlp(s, Q)
+
+
+def _mlp(s: Sizes, n: int) -> int:
+    return _norm(s, n) + n * (s.hidden + 4 * s.intermediate) * s.compute_bytes
 
 
 def plan_memory(sizes: Sizes, num_segments: int, all_supervised: bool = False) -> MemoryPlan:
@@ -280,7 +283,7 @@ def plan_memory(sizes: Sizes, num_segments: int, all_supervised: bool = False) -
     own = 2 * one.N * s.kv_size * c * s.layers if s.on_cuda else 0
     batch = B * L * 24 + S * capacity_of(s, S) * B * 25 + one.N * 8 * 7
     masks = _masks(s, one)
-    chunk = min(s.chunk_rows, one.Q) * V * 3 * w
+    chunk = min(s.chunk_rows, one.Q) * V * (3 * w + (c if c < w else 0))
     chunk += (one.Q * T + V * T) * c if t != c else 0
     chunk += V * H * c if s.autocast else 0
     # Autocast keeps its copies through a batch's segments, and their gradients come last; not those of sharded weights,
@@ -324,7 +327,11 @@ def _flowing(s: Sizes, one: Pass, relay: bool) -> int:
     loss = 2 * one.Q * s.hidden * w
     mlp = 2 * one.Q * s.intermediate * c + (0 if s.on_cuda else 2 * one.Q * s.hidden * w)
     owed = 2 * one.N * s.kv_size * c * s.layers if relay else 0
-    attention = 2 * (one.N + one.context) * s.kv_size * (c + w) + 2 * one.Q * s.query_size * c
+    attention = 2 * one.Q * s.query_size * c
+    if s.on_cuda:  # what flex's backward makes, when what the last layer's MLP saved is gone
+        attention += one.Q * (s.hidden * c + s.heads * w) + 2 * (one.N + one.joined) * s.kv_size * c - _mlp(s, one.Q)
+    else:
+        attention += 2 * (one.N + one.context) * s.kv_size * (c + w)
     return max(loss, mlp, attention) + owed
 
 

@@ -22,17 +22,29 @@ from torch.utils._pytree import tree_leaves
 from peagle_train.core import flex
 from peagle_train.core.compiled import CompiledDraft
 from peagle_train.memory import GIB
-from tools.gpu_parts import DRAFTER_8B, Check, Stepper, planned_gib
+from tools.gpu_parts import DRAFTER_8B, NARROW, Check, Stepper, planned_gib
 
+WAITS = Counter[str]()
+"""Of the host for the device, by operator."""
 ALLOCATE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "device")
 LIBRARY = torch.library.Library("aten", "IMPL")
+
+
+class Stream:
+    def synchronize(self) -> None:
+        WAITS["synchronize"] += 1
 
 
 def pretend() -> None:
     """Answer in the place of torch.cuda."""
     answers: dict[str, Any] = dict.fromkeys(("set_device", "set_rng_state", "_lazy_init"))
     answers |= {"is_available": True, "is_bf16_supported": True, "is_current_stream_capturing": False}
-    answers |= {"current_device": 0, "get_device_capability": (9, 0), "get_rng_state": torch.zeros(1)}
+    answers |= {
+        "current_stream": Stream(),
+        "current_device": 0,
+        "get_device_capability": (9, 0),
+        "get_rng_state": torch.zeros(1),
+    }
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     torch.utils._triton.has_triton_package = lambda: False
@@ -52,14 +64,14 @@ class Meter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kernels, self.waits = Counter[str](), Counter[str]()
+        self.kernels = Counter[str]()
         self.held: dict[int, int] = {}
         self.now = self.peak = 0
 
     def reset(self) -> None:
         self.peak = self.now
         self.kernels.clear()
-        self.waits.clear()
+        WAITS.clear()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -80,8 +92,8 @@ class Meter(TorchDispatchMode):
         if "cuda" in devices and not is_view and name not in ALLOCATE:
             self.kernels[name] += 1
         is_copy = len(devices) > 1 and not kwargs.get("non_blocking") and not (name == "copy_" and args[2:3] == (True,))
-        if is_copy or name in ("_local_scalar_dense", "nonzero"):
-            self.waits[name] += 1
+        if (is_copy and name not in ALLOCATE) or name in ("_local_scalar_dense", "nonzero"):
+            WAITS[name] += 1
         for tensor in outputs:
             if tensor.is_cuda:
                 self.hold(tensor.untyped_storage())
@@ -99,7 +111,7 @@ class Meter(TorchDispatchMode):
         self.now -= self.held.pop(key)
 
     def flex(self, query: Tensor, key: Tensor, value: Tensor, block_mask: Any) -> Tensor:
-        """In place of flex attention, which would be compiled: what it allocates, and its three kernels."""
+        """In place of flex attention, which would be compiled: three kernels, and what Inductor's code for sm_90 makes."""
         kernels = self.kernels
 
         class Attention(torch.autograd.Function):
@@ -108,7 +120,7 @@ class Meter(TorchDispatchMode):
                 kernels["flex"] += 1
                 B, H, Q, D = inputs[0].shape
                 out = inputs[0].new_empty(B, Q, H, D).transpose(1, 2)
-                log_sum_exp, _ = inputs[0].new_empty(2, B, H, Q, dtype=torch.float32)
+                log_sum_exp, _ = (inputs[0].new_empty(B, H, Q, dtype=torch.float32) for _ in range(2))
                 ctx.save_for_backward(*inputs, out, log_sum_exp)
                 return out
 
@@ -116,31 +128,33 @@ class Meter(TorchDispatchMode):
             def backward(ctx: Any, gradient: Tensor) -> Any:
                 kernels["flex"] += 2
                 *inputs, _, log_sum_exp = ctx.saved_tensors
-                _ = torch.empty_like(log_sum_exp)
+                _ = torch.empty_like(log_sum_exp)  # the sums of out * gradient
                 return tuple(map(torch.empty_like, inputs))
 
         return Attention.apply(query, key, value)
 
 
-def measure(S: int, **train: Any) -> dict[str, Any]:
-    """A step of 8,192 tokens: GiB that tensors hold at most, GiB planned, kernels, operators that wait for the device."""
-    check, meter = Check(), Meter()
+def measure(S: int, length: int = 8192, narrow: bool = False, **train: Any) -> dict[str, Any]:
+    """A step's kernels and operators that wait for the device, and bytes: at most held and planned, of the optimizer's
+    states, and of all that is there between steps."""
+    check, meter, shape = Check(), Meter(), NARROW if narrow else DRAFTER_8B
     flex.flex = meter.flex
     with FakeTensorMode(allow_non_fake_inputs=True), meter:
-        stepper = Stepper(check, DRAFTER_8B, 8192, S, **train)
+        stepper = Stepper(check, shape, length, S, **train)
         batch = stepper.batch()
         for parameter in stepper.trained:
             parameter.grad = torch.empty_like(parameter)
         stepper.update()  # makes the optimizer's states
         meter.reset()
+        resident, states = meter.now, 2 * sum(p.nbytes for p in stepper.trained)
         stepper.step(*[batch] * stepper.recipe.train.gradient_accumulation_steps)
-    planned = planned_gib(check, DRAFTER_8B, stepper.recipe)
-    kernels, waits = meter.kernels.total(), dict(meter.waits)
-    return {"peak": meter.peak / GIB, "planned": planned, "kernels": kernels, "waits": waits}
+    planned = planned_gib(check, shape, stepper.recipe) * GIB
+    found = {"peak": meter.peak, "planned": planned, "states": states, "resident": resident}
+    return {**found, "kernels": meter.kernels.total(), "waits": dict(WAITS)}
 
 
 def compile_passes(length: int, S: int, layers: int = 1, supervised: Sequence[float] = (1.0,), **train: Any) -> Any:
-    """Graphs of a step for each of these shares, and of an evaluation; and as many as there are sizes of passes."""
+    """Graphs made, and made again, by a step for each of these shares and by an evaluation."""
     torch._dynamo.reset()
     call = CompiledDraft.__call__
 
@@ -158,11 +172,8 @@ def compile_passes(length: int, S: int, layers: int = 1, supervised: Sequence[fl
             stepper.accumulate(batch)
         with torch.no_grad():
             stepper.runner.run(batches[0], plans[0], None)
-    sizes = [{segment.num_elements for segment in plan.segments} for plan in plans]
-    expected = {"keys and values": int(stepper.runner.relay), "training": len(set().union(*sizes))}
-    expected["evaluation"] = len(sizes[0])
     graphs = stepper.runner.graphs
-    return {"graphs": graphs, "expected": expected, "recompiles": graphs.recompiles}
+    return {**graphs, "recompiles": graphs.recompiles}
 
 
 if __name__ == "__main__":

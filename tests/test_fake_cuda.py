@@ -24,6 +24,10 @@ STEPS: dict[str, dict[str, Any]] = {
     "S=2": {"S": 2},
     "S=4": {"S": 4},
     "S=16": {"S": 16},
+    "S=4, offloaded features": {"S": 4, "offload_features": True},
+    "32k, narrow, S=1": {"S": 1, "length": 32768, "narrow": True},
+    "32k, narrow, S=4": {"S": 4, "length": 32768, "narrow": True},
+    "32k, narrow, S=1, checkpointing": {"S": 1, "length": 32768, "narrow": True, "activation_checkpointing": True},
     "S=1, checkpointing": {"S": 1, "activation_checkpointing": True},
     "S=1, checkpointing, 2 micro-batches": {"S": 1, "activation_checkpointing": True, "gradient_accumulation_steps": 2},
     "S=4, large chunks of the loss": {"S": 4, "loss_chunk_rows": 8192},
@@ -32,10 +36,10 @@ STEPS: dict[str, dict[str, Any]] = {
 
 
 GRID: dict[str, dict[str, Any]] = {
-    "8k, S=1": {"length": 8192, "S": 1, "supervised": [1.0, 0.4]},
+    "8k, S=1": {"length": 8192, "S": 1, "supervised": [1.0, 0.97, 0.93, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]},
     "8k, S=2": {"length": 8192, "S": 2},
     "8k, S=4": {"length": 8192, "S": 4},
-    "8k, S=4, four layers": {"length": 8192, "S": 4, "layers": 4, "supervised": [1.0, 0.6]},
+    "8k, S=4, four layers": {"length": 8192, "S": 4, "layers": 4, "supervised": [1.0, 0.97, 0.9, 0.8, 0.6, 0.4]},
     "8k, S=16": {"length": 8192, "S": 16},
     "32k, S=1": {"length": 32768, "S": 1},
     "32k, S=4, recompute, checkpointing": {
@@ -54,6 +58,10 @@ GRID: dict[str, dict[str, Any]] = {
     "128k, S=4, checkpointing": {"length": 131072, "S": 4, "activation_checkpointing": True},
     "128k, S=16, recompute": {"length": 131072, "S": 16, "segment_mode": "recompute"},
 }
+GRAPHS = {"8k, S=1": 6, "8k, S=4, four layers": 4}
+"""Of training, where sequences are supervised by different shares. Sizes come in buckets: with one segment eighths of 34k
+elements, of which a sequence has 8k + 26k * share, so that these twelve shares are in the six highest; with four, quarters.
+"""
 if torch.__version__ >= "2.12":
     GRID = dict(list(GRID.items())[1::5])  # all 16 with the oldest torch, in tools/test_oldest.sh: minutes
 
@@ -88,12 +96,21 @@ def compiled(shim: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("step", STEPS)
 def test_tensors_hold_what_is_planned(step: str, measured: dict[str, Any]) -> None:
-    assert measured[step]["peak"] == pytest.approx(measured[step]["planned"], rel=0.05)
+    """Without weights and the optimizer's states, which are more than half of it and easily told. More is planned than held
+    where recompute runs its queries in the last layer alone."""
+    held, planned = (measured[step][name] - measured[step]["resident"] for name in ("peak", "planned"))
+    assert 0.96 < planned / held < 1.12
+    assert measured[step]["planned"] == pytest.approx(measured[step]["peak"], rel=0.05)
+
+
+def test_a_flat_step_of_8k_takes_at_most_26_gib_beside_weights_and_states(measured: dict[str, Any]) -> None:
+    assert 20 < (measured["S=1"]["peak"] - measured["S=1"]["resident"]) / 2**30 <= 26
 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_a_step_never_waits_for_the_device(step: str, measured: dict[str, Any]) -> None:
-    assert measured[step]["waits"] == {}
+    waits = {"synchronize": 1} if "offloaded" in step else {}  # the host reads features once they are there
+    assert measured[step]["waits"] == waits
 
 
 def test_an_eager_step_launches_at_most_3800_kernels_in_four_segments(measured: dict[str, Any]) -> None:
@@ -105,6 +122,7 @@ def test_passes_and_their_evaluation_are_a_graph_for_each_size_and_none_again(
     passes: str, compiled: dict[str, Any]
 ) -> None:
     """Captured whole, with flex attention inside, at their real lengths; no code is generated."""
-    found = compiled[passes]
-    assert found["graphs"] == found["expected"] and found["recompiles"] == 0
-    assert found["graphs"]["training"] <= 8, "sizes come in buckets"
+    found, config = compiled[passes], GRID[passes]
+    several = config["S"] > 1 and config.get("segment_mode") != "recompute"
+    assert found["keys and values"] == several and found["evaluation"] == 1 and found["recompiles"] == 0
+    assert found["training"] == GRAPHS.get(passes, 1)
