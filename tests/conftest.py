@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,11 @@ if TYPE_CHECKING:
 # Before anything imports transformers or tokenizers: both read these once, at import.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Inductor's flex attention for CPUs has room for the threads that it was compiled for, which its cache does not look at:
+# from a cache that a process with fewer threads has filled, it writes over other memory.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = (
+    f"{tempfile.gettempdir()}/peagle_inductor_{os.getuid()}_{os.environ.get('OMP_NUM_THREADS', os.cpu_count())}"
+)
 
 import pytest
 

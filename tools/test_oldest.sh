@@ -8,7 +8,7 @@ NAME="test_oldest"
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 venv=$(absolute "${1:-${PEAGLE_CACHE:-$HOME/.cache/peagle_train}/venv-oldest}")
-wanted=("torch==2.11.0" "transformers==5.17.*" "accelerate==1.15.*" pytest hypothesis)
+wanted=("torch==2.11.0" "transformers==5.17.*" "accelerate==1.15.*" pytest pytest-xdist hypothesis)
 
 step install
 if [ "$(cat "$venv/.peagle-oldest" 2>/dev/null)" != "${wanted[*]} $ROOT" ]; then
@@ -22,5 +22,6 @@ fi
 step pytest
 cd "$ROOT"
 # subprocesses of the tests find their commands here, too
-export VIRTUAL_ENV=$venv PATH="$venv/bin:$PATH" OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(cores)}
-python -m pytest tests/test_{cod,collator,partition,segments,attention,block_mask,loss,relay,compile,flex,fake_cuda,draft,resume}.py
+export VIRTUAL_ENV=$venv PATH="$venv/bin:$PATH" OMP_NUM_THREADS=1
+python -m pytest -n "$(cores)" --dist loadfile \
+    tests/test_{cod,collator,partition,segments,attention,block_mask,loss,relay,compile,flex,fake_cuda,draft,resume}.py
