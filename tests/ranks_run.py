@@ -18,8 +18,7 @@ import torch
 from accelerate import Accelerator
 
 from peagle_train.config import Recipe, load_recipe
-from peagle_train.data.documents import load_documents
-from peagle_train.data.packing import PackedRows, pack_documents
+from peagle_train.data.packing import PackedRows
 from peagle_train.distributed import check_launch
 from peagle_train.serving.start import make_draft
 from peagle_train.target_model.cache import write_cache
@@ -27,6 +26,7 @@ from peagle_train.training.build import load_target
 from peagle_train.training.checkpoint import Checkpoint, open_resume
 from peagle_train.training.step import Batch, Gradients
 from peagle_train.training.trainer import Trainer
+from tests.documents import load_documents, pack_documents
 
 
 def make_trainer(recipe: Recipe, accelerator: Accelerator) -> Trainer:

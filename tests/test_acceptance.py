@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from peagle_train.config import Data, dump_recipe, load_recipe
-from peagle_train.data.documents import Document
-from peagle_train.data.packing import split_train_eval
-from peagle_train.decoding import measure, vllm
+from peagle_train.data.packing import held_out_documents
+from peagle_train.decoding import vllm
 from peagle_train.decoding.evaluate import check_same_split, describe_table, num_depths
 from peagle_train.decoding.generate import CachedTarget, Decoded, lead
 from peagle_train.decoding.measure import (
@@ -32,6 +31,8 @@ from peagle_train.decoding.replay import Tally
 from peagle_train.regenerate import Prompt
 from peagle_train.serving.export import read_run
 from peagle_train.target_model.frozen import FrozenTarget
+from tests.byte_tokenizer import BYTES_VOCAB, make_byte_tokenizer
+from tests.documents import load_documents, table_of
 from tests.helpers import command, make_draft, seeded
 from tests.test_generate import greedy_by_hand, tiny_draft
 from tests.tiny import MASK, VOCAB, write_recipe, write_rows
@@ -276,43 +277,31 @@ def test_broken_rows_of_text_are_told_by_line(tmp_path, content, message):
         load_cases(str(path), Words())
 
 
-def test_stdlib_prompts_are_held_out_seeded_and_from_the_recipes_own_split(monkeypatch):
+def test_stdlib_prompts_are_held_out_seeded_and_from_the_recipes_own_split():
     class Recipe:
-        data = Data(sources=["stdlib"], eval_fraction=0.3)
+        data = Data(sources=["stdlib"], exclude=["[!s]*", "s[!q-t]*"], eval_fraction=0.7)
 
-    def document(i: int) -> Document:
-        ids = torch.randint(0, MASK, (10 + i,), generator=seeded(i))
-        return Document(ids, torch.ones_like(ids).byte(), f"stdlib/{i}.py", f"{i * 2654435761 % 2**32:08x}" * 8)
-
-    documents = [document(i) for i in range(60)]
-    monkeypatch.setattr(measure, "load_documents", lambda *_, **__: (documents, None))
-    held_out = {d.name: d.input_ids.tolist() for d in split_train_eval(documents, 0.3)[1]}
-    options: dict[str, Any] = {"recipe": Recipe, "prompt_tokens": 16, "vocab_size": VOCAB}
-    found, said = load_cases("stdlib", Words(), **options)
-    assert {f"stdlib/{c.id}" for c in found} == {name for name, ids in held_out.items() if len(ids) > 16}
-    assert 0 < len(found) < len(held_out) and "are shorter" in said
-    starts = set()
-    for case in found:
-        ids = held_out[f"stdlib/{case.id}"]
-        places = [i for i in range(len(ids) - 16) if tuple(ids[i : i + 16]) == case.ids]
-        assert places, "a piece of the document with something after it"
-        starts.add(places[0])
-    assert len(starts) > 3
-    assert load_cases("stdlib", Words(), **options)[0] == found
-    assert {c.id: c for c in load_cases("stdlib", Words(), **options, seed=1)[0]} != {c.id: c for c in found}
-    assert load_cases("stdlib", Words(), **options, limit=2)[0] == found[:2]
-    twice, said = load_cases("stdlib", Words(), **options, cuts=2, limit=len(found) + 2)
-    assert twice[:-2] == found and f"{len(twice)} pieces of 16 tokens, of {len(found)} of the" in said
+    tokenizer, n = make_byte_tokenizer(), 5000
+    documents, _ = load_documents(["stdlib"], tokenizer, BYTES_VOCAB, exclude=Recipe.data.exclude)
+    is_out = held_out_documents(table_of(documents).keys_D32, 0.7).tolist()
+    held_out = {d.name: d.input_ids.tolist() for d, out in zip(documents, is_out) if out}
+    options: dict[str, Any] = {"recipe": Recipe, "prompt_tokens": n, "vocab_size": BYTES_VOCAB}
+    found, said = load_cases("stdlib", tokenizer, **options)
+    assert {f"stdlib/{c.id}" for c in found} == {name for name, ids in held_out.items() if len(ids) > n}
+    assert 3 < len(found) < len(held_out) < len(documents) and "are shorter" in said
+    text = {name: tokenizer.decode(ids) for name, ids in held_out.items()}
+    starts = {text[f"stdlib/{case.id}"].index(tokenizer.decode(case.ids)) for case in found}
+    assert len(starts) > 3, "at several places"
+    assert load_cases("stdlib", tokenizer, **options)[0] == found
+    assert {c.id: c for c in load_cases("stdlib", tokenizer, **options, seed=1)[0]} != {c.id: c for c in found}
+    twice, said = load_cases("stdlib", tokenizer, **options, cuts=2, limit=len(found) + 2)
+    assert twice[:-2] == found and f"{len(twice)} pieces of {n} tokens, of {len(found)} of the" in said
     assert all(c.ids != first.ids for c, first in zip(twice[-2:], found)), "other places of the same modules"
     assert [c.group for c in twice[-2:]] == [c.id for c in found[:2]] and len({c.id for c in twice}) == len(twice)
-    assert all(tuple(c.ids) in windows(held_out[f"stdlib/{c.group}"], 16) for c in twice)
+    assert all(tokenizer.decode(c.ids) in text[f"stdlib/{c.group}"] for c in twice)
     Recipe.data = Data(sources=["stdlib"], eval_fraction=0.0)
     with pytest.raises(ValueError, match="eval_fraction"):
         load_cases("stdlib", Words(), **options)
-
-
-def windows(ids: list[int], length: int) -> set[tuple[int, ...]]:
-    return {tuple(ids[i : i + length]) for i in range(len(ids) - length)}
 
 
 def test_pieces_of_one_module_are_resampled_as_one(llama):

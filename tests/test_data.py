@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 
 from peagle_train.core.cod import drafter_rows
 from peagle_train.core.collator import CODCollator
-from peagle_train.data.documents import Document, Documents, TokenStore
-from peagle_train.data.packing import PackedRows, pack_documents, split_train_eval, times_an_epoch
+from peagle_train.data.packing import PackedRows, held_out_documents, times_an_epoch
 from peagle_train.data.sampler import StepBatchSampler
 from peagle_train.data.vocab import count_supervised
+from tests.documents import Document, pack_documents, table_of
 
 
 def document(ids: list[int], mask: list[int] | None = None, key: str = "0" * 64) -> Document:
@@ -25,34 +25,22 @@ def document(ids: list[int], mask: list[int] | None = None, key: str = "0" * 64)
     return Document(torch.tensor(ids), torch.tensor(mask, dtype=torch.uint8), "test", key)
 
 
-def keyed_documents(count: int) -> list[Document]:
-    return [document([i, i], key=hashlib.sha256(str(i).encode()).hexdigest()) for i in range(count)]
+def keys(count: int) -> np.ndarray:
+    return np.frombuffer(b"".join(hashlib.sha256(b"%d" % i).digest() for i in range(count)), np.uint8).reshape(-1, 32)
 
 
-def test_about_the_fraction_is_held_out_and_nothing_is_lost() -> None:
-    documents = keyed_documents(2000)
-    train, held_out = split_train_eval(documents, 0.1)
-    assert 150 < len(held_out) < 250
-    assert sorted(names_by_id(train) + names_by_id(held_out)) == names_by_id(documents)
-
-
-def names_by_id(documents: list[Document]) -> list[int]:
-    return [int(document.input_ids[0]) for document in documents]
-
-
-def test_a_documents_side_does_not_depend_on_the_others_and_only_grows_with_the_fraction() -> None:
-    documents = keyed_documents(300)
-    held_out = set(names_by_id(split_train_eval(documents, 0.2)[1]))
-    some = documents[250:100:-3]
-    assert set(names_by_id(split_train_eval(some, 0.2)[1])) == held_out & set(names_by_id(some))
-    assert held_out < set(names_by_id(split_train_eval(documents, 0.4)[1]))
+def test_about_the_fraction_is_held_out_whatever_the_others_are_and_it_only_grows_with_the_fraction() -> None:
+    held_out = held_out_documents(keys(2000), 0.1)
+    assert 150 < held_out.sum() < 250
+    assert np.array_equal(held_out_documents(keys(2000)[250:100:-3], 0.1), held_out[250:100:-3])
+    more = held_out_documents(keys(2000), 0.2)
+    assert more[held_out].all() and more.sum() > held_out.sum()
 
 
 def test_nothing_is_held_out_at_zero_and_fractions_that_leave_nothing_are_refused() -> None:
-    assert split_train_eval([document([1, 2])], 0.0)[1] == []
-    assert split_train_eval([], 0.5) == ([], [])
+    assert not held_out_documents(keys(9), 0.0).any() and held_out_documents(keys(0), 0.5).size == 0
     with pytest.raises(ValueError, match="holds out all 1 documents"):
-        split_train_eval([document([1, 2])], 0.01)
+        held_out_documents(np.zeros((1, 32), np.uint8), 0.01)
 
 
 def all_rows(rows: PackedRows) -> list[dict[str, Any]]:
@@ -198,23 +186,10 @@ def test_more_than_a_million_tokens_are_counted_across_the_parts_that_they_are_c
     rng = np.random.default_rng(0)
     lengths = [2**20 - 3, 7, 1, 2**20 + 1, 5]
     documents = [
-        Document(torch.ones(n, dtype=torch.int64), torch.from_numpy(rng.integers(0, 2, n, np.uint8)), "", "")
-        for n in lengths
+        Document(torch.full((n,), i), torch.from_numpy(rng.integers(0, 2, n, np.uint8))) for i, n in enumerate(lengths)
     ]
-    _, report = pack_documents(documents, 2**21, pack=False)
-    assert report.supervised == sum(int(document.loss_mask[1:].sum()) for document in documents)
-    ids = np.concatenate([np.full(n, i, np.int32) for i, n in enumerate(lengths)])
-    store = TokenStore(ids, np.concatenate([document.loss_mask.numpy() for document in documents]))
-    table = Documents(store, np.array(lengths), np.zeros(5, np.int64), np.zeros((5, 32), np.uint8))
     expected = [times * int(d.loss_mask.sum()) for times, d in zip((2, 0, 1, 1, 3), documents)]
-    assert count_supervised(table, np.array([2, 0, 1, 1, 3]), 5).tolist() == expected
-
-
-@pytest.mark.parametrize("lengths", [[2**20 + 1], [2**20], [2**20 - 3, 100], [3, 2**21 + 5]])
-def test_a_last_document_that_crosses_a_part_of_a_million_tokens_is_counted(lengths: list[int]) -> None:
-    documents = [Document(torch.ones(n, dtype=torch.int64), torch.ones(n, dtype=torch.uint8), "", "") for n in lengths]
-    _, report = pack_documents(documents, 2**22, pack=False)
-    assert report.supervised == sum(lengths) - len(lengths)
+    assert count_supervised(table_of(documents), np.array([2, 0, 1, 1, 3]), 5).tolist() == expected
 
 
 def test_a_weight_says_how_often_each_document_comes_and_its_key_decides_about_the_rest() -> None:

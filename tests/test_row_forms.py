@@ -10,9 +10,10 @@ import pytest
 
 from peagle_train.config import parse_sources
 from peagle_train.data.chat import ChatEncoder
-from peagle_train.data.documents import Document, SourceReport, load_documents
+from peagle_train.data.documents import SourceReport
 from peagle_train.data.messages import BAD_IDS, FORMAT, NOTHING, TOO_LONG, UNREADABLE, as_in_json
 from tests.byte_tokenizer import BYTES_VOCAB, make_byte_tokenizer
+from tests.documents import Document, load_documents
 
 TOKENIZER = make_byte_tokenizer()
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
@@ -21,8 +22,7 @@ SHAREGPT = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
 
 def load(*sources: Any, **options: Any) -> tuple[list[Document], SourceReport]:
     options = {"tokenizer": TOKENIZER, "vocab_size": BYTES_VOCAB, **options}
-    specs = parse_sources([str(source) if isinstance(source, Path) else source for source in sources])
-    return load_documents(specs, **options)
+    return load_documents([str(source) if isinstance(source, Path) else source for source in sources], **options)
 
 
 def write_lines(path: Path, *lines: Any) -> Path:
@@ -350,7 +350,7 @@ def test_a_source_with_a_mistake_is_one_clear_line(source: Any, expected: str) -
 
 def test_a_format_overrules_the_extension_and_a_file_has_no_splits(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "r.txt", {"text": "good"})
-    with pytest.raises(ValueError, match="no data set with splits and names"):
+    with pytest.raises(ValueError, match="is not a data set with splits and names"):
         load({"path": str(path), "split": "test"})
     assert [TOKENIZER.decode(d.input_ids) for d in load({"path": str(path), "format": "jsonl"})[0]] == ["good"]
     (as_text,), _ = load({"path": str(write_lines(tmp_path / "r.jsonl", {"text": "good"})), "format": "text"})
@@ -362,6 +362,11 @@ TOOL_TEMPLATE = (
     "{{ m.tool_calls | tojson if m.tool_calls }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def tool_template(folder: Path) -> dict[str, str]:
+    (folder / "tools.jinja").write_text(TOOL_TEMPLATE)
+    return {"chat_template": str(folder / "tools.jinja")}
 
 
 def tool_row(name: str, arguments: dict[str, Any], properties: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
@@ -381,7 +386,7 @@ def test_tool_calls_and_schemas_of_a_table_have_no_fields_of_other_rows(tmp_path
         tool_row("weather", {"city": "Paris"}, {"city": {"type": "string"}}, think=True),
         tool_row("add", {"n": 1, "m": [{"a": 2}, {"b": [None]}]}, {"n": {"type": "integer", "minimum": 0}}, brief=True),
     ]
-    encoder = {"make_chat": lambda: ChatEncoder(TOKENIZER, TOOL_TEMPLATE)}
+    encoder = tool_template(tmp_path)
     expected, _ = load(write_lines(tmp_path / "r.jsonl", *rows), **encoder)
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "r.parquet")
     assert next(iter(datasets.Dataset.from_parquet(str(tmp_path / "r.parquet"))))["chat_template_kwargs"] == {
@@ -416,7 +421,7 @@ def test_a_sequence_of_mappings_is_read_as_the_list_that_it_stands_for(tmp_path:
     called = [{"id": [], "function": []}, {name: [call[name] for call in calls] for name in ("id", "function")}]
     table = datasets.Dataset.from_list([{"messages": {**columns, "tool_calls": called}}], features=features)
     table.save_to_disk(tmp_path / "saved")
-    encoder = {"make_chat": lambda: ChatEncoder(TOKENIZER, TOOL_TEMPLATE)}
+    encoder = tool_template(tmp_path)
     (read,), _ = load(tmp_path / "saved", **encoder)
     (expected,), _ = load(write_lines(tmp_path / "r.jsonl", *rows), **encoder)
     assert TOKENIZER.decode(read.input_ids) == TOKENIZER.decode(expected.input_ids) and read.key == expected.key
@@ -461,7 +466,7 @@ def test_plain_prompts_and_completions_need_no_chat_template_and_chats_do(templa
     plain = {"prompt": "2 + 2 =", "completion": " 4"}
     without = make_byte_tokenizer()
     without.chat_template = template
-    options = {"tokenizer": without, "make_chat": lambda: ChatEncoder(without)}
+    options = {"tokenizer": without}
     path = write_lines(tmp_path / "r.jsonl", plain)
     assert [d.key for d in load(path, **options)[0]] == [d.key for d in load(path)[0]]
     assert ChatEncoder(without).notices == []

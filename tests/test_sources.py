@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from peagle_train.data.documents import Document, find_files, load_documents
+from peagle_train.config import Data
+from peagle_train.data.documents import find_all
 from tests.byte_tokenizer import BYTES_VOCAB, make_byte_tokenizer
+from tests.documents import Document, load_documents
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +100,7 @@ def test_texts_of_several_batches_are_not_mixed_up(
 
 
 def test_the_standard_library_is_read_without_its_tests() -> None:
-    files = find_files(["stdlib"], [".txt"], []).files
+    files = find_all(Data(["stdlib"], extensions=[".txt"]))["sources"].files
     found = [file.name for file in files]
     assert {"stdlib/json/decoder.py", "stdlib/os.py"} <= set(found) and found == sorted(found)
     assert all(name.endswith(".py") for name in found)
@@ -174,10 +176,6 @@ def test_sources_that_name_nothing_are_refused(tmp_path: Path, load: Any) -> Non
         with pytest.raises(ValueError, match=expected):
             load(source)
     assert names(load(tmp_path / "d", extensions=[".rst"])[0]) == ["d/a.rst"]
-    with pytest.raises(ValueError, match="give a non-empty list of files"):
-        load()
-    with pytest.raises(ValueError, match="give a non-empty list of files"):
-        load_documents("stdlib", tokenizer=None, vocab_size=BYTES_VOCAB)
 
 
 def test_unreadable_files_are_refused(tmp_path: Path, load: Any) -> None:

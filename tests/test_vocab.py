@@ -19,10 +19,10 @@ from transformers import PreTrainedTokenizerFast
 from peagle_train.config import Data, Draft
 from peagle_train.data.documents import Documents, TokenStore
 from peagle_train.data.vocab import (
+    choose_mask_token,
     choose_most_frequent,
     count_supervised,
     coverage,
-    default_mask_token_id,
     end_of_turn_ids,
     eos_token_ids,
     read_draft_vocab,
@@ -90,8 +90,10 @@ def test_the_mask_token_is_the_first_id_after_all_that_the_tokenizer_knows() -> 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
     first_unused = max(tokenizer.get_vocab().values()) + 1
     assert first_unused >= 6
-    assert default_mask_token_id(tokenizer, first_unused + 1) == first_unused
-    assert default_mask_token_id(tokenizer, first_unused) is default_mask_token_id(tokenizer, 2) is None
+    assert choose_mask_token(Draft(), tokenizer, first_unused + 1) == first_unused
+    for known, vocab_size in ((tokenizer, first_unused), (tokenizer, 2), (None, 99)):
+        with pytest.raises(ValueError, match="leaves no id of the target's vocabulary provably unused"):
+            choose_mask_token(Draft(), known, vocab_size)
 
 
 # Another drafter's vocabulary.
@@ -128,7 +130,7 @@ def test_folders_files_shards_and_speculators_arrays_are_read(tmp_path: Path) ->
 @pytest.mark.parametrize(
     "tensors, size, expected",
     [
-        ({"d2t": D2T, "t2d": T2D}, 6, "draft_vocab_size is 6, but draft.vocab_from .* drafts 5 tokens: leave one out"),
+        ({"d2t": D2T, "t2d": T2D}, 6, "draft_vocab_size is 6, but draft.vocab_from .* drafts 5 tokens: remove one"),
         ({"d2t": D2T, "t2d": T2D[:-1]}, None, "is for a vocabulary of 60 tokens, the target has 61"),
         ({"d2t": D2T + 1}, None, r"drafts token 61, but the target's vocabulary is 0\.\.60"),
         ({"d2t": D2T - 1}, None, "below 0, twice or out of order"),
@@ -139,7 +141,7 @@ def test_folders_files_shards_and_speculators_arrays_are_read(tmp_path: Path) ->
         ({"d2t": D2T.float()}, None, r"d2t is torch.float32 \[5\]; it must be a vector of integers"),
         ({"d2t": D2T[None]}, None, r"d2t is torch.int64 \[1, 5\]"),
         ({"d2t": D2T[:0]}, None, r"d2t is torch.int64 \[0\]"),
-        ({"t2d": T2D}, None, "has no d2t: it is no drafter, or drafts the full vocabulary"),
+        ({"t2d": T2D}, None, "has no d2t: it is not a drafter, or drafts the full vocabulary"),
         ({"d2t": torch.tensor([1, 1])}, None, r"lacks every end token .*3, 4"),
     ],
 )

@@ -22,14 +22,14 @@ import json
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from peagle_train.config import Data
 from peagle_train.data.messages import (
     NOTHING,
     REASONING_KEYS,
@@ -56,10 +56,28 @@ _SPELT_OUT = "special tokens spelt out in texts"
 _OMITTED = "texts that the template changes or omits"
 
 
-class ChatTemplate:
-    """Renders lists of messages to text, just as `apply_chat_template` does for a server.
+class TokenizedText(NamedTuple):
+    """A text and its tokens: token t is characters starts_n[t] to ends_n[t], int64 [n] each."""
 
-    What the template does is found out by rendering a few words.
+    text: str
+    ids: list[int]
+    starts_n: Tensor
+    ends_n: Tensor
+
+
+class EncodedChat(NamedTuple):
+    """A chat in tokens."""
+
+    input_ids: list[int]  # n ids
+    loss_mask: list[int]  # 0 or 1 for each: 1 on what the target generates
+    counts: Mapping[str, int]  # what was not learned, dropped or peculiar, by one of six phrases; nothing that is 0
+
+
+class ChatTemplate:
+    """Renders messages as `apply_chat_template` does for a server, and finds what the target generates in the result.
+
+    What the template does is found out by rendering a few words. Added tokens (`<|im_end|>`, `<tool_call>`, ...) are those
+    that the tokenizer never makes of parts of other text.
 
     Args:
         tokenizer: transformers' tokenizer.
@@ -71,20 +89,21 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: Any, text: str | None, template_kwargs: dict[str, Any]) -> None:
-        self._tokenizer, self.text, self.kwargs = tokenizer, text, template_kwargs
-        if text is None and not getattr(tokenizer, "chat_template", None):
+        self._tokenizer, self._text, self._kwargs = tokenizer, text, template_kwargs
+        source = text if text is not None else getattr(tokenizer, "chat_template", None)
+        if not source and text is None:
             raise ValueError(
                 "the target's tokenizer has no chat template: set data.chat_template to a .jinja file, the template"
                 " that your server uses"
             )
-        source = str(text if text is not None else tokenizer.chat_template)
         self._taken = {*inspect.signature(type(tokenizer).apply_chat_template).parameters, "messages"}
-        taken = self._taken.intersection(template_kwargs)
-        if taken:
+        if taken := self._taken.intersection(template_kwargs):
             raise ValueError(f"data.template_kwargs cannot set {', '.join(sorted(taken))}: these are not yours to set")
-        self.reads_tools = "tools" in source
-        self.reads_tool_calls = "tool_calls" in source
-        self.reads_clock = "strftime_now" in source
+        self.reads_tools, self.reads_tool_calls = "tools" in str(source), "tool_calls" in str(source)
+        self.reads_clock = "strftime_now" in str(source)
+        added = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+        self.added, self._added_ids = tuple(added.values()), frozenset(added)
+        self._added_or_space = re.compile("|".join([r"\s", *map(re.escape, self.added)]))
         self._probe()
 
     def render(
@@ -95,17 +114,16 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
     ) -> str:
         """The text of the messages; BadRow with what the template said."""
-        taken = self._taken.intersection(kwargs or {})
-        if taken:
+        if taken := self._taken.intersection(kwargs or {}):
             raise BadRow(TEMPLATE, f"chat_template_kwargs cannot set {', '.join(sorted(taken))}")
         try:
             text = self._tokenizer.apply_chat_template(
                 messages,
                 tools=tools,
-                chat_template=self.text,
+                chat_template=self._text,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
-                **{**self.kwargs, **(kwargs or {})},
+                **{**self._kwargs, **(kwargs or {})},
             )
         except MemoryError:
             raise  # not the example's fault
@@ -154,58 +172,13 @@ class ChatTemplate:
         prompt, whole = rendered([user], add_generation_prompt=True), rendered([user, answer])
         must_hold(_ASSISTANT, whole, "assistant")
         self.adds_generation_prompt = prompt != rendered([user])
-        self.before_answer = whole[len(prompt) : whole.rindex(_ASSISTANT)] if whole.startswith(prompt) else ""
+        header, _, last = whole.rpartition(_ASSISTANT)
+        self.before_answer = header[len(prompt) :] if whole.startswith(prompt) else ""
         """What stands between the prompt and the answer in the whole chat."""
-        self.after_answer = whole[whole.rindex(_ASSISTANT) + len(_ASSISTANT) :]
-        longer = rendered([user, answer, self.as_it_wants({"role": "user", "content": _NEXT})])
-        at = longer.find(_ASSISTANT)
-        self.after_earlier_answer = longer[at + len(_ASSISTANT) : longer.find(_NEXT)] if at >= 0 else ""
-        """The same where another turn of the user follows, with everything up to what the user says."""
-
-
-def read_template(path: str) -> str:
-    """The text of the file that data.chat_template names; ValueError if it cannot be read."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"data.chat_template: cannot read {path} ({error})") from None
-    if not text.strip():
-        raise ValueError(f"data.chat_template: {path} is empty")
-    return text
-
-
-def check_template(path: str | None) -> None:
-    """ValueError for a data.chat_template that cannot be read, whether or not there are chats."""
-    if path is not None:
-        read_template(path)
-
-
-@dataclass(frozen=True)
-class TokenizedText:
-    """A text and its tokens."""
-
-    text: str
-    ids: list[int]
-    starts_n: Tensor
-    """int64 [n]: the character that a token begins at."""
-    ends_n: Tensor
-    """int64 [n]: the character after a token's last one."""
-
-
-class TurnFinder:
-    """Finds the text that the target generates, by the tokens and habits of a template that end a turn.
-
-    Added tokens (`<|im_end|>`, `<tool_call>`, ...) are those that the tokenizer never makes of parts of other text.
-    """
-
-    def __init__(self, tokenizer: Any, template: ChatTemplate) -> None:
-        added = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
-        self.added = tuple(added.values())
-        self._added_ids = frozenset(added)
-        self._added_or_space = re.compile("|".join([r"\s", *map(re.escape, self.added)]))
         # What the template writes after a chat's last end-of-turn token but not after earlier ones (mostly "").
-        last = template.after_answer
-        common = _common_prefix(last, template.after_earlier_answer)
+        longer = rendered([user, answer, self.as_it_wants({"role": "user", "content": _NEXT})])
+        earlier = longer.partition(_ASSISTANT)[2].partition(_NEXT)[0]
+        common = _common_prefix(last, earlier)
         while common and not last.endswith(self.added, 0, common):
             common -= 1
         chat_end = last[common:].lstrip() if common else ""
@@ -252,20 +225,6 @@ class TurnFinder:
         return (start, end), True
 
 
-def mask_spans(whole: TokenizedText, spans: list[Span]) -> tuple[list[int], int]:
-    """1 for each token wholly inside a span (ascending, disjoint), else 0; and how many straddle a span's border."""
-    if not spans:
-        return [0] * len(whole.ids), 0
-    first_S, last_S = torch.tensor(spans, dtype=torch.int64).T.contiguous()
-    span_n = torch.searchsorted(first_S, whole.starts_n, right=True) - 1
-    last_n = last_S[span_n.clamp(min=0)]
-    is_inside_n = (span_n >= 0) & (whole.ends_n <= last_n) & (whole.starts_n < last_n)
-    borders = torch.cat([first_S, last_S]).unique()
-    next_border_n = torch.searchsorted(borders, whole.starts_n, right=True)
-    is_straddling_n = next_border_n < torch.searchsorted(borders, whole.ends_n)
-    return is_inside_n.int().tolist(), int(is_straddling_n.sum())
-
-
 def _common_prefix(first: str, second: str) -> int:
     """How many characters two strings have in common at their start, by bisection."""
     low, high = 0, min(len(first), len(second))
@@ -278,16 +237,18 @@ def _common_prefix(first: str, second: str) -> int:
     return low
 
 
-@dataclass(frozen=True)
-class EncodedChat:
-    """A chat in tokens."""
-
-    input_ids: list[int]
-    """n ids."""
-    loss_mask: list[int]
-    """0 or 1 for each: 1 on what the target generates."""
-    counts: Mapping[str, int]
-    """What was not learned, dropped or peculiar, by one of six phrases; nothing that is 0."""
+def mask_spans(whole: TokenizedText, spans: list[Span]) -> tuple[list[int], int]:
+    """1 for each token wholly inside a span (ascending, disjoint), else 0; and how many straddle a span's border."""
+    if not spans:
+        return [0] * len(whole.ids), 0
+    first_S, last_S = torch.tensor(spans, dtype=torch.int64).T.contiguous()
+    span_n = torch.searchsorted(first_S, whole.starts_n, right=True) - 1
+    last_n = last_S[span_n.clamp(min=0)]
+    is_inside_n = (span_n >= 0) & (whole.ends_n <= last_n) & (whole.starts_n < last_n)
+    borders = torch.cat([first_S, last_S]).unique()
+    next_border_n = torch.searchsorted(borders, whole.starts_n, right=True)
+    is_straddling_n = next_border_n < torch.searchsorted(borders, whole.ends_n)
+    return is_inside_n.int().tolist(), int(is_straddling_n.sum())
 
 
 class ChatEncoder:
@@ -317,32 +278,26 @@ class ChatEncoder:
                 "chats take a fast tokenizer (tokenizer.json) in target.path, which says where in the text a token"
                 f" stands; {given}"
             )
-        assert on_rewrite in ("last_turn", "refuse")
-        self.on_rewrite = on_rewrite
-        self._given = tokenizer
-        self._template_text, self._template_kwargs = chat_template, template_kwargs or {}
-        self._tokenizer = copy.deepcopy(tokenizer)
+        self._on_rewrite, self._template_text, self._template_kwargs = on_rewrite, chat_template, template_kwargs or {}
+        self._given, self._tokenizer = tokenizer, copy.deepcopy(tokenizer)
         # Post-processors add special tokens, which templates write themselves, and cut the space off a token's offsets.
         self._tokenizer.backend_tokenizer.post_processor = None
         special = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special and t.content]
         self._special = re.compile("|".join(special) if special else r"(?!)")
-        self._plain_start, self._plain_end = _plain_frame(tokenizer)
-        self.fingerprint = self._make_fingerprint()
+        # What a text without a template is put between: bos by the tokenizer's own rule, and eos.
+        bare, framed = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+        at = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), 0)
+        self._plain_start, self._plain_end = framed[:at], tokenizer.eos_token or ""
 
     @classmethod
-    def from_recipe(cls, data: Any, tokenizer: Any) -> "ChatEncoder":
+    def from_recipe(cls, data: Data, tokenizer: Any) -> "ChatEncoder":
         """The encoder that section `data` of a recipe asks for; ValueError if its template cannot be read."""
-        text = None if data.chat_template is None else read_template(data.chat_template)
-        return cls(tokenizer, text, data.on_rewrite, data.template_kwargs)
+        return cls(tokenizer, read_template(data.chat_template), data.on_rewrite, data.template_kwargs)
 
     @cached_property
     def template(self) -> ChatTemplate:
         """ValueError where there is none that can be used: plain prompts and completions need none."""
         return ChatTemplate(self._given, self._template_text, self._template_kwargs)
-
-    @cached_property
-    def _turns(self) -> TurnFinder:
-        return TurnFinder(self._given, self.template)
 
     @property
     def notices(self) -> list[str]:
@@ -352,15 +307,31 @@ class ChatEncoder:
         except ValueError:
             return []
         lines = []
-        header = template.before_answer
-        if not template.adds_generation_prompt and any(token in header for token in self._turns.added):
+        if not template.adds_generation_prompt and any(token in template.before_answer for token in template.added):
             lines.append(
                 "the chat template ignores add_generation_prompt: the header of the assistant's turns"
-                f" ({header!a}) is learned as generated"
+                f" ({template.before_answer!a}) is learned as generated"
             )
         if template.reads_clock:
             lines.append("the chat template may print today's date (strftime_now): see its variables, template_kwargs")
         return lines
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of all that decides ids and mask: templates, vocabulary, special tokens, options."""
+        text = self._template_text
+        options = {
+            "version": _VERSION,
+            "template": getattr(self._tokenizer, "chat_template", None) if text is None else text,
+            "template_kwargs": self._template_kwargs,
+            "on_rewrite": self._on_rewrite,
+            "special_tokens": {name: str(token) for name, token in self._tokenizer.special_tokens_map.items()},
+            "plain": [self._plain_start, self._plain_end],
+        }
+        backend = copy.deepcopy(self._tokenizer.backend_tokenizer)
+        backend.no_padding()
+        backend.no_truncation()
+        return hashlib.sha256((json.dumps(options, sort_keys=True) + backend.to_str()).encode()).hexdigest()
 
     def encode(self, conversation: Conversation) -> EncodedChat:
         """Ids and mask of a chat.
@@ -371,36 +342,61 @@ class ChatEncoder:
             ValueError: no usable template.
             BadRow: the template fails, reads no tool calls or rewrites the last turn; nothing to learn from.
         """
-        counts: Counter[str] = Counter()
         if conversation.text is not None:
             return self._encode_plain(*conversation.text)
+        template, counts = self.template, Counter[str]()
         last = max(i for i, is_learned in enumerate(conversation.learned) if is_learned)
         counts[_TRAILING] = len(conversation.messages) - last - 1
-        messages = [self.template.as_it_wants(message) for message in conversation.messages[: last + 1]]
-        if not self.template.reads_tool_calls and any("tool_calls" in message for message in messages):
+        messages = [template.as_it_wants(message) for message in conversation.messages[: last + 1]]
+        if not template.reads_tool_calls and any("tool_calls" in message for message in messages):
             raise BadRow(TEMPLATE, "a message of the assistant has tool_calls, which the template does not read")
 
         def render(end: int, add_generation_prompt: bool = False) -> str:
-            return self.template.render(
+            return template.render(
                 messages[:end], conversation.tools, conversation.template_kwargs, add_generation_prompt
             )
 
         whole = self._tokenize(render(last + 1))
         # The first message has no prompt to be generated from.
         turns = [i for i, is_learned in enumerate(conversation.learned[: last + 1]) if is_learned and i > 0]
-        spans: dict[int, Span] = {}
-        for i in turns:
-            span = self._turns.generated(whole, render(i, True), whole.text if i == last else render(i + 1))
-            if span is not None:
-                spans[i] = span
+        found = {
+            i: template.generated(whole, render(i, True), whole.text if i == last else render(i + 1)) for i in turns
+        }
+        spans = {i: span for i, span in found.items() if span is not None}
         if len(spans) < len(turns):
-            spans = self._on_rewrite(messages, turns, spans)
+            if turns[-1] not in spans:
+                raise BadRow(
+                    TEMPLATE,
+                    "it does not render the last turn as its generation prompt and what follows (does it drop thoughts?):"
+                    " set data.chat_template or data.template_kwargs",
+                )
+            if self._on_rewrite == "refuse":
+                rewritten = next(i for i in turns if i not in spans)
+                raise BadRow(
+                    TEMPLATE,
+                    f"it rewrites message {rewritten} once others follow; data.on_rewrite: last_turn learns from the last"
+                    " turn",
+                )
+            users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+            spans = {i: span for i, span in spans.items() if i > max(users, default=turns[-1] - 1)}
         counts[_UNLEARNED] = sum(conversation.learned) - len(spans)
-        ended = [self._turns.with_its_end(whole, span) for span in spans.values()]
+        ended = [template.with_its_end(whole, span) for span in spans.values()]
         counts[_ENDLESS] = sum(not has_end for _, has_end in ended)
         mask, counts[_STRADDLING] = mask_spans(whole, [span for span, _ in ended])
-        self._count_peculiarities(messages, conversation.tools, whole.text, spans, counts)
-        return _encoded(whole.ids, mask, counts)
+        # A message's thoughts stand in it under several names.
+        given = [{name: value for name, value in m.items() if name not in REASONING_KEYS[1:]} for m in messages]
+        counts[_SPELT_OUT] = self._count_special(*strings_in([given, conversation.tools]))
+        counts[_OMITTED] = _count_omitted(given, whole.text, spans)
+        counts[_OMITTED] += bool(conversation.tools) and not template.reads_tools
+        return _learnable(whole.ids, mask, counts)
+
+    def _encode_plain(self, prompt: str, completion: str) -> EncodedChat:
+        """Prompt and completion without a template, as TRL has it: bos first, eos last, the completion learned."""
+        end = "" if completion.endswith(self._plain_end) else self._plain_end
+        whole = self._tokenize(prompt + completion + end)
+        mask, straddling = mask_spans(whole, [(len(prompt), len(whole.text))])
+        counts = Counter({_STRADDLING: straddling, _SPELT_OUT: self._count_special(prompt, completion)})
+        return _learnable(self._plain_start + whole.ids, [0] * len(self._plain_start) + mask, counts)
 
     def _tokenize(self, text: str) -> TokenizedText:
         encoded = self._tokenizer(
@@ -411,87 +407,41 @@ class ChatEncoder:
             return_token_type_ids=False,
             verbose=False,  # no warning of chats longer than the model's window: they are split later, on purpose
         )
-        offsets = torch.tensor(encoded["offset_mapping"], dtype=torch.int64).reshape(-1, 2)
-        return TokenizedText(text, encoded["input_ids"], offsets[:, 0].contiguous(), offsets[:, 1].contiguous())
+        starts_n, ends_n = torch.tensor(encoded["offset_mapping"], dtype=torch.int64).reshape(-1, 2).T.contiguous()
+        return TokenizedText(text, encoded["input_ids"], starts_n, ends_n)
 
-    def _on_rewrite(self, messages: list[dict[str, Any]], turns: list[int], spans: dict[int, Span]) -> dict[int, Span]:
-        if turns[-1] not in spans:
-            raise BadRow(
-                TEMPLATE,
-                "it does not render the last turn as its generation prompt and what follows (does it drop thoughts?):"
-                " set data.chat_template or data.template_kwargs",
-            )
-        if self.on_rewrite == "refuse":
-            rewritten = next(i for i in turns if i not in spans)
-            raise BadRow(
-                TEMPLATE,
-                f"it rewrites message {rewritten} once others follow; data.on_rewrite: last_turn learns from the last"
-                " turn",
-            )
-        last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=turns[-1] - 1)
-        return {i: span for i, span in spans.items() if i > last_user}
-
-    def _count_peculiarities(
-        self,
-        messages: list[dict[str, Any]],
-        tools: list[dict[str, Any]] | None,
-        text: str,
-        exact_turns: Collection[int],
-        counts: Counter[str],
-    ) -> None:
-        given = [{name: value for name, value in m.items() if name not in REASONING_KEYS[1:]} for m in messages]
-        counts[_SPELT_OUT] = sum(self._count_special(string) for string in strings_in([given, tools]))
-        thoughts = given[-1].get(REASONING_KEYS[0], "").strip()
-        counts[_OMITTED] = int(thoughts not in text) + int(bool(tools) and not self.template.reads_tools)
-        at = 0  # texts are looked for in their order, so that all of it is one pass
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant" and i not in exact_turns:
-                continue
-            for part in parts_of(message["content"]):
-                found = text.find(part.strip(), at)
-                at = max(at, found)
-                counts[_OMITTED] += found < 0
-
-    def _count_special(self, text: str) -> int:
-        return sum(1 for _ in self._special.finditer(text))
-
-    def _encode_plain(self, prompt: str, completion: str) -> EncodedChat:
-        """Prompt and completion without a template, as TRL has it: bos first, eos last, the completion learned."""
-        end = "" if completion.endswith(self._plain_end) else self._plain_end
-        whole = self._tokenize(prompt + completion + end)
-        mask, straddling = mask_spans(whole, [(len(prompt), len(whole.text))])
-        special = self._count_special(prompt) + self._count_special(completion)
-        counts = Counter({_STRADDLING: straddling, _SPELT_OUT: special})
-        return _encoded(self._plain_start + whole.ids, [0] * len(self._plain_start) + mask, counts)
-
-    def _make_fingerprint(self) -> str:
-        """sha256 of all that decides ids and mask: templates, vocabulary, special tokens, options."""
-        text = self._template_text
-        own = getattr(self._tokenizer, "chat_template", None) if text is None else text
-        options = {
-            "version": _VERSION,
-            "template": own,
-            "template_kwargs": self._template_kwargs,
-            "on_rewrite": self.on_rewrite,
-            "special_tokens": {name: str(token) for name, token in self._tokenizer.special_tokens_map.items()},
-            "plain": [self._plain_start, self._plain_end],
-        }
-        backend = copy.deepcopy(self._tokenizer.backend_tokenizer)
-        backend.no_padding()
-        backend.no_truncation()
-        content = json.dumps(options, sort_keys=True) + backend.to_str()
-        return hashlib.sha256(content.encode()).hexdigest()
+    def _count_special(self, *texts: str) -> int:
+        return sum(len(self._special.findall(text)) for text in texts)
 
 
-def _encoded(ids: list[int], mask: list[int], counts: Counter[str]) -> EncodedChat:
+def _count_omitted(messages: list[dict[str, Any]], text: str, exact_turns: Collection[int]) -> int:
+    """How many texts of the messages are not in the chat's; of the assistant's only those of turns that are learned."""
+    omitted = int(messages[-1].get(REASONING_KEYS[0], "").strip() not in text)
+    at = 0  # texts are looked for in their order, so that all of it is one pass
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant" and i not in exact_turns:
+            continue
+        for part in parts_of(message["content"]):
+            found = text.find(part.strip(), at)
+            at = max(at, found)
+            omitted += found < 0
+    return omitted
+
+
+def _learnable(ids: list[int], mask: list[int], counts: Counter[str]) -> EncodedChat:
     if 1 not in mask:
         raise BadRow(NOTHING, f"none of the {len(mask)} tokens is generated after a prompt")
     return EncodedChat(ids, mask, dict(+counts))
 
 
-def _plain_frame(tokenizer: Any) -> tuple[list[int], str]:
-    """Ids that the tokenizer puts before a text (bos), and the text of eos ("" if it has none)."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    framed = tokenizer("a")["input_ids"]
-    at = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), 0)
-    return framed[:at], tokenizer.eos_token or ""
+def read_template(path: str | None) -> str | None:
+    """The text of the file that data.chat_template names, None for none; ValueError if it cannot be read."""
+    if path is None:
+        return None
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"data.chat_template: cannot read {path} ({error})") from None
+    if not text.strip():
+        raise ValueError(f"data.chat_template: {path} is empty")
+    return text

@@ -11,15 +11,15 @@ The form of an example is the first of these whose keys it has, whatever else is
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from peagle_train.config import Recipe
-from peagle_train.data.chat import ChatEncoder, check_template
+from peagle_train.config import Data
+from peagle_train.data.chat import ChatEncoder
 from peagle_train.data.messages import (
     BAD_IDS,
     FORMAT,
@@ -41,44 +41,32 @@ _MISREAD_KEYS = ("labels", "attention_mask", "assistant_mask", "assistant_masks"
 SEVERAL_FORMS = f"examples of several forms read as the first of {', '.join(FORMS)}"
 
 
-@dataclass(frozen=True)
-class RawExample:
+class RawExample(NamedTuple):
     """An example as its file has it."""
 
-    file_index: int
-    """Of the files that are read."""
-    source: int
-    """Of the sources of the recipe."""
-    where: str
-    """File and line, for messages: printable, whatever the file's name is."""
-    name: str
-    """The same on every machine."""
-    content: Any
-    """Bytes of a line of JSON or of a whole text, or an example's values."""
-    kind: str
-    """text (a whole file), line (of JSON, parsed or not) or table (null stands for a missing field)."""
+    file_index: int  # of the files that are read
+    source: int  # of the sources of the recipe
+    where: str  # file and line, for messages: printable, whatever the file's name is
+    name: str  # the same on every machine
+    content: Any  # bytes of a line of JSON or of a whole text, or an example's values
+    kind: str  # text (a whole file), line (of JSON, parsed or not) or table (null stands for a missing field)
 
 
-@dataclass(frozen=True, eq=False)
-class EncodedExample:
-    """An example of at least one token."""
+class EncodedExample(NamedTuple):
+    """An example of n >= 1 tokens."""
 
-    form: str
-    """One of FORMS, or `file`: a whole text file."""
-    input_ids: np.ndarray
-    """int32 [n], n >= 1. An array, which travels from a worker process to the main one without a file handle."""
-    loss_mask: np.ndarray
-    """uint8 [n], 0 or 1."""
-    key: bytes
-    """sha256 of ids and mask: the same on every machine."""
+    form: str  # one of FORMS, or `file`: a whole text file
+    input_ids: np.ndarray  # int32 [n]; an array, which travels between processes without a file handle
+    loss_mask: np.ndarray  # uint8 [n], 0 or 1
+    key: bytes  # sha256 of ids and mask: the same on every machine
 
 
 @dataclass
 class EncodedBatch:
-    """What became of a batch of examples, in their order."""
+    """What became of a batch of examples, in their order; None stands for an example without a token."""
 
+    raws: list[RawExample]
     examples: list[EncodedExample | BadRow | None]
-    """None stands for an example without a token."""
     notes: Counter[str] = field(default_factory=Counter)
     """Several forms, and what chats had that was not learned, dropped or peculiar: see `EncodedChat`."""
     ignored_keys: dict[str, None] = field(default_factory=dict)
@@ -89,35 +77,24 @@ class Encoder:
     """Turns batches of raw examples into ids and masks.
 
     Args:
+        data: the recipe's section: its chat template, and data.max_characters.
         tokenizer: transformers' tokenizer; None if all examples are ids.
         vocab_size: the target's; ids lie in 0..vocab_size - 1.
         mask_token_id: the drafter's mask token, which no example may hold.
-        max_characters: an example with a longer string is a bad row; None: any length.
-        make_chat: makes the `ChatEncoder` when the first chat comes.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        vocab_size: int,
-        mask_token_id: int | None,
-        max_characters: int | None = None,
-        make_chat: Callable[[], ChatEncoder] | None = None,
-    ) -> None:
-        self.tokenizer, self.vocab_size, self.mask_token_id = tokenizer, vocab_size, mask_token_id
-        self.max_characters, self.make_chat = max_characters, make_chat or partial(ChatEncoder, tokenizer)
-        self.chat: ChatEncoder | None = None
+    def __init__(self, data: Data, tokenizer: Any, vocab_size: int, mask_token_id: int | None) -> None:
+        self.data, self.tokenizer, self.vocab_size, self.mask_token_id = data, tokenizer, vocab_size, mask_token_id
 
-    @classmethod
-    def from_recipe(cls, recipe: Recipe, tokenizer: Any, vocab_size: int, mask_token_id: int | None) -> "Encoder":
-        """What the recipe asks for; ValueError for a chat template that cannot be read."""
-        data = recipe.data
-        check_template(data.chat_template)
-        make_chat = partial(ChatEncoder.from_recipe, data, tokenizer)
-        return cls(tokenizer, vocab_size, mask_token_id, data.max_characters, make_chat)
+    @cached_property
+    def chat(self) -> ChatEncoder:
+        return ChatEncoder.from_recipe(self.data, self.tokenizer)
 
-    def __call__(self, raws: Sequence[RawExample]) -> EncodedBatch:
-        batch = EncodedBatch([None] * len(raws))
+    def encode(self, batches: Iterable[list[RawExample]]) -> Iterator[EncodedBatch]:
+        return map(self, batches)
+
+    def __call__(self, raws: list[RawExample]) -> EncodedBatch:
+        batch = EncodedBatch(raws, [None] * len(raws))
         texts: dict[int, tuple[str, str]] = {}
         for i, raw in enumerate(raws):
             try:
@@ -125,22 +102,17 @@ class Encoder:
                 if isinstance(content, str):
                     texts[i] = form, content
                 else:
-                    batch.examples[i] = self._checked(form, *content)
+                    batch.examples[i] = self._check(form, *content)
             except BadRow as error:
                 batch.examples[i] = error
             except RecursionError:
                 batch.examples[i] = BadRow(FORMAT, "values are nested too deeply")
-        tokenized = self._tokenized([text for _, text in texts.values()])
+        tokenized = self._tokenize([text for _, text in texts.values()])
         for (i, (form, _)), ids in zip(texts.items(), tokenized, strict=True):
-            try:
-                batch.examples[i] = self._checked(form, ids, None)
-            except BadRow as error:
-                batch.examples[i] = error
+            batch.examples[i] = self._check(form, ids, _all_but_first(ids))
         return batch
 
-    def _read(
-        self, raw: RawExample, batch: EncodedBatch
-    ) -> tuple[str, str | tuple[Sequence[Any], Sequence[Any] | None]]:
+    def _read(self, raw: RawExample, batch: EncodedBatch) -> tuple[str, str | tuple[list[Any], list[Any]]]:
         """The example's form, and its text that is still to be tokenized, or its ids and mask."""
         if raw.kind == "text":
             self._need_tokenizer(raw, "text")
@@ -163,14 +135,14 @@ class Encoder:
             return form, _ids_of(row)
         self._need_tokenizer(raw, f"an example with {form}")
         longest = max(map(len, strings_in([row[key] for key in read if key in row])), default=0)
-        if self.max_characters is not None and longest > self.max_characters:
-            raise BadRow(TOO_LONG, f"a text of {longest} characters; data.max_characters is {self.max_characters}")
+        if self.data.max_characters is not None and longest > self.data.max_characters:
+            limit = self.data.max_characters
+            raise BadRow(TOO_LONG, f"a text of {longest} characters; data.max_characters is {limit}")
         if form == "text":
             if not isinstance(row["text"], str):
                 raise BadRow(FORMAT, f"text is {clip(repr(row['text']))}; give a string")
             check_text(row["text"])
             return form, row["text"]
-        self.chat = self.chat or self.make_chat()
         encoded = self.chat.encode(messages_of(row))
         batch.notes.update(encoded.counts)
         return form, (encoded.input_ids, encoded.loss_mask)
@@ -179,63 +151,66 @@ class Encoder:
         if self.tokenizer is None:
             raise ValueError(f"{raw.where} is {what}, which takes a tokenizer; without one give input_ids")
 
-    def _tokenized(self, texts: list[str]) -> list[list[int]]:
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
         encoded = self.tokenizer(
             texts,
             add_special_tokens=False,
-            # Text that spells a special token, as tokenizer sources do, must not become that token.
-            split_special_tokens=True,
+            split_special_tokens=True,  # text that spells a special token must not become that token
             return_attention_mask=False,
             return_token_type_ids=False,
-            # No warning of documents longer than the model's window: they are split later, on purpose.
-            verbose=False,
+            verbose=False,  # no warning of documents longer than the model's window: they are split later, on purpose
         )
         return list(encoded["input_ids"])
 
-    def _checked(self, form: str, ids: Sequence[Any], mask: Sequence[Any] | None) -> EncodedExample | None:
-        """The document, or None if it has no token; BadRow for what is not allowed in one."""
-        mask = [int(position > 0) for position in range(len(ids))] if mask is None else mask
+    def _check(self, form: str, ids: list[Any], mask: list[Any]) -> EncodedExample | BadRow | None:
+        """The document, or None if it has no token."""
         if len(mask) != len(ids):
-            raise BadRow(FORMAT, f"{len(ids)} input_ids but {len(mask)} in loss_mask; they must match")
+            return BadRow(FORMAT, f"{len(ids)} input_ids but {len(mask)} in loss_mask; they must match")
         if not ids:
             return None
-        # The first test is the fast one: a data set has tens of millions of tokens.
-        if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= self.vocab_size:
-            at = next(i for i, token in enumerate(ids) if type(token) is not int or not 0 <= token < self.vocab_size)
-            raise BadRow(
-                BAD_IDS,
-                f"input_ids[{at}] is {clip(repr(ids[at]))}; ids are integers in 0..{self.vocab_size - 1},"
-                " the target's vocabulary",
-            )
+        if (at := _first_outside(ids, self.vocab_size)) is not None:
+            allowed = f"integers in 0..{self.vocab_size - 1}, the target's vocabulary"
+            return BadRow(BAD_IDS, f"input_ids[{at}] is {clip(repr(ids[at]))}; ids are {allowed}")
         if self.mask_token_id in ids:
-            raise BadRow(
+            at = ids.index(self.mask_token_id)
+            return BadRow(
                 BAD_IDS,
-                f"input_ids[{ids.index(self.mask_token_id)}] is the mask token {self.mask_token_id}, which"
-                " must never occur in the data: set draft.mask_token_id to an unused token",
+                f"input_ids[{at}] is the mask token {self.mask_token_id}, which must never occur in the data: set"
+                " draft.mask_token_id to an unused token",
             )
-        if set(map(type, mask)) != {int} or min(mask) < 0 or max(mask) > 1:
-            at = next(i for i, bit in enumerate(mask) if type(bit) is not int or bit not in (0, 1))
-            raise BadRow(FORMAT, f"loss_mask[{at}] is {clip(repr(mask[at]))}; give 0 or 1")
+        if (at := _first_outside(mask, 2)) is not None:
+            return BadRow(FORMAT, f"loss_mask[{at}] is {clip(repr(mask[at]))}; give 0 or 1")
         if form != "file" and 1 not in mask[1:]:
-            raise BadRow(NOTHING, f"no token of {len(ids)} has loss_mask 1 after the first")
+            return BadRow(NOTHING, f"no token of {len(ids)} has loss_mask 1 after the first")
         ids_n, mask_n = np.array(ids, dtype=np.int32), np.array(mask, dtype=np.uint8)
         content = ids_n.astype("<i8").tobytes() + mask_n.tobytes()
         return EncodedExample(form, ids_n, mask_n, hashlib.sha256(content).digest())
 
 
-def _ids_of(row: dict[str, Any]) -> tuple[list[Any], list[Any] | None]:
-    if not isinstance(row["input_ids"], list):
-        instead = clip(repr(row["input_ids"]))
-        raise BadRow(FORMAT, f'give {{"input_ids": [...], "loss_mask": [...]}}; input_ids is {instead}')
-    misread = [key for key in _MISREAD_KEYS if key in row]
-    if misread:
+def _first_outside(values: list[Any], end: int) -> int | None:
+    """Index of the first value that is no integer in 0..end - 1."""
+    # The fast test: a data set has tens of millions of tokens.
+    if set(map(type, values)) == {int} and min(values) >= 0 and max(values) < end:
+        return None
+    return next(i for i, value in enumerate(values) if type(value) is not int or not 0 <= value < end)
+
+
+def _all_but_first(ids: list[Any]) -> list[int]:
+    return [int(position > 0) for position in range(len(ids))]
+
+
+def _ids_of(row: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+    ids = row["input_ids"]
+    if not isinstance(ids, list):
+        raise BadRow(FORMAT, f'give {{"input_ids": [...], "loss_mask": [...]}}; input_ids is {clip(repr(ids))}')
+    if misread := [key for key in _MISREAD_KEYS if key in row]:
         raise BadRow(FORMAT, f"{misread[0]} is not read: remove it, and give loss_mask instead")
-    mask = row.get("loss_mask")
-    if "loss_mask" in row and not isinstance(mask, list):
-        raise BadRow(FORMAT, f"loss_mask is {clip(repr(mask))}; give a list of 0 and 1, or leave it out")
-    return row["input_ids"], mask
+    mask = row.get("loss_mask", _all_but_first(ids))
+    if not isinstance(mask, list):
+        raise BadRow(FORMAT, f"loss_mask is {clip(repr(mask))}; give a list of 0 and 1, or omit it")
+    return ids, mask
 
 
 def parse(content: Any) -> Any:

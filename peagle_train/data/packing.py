@@ -1,7 +1,7 @@
 """From documents to sequences: which documents are held out, how often the others come, and packing without loss.
 
 A *document* is an example's tokens, a *piece* is a part of one that fits a sequence (most documents are one piece), a
-*sequence* is what the collator gets: whole pieces side by side, at most max_length tokens. D: documents, P: pieces.
+*sequence* is what the collator gets: whole pieces side by side, at most max_length tokens. D: documents.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,20 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from peagle_train.config import Data, parse_sources
-from peagle_train.data.documents import Document, Documents, SourceReport, TokenStore, load_documents
+from peagle_train.data.documents import (
+    Documents,
+    Encode,
+    FoundFiles,
+    SourceReport,
+    TokenStore,
+    read_documents,
+    store_documents,
+)
 from peagle_train.data.messages import CHAT_KEYS
 from peagle_train.data.sampler import EMPTY_ROW
 from peagle_train.data.vocab import count_supervised
 
-_CHUNK_TOKENS = 2**20
-
-__all__ = ["Document", "SourceReport", "load_documents"]
+_TOKEN_FIELDS = ("input_ids", "loss_mask", "document_ids")
 
 
 def held_out_documents(keys_D32: np.ndarray, eval_fraction: float) -> np.ndarray:
@@ -36,25 +42,10 @@ def held_out_documents(keys_D32: np.ndarray, eval_fraction: float) -> np.ndarray
     Raises:
         ValueError: a fraction that leaves nothing to train on.
     """
-    assert 0 <= eval_fraction < 1
     held_out_D = _lies_below(keys_D32[:, :8], eval_fraction)
     if held_out_D.size and held_out_D.all():
         raise ValueError(f"data.eval_fraction {eval_fraction} holds out all {held_out_D.size} documents: lower it")
     return held_out_D
-
-
-def _lies_below(bytes_D8: np.ndarray, fraction: float) -> np.ndarray:
-    """bool [D]: whether 8 bytes, read as a number in [0, 1), lie below the fraction, itself in [0, 1)."""
-    numbers_D = np.ascontiguousarray(bytes_D8).view(">u8").reshape(-1)
-    return numbers_D < np.uint64(math.ceil(fraction * 2**64))
-
-
-def split_train_eval(documents: Sequence[Document], eval_fraction: float) -> tuple[list[Document], list[Document]]:
-    """Those to train on and those that `held_out_documents` holds out."""
-    keys_D32 = np.frombuffer(bytes.fromhex("".join(d.key for d in documents)), dtype=np.uint8).reshape(-1, 32)
-    held_out_D = held_out_documents(keys_D32, eval_fraction)
-    train = [document for document, is_out in zip(documents, held_out_D, strict=True) if not is_out]
-    return train, [document for document, is_out in zip(documents, held_out_D, strict=True) if is_out]
 
 
 def times_an_epoch(keys_D32: np.ndarray, weights_D: np.ndarray) -> np.ndarray:
@@ -69,6 +60,13 @@ def times_an_epoch(keys_D32: np.ndarray, weights_D: np.ndarray) -> np.ndarray:
     return times_D
 
 
+def _lies_below(bytes_D8: np.ndarray, fraction: float) -> np.ndarray:
+    """bool [D]: whether 8 bytes, read as a number in [0, 1), lie below the fraction, itself in [0, 1)."""
+    assert 0 <= fraction < 1
+    numbers_D = np.ascontiguousarray(bytes_D8).view(">u8").reshape(-1)
+    return numbers_D < np.uint64(math.ceil(fraction * 2**64))
+
+
 @dataclass(frozen=True)
 class PackReport:
     """What packing made of the documents."""
@@ -80,7 +78,7 @@ class PackReport:
     split_documents: int
     """Documents longer than max_length."""
     rows: int
-    """Sequences of at most max_length tokens."""
+    """Sequences."""
     tokens: int
     """Tokens in all sequences: those of the documents, every one."""
     supervised: int
@@ -106,7 +104,7 @@ class PackReport:
         if self.repeats:
             text += f"; {self.repeats} of the documents are repeats, by their source's weight"
         if self.left_out_by_weight:
-            text += f"; {self.left_out_by_weight} documents left out by their source's weight"
+            text += f"; {self.left_out_by_weight} documents skipped by their source's weight"
         return text
 
 
@@ -180,19 +178,6 @@ class PackedRows(Dataset[dict[str, Any]]):
         return int.from_bytes(hashlib.sha256(content).digest()[:8], "little") >> 1
 
 
-_TOKEN_FIELDS = ("input_ids", "loss_mask", "document_ids")
-
-
-def pack_documents(documents: Sequence[Document], max_length: int, pack: bool = True) -> tuple[PackedRows, PackReport]:
-    """`pack_table` of a few documents, once each."""
-    ids_n = np.concatenate([np.zeros(0, np.int32), *(document.input_ids.int().numpy() for document in documents)])
-    mask_n = np.concatenate([np.zeros(0, np.uint8), *(document.loss_mask.numpy() for document in documents)])
-    D = len(documents)
-    lengths_D = np.array([document.input_ids.numel() for document in documents], dtype=np.int64)
-    table = Documents(TokenStore(ids_n, mask_n), lengths_D, np.zeros(D, np.int64), np.zeros((D, 32), np.uint8))
-    return pack_table(table, np.ones(D, np.int64), max_length, pack)
-
-
 def pack_table(
     table: Documents, times_D: np.ndarray, max_length: int, pack: bool = True
 ) -> tuple[PackedRows, PackReport]:
@@ -204,57 +189,38 @@ def pack_table(
     `pack`, the longest piece comes first, each in the fullest sequence that has room for it; without, each piece
     is a sequence.
     """
-    # Every document is cut, in order; then the pieces are taken as often as their documents are.
-    cuts_D = -(-table.lengths_D // max_length)
-    document_P = np.repeat(np.arange(len(table)), cuts_D)
-    offset_P = (np.arange(document_P.size) - np.repeat(cuts_D.cumsum() - cuts_D, cuts_D)) * max_length
-    starts_P = table.starts_D[document_P] + offset_P
-    lengths_P = np.minimum(max_length, table.lengths_D[document_P] - offset_P)
-    supervised_P = _supervised(table.store.mask_n, starts_P)
-    supervised_D = _supervised(table.store.mask_n, table.starts_D)
-
-    pieces_Q = _repeated(cuts_D, times_D)
-    lengths_Q = lengths_P[pieces_Q]
-    lengths = lengths_Q.tolist()
+    starts, lengths = list[int](), list[int]()  # of pieces
+    split = supervised = lost = 0
+    for start, length, times in zip(table.starts_D.tolist(), table.lengths_D.tolist(), times_D.tolist(), strict=True):
+        if times == 0:
+            continue
+        offsets = range(0, length, max_length)
+        starts += [start + offset for offset in offsets] * times
+        lengths += [min(max_length, length - offset) for offset in offsets] * times
+        mask_n = table.store.mask_n[start : start + length]
+        firsts = mask_n[::max_length]
+        supervised += times * int(np.count_nonzero(mask_n) - np.count_nonzero(firsts))
+        lost += times * int(np.count_nonzero(firsts[1:]))
+        split += times * (length > max_length)
     sequences = _best_fit_decreasing(lengths, max_length) if pack else [[piece] for piece in range(len(lengths))]
     placed = np.array([piece for sequence in sequences for piece in sequence], dtype=np.int64)
-    sizes = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
     layout = {
-        "piece_starts": starts_P[pieces_Q][placed],
-        "piece_lengths": lengths_Q[placed],
-        "row_offsets": np.concatenate([np.zeros(1, np.int64), sizes.cumsum()]),
+        "piece_starts": np.array(starts, np.int64)[placed],
+        "piece_lengths": np.array(lengths, np.int64)[placed],
+        "row_offsets": np.cumsum([0, *map(len, sequences)], dtype=np.int64),
     }
-    tokens, supervised = int(lengths_Q.sum()), int(supervised_P[pieces_Q].sum())
     report = PackReport(
         documents=int(times_D.sum()),
         pieces=len(lengths),
-        split_documents=int(times_D[cuts_D > 1].sum()),
+        split_documents=split,
         rows=len(sequences),
-        tokens=tokens,
+        tokens=sum(lengths),
         supervised=supervised,
-        lost_at_splits=int((supervised_D * times_D).sum()) - supervised,
-        fill=tokens / (len(sequences) * max_length) if sequences else 0.0,
+        lost_at_splits=lost,
+        fill=sum(lengths) / (len(sequences) * max_length) if sequences else 0.0,
         repeats=int(np.maximum(times_D - 1, 0).sum()),
     )
     return PackedRows(table.store, layout), report
-
-
-def _repeated(sizes_D: np.ndarray, times_D: np.ndarray) -> np.ndarray:
-    """int64: indices of runs of `sizes_D` consecutive items, each run as a whole `times_D` times."""
-    first_D = sizes_D.cumsum() - sizes_D
-    run_R = np.repeat(np.arange(sizes_D.size), times_D)
-    within = np.arange(sizes_D[run_R].sum()) - np.repeat(sizes_D[run_R].cumsum() - sizes_D[run_R], sizes_D[run_R])
-    return np.repeat(first_D[run_R], sizes_D[run_R]) + within
-
-
-def _supervised(mask_n: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """int64: tokens with mask 1, without the first, of each of the runs that begin at `starts` and together are all."""
-    counts, cuts = [np.zeros(0, np.int64)], np.searchsorted(starts, np.arange(0, mask_n.size, _CHUNK_TOKENS))
-    for first, last in pairwise(np.unique([*cuts, starts.size]).tolist()):  # in parts: each is widened to int64
-        end = starts[last] if last < starts.size else mask_n.size
-        part = mask_n[starts[first] : end]
-        counts.append(np.add.reduceat(part, starts[first:last] - starts[first], dtype=np.int64))
-    return np.concatenate(counts) - mask_n[starts]
 
 
 def _best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -274,7 +240,6 @@ def _best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int
                 del sequences_with[space], spaces[at]
         sequences[sequence].append(piece)
         space -= lengths[piece]
-        assert space >= 0, "a piece is longer than a sequence"
         if space > 0 and space not in sequences_with:
             insort(spaces, space)
             sequences_with[space] = []
@@ -308,7 +273,7 @@ class TrainingData:
         return any(form in CHAT_KEYS for report in self.source_reports.values() for form in report.forms)
 
     def describe(self) -> list[str]:
-        """What was read, left out and packed, in lines."""
+        """What was read, skipped and packed, in lines."""
         lines = [f"data: {report.describe()}" for report in self.source_reports.values()]
         if self.in_both:
             lines.append(f"data: {self.in_both} documents of data.sources are in data.eval_sources too: not trained on")
@@ -320,17 +285,24 @@ class TrainingData:
         return lines
 
 
-def split_and_pack(
-    data: Data, tables: dict[str, Documents], reports: dict[str, SourceReport], vocab_size: int
+def make_data(
+    data: Data, found: dict[str, FoundFiles], encode: Encode, vocab_size: int, folder: Path | None = None
 ) -> TrainingData:
-    """Split documents into those to train on and those to evaluate on, and pack both.
+    """Read the documents of each role, split them into those to train on and those to evaluate on, and pack both.
 
     Args:
-        tables, reports: the documents of each role, and what was read of it: see `documents.find_all`.
+        found: see `documents.find_all`.
+        encode: see `documents.read_documents`.
+        folder: where to keep all tokens; None: in memory.
 
     Raises:
-        ValueError: nothing to train on, or nothing to learn.
+        ValueError: one line: see `read_documents`; nothing to train on, or nothing to learn.
     """
+    tables, reports = {}, {}
+    for role, files in found.items():
+        reports[role] = SourceReport()
+        kept = read_documents(files, reports[role], encode, data.max_documents, data.max_bad_rows)
+        tables[role] = store_documents(kept, folder and folder / role)
     table, in_both = tables["sources"], 0
     if "eval_sources" in tables:
         eval_table = tables["eval_sources"]
@@ -348,9 +320,9 @@ def split_and_pack(
     if not times_D.any():
         raise ValueError("the weights of data.sources leave no document to train on: raise them, or give more data")
     train_rows, report = pack_table(table, times_D, data.max_length, data.pack)
-    report = replace(report, left_out_by_weight=int(((times_D == 0) & ~is_out_D).sum()))
-    eval_rows, eval_report = pack_table(eval_table, eval_times_D, data.max_length, data.pack)
     if report.supervised == 0:
         raise ValueError("nothing to learn from: no document to train on has loss_mask 1 after its first token")
+    report = replace(report, left_out_by_weight=int(((times_D == 0) & ~is_out_D).sum()))
+    eval_rows, eval_report = pack_table(eval_table, eval_times_D, data.max_length, data.pack)
     counts_V = count_supervised(table, times_D, vocab_size)
     return TrainingData(train_rows, eval_rows, counts_V, report, eval_report, in_both, reports)

@@ -7,7 +7,6 @@ The folder is whole or not there:
     index.json                          the settings it was made with, the sums of the files and its own, the reports
 """
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -15,10 +14,10 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +27,11 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from peagle_train.config import Recipe
-from peagle_train.data.chat import ChatEncoder, check_template
-from peagle_train.data.documents import (
-    FoundFiles,
-    SourceReport,
-    TokenStore,
-    find_all,
-    in_batches,
-    keep_documents,
-    read_examples,
-    store_documents,
-)
+from peagle_train.data.chat import ChatEncoder, read_template
+from peagle_train.data.documents import FoundFiles, SourceReport, TokenStore, find_all
 from peagle_train.data.encode import EncodedBatch, Encoder, RawExample, clip
 from peagle_train.data.messages import CHAT_KEYS
-from peagle_train.data.packing import PackedRows, PackReport, TrainingData, split_and_pack
+from peagle_train.data.packing import PackedRows, PackReport, TrainingData, make_data
 from peagle_train.data.vocab import choose_mask_token, load_tokenizer, target_vocab_size
 from peagle_train.files import alone_in, checksum, sha256_of, write_folder, write_json
 
@@ -70,46 +60,47 @@ def prepare_recipe(
     tokenizer, vocab_size = load_tokenizer(recipe), target_vocab_size(recipe)
     mask_token_id = choose_mask_token(recipe.draft, tokenizer, vocab_size)
     data = recipe.data
-    check_template(data.chat_template)  # before anything is made
+    read_template(data.chat_template)  # before anything is made
     settings = settings_of(recipe, tokenizer, vocab_size, mask_token_id)
     found = find_all(data)
     listing = _listing(found)
     if (folder / INDEX).exists():
-        index = read_index(folder)
         say(f"{folder} is finished: checking it (saved and named data sets are compared by their names only)")
         whole = _open_folder(folder, settings, data.max_bad_rows)
-        if index["files of the sources"] != listing:
+        if read_index(folder)["files of the sources"] != listing:
             raise ValueError(
                 f"--out {folder} was made of other files: their names or sizes changed; give another folder"
             )
         return whole
+
+    def encode(batches: Iterable[list[RawExample]]) -> Iterator[EncodedBatch]:
+        arguments = data, tokenizer, vocab_size, mask_token_id
+        encoded = (
+            Encoder(*arguments).encode(batches) if num_workers == 1 else _by_workers(num_workers, arguments, batches)
+        )
+        with tqdm(unit=" examples", unit_scale=True, mininterval=0.1 if sys.stderr.isatty() else 60.0) as bar:
+            for batch in encoded:
+                yield batch
+                bar.update(len(batch.raws))
+
+    def fill(partial: Path) -> None:
+        made = make_data(data, found, encode, vocab_size, partial)
+        save_file({**made.train_rows.layout, "counts_V": made.counts_V.numpy()}, partial / TRAIN)
+        save_file(made.eval_rows.layout, partial / HELD_OUT)
+        index = {
+            "settings": settings,
+            "files of the sources": listing,
+            "files": {path.name: _sum_of(path) for path in sorted(partial.iterdir())},
+            "source_reports": {role: vars(report) for role, report in made.source_reports.items()},
+            "report": asdict(made.report),
+            "eval_report": asdict(made.eval_report),
+            "in_both": made.in_both,
+        }
+        write_json(partial / INDEX, {**index, "sha256": checksum(index)})
+
     with alone_in(folder, "preparing"):
         if any(folder.iterdir()):
             raise ValueError(f"--out {folder} is not empty and holds no prepared data; give another folder")
-
-        def fill(partial: Path) -> None:
-            tables, reports = {}, {}
-            for role, files in found.items():
-                reports[role] = SourceReport(len(files.files), left_out=files.left_out)
-                arguments = recipe, tokenizer, vocab_size, mask_token_id
-                encoded = _with_progress(_encoded(arguments, files, num_workers), role, reports[role])
-                kept = keep_documents(encoded, reports[role], data.max_documents, data.max_bad_rows)
-                tables[role] = store_documents(kept, partial / role)
-            say("packing")
-            made = split_and_pack(data, tables, reports, vocab_size)
-            save_file({**made.train_rows.layout, "counts_V": made.counts_V.numpy()}, partial / TRAIN)
-            save_file(made.eval_rows.layout, partial / HELD_OUT)
-            index = {
-                "settings": settings,
-                "files of the sources": listing,
-                "files": {path.name: file_sum(path) for path in sorted(partial.iterdir())},
-                "source_reports": {role: vars(report) for role, report in reports.items()},
-                "report": asdict(made.report),
-                "eval_report": asdict(made.eval_report),
-                "in_both": made.in_both,
-            }
-            write_json(partial / INDEX, {**index, "sha256": checksum(index)})
-
         try:
             write_folder(folder, fill)
         except (OSError, SafetensorError) as error:
@@ -117,50 +108,41 @@ def prepare_recipe(
     return _open_folder(folder, settings, data.max_bad_rows)
 
 
-def _with_progress(encoded: Iterator[Any], role: str, report: SourceReport) -> Iterator[Any]:
-    pace = 0.1 if sys.stderr.isatty() else 60.0
-    with tqdm(unit=" examples", desc=role, unit_scale=True, mininterval=pace) as bar:
-        for raws, batch in encoded:
-            yield raws, batch
-            bar.set_postfix(documents=report.documents, tokens=f"{report.tokens:.2e}", refresh=False)
-            bar.update(len(raws))
-
-
-def _encoded(
-    arguments: tuple[Recipe, Any, int, int | None], found: FoundFiles, num_workers: int
-) -> Iterator[tuple[list[RawExample], EncodedBatch]]:
-    """The files' examples in batches, encoded here or by other processes, a bounded number of batches in flight."""
-    batches = in_batches(read_examples(found.files))
-    if num_workers == 1:
-        encode = Encoder.from_recipe(*arguments)
-        yield from ((raws, encode(raws)) for raws in batches)
-        return
+def _by_workers(
+    num_workers: int, arguments: tuple[Any, ...], batches: Iterable[list[RawExample]]
+) -> Iterator[EncodedBatch]:
+    """`Encoder.encode` by other processes, a bounded number of batches in flight."""
     spawn = multiprocessing.get_context("spawn")  # a fork would copy the tokenizers' threads in whatever state they are
     pool = ProcessPoolExecutor(num_workers, mp_context=spawn, initializer=_start_worker, initargs=arguments)
     window: deque[tuple[list[RawExample], Future[EncodedBatch]]] = deque()
+
+    def first() -> EncodedBatch:
+        raws, future = window.popleft()
+        return replace(future.result(), raws=raws)
+
     try:
         for raws in batches:
             window.append((raws, pool.submit(_work, raws)))
             if len(window) > _WINDOW * num_workers:
-                first, future = window.popleft()
-                yield first, future.result()
-        for first, future in window:
-            yield first, future.result()
+                yield first()
+        while window:
+            yield first()
     except BrokenProcessPool:
         raise ValueError("a worker process ended (out of memory?): start again, with fewer --workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-_encode_here: Encoder
+_encoder: Encoder
+"""A worker's."""
 
 
 def _start_worker(*arguments: Any) -> None:
-    global _encode_here
+    global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends them
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encode_here = Encoder.from_recipe(*arguments)
+    _encoder = Encoder(*arguments)
 
 
 def _end_with_parent() -> None:
@@ -172,13 +154,7 @@ def _end_with_parent() -> None:
 
 
 def _work(raws: list[RawExample]) -> EncodedBatch:
-    return _encode_here(raws)
-
-
-def _listing(found: dict[str, FoundFiles]) -> str:
-    """sha256 of the names and sizes of all files."""
-    names = {role: [(file.name, file.format, file.size) for file in files.files] for role, files in found.items()}
-    return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+    return replace(_encoder(raws), raws=[])  # the main process has them
 
 
 def settings_of(recipe: Recipe, tokenizer: Any, vocab_size: int, mask_token_id: int | None) -> dict[str, Any]:
@@ -192,23 +168,26 @@ def settings_of(recipe: Recipe, tokenizer: Any, vocab_size: int, mask_token_id: 
         **{f"data.{key}": getattr(recipe.data, key) for key in _DATA_KEYS},
         "the target's vocabulary": vocab_size,
         "draft.mask_token_id": mask_token_id,
-        "the target's tokenizer": tokenizer_fingerprint(tokenizer),
+        "the target's tokenizer": _tokenizer_sum(tokenizer),
         "the chat template": chat_template,
     }
     as_read_back: dict[str, Any] = json.loads(json.dumps(settings))
     return as_read_back
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str | None:
+def _tokenizer_sum(tokenizer: Any) -> str | None:
     """sha256 of all that decides how a text is tokenized; None without a tokenizer."""
     if tokenizer is None:
         return None
-    if getattr(tokenizer, "is_fast", False):
-        described = json.loads(tokenizer.backend_tokenizer.to_str())
-        described.update(padding=None, truncation=None)  # how it was last called, not what it is
-    else:
-        described = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
-    return checksum(described)
+    if not getattr(tokenizer, "is_fast", False):
+        return checksum({"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()})
+    # Padding and truncation are how it was last called, not what it is.
+    return checksum({**json.loads(tokenizer.backend_tokenizer.to_str()), "padding": None, "truncation": None})
+
+
+def _listing(found: dict[str, FoundFiles]) -> str:
+    """sha256 of the names and sizes of all files."""
+    return checksum({role: [(f.name, f.format, f.size) for f in files.files] for role, files in found.items()})
 
 
 def open_prepared(recipe: Recipe, tokenizer: Any, vocab_size: int, mask_token_id: int | None) -> TrainingData:
@@ -224,22 +203,24 @@ def open_prepared(recipe: Recipe, tokenizer: Any, vocab_size: int, mask_token_id
 
 def _open_folder(folder: Path, settings: dict[str, Any], max_bad_rows: int) -> TrainingData:
     index = read_index(folder)
-    has_chats = any(form in CHAT_KEYS for report in index["source_reports"].values() for form in report["forms"])
     for key, now in settings.items():
         then = index["settings"].get(key)
-        if now != then and (has_chats or key != "the chat template"):
+        is_used = key != "the chat template" or any(
+            form in CHAT_KEYS for report in index["source_reports"].values() for form in report["forms"]
+        )
+        if now != then and is_used:
             raise ValueError(
                 f"data.prepared {folder} was made with {key} {clip(json.dumps(then))}, while it is {clip(json.dumps(now))}"
                 " now: change that, or prepare it again in another folder"
             )
     reports = {role: SourceReport(**report) for role, report in index["source_reports"].items()}
     for report in reports.values():
-        report.check_bad(max_bad_rows, f"data.prepared {folder} left out ")
+        report.check_bad(max_bad_rows, f"data.prepared {folder} skipped ")
     reads = int(os.environ.get("LOCAL_RANK", "0")) == 0  # one process of a machine is enough: if it fails, all end
     for name, written in index["files"].items():
         path = folder / name
         size = path.stat().st_size if path.exists() else None
-        if size != written["bytes"] or (reads and file_sum(path) != written):
+        if size != written["bytes"] or (reads and _sum_of(path) != written):
             what = "is missing" if size is None else "was changed"
             raise ValueError(f"data.prepared {folder}: {name} {what}: remove the folder and prepare it again")
     stores = {role: TokenStore.open(folder / role) for role in reports}
@@ -272,6 +253,6 @@ def read_index(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def file_sum(path: Path) -> dict[str, Any]:
+def _sum_of(path: Path) -> dict[str, Any]:
     """A file's size in bytes and its sha256."""
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}

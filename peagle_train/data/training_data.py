@@ -11,28 +11,11 @@ from peagle_train.config import Recipe, parse_sources
 from peagle_train.core.attention import uses_flex
 from peagle_train.core.block_mask import BLOCK_SIZE
 from peagle_train.core.collator import CODCollator
-from peagle_train.data.chat import ChatEncoder
-from peagle_train.data.documents import (
-    SourceReport,
-    find_all,
-    in_batches,
-    keep_documents,
-    read_examples,
-    store_documents,
-)
+from peagle_train.data.chat import ChatEncoder, read_template
+from peagle_train.data.documents import find_all
 from peagle_train.data.encode import Encoder
-from peagle_train.data.packing import TrainingData, split_and_pack
+from peagle_train.data.packing import TrainingData, make_data
 from peagle_train.data.prepare import open_prepared
-from peagle_train.data.vocab import choose_mask_token, load_tokenizer, target_vocab_size
-
-__all__ = [
-    "TrainingData",
-    "choose_mask_token",
-    "load_tokenizer",
-    "load_training_data",
-    "make_collator",
-    "target_vocab_size",
-]
 
 
 def load_training_data(
@@ -60,10 +43,11 @@ def load_training_data(
         made = open_prepared(recipe, tokenizer, vocab_size, mask_token_id)
         say(f"data: as prepared in {data.prepared}, checksums verified")
     else:
-        for source in parse_sources(data.sources) + parse_sources(data.eval_sources, "data.eval_sources"):
-            if source.streaming:  # a resume could not be exact
+        read_template(data.chat_template)
+        for spec in parse_sources([*data.sources, *data.eval_sources]):
+            if spec.streaming:  # a resume could not be exact
                 raise ValueError(
-                    f"data source {source.describe()} is streamed, which has to be prepared: run peagle-train prepare on"
+                    f"data source {spec.describe()} is streamed, which has to be prepared: run peagle-train prepare on"
                     " this recipe, and give its folder as data.prepared"
                 )
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -71,23 +55,16 @@ def load_training_data(
                 f"data: each of {dist.get_world_size()} processes reads and tokenizes it all; peagle-train prepare does it"
                 " once"
             )
-        encode = Encoder.from_recipe(recipe, tokenizer, vocab_size, mask_token_id)
-        tables, reports = {}, {}
-        for role, found in find_all(data).items():
-            reports[role] = SourceReport(len(found.files), left_out=found.left_out)
-            encoded = ((raws, encode(raws)) for raws in in_batches(read_examples(found.files)))
-            tables[role] = store_documents(
-                keep_documents(encoded, reports[role], data.max_documents, data.max_bad_rows)
-            )
-        made = split_and_pack(data, tables, reports, vocab_size)
+        encode = Encoder(data, tokenizer, vocab_size, mask_token_id).encode
+        made = make_data(data, find_all(data), encode, vocab_size)
     made = replace(made, eval_rows=made.eval_rows.limit(data.max_eval_rows))
     notices = ChatEncoder.from_recipe(data, tokenizer).notices if made.has_chats else []
     for line in [*made.describe(), *(f"data: {notice}" for notice in notices)]:
         say(line)
     if data.eval_fraction > 0 and not made.eval_report.rows:
         say(
-            f"held out: no evaluation: data.eval_fraction = {data.eval_fraction} of so few documents is none; raise it or"
-            " give data.eval_sources"
+            f"no evaluation: data.eval_fraction = {data.eval_fraction} of {made.report.documents} documents is none; raise"
+            " it or give data.eval_sources"
         )
     return made
 

@@ -29,50 +29,47 @@ _CHUNK_TOKENS = 2**20
 
 def load_tokenizer(recipe: Recipe) -> Any:
     """The target's own tokenizer, or None where its folder has none (ids need none)."""
-    path, code = recipe.target.path, recipe.target.trust_remote_code
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=code, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        logger.warning("target.path %s has no usable tokenizer (%s)", path, one_line(str(error).splitlines()[0], 200))
+        return _from_target(AutoTokenizer, recipe)
+    except ValueError as error:
+        logger.warning("target.path %s has no usable tokenizer (%s)", recipe.target.path, error)
         return None
 
 
 def target_vocab_size(recipe: Recipe) -> int:
     """V, from the target's config alone; ValueError if its folder has none."""
-    path, code = recipe.target.path, recipe.target.trust_remote_code
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=code, local_files_only=True)
+        return int(_from_target(AutoConfig, recipe).get_text_config().vocab_size)
+    except ValueError as error:
+        raise ValueError(f"target.path {recipe.target.path} has no config that can be read: {error}") from None
+
+
+def _from_target(auto_class: Any, recipe: Recipe) -> Any:
+    code = recipe.target.trust_remote_code
+    try:
+        return auto_class.from_pretrained(recipe.target.path, trust_remote_code=code, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        reason = one_line(str(error).splitlines()[0], 200)
-        raise ValueError(f"target.path {path} has no config that can be read: {reason}") from None
-    return int(config.get_text_config().vocab_size)
+        raise ValueError(one_line(str(error).splitlines()[0], 200)) from None
 
 
 def choose_mask_token(draft: Draft, tokenizer: Any, vocab_size: int) -> int:
     """The recipe's mask token, or one that the tokenizer provably never produces; ValueError if there is none."""
-    if draft.mask_token_id is not None:
-        if not 0 <= draft.mask_token_id < vocab_size:
-            raise ValueError(
-                f"draft.mask_token_id is {draft.mask_token_id}; it must lie in 0..{vocab_size - 1}, the target's vocabulary"
-            )
-        return draft.mask_token_id
-    default = None if tokenizer is None else default_mask_token_id(tokenizer, vocab_size)
-    if default is None:
+    if (given := draft.mask_token_id) is not None:
+        if given >= vocab_size:
+            allowed = f"it must lie in 0..{vocab_size - 1}, the target's vocabulary"
+            raise ValueError(f"draft.mask_token_id is {given}; {allowed}")
+        return given
+    # Rows that pad the embedding table are the only ids that provably never occur in text.
+    first_unused = vocab_size if tokenizer is None else max(tokenizer.get_vocab().values(), default=-1) + 1
+    if first_unused >= vocab_size:
         raise ValueError(
             "draft.mask_token_id is missing and the tokenizer leaves no id of the target's vocabulary provably unused:"
             " give the id of a token that never occurs in your data"
         )
-    logger.warning("draft.mask_token_id was not given: %d, the first id that the tokenizer never produces", default)
-    return default
-
-
-def default_mask_token_id(tokenizer: Any, vocab_size: int) -> int | None:
-    """The first id after all that the tokenizer knows, if the model's vocabulary has one; else None.
-
-    Rows that pad the embedding table are the only ids that provably never occur in text.
-    """
-    first_unused = max(tokenizer.get_vocab().values(), default=-1) + 1
-    return first_unused if first_unused < vocab_size else None
+    logger.warning(
+        "draft.mask_token_id was not given: %d, the first id that the tokenizer never produces", first_unused
+    )
+    return first_unused
 
 
 def eos_token_ids(*sources: Any) -> list[int]:
@@ -90,14 +87,13 @@ def end_of_turn_ids(tokenizer: Any, data: Data | None = None) -> list[int]:
     It ends most answers, and not every model's configs name it. The template and its variables are those of `data`, a
     recipe's section, where it gives them.
     """
-    given = None if data is None or data.chat_template is None else read_template(data.chat_template)
+    given, variables = (None, None) if data is None else (read_template(data.chat_template), data.template_kwargs)
     if tokenizer is None or (given is None and not getattr(tokenizer, "chat_template", None)):
         return []
-    variables = (None if data is None else data.template_kwargs) or {}
     answer = "placeholder"
     chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
     try:
-        text = tokenizer.apply_chat_template(chat, chat_template=given, tokenize=False, **variables)
+        text = tokenizer.apply_chat_template(chat, chat_template=given, tokenize=False, **(variables or {}))
     except Exception as error:  # templates raise what they like
         logger.warning("the chat template fails, so its end of turn is not known: %s", one_line(error, 200))
         return []
@@ -178,29 +174,24 @@ def read_draft_vocab(
     Raises:
         ValueError: one line that says what does not fit.
     """
-    where = f"draft.vocab_from {draft.vocab_from}"
+    where, V = f"draft.vocab_from {draft.vocab_from}", target.vocab_size
     ids, t2d, size = _read(draft)
     size = size if t2d is None else t2d.numel()
-    if size not in (None, target.vocab_size):
-        raise ValueError(
-            f"{where} is for a vocabulary of {size} tokens, the target has {target.vocab_size}: give one for this target"
-        )
-    if int(ids[-1]) >= target.vocab_size:
-        raise ValueError(
-            f"{where} drafts token {int(ids[-1])}, but the target's vocabulary is 0..{target.vocab_size - 1}"
-        )
-    if t2d is not None and not torch.equal(t2d != 0, t2d_mask(ids, target.vocab_size)):
+    if size not in (None, V):
+        raise ValueError(f"{where} is for a vocabulary of {size} tokens, the target has {V}: give one for this target")
+    if int(ids[-1]) >= V:
+        raise ValueError(f"{where} drafts token {int(ids[-1])}, but the target's vocabulary is 0..{V - 1}")
+    if t2d is not None and not torch.equal(t2d != 0, t2d_mask(ids, V)):
         raise ValueError(f"{where}: its d2t and t2d disagree; d2t must hold offsets, t2d what can be drafted")
     if draft.draft_vocab_size not in (None, ids.numel()):
         raise ValueError(
-            f"draft.draft_vocab_size is {draft.draft_vocab_size}, but {where} drafts {ids.numel()} tokens: leave one out"
+            f"draft.draft_vocab_size is {draft.draft_vocab_size}, but {where} drafts {ids.numel()} tokens: remove one"
         )
     drafted = set(ids.tolist())
     ends = {*target.eos_token_ids(), *eos_token_ids(tokenizer), *end_of_turn_ids(tokenizer, data)}
     if ends and not ends & drafted:
         raise ValueError(f"{where} lacks every end token ({sorted(ends)}): its drafter could never end an answer")
-    missing = sorted(set(always) - drafted)
-    if missing:
+    if missing := sorted(set(always) - drafted):
         listed = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
         logger.warning("%s lacks %d special or end tokens, which will not be drafted: %s", where, len(missing), listed)
     return ids
@@ -231,7 +222,9 @@ def _read(draft: Draft) -> tuple[Tensor, Tensor | None, int | None]:
     vocab_size, draft_vocab_size = _config_sizes(path)
     if "d2t" not in found:
         if vocab_size is None or draft_vocab_size != vocab_size:
-            raise ValueError(f"{where} has no d2t: it is no drafter, or drafts the full vocabulary and does not say so")
+            raise ValueError(
+                f"{where} has no d2t: it is not a drafter, or drafts the full vocabulary and does not say so"
+            )
         found["d2t"] = torch.zeros(vocab_size, dtype=torch.int64)
     d2t = found["d2t"]
     if d2t.dim() != 1 or d2t.numel() == 0 or d2t.dtype not in (torch.int64, torch.int32):

@@ -16,12 +16,15 @@ from operator import mul
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from peagle_train.config import Data
 from peagle_train.core.draft import PEagleDraft
-from peagle_train.data.documents import STDLIB, load_documents
-from peagle_train.data.packing import split_train_eval
+from peagle_train.data.documents import STDLIB, SourceReport, find_all, read_documents
+from peagle_train.data.encode import Encoder
+from peagle_train.data.packing import held_out_documents
 from peagle_train.decoding.generate import CachedTarget, Chance, Decoded, Drafter, decode, greedy_tokens
 from peagle_train.decoding.replay import Tally, accept_probabilities, repeats, replay, tally_run
 from peagle_train.regenerate import BENCHMARKS, Prompt, load_prompts
@@ -144,20 +147,24 @@ def _stdlib_cases(
     if tokenizer is None:
         raise ValueError("--prompts stdlib needs the target's tokenizer, and its folder has none")
     data = recipe.data
-    documents, _ = load_documents(
-        [STDLIB], tokenizer=tokenizer, vocab_size=vocab_size, extensions=data.extensions, exclude=data.exclude
-    )
-    _, held_out = split_train_eval(documents, data.eval_fraction)
-    long_enough = [d for d in held_out if d.input_ids.numel() > prompt_tokens]
+    files = find_all(Data([STDLIB], extensions=data.extensions, exclude=data.exclude))["sources"]
+    encode = Encoder(data, tokenizer, vocab_size, mask_token_id=None).encode
+    documents = [
+        (raw.name.removeprefix(f"{STDLIB}/"), made.input_ids.tolist(), made.key)
+        for raw, made in read_documents(files, SourceReport(), encode)
+    ]
+    keys_D32 = np.frombuffer(b"".join(key for _, _, key in documents), np.uint8).reshape(-1, 32)
+    is_out = held_out_documents(keys_D32, data.eval_fraction)
+    held_out = [document for document, is_held_out in zip(documents, is_out) if is_held_out]
+    long_enough = [(name, ids, key.hex()) for name, ids, key in held_out if len(ids) > prompt_tokens]
     if not long_enough:
         raise ValueError(f"no held-out module has more than {prompt_tokens} tokens: lower --prompt-tokens")
-    long_enough.sort(key=lambda d: hashlib.sha256(f"order,{seed},{d.key}".encode()).hexdigest())
+    long_enough.sort(key=lambda document: hashlib.sha256(f"order,{seed},{document[2]}".encode()).hexdigest())
     cases = []
-    for cut, document in islice(product(range(cuts), long_enough), limit):
-        generator = _generator("cut", seed, document.key, *([cut] if cut else []))
-        end = int(torch.randint(prompt_tokens, document.input_ids.numel(), (), generator=generator))
-        name = document.name.removeprefix(f"{STDLIB}/")
-        piece = tuple(document.input_ids[end - prompt_tokens : end].tolist())
+    for cut, (name, ids, key) in islice(product(range(cuts), long_enough), limit):
+        generator = _generator("cut", seed, key, *([cut] if cut else []))
+        end = int(torch.randint(prompt_tokens, len(ids), (), generator=generator))
+        piece = tuple(ids[end - prompt_tokens : end])
         cases.append(Case(f"{name}, piece {cut + 1}" if cut else name, STDLIB, piece, group=name))
     return cases, (
         f"{STDLIB}: {len(cases)} pieces of {prompt_tokens} tokens, of {min(len(cases), len(long_enough))} of the"

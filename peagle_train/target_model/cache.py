@@ -40,14 +40,9 @@ from transformers import AutoConfig
 
 from peagle_train.config import Recipe, Target, as_override
 from peagle_train.core.segments import TargetOutputs
-from peagle_train.data.packing import PackedRows
-from peagle_train.data.training_data import (
-    TrainingData,
-    choose_mask_token,
-    load_tokenizer,
-    load_training_data,
-    make_collator,
-)
+from peagle_train.data.packing import PackedRows, TrainingData
+from peagle_train.data.training_data import load_training_data, make_collator
+from peagle_train.data.vocab import choose_mask_token, load_tokenizer
 from peagle_train.distributed import check_device, check_device_map, check_launch, from_all
 from peagle_train.files import alone_in, checksum, one_line, partial_path, put, sha256_of, write_json, write_text
 from peagle_train.target_model.check import relative

@@ -14,10 +14,16 @@ from peagle_train.config import Recipe
 from peagle_train.core.attention import uses_flex
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.plan import padding_share
-from peagle_train.data.chat import check_template
+from peagle_train.data.chat import read_template
 from peagle_train.data.packing import PackReport
-from peagle_train.data.training_data import choose_mask_token, load_tokenizer, load_training_data
-from peagle_train.data.vocab import choose_most_frequent, coverage, read_draft_vocab
+from peagle_train.data.training_data import load_training_data
+from peagle_train.data.vocab import (
+    choose_mask_token,
+    choose_most_frequent,
+    coverage,
+    load_tokenizer,
+    read_draft_vocab,
+)
 from peagle_train.distributed import (
     check_device,
     check_device_map,
@@ -77,7 +83,7 @@ def _train(recipe: Recipe, resume: str | None, force: bool) -> str:
             checkpoint, recipe = found, keep_segments(recipe, found)
     except OSError as error:
         raise ValueError(f"output.dir {recipe.output.dir} cannot be used: {told(error)}") from None
-    check_template(recipe.data.chat_template)
+    read_template(recipe.data.chat_template)
     accelerator = Accelerator(
         mixed_precision=recipe.train.mixed_precision,
         log_with=recipe.train.log_with,

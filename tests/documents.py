@@ -1,0 +1,48 @@
+"""Documents made in a test, read from files as a run reads them, and packed as a run packs them."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peagle_train.config import Data
+from peagle_train.data.documents import Documents, SourceReport, TokenStore, find_all, read_documents
+from peagle_train.data.encode import Encoder
+from peagle_train.data.packing import PackedRows, PackReport, pack_table
+
+
+class Document(NamedTuple):
+    input_ids: Tensor  # int64 [n]
+    loss_mask: Tensor  # uint8 [n]
+    name: str = ""
+    key: str = "0" * 64
+
+
+def load_documents(
+    sources: list[Any], tokenizer: Any, vocab_size: int, mask_token_id: int | None = None, **data: Any
+) -> tuple[list[Document], SourceReport]:
+    """The documents of `sources`, with other keys of the recipe's section in `data`."""
+    section, report = Data(sources, **data), SourceReport()
+    encode = Encoder(section, tokenizer, vocab_size, mask_token_id).encode
+    found = find_all(section)["sources"]
+    documents = [
+        Document(torch.from_numpy(made.input_ids).long(), torch.from_numpy(made.loss_mask), raw.name, made.key.hex())
+        for raw, made in read_documents(found, report, encode, section.max_documents, section.max_bad_rows)
+    ]
+    return documents, report
+
+
+def table_of(documents: Sequence[Document]) -> Documents:
+    ids_n = np.concatenate([np.zeros(0, np.int32), *(document.input_ids.int().numpy() for document in documents)])
+    mask_n = np.concatenate([np.zeros(0, np.uint8), *(document.loss_mask.numpy() for document in documents)])
+    lengths_D = np.array([document.input_ids.numel() for document in documents], np.int64)
+    keys = bytes.fromhex("".join(document.key for document in documents))
+    keys_D32 = np.frombuffer(keys, np.uint8).reshape(-1, 32)
+    return Documents(TokenStore(ids_n, mask_n), lengths_D, np.zeros_like(lengths_D), keys_D32)
+
+
+def pack_documents(documents: Sequence[Document], max_length: int, pack: bool = True) -> tuple[PackedRows, PackReport]:
+    """A few documents, once each."""
+    return pack_table(table_of(documents), np.ones(len(documents), np.int64), max_length, pack)
