@@ -148,7 +148,6 @@ def _regenerate(parser: Parser) -> Callable[[Options], int]:
     local.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the target")
 
     def run(options: Options) -> int:
-        from peagle_train.files import RunStopped
         from peagle_train.regenerate import Local, Server, Settings, load_prompts, regenerate
 
         if (options.base_url is None) == (options.target is None) or (options.base_url and not options.model):
@@ -164,27 +163,21 @@ def _regenerate(parser: Parser) -> Callable[[Options], int]:
         )
         skipped: Counter[str] = Counter()
         prompts = load_prompts(options.prompts, options.limit, skipped)
-        try:
-            backend: Local | Server
-            if options.target is not None:
-                path, code = os.path.expanduser(options.target), options.trust_remote_code
-                backend = Local(
-                    path, settings, dtype=options.dtype, batch_size=options.batch_size, trust_remote_code=code
-                )
-            else:
-                backend = Server(
-                    options.base_url,
-                    options.model,
-                    settings,
-                    key=os.environ.get(options.api_key_env, "").strip(),
-                    concurrency=options.concurrency,
-                    timeout=options.timeout,
-                    retries=options.retries,
-                )
-            regenerate(prompts, options.out, backend, settings, skipped)
-        except RunStopped as error:
-            print(f"regenerate: error: {error}; what is answered is kept: the same command resumes", file=sys.stderr)
-            return 1
+        backend: Local | Server
+        if options.target is not None:
+            path, code = os.path.expanduser(options.target), options.trust_remote_code
+            backend = Local(path, settings, dtype=options.dtype, batch_size=options.batch_size, trust_remote_code=code)
+        else:
+            backend = Server(
+                options.base_url,
+                options.model,
+                settings,
+                key=os.environ.get(options.api_key_env, "").strip(),
+                concurrency=options.concurrency,
+                timeout=options.timeout,
+                retries=options.retries,
+            )
+        regenerate(prompts, options.out, backend, settings, skipped)
         return 0
 
     return run

@@ -16,14 +16,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-# ---- how a command ends
+logger = logging.getLogger(__name__)
 
-
-def print_anything() -> None:
-    """Let stdout and stderr escape what they cannot show: half a surrogate pair, a letter that the terminal lacks."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+# How a command ends.
 
 
 class RunStopped(RuntimeError):
@@ -42,6 +37,13 @@ class DamagedCheckpoint(ValueError):
     """A checkpoint's files do not match its manifest. Exit code 2: the user decides."""
 
 
+def print_anything() -> None:
+    """Let stdout and stderr escape what they cannot show: half a surrogate pair, a letter that the terminal lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def one_line(what: object, most: int | None = None) -> str:
     """A text or an error's message on one line, cut after `most` characters."""
     return " ".join(str(what).split())[:most]
@@ -58,39 +60,47 @@ def told(error: ValueError | OSError) -> str:
 
 
 def run_tool(name: str, work: Callable[[], int | None], when_stopped: str = "") -> int:
-    """Run a command; its exit code is what `work` returns (None: 0). A user's mistake is one line on stderr and 2, an
-    interrupt one line and 130.
+    """Run a command; its exit code is what `work` returns (None: 0). Otherwise one line on stderr, and 2 after a user's
+    mistake, 1 after `RunStopped`, 130 after an interrupt; the last two with `when_stopped`.
     """
     print_anything()
     try:
         return work() or 0
     except (ValueError, OSError) as error:
-        print(f"{name}: error: {told(error)}", file=sys.stderr)
-        return 2
+        line, code = f"error: {told(error)}", 2
+    except RunStopped as error:
+        line, code = f"error: {one_line(error)}{when_stopped}", 1
     except KeyboardInterrupt:
-        print(f"{name}: stopped{when_stopped}", file=sys.stderr)
-        return 130
+        line, code = f"stopped{when_stopped}", 130
+    print(f"{name}: {line}", file=sys.stderr)
+    return code
 
 
-# ---- whole or not at all: written beside its place, synced, renamed to it
-
-logger = logging.getLogger(__name__)
-
-PARTIAL = ".partial"
-"""The suffix of an unfinished file."""
+# Whole or not at all: written beside its place, synced, renamed to it.
 
 
 def partial_path(path: Path) -> Path:
     """Where to write what will be `path`: always the same name, so that a killed run's leftover is overwritten."""
-    return path.with_name(f".{path.name}{PARTIAL}")
+    return path.with_name(f".{path.name}.partial")
 
 
 def put(partial: Path, path: Path) -> None:
-    """Rename a finished file to `path`; it is on disk when this returns. OSError if that fails."""
-    make_readable(partial)
-    sync(partial)
+    """Rename a finished file or folder to `path`, in place of what is there; it is on disk when this returns.
+
+    OSError if that fails.
+    """
+    is_folder = partial.is_dir()
+    for part in [*(partial.iterdir() if is_folder else []), partial]:
+        _make_readable(part)
+        _sync(part)
+    old = path.with_name(f".{path.name}.old")
+    if is_folder and os.path.lexists(path):
+        remove_tree(old)
+        os.replace(path, old)
     os.replace(partial, path)
-    sync(path.parent)
+    _sync(path.parent)
+    if is_folder:
+        try_removing(old)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -105,61 +115,38 @@ def write_bytes(path: Path, content: bytes) -> None:
     put(partial, path)
 
 
-def make_readable(path: Path) -> None:
+def write_json(path: Path, content: Any) -> None:
+    """`write_text` for a JSON value."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write files into a temporary folder, then sync it and rename it to `path`, replacing what is there."""
+    temporary = partial_path(path)
+    remove_tree(temporary)  # of a run that was killed
+    temporary.mkdir(parents=True)
+    try:
+        fill(temporary)
+        put(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _make_readable(path: Path) -> None:
     """The mode that any new file or folder gets: safetensors and mkdtemp make theirs for their owner alone."""
     umask = os.umask(0)
     os.umask(umask)
     path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
-def sync(path: Path) -> None:
+def _sync(path: Path) -> None:
     """Wait until the file, or the folder's list of names, is on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """`write_text` for a JSON value."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def sha256_of(path: Path) -> str:
-    """A file's."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def checksum(content: Any) -> str:
-    """The sha256 of a JSON value, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write into a temporary folder, then sync it and rename it to `path`, replacing what is there."""
-    temporary = partial_path(path)
-    remove_tree(temporary)  # of a run that was killed
-    temporary.mkdir(parents=True)
-    try:
-        fill(temporary)
-        for file in temporary.iterdir():
-            make_readable(file)
-            sync(file)
-        sync(temporary)
-        if os.path.lexists(path):
-            old = path.with_name(f".{path.name}.old")
-            remove_tree(old)
-            os.replace(path, old)
-            os.replace(temporary, path)
-            try_removing(old)
-        else:
-            os.replace(temporary, path)
-        sync(path.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def remove_tree(path: Path) -> None:
@@ -181,7 +168,18 @@ def try_removing(path: Path, remove: Callable[[Path], None] = remove_tree) -> bo
     return True
 
 
-# ---- one process at a time
+def sha256_of(path: Path) -> str:
+    """A file's."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksum(content: Any) -> str:
+    """The sha256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+# One process at a time.
 
 
 @contextmanager
@@ -201,23 +199,18 @@ def alone_in(folder: Path, doing: str) -> Iterator[None]:
     except OSError as error:
         raise ValueError(f"--out {folder} cannot be made: {error.strerror}") from None
     try:
-        _lock(handle, folder, doing)
-        try:
-            yield
-        finally:
-            if is_new:
-                with suppress(OSError):  # not empty, usually
-                    folder.rmdir()
-    finally:
-        os.close(handle)
-
-
-def _lock(handle: int, folder: Path, doing: str) -> None:
-    try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        os.close(handle)
         raise ValueError(f"--out {folder}: another process is {doing} there; wait, or give another folder") from None
     except OSError as error:  # some network file systems lock no folders
         logger.warning(
             "--out %s cannot be locked (%s): see to it that no other process is %s there", folder, error.strerror, doing
         )
+    try:
+        yield
+    finally:
+        if is_new:
+            with suppress(OSError):  # not empty, usually
+                folder.rmdir()
+        os.close(handle)
