@@ -19,25 +19,27 @@ import yaml
 from peagle_train.core.rope import rope_mistake, unused_keys
 from peagle_train.files import one_line
 
-# ---- YAML without its surprises, for files that people write
+
+class RecipeError(ValueError):
+    """A mistake in a recipe, told in one line."""
 
 
-class YamlError(ValueError):
-    """Text that is no YAML document, told in one line."""
+class YamlError(RecipeError):
+    """A text that is not one YAML document, told in one line."""
+
+
+# YAML without its surprises.
 
 
 class StrictLoader(yaml.SafeLoader):  # type: ignore[misc,unused-ignore]
     """No duplicate keys, octals, base 60, dates or merge keys; `no` and `on` are words; 1e-4 is a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in seen:
-                problem = f"duplicate key {key!r}"
-                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-            if isinstance(key, Hashable):
-                seen.add(key)
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                mark = node.value[i][0].start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", mark)
         values: dict[Hashable, Any] = super().construct_mapping(node, deep=deep)
         return values
 
@@ -94,17 +96,16 @@ def dump_yaml(value: Any) -> str:
     return str(yaml.dump(value, Dumper=StrictDumper, sort_keys=False))
 
 
-# ---- sections: plain values read into dataclasses by pydantic, each mistake one clear line
+def as_override(key: str, value: Any) -> str:
+    """What a person types into a shell to get `key` the value."""
+    return shlex.quote(f"{key}={dump_line(value)}")
 
 
-class RecipeError(ValueError):
-    """A mistake in a recipe, told in one line."""
+# What a field's hint may ask for. pydantic is asked only when a recipe is read: without it, recipes can be built in Python.
 
 
 class within:
-    """Limits of a number, in a field's hint. Like `fits`, it asks for pydantic only when a recipe is read: without it,
-    recipes can be built in Python.
-    """
+    """Limits of a number."""
 
     def __init__(self, **limits: float) -> None:
         self.limits = limits
@@ -114,7 +115,7 @@ class within:
 
 
 class fits:
-    """What a value of a field's hint becomes; `convert` raises ValueError with what to give instead."""
+    """What a value becomes; `convert` raises ValueError with what to give instead."""
 
     def __init__(self, convert: Callable[[Any], Any]) -> None:
         self.convert = convert
@@ -134,6 +135,14 @@ def _holding(holds: Callable[[Any], bool], words: str) -> fits:
     return fits(check)
 
 
+MAX_PATH, MAX_NAME = 3800, 255
+"""Bytes. Linux takes 4095; what a run writes below its folder needs some of them."""
+MANY = 2**31 - 1
+"""The largest of what is only counted; what memory or time is taken for has limits of its own, beyond any use."""
+MAX_ROPE_THETA = 1e15
+"""Beyond it the slowest angles vanish in float32."""
+
+
 def check_path(path: str) -> str:
     """`path`, its leading ~ expanded; ValueError for one that no file system takes: any look at it would be an OSError."""
     path = os.path.expanduser(path)
@@ -148,15 +157,6 @@ def check_path(path: str) -> str:
             f"give a path of at most {MAX_PATH} bytes, each of its folders' names at most {MAX_NAME}; it has {len(encoded)}"
         )
     return path
-
-
-MAX_PATH, MAX_NAME = 3800, 255
-"""Bytes. Linux takes 4095; what a run writes below its folder needs some of them."""
-MANY = 2**31 - 1
-"""The largest of what is only counted; what memory or time is taken for has limits of its own, beyond any use."""
-
-MAX_ROPE_THETA = 1e15
-"""Beyond it the slowest angles vanish in float32."""
 
 
 def _is_plain(value: Any) -> bool:
@@ -174,6 +174,20 @@ Text = Annotated[str, _holding(lambda text: text.strip() != "", "a non-empty str
 FilePath = Annotated[Text, fits(check_path)]
 Plain = Annotated[dict[str, Any], _holding(_is_plain, "a mapping of names to finite values")]
 Sources = list[Text | dict[str, Any]]
+SomeSources = Annotated[Sources, _holding(len, "a non-empty list of files, folders, globs or the word stdlib")]
+_DOTTED = "a list of file extensions, each with its dot, as in [.py, .jsonl]"
+Extensions = Annotated[list[Text], _holding(lambda items: all(item.startswith(".") for item in items), _DOTTED)]
+Layers = Annotated[
+    list[int],
+    _holding(
+        lambda ids: len(ids) == 3 and 0 <= ids[0] < ids[1] < ids[2],
+        "3 strictly increasing integers >= 0, as in [2, 14, 25]",
+    ),
+]
+Steps = Annotated[
+    list[int],
+    _holding(lambda steps: len(steps) == 2 and 1 <= steps[0] <= steps[1], "the first and the last step, as in [5, 8]"),
+]
 
 
 def read_section(cls: type, name: str, values: Mapping[Any, Any], known: Iterable[str] = ()) -> Any:
@@ -191,9 +205,8 @@ def read_section(cls: type, name: str, values: Mapping[Any, Any], known: Iterabl
         first = mistakes[0]
         key = name + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][:1])
         if first["type"] in ("extra_forbidden", "invalid_key"):
-            here = [f"{name}.{spec.name}" for spec in fields(cls)]
             elsewhere = [dotted for dotted in known if dotted.endswith(f".{first['loc'][0]}")]
-            meant = elsewhere[0] if elsewhere else _nearest(key, here)
+            meant = elsewhere[0] if elsewhere else _nearest(key, [f"{name}.{spec.name}" for spec in fields(cls)])
             raise RecipeError(f"{key} is not a key; did you mean {meant}?") from None
         if first["type"] == "missing":
             raise RecipeError(f"{key} is missing") from None
@@ -210,14 +223,9 @@ def _model(cls: type) -> Any:
     from pydantic import create_model
 
     hints = get_type_hints(cls, include_extras=True)
-    needed = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(cls)}
-    parts: dict[str, Any] = {key: (hints[key], ... if needed[key] else None) for key in needed}
+    is_needed = {spec.name: spec.default is spec.default_factory is MISSING for spec in fields(cls)}
+    parts: dict[str, Any] = {key: (hints[key], ... if needed else None) for key, needed in is_needed.items()}
     return create_model(cls.__name__, __config__={"strict": True, "extra": "forbid", "allow_inf_nan": False}, **parts)
-
-
-def as_override(key: str, value: Any) -> str:
-    """What a person types into a shell to get `key` the value."""
-    return shlex.quote(f"{key}={dump_line(value)}")
 
 
 def _show(value: Any) -> str:
@@ -231,7 +239,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
 
 
-# ---- one entry of `data.sources`
+# One entry of `data.sources`.
 
 HUB = "hf:"
 """In front of a name, it is that of a data set that Hugging Face's `datasets` loads."""
@@ -263,10 +271,10 @@ class SourceSpec:
 
 def parse_sources(items: Sequence[str | dict[str, Any]], key: str = "data.sources") -> list[SourceSpec]:
     """Each entry of `key`; RecipeError of one line for what is none."""
-    return [_parse(item, f"{key}[{number}]") for number, item in enumerate(items)]
+    return [_parse_source(item, f"{key}[{number}]") for number, item in enumerate(items)]
 
 
-def _parse(item: str | dict[str, Any], key: str) -> SourceSpec:
+def _parse_source(item: str | dict[str, Any], key: str) -> SourceSpec:
     if isinstance(item, str):
         item = {"datasets": item.removeprefix(HUB)} if item.startswith(HUB) else {"path": item}
     if isinstance(item.get("path"), str) and item["path"].startswith(HUB) and "datasets" not in item:
@@ -276,11 +284,11 @@ def _parse(item: str | dict[str, Any], key: str) -> SourceSpec:
         given = "both path and datasets" if spec.path is not None else "neither path nor datasets"
         raise RecipeError(f"{key} has {given}; give one of them")
     if spec.datasets is not None and spec.format != "auto":
-        raise RecipeError(f"{key}.format is {spec.format}, which is of files; leave it out beside datasets")
+        raise RecipeError(f"{key}.format is {spec.format}, which is of files; remove it beside datasets")
     return spec
 
 
-# ---- the recipe
+# The recipe.
 
 
 @dataclass
@@ -291,16 +299,7 @@ class Target:
     """Folder of the target in transformers' format."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     """What the target computes in; auto is what its files say."""
-    layer_ids: (
-        Annotated[
-            list[int],
-            _holding(
-                lambda ids: len(ids) == 3 and 0 <= ids[0] < ids[1] < ids[2],
-                "3 strictly increasing integers >= 0, as in [2, 14, 25]",
-            ),
-        ]
-        | None
-    ) = None
+    layer_ids: Layers | None = None
     """Features are the residual stream entering these layers; null: (2, n // 2, n - 3) for n layers."""
     chunk_tokens: Count | None = None
     """Tokens that the target is given at a time, over a cache of keys and values; null: a whole batch."""
@@ -326,19 +325,13 @@ class Target:
 class Data:
     """The documents to learn from."""
 
-    sources: Annotated[Sources, _holding(len, "a non-empty list of files, folders, globs or the word stdlib")]
+    sources: SomeSources
     """Files, folders, globs, `stdlib` (the running Python's own library), `hf:NAME`, or mappings with `path` or `datasets`,
     and weight, format, split, name, streaming: see `SourceSpec` in config.py."""
-    extensions: Annotated[
-        list[Text],
-        _holding(
-            lambda items: all(item.startswith(".") for item in items),
-            "a list of file extensions, each with its dot, as in [.py, .jsonl]",
-        ),
-    ] = field(default_factory=lambda: [".py", ".txt", ".md", ".jsonl", ".parquet", ".arrow"])
+    extensions: Extensions = field(default_factory=lambda: [".py", ".txt", ".md", ".jsonl", ".parquet", ".arrow"])
     """Which files of folders are read: .jsonl, .json, .parquet and .arrow as examples, anything else as text."""
     exclude: list[Text] = field(default_factory=list)
-    """fnmatch patterns; a file whose path below its source matches one is left out."""
+    """fnmatch patterns; a file whose path below its source matches one is skipped."""
     eval_sources: Sources = field(default_factory=list)
     """Documents to evaluate on, named as in `sources` (but weights are 1). Given, eval_fraction is not used."""
     eval_fraction: Share = 0.02
@@ -478,15 +471,7 @@ class Train:
     """torch.compile's backend; aot_eager only traces, for tests."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"] = "default"
     """torch.compile's mode; reduce-overhead is refused."""
-    profile_steps: (
-        Annotated[
-            list[int],
-            _holding(
-                lambda steps: len(steps) == 2 and 1 <= steps[0] <= steps[1], "the first and the last step, as in [5, 8]"
-            ),
-        ]
-        | None
-    ) = None
+    profile_steps: Steps | None = None
     """Write a torch profiler trace of these steps, and print where their time goes."""
     activation_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass."""
@@ -544,42 +529,42 @@ class Recipe:
         for section in fields(self):
             values = getattr(self, section.name)
             read_section(type(values), section.name, vars(values))
-        parse_sources(self.data.sources)
-        if any(source.weight != 1 for source in parse_sources(self.data.eval_sources, "data.eval_sources")):
-            raise RecipeError("data.eval_sources has a weight; every document of it is evaluated on once: leave it out")
-        heads, kv_heads = self.draft.num_attention_heads, self.draft.num_key_value_heads
-        self._require("data.max_length", ">=", "cod.num_depths", self.data.max_length >= self.cod.num_depths)
-        is_cut = self.cod.num_segments == "auto" or self.cod.num_segments <= self.data.max_length
-        self._require("cod.num_segments", "<=", "data.max_length", is_cut)
-        if heads is not None and kv_heads is not None:
-            key = "draft.num_key_value_heads"
-            self._require("draft.num_attention_heads", "a multiple of", key, heads % kv_heads == 0)
-        if self.draft.rope_scaling is not None:
-            _check_rope_scaling(self.draft.rope_scaling)
-        if self.target.shard and self.target.device_map:
+        target, data, draft, cod, train = self.target, self.data, self.draft, self.cod, self.train
+        parse_sources(data.sources)
+        if any(source.weight != 1 for source in parse_sources(data.eval_sources, "data.eval_sources")):
+            raise RecipeError("data.eval_sources has a weight; every document of it is evaluated on once: remove it")
+        heads, kv_heads = draft.num_attention_heads, draft.num_key_value_heads
+        has_whole_groups = heads is None or kv_heads is None or heads % kv_heads == 0
+        is_cut = cod.num_segments == "auto" or cod.num_segments <= data.max_length
+        for holds, first, relation, second in (
+            (data.max_length >= cod.num_depths, "data.max_length", ">=", "cod.num_depths"),
+            (is_cut, "cod.num_segments", "<=", "data.max_length"),
+            (has_whole_groups, "draft.num_attention_heads", "a multiple of", "draft.num_key_value_heads"),
+        ):
+            if not holds:
+                values = [functools.reduce(getattr, key.split("."), self) for key in (first, second)]
+                raise RecipeError(
+                    f"{first} is {values[0]} and {second} is {values[1]}: change one of them so that {first} is"
+                    f" {relation} {second}"
+                )
+        if draft.rope_scaling is not None:
+            _check_rope_scaling(draft.rope_scaling)
+        if target.shard and target.device_map:
             raise RecipeError(
-                f"target.shard is true, target.device_map is {self.target.device_map}: change one of them to false or null"
+                f"target.shard is true, target.device_map is {target.device_map}: change one of them to false or null"
             )
-        if self.draft.init_from is not None and self.draft.vocab_from is not None:
+        if draft.init_from is not None and draft.vocab_from is not None:
             raise RecipeError(
-                "draft.init_from and draft.vocab_from are both given, and each brings a draft vocabulary: leave one out"
+                "draft.init_from and draft.vocab_from are both given, and each brings a draft vocabulary: remove one"
             )
-        if self.train.compile_mode == "reduce-overhead":
+        if train.compile_mode == "reduce-overhead":
             raise RecipeError(
                 "train.compile_mode is reduce-overhead, whose CUDA graphs would overwrite one segment's gradients with the"
                 " next one's: give default or max-autotune-no-cudagraphs"
             )
-        if self.train.mixed_precision == "bf16" and self.train.dtype == "float64":
-            # Autocast leaves float64 as it is, without a word.
+        if train.mixed_precision == "bf16" and train.dtype == "float64":
+            # Autocast leaves float64 unchanged, without a word.
             raise RecipeError("train.mixed_precision is bf16, train.dtype is float64: change one of them")
-
-    def _require(self, first: str, relation: str, second: str, holds: bool) -> None:
-        if not holds:
-            values = [getattr(getattr(self, key.split(".")[0]), key.split(".")[1]) for key in (first, second)]
-            raise RecipeError(
-                f"{first} is {values[0]} and {second} is {values[1]}: change one of them so that {first} is"
-                f" {relation} {second}"
-            )
 
 
 def _check_rope_scaling(scaling: dict[str, Any]) -> None:
@@ -599,44 +584,29 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """
     sections = get_type_hints(Recipe)
     known = [f"{name}.{spec.name}" for name, cls in sections.items() for spec in fields(cls)]
-    given: dict[Any, Any] = {}
-    for name, values in _read_mapping(Path(os.path.expanduser(path)), sections).items():
-        _check_section_name(name, sections, known)
-        if values is not None and not isinstance(values, dict):
-            raise RecipeError(f"{name}: got {_show(values)}; give a mapping of its keys to values")
-        given[name] = values or {}  # a section whose every line is commented out reads as null
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        name, dot, leaf = key.strip().partition(".")
-        if not equals or not dot:
-            raise RecipeError(f"override {override!a}: give section.key=value, as in train.epochs=2")
-        _check_section_name(name, sections, known)
-        try:
-            given.setdefault(name, {})[leaf] = parse_yaml(text, f"override {key.strip()}")
-        except YamlError as error:
-            raise RecipeError(str(error)) from None
+    given = read_yaml(Path(os.path.expanduser(path)))
+    if not isinstance(given, dict):
+        kind = "empty" if given is None else f"a {type(given).__name__}"
+        raise RecipeError(f"the recipe {path} is {kind}; give a mapping of sections: {', '.join(sections)}")
+    changes = [override.partition("=") for override in overrides]
+    for key, equals, text in changes:
+        if not equals or "." not in key:
+            raise RecipeError(f"override {key + equals + text!a}: give section.key=value, as in train.epochs=2")
+    for name in [*given, *(key.strip().partition(".")[0] for key, _, _ in changes)]:
+        if name not in sections:
+            meant = [dotted for dotted in known if dotted.endswith(f".{name}")] or [_nearest(str(name), sections)]
+            raise RecipeError(f"{name} is not a section; did you mean {meant[0]}?")
+        if not isinstance(given.get(name) or {}, dict):
+            raise RecipeError(f"{name}: got {_show(given[name])}; give a mapping of its keys to values")
+        given[name] = given.get(name) or {}  # a section whose every line is commented out reads as null
+    for key, _, text in changes:
+        name, _, leaf = key.strip().partition(".")
+        given[name][leaf] = parse_yaml(text, f"override {key.strip()}")
     recipe = Recipe(**{name: read_section(cls, name, given.get(name, {}), known) for name, cls in sections.items()})
     recipe.validate()
     return recipe
 
 
-def _check_section_name(name: Any, sections: Iterable[str], known: Iterable[str]) -> None:
-    if name not in sections:
-        meant = [dotted for dotted in known if dotted.endswith(f".{name}")] or [_nearest(str(name), sections)]
-        raise RecipeError(f"{name} is not a section; did you mean {meant[0]}?")
-
-
 def dump_recipe(recipe: Recipe) -> str:
     """The whole recipe as YAML, defaults included; `load_recipe` reads it back to an equal one."""
     return dump_yaml(asdict(recipe))
-
-
-def _read_mapping(path: Path, sections: Iterable[str]) -> dict[Any, Any]:
-    try:
-        raw = read_yaml(path)
-    except YamlError as error:
-        raise RecipeError(f"the recipe {error}") from None
-    if not isinstance(raw, dict):
-        given = "empty" if raw is None else f"a {type(raw).__name__}"
-        raise RecipeError(f"the recipe {path} is {given}; give a mapping of sections: {', '.join(sections)}")
-    return raw

@@ -44,6 +44,10 @@ PLAIN = {
     "Text": "str",
     "FilePath": "str",
     "Sources": "list[str | dict]",
+    "SomeSources": "list[str | dict]",
+    "Extensions": "list[str]",
+    "Layers": "list[int]",
+    "Steps": "list[int]",
     "Plain": "dict",
     "Share": "float",
 }
