@@ -58,39 +58,34 @@ class FoundFiles(NamedTuple):
 
 
 def find_all(data: Data) -> dict[str, FoundFiles]:
-    """The files of each role in the order in which they are read: `eval_sources`, if there are any, and `sources`."""
-    roles = {"eval_sources": data.eval_sources, "sources": data.sources}
-    return {
-        role: find_files(parse_sources(items, f"data.{role}"), data.extensions, data.exclude)
-        for role, items in roles.items()
-        if items
-    }
+    """The files of each role in the order in which they are read: `eval_sources`, if there are any, and `sources`.
 
-
-def find_files(specs: Sequence[SourceSpec], extensions: Sequence[str], exclude: Sequence[str]) -> FoundFiles:
-    """Resolve files, folders, globs, `stdlib`, saved data sets and names of data sets.
-
-    Folders are searched, at any depth, for `extensions` (or for those of the source's own format). Files and globs may
-    also name text and example files of any known extension. `exclude` holds fnmatch patterns on the path below the
-    source, with or without the source's own name before it.
+    Sources are files, folders, globs, `stdlib`, saved data sets and names of data sets. Folders are searched, at any depth,
+    for data.extensions (or for those of the source's own format). Files and globs may also name text and example files of
+    any known extension. data.exclude holds fnmatch patterns on the path below the source, with or without the source's own
+    name before it.
 
     Raises:
         ValueError: a source that names nothing to read.
     """
-    files, skipped = list[SourceFile](), Counter[str]()
-    for number, spec in enumerate(specs):
-        wanted = tuple(extensions) if spec.format in ("auto", "text") else (f".{spec.format}",)
-        not_read = Counter[str]()
-        found = list(_files_of(number, spec, wanted, exclude, not_read))
-        if not found:
-            counts = ", ".join(f"{count} {what}" for what, count in not_read.items()) or "none at all"
-            raise ValueError(
-                f"data source {spec.describe()} has no file to read ({counts}): change data.exclude or data.extensions,"
-                f" {' '.join(wanted)}"
-            )
-        files += found
-        skipped += not_read
-    return FoundFiles(files, skipped)
+    found = {}
+    for role, items in (("eval_sources", data.eval_sources), ("sources", data.sources)):
+        files, skipped = list[SourceFile](), Counter[str]()
+        for number, spec in enumerate(parse_sources(items, f"data.{role}")):
+            extensions = tuple(data.extensions) if spec.format in ("auto", "text") else (f".{spec.format}",)
+            not_read = Counter[str]()
+            its_files = list(_files_of(number, spec, extensions, data.exclude, not_read))
+            if not its_files:
+                counts = ", ".join(f"{count} {what}" for what, count in not_read.items()) or "none at all"
+                raise ValueError(
+                    f"data source {spec.describe()} has no file to read ({counts}): change data.exclude or"
+                    f" data.extensions, {' '.join(extensions)}"
+                )
+            files += its_files
+            skipped += not_read
+        if items:
+            found[role] = FoundFiles(files, skipped)
+    return found
 
 
 def _files_of(
@@ -185,7 +180,7 @@ def _lines(file: SourceFile) -> Iterator[bytes]:
     try:
         with opener(file.path, "rb") as stream:
             yield from stream
-    except (OSError, EOFError) as error:  # gzip raises both on what is no gzip or is cut
+    except (OSError, EOFError) as error:  # gzip raises both on a file of another kind or a cut one
         raise ValueError(f"cannot read {file.path}: {getattr(error, 'strerror', None) or error}") from None
 
 
@@ -244,27 +239,19 @@ def _open_table(path: str, format: str, spec: SourceSpec) -> Any:
 class SourceReport:
     """What was read, and what was skipped."""
 
-    files: int = 0
-    """Files found."""
-    documents: int = 0
-    """Documents kept; the next four are of these."""
+    files: int = 0  # found
+    documents: int = 0  # kept, as are those of the next three
     tokens: int = 0
-    supervised: int = 0
-    """Drafter rows with a loss: tokens with mask 1, without the first of each document."""
-    forms: Counter[str] = field(default_factory=Counter)
-    """By the form of their example; `file` is a whole text file."""
-    left_out: Counter[str] = field(default_factory=Counter)
-    """Files that are not read, and documents that are empty or equal to an earlier one."""
-    bad_rows: Counter[str] = field(default_factory=Counter)
-    """Examples that cannot be trained on, by reason."""
-    first_bad: dict[str, str] = field(default_factory=dict)
-    """File and line of the first one of each reason, and what is wrong with it."""
-    notes: Counter[str] = field(default_factory=Counter)
-    """What chats had that was not learned, dropped or peculiar, and more; duplicates are counted too."""
-    ignored_keys: list[str] = field(default_factory=list)
-    """Keys of examples that nothing reads: the first 20, and one more if there are more."""
-    unread_files: int | None = None
-    """Files that give no document because of max_documents; None if it cut nothing."""
+    supervised: int = 0  # drafter rows with a loss: tokens with mask 1, without the first of each document
+    forms: Counter[str] = field(default_factory=Counter)  # by the form of their example; `file` is a whole text file
+    left_out: Counter[str] = field(
+        default_factory=Counter
+    )  # files not read, documents empty or equal to an earlier one
+    bad_rows: Counter[str] = field(default_factory=Counter)  # examples that cannot be trained on, by reason
+    first_bad: dict[str, str] = field(default_factory=dict)  # of each reason: file and line, and what is wrong with it
+    notes: Counter[str] = field(default_factory=Counter)  # see `EncodedBatch`; duplicates are counted too
+    ignored_keys: list[str] = field(default_factory=list)  # of examples: the first 20, and one more if there are more
+    unread_files: int | None = None  # that give no document because of max_documents; None if it cut nothing
 
     def describe(self) -> str:
         """One line: what was kept, then every count of what was not."""
@@ -391,12 +378,9 @@ class Documents:
     """Documents in order: what is known of each, and where its tokens are. They fill the store."""
 
     store: TokenStore
-    lengths_D: np.ndarray
-    """int64, each >= 1."""
-    sources_D: np.ndarray
-    """int64: which source of the recipe."""
-    keys_D32: np.ndarray
-    """uint8: sha256 of ids and mask."""
+    lengths_D: np.ndarray  # int64, each >= 1
+    sources_D: np.ndarray  # int64: which source of the recipe
+    keys_D32: np.ndarray  # uint8: sha256 of ids and mask
 
     @property
     def starts_D(self) -> np.ndarray:

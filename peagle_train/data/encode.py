@@ -190,7 +190,7 @@ class Encoder:
 
 
 def _first_outside(values: list[Any], end: int) -> int | None:
-    """Index of the first value that is no integer in 0..end - 1."""
+    """Index of the first value that is not an integer in 0..end - 1; None if there is none."""
     # The fast test: a data set has tens of millions of tokens.
     if set(map(type, values)) == {int} and min(values) >= 0 and max(values) < end:
         return None

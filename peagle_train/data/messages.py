@@ -191,7 +191,7 @@ def _content(content: Any, where: str) -> str | list[dict[str, Any]]:
     for part in _typed(content, list, f"content of {where}"):
         text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
         if not isinstance(text, str):
-            raise BadRow(FORMAT, f"content of {where} has a part that is no text; only texts are read")
+            raise BadRow(FORMAT, f"content of {where} has a part that is not text; only text is read")
         parts.append({"type": "text", "text": text})
     return parts if len(parts) > 1 else parts[0]["text"] if parts else ""
 

@@ -8,7 +8,7 @@ import hashlib
 import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,26 +71,16 @@ def _lies_below(bytes_D8: np.ndarray, fraction: float) -> np.ndarray:
 class PackReport:
     """What packing made of the documents."""
 
-    documents: int
-    """Documents packed."""
-    pieces: int
-    """Parts they were cut into."""
-    split_documents: int
-    """Documents longer than max_length."""
-    rows: int
-    """Sequences."""
-    tokens: int
-    """Tokens in all sequences: those of the documents, every one."""
-    supervised: int
-    """Drafter rows with a loss: tokens with mask 1, without the first of each piece."""
-    lost_at_splits: int
-    """Drafter rows with a loss that the documents had and the pieces do not."""
-    fill: float
-    """Share of sequences * max_length that is tokens."""
-    repeats: int = 0
-    """Of `documents`, those that come once more because of their source's weight."""
-    left_out_by_weight: int = 0
-    """Documents that are not packed because of their source's weight."""
+    documents: int  # packed
+    pieces: int  # parts they were cut into
+    split_documents: int  # documents longer than max_length
+    rows: int  # sequences
+    tokens: int  # in all sequences: those of the documents, every one
+    supervised: int  # drafter rows with a loss: tokens with mask 1, without the first of each piece
+    lost_at_splits: int  # drafter rows with a loss that the documents had and the pieces do not
+    fill: float  # share of sequences * max_length that is tokens
+    repeats: int = 0  # of `documents`, those that come once more because of their source's weight
+    left_out_by_weight: int = 0  # documents that are not packed because of their source's weight
 
     def describe(self) -> str:
         """One line."""
@@ -252,20 +242,13 @@ def _best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int
 class TrainingData:
     """Sequences to train on and sequences to evaluate on."""
 
-    train_rows: PackedRows
-    """Every sequence of an epoch."""
-    eval_rows: PackedRows
-    """At most data.max_eval_rows; may be empty."""
-    counts_V: Tensor
-    """int64 [V]: how often each of the target's tokens is supervised in train_rows. Chooses the draft vocabulary."""
-    report: PackReport
-    """Of train_rows."""
-    eval_report: PackReport
-    """Of all held-out sequences, those beyond data.max_eval_rows included."""
-    in_both: int = 0
-    """Documents of data.sources that are in data.eval_sources too, and not trained on."""
-    source_reports: dict[str, SourceReport] = field(default_factory=dict)
-    """What was read for `sources`, and for `eval_sources` if there are any."""
+    train_rows: PackedRows  # every sequence of an epoch
+    eval_rows: PackedRows  # at most data.max_eval_rows; may be empty
+    counts_V: Tensor  # int64 [V]: how often each of the target's tokens is supervised in train_rows
+    report: PackReport  # of train_rows
+    eval_report: PackReport  # of all held-out sequences, those beyond data.max_eval_rows included
+    in_both: int  # documents of data.sources that are in data.eval_sources, too, and not trained on
+    source_reports: dict[str, SourceReport]  # what was read for `sources`, and for `eval_sources` if there are any
 
     @property
     def has_chats(self) -> bool:

@@ -66,7 +66,7 @@ def prepare_recipe(
     listing = _listing(found)
     if (folder / INDEX).exists():
         say(f"{folder} is finished: checking it (saved and named data sets are compared by their names only)")
-        whole = _open_folder(folder, settings, data.max_bad_rows)
+        whole = open_prepared(folder, settings, data.max_bad_rows)
         if read_index(folder)["files of the sources"] != listing:
             raise ValueError(
                 f"--out {folder} was made of other files: their names or sizes changed; give another folder"
@@ -105,7 +105,7 @@ def prepare_recipe(
             write_folder(folder, fill)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"--out {folder} cannot be written: {error}") from None
-    return _open_folder(folder, settings, data.max_bad_rows)
+    return open_prepared(folder, settings, data.max_bad_rows)
 
 
 def _by_workers(
@@ -190,18 +190,12 @@ def _listing(found: dict[str, FoundFiles]) -> str:
     return checksum({role: [(f.name, f.format, f.size) for f in files.files] for role, files in found.items()})
 
 
-def open_prepared(recipe: Recipe, tokenizer: Any, vocab_size: int, mask_token_id: int | None) -> TrainingData:
-    """The sequences in the recipe's data.prepared; the same as if they were made now, but mapped from their files.
+def open_prepared(folder: Path, settings: dict[str, Any], max_bad_rows: int) -> TrainingData:
+    """The sequences of a prepared folder; the same as if they were made now, but mapped from their files.
 
     Raises:
         ValueError: one line, for a folder that is not finished, was made for other settings, or whose files were changed.
     """
-    assert recipe.data.prepared is not None
-    settings = settings_of(recipe, tokenizer, vocab_size, mask_token_id)
-    return _open_folder(Path(recipe.data.prepared), settings, recipe.data.max_bad_rows)
-
-
-def _open_folder(folder: Path, settings: dict[str, Any], max_bad_rows: int) -> TrainingData:
     index = read_index(folder)
     for key, now in settings.items():
         then = index["settings"].get(key)

@@ -17,7 +17,7 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
     Epoch e visits every sequence once, in an order drawn from (seed, e). A step takes the next batch_size *
     accumulation * world_size sequences: number j of them belongs to micro-batch j // (world_size * batch_size) of
     rank j // batch_size % world_size, so that one process with twice the accumulation trains on the same sequences
-    as two processes. The last step of an epoch is filled up with `EMPTY_ROW`: nothing is repeated or left out.
+    as two processes. The last step of an epoch is filled up with `EMPTY_ROW`: nothing is repeated or skipped.
 
     A `DataLoader`'s `batch_sampler`. It has divided the sequences among the ranks already: do not let
     Accelerate prepare that loader.

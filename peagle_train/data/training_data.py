@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from peagle_train.data.chat import ChatEncoder, read_template
 from peagle_train.data.documents import find_all
 from peagle_train.data.encode import Encoder
 from peagle_train.data.packing import TrainingData, make_data
-from peagle_train.data.prepare import open_prepared
+from peagle_train.data.prepare import open_prepared, settings_of
 
 
 def load_training_data(
@@ -40,7 +41,8 @@ def load_training_data(
     """
     data = recipe.data
     if data.prepared is not None:
-        made = open_prepared(recipe, tokenizer, vocab_size, mask_token_id)
+        settings = settings_of(recipe, tokenizer, vocab_size, mask_token_id)
+        made = open_prepared(Path(data.prepared), settings, data.max_bad_rows)
         say(f"data: as prepared in {data.prepared}, checksums verified")
     else:
         read_template(data.chat_template)
