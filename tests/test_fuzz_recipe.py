@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from peagle_train.config import Recipe, RecipeError, dump_recipe, load_recipe
 from peagle_train.launch import main
 
-QUIET = settings(max_examples=300, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+QUIET = settings(max_examples=100, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 
 KEYS = [
     f"{section.name}.{leaf.name}" for section in fields(Recipe) for leaf in fields(get_type_hints(Recipe)[section.name])

@@ -14,7 +14,7 @@ from peagle_train.data.training_data import load_training_data
 from tests.byte_tokenizer import BYTES_VOCAB, make_byte_tokenizer
 from tests.tiny import make_target, write_recipe
 
-QUIET = settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+QUIET = settings(max_examples=80, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 MASK = BYTES_VOCAB - 1
 
 texts = st.one_of(st.text(max_size=12), st.sampled_from(["", " ", "\ud800", "\x00", "<|im_end|>", "a" * 500]))

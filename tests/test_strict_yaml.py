@@ -50,7 +50,7 @@ nested = st.recursive(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(nested)
 def test_no_value_changes_on_its_way_out_and_in_for_this_reader_and_the_usual_one(value: Any) -> None:
     text = dump_yaml(value)
