@@ -48,6 +48,14 @@ _VERSION = 1
 _USER, _ASSISTANT, _NEXT = "Qwhatq", "Aanswera", "Nnextn"
 """Words to look for in what the template makes of them."""
 
+IDS_ALONE = {
+    "add_special_tokens": False,
+    "return_attention_mask": False,
+    "return_token_type_ids": False,
+    "verbose": False,  # no warning of documents longer than the model's window: they are split later, on purpose
+}
+"""What tokenizers are asked for."""
+
 _TRAILING = "messages after the last learned one, dropped"
 _UNLEARNED = "turns that cannot be learned in their chat"
 _ENDLESS = "turns without an end-of-turn token"
@@ -399,14 +407,7 @@ class ChatEncoder:
         return _learnable(self._plain_start + whole.ids, [0] * len(self._plain_start) + mask, counts)
 
     def _tokenize(self, text: str) -> TokenizedText:
-        encoded = self._tokenizer(
-            text,
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # no warning of chats longer than the model's window: they are split later, on purpose
-        )
+        encoded = self._tokenizer(text, return_offsets_mapping=True, **IDS_ALONE)
         starts_n, ends_n = torch.tensor(encoded["offset_mapping"], dtype=torch.int64).reshape(-1, 2).T.contiguous()
         return TokenizedText(text, encoded["input_ids"], starts_n, ends_n)
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from peagle_train.config import Data
-from peagle_train.data.chat import ChatEncoder
+from peagle_train.data.chat import IDS_ALONE, ChatEncoder
 from peagle_train.data.messages import (
     BAD_IDS,
     FORMAT,
@@ -154,15 +154,8 @@ class Encoder:
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
-        encoded = self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            split_special_tokens=True,  # text that spells a special token must not become that token
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # no warning of documents longer than the model's window: they are split later, on purpose
-        )
-        return list(encoded["input_ids"])
+        # Text that spells a special token must not become that token.
+        return list(self.tokenizer(texts, split_special_tokens=True, **IDS_ALONE)["input_ids"])
 
     def _check(self, form: str, ids: list[Any], mask: list[Any]) -> EncodedExample | BadRow | None:
         """The document, or None if it has no token."""
