@@ -276,11 +276,6 @@ def test_a_chat_that_the_assistant_opens_is_learned_from_its_second_turn() -> No
     assert error.value.reason == NOTHING
 
 
-def test_a_system_prompt_alone_is_a_prompt() -> None:
-    encoded = encode(chats.CHATML, chat("system: Be brief", "assistant: Hi"))
-    assert readable(encoded).endswith(r"<|im_start|> assistant \n [Hi] [<|im_end|>] \n")
-
-
 def test_two_turns_of_the_assistant_in_a_row_are_both_learned() -> None:
     encoded = encode(chats.CHATML, chat("user: Hi", "assistant: Hello", "assistant: Bye"))
     assert readable(encoded).endswith(
@@ -385,11 +380,6 @@ def test_a_chat_of_50_turns_is_learned_from_in_every_turn() -> None:
     assert text.count(r"assistant \n [Hello]") == 50 == text.count("[<|im_end|>]")
     first = encode(chats.CHATML, chat(*turns[:2]))
     assert encoded.loss_mask[: len(first.loss_mask)] == first.loss_mask
-
-
-def test_a_text_of_a_megabyte_is_encoded() -> None:
-    encoded = encode(chats.CHATML, chat("user: " + "Hello sea " * 100_000, "assistant: " + "\n" * 10_000 + "Bye"))
-    assert sum(encoded.loss_mask) > 100 and len(encoded.input_ids) > 200_000
 
 
 @pytest.mark.parametrize(

@@ -104,11 +104,6 @@ def test_packing_loses_nothing_and_fills_rows_as_a_slow_packer_does(
     assert report.fill == pytest.approx(report.tokens / (len(rows) * max_length) if len(rows) else 0)
 
 
-def test_a_piece_goes_where_the_least_space_is_left() -> None:
-    rows, _ = pack_documents([document([n] * n) for n in (3, 10, 12, 4, 3)], 16)
-    assert [row["input_ids"].unique().tolist() for row in all_rows(rows)] == [[4, 12], [3, 10]]
-
-
 def test_a_long_document_is_cut_into_pieces_that_keep_their_masks() -> None:
     rows, report = pack_documents([document([1, 2, 3, 4, 5, 6, 7], [0, 0, 1, 1, 0, 1, 1])], 3)
     assert pieces_of(rows) == [((1, 2, 3), (0, 0, 1)), ((4, 5, 6), (1, 0, 1)), ((7,), (1,))]
@@ -165,21 +160,6 @@ def test_limit_takes_a_fixed_sample_in_order_and_shares_the_tokens() -> None:
     )
     assert [row["row_key"] for row in all_rows(limited.limit(3))] == [k for k in chosen if k in sorted(chosen)[:3]]
     assert rows.limit(None) is rows and rows.limit(40) is rows
-
-
-def test_no_documents_make_no_rows() -> None:
-    rows, report = pack_documents([], 8)
-    assert (len(rows), report.rows, report.fill) == (0, 0, 0.0)
-
-
-def test_a_log_normal_mix_of_lengths_fills_97_percent() -> None:
-    lengths = np.random.default_rng(1).lognormal(6.5, 1.2, 3000).astype(int).clip(1, 40_000)
-    tokens, mask = torch.zeros(40_000, dtype=torch.int64), torch.ones(40_000, dtype=torch.uint8)
-    documents = [Document(tokens[:n], mask[:n], "", f"{i:064x}") for i, n in enumerate(lengths.tolist())]
-    rows, report = pack_documents(documents, 4096)
-    held = sum(rows[i]["input_ids"].numel() for i in range(len(rows)))
-    assert held == lengths.sum() == report.tokens
-    assert held / (len(rows) * 4096) >= 0.97 and report.split_documents == int((lengths > 4096).sum()) > 0
 
 
 def test_more_than_a_million_tokens_are_counted_across_the_parts_that_they_are_counted_in() -> None:

@@ -35,24 +35,15 @@ def learned(document: Document) -> str:
     return TOKENIZER.decode(document.input_ids[document.loss_mask == 1])
 
 
+TEXT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>\n"
+
+
 @pytest.mark.parametrize(
     "row, text, what_is_learned",
     [
-        (
-            {"messages": CHAT},
-            "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>\n",
-            "hello<|im_end|>",
-        ),
-        (
-            {"conversations": SHAREGPT},
-            "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>\n",
-            "hello<|im_end|>",
-        ),
-        (
-            {"prompt": CHAT[:1], "completion": CHAT[1:]},
-            "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>\n",
-            "hello<|im_end|>",
-        ),
+        ({"messages": CHAT}, TEXT, "hello<|im_end|>"),
+        ({"conversations": SHAREGPT}, TEXT, "hello<|im_end|>"),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:]}, TEXT, "hello<|im_end|>"),
         ({"prompt": "2 + 2 =", "completion": " 4"}, "2 + 2 = 4<|im_end|>", " 4<|im_end|>"),
         ({"text": "plain"}, "plain", "lain"),
         ({"input_ids": [65, 66, 67], "loss_mask": [0, 0, 1]}, None, None),

@@ -1,7 +1,6 @@
 """Documents: what is read from files and folders, in which order, and what is refused with which words."""
 
 import json
-import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -65,19 +64,6 @@ def test_special_tokens_spelled_out_in_text_stay_text(
     (read,), _ = load(write(tmp_path / "a.txt", "a<|end|>b"))
     assert read.input_ids.numel() == 9 and end not in read.input_ids
     assert tokenizer("<|end|>")["input_ids"] == [end], "the tokenizer is left as it was"
-
-
-def test_no_warning_tells_of_documents_longer_than_the_models_window(
-    tmp_path: Path,
-    load: Any,
-    tokenizer: PreTrainedTokenizerFast,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    tokenizer.deprecation_warnings.clear()  # it warns once only
-    load(write(tmp_path / "a.txt", "x" * 100))
-    assert caplog.records == []
 
 
 def test_texts_and_rows_keep_the_order_of_the_files(tmp_path: Path, load: Any) -> None:
