@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from peagle_train.config import Recipe
 from peagle_train.data.chat import ChatEncoder, read_template
-from peagle_train.data.documents import FoundFiles, SourceReport, TokenStore, find_all
+from peagle_train.data.documents import SourceReport, TokenStore, find_all
 from peagle_train.data.encode import EncodedBatch, Encoder, RawExample, clip
 from peagle_train.data.messages import CHAT_KEYS
 from peagle_train.data.packing import PackedRows, PackReport, TrainingData, make_data
@@ -63,7 +63,8 @@ def prepare_recipe(
     read_template(data.chat_template)  # before anything is made
     settings = settings_of(recipe, tokenizer, vocab_size, mask_token_id)
     found = find_all(data)
-    listing = _listing(found)
+    names = {role: [(file.name, file.format, file.size) for file in files.files] for role, files in found.items()}
+    listing = checksum(names)
     if (folder / INDEX).exists():
         say(f"{folder} is finished: checking it (saved and named data sets are compared by their names only)")
         whole = open_prepared(folder, settings, data.max_bad_rows)
@@ -183,11 +184,6 @@ def _tokenizer_sum(tokenizer: Any) -> str | None:
         return checksum({"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()})
     # Padding and truncation are how it was last called, not what it is.
     return checksum({**json.loads(tokenizer.backend_tokenizer.to_str()), "padding": None, "truncation": None})
-
-
-def _listing(found: dict[str, FoundFiles]) -> str:
-    """sha256 of the names and sizes of all files."""
-    return checksum({role: [(f.name, f.format, f.size) for f in files.files] for role, files in found.items()})
 
 
 def open_prepared(folder: Path, settings: dict[str, Any], max_bad_rows: int) -> TrainingData:
