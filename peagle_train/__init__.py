@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from peagle_train.core.draft_config import PEagleDraftConfig
     from peagle_train.core.loss import chunked_linear_loss
     from peagle_train.core.partition import assign_cod_segments, balanced_boundaries, segment_capacity
+    from peagle_train.core.passes import TargetOutputs
+    from peagle_train.core.recompute import recompute_step
     from peagle_train.core.relay import RelayBuffers, relay_step
-    from peagle_train.core.segments import TargetOutputs, recompute_step
     from peagle_train.target_model.frozen import FrozenTarget
 
 _HOMES = {
@@ -26,13 +27,13 @@ _HOMES = {
     "PEagleDraftConfig": "core.draft_config",
     "Recipe": "config",
     "RelayBuffers": "core.relay",
-    "TargetOutputs": "core.segments",
+    "TargetOutputs": "core.passes",
     "assign_cod_segments": "core.partition",
     "balanced_boundaries": "core.partition",
     "chunked_linear_loss": "core.loss",
     "generate_cod_sample_indices": "core.cod",
     "load_recipe": "config",
-    "recompute_step": "core.segments",
+    "recompute_step": "core.recompute",
     "relay_step": "core.relay",
     "segment_capacity": "core.partition",
 }

@@ -16,7 +16,7 @@ from torch import Tensor
 from peagle_train.config import Recipe
 from peagle_train.core.collator import CODCollator
 from peagle_train.core.elements import Elements, gather_elements
-from peagle_train.core.segments import visibility_of
+from peagle_train.core.passes import visibility_of
 from peagle_train.data.training_data import load_training_data, make_collator
 from peagle_train.data.vocab import choose_mask_token, load_tokenizer, target_vocab_size
 from peagle_train.files import write_bytes

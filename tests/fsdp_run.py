@@ -11,9 +11,10 @@ from peagle_train.core.collator import CODCollator
 from peagle_train.core.compiled import compile_layers
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
+from peagle_train.core.passes import TargetOutputs
 from peagle_train.core.plan import plan_segments
+from peagle_train.core.recompute import recompute_step
 from peagle_train.core.relay import context_chunks, needed_segments, relay_step
-from peagle_train.core.segments import TargetOutputs, recompute_step
 from peagle_train.distributed import max_counts, shard
 from peagle_train.serving.start import draw_weights
 

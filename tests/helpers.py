@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from peagle_train.core.collator import CODCollator
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
-from peagle_train.core.segments import StepStats, TargetOutputs
+from peagle_train.core.passes import StepStats, TargetOutputs
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from peagle_train.core.elements import Elements, context_elements, gather_elements
+from peagle_train.core.passes import StepStats, TargetOutputs
+from peagle_train.core.recompute import recompute_step
 from peagle_train.core.relay import relay_step
-from peagle_train.core.segments import StepStats, TargetOutputs, recompute_step
 from tests.helpers import DRAFT_VOCAB, TARGET_HIDDEN, make_draft
 
 # Two documents, one column of padding; the assistant's words are in capitals.

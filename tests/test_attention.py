@@ -13,8 +13,8 @@ from peagle_train.core import visibility as visibility_module
 from peagle_train.core.attention import attend
 from peagle_train.core.attention_cpu import attention_op
 from peagle_train.core.plan import plan_segments
+from peagle_train.core.recompute import recompute_step
 from peagle_train.core.relay import relay_step
-from peagle_train.core.segments import recompute_step
 from peagle_train.core.visibility import Visibility
 from tests import helpers, oracles
 from tests.helpers import make_batch, make_draft, make_rows, make_target

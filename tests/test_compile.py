@@ -13,9 +13,10 @@ from peagle_train.core.collator import CODCollator
 from peagle_train.core.compiled import CompiledDraft
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
+from peagle_train.core.passes import TargetOutputs
 from peagle_train.core.plan import plan_segments
+from peagle_train.core.recompute import recompute_step
 from peagle_train.core.relay import RelayBuffers, relay_step
-from peagle_train.core.segments import TargetOutputs, recompute_step
 from peagle_train.serving.start import draw_weights
 from tests.test_distributed import launch
 from tests.tiny import make_target, write_recipe, write_rows

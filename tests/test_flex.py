@@ -19,8 +19,8 @@ from peagle_train.core.compiled import CompiledDraft
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.flex import kernel_options
 from peagle_train.core.plan import plan_segments
+from peagle_train.core.recompute import recompute_step
 from peagle_train.core.relay import RelayBuffers, relay_step
-from peagle_train.core.segments import recompute_step
 from peagle_train.training.step import check_flex
 from tests.helpers import make_batch, make_draft, make_rows, make_target
 

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
-from peagle_train.core.elements import gather_elements
-from peagle_train.core.plan import plan_segments
-from peagle_train.core.segments import TargetOutputs, run, visibility_of
+from peagle_train.core.passes import Passes, TargetOutputs, visibility_of
 from peagle_train.decoding.generate import (
     CachedTarget,
     Chance,
@@ -33,11 +31,12 @@ def trained_logits(draft: Any, row: dict[str, Any], target: TargetOutputs, K: in
     """Logits of every element of the flat training pass, by (anchor, depth)."""
     L = len(row["input_ids"])
     batch = make_batch([row], L, 1, K, down_sample_ratio=1.0)
-    segment = plan_segments(batch, K).segments[0]
-    own = gather_elements(batch, segment.columns, draft.mask_token_id)
+    passes = Passes(draft, batch, target, K, None, "kl", 384)
+    segment = passes.plan.segments[0]
+    own = passes.own(segment)
     visibility = visibility_of(own, K, M=segment.num_depth0, first_rollout=segment.first_rollout)
     with torch.no_grad():
-        hidden = run(draft, own, target, slice(0, segment.anchors.stop), visibility).hidden
+        hidden = passes.run(own, segment.anchors, visibility).hidden
         logits = draft.lm_head(hidden[0])
     who = zip(own.anchor[0].tolist(), own.depth[0].tolist(), logits)
     return {(anchor, depth): rows for anchor, depth, rows in who if depth >= 0}

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from peagle_train.core.passes import TargetOutputs
 from peagle_train.core.plan import plan_segments
+from peagle_train.core.recompute import recompute_step
 from peagle_train.core.relay import RelayBuffers, context_chunks, needed_segments, relay_step
-from peagle_train.core.segments import TargetOutputs, recompute_step
 from tests.helpers import (
     GRID,
     MASK_TOKEN,

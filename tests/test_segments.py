@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from peagle_train.core.passes import TargetOutputs
 from peagle_train.core.plan import padding_share, plan_segments
+from peagle_train.core.recompute import recompute_step
 from peagle_train.core.relay import relay_step
-from peagle_train.core.segments import TargetOutputs, recompute_step
 from tests import oracles
 from tests.helpers import (
     GRID,

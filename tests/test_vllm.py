@@ -24,8 +24,8 @@ from torch import Tensor
 
 from peagle_train.core.collator import CODCollator
 from peagle_train.core.draft import PEagleDraft
+from peagle_train.core.passes import TargetOutputs
 from peagle_train.core.relay import RelayBuffers, relay_step
-from peagle_train.core.segments import TargetOutputs
 from peagle_train.decoding.generate import CachedTarget, Chance, Drafter, decode, greedy_tokens
 from peagle_train.serving.drafter_io import check_folder, is_loadable, load_drafter
 from peagle_train.serving.export import export_drafter

@@ -66,8 +66,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from peagle_train.core.draft import PEagleDraft
+    from peagle_train.core.passes import StepStats, TargetOutputs
     from peagle_train.core.relay import RelayBuffers
-    from peagle_train.core.segments import StepStats, TargetOutputs
     from peagle_train.core.visibility import QueryBlock, Visibility
 
 MODES = ("flat", "checkpoint", "recompute", "relay")
@@ -188,7 +188,7 @@ class Bench:
     def target(self, n: int) -> "TargetOutputs":
         import torch
 
-        from peagle_train.core.segments import TargetOutputs
+        from peagle_train.core.passes import TargetOutputs
 
         generator = torch.Generator().manual_seed(self.settings.seed + 1)
         H, V = self.settings.hidden, self.settings.vocab
@@ -204,8 +204,8 @@ class Bench:
         import torch
 
         from peagle_train.core.plan import plan_segments
+        from peagle_train.core.recompute import recompute_step
         from peagle_train.core.relay import relay_step
-        from peagle_train.core.segments import recompute_step
 
         # Shapes as in the trainer: the same for every segment where something is made and kept for each new one.
         on_cuda = self.device.type == "cuda"

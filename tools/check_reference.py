@@ -88,7 +88,8 @@ def check(path: str) -> dict[str, float]:
     """Relative error of "loss" and of every gradient in the dump."""
     import torch
 
-    from peagle_train.core.segments import TargetOutputs, recompute_step
+    from peagle_train.core.passes import TargetOutputs
+    from peagle_train.core.recompute import recompute_step
 
     tensors, config = load(path)
     draft, batch = build(tensors, config), batch_of(tensors)

@@ -75,8 +75,9 @@ from peagle_train.core.attention import attend
 from peagle_train.core.elements import Elements, gather_elements
 from peagle_train.core.flex import block_mask_of
 from peagle_train.core.flex import flex as attend_by_flex
+from peagle_train.core.passes import TargetOutputs, visibility_of
 from peagle_train.core.plan import plan_segments
-from peagle_train.core.segments import TargetOutputs, recompute_step, visibility_of
+from peagle_train.core.recompute import recompute_step
 from peagle_train.core.visibility import Visibility
 from peagle_train.memory import GIB
 from peagle_train.target_model.frozen import FrozenTarget

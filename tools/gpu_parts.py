@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from peagle_train.config import Cod, Data, Draft, Output, Recipe, Target, Train
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
-from peagle_train.core.segments import StepStats, TargetOutputs
+from peagle_train.core.passes import StepStats, TargetOutputs
 from peagle_train.data.training_data import make_collator
 from peagle_train.distributed import clip_gradients, same_on_all_ranks, shard, sum_counts, sum_over_ranks, whole
 from peagle_train.memory import GIB, Device, plan_memory, sizes_of

@@ -9,7 +9,7 @@ segment needs of its past nothing but those keys and values, and owes the past n
         propagated are the segment's loss and <K_own, dK_own> + <V_own, dV_own>, where dK_own, dV_own are what the
         segments to the right have handed back; the leaves' gradients are handed on to the left.
 
-Every row runs with grad exactly once, and activations of one segment exist at a time. Algorithm 1 (segments.py) is the
+Every row runs with grad exactly once, and activations of one segment exist at a time. Algorithm 1 (recompute.py) is the
 oracle. B: rows, L: columns, P: context columns, M: own slots that may hold depth-0 elements, G: key/value heads, D: head
 dim.
 """
@@ -23,19 +23,9 @@ from torch.profiler import record_function
 from peagle_train.core.compiled import CompiledDraft
 from peagle_train.core.draft import KV, PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
-from peagle_train.core.elements import Elements, context_elements, gather_elements
-from peagle_train.core.plan import Plan, Segment, plan_segments
-from peagle_train.core.segments import (
-    StepStats,
-    TargetOutputs,
-    account,
-    check_step,
-    idle_pass,
-    labels_of,
-    new_stats,
-    run,
-    visibility_of,
-)
+from peagle_train.core.elements import Elements, context_elements
+from peagle_train.core.passes import Passes, StepStats, TargetOutputs, visibility_of
+from peagle_train.core.plan import Plan, Segment
 from peagle_train.core.visibility import GRID
 
 Backward = Callable[[Sequence[Tensor], Sequence[Tensor | None]], None]
@@ -70,11 +60,17 @@ class RelayBuffers:
         self.gradients = [pair(wide) for _ in range(config.num_hidden_layers)]
         self._made_for = wanted
 
-    def forget(self) -> None:
-        """Before each batch: columns that it does not write are masked out, but no mask hides an earlier one's nan."""
+    def forget(self, owed: int) -> None:
+        """Before each batch, which may owe gradients to the first `owed` columns.
+
+        Columns that it does not write are masked out, but no mask hides an earlier batch's nan.
+        """
         for pair in self.keys_values:
             for tensor in pair:
                 tensor.zero_()
+        for pair in self.gradients:
+            for tensor in pair:
+                tensor[:, :, :owed] = 0
 
     def context(self, columns: int) -> list[KV]:
         """Views of the first `columns` columns."""
@@ -122,61 +118,42 @@ def relay_step(
             at least, the surplus on padding. Segments then take part in all layers and in the loss even where they have
             nothing to learn, so that every parameter gets a gradient in every pass.
     """
-    plan = plan or plan_segments(batch, num_depths, static=isinstance(draft, CompiledDraft))
-    check_step(draft, batch, target, plan, num_depths)
-    buffers = buffers or RelayBuffers()
-    stats = new_stats(plan, batch["anchor"].device, draft.dtype)
-    with_grad = backward is not None
-    passes = needed_segments(plan) if with_grad else [s for s in plan.segments if s.supervised.numel()]
+    passes = Passes(draft, batch, target, num_depths, plan, loss, chunk_rows)
+    plan, buffers = passes.plan, buffers or RelayBuffers()
+    segments = passes.learning() if backward is None else needed_segments(plan)
+    end = max((int(s.context_end.max()) for s in segments), default=0)  # columns that pass A is about
+    if any(s.num_context for s in segments):
+        like = torch.empty(0, dtype=compute_dtype(draft, passes.device), device=passes.device)
+        B, L = batch["input_ids"].shape
+        buffers.prepare(draft.config, B, L, like)
+        buffers.forget(0 if backward is None else end)
+    chunks = context_chunks(plan, segments)
+    least_a, least_b = min_passes or (0, 0)
 
-    end = max((int(s.context_end.max()) for s in passes), default=0)  # columns that pass A is about
-    device = batch["anchor"].device
-    B, L = batch["input_ids"].shape
-    if any(s.num_context for s in passes):
-        buffers.prepare(draft.config, B, L, like=torch.empty(0, dtype=compute_dtype(draft, device), device=device))
-        buffers.forget()
-    chunks = context_chunks(plan, passes)
-    with record_function("peagle::pass A"):
+    with record_function("peagle::pass A"), torch.no_grad():
         for columns in chunks:
-            _run_context(draft, batch, target, buffers, columns, plan)
+            _run_context(passes, buffers, columns)
+        for _ in range(least_a - len(chunks)):
+            passes.idle()
     torch.clear_autocast_cache()  # weights cast without grad in pass A must not serve pass B
-    extra_a, extra_b = (0, 0) if min_passes is None else (min_passes[0] - len(chunks), min_passes[1] - len(passes))
-    for _ in range(extra_a):
-        with torch.no_grad():
-            idle_pass(draft, batch, target)
-    if with_grad:
-        for dk, dv in buffers.gradients:
-            dk[:, :, :end] = 0
-            dv[:, :, :end] = 0
 
-    for segment in reversed(passes):
-        P = segment.num_context
-        own = gather_elements(batch, segment.columns, draft.mask_token_id)
+    for segment in reversed(segments):
+        own, P = passes.own(segment), segment.num_context
         visibility = visibility_of(
             own,
             plan.num_depths,
-            M=segment.num_depth0,
+            segment.num_depth0,
             first_rollout=segment.first_rollout,
             num_context=P,
             context_end=segment.context_end,
         )
+        context = None if P == 0 else buffers.context(P) if backward is None else buffers.leaves(P)
         has_labels = segment.supervised.numel() > 0
         # Sharded ranks and compiled drafters run every pass in full, whether it has something to learn or not.
-        in_full = has_labels or min_passes is not None or plan.static
-        context = None if P == 0 else buffers.leaves(P) if with_grad else buffers.context(P)
-        with record_function("peagle::pass B forward"):
-            output = run(
-                draft,
-                own,
-                target,
-                segment.anchors,
-                visibility,
-                context=context,
-                keys_values_only=not in_full,
-                labels=labels_of(own, segment, target, loss, chunk_rows, plan.static) if in_full else None,
-            )
-        if output.loss is not None:
-            account(stats, output, own, segment)
+        if has_labels or min_passes is not None or plan.static:
+            output = passes.learn(own, own, segment.anchors, visibility, segment, context)
+        else:
+            output = passes.run(own, segment.anchors, visibility, context=context, keys_values_only=True)
         if backward is None:
             continue
         tensors: list[Tensor] = []
@@ -194,11 +171,11 @@ def relay_step(
         del output, context, visibility
         backward(tensors, gradients)
         del tensors, gradients
-    for _ in range(extra_b):
-        nothing = idle_pass(draft, batch, target)
+    for _ in range(least_b - len(segments)):
+        nothing = passes.idle()
         if backward is not None:
             backward([nothing], [None])
-    return stats
+    return passes.stats
 
 
 def needed_segments(plan: Plan) -> list[Segment]:
@@ -240,29 +217,21 @@ def compute_dtype(draft: PEagleDraft | CompiledDraft, device: torch.device) -> t
     return torch.get_autocast_dtype(device.type) if autocast else draft.dtype
 
 
-@torch.no_grad()
-def _run_context(
-    draft: PEagleDraft | CompiledDraft,
-    batch: dict[str, Tensor],
-    target: TargetOutputs,
-    buffers: RelayBuffers,
-    columns: slice,
-    plan: Plan,
-) -> None:
+def _run_context(passes: Passes, buffers: RelayBuffers, columns: slice) -> None:
     """Pass A over some columns: write their keys and values into the buffers."""
-    elements = context_elements(batch, columns)
+    elements = context_elements(passes.batch, columns)
     n, start = columns.stop - columns.start, columns.start
-    P = plan.row_length if plan.pad_context else start
+    P = passes.plan.row_length if passes.plan.pad_context else start
     visibility = visibility_of(
         elements,
-        plan.num_depths,
-        M=n,
+        passes.plan.num_depths,
+        n,
         first_rollout=n,
         num_context=P,
         context_end=torch.full((elements.anchor.shape[0],), start),
     )
     context = buffers.context(P) if P else None
-    output = run(draft, elements, target, columns, visibility, context=context, keys_values_only=True)
+    output = passes.run(elements, columns, visibility, context=context, keys_values_only=True)
     for (k, v), (key, value) in zip(buffers.keys_values, output.keys_values, strict=True):
         k[:, :, columns], v[:, :, columns] = key, value
 

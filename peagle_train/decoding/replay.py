@@ -25,7 +25,7 @@ from torch import Tensor
 
 from peagle_train.core.draft import KV, PEagleDraft
 from peagle_train.core.elements import make_elements
-from peagle_train.core.segments import visibility_of
+from peagle_train.core.passes import visibility_of
 from peagle_train.decoding.generate import Decoded, distribution, join_context
 
 ANCHORS_AT_A_TIME = 64

@@ -39,7 +39,7 @@ from torch.utils.data import ConcatDataset
 from transformers import AutoConfig
 
 from peagle_train.config import Recipe, Target, as_override
-from peagle_train.core.segments import TargetOutputs
+from peagle_train.core.passes import TargetOutputs
 from peagle_train.data.packing import PackedRows, TrainingData
 from peagle_train.data.training_data import load_training_data, make_collator
 from peagle_train.data.vocab import choose_mask_token, load_tokenizer

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from peagle_train.config import Target
+from peagle_train.core.passes import TargetOutputs
 from peagle_train.core.rope import ROPE_TYPES
-from peagle_train.core.segments import TargetOutputs
 from peagle_train.data import vocab
 from peagle_train.distributed import max_counts, shard, whole
 from peagle_train.files import one_line

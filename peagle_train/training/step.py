@@ -25,9 +25,10 @@ from peagle_train.config import Recipe, Train
 from peagle_train.core import attention
 from peagle_train.core.compiled import CompiledDraft, Graphs, compile_layers
 from peagle_train.core.draft import PEagleDraft
+from peagle_train.core.passes import StepStats, TargetOutputs
 from peagle_train.core.plan import Plan, plan_segments
+from peagle_train.core.recompute import recompute_step
 from peagle_train.core.relay import RelayBuffers, context_chunks, needed_segments, relay_step
-from peagle_train.core.segments import StepStats, TargetOutputs, recompute_step
 from peagle_train.distributed import is_sharded, max_counts, sum_counts
 from peagle_train.serving.drafter_io import count_non_finite
 from peagle_train.target_model.cache import FIELDS

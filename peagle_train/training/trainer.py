@@ -26,8 +26,8 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from peagle_train.config import Recipe, dump_recipe
 from peagle_train.core.draft import PEagleDraft
+from peagle_train.core.passes import StepStats
 from peagle_train.core.plan import padding_share
-from peagle_train.core.segments import StepStats
 from peagle_train.data.packing import PackedRows
 from peagle_train.data.sampler import StepBatchSampler
 from peagle_train.data.training_data import make_collator

@@ -1,0 +1,67 @@
+"""One training step over a batch's segments, flat (S = 1) or as Algorithm 1 publishes it: each segment's forward runs its
+own elements plus every earlier depth-0 element again, then goes backward at once.
+
+Exact, and the oracle of the relay, which computes the same without running anything twice.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from peagle_train.core.compiled import CompiledDraft
+from peagle_train.core.draft import PEagleDraft
+from peagle_train.core.elements import Elements, context_elements
+from peagle_train.core.passes import Passes, StepStats, TargetOutputs, visibility_of
+from peagle_train.core.plan import Plan, Segment
+
+
+def recompute_step(
+    draft: PEagleDraft | CompiledDraft,
+    batch: dict[str, Tensor],
+    target: TargetOutputs,
+    *,
+    num_depths: int | None = None,
+    scale: float | Tensor = 1.0,
+    loss: str = "kl",
+    chunk_rows: int = 384,
+    plan: Plan | None = None,
+    backward: Callable[[Tensor], None] | None = torch.autograd.backward,
+    min_passes: int = 0,
+) -> StepStats:
+    """Forward and backward over every segment of a batch; parameters' gradients accumulate.
+
+    With one segment this is the flat pass. Arguments and errors as in `Passes`, and:
+
+    Args:
+        scale: multiplies the loss before backward: one over the optimizer step's supervised elements.
+        backward: called with each segment's scaled loss; None evaluates only.
+        min_passes: run at least this many, the surplus on padding (sharded ranks must agree on the number).
+    """
+    passes = Passes(draft, batch, target, num_depths, plan, loss, chunk_rows)
+    segments = passes.learning()
+    for segment in segments:
+        own, P = passes.own(segment), segment.num_context
+        elements = _after_context(batch, segment, own) if P else own
+        visibility = visibility_of(
+            elements, passes.plan.num_depths, P + segment.num_depth0, first_rollout=P + segment.first_rollout, cut=P
+        )
+        of_segment = passes.learn(elements, own, slice(0, segment.anchors.stop), visibility, segment).loss
+        del visibility  # masks that the backward does without
+        if backward is not None:
+            assert of_segment is not None
+            backward(of_segment * scale)
+    for _ in range(min_passes - len(segments)):
+        nothing = passes.idle()
+        if backward is not None:
+            backward(nothing)
+    return passes.stats
+
+
+def _after_context(batch: dict[str, Tensor], segment: Segment, own: Elements) -> Elements:
+    """A segment's own elements after the depth-0 elements of all columns before it."""
+    earlier = context_elements(batch, slice(0, segment.num_context))
+    # Rows whose segment starts further left than P own some of these columns themselves.
+    context_end = segment.context_end.to(earlier.anchor.device, non_blocking=True)
+    earlier = earlier._replace(depth=torch.where(earlier.anchor < context_end[:, None], earlier.depth, -1))
+    return Elements(*(torch.cat(pair, dim=1) for pair in zip(earlier, own, strict=True)))
