@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from peagle_train.config import Recipe
 from peagle_train.core.collator import CODCollator
@@ -39,7 +39,7 @@ from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.core.partition import max_elements, segment_capacity
 from peagle_train.core.visibility import MASK_BLOCK_BYTES, MASK_CACHE_BYTES, QUERY_BLOCK
-from peagle_train.data.vocab import draft_vocab_size_of
+from peagle_train.data.vocab import draft_vocab_size_of, load_config
 from peagle_train.distributed import clip_gradients, from_all
 from peagle_train.files import RunStopped, one_line
 from peagle_train.serving.start import make_draft_config, read_start
@@ -441,18 +441,17 @@ def read_sizes(recipe: Recipe, device: Device) -> Sizes:
     """
     settings = recipe.target
     path = Path(settings.path)
-    if not (path / "config.json").is_file():
-        raise ValueError(f"target.path {path} has no config.json; give a Hugging Face model folder")
-    remote = {"trust_remote_code": settings.trust_remote_code}
+    config = load_config(settings.path, settings.trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, **remote)
         refuse_unfit(config.get_text_config())
         dtype = resolve_dtype(settings.dtype, torch.device(device.kind))
         if dtype == "auto":
             dtype = config.get_text_config().dtype or _stored_dtype(path)
         given = {"attn_implementation": settings.attn_implementation} if settings.attn_implementation else {}
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **given, **remote)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=settings.trust_remote_code, **given
+            )
     except Exception as error:  # whatever a foreign or corrupt file makes the loaders raise
         raise ValueError(
             f"target.path {path} cannot be read: {type(error).__name__}: {one_line(error, 300)}"

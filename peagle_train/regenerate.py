@@ -352,10 +352,10 @@ class Local:
 
     def __init__(self, path: str, settings: Settings, *, dtype: str, batch_size: int, trust_remote_code: bool) -> None:
         import torch
-        from transformers import AutoTokenizer, GenerationConfig
+        from transformers import GenerationConfig
         from transformers.utils.logging import disable_progress_bar
 
-        from peagle_train.data.vocab import eos_token_ids
+        from peagle_train.data.vocab import eos_token_ids, load_tokenizer
         from peagle_train.target_model.frozen import load_model, resolve_dtype
 
         if batch_size < 1:
@@ -364,11 +364,9 @@ class Local:
             disable_progress_bar()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model: Any = load_model(path, resolve_dtype(dtype, device), trust_remote_code=trust_remote_code).to(device)
-        code = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-        try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(path, **code)
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"target {path} has no usable tokenizer: {one_line(error, 200)}") from None
+        tokenizer = load_tokenizer(path, trust_remote_code)
+        if tokenizer is None:
+            raise ValueError(f"target {path} has no usable tokenizer")
         if not tokenizer.chat_template:
             raise ValueError(f"target {path} has no chat template to be asked with: give an instruction-tuned one")
         text_config = model.config.get_text_config()

@@ -51,7 +51,8 @@ class Shown(NamedTuple):
 
 def load_sequence(recipe: Recipe, number: int, *, epoch: int = 0, is_held_out: bool = False) -> Shown:
     """Sequence `number` of a recipe's training data or of its held-out data. ValueError if there is none."""
-    tokenizer, vocab_size, notes = load_tokenizer(recipe), target_vocab_size(recipe), list[str]()
+    vocab_size, notes = target_vocab_size(recipe), list[str]()
+    tokenizer = load_tokenizer(recipe.target.path, recipe.target.trust_remote_code)
     mask_token_id = choose_mask_token(recipe.draft, tokenizer, vocab_size)
     data = load_training_data(recipe, tokenizer, vocab_size, mask_token_id, notes.append)
     rows, which = (data.eval_rows, "held-out sequences") if is_held_out else (data.train_rows, "training sequences")

@@ -134,7 +134,7 @@ def test_mistakes_are_one_line_with_exit_code_2(
         ("show-row", ["--row", "-1"], "give 0 to 0"),
         ("show-row", ["--row", "0", "--held-out"], "there are 0 held-out"),
         ("show-row", ["--row", "0", "--anchors", "18"], "positions 0 to 17"),
-        ("show-row", ["--row", "0", f"target.path={tmp_path}"], "has no config that can be read"),
+        ("show-row", ["--row", "0", f"target.path={tmp_path}"], "has no config.json"),
         ("show-row", ["--row", "0", "--elements", "cod.num_segments=auto"], "cod.num_segments is auto"),
         ("show-batch", ["--row", "1"], "give 0 to 0"),
         ("show-batch", ["cod.num_segments=auto"], "cod.num_segments is auto"),

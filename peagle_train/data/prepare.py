@@ -57,7 +57,8 @@ def prepare_recipe(
     Raises:
         ValueError: one line, for a user's mistake, for a folder of something else, and for sources that have changed.
     """
-    tokenizer, vocab_size = load_tokenizer(recipe), target_vocab_size(recipe)
+    vocab_size = target_vocab_size(recipe)
+    tokenizer = load_tokenizer(recipe.target.path, recipe.target.trust_remote_code)
     mask_token_id = choose_mask_token(recipe.draft, tokenizer, vocab_size)
     data = recipe.data
     read_template(data.chat_template)  # before anything is made

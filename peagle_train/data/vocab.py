@@ -27,29 +27,34 @@ _CHUNK_TOKENS = 2**20
 # The target's.
 
 
-def load_tokenizer(recipe: Recipe) -> Any:
-    """The target's own tokenizer, or None where its folder has none (ids need none)."""
+def load_tokenizer(path: str, trust_remote_code: bool) -> Any:
+    """The tokenizer of a target's folder; None, with a line in the log, where none can be used (ids need none)."""
     try:
-        return _from_target(AutoTokenizer, recipe)
-    except ValueError as error:
-        logger.warning("target.path %s has no usable tokenizer (%s)", recipe.target.path, error)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        logger.warning("target %s has no usable tokenizer (%s)", path, one_line(error, 200))
         return None
+
+
+def load_config(path: str, trust_remote_code: bool) -> Any:
+    """transformers' config of a target's folder; ValueError, one line, for a folder that is none."""
+    if not Path(path).is_dir():
+        raise ValueError(
+            f"target.path {path} is no folder; give a Hugging Face model folder on this machine (a model of the hub has to"
+            " be downloaded first)"
+        )
+    if not (Path(path) / "config.json").is_file():
+        raise ValueError(f"target.path {path} has no config.json; give a Hugging Face model folder")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # whatever a foreign or corrupt file makes transformers raise
+        reason = f"{type(error).__name__}: {one_line(error, 300)}"
+        raise ValueError(f"target.path {path} has a config.json that cannot be read: {reason}") from error
 
 
 def target_vocab_size(recipe: Recipe) -> int:
     """V, from the target's config alone; ValueError if its folder has none."""
-    try:
-        return int(_from_target(AutoConfig, recipe).get_text_config().vocab_size)
-    except ValueError as error:
-        raise ValueError(f"target.path {recipe.target.path} has no config that can be read: {error}") from None
-
-
-def _from_target(auto_class: Any, recipe: Recipe) -> Any:
-    code = recipe.target.trust_remote_code
-    try:
-        return auto_class.from_pretrained(recipe.target.path, trust_remote_code=code, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(one_line(str(error).splitlines()[0], 200)) from None
+    return int(load_config(recipe.target.path, recipe.target.trust_remote_code).get_text_config().vocab_size)
 
 
 def choose_mask_token(draft: Draft, tokenizer: Any, vocab_size: int) -> int:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from peagle_train.config import Recipe, load_recipe
 from peagle_train.data.documents import STDLIB
+from peagle_train.data.vocab import load_tokenizer
 from peagle_train.decoding import vllm
 from peagle_train.decoding.measure import (
     Case,
@@ -73,7 +73,7 @@ def run(options: Namespace, folder: Path) -> tuple[str, bool]:
     if recipe and recipe.target.trust_remote_code and not trusted:
         logger.warning("%s's recipe trusts code of %s: give --trust-remote-code if you do, too", folder, path)
     # before the target, which may take minutes to load
-    tokenizer = _tokenizer(path, trusted)
+    tokenizer = load_tokenizer(path, trusted)
     cases, notes = _cases(options, recipe, tokenizer, drafts[0].config.vocab_size)
     if not sys.stderr.isatty():
         disable_progress_bar()
@@ -182,15 +182,6 @@ def _cases(options: Namespace, recipe: Recipe | None, tokenizer: Any, vocab_size
         cases += more
         notes.append(note)
     return cases, notes
-
-
-def _tokenizer(path: str, trust_remote_code: bool) -> Any:
-    """The target's, or None; prompts that need one raise."""
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        logger.warning("%s has no usable tokenizer (%s)", path, one_line(error, 200))
-        return None
 
 
 def _recipe(folder: Path) -> Recipe | None:

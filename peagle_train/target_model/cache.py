@@ -36,13 +36,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import ConcatDataset
-from transformers import AutoConfig
 
 from peagle_train.config import Recipe, Target, as_override
 from peagle_train.core.passes import TargetOutputs
 from peagle_train.data.packing import PackedRows, TrainingData
 from peagle_train.data.training_data import load_training_data, make_collator
-from peagle_train.data.vocab import choose_mask_token, load_tokenizer
+from peagle_train.data.vocab import choose_mask_token, load_config, load_tokenizer
 from peagle_train.distributed import check_device, check_device_map, check_launch, from_all
 from peagle_train.files import alone_in, checksum, one_line, partial_path, put, sha256_of, write_json, write_text
 from peagle_train.target_model.check import relative
@@ -276,9 +275,7 @@ class CachedTarget(TargetBase):
             raise ValueError(
                 f"target.cache {target.cache} is of another target than {target.path} (config or weights differ): {AGAIN}"
             )
-        config = AutoConfig.from_pretrained(
-            target.path, trust_remote_code=target.trust_remote_code, local_files_only=True
-        )
+        config = load_config(target.path, target.trust_remote_code)
         layers = target.layer_ids or default_layer_ids(config.get_text_config().num_hidden_layers)
         for key, asked, has in (
             ("layer_ids", layers, index.layer_ids),
@@ -418,7 +415,7 @@ def write_cache(recipe: Recipe, out: str | None, shard_mib: float = 512, specula
 
     files = None
     if speculators is None:
-        tokenizer = load_tokenizer(recipe)
+        tokenizer = load_tokenizer(recipe.target.path, recipe.target.trust_remote_code)
         mask_token_id = choose_mask_token(recipe.draft, tokenizer, target.vocab_size)
         data = load_training_data(recipe, tokenizer, target.vocab_size, mask_token_id, say)
         rows: Any = ConcatDataset([data.train_rows, data.eval_rows])

@@ -16,12 +16,12 @@ import torch
 from accelerate.utils import align_module_device, has_offloaded_params
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from peagle_train.config import Target
 from peagle_train.core.passes import TargetOutputs
 from peagle_train.core.rope import ROPE_TYPES
-from peagle_train.data import vocab
+from peagle_train.data.vocab import eos_token_ids, load_config
 from peagle_train.distributed import max_counts, shard, whole
 from peagle_train.files import one_line
 from peagle_train.target_model.attention import bounds_heeded, takes_bounds
@@ -222,7 +222,7 @@ class FrozenTarget(TargetBase):
 
     def eos_token_ids(self) -> list[int]:
         """By the target's config and its generation config."""
-        return vocab.eos_token_ids(self.config, getattr(self.model, "generation_config", None))
+        return eos_token_ids(self.config, getattr(self.model, "generation_config", None))
 
     @torch.no_grad()
     def final_norm(self) -> nn.Module:
@@ -380,20 +380,13 @@ def load_model(
         ValueError: one line, for a folder that is none, a model that is unfit, weights that are not its config's.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        raise ValueError(
-            f"target.path {path} is no folder; give a Hugging Face model folder on this machine (a model of the hub has to"
-            " be downloaded first)"
-        )
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"target.path {path} has no config.json; give a Hugging Face model folder")
-    if not any(folder.glob("*.safetensors")):
-        raise ValueError(f"target.path {path} has no .safetensors weights; convert them first")
     if trust_remote_code:
         logger.warning("target.trust_remote_code is on: Python code in %s will run", path)
+    config = load_config(path, trust_remote_code)
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"target.path {path} has no .safetensors weights; convert them first")
     kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     try:
-        config = AutoConfig.from_pretrained(path, **kwargs)
         refuse_unfit(config.get_text_config())
         _check_size(folder, config, trust_remote_code)
         if attn_implementation:

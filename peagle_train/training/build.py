@@ -105,7 +105,7 @@ def _train(recipe: Recipe, resume: str | None, force: bool) -> str:
         target.check()
     start = read_start(drafted, target)
     shaped = start.recipe if start else drafted
-    tokenizer = load_tokenizer(recipe)
+    tokenizer = load_tokenizer(recipe.target.path, recipe.target.trust_remote_code)
     wait_for_all()  # so that all ranks find the mistakes that all of them make at the same time
     mask_token_id = choose_mask_token(shaped.draft, tokenizer, target.vocab_size)
 
