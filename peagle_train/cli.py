@@ -254,13 +254,13 @@ def _check(parser: Parser) -> Callable[[Options], int]:
     parser.add_argument("--target", metavar="DIR", help="the target's folder, to check that the two fit")
 
     def run(options: Options) -> int:
-        from peagle_train.serving.drafter_io import check_folder, is_bad, is_judged, read_config, table
+        from peagle_train.serving.drafter_io import check_folder, read_config, table, worst
         from peagle_train.serving.export import find_drafter
 
         folder = find_drafter(Path(options.folder))
         findings = check_folder(folder, read_config(Path(options.target)) if options.target else None)
         print(table(findings))
-        return 2 if is_bad(findings) else 0 if is_judged(findings) else 1
+        return {"BAD": 2, "????": 1}.get(worst(findings), 0)
 
     return run
 

@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from peagle_train import CODCollator, FrozenTarget, RelayBuffers, recompute_step, relay_step
-    from peagle_train.training.checkpoint import save_drafter
+    from peagle_train.serving.drafter_io import save_drafter
 
     class SegmentTrainer(Trainer):
         """A Trainer whose step runs a batch's segments one after another."""

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     from torch.utils.data import DataLoader
 
     from peagle_train import CODCollator, FrozenTarget, RelayBuffers, relay_step
-    from peagle_train.training.checkpoint import save_drafter
+    from peagle_train.serving.drafter_io import save_drafter
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     target = FrozenTarget.load(options.target, device=device)

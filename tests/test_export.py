@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 
 from peagle_train.__main__ import main as train_main
 from peagle_train.serving.drafter_io import load_drafter
-from peagle_train.serving.export import export_drafter, write_drafter
+from peagle_train.serving.export import export_drafter
 from tests.helpers import command, make_draft
 from tests.test_checkpoint_files import in_child
 from tests.tiny import MASK, VOCAB, make_target, write_recipe, write_rows
@@ -193,18 +194,22 @@ def test_nothing_that_is_there_is_overwritten(tmp_path: Path, run: Path, kind: s
     assert sorted(str(path) for path in tmp_path.rglob("*")) == was
 
 
-def test_an_empty_folder_is_taken_and_one_that_fills_meanwhile_is_not(tmp_path: Path, run: Path) -> None:
+def test_an_empty_folder_is_taken_and_one_that_fills_meanwhile_is_not(
+    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "out").mkdir()
     export_drafter(run, tmp_path / "out", "eagle3")
     assert same_weights(run / "final", tmp_path / "out")
+    copy = shutil.copyfile
 
-    def fill(_: Path) -> None:
-        (tmp_path / "race").mkdir()
+    def copy_and_fill(*files: Path) -> None:
+        (tmp_path / "race").mkdir(exist_ok=True)
         (tmp_path / "race" / "mine").write_text("x")
+        copy(*files)
 
-    config, weights = (run / "final" / name for name in ("config.json", "model.safetensors"))
+    monkeypatch.setattr(shutil, "copyfile", copy_and_fill)
     with pytest.raises(ValueError, match="is there already"):
-        write_drafter(tmp_path / "race", config.read_text(), load_file(weights), add=fill)
+        export_drafter(run, tmp_path / "race", "eagle3")
     assert [path.name for path in (tmp_path / "race").iterdir()] == ["mine"]
     assert {path.name for path in tmp_path.iterdir()} == {"out", "race"}
 

@@ -1,4 +1,4 @@
-"""A drafter's folder, ours or anyone's: read, checked, written. Either format, one file or shards, never pickle.
+"""A drafter's folder, ours or anyone's: read, written, checked. Either format, one file or shards, never pickle.
 
 Reading brings tensors under this project's names and refuses what no engine would load. The check (`check_folder`) adds
 where vLLM reads differently; `tests/test_vllm.py` holds it to vLLM itself.
@@ -10,8 +10,8 @@ import copy
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,7 +24,7 @@ from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.core.rope import yarn_too_short
 from peagle_train.data.vocab import t2d_mask
-from peagle_train.files import NonFiniteWeights, one_line
+from peagle_train.files import NonFiniteWeights, one_line, write_folder
 from peagle_train.serving.formats import (
     EAGLE3,
     OtherKind,
@@ -40,11 +40,13 @@ logger = logging.getLogger(__name__)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+DTYPES = {"d2t": (INTEGERS, "int64, what to add to a draft id"), "t2d": ((torch.bool, *INTEGERS), "bool")}
 MAY_LACK = ("mask_hidden", "embed_tokens.weight", "lm_head.weight")
 """What an EAGLE-3 drafter may lack: the first is P-EAGLE's, the others are the target's then."""
-
-_NOT_READ = re.compile(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|verifier_(norm|lm_head)\.weight")
+NOT_READ = re.compile(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|verifier_(norm|lm_head)\.weight")
 """Rotary tables, and copies of the target's weights that speculators saves."""
+
+# Reading
 
 
 @dataclass
@@ -52,18 +54,21 @@ class DrafterFiles:
     """The tensors and config in a drafter's folder."""
 
     folder: Path
-    format: str
     raw: dict[str, Any]
     """config.json as it is."""
     config: PEagleDraftConfig
+    where: dict[str, str]
+    """The file of each tensor, by its name there."""
     tensors: dict[str, Tensor]
     """Under this project's names, shapes checked, draft vocabulary ascending."""
-    stored: list[str]
-    """The names in the files."""
     missing: list[str]
     """Those of MAY_LACK that are not in the files."""
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
     """What was renamed, dropped, filled in or reordered."""
+
+    @property
+    def format(self) -> str:
+        return format_of(self.raw)
 
     @property
     def draft_token_ids(self) -> Tensor:
@@ -92,9 +97,9 @@ def load_drafter(folder: str | Path, dtype: torch.dtype | None = None) -> PEagle
     """
     files = read_drafter(folder)
     if files.lacking:
-        lacking = ", ".join(files.lacking)
         raise ValueError(
-            f"{folder} lacks {lacking}: it is no whole P-EAGLE drafter; peagle-train import can complete it"
+            f"{folder} lacks {', '.join(files.lacking)}: it is no whole P-EAGLE drafter; peagle-train import can complete"
+            " it"
         )
     for note in files.notes:
         logger.warning("%s: %s", folder, note)
@@ -120,45 +125,43 @@ def read_drafter(folder: str | Path) -> DrafterFiles:
     folder = Path(folder)
     raw = read_config(folder)
     try:
-        stored = list(tensor_names(folder))
-        names = {standard_name(name) for name in stored}
+        where = tensor_files(folder)
+        names, notes = _standard_names(where)
         if "fc.weight" not in names:
             raise ValueError(f"fc.weight is missing, so it is no drafter of this kind ({raw.get('architectures')})")
         config = parse_config(raw)
         if config.ptd_token_id is not None:
             config.check_trainable()
         layers = {int(match[1]) for match in (re.match(r"layers\.(\d+)\.", name) for name in names) if match}
-        if layers != {*range(min(config.num_hidden_layers, len(stored)))}:
+        if layers != {*range(min(config.num_hidden_layers, len(where)))}:
             listed = ", ".join(map(str, sorted(layers))) or "none"
             raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}, but the weights have layers {listed}")
-        tensors, notes = _standardized(read_tensors(folder))
-        missing, filled = _fit(config, tensors)
-    except OtherKind as error:
-        raise OtherKind(f"{folder}: {error}") from error
+        stored = read_tensors(folder, {name: where[name] for name in names.values()})
+        tensors = {name: stored[given] for name, given in names.items()}
+        missing, changed = _fit(config, tensors)
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
-    return DrafterFiles(folder, format_of(raw), raw, config, tensors, stored, missing, notes + filled)
-
-
-# Files
+        kind = OtherKind if isinstance(error, OtherKind) else ValueError
+        raise kind(f"{folder}: {error}") from error
+    return DrafterFiles(folder, raw, config, where, tensors, missing, notes + changed)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a model's folder, a drafter's or a target's; ValueError if it cannot be read."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; give a model's folder on this machine")
+    path = folder / "config.json"
+    if not path.exists():
+        raise ValueError(f"{folder} has no config.json; give a model's folder")
     try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{folder} has no config.json; give a model's folder") from None
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{folder / 'config.json'} cannot be read: {one_line(error)}") from None
+        raise ValueError(f"{path} cannot be read: {one_line(error)}") from None
     if not isinstance(raw, dict):
-        raise ValueError(f"{folder / 'config.json'} is a {type(raw).__name__}, not a mapping")
+        raise ValueError(f"{path} is a {type(raw).__name__}, not a mapping")
     return raw
 
 
-def tensor_names(folder: Path) -> dict[str, str]:
+def tensor_files(folder: Path) -> dict[str, str]:
     """The file of each tensor in a model's folder, by name; only headers are read.
 
     Raises:
@@ -199,26 +202,13 @@ def _header(path: Path) -> list[str]:
         raise ValueError(f"{path.name} {reason}") from None
 
 
-def read_tensors(folder: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Tensors of a folder, all or the `names`, under the names in its files; raises as `tensor_names`."""
-    where, tensors = tensor_names(folder), dict[str, Tensor]()
-    wanted = [*where] if names is None else [*names]
-    for path in sorted({where[name] for name in wanted}):
+def read_tensors(folder: Path, where: Mapping[str, str]) -> dict[str, Tensor]:
+    """Some of what `tensor_files` found, under the names in the files."""
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(set(where.values())):
         with safe_open(folder / path, framework="pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in wanted if where[name] == path}
+            tensors |= {name: file.get_tensor(name) for name in where if where[name] == path}
     return tensors
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file; OSError where that fails."""
-    plain = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
-    try:
-        save_file(plain, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from None
-
-
-# Tensors
 
 
 def standard_name(name: str) -> str:
@@ -227,21 +217,19 @@ def standard_name(name: str) -> str:
     return "d2t" if name == "draft_id_to_target_id" else name
 
 
-def _standardized(stored: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors under this project's names, and notes; ValueError where two tensors get the same name."""
-    tensors: dict[str, Tensor] = {}
-    renamed, dropped = 0, []
-    for name, tensor in stored.items():
+def _standard_names(stored: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """The files' name of each tensor that is read, by `standard_name`, and notes; ValueError where two get the same."""
+    names: dict[str, str] = {}
+    dropped = sorted(name for name in stored if NOT_READ.fullmatch(standard_name(name)))
+    for name in stored:
         standard = standard_name(name)
-        if _NOT_READ.fullmatch(standard):
-            dropped.append(name)
-            continue
-        if standard in tensors:
+        if standard in names:
             raise ValueError(f"two of its tensors are {standard}: {name} is one of them")
-        renamed += standard != name
-        tensors[standard] = tensor
+        if name not in dropped:
+            names[standard] = name
+    renamed = sum(name != standard for standard, name in names.items())
     notes = [f"{renamed} tensors renamed (model. or midlayer. in front)"] if renamed else []
-    return tensors, notes + ([f"not read: {', '.join(sorted(dropped))}"] if dropped else [])
+    return names, notes + ([f"not read: {', '.join(dropped)}"] if dropped else [])
 
 
 def expected_shapes(config: PEagleDraftConfig) -> dict[str, tuple[int, ...]]:
@@ -265,8 +253,7 @@ def _fit(config: PEagleDraftConfig, tensors: dict[str, Tensor]) -> tuple[list[st
     notes: list[str] = []
     if "mask_hidden" in tensors:  # [1, 3T] and [3T] exist too; engines flatten it
         tensors["mask_hidden"] = tensors["mask_hidden"].reshape(1, 1, -1)
-    Vd = config.draft_vocab_size
-    assert Vd is not None
+    Vd: Any = config.draft_vocab_size
     shapes = expected_shapes(config)
     is_pruned = "d2t" in shapes
     known = {**shapes, "d2t": (Vd,), "t2d": (config.vocab_size,)}
@@ -277,12 +264,8 @@ def _fit(config: PEagleDraftConfig, tensors: dict[str, Tensor]) -> tuple[list[st
             wrong.append(f"{name} is no tensor of such a drafter")
         elif tuple(tensor.shape) != known[name]:
             wrong.append(f"{name} is {list(tensor.shape)}; config.json makes it {list(known[name])}")
-        elif name == "d2t" and tensor.dtype not in INTEGERS:
-            wrong.append(f"d2t is {tensor.dtype}; it must be int64, what to add to a draft id")
-        elif name == "t2d" and tensor.dtype not in (torch.bool, *INTEGERS):
-            wrong.append(f"t2d is {tensor.dtype}; it must be bool")
-        elif name not in ("d2t", "t2d") and tensor.dtype not in FLOATS:
-            wrong.append(f"{name} is {tensor.dtype}; weights must be floating point, of 16, 32 or 64 bits")
+        elif tensor.dtype not in (allowed := DTYPES.get(name, (FLOATS, "floating point, of 16, 32 or 64 bits")))[0]:
+            wrong.append(f"{name} is {tensor.dtype}; it must be {allowed[1]}")
     if wrong:
         raise ValueError("; ".join(wrong[:5]) + (f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""))
     check_finite(tensors, "its")
@@ -328,9 +311,43 @@ def _draft_ids(d2t: Tensor, t2d: Tensor | None, vocab_size: int) -> Tensor:
     return ids
 
 
+# Writing
+
+
+def save_drafter(path: Path, config: PEagleDraftConfig, state: Mapping[str, Tensor], extra: dict[str, str]) -> None:
+    """Write a drafter's folder whole or not at all, replacing what is there; see `fill_drafter`."""
+    write_folder(path, lambda folder: fill_drafter(folder, config, state, extra))
+
+
+def fill_drafter(folder: Path, config: PEagleDraftConfig, state: Mapping[str, Tensor], extra: dict[str, str]) -> None:
+    """Write `model.safetensors` and `config.json` as vLLM loads them into an existing folder.
+
+    Args:
+        extra: texts of further files by name; a `config.json` takes the place of the config's own.
+
+    Raises:
+        NonFiniteWeights: a weight is not finite. OSError: a file cannot be written.
+    """
+    check_finite(state, "the drafter's")
+    config.dtype = state["fc.weight"].dtype
+    for name, text in {"config.json": config.to_json_string(), **extra}.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    save_tensors(folder / WEIGHTS, state)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file; OSError where that fails."""
+    plain = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
+    try:
+        save_file(plain, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from None
+
+
 # The check
 
-Level = Literal["ok", "warn", "BAD", "????"]
+Level = Literal["ok", "warn", "????", "BAD"]
+LEVELS = ("ok", "warn", "????", "BAD")
 """????: a drafter of another kind than this project's, which cannot be judged here."""
 ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "LlamaForCausalLM")
 """Names under which vLLM's method eagle3 finds a drafter of this kind."""
@@ -344,16 +361,12 @@ class Finding(NamedTuple):
     detail: str
 
 
+def worst(findings: list[Finding]) -> Level:
+    return max((finding.level for finding in findings), key=LEVELS.index)
+
+
 def is_loadable(findings: list[Finding]) -> bool:
-    return not is_bad(findings) and is_judged(findings)
-
-
-def is_bad(findings: list[Finding]) -> bool:
-    return any(finding.level == "BAD" for finding in findings)
-
-
-def is_judged(findings: list[Finding]) -> bool:
-    return all(finding.level != "????" for finding in findings)
+    return worst(findings) in ("ok", "warn")
 
 
 def table(findings: list[Finding]) -> str:
@@ -361,9 +374,10 @@ def table(findings: list[Finding]) -> str:
     width = max(len(finding.what) for finding in findings)
     lines = [f"{level:4}  {what:{width}}  {detail}" for level, what, detail in findings]
     bad, warned = (sum(f.level == level for f in findings) for level in ("BAD", "warn"))
-    verdict = "NOT loadable as it is" if bad else "loadable"
-    if not bad and not is_judged(findings):
-        verdict = "not judged, a drafter of another kind than this project's, which engines may load"
+    verdict = {
+        "BAD": "NOT loadable as it is",
+        "????": "not judged, a drafter of another kind than this project's, which engines may load",
+    }.get(worst(findings), "loadable")
     return "\n".join([*lines, f"{verdict}: {bad} errors, {warned} warnings"])
 
 
@@ -390,8 +404,8 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
     if files.format == EAGLE3:
         given = raw.get("architectures") or [None]
         name = given[0] if isinstance(given, list) else given
-        is_known = name in ARCHITECTURES
-        find(is_known, "architectures", name if is_known else f"{name}; vLLM looks for {ARCHITECTURES[0]}")
+        hint = "" if name in ARCHITECTURES else f"; vLLM looks for {ARCHITECTURES[0]}"
+        find(name in ARCHITECTURES, "architectures", f"{name}{hint}")
         if raw.get("model_type") is None:
             find("BAD", "model_type", "missing: transformers must read it as llama")
     else:
@@ -416,16 +430,15 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
         find("BAD", "lm_head.weight", "missing: the target's head does not fit a pruned vocabulary")
     for name in sorted(missing - {"mask_hidden"} - ({"lm_head.weight"} if is_pruned else set())):
         find("warn", name, "missing: engines take the target's")
-    for name in files.stored:
+    for name in files.where:
         if name.startswith("model.") or name == "draft_id_to_target_id":
             find("BAD", name, f"vLLM would look for model.{name}; peagle-train import renames it")
         elif name.startswith("verifier_"):
             find("BAD", name, "vLLM knows no such tensor; peagle-train import leaves it out")
         elif standard_name(name) in ("d2t", "t2d") and not is_pruned:
             find("warn" if name == "t2d" else "BAD", name, "of a full vocabulary, for which vLLM has no such tensor")
-    used = set(tensor_names(files.folder).values())
     for path in sorted(files.folder.glob("*.safetensors")):
-        if path.name not in used:
+        if path.name not in files.where.values():
             find("BAD", path.name, "is no part of the drafter, but vLLM reads every .safetensors here")
     for note in files.notes:
         find("ok", "note", note)
@@ -441,9 +454,5 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
         if not isinstance(layers, int) or (ids is not None and max(ids) >= layers):
             find("BAD", "target's layers", f"{layers}, but the drafter reads the inputs of {ids}")
         if isinstance(positions, int) and config.max_position_embeddings < positions:
-            find(
-                "warn",
-                "target's positions",
-                f"{positions}: contexts beyond the drafter's positions are not drafted for",
-            )
+            find("warn", "target's positions", f"{positions}: contexts beyond the drafter's are not drafted for")
     return found

@@ -4,8 +4,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,12 @@ from peagle_train.config import YamlError, parse_sources, read_yaml
 from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.files import write_folder
 from peagle_train.serving.drafter_io import (
-    WEIGHTS,
-    DrafterFiles,
     Finding,
     check_folder,
+    fill_drafter,
     is_loadable,
     read_config,
     read_drafter,
-    save_tensors,
 )
 from peagle_train.serving.formats import (
     EAGLE3,
@@ -76,7 +74,7 @@ class Export:
     folder: Path
     findings: list[Finding]
     """Of the check of what was written."""
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
     """What a user should know."""
 
 
@@ -84,40 +82,43 @@ class Export:
 class RunFacts:
     """What the files of a run say about one of its drafters; empty where there are none."""
 
-    recipe: dict[str, Any] = field(default_factory=dict)
-    """recipe.yaml, sections by name."""
-    step: int | None = None
-    evaluation: dict[str, Any] | None = None
+    recipe: dict[str, Any]
+    """recipe.yaml's values by `section.key`."""
+    step: int | None
+    evaluation: dict[str, Any] | None
     """The held-out evaluation at this step, from metrics.jsonl."""
-
-    def get(self, section: str, key: str) -> Any:
-        values = self.recipe.get(section)
-        return values.get(key) if isinstance(values, dict) else None
 
 
 def read_run(folder: Path) -> RunFacts:
     """Facts from the files in a drafter's folder and its parent; whatever is missing or unreadable is skipped."""
-    facts, run = RunFacts(), folder.parent
-    path = next((place / "recipe.yaml" for place in (folder, run) if (place / "recipe.yaml").is_file()), None)
-    try:
-        recipe = read_yaml(path) if path else None
-        facts.recipe = recipe if isinstance(recipe, dict) else {}
-    except YamlError:
-        pass
-    if folder.name.startswith("checkpoint-") and folder.name.removeprefix("checkpoint-").isdecimal():
-        facts.step = int(folder.name.removeprefix("checkpoint-"))
-    elif folder.name in ("best", "final"):
-        file, key = ("best.json", "step") if folder.name == "best" else ("run.json", "steps")
-        step = _read_json(run / file).get(key)
-        facts.step = step if isinstance(step, int) else None
-    metrics = run / "metrics.jsonl"
-    for line in (
-        metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() and facts.step is not None else []
-    ):
+    run = folder.parent
+    sections: Any = next((found for place in (folder, run) if (found := _read_recipe(place / "recipe.yaml"))), {})
+    recipe = {
+        f"{name}.{key}": v for name, keys in sections.items() if isinstance(keys, dict) for key, v in keys.items()
+    }
+    step = {"best": _read_json(run / "best.json").get("step"), "final": _read_json(run / "run.json").get("steps")}.get(
+        folder.name
+    )
+    kind, _, number = folder.name.partition("-")
+    if kind == "checkpoint" and number.isdecimal():
+        step = int(number)
+    if not isinstance(step, int):
+        return RunFacts(recipe, None, None)
+    metrics, evaluation = run / "metrics.jsonl", None
+    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []:
         # the last line of a run that was killed may be cut
-        if '"eval"' in line and line.endswith("}") and (record := json.loads(line)).get("step") == facts.step:
-            facts.evaluation = record if record.get("kind") == "eval" else facts.evaluation
-    return facts
+        if '"eval"' in line and line.endswith("}") and (record := json.loads(line)).get("step") == step:
+            evaluation = record if record.get("kind") == "eval" else evaluation
+    return RunFacts(recipe, step, evaluation)
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping; empty if it is missing or none."""
+    try:
+        content = read_yaml(path)
+    except YamlError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -177,11 +178,17 @@ def export_drafter(
     facts, notes = read_run(folder), list(files.notes)
     if folder != checkpoint:
         notes.append(f"exported from {folder}")
-    target = _find_target(target, facts, notes)
-    tokens = _tokens_to_serve(files, facts, speculative_tokens)
+    if target is None:
+        target = _target_of(facts, notes)
+    given = facts.recipe.get("cod.num_depths")
+    trained = given if isinstance(given, int) else None
+    if speculative_tokens is not None and not 1 <= speculative_tokens <= (trained or speculative_tokens):
+        allowed = f"1 to {trained}, what the drafter was trained for" if trained else "at least 1"
+        raise ValueError(f"--num-speculative-tokens is {speculative_tokens}; give {allowed}")
+    tokens = speculative_tokens or trained or speculative_tokens_of(files.raw)
     if format == SPECULATORS and tokens is None:
         raise ValueError(f"{folder} does not say for how many tokens it was trained: give --num-speculative-tokens")
-    named = target_name or target or facts.get("target", "path") or target_name_of(files.raw)
+    named = target_name or target or facts.recipe.get("target.path") or target_name_of(files.raw)
     name = None if named is None else str(named)
     if format == SPECULATORS and name is None:
         raise ValueError(f"{folder} does not say which target it drafts for: give --target DIR or --target-name NAME")
@@ -191,47 +198,29 @@ def export_drafter(
     tensors = {n: t.to(dtype or t.dtype) if t.is_floating_point() else t for n, t in files.tensors.items()}
     config = files.config
     config.dtype = tensors["fc.weight"].dtype
-    text = config.to_json_string()
+    card = _card(config, format, facts, name, tokens, licence, _report(folder, measured, notes))
+    texts = {"README.md": str(card)}
     if format == SPECULATORS:
         assert tokens is not None
         architectures = (target_config or {}).get("architectures") or []
-        text = json.dumps(speculators_config(config, tokens, name, architectures), indent=2, sort_keys=True) + "\n"
-    report = _report(folder, measured, notes)
-    card = _card(config, format, facts, name, tokens, licence, report)
-
-    def add(temporary: Path) -> None:
-        card.save(temporary / "README.md")
-        for file in TOKENIZER_FILES:
-            if target is not None and (target / file).is_file():
-                shutil.copyfile(target / file, temporary / file)
-
-    findings = write_drafter(out, text, tensors, target_config, add)
-    if target is not None and not any((out / file).exists() for file in TOKENIZER_FILES):
+        content = speculators_config(config, tokens, name, architectures)
+        texts["config.json"] = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    copied = [target / file for file in TOKENIZER_FILES if (target / file).is_file()] if target else []
+    findings = write_drafter(out, config, tensors, texts, copied, target_config)
+    if target and not copied:
         notes.append(f"{target} has no tokenizer files, so none were copied")
     return Export(out, findings, notes)
 
 
-def _find_target(given: Path | None, facts: RunFacts, notes: list[str]) -> Path | None:
-    """The target's folder; ValueError if one was given and is none. A recipe's that is not on this machine is noted."""
-    if given is not None:
-        read_config(given)
-        return given
-    path = facts.get("target", "path")
+def _target_of(facts: RunFacts, notes: list[str]) -> Path | None:
+    """The recipe's target, if it is on this machine; either way a note says what comes of it."""
+    path = facts.recipe.get("target.path")
     if isinstance(path, str) and (Path(path) / "config.json").is_file():
         notes.append(f"the target is {path}, as the recipe beside the drafter says")
         return Path(path)
     where = f"the target {path} is not on this machine" if path else "no target is known"
     notes.append(f"{where}: no tokenizer files were copied, and nothing was compared with it (--target DIR)")
     return None
-
-
-def _tokens_to_serve(files: DrafterFiles, facts: RunFacts, given: int | None) -> int | None:
-    trained = facts.get("cod", "num_depths")
-    trained = trained if isinstance(trained, int) else None
-    if given is not None and not 1 <= given <= (trained or given):
-        allowed = f"1 to {trained}, what the drafter was trained for" if trained else "at least 1"
-        raise ValueError(f"--num-speculative-tokens is {given}; give {allowed}")
-    return given or trained or speculative_tokens_of(files.raw)
 
 
 def check_new(path: Path) -> None:
@@ -243,15 +232,16 @@ def check_new(path: Path) -> None:
 
 def write_drafter(
     out: Path,
-    config_text: str,
+    config: PEagleDraftConfig,
     tensors: dict[str, Tensor],
-    target_config: dict[str, Any] | None = None,
-    add: Callable[[Path], None] = lambda _: None,
+    texts: dict[str, str] | None = None,
+    copied: Sequence[Path] = (),
+    target: dict[str, Any] | None = None,
 ) -> list[Finding]:
     """Write a drafter's new folder, check it, and put it in its place; returns the check's findings.
 
     Args:
-        add: writes more files into the folder.
+        texts: see `fill_drafter`. copied: files that go into the folder, too. target: see `check_folder`.
 
     Raises:
         ValueError: an engine would not load it, or it cannot be written; `out` is unchanged then.
@@ -259,10 +249,10 @@ def write_drafter(
     findings: list[Finding] = []
 
     def fill(temporary: Path) -> None:
-        (temporary / "config.json").write_text(config_text, encoding="utf-8")
-        save_tensors(temporary / WEIGHTS, tensors)
-        add(temporary)
-        findings.extend(check_folder(temporary, target_config))
+        fill_drafter(temporary, config, tensors, texts or {})
+        for file in copied:
+            shutil.copyfile(file, temporary / file.name)
+        findings.extend(check_folder(temporary, target))
         if not is_loadable(findings):
             bad = "; ".join(f"{f.what}: {f.detail}" for f in findings if f.level not in ("ok", "warn"))
             raise ValueError(f"vLLM would not load the drafter as it was trained: {bad}")
@@ -288,7 +278,7 @@ def _card(
     report: dict[str, Any],
 ) -> ModelCard:
     """The README.md. It says only what the run's files say; `report` is an evaluation's, or empty."""
-    ratio = facts.get("cod", "down_sample_ratio")
+    ratio = facts.recipe.get("cod.down_sample_ratio")
     rows = {
         "target": target,
         "feature layers (inputs of)": config.eagle_aux_hidden_state_layer_ids or "2, n // 2, n - 3",
@@ -297,13 +287,13 @@ def _card(
         "mask token": config.ptd_token_id,
         "positions": config.max_position_embeddings,
         "K to serve with": tokens,
-        "K in training": facts.get("cod", "num_depths"),
-        "r, its floor": None if ratio is None else f"{ratio}, {facts.get('cod', 'down_sample_ratio_min')}",
-        "data": _source_names(facts.get("data", "sources")),
-        "longest sequence": facts.get("data", "max_length"),
+        "K in training": facts.recipe.get("cod.num_depths"),
+        "r, its floor": None if ratio is None else f"{ratio}, {facts.recipe.get('cod.down_sample_ratio_min')}",
+        "data": _source_names(facts.recipe.get("data.sources")),
+        "longest sequence": facts.recipe.get("data.max_length"),
         "steps": facts.step,
-        "learning rate": facts.get("train", "learning_rate"),
-        "started from": facts.get("draft", "init_from"),
+        "learning rate": facts.recipe.get("train.learning_rate"),
+        "started from": facts.recipe.get("draft.init_from"),
     }
     measured = [
         f"- {name}: accepted length " + ", ".join(f"{length:.2f} at K = {k}" for k, length in by_k)

@@ -4,11 +4,10 @@ Another's drafter brings its shape, its rope and its draft vocabulary; what the 
 `import_drafter` writes one in this project's names instead, completed to a P-EAGLE drafter.
 """
 
-import copy
 import hashlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.core.rope import ROPE_TYPES, rope_mistake, unused_keys, yarn_too_short
 from peagle_train.data.vocab import end_of_turn_ids, eos_token_ids
 from peagle_train.files import one_line
-from peagle_train.serving.drafter_io import DrafterFiles, expected_shapes, read_drafter, read_tensors, tensor_names
+from peagle_train.serving.drafter_io import DrafterFiles, expected_shapes, read_drafter, read_tensors, tensor_files
 from peagle_train.serving.export import Export, check_new, write_drafter
 from peagle_train.target_model.frozen import TargetBase, default_layer_ids
 
@@ -60,31 +59,32 @@ def import_drafter(
         notes.append(f"the mask token is {mask_token_id}, as given")
     elif mask_token_id not in (None, config.ptd_token_id):
         raise ValueError(f"--mask-token-id is {mask_token_id}, but {source} was trained with {config.ptd_token_id}")
-    config.dtype = files.tensors["fc.weight"].dtype
+    dtype = files.tensors["fc.weight"].dtype
     if "mask_hidden" in files.missing:
         shape = expected_shapes(config)["mask_hidden"]
         random = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * config.initializer_range
-        files.tensors["mask_hidden"] = random.to(config.dtype)
+        files.tensors["mask_hidden"] = random.to(dtype)
         notes.append("mask_hidden was drawn at random (an EAGLE-3 drafter has none): train before serving")
     lost = [name for name in files.missing if name != "mask_hidden"]
     if lost and target is None:
         raise ValueError(f"{source} lacks {', '.join(lost)}, which are the target's: give --target DIR")
     for name in lost:
         assert target is not None
-        files.tensors[name] = _of_target(target, name, files).to(config.dtype)
+        files.tensors[name] = _of_target(target, name, files).to(dtype)
         notes.append(f"{name} is the target's")
-    return Export(out, write_drafter(out, config.to_json_string(), files.tensors), notes)
+    return Export(out, write_drafter(out, config, files.tensors), notes)
 
 
 def _of_target(target: Path, name: str, files: DrafterFiles) -> Tensor:
     """The embeddings, or the head's rows of the draft vocabulary, from a target's folder; ValueError if they do not fit."""
     try:
-        found = [n for n in tensor_names(target) if f".{n}".endswith(f".{name}")]
+        where = tensor_files(target)
+        found = [n for n in where if f".{n}".endswith(f".{name}")]
         if not found and name == "lm_head.weight":  # tied
-            found = [n for n in tensor_names(target) if f".{n}".endswith(".embed_tokens.weight")]
+            found = [n for n in where if f".{n}".endswith(".embed_tokens.weight")]
         if len(found) != 1:
             raise ValueError(f"{len(found)} of its tensors end in {name}")
-        tensor = read_tensors(target, found)[found[0]]
+        tensor = read_tensors(target, {found[0]: where[found[0]]})[found[0]]
     except (ValueError, OSError) as error:
         raise ValueError(f"--target {target} cannot be read: {one_line(error)}") from None
     if tensor.shape[0] != files.config.vocab_size:
@@ -128,7 +128,6 @@ def read_start(recipe: Recipe, target: TargetBase) -> Start | None:
     lost = [name for name in files.missing if name != "mask_hidden"]
     if lost and config.hidden_size != target.hidden_size:
         raise RecipeError(f"{where} lacks {', '.join(lost)}, and the target's do not fit: their hidden sizes differ")
-    filled = copy.deepcopy(recipe)
     rope = dict(config.rope_parameters or {})
     brought = {key: getattr(config, key) for key in SHAPE}
     brought |= {"num_layers": config.num_hidden_layers, "rope_theta": rope.pop("rope_theta", None)}
@@ -136,15 +135,13 @@ def read_start(recipe: Recipe, target: TargetBase) -> Start | None:
     if config.ptd_token_id is not None:
         brought["mask_token_id"] = config.ptd_token_id
     for key, value in brought.items():
-        mine = getattr(filled.draft, key)
-        if mine is None:
-            setattr(filled.draft, key, value)
-        elif mine != value:
+        mine = getattr(recipe.draft, key)
+        if mine is not None and mine != value:
             text = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
             raise RecipeError(
                 f"draft.{key} is {mine}, but {where} has {text}: give draft.{key}={text}, or another drafter"
             )
-    return Start(files, filled)
+    return Start(files, replace(recipe, draft=replace(recipe.draft, **brought)))
 
 
 @torch.no_grad()
@@ -157,14 +154,13 @@ def copy_start(
         if name not in ("d2t", "t2d"):
             state[name].copy_(tensor)
     notes = list(files.notes)
-    if "mask_hidden" in files.missing:
-        notes.append("it has no mask_hidden (an EAGLE-3 drafter's), which starts random")
-    if "embed_tokens.weight" in files.missing:
-        state["embed_tokens.weight"].copy_(target.embedding_rows())
-        notes.append("it has no embed_tokens: the target's")
-    if "lm_head.weight" in files.missing:
-        state["lm_head.weight"].copy_(target.head_rows(files.draft_token_ids))
-        notes.append("it has no lm_head: the target's")
+    for name in files.missing:
+        if name == "mask_hidden":
+            notes.append("it has no mask_hidden (an EAGLE-3 drafter's), which starts random")
+        else:
+            rows = target.embedding_rows() if "embed" in name else target.head_rows(files.draft_token_ids)
+            state[name].copy_(rows)
+            notes.append(f"it has no {name.removesuffix('.weight')}: the target's")
     served, mine = files.config.max_position_embeddings, draft.config.max_position_embeddings
     if served != mine:
         notes.append(f"max_position_embeddings was {served}, is {mine} now")

@@ -43,7 +43,7 @@ from peagle_train.files import (
     write_folder,
     write_json,
 )
-from peagle_train.serving.drafter_io import check_finite, save_tensors
+from peagle_train.serving.drafter_io import fill_drafter, save_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def fingerprint(tensor: Tensor) -> str:
+def tensor_fingerprint(tensor: Tensor) -> str:
     """sha256 of dtype, shape and the first 64 rows."""
     sample = tensor[:64].detach().to("cpu").contiguous()
     digest = hashlib.sha256(f"{tensor.dtype},{tuple(tensor.shape)}".encode())
@@ -72,25 +72,6 @@ def fingerprint(tensor: Tensor) -> str:
 
 
 # ---- the output folder
-
-
-def save_drafter(path: Path, config: PEagleDraftConfig, state: dict[str, Tensor], extra: dict[str, str]) -> None:
-    """Write `model.safetensors` and `config.json` as vLLM loads them, and further text files by name.
-
-    Raises:
-        NonFiniteWeights: a weight is not finite. OSError: the folder cannot be written.
-    """
-    write_folder(path, lambda folder: fill_drafter(folder, config, state, extra))
-
-
-def fill_drafter(folder: Path, config: PEagleDraftConfig, state: dict[str, Tensor], extra: dict[str, str]) -> None:
-    """Write what `save_drafter` writes into an existing folder."""
-    check_finite(state, "the drafter's")
-    config.dtype = state["fc.weight"].dtype
-    config.to_json_file(folder / "config.json")
-    save_tensors(folder / "model.safetensors", state)
-    for name, text in extra.items():
-        (folder / name).write_text(text, encoding="utf-8")
 
 
 def check_output(folder: Path) -> None:

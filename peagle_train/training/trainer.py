@@ -47,11 +47,11 @@ from peagle_train.distributed import (
 )
 from peagle_train.files import NonFinite, NonFiniteWeights, RunStopped, write_json, write_text
 from peagle_train.memory import memory_explained, probe_step
-from peagle_train.serving.drafter_io import check_finite
+from peagle_train.serving.drafter_io import check_finite, save_drafter
 from peagle_train.target_model.cache import fingerprint as target_fingerprint
 from peagle_train.target_model.frozen import TargetBase
 from peagle_train.training import checkpoint as checkpoints
-from peagle_train.training.checkpoint import MARKER, Checkpoint, fingerprint, last_checkpoint, save_drafter
+from peagle_train.training.checkpoint import MARKER, Checkpoint, last_checkpoint, tensor_fingerprint
 from peagle_train.training.evaluate import Evaluator
 from peagle_train.training.metrics import (
     ABOUT,
@@ -519,9 +519,9 @@ class Trainer:
             "training data": [len(self.train_rows), self.train_rows.fingerprint()],
             "held-out data": [len(held_out), held_out.fingerprint()],
             "sequences of a step": self.sampler.global_batch_size,
-            "draft vocabulary": fingerprint(self.draft.draft_token_ids.reshape(1, -1)),
+            "draft vocabulary": tensor_fingerprint(self.draft.draft_token_ids.reshape(1, -1)),
             "target's config and weights": self.target_fingerprint,
-            "target's head": [str(self.runner.head_rows.dtype)[6:], fingerprint(self.runner.head_rows)],
+            "target's head": [str(self.runner.head_rows.dtype)[6:], tensor_fingerprint(self.runner.head_rows)],
         }
 
     def restore(self, checkpoint: Checkpoint) -> list[str]:
