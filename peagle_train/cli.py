@@ -94,7 +94,7 @@ def _cache(parser: Parser) -> Callable[[Options], None]:
 
     def run(options: Options) -> None:
         from peagle_train.config import load_recipe
-        from peagle_train.target_model.cache import write_cache
+        from peagle_train.target_model.cache_writer import write_cache
 
         recipe = load_recipe(options.recipe, options.overrides)
         print(write_cache(recipe, options.out or recipe.target.cache, options.shard_mib, options.speculators), end="")

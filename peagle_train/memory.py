@@ -45,7 +45,6 @@ from peagle_train.files import RunStopped, one_line
 from peagle_train.serving.start import make_draft_config, read_start
 from peagle_train.target_model.attention import BLOCK as TARGET_BLOCK
 from peagle_train.target_model.attention import NAME
-from peagle_train.target_model.cache import CachedTarget
 from peagle_train.target_model.check import is_out_of_memory
 from peagle_train.target_model.frozen import FrozenTarget, TargetBase, refuse_unfit, resolve_dtype
 
@@ -479,7 +478,7 @@ def _stored_dtype(folder: Path) -> torch.dtype:
 
 
 def sizes_of(recipe: Recipe, target: TargetBase, config: PEagleDraftConfig, device: Device) -> Sizes:
-    """The sizes of a run. `target`: on a device, on meta, or a `CachedTarget`."""
+    """The sizes of a run. `target`: on a device, on meta, or a `StoredTarget`."""
     cod, train = recipe.cod, recipe.train
     with torch.device("meta"):
         draft = PEagleDraft(config)
@@ -494,10 +493,7 @@ def sizes_of(recipe: Recipe, target: TargetBase, config: PEagleDraftConfig, devi
     )
     pad_context = train.compile is True or device.kind == "cuda"
     weights, forward, item = _target(recipe, target, device)
-    cached = 0
-    if recipe.target.cache:
-        name = target.cache.index.dtype if isinstance(target, CachedTarget) else recipe.target.cache_dtype
-        cached = item if name == "auto" else getattr(torch, name).itemsize
+    cached = target.cache_dtype(recipe.target.cache_dtype).itemsize if recipe.target.cache else 0
     return Sizes(
         batch_size=train.batch_size,
         length=recipe.data.max_length,
@@ -540,16 +536,14 @@ def sizes_of(recipe: Recipe, target: TargetBase, config: PEagleDraftConfig, devi
 def _target(recipe: Recipe, target: TargetBase, device: Device) -> tuple[int, int, int]:
     """Bytes of the target's weights on the device, of its largest forward, and of one number of its outputs."""
     settings = recipe.target
-    if isinstance(target, CachedTarget):
-        return 0, 0, getattr(torch, target.cache.index.computed_in).itemsize
+    if settings.cache:
+        return 0, 0, target.dtype.itemsize
     assert isinstance(target, FrozenTarget)
     model = target.model
     tensors = [*model.parameters(), *model.buffers()]
     total = sum(t.numel() * t.element_size() for t in tensors)
     item = next(p.element_size() for p in model.parameters() if p.is_floating_point())
     config: Any = model.config
-    if settings.cache:
-        return 0, 0, item
     if next(model.parameters()).is_meta:
         total = _as_stored(config, total)
     if settings.shard and device.world_size > 1:
@@ -559,7 +553,7 @@ def _target(recipe: Recipe, target: TargetBase, device: Device) -> tuple[int, in
     elif settings.device_map and device.kind == "cuda":
         total //= max(1, torch.cuda.device_count())
     attention = settings.attn_implementation or config._attn_implementation or "eager"
-    if attention == "sdpa" and target.flattens:
+    if attention == "sdpa" and target.way.flattens:
         attention = NAME
     forward = target_forward_bytes(
         target.config,
@@ -817,10 +811,11 @@ def probe_step(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     B, L = recipe.train.batch_size, recipe.data.max_length
-    if isinstance(target, FrozenTarget):
+    if not recipe.target.cache:
         # Sequences of several documents may take a mask of L x L, which a document alone does without.
         position = torch.cat([torch.arange(L - L // 2), torch.arange(L // 2)])[None].expand(B, -1)
-        target.features(torch.zeros(B, L, dtype=torch.int64), position.contiguous())
+        ids = torch.zeros(B, L, dtype=torch.int64)
+        target.outputs({"input_ids": ids, "position_ids": position.contiguous()}, draft.lm_head.weight)
     # AdamW's state is there in every step but the first; in a resumed run, it is there already.
     states = [torch.zeros_like(p) for p in trained if not optimizer.state.get(p) for _ in range(2)]
     batch = full_batch(recipe, target, draft, collator)
@@ -839,8 +834,8 @@ def full_batch(recipe: Recipe, target: TargetBase, draft: PEagleDraft, collator:
     ids = torch.randint(target.vocab_size - 1, (L,), generator=generator)
     ids += ids >= draft.mask_token_id  # which no sequence may hold
     row: dict[str, Any] = {"input_ids": ids, "loss_mask": torch.ones_like(ids), "row_key": 0, "epoch": 0}
-    if isinstance(target, CachedTarget):
-        dtype = target.cache.dtype
+    if recipe.target.cache:
+        dtype = target.cache_dtype(recipe.target.cache_dtype)
         row["features"] = torch.zeros(L, 3 * target.hidden_size, dtype=dtype)
         row["last_hidden"] = torch.zeros(L, target.hidden_size, dtype=dtype)
     return collator([row] * recipe.train.batch_size)

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from peagle_train.__main__ import main
 from peagle_train.config import load_recipe
 from peagle_train.files import alone_in
-from peagle_train.target_model.cache import FeatureCache, write_cache
+from peagle_train.target_model.cache import FeatureCache, StoredTarget
+from peagle_train.target_model.cache_writer import write_cache
 from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.training.step import BatchRunner
 from tests.tiny import make_target, write_recipe, write_rows
@@ -126,7 +127,9 @@ def test_what_is_read_is_what_the_target_gives(tmp_path: Path, target: Path, row
         assert torch.allclose(found["features"][part], features[0], atol=1e-12)
         assert torch.allclose(found["last_hidden"][part], last[0], atol=1e-12)
     assert read.read({"input_ids": ids[:0], "document_ids": ids[:0]})["features"].shape == (0, 48)
-    assert torch.equal(read.head_tensor("head"), model.head_weight())
+    stored = StoredTarget(load_recipe(recipe, [f"target.cache={read.folder}"]).target, torch.device("cpu"))
+    assert torch.equal(stored.head_weight(), model.head_weight())
+    assert torch.equal(stored.final_norm().weight, model.final_norm().weight)  # type: ignore[arg-type]
 
 
 def test_bfloat16_on_disk_is_the_targets_output_rounded(tmp_path: Path, target: Path, rows: Path) -> None:
@@ -294,7 +297,7 @@ def test_a_disk_that_fills_up_all_the_same_is_one_line_and_the_next_run_resumes(
 
     recipe = recipe_in(tmp_path, target, rows)
     with monkeypatch.context() as patch:
-        patch.setattr("peagle_train.target_model.cache.save_file", full)
+        patch.setattr("peagle_train.target_model.cache_writer.save_file", full)
         with pytest.raises(ValueError, match="No space left"):
             cache(recipe, tmp_path / "cache")
     assert contents(cache(recipe, tmp_path / "cache")) == contents(made)

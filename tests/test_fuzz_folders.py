@@ -16,7 +16,8 @@ from peagle_train.config import Recipe, load_recipe
 from peagle_train.data.prepare import prepare_recipe
 from peagle_train.data.training_data import load_training_data
 from peagle_train.serving.drafter_io import load_drafter
-from peagle_train.target_model.cache import CachedTarget, write_cache
+from peagle_train.target_model.cache import StoredTarget
+from peagle_train.target_model.cache_writer import write_cache
 from peagle_train.training.checkpoint import verify_checkpoint
 from tests.tiny import MASK, VOCAB, make_target, write_recipe, write_rows
 
@@ -53,8 +54,7 @@ def read_prepared(folder: Path, world: dict[str, Any]) -> list[Any]:
 
 def read_cache(folder: Path, world: dict[str, Any]) -> list[Any]:
     recipe = load_recipe(world["recipe"], [f"target.cache={folder}"])
-    target = CachedTarget.open(recipe.target, torch.device("cpu"))
-    target.check()
+    target = StoredTarget(recipe.target, torch.device("cpu"))
     data = load_training_data(recipe, None, VOCAB, MASK, lambda _: None)
     target.check_rows(data)
     rows = [target.cache.read(data.train_rows[i]) for i in range(len(data.train_rows))]

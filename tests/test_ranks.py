@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from peagle_train.config import load_recipe
-from peagle_train.target_model.cache import write_cache
+from peagle_train.target_model.cache_writer import write_cache
 from tests import fsdp_run
 from tests.ranks_run import run
 from tests.test_distributed import launch

@@ -1,9 +1,11 @@
-"""The frozen target: what training needs of one, and a transformers causal LM that computes it.
+"""The frozen target: what training reads of one, and a transformers causal LM that computes it.
 
 Only the base model runs, so no logits of the whole vocabulary exist; hooks keep the inputs of three layers, so no other
 hidden state outlives its layer. B: sequences, L: positions, T: hidden size, V: draft vocabulary.
 """
 
+import hashlib
+import json
 import logging
 import math
 from abc import ABC, abstractmethod
@@ -21,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from peagle_train.config import Target
 from peagle_train.core.passes import TargetOutputs
 from peagle_train.core.rope import ROPE_TYPES
+from peagle_train.data.packing import TrainingData
 from peagle_train.data.vocab import eos_token_ids, load_config
 from peagle_train.distributed import max_counts, shard, whole
 from peagle_train.files import one_line
@@ -49,12 +52,15 @@ _REPORTS = ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs")
 
 
 class TargetBase(ABC):
-    """A target that is only ever read, whether its outputs are computed (`FrozenTarget`) or read (`CachedTarget`)."""
+    """A target that is only read, whether its outputs are computed (`FrozenTarget`) or on disk (`StoredTarget`)."""
 
     config: Any
     """transformers' config of its text model."""
     layer_ids: list[int]
     """The three layers whose *input* is a feature, ascending."""
+    vocab_size: int
+    dtype: torch.dtype
+    """Of its head and its outputs."""
 
     @property
     def hidden_size(self) -> int:
@@ -63,10 +69,6 @@ class TargetBase(ABC):
     @property
     def num_layers(self) -> int:
         return self.config.num_hidden_layers
-
-    @property
-    @abstractmethod
-    def vocab_size(self) -> int: ...
 
     @abstractmethod
     def eos_token_ids(self) -> list[int]:
@@ -78,12 +80,24 @@ class TargetBase(ABC):
 
     @abstractmethod
     def head_weight(self) -> Tensor:
-        """[vocabulary, T], in the target's dtype; may lie on the CPU."""
+        """[vocabulary, T]; may lie on the CPU."""
 
     def head_rows(self, token_ids: Tensor) -> Tensor:
         """[V, T], the head's rows of the given tokens."""
         weight = self.head_weight()
         return weight[token_ids.to(weight.device)]
+
+    @abstractmethod
+    def final_norm(self) -> nn.Module:
+        """The norm whose output the last hidden states are; ValueError if none is found."""
+
+    def cache_dtype(self, asked: str) -> torch.dtype:
+        """What features are stored in on disk. `asked`: target.cache_dtype."""
+        return self.dtype if asked == "auto" else getattr(torch, asked)
+
+    def check_rows(self, data: TrainingData) -> None:
+        """ValueError if there are sequences whose outputs the target cannot give."""
+        return
 
     def expect(self, batch: dict[str, Tensor]) -> None:
         """`outputs` will be asked for this very batch soon: begin to read what it needs, if anything is read."""
@@ -96,10 +110,6 @@ class TargetBase(ABC):
         Args:
             batch: on the host; on a device it costs a wait.
         """
-
-    @abstractmethod
-    def check(self) -> None:
-        """ValueError where features or labels are not what training takes them for."""
 
 
 class FrozenTarget(TargetBase):
@@ -119,7 +129,7 @@ class FrozenTarget(TargetBase):
         self.config = model.config.get_text_config()
         name = type(model).__name__
         refuse_unfit(self.config)
-        self.head: nn.Module = model.get_output_embeddings()
+        self.head: Any = model.get_output_embeddings()
         if self.head is None:
             raise ValueError(f"target {name} has no output embeddings: it is no causal LM")
         if getattr(self.head, "bias", None) is not None:
@@ -129,6 +139,7 @@ class FrozenTarget(TargetBase):
                 raise ValueError(
                     f"target {name} has quantised {what} ({type(module).__name__}): leave them unquantised"
                 )
+        self.vocab_size, self.dtype = self.head.weight.shape[0], self.head.weight.dtype
         self.base: nn.Module = _base_model(model)
         self.layers = _decoder_layers(self.base, self.config.num_hidden_layers)
         self.layer_ids = list(layer_ids) if layer_ids is not None else default_layer_ids(len(self.layers))
@@ -172,17 +183,8 @@ class FrozenTarget(TargetBase):
     @classmethod
     def from_recipe(cls, target: Target, device: torch.device, shard: bool = False) -> "FrozenTarget":
         """`load`, as a recipe's section says; what its cache holds is not looked at."""
-        return cls.load(
-            target.path,
-            dtype=target.dtype,
-            device=device,
-            layer_ids=target.layer_ids,
-            chunk_tokens=target.chunk_tokens,
-            attn_implementation=target.attn_implementation,
-            trust_remote_code=target.trust_remote_code,
-            device_map=target.device_map,
-            shard=shard,
-        )
+        names = "dtype", "layer_ids", "chunk_tokens", "attn_implementation", "trust_remote_code", "device_map"
+        return cls.load(target.path, device=device, shard=shard, **{name: getattr(target, name) for name in names})
 
     def shard(self, device: torch.device) -> None:
         """Shard all but the head over all ranks and move it to the device; the head stays whole, on the CPU.
@@ -192,14 +194,9 @@ class FrozenTarget(TargetBase):
         if not all(parameter.is_floating_point() for parameter in self.model.parameters()):
             raise ValueError(f"target.shard is true, but target {type(self.model).__name__} is quantised: unsupported")
         self.sharded = True
-        head: Any = self.head
-        if head.weight is self.model.get_input_embeddings().weight:
-            head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        if self.head.weight is self.model.get_input_embeddings().weight:
+            self.head.weight = nn.Parameter(self.head.weight.detach().clone(), requires_grad=False)
         shard(self.base, self.layers, device)
-
-    @property
-    def vocab_size(self) -> int:
-        return self.head_weight().shape[0]
 
     @property
     def device(self) -> torch.device:
@@ -208,10 +205,6 @@ class FrozenTarget(TargetBase):
         if has_offloaded_params(embeddings):
             return torch.device(embeddings._hf_hook.execution_device)
         return embeddings.weight.device
-
-    @property
-    def flattens(self) -> bool:
-        return self.way.flattens
 
     def embedding_rows(self) -> Tensor:
         return _weight(self.model.get_input_embeddings())
@@ -226,7 +219,6 @@ class FrozenTarget(TargetBase):
 
     @torch.no_grad()
     def final_norm(self) -> nn.Module:
-        """The module whose output the last hidden states are; ValueError if none is."""
         answers: list[tuple[nn.Module, Any]] = []
         inner = [module for module in self.base.modules() if module is not self.base]
         handles = [module.register_forward_hook(lambda m, _, output: answers.append((m, output))) for module in inner]
@@ -239,7 +231,8 @@ class FrozenTarget(TargetBase):
             raise ValueError(f"target {type(self.model).__name__}: no module gives its last hidden states as they are")
         return found[-1]
 
-    def features(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def features(self, input_ids: Tensor, position_ids: Tensor, way: Way | None = None) -> tuple[Tensor, Tensor]:
         """Features [B, L, 3T] and last hidden states after the final norm [B, L, T], in the target's dtype.
 
         Packed documents do not see each other: see `Way`.
@@ -247,11 +240,9 @@ class FrozenTarget(TargetBase):
         Args:
             input_ids: int64 [B, L], unshifted. position_ids: int64 [B, L], restarting at 0 with every document. On the
                 host or on the target's device (bounds are found on the host: from the device, that waits for it).
+            way: None is `self.way`.
         """
-        return self._features(input_ids, position_ids, self.way)
-
-    @torch.no_grad()
-    def _features(self, input_ids: Tensor, position_ids: Tensor, way: Way) -> tuple[Tensor, Tensor]:
+        way = way or self.way
         B, L = input_ids.shape
         T = self.hidden_size
         bounds, runs = way.plan(position_ids)
@@ -317,9 +308,9 @@ class FrozenTarget(TargetBase):
         that does not isolate them gets one at a time from then on), chunks must give what the whole gives, and the model's
         own logits must be its head times the last hidden state.
         """
-        self.way = choose_way(self.model, self._features, self.way, self.vocab_size)
+        self.way = choose_way(self.model, self.features, self.way, self.vocab_size)
         ids = torch.arange(1, 7)[None] % self.vocab_size
-        _, last = self._features(ids, torch.arange(6)[None], Way(flattens=False))
+        _, last = self.features(ids, torch.arange(6)[None], Way(flattens=False))
         rows = self.head_rows(torch.arange(min(8, self.vocab_size)))
         check_logits(self.model, ids.to(self.device), last[0], rows)
 
@@ -455,3 +446,30 @@ def _weight(module: Any) -> Tensor:
     with align_module_device(module, torch.device("cpu") if module.weight.is_meta else None):
         weight = whole(module.weight.detach())
         return weight.clone() if has_offloaded_params(module) else weight
+
+
+def target_fingerprint(folder: str) -> str:
+    """sha256 over config.json (without the version of transformers that wrote it) and, of every .safetensors file: name,
+    size, header, and 256 blocks of 4 KiB spread evenly over the rest.
+
+    Cheap on the largest target. Training changes nearly every weight, so that another training of the same model shows;
+    an edit of a few numbers may fall between the blocks.
+    """
+    total = hashlib.sha256()
+    root = Path(folder)
+    try:
+        config = json.loads((root / "config.json").read_text(encoding="utf-8"))
+        config.pop("transformers_version", None)
+        total.update(json.dumps(config, sort_keys=True).encode())
+        for path in sorted(root.glob("*.safetensors")):
+            size = path.stat().st_size
+            total.update(f"{path.name},{size},".encode())
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                total.update(file.read(min(length, size)))
+                for i in range(256):
+                    file.seek(8 + length + max(0, size - 8 - length - 4096) * i // 255)
+                    total.update(file.read(4096))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"target.path {folder} cannot be read: {error}") from error
+    return total.hexdigest()

@@ -37,7 +37,7 @@ from peagle_train.files import told
 from peagle_train.memory import memory_explained, refuse_hopeless, resolve_segments, sizes_of, this_device
 from peagle_train.serving.drafter_io import check_finite
 from peagle_train.serving.start import Start, always_drafted, copy_start, make_draft, read_start
-from peagle_train.target_model.cache import CachedTarget
+from peagle_train.target_model.cache import StoredTarget
 from peagle_train.target_model.frozen import FrozenTarget, TargetBase
 from peagle_train.training.checkpoint import (
     Checkpoint,
@@ -101,8 +101,6 @@ def _train(recipe: Recipe, resume: str | None, force: bool) -> str:
         refuse_hopeless(drafted, this_device(accelerator.device))
 
     target = load_target(recipe, accelerator)
-    if recipe.target.check or isinstance(target, CachedTarget):
-        target.check()
     start = read_start(drafted, target)
     shaped = start.recipe if start else drafted
     tokenizer = load_tokenizer(recipe.target.path, recipe.target.trust_remote_code)
@@ -110,8 +108,7 @@ def _train(recipe: Recipe, resume: str | None, force: bool) -> str:
     mask_token_id = choose_mask_token(shaped.draft, tokenizer, target.vocab_size)
 
     data = load_training_data(recipe, tokenizer, target.vocab_size, mask_token_id, say)
-    if isinstance(target, CachedTarget):
-        target.check_rows(data)
+    target.check_rows(data)
 
     draft = _draft(shaped, target, tokenizer, mask_token_id, data.counts_V, start, say)
     if start and checkpoint is None:
@@ -133,7 +130,7 @@ def _train(recipe: Recipe, resume: str | None, force: bool) -> str:
 
 
 def load_target(recipe: Recipe, accelerator: Accelerator) -> TargetBase:
-    """Load the recipe's target."""
+    """The recipe's target, checked."""
     settings, several = recipe.target, accelerator.num_processes > 1
     check_device_map(settings.device_map, accelerator.num_processes)
     sharded = settings.shard and several and not settings.cache
@@ -142,11 +139,14 @@ def load_target(recipe: Recipe, accelerator: Accelerator) -> TargetBase:
         logger.warning("target.shard is true, but %s: the target stays whole", why)
     if sharded:
         world_mesh(accelerator.device.type)
+    if settings.cache:
+        return StoredTarget(settings, accelerator.device)
     # A sharded target is whole on the host while it is loaded: let that be one at a time.
     with one_at_a_time() if sharded else nullcontext():
-        if settings.cache:
-            return CachedTarget.open(settings, accelerator.device)
-        return FrozenTarget.from_recipe(settings, accelerator.device, sharded)
+        target = FrozenTarget.from_recipe(settings, accelerator.device, sharded)
+    if settings.check:
+        target.check()
+    return target
 
 
 def _draft(  # type: ignore[no-untyped-def]
