@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from peagle_train.__main__ import main
 from peagle_train.config import load_recipe
 from peagle_train.files import alone_in
-from peagle_train.target_model.cache import FeatureCache, StoredTarget
+from peagle_train.target_model.cache import StoredTarget
 from peagle_train.target_model.cache_writer import write_cache
 from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.training.step import BatchRunner
@@ -89,9 +89,9 @@ def test_features_are_read_one_micro_batch_ahead_however_many_a_step_has(
     settings = {"max_steps": 3, "gradient_accumulation_steps": 4}
     recipe = recipe_in(tmp_path, target, rows, train=settings, data={"pack": False, "eval_fraction": 0.0})
     folder = cache(recipe, tmp_path / "cache")
-    read, run, events = FeatureCache.read, BatchRunner.run, []
+    read, run, events = StoredTarget.read, BatchRunner.run, []
 
-    def reading(self: FeatureCache, *arguments: Any) -> Any:
+    def reading(self: StoredTarget, *arguments: Any) -> Any:
         events.append("read")
         return read(self, *arguments)
 
@@ -100,7 +100,7 @@ def test_features_are_read_one_micro_batch_ahead_however_many_a_step_has(
         events.append("run")
         return found
 
-    monkeypatch.setattr(FeatureCache, "read", reading)
+    monkeypatch.setattr(StoredTarget, "read", reading)
     monkeypatch.setattr(BatchRunner, "run", running)
     train(recipe, tmp_path / "run", f"target.cache={folder}")
     assert events.count("read") == events.count("run") == 12
@@ -115,31 +115,31 @@ def test_packing_masks_and_batches_may_change_without_a_new_cache(tmp_path: Path
     assert all(torch.allclose(online[name], cached[name], rtol=0, atol=1e-9) for name in online)
 
 
-def test_what_is_read_is_what_the_target_gives(tmp_path: Path, target: Path, rows: Path) -> None:
-    recipe = recipe_in(tmp_path, target, rows)
-    read = FeatureCache(cache(recipe, tmp_path / "cache"))
-    model = FrozenTarget.load(str(target), dtype="float64")
-    ids = torch.tensor(json.loads(rows.read_text().splitlines()[1])["input_ids"])
-    pair = torch.cat([ids[:31], torch.tensor(json.loads(rows.read_text().splitlines()[5])["input_ids"])])
-    found = read.read({"input_ids": pair, "document_ids": torch.tensor([0] * 31 + [1] * 2)})
+def test_what_is_read_is_what_the_target_gives(tmp_path: Path, target: Path, rows: Path, made: Path) -> None:
+    recipe = load_recipe(recipe_in(tmp_path, target, rows), [f"target.cache={made}"])
+    stored, model = StoredTarget(recipe.target, torch.device("cpu")), FrozenTarget.load(str(target), dtype="float64")
+    ids = [torch.tensor(json.loads(rows.read_text().splitlines()[i])["input_ids"]) for i in (1, 5)]
+    batch = torch.cat([*ids, torch.zeros(3, dtype=torch.int64)])[None], torch.tensor([[0] * 31 + [1] * 2 + [-1] * 3])
+    found = stored.outputs({"input_ids": batch[0], "document_ids": batch[1]}, stored.head_weight())
     for part in (slice(0, 31), slice(31, 33)):
-        features, last = model.features(pair[None, part], torch.arange(part.stop - part.start)[None])
-        assert torch.allclose(found["features"][part], features[0], atol=1e-12)
-        assert torch.allclose(found["last_hidden"][part], last[0], atol=1e-12)
-    assert read.read({"input_ids": ids[:0], "document_ids": ids[:0]})["features"].shape == (0, 48)
-    stored = StoredTarget(load_recipe(recipe, [f"target.cache={read.folder}"]).target, torch.device("cpu"))
-    assert torch.equal(stored.head_weight(), model.head_weight())
+        features, last = model.features(batch[0][:, part], torch.arange(part.stop - part.start)[None])
+        assert torch.allclose(found.features[:, part], features, atol=1e-12)
+        assert torch.allclose(found.last_hidden[:, part], last, atol=1e-12)
+    assert not found.features[:, 33:].any() and not found.last_hidden[:, 33:].any()
+    for name in ("head_weight", "embedding_rows", "eos_token_ids"):
+        ours, theirs = (getattr(one, name)() for one in (stored, model))
+        assert torch.equal(torch.as_tensor(ours), torch.as_tensor(theirs))
     assert torch.equal(stored.final_norm().weight, model.final_norm().weight)  # type: ignore[arg-type]
 
 
 def test_bfloat16_on_disk_is_the_targets_output_rounded(tmp_path: Path, target: Path, rows: Path) -> None:
     recipe = recipe_in(tmp_path, target, rows, train={"max_steps": 2})
-    full = FeatureCache(cache(recipe, tmp_path / "full", shard_tokens=2048))
-    half = FeatureCache(cache(recipe, tmp_path / "half", "target.cache_dtype=bfloat16", shard_tokens=2048))
-    tensors = [load_file(f.folder / "features-00000.safetensors") for f in (full, half)]
+    full = cache(recipe, tmp_path / "full", shard_tokens=2048)
+    half = cache(recipe, tmp_path / "half", "target.cache_dtype=bfloat16", shard_tokens=2048)
+    tensors = [load_file(folder / "features-00000.safetensors") for folder in (full, half)]
     assert tensors[1]["features"].dtype == torch.bfloat16
     assert torch.equal(tensors[1]["features"], tensors[0]["features"].bfloat16())
-    train(recipe, tmp_path / "run", f"target.cache={tmp_path / 'half'}")
+    train(recipe, tmp_path / "run", f"target.cache={half}")
 
 
 def test_a_write_stopped_anywhere_and_started_again_leaves_the_same_cache(

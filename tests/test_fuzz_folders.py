@@ -57,8 +57,10 @@ def read_cache(folder: Path, world: dict[str, Any]) -> list[Any]:
     target = StoredTarget(recipe.target, torch.device("cpu"))
     data = load_training_data(recipe, None, VOCAB, MASK, lambda _: None)
     target.check_rows(data)
-    rows = [target.cache.read(data.train_rows[i]) for i in range(len(data.train_rows))]
-    return [target.head_weight(), target.embedding_rows(), *({name: row[name] for name in sorted(row)} for row in rows)]
+    rows = (data.train_rows[i] for i in range(len(data.train_rows)))
+    batches = [{name: row[name][None] for name in ("input_ids", "document_ids")} for row in rows]
+    head, tables = target.head_weight(), target.embedding_rows()
+    return [head, tables, *(vars(target.outputs(batch, head)) for batch in batches)]
 
 
 def read_checkpoint(folder: Path, world: dict[str, Any]) -> list[Any]:

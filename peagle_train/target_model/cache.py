@@ -19,7 +19,6 @@ import json
 import logging
 import os
 import struct
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
@@ -27,13 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from peagle_train.config import Target
 from peagle_train.core.passes import TargetOutputs
-from peagle_train.data.packing import PackedRows, TrainingData
+from peagle_train.data.packing import TrainingData
 from peagle_train.data.vocab import load_config
+from peagle_train.distributed import wait_for_all
 from peagle_train.files import checksum, sha256_of
 from peagle_train.target_model.frozen import FrozenTarget, TargetBase, default_layer_ids, target_fingerprint
 
@@ -96,9 +96,9 @@ def piece_key(ids_n: Tensor) -> Key:
     return struct.unpack("<qq", digest[:16])
 
 
-def pieces_of(row: Mapping[str, Any]) -> list[slice]:
-    """Positions of each piece of a sequence of `PackedRows`, in order."""
-    counts = row["document_ids"].unique_consecutive(return_counts=True)[1].tolist()
+def pieces_of(document_ids: Tensor) -> list[slice]:
+    """Positions of each piece of a sequence without padding, in order."""
+    counts = document_ids.unique_consecutive(return_counts=True)[1].tolist()
     return [slice(end - count, end) for end, count in zip(accumulate(counts), counts)]
 
 
@@ -122,153 +122,101 @@ def is_damaged(path: Path) -> bool:
         return True
 
 
-class FeatureCache:
-    """A whole folder, memory-mapped.
-
-    Raises:
-        ValueError: one line, for a folder that is no cache or not a whole one.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        index = read_index(self.folder)
-        if index is None:
-            hint = " --speculators, as speculators wrote this one" if any(self.folder.glob("hs_*.safetensors")) else ""
-            raise ValueError(
-                f"target.cache {folder} has no {INDEX}: give a folder made by {COMMAND} RECIPE --out DIR{hint}"
-            )
-        self.index = index
-        self.dtype: torch.dtype = getattr(torch, index.dtype)
-        self.names = [HEAD, *map(shard_name, range(index.shards))]
-        if missing := [name for name in self.names if not is_written(self.folder / name)]:
-            raise ValueError(
-                f"target.cache {folder} is not whole: {len(missing)} of {len(self.names)} files are missing, first"
-                f" {missing[0]}: run the same {COMMAND} again, it resumes where it stopped"
-            )
-        self._files: dict[str, Any] = {}
-        self._where: dict[Key, tuple[str, slice]] = {}  # of a piece: the shard, and its tokens there
-        for name in self.names[1:]:
-            try:
-                keys, lengths = (self._open(name).get_tensor(field).tolist() for field in ("keys", "lengths"))
-                ends = accumulate(lengths)
-                for key, length, end in zip(keys, lengths, ends, strict=True):
-                    self._where[tuple(key)] = name, slice(end - length, end)
-            except (SafetensorError, TypeError, ValueError):
-                raise self._damaged(name) from None
-
-    def lacking(self, rows: PackedRows) -> list[int]:
-        """Tokens of each piece of the sequences that the cache does not have."""
-        found = ((row["input_ids"], part) for row in map(rows.__getitem__, range(len(rows))) for part in pieces_of(row))
-        return [ids[part].numel() for ids, part in found if piece_key(ids[part]) not in self._where]
-
-    def empty(self, *shape: int, pin: bool = False) -> dict[str, Tensor]:
-        """Room for `FIELDS` of [*shape] tokens."""
-        T = self.index.hidden_size
-        widths = zip(FIELDS, (3 * T, T), strict=True)
-        return {name: torch.empty(*shape, width, dtype=self.dtype, pin_memory=pin) for name, width in widths}
-
-    def read(self, row: Mapping[str, Any], out: Mapping[str, Tensor] | None = None) -> Mapping[str, Tensor]:
-        """`FIELDS` of a sequence's n tokens, [n, 3T] and [n, T]; `out`: where to put them, in the first n places."""
-        if out is None:
-            out = self.empty(row["input_ids"].numel())
-        for part in pieces_of(row):
-            shard, tokens = self._where[piece_key(row["input_ids"][part])]
-            assert tokens.stop - tokens.start == part.stop - part.start, "two pieces have one key"
-            for name in FIELDS:
-                out[name][part] = self._open(shard).get_slice(name)[tokens]
-        return out
-
-    def head_tensor(self, name: str) -> Tensor:
-        """ "head" or "embeddings", [V, T], in the target's dtype."""
-        return self._open(HEAD).get_tensor(name)
-
-    def verify(self) -> None:
-        """Compare every file's checksum, shared out among the processes of this machine; ValueError names a damaged one."""
-        rank, size = (
-            int(os.environ.get(f"LOCAL_{name}", default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
-        )
-        if rank == 0:
-            total = sum((self.folder / name).stat().st_size for name in self.names)
-            logger.warning("target.cache: reading %.2f GiB once to see that they are whole", total / 2**30)
-        names = self.names[rank::size]
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib lets go of the interpreter
-            for name, damaged in zip(names, pool.map(is_damaged, map(self.folder.joinpath, names)), strict=True):
-                if damaged:
-                    raise self._damaged(name)
-
-    def _open(self, name: str) -> Any:
-        if name not in self._files:
-            try:
-                self._files[name] = safe_open(self.folder / name, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise self._damaged(name) from error
-        return self._files[name]
-
-    def _damaged(self, name: str) -> ValueError:
-        return ValueError(
-            f"target.cache {self.folder}: {name} is not what was written (cut or edited): run the same {COMMAND} again,"
-            " which replaces it"
-        )
-
-
 class StoredTarget(TargetBase):
-    """A target that answers from `target.cache`: its layers are never loaded, its head stays on the disk until its rows
-    are asked for. Batches must be of sequences that `check_rows` has seen, or bring features of their own.
+    """A target that answers from `target.cache`, memory-mapped: its layers are never loaded, its head stays on the disk
+    until its rows are asked for. Batches must be of sequences that `check_rows` has seen, or bring features of their own.
 
     Every file is read once and compared with its checksum: cheap beside a run that learns from wrong numbers, so
     target.check does not turn it off.
 
     Args:
-        target: the recipe's section. device: that the outputs are for.
+        settings: the recipe's section. device: that the outputs are for.
 
     Raises:
-        ValueError: one line, where the cache is damaged, or of another target or other settings.
+        ValueError: one line, for a folder that is no whole cache of this target in these settings.
     """
 
-    def __init__(self, target: Target, device: torch.device) -> None:
-        assert target.cache is not None
-        self.settings, self.cache = target, FeatureCache(target.cache)
-        index = self.cache.index
-        if target_fingerprint(target.path) != index.target:
+    def __init__(self, settings: Target, device: torch.device) -> None:
+        assert settings.cache is not None
+        self.settings, self.folder = settings, Path(settings.cache)
+        index = read_index(self.folder)
+        if index is None:
+            hint = " --speculators, as speculators wrote this one" if any(self.folder.glob("hs_*.safetensors")) else ""
             raise ValueError(
-                f"target.cache {target.cache} is of another target than {target.path} (config or weights differ): {AGAIN}"
+                f"target.cache {self.folder} has no {INDEX}: give a folder made by {COMMAND} RECIPE --out DIR{hint}"
             )
-        self.config = load_config(target.path, target.trust_remote_code).get_text_config()
-        self.layer_ids, self.vocab_size = list(index.layer_ids), index.vocab_size
+        names = [HEAD, *map(shard_name, range(index.shards))]
+        if missing := [name for name in names if not is_written(self.folder / name)]:
+            raise ValueError(
+                f"target.cache {self.folder} is not whole: {len(missing)} of {len(names)} files are missing, first"
+                f" {missing[0]}: run the same {COMMAND} again, it resumes where it stopped"
+            )
+        if target_fingerprint(settings.path) != index.target:
+            raise ValueError(
+                f"target.cache {self.folder} is of another target than {settings.path} (config or weights differ): {AGAIN}"
+            )
+        self.config = load_config(settings.path, settings.trust_remote_code).get_text_config()
         for key, asked, has in (
-            ("layer_ids", target.layer_ids or default_layer_ids(self.num_layers), index.layer_ids),
-            ("cache_dtype", target.cache_dtype, index.dtype),
-            ("dtype", target.dtype, index.computed_in),
+            ("layer_ids", settings.layer_ids or default_layer_ids(self.num_layers), index.layer_ids),
+            ("cache_dtype", settings.cache_dtype, index.dtype),
+            ("dtype", settings.dtype, index.computed_in),
         ):
             if asked not in ("auto", has):
-                raise ValueError(f"target.cache {target.cache} is of {key} {has}, the recipe asks for {asked}: {AGAIN}")
-        self.cache.verify()
-        self.dtype = getattr(torch, index.computed_in)
+                raise ValueError(f"target.cache {self.folder} is of {key} {has}, the recipe asks for {asked}: {AGAIN}")
+        self._verify(names)
+        self.index, self.layer_ids, self.vocab_size = index, list(index.layer_ids), index.vocab_size
+        self.dtype, self._stored = getattr(torch, index.computed_in), getattr(torch, index.dtype)
+        self._tables, *files = (safe_open(self.folder / name, framework="pt") for name in names)
         self._head: Tensor | None = None
+        self._where: dict[Key, tuple[Any, slice]] = {}  # of a piece: the file, and its tokens there
+        for file in files:
+            keys, lengths = (file.get_tensor(field).tolist() for field in ("keys", "lengths"))
+            for key, length, end in zip(keys, lengths, accumulate(lengths), strict=True):
+                self._where[tuple(key)] = file, slice(end - length, end)
         self._pin = device.type == "cuda"  # read into page-locked memory
         self._reader = ThreadPoolExecutor(1)
         self._coming: dict[int, tuple[dict[str, Tensor], Future[dict[str, Tensor]]]] = {}  # by the batch's id
 
+    def _verify(self, names: list[str]) -> None:
+        """Compare checksums, shared out among the processes of this machine."""
+        rank, size = (
+            int(os.environ.get(f"LOCAL_{name}", default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
+        )
+        if rank == 0:
+            total = sum((self.folder / name).stat().st_size for name in names)
+            logger.warning("target.cache: reading %.2f GiB once to see that they are whole", total / 2**30)
+        names = names[rank::size]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib lets go of the interpreter
+            for name, damaged in zip(names, pool.map(is_damaged, map(self.folder.joinpath, names)), strict=True):
+                if damaged:
+                    raise ValueError(
+                        f"target.cache {self.folder}: {name} is not what was written (cut or edited): run the same"
+                        f" {COMMAND} again, which replaces it"
+                    )
+        wait_for_all()  # a damaged file may be in another process's share
+
     def cache_dtype(self, asked: str) -> torch.dtype:
-        return self.cache.dtype
+        return self._stored
 
     def check_rows(self, data: TrainingData) -> None:
         for name, rows in {"data.sources": data.train_rows, "held-out sequences": data.eval_rows}.items():
-            if lacking := self.cache.lacking(rows):
+            each = (rows[i] for i in range(len(rows)))
+            pieces = (row["input_ids"][part] for row in each for part in pieces_of(row["document_ids"]))
+            if lacking := [ids_n.numel() for ids_n in pieces if piece_key(ids_n) not in self._where]:
                 raise ValueError(
-                    f"target.cache {self.cache.folder} lacks {len(lacking)} pieces of the {name}, the longest of"
-                    f" {max(lacking)} tokens (it was made with data.max_length {self.cache.index.max_length}): {AGAIN}"
+                    f"target.cache {self.folder} lacks {len(lacking)} pieces of the {name}, the longest of {max(lacking)}"
+                    f" tokens (it was made with data.max_length {self.index.max_length}): {AGAIN}"
                 )
 
     def eos_token_ids(self) -> list[int]:
-        return self.cache.index.eos_token_ids
+        return self.index.eos_token_ids
 
     def embedding_rows(self) -> Tensor:
-        return self.cache.head_tensor("embeddings")
+        return self._tables.get_tensor("embeddings")
 
     def head_weight(self) -> Tensor:
         if self._head is None:
-            self._head = self.cache.head_tensor("head")
+            self._head = self._tables.get_tensor("head")
         return self._head
 
     def final_norm(self) -> nn.Module:
@@ -277,15 +225,23 @@ class StoredTarget(TargetBase):
 
     def expect(self, batch: dict[str, Tensor]) -> None:
         if FIELDS[0] not in batch:
+            shape, T = batch["input_ids"].shape, self.hidden_size
             # Allocated here: page-locked memory belongs to the device of the thread that asks for it.
-            room = self.cache.empty(*batch["input_ids"].shape, pin=self._pin)
-            self._coming[id(batch)] = batch, self._reader.submit(self._read, batch, room)
+            room = {
+                name: torch.empty(*shape, width, dtype=self._stored, pin_memory=self._pin)
+                for name, width in zip(FIELDS, (3 * T, T), strict=True)
+            }
+            self._coming[id(batch)] = batch, self._reader.submit(self.read, batch, room)
 
-    def _read(self, batch: dict[str, Tensor], room: dict[str, Tensor]) -> dict[str, Tensor]:
+    def read(self, batch: dict[str, Tensor], room: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`FIELDS` of a batch, [B, L, 3T] and [B, L, T], in `room`; padding gets zeros."""
         for b, documents in enumerate(batch["document_ids"]):
-            n = int((documents >= 0).sum())
-            row = {name: batch[name][b, :n] for name in ("input_ids", "document_ids")}
-            self.cache.read(row, {name: tensor[b] for name, tensor in room.items()})
+            ids, n = batch["input_ids"][b], int((documents >= 0).sum())
+            for part in pieces_of(documents[:n]):
+                file, tokens = self._where[piece_key(ids[part])]
+                assert tokens.stop - tokens.start == part.stop - part.start, "two pieces have one key"
+                for name in FIELDS:
+                    room[name][b, part] = file.get_slice(name)[tokens]
             for tensor in room.values():
                 tensor[b, n:] = 0
         return room

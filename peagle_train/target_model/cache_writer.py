@@ -117,7 +117,7 @@ def write_cache(recipe: Recipe, out: str | None, shard_mib: float = 512, specula
             for number in range(rank, len(shards), world_size):
                 path = folder / shard_name(number)
                 if not _is_whole(path):
-                    _write(path, _tensors_of(shards[number], rows, compute, target.hidden_size, stored))
+                    _write(path, _tensors_of(shards[number], rows, compute, stored))
                 done += sum(piece.tokens for piece in shards[number])
                 say(f"cache: shard {number}, {done} tokens here, {done / (time.perf_counter() - started):.0f} tokens/s")
         if files and is_main:
@@ -154,7 +154,7 @@ def plan_shards(rows: Any, shard_tokens: int) -> list[Shard]:
     room = 0
     for number in range(len(rows)):
         row, new = rows[number], []
-        for part in pieces_of(row):
+        for part in pieces_of(row["document_ids"]):
             key = piece_key(row["input_ids"][part])
             if key not in seen:
                 seen.add(key)
@@ -228,16 +228,13 @@ def _claim(folder: Path, index: CacheIndex, head_bytes: int) -> str:
     return words
 
 
-def _tensors_of(shard: Shard, rows: Any, compute: Compute, T: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def _tensors_of(shard: Shard, rows: Any, compute: Compute, dtype: torch.dtype) -> dict[str, Tensor]:
     """What a shard's file holds; ValueError for features that are not finite in the cache's dtype."""
-    n = sum(piece.tokens for piece in shard)
-    features, last_hidden = torch.empty(n, 3 * T, dtype=dtype), torch.empty(n, T, dtype=dtype)
-    end = 0
+    found = []
     for number, pieces in groupby(shard, key=lambda piece: piece.row):
-        row_features, row_last = compute(rows[number])
-        for piece in pieces:
-            start, end = end, end + piece.tokens
-            features[start:end], last_hidden[start:end] = row_features[piece.part], row_last[piece.part]
+        both = compute(rows[number])
+        found += [[tensor[piece.part].to(dtype) for tensor in both] for piece in pieces]
+    features, last_hidden = (torch.cat(parts) for parts in zip(*found, strict=True))
     if not bool(features.isfinite().all() & last_hidden.isfinite().all()):
         raise ValueError(
             f"the target's features of sequences {shard[0].row} to {shard[-1].row} are not all finite in"

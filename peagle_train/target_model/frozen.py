@@ -143,10 +143,10 @@ class FrozenTarget(TargetBase):
         self.base: nn.Module = _base_model(model)
         self.layers = _decoder_layers(self.base, self.config.num_hidden_layers)
         self.layer_ids = list(layer_ids) if layer_ids is not None else default_layer_ids(len(self.layers))
-        if sorted(set(self.layer_ids)) != self.layer_ids or len(self.layer_ids) != 3:
-            raise ValueError(f"target.layer_ids is {self.layer_ids}; it must be three distinct ids, ascending")
-        if not 0 <= self.layer_ids[0] <= self.layer_ids[-1] < len(self.layers):
-            raise ValueError(f"target.layer_ids is {self.layer_ids}; ids must lie in 0..{len(self.layers) - 1}")
+        known = sorted({*self.layer_ids} & {*range(len(self.layers))})
+        if known != self.layer_ids or len(known) != 3:
+            most = len(self.layers) - 1
+            raise ValueError(f"target.layer_ids is {self.layer_ids}; give three distinct ids of 0..{most}, ascending")
         self.way = Way(takes_bounds(model, self.config), chunk_tokens)
         """How batches are given to the model; `check` may change it."""
         self.sharded = False
@@ -162,20 +162,17 @@ class FrozenTarget(TargetBase):
         device: torch.device | None = None,
         layer_ids: Sequence[int] | None = None,
         chunk_tokens: int | None = None,
-        attn_implementation: str | None = None,
-        trust_remote_code: bool = False,
-        device_map: str | None = None,
         shard: bool = False,
+        **how: Any,
     ) -> "FrozenTarget":
         """Load a Hugging Face folder; ValueError, one line, for a folder that is none.
 
-        device_map: spread over the devices that this process sees, as accelerate does it. shard: over all ranks, by FSDP2;
-        `world_mesh` must have been called before.
+        shard: over all ranks, by FSDP2; `world_mesh` must have been called before. how: other arguments of `load_model`.
         """
         device = device or torch.device("cpu")
-        model = load_model(path, resolve_dtype(dtype, device), attn_implementation, trust_remote_code, device_map)
+        model: Any = load_model(path, resolve_dtype(dtype, device), **how)
         # A sharded one moves to the device a layer at a time, and one with a device map is where it belongs.
-        target = cls(model if shard or device_map else model.to(device), layer_ids, chunk_tokens)
+        target = cls(model if shard or how.get("device_map") else model.to(device), layer_ids, chunk_tokens)
         if shard:
             target.shard(device)
         return target
@@ -365,7 +362,7 @@ def load_model(
     trust_remote_code: bool = False,
     device_map: str | None = None,
 ) -> nn.Module:
-    """The causal LM of a Hugging Face folder, on the CPU or as the device map says.
+    """The causal LM of a Hugging Face folder, on the CPU; `device_map`: spread over the devices that this process sees.
 
     Raises:
         ValueError: one line, for a folder that is none, a model that is unfit, weights that are not its config's.
@@ -380,10 +377,8 @@ def load_model(
     try:
         refuse_unfit(config.get_text_config())
         _check_size(folder, config, trust_remote_code)
-        if attn_implementation:
-            kwargs["attn_implementation"] = attn_implementation
-        if device_map:
-            kwargs["device_map"] = device_map
+        given = {"attn_implementation": attn_implementation, "device_map": device_map}
+        kwargs |= {name: value for name, value in given.items() if value}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, output_loading_info=True, use_safetensors=True, **kwargs
         )
