@@ -30,6 +30,7 @@ from peagle_train.serving.formats import (
     OtherKind,
     format_of,
     layer_ids_of,
+    names_no_target,
     parse_config,
     speculative_tokens_of,
     target_name_of,
@@ -362,6 +363,7 @@ class Finding(NamedTuple):
 
 
 def worst(findings: list[Finding]) -> Level:
+    """The verdict."""
     return max((finding.level for finding in findings), key=LEVELS.index)
 
 
@@ -389,10 +391,8 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
     """
     try:
         files = read_drafter(folder)
-    except OtherKind as error:
-        return [Finding("????", "drafter", str(error))]
     except ValueError as error:
-        return [Finding("BAD", "drafter", str(error))]
+        return [Finding("????" if isinstance(error, OtherKind) else "BAD", "drafter", str(error))]
     raw, config, missing = files.raw, files.config, set(files.missing)
     found: list[Finding] = []
 
@@ -411,25 +411,23 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
     else:
         tokens, verifier = speculative_tokens_of(raw), target_name_of(raw)
         find(tokens is not None, "speculative tokens", tokens)
-        section = raw.get("speculators_config")
-        named = section.get("verifier") if isinstance(section, dict) else None
-        unnamed: Level = "warn" if isinstance(named, dict) and "name_or_path" in named else "BAD"  # vLLM takes null
+        unnamed: Level = "warn" if names_no_target(raw) else "BAD"  # vLLM takes null
         find("ok" if verifier else unnamed, "verifier", verifier or "none: `vllm serve` does not know the target")
     token, has_mask = config.ptd_token_id, "mask_hidden" not in missing
     if token is None and not has_mask:
-        find(
-            "warn", "mask token", "none, and no mask_hidden: an EAGLE-3 drafter, one token a pass (peagle-train import)"
-        )
+        text = "none, and no mask_hidden: an EAGLE-3 drafter, one token a pass (peagle-train import)"
+        find("warn", "mask token", text)
     else:
         find(token is not None and has_mask, "mask token", f"{token}, {'with' if has_mask else 'without'} mask_hidden")
     if has_mask and not bool(files.tensors["mask_hidden"].any()):
         find("warn", "mask_hidden", "all zero, so it was never trained")
     is_pruned = config.draft_vocab_size != config.vocab_size
     find("ok", "vocabulary", f"{config.draft_vocab_size} of {config.vocab_size} tokens")
-    if "lm_head.weight" in missing and is_pruned:
-        find("BAD", "lm_head.weight", "missing: the target's head does not fit a pruned vocabulary")
-    for name in sorted(missing - {"mask_hidden"} - ({"lm_head.weight"} if is_pruned else set())):
-        find("warn", name, "missing: engines take the target's")
+    for name in sorted(missing - {"mask_hidden"}, reverse=True):
+        if name == "lm_head.weight" and is_pruned:
+            find("BAD", name, "missing: the target's head does not fit a pruned vocabulary")
+        else:
+            find("warn", name, "missing: engines take the target's")
     for name in files.where:
         if name.startswith("model.") or name == "draft_id_to_target_id":
             find("BAD", name, f"vLLM would look for model.{name}; peagle-train import renames it")
@@ -440,17 +438,17 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
     for path in sorted(files.folder.glob("*.safetensors")):
         if path.name not in files.where.values():
             find("BAD", path.name, "is no part of the drafter, but vLLM reads every .safetensors here")
-    for note in files.notes:
-        find("ok", "note", note)
+    found += [Finding("ok", "note", note) for note in files.notes]
     ids = layer_ids_of(raw)
     find("ok", "feature layers", "(2, n // 2, n - 3), vLLM's default" if ids is None else ids)
     short = yarn_too_short(config.rope_parameters or {}, config.max_position_embeddings)
     find("warn" if short else "ok", "max positions", short or config.max_position_embeddings)
     if target is not None:
-        text = target["text_config"] if isinstance(target.get("text_config"), dict) else target
-        for mine, name in ((config.vocab_size, "vocab_size"), (config.target_hidden_size, "hidden_size")):
-            find(mine == text.get(name), f"target's {name}", f"{text.get(name)}, the drafter was made for {mine}")
-        layers, positions = text.get("num_hidden_layers"), text.get("max_position_embeddings")
+        text_config = target.get("text_config")
+        theirs = text_config if isinstance(text_config, dict) else target
+        for mine, key in ((config.vocab_size, "vocab_size"), (config.target_hidden_size, "hidden_size")):
+            find(mine == theirs.get(key), f"target's {key}", f"{theirs.get(key)}, the drafter was made for {mine}")
+        layers, positions = theirs.get("num_hidden_layers"), theirs.get("max_position_embeddings")
         if not isinstance(layers, int) or (ids is not None and max(ids) >= layers):
             find("BAD", "target's layers", f"{layers}, but the drafter reads the inputs of {ids}")
         if isinstance(positions, int) and config.max_position_embeddings < positions:

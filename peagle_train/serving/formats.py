@@ -60,6 +60,12 @@ def target_name_of(raw: dict[str, Any]) -> str | None:
     return name if isinstance(name, str) else None
 
 
+def names_no_target(raw: dict[str, Any]) -> bool:
+    """Whether a speculators config.json has the target's key, whatever it holds."""
+    verifier = _at(raw, "speculators_config", "verifier")
+    return isinstance(verifier, dict) and "name_or_path" in verifier
+
+
 def layer_ids_of(raw: dict[str, Any]) -> Any:
     """The target's feature layers as given, at the top or in `eagle_config`; None means vLLM's default."""
     key = "eagle_aux_hidden_state_layer_ids"

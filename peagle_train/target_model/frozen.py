@@ -48,8 +48,6 @@ LOGIT_CHANGES = (
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """What a head's weights may come in: other numbers need a quantiser's code to mean anything."""
 
-_REPORTS = ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs")
-
 
 class TargetBase(ABC):
     """A target that is only read, whether its outputs are computed (`FrozenTarget`) or on disk (`StoredTarget`)."""
@@ -332,8 +330,7 @@ def refuse_unfit(config: Any) -> None:
         if value is not None and value != 1.0:
             raise ValueError(f"target {name} has {field} = {value}: it changes logits after the head, unsupported")
     kinds = " ".join([name, *map(str, getattr(config, "layer_types", None) or [])]).lower()
-    found = [word for word in UNPACKABLE if word in kinds]
-    if found:
+    if found := [word for word in UNPACKABLE if word in kinds]:
         raise ValueError(f"target {name} has {found[0]} layers, whose state runs across packed documents: unsupported")
     rope = getattr(config, "rope_parameters", None) or {}
     tables = [rope] if "rope_type" in rope else [t for t in rope.values() if isinstance(t, dict)]
@@ -387,8 +384,7 @@ def load_model(
             f"target.path {path} cannot be loaded: {type(error).__name__}: {one_line(error, 300)}"
         ) from error
     model, report = loaded
-    bad = [f"{len(report[kind])} {kind.replace('_', ' ')}" for kind in _REPORTS if report.get(kind)]
-    if bad:
+    if bad := [f"{len(found)} {kind.replace('_', ' ')}" for kind, found in report.items() if found]:
         raise ValueError(
             f"target.path {path}: its weights do not fit its config ({', '.join(bad)}): wrong or cut files"
         )
