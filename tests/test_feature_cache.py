@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,8 @@ def test_bfloat16_on_disk_is_the_targets_output_rounded(tmp_path: Path, target: 
     tensors = [load_file(folder / "features-00000.safetensors") for folder in (full, half)]
     assert tensors[1]["features"].dtype == torch.bfloat16
     assert torch.equal(tensors[1]["features"], tensors[0]["features"].bfloat16())
-    train(recipe, tmp_path / "run", f"target.cache={half}")
+    # Training may name another attention than the cache was made with.
+    train(recipe, tmp_path / "run", f"target.cache={half}", "target.chunk_tokens=8", "target.attn_implementation=eager")
 
 
 def test_a_write_stopped_anywhere_and_started_again_leaves_the_same_cache(
@@ -165,57 +167,36 @@ def test_a_write_stopped_anywhere_and_started_again_leaves_the_same_cache(
     assert contents(cache(recipe, tmp_path / "again")) == contents(made)
 
 
-def truncate(folder: Path) -> None:
-    path = folder / "features-00001.safetensors"
-    path.write_bytes(path.read_bytes()[:-8])
+def edited(folder: Path, name: str, change: Callable[[bytes], bytes] | None) -> Path:
+    """The folder, with one file changed; None removes it."""
+    content = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if change:
+        (folder / name).write_bytes(change(content))
+    return folder
 
 
-def edit(folder: Path) -> None:
-    path = folder / "features-00001.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-300] ^= 1
-    path.write_bytes(data)
+def flip(data: bytes) -> bytes:
+    return data[:-300] + bytes([data[-300] ^ 1]) + data[-299:]
 
 
-def edit_header(folder: Path) -> None:
-    path = folder / "features-00001.safetensors"
-    path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:])
-
-
-def remove(folder: Path) -> None:
-    (folder / "features-00001.sha256").unlink()
-
-
-def folder_for_checksum(folder: Path) -> None:
-    remove(folder)
-    (folder / "features-00001.sha256").mkdir()
-
-
-def old_format(folder: Path) -> None:
-    index = json.loads((folder / "cache.json").read_text())
-    (folder / "cache.json").write_text(json.dumps({**index, "version": 0}))
-
-
-def no_index(folder: Path) -> None:
-    (folder / "cache.json").unlink()
-
-
-def nothing(folder: Path) -> None:
-    pass
-
-
-WRONG: dict[str, tuple[Any, list[str], str]] = {
-    "cut": (truncate, [], "features-00001.safetensors is not what was written"),
-    "edited, unchecked": (edit, ["target.check=false"], "features-00001.safetensors is not what was written"),
-    "header": (edit_header, [], "features-00001.safetensors is not what was written"),
-    "checksum": (folder_for_checksum, [], "features-00001.safetensors is not what was written"),
-    "not whole": (remove, [], "is not whole: 1 of"),
-    "format": (old_format, [], "is of format 0, this reads format 2"),
-    "no index": (no_index, [], "has no cache.json"),
-    "layers": (nothing, ["target.layer_ids=[1, 2, 3]"], "is of layer_ids [2, 3, 4], the recipe asks for [1, 2, 3]"),
-    "dtype": (nothing, ["target.dtype=float32"], "is of dtype float64, the recipe asks for float32"),
-    "cache dtype": (nothing, ["target.cache_dtype=bfloat16"], "is of cache_dtype float64"),
-    "longer rows": (nothing, ["data.max_length=64"], "with data.max_length 32"),
+SHARD, INDEX = "features-00001.safetensors", "cache.json"
+DAMAGED = f"{SHARD} is not what was written"
+WRONG: dict[str, tuple[str, Any, list[str], str]] = {
+    "cut": (SHARD, lambda data: data[:-8], [], DAMAGED),
+    "edited, unchecked": (SHARD, flip, ["target.check=false"], DAMAGED),
+    "header": (SHARD, lambda data: b"\xff" * 8 + data[8:], [], DAMAGED),
+    "checksum": ("features-00001.sha256", lambda _: b"", [], DAMAGED),
+    "head": ("head.safetensors", flip, [], "head.safetensors is not what was written"),
+    "not whole": ("features-00001.sha256", None, [], "is not whole: 1 of"),
+    "format": (INDEX, lambda _: b'{"version": 0}', [], "is of format 0, this reads format 2"),
+    "index": (INDEX, lambda data: data.replace(b"16", b"17", 1), [], "cache.json is not what was written"),
+    "no index": (INDEX, None, [], "has no cache.json"),
+    "layers": ("", None, ["target.layer_ids=[1, 2, 3]"], "is of layer_ids [2, 3, 4], the recipe asks for [1, 2, 3]"),
+    "dtype": ("", None, ["target.dtype=float32"], "is of dtype float64, the recipe asks for float32"),
+    "cache dtype": ("", None, ["target.cache_dtype=bfloat16"], "is of cache_dtype float64"),
+    "longer rows": ("", None, ["data.max_length=64"], "with data.max_length 32"),
+    "another target": ("", None, [], "is of another target than"),
 }
 
 
@@ -223,25 +204,16 @@ WRONG: dict[str, tuple[Any, list[str], str]] = {
 def test_a_cache_that_does_not_match_is_one_clear_line_before_any_training(
     case: str, tmp_path: Path, target: Path, rows: Path, made: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    damage, overrides, message = WRONG[case]
-    folder = tmp_path / "cache"
-    shutil.copytree(made, folder)
-    damage(folder)
-    recipe = recipe_in(tmp_path, target, rows)
-    assert main([str(recipe), f"target.cache={folder}", *overrides]) == 2
+    name, change, overrides, message = WRONG[case]
+    folder = Path(shutil.copytree(made, tmp_path / "cache"))
+    if name:
+        edited(folder, name, change)
+    if case == "another target":  # of the same shape
+        overrides = [f"target.path={make_target(tmp_path / 'other', initializer_range=0.2)}"]
+    assert main([str(recipe_in(tmp_path, target, rows)), f"target.cache={folder}", *overrides]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("peagle_train: error") and message in error and "peagle-train cache" in error
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("what", ["weights", "config"])
-def test_a_cache_of_another_target_is_refused(
-    what: str, tmp_path: Path, target: Path, rows: Path, made: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    changes = {"weights": {"initializer_range": 0.2}, "config": {"rms_norm_eps": 1e-5}}[what]
-    other = make_target(tmp_path / "other", **changes)
-    assert main([str(recipe_in(tmp_path, other, rows)), f"target.cache={made}"]) == 2
-    assert "is of another target than" in capsys.readouterr().err
 
 
 def test_other_rows_or_another_target_never_mix_in_one_folder(
@@ -249,12 +221,15 @@ def test_other_rows_or_another_target_never_mix_in_one_folder(
 ) -> None:
     before = contents(made)
     recipe = recipe_in(tmp_path, target, rows)
-    for overrides in (["data.max_length=16"], ["target.layer_ids=[0, 1, 2]"], ["target.cache_dtype=float32"]):
-        with pytest.raises(ValueError, match="holds the cache of another target, other sequences or other settings"):
-            cache(recipe, made, *overrides)
-    for key, value in (("chunk_tokens", 8), ("attn_implementation", "eager")):  # they round in another way
-        with pytest.raises(ValueError, match=rf"other settings \({key} differ\)"):
-            cache(recipe, made, f"target.{key}={value}")
+    for differ, override in (
+        ("max_length, shards, .*plan", "data.max_length=16"),
+        ("layer_ids", "target.layer_ids=[0, 1, 2]"),
+        ("dtype, shards, plan", "target.cache_dtype=float32"),
+        ("chunk_tokens", "target.chunk_tokens=8"),  # these two round in another way
+        ("attn_implementation", "target.attn_implementation=eager"),
+    ):
+        with pytest.raises(ValueError, match=rf"holds the cache of another target, .*\({differ} differ\)"):
+            cache(recipe, made, override)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("mine")
     with pytest.raises(ValueError, match="is not empty and holds no cache"):
@@ -283,23 +258,28 @@ def test_what_does_not_fit_the_disk_is_refused_with_the_numbers_and_the_rest_may
     cache(recipe, tmp_path / "cache")
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device", "x"), SafetensorError("No space left")])
 def test_a_disk_that_fills_up_all_the_same_is_one_line_and_the_next_run_resumes(
-    error: Exception, tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, made: Path
+    tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, made: Path
 ) -> None:
-    calls: list[Any] = []
+    errors: list[Any] = [
+        None,
+        None,
+        OSError(28, "No space left on device", "x"),
+        None,
+        SafetensorError("No space left"),
+    ]
 
     def full(*arguments: Any, **named: Any) -> None:
-        calls.append(arguments)
-        if len(calls) == 3:
+        if error := errors.pop(0):
             raise error
         save_file(*arguments, **named)
 
     recipe = recipe_in(tmp_path, target, rows)
     with monkeypatch.context() as patch:
         patch.setattr("peagle_train.target_model.cache_writer.save_file", full)
-        with pytest.raises(ValueError, match="No space left"):
-            cache(recipe, tmp_path / "cache")
+        for _ in range(2):
+            with pytest.raises(ValueError, match="No space left"):
+                cache(recipe, tmp_path / "cache")
     assert contents(cache(recipe, tmp_path / "cache")) == contents(made)
 
 
@@ -313,31 +293,16 @@ def test_features_that_are_not_finite_in_the_caches_dtype_are_refused(tmp_path: 
         cache(recipe_in(tmp_path, huge, rows), tmp_path / "cache", "target.cache_dtype=float16")
 
 
-def test_training_may_name_another_attention_than_the_cache_was_made_with(
-    tmp_path: Path, target: Path, rows: Path, made: Path
-) -> None:
-    recipe = recipe_in(tmp_path, target, rows, train={"max_steps": 1})
-    train(recipe, tmp_path / "run", f"target.cache={made}", "target.chunk_tokens=8", "target.attn_implementation=eager")
-
-
-def edit_head(folder: Path) -> None:
-    data = bytearray((folder / "head.safetensors").read_bytes())
-    data[-9] ^= 1
-    (folder / "head.safetensors").write_bytes(data)
-
-
-@pytest.mark.parametrize("damage", [truncate, edit_head])
+@pytest.mark.parametrize("name", [SHARD, "head.safetensors"])
 def test_a_finished_file_that_is_damaged_is_replaced_and_that_is_said(
-    damage: Any, tmp_path: Path, target: Path, rows: Path, made: Path, caplog: pytest.LogCaptureFixture
+    name: str, tmp_path: Path, target: Path, rows: Path, made: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = tmp_path / "cache"
-    shutil.copytree(made, folder)
-    damage(folder)
+    folder = edited(Path(shutil.copytree(made, tmp_path / "cache")), name, flip)
     assert contents(folder) != contents(made)
     cache(recipe_in(tmp_path, target, rows), folder)
     assert contents(folder) == contents(made)
     [line] = [record.getMessage() for record in caplog.records if "replaced" in record.getMessage()]
-    assert ("head.safetensors" if damage is edit_head else "features-00001.safetensors") in line
+    assert name in line
 
 
 def test_a_second_writer_of_one_folder_is_told_so_and_touches_nothing(
@@ -345,7 +310,7 @@ def test_a_second_writer_of_one_folder_is_told_so_and_touches_nothing(
 ) -> None:
     recipe, folder = recipe_in(tmp_path, target, rows), tmp_path / "cache"
     shutil.copytree(made, folder)
-    remove(folder)
+    edited(folder, "features-00001.sha256", None)
     before = contents(folder)
     with alone_in(folder, "writing features"):
         with pytest.raises(ValueError, match="another process is writing features there"):
