@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 
-from peagle_train.config import YamlError, parse_sources, read_yaml
+from peagle_train.config import parse_sources, read_yaml
 from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.files import write_folder
 from peagle_train.serving.drafter_io import (
@@ -33,8 +33,10 @@ from peagle_train.serving.formats import (
     target_name_of,
 )
 
-TOKENIZER_FILES: tuple[str, ...] = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-TOKENIZER_FILES += ("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
+TOKENIZER_FILES = (
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt tokenizer.model"
+    " chat_template.jinja"
+).split()
 
 CARD = """---
 {{ card_data }}
@@ -92,16 +94,13 @@ class RunFacts:
 def read_run(folder: Path) -> RunFacts:
     """Facts from the files in a drafter's folder and its parent; whatever is missing or unreadable is skipped."""
     run = folder.parent
-    sections: Any = next((found for place in (folder, run) if (found := _read_recipe(place / "recipe.yaml"))), {})
+    sections = _read(folder / "recipe.yaml") or _read(run / "recipe.yaml")
     recipe = {
         f"{name}.{key}": v for name, keys in sections.items() if isinstance(keys, dict) for key, v in keys.items()
     }
-    step = {"best": _read_json(run / "best.json").get("step"), "final": _read_json(run / "run.json").get("steps")}.get(
-        folder.name
-    )
-    kind, _, number = folder.name.partition("-")
-    if kind == "checkpoint" and number.isdecimal():
-        step = int(number)
+    steps = {"best": _read(run / "best.json").get("step"), "final": _read(run / "run.json").get("steps")}
+    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    step = int(match[1]) if match else steps.get(folder.name)
     if not isinstance(step, int):
         return RunFacts(recipe, None, None)
     metrics, evaluation = run / "metrics.jsonl", None
@@ -112,19 +111,10 @@ def read_run(folder: Path) -> RunFacts:
     return RunFacts(recipe, step, evaluation)
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
-    """A YAML file's mapping; empty if it is missing or none."""
+def _read(path: Path) -> dict[str, Any]:
+    """The mapping in a .json or .yaml file; empty if it is missing or none."""
     try:
-        content = read_yaml(path)
-    except YamlError:
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's mapping; empty if it is missing or none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else read_yaml(path)
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -341,7 +331,7 @@ def _source_names(sources: Any) -> str | None:
 def _report(folder: Path, given: Path | None, notes: list[str]) -> dict[str, Any]:
     """The evaluation's report to quote: the given one, or an `acceptance.json` about this very folder; empty if none."""
     for path in [given] if given else [folder / "acceptance.json", folder.parent / "acceptance.json"]:
-        report = _read_json(path)
+        report = _read(path)
         drafters = report.get("drafters")
         about = str(drafters[0]) if isinstance(drafters, list) and drafters else None
         is_about_it = about is not None and Path(about).resolve() == folder.resolve()

@@ -15,18 +15,14 @@ FORMATS = (EAGLE3, SPECULATORS)
 MAX_SIZE = 2**24
 """Above every real size: a config.json with a larger one is damaged, and must not cost memory."""
 
-_SIZES: tuple[str, ...] = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_SIZES += ("num_key_value_heads", "head_dim", "max_position_embeddings")
+_SIZES = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
+    " max_position_embeddings"
+).split()
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-_LLAMA_KEYS: tuple[str, ...] = (
-    *_SIZES,
-    "hidden_act",
-    "rms_norm_eps",
-    "initializer_range",
-    "attention_bias",
-    "mlp_bias",
+_LLAMA_KEYS = (
+    "hidden_act rms_norm_eps initializer_range attention_bias mlp_bias bos_token_id eos_token_id".split() + _SIZES
 )
-_LLAMA_KEYS += ("bos_token_id", "eos_token_id")
 _OWN_KEYS = ("draft_vocab_size", "target_hidden_size", "eagle_aux_hidden_state_layer_ids", "norm_before_residual")
 
 _UNLIKE_OURS = {

@@ -26,8 +26,9 @@ from peagle_train.target_model.frozen import TargetBase, default_layer_ids
 
 logger = logging.getLogger(__name__)
 
-SHAPE: tuple[str, ...] = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
-SHAPE += ("draft_vocab_size", "norm_before_residual")
+SHAPE = (
+    "hidden_size num_attention_heads num_key_value_heads head_dim intermediate_size draft_vocab_size norm_before_residual"
+).split()
 """Fields of the recipe's draft section that the drafter fills where they are null, and must agree with elsewhere."""
 
 
@@ -240,14 +241,13 @@ def _rope(draft: Draft, target_config: Any, start: PEagleDraftConfig | None) -> 
         rope = {**(draft.rope_scaling or {"rope_type": "default"}), "rope_theta": theta}
         where = "draft.init_from's rope" if start else "draft.rope_scaling"
     rope = {key: value for key, value in rope.items() if value is not None}
-    theta = rope.get("rope_theta", "missing")
-    mistake = rope_mistake(rope)
-    if not mistake and (not isinstance(theta, (int, float)) or not 1 < theta <= MAX_ROPE_THETA):
-        mistake = f"rope_theta is {theta}; it must be > 1, <= {MAX_ROPE_THETA:g}"
+    theta, mistake = rope.get("rope_theta", "missing"), rope_mistake(rope)
+    if not isinstance(theta, (int, float)) or not 1 < theta <= MAX_ROPE_THETA:
+        mistake = mistake or f"rope_theta is {theta}; it must be > 1, <= {MAX_ROPE_THETA:g}"
     if mistake:
-        types = ", ".join(ROPE_TYPES)
         raise ValueError(
-            f"{where}: {mistake}; give draft.rope_theta (and draft.rope_scaling with rope_type one of {types})"
+            f"{where}: {mistake}; give draft.rope_theta (and draft.rope_scaling with rope_type one of"
+            f" {', '.join(ROPE_TYPES)})"
         )
     # Training would not read them, but they would be in config.json, where an engine may.
     if unused := unused_keys(rope):
