@@ -161,7 +161,7 @@ def test_a_dry_run_needs_no_data_no_weights_and_no_output(
     assert main([str(recipe), "--on", "cuda:8"]) == 2
     assert main([str(recipe), "--dry-run", "--on", "8"]) == 2
     assert main([str(recipe), "--dry-run", "target.layer_ids=[1, 2, 9]"]) == 2
-    assert "ids must lie in 0..5" in capsys.readouterr().err.splitlines()[-1]
+    assert "0..5" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("attention", [None, "sdpa", "eager"])
