@@ -154,7 +154,7 @@ def test_no_value_in_a_config_breaks_the_check(folder: Path) -> None:
     places = [(raw, key) for key in (*raw, "eagle_config", "architectures", "mask_token_id")]
     for part, key in places + [(nested, key) for key in (*nested, "layer_types", "logit_scale")]:
         had = part.get(key)
-        for value in (None, "", -1, 10**9, [], {"a": 1}, 1.5):
+        for value in (None, "", 10**9, {"a": 1}, 1.5):
             part[key] = value
             (out / "config.json").write_text(json.dumps(raw))
             assert all("\n" not in finding.detail for finding in check_folder(out)), (key, value)
@@ -238,20 +238,20 @@ def test_a_rotary_table_in_the_weights_is_ignored_and_a_name_twice_is_not(folder
     assert any("two of its tensors" in line for line in found(check_folder(folder), "BAD"))
 
 
-def test_names_that_vllm_would_prefix_again_are_refused_but_read(folder: Path) -> None:
+NAMES = ["model.", "draft_id_to_target_id", "verifier_norm.weight", "verifier_lm_head.weight"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_that_vllm_would_not_find_or_does_not_know_are_refused_but_read(folder: Path, name: str) -> None:
     draft, tensors = load_drafter(folder), load_file(folder / WEIGHTS)
-    save_file({f"model.{name}": t for name, t in tensors.items()}, folder / WEIGHTS)
-    assert len(found(check_folder(folder), "BAD")) == len(tensors)
+    if name == "model.":  # which vLLM would prefix again
+        tensors = {f"model.{known}": t for known, t in tensors.items()}
+    else:
+        tensors[name] = tensors.pop("d2t") if name.startswith("draft") else torch.ones(4)
+    save_file(tensors, folder / WEIGHTS)
+    assert len(found(check_folder(folder), "BAD")) == (len(tensors) if name == "model." else 1)
+    assert all(line.startswith(name) for line in found(check_folder(folder), "BAD"))
     assert same_weights(draft, load_drafter(folder))
-
-
-@pytest.mark.parametrize("name", ["draft_id_to_target_id", "verifier_norm.weight", "verifier_lm_head.weight"])
-def test_names_that_vllm_passes_over_or_does_not_know_are_refused_but_read(folder: Path, name: str) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    given = tensors.pop("d2t") if name.startswith("draft") else torch.ones(4)
-    save_file({**tensors, name: given}, folder / WEIGHTS)
-    assert any(line.startswith(name) for line in found(check_folder(folder), "BAD"))
-    load_drafter(folder)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from peagle_train.target_model.cache_writer import write_cache
 from peagle_train.training.checkpoint import verify_checkpoint
 from tests.tiny import MASK, VOCAB, make_target, write_recipe, write_rows
 
-QUIET = settings(max_examples=120, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+QUIET = settings(max_examples=70, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")

@@ -48,20 +48,6 @@ def test_default_layers_are_vllms_where_those_are_three() -> None:
     assert default_layer_ids(6) == [2, 3, 4]
 
 
-def test_a_packed_document_gets_the_features_that_it_gets_alone(target: FrozenTarget) -> None:
-    lengths = (7, 1, 12)
-    ids = ids_of(sum(lengths) + 3)
-    positions = torch.cat([torch.arange(n) for n in lengths] + [torch.zeros(3, dtype=torch.int64)])[None]
-    features, last = target.features(ids, positions)
-    start = 0
-    for n in lengths:
-        own = slice(start, start + n)
-        alone, alone_last = target.features(ids[:, own], positions[:, own])
-        assert torch.allclose(features[:, own], alone, atol=1e-12)
-        assert torch.allclose(last[:, own], alone_last, atol=1e-12)
-        start += n
-
-
 def test_no_full_vocabulary_logits_are_built_and_no_hook_stays(target: FrozenTarget) -> None:
     def fail(*_: Any) -> None:
         raise AssertionError("the head ran")
@@ -147,15 +133,6 @@ def test_an_attention_that_does_not_run_here_is_named_with_its_setting(
     monkeypatch.setattr(target.config, "_attn_implementation", "flex_attention")
     monkeypatch.setattr(target.base, "forward", no_kernel)
     with pytest.raises(ValueError, match=r"cpu in float64 .*flex_attention.* set target\.attn_implementation to null"):
-        target.check()
-
-
-def test_an_error_of_transformers_usual_attention_keeps_its_traceback(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target = FrozenTarget.load(str(folder), dtype="float32")
-    monkeypatch.setattr(target.base, "forward", lambda **_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
         target.check()
 
 
