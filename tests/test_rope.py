@@ -35,7 +35,7 @@ def test_what_a_targets_rope_has_beyond_its_type_is_left_out_of_the_drafters_and
 ) -> None:
     config = made(recipe, target, monkeypatch, rope_type="default", rope_theta=5e3, partial_rotary_factor=0.5)
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 5e3}
-    assert "the target's rope has partial_rotary_factor, which a drafter does not use: left out" in caplog.text
+    assert "the target's rope has partial_rotary_factor, which a drafter does not use: dropped" in caplog.text
     assert PEagleDraft.make_rotary(config).inv_freq.numel() == config.head_dim // 2
 
 

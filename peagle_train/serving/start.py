@@ -251,7 +251,7 @@ def _rope(draft: Draft, target_config: Any, start: PEagleDraftConfig | None) -> 
         )
     # Training would not read them, but they would be in config.json, where an engine may.
     if unused := unused_keys(rope):
-        logger.warning("%s has %s, which a drafter does not use: left out", where, ", ".join(unused))
+        logger.warning("%s has %s, which a drafter does not use: dropped", where, ", ".join(unused))
     return {key: value for key, value in rope.items() if key not in unused}
 
 

@@ -52,7 +52,7 @@ DOCUMENTS = "documents.jsonl"
 
 
 class Piece(NamedTuple):
-    row: int  # number of the first sequence that has it
+    sequence: int  # number of the first sequence that has it
     part: slice  # its positions there
     key: Key
 
@@ -98,9 +98,9 @@ def write_cache(recipe: Recipe, out: str | None, shard_mib: float = 512, specula
         target.check()
 
     files = None if speculators is None else SpeculatorsFiles(speculators, target, recipe.data.max_length)
-    rows, compute = (files, files.compute) if files else _sequences(recipe, target, say)
+    sequences, compute = (files, files.compute) if files else _sequences(recipe, target, say)
     stored = target.cache_dtype(recipe.target.cache_dtype)
-    shards = plan_shards(rows, max(1, int(shard_mib * 2**20 // (4 * target.hidden_size * stored.itemsize))))
+    shards = plan_shards(sequences, max(1, int(shard_mib * 2**20 // (4 * target.hidden_size * stored.itemsize))))
     index = _index(recipe, target, shards, stored, from_files=files is not None)
     with ExitStack() as held:
         with _failing_together():
@@ -117,7 +117,7 @@ def write_cache(recipe: Recipe, out: str | None, shard_mib: float = 512, specula
             for number in range(rank, len(shards), world_size):
                 path = folder / shard_name(number)
                 if not _is_whole(path):
-                    _write(path, _tensors_of(shards[number], rows, compute, stored))
+                    _write(path, _tensors_of(shards[number], sequences, compute, stored))
                 done += sum(piece.tokens for piece in shards[number])
                 say(f"cache: shard {number}, {done} tokens here, {done / (time.perf_counter() - started):.0f} tokens/s")
         if files and is_main:
@@ -138,24 +138,24 @@ def _sequences(recipe: Recipe, target: FrozenTarget, say: Any) -> tuple[Any, Com
     data = load_training_data(recipe, tokenizer, target.vocab_size, mask_token_id, say)
     collator = make_collator(recipe, seed=0)
 
-    def compute(row: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def compute(sequence: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """As a training step with one sequence a batch computes it: the same padding, so the same bits."""
-        batch = collator([row])
+        batch = collator([sequence])
         features, last_hidden = target.features(batch["input_ids"], batch["position_ids"])
         return features[0].cpu(), last_hidden[0].cpu()
 
     return ConcatDataset([data.train_rows, data.eval_rows]), compute
 
 
-def plan_shards(rows: Any, shard_tokens: int) -> list[Shard]:
+def plan_shards(sequences: Any, shard_tokens: int) -> list[Shard]:
     """Every piece once, in the order of the sequences; a shard ends after the sequence that fills it."""
     shards: list[Shard] = []
     seen: set[Key] = set()
     room = 0
-    for number in range(len(rows)):
-        row, new = rows[number], []
-        for part in pieces_of(row["document_ids"]):
-            key = piece_key(row["input_ids"][part])
+    for number in range(len(sequences)):
+        sequence, new = sequences[number], []
+        for part in pieces_of(sequence["document_ids"]):
+            key = piece_key(sequence["input_ids"][part])
             if key not in seen:
                 seen.add(key)
                 new.append(Piece(number, part, key))
@@ -228,16 +228,16 @@ def _claim(folder: Path, index: CacheIndex, head_bytes: int) -> str:
     return words
 
 
-def _tensors_of(shard: Shard, rows: Any, compute: Compute, dtype: torch.dtype) -> dict[str, Tensor]:
+def _tensors_of(shard: Shard, sequences: Any, compute: Compute, dtype: torch.dtype) -> dict[str, Tensor]:
     """What a shard's file holds; ValueError for features that are not finite in the cache's dtype."""
     found = []
-    for number, pieces in groupby(shard, key=lambda piece: piece.row):
-        both = compute(rows[number])
+    for number, pieces in groupby(shard, key=lambda piece: piece.sequence):
+        both = compute(sequences[number])
         found += [[tensor[piece.part].to(dtype) for tensor in both] for piece in pieces]
     features, last_hidden = (torch.cat(parts) for parts in zip(*found, strict=True))
     if not bool(features.isfinite().all() & last_hidden.isfinite().all()):
         raise ValueError(
-            f"the target's features of sequences {shard[0].row} to {shard[-1].row} are not all finite in"
+            f"the target's features of sequences {shard[0].sequence} to {shard[-1].sequence} are not all finite in"
             f" {str(dtype)[6:]}: give another target.cache_dtype or target.dtype"
         )
     keys, lengths = torch.tensor([piece.key for piece in shard]), torch.tensor([piece.tokens for piece in shard])
