@@ -1,7 +1,7 @@
 """The commands of `peagle-train`: each parses its arguments, calls one function and prints what that found.
 
 Heavy imports happen inside the commands, so that every --help answers at once. Exit code: 0; 2 for a user's mistake, told
-in one line on stderr; what else a command returns is in its help.
+in one line on stderr; what else a command returns is in its help, what `train` does is in ending.py.
 """
 
 import argparse
@@ -11,20 +11,104 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from peagle_train import launch
+from peagle_train.ending import run_training
 from peagle_train.files import run_tool
-from peagle_train.launch import Parser
 
 Options = argparse.Namespace
 
 
+class Parser(argparse.ArgumentParser):
+    """Mistakes are told like all others: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} ({self.prog} --help says what is allowed)")
+
+
 def _add_recipe(parser: Parser, nargs: str | None = None) -> None:
-    parser.add_argument("recipe", nargs=nargs, help="a YAML file, as for training")
+    parser.add_argument("recipe", nargs=nargs, help="a YAML file with sections target, data, draft, cod, train, output")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the recipe's"
     )
+
+
+def _train(parser: Parser) -> Callable[[Options], None]:
+    """Train a P-EAGLE drafter from a recipe.
+
+    accelerate launch -m peagle_train recipes/quickstart.yaml target.path=DIR output.dir=runs/first
+    peagle-train train recipes/quickstart.yaml cod.num_segments=4 --print-config
+    peagle-train train recipes/mine.yaml --dry-run --on cuda:79x8
+    peagle-train train recipes/mine.yaml --resume
+    peagle-train train --summary runs/first
+    """
+    _add_recipe(parser, "?")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print the memory that a run would need, and stop")
+    parser.add_argument("--on", metavar="KIND:GIB[xN]", help="with --dry-run: see `peagle-train plan --help`")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="resume the run in output.dir, from its newest checkpoint or from the folder DIR of one",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="start a run even if its planned memory is over twice what there is"
+    )
+    parser.add_argument("--summary", metavar="DIR", help="print where a finished run's drafter is and how good it is")
+
+    def run(options: Options) -> None:
+        from peagle_train.config import check_path, dump_recipe, load_recipe
+
+        if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
+            # Else segments of several sizes leave holes. torch reads this when its CUDA allocator starts.
+            os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+        for name in ("summary", "resume"):
+            try:
+                check_path(getattr(options, name) or ".")
+            except ValueError as error:
+                raise ValueError(f"--{name}: {error}") from None
+        if options.summary:
+            from peagle_train.training.checkpoint import read_summary
+
+            print(read_summary(Path(options.summary)))
+            return
+        if not options.recipe:
+            raise ValueError("no recipe given: `peagle-train train RECIPE`, for example recipes/quickstart.yaml")
+        recipe = load_recipe(options.recipe, options.overrides)
+        if options.on and not options.dry_run:
+            raise ValueError("--on goes with --dry-run: it says for which device to plan")
+        if options.print_config:
+            print(dump_recipe(recipe), end="")
+        elif options.dry_run:
+            from peagle_train.memory import dry_run
+
+            table = dry_run(recipe, options.on)
+            if os.environ.get("RANK", "0") == "0":
+                print(table)
+        else:
+            from transformers.utils.logging import disable_progress_bar
+
+            from peagle_train.training.build import train
+
+            if not sys.stderr.isatty():
+                disable_progress_bar()
+            if summary := train(recipe, options.resume, options.force):
+                print(summary)
+
+    return run
+
+
+def _close_resume(arguments: list[str]) -> list[str]:
+    """`--resume` followed by a recipe, an override or an option has no DIR: argparse would take either for one."""
+    closed = list(arguments)
+    for i, argument in enumerate(arguments):
+        following = arguments[i + 1] if i + 1 < len(arguments) else "-"
+        is_other = following.startswith("-") or "=" in following or following.endswith((".yaml", ".yml"))
+        if argument == "--resume" and is_other and not os.path.isdir(following):
+            closed[i] = "--resume="
+    return closed
 
 
 def _plan(parser: Parser) -> Callable[[Options], None]:
@@ -58,7 +142,7 @@ def _prepare(parser: Parser) -> Callable[[Options], None]:
     def run(options: Options) -> None:
         from peagle_train.config import as_override, load_recipe
         from peagle_train.data.prepare import prepare_recipe
-        from peagle_train.training.metrics import cores
+        from peagle_train.machine import cores
 
         recipe = load_recipe(options.recipe, options.overrides)
         out = options.out or recipe.data.prepared
@@ -478,6 +562,7 @@ def _recipes(parser: Parser) -> Callable[[Options], None]:
 
 
 COMMANDS: dict[str, Callable[[Parser], Callable[[Options], int | None]]] = {
+    "train": _train,
     "plan": _plan,
     "prepare": _prepare,
     "cache": _cache,
@@ -500,13 +585,10 @@ def main(arguments: list[str] | None = None) -> int:
     if not given or given[0] in ("-h", "--help"):
         out = sys.stdout if given else sys.stderr
         print("usage: peagle-train COMMAND ... (each has --help)\n", file=out)
-        print(f"  {'train':12} Train a P-EAGLE drafter from a recipe.", file=out)
         for name, add in COMMANDS.items():
             print(f"  {name:12} {(add.__doc__ or '').splitlines()[0]}", file=out)
         return 0 if given else 2
-    name, *rest = given
-    if name not in COMMANDS:
-        return launch.main(rest if name == "train" else given)
+    name, *rest = given if given[0] in COMMANDS else ("train", *given)
 
     def work() -> int | None:
         summary, _, details = (COMMANDS[name].__doc__ or "").partition("\n\n")
@@ -517,10 +599,10 @@ def main(arguments: list[str] | None = None) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         run = COMMANDS[name](parser)
-        options = parser.parse_intermixed_args(rest)
+        options = parser.parse_intermixed_args(_close_resume(rest) if name == "train" else rest)
         import logging
 
         logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
         return run(options)
 
-    return run_tool(f"peagle-train {name}", work, RESUMES.get(name, ""))
+    return run_training(work) if name == "train" else run_tool(f"peagle-train {name}", work, RESUMES.get(name, ""))

@@ -401,6 +401,10 @@ class Draft:
     init_from: FilePath | None = None
     """Folder of an EAGLE-3 or P-EAGLE drafter to start from: its weights, its shape and its draft vocabulary."""
 
+    def trains_head(self, is_targets_width: bool) -> bool:
+        """Whether the head is trained: as asked for, or because it starts random."""
+        return self.train_lm_head or not (is_targets_width and self.lm_head_from_target)
+
 
 @dataclass
 class Cod:
@@ -503,6 +507,20 @@ class Train:
         if self.loss_chunk_rows != "auto":
             return self.loss_chunk_rows
         return 1024 if kind == "cuda" else 384
+
+    def compiles(self, kind: str) -> bool:
+        """Whether passes are compiled on a device of this type."""
+        return self.compile is True or (self.compile == "auto" and kind == "cuda")
+
+    def pads_context(self, kind: str) -> bool:
+        """Whether contexts, too, have the same shape in all batches: where each new one makes a graph or a kernel."""
+        return self.compiles(kind) or kind == "cuda"
+
+    def pads_passes(self, kind: str) -> bool:
+        """Whether passes have the same shapes in all batches: also where oneDNN would keep a bfloat16 primitive for each
+        (a run's memory would grow for hundreds of steps).
+        """
+        return self.pads_context(kind) or self.mixed_precision == "bf16"
 
 
 @dataclass

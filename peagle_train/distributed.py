@@ -2,7 +2,7 @@
 
 A step's collectives run in the default group, whose time-out is minutes. Waiting that may take longer (loading,
 tokenizing, saving) goes over a gloo group on the host that never times out. A rank that fails prints why and ends at once
-(`__main__.py`); torchrun then ends the others.
+(ending.py); torchrun then ends the others.
 
 FSDP2 is the same raw `fully_shard` on GPUs and on CPUs: Accelerate's own silently becomes data parallelism on CPUs. Nothing
 needs `register_fsdp_forward_method`: the drafter computes its loss inside its forward, and only the forward of a sharded
@@ -11,18 +11,16 @@ not.
 """
 
 import hashlib
-import logging
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -35,26 +33,26 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
-# ---- the launch
+# The launch
 
-LAUNCH_CPU = "ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node {n} -m peagle_train RECIPE"
+LAUNCH_CPU = "start it as `ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node {n} -m peagle_train RECIPE`"
 
 
 def check_launch(num_processes: int) -> None:
     """ValueError where a launch meant several processes but each one would train alone, silently. Every rank calls it."""
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    asked = int(os.environ.get("WORLD_SIZE", "0"))
     if asked > 1 and num_processes == 1:
         raise ValueError(
             f"launched as {asked} processes, but each believes that it is alone and would train the same model: on CPU"
-            f" start it as `{LAUNCH_CPU.format(n=asked)}`"
+            f" {LAUNCH_CPU.format(n=asked)}"
         )
     # `accelerate launch --cpu --num_processes 2` names a master and starts a single process, silently.
-    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ and num_processes == 1:
+    if "MASTER_ADDR" in os.environ and not asked and num_processes == 1:
         raise ValueError(
-            "launched with several processes asked for, but `accelerate launch --cpu` starts only one: start it as"
-            f" `{LAUNCH_CPU.format(n=2)}`"
+            "launched with several processes asked for, but `accelerate launch --cpu` starts only one:"
+            f" {LAUNCH_CPU.format(n=2)}"
         )
     if several():
         _host_group()  # now, while the processes have just met: its own start has a time-out
@@ -77,57 +75,41 @@ def check_device_map(device_map: str | None, num_processes: int) -> None:
         )
 
 
-LAUNCH_REFUSED = (
-    ("FSDP_VERSION", "1", "fsdp_version", "set it to 2"),
-    ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params", "it is unsupported, set it to false"),
-    ("FSDP_RESHARD_AFTER_FORWARD", "false", "fsdp_reshard_after_forward", "it is unsupported, set it to true"),
-    (
-        "FSDP_ACTIVATION_CHECKPOINTING",
+REFUSED = {
+    "fsdp_version": ("1", "set it to 2"),
+    "fsdp_offload_params": ("true", "it is unsupported, set it to false"),
+    "fsdp_reshard_after_forward": ("false", "it is unsupported, set it to true"),
+    "fsdp_activation_checkpointing": ("true", "set it to false, and train.activation_checkpointing to true"),
+    # transformers acts on it without a word
+    "fsdp_cpu_ram_efficient_loading": (
         "true",
-        "fsdp_activation_checkpointing",
-        "set it to false, and train.activation_checkpointing to true",
-    ),
-    (
-        "FSDP_CPU_RAM_EFFICIENT_LOADING",  # transformers acts on it without a word
-        "true",
-        "fsdp_cpu_ram_efficient_loading",
         "it would leave the target's weights empty on all processes of a machine but one, set it to false",
     ),
-)
-"""Of a launch's environment: variable, the value that is refused, the config's key, what to do."""
+}
+"""Of a launch's FSDP config: key, the value that is refused, what to do."""
 
 
-def check_sharding(asked: str, launched: DistributedType) -> bool:
-    """Whether recipe (`asked`: train.sharding) or launch ask for FSDP2.
+def check_sharding(asked: str) -> bool:
+    """Whether the recipe (`asked`: train.sharding) or the launch ask for FSDP2; with a single process nothing is sharded.
 
     Raises:
         ValueError: they contradict each other, or the launch's FSDP config asks for what is not done here.
     """
-    by_launch = launched == DistributedType.FSDP
-    by_launch |= os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"  # all that is left of it on CPUs
-    if by_launch:
-        for variable, refused, key, advice in LAUNCH_REFUSED:
-            if os.environ.get(variable, "").lower() == refused:
-                raise ValueError(
-                    f"the launch's FSDP config has {key}: {refused}: {advice} (see recipes/accelerate/fsdp2.yaml)"
-                )
+    by_launch = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     if by_launch and asked == "none":
         raise ValueError(
             "train.sharding is none, but the run was launched with an FSDP config: set it to auto or fsdp2, or launch with"
             " recipes/accelerate/ddp.yaml"
         )
+    for key, (value, advice) in REFUSED.items() if by_launch else ():
+        if os.environ.get(key.upper(), "").lower() == value:
+            raise ValueError(
+                f"the launch's FSDP config has {key}: {value}: {advice} (see recipes/accelerate/fsdp2.yaml)"
+            )
     return by_launch or asked == "fsdp2"
 
 
-def wants_sharding(asked: str, accelerator: Accelerator) -> bool:
-    """Whether the drafter is to be sharded: `check_sharding`, and there are several processes."""
-    wanted = check_sharding(asked, accelerator.distributed_type)
-    if wanted and accelerator.num_processes == 1:
-        logger.warning("FSDP2 was asked for, but there is a single process: the drafter stays whole")
-    return wanted and accelerator.num_processes > 1
-
-
-# ---- waiting
+# Waiting
 
 
 def several() -> bool:
@@ -141,22 +123,16 @@ def _host_group() -> dist.ProcessGroup:
     return dist.new_group(backend="gloo", timeout=timedelta(days=30))
 
 
-def from_all(value: Any) -> list[Any]:
-    """Every rank's value, by rank, on every rank, once all are here."""
+def from_all(value: T) -> list[T]:
+    """Every rank's value, by rank, on every rank, once all are here, however long that takes."""
     if not several():
         return [value]
-    values = [None] * dist.get_world_size()
+    values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=_host_group())
     return values
 
 
-def from_main(value: str = "") -> str:
-    """Rank 0's value, on every rank, once all are here."""
-    return from_all(value)[0]
-
-
 def wait_for_all() -> None:
-    """Wait until every rank is here, however long that takes."""
     from_all(None)
 
 
@@ -183,7 +159,7 @@ def one_at_a_time() -> Iterator[None]:
         wait_for_all()
 
 
-# ---- sums
+# Sums
 
 
 @torch.no_grad()
@@ -208,9 +184,7 @@ def sum_over_ranks(parameters: Iterable[nn.Parameter], also: list[Tensor]) -> No
         if parameter.grad is None:  # on one process, too: without a gradient the optimizer would skip this step's decay
             parameter.grad = torch.zeros_like(parameter)
         tensors.append(parameter.grad)
-    if not several():
-        return
-    for dtype in sorted({t.dtype for t in tensors}, key=str):
+    for dtype in sorted({t.dtype for t in tensors}, key=str) if several() else ():
         group = [t for t in tensors if t.dtype == dtype]
         flat = torch.cat([t.reshape(-1) for t in group])
         dist.all_reduce(flat)
@@ -234,7 +208,7 @@ def max_counts(counts: list[int], device: torch.device) -> list[int]:
     return largest.tolist()
 
 
-# ---- FSDP2
+# FSDP2
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -256,16 +230,13 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device, b
     Every rank must hold the same weights already. Blocks and the rest are whole only while they run: if ranks run different
     numbers of forward or backward passes, FSDP's collectives deadlock.
     """
-    mesh = world_mesh(device.type)
     # It warns of changing a module's output in place, which nothing here does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    precision = MixedPrecisionPolicy(cast_forward_inputs=False)
-    if bf16:
-        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    for block in blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=precision)
-    # By default the root would stay whole after a forward, with stale weights in `parameters()` after an evaluation.
-    fully_shard(model, mesh=mesh, reshard_after_forward=True, mp_policy=precision)
+    gathered, summed = (torch.bfloat16, torch.float32) if bf16 else (None, None)
+    precision = MixedPrecisionPolicy(gathered, summed, cast_forward_inputs=False)
+    # The root too: by default it would stay whole after a forward, with stale weights in `parameters()`.
+    for module in [*blocks, model]:
+        fully_shard(module, mesh=world_mesh(device.type), reshard_after_forward=True, mp_policy=precision)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -281,17 +252,19 @@ def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
     return norm
 
 
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
 def full_weights(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers, whole, on the CPU of rank 0; {} on the others. Every rank must call it."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))  # type: ignore[return-value]
+    return get_model_state_dict(model, options=WHOLE)  # type: ignore[return-value]
 
 
 def full_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as KIND.PARAMETER (exp_avg.fc.weight, ...), like `full_weights`; {} before a step."""
     if not optimizer.state:  # torch would make a step in order to have one
         return {}
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    states: Any = get_optimizer_state_dict(model, optimizer, options=options).get("state", {})
+    states: Any = get_optimizer_state_dict(model, optimizer, options=WHOLE).get("state", {})
     return {f"{kind}.{name}": value for name, state in states.items() for kind, value in state.items()}
 
 

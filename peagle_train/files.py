@@ -25,16 +25,8 @@ class RunStopped(RuntimeError):
     """Ends a run with one line and exit code 1 instead of a traceback. What was saved before is whole."""
 
 
-class NonFinite(RunStopped):
-    """The weights are not finite, or the loss or gradient of too many steps in a row; none of these steps was applied."""
-
-
 class NonFiniteWeights(ValueError):
     """A drafter's weights are not finite: refused when read; a run that would save them ends."""
-
-
-class DamagedCheckpoint(ValueError):
-    """A checkpoint's files do not match its manifest. Exit code 2: the user decides."""
 
 
 def print_anything() -> None:

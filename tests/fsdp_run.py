@@ -25,7 +25,7 @@ CASES = [
     ("recompute", "short", "eager"),
     ("recompute", "nothing supervised", "eager"),
     ("relay", "short", "compiled"),
-    ("relay", "short", "compiled bf16"),
+    ("relay", "short", "bf16"),
 ]
 
 

@@ -1,9 +1,11 @@
-"""Ranks that are forked from one process, which imports everything once, and go through a list of jobs together.
+"""Ranks that are forked from one process, which imports everything once, and go through lists of jobs together.
 
-python tests/ranks_run.py N JOBS.json
+python tests/ranks_run.py GROUPS.json
 
-A job is ["run", RECIPE, override or option ...], ["gradients", FOLDER] (fsdp_run.py), or ["sharded", RECIPE, TARGET_FOLDER
-...] (sharded_run.py), or ["cache", RECIPE, FOLDER, override ...], which is the last one.
+A group is [number of ranks, jobs]. A job is ["run", RECIPE, override or option ...], ["gradients", FOLDER] (fsdp_run.py),
+["sharded", RECIPE, TARGET_FOLDER ...] (sharded_run.py), or, as the last one, ["cache", RECIPE, FOLDER, override ...] or
+["main", WHERE, RECIPE, override ...]: the command line, with one part that fails on rank 1. Prints for each group the exit
+code of the first rank that failed (else 0), and what all of them wrote to stderr.
 """
 
 import json
@@ -11,14 +13,19 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+import peagle_train.training.build
+from peagle_train.__main__ import main as command_line
 from peagle_train.config import Recipe, load_recipe
 from peagle_train.data.packing import PackedRows
+from peagle_train.data.training_data import load_training_data
 from peagle_train.distributed import check_launch
 from peagle_train.serving.start import make_draft
 from peagle_train.target_model.cache_writer import write_cache
@@ -31,18 +38,11 @@ from tests.documents import load_documents, pack_documents
 
 def make_trainer(recipe: Recipe, accelerator: Accelerator) -> Trainer:
     target = load_target(recipe, accelerator)
-
-    def rows(sources: list[str]) -> PackedRows:
-        documents, _ = load_documents(sources, tokenizer=None, vocab_size=target.vocab_size)
-        return pack_documents(documents, recipe.data.max_length, recipe.data.pack)[0]
-
     mask_token_id, draft_vocab_size = recipe.draft.mask_token_id, recipe.draft.draft_vocab_size
     assert mask_token_id is not None and draft_vocab_size is not None
+    data = load_training_data(recipe, None, target.vocab_size, mask_token_id, say=lambda _: None)
     draft = make_draft(recipe, target, mask_token_id, torch.arange(draft_vocab_size))
-    held_out = (
-        rows(recipe.data.eval_sources) if recipe.data.eval_sources else pack_documents([], recipe.data.max_length)[0]
-    )
-    return Trainer(recipe, accelerator, target, draft, rows(recipe.data.sources), held_out)
+    return Trainer(recipe, accelerator, target, draft, data)
 
 
 def run(accelerator: Accelerator, recipe_path: str, *arguments: str) -> None:
@@ -83,52 +83,77 @@ def cache(recipe_path: str, folder: str, *refused: str) -> None:
     write_cache(load_recipe(recipe_path), folder, shard_mib=0.02)
 
 
-def work(jobs: list[list[str]]) -> None:
+def fail_in(owner: Any, name: str, error: Exception, call: int) -> None:
+    """Make a function raise from its n-th call on."""
+    original, calls = getattr(owner, name), [0]
+
+    def failing(*arguments: Any, **keywords: Any) -> Any:
+        calls[0] += 1
+        if calls[0] < call:
+            return original(*arguments, **keywords)
+        raise error
+
+    setattr(owner, name, failing)
+
+
+def failing_command_line(where: str, *arguments: str) -> int:
+    if where == "data" and os.environ["RANK"] == "1":
+        fail_in(PackedRows, "__getitem__", OSError("the disk is gone"), call=4)
+    if where == "start" and os.environ["RANK"] == "1":
+        fail_in(peagle_train.training.build, "load_tokenizer", ValueError("rows.jsonl cannot be read"), call=1)
+    return command_line(list(arguments))
+
+
+def work(jobs: list[list[str]]) -> int:
     from tests import fsdp_run, sharded_run
 
+    if jobs[0][0] == "main":
+        return failing_command_line(*jobs[0][1:])
     accelerator = Accelerator()
     check_launch(accelerator.num_processes)
     for kind, *arguments in jobs:
         if kind == "run":
             run(accelerator, *arguments)
         elif kind == "cache":
-            return cache(*arguments)  # its end is that of the ranks
+            cache(*arguments)  # its end is that of the ranks
+            return 0
         else:
             {"gradients": fsdp_run.run, "sharded": sharded_run.run}[kind](*arguments)
     accelerator.end_training()
+    return 0
 
 
-def main() -> int:
-    processes, jobs = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
+def go_through(processes: int, jobs: list[list[str]]) -> tuple[int, str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update(shared, ACCELERATE_USE_CPU="true")
-    pids = set()
-    for rank in range(int(processes)):
+    shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_PORT": port}
+    os.environ.update(shared, MASTER_ADDR="127.0.0.1", ACCELERATE_USE_CPU="true")
+    said = tempfile.TemporaryFile("w+")
+    pids, failed = set(), 0
+    for rank in range(processes):
         pid = os.fork()
         if pid == 0:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            os.dup2(said.fileno(), 2)
             code = 1
             try:
-                work(jobs)
-                code = 0
+                code = work(jobs)
             except BaseException:
                 traceback.print_exc()
             finally:
                 sys.stderr.flush()
                 os._exit(code)
         pids.add(pid)
-    failed = False
     while pids:
         pid, status = os.wait()
         pids.discard(pid)
-        failed |= status != 0
+        failed = failed or os.waitstatus_to_exitcode(status)
         for other in pids if status else ():
-            os.kill(other, signal.SIGKILL)
-    return int(failed)
+            os.kill(other, signal.SIGTERM)  # as torchrun does
+    said.seek(0)
+    return failed, said.read()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    print(json.dumps([go_through(*group) for group in json.loads(Path(sys.argv[1]).read_text())]))

@@ -8,8 +8,8 @@ import peagle_train
 HOUSE = Path(peagle_train.__file__).parent
 FLOORS = [
     {"core"},
-    {"files"},
-    {"config", "distributed"},
+    {"files", "machine"},
+    {"config", "distributed", "ending"},
     {"data"},
     {"target_model"},
     {"serving"},
@@ -18,7 +18,6 @@ FLOORS = [
     {"decoding"},
     {"report"},
     {"show"},
-    {"launch"},
     {"cli"},
     {"__main__"},
 ]

@@ -13,8 +13,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from peagle_train.__main__ import main
 from peagle_train.config import Recipe, RecipeError, dump_recipe, load_recipe
-from peagle_train.launch import main
 
 QUIET = settings(max_examples=100, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 

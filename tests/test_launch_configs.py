@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from accelerate import DistributedType
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import patch_environment
 from accelerate.utils.launch import prepare_multi_gpu_env
@@ -43,7 +42,7 @@ def test_accelerate_reads_a_config_as_what_its_name_says(name: str) -> None:
 def sharding_under(environment: dict[str, str], asked: str = "auto") -> bool:
     names = {k: v for k, v in environment.items() if k.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))}
     with patch_environment(**names):
-        return check_sharding(asked, DistributedType.MULTI_CPU)
+        return check_sharding(asked)
 
 
 def test_the_fsdp_config_shards_and_the_others_do_not_unless_the_recipe_says_so() -> None:

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import peagle_train.training.build as build
 import peagle_train.training.checkpoint as checkpoint_module
 import peagle_train.training.trainer as trainer_module
 from peagle_train.__main__ import main
 from peagle_train.config import load_recipe
-from peagle_train.launch import parse
 from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.training.evaluate import Evaluator
 from peagle_train.training.step import BatchRunner, make_optimizer
@@ -375,23 +375,20 @@ def test_a_best_drafter_of_a_step_that_was_undone_is_not_taken_for_the_best(
     assert best == {"step": 2, "expected_accepted_length": 1.2, "folder": None}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "resume", "recipe", "overrides"),
-    [
-        (["r.yaml", "--resume"], "", "r.yaml", []),
-        (["--resume", "r.yaml", "a.b=1"], "", "r.yaml", ["a.b=1"]),
-        (["r.yaml", "--resume", "a.b=1"], "", "r.yaml", ["a.b=1"]),
-        (["r.yaml", "--resume", "--print-config"], "", "r.yaml", []),
-        (["r.yaml", "--resume", "run/checkpoint-3", "a.b=1"], "run/checkpoint-3", "r.yaml", ["a.b=1"]),
-        (["r.yaml", "--resume=run/checkpoint-3"], "run/checkpoint-3", "r.yaml", []),
-        (["r.yaml"], None, "r.yaml", []),
-    ],
-)
-def test_resume_takes_a_folder_and_nothing_else_for_its_own(
-    arguments: list[str], resume: str | None, recipe: str, overrides: list[str]
-) -> None:
-    options = parse(arguments)
-    assert (options.resume, options.recipe, options.overrides) == (resume, recipe, overrides)
+def test_resume_takes_a_folder_and_nothing_else_for_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, seen = str(recipe_for(tmp_path, tmp_path, tmp_path)), []
+    monkeypatch.setattr(build, "train", lambda made, resume, _: seen.append((resume, made.train.max_steps)) or "")
+    for arguments, resume, steps in (
+        ([recipe], None, None),
+        ([recipe, "--resume"], "", None),
+        (["--resume", recipe, "train.max_steps=5"], "", 5),
+        ([recipe, "--resume", "train.max_steps=5"], "", 5),
+        ([recipe, "--resume", "--force"], "", None),
+        ([recipe, "--resume", "run/checkpoint-3", "train.max_steps=5"], "run/checkpoint-3", 5),
+        (["train", recipe, "--resume=run/checkpoint-3"], "run/checkpoint-3", None),
+    ):
+        assert main(arguments) == 0
+        assert seen.pop() == (resume, steps), arguments
 
 
 def test_before_the_first_step_sigusr1_does_nothing_and_sigterm_is_one_line(

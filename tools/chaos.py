@@ -414,7 +414,8 @@ def main() -> int:
 
     os.environ.update(SURROUNDINGS)
     import peagle_train.training.build  # noqa: F401  (what every life would import)
-    from peagle_train.training.checkpoint import versions, write_json
+    from peagle_train.files import write_json
+    from peagle_train.training.checkpoint import versions
 
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="peagle-chaos-") as folder:

@@ -275,8 +275,7 @@ def make_draft(
             draft.lm_head.weight.copy_(target.head_rows(draft_ids))
     if not fits and (recipe.draft.embeddings_from_target or recipe.draft.lm_head_from_target):
         logger.warning("draft.hidden_size is not the target's: embeddings and lm_head start random, lm_head is trained")
-    train_head = recipe.draft.train_lm_head or not (fits and recipe.draft.lm_head_from_target)
-    draft.lm_head.weight.requires_grad_(train_head)
+    draft.lm_head.weight.requires_grad_(recipe.draft.trains_head(fits))
     draft.embed_tokens.weight.requires_grad_(recipe.draft.train_embeddings)
     draft.gradient_checkpointing = recipe.train.activation_checkpointing
     return draft

@@ -3,7 +3,7 @@
 import logging
 import os
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,6 @@ from peagle_train.core.attention import uses_flex
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.plan import padding_share
 from peagle_train.data.chat import read_template
-from peagle_train.data.packing import PackReport
 from peagle_train.data.training_data import load_training_data
 from peagle_train.data.vocab import (
     choose_mask_token,
@@ -44,8 +43,6 @@ from peagle_train.training.checkpoint import (
     check_not_in_use,
     check_output,
     describe_summary,
-    keep_drafter,
-    keep_segments,
     open_resume,
 )
 from peagle_train.training.metrics import check_tracker
@@ -80,7 +77,7 @@ def _train(recipe: Recipe, resume: str | None, force: bool) -> str:
             found = open_resume(recipe, resume)
             if isinstance(found, str):
                 return found if os.environ.get("RANK", "0") == "0" else ""
-            checkpoint, recipe = found, keep_segments(recipe, found)
+            checkpoint, recipe = found, found.keep_segments(recipe)
     except OSError as error:
         raise ValueError(f"output.dir {recipe.output.dir} cannot be used: {told(error)}") from None
     read_template(recipe.data.chat_template)
@@ -91,12 +88,13 @@ def _train(recipe: Recipe, resume: str | None, force: bool) -> str:
     )
     check_device(accelerator.device)
     check_launch(accelerator.num_processes)
-    check_sharding(recipe.train.sharding, accelerator.distributed_type)  # mistakes come before the target is loaded
+    if check_sharding(recipe.train.sharding) and accelerator.num_processes == 1:
+        logger.warning("FSDP2 was asked for, but there is a single process: the drafter stays whole")
     if uses_flex(accelerator.device):
         check_flex(recipe.train)
     say = print if accelerator.is_main_process else (lambda *_: None)
     # A resumed run has its shape, weights and vocabulary in its checkpoint.
-    drafted = keep_drafter(recipe, checkpoint) if checkpoint else recipe
+    drafted = checkpoint.keep_drafter(recipe) if checkpoint else recipe
     if not force:
         refuse_hopeless(drafted, this_device(accelerator.device))
 
@@ -119,9 +117,8 @@ def _train(recipe: Recipe, resume: str | None, force: bool) -> str:
         device = this_device(accelerator.device)
         recipe, line = resolve_segments(recipe, sizes_of(recipe, target, draft.config, device), device)
         say(line)
-    trainer = Trainer(recipe, accelerator, target, draft, data.train_rows, data.eval_rows)
-    trainer.about["data"] = {"packing": asdict(data.report), "max_length": recipe.data.max_length}
-    say(arithmetic(trainer, data.report))
+    trainer = Trainer(recipe, accelerator, target, draft, data)
+    say(arithmetic(trainer))
     for note in trainer.restore(checkpoint) if checkpoint else []:
         say(f"resume: {note}")
     summary = trainer.run()
@@ -167,11 +164,11 @@ def _draft(  # type: ignore[no-untyped-def]
     return make_draft(sized, target, mask_token_id, draft_ids, start.files.config if start else None)
 
 
-def arithmetic(trainer: Trainer, report: PackReport) -> str:
+def arithmetic(trainer: Trainer) -> str:
     """The run's sizes, derived from the recipe and the data."""
-    collator, recipe = trainer.collator, trainer.recipe
-    sample = min(8, len(trainer.train_rows))
-    plans = [trainer.runner.plan(collator([trainer.train_rows[0, i]])) for i in range(sample)]
+    collator, recipe, rows, report = trainer.collator, trainer.recipe, trainer.data.train_rows, trainer.data.report
+    sample = min(8, len(rows))
+    plans = [trainer.runner.plan(collator([rows[0, i]])) for i in range(sample)]
     elements, slots = (sum(getattr(p, name) for p in plans) / sample for name in ("num_elements", "num_slots"))
     parameters = list(trainer.draft.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)

@@ -33,34 +33,22 @@ from torch import Tensor
 import peagle_train
 from peagle_train.config import Recipe, dump_recipe
 from peagle_train.core.draft_config import PEagleDraftConfig
-from peagle_train.files import (
-    DamagedCheckpoint,
-    remove_tree,
-    sha256_of,
-    told,
-    try_removing,
-    write_bytes,
-    write_folder,
-    write_json,
-)
+from peagle_train.files import remove_tree, sha256_of, told, try_removing, write_bytes, write_folder
 from peagle_train.serving.drafter_io import fill_drafter, save_tensors
 
 logger = logging.getLogger(__name__)
 
 MARKER, MANIFEST = "run.json", "manifest.json"
 FORMAT = 2
+REQUIRED = {"model.safetensors", "optimizer.state", "rng.state", "state.json"}
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
-_LEFT_OVER = re.compile(r"\.((checkpoint|set-aside)-[0-9]+|best|final)\.(partial|deleted)")
+BROKEN = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What reading a JSON file of any content as one of ours may raise."""
 
 
 def versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
-        "peagle_train": peagle_train.__version__,
-    }
+    modules = {"torch": torch, "transformers": transformers, "accelerate": accelerate, "peagle_train": peagle_train}
+    return {"python": platform.python_version(), **{name: str(m.__version__) for name, m in modules.items()}}
 
 
 def tensor_fingerprint(tensor: Tensor) -> str:
@@ -71,7 +59,7 @@ def tensor_fingerprint(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-# ---- the output folder
+# The output folder
 
 
 def check_output(folder: Path) -> None:
@@ -85,13 +73,6 @@ def check_output(folder: Path) -> None:
         )
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"output.dir {folder} is not empty and holds no run; give another folder")
-
-
-def claim_output(folder: Path) -> None:
-    """Make the output folder this run's; ValueError if it holds anything."""
-    check_output(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / MARKER, {"state": "started"})
 
 
 def lock_output(folder: Path) -> IO[str]:
@@ -126,24 +107,21 @@ def check_not_in_use(folder: Path) -> None:
 
 
 def read_marker(folder: Path) -> dict[str, Any]:
-    """An output folder's `run.json`; {} if it is missing or not what a run writes. OSError if it cannot be read."""
+    """An output folder's `run.json`; {} if it is missing or not what a run writes. ValueError if it cannot be read."""
     try:
         marker = json.loads((folder / MARKER).read_bytes())
         if marker["state"] != "started":
             describe_summary(marker, folder)  # has all that is read from it
         return marker
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, *BROKEN):
         return {}
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return {}
+    except OSError as error:
+        raise ValueError(told(error)) from None
 
 
 def read_summary(folder: Path) -> str:
     """Where a finished run's drafter is and how good it is; ValueError if there is no finished run."""
-    try:
-        summary = read_marker(folder)
-    except OSError as error:
-        raise ValueError(told(error)) from None
+    summary = read_marker(folder)
     if not summary:
         raise ValueError(f"{folder} holds no run: its {MARKER} is missing, or is not what a run writes")
     if summary["state"] != "finished":
@@ -158,18 +136,17 @@ def describe_summary(summary: dict[str, Any], folder: Path) -> str:
             f"stopped by {summary['signal']} at step {summary['steps']:d}, saved as {folder / summary['checkpoint']}: the"
             " same command with --resume continues from there"
         )
-    lines = [f"drafter: {folder / summary['drafter']} ({summary['steps']:d} steps in {summary['train_seconds']:.0f} s)"]
+    text = f"drafter: {folder / summary['drafter']} ({summary['steps']:d} steps in {summary['train_seconds']:.0f} s)"
     before, after, best = summary["before"], summary["after"], summary["best"]
     if after:
-        lines.append(
-            f"held-out expected accepted length: {before['expected_accepted_length']:.3f} before,"
+        text += (
+            f"\nheld-out expected accepted length: {before['expected_accepted_length']:.3f} before,"
             f" {after['expected_accepted_length']:.3f} after training (loss {before['loss']:.3f} -> {after['loss']:.3f})"
         )
     if best and best["folder"] == "best":
-        lines.append(
-            f"the best was at step {best['step']:d} ({best['expected_accepted_length']:.3f}): {folder / 'best'}"
-        )
-    return "\n".join(lines)
+        length = best["expected_accepted_length"]
+        text += f"\nthe best was at step {best['step']:d} ({length:.3f}): {folder / 'best'}"
+    return text
 
 
 def last_checkpoint(output: Path) -> str:
@@ -180,21 +157,19 @@ def last_checkpoint(output: Path) -> str:
     return f"the last checkpoint is {newest}: the same command with --resume continues from there"
 
 
-# ---- checkpoints on disk
+# Checkpoints on disk
 
 
-def step_of(folder: Path) -> int | None:
-    """The step in a checkpoint folder's name, or None if it is no such name."""
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint folder's name; -1 if it is no such name."""
     match = _NAME.fullmatch(folder.name)
-    return int(match[1]) if match else None
+    return int(match[1]) if match else -1
 
 
 def list_checkpoints(output: Path) -> list[Path]:
     """Complete checkpoints (those with a manifest), the newest step first; their content is not looked at."""
-    if not output.is_dir():
-        return []
-    found = {step: path for path in output.iterdir() if (step := step_of(path)) is not None}
-    return [found[step] for step in sorted(found, reverse=True) if (found[step] / MANIFEST).is_file()]
+    found = [p for p in output.glob("checkpoint-*") if step_of(p) >= 0 and (p / MANIFEST).is_file()]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def save_checkpoint(
@@ -238,56 +213,49 @@ def write_checkpoint(output: Path, step: int, fill: Callable[[Path], None]) -> P
     return path
 
 
-class OtherFormat(ValueError):
-    """A checkpoint of another version of the package."""
+def _describe(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint's files do not match its manifest."""
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """DamagedCheckpoint unless every file of the manifest has its size and sha256; OtherFormat for another version's."""
+    """DamagedCheckpoint unless every file of the manifest has its size and sha256; ValueError for another version's."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
-        if manifest["format"] != FORMAT:
-            raise OtherFormat(
-                f"{path} has format {manifest['format']}, this version of peagle_train reads {FORMAT}: resume with the"
-                " version that wrote it"
-            )
-        if manifest["step"] != step_of(folder):
-            raise DamagedCheckpoint(f"{path} is of step {manifest['step']}, not of the folder's name")
-        if not {"model.safetensors", "optimizer.state", "rng.state", "state.json"} <= manifest["files"].keys():
-            raise DamagedCheckpoint(f"{path} is not what was written")
-        for name, described in manifest["files"].items():
+        form, step, files = manifest["format"], manifest["step"], dict(manifest["files"])
+        for name, described in files.items() if form == FORMAT else ():
             path = folder / name
-            if not path.is_file():
-                raise DamagedCheckpoint(f"{path} is missing")
-            if path.stat().st_size != described["size"]:  # seen without reading it
-                raise DamagedCheckpoint(f"{path} has {path.stat().st_size} bytes instead of {described['size']}")
             if _describe(path) != described:
-                raise DamagedCheckpoint(f"{path} is not what was written (its sha256 differs)")
+                raise ValueError
+        path = folder / MANIFEST
+        if form == FORMAT and not files.keys() >= REQUIRED:
+            raise ValueError
     except OSError as error:
         raise DamagedCheckpoint(f"{path} cannot be read: {error.strerror}") from None
-    except (DamagedCheckpoint, OtherFormat):
-        raise
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except BROKEN:
         raise DamagedCheckpoint(f"{path} is not what was written") from None
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": sha256_of(path)}
+    if form != FORMAT:
+        raise ValueError(
+            f"{path} has format {form}, this version of peagle_train reads {FORMAT}: resume with the version that wrote it"
+        )
+    if step != step_of(folder):
+        raise DamagedCheckpoint(f"{path} is of step {step}, not of the folder's name")
 
 
 def prune(output: Path, keep_last: int | None, keep_every: int | None) -> None:
     """Remove all but the newest `keep_last` checkpoints and those of every `keep_every`-th step."""
     for path in [] if keep_last is None else list_checkpoints(output)[: keep_last - 1 : -1]:
-        step = step_of(path)
-        assert step is not None
-        if keep_every is None or step % keep_every:
+        if keep_every is None or step_of(path) % keep_every:
             try_removing(path, _remove)
 
 
 def set_aside_later(output: Path, step: int) -> list[int]:
     """Rename checkpoints after `step`, which a run that resumes there makes again: they must not be found."""
-    later = sorted(s for path in output.iterdir() if (s := step_of(path)) is not None and s > step)
+    later = sorted(s for path in output.iterdir() if (s := step_of(path)) > step)
     for s in later:
         _remove(output / f"set-aside-{s}")
         os.rename(output / f"checkpoint-{s}", output / f"set-aside-{s}")
@@ -301,8 +269,8 @@ def remove_set_aside(output: Path) -> None:
 
 def clean_up(output: Path) -> None:
     """Remove what a killed run left half-written or half-removed, and put a replaced folder's old content back."""
-    for path in output.iterdir():
-        if _LEFT_OVER.fullmatch(path.name):
+    for path in output.glob(".*"):
+        if path.suffix in (".partial", ".deleted") and not path.is_file():
             try_removing(path)
     for name in ("best", "final"):
         old = output / f".{name}.old"
@@ -321,6 +289,16 @@ def _remove(path: Path) -> None:
         remove_tree(gone)
 
 
+def has_best(output: Path, step: int) -> bool:
+    """Whether best/, or the one that a killed run was replacing, is of this step."""
+    for file in (output / "best" / "best.json", output / ".best.old" / "best.json"):
+        try:
+            return json.loads(file.read_bytes())["step"] == step
+        except (OSError, *BROKEN):  # missing, damaged
+            continue
+    return False
+
+
 def keep_lines(path: Path, count: int) -> tuple[int, int]:
     """Cut a file of lines to its first `count`, whatever is in them: (lines dropped, lines missing)."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
@@ -330,7 +308,7 @@ def keep_lines(path: Path, count: int) -> tuple[int, int]:
     return len(lines) - len(kept), count - len(kept)
 
 
-# ---- resuming
+# Resuming
 
 SAME_NUMBERS = {
     "target.check", "target.trust_remote_code", "output.dir", "train.log_steps", "train.eval_steps",
@@ -366,6 +344,25 @@ class Checkpoint:
     notes: list[str]
     """What the user should know: changes of the recipe, checkpoints that were skipped."""
 
+    def keep_segments(self, recipe: Recipe) -> Recipe:
+        """The recipe with the checkpoint's number of segments in place of auto: another number rounds sums differently."""
+        if recipe.cod.num_segments != "auto":
+            return recipe
+        return replace(recipe, cod=replace(recipe.cod, num_segments=self.state["recipe"]["cod"]["num_segments"]))
+
+    def keep_drafter(self, recipe: Recipe) -> Recipe:
+        """The recipe with this checkpoint in place of the drafter that the run took its weights, shape or vocabulary from.
+
+        All of that is in the checkpoint; the other drafter may be gone by now. A new `draft.vocab_from` stays: it is read,
+        and must give the same vocabulary.
+        """
+        draft, old, folder = recipe.draft, self.state["recipe"]["draft"], str(self.folder)
+        if draft.init_from or old["init_from"]:
+            draft = replace(draft, init_from=folder)
+        if draft.vocab_from and draft.vocab_from == old["vocab_from"]:
+            draft = replace(draft, vocab_from=folder)
+        return replace(recipe, draft=draft)
+
 
 def open_resume(recipe: Recipe, given: str) -> Checkpoint | str:
     """The checkpoint to resume from, or what to print because the run has finished. Changes nothing.
@@ -377,27 +374,27 @@ def open_resume(recipe: Recipe, given: str) -> Checkpoint | str:
         ValueError: there is nothing to resume from, it is damaged, or the recipe differs where it must not.
         OSError: a folder cannot be read.
     """
-    output = Path(recipe.output.dir)
-    chosen = Path(given).expanduser() if given else None
-    if chosen is not None and chosen.resolve() == output.resolve():
-        chosen = None
+    output, chosen = Path(recipe.output.dir), Path(given).expanduser()
+    is_named = given != "" and chosen.resolve() != output.resolve()
     marker, complete, notes = read_marker(output), list_checkpoints(output), []
     if not marker:
-        if chosen is None and not complete:
+        if not is_named and not complete:
             raise ValueError(f"--resume: output.dir {output} holds no run: start one without --resume")
         notes.append(f"{output / MARKER} is missing or broken, and is rewritten")
-    if marker.get("state") == "finished" and chosen is None:
+    if marker.get("state") == "finished" and not is_named:
         drafter = output / marker["drafter"]
         if (drafter / "model.safetensors").is_file():
-            return _nothing_to_do(output, marker)
+            text = f"{output} holds a finished run: nothing to do\n{describe_summary(marker, output)}"
+            if complete:
+                text += f"\nto train for more steps than {marker['steps']}: --resume {complete[0]}"
+            return text
         notes.append(f"the run had finished, but {drafter} is gone")
-    if chosen is not None:
-        folder = _named(chosen, output)
+    if is_named:
+        folder = _named(chosen, output, complete)
     else:
-        steps = [-1, *(step_of(path) or 0 for path in complete)]
-        for path in sorted(output.iterdir()):
-            if (step_of(path) or 0) > max(steps):
-                notes.append(f"{path} has no {MANIFEST}, so it is not a complete checkpoint: skipped")
+        newest = step_of(complete[0]) if complete else -1
+        later = [path for path in sorted(output.iterdir()) if step_of(path) > newest]
+        notes += [f"{path} has no {MANIFEST}, so it is not a complete checkpoint: skipped" for path in later]
         if not complete:
             raise ValueError(
                 f"--resume: output.dir {output} holds a run without a complete checkpoint"
@@ -408,16 +405,17 @@ def open_resume(recipe: Recipe, given: str) -> Checkpoint | str:
     try:
         verify_checkpoint(folder)
     except DamagedCheckpoint as error:
-        raise DamagedCheckpoint(f"{error}: {folder.name} is damaged; {_offer(complete, folder)}") from None
+        before = [path for path in complete if step_of(path) < step_of(folder)]
+        raise DamagedCheckpoint(f"{error}: {folder.name} is damaged; {_first_sound(before)}") from None
     state = json.loads((folder / "state.json").read_bytes())
     notes += compare_recipes(state["recipe"], asdict(recipe), folder.name)
     return Checkpoint(folder, state["step"], state, notes)
 
 
-def _named(folder: Path, output: Path) -> Path:
+def _named(folder: Path, output: Path, complete: list[Path]) -> Path:
     """The folder of `--resume FOLDER`, in the output folder."""
-    if not folder.is_dir() or step_of(folder) is None:
-        names = ", ".join(str(path) for path in list_checkpoints(output)) or "none"
+    if not folder.is_dir() or step_of(folder) < 0:
+        names = ", ".join(map(str, complete)) or "none"
         raise ValueError(f"--resume {folder}: give a folder named checkpoint-<step>; there are: {names}")
     if folder.resolve() != (output / folder.name).resolve():  # either may be a link, to a bigger disk
         raise ValueError(
@@ -426,69 +424,38 @@ def _named(folder: Path, output: Path) -> Path:
     return output / folder.name
 
 
-def _offer(complete: list[Path], damaged: Path) -> str:
-    """Name the newest sound checkpoint before a damaged one."""
-    for path in complete:
-        if (step_of(path) or 0) < (step_of(damaged) or 0):
-            try:
-                verify_checkpoint(path)
-            except (DamagedCheckpoint, OtherFormat):
-                continue
-            return f"the one before it is sound: resume with --resume {path}"
+def _first_sound(checkpoints: list[Path]) -> str:
+    for path in checkpoints:
+        try:
+            verify_checkpoint(path)
+        except ValueError:
+            continue
+        return f"the one before it is sound: resume with --resume {path}"
     return "no sound one is left before it: start over in a new folder"
-
-
-def _nothing_to_do(output: Path, marker: dict[str, Any]) -> str:
-    text = f"{output} holds a finished run: nothing to do\n{describe_summary(marker, output)}"
-    if newest := next(iter(list_checkpoints(output)), None):
-        text += f"\nto train for more steps than {marker['steps']}: --resume {newest}"
-    return text
-
-
-def keep_segments(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
-    """The recipe with the checkpoint's number of segments in place of auto: another number rounds sums differently."""
-    if recipe.cod.num_segments != "auto":
-        return recipe
-    return replace(recipe, cod=replace(recipe.cod, num_segments=checkpoint.state["recipe"]["cod"]["num_segments"]))
-
-
-def keep_drafter(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
-    """The recipe with the checkpoint in place of the drafter that a run took its weights, shape or vocabulary from.
-
-    All of that is in the checkpoint; the other drafter may be gone by now. A new `draft.vocab_from` stays: it is read, and
-    must give the same vocabulary.
-    """
-    draft, old = recipe.draft, checkpoint.state["recipe"]["draft"]
-    folder = str(checkpoint.folder)
-    if draft.init_from or old["init_from"]:
-        draft = replace(draft, init_from=folder)
-    if draft.vocab_from and draft.vocab_from == old["vocab_from"]:
-        draft = replace(draft, vocab_from=folder)
-    return replace(recipe, draft=draft)
 
 
 def compare_recipes(old: dict[str, Any], new: dict[str, Any], name: str) -> list[str]:
     """A line for every setting that differs; ValueError, naming all of them, for those that must not."""
     lines, refused = [], []
-    for section, values in new.items():
-        for leaf, value in values.items():
-            key = f"{section}.{leaf}"
-            before = old.get(section, {}).get(leaf, value)  # a setting that the checkpoint's version did not have
-            if before == value:
-                continue
-            change = f"{key} {json.dumps(before)} -> {json.dumps(value)}"
-            if key == "cod.num_segments" and value == "auto":
-                lines.append(f"{key} auto stays {before}")
-            elif key in SAME_NUMBERS:
-                lines.append(f"{change}: changes no number")
-            elif key in ROUNDING:
-                lines.append(f"{change}: same data and draws, but no longer equal bit for bit")
-            elif key in STEPS:
-                lines.append(f"{change}: see the schedule below")
-            elif key in BY_CONTENT or (section == "data" and leaf != "max_length"):
-                lines.append(f"{change}: accepted, as the {BY_CONTENT.get(key, 'data')} came out the same")
-            else:
-                refused.append(change)
+    pairs = [(section, leaf, value) for section, values in new.items() for leaf, value in values.items()]
+    for section, leaf, value in pairs:
+        key = f"{section}.{leaf}"
+        before = old.get(section, {}).get(leaf, value)  # a setting that the checkpoint's version did not have
+        change = f"{key} {json.dumps(before)} -> {json.dumps(value)}"
+        if before == value:
+            continue
+        if key == "cod.num_segments" and value == "auto":
+            lines.append(f"{key} auto stays {before}")
+        elif key in SAME_NUMBERS:
+            lines.append(f"{change}: changes no number")
+        elif key in ROUNDING:
+            lines.append(f"{change}: same data and draws, but no longer equal bit for bit")
+        elif key in STEPS:
+            lines.append(f"{change}: see the schedule below")
+        elif key in BY_CONTENT or (section == "data" and leaf != "max_length"):
+            lines.append(f"{change}: accepted, as the {BY_CONTENT.get(key, 'data')} came out the same")
+        else:
+            refused.append(change)
     if refused:
         raise ValueError(
             f"--resume: {name} was trained with other settings: {', '.join(refused)}: give the old ones, or start a new"
@@ -499,12 +466,13 @@ def compare_recipes(old: dict[str, Any], new: dict[str, Any], name: str) -> list
 
 def compare_state(state: dict[str, Any], must_match: dict[str, Any], num_steps: int, name: str) -> None:
     """ValueError unless data, draft vocabulary and target are the checkpoint's, and its step is one of the run's."""
-    now = json.loads(json.dumps(must_match))
-    for what, value in state["must_match"].items():
-        if now[what] != value:
-            was, found = (f"{v[0]} ({v[1][:12]})" if isinstance(v, list) else str(v)[:12] for v in (value, now[what]))
+    for what, old in state["must_match"].items():
+        if old != must_match[what]:
+            was, now = (
+                f"{v[0]} ({v[1][:12]})" if isinstance(v, list) else str(v)[:12] for v in (old, must_match[what])
+            )
             raise ValueError(
-                f"--resume: {what}: {was} in {name}, {found} now: give the same data, target and number of processes, or"
+                f"--resume: {what}: {was} in {name}, {now} now: give the same data, target and number of processes, or"
                 " start a new run in another output.dir"
             )
     if num_steps < state["step"]:
@@ -516,20 +484,17 @@ def compare_state(state: dict[str, Any], must_match: dict[str, Any], num_steps: 
 
 def compare_surroundings(state: dict[str, Any], num_steps: int, rate: float, world_size: int) -> list[str]:
     """A line for each of schedule, processes and versions that is no longer the checkpoint's. `rate`: the next step's."""
-    notes = []
+    notes, old = [], state["learning_rates"][0]
     if num_steps != state["num_steps"]:
         change = f"steps {state['num_steps']} -> {num_steps}: at step {state['step']} the learning rate"
-        old = state["learning_rates"][0]
-        notes.append(
-            f"{change} stays {rate:.3e}"
-            if old == rate
-            else f"{change} jumps from {old:.3e} to {rate:.3e}, as the schedule is now that of {num_steps} steps: the"
-            " result is not that of a run which had this many from its start"
+        jump = (
+            f"jumps from {old:.3e} to {rate:.3e}, as the schedule is now that of {num_steps} steps: the result is not that"
+            " of a run which had this many from its start"
         )
+        notes.append(f"{change} stays {rate:.3e}" if old == rate else f"{change} {jump}")
     if world_size != state["world_size"]:
-        notes.append(
-            f"processes {state['world_size']} -> {world_size}: same data and draws, but no longer equal bit for bit"
-        )
+        change = f"processes {state['world_size']} -> {world_size}"
+        notes.append(f"{change}: same data and draws, but no longer equal bit for bit")
     for name, version in versions().items():
         if (was := state["versions"].get(name)) != version:
             notes.append(f"{name} {was} -> {version}: perhaps no longer equal bit for bit")

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import platform
-import resource
 import sys
 import time
 import uuid
@@ -21,7 +20,8 @@ from accelerate.utils import ProfileKwargs
 from torch import Tensor
 from tqdm import tqdm
 
-from peagle_train.files import one_line, write_text
+from peagle_train.files import one_line, sync, write_json
+from peagle_train.machine import cores, peak_ram
 from peagle_train.training.checkpoint import versions
 
 logger = logging.getLogger(__name__)
@@ -50,14 +50,7 @@ def expected_accepted_length(accuracy: Sequence[float]) -> float:
 
 def peak_memory_bytes(device: torch.device) -> int:
     """Peak since the start: of the CUDA allocator, or of this process's resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def cores() -> int:
-    """Cores that this process may use; on macOS, all of the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_ram()
 
 
 def about_machine(device: torch.device, num_processes: int) -> dict[str, Any]:
@@ -173,7 +166,9 @@ class StepProfiler:
         spans = [e for e in profile.key_averages() if e.key.startswith("peagle::") and e.cpu_time_total]
         for event in sorted(spans, key=lambda e: -e.cpu_time_total):
             device = f"  ({event.device_time_total / 1e3 / steps:.1f})" if event.device_time_total else ""
-            lines.append(f"  {event.key[len('peagle::') :]:<16}{event.cpu_time_total / 1e3 / steps:10.1f}{device}")
+            lines.append(
+                f"  {event.key.removeprefix('peagle::'):<16}{event.cpu_time_total / 1e3 / steps:10.1f}{device}"
+            )
         return "\n".join(lines)
 
 
@@ -190,7 +185,10 @@ def check_tracker(name: str | None) -> None:
 
 
 class Reporter:
-    """The main process's output: `metrics.jsonl`, log lines, a progress bar on a terminal, and Accelerate's tracker."""
+    """The main process's output: `metrics.jsonl`, log lines, a progress bar on a terminal, and Accelerate's tracker.
+
+    A tracker is another's service: one that fails costs a warning, never the run.
+    """
 
     def __init__(self, folder: Path, num_steps: int, accelerator: Accelerator) -> None:
         self.folder, self.accelerator, self.active = folder, accelerator, accelerator.is_main_process
@@ -202,65 +200,41 @@ class Reporter:
         hidden = not (self.active and sys.stderr.isatty())
         self.bar = tqdm(total=self.num_steps, initial=step, unit="step", disable=hidden, leave=False)
         if self.active and self.accelerator.log_with:
-            self._start_tracker(step, config)
-
-    def step(self) -> None:
-        self.bar.update(1)
-
-    def record(self, kind: str, line: str, **values: Any) -> None:
-        """Write a line of metrics.jsonl, print one for a person, and log the numbers to the tracker."""
-        if not self.active:
-            return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, **values}) + "\n")
-        self.lines += 1
-        self.say(line)
-        if "loss" in values:
-            shown = f"loss {values['loss']:.3f}, accepted {values['expected_accepted_length']:.2f}"
-            self.bar.set_postfix_str(f"{kind} {shown}")
-        self._track(kind, values)
-
-    def sync(self) -> None:
-        """Flush the lines written so far to the disk."""
-        if self.path.exists():
-            with self.path.open("rb") as file:
-                os.fsync(file.fileno())
-
-    def say(self, line: str) -> None:
-        if self.active:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
-
-    def close(self) -> None:
-        self.bar.close()
-
-    # ---- the tracker: another's service, so one that fails costs a warning, never the run
+            try:
+                self._start_tracker(step, config)
+            except Exception as error:
+                self._drop_tracker("did not start", error)
 
     def _start_tracker(self, step: int, config: dict[str, dict[str, Any]]) -> None:
         tracker, title, memo = config["train"]["log_with"], self.folder.resolve().name, self.folder / TRACKED
         flat = {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
         flat = {key: v if isinstance(v, (str, int, float)) else json.dumps(v) for key, v in flat.items()}
-        try:
-            known = json.loads(memo.read_text(encoding="utf-8"))["id"] if step and memo.exists() else None
-            run_id = known or uuid.uuid4().hex
-            options: dict[str, dict[str, Any]] = {
-                "tensorboard": {"purge_step": step + 1 if step else None},
-                "wandb": {"name": title, "id": run_id, "resume": "allow", "dir": str(self.folder)},
-                "trackio": {"name": f"{title}-{run_id[:8]}", "resume": "allow"},
-                "mlflow": {"run_name": title, "run_id": known},
-            }
-            # To tensorboard, a project is a folder in the output folder.
-            self.accelerator.init_trackers("tensorboard" if tracker == "tensorboard" else "peagle_train", flat, options)
-            if tracker == "mlflow":  # it chooses the id
-                run_id = self.accelerator.get_tracker("mlflow", unwrap=True).info.run_id
-            write_text(memo, json.dumps({"tracker": tracker, "id": run_id}) + "\n")
-        except Exception as error:
-            self._drop_tracker("did not start", error)
+        known = json.loads(memo.read_text(encoding="utf-8"))["id"] if step and memo.exists() else None
+        run_id = known or uuid.uuid4().hex
+        options: dict[str, dict[str, Any]] = {
+            "tensorboard": {"purge_step": step + 1 if step else None},
+            "wandb": {"name": title, "id": run_id, "resume": "allow", "dir": str(self.folder)},
+            "trackio": {"name": f"{title}-{run_id[:8]}", "resume": "allow"},
+            "mlflow": {"run_name": title, "run_id": known},
+        }
+        # To tensorboard, a project is a folder in the output folder.
+        self.accelerator.init_trackers("tensorboard" if tracker == "tensorboard" else "peagle_train", flat, options)
+        if tracker == "mlflow":  # it chooses the id
+            run_id = self.accelerator.get_tracker("mlflow", unwrap=True).info.run_id
+        write_json(memo, {"tracker": tracker, "id": run_id})
 
-    def _track(self, kind: str, values: dict[str, Any]) -> None:
-        """Log numbers as `kind/name`, those of a list as `kind/name/depth_d`."""
-        if not self.accelerator.trackers:
-            return
+    def record(self, kind: str, line: str, **values: Any) -> None:
+        """Write a line of metrics.jsonl, print one for a person, and log the numbers to the tracker: as `kind/name`, those
+        of a list as `kind/name/depth_d`.
+        """
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, **values}) + "\n")
+        self.lines += 1
+        self.say(line)
+        if "loss" in values:
+            self.bar.set_postfix_str(
+                f"{kind} loss {values['loss']:.3f}, accepted {values['expected_accepted_length']:.2f}"
+            )
         numbers: dict[str, float] = {}
         for name, value in values.items():
             if isinstance(value, list):
@@ -278,6 +252,16 @@ class Reporter:
         logger.warning(
             "train.log_with: tracker %s (%s): the run continues without; metrics.jsonl has all", what, reason
         )
+
+    def sync(self) -> None:
+        """Flush the lines written so far to the disk."""
+        if self.path.exists():
+            sync(self.path)
+
+    def say(self, line: str) -> None:
+        if self.active:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
 
 
 def train_line(values: dict[str, Any]) -> str:

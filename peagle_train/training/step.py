@@ -4,11 +4,11 @@ Training and evaluation share `BatchRunner`. B: sequences of a micro-batch, K: d
 """
 
 import logging
+import math
 import os
 import shutil
 import sysconfig
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,9 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.profiler import record_function
-from transformers import get_scheduler
 
 from peagle_train.config import Recipe, Train
-from peagle_train.core import attention
 from peagle_train.core.compiled import CompiledDraft, Graphs, compile_layers
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.passes import StepStats, TargetOutputs
@@ -41,7 +38,7 @@ Batch = dict[str, Tensor]
 
 @dataclass
 class Gradients:
-    """What `Trainer.accumulate` leaves beside the gradients."""
+    """What `Trainer.accumulate` finds beside the gradients."""
 
     stats: StepStats
     """Over all ranks and micro-batches."""
@@ -64,6 +61,8 @@ class StepResult:
     """False: loss or gradient was not finite, and weights and moments are unchanged."""
     save: bool
     """Some rank was asked for a checkpoint."""
+    stop: str | None
+    """A signal that some rank got."""
 
 
 def check_flex(train: Train) -> None:
@@ -96,24 +95,20 @@ class BatchRunner:
         self.relay = recipe.train.segment_mode == "relay" and recipe.cod.segments > 1
         self.head_rows = target.head_rows(draft.draft_token_ids).to(self.device)
         self.buffers = RelayBuffers()
-        on_flex = attention.uses_flex(self.device)
         self.runs: PEagleDraft | CompiledDraft = draft
         self.graphs: Graphs | None = None
-        if recipe.train.compile is True or (recipe.train.compile == "auto" and on_flex):
+        if recipe.train.compiles(self.device.type):
             mode = None if recipe.train.compile_mode == "default" else recipe.train.compile_mode
             if self.sharded:
                 self.graphs = compile_layers(draft, recipe.train.compile_backend, mode)
             else:
                 self.runs = CompiledDraft(draft, recipe.train.compile_backend, mode)
                 self.graphs = self.runs.graphs
-        # Shapes are the same for all batches where something is made for each new shape and kept: graphs, flex attention
-        # on CUDA, oneDNN's bfloat16 primitives on CPU (without this a run's memory grows for hundreds of steps).
-        self.pad_context = self.graphs is not None or on_flex
-        self.static = self.pad_context or recipe.train.mixed_precision == "bf16"
 
     def plan(self, batch: Batch) -> Plan:
         """The passes of a batch that is on the host."""
-        return plan_segments(batch, static=self.static, pad_context=self.pad_context)
+        train, kind = self.recipe.train, self.device.type
+        return plan_segments(batch, static=train.pads_passes(kind), pad_context=train.pads_context(kind))
 
     def run_target(self, batch: Batch) -> TargetOutputs:
         """The target's outputs for a batch on the host; on the device, unless `offload_features`."""
@@ -205,30 +200,17 @@ def make_optimizer(draft: nn.Module, train: Train) -> torch.optim.AdamW:
     )
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, train: Train, num_steps: int) -> LRScheduler:
-    """Warm-up, then linear or cosine to 0, or constant; stepped once an optimizer step on every rank."""
+def learning_rate(train: Train, num_steps: int, step: int) -> float:
+    """Of the step after `step`: a warm-up, then linear or cosine to 0 at `num_steps`, or constant."""
     warmup = round(train.warmup_ratio * num_steps)
+    if step < warmup:
+        return train.learning_rate * (step / warmup)
     if train.schedule == "constant":
-        return LambdaLR(optimizer, partial(_warm_up, warmup))
-    return get_scheduler(train.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=num_steps)
-
-
-def _warm_up(warmup: int, step: int) -> float:
-    return min(1.0, step / warmup) if warmup else 1.0
-
-
-def rates_at(scheduler: LRScheduler, step: int) -> list[float]:
-    """Each parameter group's learning rate in the step after `step`."""
-    factors = scheduler.lr_lambdas  # type: ignore[attr-defined]
-    return [base * factor(step) for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
-
-
-def set_schedule(scheduler: LRScheduler, step: int) -> None:
-    """Put the schedule where it is after `step` steps."""
-    rates = rates_at(scheduler, step)
-    scheduler.last_epoch, scheduler._step_count, scheduler._last_lr = step, step + 1, list(rates)
-    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+        return train.learning_rate
+    steps = max(1, num_steps - warmup)
+    if train.schedule == "linear":
+        return train.learning_rate * max(0.0, (num_steps - step) / steps)
+    return train.learning_rate * 0.5 * (1.0 + math.cos(math.pi * ((step - warmup) / steps)))
 
 
 @torch.no_grad()

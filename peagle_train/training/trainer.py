@@ -6,15 +6,11 @@ on, so that step n always trains the same sequences at the same rate; weights an
 
 import json
 import math
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -28,14 +24,14 @@ from peagle_train.config import Recipe, dump_recipe
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.passes import StepStats
 from peagle_train.core.plan import padding_share
-from peagle_train.data.packing import PackedRows
+from peagle_train.data.packing import TrainingData
 from peagle_train.data.sampler import StepBatchSampler
 from peagle_train.data.training_data import make_collator
 from peagle_train.distributed import (
     agree,
+    check_sharding,
     clip_gradients,
     from_all,
-    from_main,
     full_moments,
     full_weights,
     load_full,
@@ -43,9 +39,9 @@ from peagle_train.distributed import (
     shard,
     sum_counts,
     sum_over_ranks,
-    wants_sharding,
 )
-from peagle_train.files import NonFinite, NonFiniteWeights, RunStopped, write_json, write_text
+from peagle_train.ending import STOPPING, Signals, is_lost_worker, leave_to_parent
+from peagle_train.files import NonFiniteWeights, RunStopped, write_json, write_text
 from peagle_train.memory import memory_explained, probe_step
 from peagle_train.serving.drafter_io import check_finite, save_drafter
 from peagle_train.target_model.frozen import TargetBase, target_fingerprint
@@ -71,16 +67,10 @@ from peagle_train.training.step import (
     StepResult,
     bad_sequences,
     has_finite_weights,
+    learning_rate,
     make_optimizer,
-    make_scheduler,
-    rates_at,
-    set_schedule,
 )
 
-STOPPING = (signal.SIGTERM, signal.SIGINT)
-ECHO_SECONDS = 5.0
-"""Under torchrun, a second signal this soon after the first is taken for its copy: torchrun passes on a SIGTERM that its
-processes have already got if it was sent to their whole group, or job."""
 BAD_ROWS = "bad_rows.jsonl"
 
 
@@ -94,37 +84,29 @@ class Trainer:
     Args:
         recipe: the settings. accelerator: made by the caller, who knows the device.
         target: frozen, on the accelerator's device. draft: on the CPU; prepared here.
-        train_rows, eval_rows: packed sequences; eval_rows may be empty.
     """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        accelerator: Accelerator,
-        target: TargetBase,
-        draft: PEagleDraft,
-        train_rows: PackedRows,
-        eval_rows: PackedRows,
+        self, recipe: Recipe, accelerator: Accelerator, target: TargetBase, draft: PEagleDraft, data: TrainingData
     ) -> None:
         self.target_fingerprint = target_fingerprint(recipe.target.path)  # now, while it is what was loaded
         # Reading and tokenizing may have taken one rank minutes longer than another: no collective before this.
         agree(
             {
                 "recipe": dump_recipe(recipe),
-                "set of training data": train_rows.fingerprint(),
-                "set of held-out data": eval_rows.fingerprint(),
+                "set of training data": data.train_rows.fingerprint(),
+                "set of held-out data": data.eval_rows.fingerprint(),
                 "draft vocabulary": str(draft.draft_token_ids.tolist()),
                 "target": self.target_fingerprint,
             }
         )
-        self.recipe, self.accelerator, self.target, self.draft = recipe, accelerator, target, draft
-        self.train_rows = train_rows
+        self.recipe, self.accelerator, self.target, self.draft, self.data = recipe, accelerator, target, draft, data
         self.folder = Path(recipe.output.dir)
         self.device, self.world_size = accelerator.device, accelerator.num_processes
         train = recipe.train
         # No DDP around the drafter: gradients are summed once a step (sum_over_ranks), so a rank may run any number of
         # passes. (DDP's reducer would also hold a second copy of the gradients, and can deadlock at exit on gloo.)
-        if wants_sharding(train.sharding, accelerator):
+        if check_sharding(train.sharding) and self.world_size > 1:
             same_on_all_ranks(draft, self.device)
             shard(draft, draft.layers, self.device, train.mixed_precision == "bf16")
         else:
@@ -132,26 +114,21 @@ class Trainer:
         self.trained = [p for p in draft.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(draft, train)
         self.runner = BatchRunner(recipe, accelerator, target, draft)
-        self.evaluator = Evaluator(self.runner, eval_rows)
+        self.evaluator = Evaluator(self.runner, data.eval_rows)
         self.collator = make_collator(recipe, train.seed, self.device)
         self.sampler = StepBatchSampler(
-            len(train_rows),
+            len(data.train_rows),
             train.batch_size,
             train.gradient_accumulation_steps,
             accelerator.process_index,
             self.world_size,
             train.seed,
         )
-        self.num_steps = train.max_steps or train.epochs * self.sampler.steps_per_epoch
-        self.sampler.num_steps = self.num_steps
-        self.scheduler = make_scheduler(self.optimizer, train, self.num_steps)
+        self.num_steps = self.sampler.num_steps = train.max_steps or train.epochs * self.sampler.steps_per_epoch
         self.reporter = Reporter(self.folder, self.num_steps, accelerator)
         self.profiler = StepProfiler(train.profile_steps if accelerator.is_main_process else None, self.folder)
         self.pace = Pace(self.world_size, recipe.data.num_workers)
-        self.about: dict[str, Any] = about_machine(self.device, self.world_size)
         self.signals = Signals()
-        self.agreed_stop: str | None = None
-        """A signal that some rank got, known to all of them."""
         self.following: list[Batch] = []
         """The next step's micro-batches."""
         # What a checkpoint saves beside weights, moments and generators, and `restore` puts back:
@@ -162,7 +139,7 @@ class Trainer:
         self.resumed: Checkpoint | None = None
         self.seconds_before, self.started = 0.0, time.perf_counter()
 
-    # ---- the run
+    # The run
 
     def run(self) -> dict[str, Any]:
         """Train, evaluating before and after; returns the summary that is also written to `run.json`.
@@ -176,11 +153,7 @@ class Trainer:
         steps = self.steps()
         try:
             with memory_explained(self.recipe, self._where), self.signals:
-                asked = self.recipe.train.probe
-                if asked is True or (asked == "auto" and self.device.type == "cuda"):
-                    parts = self.recipe, self.target, self.draft, self.collator, self.optimizer
-                    with suppress(StepDropped):  # a signal: the run then ends before its first step
-                        self.reporter.say(probe_step(*parts, accumulate=self.accumulate))
+                self._probe()
                 return self._run(steps)
         except (RuntimeError, OSError, EOFError) as error:
             if not is_lost_worker(error):
@@ -190,18 +163,27 @@ class Trainer:
             ) from error
         finally:
             steps.close()  # ends its loader processes, which answer to no signal
-            self.reporter.close()
+            self.reporter.bar.close()
             if lock is not None:
                 lock.close()
 
     def _where(self) -> str:
         return f"out of memory in step {self.step + 1} of {self.num_steps} ({last_checkpoint(self.folder)})"
 
+    def _probe(self) -> None:
+        asked = self.recipe.train.probe
+        if asked is True or (asked == "auto" and self.device.type == "cuda"):
+            with suppress(StepDropped):  # a signal: the run then ends before its first step
+                parts = self.recipe, self.target, self.draft, self.collator, self.optimizer
+                self.reporter.say(probe_step(*parts, accumulate=self.accumulate))
+
     def _run(self, steps: Generator[list[Batch], None, None]) -> dict[str, Any]:
         if self.resumed is None:
             self.before = self.evaluate("held-out before training")
         self.started = time.perf_counter()
-        while self.stop is None:
+        agreed = None
+        # One process obeys its signal at once; several, when all of them know.
+        while (stop := self.signals.stop if self.world_size == 1 else agreed) is None:
             batches = next(steps, None)
             if batches is None:
                 return self._finish()
@@ -209,37 +191,36 @@ class Trainer:
                 result = self.take_step(batches)
             except StepDropped:
                 self.optimizer.zero_grad(set_to_none=True)
-                break
+                continue
+            agreed = result.stop
             if not result.applied:
                 self._skip(batches, result)
             self._log_evaluate_save(result)
         path = self.save_checkpoint()
-        summary = {"state": "stopped", "signal": self.stop, "steps": self.step, "checkpoint": path.name}
-        self._write_marker(summary)
-        return summary
-
-    @property
-    def stop(self) -> str | None:
-        """The signal that ends the run: what the ranks agreed on in their last step, or this only process's own."""
-        return self.signals.stop if self.world_size == 1 else self.agreed_stop
+        return self._write_marker({"state": "stopped", "signal": stop, "steps": self.step, "checkpoint": path.name})
 
     def _finish(self) -> dict[str, Any]:
         seconds = self.seconds()
         after = self.evaluate("held-out after training")
         self._save_drafter(self.folder / "final")
-        summary = {
-            "state": "finished",
-            "drafter": "final",
-            "steps": self.step,
-            "epochs": self.recipe.train.epochs,
-            "max_steps": self.recipe.train.max_steps,
-            "train_seconds": seconds,
-            "before": self.before,
-            "after": after,
-            "best": self.best,
-        }
-        self._write_marker(summary)
+        summary = self._write_marker(
+            {
+                "state": "finished",
+                "drafter": "final",
+                "steps": self.step,
+                "epochs": self.recipe.train.epochs,
+                "max_steps": self.recipe.train.max_steps,
+                "train_seconds": seconds,
+                "before": self.before,
+                "after": after,
+                "best": self.best,
+            }
+        )
         self.on_main("old checkpoints could not be removed", lambda: checkpoints.remove_set_aside(self.folder))
+        return summary
+
+    def _write_marker(self, summary: dict[str, Any]) -> dict[str, Any]:
+        self.on_main(f"{MARKER} could not be written", lambda: write_json(self.folder / MARKER, summary))
         return summary
 
     def on_main(self, failing: str, action: Callable[[], object]) -> None:
@@ -252,14 +233,14 @@ class Trainer:
                 failure = f"{failing}: {error}; {last_checkpoint(self.folder)}"
             except NonFiniteWeights as error:
                 failure = f"{failing}: {error}: {self._diverged()}"
-        if failure := from_main(failure):
+        if failure := from_all(failure)[0]:
             raise RunStopped(failure)
 
     def seconds(self) -> float:
         """Spent in training, over all of the run's parts."""
         return self.seconds_before + time.perf_counter() - self.started
 
-    # ---- a step
+    # A step
 
     def steps(self) -> Generator[list[Batch], None, None]:
         """Each optimizer step's micro-batches, on the host.
@@ -268,7 +249,7 @@ class Trainer:
         the next step; a cache's features, hundreds of times as large, are read one micro-batch ahead.
         """
         loader = DataLoader(
-            self.train_rows,
+            self.data.train_rows,
             batch_sampler=self.sampler,
             collate_fn=self.collator,
             num_workers=self.recipe.data.num_workers,
@@ -311,17 +292,17 @@ class Trainer:
         scale = (self.world_size if self.runner.sharded else 1) / sums[0].clamp(min=1).to(wide)
         parts = []
         for i, (batch, plan) in enumerate(zip(batches, plans, strict=True)):
-            if i > 0 and self.stop is not None:
+            if i > 0 and self.world_size == 1 and self.signals.stop:
                 raise StepDropped  # a stop should not wait for all of a long step; it is repeated when the run resumes
             for coming in [*batches, *self.following][i + 1 : i + 2]:
                 self.target.expect(coming)
             parts.append(self.runner.run(batch, plan, scale, is_last=i == len(batches) - 1))
+        losses = [part.loss for part in parts]
         stats = StepStats(
-            torch.stack([part.loss for part in parts]).sum(),
+            torch.stack(losses).sum(),
             torch.stack([part.hits for part in parts]).sum(0),
             torch.stack([part.totals for part in parts]).sum(0).to(self.device, non_blocking=True),
         )
-        losses = [part.loss for part in parts]
         with record_function("peagle::reduce"):
             sum_over_ranks([] if self.runner.sharded else self.trained, also=[stats.loss, stats.hits, stats.totals])
         return Gradients(stats, losses, plans, sums[1:], save)
@@ -334,22 +315,25 @@ class Trainer:
         # The step's one wait for the device: a non-finite step must not reach the weights.
         is_finite = torch.isfinite(norm) & torch.isfinite(gradients.stats.loss)
         applied, save, *stops = torch.cat([is_finite.long()[None], gradients.asked]).tolist()
-        self.agreed_stop = next((number.name for number, asked in zip(STOPPING, stops, strict=True) if asked), None)
         if gradients.asked_to_save:  # a request that came since is not yet known to the other ranks
             self.signals.save = False
-        rate = float(self.scheduler.get_last_lr()[0])
+        rate = self.rate_after(self.step)
         with record_function("peagle::optimizer"):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
             if applied:
                 self.optimizer.step()
-                self.scheduler.step()
-            else:
-                set_schedule(self.scheduler, self.step + 1)  # its own step() would warn that the optimizer's is missing
             self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.bad_in_a_row = 0 if applied else self.bad_in_a_row + 1
         self.pace.step(batches)
-        self.reporter.step()
-        return StepResult(gradients, norm, rate, bool(applied), bool(save))
+        self.reporter.bar.update(1)
+        stop = next((number.name for number, asked in zip(STOPPING, stops, strict=True) if asked), None)
+        return StepResult(gradients, norm, rate, bool(applied), bool(save), stop)
+
+    def rate_after(self, step: int) -> float:
+        """The learning rate of the step after `step`."""
+        return learning_rate(self.recipe.train, self.num_steps, step)
 
     def _skip(self, batches: list[Batch], result: StepResult) -> None:
         """Log a step that was not applied and its sequences; stop the run if it was one too many.
@@ -357,7 +341,7 @@ class Trainer:
         If the weights are not finite, no sequence is at fault, and no checkpoint is saved or offered.
         """
         if not has_finite_weights(self.draft, self.device):
-            raise NonFinite(
+            raise RunStopped(
                 f"step {self.step} was not applied: the drafter's weights are not finite: {self._diverged()}"
             )
         pairs = zip(batches, result.gradients.losses, strict=True)
@@ -384,9 +368,8 @@ class Trainer:
         self.bad_in_a_row = 0  # a run that resumes here counts from 0
         path = self.save_checkpoint()
         # Not one saved among the bad steps: it has their number, and would stop at once.
-        saved = checkpoints.list_checkpoints(self.folder)
-        sound = [p for p in saved if (checkpoints.step_of(p) or 0) <= self.step - bad]
-        raise NonFinite(
+        sound = [p for p in checkpoints.list_checkpoints(self.folder) if checkpoints.step_of(p) <= self.step - bad]
+        raise RunStopped(
             f"{line}, number {bad} in a row (train.max_bad_steps is {most}), at a learning rate of"
             f" {result.learning_rate:.3g}. The weights of the last good step, all finite, are in {path}: the same command"
             " with --resume continues after these sequences"
@@ -400,13 +383,13 @@ class Trainer:
         self.bad_lines += len(entries)
 
     def _diverged(self) -> str:
-        train, rate = self.recipe.train, rates_at(self.scheduler, max(0, self.step - 1))[0]
+        train, rate = self.recipe.train, self.rate_after(max(0, self.step - 1))
         return (
             f"the run has diverged at a learning rate of {rate:.3g} (train.learning_rate {train.learning_rate:g},"
             f" train.weight_decay {train.weight_decay:g}): start a new run with a lower one"
         )
 
-    # ---- logging, evaluation, saving
+    # Logging, evaluation, saving
 
     def _log_evaluate_save(self, result: StepResult) -> None:
         train = self.recipe.train
@@ -445,6 +428,9 @@ class Trainer:
         if advice := self.pace.advice():
             self.reporter.say(advice)
 
+    def _record(self, kind: str, line: str, **values: Any) -> None:
+        self.on_main("metrics.jsonl could not be written", lambda: self.reporter.record(kind, line, **values))
+
     def evaluate(self, title: str) -> dict[str, Any] | None:
         """Held-out loss, accuracies and expected accepted length over all ranks; None without held-out data."""
         values = self.evaluator()
@@ -468,13 +454,7 @@ class Trainer:
         texts = {"recipe.yaml": dump_recipe(self.recipe), **(extra or {})}
         self.on_main(f"{path} could not be written", lambda: save_drafter(path, self.draft.config, state, texts))
 
-    def _write_marker(self, summary: dict[str, Any]) -> None:
-        self.on_main(f"{MARKER} could not be written", lambda: write_json(self.folder / MARKER, summary))
-
-    def _record(self, kind: str, line: str, **values: Any) -> None:
-        self.on_main("metrics.jsonl could not be written", lambda: self.reporter.record(kind, line, **values))
-
-    # ---- checkpoints
+    # Checkpoints
 
     def save_checkpoint(self) -> Path:
         """Save checkpoint-<step>, unless it was saved before, and return it; every rank must call it."""
@@ -490,7 +470,7 @@ class Trainer:
         state = {
             "step": self.step,
             "num_steps": self.num_steps,
-            "learning_rates": rates_at(self.scheduler, self.step),
+            "learning_rates": [self.rate_after(self.step)] * len(self.optimizer.param_groups),
             "bad_steps_in_a_row": self.bad_in_a_row,
             "train_seconds": self.seconds(),
             "before": self.before,
@@ -513,14 +493,14 @@ class Trainer:
 
     def _must_match(self) -> dict[str, Any]:
         """What a run that resumes must find unchanged, by the words for it."""
-        held_out = self.evaluator.rows
+        rows, held_out, head_rows = self.data.train_rows, self.data.eval_rows, self.runner.head_rows
         return {
-            "training data": [len(self.train_rows), self.train_rows.fingerprint()],
+            "training data": [len(rows), rows.fingerprint()],
             "held-out data": [len(held_out), held_out.fingerprint()],
             "sequences of a step": self.sampler.global_batch_size,
             "draft vocabulary": tensor_fingerprint(self.draft.draft_token_ids.reshape(1, -1)),
             "target's config and weights": self.target_fingerprint,
-            "target's head": [str(self.runner.head_rows.dtype)[6:], tensor_fingerprint(self.runner.head_rows)],
+            "target's head": [str(head_rows.dtype)[6:], tensor_fingerprint(head_rows)],
         }
 
     def restore(self, checkpoint: Checkpoint) -> list[str]:
@@ -537,7 +517,6 @@ class Trainer:
         )
         check_finite(weights, f"--resume: {folder}'s")
         load_full(self.draft, self.optimizer, weights, moments)
-        set_schedule(self.scheduler, checkpoint.step)
         rank = self.accelerator.process_index
         if f"cpu.{rank}" in generators:
             torch.set_rng_state(generators[f"cpu.{rank}"].clone())
@@ -547,23 +526,15 @@ class Trainer:
         self.bad_in_a_row = state["bad_steps_in_a_row"]
         self.before, self.best, self.seconds_before = state["before"], state["best"], state["train_seconds"]
         self.resumed = checkpoint
-        rate = rates_at(self.scheduler, self.step)[0]
+        rate = self.rate_after(self.step)
         notes = checkpoint.notes + checkpoints.compare_surroundings(state, self.num_steps, rate, self.world_size)
-        if self.best and self.best["folder"] == "best" and not self._has_best(self.best["step"]):
+        if self.best and self.best["folder"] == "best" and not checkpoints.has_best(self.folder, self.best["step"]):
             notes.append(
                 f"best/ holds a later step than {self.step}: the drafter of step {self.best['step']}, the best so far, is"
                 " gone; the next better one takes its place"
             )
             self.best = {**self.best, "folder": None}
         return notes
-
-    def _has_best(self, step: int) -> bool:
-        for name in ("best", ".best.old"):
-            path = self.folder / name / "best.json"
-            if path.is_file():
-                with suppress(ValueError, LookupError, TypeError):  # damaged
-                    return json.loads(path.read_bytes())["step"] == step
-        return False
 
     def _take_output(self) -> Any:
         """Make a new output folder the run's, or put one back to where its checkpoint was saved; returns its lock (main).
@@ -573,19 +544,24 @@ class Trainer:
         """
         failure, lock = "", None
         if self.accelerator.is_main_process:
+            report = self.data.report
+            about = about_machine(self.device, self.world_size)
+            about["data"] = {"packing": asdict(report), "max_length": self.recipe.data.max_length}
             try:
                 if self.resumed is None:
-                    checkpoints.claim_output(self.folder)
+                    checkpoints.check_output(self.folder)
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    write_json(self.folder / MARKER, {"state": "started"})
                 lock = checkpoints.lock_output(self.folder)
                 if self.resumed is not None:
                     self._put_back(self.resumed)
                 write_text(self.folder / "recipe.yaml", dump_recipe(self.recipe))
-                write_json(self.folder / ABOUT, self.about)
+                write_json(self.folder / ABOUT, about)
             except ValueError as error:
                 failure = str(error)
             except OSError as error:
                 failure = f"output.dir {self.folder} cannot be written: {error}"
-        if failure := from_main(failure):
+        if failure := from_all(failure)[0]:
             raise ValueError(failure)
         return lock
 
@@ -606,61 +582,3 @@ class Trainer:
         self.reporter.lines, self.bad_lines = lines["metrics.jsonl"], lines[BAD_ROWS]
         write_json(self.folder / MARKER, {"state": "started"})
         say(f"resume: continuing after step {checkpoint.step}, from {checkpoint.folder}")
-
-
-class Signals:
-    """While entered, SIGTERM and SIGINT ask for a checkpoint and the end, SIGUSR1 for a checkpoint, answered between two
-    steps. A second SIGTERM or SIGINT ends the process at once (under torchrun, one that comes `ECHO_SECONDS` later).
-
-    A handler does nothing but set a flag: it may run in the middle of any Python line, a save included.
-    """
-
-    def __init__(self) -> None:
-        self.stop: str | None = None
-        """Name of the signal that asked for the end."""
-        self.save = False
-        self._stopped_at = 0.0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Signals":
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python lets nobody have a handler
-            self._before = {number: signal.signal(number, self._on_signal) for number in (*STOPPING, signal.SIGUSR1)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, _: FrameType | None) -> None:
-        # os.write, not print: a print that this very handler interrupted would raise
-        if number == signal.SIGUSR1:
-            self.save = True
-        elif self.stop is None:
-            self.stop, self._stopped_at = signal.Signals(number).name, time.monotonic()
-            os.write(2, f"peagle_train: {self.stop}: saving and ending; a second one ends at once\n".encode())
-        elif "TORCHELASTIC_RUN_ID" not in os.environ or time.monotonic() - self._stopped_at >= ECHO_SECONDS:
-            os.write(2, b"peagle_train: a second signal: ending at once, nothing more is saved\n")
-            os._exit(128 + number)
-
-
-def is_lost_worker(error: BaseException) -> bool:
-    """Whether an error means that a loader process was killed, rather than that the data raised inside of one.
-
-    torch raises it from a signal handler, anywhere in the run, unless reading what the process was about to hand over fails
-    first, with the error of a connection that was cut.
-    """
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    module = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
-    is_cut = isinstance(error, (OSError, EOFError))
-    is_cut &= module.startswith("multiprocessing.") or "in pin memory thread" in str(error)
-    return "DataLoader worker (pid" in str(error) or is_cut
-
-
-def leave_to_parent(worker_id: int) -> None:
-    """A loader process's `worker_init_fn`: signals to the whole group (a terminal's ^C, a scheduler's SIGTERM) must not
-    kill it under a parent that is still finishing its step. It ends with its parent.
-    """
-    for number in (*STOPPING, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
