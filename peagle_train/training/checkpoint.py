@@ -21,7 +21,7 @@ import os
 import platform
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,7 +31,7 @@ import transformers
 from torch import Tensor
 
 import peagle_train
-from peagle_train.config import Recipe, dump_recipe
+from peagle_train.config import Data, Recipe, dump_recipe
 from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.files import remove_tree, sha256_of, told, try_removing, write_bytes, write_folder
 from peagle_train.serving.drafter_io import fill_drafter, save_tensors
@@ -75,17 +75,17 @@ def check_output(folder: Path) -> None:
         raise ValueError(f"output.dir {folder} is not empty and holds no run; give another folder")
 
 
-def lock_output(folder: Path) -> IO[str]:
+def lock_output(folder: Path, kind: int = fcntl.LOCK_EX) -> IO[str]:
     """Keep other processes out of the folder until the returned file is closed or this process ends.
 
     Raises:
         ValueError: another process trains into the folder.
     """
-    file = (folder / ".lock").open("w")
+    file = (folder / ".lock").open("a+")
     try:
         # POSIX's, not flock (nor the package filelock): loader processes inherit a flock, and keep it for seconds after
         # their run was killed.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         raise ValueError(f"output.dir {folder} is in use: another process is training there") from None
@@ -96,14 +96,9 @@ def lock_output(folder: Path) -> IO[str]:
 
 def check_not_in_use(folder: Path) -> None:
     """ValueError if another process trains into the folder. Changes nothing."""
-    try:
-        with (folder / ".lock").open() as file:
-            # Shared, so that the ranks of one launch do not take each other for another run.
-            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"output.dir {folder} is in use: another process is training there") from None
-    except OSError:  # no folder, no lock, or a file system without locks: `lock_output` warns
-        pass
+    if (folder / ".lock").exists():
+        # Shared, so that the ranks of one launch do not take each other for another run.
+        lock_output(folder, fcntl.LOCK_SH).close()
 
 
 def read_marker(folder: Path) -> dict[str, Any]:
@@ -151,10 +146,9 @@ def describe_summary(summary: dict[str, Any], folder: Path) -> str:
 
 def last_checkpoint(output: Path) -> str:
     """Where a run that had to stop resumes, in words."""
-    newest = next(iter(list_checkpoints(output)), None)
-    if newest is None:
-        return "there is no checkpoint yet"
-    return f"the last checkpoint is {newest}: the same command with --resume continues from there"
+    for newest in list_checkpoints(output):
+        return f"the last checkpoint is {newest}: the same command with --resume continues from there"
+    return "there is no checkpoint yet"
 
 
 # Checkpoints on disk
@@ -310,27 +304,26 @@ def keep_lines(path: Path, count: int) -> tuple[int, int]:
 
 # Resuming
 
-SAME_NUMBERS = {
-    "target.check", "target.trust_remote_code", "output.dir", "train.log_steps", "train.eval_steps",
-    "train.save_steps", "train.keep_last", "train.keep_every", "train.max_bad_steps", "train.profile_steps",
-    "draft.init_from", "train.probe", "train.memory_margin",
+EFFECTS = {
+    "changes no number": {
+        "target.check", "target.trust_remote_code", "output.dir", "train.log_steps", "train.eval_steps",
+        "train.save_steps", "train.keep_last", "train.keep_every", "train.max_bad_steps", "train.profile_steps",
+        "draft.init_from", "train.probe", "train.memory_margin",
+    },
+    # by the order of sums; a step's sequences are compared on their own
+    "same data and draws, but no longer equal bit for bit": {
+        "cod.num_segments", "cod.boundaries", "train.segment_mode", "train.loss_chunk_rows",
+        "train.activation_checkpointing", "train.offload_features", "train.compile", "train.compile_backend",
+        "train.compile_mode", "train.batch_size", "train.gradient_accumulation_steps", "train.sharding",
+        "target.attn_implementation", "target.chunk_tokens", "target.cache", "target.cache_dtype", "target.device_map",
+        "target.shard",
+    },
+    "see the schedule below": {"train.epochs", "train.max_steps"},
+    "accepted, as the target's config and weights came out the same": {"target.path"},
+    "accepted, as the draft vocabulary came out the same": {"draft.draft_vocab_size", "draft.vocab_from"},
+    "accepted, as the data came out the same": {f"data.{field.name}" for field in fields(Data)} - {"data.max_length"},
 }  # fmt: skip
-"""Keys that change no number of the training."""
-ROUNDING = {
-    "cod.num_segments", "cod.boundaries", "train.segment_mode", "train.loss_chunk_rows", "train.activation_checkpointing",
-    "train.offload_features", "train.compile", "train.compile_backend", "train.compile_mode", "train.batch_size",
-    "train.gradient_accumulation_steps", "train.sharding", "target.attn_implementation", "target.chunk_tokens",
-    "target.cache", "target.cache_dtype", "target.device_map", "target.shard",
-}  # fmt: skip
-"""Keys that change the order of sums; a step's sequences are compared on their own."""
-STEPS = {"train.epochs", "train.max_steps"}
-"""Keys that stretch the learning-rate schedule."""
-BY_CONTENT = {
-    "target.path": "target's config and weights",
-    "draft.draft_vocab_size": "draft vocabulary",
-    "draft.vocab_from": "draft vocabulary",
-}
-"""Keys compared by the fingerprint of what they lead to; so are those of the data section, data.max_length excepted."""
+"""Keys that may change when a run resumes, by what that does."""
 
 
 @dataclass
@@ -437,25 +430,18 @@ def _first_sound(checkpoints: list[Path]) -> str:
 def compare_recipes(old: dict[str, Any], new: dict[str, Any], name: str) -> list[str]:
     """A line for every setting that differs; ValueError, naming all of them, for those that must not."""
     lines, refused = [], []
-    pairs = [(section, leaf, value) for section, values in new.items() for leaf, value in values.items()]
-    for section, leaf, value in pairs:
-        key = f"{section}.{leaf}"
-        before = old.get(section, {}).get(leaf, value)  # a setting that the checkpoint's version did not have
-        change = f"{key} {json.dumps(before)} -> {json.dumps(value)}"
-        if before == value:
-            continue
-        if key == "cod.num_segments" and value == "auto":
-            lines.append(f"{key} auto stays {before}")
-        elif key in SAME_NUMBERS:
-            lines.append(f"{change}: changes no number")
-        elif key in ROUNDING:
-            lines.append(f"{change}: same data and draws, but no longer equal bit for bit")
-        elif key in STEPS:
-            lines.append(f"{change}: see the schedule below")
-        elif key in BY_CONTENT or (section == "data" and leaf != "max_length"):
-            lines.append(f"{change}: accepted, as the {BY_CONTENT.get(key, 'data')} came out the same")
-        else:
-            refused.append(change)
+    for section, values in new.items():
+        for leaf, value in values.items():
+            key = f"{section}.{leaf}"
+            before = old.get(section, {}).get(leaf, value)  # a setting that the checkpoint's version did not have
+            change = f"{key} {json.dumps(before)} -> {json.dumps(value)}"
+            effect = next((effect for effect, keys in EFFECTS.items() if key in keys), None)
+            if key == "cod.num_segments" and value == "auto":
+                lines.append(f"{key} auto stays {before}")
+            elif before != value and effect:
+                lines.append(f"{change}: {effect}")
+            elif before != value:
+                refused.append(change)
     if refused:
         raise ValueError(
             f"--resume: {name} was trained with other settings: {', '.join(refused)}: give the old ones, or start a new"
