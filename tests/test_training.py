@@ -102,7 +102,7 @@ def test_only_what_is_trained_moves_and_the_head_stays_the_targets(tmp_path: Pat
 
 
 def test_how_a_step_is_cut_does_not_change_what_is_learned(tmp_path: Path, target: Path, rows: Path) -> None:
-    shared = {"max_steps": 4, "batch_size": 2, "gradient_accumulation_steps": 2}
+    shared = {"max_steps": 2, "batch_size": 2, "gradient_accumulation_steps": 2}
     flat = weights(train(tmp_path / "flat", target, rows, cod={"num_segments": 1}, train=shared))
     ways: dict[str, dict[str, dict[str, Any]]] = {
         "relay": {"cod": {"num_segments": 7}, "train": {"offload_features": True}},
@@ -259,7 +259,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 def test_a_profile_names_where_a_steps_time_goes(
     tmp_path: Path, target: Path, rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = train(tmp_path, target, rows, train={"max_steps": 4, "profile_steps": [2, 3]})
+    run = train(tmp_path, target, rows, train={"max_steps": 3, "profile_steps": [2, 3]})
     printed = capsys.readouterr().out
     assert "profile of 2 steps" in printed
     for name in ("loader wait", "target", "pass A", "pass B forward", "loss", "backward", "optimizer"):
