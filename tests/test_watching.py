@@ -23,7 +23,6 @@ from peagle_train.training.metrics import (
     Pace,
     Reporter,
     about_machine,
-    check_tracker,
     duration,
 )
 from tests.helpers import command
@@ -50,7 +49,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def steps(pace: Pace, clock: Clock, count: int, seconds: float, waiting: float) -> None:
     for _ in range(count):
         clock.now += seconds
-        pace.waited(waiting)
+        pace.wait += waiting
         pace.step([BATCH])
 
 
@@ -234,7 +233,6 @@ def test_a_tracker_that_is_not_installed_is_one_line_before_anything_is_loaded(
     assert main([str(recipe), "train.log_with=wandb"]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and "pip install wandb" in error[0] and not (tmp_path / "run").exists()
-    check_tracker(None)
 
 
 def test_tensorboard_gets_numbers_alone_in_the_output_folder(tmp_path: Path) -> None:

@@ -68,7 +68,8 @@ def train(recipe: Recipe, resume: str | None = None, force: bool = False) -> str
 
 def _train(recipe: Recipe, resume: str | None, force: bool) -> str:
     checkpoint: Checkpoint | None = None
-    check_tracker(recipe.train.log_with)
+    if recipe.train.log_with:
+        check_tracker(recipe.train.log_with)
     try:
         check_not_in_use(Path(recipe.output.dir))
         if resume is None:

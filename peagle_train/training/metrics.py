@@ -78,45 +78,41 @@ class Pace:
 
     def __init__(self, num_processes: int = 1, num_workers: int = 0) -> None:
         self.num_processes, self.num_workers = num_processes, num_workers
-        self._is_first, self._has_advised = True, False
-        self._settled_steps, self._settled_seconds, self._settled_wait = 0, 0.0, 0.0
+        self.is_first, self.has_advised = True, False
+        self.settled_steps, self.settled_seconds, self.settled_wait = 0, 0.0, 0.0
         self.restart()
 
     def restart(self) -> None:
         """Start a window now; the current one is discarded."""
-        self._started = time.perf_counter()
-        self._steps, self._tokens, self._supervised, self._wait = 0, 0, 0, 0.0
+        self.started = time.perf_counter()
+        self.steps, self.tokens, self.supervised, self.wait = 0, 0, 0, 0.0
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Time spent inside does not count: an evaluation, a checkpoint."""
         started = time.perf_counter()
         yield
-        self._started += time.perf_counter() - started
-
-    def waited(self, seconds: float) -> None:
-        """The loop waited for its loader."""
-        self._wait += seconds
+        self.started += time.perf_counter() - started
 
     def step(self, batches: Sequence[dict[str, Tensor]]) -> None:
         """Count an optimizer step. `batches`: its micro-batches, on the host."""
-        self._steps += 1
-        self._tokens += sum(int((b["document_ids"] >= 0).sum()) for b in batches)
-        self._supervised += sum(int((b["supervised"] & (b["depth"] == 0)).sum()) for b in batches)
+        self.steps += 1
+        self.tokens += sum(int((b["document_ids"] >= 0).sum()) for b in batches)
+        self.supervised += sum(int((b["supervised"] & (b["depth"] == 0)).sum()) for b in batches)
 
     def close_window(self, steps_left: int) -> dict[str, Any]:
         """The window's numbers: tokens/s and supervised tokens/s over all ranks, share of the time waiting, time left."""
-        seconds = max(time.perf_counter() - self._started, 1e-9)
-        if not self._is_first:
-            self._settled_steps += self._steps
-            self._settled_seconds += seconds
-            self._settled_wait += self._wait
-        self._is_first = False
-        pace = self._settled_seconds / self._settled_steps if self._settled_steps else seconds / self._steps
+        seconds = max(time.perf_counter() - self.started, 1e-9)
+        if not self.is_first:
+            self.settled_steps += self.steps
+            self.settled_seconds += seconds
+            self.settled_wait += self.wait
+        self.is_first = False
+        pace = self.settled_seconds / self.settled_steps if self.settled_steps else seconds / self.steps
         values = {
-            "tokens_per_second": self._tokens * self.num_processes / seconds,
-            "supervised_tokens_per_second": self._supervised * self.num_processes / seconds,
-            "loader_wait_share": min(1.0, self._wait / seconds),
+            "tokens_per_second": self.tokens * self.num_processes / seconds,
+            "supervised_tokens_per_second": self.supervised * self.num_processes / seconds,
+            "loader_wait_share": min(1.0, self.wait / seconds),
             "seconds_left": pace * steps_left,
         }
         self.restart()
@@ -124,16 +120,14 @@ class Pace:
 
     def advice(self) -> str | None:
         """Once a run: what to change if it waits for its loader."""
-        share = self._settled_wait / max(self._settled_seconds, 1e-9)
-        if self._has_advised or self._settled_steps < SETTLED_STEPS or share < WAITS:
+        share = self.settled_wait / max(self.settled_seconds, 1e-9)
+        if self.has_advised or self.settled_steps < SETTLED_STEPS or share < WAITS:
             return None
-        self._has_advised = True
+        self.has_advised = True
         own = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         change = "raise data.num_workers" if self.num_workers < own else "only more cores would help"
-        return (
-            f"the run waits for data {share:.0%} of the time: {change} (data.num_workers is {self.num_workers},"
-            f" {own} cores a process)"
-        )
+        waits = f"the run waits for data {share:.0%} of the time"
+        return f"{waits}: {change} (data.num_workers is {self.num_workers}, {own} cores a process)"
 
 
 class StepProfiler:
@@ -146,19 +140,20 @@ class StepProfiler:
     def __init__(self, steps: list[int] | None, folder: Path) -> None:
         self.first, self.last = steps or (0, 0)
         self.path = folder / "trace.json"
-        self._profile: Any = None
+        self.profile: Any = None
+        """While it runs: never, if the run is resumed after `first`."""
 
     def before(self, step: int) -> None:
         """Call before the step waits for its data."""
         if step == self.first:
-            self._profile = ProfileKwargs().build()
-            self._profile.start()
+            self.profile = ProfileKwargs().build()
+            self.profile.start()
 
     def after(self, step: int, is_last: bool) -> str | None:
         """Call after the step; after the last profiled step, or the run's last, returns a table of where the time went."""
-        if self._profile is None or (step < self.last and not is_last):
+        if self.profile is None or (step < self.last and not is_last):
             return None
-        profile, self._profile = self._profile, None
+        profile, self.profile = self.profile, None
         profile.stop()
         profile.export_chrome_trace(str(self.path))
         steps = step - self.first + 1
@@ -172,11 +167,10 @@ class StepProfiler:
         return "\n".join(lines)
 
 
-def check_tracker(name: str | None) -> None:
-    """ValueError, with what to install, unless the recipe's train.log_with can be used."""
+def check_tracker(name: str) -> None:
+    """ValueError, with what to install, unless this tracker (train.log_with) can be used."""
     try:
-        if name is not None:
-            metadata.version(name)
+        metadata.version(name)
     except metadata.PackageNotFoundError:
         raise ValueError(
             f"train.log_with is {name}, which is not installed: pip install {name}, or set train.log_with to null"

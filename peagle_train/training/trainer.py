@@ -270,7 +270,7 @@ class Trainer:
                 with record_function("peagle::loader wait"):
                     batches = self.following or draw()
                     self.following = draw() if step < self.num_steps else []
-                self.pace.waited(time.perf_counter() - started)
+                self.pace.wait += time.perf_counter() - started
                 yield batches
                 if table := self.profiler.after(step, is_last=step == self.num_steps):
                     self.reporter.say(table)
