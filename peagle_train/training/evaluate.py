@@ -15,7 +15,7 @@ from peagle_train.data.training_data import make_collator
 from peagle_train.distributed import sum_over_ranks
 from peagle_train.target_model.frozen import TargetBase
 from peagle_train.training.metrics import accuracies, expected_accepted_length
-from peagle_train.training.step import Batch, BatchRunner
+from peagle_train.training.step import Batch, BatchRunner, add_up
 
 EVAL_SEED = 0
 """Of the evaluation's COD draw: the same in every run, so that runs can be compared."""
@@ -73,18 +73,18 @@ class Evaluator:
             sums.append(self.runner.run(batch, self.runner.plan(batch), scale=None, target=target))
             if self._outside is None:
                 weighted += self._mass_outside(batch, target.last_hidden)
-        loss, hits = torch.stack([s.loss for s in sums]).sum(), torch.stack([s.hits for s in sums]).sum(0)
-        totals = torch.stack([s.totals for s in sums]).sum(0).to(self.runner.device)
-        sum_over_ranks([], also=[loss, hits, totals, weighted])
+        stats = add_up(sums, self.runner.device)
+        sum_over_ranks([], also=[stats.loss, stats.hits, stats.totals, weighted])
+        hits, totals = stats.hits.tolist(), stats.totals.tolist()
         if self._outside is None:  # a property of the data, not of the drafter
-            self._outside = float(weighted) / max(1, int(totals.sum()))
-        accuracy = accuracies(hits.tolist(), totals.tolist())
+            self._outside = float(weighted) / max(1, sum(totals))
+        accuracy = accuracies(hits, totals)
         return {
-            "loss": float(loss) / max(1, int(totals.sum())),
+            "loss": float(stats.loss) / max(1, sum(totals)),
             "accuracy": accuracy,
             "expected_accepted_length": expected_accepted_length(accuracy),
-            "hits": hits.tolist(),
-            "supervised": totals.tolist(),
+            "hits": hits,
+            "supervised": totals,
             "mass_outside": self._outside,
         }
 

@@ -20,7 +20,7 @@ from accelerate.utils import ProfileKwargs
 from torch import Tensor
 from tqdm import tqdm
 
-from peagle_train.files import one_line, sync, write_json
+from peagle_train.files import one_line, write_json
 from peagle_train.machine import cores, peak_ram
 from peagle_train.training.checkpoint import versions
 
@@ -250,7 +250,8 @@ class Reporter:
     def sync(self) -> None:
         """Flush the lines written so far to the disk."""
         if self.path.exists():
-            sync(self.path)
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
 
     def say(self, line: str) -> None:
         if self.active:

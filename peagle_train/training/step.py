@@ -182,6 +182,15 @@ class BatchRunner:
         self._backward([loss], [None])
 
 
+def add_up(parts: list[StepStats], device: torch.device) -> StepStats:
+    """The sums of several micro-batches as one, on the device."""
+    return StepStats(
+        torch.stack([part.loss for part in parts]).sum(),
+        torch.stack([part.hits for part in parts]).sum(0),
+        torch.stack([part.totals for part in parts]).sum(0).to(device, non_blocking=True),
+    )
+
+
 def make_optimizer(draft: nn.Module, train: Train) -> torch.optim.AdamW:
     """AdamW without weight decay on embeddings (decay shrinks rows that are never seen), norms and `mask_hidden`."""
     decayed: list[nn.Parameter] = []

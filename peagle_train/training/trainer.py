@@ -22,7 +22,6 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from peagle_train.config import Recipe, dump_recipe
 from peagle_train.core.draft import PEagleDraft
-from peagle_train.core.passes import StepStats
 from peagle_train.core.plan import padding_share
 from peagle_train.data.packing import TrainingData
 from peagle_train.data.sampler import StepBatchSampler
@@ -65,6 +64,7 @@ from peagle_train.training.step import (
     BatchRunner,
     Gradients,
     StepResult,
+    add_up,
     bad_sequences,
     has_finite_weights,
     learning_rate,
@@ -297,15 +297,10 @@ class Trainer:
             for coming in [*batches, *self.following][i + 1 : i + 2]:
                 self.target.expect(coming)
             parts.append(self.runner.run(batch, plan, scale, is_last=i == len(batches) - 1))
-        losses = [part.loss for part in parts]
-        stats = StepStats(
-            torch.stack(losses).sum(),
-            torch.stack([part.hits for part in parts]).sum(0),
-            torch.stack([part.totals for part in parts]).sum(0).to(self.device, non_blocking=True),
-        )
+        stats = add_up(parts, self.device)
         with record_function("peagle::reduce"):
             sum_over_ranks([] if self.runner.sharded else self.trained, also=[stats.loss, stats.hits, stats.totals])
-        return Gradients(stats, losses, plans, sums[1:], save)
+        return Gradients(stats, [part.loss for part in parts], plans, sums[1:], save)
 
     def take_step(self, batches: list[Batch]) -> StepResult:
         """One optimizer step; it is not applied if its loss or gradient is not finite."""
