@@ -4,53 +4,43 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
-from safetensors.torch import load_file
+from accelerate.state import PartialState
+from transformers import AutoModelForCausalLM
 
 from peagle_train.__main__ import main
 from peagle_train.core.draft import PEagleDraft
 from tests.helpers import command
+from tests.runs import drafter, recipe_for, run
 from tests.tiny import MASK, VOCAB, write_recipe
 
-LENGTHS = [9, 31, 4, 17, 32, 2, 26, 11, 40, 13]
+Train = Callable[..., Path]
 
 
 @pytest.fixture
-def target(tiny_target: Path) -> Path:
-    return tiny_target
+def train(tmp_path: Path, tiny_target: Path, tiny_rows: Path) -> Train:
+    """Train a tiny recipe with these sections in a folder of this name; returns the output folder."""
+
+    def go(name: str = "a", **sections: dict[str, Any]) -> Path:
+        run(recipe_for(tmp_path / name, tiny_target, tiny_rows, **sections))
+        return tmp_path / name / "run"
+
+    return go
 
 
-@pytest.fixture
-def rows(tiny_rows: Path) -> Path:
-    return tiny_rows
-
-
-def train(folder: Path, target: Path, rows: Path, /, *overrides: str, **sections: dict[str, Any]) -> Path:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    output = folder / "run"
-    folder.mkdir(exist_ok=True)
-    recipe = write_recipe(folder, target, rows, output, **sections)
-    assert main([str(recipe), *overrides]) == 0
-    return output
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "final" / "model.safetensors")
-
-
-def lines(run: Path, kind: str) -> list[dict[str, Any]]:
-    return [r for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if r["kind"] == kind]
+def lines(output: Path, kind: str) -> list[dict[str, Any]]:
+    return [r for r in map(json.loads, (output / "metrics.jsonl").read_text().splitlines()) if r["kind"] == kind]
 
 
 def test_a_run_leaves_a_drafter_its_recipe_its_metrics_and_a_summary(
-    tmp_path: Path, target: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+    train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = train(tmp_path, target, rows, data={"eval_fraction": 0.3}, train={"epochs": 2, "eval_steps": 3})
+    output = train(data={"eval_fraction": 0.3}, train={"epochs": 2, "eval_steps": 3})
     printed = capsys.readouterr().out
     for word in (
         "sequences:",
@@ -62,86 +52,75 @@ def test_a_run_leaves_a_drafter_its_recipe_its_metrics_and_a_summary(
         "held-out before training",
     ):
         assert word in printed
-    config = json.loads((run / "final" / "config.json").read_text())
+    config = json.loads((output / "final" / "config.json").read_text())
     assert config["model_type"] == "llama" and config["architectures"] == ["LlamaForCausalLMEagle3"]
     assert config["ptd_token_id"] == MASK and config["draft_vocab_size"] == 40
-    drafter = PEagleDraft.from_pretrained(run / "final")
-    assert torch.equal(drafter.lm_head.weight, weights(run)["lm_head.weight"])
-    summary = json.loads((run / "run.json").read_text())
+    loaded = PEagleDraft.from_pretrained(output / "final")
+    assert torch.equal(loaded.lm_head.weight, drafter(output / "final")["lm_head.weight"])
+    summary = json.loads((output / "run.json").read_text())
     assert (summary["state"] == "finished" and summary["steps"] == summary["best"]["step"]) or summary["best"]
-    steps = lines(run, "train")
+    steps = lines(output, "train")
     assert [s["step"] for s in steps] == list(range(1, summary["steps"] + 1))
     assert {"loss", "accuracy", "expected_accepted_length", "tokens_per_second", "peak_memory_bytes"} <= set(steps[0])
-    evals = lines(run, "eval")
+    evals = lines(output, "eval")
     assert evals[0]["step"] == 0 and evals[-1]["step"] == summary["steps"] and evals[1]["step"] == 3
     assert 0 < evals[0]["mass_outside"] < 1
-    assert (run / "recipe.yaml").read_text() == (run / "final" / "recipe.yaml").read_text()
-    assert main(["--summary", str(run)]) == 0
-    assert str(run / "final") in capsys.readouterr().out
+    assert (output / "recipe.yaml").read_text() == (output / "final" / "recipe.yaml").read_text()
+    assert main(["--summary", str(output)]) == 0
+    assert str(output / "final") in capsys.readouterr().out
 
 
-def test_only_what_is_trained_moves_and_the_head_stays_the_targets(tmp_path: Path, target: Path, rows: Path) -> None:
-    run = train(tmp_path, target, rows, train={"max_steps": 3})
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float64)
-    after = weights(run)
+def test_only_what_is_trained_moves_and_the_head_stays_the_targets(train: Train, tiny_target: Path) -> None:
+    after = drafter(train("a", train={"max_steps": 2}) / "final")
+    frozen = {"train_embeddings": False, "train_lm_head": True}
+    turned = drafter(train("b", train={"max_steps": 2}, draft=frozen) / "final")
+    model = AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float64)
     ids = after["d2t"] + torch.arange(40)
     assert torch.equal(after["t2d"].nonzero().flatten(), ids)
     assert torch.equal(after["lm_head.weight"], model.lm_head.weight[ids])
     assert not torch.equal(after["embed_tokens.weight"], model.model.embed_tokens.weight)
-    frozen = train(
-        tmp_path / "frozen",
-        target,
-        rows,
-        train={"max_steps": 3},
-        draft={"train_embeddings": False, "train_lm_head": True},
-    )
-    assert torch.equal(weights(frozen)["embed_tokens.weight"], model.model.embed_tokens.weight)
-    assert not torch.equal(weights(frozen)["lm_head.weight"], model.lm_head.weight[ids])
+    assert torch.equal(turned["embed_tokens.weight"], model.model.embed_tokens.weight)
+    assert not torch.equal(turned["lm_head.weight"], model.lm_head.weight[ids])
 
 
-def test_how_a_step_is_cut_does_not_change_what_is_learned(tmp_path: Path, target: Path, rows: Path) -> None:
+WAYS: dict[str, dict[str, dict[str, Any]]] = {
+    "relay": {"cod": {"num_segments": 7}, "train": {"offload_features": True}},
+    "recompute": {"cod": {"num_segments": 7}, "train": {"segment_mode": "recompute"}},
+    "uniform": {
+        "cod": {"num_segments": 4, "boundaries": "uniform"}, "train": {"activation_checkpointing": True},
+        "data": {"num_workers": 2},
+    },
+    "a larger batch": {"train": {"batch_size": 4, "gradient_accumulation_steps": 1}},
+}  # fmt: skip
+
+
+def test_how_a_step_is_cut_does_not_change_what_is_learned(train: Train) -> None:
     shared = {"max_steps": 2, "batch_size": 2, "gradient_accumulation_steps": 2}
-    flat = weights(train(tmp_path / "flat", target, rows, cod={"num_segments": 1}, train=shared))
-    ways: dict[str, dict[str, dict[str, Any]]] = {
-        "relay": {"cod": {"num_segments": 7}, "train": {"offload_features": True}},
-        "recompute": {"cod": {"num_segments": 7}, "train": {"segment_mode": "recompute"}},
-        "uniform": {
-            "cod": {"num_segments": 4, "boundaries": "uniform"},
-            "train": {"activation_checkpointing": True},
-            "data": {"num_workers": 2},
-        },
-        "a larger batch": {"train": {"batch_size": 4, "gradient_accumulation_steps": 1}},
-    }
-    for name, sections in ways.items():
-        cut = weights(
-            train(tmp_path / name, target, rows, **{**sections, "train": {**shared, **sections.get("train", {})}})
-        )
+    flat = drafter(train("flat", cod={"num_segments": 1}, train=shared) / "final")
+    for name, sections in WAYS.items():
+        cut = drafter(train(name, **{**sections, "train": {**shared, **sections["train"]}}) / "final")
         for tensor, value in flat.items():
             assert torch.allclose(cut[tensor], value, rtol=0, atol=1e-8), (name, tensor)
 
 
-def test_two_runs_of_a_recipe_are_equal_bit_for_bit_and_another_seed_is_not(
-    tmp_path: Path, target: Path, rows: Path
-) -> None:
-    seeds = {"a": 0, "b": 0, "c": 1}
-    runs = (train(tmp_path / n, target, rows, train={"max_steps": 3, "seed": s}) for n, s in seeds.items())
-    a, b, c = map(weights, runs)
+def test_two_runs_of_a_recipe_are_equal_bit_for_bit_and_another_seed_is_not(train: Train) -> None:
+    a, b, c = (
+        drafter(train(n, train={"max_steps": 2, "seed": s}) / "final") for n, s in (("a", 0), ("b", 0), ("c", 1))
+    )
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not torch.equal(a["fc.weight"], c["fc.weight"])
 
 
-def test_bf16_autocast_learns_what_float32_learns(tmp_path: Path, target: Path, rows: Path) -> None:
+def test_bf16_autocast_learns_what_float32_learns(train: Train) -> None:
     losses = []
-    for name, precision in (("a", "no"), ("b", "bf16")):
-        settings = {"max_steps": 6, "dtype": "float32", "mixed_precision": precision, "batch_size": 4}
-        losses.append([s["loss"] for s in lines(train(tmp_path / name, target, rows, train=settings), "train")])
+    for name in ("no", "bf16"):
+        settings = {"max_steps": 6, "dtype": "float32", "mixed_precision": name, "batch_size": 4}
+        losses.append([s["loss"] for s in lines(train(name, train=settings), "train")])
     assert losses[0][-1] < losses[0][0] - 0.1
     assert max(abs(x - y) for x, y in zip(*losses)) < 0.05 * losses[0][0]
 
 
-def test_a_drafter_of_another_width_trains_its_own_head(tmp_path: Path, target: Path, rows: Path) -> None:
+def test_a_drafter_of_another_width_trains_its_own_head(train: Train) -> None:
     shape = {
         "hidden_size": 20,
         "num_attention_heads": 4,
@@ -149,85 +128,83 @@ def test_a_drafter_of_another_width_trains_its_own_head(tmp_path: Path, target: 
         "head_dim": 6,
         "intermediate_size": 8,
     }
-    run = train(tmp_path, target, rows, draft=shape, train={"max_steps": 2})
-    after = weights(run)
+    output = train(draft=shape, train={"max_steps": 2})
+    after = drafter(output / "final")
     assert after["fc.weight"].shape == (20, 48) and after["mask_hidden"].shape == (1, 1, 48)
     assert after["layers.0.self_attn.q_proj.weight"].shape == (24, 40)
-    assert json.loads((run / "final" / "config.json").read_text())["target_hidden_size"] == 16
+    assert json.loads((output / "final" / "config.json").read_text())["target_hidden_size"] == 16
+
+
+def test_a_rate_warms_up_and_then_falls_to_0_or_stays(train: Train) -> None:
+    def rates(schedule: str) -> list[float]:
+        settings = {
+            "max_steps": 8,
+            "warmup_ratio": 0.25,
+            "schedule": schedule,
+            "learning_rate": 1.0,
+            "max_grad_norm": 1e-9,
+        }
+        return [line["learning_rate"] for line in lines(train(schedule, train=settings), "train")]
+
+    sixths = [1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
+    assert rates("constant") == [0.0, 0.5] + [1.0] * 6
+    assert rates("linear") == pytest.approx([0.0, 0.5, *sixths])
+    assert rates("cosine") == pytest.approx([0.0, 0.5, 1.0, 0.933013, 0.75, 0.5, 0.25, 0.066987], abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["train", "cache"])
 def test_a_device_that_is_neither_a_cpu_nor_a_gpu_is_refused_before_anything_is_loaded(
-    name: str, tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, tiny_rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(PartialState, "default_device", property(lambda _: torch.device("mps")))
-    recipe = write_recipe(tmp_path, tmp_path / "no target", rows, tmp_path / "run")
-    if name == "train":
-        assert main([str(recipe)]) == 2
-    else:
-        assert command("cache", recipe, "--out", tmp_path / "run") == 2
+    recipe = write_recipe(tmp_path, tmp_path / "no target", tiny_rows, tmp_path / "run")
+    assert command(name, recipe, *(["--out", tmp_path / "run"] if name == "cache" else [])) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "mps" in line and "ACCELERATE_USE_CPU=true" in line and not (tmp_path / "run").exists()
 
 
-BAD = {
-    "no target": ({"target": {"path": "/nowhere"}}, "is no folder"),
-    "mask outside": ({"draft": {"mask_token_id": VOCAB}}, f"must lie in 0..{VOCAB - 1}"),
-    "draft vocabulary": ({"draft": {"draft_vocab_size": 100}}, "draft_vocab_size"),
-    "layers": ({"target": {"layer_ids": [1, 2, 9]}}, "layer_ids"),
-    "unknown key": ({"train": {"learnig_rate": 1.0}}, "learning_rate"),
-    "odd head": ({"draft": {"head_dim": 7}}, "head_dim is 7"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("target", "path", "/nowhere", "is no folder"),
+        ("draft", "mask_token_id", VOCAB, f"must lie in 0..{VOCAB - 1}"),
+        ("draft", "draft_vocab_size", 100, "draft_vocab_size"),
+        ("target", "layer_ids", [1, 2, 9], "layer_ids"),
+        ("draft", "head_dim", 7, "head_dim is 7"),
+        ("rows", "input_ids", [1, 99, 3], "99"),
+        ("rows", "loss_mask", [0, 0, 0], "nothing to learn from"),
+    ],
+)
 def test_a_users_mistake_is_one_clear_line_before_any_training(
-    case: str, tmp_path: Path, target: Path, rows: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sections, message = BAD[case]
-    recipe = write_recipe(tmp_path, target, rows, tmp_path / "run", **sections)
+    section: str, key: str, value: Any, message: str, tmp_path: Path, tiny_target: Path, tiny_rows: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    rows, changes = tiny_rows, {section: {key: value}}
+    if section == "rows":
+        rows, changes = tmp_path / "bad.jsonl", {}
+        rows.write_text(json.dumps({"input_ids": [1, 2, 3], key: value}) + "\n")
+    recipe = write_recipe(tmp_path, tiny_target, rows, tmp_path / "run", **changes)
     assert main([str(recipe)]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("peagle_train: error") and message in error
+    assert error.startswith("peagle_train: error") and message in error.lower()
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"input_ids": [1, 99, 3]}', "99"),
-        ('{"input_ids": [1, 2, 3], "loss_mask": [0, 0, 0]}', "nothing to learn from"),
-        ('{"input_ids": [1, 2', "line 1"),
-    ],
-)
-def test_bad_rows_are_one_clear_line(
-    line: str, message: str, tmp_path: Path, target: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "bad.jsonl").write_text(line + "\n")
-    recipe = write_recipe(tmp_path, target, tmp_path / "bad.jsonl", tmp_path / "run")
-    assert main([str(recipe)]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message in error.lower() and not (tmp_path / "run").exists()
-
-
 def test_an_output_folder_that_holds_something_is_left_alone(
-    tmp_path: Path, target: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = train(tmp_path, target, rows, train={"max_steps": 1})
-    before = weights(run)
-    recipe = write_recipe(tmp_path, target, rows, run)
-    assert main([str(recipe)]) == 2
+    output = train("a", train={"max_steps": 1})
+    before = (output / "final" / "model.safetensors").read_bytes()
+    assert main([str(tmp_path / "a" / "recipe.yaml")]) == 2
     assert "already holds a run" in capsys.readouterr().err
-    assert all(torch.equal(before[n], t) for n, t in weights(run).items())
+    assert (output / "final" / "model.safetensors").read_bytes() == before
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("mine")
-    assert main([str(recipe), f"output.dir={tmp_path / 'other'}"]) == 2
+    assert main([str(tmp_path / "a" / "recipe.yaml"), f"output.dir={tmp_path / 'other'}"]) == 2
     assert "not empty" in capsys.readouterr().err
 
 
-def test_cudas_allocator_gets_expandable_segments_unless_the_user_has_set_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cudas_allocator_gets_expandable_segments_unless_the_user_has_set_it(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
     for given in ({}, {names[0]: "backend:native"}, {names[1]: "backend:native"}):
         for name in names:
@@ -239,31 +216,18 @@ def test_cudas_allocator_gets_expandable_segments_unless_the_user_has_set_it(
         assert found == (given or {names[0]: "expandable_segments:True"})
 
 
-def test_print_config_shows_every_setting_and_reads_back(
-    tmp_path: Path, target: Path, rows: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    recipe = write_recipe(tmp_path, target, rows, tmp_path / "run")
-    assert main([str(recipe), "--print-config", "train.learning_rate=3e-5"]) == 0
-    printed = capsys.readouterr().out
-    (tmp_path / "again.yaml").write_text(printed)
-    assert main([str(tmp_path / "again.yaml"), "--print-config"]) == 0
-    assert capsys.readouterr().out == printed and "learning_rate: 3.0e-05" in printed
-
-
 def test_importing_the_package_imports_nothing_heavy() -> None:
     heavy = "{'torch', 'datasets', 'transformers', 'accelerate'}"
     code = f"import sys, peagle_train; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_a_profile_names_where_a_steps_time_goes(
-    tmp_path: Path, target: Path, rows: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = train(tmp_path, target, rows, train={"max_steps": 3, "profile_steps": [2, 3]})
+def test_a_profile_names_where_a_steps_time_goes(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    output = train(train={"max_steps": 3, "profile_steps": [2, 3]})
     printed = capsys.readouterr().out
     assert "profile of 2 steps" in printed
     for name in ("loader wait", "target", "pass A", "pass B forward", "loss", "backward", "optimizer"):
         assert name in printed
-    events = json.loads((run / "trace.json").read_text())["traceEvents"]
+    events = json.loads((output / "trace.json").read_text())["traceEvents"]
     assert sum(event.get("name") == "peagle::optimizer" for event in events) == 2
-    assert all(0 <= m["loader_wait_share"] < 1 for m in lines(run, "train"))
+    assert all(0 <= m["loader_wait_share"] < 1 for m in lines(output, "train"))
