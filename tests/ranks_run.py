@@ -33,7 +33,6 @@ from peagle_train.training.build import load_target
 from peagle_train.training.checkpoint import Checkpoint, open_resume
 from peagle_train.training.step import Batch, Gradients
 from peagle_train.training.trainer import Trainer
-from tests.documents import load_documents, pack_documents
 
 
 def make_trainer(recipe: Recipe, accelerator: Accelerator) -> Trainer:
