@@ -1,8 +1,13 @@
 """What this process has of its machine. Needs the standard library alone."""
 
 import os
+import re
 import resource
 import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+GIB = 2**30
 
 
 def cores() -> int:
@@ -13,3 +18,50 @@ def cores() -> int:
 def peak_ram() -> int:
     """The most bytes of RAM that this process has held since its start."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def resident_ram() -> int:
+    """Bytes of RAM that this process holds."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # no Linux
+        return 0
+
+
+def available_ram() -> int:
+    """Bytes that processes can still get: of the machine, or of the control group if that allows less."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+        available = int(lines["MemAvailable"].split()[0]) * 1024
+    except OSError:  # no Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
+        return min(available, max(0, int(limit) - int(used)))
+    except (OSError, ValueError):  # no control group, one of another kind, or one without a limit
+        return available
+
+
+@dataclass(frozen=True)
+class Device:
+    """What one process has to itself."""
+
+    kind: str
+    """cuda or cpu."""
+    budget: int
+    """Bytes, those that this process holds already included."""
+    world_size: int = 1
+
+    def __str__(self) -> str:
+        what = "CUDA memory" if self.kind == "cuda" else "RAM"
+        processes = f"{self.world_size} process{'es' if self.world_size > 1 else ''}"
+        return f"{processes}, {self.budget / GIB:.1f} GiB of {what} each"
+
+
+def parse_device(text: str) -> Device:
+    """`cuda:79`, `cpu:16` (GiB for each process), `cuda:79x8` (8 processes); ValueError for anything else."""
+    found = re.fullmatch(r"(cuda|cpu):(\d+(?:\.\d+)?)(?:x([1-9]\d*))?", text)
+    if not found:
+        raise ValueError(f"--on {text}: give KIND:GIB or KIND:GIBxPROCESSES, as in cuda:79, cpu:16 or cuda:79x8")
+    return Device(found[1], int(float(found[2]) * GIB), int(found[3] or 1))

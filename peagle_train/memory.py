@@ -19,8 +19,6 @@ size, T: the target's.
 import logging
 import math
 import os
-import re
-import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,15 +38,15 @@ from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.core.partition import max_elements, segment_capacity
 from peagle_train.core.visibility import MASK_BLOCK_BYTES, MASK_CACHE_BYTES, QUERY_BLOCK
 from peagle_train.data.vocab import draft_vocab_size_of, load_config
-from peagle_train.distributed import clip_gradients, from_all
+from peagle_train.distributed import check_sharding, clip_gradients, from_all
 from peagle_train.files import RunStopped, one_line
+from peagle_train.machine import GIB, Device, available_ram, parse_device, peak_ram, resident_ram
 from peagle_train.serving.start import make_draft_config, read_start
 from peagle_train.target_model.attention import BLOCK as TARGET_BLOCK
 from peagle_train.target_model.attention import NAME
 from peagle_train.target_model.check import is_out_of_memory
 from peagle_train.target_model.frozen import FrozenTarget, TargetBase, refuse_unfit, resolve_dtype
 
-GIB = 2**30
 CUDA_CONTEXT = GIB
 """CUDA's context, cuBLAS's workspaces, compiled kernels: assumed, not computed."""
 CPU_EXTRA = 2**27
@@ -358,23 +356,7 @@ def allowed_segments(sizes: Sizes, candidates: Iterable[int] = CANDIDATES) -> li
     return [S for S in candidates if S <= sizes.length]
 
 
-# ---- sizes, from a recipe and two configs; models are built on the meta device
-
-
-@dataclass(frozen=True)
-class Device:
-    """What one process has to itself."""
-
-    kind: str
-    """cuda or cpu."""
-    budget: int
-    """Bytes, those that this process holds already included."""
-    world_size: int = 1
-
-    def __str__(self) -> str:
-        what = "CUDA memory" if self.kind == "cuda" else "RAM"
-        processes = f"{self.world_size} process{'es' if self.world_size > 1 else ''}"
-        return f"{processes}, {self.budget / GIB:.1f} GiB of {what} each"
+# Sizes, from a recipe and two configs; models are built on the meta device
 
 
 def this_device(device: torch.device | None = None) -> Device:
@@ -389,40 +371,6 @@ def this_device(device: torch.device | None = None) -> Device:
         return Device("cuda", free + torch.cuda.memory_reserved(device), world_size)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return Device("cpu", available_ram() // local + resident_ram(), world_size)
-
-
-def parse_device(text: str) -> Device:
-    """`cuda:79`, `cpu:16` (GiB for each process), `cuda:79x8` (8 processes); ValueError for anything else."""
-    found = re.fullmatch(r"(cuda|cpu):(\d+(?:\.\d+)?)(?:x([1-9]\d*))?", text)
-    if not found:
-        raise ValueError(f"--on {text}: give KIND:GIB or KIND:GIBxPROCESSES, as in cuda:79, cpu:16 or cuda:79x8")
-    return Device(found[1], int(float(found[2]) * GIB), int(found[3] or 1))
-
-
-def available_ram() -> int:
-    """Bytes that processes can still get: of the machine, or of the control group if that allows less."""
-    available = 0
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-        available = next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            available = min(available, max(0, int(limit) - int((group / "memory.current").read_text())))
-    except (OSError, ValueError):
-        pass  # no control groups, or of another kind
-    return available
-
-
-def resident_ram() -> int:
-    """Bytes of RAM that this process holds."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
 
 
 class TargetShapes(FrozenTarget):
@@ -482,16 +430,11 @@ def sizes_of(recipe: Recipe, target: TargetBase, config: PEagleDraftConfig, devi
     cod, train = recipe.cod, recipe.train
     with torch.device("meta"):
         draft = PEagleDraft(config)
-    fits = config.hidden_size == target.hidden_size
-    train_head = recipe.draft.train_lm_head or not (fits and recipe.draft.lm_head_from_target)
+    train_head = recipe.draft.trains_head(config.hidden_size == target.hidden_size)
     draft.lm_head.requires_grad_(train_head)
     draft.embed_tokens.requires_grad_(recipe.draft.train_embeddings)
     master = 8 if train.dtype == "float64" else 4
     assert config.num_key_value_heads and config.head_dim and config.draft_vocab_size
-    sharded = train.sharding == "fsdp2" or (
-        train.sharding == "auto" and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    )
-    pad_context = train.compile is True or device.kind == "cuda"
     weights, forward, item = _target(recipe, target, device)
     cached = target.cache_dtype(recipe.target.cache_dtype).itemsize if recipe.target.cache else 0
     return Sizes(
@@ -520,10 +463,10 @@ def sizes_of(recipe: Recipe, target: TargetBase, config: PEagleDraftConfig, devi
         checkpointing=train.activation_checkpointing,
         offload_features=train.offload_features,
         on_cuda=device.kind == "cuda",
-        static=pad_context or train.mixed_precision == "bf16",
-        pad_context=pad_context,
+        static=train.pads_passes(device.kind),
+        pad_context=train.pads_context(device.kind),
         world_size=device.world_size,
-        sharded=sharded and device.world_size > 1,
+        sharded=device.world_size > 1 and check_sharding(train.sharding),
         master_bytes=master,
         compute_bytes=2 if train.mixed_precision == "bf16" else master,
         target_bytes=item,
@@ -619,21 +562,17 @@ def target_forward_bytes(
     return bytes_
 
 
-# ---- tables, choices and refusals
+# Tables, choices and refusals
 
 
 def dry_run(recipe: Recipe, on: str | None = None) -> str:
-    """The table of memory by number of segments, and which one fits.
-
-    Args:
-        on: plan for this device (see `parse_device`) instead of this machine's.
+    """The table of memory by number of segments, and which one fits, on this machine or `on` another (`parse_device`).
 
     Raises:
         ValueError: the recipe or the target's config.json is wrong.
     """
     device = parse_device(on) if on else this_device()
-    sizes = read_sizes(recipe, device)
-    return f"planned, not measured: {device}\n" + describe(recipe, sizes, device)
+    return f"planned, not measured: {device}\n" + describe(recipe, read_sizes(recipe, device), device)
 
 
 def describe(recipe: Recipe, sizes: Sizes, device: Device) -> str:
@@ -714,23 +653,6 @@ def resolve_segments(recipe: Recipe, sizes: Sizes, device: Device) -> tuple[Reci
     return replace(recipe, cod=replace(recipe.cod, num_segments=S)), line
 
 
-def out_of_memory(recipe: Recipe, error: Exception, where: str) -> tuple[str, str]:
-    """The table, and the line for a device that was full `where`: what was wanted, and what would fit."""
-    wanted = one_line(error).partition(". ")[0][:200]
-    try:
-        device = this_device()
-        sizes = read_sizes(recipe, device)
-    except (ValueError, RuntimeError) as failure:  # the first error counts, whatever is wrong with the plan
-        return "", f"{where}: {wanted}; no plan can be made: {' '.join(str(failure).split())}"
-    asked = recipe.cod.num_segments
-    numbers = allowed_segments(sizes)
-    S = asked if asked != "auto" else numbers[-1]
-    planned = (
-        f"{plan_memory(sizes, S).peak / GIB:.2f} GiB were planned for {S} segments, {device.budget / GIB:.2f} are there"
-    )
-    return describe(recipe, sizes, device), f"{where}: {wanted}; {planned}: {way_out(recipe, sizes, device, S)}"
-
-
 def way_out(recipe: Recipe, sizes: Sizes, device: Device, num_segments: int) -> str:
     """What to change if this many segments need too much."""
     larger = [n for n in allowed_segments(sizes) if n > num_segments]
@@ -776,12 +698,21 @@ def memory_explained(recipe: Recipe, where: Callable[[], str]) -> Iterator[None]
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RunStopped) or not is_out_of_memory(error):
             raise
-        table, line = out_of_memory(recipe, error, where())
-        sys.stderr.write(f"{table}\n" if table else "")
-        raise RunStopped(line) from None
+        line = f"{where()}: {one_line(error).partition('. ')[0][:200]}"
+        device, S = this_device(), recipe.cod.num_segments
+        try:
+            sizes = read_sizes(recipe, device)
+        except (ValueError, RuntimeError) as failure:  # the first error counts, whatever is wrong with the plan
+            raise RunStopped(f"{line}; no plan can be made: {one_line(failure)}") from None
+        if S == "auto":
+            S = allowed_segments(sizes)[-1]
+        sys.stderr.write(f"{describe(recipe, sizes, device)}\n")
+        planned = f"{plan_memory(sizes, S).peak / GIB:.2f} GiB were planned for {S} segments"
+        there = f"{device.budget / GIB:.2f} are there"
+        raise RunStopped(f"{line}; {planned}, {there}: {way_out(recipe, sizes, device, S)}") from None
 
 
-# ---- the probe
+# The probe
 
 
 def probe_step(
@@ -849,6 +780,5 @@ def _line(device: torch.device) -> str:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        total = available_ram() + resident_ram()
+        peak, total = peak_ram(), available_ram() + resident_ram()
     return f"fits: peak {peak / GIB:.2f} of {total / GIB:.2f} GiB in a full-length step (train.probe)"

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from peagle_train.core import flex
 from peagle_train.core.compiled import CompiledDraft
-from peagle_train.memory import GIB
+from peagle_train.machine import GIB
 from tools.gpu_parts import DRAFTER_8B, NARROW, Check, Stepper, planned_gib
 
 WAITS = Counter[str]()

@@ -14,14 +14,12 @@ from peagle_train import memory as planning
 from peagle_train.__main__ import main
 from peagle_train.config import load_recipe
 from peagle_train.core.relay import RelayBuffers
+from peagle_train.machine import GIB, Device, parse_device
 from peagle_train.memory import (
-    GIB,
-    Device,
     Sizes,
     capacity_of,
     choose_segments,
     largest_pass,
-    parse_device,
     plan_memory,
     read_sizes,
     saved_bytes,

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from peagle_train.config import Recipe, load_recipe
-from peagle_train.memory import GIB, choose_segments, dry_run, parse_device, plan_memory, read_sizes
+from peagle_train.machine import GIB, parse_device
+from peagle_train.memory import choose_segments, dry_run, plan_memory, read_sizes
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -79,7 +79,7 @@ from peagle_train.core.passes import TargetOutputs, visibility_of
 from peagle_train.core.plan import plan_segments
 from peagle_train.core.recompute import recompute_step
 from peagle_train.core.visibility import Visibility
-from peagle_train.memory import GIB
+from peagle_train.machine import GIB
 from peagle_train.target_model.frozen import FrozenTarget
 from tools.gpu_parts import (
     DATASHEET,

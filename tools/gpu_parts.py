@@ -25,7 +25,8 @@ from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.core.passes import StepStats, TargetOutputs
 from peagle_train.data.training_data import make_collator
 from peagle_train.distributed import clip_gradients, same_on_all_ranks, shard, sum_counts, sum_over_ranks, whole
-from peagle_train.memory import GIB, Device, plan_memory, sizes_of
+from peagle_train.machine import GIB, Device
+from peagle_train.memory import plan_memory, sizes_of
 from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.training.step import BatchRunner, make_optimizer
 
