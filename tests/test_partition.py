@@ -12,7 +12,6 @@ from peagle_train.core.partition import (
     max_elements,
     segment_capacity,
     segments_of,
-    uniform_boundaries,
 )
 from tests import oracles
 from tests.helpers import GOLDEN_DRAWS, RANDOM_DRAWS, golden_arguments, pairs, seeded, sha256
@@ -58,7 +57,7 @@ def test_any_draw_fits_into_the_static_capacity_however_it_is_cut(draw: dict) ->
 
     uniform = assign_cod_segments(anchor, depth, L, S)
     assert int(torch.bincount(uniform).max()) <= segment_capacity(L, K, r, r_min, S, "uniform")
-    bounds = uniform_boundaries(L, S)
+    bounds = torch.tensor([-(-s * L // S) for s in range(S + 1)])  # column p is in segment p * S // L
     assert uniform.tolist() == [oracles.segment_of(e, bounds.tolist()) for e in pairs(anchor, depth)]
     assert torch.equal(uniform, segments_of(anchor, depth, bounds))
 
@@ -74,20 +73,6 @@ def test_any_draw_fits_into_the_static_capacity_however_it_is_cut(draw: dict) ->
         closed_by_its_fullness = bounds[s + 1] < L
         assert not closed_by_its_fullness or counts[s] > C - K
         assert bounds[s] < bounds[s + 1] or bounds[s] == L
-
-
-@given(L=st.integers(1, 200), share=st.floats(0, 1))
-@settings(max_examples=100, deadline=None)
-def test_uniform_boundaries_are_where_algorithm_1_changes_segment(L: int, share: float) -> None:
-    S = 1 + round(share * (L - 1))
-    column = torch.arange(L)
-    segment = assign_cod_segments(column, torch.zeros_like(column), L, S).tolist()
-    bounds = uniform_boundaries(L, S).tolist()
-    assert bounds[0] == 0 and bounds[-1] == L and len(bounds) == S + 1
-    assert bounds[1:-1] == [segment.index(s) for s in range(1, S)]
-    # Deeper elements go by the column of their depth-1 ancestor; the last one stays inside.
-    deeper = assign_cod_segments(column, torch.full_like(column, 3), L, S).tolist()
-    assert deeper == [*segment[1:], S - 1]
 
 
 def test_elements_may_come_in_any_order() -> None:
@@ -148,8 +133,6 @@ def test_a_number_of_segments_outside_the_row_is_named(S: int) -> None:
     if S < 1:
         with pytest.raises(ValueError, match=f"num_segments is {S}; it must be at least 1"):
             assign_cod_segments(column, column * 0, 8, S)
-    with pytest.raises(ValueError, match=message):
-        uniform_boundaries(8, S)
     with pytest.raises(ValueError, match=message):
         segment_capacity(8, 4, 0.7, 0.2, S)
 

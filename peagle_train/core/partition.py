@@ -62,13 +62,6 @@ def _max_per_depth(length: int, num_depths: int, ratio: float, ratio_min: float)
     return [length] + [int(max(0, length - d) * max(ratio**d, ratio_min)) for d in range(1, num_depths)]
 
 
-def uniform_boundaries(seq_length: int, num_segments: int) -> Tensor:
-    """int64 [S + 1]: the columns where `assign_cod_segments` changes segment."""
-    check_num_segments(num_segments, seq_length)
-    s = torch.arange(num_segments + 1)
-    return (s * seq_length + num_segments - 1) // num_segments
-
-
 def balanced_boundaries(anchor: Tensor, depth: Tensor, seq_length: int, num_segments: int, capacity: int) -> Tensor:
     """Cut a row's columns greedily so that every segment holds as many elements as fit into `capacity`.
 
