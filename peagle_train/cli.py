@@ -302,7 +302,7 @@ def _export(parser: Parser) -> Callable[[Options], None]:
     def run(options: Options) -> None:
         import torch
 
-        from peagle_train.serving.drafter_io import table
+        from peagle_train.serving.check import table
         from peagle_train.serving.export import export_drafter
 
         done = export_drafter(
@@ -338,7 +338,8 @@ def _check(parser: Parser) -> Callable[[Options], int]:
     parser.add_argument("--target", metavar="DIR", help="the target's folder, to check that the two fit")
 
     def run(options: Options) -> int:
-        from peagle_train.serving.drafter_io import check_folder, read_config, table, worst
+        from peagle_train.serving.check import check_folder, table, worst
+        from peagle_train.serving.drafter_io import read_config
         from peagle_train.serving.export import find_drafter
 
         folder = find_drafter(Path(options.folder))

@@ -45,7 +45,8 @@ from peagle_train.serving.start import make_draft_config, read_start
 from peagle_train.target_model.attention import BLOCK as TARGET_BLOCK
 from peagle_train.target_model.attention import NAME
 from peagle_train.target_model.check import is_out_of_memory
-from peagle_train.target_model.frozen import FrozenTarget, TargetBase, refuse_unfit, resolve_dtype
+from peagle_train.target_model.frozen import FrozenTarget, TargetBase
+from peagle_train.target_model.loading import refuse_unfit, resolve_dtype
 
 CUDA_CONTEXT = GIB
 """CUDA's context, cuBLAS's workspaces, compiled kernels: assumed, not computed."""

@@ -356,7 +356,7 @@ class Local:
         from transformers.utils.logging import disable_progress_bar
 
         from peagle_train.data.vocab import eos_token_ids, load_tokenizer
-        from peagle_train.target_model.frozen import load_model, resolve_dtype
+        from peagle_train.target_model.loading import load_model, resolve_dtype
 
         if batch_size < 1:
             raise ValueError(f"--batch-size is {batch_size}; give 1 or more")

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peagle_train.serving.drafter_io import Finding, check_folder, is_loadable, load_drafter, read_drafter, table
+from peagle_train.serving.check import Finding, check_folder, is_loadable, table
+from peagle_train.serving.drafter_io import load_drafter, read_drafter
 from peagle_train.serving.export import export_drafter
 from peagle_train.serving.start import import_drafter
 from tests.helpers import DRAFT_VOCAB, MASK_TOKEN, TARGET_HIDDEN, VOCAB, command, make_draft

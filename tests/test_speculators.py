@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from peagle_train.core.cod import generate_cod_sample_indices
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.visibility import Visibility
-from peagle_train.serving.drafter_io import check_folder, is_loadable, load_drafter
+from peagle_train.serving.check import check_folder, is_loadable
+from peagle_train.serving.drafter_io import load_drafter
 from peagle_train.serving.export import export_drafter
 from peagle_train.serving.start import import_drafter
 from tests.helpers import make_draft, seeded

@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peagle_train.target_model.check import choose_way
 from peagle_train.target_model.chunks import Way
-from peagle_train.target_model.frozen import FrozenTarget, default_layer_ids
+from peagle_train.target_model.frozen import FrozenTarget
+from peagle_train.target_model.loading import default_layer_ids
 from peagle_train.training.evaluate import mass_outside
 from tests.helpers import seeded
 from tests.tiny import VOCAB, make_target

@@ -27,7 +27,8 @@ from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.passes import TargetOutputs
 from peagle_train.core.relay import RelayBuffers, relay_step
 from peagle_train.decoding.generate import CachedTarget, Chance, Drafter, decode, greedy_tokens
-from peagle_train.serving.drafter_io import check_folder, is_loadable, load_drafter
+from peagle_train.serving.check import check_folder, is_loadable
+from peagle_train.serving.drafter_io import load_drafter
 from peagle_train.serving.export import export_drafter
 from peagle_train.target_model.frozen import FrozenTarget
 from tests.helpers import ENVIRONMENT, command, make_draft, seeded

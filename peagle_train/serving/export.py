@@ -16,14 +16,8 @@ from torch import Tensor
 from peagle_train.config import parse_sources, read_yaml
 from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.files import write_folder
-from peagle_train.serving.drafter_io import (
-    Finding,
-    check_folder,
-    fill_drafter,
-    is_loadable,
-    read_config,
-    read_drafter,
-)
+from peagle_train.serving.check import Finding, check_folder, is_loadable
+from peagle_train.serving.drafter_io import fill_drafter, read_config, read_drafter
 from peagle_train.serving.formats import (
     EAGLE3,
     FORMATS,

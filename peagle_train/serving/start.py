@@ -22,7 +22,8 @@ from peagle_train.data.vocab import end_of_turn_ids, eos_token_ids
 from peagle_train.files import one_line
 from peagle_train.serving.drafter_io import DrafterFiles, expected_shapes, read_drafter, read_tensors, tensor_files
 from peagle_train.serving.export import Export, check_new, write_drafter
-from peagle_train.target_model.frozen import TargetBase, default_layer_ids
+from peagle_train.target_model.frozen import TargetBase
+from peagle_train.target_model.loading import default_layer_ids
 
 logger = logging.getLogger(__name__)
 

@@ -35,7 +35,8 @@ from peagle_train.data.packing import TrainingData
 from peagle_train.data.vocab import load_config
 from peagle_train.distributed import wait_for_all
 from peagle_train.files import checksum, sha256_of
-from peagle_train.target_model.frozen import FrozenTarget, TargetBase, default_layer_ids, target_fingerprint
+from peagle_train.target_model.frozen import FrozenTarget, TargetBase
+from peagle_train.target_model.loading import default_layer_ids, target_fingerprint
 
 logger = logging.getLogger(__name__)
 

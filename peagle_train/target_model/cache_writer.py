@@ -43,7 +43,8 @@ from peagle_train.target_model.cache import (
     read_index,
     shard_name,
 )
-from peagle_train.target_model.frozen import FrozenTarget, target_fingerprint
+from peagle_train.target_model.frozen import FrozenTarget
+from peagle_train.target_model.loading import target_fingerprint
 from peagle_train.target_model.speculators_files import SpeculatorsFiles
 
 logger = logging.getLogger(__name__)

@@ -43,7 +43,8 @@ from peagle_train.ending import STOPPING, Signals, is_lost_worker, leave_to_pare
 from peagle_train.files import NonFiniteWeights, RunStopped, write_json, write_text
 from peagle_train.memory import memory_explained, probe_step
 from peagle_train.serving.drafter_io import check_finite, save_drafter
-from peagle_train.target_model.frozen import TargetBase, target_fingerprint
+from peagle_train.target_model.frozen import TargetBase
+from peagle_train.target_model.loading import target_fingerprint
 from peagle_train.training import checkpoint as checkpoints
 from peagle_train.training.checkpoint import MARKER, Checkpoint, last_checkpoint, tensor_fingerprint
 from peagle_train.training.evaluate import Evaluator

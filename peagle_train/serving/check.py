@@ -1,0 +1,126 @@
+"""Whether an engine would load a drafter's folder, and read what was trained: a table of findings.
+
+What `read_drafter` refuses is bad; added is where vLLM reads differently. `tests/test_vllm.py` holds it to vLLM itself.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from peagle_train.core.rope import yarn_too_short
+from peagle_train.serving.drafter_io import read_drafter, standard_name
+from peagle_train.serving.formats import (
+    EAGLE3,
+    OtherKind,
+    layer_ids_of,
+    names_no_target,
+    speculative_tokens_of,
+    target_name_of,
+)
+
+Level = Literal["ok", "warn", "????", "BAD"]
+LEVELS = ("ok", "warn", "????", "BAD")
+"""????: a drafter of another kind than this project's, which cannot be judged here."""
+ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "LlamaForCausalLM")
+"""Names under which vLLM's method eagle3 finds a drafter of this kind."""
+
+
+class Finding(NamedTuple):
+    """One line of the check's table."""
+
+    level: Level
+    what: str
+    detail: str
+
+
+def worst(findings: list[Finding]) -> Level:
+    """The verdict."""
+    return max((finding.level for finding in findings), key=LEVELS.index)
+
+
+def is_loadable(findings: list[Finding]) -> bool:
+    return worst(findings) in ("ok", "warn")
+
+
+def table(findings: list[Finding]) -> str:
+    """The findings as lines, then a verdict."""
+    width = max(len(finding.what) for finding in findings)
+    lines = [f"{level:4}  {what:{width}}  {detail}" for level, what, detail in findings]
+    bad, warned = (sum(f.level == level for f in findings) for level in ("BAD", "warn"))
+    verdict = {
+        "BAD": "NOT loadable as it is",
+        "????": "not judged, a drafter of another kind than this project's, which engines may load",
+    }.get(worst(findings), "loadable")
+    return "\n".join([*lines, f"{verdict}: {bad} errors, {warned} warnings"])
+
+
+def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> list[Finding]:
+    """Whether an engine would load a drafter's folder as it was trained.
+
+    Args:
+        target: the target's config.json, to compare with; None skips that.
+    """
+    try:
+        files = read_drafter(folder)
+    except ValueError as error:
+        return [Finding("????" if isinstance(error, OtherKind) else "BAD", "drafter", str(error))]
+    raw, config, missing = files.raw, files.config, set(files.missing)
+    found: list[Finding] = []
+
+    def find(level: Level | bool, what: str, detail: object) -> None:
+        level = level if isinstance(level, str) else "ok" if level else "BAD"
+        found.append(Finding(level, what, str(detail)))
+
+    find("ok", "format", f"{files.format}, {config.num_hidden_layers} layers, {files.tensors['fc.weight'].dtype}")
+    if files.format == EAGLE3:
+        given = raw.get("architectures") or [None]
+        name = given[0] if isinstance(given, list) else given
+        hint = "" if name in ARCHITECTURES else f"; vLLM looks for {ARCHITECTURES[0]}"
+        find(name in ARCHITECTURES, "architectures", f"{name}{hint}")
+        if raw.get("model_type") is None:
+            find("BAD", "model_type", "missing: transformers must read it as llama")
+    else:
+        tokens, verifier = speculative_tokens_of(raw), target_name_of(raw)
+        find(tokens is not None, "speculative tokens", tokens)
+        unnamed: Level = "warn" if names_no_target(raw) else "BAD"  # vLLM takes null
+        find("ok" if verifier else unnamed, "verifier", verifier or "none: `vllm serve` does not know the target")
+    token, has_mask = config.ptd_token_id, "mask_hidden" not in missing
+    if token is None and not has_mask:
+        text = "none, and no mask_hidden: an EAGLE-3 drafter, one token a pass (peagle-train import)"
+        find("warn", "mask token", text)
+    else:
+        find(token is not None and has_mask, "mask token", f"{token}, {'with' if has_mask else 'without'} mask_hidden")
+    if has_mask and not bool(files.tensors["mask_hidden"].any()):
+        find("warn", "mask_hidden", "all zero, so it was never trained")
+    is_pruned = config.draft_vocab_size != config.vocab_size
+    find("ok", "vocabulary", f"{config.draft_vocab_size} of {config.vocab_size} tokens")
+    for name in sorted(missing - {"mask_hidden"}, reverse=True):
+        if name == "lm_head.weight" and is_pruned:
+            find("BAD", name, "missing: the target's head does not fit a pruned vocabulary")
+        else:
+            find("warn", name, "missing: engines take the target's")
+    for name in files.where:
+        if name.startswith("model.") or name == "draft_id_to_target_id":
+            find("BAD", name, f"vLLM would look for model.{name}; peagle-train import renames it")
+        elif name.startswith("verifier_"):
+            find("BAD", name, "vLLM knows no such tensor; peagle-train import leaves it out")
+        elif standard_name(name) in ("d2t", "t2d") and not is_pruned:
+            find("warn" if name == "t2d" else "BAD", name, "of a full vocabulary, for which vLLM has no such tensor")
+    for path in sorted(files.folder.glob("*.safetensors")):
+        if path.name not in files.where.values():
+            find("BAD", path.name, "is no part of the drafter, but vLLM reads every .safetensors here")
+    found += [Finding("ok", "note", note) for note in files.notes]
+    ids = layer_ids_of(raw)
+    find("ok", "feature layers", "(2, n // 2, n - 3), vLLM's default" if ids is None else ids)
+    short = yarn_too_short(config.rope_parameters or {}, config.max_position_embeddings)
+    find("warn" if short else "ok", "max positions", short or config.max_position_embeddings)
+    if target is not None:
+        text_config = target.get("text_config")
+        theirs = text_config if isinstance(text_config, dict) else target
+        for mine, key in ((config.vocab_size, "vocab_size"), (config.target_hidden_size, "hidden_size")):
+            find(mine == theirs.get(key), f"target's {key}", f"{theirs.get(key)}, the drafter was made for {mine}")
+        layers, positions = theirs.get("num_hidden_layers"), theirs.get("max_position_embeddings")
+        if not isinstance(layers, int) or (ids is not None and max(ids) >= layers):
+            find("BAD", "target's layers", f"{layers}, but the drafter reads the inputs of {ids}")
+        if isinstance(positions, int) and config.max_position_embeddings < positions:
+            find("warn", "target's positions", f"{positions}: contexts beyond the drafter's are not drafted for")
+    return found

@@ -1,0 +1,157 @@
+"""A target's folder: what would give wrong features or labels is refused before any weight is read."""
+
+import hashlib
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from peagle_train.core.rope import ROPE_TYPES
+from peagle_train.data.vocab import load_config
+from peagle_train.files import one_line
+
+logger = logging.getLogger(__name__)
+
+UNPACKABLE = ("mamba", "rwkv", "recurrent", "linear_attention", "ssm", "conv", "retention", "xlstm")
+"""Words in a config's model or layer types that mean a state runs across document boundaries."""
+
+LOGIT_CHANGES = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+)
+"""Config fields by which an architecture changes its logits after the head: labels would be wrong."""
+
+
+def default_layer_ids(num_layers: int) -> list[int]:
+    """(2, n // 2, n - 3), vLLM's default; (2, 3, 4) at n = 6, where that names a layer twice and vLLM would read only two
+    features. ValueError below.
+    """
+    if num_layers < 6:
+        raise ValueError(
+            f"the target has {num_layers} layers, too few for the default feature layers (2, n // 2, n - 3): give"
+            " target.layer_ids, three ascending ids"
+        )
+    return [2, num_layers // 2, max(num_layers - 3, num_layers // 2 + 1)]
+
+
+def refuse_unfit(config: Any) -> None:
+    """ValueError for targets whose features or labels this project would get wrong."""
+    name = getattr(config, "model_type", "?")
+    for field in LOGIT_CHANGES:
+        value = getattr(config, field, None)
+        if value is not None and value != 1.0:
+            raise ValueError(f"target {name} has {field} = {value}: it changes logits after the head, unsupported")
+    kinds = " ".join([name, *map(str, getattr(config, "layer_types", None) or [])]).lower()
+    if found := [word for word in UNPACKABLE if word in kinds]:
+        raise ValueError(f"target {name} has {found[0]} layers, whose state runs across packed documents: unsupported")
+    rope = getattr(config, "rope_parameters", None) or {}
+    tables = [rope] if "rope_type" in rope else [t for t in rope.values() if isinstance(t, dict)]
+    for table in tables:
+        if table.get("rope_type", "default") in ("dynamic", "longrope"):
+            raise ValueError(
+                f"target {name} has rope type {table['rope_type']!r}, whose tables depend on the length of a call, so"
+                f" features would differ from serving; supported: {', '.join(ROPE_TYPES)}"
+            )
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
+    """A torch dtype, or "auto" (the checkpoint's own). On CPU, auto is bfloat16 where the processor multiplies in it."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cpu":
+        return "auto"
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def load_model(
+    path: str,
+    dtype: torch.dtype | str,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    device_map: str | None = None,
+) -> nn.Module:
+    """The causal LM of a Hugging Face folder, on the CPU; `device_map`: spread over the devices that this process sees.
+
+    Raises:
+        ValueError: one line, for a folder that is none, a model that is unfit, weights that are not its config's.
+    """
+    folder = Path(path)
+    if trust_remote_code:
+        logger.warning("target.trust_remote_code is on: Python code in %s will run", path)
+    config = load_config(path, trust_remote_code)
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"target.path {path} has no .safetensors weights; convert them first")
+    kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    try:
+        refuse_unfit(config.get_text_config())
+        _check_size(folder, config, trust_remote_code)
+        given = {"attn_implementation": attn_implementation, "device_map": device_map}
+        kwargs |= {name: value for name, value in given.items() if value}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, use_safetensors=True, **kwargs
+        )
+    except Exception as error:  # whatever a foreign or corrupt file makes the loaders raise
+        raise ValueError(
+            f"target.path {path} cannot be loaded: {type(error).__name__}: {one_line(error, 300)}"
+        ) from error
+    model, report = loaded
+    if bad := [f"{len(found)} {kind.replace('_', ' ')}" for kind, found in report.items() if found]:
+        raise ValueError(
+            f"target.path {path}: its weights do not fit its config ({', '.join(bad)}): wrong or cut files"
+        )
+    return model
+
+
+def _check_size(folder: Path, config: Any, trust_remote_code: bool) -> None:
+    """ValueError where a config describes a far larger model than the weights hold.
+
+    A config.json that lacks its sizes would become billions of random parameters, which no memory holds.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        return  # its weights are packed
+    held = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            held += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    described = sum(p.numel() for p in model.parameters())
+    if described > 2 * held:
+        raise ValueError(f"its config describes {described:,} parameters, but its weights hold {held:,}")
+
+
+def target_fingerprint(folder: str) -> str:
+    """sha256 over config.json (without the version of transformers that wrote it) and, of every .safetensors file: name,
+    size, header, and 256 blocks of 4 KiB spread evenly over the rest.
+
+    Cheap on the largest target. Training changes nearly every weight, so that another training of the same model shows;
+    an edit of a few numbers may fall between the blocks.
+    """
+    total = hashlib.sha256()
+    root = Path(folder)
+    try:
+        config = json.loads((root / "config.json").read_text(encoding="utf-8"))
+        config.pop("transformers_version", None)
+        total.update(json.dumps(config, sort_keys=True).encode())
+        for path in sorted(root.glob("*.safetensors")):
+            size = path.stat().st_size
+            total.update(f"{path.name},{size},".encode())
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                total.update(file.read(min(length, size)))
+                for i in range(256):
+                    file.seek(8 + length + max(0, size - 8 - length - 4096) * i // 255)
+                    total.update(file.read(4096))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"target.path {folder} cannot be read: {error}") from error
+    return total.hexdigest()
