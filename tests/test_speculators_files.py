@@ -1,6 +1,7 @@
 """Hidden states that speculators wrote: the same drafter as from our own target, and one line for what does not fit."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,26 @@ def samples(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in write_rows(folder / "rows.jsonl", LENGTHS, 0.4).read_text().splitlines()]
 
 
-def write_files(folder: Path, target: Path, rows: list[dict[str, Any]], **changes: Any) -> Path:
-    """As speculators leaves them: `changes` replace tensors of hs_1 (None: leave out)."""
-    model = FrozenTarget.load(str(target), dtype="float64")
-    folder.mkdir(parents=True)
-    for i, row in enumerate(rows):
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory, target: Path) -> Path:
+    """Files as speculators leaves them."""
+    model, folder = FrozenTarget.load(str(target), dtype="float64"), tmp_path_factory.mktemp("written")
+    for i, row in enumerate(samples(tmp_path_factory.mktemp("rows"))):
         ids = torch.tensor(row["input_ids"])
         before: list[torch.Tensor] = []
         handle = model.final_norm().register_forward_pre_hook(lambda _, args, seen=before: seen.append(args[0]))
         features, _ = model.features(ids[None], torch.arange(ids.numel())[None])
         handle.remove()
         hidden = torch.cat([features[0].view(ids.numel(), 3, 16), before[0][0][:, None]], dim=1)
-        tensors = {"token_ids": ids, "hidden_states": hidden, **(changes if i == 1 else {})}
-        save_file({n: t.contiguous() for n, t in tensors.items() if t is not None}, folder / f"hs_{i}.safetensors")
+        save_file({"token_ids": ids, "hidden_states": hidden}, folder / f"hs_{i}.safetensors")
+    return folder
+
+
+def copied(written: Path, folder: Path, **changes: torch.Tensor | None) -> Path:
+    """`changes` replace tensors of hs_1; None removes one."""
+    shutil.copytree(written, folder)
+    tensors = {**load_file(folder / "hs_1.safetensors"), **changes}
+    save_file({n: t.contiguous() for n, t in tensors.items() if t is not None}, folder / "hs_1.safetensors")
     return folder
 
 
@@ -57,11 +65,11 @@ def drafter(recipe: Path, run: Path, *overrides: str) -> dict[str, torch.Tensor]
 
 @pytest.mark.parametrize("mask", ["in the data set as tensors", "in the files"])
 def test_a_drafter_from_speculators_files_is_the_one_from_the_target(
-    mask: str, tmp_path: Path, target: Path, caplog: pytest.LogCaptureFixture
+    mask: str, tmp_path: Path, target: Path, written: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = samples(tmp_path)
     data = tmp_path / "data"
-    files = write_files(data / "hidden_states", target, rows)
+    files = copied(written, data / "hidden_states")
     if mask.startswith("in the data set"):
         write_data_set(data, rows, "torch")
     else:
@@ -82,10 +90,10 @@ def test_a_drafter_from_speculators_files_is_the_one_from_the_target(
 
 
 def test_last_hidden_states_after_the_norm_are_seen_to_be_so(
-    tmp_path: Path, target: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, target: Path, written: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = samples(tmp_path)
-    files = write_files(tmp_path / "files", target, rows)
+    files = copied(written, tmp_path / "files")
     model = FrozenTarget.load(str(target), dtype="float64")
     for path in files.iterdir():
         tensors = load_file(path)
@@ -114,20 +122,21 @@ WRONG: dict[str, tuple[dict[str, Any], list[str], str]] = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_files_that_do_not_fit_are_one_clear_line(
-    case: str, tmp_path: Path, target: Path, capsys: pytest.CaptureFixture[str]
+    case: str, tmp_path: Path, target: Path, written: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes, overrides, message = WRONG[case]
-    files = write_files(tmp_path / "files", target, samples(tmp_path), **changes)
+    files = copied(written, tmp_path / "files", **changes)
+    samples(tmp_path)
     recipe = write_recipe(tmp_path, target, tmp_path / "rows.jsonl", tmp_path / "run")
     assert command("cache", recipe, *overrides, "--speculators", files, "--out", tmp_path / "cache") == 2
     assert message in capsys.readouterr().err
 
 
 def test_a_data_set_of_other_tokens_is_refused(
-    tmp_path: Path, target: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, target: Path, written: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = samples(tmp_path)
-    files = write_files(tmp_path / "data" / "hidden_states", target, rows)
+    files = copied(written, tmp_path / "data" / "hidden_states")
     write_data_set(tmp_path / "data", rows[1:] + rows[:1])
     recipe = write_recipe(tmp_path, target, tmp_path / "rows.jsonl", tmp_path / "run")
     assert command("cache", recipe, "--speculators", files, "--out", tmp_path / "cache") == 2
@@ -135,9 +144,8 @@ def test_a_data_set_of_other_tokens_is_refused(
 
 
 def test_a_folder_of_speculators_is_not_taken_for_a_cache(
-    tmp_path: Path, target: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, target: Path, written: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = write_files(tmp_path / "files", target, samples(tmp_path))
     recipe = write_recipe(tmp_path, target, tmp_path / "rows.jsonl", tmp_path / "run")
-    assert main([str(recipe), f"target.cache={files}"]) == 2
+    assert main([str(recipe), f"target.cache={written}"]) == 2
     assert "--speculators" in capsys.readouterr().err
