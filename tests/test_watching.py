@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
+import peagle_train.training.build as build
 from peagle_train.__main__ import main
 from peagle_train.core.collator import CODCollator
 from peagle_train.report import differing_keys, read_run
@@ -26,7 +27,8 @@ from peagle_train.training.metrics import (
     duration,
 )
 from tests.helpers import command
-from tests.tiny import make_target, write_recipe, write_rows
+from tests.runs import EVALUATED, recipe_for, run
+from tests.tiny import write_recipe
 
 
 class Clock:
@@ -71,8 +73,6 @@ def test_the_time_left_is_not_made_of_the_first_window(clock: Clock) -> None:
     pace = Pace()
     steps(pace, clock, 1, seconds=60.0, waiting=0.0)
     assert pace.close_window(99)["seconds_left"] == 60.0 * 99
-    steps(pace, clock, 5, seconds=2.0, waiting=0.0)
-    assert pace.close_window(7)["seconds_left"] == 14.0
     steps(pace, clock, 2, seconds=2.0, waiting=0.0)
     with pace.paused():  # an evaluation of an hour
         clock.now += 3600
@@ -81,41 +81,26 @@ def test_the_time_left_is_not_made_of_the_first_window(clock: Clock) -> None:
     assert values["seconds_left"] == 6.0 and values["tokens_per_second"] == 6.0
 
 
-@pytest.mark.parametrize(("waiting", "is_told"), [(0.2, True), (0.09, False)])
-def test_a_run_that_waits_for_its_loader_is_told_once(waiting: float, is_told: bool, clock: Clock) -> None:
-    pace, told = Pace(num_workers=0), []
+@pytest.mark.parametrize(
+    ("workers", "waiting", "told"), [(0, 0.2, "raise data.num_workers"), (0, 0.09, ""), (11, 0.2, "")]
+)
+def test_a_run_that_waits_for_its_loader_is_told_once_and_never_to_take_more_loaders_than_cores(
+    workers: int, waiting: float, told: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")  # a system that has no such thing
+    monkeypatch.setattr(os, "cpu_count", lambda: 11)
+    assert about_machine(torch.device("cpu"), 1)["machine"]["cores"] == 11
+    pace, lines = Pace(num_workers=workers), []
     for window in range(4):
         steps(pace, clock, SETTLED_STEPS, seconds=1.0, waiting=5.0 if window == 0 else waiting)
         pace.close_window(1)
-        told.append(pace.advice())
-    assert [advice is not None for advice in told] == [False, is_told, False, False]
-    assert not is_told or ("20%" in str(told[1]) and "raise data.num_workers" in str(told[1]))
-
-
-def test_a_system_that_does_not_say_which_cores_a_process_may_use_has_all_of_them(
-    monkeypatch: pytest.MonkeyPatch, clock: Clock
-) -> None:
-    monkeypatch.delattr(os, "sched_getaffinity")
-    monkeypatch.setattr(os, "cpu_count", lambda: 11)
-    assert about_machine(torch.device("cpu"), 1)["machine"]["cores"] == 11
-    pace = Pace(num_workers=3)
-    for _ in range(2):
-        steps(pace, clock, SETTLED_STEPS, 1.0, 1.0)
-        pace.close_window(1)
-    advice = str(pace.advice())
-    assert "raise data.num_workers" in advice and "11 cores" in advice
-
-
-def test_more_loaders_than_cores_are_not_advised(clock: Clock) -> None:
-    pace = Pace(num_workers=len(os.sched_getaffinity(0)))
-    for _ in range(2):
-        steps(pace, clock, SETTLED_STEPS, 1.0, 1.0)
-        pace.close_window(1)
-    assert "raise" not in str(pace.advice())
+        lines.append(pace.advice())
+    assert [line is not None for line in lines] == [False, waiting > 0.1, False, False]
+    assert told in str(lines[1]) and ("raise" in str(lines[1])) == bool(told)
 
 
 def test_a_checkpoint_and_an_evaluation_are_no_part_of_a_runs_pace(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_target: Path, tiny_rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lost, real_clock, real_evaluate, real_replace = [0.0], time.perf_counter, Evaluator.__call__, os.replace
 
@@ -130,10 +115,9 @@ def test_a_checkpoint_and_an_evaluation_are_no_part_of_a_runs_pace(
     monkeypatch.setattr(time, "perf_counter", lambda: real_clock() + lost[0])
     monkeypatch.setattr(Evaluator, "__call__", evaluate)
     monkeypatch.setattr(os, "replace", replace)
-    rows, target = write_rows(tmp_path / "rows.jsonl", [20, 31, 9, 17]), make_target(tmp_path / "target")
     settings = {"max_steps": 3, "eval_steps": 1, "save_steps": 1}
-    recipe = write_recipe(tmp_path, target, rows, tmp_path / "run", data={"eval_fraction": 0.3}, train=settings)
-    assert main([str(recipe)]) == 0 and lost[0] >= 6e9
+    run(recipe_for(tmp_path, tiny_target, tiny_rows, data=EVALUATED, train=settings))
+    assert lost[0] >= 6e9
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     pace = [line["tokens_per_second"] for line in lines if line["kind"] == "train"]
     assert len(pace) == 3 and min(pace) > 1e-6
@@ -175,19 +159,12 @@ class Recording(GeneralTracker):
 
 
 @pytest.fixture
-def run_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def run_with(tmp_path: Path, tiny_target: Path, tiny_rows: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Train a tiny run of 4 steps whose accelerator has a given tracker; returns the output folder."""
-    import peagle_train.training.build as train_module
 
     def go(tracker: Recording) -> Path:
-        target = make_target(tmp_path / "target")
-        rows = write_rows(tmp_path / "rows.jsonl", [9, 31, 4, 17, 32, 2, 26, 11, 40, 13], prompt=0.3)
-        real = train_module.Accelerator
-        monkeypatch.setattr(train_module, "Accelerator", lambda **kwargs: real(**{**kwargs, "log_with": tracker}))
-        recipe = write_recipe(
-            tmp_path, target, rows, tmp_path / "run", data={"eval_fraction": 0.3}, train={"max_steps": 4}
-        )
-        assert main([str(recipe)]) == 0
+        monkeypatch.setattr(build, "Accelerator", lambda **kwargs: Accelerator(**{**kwargs, "log_with": tracker}))
+        run(recipe_for(tmp_path, tiny_target, tiny_rows, data=EVALUATED, train={"max_steps": 4}))
         return tmp_path / "run"
 
     return go
@@ -205,8 +182,8 @@ def test_a_tracker_gets_the_recipe_and_every_number_of_every_line(run_with: Any)
     about = json.loads((output / "about.json").read_text())
     assert about["versions"]["torch"] == torch.__version__ and 0 < about["data"]["packing"]["documents"] < 10
     # what the report reads of it
-    run = read_run(output)
-    assert len(run.train) == 4 and len(run.eval) == 2 and run.summary["state"] == "finished"
+    found = read_run(output)
+    assert len(found.train) == 4 and len(found.eval) == 2 and found.summary["state"] == "finished"
 
 
 def test_a_tracker_that_fails_costs_a_warning_and_no_number(run_with: Any, caplog: pytest.LogCaptureFixture) -> None:
