@@ -6,8 +6,7 @@ lists of messages, or two strings: plain text without a chat template, as in TRL
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 CHAT_KEYS = ("messages", "conversations", "prompt")
 """An example with one of these is a chat; the first that it has is read."""
@@ -41,20 +40,14 @@ class BadRow(ValueError):
         return f"{self.reason}: {self.detail}"
 
 
-@dataclass(frozen=True)
-class Conversation:
+class Conversation(NamedTuple):
     """A chat as a chat template wants it, or (with `text`) a prompt and a completion without a template."""
 
-    messages: list[dict[str, Any]]
-    """Each with role and content (a string, or a list of {"type": "text", "text": ...}), and what else it came with."""
-    learned: list[bool]
-    """For each message whether its tokens are learned from: the assistant's, except in prompts and with weight 0."""
-    tools: list[dict[str, Any]] | None = None
-    """JSON schemas of the tools that the assistant may call."""
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """The example's own variables of the template (`chat_template_kwargs`), such as enable_thinking."""
-    text: tuple[str, str] | None = None
-    """Prompt and completion; `messages` is then empty."""
+    messages: list[dict[str, Any]]  # each with role, content (a string, or a list of text parts), and what else it had
+    learned: list[bool]  # for each message: the assistant's, except in prompts and with weight 0
+    template_kwargs: dict[str, Any]  # the example's own variables of the template, such as enable_thinking
+    tools: list[dict[str, Any]] | None = None  # JSON schemas of the tools that the assistant may call
+    text: tuple[str, str] | None = None  # prompt and completion; `messages` is then empty
 
 
 def keys_read(row: dict[str, Any]) -> set[str]:
@@ -117,7 +110,7 @@ def _read(row: dict[str, Any], to_ask: bool) -> Conversation:
         if isinstance(given, str) and isinstance(completion, str):
             if not completion:
                 raise BadRow(NOTHING, "the completion is empty")
-            return Conversation([], [], text=(given, completion))
+            return Conversation([], [], {}, text=(given, completion))
         if not isinstance(given, list) or not isinstance(completion, list):
             raise BadRow(FORMAT, "prompt and completion must be two strings or two lists of messages")
         num_prompt, given = len(given), given + completion
@@ -132,7 +125,7 @@ def _read(row: dict[str, Any], to_ask: bool) -> Conversation:
     if not to_ask and not any(learned):
         raise BadRow(NOTHING, f"none of {len(messages)} messages is the assistant's, of weight 1, after the prompt")
     kwargs = _typed(row.get("chat_template_kwargs") or {}, dict, "chat_template_kwargs")
-    return Conversation(messages, learned, _tools(row.get("tools")), kwargs)
+    return Conversation(messages, learned, kwargs, _tools(row.get("tools")))
 
 
 def _message(raw: Any, where: str, to_ask: bool) -> tuple[dict[str, Any], int]:
@@ -253,10 +246,8 @@ def _table_message(message: Any) -> Any:
     if not isinstance(message, dict):
         return message
     lists = {name: _as_list(message[name]) for name in ("content", "value", "tool_calls") if name in message}
-    return {
-        name: value if name in ("content", "value") else _without_null(value)
-        for name, value in {**message, **lists}.items()
-    }
+    own = ("content", "value")
+    return {name: item if name in own else _without_null(item) for name, item in {**message, **lists}.items()}
 
 
 def _as_list(value: Any) -> Any:
@@ -264,9 +255,8 @@ def _as_list(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     columns = {name: column for name, column in value.items() if column is not None}
-    if not columns or not all(isinstance(column, list) for column in columns.values()):
-        return value
-    if len({len(column) for column in columns.values()}) != 1:
+    lengths = {len(column) if isinstance(column, list) else None for column in columns.values()}
+    if len(lengths) != 1 or None in lengths:
         return value
     return [dict(zip(columns, items)) for items in zip(*columns.values())]
 
