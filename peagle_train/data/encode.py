@@ -91,6 +91,7 @@ class Encoder:
         return ChatEncoder.from_recipe(self.data, self.tokenizer)
 
     def encode(self, batches: Iterable[list[RawExample]]) -> Iterator[EncodedBatch]:
+        """Each batch in turn: what `read_documents` takes."""
         return map(self, batches)
 
     def __call__(self, raws: list[RawExample]) -> EncodedBatch:
