@@ -191,7 +191,7 @@ def test_ranges_on_a_grid_put_together_are_the_dense_mask(name: str, monkeypatch
                 assert keys.start % 4 == 0 and (keys.stop % 4 == 0 or keys.stop == limit)
 
 
-@pytest.mark.parametrize("step, S", [(relay_step, 1), (relay_step, 3), (recompute_step, 3)])
+@pytest.mark.parametrize("step, S", [(relay_step, 1), (recompute_step, 3)])
 def test_in_bfloat16_attention_gets_few_shapes_whatever_the_documents(
     step: Any, S: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,9 +212,9 @@ def test_in_bfloat16_attention_gets_few_shapes_whatever_the_documents(
 
     draft = make_draft(dtype=torch.float32)
     monkeypatch.setattr(attention_cpu, "_flash", recorded)
-    on_grid = count(range(40))
+    on_grid = count(range(14))
     monkeypatch.setattr(visibility_module, "GRID", 1)
-    without = count(range(40))
+    without = count(range(14))
     assert on_grid <= 20 and without > 30  # ten for each pass size, of which S = 3 has few
 
 

@@ -43,7 +43,9 @@ def python(environment: dict[str, str], *arguments: str) -> subprocess.Completed
 def test_gpu_tests_are_collected_without_the_packages_that_a_gpu_machine_lacks(environment: dict[str, str]) -> None:
     for name in MISSING_THERE:
         assert "ModuleNotFoundError" in python(environment, "-c", f"import {name}").stderr
-    found = python(environment, "-m", "pytest", "-m", "gpu", "--collect-only", "-p", "no:cacheprovider")
+    marked = [str(p) for p in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in p.read_text(encoding="utf-8")]
+    options = ["-m", "gpu", "--collect-only", "-p", "no:cacheprovider"]
+    found = python(environment, "-m", "pytest", *options, *marked)
     assert found.returncode == 0, found.stdout[-3000:]
     names = [line for line in found.stdout.splitlines() if "::" in line]
     assert len([name for name in names if name.startswith("tests/test_gpu.py::")]) >= 10
@@ -52,12 +54,11 @@ def test_gpu_tests_are_collected_without_the_packages_that_a_gpu_machine_lacks(e
 @pytest.mark.slow
 def test_stages_run_without_the_packages_that_a_gpu_machine_lacks(environment: dict[str, str], tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
-    result = python(environment, "tools/gpu_check.py", "--dry", "--stages", "6,1", "--output", str(output))
+    result = python(environment, "tools/gpu_check.py", "--dry", "--stages", "6", "--output", str(output))
     assert result.returncode == 0, result.stdout + result.stderr
-    assert [line.split(":")[0].split() for line in result.stdout.splitlines()[:2]] == [["1", "versions"], ["6", "flex"]]
-    stages = json.loads(output.read_text())
-    assert [stage["status"] for stage in stages] == ["ok", "ok"] and stages[1]["rows"]
-    assert all(stage["versions"] and stage["machine"] and stage["date"] for stage in stages)
+    assert result.stdout.split(":")[0].split() == ["6", "flex"]
+    (stage,) = json.loads(output.read_text())
+    assert stage["status"] == "ok" and stage["rows"] and stage["versions"] and stage["machine"] and stage["date"]
 
 
 def test_a_long_sequence_takes_the_operations_that_the_design_counts() -> None:
@@ -119,10 +120,6 @@ def hangs(check: Check) -> None:
     subprocess.run(["sleep", "600"])
 
 
-def is_killed(check: Check) -> None:
-    os.kill(os.getpid(), 9)
-
-
 def is_wrong(check: Check) -> None:
     check.note(off=0.5, ok=False)
 
@@ -135,16 +132,15 @@ def works(check: Check) -> None:
 def test_a_stage_that_fails_or_hangs_is_recorded_with_its_last_line_and_the_next_one_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    functions = [raises, hangs, is_killed, is_wrong, works]
+    functions = [raises, hangs, is_wrong, works]
     stages = [Stage(i, function, 60 if function is not hangs else 15) for i, function in enumerate(functions)]
     began = time.monotonic()
     assert not run_stages(stages, Check(dry=True), tmp_path / "gpu.json")
     assert time.monotonic() - began < 250  # whatever a hanging stage has started ends with it
-    failed, hung, killed, wrong, worked = json.loads((tmp_path / "gpu.json").read_text())
+    failed, hung, wrong, worked = json.loads((tmp_path / "gpu.json").read_text())
     assert failed["status"] == "failed" and failed["error"].endswith("image is available")
     assert failed["rows"] == [{"before": 1}] and any("RuntimeError: no kernel" in line for line in failed["log"])
     assert hung["status"] == "out of time" and hung["error"].endswith("tuning") and hung["rows"] == [{"before": 2}]
-    assert killed["status"] == "failed" and "-9" in killed["error"]
     assert wrong["status"] == "failed" and wrong["rows"] == [{"off": 0.5, "ok": False}]
     assert worked["status"] == "ok" and worked["rows"] == [{"device": "cpu", "ok": True}]
     lines = capsys.readouterr().out.splitlines()

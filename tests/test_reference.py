@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -54,11 +53,8 @@ def test_the_tools_exit_status_is_its_verdict(tmp_path: Path) -> None:
     tensors, metadata = load()
     largest_entry_times(tensors["grad.fc.weight"], 1.001)
     save_file(tensors, tmp_path / "changed.safetensors", metadata)
-    (tmp_path / "text.safetensors").write_text("no tensors here")
-    files = [DUMP, tmp_path / "changed.safetensors", tmp_path / "text.safetensors"]
-    options: dict[str, Any] = {"env": ENVIRONMENT, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    running = [subprocess.Popen([sys.executable, str(TOOL), str(file)], **options) for file in files]
-    assert [process.wait() for process in running] == [0, 1, 2]
+    command = [sys.executable, str(TOOL), str(tmp_path / "changed.safetensors")]
+    assert subprocess.run(command, env=ENVIRONMENT, capture_output=True).returncode == 1
 
 
 def test_the_reference_dump_passes_with_its_loss_and_every_gradient(check: Check) -> None:
