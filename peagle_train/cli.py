@@ -5,7 +5,9 @@ in one line on stderr; what else a command returns is in its help, what `train` 
 """
 
 import argparse
+import difflib
 import json
+import logging
 import os
 import sys
 from collections import Counter
@@ -26,8 +28,54 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} ({self.prog} --help says what is allowed)")
 
 
+def number(low: float, high: float | None = None, kind: type = int) -> Callable[[str], Any]:
+    """An argument's type: a number within these limits."""
+
+    def read(text: str) -> Any:
+        value = kind(text)
+        if not low <= value or (high is not None and value > high):  # also where value is nan
+            allowed = f"{low:g} or more" if high is None else f"{low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"got {text}; give {allowed}")
+        return value
+
+    read.__name__ = kind.__name__  # for argparse's own message
+    return read
+
+
+COUNT, SEED = number(1), number(0, 2**63 - 1)
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part.strip()]
+
+
+def json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"got {text!a}; give a JSON object")
+    return value
+
+
+json_object.__name__ = "JSON object"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    here = Path(__file__).parent
+    folder = here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"  # in a wheel, in a checkout
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def recipe_path(given: str) -> str:
+    """The file that a command line means by its recipe: a path, or the name of one that comes with the package."""
+    shipped = shipped_recipes()
+    return str(shipped[given]) if given in shipped and not os.path.exists(given) else given
+
+
 def _add_recipe(parser: Parser, nargs: str | None = None) -> None:
-    parser.add_argument("recipe", nargs=nargs, help="a YAML file with sections target, data, draft, cod, train, output")
+    parser.add_argument(
+        "recipe", nargs=nargs, type=recipe_path, help="a YAML file, or a name from peagle-train recipes"
+    )
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the recipe's"
     )
@@ -43,20 +91,14 @@ def _train(parser: Parser) -> Callable[[Options], None]:
     peagle-train train --summary runs/first
     """
     _add_recipe(parser, "?")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
-    parser.add_argument("--dry-run", action="store_true", help="print the memory that a run would need, and stop")
-    parser.add_argument("--on", metavar="KIND:GIB[xN]", help="with --dry-run: see `peagle-train plan --help`")
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        const="",
-        metavar="DIR",
-        help="resume the run in output.dir, from its newest checkpoint or from the folder DIR of one",
-    )
-    parser.add_argument(
-        "--force", action="store_true", help="start a run even if its planned memory is over twice what there is"
-    )
-    parser.add_argument("--summary", metavar="DIR", help="print where a finished run's drafter is and how good it is")
+    add = parser.add_argument
+    add("--print-config", action="store_true", help="print the resolved recipe and stop")
+    add("--dry-run", action="store_true", help="print the memory that a run would need, and stop")
+    add("--on", metavar="KIND:GIB[xN]", help="with --dry-run: see `peagle-train plan --help`")
+    resume_help = "resume the run in output.dir, from its newest checkpoint or from the folder DIR of one"
+    add("--resume", nargs="?", const="", metavar="DIR", help=resume_help)
+    add("--force", action="store_true", help="start a run even if its planned memory is over twice what there is")
+    add("--summary", metavar="DIR", help="print where a finished run's drafter is and how good it is")
 
     def run(options: Options) -> None:
         from peagle_train.config import check_path, dump_recipe, load_recipe
@@ -82,11 +124,7 @@ def _train(parser: Parser) -> Callable[[Options], None]:
         if options.print_config:
             print(dump_recipe(recipe), end="")
         elif options.dry_run:
-            from peagle_train.memory import dry_run
-
-            table = dry_run(recipe, options.on)
-            if os.environ.get("RANK", "0") == "0":
-                print(table)
+            print_plan(options)
         else:
             from transformers.utils.logging import disable_progress_bar
 
@@ -111,6 +149,16 @@ def _close_resume(arguments: list[str]) -> list[str]:
     return closed
 
 
+def print_plan(options: Options) -> None:
+    """What `plan` and `train --dry-run` print."""
+    from peagle_train.config import load_recipe
+    from peagle_train.memory import dry_run
+
+    table = dry_run(load_recipe(options.recipe, options.overrides), options.on)
+    if os.environ.get("RANK", "0") == "0":
+        print(table)
+
+
 def _plan(parser: Parser) -> Callable[[Options], None]:
     """Print the memory that a run would need. Nothing is loaded.
 
@@ -118,14 +166,7 @@ def _plan(parser: Parser) -> Callable[[Options], None]:
     """
     _add_recipe(parser)
     parser.add_argument("--on", metavar="KIND:GIB[xN]", help="N processes on other devices, as in cuda:79x8 or cpu:16")
-
-    def run(options: Options) -> None:
-        from peagle_train.config import load_recipe
-        from peagle_train.memory import dry_run
-
-        print(dry_run(load_recipe(options.recipe, options.overrides), options.on))
-
-    return run
+    return print_plan
 
 
 def _prepare(parser: Parser) -> Callable[[Options], None]:
@@ -137,7 +178,7 @@ def _prepare(parser: Parser) -> Callable[[Options], None]:
     """
     _add_recipe(parser)
     parser.add_argument("--out", metavar="DIR", help="the folder to make (default: the recipe's data.prepared)")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenize (default: all cores)")
+    parser.add_argument("--workers", type=COUNT, metavar="N", help="processes that tokenize (default: all cores)")
 
     def run(options: Options) -> None:
         from peagle_train.config import as_override, load_recipe
@@ -148,10 +189,7 @@ def _prepare(parser: Parser) -> Callable[[Options], None]:
         out = options.out or recipe.data.prepared
         if out is None:
             raise ValueError("no folder given: --out DIR, or data.prepared in the recipe")
-        workers = options.workers if options.workers is not None else cores()
-        if workers < 1:
-            raise ValueError(f"--workers is {workers}; give at least 1")
-        made = prepare_recipe(recipe, Path(out).expanduser(), num_workers=workers)
+        made = prepare_recipe(recipe, Path(out).expanduser(), num_workers=options.workers or cores())
         print("\n".join(made.describe()))
         print(f"prepared: {out}: give {as_override('data.prepared', out)} to train on it")
 
@@ -168,13 +206,10 @@ def _cache(parser: Parser) -> Callable[[Options], None]:
     ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 -m peagle_train cache RECIPE --out features
     """
     _add_recipe(parser)
-    parser.add_argument("--out", metavar="DIR", help="where to write; default: the recipe's target.cache")
-    parser.add_argument("--shard-mib", type=int, default=512, metavar="N", help="size of a file (default 512)")
-    parser.add_argument(
-        "--speculators",
-        metavar="DIR",
-        help="take what speculators left in this folder (hs_*.safetensors) instead of running the target",
-    )
+    add = parser.add_argument
+    add("--out", metavar="DIR", help="where to write; default: the recipe's target.cache")
+    add("--shard-mib", type=int, default=512, metavar="N", help="size of a file (default 512)")
+    add("--speculators", metavar="DIR", help="take hs_*.safetensors that speculators left here; the target is not run")
 
     def run(options: Options) -> None:
         from peagle_train.config import load_recipe
@@ -186,7 +221,7 @@ def _cache(parser: Parser) -> Callable[[Options], None]:
     return run
 
 
-def _regenerate(parser: Parser) -> Callable[[Options], int]:
+def _regenerate(parser: Parser) -> Callable[[Options], None]:
     """Write the answers of a prompt set anew with the target itself, for training or for evaluation.
 
     peagle-train regenerate PROMPTS --out FILE.jsonl --base-url http://127.0.0.1:8000/v1 --model NAME
@@ -198,83 +233,53 @@ def _regenerate(parser: Parser) -> Callable[[Options], int]:
     """
     parser.add_argument("prompts", metavar="PROMPTS")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl", help="rows of messages, as they come")
-    who = parser.add_argument_group("who answers: a server (vLLM, SGLang) or a local model")
-    who.add_argument("--base-url", metavar="URL", help="of a server with /chat/completions; needs the package openai")
-    who.add_argument("--model", metavar="NAME", help="what that server calls the target")
-    who.add_argument("--target", metavar="DIR", help="a Hugging Face folder, run here by transformers")
+    add = parser.add_argument_group("who answers: a server (vLLM, SGLang) or a local model").add_argument
+    add("--base-url", metavar="URL", help="of a server with /chat/completions; needs the package openai")
+    add("--model", metavar="NAME", help="what that server calls the target")
+    add("--target", metavar="DIR", help="a Hugging Face folder, run here by transformers")
     how = parser.add_argument_group("how")
-    how.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: the likeliest token (default 0.8)")
-    how.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default 1")
-    how.add_argument(
-        "--max-tokens", type=int, default=2048, metavar="N", help="of an answer, if the context has room (default 2048)"
-    )
-    how.add_argument("--seed", type=int, default=0, metavar="S", help="each answer's own follows from it (default 0)")
-    how.add_argument("--limit", type=int, metavar="N", help="the first N prompts alone")
+    add = how.add_argument
+    add("--temperature", type=number(0, 100, float), default=0.8, help="0: the likeliest token (default 0.8)")
+    add("--top-p", type=number(1e-9, 1, float), default=1.0, metavar="P", help="default 1")
+    add("--max-tokens", type=COUNT, default=2048, help="of an answer, if the context has room (default 2048)")
+    add("--seed", type=SEED, default=0, metavar="S", help="each answer's own follows from it (default 0)")
+    add("--limit", type=COUNT, metavar="N", help="the first N prompts alone")
     turns = how.add_mutually_exclusive_group()
     turns.add_argument("--all-turns", action="store_true", help="answer every question (the default)")
     turns.add_argument("--last-turn", action="store_true", help="keep recorded answers, and answer the last question")
-    how.add_argument(
-        "--keep-truncated", action="store_true", help="keep answers that --max-tokens cut, as the last ones"
-    )
-    how.add_argument(
-        "--chat-template-kwargs", default="{}", metavar="JSON", help="as in '{\"enable_thinking\": false}'"
-    )
-    server = parser.add_argument_group("with a server")
-    server.add_argument("--concurrency", type=int, default=16, metavar="C", help="conversations at a time (default 16)")
-    server.add_argument(
-        "--api-key-env", default="OPENAI_API_KEY", metavar="VAR", help="variable that holds the API key"
-    )
-    server.add_argument("--timeout", type=float, default=3600.0, metavar="SECONDS", help="of an answer (default 3600)")
-    server.add_argument("--retries", type=int, default=10, help="of a request, up to 8 s apart (default 10)")
-    local = parser.add_argument_group("with --target")
-    local.add_argument("--batch-size", type=int, default=8, metavar="B", help="conversations at a time (default 8)")
-    local.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16", "float64"])
-    local.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the target")
+    add("--keep-truncated", action="store_true", help="keep answers that --max-tokens cut, as the last ones")
+    kwargs_help = "as in '{\"enable_thinking\": false}'"
+    add("--chat-template-kwargs", type=json_object, default={}, metavar="JSON", help=kwargs_help)
+    add = parser.add_argument_group("with a server").add_argument
+    add("--concurrency", type=COUNT, default=16, metavar="C", help="conversations at a time (default 16)")
+    add("--api-key-env", default="OPENAI_API_KEY", metavar="VAR", help="variable that holds the API key")
+    add("--timeout", type=number(1e-3, None, float), default=3600.0, help="of an answer, in s (default 3600)")
+    add("--retries", type=number(0), default=10, help="of a request, up to 8 s apart (default 10)")
+    add = parser.add_argument_group("with --target").add_argument
+    add("--batch-size", type=COUNT, default=8, metavar="B", help="conversations at a time (default 8)")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16", "float64"])
+    add("--trust-remote-code", action="store_true", help="run Python code that comes with the target")
 
-    def run(options: Options) -> int:
+    def run(options: Options) -> None:
         from peagle_train.regenerate import Local, Server, Settings, load_prompts, regenerate
 
-        if (options.base_url is None) == (options.target is None) or (options.base_url and not options.model):
+        o = options
+        if (o.base_url is None) == (o.target is None) or (o.base_url and not o.model):
             raise ValueError("give --base-url and --model for a server, or --target for a local model")
         settings = Settings(
-            options.temperature,
-            options.top_p,
-            options.max_tokens,
-            options.seed,
-            options.last_turn,
-            options.keep_truncated,
-            _read_mapping(options.chat_template_kwargs),
+            o.temperature, o.top_p, o.max_tokens, o.seed, o.last_turn, o.keep_truncated, o.chat_template_kwargs
         )
         skipped: Counter[str] = Counter()
-        prompts = load_prompts(options.prompts, options.limit, skipped)
+        prompts = load_prompts(o.prompts, o.limit, skipped)
         backend: Local | Server
-        if options.target is not None:
-            path, code = os.path.expanduser(options.target), options.trust_remote_code
-            backend = Local(path, settings, dtype=options.dtype, batch_size=options.batch_size, trust_remote_code=code)
+        if o.target is not None:
+            backend = Local(os.path.expanduser(o.target), settings, o.dtype, o.batch_size, o.trust_remote_code)
         else:
-            backend = Server(
-                options.base_url,
-                options.model,
-                settings,
-                key=os.environ.get(options.api_key_env, "").strip(),
-                concurrency=options.concurrency,
-                timeout=options.timeout,
-                retries=options.retries,
-            )
-        regenerate(prompts, options.out, backend, settings, skipped)
-        return 0
+            key = os.environ.get(o.api_key_env, "").strip()
+            backend = Server(o.base_url, o.model, settings, key, o.concurrency, o.timeout, o.retries)
+        regenerate(prompts, o.out, backend, settings, skipped)
 
     return run
-
-
-def _read_mapping(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"--chat-template-kwargs is {text!a}; give a JSON object")
-    return value
 
 
 def _export(parser: Parser) -> Callable[[Options], None]:
@@ -286,18 +291,17 @@ def _export(parser: Parser) -> Callable[[Options], None]:
     eagle3: for vLLM's --speculative-config '{"method": "eagle3", "parallel_drafting": true, ...}' (the default);
     speculators: for `vllm serve DIR`, which finds the target by itself, and for the speculators package.
     """
-    parser.add_argument("folder", metavar="FOLDER", help="a drafter's folder (final, best, checkpoint-N), or a run's")
-    parser.add_argument("--out", metavar="DIR", required=True, help="a new folder, or an empty one")
-    parser.add_argument("--format", choices=["eagle3", "speculators"], default="eagle3")
-    parser.add_argument("--check", action="store_true", help="print the table of the check")
-    parser.add_argument("--target", metavar="DIR", help="the target's folder; default: the recipe's")
-    parser.add_argument("--target-name", metavar="NAME", help="how the files name the target, such as org/my-llm")
-    parser.add_argument(
-        "--num-speculative-tokens", type=int, metavar="K", help="to serve with; default: the training's"
-    )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
-    parser.add_argument("--licence", "--license", metavar="ID", help="the model card's licence field, e.g. apache-2.0")
-    parser.add_argument("--measured", metavar="FILE", help="what `evaluate --json` wrote, for the model card")
+    add = parser.add_argument
+    add("folder", type=Path, metavar="FOLDER", help="a drafter's folder (final, best, checkpoint-N), or a run's")
+    add("--out", type=Path, metavar="DIR", required=True, help="a new folder, or an empty one")
+    add("--format", choices=["eagle3", "speculators"], default="eagle3")
+    add("--check", action="store_true", help="print the table of the check")
+    add("--target", type=Path, metavar="DIR", help="the target's folder; default: the recipe's")
+    add("--target-name", metavar="NAME", help="how the files name the target, such as org/my-llm")
+    add("--num-speculative-tokens", type=int, metavar="K", help="to serve with; default: the training's")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
+    add("--licence", "--license", metavar="ID", help="the model card's licence field, e.g. apache-2.0")
+    add("--measured", type=Path, metavar="FILE", help="what `evaluate --json` wrote, for the model card")
 
     def run(options: Options) -> None:
         import torch
@@ -306,15 +310,15 @@ def _export(parser: Parser) -> Callable[[Options], None]:
         from peagle_train.serving.export import export_drafter
 
         done = export_drafter(
-            Path(options.folder),
-            Path(options.out),
+            options.folder,
+            options.out,
             options.format,
-            target=Path(options.target) if options.target else None,
+            target=options.target,
             target_name=options.target_name,
             speculative_tokens=options.num_speculative_tokens,
             dtype=getattr(torch, options.dtype) if options.dtype else None,
             licence=options.licence,
-            measured=Path(options.measured) if options.measured else None,
+            measured=options.measured,
         )
         if options.check:
             print(table(done.findings))
@@ -334,16 +338,17 @@ def _check(parser: Parser) -> Callable[[Options], int]:
     Exit code 1: a drafter of another kind than this project's (layers that are not Llama's, windows, ...), which is not
     judged; 2: an engine would not load it.
     """
-    parser.add_argument("folder", metavar="FOLDER", help="a drafter's folder (final, best, checkpoint-N), or a run's")
-    parser.add_argument("--target", metavar="DIR", help="the target's folder, to check that the two fit")
+    add = parser.add_argument
+    add("folder", type=Path, metavar="FOLDER", help="a drafter's folder (final, best, checkpoint-N), or a run's")
+    add("--target", type=Path, metavar="DIR", help="the target's folder, to check that the two fit")
 
     def run(options: Options) -> int:
         from peagle_train.serving.check import check_folder, table, worst
         from peagle_train.serving.drafter_io import read_config
         from peagle_train.serving.export import find_drafter
 
-        folder = find_drafter(Path(options.folder))
-        findings = check_folder(folder, read_config(Path(options.target)) if options.target else None)
+        folder = find_drafter(options.folder)
+        findings = check_folder(folder, read_config(options.target) if options.target else None)
         print(table(findings))
         return {"BAD": 2, "????": 1}.get(worst(findings), 0)
 
@@ -360,22 +365,18 @@ def _import(parser: Parser) -> Callable[[Options], None]:
     What an EAGLE-3 drafter lacks is filled in, and said: embeddings and head from the target, mask_hidden at random. A
     recipe can name such a folder directly: draft.init_from=FOLDER.
     """
-    parser.add_argument("folder", metavar="FOLDER", help="the drafter's folder")
-    parser.add_argument("--out", metavar="DIR", required=True, help="a new folder, or an empty one")
-    parser.add_argument("--target", metavar="DIR", help="the target's folder, for embeddings and head")
-    parser.add_argument("--mask-token-id", type=int, metavar="N", help="where the drafter has none")
-    parser.add_argument("--seed", type=int, default=0, help="of mask_hidden where the drafter has none")
+    add = parser.add_argument
+    add("folder", type=Path, metavar="FOLDER", help="the drafter's folder")
+    add("--out", type=Path, metavar="DIR", required=True, help="a new folder, or an empty one")
+    add("--target", type=Path, metavar="DIR", help="the target's folder, for embeddings and head")
+    add("--mask-token-id", type=int, metavar="N", help="where the drafter has none")
+    add("--seed", type=int, default=0, help="of mask_hidden where the drafter has none")
 
     def run(options: Options) -> None:
         from peagle_train.serving.start import import_drafter
 
-        done = import_drafter(
-            Path(options.folder),
-            Path(options.out),
-            target=Path(options.target) if options.target else None,
-            mask_token_id=options.mask_token_id,
-            seed=options.seed,
-        )
+        o = options
+        done = import_drafter(o.folder, o.out, target=o.target, mask_token_id=o.mask_token_id, seed=o.seed)
         _print_notes(done.notes)
         print(f"imported to {done.folder}")
 
@@ -411,40 +412,33 @@ def _evaluate(parser: Parser) -> Callable[[Options], int]:
     Exit code 1: a greedy text is not the target's own and no tie of logits explains it, or vLLM parts from our decoder in
     float32 without a near-tie.
     """
-    parser.add_argument("checkpoint", help="a drafter's folder, such as runs/mine/final")
-    parser.add_argument("--prompts", nargs="+", required=True, metavar="WHAT", help="see above")
-    parser.add_argument("--target", metavar="DIR", help="the target's folder; default: the checkpoint's recipe's")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the target")
-    parser.add_argument("--compare", nargs="+", default=[], metavar="OTHER", help="other drafters, on the same texts")
-    parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="of each output (default 128)")
-    parser.add_argument("--limit", type=int, metavar="N", help="prompts of each data set")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default 0: greedy")
-    parser.add_argument(
-        "--likeliest-drafts", action="store_true", help="with T > 0: take the likeliest drafts, drawing none"
-    )
-    parser.add_argument("--k", type=int, metavar="K", help="slots of the decoding itself (default 5)")
-    parser.add_argument(
-        "--max-k", type=int, metavar="K", help="largest K reported (default: the recipe's num_depths, or an export's K)"
-    )
-    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32", "float64"])
-    parser.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
-    parser.add_argument("--plain", action="store_true", help="give prompts to the target without its chat template")
-    parser.add_argument("--prompt-tokens", type=int, metavar="N", help="for stdlib (default 256)")
-    parser.add_argument("--cuts", type=int, metavar="N", help="prompts of each module of stdlib (default 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of cuts, sampling and intervals")
-    parser.add_argument("--engine", choices=["vllm"], help="measure in vLLM too, beside our own decoder (see above)")
-    parser.add_argument(
-        "--base-url", metavar="URL", help="with --engine: a server that runs, such as http://localhost:8000"
-    )
-    parser.add_argument(
-        "--speed", action="store_true", help="with --engine: tokens per second with and without drafter"
-    )
-    parser.add_argument("--json", metavar="FILE", help="write everything, every prompt included")
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="a drafter's folder, such as runs/mine/final")
+    add("--prompts", nargs="+", required=True, metavar="WHAT", help="see above")
+    add("--target", metavar="DIR", help="the target's folder; default: the checkpoint's recipe's")
+    add("--trust-remote-code", action="store_true", help="run Python code that comes with the target")
+    add("--compare", nargs="+", type=Path, default=[], metavar="OTHER", help="other drafters, on the same texts")
+    add("--max-tokens", type=COUNT, default=128, metavar="N", help="of each output (default 128)")
+    add("--limit", type=COUNT, metavar="N", help="prompts of each data set")
+    add("--temperature", type=number(0, 100, float), default=0.0, metavar="T", help="default 0: greedy")
+    add("--likeliest-drafts", action="store_true", help="with T > 0: take the likeliest drafts, drawing none")
+    add("--k", type=COUNT, metavar="K", help="slots of the decoding itself (default 5)")
+    add("--max-k", type=COUNT, help="largest K reported (default: the recipe's num_depths, or an export's K)")
+    add("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32", "float64"])
+    add("--device", help="default: cuda if there is one, else cpu")
+    add("--plain", action="store_true", help="give prompts to the target without its chat template")
+    add("--prompt-tokens", type=COUNT, metavar="N", help="for stdlib (default 256)")
+    add("--cuts", type=COUNT, metavar="N", help="prompts of each module of stdlib (default 1)")
+    add("--seed", type=int, default=0, help="of cuts, sampling and intervals")
+    add("--engine", choices=["vllm"], help="measure in vLLM too, beside our own decoder (see above)")
+    add("--base-url", metavar="URL", help="with --engine: a server that runs, such as http://localhost:8000")
+    add("--speed", action="store_true", help="with --engine: tokens per second with and without drafter")
+    add("--json", type=Path, metavar="FILE", help="write everything, every prompt included")
 
     def run(options: Options) -> int:
-        from peagle_train.decoding.evaluate import run as measure
+        from peagle_train.decoding import evaluate
 
-        text, is_right = measure(options, Path(options.checkpoint))
+        text, is_right = evaluate.run(options)
         print(text)
         return 0 if is_right else 1
 
@@ -458,13 +452,14 @@ def _report(parser: Parser) -> Callable[[Options], None]:
 
     The page needs no other file. Needs matplotlib (the extra `report`).
     """
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folders of runs")
-    parser.add_argument("--out", default="report.html", metavar="FILE.html", help="default report.html")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folders of runs")
+    out = Path("report.html")
+    parser.add_argument("--out", type=Path, default=out, metavar="FILE.html", help=f"default {out}")
 
     def run(options: Options) -> None:
         from peagle_train.report import write_report
 
-        write_report([Path(name).expanduser() for name in options.runs], Path(options.out))
+        write_report([folder.expanduser() for folder in options.runs], options.out)
         print(options.out)
 
     return run
@@ -480,12 +475,13 @@ def _show_row(parser: Parser) -> Callable[[Options], None]:
     some anchors reads and predicts.
     """
     _add_recipe(parser)
-    parser.add_argument("--row", type=int, required=True, metavar="N", help="which sequence, from 0")
-    parser.add_argument("--held-out", action="store_true", help="of the held-out sequences")
-    parser.add_argument("--elements", action="store_true", help="what elements read and predict, too")
-    parser.add_argument("--anchors", type=_numbers, metavar="A,B,...", help="whose elements (default: the first few)")
-    parser.add_argument("--epoch", type=int, default=0, metavar="E", help="whose draw of elements (default: 0)")
-    parser.add_argument("--no-color", action="store_true", help="brackets on a terminal, too")
+    add = parser.add_argument
+    add("--row", type=int, required=True, metavar="N", help="which sequence, from 0")
+    add("--held-out", action="store_true", help="of the held-out sequences")
+    add("--elements", action="store_true", help="what elements read and predict, too")
+    add("--anchors", type=numbers, metavar="A,B,...", help="whose elements (default: the first few)")
+    add("--epoch", type=int, default=0, metavar="E", help="whose draw of elements (default: 0)")
+    add("--no-color", action="store_true", help="brackets on a terminal, too")
 
     def run(options: Options) -> None:
         from peagle_train.config import load_recipe
@@ -505,10 +501,6 @@ def _show_row(parser: Parser) -> Callable[[Options], None]:
     return run
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",") if part.strip()]
-
-
 def _show_batch(parser: Parser) -> Callable[[Options], None]:
     """Draw a sequence's flat batch: who sees whom, and what each segment runs and reads.
 
@@ -520,9 +512,10 @@ def _show_batch(parser: Parser) -> Callable[[Options], None]:
     tokenizer and config.json are read. Needs matplotlib (the extra `report`).
     """
     _add_recipe(parser, "?")
-    parser.add_argument("--example", action="store_true", help="two short documents of words, K = 4, S = 3")
-    parser.add_argument("--row", type=int, default=0, metavar="N", help="which sequence, from 0 (default 0)")
-    parser.add_argument("--out", default="batch.png", metavar="FILE.png", help="default batch.png")
+    add = parser.add_argument
+    add("--example", action="store_true", help="two short documents of words, K = 4, S = 3")
+    add("--row", type=int, default=0, metavar="N", help="which sequence, from 0 (default 0)")
+    add("--out", type=Path, default=Path("batch.png"), metavar="FILE.png", help="default batch.png")
 
     def run(options: Options) -> None:
         if bool(options.recipe) == options.example:
@@ -531,7 +524,7 @@ def _show_batch(parser: Parser) -> Callable[[Options], None]:
         from peagle_train.show import write_picture
 
         recipe = load_recipe(options.recipe, options.overrides) if options.recipe else None
-        print(f"{options.out}: {write_picture(recipe, options.row, Path(options.out))}")
+        print(f"{options.out}: {write_picture(recipe, options.row, options.out)}")
 
     return run
 
@@ -545,11 +538,7 @@ def _recipes(parser: Parser) -> Callable[[Options], None]:
     parser.add_argument("name", nargs="?", metavar="NAME", help="print this one")
 
     def run(options: Options) -> None:
-        here = Path(__file__).parent
-        folder = (
-            here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"
-        )  # in a wheel, in a checkout
-        found = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+        found = shipped_recipes()
         if options.name is None:
             for name, path in found.items():
                 print(f"{name:20} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
@@ -580,6 +569,12 @@ COMMANDS: dict[str, Callable[[Parser], Callable[[Options], int | None]]] = {
 RESUMES = {"cache": "; the same command resumes", "regenerate": "; the same command resumes"}
 
 
+def _is_mistyped(name: str) -> bool:
+    """Whether a first argument is neither an option, an override nor a recipe's path or name."""
+    is_other = name.startswith("-") or "=" in name or name.endswith((".yaml", ".yml"))
+    return not is_other and not os.path.exists(recipe_path(name))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """`peagle-train COMMAND ...`; other arguments are those of `train`, as in `python -m peagle_train RECIPE`."""
     given = sys.argv[1:] if arguments is None else arguments
@@ -592,6 +587,9 @@ def main(arguments: list[str] | None = None) -> int:
     name, *rest = given if given[0] in COMMANDS else ("train", *given)
 
     def work() -> int | None:
+        if name != given[0] and _is_mistyped(given[0]):
+            meant = difflib.get_close_matches(given[0], COMMANDS, n=1) or ["--help"]
+            raise ValueError(f"no command or recipe is called {given[0]!a}; did you mean peagle-train {meant[0]}?")
         summary, _, details = (COMMANDS[name].__doc__ or "").partition("\n\n")
         parser = Parser(
             prog=f"peagle-train {name}",
@@ -601,8 +599,6 @@ def main(arguments: list[str] | None = None) -> int:
         )
         run = COMMANDS[name](parser)
         options = parser.parse_intermixed_args(_close_resume(rest) if name == "train" else rest)
-        import logging
-
         logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
         return run(options)
 

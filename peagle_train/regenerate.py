@@ -39,6 +39,11 @@ HOPELESS = 20
 """Prompts refused in a row from the start, without one answer, after which a run stops."""
 NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 """Sent to servers, whose defaults for these are the target's generation_config.json's. Not all servers know them."""
+REMEDIES = {
+    "truncated": "raise --max-tokens, or give --keep-truncated",
+    "loop": "raise --temperature",
+    "no recorded answers": "leave out --last-turn",
+}
 LOOP_CHARACTERS, LOOP_REPEATS, LOOP_PERIOD = 200, 4, 1000
 LINE_CHARACTERS, LINE_REPEATS, LINE_SHARE = 20, 8, 0.5
 
@@ -54,7 +59,6 @@ class Answer(NamedTuple):
     content: str
     finish_reason: str | None = "stop"  # the server's: stop, length, ...; refused where it would not answer
     reasoning: str | None = None  # where the server tells it apart
-    tokens: int = 0  # generated; 0 where the server does not say
     detail: str = ""  # why it was refused
 
 
@@ -66,12 +70,12 @@ class Result(NamedTuple):
     detail: str
 
 
-Chat = Generator[Ask, Answer, Result]
+Chat = Generator[Ask, Answer | None, Result]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to ask. ValueError for a value that is not allowed."""
+    """How to ask."""
 
     temperature: float
     top_p: float
@@ -81,16 +85,8 @@ class Settings:
     keep_truncated: bool  # keep an answer that max_tokens cut, as its conversation's last
     template_kwargs: dict[str, Any]  # variables of the chat template, such as enable_thinking
 
-    def __post_init__(self) -> None:
-        if not (0 <= self.temperature <= 100 and 0 < self.top_p <= 1):
-            raise ValueError(
-                f"--temperature is {self.temperature}, --top-p {self.top_p}; give 0 (the likeliest token) to 100, and"
-                " more than 0 and at most 1"
-            )
-        if self.max_tokens < 1 or not 0 <= self.seed < 2**63:
-            raise ValueError(
-                f"--max-tokens is {self.max_tokens}, --seed {self.seed}; give 1 or more, and 0 to 2**63 - 1"
-            )
+
+# Prompts
 
 
 class Prompt(NamedTuple):
@@ -109,14 +105,11 @@ def load_prompts(name_or_path: str, limit: int | None = None, skipped: Counter[s
     counted in `skipped` by reason, the first of each logged. ValueError, one line, for what cannot be read; without
     `skipped` for such rows, too.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"the limit of prompts is {limit}; give 1 or more")
     path, prompts = find_file(name_or_path), dict[str, Prompt]()
     for raw in read_examples([SourceFile(path, path, "json" if path.endswith(".json") else "jsonl")]):
         try:
             prompt = _prompt(raw, prompts)
-        except (BadRow, RecursionError) as given:
-            error = given if isinstance(given, BadRow) else BadRow(FORMAT, "values are nested too deeply")
+        except BadRow as error:
             if skipped is None:
                 raise ValueError(f"{raw.where}: this row cannot be asked ({error})") from None
             if not skipped[error.reason]:
@@ -190,6 +183,9 @@ def _prompt(raw: RawExample, taken: Container[str]) -> Prompt:
     return Prompt(f"{id} (line {line})" if id in taken else id, tuple(turns), tuple(answers))
 
 
+# Conversations
+
+
 def fault(answer: Answer, keep_truncated: bool = False) -> str | None:
     """Why an answer is unfit for training, in a word or two; None for a good one."""
     text = answer.content + (answer.reasoning or "")
@@ -232,7 +228,7 @@ def converse(prompt: Prompt, number: int, model: str, settings: Settings) -> Cha
     """The conversation that a prompt leads to, up to its first unfit answer. `number` is its place among the prompts."""
     messages: list[Message] = []
     finish_reasons: list[str | None] = []
-    tokens, why, detail = 0, None, ""
+    why, detail = None, ""
     for turn, (asked, recorded) in enumerate(zip(prompt.turns, prompt.answers)):
         is_last = turn == len(prompt.turns) - 1
         if settings.last_turn and not is_last:
@@ -243,22 +239,24 @@ def converse(prompt: Prompt, number: int, model: str, settings: Settings) -> Cha
             continue
         context = [{"role": message["role"], "content": message["content"]} for message in [*messages, *asked]]
         answer = yield context, random.Random(f"{settings.seed},{number},{turn}").getrandbits(31)
+        assert answer is not None
         why, detail = fault(answer, settings.keep_truncated), answer.detail
         if why is not None:
             break
         thoughts = {"reasoning_content": answer.reasoning} if answer.reasoning else {}
         messages += [*asked, {"role": "assistant", "content": answer.content, **thoughts}]
         finish_reasons.append(answer.finish_reason)
-        tokens += answer.tokens
         if answer.finish_reason == "length":  # kept: but no answer to a later question would follow from it
             why = None if is_last else "truncated"
             break
-    how = {key: getattr(settings, key) for key in ("temperature", "top_p", "max_tokens", "seed")}
-    generated = {"model": model, **how, "finish_reasons": finish_reasons, "tokens": tokens, "cut": why}
     # Training renders a row with its own variables of the template, so that it reads what the target has read.
     variables = {"chat_template_kwargs": settings.template_kwargs} if settings.template_kwargs else {}
+    generated = {"model": model, "finish_reasons": finish_reasons, "cut": why}
     row = {"id": prompt.id, "messages": messages, **variables, "generated": generated}
     return Result(row if finish_reasons else None, why, f"prompt {prompt.id} is {why}: {detail}")
+
+
+# Who answers
 
 
 class Server:
@@ -269,14 +267,12 @@ class Server:
     """
 
     def __init__(
-        self, url: str, model: str, settings: Settings, *, key: str, concurrency: int, timeout: float, retries: int
+        self, url: str, model: str, settings: Settings, key: str, concurrency: int, timeout: float, retries: int
     ) -> None:
         try:
             import openai
         except ImportError:
             raise ValueError("--base-url takes the package openai, which is missing: pip install openai") from None
-        if concurrency < 1 or timeout <= 0 or retries < 0:
-            raise ValueError("--concurrency must be 1 or more, --timeout more than 0, --retries 0 or more")
         self.url, self.model, self.key, self.openai = url, model, key, openai
         self.concurrency, self.batch_size = concurrency, 1
         # A proxy of the environment does not know this machine.
@@ -334,8 +330,7 @@ class Server:
             )
         # vLLM renamed the field; older ones and SGLang say reasoning_content.
         reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
-        tokens = reply.usage.completion_tokens if reply.usage else 0
-        return Answer(message.content or "", "tool_calls" if message.tool_calls else finish_reason, reasoning, tokens)
+        return Answer(message.content or "", "tool_calls" if message.tool_calls else finish_reason, reasoning)
 
     def _line(self, error: Exception) -> str:
         """One short line without the key, which some servers repeat."""
@@ -350,7 +345,7 @@ class Local:
         ValueError: one line, for a folder that cannot be asked.
     """
 
-    def __init__(self, path: str, settings: Settings, *, dtype: str, batch_size: int, trust_remote_code: bool) -> None:
+    def __init__(self, path: str, settings: Settings, dtype: str, batch_size: int, trust_remote_code: bool) -> None:
         import torch
         from transformers import GenerationConfig
         from transformers.utils.logging import disable_progress_bar
@@ -358,8 +353,6 @@ class Local:
         from peagle_train.data.vocab import eos_token_ids, load_tokenizer
         from peagle_train.target_model.loading import load_model, resolve_dtype
 
-        if batch_size < 1:
-            raise ValueError(f"--batch-size is {batch_size}; give 1 or more")
         if not sys.stderr.isatty():
             disable_progress_bar()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -420,26 +413,26 @@ class Local:
         for ids in out[:, P:].tolist():
             end = next((at for at, token in enumerate(ids) if token in self.end_ids), None)
             text = self.tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            yield Answer(text, "length", tokens=len(ids)) if end is None else Answer(text, tokens=end + 1)
+            yield Answer(text, "length" if end is None else "stop")
+
+
+# A run
 
 
 def converse_all(backend: Server | Local, chats: Sequence[Chat]) -> Generator[Result, None, None]:
     """Results as they come. The chats of a batch go from turn to turn together; a thread keeps its batch to the end."""
 
-    def advance(chat: Chat, answer: Answer | None) -> Ask | Result:
-        try:
-            return chat.send(answer)  # type: ignore[arg-type]  # None starts it
-        except StopIteration as end:
-            result: Result = end.value
-            return result
-
     def work(batch: Sequence[Chat]) -> list[Result]:
-        results, steps = list[Result](), [(chat, advance(chat, None)) for chat in batch]
-        while steps:
-            results += [step for _, step in steps if isinstance(step, Result)]
-            asked = [(chat, step) for chat, step in steps if not isinstance(step, Result)]
-            answers = backend.answers([ask for _, ask in asked])
-            steps = [(chat, advance(chat, answer)) for (chat, _), answer in zip(asked, answers)]
+        results, answers = list[Result](), list[Answer | None]([None] * len(batch))  # None starts a chat
+        while batch:
+            asks, asked = list[Ask](), list[Chat]()
+            for chat, answer in zip(batch, answers):
+                try:
+                    asks.append(chat.send(answer))
+                    asked.append(chat)
+                except StopIteration as end:
+                    results.append(end.value)
+            batch, answers = asked, [*backend.answers(asks)]
         return results
 
     batches = [chats[first : first + backend.batch_size] for first in range(0, len(chats), backend.batch_size)]
@@ -462,7 +455,7 @@ def regenerate(
     """
     digest = sha256(json.dumps(prompts).encode()).hexdigest()
     record = {"prompts": digest, "count": len(prompts), **backend.record, **asdict(settings)}
-    report: dict[str, Any] = {"settings": record, "prompts": len(prompts), "rows": 0, "answers": 0, "tokens": 0}
+    report: dict[str, Any] = {"settings": record, "prompts": len(prompts), "rows": 0}
     report |= {"cut": Counter[str](), "dropped": Counter[str](), "skipped": skipped}
     partial, report_path = partial_path(out), out.with_name(out.name + ".report.json")
     if out.exists() or partial.exists():
@@ -508,16 +501,16 @@ def _ask(results: Generator[Result, None, None], file: IO[bytes], report: dict[s
             if dropped["refused"] == bar.n == min(HOPELESS, total):
                 raise ValueError(f"the first {bar.n} prompts are all refused; the last {result.detail}")
     if not report["rows"]:
-        raise ValueError(f"no prompt got a usable answer ({_describe(report)})")
+        remedy = REMEDIES.get(
+            max(dropped, key=dropped.get), "see whether it is instruction-tuned, its chat template right"
+        )
+        raise ValueError(f"no prompt got a usable answer ({_describe(report)}): {remedy}")
 
 
 def _count(report: dict[str, Any], row: dict[str, Any]) -> None:
-    generated = row["generated"]
     report["rows"] += 1
-    report["answers"] += len(generated["finish_reasons"])
-    report["tokens"] += generated["tokens"]
-    if generated["cut"]:
-        report["cut"][generated["cut"]] += 1
+    if row["generated"]["cut"]:
+        report["cut"][row["generated"]["cut"]] += 1
 
 
 def _describe(report: dict[str, Any]) -> str:
@@ -525,7 +518,7 @@ def _describe(report: dict[str, Any]) -> str:
     text = f"{report['rows']} of {report['rows'] + report['dropped'].total()} prompts written"
     for what in ("cut", "dropped", "skipped"):
         text += f", {report[what].total()} {what} ({_reasons(report[what])})" if report[what] else ""
-    return f"{text}; {report['answers']} answers, {report['tokens']} tokens"
+    return text
 
 
 def _check_same(report_path: Path, record: dict[str, Any]) -> None:

@@ -44,16 +44,12 @@ pre { background: #f5f7f8; padding: .8em 1em; overflow-x: auto; } summary { curs
 class Run:
     """The content of one output folder."""
 
-    name: str
-    """The folder as given."""
+    name: str  # the folder as given
     train: list[Line]
     eval: list[Line]
-    skipped: list[Line]
-    """Steps that were not applied."""
-    summary: Line
-    """run.json."""
-    about: Line
-    """about.json."""
+    skipped: list[Line]  # steps that were not applied
+    summary: Line  # run.json
+    about: Line  # about.json
     recipe: dict[str, dict[str, Any]]
 
     @property

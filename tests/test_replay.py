@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from peagle_train.decoding.generate import CachedTarget, Chance, Decoded, Drafter, decode, distribution
-from peagle_train.decoding.measure import difference_interval, ratio_interval
+from peagle_train.decoding.measure import ratio_interval
 from peagle_train.decoding.replay import ANCHORS_AT_A_TIME, Tally, accept_probabilities, repeats, replay, tally_run
 from peagle_train.target_model.frozen import FrozenTarget
 from tests.helpers import make_draft, seeded
@@ -24,8 +24,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> FrozenTarget:
 def agreeing_draft(llama: FrozenTarget, prompt: list[int], n: int) -> Any:
     """A drafter that is right now and then: its head's rows are trained on the target's own text for a few steps."""
     draft = make_draft(vocab_size=VOCAB, target_hidden_size=16, ptd_token_id=MASK, draft_vocab_size=VOCAB)
-    with CachedTarget(llama) as target:
-        text = decode(target, Drafter(draft, 1), prompt, n, chance=Chance(seeded(0)))
+    target = CachedTarget(llama)
+    text = decode(target, Drafter(draft, 1), prompt, n, chance=Chance(seeded(0)))
     from peagle_train.decoding.replay import slot_logits
 
     K, first = 5, len(prompt) - 1
@@ -52,15 +52,12 @@ def agreeing_draft(llama: FrozenTarget, prompt: list[int], n: int) -> Any:
 
 
 def test_replay_of_every_k_is_a_decoding_of_its_own(llama):
-    n, K_max = ANCHORS_AT_A_TIME + 11, 5
+    n, K_max = ANCHORS_AT_A_TIME + 3, 4
     draft = agreeing_draft(llama, PROMPT, n + K_max)
-    with CachedTarget(llama) as target:
-        runs = {
-            K: decode(target, Drafter(draft, K), PROMPT, n + K_max, chance=Chance(seeded(0)))
-            for K in range(1, K_max + 1)
-        }
+    target = CachedTarget(llama)
+    runs = {K: decode(target, Drafter(draft, K), PROMPT, n + K_max, chance=Chance(seeded(0))) for K in (1, 2, K_max)}
     apart = [i % 7 == 3 for i in range(n + K_max)]
-    for text in (runs[3], runs[5]):
+    for text in (runs[1], runs[K_max]):
         accept = accept_probabilities(draft, text, K_max)
         assert set(accept.unique().tolist()) == {0.0, 1.0}
         for K, run in runs.items():
@@ -77,8 +74,8 @@ def test_replay_of_every_k_is_a_decoding_of_its_own(llama):
 @pytest.mark.parametrize("sample_drafts", [True, False])
 def test_accept_probabilities_are_those_of_drafts_made_one_by_one(llama, prompt, sample_drafts):
     K, draft, T = 3, tiny_draft(), 0.8
-    with CachedTarget(llama) as target:
-        text = decode(target, Drafter(draft, K), prompt, 12, temperature=T, chance=Chance(seeded(4)))
+    target = CachedTarget(llama)
+    text = decode(target, Drafter(draft, K), prompt, 12, temperature=T, chance=Chance(seeded(4)))
     accept = accept_probabilities(draft, text, K, T, sample_drafts)
     ids, ids_of = [*text.prompt, *text.tokens], draft.draft_token_ids.tolist()
     for i in range(len(text.tokens) - 1):
@@ -92,7 +89,7 @@ def test_accept_probabilities_are_those_of_drafts_made_one_by_one(llama, prompt,
             assert float(accept[i, k]) == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.parametrize("K, n, sample_drafts", [(1, 4, True), (2, 4, True), (2, 3, False)])
+@pytest.mark.parametrize("K, n, sample_drafts", [(1, 4, True), (2, 3, True), (2, 3, False)])
 def test_replay_expects_what_sampling_does_given_its_text(K, n, sample_drafts):
     """By visiting every outcome: for each text, passes, tokens and accepted slots of all decodings that give it."""
     target, drafter = ToyTarget(), ToyDrafter(K)
@@ -123,7 +120,7 @@ def test_replay_expects_what_sampling_does_given_its_text(K, n, sample_drafts):
         assert found.tokens == pytest.approx(expected.tokens, abs=1e-12), text
         assert found.accepted == pytest.approx(expected.accepted, abs=1e-12), text
         partly += any(0 < a < found.passes for a in found.accepted)
-    assert partly > 2 or not sample_drafts
+    assert partly > 0 or not sample_drafts
 
 
 def test_a_draft_that_reaches_the_end_token_gives_no_token_of_the_targets():
@@ -174,7 +171,7 @@ def test_a_paired_interval_is_narrow_where_two_drafters_differ_by_the_same_every
     passes = [20.0, 31.0, 25.0, 40.0]
     tokens = [22.0, 60.0, 30.0, 79.0]
     better = [t + 0.1 * p for t, p in zip(tokens, passes)]
-    low, high = difference_interval(better, passes, tokens, passes)
+    low, high = ratio_interval(better, passes, less=(tokens, passes))
     assert low == pytest.approx(0.1) and high == pytest.approx(0.1)
     wide = ratio_interval(tokens, passes)
     assert wide[1] - wide[0] > 0.2

@@ -124,18 +124,18 @@ class Recorded(Drafter):
 def by_ours(target: FrozenTarget, draft: PEagleDraft, K: int) -> tuple[Decoding, list[list[tuple[int, Tensor]]]]:
     """Prompt by prompt; and of every draft how many tokens were out before it, and its logits [K, Vd]."""
     result, logits = Decoding([], [], 0, [0] * K), []
-    with CachedTarget(target) as cached:
-        for prompt in PROMPTS:
-            drafter = Recorded(draft, K)
-            # longer than asked for, so that the draft after the end is made as well
-            decoded = decode(cached, drafter, prompt, TOKENS + K + 1, chance=Chance(seeded(0)))
-            verified = [accepted for bonus_at, accepted in decoded.passes if bonus_at < TOKENS - 1]
-            result.texts.append(decoded.tokens[:TOKENS])
-            out = [bonus_at + 1 for bonus_at, _ in decoded.passes][: len(verified) + 1]
-            logits.append(list(zip(out, drafter.logits)))
-            result.drafts.append([drafter.token_ids[slots.argmax(-1)].tolist() for _, slots in logits[-1]])
-            result.num_drafts += len(verified)
-            result.accepted = [n + sum(a > k for a in verified) for k, n in enumerate(result.accepted)]
+    cached = CachedTarget(target)
+    for prompt in PROMPTS:
+        drafter = Recorded(draft, K)
+        # longer than asked for, so that the draft after the end is made as well
+        decoded = decode(cached, drafter, prompt, TOKENS + K + 1, chance=Chance(seeded(0)))
+        verified = [accepted for bonus_at, accepted in decoded.passes if bonus_at < TOKENS - 1]
+        result.texts.append(decoded.tokens[:TOKENS])
+        out = [bonus_at + 1 for bonus_at, _ in decoded.passes][: len(verified) + 1]
+        logits.append(list(zip(out, drafter.logits)))
+        result.drafts.append([drafter.token_ids[slots.argmax(-1)].tolist() for _, slots in logits[-1]])
+        result.num_drafts += len(verified)
+        result.accepted = [n + sum(a > k for a in verified) for k, n in enumerate(result.accepted)]
     return result, logits
 
 
@@ -162,8 +162,8 @@ def taught(folder: Path, target: Path, **changes: Any) -> PEagleDraft:
     shape |= {"intermediate_size": 80, "max_position_embeddings": 256, "eagle_aux_hidden_state_layer_ids": [1, 2, 4]}
     draft = make_draft(torch.float32, **{**shape, **changes})
     frozen = FrozenTarget.load(str(target), dtype="float32", layer_ids=draft.config.eagle_aux_hidden_state_layer_ids)
-    with CachedTarget(frozen) as cached:
-        texts = [prompt + greedy_tokens(cached, prompt, TRAINED_LENGTH, frozenset()) for prompt in PROMPTS[:2]]
+    cached = CachedTarget(frozen)
+    texts = [prompt + greedy_tokens(cached, prompt, TRAINED_LENGTH, frozenset()) for prompt in PROMPTS[:2]]
     occurring = {token for text in texts for token in text}
     ids = sorted(range(VOCAB), key=lambda token: (token not in occurring, token))
     draft.set_draft_vocab(torch.tensor(sorted(ids[: draft.config.draft_vocab_size])))

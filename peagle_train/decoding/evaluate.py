@@ -1,9 +1,9 @@
 """`peagle-train evaluate` without its arguments: load, measure, write the report."""
 
 import logging
-import math
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from peagle_train.data.documents import STDLIB
 from peagle_train.data.vocab import load_tokenizer
 from peagle_train.decoding import vllm
 from peagle_train.decoding.measure import (
-    Case,
     Measurement,
     Settings,
     checks,
@@ -35,21 +34,20 @@ from peagle_train.target_model.frozen import FrozenTarget
 logger = logging.getLogger(__name__)
 
 
-def run(options: Namespace, folder: Path) -> tuple[str, bool]:
+def run(options: Namespace) -> tuple[str, bool]:
     """Measure as the command line says; returns the report for a person, and whether every greedy text is right.
 
     Raises:
         ValueError: for a user's mistake.
     """
-    _check_options(options)
-    folders = [find_drafter(Path(given)) for given in (folder, *options.compare)]
+    check_options(options)
+    folders = [find_drafter(folder) for folder in (options.checkpoint, *options.compare)]
     folder, recipes = folders[0], [_recipe(f) for f in folders]
     recipe = recipes[0]
     path = options.target or (recipe.target.path if recipe else None)
-    if path is None:
-        raise ValueError(f"{folder} has no recipe.yaml that names its target: give --target DIR")
-    if not Path(path).is_dir():
-        raise ValueError(f"target {path} is no folder: give --target DIR")
+    if path is None or not Path(path).is_dir():
+        named = f"{folder} has no recipe.yaml that names its target" if path is None else f"target {path} is no folder"
+        raise ValueError(f"{named}: give --target DIR")
     device = _device(options.device)
     drafts = [load_drafter(f) for f in folders]
     if STDLIB in options.prompts:
@@ -74,22 +72,35 @@ def run(options: Namespace, folder: Path) -> tuple[str, bool]:
         logger.warning("%s's recipe trusts code of %s: give --trust-remote-code if you do, too", folder, path)
     # before the target, which may take minutes to load
     tokenizer = load_tokenizer(path, trusted)
-    cases, notes = _cases(options, recipe, tokenizer, drafts[0].config.vocab_size)
+    found = [
+        load_cases(
+            name,
+            tokenizer,
+            limit=options.limit,
+            plain=options.plain,
+            seed=options.seed,
+            recipe=recipe,
+            prompt_tokens=options.prompt_tokens or 256,
+            vocab_size=drafts[0].config.vocab_size,
+            cuts=options.cuts or 1,
+        )
+        for name in options.prompts
+    ]
+    names = [cases[0].data_set for cases, _ in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two of --prompts are called {twice[0]}: give files of different names, each once")
     if not sys.stderr.isatty():
         disable_progress_bar()
     if not options.target:
         print(f"target: {path}, as the recipe beside {folder} says", file=sys.stderr, flush=True)
-    target = FrozenTarget.load(
-        path,
-        dtype=options.dtype,
-        device=device,
-        layer_ids=drafts[0].config.eagle_aux_hidden_state_layer_ids,
-        trust_remote_code=trusted,
-    )
+    layer_ids = drafts[0].config.eagle_aux_hidden_state_layer_ids
+    target = FrozenTarget.load(path, dtype=options.dtype, device=device, layer_ids=layer_ids, trust_remote_code=trusted)
     target.check()
     eos = target.eos_token_ids()
     measurement = Measurement(target, list(zip(drafts, largest)), settings, tokenizer=tokenizer, eos=eos)
-    results = measurement(cases, say=lambda line: print(line, file=sys.stderr, flush=True))
+    results = measurement(
+        [case for cases, _ in found for case in cases], say=lambda line: print(line, file=sys.stderr, flush=True)
+    )
     if not results:
         raise ValueError(f"no prompt was left to measure on: {measurement.left_out}")
     evaluations = [read_run(f).evaluation or {} for f in folders]
@@ -98,7 +109,7 @@ def run(options: Namespace, folder: Path) -> tuple[str, bool]:
         "target": str(path),
         "dtype": str(drafts[0].dtype)[6:],
         "settings": vars(settings) | {"prompts": options.prompts, "limit": options.limit, "plain": options.plain},
-        "prompts": notes,
+        "prompts": [note for _, note in found],
         "left_out": measurement.left_out,
         "figures": [summarize(results, i, options.seed, e.get("accuracy", [])) for i, e in enumerate(evaluations)],
         "decoding": run_figures(results, options.seed),
@@ -117,20 +128,15 @@ def run(options: Namespace, folder: Path) -> tuple[str, bool]:
         plain = vllm.LocalEngine(path, None, *arguments) if options.speed else None
         report["vllm"] = vllm.measure(engine, plain, results, settings.max_tokens, eos, report["dtype"], options.seed)
     if options.json:
-        write_json(Path(options.json), report)
+        write_json(options.json, report)
     is_right = not report["checks"]["texts"]["bug"]
     if "vllm" in report and report["dtype"] == "float32":
         is_right &= not report["vllm"]["prompts"]["other"]
     return describe(report), is_right
 
 
-def _check_options(options: Namespace) -> None:
-    """ValueError for what can be refused before anything is loaded."""
-    for name in ("max_tokens", "limit", "k", "max_k", "prompt_tokens", "cuts"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; give 1 or more")
-    if not 0 <= options.temperature < math.inf:
-        raise ValueError(f"--temperature is {options.temperature}; give 0 (greedy) or more")
+def check_options(options: Namespace) -> None:
+    """ValueError for options that do not go together, before anything is loaded."""
     if STDLIB not in options.prompts and (options.cuts or options.prompt_tokens):
         raise ValueError(f"--cuts and --prompt-tokens are for the prompts {STDLIB} alone: leave them out")
     if options.likeliest_drafts and not options.temperature:
@@ -140,11 +146,10 @@ def _check_options(options: Namespace) -> None:
     elif options.base_url or options.speed:
         raise ValueError("--base-url and --speed are for --engine vllm alone: give it, or leave them out")
     if options.json:
-        path = Path(options.json)
-        if path.is_dir() or not path.absolute().parent.is_dir():
-            raise ValueError(f"--json {path} is a folder or lies in none; give a file's name")
-        partial_path(path).touch()  # an OSError now, not when everything has been measured
-        partial_path(path).unlink()
+        if options.json.is_dir() or not options.json.absolute().parent.is_dir():
+            raise ValueError(f"--json {options.json} is a folder or lies in none; give a file's name")
+        partial_path(options.json).touch()  # an OSError now, not when everything has been measured
+        partial_path(options.json).unlink()
 
 
 def _device(given: str | None) -> torch.device:
@@ -154,43 +159,18 @@ def _device(given: str | None) -> torch.device:
         check_device(torch.device(name))
         torch.zeros(1, device=name).item()
     except Exception as error:  # whatever a device's runtime raises
-        raise ValueError(
-            f"--device {name} cannot be used ({one_line(error, 200)}): give cpu, or leave it out"
-        ) from None
+        reason = one_line(error, 200)
+        raise ValueError(f"--device {name} cannot be used ({reason}): give cpu, or leave it out") from None
     return torch.device(name)
-
-
-def _cases(options: Namespace, recipe: Recipe | None, tokenizer: Any, vocab_size: int) -> tuple[list[Case], list[str]]:
-    cases: list[Case] = []
-    notes: list[str] = []
-    for name in options.prompts:
-        more, note = load_cases(
-            name,
-            tokenizer,
-            limit=options.limit,
-            plain=options.plain,
-            seed=options.seed,
-            recipe=recipe,
-            prompt_tokens=options.prompt_tokens or 256,
-            vocab_size=vocab_size,
-            cuts=options.cuts or 1,
-        )
-        if more and more[0].data_set in {case.data_set for case in cases}:
-            raise ValueError(
-                f"two of --prompts are called {more[0].data_set}: give files of different names, each once"
-            )
-        cases += more
-        notes.append(note)
-    return cases, notes
 
 
 def _recipe(folder: Path) -> Recipe | None:
     """The recipe beside a drafter, or of its run; None if there is none."""
     found = [path for path in (folder / "recipe.yaml", folder.parent / "recipe.yaml") if path.is_file()]
-    return load_recipe(str(found[0]), []) if found else None
+    return load_recipe(found[0]) if found else None
 
 
-def check_same_split(folders: list[Path], recipes: list[Recipe | None]) -> None:
+def check_same_split(folders: Sequence[Path], recipes: Sequence[Recipe | None]) -> None:
     """ValueError if another drafter may have learned from what the first one's recipe holds out."""
     fractions = [r.data.eval_fraction if r and not r.data.eval_sources else 0.0 for r in recipes]
     for folder, fraction in zip(folders, fractions):
@@ -212,7 +192,7 @@ def num_depths(folder: Path, recipe: Recipe | None) -> int | None:
 def describe(report: dict[str, Any]) -> str:
     """What was measured, in lines and one table a drafter."""
     s = report["settings"]
-    how = "greedy" if s["temperature"] == 0 else f"temperature {s['temperature']:g}"
+    how = f"temperature {s['temperature']:g}" if s["temperature"] else "greedy"
     if s["temperature"] and not s["sample_drafts"]:
         how += ", likeliest drafts"
     lines = [*report["prompts"]]

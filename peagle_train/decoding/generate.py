@@ -9,11 +9,9 @@ K: slots, n: tokens of a call, T: the target's hidden size, F = 3T: feature size
 draft vocabulary.
 """
 
-import inspect
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +19,12 @@ from transformers import DynamicCache
 
 from peagle_train.core.draft import KV, PEagleDraft
 from peagle_train.core.visibility import Causal
+from peagle_train.target_model.chunks import cache_argument
 from peagle_train.target_model.frozen import FrozenTarget
 
 
 class CachedTarget:
-    """A frozen target over one growing text. A context manager: inside, hooks keep the three layers' inputs.
+    """A frozen target over one growing text.
 
     Its cache keeps all tokens in every layer, in sliding ones too (whose masks transformers makes from the config), so that
     any number of tokens can be removed again.
@@ -33,23 +32,7 @@ class CachedTarget:
 
     def __init__(self, target: FrozenTarget) -> None:
         self.target = target
-        names = inspect.signature(target.base.forward).parameters
-        self._cache_name = "cache" if "cache" in names else "past_key_values"  # transformers renamed it
-        self._kept: list[Tensor] = []
-        self._handles: list[Any] = []
         self.clear()
-
-    def __enter__(self) -> "CachedTarget":
-        for layer in self.target.layer_ids:  # ascending, so that the kept ones are in the features' order
-            self._handles.append(self.target.layers[layer].register_forward_pre_hook(self._keep, with_kwargs=True))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        while self._handles:
-            self._handles.pop().remove()
-
-    def _keep(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._kept.append(args[0] if args else kwargs["hidden_states"])
 
     def clear(self) -> None:
         """Start a new text."""
@@ -63,20 +46,26 @@ class CachedTarget:
         Returns:
             features [n, F] of these tokens, and the logits [num_logits, V] of the last ones, in the target's dtype.
         """
-        assert self._handles, "a CachedTarget is used in a with block"
-        device = self.target.device
-        position_n = torch.arange(self.length, self.length + len(tokens), device=device)
-        self._kept.clear()
-        result = self.target.base(
-            input_ids=torch.tensor([tokens], dtype=torch.int64, device=device),
-            position_ids=position_n[None],
+        target, kept = self.target, list[Tensor]()
+
+        def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            kept.append(args[0] if args else kwargs["hidden_states"])
+
+        # ascending, so that the kept ones are in the features' order
+        layers = [target.layers[layer] for layer in target.layer_ids]
+        hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
+        last_1nT = target.base(
+            input_ids=torch.tensor([tokens], dtype=torch.int64, device=target.device),
+            position_ids=torch.arange(self.length, self.length + len(tokens), device=target.device)[None],
             attention_mask=None,
             use_cache=True,
-            **{self._cache_name: self._cache},
-        )
+            **{str(cache_argument(target.base)): self._cache},
+        ).last_hidden_state
+        for hook in hooks:
+            hook.remove()
         self.length += len(tokens)
-        features_nF = torch.cat([hidden[0] for hidden in self._kept], dim=-1)
-        return features_nF, self.target.head(result.last_hidden_state[0, len(tokens) - num_logits :])
+        features_nF = torch.cat([hidden[0] for hidden in kept], dim=-1)
+        return features_nF, target.head(last_1nT[0, len(tokens) - num_logits :])
 
     def crop(self, length: int) -> None:
         """Remove all but the first `length` tokens."""
@@ -215,19 +204,14 @@ class Decoded:
     """One prompt's output and how it came about."""
 
     prompt: list[int]
-    tokens: list[int]
-    """At most max_tokens; the last is an end token if there was one."""
-    probabilities: list[float]
-    """Of each token, under the target at this temperature."""
+    tokens: list[int]  # at most max_tokens; the last is an end token if there was one
+    probabilities: list[float]  # of each token, under the target at this temperature
     passes: list[tuple[int, int]] = field(default_factory=list)
     """Of each verifying pass: the index in `tokens` of the bonus token that its draft followed, and how many drafted tokens
     were accepted (those after an end token do not count, those after max_tokens do)."""
-    features: Tensor | None = None
-    """[prompt + tokens - 1, F]: of every token but the last."""
-    leads: list[float] = field(default_factory=list)
-    """Of each token: the `lead` of the target's logits."""
-    draft_leads: list[list[float]] = field(default_factory=list)
-    """Of each pass: that of each slot's logits."""
+    features: Tensor | None = None  # [prompt + tokens - 1, F]: of every token but the last
+    leads: list[float] = field(default_factory=list)  # of each token: the `lead` of the target's logits
+    draft_leads: list[list[float]] = field(default_factory=list)  # of each pass: that of each slot's logits
 
 
 @torch.no_grad()

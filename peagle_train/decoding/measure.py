@@ -8,9 +8,8 @@ K: slots, m: output tokens but one, V: the target's vocabulary, R: resamples, n:
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate, islice, product
 from operator import mul
 from pathlib import Path
@@ -22,8 +21,9 @@ from torch import Tensor
 
 from peagle_train.config import Data
 from peagle_train.core.draft import PEagleDraft
-from peagle_train.data.documents import STDLIB, SourceReport, find_all, read_documents
-from peagle_train.data.encode import Encoder
+from peagle_train.data.documents import STDLIB, SourceFile, SourceReport, find_all, read_documents, read_examples
+from peagle_train.data.encode import Encoder, parse
+from peagle_train.data.messages import BadRow
 from peagle_train.data.packing import held_out_documents
 from peagle_train.decoding.generate import CachedTarget, Chance, Decoded, Drafter, decode, greedy_tokens
 from peagle_train.decoding.replay import Tally, accept_probabilities, repeats, replay, tally_run
@@ -47,12 +47,7 @@ class Case:
     data_set: str
     ids: tuple[int, ...] = ()
     chat: Prompt | None = None
-    group: str = ""
-    """Cases of one group are no independent samples: intervals resample them as one."""
-
-    @property
-    def num_turns(self) -> int:
-        return len(self.chat.turns) if self.chat else 1
+    group: str = ""  # cases of one group are no independent samples: intervals resample them as one
 
     def prompt_ids(self, answers: Sequence[str], tokenizer: Any) -> list[int]:
         """Token ids of turn `len(answers)`, the turns before answered as given (by the target itself)."""
@@ -61,8 +56,9 @@ class Case:
         messages: list[dict[str, Any]] = [*self.chat.turns[0]]
         for answer, turn in zip(answers, self.chat.turns[1:]):
             messages += [{"role": "assistant", "content": answer}, *turn]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-        return [int(token) for token in ids]
+        return list(
+            tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        )
 
 
 def load_cases(
@@ -89,17 +85,16 @@ def load_cases(
     Raises:
         ValueError: one line.
     """
-    if name == STDLIB:
-        return _stdlib_cases(recipe, tokenizer, vocab_size, limit, prompt_tokens, seed, cuts)
-    file = Path(name).expanduser()
-    if name not in BENCHMARKS and not file.is_file():
-        known = ", ".join([STDLIB, *sorted(BENCHMARKS)])
-        raise ValueError(f"prompts {name} is no file; give a .jsonl file or one of {known}")
+    path = Path(name).expanduser()
+    if name not in (STDLIB, *BENCHMARKS) and not path.is_file():
+        raise ValueError(f"prompts {name} is no file; give a .jsonl file or one of {', '.join([STDLIB, *BENCHMARKS])}")
     if tokenizer is None:
         raise ValueError(f"prompts {name} need the target's tokenizer, and its folder has none")
-    data_set = name if name in BENCHMARKS else file.name
-    texts = _texts(file) if file.suffix == ".jsonl" and name not in BENCHMARKS else []
-    kind = "texts"
+    if name == STDLIB:
+        return _stdlib_cases(recipe, tokenizer, vocab_size, limit, prompt_tokens, seed, cuts)
+    data_set, texts, kind = path.name, list[tuple[str, str]](), "texts"
+    if name not in BENCHMARKS and path.suffix == ".jsonl":
+        texts = _texts(str(path))
     if not texts:
         prompts = load_prompts(name, limit)
         if not plain:
@@ -113,20 +108,19 @@ def load_cases(
     return cases, f"{data_set}: {len(cases)} {kind}"
 
 
-def _texts(path: Path) -> list[tuple[str, str]]:
-    """(number, text) of a .jsonl of `{"text": ...}`; empty if its first row has no text."""
+def _texts(path: str) -> list[tuple[str, str]]:
+    """(number, text) of a .jsonl of `{"text": ...}`; empty if its first example has no text."""
     texts: list[tuple[str, str]] = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):  # other ends of lines may stand in a text
+    for raw in read_examples([SourceFile(path, path, "jsonl")]):
         try:
-            text = json.loads(line)["text"] if line.strip() else ""
-        except (ValueError, KeyError, TypeError):  # what is not UTF-8, too
+            text = parse(raw.content)["text"]
+        except (BadRow, LookupError, TypeError):
             text = None
-        if not isinstance(text, str) or (line.strip() and not text):
+        if not isinstance(text, str) or not text:
             if not texts:
                 return []
-            raise ValueError(f'{path}, line {number}: no "text", or an empty one; the lines before have text')
-        if text:
-            texts.append((str(len(texts) + 1), text))
+            raise ValueError(f'{raw.where}: no "text", or an empty one; the lines before have text')
+        texts.append((str(len(texts) + 1), text))
     return texts
 
 
@@ -144,8 +138,6 @@ def _stdlib_cases(
             "--prompts stdlib needs the recipe.yaml beside the drafter, with documents held out by data.eval_fraction:"
             " otherwise the drafter may be measured on what it was trained on"
         )
-    if tokenizer is None:
-        raise ValueError("--prompts stdlib needs the target's tokenizer, and its folder has none")
     data = recipe.data
     files = find_all(Data([STDLIB], extensions=data.extensions, exclude=data.exclude))["sources"]
     encode = Encoder(data, tokenizer, vocab_size, mask_token_id=None).encode
@@ -184,8 +176,7 @@ def _generator(*words: object) -> torch.Generator:
 class Settings:
     """How to measure."""
 
-    num_slots: int
-    """Of the decoding itself."""
+    num_slots: int  # of the decoding itself
     max_tokens: int = 128
     temperature: float = 0.0
     sample_drafts: bool = True
@@ -196,44 +187,28 @@ class Settings:
 class Drafted:
     """How one drafter does on one text."""
 
-    by_k: list[tuple[Tally, Tally]]
-    """For 1, 2, ... slots: passes outside of repetition, and within."""
-    hits: list[float]
-    """By slot: tokens of the text that it guesses, whatever the slots before guessed, outside of repetition."""
-    totals: list[int]
-    """By slot: tokens of the text that it could guess."""
+    by_k: list[tuple[Tally, Tally]]  # for 1, 2, ... slots: passes outside of repetition, and within
+    hits: list[float]  # by slot: tokens that it guesses outside of repetition, whatever the slots before guessed
+    totals: list[int]  # by slot: tokens that it could guess
 
 
 @dataclass
 class Result:
     """One turn of one prompt."""
 
-    number: int
-    """Of its prompt among all: turns of one prompt share it, and pieces of one module."""
+    number: int  # of its prompt among all: turns of one prompt share it, and pieces of one module
     id: str
     data_set: str
     turn: int
     prompt: list[int]
-    tokens: list[int]
-    """The output, at most max_tokens."""
-    repeated: int
-    """Output tokens that are repetition."""
-    ended: bool
-    """Whether an end token came within max_tokens."""
-    run: tuple[Tally, Tally]
-    """The decoding itself, as `Drafted.by_k`."""
-    drafted: list[Drafted]
-    """By drafter; the first one decoded."""
-    leads: list[float]
-    draft_leads: list[float]
-    """As `Decoded`'s, of the output and of all slots of `run`'s passes."""
-    check: dict[str, Any] = field(default_factory=dict)
-    """verdict: "same", "tie" or "bug" (greedy), "none" (sampled); where they part: at, gap, tolerance."""
-
-    @property
-    def replay_differs(self) -> bool:
-        """Greedy: whether the decoding's passes are others than their replay's, which only numeric ties explain."""
-        return self.run != self.drafted[0].by_k[len(self.run[0].accepted) - 1]
+    tokens: list[int]  # the output, at most max_tokens
+    repeated: int  # how many of them are repetition
+    ended: bool  # whether an end token came within max_tokens
+    run: tuple[Tally, Tally]  # the decoding itself, as `Drafted.by_k`
+    drafted: list[Drafted]  # by drafter; the first one decoded
+    leads: list[float]  # `Decoded.leads` of the output
+    draft_leads: list[float]  # `Decoded.draft_leads` of all slots of `run`'s passes
+    check: dict[str, Any]  # verdict: same, tie or bug (greedy), none (sampled); where they part: at, gap, tolerance
 
 
 class Measurement:
@@ -275,7 +250,7 @@ class Measurement:
         for at, case in enumerate(cases, start=1):
             number = groups.setdefault((case.data_set, case.group), at) if case.group else at
             answers: list[str] = []
-            for turn in range(case.num_turns):
+            for turn in range(len(case.chat.turns) if case.chat else 1):
                 ids = case.prompt_ids(answers, self.tokenizer)
                 reason = "" if ids else "empty prompt"
                 if limit is not None and len(ids) + self.settings.max_tokens + 2 * self.largest > limit:
@@ -286,37 +261,28 @@ class Measurement:
                 result = self._turn(case, number, turn, ids)
                 results.append(result)
                 say(f"{at}/{len(cases)}  {case.data_set} {case.id}  {len(result.tokens)} tokens")
-                if turn + 1 < case.num_turns:
+                if case.chat:
                     answers.append(self.tokenizer.decode(result.tokens, skip_special_tokens=True))
         return results
 
     def _turn(self, case: Case, number: int, turn: int, ids: list[int]) -> Result:
-        s = self.settings
-        with CachedTarget(self.target) as cached:
-            decoded = decode(
-                cached,
-                Drafter(self.drafters[0][0], s.num_slots),
-                ids,
-                s.max_tokens + self.largest,
-                eos=self.eos,
-                temperature=s.temperature,
-                chance=Chance(_generator("decode", s.seed, case.data_set, case.id, turn)),
-                sample_drafts=s.sample_drafts,
-            )
-            own = greedy_tokens(cached, ids, s.max_tokens, self.eos) if s.temperature == 0 else None
-        output = decoded.tokens[: s.max_tokens]
-        repeated = repeats(ids, decoded.tokens)
-        apart = repeated[1:]  # a pass is repetition if the first token that it drafts is
+        s, most = self.settings, self.settings.max_tokens
+        chance = Chance(_generator("decode", s.seed, case.data_set, case.id, turn))
+        how: dict[str, Any] = {"temperature": s.temperature, "sample_drafts": s.sample_drafts}
+        cached, drafter = CachedTarget(self.target), Drafter(self.drafters[0][0], s.num_slots)
+        decoded = decode(cached, drafter, ids, most + self.largest, eos=self.eos, chance=chance, **how)
+        own = greedy_tokens(cached, ids, most, self.eos) if s.temperature == 0 else None
+        output, repeated = decoded.tokens[:most], repeats(ids, decoded.tokens)
+        apart_m = repeated[1:]  # a pass is repetition if the first token that it drafts is
         drafted = []
         for i, (draft, slots) in enumerate(self.drafters):
             if i:
                 draft.to(self.target.device)  # type: ignore[arg-type]
-            accept_mK = accept_probabilities(draft, decoded, slots, s.temperature, s.sample_drafts)
-            by_k = [replay(accept_mK, k, s.max_tokens, apart) for k in range(1, slots + 1)]
-            drafted.append(Drafted(by_k, *_agreement(accept_mK, s.max_tokens, apart)))
+            accept_mK = accept_probabilities(draft, decoded, slots, **how)
+            by_k = [replay(accept_mK, k, most, apart_m) for k in range(1, slots + 1)]
+            drafted.append(Drafted(by_k, *_agreement(accept_mK, most, apart_m)))
             if i:  # a run's checkpoints together may be larger than the device
                 draft.to("cpu")  # type: ignore[arg-type]
-        counted = [slots for (i, _), slots in zip(decoded.passes, decoded.draft_leads) if i < s.max_tokens - 1]
         return Result(
             number=number,
             id=case.id,
@@ -326,10 +292,12 @@ class Measurement:
             tokens=output,
             repeated=sum(repeated[: len(output)]),
             ended=output[-1] in self.eos,
-            run=tally_run(decoded, s.num_slots, s.max_tokens, apart),
+            run=tally_run(decoded, s.num_slots, most, apart_m),
             drafted=drafted,
-            leads=decoded.leads[: s.max_tokens],
-            draft_leads=[lead for slots in counted for lead in slots],
+            leads=decoded.leads[:most],
+            draft_leads=[
+                x for (i, _), slots in zip(decoded.passes, decoded.draft_leads) if i < most - 1 for x in slots
+            ],
             check={"verdict": "none"} if own is None else self.compare(decoded, own, output),
         )
 
@@ -337,17 +305,17 @@ class Measurement:
         """Where a greedy text parts from the target's own, and whether two all but equal logits explain it."""
         if output == own:
             return {"verdict": "same"}
-        at = next((i for i, (a, b) in enumerate(zip(output, own)) if a != b), min(len(output), len(own)))
-        found = {"verdict": "bug", "at": at}
-        if at == min(len(output), len(own)):
-            return found  # one of them ends, and nothing was to be chosen
+        shorter = min(len(output), len(own))
+        at = next((i for i, (a, b) in enumerate(zip(output, own)) if a != b), shorter)
+        if at == shorter:
+            return {"verdict": "bug", "at": at}  # one of them ends, and nothing was to be chosen
         # A third opinion: the text up to there in one forward, without any cache.
         ids = torch.tensor([decoded.prompt + own[:at]], device=self.target.device)
         _, hidden = self.target.features(ids, torch.arange(ids.shape[1], device=ids.device)[None])
         logits_V: Tensor = self.target.head(hidden[0, -1]).double()
         gap = float(logits_V.max() - torch.minimum(logits_V[output[at]], logits_V[own[at]]))
         tolerance = TIE_TOLERANCE[hidden.dtype]
-        return {**found, "verdict": "tie" if gap <= tolerance else "bug", "gap": gap, "tolerance": tolerance}
+        return {"verdict": "tie" if gap <= tolerance else "bug", "at": at, "gap": gap, "tolerance": tolerance}
 
 
 def _agreement(accept_mK: Tensor, max_tokens: int, apart_m: Sequence[bool]) -> tuple[list[float], list[int]]:
@@ -384,31 +352,30 @@ def summarize(
     """
     summary = {}
     for name, rows in _sets(results).items():
-        hits = [sum(column) for column in zip(*(r.drafted[drafter].hits for r in rows))]
-        totals = [sum(column) for column in zip(*(r.drafted[drafter].totals for r in rows))]
+        drafted = [r.drafted[drafter] for r in rows]
+        hits, totals = ([sum(at) for at in zip(*(getattr(d, key) for d in drafted))] for key in ("hits", "totals"))
         accuracy = [h / t if t else 0.0 for h, t in zip(hits, totals)]
-        by_k = []
-        for k in range(1, len(rows[0].drafted[drafter].by_k) + 1):
-            plain, apart = (_tallies(rows, drafter, k, side) for side in (0, 1))
+        tokens, by_k = sum(len(r.tokens) for r in rows), []
+        for k in range(1, len(drafted[0].by_k) + 1):
+            plain, apart = (_by_prompt(rows, [d.by_k[k - 1][side] for d in drafted]) for side in (0, 1))
             together = [a + b for a, b in zip(plain, apart)]
-            total, both = sum(plain, Tally()), sum(together, Tally())
-            by_k.append(
-                {
-                    "k": k,
-                    **_length(plain, seed),
-                    "accepted_by_position": [_ratio(a, total.passes) for a in total.accepted],
-                    "in_repetition": _length(apart, seed),
-                    "with_repetition": _length(together, seed),
-                    # each prompt's own pass counted
-                    "tokens_per_target_pass": _ratio(sum(len(r.tokens) for r in rows), both.passes + len(rows)),
-                    "expected_from_teacher_forcing": _expected(accuracy, k),
-                    "expected_in_training": _expected(trained_accuracy, k),
-                }
-            )
+            total = sum(plain, Tally())
+            row = {
+                "k": k,
+                **_length(plain, seed),
+                "accepted_by_position": [_ratio(a, total.passes) for a in total.accepted],
+                "in_repetition": _length(apart, seed),
+                "with_repetition": _length(together, seed),
+                # each prompt's own pass counted
+                "tokens_per_target_pass": _ratio(tokens, sum(t.passes for t in together) + len(rows)),
+                "expected_from_teacher_forcing": _expected(accuracy, k),
+                "expected_in_training": _expected(trained_accuracy, k),
+            }
+            by_k.append(row)
         summary[name] = {
             "prompts": len({r.number for r in rows}),
             "turns": len(rows),
-            "tokens": sum(len(r.tokens) for r in rows),
+            "tokens": tokens,
             "repeated_tokens": sum(r.repeated for r in rows),
             "ended": sum(r.ended for r in rows),
             "teacher_forced_accuracy": accuracy,
@@ -422,27 +389,29 @@ def compare(results: Sequence[Result], seed: int, other: int = 1) -> dict[str, A
     out: dict[str, Any] = {}
     for name, rows in _sets(results).items():
         out[name] = []
-        for k in range(1, min(len(rows[0].drafted[d].by_k) for d in (0, other)) + 1):
-            pair = [_tallies(rows, drafter, k, 0) for drafter in (0, other)]
-            tokens, passes = ([[getattr(t, key) for t in tallies] for tallies in pair] for key in ("tokens", "passes"))
-            lengths = [_ratio(sum(t), sum(p)) for t, p in zip(tokens, passes)]
+        for k in range(min(len(rows[0].drafted[d].by_k) for d in (0, other))):
+            both = [_by_prompt(rows, [r.drafted[d].by_k[k][0] for r in rows]) for d in (0, other)]
+            (tokens, passes), less = (([t.tokens for t in one], [t.passes for t in one]) for one in both)
+            lengths = [_ratio(sum(t), sum(p)) for t, p in ((tokens, passes), less)]
             difference = None if None in lengths else lengths[0] - lengths[1]  # type: ignore[operator]
-            interval = difference_interval(tokens[0], passes[0], tokens[1], passes[1], seed)
-            out[name].append({"k": k, "accepted_lengths": lengths, "difference": difference, "interval": interval})
+            interval = ratio_interval(tokens, passes, seed, less)
+            out[name].append({"k": k + 1, "accepted_lengths": lengths, "difference": difference, "interval": interval})
     return out
 
 
 def checks(results: Sequence[Result]) -> dict[str, Any]:
     """Whether the texts are the target's own, and the decodings' passes those of their replay."""
+    where = [{"data_set": r.data_set, "id": r.id, "turn": r.turn} for r in results]
     verdicts = [r.check["verdict"] for r in results]
-
-    def where(r: Result) -> dict[str, Any]:
-        return {"data_set": r.data_set, "id": r.id, "turn": r.turn}
-
     return {
         "texts": {verdict: verdicts.count(verdict) for verdict in ("same", "tie", "bug", "none")},
-        "differences": [where(r) | r.check for r in results if r.check["verdict"] in ("tie", "bug")],
-        "replays_that_differ": [where(r) for r in results if r.check["verdict"] != "none" and r.replay_differs],
+        "differences": [w | r.check for w, r in zip(where, results) if r.check["verdict"] in ("tie", "bug")],
+        # greedy: only numeric ties explain it
+        "replays_that_differ": [
+            w
+            for w, r in zip(where, results)
+            if r.check["verdict"] != "none" and r.run != r.drafted[0].by_k[len(r.run[0].accepted) - 1]
+        ],
     }
 
 
@@ -458,13 +427,7 @@ def _sets(results: Sequence[Result]) -> dict[str, list[Result]]:
     sets: dict[str, list[Result]] = {}
     for result in results:
         sets.setdefault(result.data_set, []).append(result)
-    if len(sets) > 1:
-        sets[ALL] = list(results)
-    return sets
-
-
-def _tallies(rows: Sequence[Result], drafter: int, k: int, apart: int) -> list[Tally]:
-    return _by_prompt(rows, [r.drafted[drafter].by_k[k - 1][apart] for r in rows])
+    return {**sets, ALL: list(results)} if len(sets) > 1 else sets
 
 
 def _by_prompt(rows: Sequence[Result], tallies: Sequence[Tally]) -> list[Tally]:
@@ -493,40 +456,28 @@ def _ratio(above: float, below: float) -> float | None:
 # Intervals: prompts are resampled, since tokens of one text depend on each other and prompts do not.
 
 
-def ratio_interval(tokens: Sequence[float], passes: Sequence[float], seed: int = 0) -> tuple[float, float] | None:
-    """The 95 % percentile interval of sum(tokens) / sum(passes) over resampled prompts.
-
-    Prompts without a pass are left out; None for fewer than two others.
-    """
-    return _interval(_ratios([(tokens, passes)], seed))
-
-
-def difference_interval(
+def ratio_interval(
     tokens: Sequence[float],
     passes: Sequence[float],
-    other_tokens: Sequence[float],
-    other_passes: Sequence[float],
     seed: int = 0,
+    less: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> tuple[float, float] | None:
-    """The same for the ratio of one drafter less that of another on the same prompts, resampled together."""
-    both = _ratios([(tokens, passes), (other_tokens, other_passes)], seed)
-    return None if both is None else _interval(both[0] - both[1])
+    """The 95 % percentile interval of sum(tokens) / sum(passes) over resampled prompts.
 
+    Prompts without a pass are dropped; None for fewer than two others.
 
-def _ratios(pairs: Sequence[tuple[Sequence[float], Sequence[float]]], seed: int) -> Tensor | None:
-    """[pairs, R], every pair over the same resamples."""
-    kept = [i for i in range(len(pairs[0][0])) if all(passes[i] > 0 for _, passes in pairs)]
-    if len(kept) < 2:
+    Args:
+        less: another drafter's tokens and passes of the same prompts, resampled together: of the difference.
+    """
+    values_P2n = torch.tensor([(tokens, passes), *([less] if less else [])], dtype=torch.float64)
+    values_P2n = values_P2n[:, :, (values_P2n[:, 1] > 0).all(0)]
+    n = values_P2n.shape[2]
+    if n < 2:
         return None
-    index_Rn = torch.randint(len(kept), (RESAMPLES, len(kept)), generator=torch.Generator().manual_seed(seed))
-    values = torch.tensor(pairs, dtype=torch.float64)[:, :, kept]  # [pairs, (tokens, passes), n]
-    sums = values[:, :, index_Rn].sum(-1)
-    return sums[:, 0] / sums[:, 1]
-
-
-def _interval(values: Tensor | None) -> tuple[float, float] | None:
-    if values is None:
-        return None
+    index_Rn = torch.randint(n, (RESAMPLES, n), generator=torch.Generator().manual_seed(seed))
+    sums_P2R = values_P2n[:, :, index_Rn].sum(-1)
+    ratios_PR = sums_P2R[:, 0] / sums_P2R[:, 1]
+    found_R = ratios_PR[0] - ratios_PR[1] if less else ratios_PR[0]
     tails = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
-    low, high = values.flatten().quantile(tails).tolist()
+    low, high = found_R.quantile(tails).tolist()
     return low, high

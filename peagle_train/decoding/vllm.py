@@ -29,12 +29,9 @@ class Answer:
     """What an engine did with one prompt."""
 
     tokens: list[int]
-    passes: int
-    """Verified drafts."""
-    accepted: list[int]
-    """By slot."""
-    seconds: float
-    """The prompt's included."""
+    passes: int  # verified drafts
+    accepted: list[int]  # by slot
+    seconds: float  # the prompt's included
 
 
 class LocalEngine:
@@ -184,25 +181,20 @@ def measure(
     if plain is not None:
         for each in engines:  # the first prompt may compile and allocate
             ask(each, results[0].prompt, max_tokens, eos)
-    pairs = []
-    for i, result in enumerate(results):
-        in_turns = engines if i % 2 == 0 else engines[::-1]
-        answers = [ask(each, result.prompt, max_tokens, eos) for each in in_turns]
-        pairs.append(answers if i % 2 == 0 else answers[::-1])
-    theirs = [answers[0] for answers in pairs]
+    pairs: list[dict[Engine, Answer]] = []
+    for result in results:
+        pairs.append({each: ask(each, result.prompt, max_tokens, eos) for each in engines})
+        engines.reverse()  # in turns
+    theirs = [answers[engine] for answers in pairs]
     ours = sum((tally for r in results for tally in r.run), Tally())
     near = 2 if dtype in ("bfloat16", "float16") else 64
     parted: list[dict[str, Any]] = []
-    for result, answer in zip(results, theirs):
-        what, ulps = compare(result, answer)
+    for r, answer in zip(results, theirs):
+        what, ulps = compare(r, answer)
         if what != "same":
-            where = {"data_set": result.data_set, "id": result.id, "turn": result.turn}
-            parted.append({**where, "part_in": what, "ulps": ulps})
+            parted.append({"data_set": r.data_set, "id": r.id, "turn": r.turn, "part_in": what, "ulps": ulps})
     nearly = sum(p["ulps"] is not None and p["ulps"] <= near for p in parted)
-    leads = {
-        "tokens": [lead for r in results for lead in r.leads],
-        "drafted": [lead for r in results for lead in r.draft_leads],
-    }
+    leads = {"tokens": [x for r in results for x in r.leads], "drafted": [x for r in results for x in r.draft_leads]}
     report: dict[str, Any] = {
         "version": engine.version,
         "k": len(ours.accepted),
@@ -215,7 +207,7 @@ def measure(
         "turns": [asdict(answer) for answer in theirs],
     }
     if plain is not None:
-        times, plain_times = ([answers[i].seconds / len(answers[i].tokens) for answers in pairs] for i in (0, 1))
+        times, plain_times = ([a[e].seconds / len(a[e].tokens) for a in pairs] for e in (engine, plain))
         report["speed"] = {
             "tokens_per_second": len(times) / sum(times),
             "without_drafter": len(times) / sum(plain_times),
