@@ -214,6 +214,8 @@ def read_section(cls: type, name: str, values: Mapping[Any, Any], known: Iterabl
         allowed = ", or ".join(
             w.removeprefix("Value error, ").replace("Input should be", "it should be") for w in words
         )
+        if first["type"] == "list_type" and isinstance(first["input"], str):
+            allowed += f", as in {as_override(key, [first['input']])[:300]}"
         raise RecipeError(f"{key}: got {_show(first['input'])}; {allowed}") from None
     return cls(**{key: getattr(read, key) for key in read.model_fields_set})
 

@@ -394,4 +394,4 @@ def test_a_whole_model_is_no_drafter_whatever_its_layers(tmp_path: Path) -> None
     save_file({"model.embed_tokens.weight": torch.ones(2, 2)}, tmp_path / WEIGHTS)
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}))
     (finding,) = check_folder(tmp_path)
-    assert finding.level == "BAD" and "no drafter of this kind (['Qwen3ForCausalLM'])" in finding.detail
+    assert finding.level == "BAD" and "whole model (['Qwen3ForCausalLM'])" in finding.detail

@@ -115,7 +115,7 @@ WRONG = {
     "cod.down_sample_ratio=0": "got 0 (int); it should be greater than 0",
     "output.dir=2024": "got 2024 (int); it should be a valid string",
     "output.dir='  '": "got '  ' (str); give a non-empty string",
-    "data.exclude=a": "got 'a' (str); it should be a valid list",
+    "data.exclude=a": "got 'a' (str); it should be a valid list, as in 'data.exclude=[a]'",
     "data.exclude=[1]": "got 1 (int); it should be a valid string",
     "data.sources=[5]": "got 5 (int)",
     "data.sources=[]": "give a non-empty list",

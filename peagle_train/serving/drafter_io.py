@@ -118,7 +118,8 @@ def read_drafter(folder: str | Path) -> DrafterFiles:
         where = tensor_files(folder)
         names, notes = _standard_names(where)
         if "fc.weight" not in names:
-            raise ValueError(f"fc.weight is missing, so it is no drafter of this kind ({raw.get('architectures')})")
+            what = f"no drafter of this kind but perhaps a whole model ({raw.get('architectures')})"
+            raise ValueError(f"fc.weight is missing: {what}; give a drafter's folder")
         config = parse_config(raw)
         if config.ptd_token_id is not None:
             config.check_trainable()
