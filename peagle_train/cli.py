@@ -144,6 +144,7 @@ def _close_resume(arguments: list[str]) -> list[str]:
     for i, argument in enumerate(arguments):
         following = arguments[i + 1] if i + 1 < len(arguments) else "-"
         is_other = following.startswith("-") or "=" in following or following.endswith((".yaml", ".yml"))
+        is_other |= following in shipped_recipes()
         if argument == "--resume" and is_other and not os.path.isdir(following):
             closed[i] = "--resume="
     return closed
