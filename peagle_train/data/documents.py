@@ -304,34 +304,38 @@ def read_documents(
     """
     report.files, report.left_out = len(found.files), found.skipped.copy()
     keys, last_file = set[bytes](), -1
-    for batch in encode(_in_batches(read_examples(found.files))):
+    for raw, example in _encoded(found.files, report, encode):
+        if example is None:
+            report.left_out["empty documents"] += 1
+        elif isinstance(example, BadRow):
+            report.bad_rows[example.reason] += 1
+            report.first_bad.setdefault(example.reason, f"{raw.where}: {one_line(example.detail)}")
+            report.check_bad(max_bad_rows)
+        elif example.key in keys:
+            report.left_out["duplicate documents"] += 1
+        elif len(keys) == max_documents:
+            report.unread_files = report.files - last_file - 1
+            break
+        else:
+            keys.add(example.key)
+            last_file = raw.file_index
+            report.documents += 1
+            report.forms[example.form] += 1
+            report.tokens += example.input_ids.size
+            report.supervised += int(example.loss_mask[1:].sum())
+            yield raw, example
+    if not report.supervised:
+        raise ValueError(f"the data sources hold nothing to learn from: {report.describe()}")
+
+
+def _encoded(
+    files: Sequence[SourceFile], report: SourceReport, encode: Encode
+) -> Iterator[tuple[RawExample, EncodedExample | BadRow | None]]:
+    for batch in encode(_in_batches(read_examples(files))):
         report.notes.update(batch.notes)
         new_keys = [key for key in batch.ignored_keys if key not in report.ignored_keys]
         report.ignored_keys = sorted(report.ignored_keys + new_keys[: _MAX_IGNORED_KEYS + 1 - len(report.ignored_keys)])
-        for raw, example in zip(batch.raws, batch.examples, strict=True):
-            if example is None:
-                report.left_out["empty documents"] += 1
-            elif isinstance(example, BadRow):
-                report.bad_rows[example.reason] += 1
-                report.first_bad.setdefault(example.reason, f"{raw.where}: {one_line(example.detail)}")
-                report.check_bad(max_bad_rows)
-            elif example.key in keys:
-                report.left_out["duplicate documents"] += 1
-            elif len(keys) == max_documents:
-                report.unread_files = report.files - last_file - 1
-                break
-            else:
-                keys.add(example.key)
-                last_file = raw.file_index
-                report.documents += 1
-                report.forms[example.form] += 1
-                report.tokens += example.input_ids.size
-                report.supervised += int(example.loss_mask[1:].sum())
-                yield raw, example
-        if report.unread_files is not None:
-            break
-    if not report.supervised:
-        raise ValueError(f"the data sources hold nothing to learn from: {report.describe()}")
+        yield from zip(batch.raws, batch.examples, strict=True)
 
 
 def _in_batches(examples: Iterable[RawExample]) -> Iterator[list[RawExample]]:

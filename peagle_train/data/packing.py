@@ -5,7 +5,6 @@ A *document* is an example's tokens, a *piece* is a part of one that fits a sequ
 """
 
 import hashlib
-import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -54,17 +53,14 @@ def times_an_epoch(keys_D32: np.ndarray, weights_D: np.ndarray) -> np.ndarray:
     Weight 2.25 is twice, and a third time for the quarter of the documents that their keys choose (by other bytes than
     those that hold documents out).
     """
-    times_D = np.floor(weights_D).astype(np.int64)
-    for weight in np.unique(weights_D).tolist():
-        times_D += (weights_D == weight) & _lies_below(keys_D32[:, 8:16], weight - math.floor(weight))
-    return times_D
+    whole_D = np.floor(weights_D)
+    return whole_D.astype(np.int64) + _lies_below(keys_D32[:, 8:16], weights_D - whole_D)
 
 
-def _lies_below(bytes_D8: np.ndarray, fraction: float) -> np.ndarray:
+def _lies_below(bytes_D8: np.ndarray, fraction_D: np.ndarray | float) -> np.ndarray:
     """bool [D]: whether 8 bytes, read as a number in [0, 1), lie below the fraction, itself in [0, 1)."""
-    assert 0 <= fraction < 1
     numbers_D = np.ascontiguousarray(bytes_D8).view(">u8").reshape(-1)
-    return numbers_D < np.uint64(math.ceil(fraction * 2**64))
+    return numbers_D < np.ceil(np.asarray(fraction_D) * 2.0**64).astype(np.uint64)
 
 
 @dataclass(frozen=True)
