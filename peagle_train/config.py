@@ -277,10 +277,9 @@ def parse_sources(items: Sequence[str | dict[str, Any]], key: str = "data.source
 
 
 def _parse_source(item: str | dict[str, Any], key: str) -> SourceSpec:
-    if isinstance(item, str):
-        item = {"datasets": item.removeprefix(HUB)} if item.startswith(HUB) else {"path": item}
+    item = {"path": item} if isinstance(item, str) else dict(item)
     if isinstance(item.get("path"), str) and item["path"].startswith(HUB) and "datasets" not in item:
-        item = {**{name: value for name, value in item.items() if name != "path"}, "datasets": item["path"][len(HUB) :]}
+        item["datasets"] = item.pop("path").removeprefix(HUB)
     spec: SourceSpec = read_section(SourceSpec, key, item)
     if (spec.path is None) == (spec.datasets is None):
         given = "both path and datasets" if spec.path is not None else "neither path nor datasets"

@@ -184,7 +184,7 @@ def test_an_override_of_another_form_is_refused(minimal: Path, override: str) ->
         ("target: {path: !!python/object:os.system a}\n", "not valid YAML"),
         ("target: {path: !!timestamp a}\n", "not valid YAML"),
         ("target: {path: a}\ntrain: {epochs: !!bool x}\n", "not valid YAML"),
-        ("[" * 5000, "not valid YAML"),
+        ("[" * 1500, "not valid YAML"),
         (b"target: {path: \xff}\n", "is not UTF-8 (byte 15): save it as UTF-8"),
         ("target: {path: m}\n".encode("utf-16"), "is not UTF-8"),
         ("target: {path: \x01}\n", "not valid YAML"),
