@@ -4,7 +4,7 @@ What `read_drafter` refuses is bad; added is where vLLM reads differently. `test
 """
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from peagle_train.core.rope import yarn_too_short
 from peagle_train.serving.drafter_io import read_drafter, standard_name
@@ -18,7 +18,7 @@ from peagle_train.serving.formats import (
 )
 
 Level = Literal["ok", "warn", "????", "BAD"]
-LEVELS = ("ok", "warn", "????", "BAD")
+LEVELS = get_args(Level)
 """????: a drafter of another kind than this project's, which cannot be judged here."""
 ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "LlamaForCausalLM")
 """Names under which vLLM's method eagle3 finds a drafter of this kind."""

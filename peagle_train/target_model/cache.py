@@ -5,8 +5,8 @@
                             features [n, 3T] and last_hidden [n, T] of whole pieces side by side; keys int64 [P, 2] and
                             lengths int64 [P] say which
     head.safetensors        the target's head and embeddings, [V, T] each
-    *.sha256                the checksum of each .safetensors, written after it: one without is not there
-    documents.jsonl         of a cache made from speculators' files: their samples as a data source
+    *.sha256                the checksum of each .safetensors, written after it: a file without one is unfinished
+    documents.jsonl         of a cache made from speculators' files: their samples as a source for training
 
 A *piece* is a document, or the part of one that a sequence holds; its features depend on its ids alone, so it is found by
 their hash: sequences may be shuffled, masked and packed in another way.

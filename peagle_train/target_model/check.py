@@ -1,6 +1,6 @@
 """A few tokens through the target at the start: are features and labels what training takes them for?
 
-Cheap insurance against architectures that nobody here has met. T: the target's hidden size, n: tokens.
+Cheap insurance against architectures that were never tried. T: the target's hidden size, n: tokens.
 """
 
 import logging

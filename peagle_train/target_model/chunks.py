@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from peagle_train.target_model.attention import KINDS, bounds_arguments
 
 Run = list[slice]
-"""Columns of the N tokens. One span: given at once, without a cache. Several: one after the other, over a cache."""
+"""Spans of the N tokens. One span: given at once, without a cache. Several: one after the other, over a cache."""
 
 
 @dataclass(frozen=True)
