@@ -68,12 +68,17 @@ class _ChunkedLinearLoss(torch.autograd.Function):
         d_hidden_MH = torch.empty_like(hidden_MH) if want_hidden else None
         d_head_VH = torch.zeros_like(head_VH, dtype=wide) if want_head else None
         left_out_M = None if counted_M is None else ~counted_M
-        # All the wide tensors that there are, made once: made anew for each chunk, they leave holes in a CPU's heap.
-        room_RcV = hidden_MH.new_empty(2 if loss == "hard_ce" else 3, min(chunk_rows, M), head_VH.shape[0], dtype=wide)
+        room: list[Tensor] = []
         for start in range(0, M, chunk_rows):
             rows = slice(start, start + chunk_rows)
             h_cH = hidden_MH[rows]
-            room = room_RcV[:, : h_cH.shape[0]].unbind()
+            if not room or room[0].shape[0] != h_cH.shape[0]:
+                # All the wide tensors that there are: made anew for each chunk, they leave holes in a CPU's heap.
+                room.clear()
+                room += [
+                    hidden_MH.new_empty(h_cH.shape[0], head_VH.shape[0], dtype=wide)
+                    for _ in range(2 if loss == "hard_ce" else 3)
+                ]
             loss_M[rows], hits_M[rows], d_cV = _visit(h_cH, head_VH, target_MT[rows], target_head_VT, loss, room)
             if left_out_M is not None:
                 d_cV.masked_fill_(left_out_M[rows, None], 0)
@@ -101,7 +106,7 @@ class _ChunkedLinearLoss(torch.autograd.Function):
 
 
 def _visit(
-    h_cH: Tensor, head_VH: Tensor, target_cT: Tensor, target_head_VT: Tensor, loss: str, room: tuple[Tensor, ...]
+    h_cH: Tensor, head_VH: Tensor, target_cT: Tensor, target_head_VT: Tensor, loss: str, room: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each row's loss [c], whether its argmaxes agree [c], and the loss's gradient by the drafter's logits [c, V].
 
