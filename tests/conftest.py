@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tests.runs import Begun
+    from tests.runs import Begun, Tiny
 
 # Before anything imports transformers or tokenizers: both read these once, at import.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -54,6 +54,14 @@ def tiny_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import write_rows
 
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", LENGTHS, prompt=0.3)
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_target: Path, tiny_rows: Path) -> "Tiny":
+    """Writes a recipe for that target and those rows: folder, sections."""
+    from tests.runs import recipe_for
+
+    return lambda folder, **sections: recipe_for(folder, tiny_target, tiny_rows, **sections)
 
 
 @pytest.fixture(scope="session")

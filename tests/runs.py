@@ -29,6 +29,10 @@ TIMES = {
 EVALUATED = {"eval_fraction": 0.3}
 
 
+Tiny = Callable[..., Path]
+"""The fixture `tiny`: `recipe_for` with the session's target and rows."""
+
+
 def recipe_for(folder: Path, target: Path, rows: Path, **sections: dict[str, Any]) -> Path:
     folder.mkdir(exist_ok=True)
     return write_recipe(folder, target, rows, folder / "run", **sections)

@@ -9,13 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from peagle_train.core.relay import RelayBuffers
 from peagle_train.distributed import clip_gradients
 from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.training import trainer as trainer_module
 from peagle_train.training.checkpoint import write_checkpoint
 from peagle_train.training.trainer import Trainer
-from tests.runs import assert_same_run, drafter, last_error, metrics, recipe_for, run, same_tensors, stopped
+from tests.runs import Tiny, assert_same_run, drafter, last_error, metrics, run, same_tensors, stopped
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, is_bad: Any, value: float = float("inf"), what: str = "features") -> None:
@@ -54,7 +53,7 @@ SETTINGS: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path, tiny_rows: Path) -> Any:
+def plain(tmp_path_factory: pytest.TempPathFactory, tiny: Tiny) -> Any:
     """An undisturbed run's final drafter, and each step's keys by micro-batch."""
     folder, seen, real = tmp_path_factory.mktemp("plain"), {}, Trainer.take_step
 
@@ -64,19 +63,13 @@ def plain(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path, tiny_rows
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "take_step", step)
-        run(recipe_for(folder, tiny_target, tiny_rows, **SETTINGS))
+        run(tiny(folder, **SETTINGS))
     return drafter(folder / "run" / "final"), seen
 
 
 @pytest.mark.parametrize(("what", "segments"), [("features", 1), ("last_hidden", 4)])
 def test_a_poisoned_sequence_costs_its_step_and_nothing_else_and_a_resumed_run_the_same(
-    what: str,
-    segments: int,
-    tmp_path: Path,
-    tiny_target: Path,
-    tiny_rows: Path,
-    plain: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    what: str, segments: int, tmp_path: Path, tiny: Tiny, plain: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {**SETTINGS, "cod": {"num_segments": segments}}
     bad = max(plain[1][2][1])  # of the second micro-batch, comes again in each epoch
@@ -84,16 +77,16 @@ def test_a_poisoned_sequence_costs_its_step_and_nothing_else_and_a_resumed_run_t
     assert len(steps) > 1
     with monkeypatch.context() as patch:
         poison(patch, lambda key: key == bad, what=what)
-        run(recipe_for(tmp_path / "poisoned", tiny_target, tiny_rows, **settings))
+        run(tiny(tmp_path / "poisoned", **settings))
         if segments == 4:
-            parts = recipe_for(tmp_path / "parts", tiny_target, tiny_rows, **settings)
+            parts = tiny(tmp_path / "parts", **settings)
             stopped(parts, 4, patch)
             run(parts, "--resume", str(tmp_path / "parts" / "run" / "checkpoint-3"))
             assert_same_run(tmp_path / "parts" / "run", tmp_path / "poisoned" / "run")
             assert entries(tmp_path / "parts" / "run") == entries(tmp_path / "poisoned" / "run")
     with monkeypatch.context() as patch:
         without(patch, steps)
-        run(recipe_for(tmp_path / "without", tiny_target, tiny_rows, **settings))
+        run(tiny(tmp_path / "without", **settings))
     ours, theirs = (drafter(tmp_path / name / "run" / "final") for name in ("poisoned", "without"))
     assert same_tensors(ours, theirs) and not same_tensors(ours, plain[0])
     found = entries(tmp_path / "poisoned" / "run")
@@ -105,7 +98,7 @@ def test_a_poisoned_sequence_costs_its_step_and_nothing_else_and_a_resumed_run_t
 
 
 def test_a_gradient_alone_that_is_not_finite_is_not_applied_either(
-    tmp_path: Path, tiny_target: Path, tiny_rows: Path, plain: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny: Tiny, plain: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
 
@@ -117,22 +110,18 @@ def test_a_gradient_alone_that_is_not_finite_is_not_applied_either(
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer_module, "clip_gradients", spoil_and_clip)
-        run(recipe_for(tmp_path / "a", tiny_target, tiny_rows, **SETTINGS))
+        run(tiny(tmp_path / "a", **SETTINGS))
     found = entries(tmp_path / "a" / "run")
     assert [e["row_key"] for e in found] == [key for keys in plain[1][3] for key in keys if key]
     assert {e["what"] for e in found} == {"gradient"}
     with monkeypatch.context() as patch:
         without(patch, {3})
-        run(recipe_for(tmp_path / "b", tiny_target, tiny_rows, **SETTINGS))
+        run(tiny(tmp_path / "b", **SETTINGS))
     assert same_tensors(*(drafter(tmp_path / name / "run" / "final") for name in ("a", "b")))
 
 
 def test_too_many_bad_steps_in_a_row_stop_the_run_with_one_line_and_good_weights(
-    tmp_path: Path,
-    tiny_target: Path,
-    tiny_rows: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls = []
 
@@ -141,7 +130,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_with_one_line_and_good_weights
         return len(calls) in (2, 4, 5)  # two in a row would do, but the first bad one stands alone
 
     train = {"max_steps": 7, "max_bad_steps": 2, "save_steps": 1}
-    recipe, output = recipe_for(tmp_path, tiny_target, tiny_rows, train=train), tmp_path / "run"
+    recipe, output = tiny(tmp_path, train=train), tmp_path / "run"
     with monkeypatch.context() as patch:
         poison(patch, is_bad, float("nan"), "last_hidden")
         run(recipe, code=1)
@@ -169,8 +158,7 @@ def test_a_run_whose_weights_are_no_longer_finite_says_that_it_diverged_and_leav
     at: int,
     more: dict[str, Any],
     tmp_path: Path,
-    tiny_target: Path,
-    tiny_rows: Path,
+    tiny: Tiny,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -186,7 +174,7 @@ def test_a_run_whose_weights_are_no_longer_finite_says_that_it_diverged_and_leav
 
     monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
     train = {"max_steps": 6, "schedule": "constant", "warmup_ratio": 0.0, "weight_decay": 0.5, **more}
-    run(recipe_for(tmp_path, tiny_target, tiny_rows, train=train, data={"eval_fraction": 0.3}), code=1)
+    run(tiny(tmp_path, train=train, data={"eval_fraction": 0.3}), code=1)
     message, output = last_error(capsys), tmp_path / "run"
     assert "not finite" in message and "diverged" in message, message
     assert "learning rate of 0.01" in message and "weight_decay 0.5" in message
@@ -197,7 +185,7 @@ def test_a_run_whose_weights_are_no_longer_finite_says_that_it_diverged_and_leav
 
 
 def test_no_run_starts_or_resumes_with_weights_that_are_not_finite(
-    tmp_path: Path, tiny_rows: Path, tiny_target: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny: Tiny, tiny_target: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def damage(folder: Path, name: str) -> None:
         tensors = drafter(folder)
@@ -209,7 +197,7 @@ def test_no_run_starts_or_resumes_with_weights_that_are_not_finite(
         damage(folder, "fc.weight")
 
     recipe, output = (
-        recipe_for(tmp_path, tiny_target, tiny_rows, train={"max_steps": 2, "save_steps": 1}),
+        tiny(tmp_path, train={"max_steps": 2, "save_steps": 1}),
         tmp_path / "run",
     )
     run(recipe)
@@ -227,22 +215,3 @@ def test_no_run_starts_or_resumes_with_weights_that_are_not_finite(
     run(recipe, other, f"target.path={tmp_path / 'broken'}", code=2)
     assert "embed_tokens.weight has 16 values that are not finite" in last_error(capsys)
     assert not (tmp_path / "other").exists()
-
-
-def test_what_a_bad_step_leaves_in_the_relays_buffers_is_gone_before_the_next_reads_them(
-    tmp_path: Path, tiny_target: Path, tiny_rows: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = []
-    real = RelayBuffers.forget
-
-    def look_and_forget(self: RelayBuffers) -> None:
-        tensors = [tensor for pair in self.keys_values for tensor in pair]
-        before = all(tensor.isfinite().all() for tensor in tensors)
-        real(self)
-        found.append((before, all((tensor == 0).all() for tensor in tensors) and len(tensors) == 4))
-
-    monkeypatch.setattr(RelayBuffers, "forget", look_and_forget)
-    poison(monkeypatch, lambda key: True, float("nan"))
-    run(recipe_for(tmp_path, tiny_target, tiny_rows, train={"max_steps": 5, "max_bad_steps": 2}), code=1)
-    assert len(found) >= 2 and all(is_zero for _, is_zero in found)
-    assert found[0][0] and not any(was_finite for was_finite, _ in found[1:])

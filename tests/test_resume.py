@@ -26,6 +26,7 @@ from tests.runs import (
     EVALUATED,
     LENGTHS,
     Begun,
+    Tiny,
     assert_same_run,
     drafter,
     last_error,
@@ -39,13 +40,13 @@ from tests.tiny import write_rows
 
 
 def test_a_run_that_was_stopped_is_the_run_that_was_not(
-    tmp_path: Path, tiny_target: Path, tiny_rows: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = {"max_steps": 5, "eval_steps": 2, "save_steps": 4, "gradient_accumulation_steps": 2, "schedule": "cosine"}
     sections: dict[str, Any] = {"train": {**train, "batch_size": 2}, "data": {**EVALUATED, "num_workers": 2}}
     whole, parts = tmp_path / "whole" / "run", tmp_path / "parts" / "run"
-    run(recipe_for(tmp_path / "whole", tiny_target, tiny_rows, **sections))
-    recipe = recipe_for(tmp_path / "parts", tiny_target, tiny_rows, **sections)
+    run(tiny(tmp_path / "whole", **sections))
+    recipe = tiny(tmp_path / "parts", **sections)
     # where no save was due, and after the last step, before it is evaluated
     for step, arguments in ((3, []), (5, ["--resume"])):
         stopped(recipe, step, monkeypatch, *arguments)
@@ -54,10 +55,10 @@ def test_a_run_that_was_stopped_is_the_run_that_was_not(
     assert_same_run(parts, whole)
 
 
-def test_a_compiled_run_in_float32_resumes_bit_for_bit(tmp_path: Path, tiny_target: Path, tiny_rows: Path) -> None:
+def test_a_compiled_run_in_float32_resumes_bit_for_bit(tmp_path: Path, tiny: Tiny) -> None:
     compiled = {"compile": True, "compile_backend": "aot_eager", "dtype": "float32", "max_steps": 2, "save_steps": 1}
     sections: dict[str, Any] = {"train": compiled, "draft": {"num_layers": 1}, "cod": {"num_segments": 1}}
-    recipe, output = recipe_for(tmp_path, tiny_target, tiny_rows, **sections), tmp_path / "run"
+    recipe, output = tiny(tmp_path, **sections), tmp_path / "run"
     run(recipe)
     shutil.copytree(output, tmp_path / "whole")
     run(recipe, "--resume", str(output / "checkpoint-1"))
@@ -95,10 +96,10 @@ def test_a_run_continues_from_any_of_its_checkpoints_wherever_they_lie(
     assert same_tensors(drafter(other / "final"), drafter(begun.whole / "final"))
 
 
-def test_with_the_full_vocabulary_no_mapping_is_written(tmp_path: Path, tiny_target: Path, tiny_rows: Path) -> None:
+def test_with_the_full_vocabulary_no_mapping_is_written(tmp_path: Path, tiny: Tiny) -> None:
     train = {"max_steps": 2, "save_steps": 1, "eval_steps": 1}
     sections: dict[str, Any] = {"draft": {"draft_vocab_size": None}, "train": train, "data": EVALUATED}
-    recipe, output = recipe_for(tmp_path, tiny_target, tiny_rows, **sections), tmp_path / "run"
+    recipe, output = tiny(tmp_path, **sections), tmp_path / "run"
     run(recipe)
     written = [file.parent.name for file in output.glob("*/model.safetensors")]
     assert {"final", "best", "checkpoint-1"} <= set(written)
@@ -109,11 +110,11 @@ def test_with_the_full_vocabulary_no_mapping_is_written(tmp_path: Path, tiny_tar
 
 
 def test_a_signal_within_a_step_drops_it_and_a_resumed_run_repeats_it_from_its_start(
-    tmp_path: Path, tiny_target: Path, tiny_rows: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = {"max_steps": 4, "gradient_accumulation_steps": 4, "log_steps": 2}
-    run(recipe_for(tmp_path / "whole", tiny_target, tiny_rows, train=train))
-    recipe = recipe_for(tmp_path / "parts", tiny_target, tiny_rows, train=train)
+    run(tiny(tmp_path / "whole", train=train))
+    recipe = tiny(tmp_path / "parts", train=train)
     real, calls = BatchRunner.run, []
 
     def run_and_signal(self: BatchRunner, *args: Any, **kwargs: Any) -> Any:
@@ -318,22 +319,17 @@ def test_a_run_that_ran_out_of_memory_continues_in_more_segments(
 
 @pytest.mark.parametrize("key", ["init_from", "vocab_from"])
 def test_the_drafter_that_a_run_started_from_is_not_needed_to_resume(
-    key: str,
-    tmp_path: Path,
-    tiny_target: Path,
-    tiny_rows: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    key: str, tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Of another shape than the recipe and the target would give, and another vocabulary.
     shape = {"intermediate_size": 20, "num_key_value_heads": 4, "rope_theta": 77.0, "draft_vocab_size": 31}
     shape["rope_scaling"] = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
-    run(recipe_for(tmp_path / "first", tiny_target, tiny_rows, draft=shape, train={"max_steps": 1}))
+    run(tiny(tmp_path / "first", draft=shape, train={"max_steps": 1}))
     source = tmp_path / "first" / "run" / "final"
     draft = {key: str(source), "draft_vocab_size": None}
     sections = {"draft": draft, "train": {"max_steps": 2}}
-    run(recipe_for(tmp_path / "whole", tiny_target, tiny_rows, **sections))
-    parts = recipe_for(tmp_path / "parts", tiny_target, tiny_rows, **sections)
+    run(tiny(tmp_path / "whole", **sections))
+    parts = tiny(tmp_path / "parts", **sections)
     stopped(parts, 1, monkeypatch)
     shutil.rmtree(source)
     shutil.copytree(tmp_path / "parts" / "run", tmp_path / "again")
@@ -348,11 +344,7 @@ def test_the_drafter_that_a_run_started_from_is_not_needed_to_resume(
 
 
 def test_a_best_drafter_of_a_step_that_was_undone_is_not_taken_for_the_best(
-    tmp_path: Path,
-    tiny_target: Path,
-    tiny_rows: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real, lengths = Evaluator.__call__, iter([1.0, 1.1, 1.2, 1.3, 1.2])
 
@@ -361,7 +353,7 @@ def test_a_best_drafter_of_a_step_that_was_undone_is_not_taken_for_the_best(
 
     monkeypatch.setattr(Evaluator, "__call__", evaluate)
     train = {"max_steps": 4, "save_steps": 1, "eval_steps": 1}
-    recipe, output = recipe_for(tmp_path, tiny_target, tiny_rows, data=EVALUATED, train=train), tmp_path / "run"
+    recipe, output = tiny(tmp_path, data=EVALUATED, train=train), tmp_path / "run"
     run(recipe)
     assert json.loads((output / "best" / "best.json").read_text())["step"] == 3
     lengths = iter([1.0])
@@ -389,13 +381,9 @@ def test_resume_takes_a_folder_and_nothing_else_for_its_own(tmp_path: Path, monk
 
 
 def test_before_the_first_step_sigusr1_does_nothing_and_sigterm_is_one_line(
-    tmp_path: Path,
-    tiny_target: Path,
-    tiny_rows: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = recipe_for(tmp_path, tiny_target, tiny_rows, train={"max_steps": 1})
+    recipe = tiny(tmp_path, train={"max_steps": 1})
     load = FrozenTarget.load
 
     def load_and_signal(*args: Any, **kwargs: Any) -> FrozenTarget:

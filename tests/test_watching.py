@@ -27,7 +27,7 @@ from peagle_train.training.metrics import (
     duration,
 )
 from tests.helpers import command
-from tests.runs import EVALUATED, recipe_for, run
+from tests.runs import EVALUATED, Tiny, run
 from tests.tiny import write_recipe
 
 
@@ -100,7 +100,7 @@ def test_a_run_that_waits_for_its_loader_is_told_once_and_never_to_take_more_loa
 
 
 def test_a_checkpoint_and_an_evaluation_are_no_part_of_a_runs_pace(
-    tmp_path: Path, tiny_target: Path, tiny_rows: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lost, real_clock, real_evaluate, real_replace = [0.0], time.perf_counter, Evaluator.__call__, os.replace
 
@@ -116,7 +116,7 @@ def test_a_checkpoint_and_an_evaluation_are_no_part_of_a_runs_pace(
     monkeypatch.setattr(Evaluator, "__call__", evaluate)
     monkeypatch.setattr(os, "replace", replace)
     settings = {"max_steps": 3, "eval_steps": 1, "save_steps": 1}
-    run(recipe_for(tmp_path, tiny_target, tiny_rows, data=EVALUATED, train=settings))
+    run(tiny(tmp_path, data=EVALUATED, train=settings))
     assert lost[0] >= 6e9
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     pace = [line["tokens_per_second"] for line in lines if line["kind"] == "train"]
@@ -159,12 +159,12 @@ class Recording(GeneralTracker):
 
 
 @pytest.fixture
-def run_with(tmp_path: Path, tiny_target: Path, tiny_rows: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def run_with(tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Train a tiny run of 4 steps whose accelerator has a given tracker; returns the output folder."""
 
     def go(tracker: Recording) -> Path:
         monkeypatch.setattr(build, "Accelerator", lambda **kwargs: Accelerator(**{**kwargs, "log_with": tracker}))
-        run(recipe_for(tmp_path, tiny_target, tiny_rows, data=EVALUATED, train={"max_steps": 4}))
+        run(tiny(tmp_path, data=EVALUATED, train={"max_steps": 4}))
         return tmp_path / "run"
 
     return go

@@ -110,7 +110,9 @@ def live(way: str, count: int, arguments: list[str]) -> int:
 
 def arrange_death(way: str, count: int) -> None:
     """Have this process end in `way`, at its `count`-th occasion; ways that come from outside arrange nothing."""
+    import peagle_train.serving.drafter_io as drafter_io
     import peagle_train.training.checkpoint as run_checkpoint
+    import peagle_train.training.trainer as trainer
     from peagle_train.training.metrics import Reporter
     from peagle_train.training.step import BatchRunner
 
@@ -123,6 +125,11 @@ def arrange_death(way: str, count: int) -> None:
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
+    save = drafter_io.save_tensors
+
+    def save_by(instead: Any) -> None:
+        drafter_io.save_tensors = trainer.save_tensors = instead
+
     if way == "accumulating":
         run = BatchRunner.run
 
@@ -134,7 +141,6 @@ def arrange_death(way: str, count: int) -> None:
 
         BatchRunner.run = run_or_die  # type: ignore[method-assign]
     elif way == "file":
-        save = run_checkpoint.save_tensors
 
         def save_half(path: Path, tensors: Any) -> None:
             save(path, tensors)
@@ -142,7 +148,7 @@ def arrange_death(way: str, count: int) -> None:
                 os.truncate(path, path.stat().st_size // 2)
                 die()
 
-        run_checkpoint.save_tensors = save_half
+        save_by(save_half)
     elif way == "rename":
         replace = os.replace
 
@@ -180,14 +186,13 @@ def arrange_death(way: str, count: int) -> None:
 
         Reporter.record = record_half  # type: ignore[method-assign]
     elif way == "full":
-        save = run_checkpoint.save_tensors
 
         def save_without_space(path: Path, tensors: Any) -> None:
             if is_time():
                 fill_disk(path.parent.parent.parent)
             save(path, tensors)
 
-        run_checkpoint.save_tensors = save_without_space
+        save_by(save_without_space)
     elif way in ("term", "int", "worker"):
         os.setpgrp()
         from peagle_train.training.trainer import Trainer

@@ -31,10 +31,8 @@ import transformers
 from torch import Tensor
 
 import peagle_train
-from peagle_train.config import Data, Recipe, dump_recipe
-from peagle_train.core.draft_config import PEagleDraftConfig
+from peagle_train.config import Data, Recipe
 from peagle_train.files import remove_tree, sha256_of, told, try_removing, write_bytes, write_folder
-from peagle_train.serving.drafter_io import fill_drafter, save_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -164,28 +162,6 @@ def list_checkpoints(output: Path) -> list[Path]:
     """Complete checkpoints (those with a manifest), the newest step first; their content is not looked at."""
     found = [p for p in output.glob("checkpoint-*") if step_of(p) >= 0 and (p / MANIFEST).is_file()]
     return sorted(found, key=step_of, reverse=True)
-
-
-def save_checkpoint(
-    output: Path,
-    step: int,
-    recipe: Recipe,
-    config: PEagleDraftConfig,
-    weights: dict[str, Tensor],
-    moments: dict[str, Tensor],
-    generators: dict[str, Tensor],
-    state: dict[str, Any],
-) -> None:
-    """Write checkpoint-<step> and remove older ones as the recipe says; see `write_checkpoint`."""
-
-    def fill(folder: Path) -> None:
-        fill_drafter(folder, config, weights, {"recipe.yaml": dump_recipe(recipe)})
-        save_tensors(folder / "optimizer.state", moments)
-        save_tensors(folder / "rng.state", generators)
-        (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-
-    write_checkpoint(output, step, fill)
-    prune(output, recipe.train.keep_last, recipe.train.keep_every)
 
 
 def write_checkpoint(output: Path, step: int, fill: Callable[[Path], None]) -> Path:

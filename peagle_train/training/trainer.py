@@ -42,7 +42,7 @@ from peagle_train.distributed import (
 from peagle_train.ending import STOPPING, Signals, is_lost_worker, leave_to_parent
 from peagle_train.files import NonFiniteWeights, RunStopped, write_json, write_text
 from peagle_train.memory import memory_explained, probe_step
-from peagle_train.serving.drafter_io import check_finite, save_drafter
+from peagle_train.serving.drafter_io import check_finite, fill_drafter, save_drafter, save_tensors
 from peagle_train.target_model.frozen import TargetBase
 from peagle_train.target_model.loading import target_fingerprint
 from peagle_train.training import checkpoint as checkpoints
@@ -478,10 +478,16 @@ class Trainer:
             "recipe": asdict(self.recipe),
         }
 
+        def fill(folder: Path) -> None:
+            fill_drafter(folder, self.draft.config, weights, {"recipe.yaml": dump_recipe(self.recipe)})
+            save_tensors(folder / "optimizer.state", moments)
+            save_tensors(folder / "rng.state", generators)
+            (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+
         def write() -> None:
             self.reporter.sync()  # a checkpoint's lines are on disk before it is
-            parts = self.draft.config, weights, moments, generators, state
-            checkpoints.save_checkpoint(self.folder, self.step, self.recipe, *parts)
+            checkpoints.write_checkpoint(self.folder, self.step, fill)
+            checkpoints.prune(self.folder, self.recipe.train.keep_last, self.recipe.train.keep_every)
 
         self.on_main(f"{path} could not be saved", write)
         self.saved_step = self.step
