@@ -34,6 +34,7 @@ RUNS = [
     ("relay", 2, "none"), ("recompute", 2, "fsdp2"), ("packed", 3, "none"), ("nothing to learn", 2, "none"),
     ("nothing to learn", 3, "fsdp2"), ("relay", 3, "fsdp2"),
 ]  # fmt: skip
+COMPILED = RUNS[0]
 # Stopped after step 1 by a signal to one of the ranks, then resumed on others: (processes, sharding) twice.
 MOVES = [((1, "none"), (2, "fsdp2")), ((2, "fsdp2"), (3, "none")), ((3, "fsdp2"), (1, "none"))]
 
@@ -67,6 +68,8 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
         out[key] = folder / case / re.sub(r"\W+", "-", str(key))
         settings = [f"output.dir={out[key]}", f"train.sharding={sharding}", f"target.shard={processes == 3}".lower()]
         settings.append(f"train.gradient_accumulation_steps={MICRO_BATCHES // processes}")
+        if key == COMPILED:
+            settings += ["train.compile=true", "train.compile_backend=aot_eager"]
         jobs[processes].append(["run", str(recipes[case]), *settings, *options])
 
     for case, processes, sharding in [*((case, 1, "none") for case in CASES), *RUNS]:
@@ -140,6 +143,8 @@ def test_several_processes_train_and_evaluate_as_one_does(
     case: str, processes: int, sharding: str, outputs: dict[Any, Any]
 ) -> None:
     assert_same_run(outputs[case, processes, sharding], outputs[case, 1, "none"])
+    text = (outputs[case, processes, sharding] / "metrics.jsonl").read_text()
+    assert ('"recompiles": 0' in text) == ((case, processes, sharding) == COMPILED)
 
 
 @pytest.mark.parametrize("move", MOVES)
