@@ -639,7 +639,7 @@ def resolve_segments(recipe: Recipe, sizes: Sizes, device: Device) -> tuple[Reci
     margin = recipe.train.memory_margin
     own = choose_segments(sizes, device.budget, margin)
     none = 2 * CANDIDATES[-1]
-    S = max(map(int, from_all(str(own.num_segments if own else none))))
+    S = max(from_all(own.num_segments if own else none))
     if S == none:
         raise ValueError(
             f"cod.num_segments is auto, and no number up to {CANDIDATES[-1]} fits ({device}, {margin:.0%} of it left free"
