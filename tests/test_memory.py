@@ -132,10 +132,10 @@ def test_ranks_take_the_number_that_fits_the_fullest_of_them(
     recipe = load_recipe(write_recipe(tmp_path, target, rows, tmp_path / "x", cod={"num_segments": "auto"}))
     device = Device("cpu", 2**40)
     sizes = read_sizes(recipe, device)
-    monkeypatch.setattr(planning, "from_all", lambda own: [own, "8", "2"])
+    monkeypatch.setattr(planning, "from_all", lambda own: [own, 8, 2])
     resolved, line = planning.resolve_segments(recipe, sizes, device)
     assert resolved.cod.num_segments == 8 and recipe.cod.num_segments == "auto" and "auto is 8" in line
-    monkeypatch.setattr(planning, "from_all", lambda own: [own, "128"])  # which is how one says that none fits
+    monkeypatch.setattr(planning, "from_all", lambda own: [own, 128])  # which is how one says that none fits
     with pytest.raises(ValueError, match="no number up to 64 fits"):
         planning.resolve_segments(recipe, sizes, device)
 

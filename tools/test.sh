@@ -15,5 +15,5 @@ if [ "${1:-}" = --install-only ]; then exit 0; fi
 step pytest
 cd "$ROOT" # paths among the arguments are the repository's
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-if [ $# = 0 ]; then set -- -n "$(cores)" --dist loadfile; fi
+if [ $# = 0 ]; then set -- -n "$(cores)" --dist loadfile --no-loadscope-reorder; fi
 python -m pytest "$@"
