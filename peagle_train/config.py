@@ -615,9 +615,10 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         if name not in sections:
             meant = [dotted for dotted in known if dotted.endswith(f".{name}")] or [_nearest(str(name), sections)]
             raise RecipeError(f"{name} is not a section; did you mean {meant[0]}?")
-        if not isinstance(given.get(name) or {}, dict):
+        if given.get(name) is None:  # as a section reads whose every line is commented out
+            given[name] = {}
+        if not isinstance(given[name], dict):
             raise RecipeError(f"{name}: got {_show(given[name])}; give a mapping of its keys to values")
-        given[name] = given.get(name) or {}  # a section whose every line is commented out reads as null
     for key, _, text in changes:
         name, _, leaf = key.strip().partition(".")
         given[name][leaf] = parse_yaml(text, f"override {key.strip()}")

@@ -109,7 +109,8 @@ def load_prompts(name_or_path: str, limit: int | None = None, skipped: Counter[s
     for raw in read_examples([SourceFile(path, path, "json" if path.endswith(".json") else "jsonl")]):
         try:
             prompt = _prompt(raw, prompts)
-        except BadRow as error:
+        except (BadRow, RecursionError) as cause:
+            error = cause if isinstance(cause, BadRow) else BadRow(FORMAT, "values are nested too deeply")
             if skipped is None:
                 raise ValueError(f"{raw.where}: this row cannot be asked ({error})") from None
             if not skipped[error.reason]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from peagle_train.core.collator import CODCollator
 from peagle_train.core.draft import PEagleDraft
@@ -245,3 +248,28 @@ def command(name: str, *arguments: object) -> int:
     from peagle_train.cli import main
 
     return main([name, *map(str, arguments)])
+
+
+class LiveBytes(TorchDispatchMode):
+    """`peak`: the most that all tensors made within the block held together at any moment, each storage once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self.held = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and storage._cdata not in known | self._known:
+                self._known.add(storage._cdata)
+                self.held += storage.nbytes()
+                weakref.finalize(storage, self._let_go, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.held)
+        return out
+
+    def _let_go(self, storage: int, size: int) -> None:
+        self._known.discard(storage)
+        self.held -= size

@@ -103,11 +103,11 @@ def test_an_export_of_an_export_is_the_same_drafter_in_either_direction(
 
 def test_options_name_the_target_the_dtype_k_the_licence_and_what_was_measured(tmp_path: Path, run: Path) -> None:
     by_k = [{"k": 1, "accepted_length": 1.5}, {"k": 3, "accepted_length": 2.25}, {"k": 4, "accepted_length": None}]
-    (tmp_path / "report.json").write_text(json.dumps({"figures": [{"mt-bench": {"by_k": by_k}}]}))
+    (tmp_path / "report").write_text(json.dumps({"figures": [{"mt-bench": {"by_k": by_k}}]}))
     out = tmp_path / "out"
     export_drafter(
         run, out, "speculators", target_name="org/my-llm", speculative_tokens=3, dtype=torch.bfloat16,
-        licence="apache-2.0", measured=tmp_path / "report.json",
+        licence="apache-2.0", measured=tmp_path / "report",
     )  # fmt: skip
     config = json.loads((out / "config.json").read_text())
     assert config["speculators_config"]["verifier"]["name_or_path"] == "org/my-llm" and config["dtype"] == "bfloat16"

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from peagle_train.core.loss import LOSSES, chunked_linear_loss
 from tests import oracles
+from tests.helpers import LiveBytes
 
 M, V, H, T = 23, 13, 6, 5
 
@@ -214,3 +215,25 @@ def test_autocast_leaves_its_own_state_as_it_was() -> None:
         chunked_linear_loss(*inputs)
         assert torch.is_autocast_enabled("cpu")
         assert (inputs.hidden @ inputs.head.T).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_a_shorter_last_chunk_needs_no_more_memory(kind: str) -> None:
+    peaks = []
+    for rows in (32, 31):
+        inputs = make_inputs(rows, vocab=4096)
+        with LiveBytes() as live:
+            chunked_linear_loss(*inputs, kind, chunk_rows=16)
+        peaks.append(live.peak)
+    assert 2 * 16 * 4096 * 8 < peaks[1] <= peaks[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LOSSES)
+def test_compiled_by_inductor_several_chunks_give_what_eager_ones_give(kind: str) -> None:
+    found = []
+    for function in (chunked_linear_loss, torch.compile(chunked_linear_loss, fullgraph=True, dynamic=False)):
+        inputs = make_inputs()
+        loss, hits = function(*inputs, kind, 9)  # two of 9 rows, one of 5
+        found.append([loss, hits, *torch.autograd.grad(loss, [inputs.hidden, inputs.head])])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)

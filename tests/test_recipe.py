@@ -176,6 +176,8 @@ def test_an_override_of_another_form_is_refused(minimal: Path, override: str) ->
         ("# nothing but a comment\n", "is empty; give a mapping of sections"),
         ("- target\n", "is a list; give a mapping of sections"),
         ("target: [model]\n", "target: got ['model'] (list); give a mapping of its keys to values"),
+        ("train: false\n", "train: got false (bool); give a mapping of its keys to values"),
+        ("data: []\n", "data: got [] (list); give a mapping of its keys to values"),
         ("1: {path: model}\n", "1 is not a section"),
         ("target: {path: a, path: b}\n", "duplicate key 'path' at line 1, column 19"),
         ("target: {path: a}\ntarget: {path: b}\n", "duplicate key 'target' at line 2, column 1"),

@@ -133,6 +133,14 @@ def test_rows_that_cannot_be_asked_are_counted_by_reason_or_refused(tmp_path, ro
         load_prompts(path)
 
 
+def test_a_row_nested_without_end_is_skipped_as_one_of_a_wrong_format(tmp_path):
+    deep = b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    (tmp_path / "p.jsonl").write_bytes(b'{"prompt": "fine"}\n' + deep + b'\n{"prompt": "too"}\n')
+    skipped: Counter[str] = Counter()
+    assert [p.id for p in load_prompts(str(tmp_path / "p.jsonl"), skipped=skipped)] == ["1", "3"]
+    assert skipped == {"wrong format": 1}
+
+
 def test_files_that_hold_no_prompt_are_one_line(tmp_path):
     for name, content in {"a.jsonl": b"{", "b.jsonl.gz": b"plain", "c.jsonl": b""}.items():
         (tmp_path / name).write_bytes(content)

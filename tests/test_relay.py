@@ -1,6 +1,5 @@
 """Relay against the flat pass: every gradient, what it runs and what it leaves out, and whole trainings."""
 
-import weakref
 from typing import Any
 
 import pytest
@@ -8,8 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from peagle_train.core.passes import TargetOutputs
 from peagle_train.core.plan import plan_segments
@@ -20,6 +17,7 @@ from tests.helpers import (
     MASK_TOKEN,
     K,
     L,
+    LiveBytes,
     Outcome,
     assert_same,
     build,
@@ -305,31 +303,6 @@ def test_buffers_are_allocated_once_for_batches_of_one_shape() -> None:
         assert [tuple(t.shape) for t in everything] == [(1, 2, L, 8)] * 8
         addresses.add(tuple(t.data_ptr() for t in everything))
     assert len(addresses) == 1
-
-
-class LiveBytes(TorchDispatchMode):
-    """`peak`: the most that all tensors made within the block held together at any moment, each storage once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = self.held = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = function(*args, **(kwargs or {}))
-        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for tensor in tree_leaves(out):
-            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
-            if storage is not None and storage._cdata not in known | self._known:
-                self._known.add(storage._cdata)
-                self.held += storage.nbytes()
-                weakref.finalize(storage, self._let_go, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.held)
-        return out
-
-    def _let_go(self, storage: int, size: int) -> None:
-        self._known.discard(storage)
-        self.held -= size
 
 
 def test_a_later_step_needs_no_more_memory_than_the_first_and_leaves_nothing_behind() -> None:

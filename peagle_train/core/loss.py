@@ -87,6 +87,7 @@ class _ChunkedLinearLoss(torch.autograd.Function):
                 d_hidden_MH[rows] = d_cV @ head_VH
             if d_head_VH is not None:
                 d_head_VH += d_cV.T @ h_cH
+            del d_cV  # before the next chunk's logits are made
         if left_out_M is not None:
             loss_M, hits_M = loss_M.masked_fill(left_out_M, 0), hits_M & counted_M
         ctx.save_for_backward(d_hidden_MH, d_head_VH)

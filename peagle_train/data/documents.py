@@ -80,6 +80,7 @@ def find_all(data: Data) -> dict[str, FoundFiles]:
                 raise ValueError(
                     f"data source {spec.describe()} has no file to read ({counts}): change data.exclude or"
                     f" data.extensions, {' '.join(extensions)}"
+                    + (" (what ends in .gz is not read: unpack it)" if spec.describe().endswith(".gz") else "")
                 )
             files += its_files
             skipped += not_read

@@ -54,15 +54,17 @@ class CachedTarget:
         # ascending, so that the kept ones are in the features' order
         layers = [target.layers[layer] for layer in target.layer_ids]
         hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
-        last_1nT = target.base(
-            input_ids=torch.tensor([tokens], dtype=torch.int64, device=target.device),
-            position_ids=torch.arange(self.length, self.length + len(tokens), device=target.device)[None],
-            attention_mask=None,
-            use_cache=True,
-            **{str(cache_argument(target.base)): self._cache},
-        ).last_hidden_state
-        for hook in hooks:
-            hook.remove()
+        try:
+            last_1nT = target.base(
+                input_ids=torch.tensor([tokens], dtype=torch.int64, device=target.device),
+                position_ids=torch.arange(self.length, self.length + len(tokens), device=target.device)[None],
+                attention_mask=None,
+                use_cache=True,
+                **{str(cache_argument(target.base)): self._cache},
+            ).last_hidden_state
+        finally:
+            for hook in hooks:
+                hook.remove()
         self.length += len(tokens)
         features_nF = torch.cat([hidden[0] for hidden in kept], dim=-1)
         return features_nF, target.head(last_1nT[0, len(tokens) - num_logits :])

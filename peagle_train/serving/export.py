@@ -106,9 +106,9 @@ def read_run(folder: Path) -> RunFacts:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The mapping in a .json or .yaml file; empty if it is missing or none."""
+    """The mapping in a .yaml or JSON file; empty if it is missing or none."""
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else read_yaml(path)
+        content: Any = read_yaml(path) if path.suffix == ".yaml" else json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -21,6 +21,7 @@ import os
 import platform
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import IO, Any
@@ -79,7 +80,7 @@ def lock_output(folder: Path, kind: int = fcntl.LOCK_EX) -> IO[str]:
     Raises:
         ValueError: another process trains into the folder.
     """
-    file = (folder / ".lock").open("a+")
+    file = (folder / ".lock").open("a+" if kind == fcntl.LOCK_EX else "r")
     try:
         # POSIX's, not flock (nor the package filelock): loader processes inherit a flock, and keep it for seconds after
         # their run was killed.
@@ -96,7 +97,8 @@ def check_not_in_use(folder: Path) -> None:
     """ValueError if another process trains into the folder. Changes nothing."""
     if (folder / ".lock").exists():
         # Shared, so that the ranks of one launch do not take each other for another run.
-        lock_output(folder, fcntl.LOCK_SH).close()
+        with suppress(OSError):  # of another user, perhaps: a run that writes there will meet it
+            lock_output(folder, fcntl.LOCK_SH).close()
 
 
 def read_marker(folder: Path) -> dict[str, Any]:
