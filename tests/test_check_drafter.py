@@ -121,7 +121,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no weights": (lambda f: (f / WEIGHTS).unlink(), f"no {WEIGHTS}"),
     "pickled": (lambda f: (f / WEIGHTS).rename(f / "pytorch_model.bin"), "pickled (pytorch_model.bin)"),
     "file and shards": (lambda f: (f / INDEX).write_text("{}"), "remove one"),
-    "no folder": (lambda f: f.rename(f.with_name("elsewhere")), "is no folder"),
+    "no folder": (lambda f: f.rename(f.with_name("elsewhere")), "is not a folder"),
 }
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "rope partial": ({"partial_rotary_factor": 0.5}, "rope is partial"),

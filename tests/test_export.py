@@ -163,7 +163,7 @@ def test_a_users_mistake_is_one_line_and_nothing_is_written(tmp_path: Path, run:
     make_draft(torch.float32).save_pretrained(bare)
     for source, format, options, message in (
         (run, "eagle3", {"speculative_tokens": 5}, "is 5; give 1 to 4"),
-        (run, "eagle3", {"target": Path("/nowhere")}, "/nowhere is no folder"),
+        (run, "eagle3", {"target": Path("/nowhere")}, "/nowhere is not a folder"),
         (run, "eagle3", {"measured": Path("/nowhere.json")}, "holds no accepted lengths"),
         (run, "eagle3", {"target": other}, f"target's vocab_size: {VOCAB + 3}, the drafter was made for {VOCAB}"),
         (bare, "speculators", {"target_name": "x"}, "give --num-speculative-tokens"),
@@ -225,7 +225,7 @@ def test_the_command_exports_checks_and_says_why_not(
     assert command("export", run, "--out", out) == 2 and "is there already" in capsys.readouterr().err
     assert command("export", out) == 2 and "--out" in capsys.readouterr().err
     assert command("check", tmp_path) == 2 and "give one of its out" in capsys.readouterr().err
-    assert command("check", tmp_path / "gone") == 2 and "is no folder" in capsys.readouterr().err
+    assert command("check", tmp_path / "gone") == 2 and "is not a folder" in capsys.readouterr().err
     (tmp_path / "out" / "model.safetensors").write_bytes(b"1234567890")
     assert command("check", out) == 2 and "NOT loadable" in capsys.readouterr().out
 

@@ -135,7 +135,7 @@ MISFITS: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "residual": ({"norm_before_residual": True}, [], "has true: give draft.norm_before_residual=true"),
     "rope": ({}, ["draft.rope_theta=7.0"], "draft.rope_theta is 7.0, but .* has 5000.0"),
     "feature layers": ({"eagle_aux_hidden_state_layer_ids": [1, 3, 4]}, [], r"give target.layer_ids=\[1, 3, 4\]"),
-    "nowhere": ({}, ["draft.init_from=/nowhere"], "/nowhere is no folder"),
+    "nowhere": ({}, ["draft.init_from=/nowhere"], "/nowhere is not a folder"),
 }
 
 

@@ -167,7 +167,7 @@ def test_layer_ids_must_be_three_ascending_ids_of_the_target(folder: Path, ids: 
 
 
 def test_folders_that_hold_no_target_are_refused_in_one_line(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         FrozenTarget.load(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"no config\.json"):
         FrozenTarget.load(str(tmp_path))

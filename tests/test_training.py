@@ -166,7 +166,7 @@ def test_a_device_that_is_neither_a_cpu_nor_a_gpu_is_refused_before_anything_is_
 @pytest.mark.parametrize(
     ("section", "key", "value", "message"),
     [
-        ("target", "path", "/nowhere", "is no folder"),
+        ("target", "path", "/nowhere", "is not a folder"),
         ("draft", "mask_token_id", VOCAB, f"must lie in 0..{VOCAB - 1}"),
         ("draft", "draft_vocab_size", 100, "draft_vocab_size"),
         ("target", "layer_ids", [1, 2, 9], "layer_ids"),

@@ -40,8 +40,8 @@ def load_config(path: str, trust_remote_code: bool) -> Any:
     """transformers' config of a target's folder; ValueError, one line, for a folder that is none."""
     if not Path(path).is_dir():
         raise ValueError(
-            f"target.path {path} is no folder; give a Hugging Face model folder on this machine (a model of the hub has to"
-            " be downloaded first)"
+            f"target.path {path} is not a folder; give a Hugging Face model folder on this machine (download a model of the"
+            " hub first)"
         )
     if not (Path(path) / "config.json").is_file():
         raise ValueError(f"target.path {path} has no config.json; give a Hugging Face model folder")

@@ -46,7 +46,9 @@ def run(options: Namespace) -> tuple[str, bool]:
     recipe = recipes[0]
     path = options.target or (recipe.target.path if recipe else None)
     if path is None or not Path(path).is_dir():
-        named = f"{folder} has no recipe.yaml that names its target" if path is None else f"target {path} is no folder"
+        named = (
+            f"{folder} has no recipe.yaml that names its target" if path is None else f"target {path} is not a folder"
+        )
         raise ValueError(f"{named}: give --target DIR")
     device = _device(options.device)
     drafts = [load_drafter(f) for f in folders]

@@ -87,7 +87,9 @@ def load_cases(
     """
     path = Path(name).expanduser()
     if name not in (STDLIB, *BENCHMARKS) and not path.is_file():
-        raise ValueError(f"prompts {name} is no file; give a .jsonl file or one of {', '.join([STDLIB, *BENCHMARKS])}")
+        raise ValueError(
+            f"prompts {name} is not a file; give a .jsonl file or one of {', '.join([STDLIB, *BENCHMARKS])}"
+        )
     if tokenizer is None:
         raise ValueError(f"prompts {name} need the target's tokenizer, and its folder has none")
     if name == STDLIB:

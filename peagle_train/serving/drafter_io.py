@@ -139,7 +139,7 @@ def read_drafter(folder: str | Path) -> DrafterFiles:
 def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a model's folder, a drafter's or a target's; ValueError if it cannot be read."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder; give a model's folder on this machine")
+        raise ValueError(f"{folder} is not a folder; give a model's folder on this machine")
     path = folder / "config.json"
     if not path.exists():
         raise ValueError(f"{folder} has no config.json; give a model's folder")

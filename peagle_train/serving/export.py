@@ -117,7 +117,7 @@ def _read(path: Path) -> dict[str, Any]:
 def find_drafter(folder: Path) -> Path:
     """The drafter in a checkpoint's or a run's folder (its `final/`); ValueError if there is none."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder; give a drafter's, or a run's")
+        raise ValueError(f"{folder} is not a folder; give a drafter's, or a run's")
     for found in (folder, folder / "final"):
         if (found / "config.json").exists():
             return found
