@@ -117,7 +117,7 @@ def _train(parser: Parser) -> Callable[[Options], None]:
             print(read_summary(Path(options.summary)))
             return
         if not options.recipe:
-            raise ValueError("no recipe given: `peagle-train train RECIPE`, for example recipes/quickstart.yaml")
+            raise ValueError("no recipe given: `peagle-train train RECIPE`, for example peagle-train train quickstart")
         recipe = load_recipe(options.recipe, options.overrides)
         if options.on and not options.dry_run:
             raise ValueError("--on goes with --dry-run: it says for which device to plan")
@@ -198,7 +198,7 @@ def _prepare(parser: Parser) -> Callable[[Options], None]:
 
 
 def _cache(parser: Parser) -> Callable[[Options], None]:
-    """Run the target once over a recipe's rows and keep what training needs of it: features and last hidden states.
+    """Run the target once over a recipe's sequences and keep what training needs of it: features and last hidden states.
 
     peagle-train cache recipes/quickstart.yaml --out features
     peagle-train train recipes/quickstart.yaml target.cache=features
@@ -404,7 +404,7 @@ def _evaluate(parser: Parser) -> Callable[[Options], int]:
     what is reported, for every K from 1 to the drafter's own, out of one decoding:
       accepted length   tokens that one verifying pass gives, the target's own included, repetition left out
       teacher-forced    what training's estimate (all positions, slots taken as independent) gives on the same texts
-      in training       that estimate on the training run's own held-out rows
+      in training       that estimate on the training run's own held-out sequences
       tokens/pass       output tokens over all passes of the target, the prompt's and repetition included
     Repetition: stretches of at least max(24, 2 p) tokens that each equal the one p before, p up to 64.
     --engine vllm (greedy): the same prompts in vLLM with the same K, beside our decoder's figures, and where the two part:

@@ -418,8 +418,8 @@ class Cod:
     down_sample_ratio_min: Annotated[float, within(ge=0, le=1)] = 0.2
     """Floor of that share (0: the paper's; 0.2: speculators')."""
     num_segments: Annotated[int, within(ge=1, le=2**16)] | Literal["auto"] = 1
-    """S: forward and backward passes that a row is cut into; more of them take less memory. auto: the smallest power of two
-    that fits the device (see train.memory_margin), which checkpoints then name, so that a resumed run keeps it."""
+    """S: forward and backward passes that a sequence is cut into; more of them take less memory. auto: the smallest power
+    of two that fits the device (see train.memory_margin), which checkpoints then name, so that a resumed run keeps it."""
     boundaries: Literal["balanced", "uniform"] = "balanced"
     """Segments of equal element counts, or of equal lengths (Algorithm 1 as published)."""
 
@@ -439,7 +439,7 @@ class Train:
     max_steps: Annotated[int, within(ge=1, le=10**9)] | None = None
     """Optimizer steps; overrides `epochs`."""
     batch_size: Annotated[int, within(ge=1, le=4096)] = 1
-    """Rows per device and micro-batch."""
+    """Sequences per device and micro-batch."""
     gradient_accumulation_steps: Annotated[int, within(ge=1, le=4096)] = 1
     """Micro-batches per optimizer step."""
     learning_rate: Annotated[float, within(gt=0, le=1)] = 1e-4
@@ -461,7 +461,7 @@ class Train:
     mixed_precision: Literal["no", "bf16"] = "no"
     """Autocast of the drafter."""
     seed: Annotated[int, within(ge=0, lt=2**63)] = 0
-    """Of initial weights, row order and COD draws."""
+    """Of initial weights, order of the sequences and COD draws."""
     segment_mode: Literal["relay", "recompute"] = "relay"
     """Segments hand on keys, values and their gradients, or each recomputes its past (Algorithm 1)."""
     loss: Literal["kl", "soft_ce", "hard_ce"] = "kl"
@@ -483,7 +483,7 @@ class Train:
     offload_features: bool = False
     """Keep the target's features in host memory between segments."""
     probe: bool | Literal["auto"] = "auto"
-    """Before training, run a full row's step and throw it away, to prove that the largest step fits; auto: on CUDA."""
+    """Before training, run the step of a full sequence and throw it away: if it fits, all steps do; auto: on CUDA."""
     memory_margin: Share = 0.1
     """Share of the device's memory that cod.num_segments = auto leaves free."""
     log_steps: Count = 10

@@ -408,7 +408,7 @@ def read_sizes(recipe: Recipe, device: Device) -> Sizes:
     start = read_start(recipe, target)
     shaped = start.recipe if start else recipe
     if recipe.draft.vocab_from:
-        shaped = replace(recipe, draft=replace(recipe.draft, draft_vocab_size=draft_vocab_size_of(recipe.draft)))
+        shaped = replace(shaped, draft=replace(shaped.draft, draft_vocab_size=draft_vocab_size_of(recipe.draft)))
     mask_token_id = shaped.draft.mask_token_id
     draft = make_draft_config(
         shaped, target, 0 if mask_token_id is None else mask_token_id, start.files.config if start else None

@@ -1,4 +1,4 @@
-"""Small drafters, rows and targets, and how far two results are apart."""
+"""Small drafters, rows and targets; how far two results are apart; commands in this process; what tensors hold at most."""
 
 import hashlib
 import json

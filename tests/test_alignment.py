@@ -31,7 +31,7 @@ TABLE = [
     ((5, 0), "END", "BLUE", 5, None, True),
     ((7, 0), "SO", "bye", 0, "LONG", True),
     ((8, 0), "LONG", "SO", 1, None, True),
-    # The drafts that start behind "colour", behind "DARK", ... and behind "SO".
+    # The drafts that start after "colour", behind "DARK", ... and behind "SO".
     ((1, 1), "<mask>", "<mask>", 2, "SEA", True),
     ((1, 2), "<mask>", "<mask>", 3, "BLUE", True),
     ((1, 3), "<mask>", "<mask>", 4, "END", True),

@@ -53,7 +53,7 @@ def lists_of(mask: BlockMask, name: str) -> list[list[list[int]]]:
     assert counts.dtype == indices.dtype == torch.int32
     assert counts.shape == indices.shape[:3] and counts.shape[1] == 1
     assert indices.is_contiguous() and counts.is_contiguous()
-    # A kernel may fetch one index too many, so what lies behind the count must still be a block.
+    # A kernel may fetch one index too many, so what lies after the count must still be a block.
     assert ((indices >= 0) & (indices < indices.shape[-1])).all()
     rows = zip(counts[:, 0], indices[:, 0], strict=True)
     return [[i[:c].tolist() for c, i in zip(cs.tolist(), ins, strict=True)] for cs, ins in rows]
@@ -84,7 +84,7 @@ def check(visibility: Visibility, skip: int = 0, block_size: int = BLOCK_SIZE) -
 
 def layout_of_row(rng: random.Random, K: int, context_as_slots: bool) -> tuple[list[tuple[int, int, int]], int]:
     """One row's (start, anchor, depth) slots and its context_end: packed documents, cut into what lies before a segment,
-    the segment, and what lies behind it."""
+    the segment, and what lies after it."""
     starts: list[int] = []
     for _ in range(rng.randint(1, 4)):
         starts += [len(starts)] * rng.randint(1, 12)

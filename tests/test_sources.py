@@ -1,5 +1,6 @@
 """Documents: what is read from files and folders, in which order, and what is refused with which words."""
 
+import gzip
 import json
 import os
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from peagle_train.config import Data
-from peagle_train.data.documents import find_all
+from peagle_train.data.documents import find_all, read_examples
 from tests.byte_tokenizer import BYTES_VOCAB, make_byte_tokenizer
 from tests.documents import Document, load_documents
 
@@ -162,6 +163,14 @@ def test_sources_that_name_nothing_are_refused(tmp_path: Path, load: Any) -> Non
         with pytest.raises(ValueError, match=expected):
             load(source)
     assert names(load(tmp_path / "d", extensions=[".rst"])[0]) == ["d/a.rst"]
+
+
+def test_a_gzipped_file_is_read_where_its_format_is_given(tmp_path: Path, load: Any) -> None:
+    path = write(tmp_path / "x.jsonl.gz", gzip.compress(b'{"text": "a"}\n{"text": "b"}\n'))
+    with pytest.raises(ValueError, match="its format"):
+        load(path)
+    files = find_all(Data([{"path": str(path), "format": "jsonl"}]))["sources"].files
+    assert [json.loads(example.content) for example in read_examples(files)] == [{"text": "a"}, {"text": "b"}]
 
 
 def test_unreadable_files_are_refused(tmp_path: Path, load: Any) -> None:

@@ -58,7 +58,7 @@ class CODCollator:
         num_segments: S in 1..max_length.
         boundaries: "balanced" (cut by element count) or "uniform" (Algorithm 1 as published).
         seed: any int.
-        pad_token_id: fills input_ids after a row's end; never read by an element.
+        pad_token_id: fills input_ids after a sequence's end; never read by an element.
         capacity_multiple: C is rounded up to a multiple of this: of 128 for CUDA, whose attention works in such blocks.
     """
 

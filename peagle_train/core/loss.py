@@ -73,7 +73,8 @@ class _ChunkedLinearLoss(torch.autograd.Function):
             rows = slice(start, start + chunk_rows)
             h_cH = hidden_MH[rows]
             if not room or room[0].shape[0] != h_cH.shape[0]:
-                # All the wide tensors that there are: made anew for each chunk, they leave holes in a CPU's heap.
+                # All the wide tensors that there are. New ones for each chunk would leave holes in a CPU's heap; a shorter
+                # last chunk has its own, as Inductor writes well only into whole tensors, not into slices.
                 room.clear()
                 room += [
                     hidden_MH.new_empty(h_cH.shape[0], head_VH.shape[0], dtype=wide)

@@ -1,7 +1,7 @@
 """What relay and recompute share: one batch's passes through the drafter, each prepared and run in the same way.
 
-B: rows, L: columns, N: elements of a pass, n: own elements of a segment, M: leading slots that may hold depth-0 elements,
-P: context columns, T: the target's hidden size, V: draft vocabulary, K: depths.
+B: sequences, L: positions, N: elements of a pass, n: own elements of a segment, M: leading slots that may hold depth-0
+elements, P: context positions, T: the target's hidden size, V: draft vocabulary, K: depths.
 """
 
 from dataclasses import dataclass
@@ -156,9 +156,7 @@ class Passes:
         return output
 
     def idle(self) -> Tensor:
-        """A pass over one padding element: a zero whose gradients are zero, but every collective of a sharded drafter takes
-        place.
-        """
+        """A pass over one padding element: a zero with zero gradients. A sharded drafter runs all its collectives."""
         column = self.batch["anchor"].new_zeros(self.batch["anchor"].shape[0], 1)
         elements = context_elements(self.batch, slice(0, 1))._replace(depth=column - 1)
         nothing = column.new_zeros(0)

@@ -13,7 +13,7 @@ from torch import Tensor
 from peagle_train.core.visibility import GRID
 
 SIZES = 8
-"""The most sizes that a static plan's passes have: a graph is compiled for each one that occurs."""
+"""A static plan's passes have at most this many sizes: a graph is compiled for each one that occurs."""
 SIZE_STEP = 128
 """They are multiples of this, flex attention's block, but for the capacity itself."""
 

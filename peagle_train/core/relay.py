@@ -9,7 +9,7 @@ segment needs of its past nothing but those keys and values, and owes the past n
         propagated are the segment's loss and <K_own, dK_own> + <V_own, dV_own>, where dK_own, dV_own are what the
         segments to the right have handed back; the leaves' gradients are handed on to the left.
 
-Every row runs with grad exactly once, and activations of one segment exist at a time. Algorithm 1 (recompute.py) is the
+Every element runs with grad exactly once, and activations of one segment exist at a time. Algorithm 1 (recompute.py) is the
 oracle. B: rows, L: columns, P: context columns, M: own slots that may hold depth-0 elements, G: key/value heads, D: head
 dim.
 """

@@ -76,11 +76,11 @@ def find_all(data: Data) -> dict[str, FoundFiles]:
             not_read = Counter[str]()
             its_files = list(_files_of(number, spec, extensions, data.exclude, not_read))
             if not its_files:
+                how = " (give a .gz file its format, as in {path: FILE, format: jsonl})"
                 counts = ", ".join(f"{count} {what}" for what, count in not_read.items()) or "none at all"
                 raise ValueError(
                     f"data source {spec.describe()} has no file to read ({counts}): change data.exclude or"
-                    f" data.extensions, {' '.join(extensions)}"
-                    + (" (what ends in .gz is not read: unpack it)" if spec.describe().endswith(".gz") else "")
+                    f" data.extensions, {' '.join(extensions)}" + (how if spec.describe().endswith(".gz") else "")
                 )
             files += its_files
             skipped += not_read

@@ -59,7 +59,7 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
         """ValueError unless a run that took `before` sequences a step resumes with the same sequences in the same steps."""
         if before != self.global_batch_size:
             raise ValueError(
-                f"rows of a step: {before} when the run began, {self.global_batch_size} now (train.batch_size"
+                f"sequences of a step: {before} when the run began, {self.global_batch_size} now (train.batch_size"
                 f" {self.batch_size} x train.gradient_accumulation_steps {self.accumulation} x {self.world_size}"
                 f" processes): change them so that the product is {before}"
             )

@@ -35,6 +35,7 @@ from peagle_train.data.packing import TrainingData
 from peagle_train.data.vocab import load_config
 from peagle_train.distributed import wait_for_all
 from peagle_train.files import checksum, sha256_of
+from peagle_train.machine import cores
 from peagle_train.target_model.frozen import FrozenTarget, TargetBase
 from peagle_train.target_model.loading import default_layer_ids, target_fingerprint
 
@@ -187,7 +188,7 @@ class StoredTarget(TargetBase):
             total = sum((self.folder / name).stat().st_size for name in names)
             logger.warning("target.cache: reading %.2f GiB once to see that they are whole", total / 2**30)
         names = names[rank::size]
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib lets go of the interpreter
+        with ThreadPoolExecutor(min(8, cores())) as pool:  # hashlib lets go of the interpreter
             for name, damaged in zip(names, pool.map(is_damaged, map(self.folder.joinpath, names)), strict=True):
                 if damaged:
                     raise ValueError(

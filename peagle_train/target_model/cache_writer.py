@@ -270,6 +270,6 @@ def _failing_together() -> Iterator[None]:
     except ValueError as error:
         failure = str(error)
     except (OSError, SafetensorError) as error:
-        failure = f"{one_line(error)}: make room and run the same command again, it resumes where it stopped"
+        failure = f"{one_line(error)}: mend that and run the same command again, it resumes where it stopped"
     for first in filter(None, from_all(failure)):
         raise ValueError(first)
