@@ -589,7 +589,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def work() -> int | None:
         if name != given[0] and _is_mistyped(given[0]):
-            meant = difflib.get_close_matches(given[0], COMMANDS, n=1) or ["--help"]
+            meant = difflib.get_close_matches(given[0], [*COMMANDS, *shipped_recipes()], n=1) or ["--help"]
             raise ValueError(f"no command or recipe is called {given[0]!a}; did you mean peagle-train {meant[0]}?")
         summary, _, details = (COMMANDS[name].__doc__ or "").partition("\n\n")
         parser = Parser(

@@ -135,7 +135,9 @@ class Signals:
             self.save = True
         elif self.stop is None:
             self.stop, self._stopped_at = signal.Signals(number).name, time.monotonic()
-            os.write(2, f"peagle_train: {self.stop}: saving and ending; a second one ends at once\n".encode())
+            os.write(
+                2, f"peagle_train: {self.stop}: saving after this step and ending; a second one ends at once\n".encode()
+            )
         elif "TORCHELASTIC_RUN_ID" not in os.environ or time.monotonic() - self._stopped_at >= ECHO_SECONDS:
             os.write(2, b"peagle_train: a second signal: ending at once, nothing more is saved\n")
             os._exit(128 + number)

@@ -104,6 +104,15 @@ def test_tensors_hold_what_is_planned(step: str, measured: dict[str, Any]) -> No
     assert measured[step]["planned"] == pytest.approx(measured[step]["peak"], rel=0.05)
 
 
+OPTIONS = ("S=4, offloaded features", "S=4, large chunks of the loss")
+
+
+@pytest.mark.parametrize("step", [name for name in OPTIONS if name in STEPS])
+def test_what_an_option_changes_is_what_its_plan_changes(step: str, measured: dict[str, Any]) -> None:
+    held, planned = (measured[step][name] - measured["S=4"][name] for name in ("peak", "planned"))
+    assert abs(held) > 2**27 and planned == pytest.approx(held, rel=0.05)
+
+
 def test_a_flat_step_of_8k_takes_at_most_26_gib_beside_weights_and_states(measured: dict[str, Any]) -> None:
     assert 20 < (measured["S=1"]["peak"] - measured["S=1"]["resident"]) / 2**30 <= 26
 

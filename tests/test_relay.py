@@ -1,5 +1,6 @@
 """Relay against the flat pass: every gradient, what it runs and what it leaves out, and whole trainings."""
 
+import weakref
 from typing import Any
 
 import pytest
@@ -319,6 +320,23 @@ def test_a_later_step_needs_no_more_memory_than_the_first_and_leaves_nothing_beh
         peaks.append(live.peak)
     assert set(peaks[2:]) == set(peaks[:2])
     assert max(peaks) > 50_000, "nothing was counted"
+
+
+def test_a_segments_hidden_states_are_gone_when_its_backward_begins_and_its_leaves_gradients_after() -> None:
+    draft, batch, alive = make_draft(), make_batch(make_rows(L), L, 4, K), list[Any]()
+    leaves: list[Tensor] = []
+
+    def watch(_: Any, arguments: Any, named: Any, output: Any) -> None:
+        alive.extend([] if output.hidden is None else [weakref.ref(output.hidden)])
+        leaves.extend(t for pair in named["context"] or () for t in pair if t.requires_grad)
+
+    def backward(tensors: Any, gradients: Any) -> None:
+        assert alive[-1]() is None
+        torch.autograd.backward(tensors, gradients)
+
+    draft.register_forward_hook(watch, with_kwargs=True)
+    relay_step(draft, batch, make_target(batch), num_depths=K, backward=backward)
+    assert len(alive) >= 3 and leaves and all(leaf.grad is None for leaf in leaves)
 
 
 def test_buffers_follow_a_drafters_dtype_and_keep_gradients_in_float32() -> None:

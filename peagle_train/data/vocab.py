@@ -40,8 +40,8 @@ def load_config(path: str, trust_remote_code: bool) -> Any:
     """transformers' config of a target's folder; ValueError, one line, for a folder that is none."""
     if not Path(path).is_dir():
         raise ValueError(
-            f"target.path {path} is not a folder; give a Hugging Face model folder on this machine (download a model of the"
-            " hub first)"
+            f"target.path {path} is not a folder; give a Hugging Face model folder on this machine (of the hub: hf download"
+            " NAME --local-dir DIR; for a plan its config.json is enough)"
         )
     if not (Path(path) / "config.json").is_file():
         raise ValueError(f"target.path {path} has no config.json; give a Hugging Face model folder")
@@ -62,7 +62,7 @@ def choose_mask_token(draft: Draft, tokenizer: Any, vocab_size: int) -> int:
     if (given := draft.mask_token_id) is not None:
         if given >= vocab_size:
             allowed = f"it must lie in 0..{vocab_size - 1}, the target's vocabulary"
-            raise ValueError(f"draft.mask_token_id is {given}; {allowed}")
+            raise ValueError(f"draft.mask_token_id is {given}; {allowed} (the recipe may be for another target)")
         return given
     # Rows that pad the embedding table are the only ids that provably never occur in text.
     first_unused = vocab_size if tokenizer is None else max(tokenizer.get_vocab().values(), default=-1) + 1

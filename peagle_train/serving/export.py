@@ -121,8 +121,10 @@ def find_drafter(folder: Path) -> Path:
     for found in (folder, folder / "final"):
         if (found / "config.json").exists():
             return found
-    inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
-    choice = f"; give one of its {', '.join(inside)}" if inside else ""
+    if (folder / "run.json").exists():
+        raise ValueError(f"{folder} is a run without a drafter yet: let it end, or end it with --resume")
+    inside = sorted(path.parent.name for path in folder.glob("*/config.json") if any(path.parent.glob("*.safetensors")))
+    choice = f"; give one of its {', '.join(inside[:5])}" if inside else "; give a drafter's folder, or a run's"
     raise ValueError(f"{folder} is no drafter's folder (no config.json){choice}")
 
 
