@@ -417,6 +417,9 @@ class Cod:
     """r: depth d keeps a share r**d of the elements."""
     down_sample_ratio_min: Annotated[float, within(ge=0, le=1)] = 0.2
     """Floor of that share (0: the paper's; 0.2: speculators')."""
+    max_anchors: Count | None = None
+    """Rollouts start at no more than N anchors of a sequence, drawn anew each epoch; every position keeps its depth 0.
+    Fewer elements a sequence, so more text an hour (speculators' default is 512). null: at all anchors."""
     num_segments: Annotated[int, within(ge=1, le=2**16)] | Literal["auto"] = 1
     """S: forward and backward passes that a sequence is cut into; more of them take less memory. auto: the smallest power
     of two that fits the device (see train.memory_margin), which checkpoints then name, so that a resumed run keeps it."""
@@ -464,8 +467,11 @@ class Train:
     """Of initial weights, order of the sequences and COD draws."""
     segment_mode: Literal["relay", "recompute"] = "relay"
     """Segments hand on keys, values and their gradients, or each recomputes its past (Algorithm 1)."""
-    loss: Literal["kl", "soft_ce", "hard_ce"] = "kl"
-    """KL(target || draft), cross-entropy with the target's distribution, or with its argmax."""
+    loss: Literal["kl", "soft_ce", "hard_ce", "tv", "lk"] = "kl"
+    """KL(target || draft), cross-entropy with the target's distribution or with its argmax, the chance that a sampled
+    draft is refused (tv), or KL turning into that as drafts get better (lk)."""
+    depth_decay: Annotated[float, within(gt=0, le=1)] = 1.0
+    """g: an element's loss is multiplied by g**depth; below 1, first slots count for more, as in accepted length."""
     loss_chunk_rows: Count | Literal["auto"] = "auto"
     """Rows of logits that exist at a time; auto: 1024 on CUDA, 384 elsewhere."""
     sharding: Literal["auto", "none", "fsdp2"] = "auto"

@@ -83,6 +83,7 @@ class Sizes:
     train_head: bool = False
     train_embeddings: bool = True
     chunk_rows: int = 384
+    max_anchors: int | None = None
     accumulates: bool = False
     """Several micro-batches in a step."""
     relay: bool = True
@@ -196,7 +197,10 @@ def capacity_of(sizes: Sizes, num_segments: int) -> int:
     """C: elements of a sequence's segment."""
     s = sizes
     cod = s.length, s.num_depths, s.ratio, s.ratio_min
-    C = max_elements(*cod) if num_segments == 1 else segment_capacity(*cod, num_segments, s.boundaries)
+    if num_segments == 1:
+        C = max_elements(*cod, s.max_anchors)
+    else:
+        C = segment_capacity(*cod, num_segments, s.boundaries, s.max_anchors)
     return -(-C // BLOCK) * BLOCK if s.on_cuda else C
 
 
@@ -444,6 +448,7 @@ def sizes_of(recipe: Recipe, target: TargetBase, config: PEagleDraftConfig, devi
         num_depths=cod.num_depths,
         ratio=cod.down_sample_ratio,
         ratio_min=cod.down_sample_ratio_min,
+        max_anchors=cod.max_anchors,
         boundaries=cod.boundaries,
         hidden=config.hidden_size,
         target_hidden=target.hidden_size,

@@ -37,17 +37,32 @@ def choose(pool: list[int], size: int, generator: torch.Generator) -> list[int]:
     return sorted(pool[i] for i in order[:size])
 
 
+def choose_starts(supervised: list[int], max_anchors: int | None, generator: torch.Generator) -> list[int]:
+    """Where rollouts may start: `max_anchors` of the supervised positions, or all where there are no more."""
+    if max_anchors is None or len(supervised) <= max_anchors:
+        return supervised
+    return choose(supervised, max_anchors, generator)
+
+
 def draw(
-    n: int, mask: Sequence[int], K: int, r: float, r_min: float, generator: torch.Generator, zero_out: bool = True
+    n: int,
+    mask: Sequence[int],
+    K: int,
+    r: float,
+    r_min: float,
+    generator: torch.Generator,
+    zero_out: bool = True,
+    max_anchors: int | None = None,
 ) -> list[Element]:
     """The elements of one sequence of n shifted rows."""
+    starts = choose_starts([p for p in range(n) if mask[p]], max_anchors, generator)
     elements = [(p, 0) for p in range(n)]
     survivors: list[int] = []
     for d in range(1, K):
-        size = keep_size(sum(mask), d, r, r_min)
+        size = keep_size(len(starts), d, r, r_min)
         if size == 0:
             break
-        candidates = range(n) if d == 1 else [(p + 1) % n for p in survivors]
+        candidates = starts if d == 1 else [(p + 1) % n for p in survivors]
         pool = [p for p in candidates if mask[p] and not (zero_out and p == 0)]
         survivors = choose(pool, size, generator)
         elements += [(p - d, d) for p in survivors]
@@ -55,16 +70,23 @@ def draw(
 
 
 def draw_packed(
-    mask: Sequence[int], documents: Sequence[int], K: int, r: float, r_min: float, generator: torch.Generator
+    mask: Sequence[int],
+    documents: Sequence[int],
+    K: int,
+    r: float,
+    r_min: float,
+    generator: torch.Generator,
+    max_anchors: int | None = None,
 ) -> list[Element]:
     """The elements of a packed, unshifted row."""
     rows = drafter_rows(documents)
     supervised = [p for p in rows if mask[p + 1]]
     firsts = [p for p in rows if p == 0 or documents[p - 1] != documents[p]]
-    pool = [p for p in supervised if p not in firsts]
+    starts = choose_starts(supervised, max_anchors, generator)
+    pool = [p for p in starts if p not in firsts]
     elements = [(p, 0) for p in rows]
     for d in range(1, K):
-        size = keep_size(len(supervised), d, r, r_min)
+        size = keep_size(len(starts), d, r, r_min)
         if size == 0:
             break
         survivors = choose(pool, size, generator)
@@ -216,6 +238,10 @@ def row_loss(logits: Tensor, target_logits: Tensor, kind: str) -> tuple[Tensor, 
         loss = (log_p.exp() * (log_p - log_q)).sum()
     elif kind == "soft_ce":
         loss = -(log_p.exp() * log_q).sum()
+    elif kind in ("tv", "lk"):
+        overlap = torch.minimum(log_p.exp(), log_q.exp()).sum()
+        share = torch.exp(-3 * overlap).detach() if kind == "lk" else 0.0
+        loss = share * (log_p.exp() * (log_p - log_q)).sum() + (1 - share) * (1 - overlap)
     else:
         loss = -log_q[best]
     return loss, int(logits.argmax()) == best
@@ -230,6 +256,7 @@ def step(
     last_hidden: Tensor,
     head: Tensor,
     kind: str = "kl",
+    depth_decay: float = 1.0,
 ) -> tuple[Tensor, list[int], list[int]]:
     """A row's summed loss, and hits and supervised elements by depth.
 
@@ -251,7 +278,7 @@ def step(
     for i, (a, d) in enumerate(elements):
         if mask[a + d + 1]:
             loss, hit = row_loss(weights["lm_head.weight"] @ hidden[i], head @ last_hidden[a + d + 1], kind)
-            total = total + loss
+            total = total + loss * depth_decay**d
             hits[d] += hit
             totals[d] += 1
     return total, hits, totals

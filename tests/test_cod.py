@@ -123,14 +123,24 @@ def test_without_the_filter_position_zero_is_in_the_pool_as_in_the_reference() -
     floor=st.sampled_from([0.0, 0.2, 1.0]),
     zero_out=st.booleans(),
     seed=st.integers(0, 2**31),
+    most=st.none() | st.integers(1, 30),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_any_draw_is_the_slow_ones(
-    mask: list[int], K: int, ratio: float, floor: float, zero_out: bool, seed: int
+    mask: list[int], K: int, ratio: float, floor: float, zero_out: bool, seed: int, most: int | None
 ) -> None:
     n = len(mask)
-    found = generate_cod_sample_indices(n, torch.tensor(mask), K, ratio, floor, zero_out, seeded(seed))
-    assert pairs(*found) == oracles.draw(n, mask, K, ratio, floor, seeded(seed), zero_out)
+    generator, slow = seeded(seed), seeded(seed)
+    found = generate_cod_sample_indices(n, torch.tensor(mask), K, ratio, floor, zero_out, generator, most)
+    assert pairs(*found) == oracles.draw(n, mask, K, ratio, floor, slow, zero_out, most)
+    assert torch.equal(generator.get_state(), slow.get_state())
+
+
+def test_rollouts_start_at_no_more_anchors_than_asked_for_and_depth_0_stays_whole() -> None:
+    anchor, depth = generate_cod_sample_indices(500, torch.ones(500), 4, 0.8, 0.0, generator=seeded(0), max_anchors=31)
+    assert torch.bincount(depth).tolist() == [500, int(30 * 0.8), int(29 * 0.64), int(28 * 0.512)]
+    others = generate_cod_sample_indices(500, torch.ones(500), 4, 0.8, 0.0, generator=seeded(1), max_anchors=31)
+    assert set(anchor[depth > 0].tolist()) != set(others[0][others[1] > 0].tolist())
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float32])
@@ -155,6 +165,7 @@ def test_a_mask_may_be_flat_or_one_row_and_of_any_dtype(dtype: torch.dtype) -> N
         ((5, torch.ones(5), 8, float("nan")), "down_sample_ratio is nan"),
         ((5, torch.ones(5), 8, 0.7, -0.1), "down_sample_ratio_min is -0.1"),
         ((5, torch.ones(5), 8, 0.7, 1.5), "down_sample_ratio_min is 1.5"),
+        ((5, torch.ones(5), 8, 0.7, 0.2, True, None, 0), "max_anchors is 0"),
     ],
 )
 def test_arguments_out_of_range_are_named(arguments: tuple[Any, ...], message: str) -> None:
@@ -189,16 +200,22 @@ packed_rows = st.lists(st.integers(1, 12), min_size=1, max_size=6).flatmap(
 )
 
 
-@given(row=packed_rows, K=st.integers(1, 6), ratio=st.sampled_from([0.5, 0.8, 1.0]), seed=st.integers(0, 2**31))
+@given(
+    row=packed_rows,
+    K=st.integers(1, 6),
+    ratio=st.sampled_from([0.5, 0.8, 1.0]),
+    seed=st.integers(0, 2**31),
+    most=st.none() | st.integers(1, 20),
+)
 @settings(max_examples=150, deadline=None)
 def test_any_packed_rows_draw_is_the_slow_one_and_stays_inside_its_documents(
-    row: tuple[list[int], list[int], int], K: int, ratio: float, seed: int
+    row: tuple[list[int], list[int], int], K: int, ratio: float, seed: int, most: int | None
 ) -> None:
     lengths, mask, padding = row
     documents, mask = packed(lengths, padding).tolist(), mask + [0] * padding
     floor = 0.2
-    found = pairs(*sample_packed_row(torch.tensor(mask), torch.tensor(documents), K, ratio, floor, seeded(seed)))
-    assert found == oracles.draw_packed(mask, documents, K, ratio, floor, seeded(seed))
+    found = pairs(*sample_packed_row(torch.tensor(mask), torch.tensor(documents), K, ratio, floor, seeded(seed), most))
+    assert found == oracles.draw_packed(mask, documents, K, ratio, floor, seeded(seed), most)
     firsts = [0] + [p for p in range(1, len(documents)) if documents[p] != documents[p - 1]]
     for anchor, depth in found:
         # Anchor, every ancestor's position, and the token behind the last one: all of one document.

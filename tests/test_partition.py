@@ -42,6 +42,7 @@ draws = st.fixed_dictionaries(
         "r_min": st.sampled_from([0.0, 0.2, 1.0]),
         "seed": st.integers(0, 2**31),
         "share": st.floats(0, 1),
+        "most": st.none() | st.integers(1, 40),
     }
 )
 
@@ -52,16 +53,19 @@ def test_any_draw_fits_into_the_static_capacity_however_it_is_cut(draw: dict) ->
     mask, K, r, r_min = draw["mask"], draw["K"], draw["r"], draw["r_min"]
     L = len(mask)
     S = 1 + round(draw["share"] * (L - 1))
-    anchor, depth = generate_cod_sample_indices(L, torch.tensor(mask), K, r, r_min, generator=seeded(draw["seed"]))
-    assert anchor.numel() <= max_elements(L, K, r, r_min) == oracles.most_elements(L, K, r, r_min)
+    most, generator = draw["most"], seeded(draw["seed"])
+    anchor, depth = generate_cod_sample_indices(
+        L, torch.tensor(mask), K, r, r_min, generator=generator, max_anchors=most
+    )
+    assert anchor.numel() <= max_elements(L, K, r, r_min, most) <= oracles.most_elements(L, K, r, r_min)
 
     uniform = assign_cod_segments(anchor, depth, L, S)
-    assert int(torch.bincount(uniform).max()) <= segment_capacity(L, K, r, r_min, S, "uniform")
+    assert int(torch.bincount(uniform).max()) <= segment_capacity(L, K, r, r_min, S, "uniform", most)
     bounds = torch.tensor([-(-s * L // S) for s in range(S + 1)])  # column p is in segment p * S // L
     assert uniform.tolist() == [oracles.segment_of(e, bounds.tolist()) for e in pairs(anchor, depth)]
     assert torch.equal(uniform, segments_of(anchor, depth, bounds))
 
-    C = segment_capacity(L, K, r, r_min, S, "balanced")
+    C = segment_capacity(L, K, r, r_min, S, "balanced", most)
     bounds = balanced_boundaries(anchor, depth, L, S, C)
     balanced = segments_of(anchor, depth, bounds)
     counts = torch.bincount(balanced, minlength=S).tolist()
@@ -92,6 +96,8 @@ def test_the_capacities_of_a_row_are_the_formulas() -> None:
     assert segment_capacity(16, 4, 0.7, 0.2, 5) == 8 + 3  # 36 / 5 rounded up
     assert segment_capacity(16, 4, 0.7, 0.2, 3, "uniform") == 6 + 6 + 6 + 4  # width 16 / 3 rounded up
     assert segment_capacity(16, 4, 0.7, 0.2, 16, "uniform") == 4
+    assert max_elements(16, 4, 0.7, 0.2, 8) == 16 + 4 + 2 + 1  # eight anchors: int(7 * 0.7), int(6 * 0.49), ...
+    assert max_elements(16, 4, 0.7, 0.2, 99) == max_elements(16, 4, 0.7, 0.2)
     assert segment_capacity(16, 1, 0.7, 0.2, 4) == segment_capacity(16, 1, 0.7, 0.2, 4, "uniform") == 4
 
 

@@ -13,6 +13,7 @@ from peagle_train.core.passes import TargetOutputs
 from peagle_train.core.plan import plan_segments
 from peagle_train.core.recompute import recompute_step
 from peagle_train.core.relay import RelayBuffers, context_chunks, needed_segments, relay_step
+from tests import oracles
 from tests.helpers import (
     GRID,
     MASK_TOKEN,
@@ -25,6 +26,7 @@ from tests.helpers import (
     calls_of,
     case_name,
     distance,
+    elements_of,
     make_batch,
     make_draft,
     make_rows,
@@ -40,6 +42,29 @@ def test_relay_gives_what_the_flat_pass_gives(case: dict[str, Any]) -> None:
     found = outcome_of(relay_step, draft, batch, target, scale=0.1, chunk_rows=7)
     assert sum(expected.totals) > 0
     assert_same(found, expected)
+
+
+@pytest.mark.parametrize("kind, decay", [("kl", 0.5), ("tv", 1.0), ("lk", 0.8)])
+def test_losses_and_their_decay_by_depth_are_those_of_the_contract(kind: str, decay: float) -> None:
+    draft, rows = make_draft(), make_rows(26, documents=2)
+    batch, target = make_batch(rows, 26, 4), None
+    target = make_target(batch)
+    options = {"scale": 0.1, "loss": kind, "depth_decay": decay}
+    weights = {name: p.detach().requires_grad_() for name, p in draft.named_parameters()}
+    total, hits, totals = oracles.step(
+        weights, draft.config, rows[0], elements_of(batch, 0), target.features[0], target.last_hidden[0], target.head,
+        kind, decay,
+    )  # fmt: skip
+    (total * 0.1).backward()
+    for static in (False, True):
+        for step in (relay_step, recompute_step):
+            found = outcome_of(step, draft, batch, target, plan=plan_segments(batch, K, static=static), **options)
+            assert (found.hits, found.totals) == (hits, totals)
+            assert abs(float(found.loss - total.detach())) <= 1e-10 * float(total.detach())
+            for name, gradient in found.gradients.items():
+                expected = weights[name].grad
+                assert expected is not None
+                assert float((gradient - expected).abs().max()) <= 1e-10 * float(expected.abs().max()), name
 
 
 @pytest.mark.parametrize("case", GRID[::5], ids=case_name)

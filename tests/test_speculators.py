@@ -52,6 +52,24 @@ def read_by_speculators(folder: Path) -> Any:
     return model.eval()
 
 
+def test_its_sampler_draws_what_ours_draws_with_max_anchors_too() -> None:
+    """Position 0 is not supervised: theirs lets it in at depth 1, where its anchor is -1."""
+    pytest.importorskip("speculators")
+    from speculators.models.peagle.data import generate_cod_sample_indices as theirs
+
+    g = seeded(0)
+    for case in range(500):
+        n, K = (int(torch.randint(1, most, (), generator=g)) for most in (200, 9))
+        mask = (torch.rand(n, generator=g) < 0.7).long()
+        mask[0] = 0
+        ratio, floor = (0.8, 0.0) if case % 2 else (0.7, 0.2)
+        most = int(torch.randint(1, 100, (), generator=g)) if case % 5 else None
+        torch.manual_seed(case)
+        expected = theirs(n, mask[None], K, ratio, floor, True, most)
+        ours = generate_cod_sample_indices(n, mask, K, ratio, floor, generator=seeded(case), max_anchors=most)
+        assert all(torch.equal(*pair) for pair in zip(ours, expected, strict=True)), case
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -33,6 +33,7 @@ def generate_cod_sample_indices(
     down_sample_ratio_min: float = 0.2,
     filter_position_zero: bool = True,
     generator: torch.Generator | None = None,
+    max_anchors: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw the elements of one sequence.
 
@@ -46,6 +47,7 @@ def generate_cod_sample_indices(
         down_sample_ratio_min: floor of that share, in [0, 1] (0: the paper's; 0.2: speculators').
         filter_position_zero: position 0 never enters the pool of a depth >= 1 (its anchor would be -1).
         generator: source of randomness; None is torch's global one (to reproduce the reference draws).
+        max_anchors: rollouts start at no more than this many anchors, drawn first; None: at all. Depth 0 stays whole.
 
     Returns:
         `(anchor_pos, depth)`, two int64 tensors [T] on the mask's device, depth-major, positions ascending within a
@@ -54,7 +56,7 @@ def generate_cod_sample_indices(
     Raises:
         ValueError: on an argument out of range or a mask of another length.
     """
-    check_cod_arguments(num_depths, down_sample_ratio, down_sample_ratio_min)
+    check_cod_arguments(num_depths, down_sample_ratio, down_sample_ratio_min, max_anchors)
     if seq_length < 1:
         raise ValueError(f"seq_length is {seq_length}; a sequence has at least 1 row")
     if loss_mask.dim() == 2 and loss_mask.shape[0] == 1:
@@ -65,20 +67,34 @@ def generate_cod_sample_indices(
             f" seq_length {seq_length}"
         )
     is_supervised_P = loss_mask != 0
-    in_pool_P = is_supervised_P.clone()
-    if filter_position_zero:
-        in_pool_P[0] = False
-    counts = keep_counts(int(is_supervised_P.sum()), num_depths, down_sample_ratio, down_sample_ratio_min)
-    return _grow_chains(torch.arange(seq_length, device=loss_mask.device), in_pool_P, counts, generator)
+    is_first_P = torch.zeros_like(is_supervised_P)
+    is_first_P[0] = filter_position_zero
+    depth0 = torch.arange(seq_length, device=loss_mask.device)
+    ratios = (num_depths, down_sample_ratio, down_sample_ratio_min)
+    return _draw(depth0, is_supervised_P, is_first_P, ratios, max_anchors, generator)
 
 
-def _grow_chains(
-    depth0: Tensor, in_pool_P: Tensor, counts: list[int], generator: torch.Generator | None
+def _draw(
+    depth0: Tensor,
+    is_supervised_P: Tensor,
+    is_first_P: Tensor,
+    ratios: tuple[int, float, float],
+    max_anchors: int | None,
+    generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
-    """The depth-0 anchors, then for each depth a random subset of the chains that can still grow."""
+    """The depth-0 anchors, then for each depth a random subset of the chains that can still grow.
+
+    A position in `is_first_P` is in no pool: its anchor would lie before its document. It still counts as valid, and is
+    drawn among the starts, as in the reference, which lets it in at depth 1.
+    """
+    starts = torch.nonzero(is_supervised_P).flatten()
+    if max_anchors is not None and starts.numel() > max_anchors:
+        order = torch.randperm(starts.numel(), generator=generator, device=starts.device)
+        starts = starts[order[:max_anchors]].sort().values
+    in_pool_P = is_supervised_P & ~is_first_P
+    pool = starts[in_pool_P[starts]]
     anchors, depths = [depth0], [torch.zeros_like(depth0)]
-    pool = torch.nonzero(in_pool_P).flatten()
-    for d, count in enumerate(counts, start=1):
+    for d, count in enumerate(keep_counts(starts.numel(), *ratios), start=1):
         kept = pool
         if pool.numel() >= count:  # else all of it, and the generator does not move: so the reference draws
             order = torch.randperm(pool.numel(), generator=generator, device=pool.device)
@@ -98,6 +114,7 @@ def sample_packed_row(
     down_sample_ratio: float,
     down_sample_ratio_min: float,
     generator: torch.Generator | None = None,
+    max_anchors: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw the elements of a packed, *unshifted* row: several documents, and padding (document id -1).
 
@@ -123,10 +140,9 @@ def sample_packed_row(
     is_first_L = is_row_L.clone()
     is_first_L[1:] &= document_ids_L[1:] != document_ids_L[:-1]
 
-    # Every document's first row takes the place of position 0; n_valid still counts those rows, as the reference does.
-    in_pool_L = is_supervised_L & ~is_first_L
-    counts = keep_counts(int(is_supervised_L.sum()), num_depths, down_sample_ratio, down_sample_ratio_min)
-    return _grow_chains(torch.nonzero(is_row_L).flatten(), in_pool_L, counts, generator)
+    # Every document's first row takes the place of position 0.
+    ratios = (num_depths, down_sample_ratio, down_sample_ratio_min)
+    return _draw(torch.nonzero(is_row_L).flatten(), is_supervised_L, is_first_L, ratios, max_anchors, generator)
 
 
 def drafter_rows(document_ids: Tensor) -> Tensor:
@@ -136,11 +152,15 @@ def drafter_rows(document_ids: Tensor) -> Tensor:
     return is_row
 
 
-def check_cod_arguments(num_depths: int, down_sample_ratio: float, down_sample_ratio_min: float) -> None:
-    """ValueError unless num_depths >= 1, 0 < down_sample_ratio <= 1 and 0 <= down_sample_ratio_min <= 1."""
+def check_cod_arguments(
+    num_depths: int, down_sample_ratio: float, down_sample_ratio_min: float, max_anchors: int | None
+) -> None:
+    """ValueError unless num_depths >= 1, 0 < down_sample_ratio <= 1, 0 <= down_sample_ratio_min <= 1, max_anchors >= 1."""
     if num_depths < 1:
         raise ValueError(f"num_depths is {num_depths}; it must be at least 1")
     if not 0 < down_sample_ratio <= 1:
         raise ValueError(f"down_sample_ratio is {down_sample_ratio}; it must lie in (0, 1]")
     if not 0 <= down_sample_ratio_min <= 1:
         raise ValueError(f"down_sample_ratio_min is {down_sample_ratio_min}; it must lie in [0, 1]")
+    if max_anchors is not None and max_anchors < 1:
+        raise ValueError(f"max_anchors is {max_anchors}; it must be at least 1, or None for all anchors")

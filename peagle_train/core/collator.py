@@ -60,6 +60,7 @@ class CODCollator:
         seed: any int.
         pad_token_id: fills input_ids after a sequence's end; never read by an element.
         capacity_multiple: C is rounded up to a multiple of this: of 128 for CUDA, whose attention works in such blocks.
+        max_anchors: rollouts start at no more than this many anchors of a row, drawn for each epoch; None: at all.
     """
 
     def __init__(
@@ -73,8 +74,9 @@ class CODCollator:
         seed: int = 0,
         pad_token_id: int = 0,
         capacity_multiple: int = 1,
+        max_anchors: int | None = None,
     ) -> None:
-        check_cod_arguments(num_depths, down_sample_ratio, down_sample_ratio_min)
+        check_cod_arguments(num_depths, down_sample_ratio, down_sample_ratio_min, max_anchors)
         if max_length < num_depths:
             raise ValueError(f"max_length is {max_length}; it must be at least num_depths ({num_depths})")
         check_num_segments(num_segments, max_length)
@@ -87,8 +89,9 @@ class CODCollator:
         self.boundaries = boundaries
         self.seed = seed
         self.pad_token_id = pad_token_id
+        self.max_anchors = max_anchors
         capacity = segment_capacity(
-            max_length, num_depths, down_sample_ratio, down_sample_ratio_min, num_segments, boundaries
+            max_length, num_depths, down_sample_ratio, down_sample_ratio_min, num_segments, boundaries, max_anchors
         )
         self.capacity = -(-capacity // capacity_multiple) * capacity_multiple
         # Shared memory, so that set_epoch in the main process reaches workers that live on (persistent_workers).
@@ -132,6 +135,7 @@ class CODCollator:
             self.down_sample_ratio,
             self.down_sample_ratio_min,
             _generator(self.seed, int(row.get("epoch", self.epoch)), key),
+            self.max_anchors,
         )
         segment_T = self._segments(anchor_T, depth_T)
         supervised_T = (depth_T > 0) | (mask_L[anchor_T + 1] != 0)

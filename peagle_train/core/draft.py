@@ -39,6 +39,8 @@ class Labels(NamedTuple):
     chunk_rows: int = 384
     counted: Tensor | None = None
     """bool [m], the supervised ones among `rows`; None: all of them."""
+    weight: Tensor | None = None
+    """[m], what each one's loss is multiplied by; None: one."""
 
 
 class DraftOutput(NamedTuple):
@@ -256,6 +258,7 @@ class PEagleDraft(PreTrainedModel):
                 labels.loss,
                 labels.chunk_rows,
                 labels.counted,
+                labels.weight,
             )
         return DraftOutput(hidden, keys_values, loss, hits)
 

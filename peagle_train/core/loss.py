@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LOSSES = ("kl", "soft_ce", "hard_ce")
+LOSSES = ("kl", "soft_ce", "hard_ce", "tv", "lk")
 
 
 def chunked_linear_loss(
@@ -20,6 +20,7 @@ def chunked_linear_loss(
     loss: str = "kl",
     chunk_rows: int = 384,
     counted: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum over rows of the drafter's loss against the target's distribution, both softmaxed over the draft vocabulary.
 
@@ -28,10 +29,13 @@ def chunked_linear_loss(
         head: [V, H], its `lm_head`; a frozen one (requires_grad False) costs no gradient work.
         target_hidden: [M, T], the target's last hidden states (after its final norm) of the rows' labels. No gradient.
         target_head: [V, T], the target's head rows of the draft vocabulary. No gradient.
-        loss: "kl" KL(target || draft); "soft_ce" the same less the target's entropy; "hard_ce" against its argmax.
+        loss: "kl" KL(target || draft); "soft_ce" the same less the target's entropy; "hard_ce" against its argmax; "tv" the
+            chance that a sampled draft is refused, 1 - sum min(p, q); "lk" share * kl + (1 - share) * tv, where share =
+            exp(-3 sum min(p, q)) has no gradient.
         chunk_rows: rows whose logits exist at a time.
         counted: bool [M], rows that are not counted have no loss, no gradient and no hit; None counts all. For compiled
             callers, whose M must not depend on the data; others leave such rows out.
+        weight: [M], what each row's loss is multiplied by; None: one.
 
     Returns:
         (loss: scalar, float32 or wider; hits: bool [M], whether the two argmaxes agree).
@@ -52,13 +56,16 @@ def chunked_linear_loss(
             loss,
             chunk_rows,
             counted,
+            weight,
             torch.is_grad_enabled(),
         )
 
 
 class _ChunkedLinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_MH, head_VH, target_MT, target_head_VT, loss, chunk_rows, counted_M, with_grad):  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, hidden_MH, head_VH, target_MT, target_head_VT, loss, chunk_rows, counted_M, weight_M, with_grad
+    ):
         want_hidden = with_grad and ctx.needs_input_grad[0]
         want_head = with_grad and ctx.needs_input_grad[1]
         M = hidden_MH.shape[0]
@@ -81,6 +88,9 @@ class _ChunkedLinearLoss(torch.autograd.Function):
                     for _ in range(2 if loss == "hard_ce" else 3)
                 ]
             loss_M[rows], hits_M[rows], d_cV = _visit(h_cH, head_VH, target_MT[rows], target_head_VT, loss, room)
+            if weight_M is not None:
+                loss_M[rows] *= weight_M[rows]
+                d_cV *= weight_M[rows, None]
             if left_out_M is not None:
                 d_cV.masked_fill_(left_out_M[rows, None], 0)
             d_cV = d_cV.to(hidden_MH.dtype)
@@ -104,7 +114,7 @@ class _ChunkedLinearLoss(torch.autograd.Function):
         # In d_total's own precision: bfloat16 would round the scale, and with it every gradient, by up to 0.4 %.
         d_hidden = None if d_hidden_MH is None else (d_hidden_MH.to(d_total.dtype) * d_total).to(d_hidden_MH.dtype)
         d_head = None if d_head_VH is None else (d_head_VH * d_total).to(ctx.head_dtype)
-        return d_hidden, d_head, None, None, None, None, None, None
+        return d_hidden, d_head, None, None, None, None, None, None, None
 
 
 def _visit(
@@ -126,9 +136,24 @@ def _visit(
         loss_c = -log_q_cV.gather(1, best_c1)[:, 0]
         return loss_c, hits_c, log_q_cV.exp_().scatter_add_(1, best_c1, log_q_cV.new_full(best_c1.shape, -1.0))
     p_cV = torch.exp(b_cV, out=a_cV)
-    score_cV = b_cV.sub_(log_q_cV) if loss == "kl" else torch.neg(log_q_cV, out=b_cV)
-    loss_c = (p_cV[:, None] @ score_cV[:, :, None])[:, 0, 0]
-    return loss_c, hits_c, log_q_cV.exp_().sub_(p_cV)
+    score_cV = torch.neg(log_q_cV, out=b_cV) if loss == "soft_ce" else b_cV.sub_(log_q_cV)
+    loss_c = _dot(p_cV, score_cV)
+    if loss not in ("tv", "lk"):
+        return loss_c, hits_c, log_q_cV.exp_().sub_(p_cV)
+    # tv is the sum of p - q where q <= p; its gradient there is q * (that q's sum - 1), elsewhere q * that sum.
+    q_cV, below_cV = log_q_cV.exp_(), score_cV.ge_(0)
+    q_below_c = _dot(q_cV, below_cV)
+    tv_c = _dot(p_cV, below_cV) - q_below_c
+    kl_share_c = torch.exp(3 * (tv_c - 1)) if loss == "lk" else torch.zeros_like(tv_c)
+    tv_share_c = 1 - kl_share_c
+    loss_c = kl_share_c * loss_c + tv_share_c * tv_c
+    d_cV = below_cV.mul_(-tv_share_c[:, None]).add_((kl_share_c + tv_share_c * q_below_c)[:, None]).mul_(q_cV)
+    return loss_c, hits_c, d_cV.sub_(p_cV.mul_(kl_share_c[:, None]))
+
+
+def _dot(x_cV: Tensor, y_cV: Tensor) -> Tensor:
+    """[c]"""
+    return (x_cV[:, None] @ y_cV[:, :, None])[:, 0, 0]
 
 
 def _logits(x_cI: Tensor, weight_VI: Tensor, out: Tensor) -> Tensor:

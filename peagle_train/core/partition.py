@@ -29,9 +29,18 @@ def assign_cod_segments(anchor_pos: Tensor, depth: Tensor, seq_length: int, num_
     return ((anchor_pos + (depth > 0)) * num_segments // seq_length).clamp(0, num_segments - 1)
 
 
-def max_elements(seq_length: int, num_depths: int, down_sample_ratio: float, down_sample_ratio_min: float) -> int:
-    """T_max: no row of `seq_length` columns ever has more elements. `L + sum_d int((L - d) * max(r**d, r_min))`."""
-    return sum(_max_per_depth(seq_length, num_depths, down_sample_ratio, down_sample_ratio_min))
+def max_elements(
+    seq_length: int,
+    num_depths: int,
+    down_sample_ratio: float,
+    down_sample_ratio_min: float,
+    max_anchors: int | None = None,
+) -> int:
+    """T_max: no row of `seq_length` columns ever has more elements.
+
+    `L + sum_d int((n - d) * max(r**d, r_min))`, n being L, or `max_anchors` where that is less.
+    """
+    return sum(_max_per_depth(seq_length, num_depths, down_sample_ratio, down_sample_ratio_min, max_anchors))
 
 
 def segment_capacity(
@@ -41,6 +50,7 @@ def segment_capacity(
     down_sample_ratio_min: float,
     num_segments: int,
     boundaries: str = "balanced",
+    max_anchors: int | None = None,
 ) -> int:
     """C, elements per segment, known before any data is read: no segment of any row ever holds more.
 
@@ -49,7 +59,7 @@ def segment_capacity(
     """
     check_num_segments(num_segments, seq_length)
     check_boundaries(boundaries)
-    per_depth = _max_per_depth(seq_length, num_depths, down_sample_ratio, down_sample_ratio_min)
+    per_depth = _max_per_depth(seq_length, num_depths, down_sample_ratio, down_sample_ratio_min, max_anchors)
     if num_segments == 1:
         return sum(per_depth)
     if boundaries == "uniform":
@@ -58,8 +68,9 @@ def segment_capacity(
     return -(-sum(per_depth) // num_segments) + num_depths - 1
 
 
-def _max_per_depth(length: int, num_depths: int, ratio: float, ratio_min: float) -> list[int]:
-    return [length] + [int(max(0, length - d) * max(ratio**d, ratio_min)) for d in range(1, num_depths)]
+def _max_per_depth(length: int, num_depths: int, ratio: float, ratio_min: float, max_anchors: int | None) -> list[int]:
+    most = length if max_anchors is None else min(length, max_anchors)
+    return [length] + [int(max(0, most - d) * max(ratio**d, ratio_min)) for d in range(1, num_depths)]
 
 
 def balanced_boundaries(anchor: Tensor, depth: Tensor, seq_length: int, num_segments: int, capacity: int) -> Tensor:

@@ -35,7 +35,7 @@ class StepStats:
     """Sums over a step's supervised elements, on the device until someone reads them."""
 
     loss: Tensor
-    """Scalar: sum of the elements' losses, unscaled."""
+    """Scalar: sum of the elements' losses, times g**depth, unscaled."""
     hits: Tensor
     """int64 [K]: elements whose argmax is the target's, by depth."""
     totals: Tensor
@@ -52,6 +52,7 @@ class Passes:
         num_depths: K; None: the batch's own. ValueError for another.
         plan: `plan_segments` of the batch while it was still on the host; None computes it here.
         loss, chunk_rows: see `chunked_linear_loss`.
+        depth_decay: g; an element's loss is multiplied by g**depth.
     """
 
     def __init__(
@@ -63,8 +64,10 @@ class Passes:
         plan: Plan | None,
         loss: str,
         chunk_rows: int,
+        depth_decay: float,
     ) -> None:
         self.draft, self.batch, self.target, self.loss, self.chunk_rows = draft, batch, target, loss, chunk_rows
+        self.depth_decay = depth_decay
         self.plan = plan = plan or plan_segments(batch, num_depths, static=isinstance(draft, CompiledDraft))
         if num_depths not in (None, plan.num_depths):
             raise ValueError(
@@ -127,12 +130,16 @@ class Passes:
         column_Bn = (own.label - segment.labels.start).clamp(0, hidden.shape[1] - 1)
         B, n = column_Bn.shape
         head, loss, chunk_rows = self.target.head, self.loss, self.chunk_rows
+        weight = None
+        if self.depth_decay != 1:
+            weight = torch.pow(self.depth_decay, own.depth.flatten().to(self.stats.loss.dtype))
         if self.plan.static:
             row_B1 = torch.arange(B, device=self.device)[:, None]
             hidden = hidden[row_B1, column_Bn].flatten(0, 1)
-            return Labels(None, hidden, head, loss, chunk_rows, own.supervised.flatten())
+            return Labels(None, hidden, head, loss, chunk_rows, own.supervised.flatten(), weight)
         rows = segment.supervised.to(self.device, non_blocking=True)
-        return Labels(rows, hidden[rows // n, column_Bn.flatten()[rows]], head, loss, chunk_rows)
+        weight = None if weight is None else weight[rows]
+        return Labels(rows, hidden[rows // n, column_Bn.flatten()[rows]], head, loss, chunk_rows, None, weight)
 
     def learn(
         self,

@@ -25,6 +25,7 @@ def recompute_step(
     scale: float | Tensor = 1.0,
     loss: str = "kl",
     chunk_rows: int = 384,
+    depth_decay: float = 1.0,
     plan: Plan | None = None,
     backward: Callable[[Tensor], None] | None = torch.autograd.backward,
     min_passes: int = 0,
@@ -38,7 +39,7 @@ def recompute_step(
         backward: called with each segment's scaled loss; None evaluates only.
         min_passes: run at least this many, the surplus on padding (sharded ranks must agree on the number).
     """
-    passes = Passes(draft, batch, target, num_depths, plan, loss, chunk_rows)
+    passes = Passes(draft, batch, target, num_depths, plan, loss, chunk_rows, depth_decay)
     segments = passes.learning()
     for segment in segments:
         own, P = passes.own(segment), segment.num_context

@@ -102,6 +102,7 @@ def relay_step(
     scale: float | Tensor = 1.0,
     loss: str = "kl",
     chunk_rows: int = 384,
+    depth_decay: float = 1.0,
     plan: Plan | None = None,
     buffers: RelayBuffers | None = None,
     backward: Backward | None = torch.autograd.backward,
@@ -118,7 +119,7 @@ def relay_step(
             at least, the surplus on padding. Segments then take part in all layers and in the loss even where they have
             nothing to learn, so that every parameter gets a gradient in every pass.
     """
-    passes = Passes(draft, batch, target, num_depths, plan, loss, chunk_rows)
+    passes = Passes(draft, batch, target, num_depths, plan, loss, chunk_rows, depth_decay)
     plan, buffers = passes.plan, buffers or RelayBuffers()
     segments = passes.learning() if backward is None else needed_segments(plan)
     end = max((int(s.context_end.max()) for s in segments), default=0)  # columns that pass A is about

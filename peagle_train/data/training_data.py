@@ -83,4 +83,5 @@ def make_collator(recipe: Recipe, seed: int, device: torch.device | None = None)
         cod.boundaries,
         seed=seed,
         capacity_multiple=BLOCK_SIZE if device and uses_flex(device) else 1,
+        max_anchors=cod.max_anchors,
     )

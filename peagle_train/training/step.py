@@ -147,6 +147,7 @@ class BatchRunner:
         arguments: dict[str, Any] = {
             "loss": train.loss,
             "chunk_rows": train.chunk_rows(self.device.type),
+            "depth_decay": train.depth_decay,
             "plan": plan,
             "scale": 1.0 if scale is None else scale,
         }
