@@ -8,55 +8,54 @@ import argparse
 import difflib
 import json
 import logging
+import math
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
 from peagle_train.ending import run_training
 from peagle_train.files import run_tool
 
-Options = argparse.Namespace
-
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes are told like all others: in one line."""
+    """A command's, with that command's docstring as its help. Mistakes are told like all others: in one line."""
+
+    def __init__(self, name: str, given: list[str]) -> None:
+        summary, _, details = (COMMANDS[name].__doc__ or "").partition("\n\n")
+        epilog = "\n".join(line.removeprefix("    ") for line in details.rstrip().splitlines())
+        how = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=f"peagle-train {name}", description=summary, epilog=epilog, formatter_class=how)
+        self.given = given
+
+    def read(self) -> argparse.Namespace:
+        return self.parse_intermixed_args(self.given)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} ({self.prog} --help says what is allowed)")
 
 
-def number(low: float, high: float | None = None, kind: type = int) -> Callable[[str], Any]:
+def number(low: float, high: float = math.inf, kind: type = int) -> Callable[[str], Any]:
     """An argument's type: a number within these limits."""
 
     def read(text: str) -> Any:
         value = kind(text)
-        if not low <= value or (high is not None and value > high):  # also where value is nan
-            allowed = f"{low:g} or more" if high is None else f"{low:g} to {high:g}"
-            raise argparse.ArgumentTypeError(f"got {text}; give {allowed}")
+        if not low <= value <= high:  # also where it is nan
+            raise argparse.ArgumentTypeError(f"got {text}; give {low:g} to {high:g}")
         return value
 
     read.__name__ = kind.__name__  # for argparse's own message
     return read
 
 
-COUNT, SEED = number(1), number(0, 2**63 - 1)
+COUNT = number(1)
 
 
 def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",") if part.strip()]
-
-
-def json_object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"got {text!a}; give a JSON object")
-    return value
-
-
-json_object.__name__ = "JSON object"
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -73,15 +72,12 @@ def recipe_path(given: str) -> str:
 
 
 def _add_recipe(parser: Parser, nargs: str | None = None) -> None:
-    parser.add_argument(
-        "recipe", nargs=nargs, type=recipe_path, help="a YAML file, or a name from peagle-train recipes"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the recipe's"
-    )
+    add = parser.add_argument
+    add("recipe", nargs=nargs, type=recipe_path, help="a YAML file, or a name from peagle-train recipes")
+    add("overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the recipe's")
 
 
-def _train(parser: Parser) -> Callable[[Options], None]:
+def _train(parser: Parser) -> None:
     """Train a P-EAGLE drafter from a recipe.
 
     accelerate launch -m peagle_train recipes/quickstart.yaml target.path=DIR output.dir=runs/first
@@ -99,78 +95,68 @@ def _train(parser: Parser) -> Callable[[Options], None]:
     add("--resume", nargs="?", const="", metavar="DIR", help=resume_help)
     add("--force", action="store_true", help="start a run even if its planned memory is over twice what there is")
     add("--summary", metavar="DIR", help="print where a finished run's drafter is and how good it is")
+    o = parser.read()
+    from peagle_train.config import dump_recipe, load_recipe
 
-    def run(options: Options) -> None:
-        from peagle_train.config import check_path, dump_recipe, load_recipe
+    if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
+        # Else segments of several sizes leave holes. torch reads this when its CUDA allocator starts.
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    if o.summary:
+        from peagle_train.training.checkpoint import read_summary
 
-        if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
-            # Else segments of several sizes leave holes. torch reads this when its CUDA allocator starts.
-            os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
-        for name in ("summary", "resume"):
-            try:
-                check_path(getattr(options, name) or ".")
-            except ValueError as error:
-                raise ValueError(f"--{name}: {error}") from None
-        if options.summary:
-            from peagle_train.training.checkpoint import read_summary
+        print(read_summary(Path(o.summary)))
+        return
+    if not o.recipe:
+        raise ValueError("no recipe given: `peagle-train train RECIPE`, for example peagle-train train quickstart")
+    if o.on and not o.dry_run:
+        raise ValueError("--on goes with --dry-run: it says for which device to plan")
+    recipe = load_recipe(o.recipe, o.overrides)
+    if o.print_config:
+        print(dump_recipe(recipe), end="")
+    elif o.dry_run:
+        print_plan(o)
+    else:
+        from transformers.utils.logging import disable_progress_bar
 
-            print(read_summary(Path(options.summary)))
-            return
-        if not options.recipe:
-            raise ValueError("no recipe given: `peagle-train train RECIPE`, for example peagle-train train quickstart")
-        recipe = load_recipe(options.recipe, options.overrides)
-        if options.on and not options.dry_run:
-            raise ValueError("--on goes with --dry-run: it says for which device to plan")
-        if options.print_config:
-            print(dump_recipe(recipe), end="")
-        elif options.dry_run:
-            print_plan(options)
-        else:
-            from transformers.utils.logging import disable_progress_bar
+        from peagle_train.training.build import train
 
-            from peagle_train.training.build import train
-
-            if not sys.stderr.isatty():
-                disable_progress_bar()
-            if summary := train(recipe, options.resume, options.force):
-                print(summary)
-
-    return run
+        if not sys.stderr.isatty():
+            disable_progress_bar()
+        if summary := train(recipe, o.resume, o.force):
+            print(summary)
 
 
 def _close_resume(arguments: list[str]) -> list[str]:
-    """`--resume` followed by a recipe, an override or an option has no DIR: argparse would take either for one."""
+    """`--resume` followed by a recipe or an override has no DIR: argparse would take either for one."""
     closed = list(arguments)
-    for i, argument in enumerate(arguments):
-        following = arguments[i + 1] if i + 1 < len(arguments) else "-"
-        is_other = following.startswith("-") or "=" in following or following.endswith((".yaml", ".yml"))
-        is_other |= following in shipped_recipes()
-        if argument == "--resume" and is_other and not os.path.isdir(following):
+    for i, (option, given) in enumerate(pairwise(arguments)):
+        is_other = "=" in given or given.endswith((".yaml", ".yml")) or given in shipped_recipes()
+        if option == "--resume" and is_other and not os.path.isdir(given):
             closed[i] = "--resume="
     return closed
 
 
-def print_plan(options: Options) -> None:
+def print_plan(o: argparse.Namespace) -> None:
     """What `plan` and `train --dry-run` print."""
     from peagle_train.config import load_recipe
     from peagle_train.memory import dry_run
 
-    table = dry_run(load_recipe(options.recipe, options.overrides), options.on)
+    table = dry_run(load_recipe(o.recipe, o.overrides), o.on)
     if os.environ.get("RANK", "0") == "0":
         print(table)
 
 
-def _plan(parser: Parser) -> Callable[[Options], None]:
+def _plan(parser: Parser) -> None:
     """Print the memory that a run would need. Nothing is loaded.
 
     peagle-train plan recipes/qwen3_8b_32k.yaml --on cuda:79x8
     """
     _add_recipe(parser)
     parser.add_argument("--on", metavar="KIND:GIB[xN]", help="N processes on other devices, as in cuda:79x8 or cpu:16")
-    return print_plan
+    print_plan(parser.read())
 
 
-def _prepare(parser: Parser) -> Callable[[Options], None]:
+def _prepare(parser: Parser) -> None:
     """Tokenize, mask and pack a recipe's data once, for any number of runs and ranks.
 
     peagle-train prepare RECIPE [section.key=value ...] --out DIR
@@ -180,24 +166,21 @@ def _prepare(parser: Parser) -> Callable[[Options], None]:
     _add_recipe(parser)
     parser.add_argument("--out", metavar="DIR", help="the folder to make (default: the recipe's data.prepared)")
     parser.add_argument("--workers", type=COUNT, metavar="N", help="processes that tokenize (default: all cores)")
+    o = parser.read()
+    from peagle_train.config import as_override, load_recipe
+    from peagle_train.data.prepare import prepare_recipe
+    from peagle_train.machine import cores
 
-    def run(options: Options) -> None:
-        from peagle_train.config import as_override, load_recipe
-        from peagle_train.data.prepare import prepare_recipe
-        from peagle_train.machine import cores
-
-        recipe = load_recipe(options.recipe, options.overrides)
-        out = options.out or recipe.data.prepared
-        if out is None:
-            raise ValueError("no folder given: --out DIR, or data.prepared in the recipe")
-        made = prepare_recipe(recipe, Path(out).expanduser(), num_workers=options.workers or cores())
-        print("\n".join(made.describe()))
-        print(f"prepared: {out}: give {as_override('data.prepared', out)} to train on it")
-
-    return run
+    recipe = load_recipe(o.recipe, o.overrides)
+    out = o.out or recipe.data.prepared
+    if out is None:
+        raise ValueError("no folder given: --out DIR, or data.prepared in the recipe")
+    made = prepare_recipe(recipe, Path(out).expanduser(), num_workers=o.workers or cores())
+    print("\n".join(made.describe()))
+    print(f"prepared: {out}: give {as_override('data.prepared', out)} to train on it")
 
 
-def _cache(parser: Parser) -> Callable[[Options], None]:
+def _cache(parser: Parser) -> None:
     """Run the target once over a recipe's sequences and keep what training needs of it: features and last hidden states.
 
     peagle-train cache recipes/quickstart.yaml --out features
@@ -211,18 +194,15 @@ def _cache(parser: Parser) -> Callable[[Options], None]:
     add("--out", metavar="DIR", help="where to write; default: the recipe's target.cache")
     add("--shard-mib", type=int, default=512, metavar="N", help="size of a file (default 512)")
     add("--speculators", metavar="DIR", help="take hs_*.safetensors that speculators left here; the target is not run")
+    o = parser.read()
+    from peagle_train.config import load_recipe
+    from peagle_train.target_model.cache_writer import write_cache
 
-    def run(options: Options) -> None:
-        from peagle_train.config import load_recipe
-        from peagle_train.target_model.cache_writer import write_cache
-
-        recipe = load_recipe(options.recipe, options.overrides)
-        print(write_cache(recipe, options.out or recipe.target.cache, options.shard_mib, options.speculators), end="")
-
-    return run
+    recipe = load_recipe(o.recipe, o.overrides)
+    print(write_cache(recipe, o.out or recipe.target.cache, o.shard_mib, o.speculators), end="")
 
 
-def _regenerate(parser: Parser) -> Callable[[Options], None]:
+def _regenerate(parser: Parser) -> None:
     """Write the answers of a prompt set anew with the target itself, for training or for evaluation.
 
     peagle-train regenerate PROMPTS --out FILE.jsonl --base-url http://127.0.0.1:8000/v1 --model NAME
@@ -232,58 +212,48 @@ def _regenerate(parser: Parser) -> Callable[[Options], None]:
     `prompt`. Each question is asked with the target's own answers before it. A run that was killed resumes when it is
     started again. Exit code 1: a server stopped answering.
     """
-    parser.add_argument("prompts", metavar="PROMPTS")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl", help="rows of messages, as they come")
-    add = parser.add_argument_group("who answers: a server (vLLM, SGLang) or a local model").add_argument
-    add("--base-url", metavar="URL", help="of a server with /chat/completions; needs the package openai")
+    add = parser.add_argument
+    add("prompts", metavar="PROMPTS")
+    add("--out", required=True, type=Path, metavar="FILE.jsonl", help="rows of messages, as they come")
+    add("--base-url", metavar="URL", help="of a server (vLLM, SGLang) with /chat/completions; needs the package openai")
     add("--model", metavar="NAME", help="what that server calls the target")
-    add("--target", metavar="DIR", help="a Hugging Face folder, run here by transformers")
-    how = parser.add_argument_group("how")
-    add = how.add_argument
+    add("--target", metavar="DIR", help="instead of a server: a Hugging Face folder, run here by transformers")
     add("--temperature", type=number(0, 100, float), default=0.8, help="0: the likeliest token (default 0.8)")
     add("--top-p", type=number(1e-9, 1, float), default=1.0, metavar="P", help="default 1")
-    add("--max-tokens", type=COUNT, default=2048, help="of an answer, if the context has room (default 2048)")
-    add("--seed", type=SEED, default=0, metavar="S", help="each answer's own follows from it (default 0)")
+    add("--max-tokens", type=COUNT, default=2048, help="of an answer; the context must have room (default 2048)")
+    add("--seed", type=int, default=0, metavar="S", help="each answer's own follows from it (default 0)")
     add("--limit", type=COUNT, metavar="N", help="the first N prompts alone")
-    turns = how.add_mutually_exclusive_group()
-    turns.add_argument("--all-turns", action="store_true", help="answer every question (the default)")
-    turns.add_argument("--last-turn", action="store_true", help="keep recorded answers, and answer the last question")
+    add("--last-turn", action="store_true", help="keep recorded answers, and answer the last question alone")
     add("--keep-truncated", action="store_true", help="keep answers that --max-tokens cut, as the last ones")
-    kwargs_help = "as in '{\"enable_thinking\": false}'"
-    add("--chat-template-kwargs", type=json_object, default={}, metavar="JSON", help=kwargs_help)
-    add = parser.add_argument_group("with a server").add_argument
-    add("--concurrency", type=COUNT, default=16, metavar="C", help="conversations at a time (default 16)")
-    add("--api-key-env", default="OPENAI_API_KEY", metavar="VAR", help="variable that holds the API key")
-    add("--timeout", type=number(1e-3, None, float), default=3600.0, help="of an answer, in s (default 3600)")
-    add("--retries", type=number(0), default=10, help="of a request, up to 8 s apart (default 10)")
-    add = parser.add_argument_group("with --target").add_argument
-    add("--batch-size", type=COUNT, default=8, metavar="B", help="conversations at a time (default 8)")
+    kwargs_help = "a JSON object, as in '{\"enable_thinking\": false}'"
+    add("--chat-template-kwargs", type=json.loads, default={}, metavar="JSON", help=kwargs_help)
+    add("--concurrency", type=COUNT, default=16, metavar="C", help="conversations of a server at a time (default 16)")
+    add("--api-key-env", default="OPENAI_API_KEY", metavar="VAR", help="variable that holds a server's API key")
+    add("--timeout", type=float, default=3600.0, help="of a server's answer, in s (default 3600)")
+    add("--retries", type=int, default=10, help="of a request to a server, up to 8 s apart (default 10)")
+    add("--batch-size", type=COUNT, default=8, metavar="B", help="with --target: conversations at a time (default 8)")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16", "float64"])
     add("--trust-remote-code", action="store_true", help="run Python code that comes with the target")
+    o = parser.read()
+    from peagle_train.regenerate import Local, Server, Settings, load_prompts, regenerate
 
-    def run(options: Options) -> None:
-        from peagle_train.regenerate import Local, Server, Settings, load_prompts, regenerate
-
-        o = options
-        if (o.base_url is None) == (o.target is None) or (o.base_url and not o.model):
-            raise ValueError("give --base-url and --model for a server, or --target for a local model")
-        settings = Settings(
-            o.temperature, o.top_p, o.max_tokens, o.seed, o.last_turn, o.keep_truncated, o.chat_template_kwargs
-        )
-        skipped: Counter[str] = Counter()
-        prompts = load_prompts(o.prompts, o.limit, skipped)
-        backend: Local | Server
-        if o.target is not None:
-            backend = Local(os.path.expanduser(o.target), settings, o.dtype, o.batch_size, o.trust_remote_code)
-        else:
-            key = os.environ.get(o.api_key_env, "").strip()
-            backend = Server(o.base_url, o.model, settings, key, o.concurrency, o.timeout, o.retries)
-        regenerate(prompts, o.out, backend, settings, skipped)
-
-    return run
+    if (o.base_url is None) == (o.target is None) or (o.base_url and not o.model):
+        raise ValueError("give --base-url and --model for a server, or --target for a local model")
+    settings = Settings(
+        o.temperature, o.top_p, o.max_tokens, o.seed, o.last_turn, o.keep_truncated, o.chat_template_kwargs
+    )
+    skipped: Counter[str] = Counter()
+    prompts = load_prompts(o.prompts, o.limit, skipped)
+    backend: Local | Server
+    if o.target is not None:
+        backend = Local(os.path.expanduser(o.target), settings, o.dtype, o.batch_size, o.trust_remote_code)
+    else:
+        key = os.environ.get(o.api_key_env, "").strip()
+        backend = Server(o.base_url, o.model, settings, key, o.concurrency, o.timeout, o.retries)
+    regenerate(prompts, o.out, backend, settings, skipped)
 
 
-def _export(parser: Parser) -> Callable[[Options], None]:
+def _export(parser: Parser) -> None:
     """Export a trained drafter for an engine. It is checked before it is put in its place.
 
     peagle-train export runs/mine --out drafter
@@ -296,42 +266,34 @@ def _export(parser: Parser) -> Callable[[Options], None]:
     add("folder", type=Path, metavar="FOLDER", help="a drafter's folder (final, best, checkpoint-N), or a run's")
     add("--out", type=Path, metavar="DIR", required=True, help="a new folder, or an empty one")
     add("--format", choices=["eagle3", "speculators"], default="eagle3")
-    add("--check", action="store_true", help="print the table of the check")
     add("--target", type=Path, metavar="DIR", help="the target's folder; default: the recipe's")
     add("--target-name", metavar="NAME", help="how the files name the target, such as org/my-llm")
     add("--num-speculative-tokens", type=int, metavar="K", help="to serve with; default: the training's")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
     add("--licence", "--license", metavar="ID", help="the model card's licence field, e.g. apache-2.0")
     add("--measured", type=Path, metavar="FILE", help="what `evaluate --json` wrote, for the model card")
+    o = parser.read()
+    import torch
 
-    def run(options: Options) -> None:
-        import torch
+    from peagle_train.serving.export import export_drafter
 
-        from peagle_train.serving.check import table
-        from peagle_train.serving.export import export_drafter
-
-        done = export_drafter(
-            options.folder,
-            options.out,
-            options.format,
-            target=options.target,
-            target_name=options.target_name,
-            speculative_tokens=options.num_speculative_tokens,
-            dtype=getattr(torch, options.dtype) if options.dtype else None,
-            licence=options.licence,
-            measured=options.measured,
-        )
-        if options.check:
-            print(table(done.findings))
-        else:
-            done.notes += [f"{f.what}: {f.detail}" for f in done.findings if f.level == "warn"]
-        _print_notes(done.notes)
-        print(f"exported to {done.folder}; how to serve it is in its README.md")
-
-    return run
+    done = export_drafter(
+        o.folder,
+        o.out,
+        o.format,
+        target=o.target,
+        target_name=o.target_name,
+        speculative_tokens=o.num_speculative_tokens,
+        dtype=getattr(torch, o.dtype) if o.dtype else None,
+        licence=o.licence,
+        measured=o.measured,
+    )
+    warnings = [f"{f.what}: {f.detail}" for f in done.findings if f.level == "warn"]
+    _print_notes(done.notes + warnings)
+    print(f"exported to {done.folder}; how to serve it is in its README.md")
 
 
-def _check(parser: Parser) -> Callable[[Options], int]:
+def _check(parser: Parser) -> int:
     """Check any drafter's folder, in either format, and print a table.
 
     peagle-train check drafter
@@ -342,21 +304,18 @@ def _check(parser: Parser) -> Callable[[Options], int]:
     add = parser.add_argument
     add("folder", type=Path, metavar="FOLDER", help="a drafter's folder (final, best, checkpoint-N), or a run's")
     add("--target", type=Path, metavar="DIR", help="the target's folder, to check that the two fit")
+    o = parser.read()
+    from peagle_train.serving.check import check_folder, table, worst
+    from peagle_train.serving.drafter_io import read_config
+    from peagle_train.serving.export import find_drafter
 
-    def run(options: Options) -> int:
-        from peagle_train.serving.check import check_folder, table, worst
-        from peagle_train.serving.drafter_io import read_config
-        from peagle_train.serving.export import find_drafter
-
-        folder = find_drafter(options.folder)
-        findings = check_folder(folder, read_config(options.target) if options.target else None)
-        print(table(findings))
-        return {"BAD": 2, "????": 1}.get(worst(findings), 0)
-
-    return run
+    folder = find_drafter(o.folder)
+    findings = check_folder(folder, read_config(o.target) if o.target else None)
+    print(table(findings))
+    return {"BAD": 2, "????": 1}.get(worst(findings), 0)
 
 
-def _import(parser: Parser) -> Callable[[Options], None]:
+def _import(parser: Parser) -> None:
     """Bring another's EAGLE-3 or P-EAGLE drafter into this project's names, to start a run from it or to check it.
 
     peagle-train import hub/some-peagle-drafter --out start
@@ -372,16 +331,12 @@ def _import(parser: Parser) -> Callable[[Options], None]:
     add("--target", type=Path, metavar="DIR", help="the target's folder, for embeddings and head")
     add("--mask-token-id", type=int, metavar="N", help="where the drafter has none")
     add("--seed", type=int, default=0, help="of mask_hidden where the drafter has none")
+    o = parser.read()
+    from peagle_train.serving.start import import_drafter
 
-    def run(options: Options) -> None:
-        from peagle_train.serving.start import import_drafter
-
-        o = options
-        done = import_drafter(o.folder, o.out, target=o.target, mask_token_id=o.mask_token_id, seed=o.seed)
-        _print_notes(done.notes)
-        print(f"imported to {done.folder}")
-
-    return run
+    done = import_drafter(o.folder, o.out, target=o.target, mask_token_id=o.mask_token_id, seed=o.seed)
+    _print_notes(done.notes)
+    print(f"imported to {done.folder}")
 
 
 def _print_notes(notes: list[str]) -> None:
@@ -389,26 +344,24 @@ def _print_notes(notes: list[str]) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
-def _evaluate(parser: Parser) -> Callable[[Options], int]:
+def _evaluate(parser: Parser) -> int:
     """Measure how many drafted tokens a target really accepts: speculative decoding, batch 1, on prompts.
 
     peagle-train evaluate runs/mine/final --prompts humaneval mt-bench --limit 20 --json acceptance.json
     peagle-train evaluate runs/mine/final --prompts stdlib --compare runs/mine/checkpoint-*   # over training time
     .venv-vllm/bin/peagle-train evaluate runs/mine/final --prompts stdlib --engine vllm       # after tools/vllm_setup.sh
 
-    prompts:
-      humaneval, mt-bench   by name (from optional packages: it says which)
-      stdlib                held-out standard-library modules of the checkpoint's recipe, cut at seeded places
-      FILE                  .jsonl of {"text": ...}, taken as it is, or of chats (messages, conversations, turns, prompt)
+    Prompts: humaneval and mt-bench (from optional packages: it says which); stdlib (held-out standard-library modules of
+    the checkpoint's recipe, cut at seeded places); FILE.jsonl of {"text": ...}, taken as it is, or of chats.
 
-    what is reported, for every K from 1 to the drafter's own, out of one decoding:
-      accepted length   tokens that one verifying pass gives, the target's own included, repetition left out
+    Reported for every K from 1 to the drafter's own, out of one decoding:
+      accepted length   tokens that one verifying pass gives, the target's own included, repetition left out (stretches
+                        of at least max(24, 2 p) tokens that each equal the one p before, p up to 64)
       teacher-forced    what training's estimate (all positions, slots taken as independent) gives on the same texts
       in training       that estimate on the training run's own held-out sequences
       tokens/pass       output tokens over all passes of the target, the prompt's and repetition included
-    Repetition: stretches of at least max(24, 2 p) tokens that each equal the one p before, p up to 64.
-    --engine vllm (greedy): the same prompts in vLLM with the same K, beside our decoder's figures, and where the two part:
-    by how many ulp of the dtype our best logit led the second (near-tie: 2 of a 16-bit dtype).
+    --engine vllm (greedy): the same prompts in vLLM beside our decoder's figures, and where the two part: by how many ulp
+    of the dtype our best logit led the second (near-tie: 2 of a 16-bit dtype).
 
     Exit code 1: a greedy text is not the target's own and no tie of logits explains it, or vLLM parts from our decoder in
     float32 without a near-tie.
@@ -435,74 +388,54 @@ def _evaluate(parser: Parser) -> Callable[[Options], int]:
     add("--base-url", metavar="URL", help="with --engine: a server that runs, such as http://localhost:8000")
     add("--speed", action="store_true", help="with --engine: tokens per second with and without drafter")
     add("--json", type=Path, metavar="FILE", help="write everything, every prompt included")
+    o = parser.read()
+    from peagle_train.decoding import evaluate
 
-    def run(options: Options) -> int:
-        from peagle_train.decoding import evaluate
-
-        text, is_right = evaluate.run(options)
-        print(text)
-        return 0 if is_right else 1
-
-    return run
+    text, is_right = evaluate.run(o)
+    print(text)
+    return 0 if is_right else 1
 
 
-def _report(parser: Parser) -> Callable[[Options], None]:
+def _report(parser: Parser) -> None:
     """One HTML page about runs, finished or running: results, curves, data, settings; several runs side by side.
 
     peagle-train report runs/first runs/second --out compared.html
 
     The page needs no other file. Needs matplotlib (the extra `report`).
     """
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folders of runs")
-    out = Path("report.html")
-    parser.add_argument("--out", type=Path, default=out, metavar="FILE.html", help=f"default {out}")
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="output folders of runs")
+    add("--out", type=Path, default=Path("report.html"), metavar="FILE.html", help="default report.html")
+    o = parser.read()
+    from peagle_train.report import write_report
 
-    def run(options: Options) -> None:
-        from peagle_train.report import write_report
-
-        write_report([folder.expanduser() for folder in options.runs], options.out)
-        print(options.out)
-
-    return run
+    write_report([folder.expanduser() for folder in o.runs], o.out)
+    print(o.out)
 
 
-def _show_row(parser: Parser) -> Callable[[Options], None]:
+def _show_row(parser: Parser) -> None:
     """Print a sequence of a recipe's data as training sees it: tokens, which are learned, where documents end.
 
     peagle-train show-row RECIPE --row 3 [section.key=value ...]
     peagle-train show-row RECIPE --row 3 --elements [--anchors 17,18,40]
 
-    Learned tokens are green on a terminal, in [brackets] elsewhere. --elements adds what each element (anchor, depth) of
-    some anchors reads and predicts.
+    Learned tokens are in [brackets]. --elements adds what each element (anchor, depth) of some anchors reads and predicts,
+    as drawn in the first epoch.
     """
     _add_recipe(parser)
     add = parser.add_argument
     add("--row", type=int, required=True, metavar="N", help="which sequence, from 0")
     add("--held-out", action="store_true", help="of the held-out sequences")
     add("--elements", action="store_true", help="what elements read and predict, too")
-    add("--anchors", type=numbers, metavar="A,B,...", help="whose elements (default: the first few)")
-    add("--epoch", type=int, default=0, metavar="E", help="whose draw of elements (default: 0)")
-    add("--no-color", action="store_true", help="brackets on a terminal, too")
+    add("--anchors", type=numbers, default=[], metavar="A,B,...", help="whose elements (default: the first few)")
+    o = parser.read()
+    from peagle_train.config import load_recipe
+    from peagle_train.show import show_sequence
 
-    def run(options: Options) -> None:
-        from peagle_train.config import load_recipe
-        from peagle_train.show import show_sequence
-
-        text = show_sequence(
-            load_recipe(options.recipe, options.overrides),
-            options.row,
-            epoch=options.epoch,
-            is_held_out=options.held_out,
-            with_elements=options.elements or options.anchors is not None,
-            anchors=options.anchors or (),
-            is_colored=sys.stdout.isatty() and not options.no_color and not os.environ.get("NO_COLOR"),
-        )
-        print(text)
-
-    return run
+    print(show_sequence(load_recipe(o.recipe, o.overrides), o.row, o.held_out, o.elements, o.anchors))
 
 
-def _show_batch(parser: Parser) -> Callable[[Options], None]:
+def _show_batch(parser: Parser) -> None:
     """Draw a sequence's flat batch: who sees whom, and what each segment runs and reads.
 
     peagle-train show-batch --example --out batch.png
@@ -517,63 +450,41 @@ def _show_batch(parser: Parser) -> Callable[[Options], None]:
     add("--example", action="store_true", help="two short documents of words, K = 4, S = 3")
     add("--row", type=int, default=0, metavar="N", help="which sequence, from 0 (default 0)")
     add("--out", type=Path, default=Path("batch.png"), metavar="FILE.png", help="default batch.png")
+    o = parser.read()
+    if bool(o.recipe) == o.example:
+        raise ValueError("give a recipe or --example, and not both")
+    from peagle_train.config import load_recipe
+    from peagle_train.show import write_picture
 
-    def run(options: Options) -> None:
-        if bool(options.recipe) == options.example:
-            raise ValueError("give a recipe or --example, and not both")
-        from peagle_train.config import load_recipe
-        from peagle_train.show import write_picture
-
-        recipe = load_recipe(options.recipe, options.overrides) if options.recipe else None
-        print(f"{options.out}: {write_picture(recipe, options.row, options.out)}")
-
-    return run
+    recipe = load_recipe(o.recipe, o.overrides) if o.recipe else None
+    print(f"{o.out}: {write_picture(recipe, o.row, o.out)}")
 
 
-def _recipes(parser: Parser) -> Callable[[Options], None]:
+def _recipes(parser: Parser) -> None:
     """List the recipes that come with the package, or print one.
 
     peagle-train recipes
     peagle-train recipes quickstart > mine.yaml
     """
     parser.add_argument("name", nargs="?", metavar="NAME", help="print this one")
-
-    def run(options: Options) -> None:
-        found = shipped_recipes()
-        if options.name is None:
-            for name, path in found.items():
-                print(f"{name:20} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
-            return
-        name = options.name.removesuffix(".yaml")
-        if name not in found:
-            raise ValueError(f"no recipe is called {options.name}; there are {', '.join(found)}")
-        print(found[name].read_text(encoding="utf-8"), end="")
-
-    return run
+    o = parser.read()
+    found = shipped_recipes()
+    if o.name is None:
+        for name, path in found.items():
+            print(f"{name:20} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+        return
+    name = o.name.removesuffix(".yaml")
+    if name not in found:
+        raise ValueError(f"no recipe is called {o.name}; there are {', '.join(found)}")
+    print(found[name].read_text(encoding="utf-8"), end="")
 
 
-COMMANDS: dict[str, Callable[[Parser], Callable[[Options], int | None]]] = {
-    "train": _train,
-    "plan": _plan,
-    "prepare": _prepare,
-    "cache": _cache,
-    "regenerate": _regenerate,
-    "export": _export,
-    "check": _check,
-    "import": _import,
-    "evaluate": _evaluate,
-    "report": _report,
-    "show-row": _show_row,
-    "show-batch": _show_batch,
-    "recipes": _recipes,
+COMMANDS: dict[str, Callable[[Parser], int | None]] = {
+    add.__name__[1:].replace("_", "-"): add
+    for add in (_train, _plan, _prepare, _cache, _regenerate, _export, _check, _import, _evaluate, _report)
+    + (_show_row, _show_batch, _recipes)
 }
-RESUMES = {"cache": "; the same command resumes", "regenerate": "; the same command resumes"}
-
-
-def _is_mistyped(name: str) -> bool:
-    """Whether a first argument is neither an option, an override nor a recipe's path or name."""
-    is_other = name.startswith("-") or "=" in name or name.endswith((".yaml", ".yml"))
-    return not is_other and not os.path.exists(recipe_path(name))
+RESUMES = "; the same command resumes"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -585,22 +496,17 @@ def main(arguments: list[str] | None = None) -> int:
         for name, add in COMMANDS.items():
             print(f"  {name:12} {(add.__doc__ or '').splitlines()[0]}", file=out)
         return 0 if given else 2
-    name, *rest = given if given[0] in COMMANDS else ("train", *given)
+    first = given[0]
+    name, *rest = given if first in COMMANDS else ("train", *given)
 
     def work() -> int | None:
-        if name != given[0] and _is_mistyped(given[0]):
-            meant = difflib.get_close_matches(given[0], [*COMMANDS, *shipped_recipes()], n=1) or ["--help"]
-            raise ValueError(f"no command or recipe is called {given[0]!a}; did you mean peagle-train {meant[0]}?")
-        summary, _, details = (COMMANDS[name].__doc__ or "").partition("\n\n")
-        parser = Parser(
-            prog=f"peagle-train {name}",
-            description=summary,
-            epilog="\n".join(line.removeprefix("    ") for line in details.rstrip().splitlines()),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        run = COMMANDS[name](parser)
-        options = parser.parse_intermixed_args(_close_resume(rest) if name == "train" else rest)
+        is_recipe = first.startswith("-") or "=" in first or first.endswith((".yaml", ".yml"))
+        if first not in COMMANDS and not is_recipe and not os.path.exists(recipe_path(first)):
+            meant = difflib.get_close_matches(first, [*COMMANDS, *shipped_recipes()], n=1) or ["--help"]
+            raise ValueError(f"no command or recipe is called {first!a}; did you mean peagle-train {meant[0]}?")
         logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-        return run(options)
+        return COMMANDS[name](Parser(name, _close_resume(rest) if name == "train" else rest))
 
-    return run_training(work) if name == "train" else run_tool(f"peagle-train {name}", work, RESUMES.get(name, ""))
+    if name == "train":
+        return run_training(work)
+    return run_tool(f"peagle-train {name}", work, RESUMES if name in ("cache", "regenerate") else "")

@@ -26,10 +26,7 @@ PANELS = (
     ("expected_accepted_length", 1, "expected accepted length"),
     ("tokens_per_second", 1, "tokens/s"),
     ("loader_wait_share", 100, "waiting for data, % of the time"),
-    ("padding_share", 100, "unused element slots, %"),
-    ("peak_memory_bytes", 2**-30, "peak memory so far, GiB"),
     ("grad_norm", 1, "gradient norm, unclipped"),
-    ("learning_rate", 1, "learning rate"),
 )
 """Key of a line of metrics.jsonl, factor, title; the first two have held-out values, too."""
 CSS = """
@@ -66,14 +63,12 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
     write_bytes(out, content.encode())
 
 
-# Runs
-
-
 def read_run(folder: Path) -> Run:
     """ValueError unless the folder holds a run with at least one number. An unfinished last line is ignored."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
-        raise ValueError(f"{folder} holds no run: it has no metrics.jsonl")
+        why = "has no metrics.jsonl" if folder.is_dir() else "is not there"
+        raise ValueError(f"{folder} holds no run: it {why}; give a recipe's output.dir")
     lines: dict[str, list[Line]] = {"train": [], "eval": [], "skipped": []}
     for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
@@ -87,18 +82,10 @@ def read_run(folder: Path) -> Run:
         recipe = read_yaml(folder / "recipe.yaml")
     except YamlError as error:
         raise ValueError(f"the recipe {error}") from None
-    return Run(
-        str(folder), **lines, summary=_read_json(folder / MARKER), about=_read_json(folder / ABOUT), recipe=recipe
+    summary, about = (
+        json.loads((folder / name).read_bytes()) if (folder / name).exists() else {} for name in (MARKER, ABOUT)
     )
-
-
-def _read_json(path: Path) -> Line:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+    return Run(str(folder), **lines, summary=summary, about=about, recipe=recipe)
 
 
 def differing_keys(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -116,17 +103,13 @@ def page(runs: Sequence[Run], figure: bytes) -> str:
     """The page's HTML. `figure`: a PNG."""
     title = html.escape(", ".join(run.name for run in runs))
     image = f'<img alt="curves" src="data:image/png;base64,{base64.b64encode(figure).decode()}">'
-    machines = [{**run.about.get("versions", {}), **run.about.get("machine", {})} for run in runs]
+    recipes = (f"<summary>{html.escape(r.name)}</summary><pre>{html.escape(dump_yaml(r.recipe))}</pre>" for r in runs)
     sections = {
         "Result": _table(runs, [_result(run) for run in runs]),
         "Curves": f"<p>Lines: training (a running mean over faint values). Circles: held out.</p>{image}",
         "Data": _table(runs, [run.about.get("data", {}).get("packing", {}) for run in runs]),
-        "Settings that differ": _table(runs, differing_keys(runs)) if len(runs) > 1 else "",
-        "Versions and machine": _table(runs, machines),
-        "Recipes": "".join(
-            f"<details><summary>{html.escape(run.name)}</summary><pre>{html.escape(dump_yaml(run.recipe))}</pre></details>"
-            for run in runs
-        ),
+        "Settings that differ": _table(runs, differing_keys(runs)),
+        "Recipes": "".join(f"<details>{recipe}</details>" for recipe in recipes),
     }
     body = "".join(f"<h2>{name}</h2>{content}" for name, content in sections.items() if content)
     head = f'<meta charset="utf-8"><title>{title}</title><style>{CSS}</style>'
@@ -147,14 +130,11 @@ def _result(run: Run) -> dict[str, Any]:
         found["accuracy by depth, held out"] = " ".join(f"{share:.2f}" for share in last["accuracy"])
         found["target mass outside the draft vocabulary"] = f"{last['mass_outside']:.2%}"
     if run.train:
-        last = run.train[-1]
         found |= {
-            "steps in all": last["num_steps"],
+            "steps in all": run.train[-1]["num_steps"],
             "time": duration(run.seconds),
             "tokens/s, median": f"{median(line['tokens_per_second'] for line in run.train):,.0f}",
-            "waiting for data, median": f"{median(line['loader_wait_share'] for line in run.train):.1%}",
             "peak memory": f"{max(line['peak_memory_bytes'] for line in run.train) / 2**30:.2f} GiB",
-            "recompiles": last["recompiles"] or 0,
         }
     return found
 
@@ -174,12 +154,13 @@ def _table(runs: Sequence[Run], columns: Sequence[dict[str, Any]]) -> str:
 def draw(runs: Sequence[Run]) -> bytes:
     """All curves on one PNG: a run is a colour."""
     plt = load_matplotlib()
-    figure, grid = plt.subplots(3, 3, figsize=(13, 9.5), layout="constrained")
+    figure, grid = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
     by_depth, *others = grid.flat
     for number, run in enumerate(runs):
         colour = f"C{number % 10}"
         shares = (run.eval or run.train)[-1]["accuracy"]
         by_depth.plot(range(len(shares)), shares, color=colour, marker="o", label=run.name)
+        by_depth.set(title="accuracy by depth, latest", xlabel="depth", ylim=(0, 1))
         for axes, (name, factor, title) in zip(others, PANELS):
             points = [(line["step"], line[name] * factor) for line in run.train if line.get(name) is not None]
             axes.plot(*zip(*points), color=colour, alpha=0.22)
@@ -187,9 +168,6 @@ def draw(runs: Sequence[Run]) -> bytes:
             held_out = [(line["step"], line[name]) for line in run.eval if name in line]
             axes.plot(*zip(*held_out), color=colour, marker="o", markerfacecolor="white", linestyle=":")
             axes.set(title=title, xlabel="step")
-        by_depth.set(title="accuracy by depth, latest", xlabel="depth", xticks=range(len(shares)))
-    for axes in (by_depth, *others[2:]):
-        axes.set_ylim(bottom=0)
     if len(runs) > 1:
         figure.legend(loc="outside lower center", ncols=4)
     return png_of(figure)

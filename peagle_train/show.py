@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +23,6 @@ from peagle_train.files import write_bytes
 from peagle_train.report import load_matplotlib, png_of
 from peagle_train.training.evaluate import EVAL_SEED
 
-LEARNED, RESET = ("\x1b[30;42m", "\x1b[30;102m"), "\x1b[0m"
-"""Black on two greens in turn, so that the borders of tokens can be seen."""
 MASK, PAST_END = "<mask>", "(past the end)"
 HEADER = ("anchor", "depth", "position id", "token", "features at", "predicts", "the target's label at", "learned")
 MAX_ELEMENTS, LABELLED = 4096, 72
@@ -37,31 +35,25 @@ EXAMPLE = (
 """(question, answer) of two documents, a word a token."""
 
 
-class Shown(NamedTuple):
-    """A sequence of a recipe, and what it takes to show it."""
+def load_sequence(recipe: Recipe, number: int, is_held_out: bool = False) -> tuple[dict[str, Any], Any, int, list[str]]:
+    """Sequence `number` of a recipe's training or held-out data, the tokenizer, the mask token, and lines about the data.
 
-    sequence: dict[str, Any]
-    name: Callable[[int], str]  # readable text of a token id
-    mask_token_id: int
-    title: str
-    notes: list[str]  # what loading the data reported
-
-
-def load_sequence(recipe: Recipe, number: int, *, epoch: int = 0, is_held_out: bool = False) -> Shown:
-    """Sequence `number` of a recipe's training data or of its held-out data. ValueError if there is none."""
-    vocab_size, notes = target_vocab_size(recipe), list[str]()
+    Raises:
+        ValueError: no such sequence, or the recipe's data cannot be loaded.
+    """
+    vocab_size, lines = target_vocab_size(recipe), list[str]()
     tokenizer = load_tokenizer(recipe.target.path, recipe.target.trust_remote_code)
     mask_token_id = choose_mask_token(recipe.draft, tokenizer, vocab_size)
-    data = load_training_data(recipe, tokenizer, vocab_size, mask_token_id, notes.append)
-    rows, which = (data.eval_rows, "held-out sequences") if is_held_out else (data.train_rows, "training sequences")
+    data = load_training_data(recipe, tokenizer, vocab_size, mask_token_id, lines.append)
+    rows, which = (data.eval_rows, "held-out") if is_held_out else (data.train_rows, "training")
     if not 0 <= number < len(rows):
         allowed = f"; give 0 to {len(rows) - 1}" if len(rows) else ""
-        raise ValueError(f"--row {number}: there are {len(rows)} {which}{allowed}")
-    sequence = rows[epoch, number]
+        raise ValueError(f"--row {number}: there are {len(rows)} {which} sequences{allowed}")
+    sequence = rows[0, number]
     tokens, learned = sequence["input_ids"].numel(), int(sequence["loss_mask"].sum())
-    title = f"sequence {number} of {len(rows)} {which}: {tokens} tokens, {learned} of them learned, "
-    title += f"{sequence['document_ids'].unique().numel()} documents"
-    return Shown(sequence, token_names(tokenizer), mask_token_id, title, notes)
+    title = f"sequence {number} of {len(rows)} {which} sequences: {tokens} tokens, {learned} of them learned, "
+    lines.append(f"{title}{sequence['document_ids'].unique().numel()} documents")
+    return sequence, tokenizer, mask_token_id, lines
 
 
 def _collator(recipe: Recipe, is_held_out: bool = False) -> CODCollator:
@@ -94,54 +86,43 @@ def token_names(tokenizer: Any) -> Callable[[int], str]:
 
 
 def show_sequence(
-    recipe: Recipe,
-    number: int,
-    *,
-    epoch: int = 0,
-    is_held_out: bool = False,
-    with_elements: bool = False,
-    anchors: Sequence[int] = (),
-    is_colored: bool = False,
+    recipe: Recipe, number: int, is_held_out: bool = False, with_elements: bool = False, anchors: Sequence[int] = ()
 ) -> str:
-    """A sequence's tokens; `with_elements`, also what the elements of `anchors` (default: the first few) read and predict.
+    """A sequence's tokens; `with_elements` or `anchors`, also what the elements of these anchors (default: the first few)
+    read and predict.
 
     Raises:
         ValueError: no such sequence or anchor, or the recipe's data cannot be loaded.
     """
-    shown = load_sequence(recipe, number, epoch=epoch, is_held_out=is_held_out)
-    sequence, name = shown.sequence, shown.name
-    lines = [*shown.notes, shown.title, show_tokens(sequence, name, is_colored)]
-    if with_elements:
-        length = sequence["input_ids"].numel()
-        for anchor in anchors:
-            if not 0 <= anchor < length:
-                raise ValueError(f"--anchors {anchor}: the sequence has positions 0 to {length - 1}")
-        collator = _collator(recipe, is_held_out)
-        elements = list_elements(sequence, collator, shown.mask_token_id, name)
+    sequence, tokenizer, mask_token_id, lines = load_sequence(recipe, number, is_held_out)
+    name, length = token_names(tokenizer), sequence["input_ids"].numel()
+    lines.append(show_tokens(sequence, name))
+    if with_elements or anchors:
+        if not all(0 <= anchor < length for anchor in anchors):
+            raise ValueError(f"--anchors {list(anchors)}: the sequence has positions 0 to {length - 1}")
+        elements = list_elements(sequence, _collator(recipe, is_held_out), mask_token_id, name)
         chosen = anchors or sorted({anchor for anchor, depth, *_ in elements if depth})[:6]
-        lines.append(f"--- elements drawn in epoch {epoch}, of {recipe.cod.num_depths} depths ---")
+        lines.append(f"--- elements drawn in epoch 0, of {recipe.cod.num_depths} depths ---")
         table = [HEADER, *([str(cell) for cell in row] for row in elements if row[0] in chosen)]
         widths = [max(map(len, column)) for column in zip(*table)]
         lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table]
     return "\n".join(lines)
 
 
-def show_tokens(sequence: dict[str, Tensor], name: Callable[[int], str], is_colored: bool) -> str:
-    """The tokens by document; learned ones on green, or in [brackets] without colour."""
+def show_tokens(sequence: dict[str, Tensor], name: Callable[[int], str]) -> str:
+    """The tokens by document; learned ones in [brackets]."""
     ids, mask, documents = (sequence[key].tolist() for key in ("input_ids", "loss_mask", "document_ids"))
     lines: list[str] = []
     for document, group in groupby(range(len(ids)), key=documents.__getitem__):
         positions = list(group)
         learned = sum(mask[i] for i in positions)
-        title = f"--- document {document}: positions {positions[0]} to {positions[-1]}, {learned} tokens learned ---"
-        lines += [f"\x1b[1m{title}{RESET}" if is_colored else title, ""]
-        for i in positions:
-            text = name(ids[i])
-            marked = f"{LEARNED[i % 2]}{text}{RESET}" if is_colored else f"[{text}]"
-            lines[-1] += marked if mask[i] else text
-            if text.endswith("\\n"):
-                lines.append("")
-    return "\n".join(line for line in lines if line)
+        lines.append(
+            f"--- document {document}: positions {positions[0]} to {positions[-1]}, {learned} tokens learned ---"
+        )
+        marked = ((name(ids[i]), mask[i]) for i in positions)
+        shown = ((f"[{text}]" if taught else text) + "\n" * text.endswith("\\n") for text, taught in marked)
+        lines.append("".join(shown).rstrip("\n"))
+    return "\n".join(lines)
 
 
 def list_elements(
@@ -182,9 +163,9 @@ def write_picture(recipe: Recipe | None, number: int, out: Path) -> str:
         collator = CODCollator(len(words), num_depths=4, down_sample_ratio=0.8, num_segments=3, seed=1)
         title = f"the example: {len(words)} tokens, {len(EXAMPLE)} documents"
     else:
-        shown, collator = load_sequence(recipe, number), _collator(recipe)
-        sequence, title = shown.sequence, shown.title
-        words = [shown.name(token) for token in sequence["input_ids"].tolist()]
+        collator = _collator(recipe)
+        sequence, tokenizer, _, (*_, title) = load_sequence(recipe, number)
+        words = list(map(token_names(tokenizer), sequence["input_ids"].tolist()))
     title += f"; K = {collator.num_depths}, S = {collator.num_segments}"
     figure = draw_batch(collator([sequence]), collator.num_depths, words, list(sequence["loss_mask"]), title)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -249,15 +230,16 @@ def draw_batch(
     axes = figure.add_subplot(left)
     image = torch.where(visible_NN[:, :, None], torch.tensor(colours)[None].expand(N, N, 3), torch.ones(3))
     axes.imshow(image.numpy(), interpolation="nearest", extent=(0, N, N, 0))
-    axes.set(title="Who sees whom", ylabel="queries: anchor + depth", xlabel="keys: anchor + depth")
-    axes.set(xticks=[], yticks=[])
+    axes.set(
+        title="Who sees whom", ylabel="queries: anchor + depth", xlabel="keys: anchor + depth", xticks=[], yticks=[]
+    )
     for edge in ((segment_N[1:] != segment_N[:-1]).nonzero().flatten() + 1).tolist():
         axes.axhline(edge, color=DARK, linewidth=1.1)
         axes.axvline(edge, color=DARK, linewidth=1.1)
     if N <= LABELLED:
-        labels = [f"{a}+{d}" if d else f"{a}" for a, d in zip(anchor_N.tolist(), depth_N.tolist())]
-        axes.set_yticks([i + 0.5 for i in range(N)], labels, fontsize=6)
-        axes.set_xticks([i + 0.5 for i in range(N)], labels, fontsize=6, rotation=90)
+        labels, middles = [f"{a}+{d}" for a, d in zip(anchor_N.tolist(), depth_N.tolist())], [i + 0.5 for i in range(N)]
+        axes.set_yticks(middles, labels, fontsize=6)
+        axes.set_xticks(middles, labels, fontsize=6, rotation=90)
 
     below = right.subgridspec(len(used), 1)
     tokens = int((documents >= 0).sum())
@@ -265,13 +247,9 @@ def draw_batch(
     for i, s in enumerate(used):
         axes, own_N = figure.add_subplot(below[i]), segment_N == s
         drawn = (own_N | visible_NN[own_N].any(0)).nonzero().flatten().tolist()
-        axes.bar(
-            (anchor_N + depth_N)[drawn].tolist(),
-            height=0.84,
-            width=0.9,
-            bottom=(depth_N[drawn] - 0.42).tolist(),
-            color=[colours[n] if own_N[n] else GREY for n in drawn],
-        )
+        bottoms = (depth_N[drawn] - 0.42).tolist()
+        shades = [colours[n] if own_N[n] else GREY for n in drawn]
+        axes.bar((anchor_N + depth_N)[drawn].tolist(), height=0.84, width=0.9, bottom=bottoms, color=shades)
         for start in starts.tolist():
             axes.axvline(start - 0.5, color=DARK, linewidth=0.8, linestyle="--")
         axes.set(xlim=(-0.6, tokens - 0.4), ylim=(-0.6, num_depths - 0.4), xticks=[], yticks=range(num_depths))
@@ -285,8 +263,8 @@ def draw_batch(
             label.set_fontweight("bold" if taught else "normal")
     for axes in figure.axes:
         axes.grid(False)
-    colours_of = {"depth 0 (by document)": DOCUMENTS[0], **{f"depth {d}": of_depth[d] for d in range(1, num_depths)}}
-    colours_of["another segment's, read"] = GREY
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours_of.values()]
-    figure.legend(handles, colours_of, loc="outside lower center", ncols=8)
+    names = ["depth 0 (by document)", *(f"depth {d}" for d in range(1, num_depths)), "another segment's, read"]
+    shades = [DOCUMENTS[0], *of_depth[1:], GREY]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=shade) for shade in shades]
+    figure.legend(handles, names, loc="outside lower center", ncols=8)
     return figure

@@ -4,17 +4,18 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Reply = tuple[int, bytes] | tuple[int, bytes, dict[str, str]]
 MODEL = "tiny"
+MODELS = json.dumps({"data": [{"id": MODEL}, {"id": "other"}]}).encode()
 
 
-def completion(content: str | None, finish_reason: str = "stop", tokens: int = 3, **message: Any) -> Reply:
+def completion(content: str, finish_reason: str = "stop", **message: Any) -> Reply:
     choice = {"message": {"role": "assistant", "content": content, **message}, "finish_reason": finish_reason}
-    return 200, json.dumps({"choices": [choice], "usage": {"completion_tokens": tokens}}).encode()
+    return 200, json.dumps({"choices": [choice]}).encode()
 
 
 def echo(body: dict[str, Any]) -> Reply:
@@ -24,34 +25,30 @@ def echo(body: dict[str, Any]) -> Reply:
 
 
 class FakeServer:
-    """`respond(body)` gives the reply to a chat request; `requests` holds them as (headers, body)."""
+    """`respond(body)` gives the reply to a chat request; `requests` holds the bodies."""
 
     def __init__(self, respond: Callable[[dict[str, Any]], Reply]) -> None:
-        self.respond, self.requests, self.lock = respond, [], threading.Lock()
-        self.requests: list[tuple[dict[str, str], dict[str, Any]]]
-        self.models: Reply = (200, json.dumps({"data": [{"id": MODEL}, {"id": "other"}]}).encode())
+        self.respond = respond
+        self.requests: list[dict[str, Any]] = []
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.reply(outer.models if self.path == "/v1/models" else (404, b'{"detail": "Not Found"}'))
+                self.reply((200, MODELS) if self.path == "/v1/models" else (404, b"{}"))
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer.lock:
-                    outer.requests.append((dict(self.headers), body))
+                outer.requests.append(body)
                 self.reply(outer.respond(body) if self.path == "/v1/chat/completions" else (404, b"{}"))
 
             def reply(self, reply: Reply) -> None:
                 status, content, *headers = reply
-                try:
+                with suppress(BrokenPipeError, ConnectionResetError):  # the client was killed
                     self.send_response(status)
                     for name, value in {"Content-Length": str(len(content)), **(headers[0] if headers else {})}.items():
                         self.send_header(name, value)
                     self.end_headers()
                     self.wfile.write(content)
-                except (BrokenPipeError, ConnectionResetError):  # the client was killed
-                    pass
 
             def log_message(self, *_: Any) -> None:
                 pass

@@ -74,33 +74,17 @@ def test_a_mistyped_command_names_the_nearest_one(given: str, meant: str, capsys
     assert given in line and f"did you mean peagle-train {meant}?" in line
 
 
-STOPPED = {
-    "plan": ("peagle_train.config.load_recipe", ["x.yaml"]),
-    "cache": ("peagle_train.config.load_recipe", ["x.yaml"]),
-    "prepare": ("peagle_train.config.load_recipe", ["x.yaml"]),
-    "show-row": ("peagle_train.config.load_recipe", ["x.yaml", "--row", "0"]),
-    "evaluate": ("peagle_train.decoding.evaluate.run", ["x", "--prompts", "stdlib"]),
-    "export": ("peagle_train.serving.export.export_drafter", ["x", "--out", "y"]),
-    "check": ("peagle_train.serving.export.find_drafter", ["x"]),
-    "report": ("peagle_train.report.write_report", ["x"]),
-    "show-batch": ("peagle_train.show.write_picture", ["--example"]),
-    "import": ("peagle_train.serving.start.import_drafter", ["x", "--out", "y"]),
-    "regenerate": ("peagle_train.regenerate.load_prompts", ["x", "--out", "y", "--target", "z"]),
-}
-
-
-@pytest.mark.parametrize("name", STOPPED)
 def test_a_command_that_is_interrupted_says_one_line_and_exits_with_130(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    where, arguments = STOPPED[name]
-    monkeypatch.setattr(where, interrupted)
-    assert main([name, *arguments]) == 130
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"peagle-train {name}: stopped")
+    monkeypatch.setattr("peagle_train.config.load_recipe", interrupted)
+    for name, *more in (["plan"], ["cache"], ["show-row", "--row", "0"]):
+        assert main([name, "x.yaml", *more]) == 130
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"peagle-train {name}: stopped") and ("resumes" in line) == (name == "cache")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -108,3 +92,24 @@ def test_an_option_that_a_command_does_not_have_is_one_line(name: str, capsys: p
     assert main([name, "--nonsense"]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("peagle_train: error:" if name == "train" else f"peagle-train {name}: error:")
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("prepare quickstart --workers 0", "--workers: got 0"),
+        ("evaluate x --prompts stdlib --temperature nan", "--temperature: got nan"),
+        ("show-batch", "a recipe or --example"),
+        ("train", "no recipe given"),
+        ("train --resume quickstart --on cuda:79", "--on goes with --dry-run"),
+        ("report none", "none holds no run: it is not there"),
+        ("report .", "metrics.jsonl; give a recipe's output.dir"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(
+    line: str, said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(line.split()) == 2
+    [error] = capsys.readouterr().err.splitlines()
+    assert said in error

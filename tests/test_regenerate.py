@@ -64,8 +64,8 @@ def command(server: FakeServer, prompts: str, out: Path, *more: str) -> list[str
 
 
 def asked(server: FakeServer) -> list[list[str]]:
-    """The texts of each conversation that was asked, but for the server's own trial."""
-    return [texts for _, body in server.requests if (texts := [m["content"] for m in body["messages"]]) != ["Hi"]]
+    """The texts of each conversation that was asked."""
+    return [[m["content"] for m in body["messages"]] for body in server.requests]
 
 
 def by_text(replies: dict[str, Reply]) -> Callable[[dict[str, Any]], Reply]:
@@ -74,6 +74,8 @@ def by_text(replies: dict[str, Reply]) -> Callable[[dict[str, Any]], Reply]:
 
 
 # prompts
+
+PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
 
 
 @pytest.mark.parametrize(
@@ -90,25 +92,19 @@ def by_text(replies: dict[str, Reply]) -> Callable[[dict[str, Any]], Reply]:
             {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "be brief"},
             Prompt("1", ((SYSTEM, user("a")),), (assistant("b"),)),
         ),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]},
-            Prompt("1", ((user("ab"),),), (None,)),
-        ),
+        ({"messages": [{"role": "user", "content": PARTS}]}, Prompt("1", ((user("ab"),),), (None,))),
     ],
 )
 def test_every_form_of_a_row_gives_its_questions_and_recorded_answers(tmp_path, row, expected):
     assert load_prompts(write(tmp_path / "p.jsonl", row)) == [expected]
 
 
-def test_gzip_a_json_list_a_byte_order_mark_and_empty_lines_are_read_and_repeated_ids_told_apart(tmp_path):
-    rows = [{"prompt": "a\u2028b", "id": 1}, {"prompt": "c", "id": 1}]
-    expected = [Prompt(id, ((user(text),),), (None,)) for id, text in (("1", "a\u2028b"), ("1 (line 2)", "c"))]
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
-    (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+def test_gzip_and_a_json_list_are_read_and_repeated_ids_told_apart(tmp_path):
+    rows = [{"prompt": "a", "id": 1}, {"prompt": "c", "id": 1}]
+    (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
     (tmp_path / "p.json").write_text(json.dumps(rows))
-    (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + (lines + "\n \n").encode())
-    for name in ("p.jsonl.gz", "p.json", "p.jsonl"):
-        assert load_prompts(str(tmp_path / name)) == expected
+    for name in ("p.jsonl.gz", "p.json"):
+        assert [prompt.id for prompt in load_prompts(str(tmp_path / name))] == ["1", "1 (line 2)"]
 
 
 @pytest.mark.parametrize(
@@ -116,8 +112,10 @@ def test_gzip_a_json_list_a_byte_order_mark_and_empty_lines_are_read_and_repeate
     [
         ({"messages": [user("a"), {"role": "tool", "content": "1"}]}, "tools"),
         ({"messages": [user("a"), {**assistant("b"), "tool_calls": [{"name": "f"}]}]}, "tools"),
+        ({"messages": [user("a")], "tools": [{"name": "f"}]}, "tools"),
         ({"messages": [assistant("a"), user("b")]}, "no question"),
         ({"prompt": 3}, "wrong format"),
+        ({"text": "a"}, "wrong format"),
         ({"turns": []}, "no question"),
         ({"prompt": "a\ud800"}, "unreadable text"),
         ([], "wrong format"),
@@ -127,26 +125,17 @@ def test_rows_that_cannot_be_asked_are_counted_by_reason_or_refused(tmp_path, ro
     path = write(tmp_path / "p.jsonl", {"prompt": "fine"}, row, {"prompt": "too"}, {"prompt": "late"})
     skipped: Counter[str] = Counter()
     assert [p.id for p in load_prompts(path, skipped=skipped)] == ["1", "3", "4"] and skipped == {reason: 1}
-    assert [p.id for p in load_prompts(path, 1)] == ["1"]  # a limit counts prompts, not lines
-    assert [p.id for p in load_prompts(path, 2, Counter())] == ["1", "3"]
+    assert [p.id for p in load_prompts(path, 2, Counter())] == ["1", "3"]  # a limit counts prompts, not lines
     with pytest.raises(ValueError, match=rf"p\.jsonl, line 2: .*{reason}"):
         load_prompts(path)
 
 
-def test_a_row_nested_without_end_is_skipped_as_one_of_a_wrong_format(tmp_path):
-    deep = b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
-    (tmp_path / "p.jsonl").write_bytes(b'{"prompt": "fine"}\n' + deep + b'\n{"prompt": "too"}\n')
-    skipped: Counter[str] = Counter()
-    assert [p.id for p in load_prompts(str(tmp_path / "p.jsonl"), skipped=skipped)] == ["1", "3"]
-    assert skipped == {"wrong format": 1}
-
-
-def test_files_that_hold_no_prompt_are_one_line(tmp_path):
-    for name, content in {"a.jsonl": b"{", "b.jsonl.gz": b"plain", "c.jsonl": b""}.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=name) as caught:
-            load_prompts(str(tmp_path / name), skipped=Counter())
-        assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("content, skipped", [(b"{", "1"), (b"", "{}")])
+def test_a_file_without_a_prompt_is_one_line_that_shows_what_to_give(tmp_path, content, skipped):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"a\.jsonl.*{skipped}.*\{{\"prompt\": ") as caught:
+        load_prompts(str(tmp_path / "a.jsonl"), skipped=Counter())
+    assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="one of humaneval, mt-bench"):
         load_prompts(str(tmp_path / "none.jsonl"))
 
@@ -167,14 +156,9 @@ def test_benchmarks_are_found_in_their_installed_packages_without_importing_them
     content = b'{"task_id": "HumanEval/0", "prompt": "def f():"}\n{"question_id": 82, "turns": ["a", "b"]}\n'
     make_package(tmp_path, package, file, gzip.compress(content) if file.endswith("gz") else content)
     assert [(p.id, len(p.turns)) for p in load_prompts(name)] == [("HumanEval/0", 1), ("82", 2)]
-    (tmp_path / file).unlink()
-    with pytest.raises(ValueError, match="install it again"):
-        load_prompts(name)
 
 
 # answers
-
-PROSE = "Binary search halves the range with every step. It needs a sorted list; that is what makes it fast. " * 2
 
 
 def repeats(text: str) -> bool:
@@ -201,16 +185,8 @@ def test_a_unit_of_at_most_1000_characters_must_occur_four_times_and_for_200_cha
     rng = random.Random(0)
     unit = "".join(chr(rng.randrange(0x4E00, 0x9000)) for _ in range(period))
     text = (unit * 300)[: max(4 * period, 200)]
-    assert is_loop(text) == is_loop(PROSE + text + " \n\n") == (period <= 1000)
-    assert not is_loop(text[1:]) and not is_loop(text + PROSE[:150])
-
-
-def test_a_line_that_only_counts_up_is_a_loop_and_short_or_rare_lines_are_not():
-    counted = "".join(f"{i}. The answer is to try once more.\n" for i in range(8))
-    assert is_loop(counted) and is_loop(PROSE[:200] + "\n" + counted + "And so on.")
-    assert not is_loop(counted.split("\n", 1)[1])  # seven times
-    assert not is_loop("".join(f"{i}. Try it once more {chr(97 + i)}\n" for i in range(8)))
-    assert not is_loop("".join(f"{i}. Try.\n" for i in range(20))) and not is_loop(counted + 2 * PROSE)
+    assert is_loop(text) == is_loop("Some prose. " + text + " \n\n") == (period <= 1000)
+    assert not is_loop(text[1:]) and not is_loop(text + "Binary search halves the range with every step.")
 
 
 @pytest.mark.parametrize(
@@ -224,7 +200,7 @@ def test_a_line_that_only_counts_up_is_a_loop_and_short_or_rare_lines_are_not():
         (Answer("fine", reasoning="na " * 100), "loop", "loop"),
         (Answer("x\ud800"), "lone surrogate", "lone surrogate"),
         (Answer("call", "tool_calls"), "finish_reason tool_calls", "finish_reason tool_calls"),
-        (Answer("", "refused"), "refused", "refused"),
+        (Answer("too long", "refused"), "refused", "refused"),
     ],
 )
 def test_an_unfit_answer_has_one_reason(answer, expected, when_kept):
@@ -235,8 +211,9 @@ def test_an_unfit_answer_has_one_reason(answer, expected, when_kept):
 
 
 @pytest.fixture(autouse=True)
-def no_key(monkeypatch):
+def environment(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
 def test_each_answer_is_the_context_of_the_next_question_and_sampling_is_sent_in_full(tmp_path):
@@ -246,7 +223,7 @@ def test_each_answer_is_the_context_of_the_next_question_and_sampling_is_sent_in
     with serving(replies) as server:
         assert main(command(server, prompts, out, "--seed", "3", "--chat-template-kwargs", '{"think": false}')) == 0
     assert asked(server)[2] == ["be brief", "a", "A", "b", "B", "c"]
-    bodies = [body for _, body in server.requests][-3:]
+    bodies = server.requests
     assert all(set(m) == {"role", "content"} for body in bodies for m in body["messages"])
     sent = {"temperature": 0.8, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "max_tokens": 2048}
     sent |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "chat_template_kwargs": {"think": False}}
@@ -254,7 +231,6 @@ def test_each_answer_is_the_context_of_the_next_question_and_sampling_is_sent_in
     report = report_of(out)
     assert report["settings"]["sampling"] == sent and report["rows"] == 1 and report["settings"]["seed"] == 3
     written = rows_of(out)["5"]
-    assert messages_of(written).learned == [False, False, True, False, True, False, True]
     assert [m["content"] for m in written["messages"]] == ["be brief", "a", "A", "b", "B", "c", "fine"]
     assert [m.get("reasoning_content") for m in written["messages"][2::2]] == ["hm", "so", None]
     assert written["chat_template_kwargs"] == {"think": False}
@@ -284,7 +260,7 @@ UNFIT = {
 
 def test_unfit_answers_end_their_conversations_and_are_counted_by_reason(tmp_path, capsys):
     turns = [["a"], ["loop"], ["a", "loop", "b"], ["cut", "a"], ["a", "cut"], ["empty"], ["long"], ["a", "long"]]
-    rows = [{"id": "-".join(t), "turns": t} for t in turns] + [{"messages": [user("a")], "tools": [{}]}]
+    rows = [{"id": "-".join(t), "turns": t} for t in turns] + [{"messages": []}]
     prompts, out = write(tmp_path / "p.jsonl", *rows), tmp_path / "out.jsonl"
     with serving(by_text(UNFIT)) as server:
         assert main(command(server, prompts, out)) == 0
@@ -295,27 +271,12 @@ def test_unfit_answers_end_their_conversations_and_are_counted_by_reason(tmp_pat
     written = {id: [m["content"] for m in row["messages"]] for id, row in rows_of(out).items()}
     assert written == {"a": fine, "a-loop-b": fine, "a-cut": fine, "a-long": fine}
     report = report_of(out)
-    assert report["cut"] == {"loop": 1, "refused": 1, "truncated": 1} and report["skipped"] == {"tools": 1}
+    assert report["cut"] == {"loop": 1, "refused": 1, "truncated": 1} and report["skipped"] == {"no question": 1}
     assert report["dropped"] == {"empty": 1, "loop": 1, "refused": 1, "truncated": 1} and report["rows"] == 4
     assert "4 of 8" in printed and "4 dropped (1 empty, 1 loop, 1 refused, 1 truncated)" in printed
-    assert printed.count("too long") == 1 and "1 skipped (1 tools)" in printed
+    assert printed.count("too long") == 1
     kept = {id: [m["content"] for m in row["messages"]] for id, row in rows_of(tmp_path / "kept.jsonl").items()}
     assert kept == {**written, "cut-a": ["cut", "half a"], "a-cut": [*fine, "cut", "half a"]}
-
-
-def test_an_answer_that_the_context_has_no_room_for_is_asked_again_without_max_tokens(tmp_path, caplog):
-    refusal = (400, b'{"error": {"message": "max_tokens is too large"}}')
-    prompts, out = write(tmp_path / "p.jsonl", {"prompt": "a"}, {"prompt": "b"}), tmp_path / "out.jsonl"
-    with serving(lambda body: refusal if body.get("max_tokens", 0) > 100 else echo(body)) as server:
-        assert main(command(server, prompts, out, "--concurrency", "1")) == 0
-    assert len(rows_of(out)) == 2 and caplog.text.count("max_tokens=2048") == 1
-
-
-def test_a_server_that_does_not_know_top_k_is_asked_without_it_and_the_report_says_so(tmp_path, caplog):
-    prompts, out = write(tmp_path / "p.jsonl", {"prompt": "a"}), tmp_path / "out.jsonl"
-    with serving(lambda body: (422, b"unknown field") if "top_k" in body else echo(body)) as server:
-        assert main(command(server, prompts, out)) == 0
-    assert "top_k" in caplog.text and "top_k" not in report_of(out)["settings"]["sampling"]
 
 
 INTERRUPTIBLE = """
@@ -336,10 +297,10 @@ def test_a_run_that_is_killed_or_interrupted_ends_at_once_resumes_and_has_each_p
 
     def stop(body: dict[str, Any]) -> Reply:
         number = next(count)
-        if number == 8:
+        if number == 7:
             assert ready.wait(60)
             started[0].send_signal(sent)
-        if number >= 8:
+        if number >= 7:
             started[0].wait()
         return echo(body)
 
@@ -363,63 +324,61 @@ def test_a_run_that_is_killed_or_interrupted_ends_at_once_resumes_and_has_each_p
     assert report_of(out) == report_of(whole) and not list(tmp_path.glob(".*"))
 
 
-def test_what_was_answered_before_the_server_failed_is_not_asked_again(tmp_path, capsys):
+def test_what_was_answered_before_the_server_failed_is_kept_for_the_same_command_alone(tmp_path, capsys):
     prompts, out = write(tmp_path / "p.jsonl", *QUESTIONS), tmp_path / "out.jsonl"
-    failing = {"first 4": (500, b""), "first 2": (200, b"na")}
-    with serving(lambda body: failing.get(body["messages"][-1]["content"], echo(body))) as server:
-        for _ in range(2):
-            assert main(command(server, prompts, out, "--concurrency", "1")) == 1
-            assert "the same command resumes" in capsys.readouterr().err.splitlines()[-1] and not out.exists()
-            failing.pop("first 2", None)
+    busy: list[Reply] = [(429, b"", {"Retry-After": "0"})]  # asked again by itself
+
+    def failing(body: dict[str, Any]) -> Reply:
+        if busy:
+            return busy.pop()
+        return (500, b"", {"Retry-After": "0"}) if body["messages"][-1]["content"] == "first 4" else echo(body)
+
+    with serving(failing) as server:
+        run = command(server, prompts, out, "--concurrency", "1")
+        assert main(run) == 1 and not busy and not out.exists()
+        assert "the same command resumes" in capsys.readouterr().err.splitlines()[-1]
+        for change in (["--seed", "1"], ["--limit", "6"], ["--last-turn"]):
+            assert main([*run, *change]) == 2
+            assert "give another --out" in capsys.readouterr().err
         server.respond = echo
         server.requests.clear()
-        assert main(command(server, prompts, out, "--concurrency", "1")) == 0
+        assert main(run) == 0
         assert "resuming after 4 of 7" in capsys.readouterr().out
         assert {texts[0] for texts in asked(server)} == {"first 4", "first 5", "first 6"}
         server.requests.clear()
-        assert main(command(server, prompts, out)) == 0
+        assert main(run) == 0
         assert "already complete" in capsys.readouterr().out and asked(server) == []
+        assert main(command(server, prompts, Path(prompts))) == 2  # a file that no run made
 
 
-def test_a_proxy_of_the_environment_is_not_asked_for_this_machine_and_a_busy_server_is_asked_again(
-    tmp_path, monkeypatch
-):
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    monkeypatch.delenv("no_proxy", raising=False)
-    busy: list[Reply] = [(429, b"", {"Retry-After": "0"})]
-    with serving(lambda body: busy.pop() if busy else echo(body)) as server:
-        prompts = write(tmp_path / "p.jsonl", *QUESTIONS)
-        assert main(command(server, prompts, tmp_path / "out.jsonl")) == 0
-    assert len(rows_of(tmp_path / "out.jsonl")) == 7 and not busy
-
-
-@pytest.mark.parametrize(
-    "reply, expected",
-    [
-        ((400, b'{"message": "no template"}'), "no template"),
-        (completion("", "length"), "raise --max-tokens"),
-    ],
-)
-def test_a_run_without_one_usable_answer_is_an_error_and_leaves_nothing(tmp_path, capsys, reply, expected):
+@pytest.mark.parametrize("reply", [(400, b'{"message": "no template"}'), completion("", "length")])
+def test_a_run_without_one_usable_answer_is_an_error_and_another_command_may_follow(tmp_path, capsys, reply):
+    prompts, out = write(tmp_path / "p.jsonl", *QUESTIONS), tmp_path / "out.jsonl"
     with serving(lambda _: reply) as server:
-        assert main(command(server, write(tmp_path / "p.jsonl", *QUESTIONS), tmp_path / "out.jsonl")) == 2
-    assert expected in capsys.readouterr().err.splitlines()[-1] and [p.name for p in tmp_path.iterdir()] == ["p.jsonl"]
+        assert main(command(server, prompts, out)) == 2
+        printed = "".join(capsys.readouterr())
+        assert "--max-tokens" in printed and (reply[0] == 200 or "no template" in printed) and not out.exists()
+        server.respond = echo
+        assert main(command(server, prompts, out, "--max-tokens", "9")) == 0
 
 
 @pytest.mark.parametrize(
     "more, expected",
     [
         (["--temperature", "nan"], "--temperature: got nan"),
-        (["--top-p", "0"], "--top-p: got 0"),
-        (["--seed", "-1"], "--seed: got -1"),
-        (["--chat-template-kwargs", "[1]"], "JSON object"),
+        (["--limit", "0"], "--limit: got 0"),
+        (["--chat-template-kwargs", "{"], "--chat-template-kwargs"),
         (["--target", "dir"], "--target"),
         (["--model", ""], "--model"),
         (["--model", "huge"], "no model 'huge'; it has tiny, other"),
         (["--base-url", "http://127.0.0.1:1/v1"], "is the server up"),
+        (["--openai-missing"], "pip install openai"),
     ],
 )
-def test_mistakes_are_one_line_before_anything_is_asked(tmp_path, capsys, more, expected):
+def test_mistakes_are_one_line_before_anything_is_asked(tmp_path, capsys, monkeypatch, more, expected):
+    if more == ["--openai-missing"]:
+        monkeypatch.setitem(sys.modules, "openai", None)
+        more = []
     with serving() as server:
         prompts = write(tmp_path / "p.jsonl", *QUESTIONS)
         assert main(command(server, prompts, tmp_path / "out.jsonl", *more)) == 2
@@ -429,53 +388,7 @@ def test_mistakes_are_one_line_before_anything_is_asked(tmp_path, capsys, more, 
     assert [p.name for p in tmp_path.iterdir()] == ["p.jsonl"]
 
 
-def test_without_the_package_openai_a_server_is_refused_with_the_command_that_installs_it(
-    tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setitem(sys.modules, "openai", None)
-    with serving() as server:
-        assert main(command(server, write(tmp_path / "p.jsonl", *QUESTIONS), tmp_path / "out.jsonl")) == 2
-    assert "pip install openai" in capsys.readouterr().err
-
-
-def test_the_key_comes_from_the_environment_and_is_never_shown(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("MY_KEY", "sk-secret\n")
-    prompts, out = write(tmp_path / "p.jsonl", *QUESTIONS), tmp_path / "out.jsonl"
-    denied: list[Reply] = [(401, b'{"error": {"message": "no sk-secret here"}}')]
-    with serving(lambda body: denied[0] if denied else echo(body)) as server:
-        assert main(command(server, prompts, out, "--api-key-env", "MY_KEY")) == 1
-        denied.clear()
-        assert main(command(server, prompts, out, "--api-key-env", "MY_KEY")) == 0
-        headers = [{name.lower(): value for name, value in given.items()} for given, _ in server.requests]
-        assert {given["authorization"] for given in headers} == {"Bearer sk-secret"}
-    shown = "".join(capsys.readouterr()) + "".join(p.read_text() for p in tmp_path.iterdir())
-    assert "401" in shown and "sk-secret" not in shown
-
-
-def test_what_another_command_or_process_began_is_refused(tmp_path, capsys):
-    prompts, out = write(tmp_path / "p.jsonl", *QUESTIONS), tmp_path / "out.jsonl"
-    with serving(lambda body: (500, b"") if body["messages"][-1]["content"] == "first 4" else echo(body)) as server:
-        run = command(server, prompts, out, "--retries", "0", "--concurrency", "1")
-        assert main(run) == 1
-        partial = partial_path(out)
-        before = partial.read_bytes()
-        for change in (["--seed", "1"], ["--limit", "6"], ["--temperature", "0"], ["--last-turn"]):
-            assert main([*run, *change]) == 2
-            assert "give another --out" in capsys.readouterr().err
-        holder = subprocess.Popen(["flock", str(partial), "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        assert holder.stdin and holder.stdout
-        holder.stdin.write(b"locked\n")
-        holder.stdin.flush()
-        holder.stdout.readline()
-        assert main(run) == 2 and "another process" in capsys.readouterr().err
-        holder.communicate()
-        assert partial.read_bytes() == before
-        partial.write_bytes(before.replace(b"{", b"", 1))
-        assert main(run) == 2 and "line 1" in capsys.readouterr().err
-    (tmp_path / "mine.jsonl").write_text("mine\n")
-    with serving() as server:
-        assert main(command(server, prompts, tmp_path / "mine.jsonl")) == 2
-    assert (tmp_path / "mine.jsonl").read_text() == "mine\n"
+# a model in this process
 
 
 @pytest.fixture(scope="module")
@@ -506,7 +419,7 @@ def slow_answers(folder: Path, turns: Sequence[str], max_tokens: int) -> tuple[l
     for turn in turns:
         ids += [TURN, *(int(word[1:]) for word in turn.split()), END, TURN]
         new: list[int] = []
-        while len(new) < min(max_tokens, 64 - len(ids)) and not {3, 4, 5, END} & set(new):
+        while len(new) < max_tokens and not {3, 4, 5, END} & set(new):
             new.append(int(model(torch.tensor([ids + new])).logits[0, -1].argmax()))
         ends.append("stop" if {3, 4, 5, END} & set(new) else "length")
         said = [id for id in (new[:-1] if ends[-1] == "stop" else new) if id != TURN]
@@ -549,23 +462,14 @@ def test_sampled_answers_follow_temperature_top_p_and_seed_and_not_the_targets_o
     assert sampling == {"do_sample": True, "temperature": 30.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
 
 
-def test_an_answer_ends_where_the_context_does_and_a_prompt_that_fills_it_is_refused(folder, tmp_path):
-    rows = [{"id": n, "prompt": "w1 " * n} for n in (1, 58, 59, 61)]  # and 3 tokens of the template
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused_and_others_of_its_batch_are_not(folder, tmp_path):
+    rows = [{"id": n, "prompt": "w1 " * n} for n in (1, 59, 60)]  # and 3 tokens of the template, 2 of the answer, of 64
     prompts, out = write(tmp_path / "p.jsonl", *rows), tmp_path / "out.jsonl"
-    assert main(local(folder, prompts, out, "--temperature", "30", "--keep-truncated", "--seed", "5")) == 0
-    lengths = {id: len(row["messages"][1]["content"].split()) for id, row in rows_of(out).items()}
-    assert lengths["58"] <= 3 < lengths["1"] and lengths["59"] <= 2 and report_of(out)["dropped"] == {"refused": 1}
+    assert main(local(folder, prompts, out, "--temperature", "30", "--keep-truncated", "--max-tokens", "2")) == 0
+    assert rows_of(out).keys() == {"1", "59"} and report_of(out)["dropped"] == {"refused": 1}
 
 
-@pytest.mark.parametrize(
-    "lacks, expected",
-    [
-        ("chat_template.jinja", "no chat template"),
-        ("tokenizer*", "no usable tokenizer"),
-        ("model.safetensors", "no .safetensors weights"),
-        ("*", "no config.json"),
-    ],
-)
+@pytest.mark.parametrize("lacks, expected", [("chat_template.jinja", "chat template"), ("*", "no config.json")])
 def test_targets_that_cannot_be_asked_are_one_line(folder, tmp_path, capsys, lacks, expected):
     shutil.copytree(folder, tmp_path / "target")
     for file in (tmp_path / "target").glob(lacks):
@@ -580,4 +484,5 @@ def test_variables_reach_the_template_and_one_that_fails_refuses_its_prompts_in_
     (tmp_path / "target" / "chat_template.jinja").write_text("{{ raise_exception(who) }}")
     prompts, more = write(tmp_path / "p.jsonl", *[{"prompt": "w1"}] * 3), '{"who": "nobody home"}'
     assert main(local(tmp_path / "target", prompts, tmp_path / "out.jsonl", "--chat-template-kwargs", more)) == 2
-    assert "all refused" in (error := capsys.readouterr().err) and "nobody home" in error
+    shown = "".join(capsys.readouterr())
+    assert "3 refused" in shown and "nobody home" in shown

@@ -326,7 +326,7 @@ def read_documents(
             report.supervised += int(example.loss_mask[1:].sum())
             yield raw, example
     if not report.supervised:
-        raise ValueError(f"the data sources hold nothing to learn from: {report.describe()}")
+        raise ValueError(f"the data sources hold nothing to learn from: {report.describe()}; see data.sources")
 
 
 def _encoded(

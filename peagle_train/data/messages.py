@@ -112,7 +112,8 @@ def _read(row: dict[str, Any], to_ask: bool) -> Conversation:
                 raise BadRow(NOTHING, "the completion is empty")
             return Conversation([], [], {}, text=(given, completion))
         if not isinstance(given, list) or not isinstance(completion, list):
-            raise BadRow(FORMAT, "prompt and completion must be two strings or two lists of messages")
+            remedy = "" if completion else ": peagle-train regenerate answers prompts that have no completion"
+            raise BadRow(FORMAT, f"prompt and completion must be two strings or two lists of messages{remedy}")
         num_prompt, given = len(given), given + completion
     messages, learned = [], []
     if key == "conversations" and _typed(row.get("system") or "", str, "system").strip():
