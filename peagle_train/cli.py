@@ -80,7 +80,7 @@ def _add_recipe(parser: Parser, nargs: str | None = None) -> None:
 def _train(parser: Parser) -> None:
     """Train a P-EAGLE drafter from a recipe.
 
-    accelerate launch -m peagle_train recipes/quickstart.yaml target.path=DIR output.dir=runs/first
+    accelerate launch --quiet -m peagle_train recipes/quickstart.yaml target.path=DIR output.dir=runs/first
     peagle-train train recipes/quickstart.yaml cod.num_segments=4 --print-config
     peagle-train train recipes/mine.yaml --dry-run --on cuda:79x8
     peagle-train train recipes/mine.yaml --resume

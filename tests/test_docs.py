@@ -32,7 +32,7 @@ from tests.helpers import ROOT, make_package
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 RECIPES = [f"recipes/{path.name}" for path in sorted((ROOT / "recipes").glob("*.yaml"))]
-EXAMPLES = re.findall(r"```python\n(.*?)```", TEXTS["README.md"], flags=re.DOTALL)
+EXAMPLES = [e for page in PAGES for e in re.findall(r"```python\n(.*?)```", TEXTS[page], flags=re.DOTALL)]
 KEYS = {
     f"{section.name}.{key.name}" for section in fields(Recipe) for key in fields(get_type_hints(Recipe)[section.name])
 }
