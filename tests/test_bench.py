@@ -17,7 +17,6 @@ from bench_segments import Bench, Case, Settings
 
 import peagle_train.core.draft
 from peagle_train.core.relay import RelayBuffers
-from peagle_train.core.visibility import Visibility
 
 FIELDS = {"mode", "n", "segments", "layers", "wall_s", "cpu_s", "saved_bytes", "peak_bytes", "flops", "rows"}
 
@@ -31,11 +30,12 @@ def run_bench(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 # ---- the tool as it is called
 
 
-def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_configuration_is_measured_and_one_that_dies_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "results.json"
-    shape = ["--layers", "1", "--hidden", "32", "--vocab", "128", "--threads", "1", "--repeats", "1"]
-    asked = ["--n", "64", "--segments", "4", "--modes", "relay", "--json", str(out)]
-    assert run_bench(monkeypatch, *asked, *shape) == 0
+    shape = "--layers 1 --hidden 32 --vocab 128 --threads 1 --repeats 1 --n 64".split()
+    assert run_bench(monkeypatch, *shape, "--segments", "4", "--modes", "relay", "--json", str(out)) == 0
     (row,) = json.loads(out.read_text())
     assert row.keys() >= FIELDS and (row["mode"], row["segments"]) == ("relay", 4)
     assert row["died"] is None and row["n"] == 64 and row["layers"] == 1
@@ -43,28 +43,14 @@ def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert row["rows"] > row["rows_no_grad"] > 0
     text = capsys.readouterr().out
     assert "relay" in text and "BAD" not in text
-
-
-def test_a_configuration_that_dies_is_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "results.json"
-    asked = ["--n", "64", "--segments", "1", "--modes", "flat", "--timeout", "0.01", "--json", str(out)]
-    assert run_bench(monkeypatch, *asked) == 1  # since nothing is left
-    (row,) = json.loads(out.read_text())
-    assert row["died"] == "took more than 0.01 s"
-    assert row["wall_s"] is None and row["flops"] is None and row.keys() >= FIELDS
+    assert run_bench(monkeypatch, *shape, "--segments", "1", "--timeout", "0.01", "--json", str(out)) == 1
+    assert [row["died"] for row in json.loads(out.read_text())] == ["took more than 0.01 s"] * 2
     assert "died: flat n=64 S=1: took more than 0.01 s" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [
-        (["--n", "4"], "--n must be at least"),
-        (["--n", "8x"], "no list of integers"),
-        (["--modes", "warp"], "no such mode: warp"),
-        (["--segments", "8", "--modes", "flat"], "nothing to run"),
-    ],
+    [(["--n", "4"], "--n must be at least"), (["--segments", "8", "--modes", "flat"], "nothing to run")],
 )
 def test_bad_arguments(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -72,15 +58,6 @@ def test_bad_arguments(
     with pytest.raises(SystemExit) as end:
         run_bench(monkeypatch, *arguments)
     assert end.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_cases() -> None:
-    def names(segments: list[int]) -> list[tuple[str, int]]:
-        return [(c.mode, c.segments) for c in bench_segments.cases_of([64], segments, list(bench_segments.MODES))]
-
-    assert names([1]) == [("flat", 1), ("checkpoint", 1)]
-    assert names([2]) == [("recompute", 2), ("relay", 2)]
-    assert len(names([1, 2, 4])) == 6
 
 
 # ---- rows and flops, by hand
@@ -132,7 +109,7 @@ def count(bench: Bench, mode: str, segments: int) -> dict:
 def test_work_of_the_flat_pass(bench: Bench) -> None:
     counted = count(bench, "flat", 1)
     pairs = 2 * (1 + 2 + 3 + 2 + 3)  # two layers
-    assert (counted["rows"], counted["rows_no_grad"], counted["pass_rows"]) == (5, 0, 5)
+    assert (counted["rows"], counted["rows_no_grad"]) == (5, 0)
     assert counted["attention_pairs"] == pairs
     assert counted["attention_flops"] == 12 * pairs * H
     assert counted["flops"] == both_ways(5, 3, 5) + 12 * pairs * H
@@ -145,7 +122,7 @@ def test_work_of_recompute(bench: Bench) -> None:
     counted = count(bench, "recompute", 2)
     # The second pass runs (0,0) (1,0) again, but for the last layer's queries.
     pairs = 2 * (1 + 2 + 2) + (1 + 2 + 3 + 3) + (3 + 3)
-    assert (counted["rows"], counted["rows_no_grad"], counted["pass_rows"]) == (3 + 4, 0, 4)
+    assert (counted["rows"], counted["rows_no_grad"]) == (3 + 4, 0)
     assert counted["attention_pairs"] == pairs
     assert counted["flops"] == both_ways(3, 2, 3) + both_ways(4, 3, 2) + 12 * pairs * H
     assert counted["head_flops"] == count(bench, "flat", 1)["head_flops"]
@@ -155,7 +132,7 @@ def test_work_of_the_relay(bench: Bench) -> None:
     counted = count(bench, "relay", 2)
     # Pass A: columns 0 and 1, through the first layer and the second's keys and values.
     pairs_a, pairs_b = 1 + 2, 2 * (1 + 2 + 3 + 2 + 3)
-    assert (counted["rows"], counted["rows_no_grad"], counted["pass_rows"]) == (5, 2, 3)
+    assert (counted["rows"], counted["rows_no_grad"]) == (5, 2)
     assert counted["attention_pairs"] == pairs_a + pairs_b
     matmuls = forward(2, 2, 0) + both_ways(3, 2, 3) + both_ways(2, 1, 2)
     assert counted["flops"] == matmuls + 4 * pairs_a * H + 12 * pairs_b * H
@@ -179,32 +156,11 @@ def test_visible_pairs_are_those_of_the_mask(monkeypatch: pytest.MonkeyPatch, mo
     def attend(query, own, context, visibility):  # type: ignore[no-untyped-def]
         Q = query.shape[2]
         seen.append((bench_segments.visible_pairs(visibility, Q), int(visibility.dense()[:, -Q:].sum())))
-        assert bench_segments.block_pairs(visibility, Q, 4) >= seen[-1][1]
         return original(query, own, context, visibility)
 
     monkeypatch.setattr(peagle_train.core.draft, "attend", attend)
     bench.step(mode, bench.batch(40, segments), bench.target(40), RelayBuffers())
     assert seen and all(ours == masks for ours, masks in seen)
-
-
-@pytest.mark.parametrize("mode, segments", [("flat", 1), ("relay", 3)])
-def test_dense_attention_is_the_same_attention(monkeypatch: pytest.MonkeyPatch, mode: str, segments: int) -> None:
-    bench = Bench(Settings(**{**vars(TINY), "depths": 4, "dtype": "float64"}))
-
-    def step() -> tuple[float, torch.Tensor, int]:
-        bench.draft.zero_grad(set_to_none=True)
-        stats = bench.step(mode, bench.batch(40, segments), bench.target(40), RelayBuffers())
-        assert bench.draft.fc.weight.grad is not None
-        kernel_pairs = bench.count(Case(mode, 40, segments))["kernel_pairs"]
-        assert kernel_pairs is not None
-        return float(stats.loss), bench.draft.fc.weight.grad.clone(), kernel_pairs
-
-    structured = step()
-    monkeypatch.setattr(Visibility, "_plan_blocks", bench_segments.plan_dense_blocks)
-    dense = step()
-    assert dense[0] == pytest.approx(structured[0], rel=1e-12)
-    torch.testing.assert_close(dense[1], structured[1], rtol=1e-10, atol=1e-12)
-    assert dense[2] >= structured[2]
 
 
 @pytest.mark.parametrize("mode, segments", [("checkpoint", 1), ("relay", 3)])
@@ -281,41 +237,23 @@ def test_peak_rss() -> None:
 
 
 @pytest.mark.parametrize(
-    "code, options, reason",
+    "code, reason",
     [
-        ("pass", {}, None),
-        ("raise ValueError('no such thing')", {}, "exit 1: ValueError: no such thing"),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", {}, "ended by SIGKILL, as the kernel does"),
-        ("import time; time.sleep(60)", {"timeout": 0.2}, "took more than 0.2 s"),
-        (
-            "import time; data = b'x' * 2**26; time.sleep(60)",
-            {"limit_bytes": 2**25},
-            "passed the limit of 0.03 GiB",
-        ),
+        ("pass", None),
+        ("raise ValueError('no such thing')", "exit 1: ValueError: no such thing"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "ended by SIGKILL, as the kernel does"),
+        ("import time; time.sleep(60)", "took more than 2 s"),
     ],
 )
-def test_run_process(code: str, options: dict, reason: str | None) -> None:
-    outcome = measure.run_process([sys.executable, "-c", code], **options)
-    assert (outcome.died is None) if reason is None else reason in str(outcome.died)
+def test_run_process(code: str, reason: str | None) -> None:
+    died = measure.run_process([sys.executable, "-c", code], timeout=2)
+    assert (died is None) if reason is None else reason in str(died)
 
 
 def test_table_and_ratios() -> None:
     base = {"n": 8, "loss": 1.0, "died": None, "wall_s": 2.0, "cpu_s": 2.0, "peak_bytes": 2**20, "saved_bytes": 2**20}
-    base |= {"flops": 10**9, "rows": 10, "rows_no_grad": 0, "buffer_bytes": 0, "head_flops": 10**9}
-    flat = {**base, "mode": "flat", "segments": 1}
+    base |= {"flops": 10**9, "rows": 10, "rows_no_grad": 0, "buffer_bytes": 0}
     relay = {**base, "mode": "relay", "segments": 4, "saved_bytes": 2**18, "loss": 1.5}
-    text = bench_segments.table_of([flat, relay])
+    text = bench_segments.table_of([{**base, "mode": "flat", "segments": 1}, relay])
     assert text.splitlines()[2].split()[9:11] == ["0.2", "0.250"]
     assert "BAD: the modes disagree about the loss at n=8" in text
-    dead = {**flat, **dict.fromkeys(bench_segments.TIMED + bench_segments.COUNTED), "loss": None, "died": "boredom"}
-    text = bench_segments.table_of([dead, relay])
-    assert "died: flat n=8 S=1: boredom" in text and "BAD" not in text
-
-
-def test_plot(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    base = {"wall_s": 2.0, "peak_bytes": 2**20, "saved_bytes": None}
-    cases = [("flat", 8, 1), ("flat", 16, 1), ("recompute", 8, 4), ("relay", 8, 4), ("relay", 16, 4)]
-    rows = [{**base, "mode": mode, "n": n, "segments": S} for mode, n, S in cases]
-    assert bench_segments.plot(rows, str(tmp_path / "curves.png"))
-    assert (tmp_path / "curves.png").stat().st_size > 1000

@@ -111,9 +111,9 @@ def main() -> int:
                 if (method, chunk) in died:
                     continue
                 settings = json.dumps({**shared, "method": method, "chunk": chunk})
-                outcome = run_process([sys.executable, __file__, "--one", settings, str(out)])
-                if outcome.died:
-                    died[method, chunk] = outcome.died
+                ended = run_process([sys.executable, __file__, "--one", settings, str(out)])
+                if ended:
+                    died[method, chunk] = ended
                 else:
                     results[method, chunk].append(json.loads(out.read_text()))
 

@@ -20,8 +20,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench_segments import MODES, Bench, Settings, cases_of, integers, mode_list, positive, run_all
-from measure import MIB, format_number, format_table, write_json
+from bench_segments import MODES, Bench, Settings, cases_of, run_all
+from measure import MIB, at_least_one, format_number, format_table, integers, write_json
 
 if TYPE_CHECKING:
     from peagle_train.memory import Sizes
@@ -109,13 +109,13 @@ def main() -> int:
     add("--n", type=integers, default=[1024, 4096], help="tokens of the row, several with commas (1024,4096)")
     add("--segments", type=integers, default=[1, 8], help="numbers of segments, several with commas (1,8)")
     add("--layers", type=integers, default=[1, 4], help="layers of the drafter, several with commas (1,4)")
-    add("--modes", type=mode_list, default=list(MODES), help=f"only these of {','.join(MODES)}")
-    add("--repeats", type=positive, default=1, help="processes of each configuration (1); medians of the peaks")
-    add("--hidden", type=positive, default=default.hidden)
-    add("--vocab", type=positive, default=default.vocab)
+    add("--modes", nargs="+", choices=MODES, default=MODES, help="only these")
+    add("--repeats", type=at_least_one, default=1, help="processes of each configuration (1); medians of the peaks")
+    add("--hidden", type=at_least_one, default=default.hidden)
+    add("--vocab", type=at_least_one, default=default.vocab)
     add("--dtype", choices=("float32", "float64", "bfloat16"), default=default.dtype, help="bfloat16: by autocast")
     add("--device", default=default.device, help="cpu, cuda, or auto: cuda where there is one")
-    add("--threads", type=positive, help="torch's own choice")
+    add("--threads", type=int, default=0, help="torch's own choice (0)")
     add("--timeout", type=float, help="seconds after which a configuration counts as died (none)")
     add("--json", help="write the results here")
     arguments = parser.parse_args()
@@ -130,7 +130,7 @@ def main() -> int:
         names = ("hidden", "vocab", "dtype", "device", "threads")
         given = {name: getattr(arguments, name) for name in names}
         settings = Settings(layers=layers, **given).complete()
-        measured = run_all(settings, cases, arguments.repeats, arguments.timeout, None, None)
+        measured = run_all(settings, cases, arguments.repeats, arguments.timeout, None)
         bench = Bench(settings)
         rows += [{**row, **planned(bench, row)} for row in measured]
         if arguments.json:

@@ -7,7 +7,7 @@ reported. Segments = 1 gives `flat` and `checkpoint`, every other number `recomp
 is a list of objects, one a configuration:
 
     mode, n, segments, layers   and every other setting
-    wall_s, cpu_s     of the step, medians; on CUDA wall_s is by events. runs: each repeat's
+    wall_s, cpu_s     of the step, medians; on CUDA wall_s is by events
     peak_bytes        peak memory over what is resident before the step (model, its gradients, batch, target outputs);
                       the median of resident memory on a CPU, max_memory_allocated on CUDA. peak_method says which
     saved_bytes       the most that autograd holds for backward at any moment, each storage once, parameters and masks
@@ -21,9 +21,7 @@ is a list of objects, one a configuration:
     rows              elements that passes run with grad, padding between them included; a checkpoint's second run
                       counts in flops only
     rows_no_grad      elements that passes run without (relay's pass A)
-    pass_rows         elements of the largest pass with grad
-    attention_pairs, kernel_pairs    pairs seen and, on a CPU, pairs that the blocks handed to the kernel have: with
-                      grad and without, once a layer
+    attention_pairs   pairs seen: with grad and without, once a layer
     loss              summed over the supervised elements: equal for all modes of the same n
     died              null, or why the process ended early; figures it did not come to are null
 
@@ -37,13 +35,12 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -51,12 +48,13 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from measure import (
-    GIB,
     MIB,
     PeakRSS,
     SavedBytes,
+    at_least_one,
     format_number,
     format_table,
+    integers,
     release_memory,
     run_process,
     write_json,
@@ -68,47 +66,42 @@ if TYPE_CHECKING:
     from peagle_train.core.draft import PEagleDraft
     from peagle_train.core.passes import StepStats, TargetOutputs
     from peagle_train.core.relay import RelayBuffers
-    from peagle_train.core.visibility import QueryBlock, Visibility
+    from peagle_train.core.visibility import Visibility
 
 MODES = ("flat", "checkpoint", "recompute", "relay")
 WHOLE_MODES = ("flat", "checkpoint")
 ROOT = Path(__file__).resolve().parent.parent
 COUNTED: tuple[str, ...] = ("saved_bytes", "buffer_bytes", "flops", "attention_flops", "head_flops")
-COUNTED += ("rows", "rows_no_grad", "pass_rows", "attention_pairs", "kernel_pairs")
+COUNTED += ("rows", "rows_no_grad", "attention_pairs")
 TIMED = ("wall_s", "cpu_s", "peak_bytes")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all configurations of a run share; None: chosen from the others."""
+    """What all configurations of a run share, each an option of the command line. 0: chosen from the others."""
 
     layers: int = 4
     hidden: int = 256
-    intermediate: int | None = None
-    heads: int | None = None
-    kv_heads: int | None = None
-    vocab: int = 8192
-    depths: int = 8
-    ratio: float = 0.8
+    intermediate: int = 0  # 3 * hidden
+    heads: int = 0  # hidden / 64, at least 1
+    kv_heads: int = 0  # as many as heads
+    vocab: int = 8192  # of target and drafter
+    depths: int = 8  # K
+    ratio: float = 0.8  # depth d keeps ratio**d, and ratio_min at least
     ratio_min: float = 0.0
-    boundaries: str = "balanced"
-    documents: int = 1
-    supervised_from: float = 0.0
-    chunk_rows: int | None = None
-    dtype: str = "float32"
-    attention: str = "structured"
-    device: str = "auto"
-    threads: int | None = None
+    boundaries: str = "balanced"  # or uniform
+    documents: int = 1  # in the sequence, of about equal length
+    supervised_from: float = 0.0  # share of each document that is prompt
+    chunk_rows: int = 0  # elements whose logits exist at a time; the package's own choice
+    dtype: str = "float32"  # float64; bfloat16 by autocast
+    device: str = "auto"  # cpu, cuda
+    threads: int = 0  # torch's own choice
     seed: int = 0
 
     def complete(self) -> "Settings":
         heads = self.heads or max(1, self.hidden // 64)
-        return dataclasses.replace(
-            self,
-            intermediate=self.intermediate or 3 * self.hidden,
-            heads=heads,
-            kv_heads=self.kv_heads or heads,
-        )
+        intermediate, kv_heads = self.intermediate or 3 * self.hidden, self.kv_heads or heads
+        return dataclasses.replace(self, intermediate=intermediate, heads=heads, kv_heads=kv_heads)
 
 
 @dataclass(frozen=True)
@@ -140,9 +133,6 @@ class Bench:
             torch.set_num_threads(settings.threads)
         device = settings.device
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        if settings.attention == "dense" and self.device.type != "cpu":
-            raise ValueError("--attention dense is the CPU's attention without its blocks; it needs --device cpu")
-        assert settings.heads is not None and settings.intermediate is not None
         torch.manual_seed(settings.seed)
         draft: Any = PEagleDraft(
             PEagleDraftConfig(
@@ -211,11 +201,8 @@ class Bench:
         on_cuda = self.device.type == "cuda"
         plan = plan_segments(batch, self.settings.depths, static=on_cuda or self.autocast, pad_context=on_cuda)
         batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-        arguments: dict[str, Any] = {
-            "num_depths": self.settings.depths,
-            "scale": 1.0 / max(1, plan.num_supervised),
-            "plan": plan,
-        }
+        arguments: dict[str, Any] = {"num_depths": self.settings.depths, "plan": plan}
+        arguments["scale"] = 1.0 / max(1, plan.num_supervised)
         if self.settings.chunk_rows:
             arguments["chunk_rows"] = self.settings.chunk_rows
         self.draft.gradient_checkpointing = mode == "checkpoint"
@@ -272,23 +259,16 @@ class Bench:
                 stats = self.step(case.mode, batch, target, RelayBuffers())
                 wall, cpu = time.perf_counter() - began, time.process_time() - cpu
             peak, method = rss.peak_bytes, rss.method
-        return {
-            "wall_s": wall,
-            "cpu_s": cpu,
-            "peak_bytes": peak,
-            "peak_method": method,
-            "loss": float(stats.loss),
-            "threads": torch.get_num_threads(),
-            "device": str(self.device),
-            "torch": torch.__version__,
-        }
+        where = {"threads": torch.get_num_threads(), "device": str(self.device)}
+        timed = {"wall_s": wall, "cpu_s": cpu, "peak_bytes": peak, "peak_method": method}
+        return {**timed, "loss": float(stats.loss), **where}
 
-    def count(self, case: Case) -> dict[str, int | None]:
+    def count(self, case: Case) -> dict[str, int]:
         """Everything that is the same in every repeat: COUNTED."""
         from peagle_train.core.relay import RelayBuffers
 
         batch, target = self.batch(case.n, case.segments), self.target(case.n)
-        with work_counted(self.draft, on_cpu=self.device.type == "cpu") as work:
+        with work_counted(self.draft) as work:
             self.step(case.mode, batch, target, RelayBuffers())
         release_memory()
         buffers = RelayBuffers()
@@ -296,41 +276,14 @@ class Bench:
         def buffer_tensors() -> "list[Tensor]":
             return [t for pair in (*buffers.keys_values, *buffers.gradients) for t in pair]
 
-        with (
-            attention_without_kernel(),
-            SavedBytes(self.draft.parameters(), buffer_tensors) as saved,
-        ):
+        with attention_without_kernel(), SavedBytes(self.draft.parameters(), buffer_tensors) as saved:
             self.step(case.mode, batch, target, buffers)
-        return {
-            "saved_bytes": saved.peak_bytes,
-            "buffer_bytes": sum(t.untyped_storage().nbytes() for t in buffer_tensors()),
-            "flops": work.matmul_flops + work.attention_flops,
-            "attention_flops": work.attention_flops,
-            "head_flops": work.head_flops,
-            "rows": work.rows,
-            "rows_no_grad": work.rows_no_grad,
-            "pass_rows": work.pass_rows,
-            "attention_pairs": work.attention_pairs,
-            "kernel_pairs": work.kernel_pairs,
-        }
-
-
-@dataclass
-class Work:
-    """What a step did; flops of the drafter's matmuls, its attention and its head apart."""
-
-    matmul_flops: int = 0
-    attention_flops: int = 0
-    head_flops: int = 0
-    rows: int = 0
-    rows_no_grad: int = 0
-    pass_rows: int = 0
-    attention_pairs: int = 0
-    kernel_pairs: int | None = None
+        held = sum(t.untyped_storage().nbytes() for t in buffer_tensors())
+        return {"saved_bytes": saved.peak_bytes, "buffer_bytes": held, **work}
 
 
 @contextmanager
-def work_counted(draft: "PEagleDraft", on_cpu: bool) -> Iterator[Work]:
+def work_counted(draft: "PEagleDraft") -> Iterator[dict[str, int]]:
     """Count the work of what runs in the block; attention gives zeros meanwhile.
 
     The counter knows nothing of the CPU's flash kernel, and a compiled one does not run under it at all. Attention is
@@ -341,7 +294,7 @@ def work_counted(draft: "PEagleDraft", on_cpu: bool) -> Iterator[Work]:
 
     from peagle_train.core import draft as module
 
-    work = Work(kernel_pairs=0 if on_cpu else None)
+    work = dict.fromkeys(("flops", "attention_flops", "head_flops", "rows", "rows_no_grad", "attention_pairs"), 0)
     counter = FlopCounterMode(display=False)
 
     class CountedAttention(torch.autograd.Function):
@@ -349,22 +302,20 @@ def work_counted(draft: "PEagleDraft", on_cpu: bool) -> Iterator[Work]:
         def forward(ctx: Any, query: "Tensor", forward_flops: int, *keys_values: "Tensor") -> "Tensor":
             ctx.shapes = [query.shape, *(t.shape for t in keys_values)]
             ctx.forward_flops = forward_flops
-            work.attention_flops += forward_flops
+            work["attention_flops"] += forward_flops
             B, H, Q, D = query.shape
             return query.new_zeros(B, Q, H * D)
 
         @staticmethod
         def backward(ctx: Any, gradient: "Tensor") -> tuple:
-            work.attention_flops += 2 * ctx.forward_flops
+            work["attention_flops"] += 2 * ctx.forward_flops
             d_query, *d_keys_values = (gradient.new_zeros(shape) for shape in ctx.shapes)
             return d_query, None, *d_keys_values
 
     def attend(query: "Tensor", own: Any, context: Any, visibility: "Visibility") -> "Tensor":
         _, H, Q, D = query.shape
         pairs = visible_pairs(visibility, Q)
-        work.attention_pairs += pairs
-        if work.kernel_pairs is not None:
-            work.kernel_pairs += block_pairs(visibility, Q, query.dtype.itemsize)
+        work["attention_pairs"] += pairs
         return CountedAttention.apply(query, 4 * pairs * D * H, *own, *(context or ()))
 
     original_loss = module.chunked_linear_loss
@@ -372,16 +323,11 @@ def work_counted(draft: "PEagleDraft", on_cpu: bool) -> Iterator[Work]:
     def head(*arguments: Any) -> Any:
         before = counter.get_total_flops()
         out = original_loss(*arguments)  # with all its matmuls: the backward only scales
-        work.head_flops += counter.get_total_flops() - before
+        work["head_flops"] += counter.get_total_flops() - before
         return out
 
     def note_rows(_: Any, arguments: tuple) -> None:
-        rows = arguments[0].numel()
-        if torch.is_grad_enabled():
-            work.rows += rows
-            work.pass_rows = max(work.pass_rows, rows)
-        else:
-            work.rows_no_grad += rows
+        work["rows" if torch.is_grad_enabled() else "rows_no_grad"] += arguments[0].numel()
 
     handle = draft.register_forward_pre_hook(note_rows)
     try:
@@ -393,7 +339,7 @@ def work_counted(draft: "PEagleDraft", on_cpu: bool) -> Iterator[Work]:
             yield work
     finally:
         handle.remove()
-    work.matmul_flops = counter.get_total_flops() - work.head_flops
+    work["flops"] = counter.get_total_flops() - work["head_flops"] + work["attention_flops"]
 
 
 def visible_pairs(visibility: "Visibility", num_queries: int) -> int:
@@ -407,14 +353,6 @@ def visible_pairs(visibility: "Visibility", num_queries: int) -> int:
     first = visibility.anchor.shape[1] - num_queries
     start, anchor, depth = (t[:, first:] for t in (visibility.start, visibility.anchor, visibility.depth))
     return int(torch.where(depth >= 0, anchor - start + 1 + depth, 0).sum())
-
-
-def block_pairs(visibility: "Visibility", num_queries: int, itemsize: int) -> int:
-    """Pairs that the CPU's kernel goes over for them."""
-    first = visibility.anchor.shape[1] - num_queries
-    blocks = [b for b in visibility.blocks(itemsize) if b.q0 >= first]
-    keys = [sum(s.stop - s.start for s in (b.context, b.depth0, b.rollout)) for b in blocks]
-    return visibility.anchor.shape[0] * sum((b.q1 - b.q0) * k for b, k in zip(blocks, keys))
 
 
 @contextmanager
@@ -434,59 +372,39 @@ def attention_without_kernel() -> Iterator[None]:
     ) -> "tuple[Tensor, Tensor, Tensor]":
         return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
 
-    with ExitStack() as stack:
-        for target, name, value in (
-            (attention_cpu, "_flash", flash),
-            (attention_cpu, "_flash_backward", flash_backward),
-            (Visibility, "block_mask", lambda *_: None),
-        ):
-            stack.enter_context(mock.patch.object(target, name, value))
+    with (
+        mock.patch.object(attention_cpu, "_flash", flash),
+        mock.patch.object(attention_cpu, "_flash_backward", flash_backward),
+        mock.patch.object(Visibility, "block_mask", lambda *_: None),
+    ):
         yield
-
-
-def plan_dense_blocks(self: "Visibility", itemsize: int) -> "list[QueryBlock]":
-    """In `Visibility._plan_blocks`' place: every block of queries over all keys of the pass, and masks do the rest."""
-    from peagle_train.core import visibility as module
-
-    B, N = self.anchor.shape
-    every = slice(0, self.num_context), slice(0, self.num_depth0), slice(self.first_rollout, N)
-    keys = sum(s.stop - s.start for s in every)
-    size = max(1, min(module.QUERY_BLOCK, module.MASK_BLOCK_BYTES // (B * keys * itemsize)))
-    edges = sorted({0, min(self.cut, N), N})  # no block straddles the first query of the last layer
-    starts = [q for lo, hi in pairwise(edges) for q in range(lo, hi, size)]
-    return [module.QueryBlock(q0, q1, *every, slice(0, 0)) for q0, q1 in zip(starts, [*starts[1:], N])]
 
 
 def run_child(request: str) -> None:
     """Write `{"timed": ...}` and, if asked for, `{"timed": ..., "counted": ...}` to the file that the request names."""
     content = json.loads(request)
-    settings, case = Settings(**content["settings"]), Case(**content["case"])
-    bench = Bench(settings)
-    with ExitStack() as stack:
-        if settings.attention == "dense":
-            from peagle_train.core.visibility import Visibility
-
-            stack.enter_context(mock.patch.object(Visibility, "_plan_blocks", plan_dense_blocks))
-        result: dict[str, Any] = {"timed": bench.time(case)}
-        write_json(content["out"], result)  # at once: should the counting die, the timing stands
-        if content["count"]:
-            result["counted"] = bench.count(case)
-            write_json(content["out"], result)
+    bench, case = Bench(Settings(**content["settings"])), Case(**content["case"])
+    result: dict[str, Any] = {"timed": bench.time(case)}
+    write_json(content["out"], result)  # at once: should the counting die, the timing stands
+    if content["count"]:
+        result["counted"] = bench.count(case)
+        write_json(content["out"], result)
 
 
 # ---- the parent: starts children, never imports torch
 
 
 def cases_of(lengths: list[int], segments: list[int], modes: list[str]) -> list[Case]:
-    cases = []
-    for n in lengths:
-        for S in segments:
-            allowed = WHOLE_MODES if S == 1 else tuple(m for m in MODES if m not in WHOLE_MODES)
-            cases += [Case(mode, n, S) for mode in allowed if mode in modes]
-    return cases
+    return [
+        Case(mode, n, S)
+        for n in lengths
+        for S in segments
+        for mode in MODES
+        if mode in modes and (mode in WHOLE_MODES) == (S == 1)
+    ]
 
 
-def run_case(settings: Settings, case: Case, count: bool, timeout: float | None, limit: int | None) -> dict[str, Any]:
+def run_case(settings: Settings, case: Case, count: bool, timeout: float | None) -> dict[str, Any]:
     """One child: its "timed" and "counted" as far as it came, and "died"."""
     # Measured is the package beside this file, installed or not.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -496,53 +414,41 @@ def run_case(settings: Settings, case: Case, count: bool, timeout: float | None,
         out = Path(folder) / "result.json"
         request = {"settings": asdict(settings), "case": asdict(case), "count": count, "out": str(out)}
         command = [sys.executable, str(Path(__file__).resolve()), "--child", json.dumps(request)]
-        outcome = run_process(command, timeout=timeout, limit_bytes=limit, environment=environment)
+        died = run_process(command, timeout=timeout, environment=environment)
         result = json.loads(out.read_text()) if out.exists() else {}
-    return {"timed": None, "counted": None, **result, "died": outcome.died}
+    return {"timed": None, "counted": None, **result, "died": died}
 
 
 def summarize(settings: Settings, case: Case, results: list[dict[str, Any]]) -> dict[str, Any]:
     """One object of the JSON out of a configuration's repeats."""
     runs = [r["timed"] for r in results if r["timed"]]
-    counted = next((r["counted"] for r in results if r["counted"]), None)
-    last = runs[-1] if runs else {}
-    medians = {name: statistics.median([run[name] for run in runs]) if runs else None for name in TIMED}
+    counted = next((r["counted"] for r in results if r["counted"]), {})
     return {
         **asdict(case),
         **asdict(settings),
-        **medians,
-        **{name: counted[name] if counted else None for name in COUNTED},
-        **{name: last.get(name) for name in ("peak_method", "loss", "torch")},
-        **({name: last[name] for name in ("threads", "device")} if last else {}),
+        **dict.fromkeys(("peak_method", "loss")),
+        **(runs[-1] if runs else {}),
+        **{name: statistics.median([run[name] for run in runs]) if runs else None for name in TIMED},
+        **{name: counted.get(name) for name in COUNTED},
         "repeats": len(runs),
-        "runs": [{name: run[name] for name in TIMED} for run in runs],
         "died": next((r["died"] for r in results if r["died"]), None),
     }
 
 
 def run_all(
-    settings: Settings,
-    cases: list[Case],
-    repeats: int,
-    timeout: float | None,
-    limit: int | None,
-    json_path: str | None,
+    settings: Settings, cases: list[Case], repeats: int, timeout: float | None, json_path: str | None
 ) -> list[dict[str, Any]]:
     """All repeats of all cases, interleaved, so that a slow minute of the machine does not fall on one mode alone."""
     results: dict[Case, list[dict[str, Any]]] = {case: [] for case in cases}
     rows: list[dict[str, Any]] = []
-    done = 0
     for repeat in range(repeats):
-        for case in cases:
-            done += 1
-            if any(r["died"] for r in results[case]):
+        for case, earlier in results.items():
+            if any(r["died"] for r in earlier):
                 continue  # it would again
-            result = run_case(settings, case, repeat == 0, timeout, limit)
-            results[case].append(result)
-            said = f"{result['timed']['wall_s']:.2f} s" if result["timed"] else ""
-            if result["died"]:
-                said += f" died: {result['died']}"
-            print(f"[{done}/{repeats * len(cases)}] {case}: {said.strip()}", file=sys.stderr, flush=True)
+            result = run_case(settings, case, repeat == 0, timeout)
+            earlier.append(result)
+            said = f"died: {result['died']}" if result["died"] else f"{result['timed']['wall_s']:.2f} s"
+            print(f"[{repeat + 1}/{repeats}] {case}: {said}", file=sys.stderr, flush=True)
             rows = [summarize(settings, c, r) for c, r in results.items() if r]
             if json_path:
                 write_json(json_path, rows)
@@ -550,15 +456,6 @@ def run_all(
 
 
 # ---- output
-
-
-def flat_of(rows: list[dict[str, Any]], n: int) -> dict[str, Any]:
-    return next((r for r in rows if r["mode"] == "flat" and r["n"] == n), {})
-
-
-def ratio(row: dict[str, Any], base: dict[str, Any], name: str) -> float | None:
-    value, against = row.get(name), base.get(name)
-    return value / against if value is not None and against else None
 
 
 def table_of(rows: list[dict[str, Any]]) -> str:
@@ -574,181 +471,51 @@ def table_of(rows: list[dict[str, Any]]) -> str:
     header = ["mode", "n", "S"]
     for title, *_ in columns:
         header += [title, "/flat"]
-    header += ["no grad", "buffers MiB", "head GFLOP"]
-    lines = []
+    lines, notes = [], []
     for row in sorted(rows, key=lambda r: r["n"]):
-        base = flat_of(rows, row["n"])
+        same = [r for r in rows if r["n"] == row["n"]]
+        base = next((r for r in same if r["mode"] == "flat"), {})
         line = [row["mode"], str(row["n"]), str(row["segments"])]
         for _, name, unit, digits in columns:
-            line += [format_number(row[name], unit, digits), format_number(ratio(row, base, name), 1, 3)]
-        line += [
-            format_number(row["rows_no_grad"], 1, 0),
-            format_number(row["buffer_bytes"], MIB, 1),
-            format_number(row["head_flops"], 1e9, 1),
-        ]
-        lines.append(line)
-    text = format_table(header, lines)
-    notes = [f"died: {r['mode']} n={r['n']} S={r['segments']}: {r['died']}" for r in rows if r["died"]]
-    for n in sorted({r["n"] for r in rows}):
-        losses = [r["loss"] for r in rows if r["n"] == n and r["loss"] is not None]
+            is_known = row[name] is not None and base.get(name)
+            ratio = row[name] / base[name] if is_known else None
+            line += [format_number(row[name], unit, digits), format_number(ratio, 1, 3)]
+        lines.append([*line, format_number(row["rows_no_grad"], 1, 0), format_number(row["buffer_bytes"], MIB, 1)])
+        if row["died"]:
+            notes.append(f"died: {row['mode']} n={row['n']} S={row['segments']}: {row['died']}")
+        losses = [r["loss"] for r in same if r["loss"] is not None]
         # float32 sums in other orders differ by far less; elements or labels that differ, by more
-        if losses and max(losses) - min(losses) > 1e-3 * abs(max(losses)):
-            notes.append(f"BAD: the modes disagree about the loss at n={n}: {min(losses)} to {max(losses)}")
-    return "\n".join([text, *notes])
-
-
-def plot(rows: list[dict[str, Any]], path: str) -> bool:
-    """Time and memory, over S for each n and over n for each S; False where matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
-
-    figures = (("wall_s", 1, "step, s"), ("peak_bytes", GIB, "peak memory, GiB"), ("saved_bytes", GIB, "saved, GiB"))
-    lengths, numbers = sorted({r["n"] for r in rows}), sorted({r["segments"] for r in rows})
-    figure, axes = pyplot.subplots(2, len(figures), figsize=(5 * len(figures) + 2, 8), squeeze=False)
-    colors = {mode: f"C{i}" for i, mode in enumerate(MODES)}
-    markers = "osv^D*PXdh"
-    for column, (name, unit, title) in enumerate(figures):
-        over_s, over_n = axes[0, column], axes[1, column]
-        for i, n in enumerate(lengths):
-            marker = markers[i % len(markers)]
-            for mode in MODES:
-                points = [(r["segments"], r[name]) for r in rows if (r["mode"], r["n"]) == (mode, n)]
-                points = sorted((s, v / unit) for s, v in points if v is not None)
-                if not points:
-                    continue
-                if mode in WHOLE_MODES:
-                    # one pass whatever S is: a level to compare with
-                    style = "-" if mode == "flat" else ":"
-                    over_s.axhline(points[0][1], color=colors[mode], linestyle=style, linewidth=1)
-                over_s.plot(*zip(*points), color=colors[mode], marker=marker, label=f"{mode}, n = {n:,}")
-        for i, S in enumerate(numbers):
-            marker = markers[i % len(markers)]
-            for mode in MODES:
-                points = [(r["n"], r[name]) for r in rows if (r["mode"], r["segments"]) == (mode, S)]
-                points = sorted((n, v / unit) for n, v in points if v is not None)
-                if points:
-                    label = mode if mode in WHOLE_MODES else f"{mode}, S = {S}"
-                    over_n.plot(*zip(*points), color=colors[mode], marker=marker, label=label)
-        for axis, ticks, label in ((over_s, numbers, "segments S"), (over_n, lengths, "tokens n")):
-            axis.set_xscale("log", base=2)
-            axis.set_yscale("log")
-            axis.xaxis.set_major_locator(FixedLocator(ticks))
-            axis.xaxis.set_minor_locator(NullLocator())
-            axis.set_xticklabels([f"{t:,}" for t in ticks])
-            axis.set_xlabel(label)
-            axis.set_ylabel(title)
-            axis.grid(True, alpha=0.3)
-            axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            axis.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
-            axis.tick_params(axis="y", which="both", labelsize=7)
-    for row in axes:  # the curves of a row are the same in each of its axes
-        handles = {label: h for axis in row for h, label in zip(*axis.get_legend_handles_labels())}
-        row[-1].legend(list(handles.values()), list(handles), loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    return True
-
-
-# ---- arguments
-
-
-def integers(text: str) -> list[int]:
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of integers such as 1,8") from None
-    if min(values) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} holds a number below 1")
-    return sorted(set(values))
-
-
-def mode_list(text: str) -> list[str]:
-    values = text.split(",")
-    unknown = [v for v in values if v not in MODES]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"no such mode: {', '.join(unknown)}; there are {', '.join(MODES)}")
-    return values
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-def make_parser() -> argparse.ArgumentParser:
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, default = parser.add_argument, Settings()
-    add("--n", type=integers, default=[2048, 4096], help="tokens of the row, several with commas (2048,4096)")
-    add("--segments", type=integers, default=[1, 8], help="numbers of segments, several with commas (1,8)")
-    add("--modes", type=mode_list, default=list(MODES), help=f"only these of {','.join(MODES)}")
-    add("--repeats", type=positive, default=3, help="processes of each configuration, interleaved (3)")
-    add("--json", help="write the results here, after every process")
-    add("--png", help="draw the curves here, where matplotlib is installed")
-    add("--timeout", type=float, help="seconds after which a configuration counts as died (none)")
-    add("--limit-gib", type=float, help="resident memory above which a configuration is ended (none)")
-    add("--layers", type=positive, default=default.layers)
-    add("--hidden", type=positive, default=default.hidden)
-    add("--intermediate", type=positive, help="3 * hidden")
-    add("--heads", type=positive, help="hidden / 64, at least 1")
-    add("--kv-heads", type=positive, help="as many as heads")
-    add("--vocab", type=positive, default=default.vocab, help="of target and drafter")
-    add("--depths", type=positive, default=default.depths, help="K")
-    add("--ratio", type=float, default=default.ratio, help="r: depth d keeps r**d")
-    add("--ratio-min", type=float, default=default.ratio_min, help="floor of that share")
-    add("--boundaries", choices=("balanced", "uniform"), default=default.boundaries)
-    add("--documents", type=positive, default=default.documents, help="documents in the row, of about equal length")
-    add("--supervised-from", type=float, default=default.supervised_from, help="share of each document that is prompt")
-    add("--chunk-rows", type=positive, help="rows whose logits exist at a time (the package's own choice)")
-    add("--threads", type=positive, help="torch's own choice")
-    add("--dtype", choices=("float32", "float64", "bfloat16"), default=default.dtype, help="bfloat16: by autocast")
-    add(
-        "--attention",
-        choices=("structured", "dense"),
-        default=default.attention,
-        help="dense: every block of queries over all keys of the pass, what plain attention costs on a CPU",
-    )
-    add("--device", default=default.device, help="cpu, cuda, or auto: cuda where there is one")
-    add("--seed", type=int, default=default.seed)
-    add("--child", help=argparse.SUPPRESS)
-    return parser
+        if row is same[0] and losses and max(losses) - min(losses) > 1e-3 * abs(max(losses)):
+            notes.append(f"BAD: the modes disagree about the loss at n={row['n']}: {min(losses)} to {max(losses)}")
+    return "\n".join([format_table([*header, "no grad", "buffers MiB"], lines), *notes])
 
 
 def main() -> int:
-    parser = make_parser()
-    arguments = parser.parse_args()
-    if arguments.child:
-        run_child(arguments.child)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--n", type=integers, default=[2048, 4096], help="tokens of the sequence, several with commas (2048,4096)")
+    add("--segments", type=integers, default=[1, 8], help="numbers of segments, several with commas (1,8)")
+    add("--modes", nargs="+", choices=MODES, default=MODES, help="only these")
+    add("--repeats", type=at_least_one, default=3, help="processes of each configuration, interleaved (3)")
+    add("--json", help="write the results here, after every process")
+    add("--timeout", type=float, help="seconds after which a configuration counts as died (none)")
+    for field in dataclasses.fields(Settings):
+        name = f"--{field.name.replace('_', '-')}"
+        add(name, type=type(field.default), default=field.default, help=f"a setting ({field.default})")
+    add("--child", help=argparse.SUPPRESS)
+    o = parser.parse_args()
+    if o.child:
+        run_child(o.child)
         return 0
-    names = [field.name for field in dataclasses.fields(Settings)]
-    settings = Settings(**{name: getattr(arguments, name) for name in names}).complete()
-    if not 0 <= settings.supervised_from <= 1:
-        parser.error("--supervised-from must lie in 0..1")
-    if min(arguments.n) < max(settings.depths, max(arguments.segments), settings.documents):
+    settings = Settings(**{field.name: getattr(o, field.name) for field in dataclasses.fields(Settings)}).complete()
+    if min(o.n) < max(settings.depths, settings.documents, *o.segments):
         parser.error("--n must be at least --depths, --documents and every one of --segments")
-    cases = cases_of(arguments.n, arguments.segments, arguments.modes)
+    cases = cases_of(o.n, o.segments, o.modes)
     if not cases:
         parser.error("nothing to run: segments = 1 gives flat and checkpoint, more give recompute and relay")
-    limit = None if arguments.limit_gib is None else int(arguments.limit_gib * GIB)
-    rows = run_all(settings, cases, arguments.repeats, arguments.timeout, limit, arguments.json)
-    any_row = next((row for row in rows if row["torch"]), rows[-1])
-    print(
-        f"{settings.layers} layers, hidden {settings.hidden}, vocabulary {settings.vocab}, K {settings.depths}, ratio"
-        f" {settings.ratio} (at least {settings.ratio_min}), {settings.documents} document(s), prompt"
-        f" {settings.supervised_from:.0%}, {settings.dtype}, {settings.attention} attention, {any_row['device']},"
-        f" {any_row['threads']} threads, torch {any_row['torch']}, {platform.machine()}; medians of up to"
-        f" {arguments.repeats}"
-    )
+    rows = run_all(settings, cases, o.repeats, o.timeout, o.json)
+    print(", ".join(f"{name} {value}" for name, value in asdict(settings).items()))
     print(table_of(rows))
-    if arguments.png and not plot(rows, arguments.png):
-        print("bench_segments: no PNG, matplotlib is not installed", file=sys.stderr)
     return 1 if all(row["died"] for row in rows) else 0
 
 

@@ -71,9 +71,9 @@ def main() -> int:
                 "--layers",
                 str(arguments.layers),
             ]
-            outcome = run_process([sys.executable, __file__, *size, "--chunk", str(chunk), "--child", path])
-            if outcome.died:
-                print(f"chunks of {chunk}: {outcome.died}")
+            died = run_process([sys.executable, __file__, *size, "--chunk", str(chunk), "--child", path])
+            if died:
+                print(f"chunks of {chunk}: {died}")
                 continue
             results[chunk] = json.loads(Path(path).read_text())
     kept = 4 * 4 * arguments.hidden * arguments.tokens

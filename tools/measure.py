@@ -14,11 +14,8 @@ import platform
 import resource
 import signal
 import subprocess
-import tempfile
-import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -226,57 +223,18 @@ def _storage_id(tensor: "Tensor") -> int:
 # ---- processes
 
 
-@dataclass
-class Outcome:
-    """How a child process ended."""
-
-    died: str | None
-    """Why it did not do its work; None if it did."""
-    seconds: float
-    peak_rss: int
-    """The largest resident memory that polling saw."""
-
-
 def run_process(
-    command: Sequence[str],
-    *,
-    timeout: float | None = None,
-    limit_bytes: int | None = None,
-    environment: dict[str, str] | None = None,
-    poll_seconds: float = 0.05,
-) -> Outcome:
-    """Run a command to its end, or kill it once it takes too long or is resident with more than `limit_bytes`.
-
-    Polled, since an address-space limit (RLIMIT_AS) counts what torch reserves and never touches.
-    """
-    began = time.monotonic()
-    killed: str | None = None
-    peak = 0
-    with tempfile.TemporaryFile() as output:
-        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        try:
-            while child.poll() is None:
-                rss = status_bytes("VmRSS", child.pid) or 0
-                peak = max(peak, rss)
-                if limit_bytes is not None and rss > limit_bytes:
-                    killed = f"resident memory of {rss / GIB:.2f} GiB passed the limit of {limit_bytes / GIB:.2f} GiB"
-                elif timeout is not None and time.monotonic() - began > timeout:
-                    killed = f"took more than {timeout:g} s"
-                if killed:
-                    child.kill()
-                    child.wait()
-                    break
-                time.sleep(poll_seconds)
-        finally:
-            if child.poll() is None:  # we are being stopped ourselves
-                child.kill()
-                child.wait()
-        seconds = time.monotonic() - began
-        output.seek(0)
-        lines = [line for line in output.read().decode(errors="replace").splitlines() if line.strip()]
-    if killed is None and child.returncode:
-        killed = _reason(child.returncode, lines)
-    return Outcome(killed, seconds, peak)
+    command: Sequence[str], *, timeout: float | None = None, environment: dict[str, str] | None = None
+) -> str | None:
+    """Run a command to its end, or kill it after `timeout` seconds. Returns why it did not do its work; None if it did."""
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, timeout=timeout, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"took more than {timeout:g} s"
+    lines = [line for line in done.stdout.decode(errors="replace").splitlines() if line.strip()]
+    return _reason(done.returncode, lines) if done.returncode else None
 
 
 def _reason(code: int, lines: list[str]) -> str:
