@@ -215,7 +215,7 @@ def _regenerate(parser: Parser) -> None:
     add = parser.add_argument
     add("prompts", metavar="PROMPTS")
     add("--out", required=True, type=Path, metavar="FILE.jsonl", help="rows of messages, as they come")
-    add("--base-url", metavar="URL", help="of a server (vLLM, SGLang) with /chat/completions; needs the package openai")
+    add("--base-url", metavar="URL", help="of a server (vLLM, SGLang), http://HOST:PORT/v1; needs the package openai")
     add("--model", metavar="NAME", help="what that server calls the target")
     add("--target", metavar="DIR", help="instead of a server: a Hugging Face folder, run here by transformers")
     add("--temperature", type=number(0, 100, float), default=0.8, help="0: the likeliest token (default 0.8)")
@@ -228,8 +228,6 @@ def _regenerate(parser: Parser) -> None:
     kwargs_help = "a JSON object, as in '{\"enable_thinking\": false}'"
     add("--chat-template-kwargs", type=json.loads, default={}, metavar="JSON", help=kwargs_help)
     add("--concurrency", type=COUNT, default=16, metavar="C", help="conversations of a server at a time (default 16)")
-    add("--api-key-env", default="OPENAI_API_KEY", metavar="VAR", help="variable that holds a server's API key")
-    add("--timeout", type=float, default=3600.0, help="of a server's answer, in s (default 3600)")
     add("--retries", type=int, default=10, help="of a request to a server, up to 8 s apart (default 10)")
     add("--batch-size", type=COUNT, default=8, metavar="B", help="with --target: conversations at a time (default 8)")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16", "float64"])
@@ -248,8 +246,7 @@ def _regenerate(parser: Parser) -> None:
     if o.target is not None:
         backend = Local(os.path.expanduser(o.target), settings, o.dtype, o.batch_size, o.trust_remote_code)
     else:
-        key = os.environ.get(o.api_key_env, "").strip()
-        backend = Server(o.base_url, o.model, settings, key, o.concurrency, o.timeout, o.retries)
+        backend = Server(o.base_url, o.model, settings, o.concurrency, o.retries)
     regenerate(prompts, o.out, backend, settings, skipped)
 
 

@@ -226,22 +226,21 @@ class Server:
         ValueError: no package openai, a server that does not answer or lacks the model.
     """
 
-    def __init__(
-        self, url: str, model: str, settings: Settings, key: str, concurrency: int, timeout: float, retries: int
-    ) -> None:
+    def __init__(self, url: str, model: str, settings: Settings, concurrency: int, retries: int) -> None:
         try:
             import openai
         except ImportError:
             raise ValueError("--base-url takes the package openai, which is missing: pip install openai") from None
         self.url, self.model, self.error = url, model, openai.OpenAIError
         self.concurrency, self.batch_size = concurrency, 1
-        self.client = openai.OpenAI(base_url=url, api_key=key or "none", timeout=timeout, max_retries=retries)
+        key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"
+        self.client = openai.OpenAI(base_url=url, api_key=key, timeout=3600.0, max_retries=retries)
         try:
-            models = self.client.with_options(max_retries=0, timeout=min(timeout, 60.0)).models.list()
+            models = self.client.with_options(max_retries=0, timeout=60.0).models.list()
         except openai.OpenAIError as error:
             raise ValueError(
                 f"no list of models from {url}: {one_line(error, 300)}; is the server up, are --base-url (mostly"
-                " http://HOST:PORT/v1) and --api-key-env right?"
+                " http://HOST:PORT/v1) and OPENAI_API_KEY right?"
             ) from None
         names = [entry.id for entry in models.data]
         if model not in names:
@@ -255,21 +254,19 @@ class Server:
         self.record: dict[str, Any] = {"backend": "server", "model": model, "sampling": self.sampling | self.more}
 
     def answers(self, asks: Sequence[Ask]) -> list[Answer]:
-        """An answer to each. RunStopped: none after all retries."""
-        return [self._answer(*ask) for ask in asks]
-
-    def _answer(self, messages: list[Any], seed: int) -> Answer:
-        create = self.client.chat.completions.create
+        """The answer to the one that there is (`batch_size`). RunStopped: none after all retries."""
+        [(messages, seed)] = asks
+        create: Any = self.client.chat.completions.create
         try:
             reply = create(model=self.model, messages=messages, seed=seed, **self.sampling, extra_body=self.more)
         except self.error as error:
             if getattr(error, "status_code", None) in (400, 413, 422):
-                return Answer(one_line(error, 300), "refused")
+                return [Answer(one_line(error, 300), "refused")]
             raise RunStopped(f"{self.url} gave no answer: {one_line(error, 300)}") from None
         message = reply.choices[0].message
         # vLLM renamed the field; older ones and SGLang say reasoning_content.
         reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
-        return Answer(message.content or "", reply.choices[0].finish_reason, reasoning)
+        return [Answer(message.content or "", reply.choices[0].finish_reason, reasoning)]
 
 
 class Local:
@@ -307,40 +304,40 @@ class Local:
         self.record |= {"dtype": str(model.dtype), "sampling": sampling}
 
     def answers(self, asks: Sequence[Ask]) -> list[Answer]:
-        """An answer to each, generated together; chats that the template or the context does not take are refused."""
+        """An answer to each, generated together; chats that the template or the context does not take are refused.
+
+        B: chats that are generated. P: tokens of the longest one.
+        """
+        import torch
+
         answers: dict[int, Answer] = {}
         prompts: dict[int, list[int]] = {}
+        how, most, device = self.settings.template_kwargs, self.settings.max_tokens, self.model.device
         for at, (messages, _) in enumerate(asks):
             try:
-                ids = self.tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=True, return_dict=False, **self.settings.template_kwargs
-                )
+                ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **how)
             except Exception as error:  # templates raise what they like
                 answers[at] = Answer(f"the chat template fails: {one_line(error, 200)}", "refused")
                 continue
-            if len(ids) + self.settings.max_tokens <= self.context:
+            if len(ids) + most <= self.context:
                 prompts[at] = ids
             else:
                 why = f"its {len(ids)} tokens and --max-tokens are more than the {self.context} that the target takes"
                 answers[at] = Answer(why, "refused")
         if prompts:
-            answers |= zip(prompts, self._generate(list(prompts.values()), seed=asks[0][1]))
+            P = max(map(len, prompts.values()))
+            rows = [
+                ([self.end_ids[0]] * (P - len(ids)) + ids, [0] * (P - len(ids)) + [1] * len(ids))
+                for ids in prompts.values()
+            ]
+            ids_BP, mask_BP = torch.tensor(rows, device=device).unbind(1)
+            torch.manual_seed(asks[0][1])  # `generate` draws from the global generator
+            out = self.model.generate(input_ids=ids_BP, attention_mask=mask_BP, max_new_tokens=most)
+            for at, ids in zip(prompts, out[:, P:].tolist()):
+                end = next((i for i, token in enumerate(ids) if token in self.end_ids), None)
+                text = self.tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                answers[at] = Answer(text, "length" if end is None else "stop")
         return [answers[at] for at in range(len(asks))]
-
-    def _generate(self, prompts: list[list[int]], seed: int) -> Iterator[Answer]:
-        """An answer to each of these ids. B: prompts. P: tokens of the longest one."""
-        import torch
-
-        P, device = max(map(len, prompts)), self.model.device
-        ids_BP = torch.tensor([[self.end_ids[0]] * (P - len(ids)) + ids for ids in prompts], device=device)
-        mask_BP = torch.tensor([[0] * (P - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-        torch.manual_seed(seed)  # `generate` draws from the global generator
-        most = self.settings.max_tokens
-        out = self.model.generate(input_ids=ids_BP, attention_mask=mask_BP, max_new_tokens=most)
-        for ids in out[:, P:].tolist():
-            end = next((at for at, token in enumerate(ids) if token in self.end_ids), None)
-            text = self.tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            yield Answer(text, "length" if end is None else "stop")
 
 
 # A run
@@ -359,7 +356,7 @@ def converse_all(backend: Server | Local, chats: Sequence[Chat]) -> Generator[An
                     asked.append(chat)
                 except StopIteration as end:
                     results.append(end.value)
-            batch, answers = asked, [*backend.answers(asks)]
+            batch, answers = asked, [*backend.answers(asks)] if asks else []
         return results
 
     batches = [chats[first : first + backend.batch_size] for first in range(0, len(chats), backend.batch_size)]
