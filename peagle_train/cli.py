@@ -116,12 +116,8 @@ def _train(parser: Parser) -> None:
     elif o.dry_run:
         print_plan(o)
     else:
-        from transformers.utils.logging import disable_progress_bar
-
         from peagle_train.training.build import train
 
-        if not sys.stderr.isatty():
-            disable_progress_bar()
         if summary := train(recipe, o.resume, o.force):
             print(summary)
 
@@ -196,7 +192,7 @@ def _cache(parser: Parser) -> None:
     add("--speculators", metavar="DIR", help="take hs_*.safetensors that speculators left here; the target is not run")
     o = parser.read()
     from peagle_train.config import load_recipe
-    from peagle_train.target_model.cache_writer import write_cache
+    from peagle_train.target_model.cache import write_cache
 
     recipe = load_recipe(o.recipe, o.overrides)
     print(write_cache(recipe, o.out or recipe.target.cache, o.shard_mib, o.speculators), end="")

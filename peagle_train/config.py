@@ -309,8 +309,8 @@ class Target:
     cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     """What features have in that folder; auto is what the target computes in."""
     attn_implementation: Text | None = None
-    """transformers' attention of the target; null: its default. Where that is sdpa, and the model heeds documents' bounds,
-    packed documents are attended to without transformers' mask of tokens by tokens."""
+    """transformers' attention of the target; null: its default. By sdpa and flash attention packed documents run together,
+    if the model heeds their bounds; otherwise one at a time."""
     shard: bool = False
     """Shard the target over all processes (FSDP2), where it does not fit on one device."""
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
@@ -318,8 +318,7 @@ class Target:
     trust_remote_code: bool = False
     """Run Python code that comes with the target's files."""
     check: bool = True
-    """Check at the start that packed documents do not see each other and that features and head agree.
-    The checksums of target.cache are compared in any case."""
+    """Check at the start that packed documents do not see each other and that features and head agree."""
 
 
 @dataclass

@@ -502,7 +502,7 @@ def _target(recipe: Recipe, target: TargetBase, device: Device) -> tuple[int, in
     elif settings.device_map and device.kind == "cuda":
         total //= max(1, torch.cuda.device_count())
     attention = settings.attn_implementation or config._attn_implementation or "eager"
-    if attention == "sdpa" and target.way.flattens:
+    if attention == "sdpa" and not target.way.apart:
         attention = NAME
     forward = target_forward_bytes(
         target.config,

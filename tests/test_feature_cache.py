@@ -11,14 +11,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from peagle_train.__main__ import main
 from peagle_train.config import load_recipe
 from peagle_train.files import alone_in
-from peagle_train.target_model.cache import StoredTarget
-from peagle_train.target_model.cache_writer import write_cache
+from peagle_train.target_model.cache import StoredTarget, write_cache
 from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.training.step import BatchRunner
 from tests.tiny import make_target, write_recipe, write_rows
@@ -130,16 +128,14 @@ def test_what_is_read_is_what_the_target_gives(tmp_path: Path, target: Path, row
     for name in ("head_weight", "embedding_rows", "eos_token_ids"):
         ours, theirs = (getattr(one, name)() for one in (stored, model))
         assert torch.equal(torch.as_tensor(ours), torch.as_tensor(theirs))
-    assert torch.equal(stored.final_norm().weight, model.final_norm().weight)  # type: ignore[arg-type]
+    assert torch.equal(*(one.final_norm()(found.last_hidden) for one in (stored, model)))
 
 
-def test_bfloat16_on_disk_is_the_targets_output_rounded(tmp_path: Path, target: Path, rows: Path) -> None:
+def test_bfloat16_on_disk_is_the_targets_output_rounded(tmp_path: Path, target: Path, rows: Path, made: Path) -> None:
     recipe = recipe_in(tmp_path, target, rows, train={"max_steps": 2})
-    full = cache(recipe, tmp_path / "full", shard_tokens=2048)
-    half = cache(recipe, tmp_path / "half", "target.cache_dtype=bfloat16", shard_tokens=2048)
-    tensors = [load_file(folder / "features-00000.safetensors") for folder in (full, half)]
-    assert tensors[1]["features"].dtype == torch.bfloat16
-    assert torch.equal(tensors[1]["features"], tensors[0]["features"].bfloat16())
+    half = cache(recipe, tmp_path / "half", "target.cache_dtype=bfloat16")
+    full, rounded = (load_file(folder / "features-00000.safetensors")["features"] for folder in (made, half))
+    assert rounded.dtype == torch.bfloat16 and torch.equal(rounded[: len(full)], full[: len(rounded)].bfloat16())
     # Training may name another attention than the cache was made with.
     train(recipe, tmp_path / "run", f"target.cache={half}", "target.chunk_tokens=8", "target.attn_implementation=eager")
 
@@ -148,7 +144,7 @@ def test_a_write_stopped_anywhere_and_started_again_leaves_the_same_cache(
     tmp_path: Path, target: Path, rows: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_in(tmp_path, target, rows)
-    assert len(contents(made)) > 8
+    assert len(contents(made)) == 7
     replace, calls = os.replace, []
 
     def failing(*arguments: Any) -> None:
@@ -156,7 +152,7 @@ def test_a_write_stopped_anywhere_and_started_again_leaves_the_same_cache(
         if len(calls) == 3:
             raise KeyboardInterrupt  # before
         replace(*arguments)
-        if len(calls) in (1, 5, 8):
+        if len(calls) in (1, 5, 6):
             raise KeyboardInterrupt  # after
 
     with monkeypatch.context() as patch:
@@ -167,36 +163,19 @@ def test_a_write_stopped_anywhere_and_started_again_leaves_the_same_cache(
     assert contents(cache(recipe, tmp_path / "again")) == contents(made)
 
 
-def edited(folder: Path, name: str, change: Callable[[bytes], bytes] | None) -> Path:
-    """The folder, with one file changed; None removes it."""
-    content = (folder / name).read_bytes()
-    (folder / name).unlink()
-    if change:
-        (folder / name).write_bytes(change(content))
-    return folder
-
-
-def flip(data: bytes) -> bytes:
-    return data[:-300] + bytes([data[-300] ^ 1]) + data[-299:]
-
-
 SHARD, INDEX = "features-00001.safetensors", "cache.json"
-DAMAGED = f"{SHARD} is not what was written"
-WRONG: dict[str, tuple[str, Any, list[str], str]] = {
-    "cut": (SHARD, lambda data: data[:-8], [], DAMAGED),
-    "edited, unchecked": (SHARD, flip, ["target.check=false"], DAMAGED),
-    "header": (SHARD, lambda data: b"\xff" * 8 + data[8:], [], DAMAGED),
-    "checksum": ("features-00001.sha256", lambda _: b"", [], DAMAGED),
-    "head": ("head.safetensors", flip, [], "head.safetensors is not what was written"),
-    "not whole": ("features-00001.sha256", None, [], "is not whole: 1 of"),
-    "format": (INDEX, lambda _: b'{"version": 0}', [], "is of format 0, this reads format 2"),
-    "index": (INDEX, lambda data: data.replace(b"16", b"17", 1), [], "cache.json is not what was written"),
-    "no index": (INDEX, None, [], "has no cache.json"),
-    "layers": ("", None, ["target.layer_ids=[1, 2, 3]"], "is of layer_ids [2, 3, 4], the recipe asks for [1, 2, 3]"),
-    "dtype": ("", None, ["target.dtype=float32"], "is of dtype float64, the recipe asks for float32"),
-    "cache dtype": ("", None, ["target.cache_dtype=bfloat16"], "is of cache_dtype float64"),
-    "longer rows": ("", None, ["data.max_length=64"], "with data.max_length 32"),
-    "another target": ("", None, [], "is of another target than"),
+WRONG: dict[str, tuple[str, Callable[[bytes], bytes] | None, str, str]] = {
+    "cut": (SHARD, lambda data: data[:-8], "", f"{SHARD} is missing or damaged"),
+    "not whole": (SHARD, None, "", f"{SHARD} is missing or damaged"),
+    "head": ("head.safetensors", lambda data: b"\xff" * 8 + data[8:], "", "head.safetensors is missing or damaged"),
+    "format": (INDEX, lambda _: b'{"version": 0}', "", "is of format 0, this reads format 2"),
+    "index": (INDEX, lambda data: data[:-9], "", "cache.json cannot be read"),
+    "no index": (INDEX, None, "", "has no cache.json"),
+    "layers": ("", None, "target.layer_ids=[1, 2, 3]", "is of layer_ids [2, 3, 4], the recipe asks for [1, 2, 3]"),
+    "dtype": ("", None, "target.dtype=float32", "is of dtype float64, the recipe asks for float32"),
+    "cache dtype": ("", None, "target.cache_dtype=bfloat16", "is of cache_dtype float64"),
+    "longer rows": ("", None, "data.max_length=64", "with data.max_length 32"),
+    "another target": ("", None, "target.path={other}", "is of another target than"),
 }
 
 
@@ -204,16 +183,35 @@ WRONG: dict[str, tuple[str, Any, list[str], str]] = {
 def test_a_cache_that_does_not_match_is_one_clear_line_before_any_training(
     case: str, tmp_path: Path, target: Path, rows: Path, made: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    name, change, overrides, message = WRONG[case]
+    name, change, override, message = WRONG[case]
     folder = Path(shutil.copytree(made, tmp_path / "cache"))
-    if name:
-        edited(folder, name, change)
+    if change:
+        (folder / name).write_bytes(change((made / name).read_bytes()))
+    elif name:
+        (folder / name).unlink()
+    overrides = [override] if override else []
     if case == "another target":  # of the same shape
-        overrides = [f"target.path={make_target(tmp_path / 'other', initializer_range=0.2)}"]
+        overrides = [override.format(other=make_target(tmp_path / "other", initializer_range=0.2))]
     assert main([str(recipe_in(tmp_path, target, rows)), f"target.cache={folder}", *overrides]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("peagle_train: error") and message in error and "peagle-train cache" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_cache_of_an_earlier_version_with_checksums_is_read(
+    tmp_path: Path, target: Path, rows: Path, made: Path
+) -> None:
+    folder = Path(shutil.copytree(made, tmp_path / "cache"))
+    index = json.loads((folder / INDEX).read_text())
+    (folder / INDEX).write_text(json.dumps({**index, "sha256": "0" * 64}))
+    (folder / "head.sha256").write_text("0")
+    recipe = recipe_in(tmp_path, target, rows)
+    cache(recipe, folder)
+    assert StoredTarget(load_recipe(recipe, [f"target.cache={folder}"]).target, torch.device("cpu")).layer_ids == [
+        2,
+        3,
+        4,
+    ]
 
 
 def test_other_rows_or_another_target_never_mix_in_one_folder(
@@ -237,50 +235,16 @@ def test_other_rows_or_another_target_never_mix_in_one_folder(
     assert contents(made) == before
 
 
-def test_what_does_not_fit_the_disk_is_refused_with_the_numbers_and_the_rest_may_be_there(
+def test_what_does_not_fit_the_disk_is_refused_and_the_rest_may_be_there(
     tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, made: Path
 ) -> None:
     recipe = recipe_in(tmp_path, target, rows)
-    size = sum(len(data) for name, data in contents(made).items() if name.endswith(".safetensors"))
-    assert size < 200_000
-
-    def free(amount: int) -> None:
-        usage = shutil.disk_usage(tmp_path)._replace(free=amount)
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-
-    free(size)
-    with pytest.raises(ValueError, match=r"has too little room: 282 tokens of \d+ pieces at 512 bytes .* GiB free"):
+    usage = shutil.disk_usage(tmp_path)._replace(free=9999)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ValueError, match=r"has too little room: 282 tokens of \d+ pieces"):
         cache(recipe, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
-    free(size + 20 * 4096)
-    cache(recipe, tmp_path / "cache")
-    free(20 * 4096)
-    cache(recipe, tmp_path / "cache")
-
-
-def test_a_disk_that_fills_up_all_the_same_is_one_line_and_the_next_run_resumes(
-    tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, made: Path
-) -> None:
-    errors: list[Any] = [
-        None,
-        None,
-        OSError(28, "No space left on device", "x"),
-        None,
-        SafetensorError("No space left"),
-    ]
-
-    def full(*arguments: Any, **named: Any) -> None:
-        if error := errors.pop(0):
-            raise error
-        save_file(*arguments, **named)
-
-    recipe = recipe_in(tmp_path, target, rows)
-    with monkeypatch.context() as patch:
-        patch.setattr("peagle_train.target_model.cache_writer.save_file", full)
-        for _ in range(2):
-            with pytest.raises(ValueError, match="No space left"):
-                cache(recipe, tmp_path / "cache")
-    assert contents(cache(recipe, tmp_path / "cache")) == contents(made)
+    cache(recipe, Path(shutil.copytree(made, tmp_path / "cache")))
 
 
 def test_features_that_are_not_finite_in_the_caches_dtype_are_refused(tmp_path: Path, rows: Path) -> None:
@@ -293,24 +257,12 @@ def test_features_that_are_not_finite_in_the_caches_dtype_are_refused(tmp_path: 
         cache(recipe_in(tmp_path, huge, rows), tmp_path / "cache", "target.cache_dtype=float16")
 
 
-@pytest.mark.parametrize("name", [SHARD, "head.safetensors"])
-def test_a_finished_file_that_is_damaged_is_replaced_and_that_is_said(
-    name: str, tmp_path: Path, target: Path, rows: Path, made: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = edited(Path(shutil.copytree(made, tmp_path / "cache")), name, flip)
-    assert contents(folder) != contents(made)
-    cache(recipe_in(tmp_path, target, rows), folder)
-    assert contents(folder) == contents(made)
-    [line] = [record.getMessage() for record in caplog.records if "replaced" in record.getMessage()]
-    assert name in line
-
-
 def test_a_second_writer_of_one_folder_is_told_so_and_touches_nothing(
     tmp_path: Path, target: Path, rows: Path, made: Path
 ) -> None:
     recipe, folder = recipe_in(tmp_path, target, rows), tmp_path / "cache"
     shutil.copytree(made, folder)
-    edited(folder, "features-00001.sha256", None)
+    (folder / SHARD).unlink()
     before = contents(folder)
     with alone_in(folder, "writing features"):
         with pytest.raises(ValueError, match="another process is writing features there"):

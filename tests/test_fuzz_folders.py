@@ -16,8 +16,6 @@ from peagle_train.config import Recipe, load_recipe
 from peagle_train.data.prepare import prepare_recipe
 from peagle_train.data.training_data import load_training_data
 from peagle_train.serving.drafter_io import load_drafter
-from peagle_train.target_model.cache import StoredTarget
-from peagle_train.target_model.cache_writer import write_cache
 from peagle_train.training.checkpoint import verify_checkpoint
 from tests.tiny import MASK, VOCAB, make_target, write_recipe, write_rows
 
@@ -32,12 +30,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     path = write_recipe(folder, target, rows, folder / "run", train={"max_steps": 2, "save_steps": 1})
     recipe = load_recipe(path)
     prepare_recipe(recipe, folder / "prepared", say=lambda _: None)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    write_cache(recipe, str(folder / "cache"))
     assert main([str(path)]) == 0
     AcceleratorState._reset_state(reset_partial_state=True)
-    folders = {name: folder / name for name in ("prepared", "cache")}
-    folders |= {"checkpoint-1": folder / "run" / "checkpoint-1", "final": folder / "run" / "final"}
+    folders = {
+        "prepared": folder / "prepared",
+        "checkpoint-1": folder / "run" / "checkpoint-1",
+        "final": folder / "run" / "final",
+    }
     yield {"recipe": path, "target": target, "folders": folders}
 
 
@@ -50,17 +49,6 @@ def rows_of(recipe: Recipe) -> list[Any]:
 
 def read_prepared(folder: Path, world: dict[str, Any]) -> list[Any]:
     return rows_of(load_recipe(world["recipe"], [f"data.prepared={folder}"]))
-
-
-def read_cache(folder: Path, world: dict[str, Any]) -> list[Any]:
-    recipe = load_recipe(world["recipe"], [f"target.cache={folder}"])
-    target = StoredTarget(recipe.target, torch.device("cpu"))
-    data = load_training_data(recipe, None, VOCAB, MASK, lambda _: None)
-    target.check_rows(data)
-    rows = (data.train_rows[i] for i in range(len(data.train_rows)))
-    batches = [{name: row[name][None] for name in ("input_ids", "document_ids")} for row in rows]
-    head, tables = target.head_weight(), target.embedding_rows()
-    return [head, tables, *(vars(target.outputs(batch, head)) for batch in batches)]
 
 
 def read_checkpoint(folder: Path, world: dict[str, Any]) -> list[Any]:
@@ -76,7 +64,6 @@ def read_drafter(folder: Path, world: dict[str, Any]) -> list[Any]:
 
 READERS: dict[str, Callable[[Path, dict[str, Any]], list[Any]]] = {
     "prepared": read_prepared,
-    "cache": read_cache,
     "checkpoint-1": read_checkpoint,
     "final": read_drafter,
 }

@@ -83,7 +83,7 @@ def test_damaged_weights_are_refused_in_one_line_or_change_a_value_alone(
     assert features is None or features.shape == (1, 3, 48)
 
 
-@given(st.binary(max_size=64) | st.sampled_from([b"{}", b"[]", b"null", b'{"model_type": "llama"}', b"\xff\xfe"]))
+@given(st.binary(max_size=64) | st.sampled_from([b"{}", b"[]", b"null", b"\xff\xfe"]))
 @QUIET
 def test_a_config_file_of_any_bytes_is_refused_in_one_line(
     tmp_path_factory: pytest.TempPathFactory, good: Path, content: bytes

@@ -15,7 +15,7 @@ from peagle_train.config import load_recipe
 from peagle_train.serving.drafter_io import load_drafter
 from peagle_train.serving.export import export_drafter
 from peagle_train.serving.start import import_drafter
-from peagle_train.target_model.cache_writer import write_cache
+from peagle_train.target_model.cache import write_cache
 from tests.helpers import command, make_draft
 from tests.tiny import MASK, VOCAB, make_target, write_recipe, write_rows
 

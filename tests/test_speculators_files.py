@@ -31,13 +31,12 @@ def samples(folder: Path) -> list[dict[str, Any]]:
 def written(tmp_path_factory: pytest.TempPathFactory, target: Path) -> Path:
     """Files as speculators leaves them."""
     model, folder = FrozenTarget.load(str(target), dtype="float64"), tmp_path_factory.mktemp("written")
+    before: list[torch.Tensor] = []
+    model.model.model.norm.register_forward_pre_hook(lambda _, args: before.append(args[0]))
     for i, row in enumerate(samples(tmp_path_factory.mktemp("rows"))):
         ids = torch.tensor(row["input_ids"])
-        before: list[torch.Tensor] = []
-        handle = model.final_norm().register_forward_pre_hook(lambda _, args, seen=before: seen.append(args[0]))
         features, _ = model.features(ids[None], torch.arange(ids.numel())[None])
-        handle.remove()
-        hidden = torch.cat([features[0].view(ids.numel(), 3, 16), before[0][0][:, None]], dim=1)
+        hidden = torch.cat([features[0].view(ids.numel(), 3, 16), before[-1][0][:, None]], dim=1)
         save_file({"token_ids": ids, "hidden_states": hidden}, folder / f"hs_{i}.safetensors")
     return folder
 
@@ -89,33 +88,34 @@ def test_a_drafter_from_speculators_files_is_the_one_from_the_target(
     assert all(torch.allclose(online[name], cached[name], rtol=0, atol=1e-9) for name in online)
 
 
-def test_last_hidden_states_after_the_norm_are_seen_to_be_so(
-    tmp_path: Path, target: Path, written: Path, caplog: pytest.LogCaptureFixture
+def test_the_targets_weights_stay_on_the_disk_and_its_norm_is_looked_for_once(
+    tmp_path: Path, target: Path, written: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = samples(tmp_path)
-    files = copied(written, tmp_path / "files")
-    model = FrozenTarget.load(str(target), dtype="float64")
-    for path in files.iterdir():
-        tensors = load_file(path)
-        tensors["hidden_states"][:, 3] = model.final_norm()(tensors["hidden_states"][:, 3])
-        save_file(tensors, path)
+    samples(tmp_path)
+    models: list[FrozenTarget] = []
+    final_norm = FrozenTarget.final_norm
+
+    def watched(self: FrozenTarget) -> Any:
+        models.append(self)
+        return final_norm(self)
+
+    monkeypatch.setattr(FrozenTarget, "final_norm", watched)
     recipe = write_recipe(tmp_path, target, tmp_path / "rows.jsonl", tmp_path / "run")
-    assert command("cache", recipe, "--speculators", files, "--out", tmp_path / "cache") == 0
-    assert "after the final norm: taken" in caplog.text
-    last = load_file(tmp_path / "cache" / "features-00000.safetensors")["last_hidden"][: LENGTHS[0]]
-    ids = torch.tensor([rows[0]["input_ids"]])
-    assert torch.allclose(last, model.features(ids, torch.arange(LENGTHS[0])[None])[1][0], atol=1e-12)
+    assert command("cache", recipe, "--speculators", written, "--out", tmp_path / "cache") == 0
+    [model] = models
+    assert all(parameter.is_meta for parameter in model.model.parameters())
 
 
 WRONG: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "no ids": ({"token_ids": None}, [], "it must have token_ids"),
     "no states": ({"hidden_states": None}, [], "hidden_states"),
-    "two layers": ({"hidden_states": torch.zeros(31, 3, 16)}, [], "31, 3, 16)"),
-    "cut": ({"hidden_states": torch.zeros(30, 4, 16)}, [], "30, 4, 16)"),
+    "two layers": ({"hidden_states": torch.zeros(31, 3, 16)}, [], "(31, 3, 16)"),
+    "cut": ({"hidden_states": torch.zeros(30, 4, 16)}, [], "(30, 4, 16)"),
     "ids outside": ({"token_ids": torch.full((31,), 61)}, [], "ids in 0..60"),
     "not finite": ({"hidden_states": torch.full((31, 4, 16), float("nan"))}, [], "not all finite"),
+    "FP8": ({"hidden_states_scales": torch.ones(31, 4)}, [], "FP8 (hidden_states_scales)"),
     "mask": ({"loss_mask": torch.ones(30, dtype=torch.int64)}, [], "loss_mask"),
-    "other layers": ({}, ["target.layer_ids=[0, 1, 2]"], "of other layers (give target.layer_ids)"),
+    "other layers": ({}, ["target.layer_ids=[0, 1, 2]"], "give target.layer_ids"),
     "longer than a row": ({}, ["data.max_length=16"], "has 31 tokens, data.max_length is 16"),
 }
 
@@ -132,7 +132,7 @@ def test_files_that_do_not_fit_are_one_clear_line(
     assert message in capsys.readouterr().err
 
 
-def test_a_data_set_of_other_tokens_is_refused(
+def test_a_data_set_of_other_tokens_and_files_that_are_no_cache_are_refused(
     tmp_path: Path, target: Path, written: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = samples(tmp_path)
@@ -141,11 +141,5 @@ def test_a_data_set_of_other_tokens_is_refused(
     recipe = write_recipe(tmp_path, target, tmp_path / "rows.jsonl", tmp_path / "run")
     assert command("cache", recipe, "--speculators", files, "--out", tmp_path / "cache") == 2
     assert "row 0 of the data set next to it has other tokens" in capsys.readouterr().err
-
-
-def test_a_folder_of_speculators_is_not_taken_for_a_cache(
-    tmp_path: Path, target: Path, written: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    recipe = write_recipe(tmp_path, target, tmp_path / "rows.jsonl", tmp_path / "run")
     assert main([str(recipe), f"target.cache={written}"]) == 2
     assert "--speculators" in capsys.readouterr().err

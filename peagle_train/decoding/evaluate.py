@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils.logging import disable_progress_bar
 
 from peagle_train.config import Recipe, load_recipe
 from peagle_train.data.documents import STDLIB
@@ -91,8 +90,6 @@ def run(options: Namespace) -> tuple[str, bool]:
     names = [cases[0].data_set for cases, _ in found]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two of --prompts are called {twice[0]}: give files of different names, each once")
-    if not sys.stderr.isatty():
-        disable_progress_bar()
     if not options.target:
         print(f"target: {path}, as the recipe beside {folder} says", file=sys.stderr, flush=True)
     layer_ids = drafts[0].config.eagle_aux_hidden_state_layer_ids

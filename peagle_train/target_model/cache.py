@@ -1,47 +1,51 @@
-"""Features of the target on disk, and a target that reads them instead of computing. `cache_writer` makes the folder:
+"""Features of the target on disk: `peagle-train cache` writes the folder, and a target reads it instead of computing.
 
-    cache.json              what the features are of, written first: `CacheIndex`, and a sha256 of it
+    cache.json              what the features are of, written first: see `_index`
     features-NNNNN.safetensors
-                            features [n, 3T] and last_hidden [n, T] of whole pieces side by side; keys int64 [P, 2] and
+                            features [n, F*T] and last_hidden [n, T] of whole pieces side by side; keys int64 [P, 2] and
                             lengths int64 [P] say which
     head.safetensors        the target's head and embeddings, [V, T] each
-    *.sha256                the checksum of each .safetensors, written after it: a file without one is unfinished
     documents.jsonl         of a cache made from speculators' files: their samples as a source for training
 
 A *piece* is a document, or the part of one that a sequence holds; its features depend on its ids alone, so it is found by
-their hash: sequences may be shuffled, masked and packed in another way.
+their hash: sequences may be shuffled, masked and packed in another way. What goes into which file is a function of the
+sequences alone, and a file is written whole or not at all, so the same command resumes a stopped write, on any number of
+processes, and ends in the same bytes.
 
-T: the target's hidden size, V: its vocabulary, n: tokens, P: pieces, B: sequences of a batch, L: positions.
+T: the target's hidden size, F: feature layers, V: vocabulary, n: tokens, P: pieces, B: sequences of a batch, L: positions.
 """
 
 import hashlib
 import json
-import logging
-import os
+import shutil
 import struct
+import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import accumulate
+from contextlib import ExitStack
+from itertools import accumulate, groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import ConcatDataset
 
-from peagle_train.config import Target
+from peagle_train.config import Recipe, Target, as_override
 from peagle_train.core.passes import TargetOutputs
 from peagle_train.data.packing import TrainingData
-from peagle_train.data.vocab import load_config
-from peagle_train.distributed import wait_for_all
-from peagle_train.files import checksum, sha256_of
-from peagle_train.machine import cores
+from peagle_train.data.training_data import load_training_data, make_collator
+from peagle_train.data.vocab import choose_mask_token, load_config, load_tokenizer
+from peagle_train.distributed import check_device, check_device_map, check_launch, from_all, wait_for_all
+from peagle_train.files import alone_in, one_line, partial_path, put, write_json
 from peagle_train.target_model.frozen import FrozenTarget, TargetBase
 from peagle_train.target_model.loading import default_layer_ids, target_fingerprint
+from peagle_train.target_model.speculators_files import SpeculatorsFiles
 
-logger = logging.getLogger(__name__)
-
-INDEX, HEAD, VERSION = "cache.json", "head.safetensors", 2
+INDEX, HEAD, DOCUMENTS, VERSION = "cache.json", "head.safetensors", "documents.jsonl", 2
 COMMAND = "peagle-train cache"
 AGAIN = f"make the cache again with {COMMAND}, or change the recipe"
 FIELDS = ("features", "last_hidden")
@@ -49,47 +53,19 @@ FIELDS = ("features", "last_hidden")
 Key = tuple[int, int]
 
 
-@dataclass(frozen=True)
-class CacheIndex:
-    """What the features of a folder are of."""
-
-    version: int
-    target: str  # `target_fingerprint`
-    layer_ids: list[int]
-    hidden_size: int
-    vocab_size: int
-    eos_token_ids: list[int]
-    dtype: str  # of features and last hidden states on disk
-    computed_in: str  # the target's own dtype
-    # These two move roundings, so that one folder has one of each; training may name others. null for speculators' files.
-    chunk_tokens: int | None
-    attn_implementation: str | None
-    max_length: int  # data.max_length: says why pieces may be missing
-    source: str  # "recipe" or "speculators"
-    shards: int
-    tokens: int
-    pieces: int
-    plan: str  # sha256 over keys and lengths of all pieces and where each shard ends
-
-
-def read_index(folder: Path) -> CacheIndex | None:
-    """A folder's index; None if it has none; ValueError for one that is no index of this version."""
-    where = f"target.cache {folder}: {INDEX}"
+def read_index(folder: Path) -> dict[str, Any] | None:
+    """See `_index`; None for a folder that has none; ValueError for one that is no index of this version."""
     try:
-        raw = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        if raw["version"] != VERSION:
-            raise ValueError(
-                f"{where} is of format {raw['version']}, this reads format {VERSION}: make the cache again with {COMMAND},"
-                " in another folder or after removing this one"
-            )
-        if raw.pop("sha256") == checksum(raw):
-            return CacheIndex(**raw)
-        reason = "its sha256 differs"
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index.pop("sha256", None)  # once written
+        if index["version"] == VERSION:
+            return index
+        reason = f"is of format {index['version']}, this reads format {VERSION}"
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, LookupError, TypeError, RecursionError) as error:
-        reason = type(error).__name__
-    raise ValueError(f"{where} is not what was written ({reason}): make the cache with {COMMAND} in another folder")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = f"cannot be read ({type(error).__name__}: {one_line(error, 200)})"
+    raise ValueError(f"target.cache {folder}: {INDEX} {reason}: make the cache with {COMMAND} in another folder")
 
 
 def piece_key(ids_n: Tensor) -> Key:
@@ -108,28 +84,9 @@ def shard_name(number: int) -> str:
     return f"features-{number:05d}.safetensors"
 
 
-def checksum_path(path: Path) -> Path:
-    return path.with_suffix(".sha256")
-
-
-def is_written(path: Path) -> bool:
-    return path.exists() and checksum_path(path).exists()
-
-
-def is_damaged(path: Path) -> bool:
-    """Whether a file is not what its checksum says, or cannot be read."""
-    try:
-        return checksum_path(path).read_text(encoding="ascii", errors="replace").split()[:1] != [sha256_of(path)]
-    except OSError:
-        return True
-
-
 class StoredTarget(TargetBase):
     """A target that answers from `target.cache`, memory-mapped: its layers are never loaded, its head stays on the disk
     until its rows are asked for. Batches must be of sequences that `check_rows` has seen, or bring features of their own.
-
-    Every file is read once and compared with its checksum: cheap beside a run that learns from wrong numbers, so
-    target.check does not turn it off.
 
     Args:
         settings: the recipe's section. device: that the outputs are for.
@@ -141,61 +98,42 @@ class StoredTarget(TargetBase):
     def __init__(self, settings: Target, device: torch.device) -> None:
         assert settings.cache is not None
         self.settings, self.folder = settings, Path(settings.cache)
+        where = f"target.cache {self.folder}"
         index = read_index(self.folder)
         if index is None:
             hint = " --speculators, as speculators wrote this one" if any(self.folder.glob("hs_*.safetensors")) else ""
-            raise ValueError(
-                f"target.cache {self.folder} has no {INDEX}: give a folder made by {COMMAND} RECIPE --out DIR{hint}"
-            )
-        names = [HEAD, *map(shard_name, range(index.shards))]
-        if missing := [name for name in names if not is_written(self.folder / name)]:
-            raise ValueError(
-                f"target.cache {self.folder} is not whole: {len(missing)} of {len(names)} files are missing, first"
-                f" {missing[0]}: run the same {COMMAND} again, it resumes where it stopped"
-            )
-        if target_fingerprint(settings.path) != index.target:
-            raise ValueError(
-                f"target.cache {self.folder} is of another target than {settings.path} (config or weights differ): {AGAIN}"
-            )
+            raise ValueError(f"{where} has no {INDEX}: give a folder made by {COMMAND} RECIPE --out DIR{hint}")
         self.config = load_config(settings.path, settings.trust_remote_code).get_text_config()
+        if target_fingerprint(settings.path) != index["target"]:
+            raise ValueError(f"{where} is of another target than {settings.path} (config or weights differ): {AGAIN}")
         for key, asked, has in (
-            ("layer_ids", settings.layer_ids or default_layer_ids(self.num_layers), index.layer_ids),
-            ("cache_dtype", settings.cache_dtype, index.dtype),
-            ("dtype", settings.dtype, index.computed_in),
+            ("layer_ids", settings.layer_ids or default_layer_ids(self.num_layers), index["layer_ids"]),
+            ("cache_dtype", settings.cache_dtype, index["dtype"]),
+            ("dtype", settings.dtype, index["computed_in"]),
         ):
             if asked not in ("auto", has):
-                raise ValueError(f"target.cache {self.folder} is of {key} {has}, the recipe asks for {asked}: {AGAIN}")
-        self._verify(names)
-        self.index, self.layer_ids, self.vocab_size = index, list(index.layer_ids), index.vocab_size
-        self.dtype, self._stored = getattr(torch, index.computed_in), getattr(torch, index.dtype)
-        self._tables, *files = (safe_open(self.folder / name, framework="pt") for name in names)
+                raise ValueError(f"{where} is of {key} {has}, the recipe asks for {asked}: {AGAIN}")
+        self.index, self.layer_ids, self.vocab_size = index, index["layer_ids"], index["vocab_size"]
+        self.dtype, self._stored = getattr(torch, index["computed_in"]), getattr(torch, index["dtype"])
         self._head: Tensor | None = None
         self._where: dict[Key, tuple[Any, slice]] = {}  # of a piece: the file, and its tokens there
-        for file in files:
+        for name in [HEAD, *map(shard_name, range(index["shards"]))]:
+            try:
+                file = safe_open(self.folder / name, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise ValueError(
+                    f"{where}: {name} is missing or damaged ({one_line(error, 200)}): remove what is left of it and run the"
+                    f" same {COMMAND} again, which writes what is missing"
+                ) from None
+            if name == HEAD:
+                self._tables = file
+                continue
             keys, lengths = (file.get_tensor(field).tolist() for field in ("keys", "lengths"))
             for key, length, end in zip(keys, lengths, accumulate(lengths), strict=True):
                 self._where[tuple(key)] = file, slice(end - length, end)
         self._pin = device.type == "cuda"  # read into page-locked memory
         self._reader = ThreadPoolExecutor(1)
         self._coming: dict[int, tuple[dict[str, Tensor], Future[dict[str, Tensor]]]] = {}  # by the batch's id
-
-    def _verify(self, names: list[str]) -> None:
-        """Compare checksums, shared out among the processes of this machine."""
-        rank, size = (
-            int(os.environ.get(f"LOCAL_{name}", default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
-        )
-        if rank == 0:
-            total = sum((self.folder / name).stat().st_size for name in names)
-            logger.warning("target.cache: reading %.2f GiB once to see that they are whole", total / 2**30)
-        names = names[rank::size]
-        with ThreadPoolExecutor(min(8, cores())) as pool:  # hashlib lets go of the interpreter
-            for name, damaged in zip(names, pool.map(is_damaged, map(self.folder.joinpath, names)), strict=True):
-                if damaged:
-                    raise ValueError(
-                        f"target.cache {self.folder}: {name} is not what was written (cut or edited): run the same"
-                        f" {COMMAND} again, which replaces it"
-                    )
-        wait_for_all()  # a damaged file may be in another process's share
 
     def cache_dtype(self, asked: str) -> torch.dtype:
         return self._stored
@@ -207,11 +145,11 @@ class StoredTarget(TargetBase):
             if lacking := [ids_n.numel() for ids_n in pieces if piece_key(ids_n) not in self._where]:
                 raise ValueError(
                     f"target.cache {self.folder} lacks {len(lacking)} pieces of the {name}, the longest of {max(lacking)}"
-                    f" tokens (it was made with data.max_length {self.index.max_length}): {AGAIN}"
+                    f" tokens (it was made with data.max_length {self.index['max_length']}): {AGAIN}"
                 )
 
     def eos_token_ids(self) -> list[int]:
-        return self.index.eos_token_ids
+        return self.index["eos_token_ids"]
 
     def embedding_rows(self) -> Tensor:
         return self._tables.get_tensor("embeddings")
@@ -222,8 +160,8 @@ class StoredTarget(TargetBase):
         return self._head
 
     def final_norm(self) -> nn.Module:
-        """That of the target, which is loaded for it."""
-        return FrozenTarget.from_recipe(self.settings, torch.device("cpu")).final_norm()
+        """That of the target, whose weights stay on the disk."""
+        return FrozenTarget.from_recipe(self.settings, torch.device("cpu"), device_map="disk").final_norm()
 
     def expect(self, batch: dict[str, Tensor]) -> None:
         if FIELDS[0] not in batch:
@@ -231,12 +169,12 @@ class StoredTarget(TargetBase):
             # Allocated here: page-locked memory belongs to the device of the thread that asks for it.
             room = {
                 name: torch.empty(*shape, width, dtype=self._stored, pin_memory=self._pin)
-                for name, width in zip(FIELDS, (3 * T, T), strict=True)
+                for name, width in zip(FIELDS, (len(self.layer_ids) * T, T), strict=True)
             }
             self._coming[id(batch)] = batch, self._reader.submit(self.read, batch, room)
 
     def read(self, batch: dict[str, Tensor], room: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`FIELDS` of a batch, [B, L, 3T] and [B, L, T], in `room`; padding gets zeros."""
+        """`FIELDS` of a batch, [B, L, F*T] and [B, L, T], in `room`; padding gets zeros."""
         for b, documents in enumerate(batch["document_ids"]):
             ids, n = batch["input_ids"][b], int((documents >= 0).sum())
             for part in pieces_of(documents[:n]):
@@ -255,3 +193,195 @@ class StoredTarget(TargetBase):
         known = batch if FIELDS[0] in batch else self._coming.pop(id(batch))[1].result()
         features, last_hidden = (known[n].to(head_rows.device, head_rows.dtype, non_blocking=True) for n in FIELDS)
         return TargetOutputs(features, last_hidden, head_rows)
+
+
+# Writing
+
+
+class Piece(NamedTuple):
+    sequence: int  # number of the first sequence that has it
+    part: slice  # its positions there
+    tokens: int
+    key: Key
+
+
+Shard = list[Piece]
+Compute = Callable[[dict[str, Any]], tuple[Tensor, Tensor]]
+"""Features [n, F*T] and last hidden states [n, T] of a sequence, on the host."""
+
+
+def write_cache(recipe: Recipe, out: str | None, shard_mib: float = 512, speculators: str | None = None) -> str:
+    """Fill `out` and return the line that says how to train from it, on the main process. Run again, it writes what is
+    missing.
+
+    Args:
+        shard_mib: size of a file. speculators: take what lies in this folder, see `SpeculatorsFiles`, instead of
+            running the target over the recipe's sequences.
+
+    Raises:
+        ValueError: for a user's mistake.
+    """
+    settings = recipe.target
+    if out is None:
+        raise ValueError("no folder given: --out DIR (or target.cache in the recipe)")
+    if settings.shard:
+        raise ValueError("target.shard is true, but here every process has a target of its own: set it to false")
+    folder = Path(out).expanduser()  # of --out=~/x the shell leaves it to us
+    accelerator = Accelerator()
+    rank, world_size, is_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    check_device(accelerator.device)
+    check_launch(world_size)
+    check_device_map(settings.device_map, world_size)
+    say: Any = print if is_main else (lambda *_: None)
+    # Beside speculators' files it runs over a few tokens only: its weights stay on the disk.
+    changes: dict[str, Any] = {"device_map": "disk"} if speculators else {}
+    target = FrozenTarget.from_recipe(settings, accelerator.device, **changes)
+    if settings.check:
+        target.check()
+
+    files = None if speculators is None else SpeculatorsFiles(speculators, target, recipe.data.max_length)
+    sequences, compute = (files, files.compute) if files else _sequences(recipe, target, say)
+    stored = target.cache_dtype(settings.cache_dtype)
+    token_bytes = (len(target.layer_ids) + 1) * target.hidden_size * stored.itemsize
+    shards = plan_shards(sequences, max(1, int(shard_mib * 2**20 // token_bytes)))
+    index = _index(recipe, target, shards, stored, from_files=files is not None)
+    with ExitStack() as held:
+        refusal = ""
+        if is_main:
+            try:
+                held.enter_context(alone_in(folder, "writing features"))
+                say(f"cache: {_claim(folder, index, index['tokens'] * token_bytes + 2 * target.head_weight().nbytes)}")
+            except ValueError as error:
+                refusal = str(error)
+        if refusal := from_all(refusal)[0]:
+            raise ValueError(refusal)
+        if is_main and not (folder / HEAD).exists():
+            # Copies: of tied weights safetensors would see one tensor under two names.
+            tables = {"head": target.head_weight(), "embeddings": target.embedding_rows()}
+            _write(folder / HEAD, {name: t.to("cpu", copy=True).contiguous() for name, t in tables.items()})
+        started, done = time.perf_counter(), 0
+        for number in range(rank, len(shards), world_size):
+            if not (path := folder / shard_name(number)).exists():
+                _write(path, _tensors_of(shards[number], sequences, compute, stored))
+            done += sum(piece.tokens for piece in shards[number])
+            say(f"cache: shard {number}, {done} tokens here, {done / (time.perf_counter() - started):.0f} tokens/s")
+        if files and is_main:
+            files.write_documents(folder / DOCUMENTS)
+        wait_for_all()
+    accelerator.end_training()
+    overrides = [as_override("target.cache", str(folder))]
+    if files:
+        overrides.append(as_override("data.sources", [str(folder / DOCUMENTS)]))
+    return f"train from it: peagle-train train RECIPE {' '.join(overrides)}\n" if is_main else ""
+
+
+def _sequences(recipe: Recipe, target: FrozenTarget, say: Any) -> tuple[Any, Compute]:
+    """The recipe's sequences, and how the target computes one."""
+    tokenizer = load_tokenizer(recipe.target.path, recipe.target.trust_remote_code)
+    mask_token_id = choose_mask_token(recipe.draft, tokenizer, target.vocab_size)
+    data = load_training_data(recipe, tokenizer, target.vocab_size, mask_token_id, say)
+    collator = make_collator(recipe, seed=0)
+
+    def compute(sequence: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """As a training step with one sequence a batch computes it: the same padding, so the same bits."""
+        batch = collator([sequence])
+        features, last_hidden = target.features(batch["input_ids"], batch["position_ids"])
+        return features[0].cpu(), last_hidden[0].cpu()
+
+    return ConcatDataset([data.train_rows, data.eval_rows]), compute
+
+
+def plan_shards(sequences: Any, shard_tokens: int) -> list[Shard]:
+    """Every piece once, in the order of the sequences; a shard ends after the sequence that fills it."""
+    shards: list[Shard] = []
+    seen: set[Key] = set()
+    room = 0
+    for number in range(len(sequences)):
+        sequence, new = sequences[number], []
+        for part in pieces_of(sequence["document_ids"]):
+            key = piece_key(sequence["input_ids"][part])
+            if key not in seen:
+                seen.add(key)
+                new.append(Piece(number, part, part.stop - part.start, key))
+        if new and room <= 0:
+            shards.append([])
+            room = shard_tokens
+        if new:
+            shards[-1] += new
+            room -= sum(piece.tokens for piece in new)
+    return shards
+
+
+def _index(
+    recipe: Recipe, target: FrozenTarget, shards: list[Shard], stored: torch.dtype, from_files: bool
+) -> dict[str, Any]:
+    """What the features are of."""
+    plan = hashlib.sha256()  # over keys and lengths of all pieces and where each shard ends
+    for shard in shards:
+        plan.update(repr(([piece.key for piece in shard], [piece.tokens for piece in shard])).encode())
+    return {
+        "version": VERSION,
+        "target": target_fingerprint(recipe.target.path),
+        "layer_ids": target.layer_ids,
+        "hidden_size": target.hidden_size,
+        "vocab_size": target.vocab_size,
+        "eos_token_ids": target.eos_token_ids(),
+        "dtype": str(stored)[6:],
+        "computed_in": str(target.dtype)[6:],
+        # These two move roundings, so that one folder has one of each; training may name others.
+        "chunk_tokens": None if from_files else recipe.target.chunk_tokens,
+        "attn_implementation": None if from_files else target.config._attn_implementation,
+        "max_length": recipe.data.max_length,  # says why pieces may be missing
+        "source": "speculators" if from_files else "recipe",
+        "shards": len(shards),
+        "tokens": sum(piece.tokens for shard in shards for piece in shard),
+        "pieces": sum(map(len, shards)),
+        "plan": plan.hexdigest(),
+    }
+
+
+def _claim(folder: Path, index: dict[str, Any], size: int) -> str:
+    """Make the folder this cache's; returns what is to do, in one line. ValueError if the folder holds something else, or
+    the disk has no room for `size` bytes.
+    """
+    old = read_index(folder)
+    if old is None and any(path != partial_path(folder / INDEX) for path in folder.iterdir()):
+        raise ValueError(f"--out {folder} is not empty and holds no cache; give another folder")
+    if old is not None and (names := [name for name, value in index.items() if old.get(name) != value]):
+        raise ValueError(
+            f"--out {folder} holds the cache of another target, other sequences or other settings"
+            f" ({', '.join(names)} differ): give another folder, or remove it"
+        )
+    there, free = sum(path.stat().st_size for path in folder.glob("*.safetensors")), shutil.disk_usage(folder).free
+    words = (
+        f"{index['tokens']} tokens of {index['pieces']} pieces ({index['dtype']}): {size / 2**30:.2f} GiB in"
+        f" {index['shards']} shards, {there / 2**30:.2f} GiB there, {free / 2**30:.2f} GiB free"
+    )
+    if size - there > free:
+        raise ValueError(
+            f"--out {folder} has too little room: {words}; give another disk or target.cache_dtype=bfloat16"
+        )
+    if old is None:
+        write_json(folder / INDEX, index)
+    return words
+
+
+def _tensors_of(shard: Shard, sequences: Any, compute: Compute, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What a shard's file holds; ValueError for features that are not finite in the cache's dtype."""
+    found = []
+    for number, pieces in groupby(shard, key=lambda piece: piece.sequence):
+        both = compute(sequences[number])
+        found += [[tensor[piece.part].to(dtype) for tensor in both] for piece in pieces]
+    features, last_hidden = (torch.cat(parts) for parts in zip(*found, strict=True))
+    if not bool(features.isfinite().all() & last_hidden.isfinite().all()):
+        raise ValueError(
+            f"the target's features of sequences {shard[0].sequence} to {shard[-1].sequence} are not all finite in"
+            f" {str(dtype)[6:]}: give another target.cache_dtype or target.dtype"
+        )
+    keys, lengths = torch.tensor([piece.key for piece in shard]), torch.tensor([piece.tokens for piece in shard])
+    return {"features": features, "last_hidden": last_hidden, "keys": keys, "lengths": lengths}
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    save_file(tensors, partial_path(path), metadata={"format": "pt"})
+    put(partial_path(path), path)

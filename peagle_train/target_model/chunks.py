@@ -1,8 +1,8 @@
 """How packed sequences are given to the target: as few forwards as keep documents apart and fit into a chunk.
 
-transformers isolates packed documents only without a cache. So short documents run side by side without one, as many as a
-chunk holds, and a document longer than a chunk runs alone, chunk by chunk, over a cache of its own: it needs no more memory
-than weights, keys and values, and one chunk. N: tokens of all sequences.
+Short documents run side by side without a cache, as many as a chunk holds, and attention is told their bounds. A document
+longer than a chunk runs alone, chunk by chunk, over a cache of its own: it needs no more memory than weights, keys and
+values, and one chunk. N: tokens of all sequences.
 """
 
 import inspect
@@ -18,28 +18,15 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from peagle_train.target_model.attention import KINDS, bounds_arguments
 
-Run = list[slice]
-"""Spans of the N tokens. One span: given at once, without a cache. Several: one after the other, over a cache."""
-
 
 @dataclass(frozen=True)
 class Way:
     """How packed documents are kept apart, and how many tokens the target is given at a time."""
 
-    flattens: bool
-    """All sequences are given as one, and attention is told the documents' bounds; else by position ids that restart."""
+    apart: bool
+    """One document at a time, for a target whose attention does not heed documents' bounds."""
     chunk_tokens: int | None = None
     """At most this many tokens a forward; None: the whole batch."""
-    apart: bool = False
-    """One document at a time, for a target that keeps them apart in neither way."""
-
-    def plan(self, position_ids_BL: Tensor) -> tuple[list[int], list[Run]]:
-        """The documents' bounds and the runs of packed sequences; no runs: the batch as it is, in one forward."""
-        whole = not self.apart and (self.chunk_tokens is None or position_ids_BL.numel() <= self.chunk_tokens)
-        if whole and not self.flattens:
-            return [], []
-        bounds = document_bounds(position_ids_BL.cpu())
-        return bounds, [[slice(0, bounds[-1])]] if whole else plan_runs(bounds, self.chunk_tokens, self.apart)
 
 
 def document_bounds(position_ids: Tensor) -> list[int]:
@@ -54,21 +41,24 @@ def document_bounds(position_ids: Tensor) -> list[int]:
     return [*begins_BL.flatten().nonzero().flatten().tolist(), position_ids.numel()]
 
 
-def plan_runs(bounds: list[int], chunk_tokens: int | None, apart: bool = False) -> list[Run]:
-    """Cut packed sequences into runs of at most `chunk_tokens` tokens, and single documents that are longer.
+def plan_runs(bounds: list[int], way: Way) -> list[list[slice]]:
+    """Cut packed sequences into runs of at most a chunk, and single documents that are longer.
+
+    A document of one token, padding among them, may always share a run with its like: nobody reads its features (a document
+    of n tokens has n - 1 positions that draft).
 
     Args:
         bounds: see `document_bounds`.
-        chunk_tokens: None for no limit.
-        apart: no document shares a run with another. But for those of one token, padding among them: nobody reads their
-            features (a document of n tokens has n - 1 positions that draft), so they run together.
+
+    Returns:
+        spans of the N tokens: those of a run are given one after the other, over a cache if they are several.
     """
-    limit = bounds[-1] if chunk_tokens is None else chunk_tokens
-    runs: list[Run] = []
+    limit = way.chunk_tokens or bounds[-1]
+    runs: list[list[slice]] = []
     only_single = True  # the last run's documents have one token each
     for start, stop in pairwise(bounds):
         is_single = stop - start == 1
-        may_join = not apart or (is_single and only_single)
+        may_join = not way.apart or (is_single and only_single)
         if runs and len(runs[-1]) == 1 and stop - runs[-1][0].start <= limit and may_join:
             runs[-1] = [slice(runs[-1][0].start, stop)]
             only_single &= is_single
@@ -79,7 +69,7 @@ def plan_runs(bounds: list[int], chunk_tokens: int | None, apart: bool = False) 
 
 
 def forwards(
-    base: nn.Module, config: Any, runs: list[Run], bounds: list[int] | None, device: torch.device
+    base: nn.Module, config: Any, runs: list[list[slice]], bounds: list[int] | None, device: torch.device
 ) -> Iterator[tuple[slice, dict[str, Any]]]:
     """The tokens of each forward of the base model, and its arguments beside ids and positions.
 
@@ -87,26 +77,26 @@ def forwards(
         bounds: see `document_bounds`; None for attention that is not told them.
     """
     for run in runs:
-        if len(run) == 1:
-            yield run[0], {"use_cache": False, **({} if bounds is None else bounds_arguments(bounds, run[0], device))}
-            continue
-        cache = {str(cache_argument(base)): DynamicCache(config=config), "use_cache": True}
+        given: dict[str, Any] = {"use_cache": len(run) > 1}
+        if len(run) > 1:
+            given[str(cache_argument(base))] = DynamicCache(config=config)
         for span in run:
-            told = {} if bounds is None else bounds_arguments([], span, device)
-            told.pop("cu_seq_lens_k", None)  # each layer's cache knows how many keys there are
-            yield span, {**cache, **told}
+            told = {} if bounds is None else bounds_arguments(bounds, span, device)
+            if len(run) > 1:  # each layer's cache knows how many keys there are
+                told.pop("cu_seq_lens_k", None)
+            yield span, {**given, **told}
 
 
 def check_chunkable(model: nn.Module, base: nn.Module, config: Any) -> None:
     """ValueError for a target whose layers keep something other than keys and values of all, or of the last, tokens."""
     kinds = sorted({*(getattr(config, "layer_types", None) or [])} - {*KINDS})
-    cache = DynamicCache(config=config)
-    known = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+    known = all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers
+    )
     if kinds or not known or cache_argument(base) is None:
-        what = ", ".join(kinds) or "a cache of its own kind"
         raise ValueError(
-            f"target.chunk_tokens is given, but target {type(model).__name__} has {what}, where chunks may not give what"
-            " the whole gives: set target.chunk_tokens to null"
+            f"target.chunk_tokens is given, but target {type(model).__name__} has {', '.join(kinds) or 'a cache of its own'},"
+            " where chunks may not give what the whole gives: set target.chunk_tokens to null"
         )
 
 

@@ -1,9 +1,10 @@
 """The frozen target: what training reads of one, and a transformers causal LM that computes it.
 
 Only the base model runs, so no logits of the whole vocabulary exist; hooks keep the inputs of three layers, so no other
-hidden state outlives its layer. B: sequences, L: positions, T: hidden size, V: draft vocabulary.
+hidden state outlives its layer. B: sequences, L: positions, T: hidden size, F: feature layers, V: draft vocabulary.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -19,21 +20,21 @@ from peagle_train.data.packing import TrainingData
 from peagle_train.data.vocab import eos_token_ids
 from peagle_train.distributed import max_counts, shard, whole
 from peagle_train.target_model.attention import bounds_heeded, takes_bounds
-from peagle_train.target_model.check import check_logits, choose_way
-from peagle_train.target_model.chunks import Way, check_chunkable, forwards
+from peagle_train.target_model.check import TOLERANCE, choose_way, relative
+from peagle_train.target_model.chunks import Way, check_chunkable, document_bounds, forwards, plan_runs
 from peagle_train.target_model.loading import default_layer_ids, load_model, refuse_unfit, resolve_dtype
 
+logger = logging.getLogger(__name__)
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""What a head's weights may come in: other numbers need a quantiser's code to mean anything."""
 
 
 class TargetBase(ABC):
-    """A target that is only read, whether its outputs are computed (`FrozenTarget`) or on disk (`StoredTarget`)."""
+    """What training reads of a target, whether it is computed (`FrozenTarget`) or on disk (`StoredTarget`)."""
 
     config: Any
     """transformers' config of its text model."""
     layer_ids: list[int]
-    """The three layers whose *input* is a feature, ascending."""
+    """The F layers whose *input* is a feature, ascending."""
     vocab_size: int
     dtype: torch.dtype
     """Of its head and its outputs."""
@@ -67,18 +68,6 @@ class TargetBase(ABC):
     def final_norm(self) -> nn.Module:
         """The norm whose output the last hidden states are; ValueError if none is found."""
 
-    def cache_dtype(self, asked: str) -> torch.dtype:
-        """What features are stored in on disk. `asked`: target.cache_dtype."""
-        return self.dtype if asked == "auto" else getattr(torch, asked)
-
-    def check_rows(self, data: TrainingData) -> None:
-        """ValueError if there are sequences whose outputs the target cannot give."""
-        return
-
-    def expect(self, batch: dict[str, Tensor]) -> None:
-        """`outputs` will be asked for this very batch soon: begin to read what it needs, if anything is read."""
-        return
-
     @abstractmethod
     def outputs(self, batch: dict[str, Tensor], head_rows: Tensor) -> TargetOutputs:
         """Features, and last hidden states after the final norm, of a collator's batch, on the device of `head_rows`.
@@ -87,13 +76,25 @@ class TargetBase(ABC):
             batch: on the host; on a device it costs a wait.
         """
 
+    def expect(self, batch: dict[str, Tensor]) -> None:
+        """`outputs` will be asked for this very batch soon: begin to read what it needs, if anything is read."""
+        return
+
+    def check_rows(self, data: TrainingData) -> None:
+        """ValueError if there are sequences whose outputs the target cannot give."""
+        return
+
+    def cache_dtype(self, asked: str) -> torch.dtype:
+        """What features are stored in on disk. `asked`: target.cache_dtype."""
+        return self.dtype if asked == "auto" else getattr(torch, asked)
+
 
 class FrozenTarget(TargetBase):
     """A target that computes what is asked of it.
 
     Args:
         model: any transformers causal LM with a stack of decoder layers; the body may be quantised, the head not.
-        layer_ids: three layers whose *input* is a feature, ascending; None is `default_layer_ids`.
+        layer_ids: the layers whose *input* is a feature, ascending; None is `default_layer_ids`.
         chunk_tokens: give the model at most this many tokens at a time; None: whole batches.
 
     Raises:
@@ -106,25 +107,25 @@ class FrozenTarget(TargetBase):
         name = type(model).__name__
         refuse_unfit(self.config)
         self.head: Any = model.get_output_embeddings()
-        if self.head is None:
-            raise ValueError(f"target {name} has no output embeddings: it is no causal LM")
-        if getattr(self.head, "bias", None) is not None:
-            raise ValueError(f"target {name} has a bias on its head, which labels would miss: unsupported")
+        if self.head is None or getattr(self.head, "bias", None) is not None:
+            raise ValueError(f"target {name} has no head (it is no causal LM), or one with a bias: unsupported")
         for what, module in (("head", self.head), ("embeddings", model.get_input_embeddings())):
-            if not _is_plain(module):
+            weight: Any = getattr(module, "weight", None)
+            # Other numbers, or a tensor of another class, need a quantiser's code to mean anything.
+            if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in PLAIN:
                 raise ValueError(
                     f"target {name} has quantised {what} ({type(module).__name__}): leave them unquantised"
                 )
         self.vocab_size, self.dtype = self.head.weight.shape[0], self.head.weight.dtype
-        self.base: nn.Module = _base_model(model)
-        self.layers = _decoder_layers(self.base, self.config.num_hidden_layers)
-        self.layer_ids = list(layer_ids) if layer_ids is not None else default_layer_ids(len(self.layers))
-        known = sorted({*self.layer_ids} & {*range(len(self.layers))})
-        if known != self.layer_ids or len(known) != 3:
+        self.base, self.layers = _decoder(model, self.config.num_hidden_layers)
+        self.layer_ids = list(default_layer_ids(len(self.layers)) if layer_ids is None else layer_ids)
+        if not self.layer_ids or self.layer_ids != sorted({*self.layer_ids} & {*range(len(self.layers))}):
             most = len(self.layers) - 1
-            raise ValueError(f"target.layer_ids is {self.layer_ids}; give three distinct ids of 0..{most}, ascending")
-        self.way = Way(takes_bounds(model, self.config), chunk_tokens)
+            raise ValueError(f"target.layer_ids is {self.layer_ids}; give distinct ids of 0..{most}, ascending")
+        self.way = Way(not takes_bounds(model, self.config), chunk_tokens)
         """How batches are given to the model; `check` may change it."""
+        if self.way.apart:
+            logger.warning("target %s knows no bounds of packed documents: it is given one document at a time", name)
         self.sharded = False
         if chunk_tokens is not None:
             check_chunkable(model, self.base, self.config)
@@ -154,10 +155,11 @@ class FrozenTarget(TargetBase):
         return target
 
     @classmethod
-    def from_recipe(cls, target: Target, device: torch.device, shard: bool = False) -> "FrozenTarget":
-        """`load`, as a recipe's section says; what its cache holds is not looked at."""
+    def from_recipe(cls, target: Target, device: torch.device, shard: bool = False, **changes: Any) -> "FrozenTarget":
+        """`load`, as a recipe's section says but for `changes`; what its cache holds is not looked at."""
         names = "dtype", "layer_ids", "chunk_tokens", "attn_implementation", "trust_remote_code", "device_map"
-        return cls.load(target.path, device=device, shard=shard, **{name: getattr(target, name) for name in names})
+        given = {name: getattr(target, name) for name in names} | changes
+        return cls.load(target.path, device=device, shard=shard, **given)
 
     def shard(self, device: torch.device) -> None:
         """Shard all but the head over all ranks and move it to the device; the head stays whole, on the CPU.
@@ -192,6 +194,7 @@ class FrozenTarget(TargetBase):
 
     @torch.no_grad()
     def final_norm(self) -> nn.Module:
+        """By a forward of two tokens: ask once."""
         answers: list[tuple[nn.Module, Any]] = []
         inner = [module for module in self.base.modules() if module is not self.base]
         handles = [module.register_forward_hook(lambda m, _, output: answers.append((m, output))) for module in inner]
@@ -206,7 +209,7 @@ class FrozenTarget(TargetBase):
 
     @torch.no_grad()
     def features(self, input_ids: Tensor, position_ids: Tensor, way: Way | None = None) -> tuple[Tensor, Tensor]:
-        """Features [B, L, 3T] and last hidden states after the final norm [B, L, T], in the target's dtype.
+        """Features [B, L, F*T] and last hidden states after the final norm [B, L, T], in the target's dtype.
 
         Packed documents do not see each other: see `Way`.
 
@@ -217,56 +220,41 @@ class FrozenTarget(TargetBase):
         """
         way = way or self.way
         B, L = input_ids.shape
-        T = self.hidden_size
-        bounds, runs = way.plan(position_ids)
-        shape = (1, B * L) if runs else (B, L)
-        runs = runs or [[slice(0, L)]]
-        num_forwards = sum(map(len, runs))
+        T, F = self.hidden_size, len(self.layer_ids)
+        bounds = document_bounds(position_ids.cpu())
+        runs = plan_runs(bounds, way)
         idle = 0
         if self.sharded and (way.apart or way.chunk_tokens is not None):  # else each rank has one forward
+            num_forwards = sum(map(len, runs))
             idle = max_counts([num_forwards], self.device)[0] - num_forwards
-        ids = input_ids.to(self.device, non_blocking=True).reshape(shape)
-        positions = position_ids.to(self.device, non_blocking=True).reshape(shape)
-        features: Tensor | None = None
-        last: Tensor | None = None
+        ids_1N, positions_1N = (t.to(self.device, non_blocking=True).reshape(1, -1) for t in (input_ids, position_ids))
+        out: dict[str, Tensor] = {}
         span = slice(0, 0)  # of the tokens that the model has now
 
+        def put(name: str, slot: int, count: int, hidden: Tensor) -> None:
+            if name not in out:
+                out[name] = hidden.new_empty(1, B * L, count * T)
+            out[name][:, span, slot * T : (slot + 1) * T] = hidden
+
         def keep(slot: int) -> Any:
-            def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-                nonlocal features
-                hidden = args[0] if args else kwargs["hidden_states"]
-                if features is None:
-                    features = hidden.new_empty(*shape, 3 * T)
-                features[:, span, slot * T : (slot + 1) * T] = hidden
+            return lambda _, args, kwargs: put("features", slot, F, args[0] if args else kwargs["hidden_states"])
 
-            return hook
+        def forward(span: slice, **given: Any) -> Tensor:
+            ids = {"input_ids": ids_1N[:, span], "position_ids": positions_1N[:, span]}
+            return self.base(**ids, attention_mask=None, **given).last_hidden_state
 
-        handles = [
-            self.layers[layer].register_forward_pre_hook(keep(slot), with_kwargs=True)
-            for slot, layer in enumerate(self.layer_ids)
-        ]
+        layers = [self.layers[layer] for layer in self.layer_ids]
+        handles = [layer.register_forward_pre_hook(keep(i), with_kwargs=True) for i, layer in enumerate(layers)]
         try:
-            with bounds_heeded(self.config) if way.flattens else nullcontext():
-                calls = forwards(self.base, self.config, runs, bounds if way.flattens else None, self.device)
-                for span, given in calls:
-                    hidden = self._forward(ids[:, span], positions[:, span], **given)
-                    if num_forwards == 1:
-                        last = hidden
-                        continue
-                    if last is None:
-                        last = hidden.new_empty(*shape, T)
-                    last[:, span] = hidden
+            with nullcontext() if way.apart else bounds_heeded(self.config):
+                for span, given in forwards(self.base, self.config, runs, None if way.apart else bounds, self.device):
+                    put("last", 0, 1, forward(span, **given))
         finally:
             for handle in handles:
                 handle.remove()
         for _ in range(idle):
-            self._forward(ids[:, :1], positions[:, :1], use_cache=False)
-        assert features is not None and last is not None
-        return features.view(B, L, 3 * T), last.view(B, L, T)
-
-    def _forward(self, input_ids: Tensor, position_ids: Tensor, **given: Any) -> Tensor:
-        """The base model's last hidden states."""
-        return self.base(input_ids=input_ids, position_ids=position_ids, attention_mask=None, **given).last_hidden_state
+            forward(slice(0, 1), use_cache=False)
+        return out["features"].view(B, L, F * T), out["last"].view(B, L, T)
 
     def outputs(self, batch: dict[str, Tensor], head_rows: Tensor) -> TargetOutputs:
         features, last_hidden = self.features(batch["input_ids"], batch["position_ids"])
@@ -278,37 +266,32 @@ class FrozenTarget(TargetBase):
         """Run a few tokens and see that features and labels are what training takes them for; ValueError if not.
 
         A document in a batch of several sequences of several documents must get the features that it gets alone (a target
-        that does not isolate them gets one at a time from then on), chunks must give what the whole gives, and the model's
-        own logits must be its head times the last hidden state.
+        that does not isolate them gets one at a time from then on), chunks must give what the whole gives, and nothing but
+        the head may come between last hidden states and logits.
         """
-        self.way = choose_way(self.model, self.features, self.way, self.vocab_size)
-        ids = torch.arange(1, 7)[None] % self.vocab_size
-        _, last = self.features(ids, torch.arange(6)[None], Way(flattens=False))
-        rows = self.head_rows(torch.arange(min(8, self.vocab_size)))
-        check_logits(self.model, ids.to(self.device), last[0], rows)
+        name = type(self.model).__name__
+        self.way = choose_way(name, self.features, self.way, self.vocab_size)
+        ids, positions = torch.arange(1, 7)[None] % self.vocab_size, torch.arange(6)[None]
+        _, last = self.features(ids, positions, Way(apart=True))
+        self.model.set_output_embeddings(nn.Identity())
+        try:
+            given = {"input_ids": ids.to(self.device), "position_ids": positions.to(self.device), "use_cache": False}
+            off = relative(self.model(**given).logits.to(last.device), last)
+        finally:
+            self.model.set_output_embeddings(self.head)
+        if off > TOLERANCE:
+            raise ValueError(f"target {name} changes its logits beside the head ({off:.0%}): labels would be wrong")
 
 
-def _base_model(model: nn.Module) -> nn.Module:
-    """The part of a causal LM below its head."""
+def _decoder(model: nn.Module, num_layers: int) -> tuple[nn.Module, nn.ModuleList]:
+    """The part of a causal LM below its head, and its stack of layers."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None  # type: ignore[operator]
     base = decoder if decoder is not None else getattr(model, getattr(model, "base_model_prefix", ""), None)
-    if not isinstance(base, nn.Module) or base is model:
-        raise ValueError(f"target {type(model).__name__}: its base model was not found; unsupported architecture")
-    return base
-
-
-def _decoder_layers(base: nn.Module, count: int) -> nn.ModuleList:
-    found = [m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if not found:
-        raise ValueError(f"target {type(base).__name__}: no stack of {count} decoder layers found; unsupported")
-    return found[0]
-
-
-def _is_plain(module: Any) -> bool:
-    """Whether `module.weight` alone says what it does, in numbers that mean what they say: no quantiser's work."""
-    weight: Any = getattr(module, "weight", None)
-    names = {name for name, _ in [*module.named_parameters(), *module.named_buffers()]}
-    return type(weight) in (nn.Parameter, Tensor) and weight.dtype in PLAIN and names <= {"weight", "embed_scale"}
+    if isinstance(base, nn.Module) and base is not model:
+        for module in base.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+                return base, module
+    raise ValueError(f"target {type(model).__name__}: no stack of {num_layers} decoder layers found below a head")
 
 
 def _weight(module: Any) -> Tensor:

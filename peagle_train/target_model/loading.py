@@ -3,16 +3,15 @@
 import hashlib
 import json
 import logging
-import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
-from peagle_train.core.rope import ROPE_TYPES
 from peagle_train.data.vocab import load_config
 from peagle_train.files import one_line
 
@@ -22,12 +21,8 @@ UNPACKABLE = ("mamba", "rwkv", "recurrent", "linear_attention", "ssm", "conv", "
 """Words in a config's model or layer types that mean a state runs across document boundaries."""
 
 LOGIT_CHANGES = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-    "output_multiplier",
-)
+    "final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier",
+)  # fmt: skip
 """Config fields by which an architecture changes its logits after the head: labels would be wrong."""
 
 
@@ -36,10 +31,7 @@ def default_layer_ids(num_layers: int) -> list[int]:
     features. ValueError below.
     """
     if num_layers < 6:
-        raise ValueError(
-            f"the target has {num_layers} layers, too few for the default feature layers (2, n // 2, n - 3): give"
-            " target.layer_ids, three ascending ids"
-        )
+        raise ValueError(f"the target's {num_layers} layers are too few for the default feature layers: give target.layer_ids")
     return [2, num_layers // 2, max(num_layers - 3, num_layers // 2 + 1)]
 
 
@@ -56,11 +48,8 @@ def refuse_unfit(config: Any) -> None:
     rope = getattr(config, "rope_parameters", None) or {}
     tables = [rope] if "rope_type" in rope else [t for t in rope.values() if isinstance(t, dict)]
     for table in tables:
-        if table.get("rope_type", "default") in ("dynamic", "longrope"):
-            raise ValueError(
-                f"target {name} has rope type {table['rope_type']!r}, whose tables depend on the length of a call, so"
-                f" features would differ from serving; supported: {', '.join(ROPE_TYPES)}"
-            )
+        if (kind := table.get("rope_type")) in ("dynamic", "longrope"):  # whose tables depend on the length of a call
+            raise ValueError(f"target {name} has rope type {kind!r}: features would differ from serving, unsupported")
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
@@ -80,54 +69,31 @@ def load_model(
     trust_remote_code: bool = False,
     device_map: str | None = None,
 ) -> nn.Module:
-    """The causal LM of a Hugging Face folder, on the CPU; `device_map`: spread over the devices that this process sees.
+    """The causal LM of a Hugging Face folder, on the CPU; ValueError, one line, for a folder that holds none that fits.
 
-    Raises:
-        ValueError: one line, for a folder that is none, a model that is unfit, weights that are not its config's.
+    device_map: spread over the devices that this process sees; "disk": each weight is read whenever it is used.
     """
-    folder = Path(path)
     if trust_remote_code:
         logger.warning("target.trust_remote_code is on: Python code in %s will run", path)
     config = load_config(path, trust_remote_code)
-    if not any(folder.glob("*.safetensors")):
+    if not any(Path(path).glob("*.safetensors")):
         raise ValueError(f"target.path {path} has no .safetensors weights; convert them first")
-    kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    given: dict[str, Any] = {"device_map": {"": "disk"} if device_map == "disk" else device_map}
+    if attn_implementation:
+        given["attn_implementation"] = attn_implementation
+    given |= {"trust_remote_code": trust_remote_code, "local_files_only": True, "use_safetensors": True}
     try:
         refuse_unfit(config.get_text_config())
-        _check_size(folder, config, trust_remote_code)
-        given = {"attn_implementation": attn_implementation, "device_map": device_map}
-        kwargs |= {name: value for name, value in given.items() if value}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, output_loading_info=True, use_safetensors=True, **kwargs
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **given)
     except Exception as error:  # whatever a foreign or corrupt file makes the loaders raise
-        raise ValueError(
-            f"target.path {path} cannot be loaded: {type(error).__name__}: {one_line(error, 300)}"
-        ) from error
+        reason = f"{type(error).__name__}: {one_line(error, 300)}"
+        raise ValueError(f"target.path {path} cannot be loaded: {reason}") from error
     model, report = loaded
     if bad := [f"{len(found)} {kind.replace('_', ' ')}" for kind, found in report.items() if found]:
-        raise ValueError(
-            f"target.path {path}: its weights do not fit its config ({', '.join(bad)}): wrong or cut files"
-        )
+        raise ValueError(f"target.path {path}: its weights do not fit its config ({', '.join(bad)})")
     return model
-
-
-def _check_size(folder: Path, config: Any, trust_remote_code: bool) -> None:
-    """ValueError where a config describes a far larger model than the weights hold.
-
-    A config.json that lacks its sizes would become billions of random parameters, which no memory holds.
-    """
-    if getattr(config, "quantization_config", None) is not None:
-        return  # its weights are packed
-    held = 0
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            held += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    described = sum(p.numel() for p in model.parameters())
-    if described > 2 * held:
-        raise ValueError(f"its config describes {described:,} parameters, but its weights hold {held:,}")
 
 
 def target_fingerprint(folder: str) -> str:
@@ -138,20 +104,16 @@ def target_fingerprint(folder: str) -> str:
     an edit of a few numbers may fall between the blocks.
     """
     total = hashlib.sha256()
-    root = Path(folder)
-    try:
-        config = json.loads((root / "config.json").read_text(encoding="utf-8"))
-        config.pop("transformers_version", None)
-        total.update(json.dumps(config, sort_keys=True).encode())
-        for path in sorted(root.glob("*.safetensors")):
-            size = path.stat().st_size
-            total.update(f"{path.name},{size},".encode())
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                total.update(file.read(min(length, size)))
-                for i in range(256):
-                    file.seek(8 + length + max(0, size - 8 - length - 4096) * i // 255)
-                    total.update(file.read(4096))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"target.path {folder} cannot be read: {error}") from error
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    config.pop("transformers_version", None)
+    total.update(json.dumps(config, sort_keys=True).encode())
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        size = path.stat().st_size
+        total.update(f"{path.name},{size},".encode())
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            total.update(file.read(min(length, size)))
+            for i in range(256):
+                file.seek(8 + length + max(0, size - 8 - length - 4096) * i // 255)
+                total.update(file.read(4096))
     return total.hexdigest()

@@ -1,10 +1,10 @@
 """Hidden states that speculators (vllm-project) wrote for offline training, as sequences of one document each.
 
-hs_{i}.safetensors holds `token_ids` [n] and `hidden_states` [n, 4, T]: three layers and what enters the target's final
-norm. The loss mask is in the file, or in the data set next to it (Arrow, written by `datasets`): its row i has `loss_mask`
-[n] and the same tokens as `input_ids`.
+hs_{i}.safetensors holds `token_ids` [n] and `hidden_states` [n, F + 1, T]: the feature layers and what enters the target's
+final norm. The loss mask is in the file, or in the data set next to it (Arrow, written by `datasets`): its row i has
+`loss_mask` [n] and the same tokens as `input_ids`.
 
-T: the target's hidden size, n: tokens of a sample.
+T: the target's hidden size, F: feature layers, n: tokens of a sample.
 """
 
 import json
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from peagle_train.files import partial_path, put
@@ -47,7 +46,7 @@ class SpeculatorsFiles:
         self.samples = sorted(numbered.items())
         self.masks = _data_set(root)
         self.norm = target.final_norm()
-        self.last_is_normed = self._is_last_normed()
+        self._compare()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -57,12 +56,15 @@ class SpeculatorsFiles:
         number, path = self.samples[index]
         try:
             with safe_open(path, framework="pt") as file:
-                views = {name: file.get_slice(name) for name in file.keys()}
-                has = {name: (view.get_dtype(), *view.get_shape()) for name, view in views.items()}
+                has = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
                 ids, mask = (file.get_tensor(n) if n in has else torch.empty(0) for n in ("token_ids", "loss_mask"))
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
-        n, T, V = ids.numel(), self.target.hidden_size, self.target.vocab_size
+        n, T, V, layers = ids.numel(), self.target.hidden_size, self.target.vocab_size, len(self.target.layer_ids) + 1
+        if "hidden_states_scales" in has:
+            raise ValueError(
+                f"{path} has hidden states in FP8 (hidden_states_scales), unsupported: have 16 bits written"
+            )
         if "loss_mask" not in has and self.masks is not None:
             row = self.masks[number] if number < len(self.masks) else {"input_ids": None}
             if row["input_ids"] != ids.tolist():
@@ -71,56 +73,44 @@ class SpeculatorsFiles:
         elif "loss_mask" not in has:
             mask = torch.ones(n)
         is_ids = n > 0 and ids.dim() == 1 and not ids.is_floating_point() and 0 <= ids.min() <= ids.max() < V
-        is_hidden = has.get("hidden_states") in [(dtype, n, 4, T) for dtype in ("F64", "F32", "BF16", "F16")]
-        if not (is_ids and is_hidden and mask.numel() == n and bool(((mask == 0) | (mask == 1)).all())):
+        if not (is_ids and has.get("hidden_states") == (n, layers, T) and mask.shape == (n,)):
             raise ValueError(
-                f"{path} has {has}; it must have token_ids [n], ids in 0..{V - 1}, hidden_states, floats [n, 4, {T}] (three"
-                " layers and what enters the final norm), and a loss_mask, if any, of 0 or 1 [n]"
+                f"{path} has {has}; it must have token_ids [n], ids in 0..{V - 1}, hidden_states [n, {layers}, {T}] (the"
+                " layers of target.layer_ids and what enters the final norm), and a loss_mask, if any, [n]"
             )
         if n > self.max_length:
             raise ValueError(f"{path} has {n} tokens, data.max_length is {self.max_length}: raise data.max_length")
-        mask, document_ids = mask.flatten().long(), torch.zeros(n, dtype=torch.int64)
-        return {"input_ids": ids.long(), "loss_mask": mask, "document_ids": document_ids, "path": path}
+        document_ids = torch.zeros(n, dtype=torch.int64)
+        return {"input_ids": ids.long(), "loss_mask": mask.long(), "document_ids": document_ids, "path": path}
 
     @torch.no_grad()
     def compute(self, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """A sample's features [n, 3T] and last hidden states [n, T] after the final norm."""
-        features, last = self._hidden(row)
-        return features.cpu(), (last if self.last_is_normed else self.norm(last[None])[0]).cpu()
+        """A sample's features [n, F*T] and last hidden states [n, T] after the final norm."""
+        with safe_open(row["path"], framework="pt") as file:
+            hidden_nFT = file.get_tensor("hidden_states").to(self.target.device, self.target.dtype)
+        return hidden_nFT[:, :-1].flatten(1).cpu(), self.norm(hidden_nFT[None, :, -1])[0].cpu()
 
-    def _hidden(self, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """[n, 3T] and [n, T] of the file, in the target's dtype, on its device."""
-        hidden_n4T = load_file(row["path"])["hidden_states"].to(self.target.device, self.target.dtype)
-        return hidden_n4T[:, :3].flatten(1), hidden_n4T[:, 3]
-
-    @torch.no_grad()
-    def _is_last_normed(self) -> bool:
-        """Whether the files' last hidden states have been through the final norm, which they don't say, nor of which layers
-        they are: the target runs over the shortest of the first 16 samples with more than one token.
-        """
+    def _compare(self) -> None:
+        """ValueError unless the target gives the features of the shortest of the first 16 samples (of more than a token)."""
         first = [self[i] for i in range(min(16, len(self)))]
         row = min(first, key=lambda row: (row["input_ids"].numel() == 1, row["input_ids"].numel()))
         ids = row["input_ids"][None]
-        features, last = self.target.features(ids, torch.arange(ids.shape[1])[None])
-        given, given_last = self._hidden(row)
-        off = relative(given, features[0])
-        before, after = relative(self.norm(given_last[None])[0], last[0]), relative(given_last, last[0])
-        if off > 0.1 or min(before, after) > 0.1:
+        own = self.target.features(ids, torch.arange(ids.shape[1])[None])
+        off, off_last = (relative(a, b[0].cpu()) for a, b in zip(self.compute(row), own, strict=True))
+        if max(off, off_last) > 0.1:
             raise ValueError(
                 f"--speculators: features are {off:.0%} off what the target gives in layers {self.target.layer_ids}, last"
-                f" hidden states {before:.0%} off before the final norm and {after:.0%} after it: they are of another"
-                " target, or of other layers (give target.layer_ids)"
+                f" hidden states {off_last:.0%} after the final norm: they are of another target, or of other layers"
+                " (give target.layer_ids), or have been through that norm before"
             )
-        if after < before:
-            logger.warning("speculators' last hidden states are after the final norm: taken as they are")
-        return after < before
 
     def write_documents(self, path: Path) -> None:
         """The samples with their masks as a .jsonl source. Those with nothing to learn from are dropped, and counted."""
         dropped = 0
         with partial_path(path).open("w", encoding="utf-8") as file:
             for i in range(len(self)):
-                row = {name: self[i][name].tolist() for name in ("input_ids", "loss_mask")}
+                sample = self[i]
+                row = {name: sample[name].tolist() for name in ("input_ids", "loss_mask")}
                 if 1 in row["loss_mask"][1:]:
                     file.write(json.dumps(row) + "\n")
                 else:
