@@ -94,10 +94,8 @@ def check_chunkable(model: nn.Module, base: nn.Module, config: Any) -> None:
         type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers
     )
     if kinds or not known or cache_argument(base) is None:
-        raise ValueError(
-            f"target.chunk_tokens is given, but target {type(model).__name__} has {', '.join(kinds) or 'a cache of its own'},"
-            " where chunks may not give what the whole gives: set target.chunk_tokens to null"
-        )
+        what = ", ".join(kinds) or "a cache of its own kind"
+        raise ValueError(f"target {type(model).__name__} has {what}, unfit for chunks: set target.chunk_tokens to null")
 
 
 def cache_argument(base: nn.Module) -> str | None:

@@ -31,7 +31,9 @@ def default_layer_ids(num_layers: int) -> list[int]:
     features. ValueError below.
     """
     if num_layers < 6:
-        raise ValueError(f"the target's {num_layers} layers are too few for the default feature layers: give target.layer_ids")
+        raise ValueError(
+            f"the target's {num_layers} layers are too few for the default feature layers: give target.layer_ids"
+        )
     return [2, num_layers // 2, max(num_layers - 3, num_layers // 2 + 1)]
 
 

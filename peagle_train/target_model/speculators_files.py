@@ -91,7 +91,7 @@ class SpeculatorsFiles:
         return hidden_nFT[:, :-1].flatten(1).cpu(), self.norm(hidden_nFT[None, :, -1])[0].cpu()
 
     def _compare(self) -> None:
-        """ValueError unless the target gives the features of the shortest of the first 16 samples (of more than a token)."""
+        """ValueError unless the target gives the features of the shortest of the first 16 samples of several tokens."""
         first = [self[i] for i in range(min(16, len(self)))]
         row = min(first, key=lambda row: (row["input_ids"].numel() == 1, row["input_ids"].numel()))
         ids = row["input_ids"][None]
