@@ -347,12 +347,11 @@ def _evaluate(parser: Parser) -> int:
     Prompts: humaneval and mt-bench (from optional packages: it says which); stdlib (held-out standard-library modules of
     the checkpoint's recipe, cut at seeded places); FILE.jsonl of {"text": ...}, taken as it is, or of chats.
 
-    Reported for every K from 1 to the drafter's own, out of one decoding:
-      accepted length   tokens that one verifying pass gives, the target's own included, repetition left out (stretches
-                        of at least max(24, 2 p) tokens that each equal the one p before, p up to 64)
-      teacher-forced    what training's estimate (all positions, slots taken as independent) gives on the same texts
-      in training       that estimate on the training run's own held-out sequences
-      tokens/pass       output tokens over all passes of the target, the prompt's and repetition included
+    Reported for every K from 1 up to --k, out of one decoding:
+      accepted length   tokens that one verifying pass gives, the target's own included, repetition left out (loops:
+                        stretches of at least max(24, 2 p) tokens that each equal the one p before, p up to 64)
+      by position       the share of drafts of which slot 1, 2, ... was accepted
+    --temperature above 0 draws the target's tokens; drafts are the drafter's likeliest, as by default in vLLM.
     --engine vllm (greedy): the same prompts in vLLM beside our decoder's figures, and where the two part: by how many ulp
     of the dtype our best logit led the second (near-tie: 2 of a 16-bit dtype).
 
@@ -366,20 +365,14 @@ def _evaluate(parser: Parser) -> int:
     add("--trust-remote-code", action="store_true", help="run Python code that comes with the target")
     add("--compare", nargs="+", type=Path, default=[], metavar="OTHER", help="other drafters, on the same texts")
     add("--max-tokens", type=COUNT, default=128, metavar="N", help="of each output (default 128)")
-    add("--limit", type=COUNT, metavar="N", help="prompts of each data set")
+    add("--limit", type=COUNT, metavar="N", help="prompts of each data set; of stdlib, several of a module if need be")
     add("--temperature", type=number(0, 100, float), default=0.0, metavar="T", help="default 0: greedy")
-    add("--likeliest-drafts", action="store_true", help="with T > 0: take the likeliest drafts, drawing none")
-    add("--k", type=COUNT, metavar="K", help="slots of the decoding itself (default 5)")
-    add("--max-k", type=COUNT, help="largest K reported (default: the recipe's num_depths, or an export's K)")
+    add("--k", type=COUNT, metavar="K", help="largest K (default: the recipe's num_depths, or an export's K)")
     add("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32", "float64"])
     add("--device", help="default: cuda if there is one, else cpu")
-    add("--plain", action="store_true", help="give prompts to the target without its chat template")
     add("--prompt-tokens", type=COUNT, metavar="N", help="for stdlib (default 256)")
-    add("--cuts", type=COUNT, metavar="N", help="prompts of each module of stdlib (default 1)")
     add("--seed", type=int, default=0, help="of cuts, sampling and intervals")
     add("--engine", choices=["vllm"], help="measure in vLLM too, beside our own decoder (see above)")
-    add("--base-url", metavar="URL", help="with --engine: a server that runs, such as http://localhost:8000")
-    add("--speed", action="store_true", help="with --engine: tokens per second with and without drafter")
     add("--json", type=Path, metavar="FILE", help="write everything, every prompt included")
     o = parser.read()
     from peagle_train.decoding import evaluate

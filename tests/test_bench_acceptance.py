@@ -44,51 +44,35 @@ def test_cases_are_trained_once_and_measured_on_the_same_texts(
     assert sorted(ran) == ["base", "evaluate", "features", "timed_base", "untrained"]
     base, untrained = first = rows_of(results)
     assert base["texts"] == {"same": 2, "tie": 0, "bug": 0, "none": 0} and base["replays_that_differ"] == 0
-    assert len(base["teacher_forced_accuracy"]) >= 5 and "texts" not in untrained
-    assert base["steps"] == json.loads((out / "steps.json").read_text())["base"] and untrained["steps"] == 1
+    assert "texts" not in untrained and base["steps"] >= 1 == untrained["steps"] and len(base["by_k"]) == 5
     assert base["prompts"] == untrained["prompts"] == 2 and "difference" not in base
     assert untrained["difference"] == pytest.approx(untrained["accepted_length"] - base["accepted_length"])
     assert untrained["difference_interval"][0] <= untrained["difference"] <= untrained["difference_interval"][1]
 
     ran.clear()
-    assert bench_acceptance.main() == 0 and rows_of(results) == first and ran == []
     (out / "untrained" / "final").rename(out / "untrained" / "gone")  # as if it had been stopped
     (out / "untrained" / "run.json").unlink()
-    assert bench_acceptance.main() == 0 and ran == ["untrained", "evaluate"], "measured anew with the drafter"
-    assert len(rows_of(results)) == 2
+    assert bench_acceptance.main() == 0 and ran == ["untrained", "evaluate"]
+    assert rows_of(results)[0] == first[0] and len(rows_of(results)) == 2
     monkeypatch.setattr(sys, "argv", [*command, "--threads", "2"])
     assert bench_acceptance.main() == 2 and "begun with other settings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "changes, message",
-    [
-        (["--recipe", "/nowhere.yaml"], "/nowhere.yaml"),
-        (["--recipe", "."], "Is a directory"),
-        (["--minutes", "0"], "--minutes is 0"),
-        (["--minutes", "nan"], "--minutes is nan"),
-        (["--limit", "1"], "--limit is 1"),
-        (["--json", "/nowhere/x.json"], "does not exist"),
-        (["--out", "/dev/null"], "/dev/null"),
-        (["bad.key=1"], "bad"),
-    ],
+    "name, value",
+    [("--recipe", "/nowhere.yaml"), ("--minutes", "nan"), ("--limit", "1"), ("--json", "/nowhere/x.json")],
 )
 def test_a_mistake_is_told_before_anything_is_trained(
-    changes: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    name: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_stdlib_recipe(tmp_path / "recipe.yaml", tmp_path, "unused")
-    command = ["x", *changes, "--recipe", str(recipe)] if "--recipe" not in changes else ["x", *changes]
-    monkeypatch.setattr(sys, "argv", command if "--out" in changes else [*command, "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(sys, "argv", ["x", "--recipe", str(recipe), "--out", str(tmp_path / "out"), name, value])
     try:
         code = bench_acceptance.main()
     except SystemExit as end:  # argparse's
         code = end.code
     error = capsys.readouterr().err.splitlines()[-1]
-    assert code == 2 and "error: " in error and message in error
+    assert code == 2 and "error: " in error and value in error
     assert not (tmp_path / "out").exists()
 
 

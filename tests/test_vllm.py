@@ -7,11 +7,6 @@ import gc
 import importlib.util
 import json
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +21,12 @@ from peagle_train.core.collator import CODCollator
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.passes import TargetOutputs
 from peagle_train.core.relay import RelayBuffers, relay_step
-from peagle_train.decoding.generate import CachedTarget, Chance, Drafter, decode, greedy_tokens
+from peagle_train.decoding.generate import CachedTarget, Drafter, decode, greedy_tokens, sampler
 from peagle_train.serving.check import check_folder, is_loadable
 from peagle_train.serving.drafter_io import load_drafter
 from peagle_train.serving.export import export_drafter
 from peagle_train.target_model.frozen import FrozenTarget
-from tests.helpers import ENVIRONMENT, command, make_draft, seeded
+from tests.helpers import command, make_draft, seeded
 from tests.test_check_drafter import set_config, set_tensors, tensor
 from tests.tiny import MASK, VOCAB, make_target
 from tests.tiny_chat import make_tokenizer
@@ -83,15 +78,13 @@ def vllm_drafts() -> Iterator[dict[str, list[list[int]]]]:
         yield made
 
 
-def by_vllm(
-    made: dict[str, list[list[int]]], model: Path, speculative: dict[str, Any] | None, dtype: str = "float32"
-) -> Decoding:
+def by_vllm(made: dict[str, list[list[int]]], model: Path, speculative: dict[str, Any] | None) -> Decoding:
     """All prompts, up to four at once."""
     from vllm import LLM, SamplingParams
 
     options = {} if speculative is None else {"speculative_config": speculative}
     llm = LLM(
-        str(model), enforce_eager=True, max_num_seqs=4, enable_prefix_caching=False, dtype=dtype,
+        str(model), enforce_eager=True, max_num_seqs=4, enable_prefix_caching=False, dtype="float32",
         kv_cache_memory_bytes=1 << 26, skip_tokenizer_init=True, disable_log_stats=False, **options,
     )  # fmt: skip
     made.clear()
@@ -110,33 +103,30 @@ def by_vllm(
 
 
 class Recorded(Drafter):
-    """A drafter that keeps every slot's logits."""
+    """A drafter that keeps every draft."""
 
-    def __init__(self, draft: PEagleDraft, K: int) -> None:
-        super().__init__(draft, K)
-        self.logits: list[Tensor] = []
+    drafts: list[list[int]]
 
     def propose(self, tokens: Sequence[int], features_nF: Tensor) -> Tensor:
-        self.logits.append(super().propose(tokens, features_nF))
-        return self.logits[-1]
+        logits = super().propose(tokens, features_nF)
+        self.drafts.append(self.token_ids[logits.argmax(-1)].tolist())
+        return logits
 
 
-def by_ours(target: FrozenTarget, draft: PEagleDraft, K: int) -> tuple[Decoding, list[list[tuple[int, Tensor]]]]:
-    """Prompt by prompt; and of every draft how many tokens were out before it, and its logits [K, Vd]."""
-    result, logits = Decoding([], [], 0, [0] * K), []
-    cached = CachedTarget(target)
+def by_ours(target: FrozenTarget, draft: PEagleDraft, K: int) -> Decoding:
+    """Prompt by prompt."""
+    result = Decoding([], [], 0, [0] * K)
     for prompt in PROMPTS:
         drafter = Recorded(draft, K)
+        drafter.drafts = []
         # longer than asked for, so that the draft after the end is made as well
-        decoded = decode(cached, drafter, prompt, TOKENS + K + 1, chance=Chance(seeded(0)))
+        decoded = decode(CachedTarget(target), drafter, prompt, TOKENS + K + 1, sampler(0, seeded(0)))
         verified = [accepted for bonus_at, accepted in decoded.passes if bonus_at < TOKENS - 1]
         result.texts.append(decoded.tokens[:TOKENS])
-        out = [bonus_at + 1 for bonus_at, _ in decoded.passes][: len(verified) + 1]
-        logits.append(list(zip(out, drafter.logits)))
-        result.drafts.append([drafter.token_ids[slots.argmax(-1)].tolist() for _, slots in logits[-1]])
+        result.drafts.append(drafter.drafts[: len(verified) + 1])
         result.num_drafts += len(verified)
         result.accepted = [n + sum(a > k for a in verified) for k, n in enumerate(result.accepted)]
-    return result, logits
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +152,7 @@ def taught(folder: Path, target: Path, **changes: Any) -> PEagleDraft:
     shape |= {"intermediate_size": 80, "max_position_embeddings": 256, "eagle_aux_hidden_state_layer_ids": [1, 2, 4]}
     draft = make_draft(torch.float32, **{**shape, **changes})
     frozen = FrozenTarget.load(str(target), dtype="float32", layer_ids=draft.config.eagle_aux_hidden_state_layer_ids)
-    cached = CachedTarget(frozen)
-    texts = [prompt + greedy_tokens(cached, prompt, TRAINED_LENGTH, frozenset()) for prompt in PROMPTS[:2]]
+    texts = [prompt + greedy_tokens(frozen, prompt, TRAINED_LENGTH, frozenset()) for prompt in PROMPTS[:2]]
     occurring = {token for text in texts for token in text}
     ids = sorted(range(VOCAB), key=lambda token: (token not in occurring, token))
     draft.set_draft_vocab(torch.tensor(sorted(ids[: draft.config.draft_vocab_size])))
@@ -224,7 +213,7 @@ def test_texts_drafts_and_counts_are_our_decoders_in_both_formats(
     changes, K = SHAPES[shape]
     draft = taught(tmp_path / "trained", target, **changes)
     frozen = FrozenTarget.load(str(target), dtype="float32", layer_ids=draft.config.eagle_aux_hidden_state_layer_ids)
-    ours, _ = by_ours(frozen, draft, K)
+    ours = by_ours(frozen, draft, K)
     assert 0 < ours.accepted[-1] < ours.num_drafts and len(ours.texts[0]) == TOKENS
     for format in ("eagle3", "speculators"):
         out = tmp_path / format
@@ -233,40 +222,6 @@ def test_texts_drafts_and_counts_are_our_decoders_in_both_formats(
         theirs = by_vllm(vllm_drafts, *((target, speculative(out, K)) if format == "eagle3" else (out, None)))
         assert theirs == ours, format
         print(f"{shape}, {format}: {theirs.num_drafts} drafts, accepted {theirs.accepted}")
-
-
-def ulps_apart(logits_V: Tensor) -> int:
-    """How many bfloat16 numbers the two best are apart."""
-    first, second = logits_V.topk(2).values.tolist()
-    assert logits_V.dtype == torch.bfloat16 and (first > 0) == (second > 0)
-    one, other = torch.tensor([first, second], dtype=torch.bfloat16).view(torch.int16).tolist()
-    return abs(one - other)
-
-
-def test_in_bfloat16_only_near_ties_part_them(tmp_path: Path, vllm_drafts: dict[str, list[list[int]]]) -> None:
-    """8 ulp: the best logits of random models stand out little, by a third of what rounding moves them."""
-    target = make_target(tmp_path / "target", **TARGET, initializer_range=0.1)
-    taught(tmp_path / "drafter", target)
-    draft = load_drafter(tmp_path / "drafter", torch.bfloat16)
-    frozen = FrozenTarget.load(str(target), dtype="bfloat16", layer_ids=draft.config.eagle_aux_hidden_state_layer_ids)
-    ours, logits = by_ours(frozen, draft, TRAINED_K)
-    theirs = by_vllm(vllm_drafts, target, speculative(tmp_path / "drafter", TRAINED_K), "bfloat16")
-    compared, gaps = 0, []
-    for i, prompt in enumerate(PROMPTS):
-        mine, other = ours.texts[i], theirs.texts[i]
-        parted = next((t for t, pair in enumerate(zip(mine, other)) if pair[0] != pair[1]), TOKENS)
-        if parted < TOKENS:
-            with torch.no_grad():
-                gaps.append(ulps_apart(frozen.model(torch.tensor([prompt + mine[:parted]])).logits[0, -1]))
-        for (out, slots), one, two in zip(logits[i], ours.drafts[i], theirs.drafts[i]):
-            if out > parted:
-                break
-            compared += 1
-            gaps += [ulps_apart(slot) for slot, x, y in zip(slots, one, two) if x != y]
-            if one != two:  # another number of tokens may be accepted from here on
-                break
-    print(f"bfloat16: {compared} drafts compared; where they part, the two best are {gaps} ulp apart")
-    assert max(gaps, default=0) <= 8 and compared > ours.num_drafts / 3
 
 
 BROKEN: dict[str, Callable[[Path], None]] = {
@@ -309,7 +264,7 @@ def test_what_the_check_refuses_vllm_refuses_or_drafts_other_tokens_from(
         return
     draft = load_drafter(drafter)
     frozen = FrozenTarget.load(str(target), dtype="float32", layer_ids=draft.config.eagle_aux_hidden_state_layer_ids)
-    assert theirs.drafts != by_ours(frozen, draft, TRAINED_K)[0].drafts
+    assert theirs.drafts != by_ours(frozen, draft, TRAINED_K).drafts
     print(f"{case}: other drafts")
 
 
@@ -328,64 +283,18 @@ def test_other_peoples_names_that_the_check_takes_load_and_draft_the_same(
     draft = load_drafter(drafter)
     frozen = FrozenTarget.load(str(target), dtype="float32", layer_ids=draft.config.eagle_aux_hidden_state_layer_ids)
     draft.embed_tokens.weight.data.copy_(frozen.embedding_rows())
-    assert by_vllm(vllm_drafts, target, speculative(other, TRAINED_K)) == by_ours(frozen, draft, TRAINED_K)[0]
+    assert by_vllm(vllm_drafts, target, speculative(other, TRAINED_K)) == by_ours(frozen, draft, TRAINED_K)
 
 
-@pytest.fixture(scope="module")
-def server(target: Path, drafter: Path) -> Iterator[str]:
-    """A running server's URL, with the drafter."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(target)]
-    command += ["--speculative-config", json.dumps(speculative(drafter, TRAINED_K)), "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--no-enable-prefix-caching"]
-    command += ["--kv-cache-memory-bytes", str(1 << 26)]
-    process = subprocess.Popen(command, env={**ENVIRONMENT, "VLLM_NO_USAGE_STATS": "1"})
-    try:
-        for _ in range(600):
-            assert process.poll() is None
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
-                break
-            except OSError:
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait()
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"text": " ".join(f"w{i % 59}" for i in ids)}) + "\n" for ids in PROMPTS))
-    return path
-
-
-def evaluated(drafter: Path, target: Path, prompts: Path, *options: str) -> dict[str, Any]:
-    """vLLM's part of `peagle-train evaluate`'s report."""
-    file = prompts.with_suffix(".json")
-    arguments = [str(drafter), "--target", str(target), "--prompts", str(prompts), "--dtype", "float32", "--max-tokens"]
-    assert command("evaluate", *arguments, TOKENS, "--json", file, "--engine", "vllm", *options) == 0
-    return json.loads(file.read_text())["vllm"]
-
-
-def test_evaluate_has_vllms_figures_beside_ours_from_here_and_from_a_server(
-    target: Path, drafter: Path, prompts: Path, server: str, vllm_drafts: Any, capsys: pytest.CaptureFixture[str]
+def test_evaluate_has_vllms_figures_beside_ours(
+    tmp_path: Path, target: Path, drafter: Path, vllm_drafts: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    reports = [
-        evaluated(drafter, target, prompts, *options) for options in (["--k", "5", "--speed"], ["--base-url", server])
-    ]
-    speed = reports[0].pop("speed")
-    assert speed["speed_up"] == pytest.approx(speed["tokens_per_second"] / speed["without_drafter"])
-    assert " with the drafter, " in capsys.readouterr().out
-    for report in reports:
-        assert report["vllm"] == report["ours"] and report["vllm"]["accepted_by_position"][-1] > 0
-        assert report["prompts"] == {"same": len(PROMPTS), "near_tie": 0, "other": 0} and report["parted"] == []
-        for turn in report["turns"]:
-            del turn["seconds"]
-    assert reports[0] == reports[1]
-    with pytest.raises(AssertionError):
-        evaluated(drafter, target, prompts, "--base-url", server, "--k", "3")
-    assert "drafts 5" in capsys.readouterr().err
+    prompts, file = tmp_path / "prompts.jsonl", tmp_path / "out.json"
+    prompts.write_text("".join(json.dumps({"text": " ".join(f"w{i % 59}" for i in ids)}) + "\n" for ids in PROMPTS))
+    arguments = [drafter, "--target", target, "--prompts", prompts, "--dtype", "float32", "--max-tokens", TOKENS]
+    assert command("evaluate", *arguments, "--k", TRAINED_K, "--json", file, "--engine", "vllm") == 0
+    assert f"vLLM: {len(PROMPTS)} of {len(PROMPTS)} texts" in capsys.readouterr().out
+    report = json.loads(file.read_text())["vllm"]
+    assert report["vllm"] == report["ours"] and report["vllm"]["accepted_by_position"][-1] > 0
+    assert report["prompts"] == {"same": len(PROMPTS), "near_tie": 0, "other": 0} and report["parted"] == []
+    assert [len(turn["tokens"]) for turn in report["turns"]] == [TOKENS] * len(PROMPTS)

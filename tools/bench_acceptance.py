@@ -4,11 +4,11 @@
     python tools/fetch_smollm2.py
     python tools/bench_acceptance.py train.mixed_precision=bf16 --out runs/acceptance --json acceptance.json
 
-The target runs once (peagle-train cache). Each case then trains for as many steps as fit into the minutes, by the
-pace of a few steps timed beforehand; `rows of 128`, whose rows are other ones, has the target run along, which is not
-counted. --jobs cases run at a time, when they are timed too, each on --threads threads; the recipe itself runs alone, on
-all of these. All drafters, checkpoints included, are measured by one run of peagle-train evaluate: greedy, K = 5, held-out
-modules of the standard library, repetition left out. Stopped, it resumes: what is in --out is not done again.
+The target runs once for each packing (peagle-train cache). Each case then trains for as many steps as fit into the minutes,
+by the pace of a few steps timed beforehand. --jobs cases run at a time, when they are timed too, each on --threads threads;
+the recipe itself runs alone, on all of these. All drafters, checkpoints included, are measured by one run of peagle-train
+evaluate: greedy, K = 5, held-out modules of the standard library, repetition left out. Stopped, it resumes: what has been
+trained in --out is not trained again.
 """
 
 import argparse
@@ -19,10 +19,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -56,155 +53,92 @@ class Bench:
 
         self.options, self.out = options, Path(options.out).absolute()
         self.recipe = str(Path(options.recipe).absolute())
-        # For its mistakes, before anything is written.
+        # for its mistakes, before anything is written
         self.trusted = load_recipe(self.recipe, options.overrides).target.trust_remote_code
         self.out.mkdir(parents=True, exist_ok=True)
-        self.check_settings()
-        file = self.out / "steps.json"
-        self.known: dict[str, int] = json.loads(file.read_text()) if file.exists() else {}
-        self.lock = threading.Lock()
-
-    def check_settings(self) -> None:
-        """ValueError where --out holds what was trained under other settings."""
         names = ("overrides", "recipe", "minutes", "threads", "jobs")
-        given = {name: getattr(self.options, name) for name in names} | {"recipe": Path(self.recipe).read_text()}
-        given["cases"] = CASES
+        given = {name: getattr(options, name) for name in names}
+        given |= {"recipe": Path(self.recipe).read_text(), "cases": CASES}
         file = self.out / "settings.json"
         if file.exists() and json.loads(file.read_text()) != given:
             raise ValueError(f"{self.out} was begun with other settings ({', '.join(names)}): give another --out")
         write_json(file, given)
 
     def run(self, log: Path, *command: str, alone: bool = True) -> None:
-        """A command whose output goes to a file; RuntimeError if it fails. `alone`: on the threads of all jobs."""
+        """A command whose output goes to a file; RunStopped if it fails. `alone`: on the threads of all jobs."""
+        from peagle_train.files import RunStopped
+
         threads = self.options.threads * (self.options.jobs if alone else 1)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "ACCELERATE_USE_CPU": "true"}
         with log.open("w") as file:
             done = subprocess.run([sys.executable, *command], stdout=file, stderr=file, env=environment, cwd=ROOT)
         if done.returncode:
             last = next((line for line in reversed(log.read_text().splitlines()) if line.strip()), "no output")
-            raise RuntimeError(f"{Path(command[0]).name} {command[1]} failed: {last} (see {log})")
-
-    def cache(self, name: str, *overrides: str) -> str:
-        """A folder of features for the recipe with these overrides; a finished one is taken as it is."""
-        folder = self.out / name
-        if not (folder / "done").exists():
-            tool = ["-m", "peagle_train", "cache", self.recipe, "--out", str(folder)]
-            changes = [*self.options.overrides, *overrides]
-            self.run(self.out / f"{name}.log", *tool, *changes, alone=name == "features")
-            (folder / "done").touch()
-        return f"target.cache={folder}"
-
-    def train(self, name: str, *overrides: str) -> Path:
-        """A run's folder, once it is finished."""
-        folder = self.folder(name)
-        if not self.is_finished(folder):
-            print(f"{name}: training", file=sys.stderr, flush=True)
-            log = folder.with_name(folder.name + ".log")
-            recipe = [self.recipe, "train.save_steps=null", "train.eval_steps=null"]
-            recipe += [f"output.dir={folder}", *self.options.overrides, *overrides]
-            if any(folder.glob("checkpoint-*")):
-                recipe.append("--resume")
-            else:  # stopped before its first checkpoint
-                self.remove(folder)
-            self.run(log, "-m", "peagle_train", *recipe, alone=name == ALONE)
-            if not self.is_finished(folder):  # told to stop, it saves and ends well
-                raise RuntimeError(f"{name} was stopped; the same command resumes (see {log})")
-        return folder
-
-    def is_finished(self, folder: Path) -> bool:
-        marker = folder / "run.json"
-        return marker.is_file() and json.loads(marker.read_text())["state"] == "finished"
-
-    def remove(self, folder: Path) -> None:
-        from peagle_train.training.checkpoint import check_not_in_use
-
-        if folder.exists():
-            check_not_in_use(folder)
-            shutil.rmtree(folder)
+            raise RunStopped(f"peagle-train failed: {last} (see {log})")
 
     def folder(self, name: str) -> Path:
         return self.out / name.replace(" = ", "").replace(" ", "_")
 
-    def rows(self, name: str) -> list[str]:
-        """Where a case's features come from: the shared folder, or the target where its rows are others."""
-        if any(change.startswith("data.") for change in CASES[name]):
-            return []
-        return [self.cache("features")]
+    def cache(self, name: str) -> str:
+        """The override that names the features of a case's packing, which are made if they are not there."""
+        packing = [change for change in CASES[name] if change.startswith("data.")]
+        folder = self.folder(f"features of {name}" if packing else "features")
+        if not (folder / "done").exists():
+            tool = ["-m", "peagle_train", "cache", self.recipe, "--out", str(folder)]
+            self.run(folder.with_suffix(".log"), *tool, *self.options.overrides, *packing)
+            (folder / "done").touch()
+        return f"target.cache={folder}"
+
+    def train(self, name: str, *overrides: str, alone: bool = False) -> dict[str, Any]:
+        """Train a run to its end; returns its run.json."""
+        folder = self.folder(name)
+        marker = folder / "run.json"
+        if not marker.exists() or json.loads(marker.read_text())["state"] != "finished":
+            print(f"{name}: training", file=sys.stderr, flush=True)
+            recipe = [self.recipe, "train.save_steps=null", "train.eval_steps=null"]
+            recipe += [f"output.dir={folder}", *self.options.overrides, *overrides]
+            if any(folder.glob("checkpoint-*")):
+                recipe.append("--resume")
+            elif folder.exists():  # stopped before its first checkpoint
+                shutil.rmtree(folder)
+            self.run(folder.with_name(folder.name + ".log"), "-m", "peagle_train", *recipe, alone=alone)
+        return json.loads(marker.read_text())
 
     def steps(self, name: str) -> int:
-        """Optimizer steps that fit into the minutes, by the pace of a few that read features from disk."""
-        if name not in self.known:
-            few = [*CASES[name], "data.max_eval_rows=1"]
-            rows = self.rows(name)
-            if not rows:
-                few.append("data.max_documents=12")
-                rows = [self.cache(f"features of a few, {name}", *few)]
-            timed = f"timed {name}"
-            if not self.is_finished(self.folder(timed)):
-                self.remove(self.folder(timed))  # a pace is taken in one go
-            self.train(timed, *rows, *few, f"train.max_steps={TIMED_STEPS}", "train.log_steps=1")
-            lines = [json.loads(line) for line in (self.folder(timed) / "metrics.jsonl").open()]
-            seconds = [line["seconds"] for line in lines if line["kind"] == "train"]
-            pace = statistics.median(b - a for a, b in pairwise(seconds[4:]))
-            with self.lock:
-                self.known[name] = max(1, round(60 * self.options.minutes / pace))
-                write_json(self.out / "steps.json", self.known)
-        return self.known[name]
+        """Optimizer steps that fit into the minutes, by the pace of a few."""
+        changes = [*CASES[name], f"train.max_steps={TIMED_STEPS}", "train.log_steps=1", "data.max_eval_rows=1"]
+        self.train(f"timed {name}", self.cache(name), *changes)
+        lines = [json.loads(line) for line in (self.folder(f"timed {name}") / "metrics.jsonl").open()]
+        seconds = [line["seconds"] for line in lines if line["kind"] == "train"]
+        pace = statistics.median(b - a for a, b in pairwise(seconds[4:]))
+        return max(1, round(60 * self.options.minutes / pace))
 
     def case(self, name: str) -> None:
         """Train one."""
         length = [] if name in FIXED else [f"train.max_steps={self.steps(name)}"]
-        self.train(name, *self.rows(name), *CASES[name], *length)
+        self.train(name, self.cache(name), *CASES[name], *length, alone=name == ALONE)
 
     def train_all(self, names: list[str]) -> None:
-        """The recipe, then the others, the long ones first, `jobs` at a time."""
+        """The recipe, then the others, `jobs` at a time; after one that fails none begins, and its error is raised."""
         for name in names:
-            self.rows(name)  # before two jobs want the same features
-        self.at_once(self.case, [name for name in names if name == ALONE])
-        others = [name for name in names if name != ALONE]
-        others.sort(key=lambda name: (name not in FIXED, not any(change.startswith("data.") for change in CASES[name])))
-        self.at_once(self.steps, [name for name in others if name not in FIXED])
-        self.at_once(self.case, others)
-
-    def at_once(self, work: Callable[[str], object], names: list[str]) -> None:
-        """`jobs` at a time; after one that fails none begins, and its error is raised.
-
-        In threads, even if it is one: Ctrl-C then leaves the trainers, which get it too, the time to save.
-        """
-        ended = threading.Event()
-
-        def guarded(name: str) -> None:
-            if not ended.is_set():
-                try:
-                    work(name)
-                except BaseException:
-                    ended.set()
-                    raise
-
+            self.cache(name)  # before two jobs want the same features
+        if ALONE in names:
+            self.case(ALONE)
         pool = ThreadPoolExecutor(self.options.jobs)
         try:
-            for future in as_completed([pool.submit(guarded, name) for name in names]):
+            for future in as_completed([pool.submit(self.case, name) for name in names if name != ALONE]):
                 future.result()
         finally:
-            ended.set()
-            pool.shutdown()
+            pool.shutdown(cancel_futures=True)
 
-    def evaluate(self, folders: dict[str, Path]) -> dict[str, Any]:
-        """peagle-train evaluate over all of them; the first decodes. What was measured of the same is taken as it is."""
-        report, first = self.out / "evaluate.json", next(iter(folders.values()))
-        o = self.options
-        trained = max((folder / "model.safetensors").stat().st_mtime for folder in folders.values())
-        if report.exists() and report.stat().st_mtime > trained:
-            with suppress(ValueError, KeyError, TypeError):  # not one of these reports, or half of one
-                known = json.loads(report.read_text())
-                asked = (known["settings"]["limit"], known["settings"]["max_tokens"], known["drafters"])
-                if asked == (o.limit, o.max_tokens, [str(folder) for folder in folders.values()]):
-                    return known
-        command = ["-m", "peagle_train", "evaluate", str(first), "--prompts", "stdlib", "--limit", str(o.limit)]
+    def evaluate(self, folders: list[Path]) -> dict[str, Any]:
+        """The report of peagle-train evaluate over all of them; the first decodes."""
+        report, o = self.out / "evaluate.json", self.options
+        command = ["-m", "peagle_train", "evaluate", str(folders[0]), "--prompts", "stdlib", "--limit", str(o.limit)]
+        command += ["--max-tokens", str(o.max_tokens), "--k", "5", "--json", str(report)]
         command += ["--trust-remote-code"] if self.trusted else []
-        command += ["--cuts", "2", "--max-tokens", str(o.max_tokens), "--k", "5", "--max-k", "5", "--json", str(report)]
-        others = [str(folder) for folder in list(folders.values())[1:]]
-        self.run(self.out / "evaluate.log", *command, *(["--compare", *others] if others else []))
+        command += ["--compare", *map(str, folders[1:])] if folders[1:] else []
+        self.run(self.out / "evaluate.log", *command)
         return json.loads(report.read_text())
 
 
@@ -222,9 +156,6 @@ def summary(folders: dict[str, Path], report: dict[str, Any]) -> list[dict[str, 
             "steps": steps,
             "by_k": [at_k["accepted_length"] for at_k in figures["by_k"]],
             "train_seconds": trained["train_seconds"] * steps / trained["steps"],
-            "expected_on_held_out_rows": measured["expected_in_training"],
-            "expected_on_these_texts": measured["expected_from_teacher_forcing"],
-            "teacher_forced_accuracy": figures["teacher_forced_accuracy"],
             "accepted_length": measured["accepted_length"],
             "interval": measured["interval"],
             "accepted_by_position": measured["accepted_by_position"],
@@ -236,40 +167,24 @@ def summary(folders: dict[str, Path], report: dict[str, Any]) -> list[dict[str, 
         }
         if index == 0:
             row["texts"] = report["checks"]["texts"]
-            row["replays_that_differ"] = len(report["checks"]["replays_that_differ"])
+            row["replays_that_differ"] = report["checks"]["replays_that_differ"]
         else:
-            by_k = report["differences"][index - 1]["by_data_set"]["stdlib"]
+            less = report["differences"][index - 1]["by_data_set"]["stdlib"][-1]
             # the report says the first less this one
-            row["difference"] = -by_k[-1]["difference"]
-            row["difference_interval"] = [-bound for bound in reversed(by_k[-1]["interval"])]
+            row["difference"] = -less["difference"]
+            row["difference_interval"] = [-bound for bound in reversed(less["interval"])]
         rows.append(row)
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    header = [
-        "",
-        "steps",
-        "minutes",
-        "accepted",
-        "95 %",
-        "less the first",
-        "95 %",
-        "estimate: these texts",
-        "held-out rows",
-    ]
     lines = []
     for row in rows:
         line = [row["name"], str(row["steps"]), f"{row['train_seconds'] / 60:.1f}", f"{row['accepted_length']:.3f}"]
-        line.append(" to ".join(f"{bound:.3f}" for bound in row["interval"]))
-        if "difference" in row:
-            line.append(f"{row['difference']:+.3f}")
-            line.append(" to ".join(f"{bound:+.3f}" for bound in row["difference_interval"]))
-        else:
-            line += ["", ""]
-        held_out = row["expected_on_held_out_rows"]
-        lines.append([*line, f"{row['expected_on_these_texts']:.3f}", "" if held_out is None else f"{held_out:.3f}"])
-    return format_table(header, lines)
+        line += [" to ".join(f"{bound:.3f}" for bound in row["interval"])]
+        line += [f"{row['difference']:+.3f}" if "difference" in row else ""]
+        lines.append([*line, " to ".join(f"{bound:+.3f}" for bound in row.get("difference_interval", []))])
+    return format_table(["", "steps", "minutes", "accepted", "95 %", "less the first", "95 %"], lines)
 
 
 def main() -> int:
@@ -279,7 +194,7 @@ def main() -> int:
         "overrides",
         nargs="*",
         metavar="section.key=value",
-        help="first of all: what replaces the recipe's, in every case",
+        help="what replaces the recipe's in every case; comes first",
     )
     add("--out", required=True, metavar="DIR", help="runs, features and logs")
     add("--recipe", default=str(ROOT / "recipes" / "smollm2_cpu.yaml"))
@@ -302,30 +217,20 @@ def main() -> int:
     return run_tool("bench_acceptance.py", lambda: run(options), "; the same command resumes")
 
 
-def run(options: argparse.Namespace) -> int:
-    try:
-        rows = measure(Bench(options))
-    except RuntimeError as error:
-        print(f"bench_acceptance.py: error: {error}", file=sys.stderr)
-        return 1
-    print(table(rows))
-    if options.json:
-        write_json(options.json, rows)
-    return 0
-
-
-def measure(bench: Bench) -> list[dict[str, Any]]:
+def run(options: argparse.Namespace) -> None:
     """Train and measure every case that is asked for, and its checkpoints."""
-    names = list(dict.fromkeys(bench.options.only))
+    bench, folders, names = Bench(options), dict[str, Path](), list(dict.fromkeys(options.only))
     bench.train_all(names)
-    folders: dict[str, Path] = {}
     for name in names:
         folders[name] = bench.folder(name) / "final"
         for step in range(CURVE, 10**6 if name == ALONE else 0, CURVE):  # not those that a stop left
             checkpoint = bench.folder(name) / f"checkpoint-{step}"
             if checkpoint.is_dir():
                 folders[f"{name}, {checkpoint.name}"] = checkpoint
-    return summary(folders, bench.evaluate(folders))
+    rows = summary(folders, bench.evaluate(list(folders.values())))
+    print(table(rows))
+    if options.json:
+        write_json(options.json, rows)
 
 
 if __name__ == "__main__":

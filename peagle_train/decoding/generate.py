@@ -5,12 +5,15 @@ the real features h_{m-1} at position m - 1 (slot 0), then mask tokens at m, m +
 causal attention; slot k guesses x_{m+1+k}. This is the training contract's anchor a = m - 1 (`core.elements`), and
 tests compare the two slot by slot.
 
+Drafts are the drafter's likeliest tokens at any temperature (vLLM's `draft_sample_method: greedy`). The rejection rule of
+Leviathan et al. (arXiv:2211.17192) then accepts a guess x with the target's p(x), and replaces a rejected one by a token of
+p without x. Drawing a token from p, and accepting the guess if it is that token, is the same.
+
 K: slots, n: tokens of a call, T: the target's hidden size, F = 3T: feature size, V: the target's vocabulary, Vd: the
 draft vocabulary.
 """
 
-import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -31,13 +34,7 @@ class CachedTarget:
     """
 
     def __init__(self, target: FrozenTarget) -> None:
-        self.target = target
-        self.clear()
-
-    def clear(self) -> None:
-        """Start a new text."""
-        self.length = 0
-        self._cache = DynamicCache()
+        self.target, self.length, self._cache = target, 0, DynamicCache()
 
     @torch.no_grad()
     def extend(self, tokens: Sequence[int], num_logits: int) -> tuple[Tensor, Tensor]:
@@ -78,13 +75,11 @@ class CachedTarget:
 
 
 @torch.no_grad()
-def greedy_tokens(target: CachedTarget, prompt: Sequence[int], max_tokens: int, eos: Collection[int]) -> list[int]:
+def greedy_tokens(target: FrozenTarget, prompt: Sequence[int], max_tokens: int, eos: Collection[int]) -> list[int]:
     """The target's own greedy output, one token a pass: what speculative decoding has to reproduce."""
-    target.clear()
-    tokens: list[int] = []
-    given = prompt
+    cached, tokens, given = CachedTarget(target), list[int](), prompt
     while len(tokens) < max_tokens and not (tokens and tokens[-1] in eos):
-        _, logits_1V = target.extend(given, 1)
+        _, logits_1V = cached.extend(given, 1)
         tokens.append(int(logits_1V[0].argmax()))
         given = tokens[-1:]
     return tokens
@@ -95,12 +90,7 @@ class Drafter:
 
     def __init__(self, draft: PEagleDraft, num_slots: int) -> None:
         assert num_slots >= 1
-        self.draft, self.num_slots = draft, num_slots
-        self.clear()
-
-    def clear(self) -> None:
-        """Start a new text."""
-        self.length = 0
+        self.draft, self.num_slots, self.length = draft, num_slots, 0
         self._context: list[KV] | None = None
 
     @property
@@ -141,61 +131,20 @@ def join_context(context: list[KV] | None, more: Sequence[KV], n: int) -> list[K
     return [(torch.cat([k, a], dim=2), torch.cat([v, b], dim=2)) for (k, v), (a, b) in zip(context, new, strict=True)]
 
 
-class Chance:
-    """Every random choice of a decoding, from one generator."""
+def sampler(temperature: float, generator: torch.Generator) -> Callable[[Tensor], int]:
+    """What chooses the target's next token from its logits [V]: softmax(logits / temperature); at 0 the (first) largest."""
 
-    def __init__(self, generator: torch.Generator) -> None:
-        self.generator = generator
+    def choose(logits_V: Tensor) -> int:
+        if temperature == 0:
+            return int(logits_V.argmax())
+        probabilities_V = (logits_V.to("cpu", torch.float64) / temperature).softmax(-1)
+        return int(torch.multinomial(probabilities_V, 1, generator=generator))
 
-    def accepts(self, probability: float) -> bool:
-        return float(torch.rand((), generator=self.generator, dtype=torch.float64)) < probability
-
-    def choose(self, probabilities_V: Tensor) -> int:
-        """A token; float64, on the host, summing to 1."""
-        return int(torch.multinomial(probabilities_V, 1, generator=self.generator))
-
-
-def distribution(logits: Tensor, temperature: float) -> Tensor:
-    """softmax(logits / temperature) in float64 on the host, [..., V]; at 0, all on the (first) largest."""
-    logits = logits.detach().to("cpu", torch.float64)
-    if temperature == 0:
-        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    return (logits / temperature).softmax(-1)
-
-
-def spread(drafted: Tensor, token_ids: Tensor, vocab_size: int) -> Tensor:
-    """Probabilities of the draft vocabulary [K, Vd] as the target's [K, V], zero where the drafter has no token."""
-    return drafted.new_zeros(drafted.shape[0], vocab_size).index_copy_(1, token_ids.cpu(), drafted)
-
-
-def verify(drafted: Sequence[int], draft_KV: Tensor, target_K1V: Tensor, chance: Chance) -> tuple[int, int]:
-    """The rejection rule of Leviathan et al. (arXiv:2211.17192): the output is distributed as the target's own.
-
-    A drafted token x is accepted with probability min(1, p(x) / q(x)). The target replaces the first rejected one by a
-    token from max(0, p - q), normalised, and adds one from its own distribution after a wholly accepted draft. q is what
-    the token was drawn from, so a pruned draft vocabulary (q = 0 outside of it) costs acceptance, not exactness. At
-    temperature 0, where p and q are 0 or 1, this compares argmaxes.
-
-    Args:
-        drafted: K tokens, token k drawn from `draft_KV[k]`.
-        target_K1V: [K + 1, V], the target's distribution at each of them, and after the last.
-
-    Returns:
-        How many of the drafted tokens are accepted, and the token that follows them.
-    """
-    for k, token in enumerate(drafted):
-        if not chance.accepts(min(1.0, float(target_K1V[k, token] / draft_KV[k, token]))):
-            residual_V = (target_K1V[k] - draft_KV[k]).clamp(min=0)
-            total = residual_V.sum()
-            # Without rounding a token is rejected only where p < q, so that p > q somewhere else.
-            return k, chance.choose(residual_V / total if total > 0 else target_K1V[k])
-    return len(drafted), chance.choose(target_K1V[len(drafted)])
+    return choose
 
 
 def lead(logits: Tensor) -> list[float]:
     """By how many ulp of its dtype the best of logits [n, V] leads the second: [n]; sums in another order move a few."""
-    if logits.shape[-1] == 1:
-        return [math.inf] * logits.shape[0]
     best = logits.detach().to("cpu", torch.float64).topk(2).values
     ulp = torch.finfo(logits.dtype).eps * 2.0 ** (best.abs().amax(-1).frexp().exponent - 1)
     return ((best[:, 0] - best[:, 1]) / ulp).tolist()
@@ -207,13 +156,12 @@ class Decoded:
 
     prompt: list[int]
     tokens: list[int]  # at most max_tokens; the last is an end token if there was one
-    probabilities: list[float]  # of each token, under the target at this temperature
     passes: list[tuple[int, int]] = field(default_factory=list)
     """Of each verifying pass: the index in `tokens` of the bonus token that its draft followed, and how many drafted tokens
     were accepted (those after an end token do not count, those after max_tokens do)."""
     features: Tensor | None = None  # [prompt + tokens - 1, F]: of every token but the last
     leads: list[float] = field(default_factory=list)  # of each token: the `lead` of the target's logits
-    draft_leads: list[list[float]] = field(default_factory=list)  # of each pass: that of each slot's logits
+    draft_leads: list[float] = field(default_factory=list)  # of each pass: the smallest of its slots'
 
 
 @torch.no_grad()
@@ -222,48 +170,38 @@ def decode(
     drafter: Drafter,
     prompt: Sequence[int],
     max_tokens: int,
-    *,
+    choose: Callable[[Tensor], int],
     eos: Collection[int] = (),
-    temperature: float = 0.0,
-    chance: Chance,
-    sample_drafts: bool = True,
 ) -> Decoded:
     """Decode speculatively until `max_tokens` tokens or an end token; batch 1.
 
     Args:
-        prompt: at least one token.
-        temperature: of target and drafter; 0 is greedy.
-        sample_drafts: draw drafts from the drafter's distribution; False takes its likeliest tokens, as engines do that
-            keep no draft probabilities.
+        target, drafter: without a text yet.
+        choose: see `sampler`.
     """
     assert prompt and max_tokens >= 1
-    target.clear()
-    drafter.clear()
     features, logits = target.extend(prompt, 1)
-    first_V = distribution(logits, temperature)[0]
-    token = chance.choose(first_V)
-    out = Decoded([*prompt], [token], [float(first_V[token])], leads=lead(logits))
+    out = Decoded([*prompt], [choose(logits[0])], leads=lead(logits))
     kept = [features]
-    known, known_features = [*prompt[1:], token], features
+    known, known_features = [*prompt[1:], *out.tokens], features
     while len(out.tokens) < max_tokens and out.tokens[-1] not in eos:
         draft_logits = drafter.propose(known, known_features)
-        drafted_q = distribution(draft_logits, temperature if sample_drafts else 0.0)
-        draft_KV = spread(drafted_q, drafter.token_ids, first_V.numel())
-        drafted = [chance.choose(q_V) for q_V in draft_KV]
+        drafted = drafter.token_ids[draft_logits.argmax(-1)].tolist()
         bonus_at, length = len(out.tokens) - 1, len(prompt) + len(out.tokens)
         features, logits = target.extend([out.tokens[-1], *drafted], len(drafted) + 1)
-        target_K1V = distribution(logits, temperature)
-        accepted, bonus = verify(drafted, draft_KV, target_K1V, chance)
+        known = [choose(logits[0])]  # what the target says, one token further than it agrees with the draft
+        while len(known) <= len(drafted) and known[-1] == drafted[len(known) - 1]:
+            known.append(choose(logits[len(known)]))
+        accepted = len(known) - 1
         target.crop(length + accepted)
-        known, known_features = [*drafted[:accepted], bonus], features[: accepted + 1]
+        known_features = features[: accepted + 1]
         kept.append(known_features)
-        ends = [i for i, t in enumerate(known) if t in eos]
+        ends = [i for i, token in enumerate(known) if token in eos]
         new = known[: ends[0] + 1] if ends else known
         out.tokens += new
-        out.probabilities += [float(target_K1V[i, t]) for i, t in enumerate(new)]
         out.passes.append((bonus_at, min(accepted, len(new))))
         out.leads += lead(logits)[: len(new)]
-        out.draft_leads.append(lead(draft_logits))
-    del out.tokens[max_tokens:], out.probabilities[max_tokens:], out.leads[max_tokens:]
+        out.draft_leads.append(min(lead(draft_logits)))
+    del out.tokens[max_tokens:], out.leads[max_tokens:]
     out.features = torch.cat(kept)[: len(prompt) + len(out.tokens) - 1]
     return out

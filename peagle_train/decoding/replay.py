@@ -1,24 +1,16 @@
 """How long every K's drafts would have been accepted on a text that is already there: exact, from one drafter pass.
 
-The output of speculative decoding does not depend on the drafter (greedy: it is the target's own text; sampled: it is
-distributed as the target's own), and neither do a slot's logits on K or on what was drafted before: slot d of the draft at
-anchor a reads the real tokens and features up to a and mask tokens, nothing else. So one pass over the text gives the draft
-of every anchor (training's flat pass, all depths), a draft of K slots is the first K of each, and what is left to know is
-where the passes of each K begin:
-- greedy, slot d is accepted where its guess is the text's token;
-- sampled, given that the text has token x there, the drafted token was accepted with probability min(1, q(x) / p(x)):
-  drafted-and-accepted has probability min(p(x), q(x)), x comes out with p(x), and the coins of all slots are independent.
-  (Likeliest drafts have q 0 or 1: 1 where the guess is x, else 0.)
-Following all of a text's passes at once, each with the probability that there is one, gives expected counts: for greedy
-decoding, where every probability is 0 or 1, these are the counts.
+The output of speculative decoding does not depend on the drafter (`decoding.generate`), and neither do a slot's logits on
+K or on what was drafted before: slot d of the draft at anchor a reads the real tokens and features up to a and mask tokens,
+nothing else. So one pass over the text gives the draft of every anchor (training's flat pass, all depths), a draft of K
+slots is the first K of each, a guess is accepted where it is the text's token, and what is left is to follow the passes.
 
 m: tokens with a successor (bonus tokens that a pass may follow), K: slots, n: tokens, F: feature size, Vd: draft
 vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise, zip_longest
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -26,7 +18,7 @@ from torch import Tensor
 from peagle_train.core.draft import KV, PEagleDraft
 from peagle_train.core.elements import make_elements
 from peagle_train.core.passes import visibility_of
-from peagle_train.decoding.generate import Decoded, distribution, join_context
+from peagle_train.decoding.generate import Decoded, join_context
 
 ANCHORS_AT_A_TIME = 64
 LONGEST_PERIOD, SHORTEST_RUN = 64, 24
@@ -34,9 +26,9 @@ LONGEST_PERIOD, SHORTEST_RUN = 64, 24
 
 def slot_logits(
     draft: PEagleDraft, ids: Sequence[int], features_nF: Tensor, first_anchor: int, num_slots: int
-) -> Iterator[tuple[int, Tensor]]:
-    """(anchor of the first row, logits [rows, K, Vd]) for all anchors from `first_anchor` to n - 3, some at a time: those
-    whose first slot guesses a token of the text.
+) -> Iterator[Tensor]:
+    """Logits [rows, K, Vd] of all anchors from `first_anchor` to n - 3 in order, some at a time: those whose first slot
+    guesses a token of the text.
 
     Training's pass under training's visibility, each part's context entering as keys and values.
     """
@@ -69,91 +61,47 @@ def slot_logits(
             if drafts:
                 hidden = output.hidden[0]
                 real_R1H, masks_RkH = hidden[:rows, None], hidden[rows:].unflatten(0, (rows, K - 1))
-                yield start, draft.lm_head(torch.cat([real_R1H, masks_RkH], dim=1))
+                yield draft.lm_head(torch.cat([real_R1H, masks_RkH], dim=1))
 
 
-def accept_probabilities(
-    draft: PEagleDraft, decoded: Decoded, num_slots: int, temperature: float = 0.0, sample_drafts: bool = True
-) -> Tensor:
-    """[m, K] float64: the probability that slot k of the draft after token i is accepted, given that all before it are.
-
-    0 beyond the text's end.
-    """
+def accepted_slots(draft: PEagleDraft, decoded: Decoded, num_slots: int) -> list[int]:
+    """[m]: how many of the first slots of the draft after token i guess the text's tokens; none beyond its end."""
     assert decoded.features is not None
-    ids, first = [*decoded.prompt, *decoded.tokens], len(decoded.prompt) - 1
-    m, K = len(decoded.tokens) - 1, num_slots
-    index_V = torch.full((draft.config.vocab_size,), -1)
-    draft_ids = draft.draft_token_ids.cpu()
-    index_V[draft_ids] = torch.arange(draft_ids.numel())
-    accept_mK = torch.zeros(m, K, dtype=torch.float64)
-    # token i + 1 + k, which slot k after token i guesses
-    guessed_mK = torch.arange(m)[:, None] + 1 + torch.arange(K)
-    inside_mK = guessed_mK <= m
-    guessed_mK = guessed_mK.clamp(max=m)
-    column_mK = index_V[torch.tensor(decoded.tokens)[guessed_mK]]
-    p_mK = torch.tensor(decoded.probabilities, dtype=torch.float64)[guessed_mK]
-    for anchor, logits_RKV in slot_logits(draft, ids, decoded.features, first, K):
-        rows = slice(anchor - first, anchor - first + logits_RKV.shape[0])
-        q_RKV = distribution(logits_RKV, temperature if sample_drafts else 0.0)
-        q_RK = q_RKV.gather(2, column_mK[rows].clamp(min=0)[:, :, None])[:, :, 0]
-        accept_mK[rows] = (q_RK / p_mK[rows]).clamp(max=1)
-    return accept_mK.masked_fill_(~inside_mK | (column_mK < 0), 0.0)
+    ids, first, m = [*decoded.prompt, *decoded.tokens], len(decoded.prompt) - 1, len(decoded.tokens) - 1
+    if m == 0:
+        return []
+    logits = slot_logits(draft, ids, decoded.features, first, num_slots)
+    guess_mK = torch.cat([draft.draft_token_ids[logits_RKV.argmax(-1)].cpu() for logits_RKV in logits])
+    at_mK = torch.arange(m)[:, None] + 1 + torch.arange(num_slots)  # the token that slot k after token i guesses
+    is_right_mK = (guess_mK == torch.tensor(decoded.tokens)[at_mK.clamp(max=m)]) & (at_mK <= m)
+    return is_right_mK.cumprod(1).sum(1).tolist()
 
 
-@dataclass
-class Tally:
-    """Counts of verifying passes, expected ones where drafts are drawn; tallies add up."""
+def replay(accepted_m: Sequence[int], num_slots: int, max_tokens: int) -> list[tuple[int, int]]:
+    """`Decoded.passes` of drafts of `num_slots` tokens, as in decoding until `max_tokens` are out.
 
-    passes: float = 0.0
-    tokens: float = 0.0
-    """Accepted ones, and the one that the target adds to each pass (none to a pass that drafted the end token)."""
-    accepted: tuple[float, ...] = ()
-    """By slot: passes in which its token, and so every one before, was accepted."""
-
-    def __add__(self, other: "Tally") -> "Tally":
-        accepted = tuple(a + b for a, b in zip_longest(self.accepted, other.accepted, fillvalue=0.0))
-        return Tally(self.passes + other.passes, self.tokens + other.tokens, accepted)
-
-
-def replay(accept_mK: Tensor, num_slots: int, max_tokens: int, apart_m: Sequence[bool]) -> tuple[Tally, Tally]:
-    """The passes of drafts of `num_slots` over a text of m + 1 tokens, as in decoding it until `max_tokens` are out.
-
-    A pass that crosses `max_tokens` counts whole; the text continues for `num_slots` tokens after it, or ends with an end
-    token before.
-
-    Args:
-        accept_mK: `accept_probabilities`, of num_slots or more slots.
-        apart_m: whether a pass that follows token i is counted apart.
-
-    Returns:
-        The passes that are not counted apart, and those that are.
+    A pass that crosses `max_tokens` counts whole: the text continues for `num_slots` tokens after it, or ends with an end
+    token before. `accepted_m`: `accepted_slots`, of num_slots or more slots.
     """
-    m, K = accept_mK.shape[0], num_slots
-    assert accept_mK.shape[1] >= K or m == 0
-    chain_mK = accept_mK[:, :K].cumprod(1).tolist()
-    begins = [1.0] + [0.0] * (m + K + 1)
-    both = [Tally(accepted=(0.0,) * K), Tally(accepted=(0.0,) * K)]
-    for i in range(min(m, max_tokens - 1)):
-        if begins[i] == 0.0:
-            continue
-        reach = [begins[i] * share for share in (1.0, *chain_mK[i], 0.0)]  # reach[j]: at least j are accepted
-        exactly = [more - most for more, most in pairwise(reach)]
-        for j, share in enumerate(exactly):
-            begins[i + j + 1] += share
-        tokens = sum(share * min(j + 1, m - i) for j, share in enumerate(exactly))
-        both[bool(apart_m[i])] += Tally(begins[i], tokens, tuple(reach[1:-1]))
-    return both[0], both[1]
+    passes, i = [], 0
+    while i < min(len(accepted_m), max_tokens - 1):
+        passes.append((i, min(accepted_m[i], num_slots)))
+        i += passes[-1][1] + 1
+    return passes
 
 
-def tally_run(decoded: Decoded, num_slots: int, max_tokens: int, apart_m: Sequence[bool]) -> tuple[Tally, Tally]:
-    """The passes that a decoding really made, in `replay`'s terms."""
-    m = len(decoded.tokens) - 1
-    both = [Tally(accepted=(0.0,) * num_slots), Tally(accepted=(0.0,) * num_slots)]
-    for i, accepted in decoded.passes:
-        if i < min(m, max_tokens - 1):
-            slots = tuple(float(k < accepted) for k in range(num_slots))
-            both[bool(apart_m[i])] += Tally(1.0, float(min(accepted + 1, m - i)), slots)
-    return both[0], both[1]
+def count(passes: Sequence[tuple[int, int]], num_slots: int, apart_m: Sequence[bool]) -> list[list[int]]:
+    """Counts of the passes that are not counted apart, and of those that are: [2, 2 + K].
+
+    Each is: passes; tokens (accepted ones, and the one that the target adds to each pass, none to a pass that drafted the
+    end token); by slot, passes in which its token, and so every one before, was accepted.
+    """
+    m, counts = len(apart_m), [[0] * (2 + num_slots), [0] * (2 + num_slots)]
+    for i, accepted in passes:
+        slots = [int(k < accepted) for k in range(num_slots)]
+        one = [1, min(accepted + 1, m - i), *slots]
+        counts[apart_m[i]] = [a + b for a, b in zip(counts[apart_m[i]], one)]
+    return counts
 
 
 def repeats(prompt: Sequence[int], tokens: Sequence[int]) -> list[bool]:
