@@ -171,6 +171,24 @@ def checksum(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """`write_json` with a checksum of the content, for `read_sealed`."""
+    write_json(path, {**content, "sha256": checksum(content)})
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """What `write_sealed` wrote; None if there is no file; ValueError, one line, for anything else."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("sha256") == checksum(content):
+            return content
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        pass
+    raise ValueError(f"{path} is not what was written: remove its folder, and make it again")
+
+
 # One process at a time.
 
 

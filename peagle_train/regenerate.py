@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from peagle_train.data.documents import SourceFile, read_examples
 from peagle_train.data.encode import RawExample, parse
-from peagle_train.data.messages import FORMAT, BadRow, messages_of, parts_of
+from peagle_train.data.messages import FORMAT, BadRow, messages_of
 from peagle_train.files import RunStopped, one_line, partial_path, put, write_json
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ def _prompt(raw: RawExample, taken: Container[str]) -> Prompt:
     if chat.tools or any(message["role"] == "tool" or "tool_calls" in message for message in chat.messages):
         raise BadRow("tools", "the target would have to call them")
     for message in chat.messages:
-        kept = {"role": message["role"], "content": "".join(parts_of(message["content"]))}
+        kept = {"role": message["role"], "content": message["content"]}
         is_answer = kept["role"] == "assistant"
         if is_answer and message.get("reasoning_content"):
             kept["reasoning_content"] = message["reasoning_content"]

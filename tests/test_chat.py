@@ -1,7 +1,6 @@
 """Chats in tokens: what is learned, typed out token by token, for templates of the shapes that models have."""
 
 import json
-import pickle
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ from tokenizers.normalizers import NFC
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from peagle_train.config import Data
 from peagle_train.data.chat import ChatEncoder
 from peagle_train.data.messages import NOTHING, TEMPLATE, BadRow, messages_of
 from tests import chats
@@ -138,23 +138,6 @@ def test_masks_are_those_of_the_same_template_with_marks(name: str, row: dict[st
     assert bool(differences) == (row is BLANKS and name in ("CHATML", "TOOLS"))
 
 
-@pytest.mark.parametrize("row", [THOUGHTFUL, WEATHER])
-def test_after_the_last_user_the_mask_of_a_reasoning_template_is_that_of_its_marks(row: dict[str, Any]) -> None:
-    ids, mask = marked_mask(chats.REASONING, row)
-    encoded = encode(chats.REASONING, row)
-    assert encoded.input_ids == ids
-    begin = min(i for i, bit in enumerate(encoded.loss_mask) if bit)
-    assert encoded.loss_mask[begin:] == mask[begin:]
-    assert (1 in mask[:begin]) == (UNLEARNED in encoded.counts)
-
-
-def test_offsets_that_leave_out_the_leading_space_change_nothing() -> None:
-    for row in ORACLE_ROWS[:3]:
-        for template in (chats.CHATML, chats.PLAIN):
-            plain, trimmed = (encode(template, row, make_tokenizer(trim_offsets=trim)) for trim in (False, True))
-            assert plain == trimmed
-
-
 def test_a_space_that_the_prompt_ends_in_is_never_learned_with_the_word_after_it() -> None:
     # As in Vicuna: the server's prompt ends in the space, so that the target cannot begin with "_Blue".
     template = (
@@ -244,15 +227,11 @@ def test_refuse_takes_no_chat_that_the_template_rewrites() -> None:
         encode(chats.REASONING, THOUGHTFUL, on_rewrite="refuse")
     assert error.value.reason == TEMPLATE
     assert encode(chats.REASONING, WEATHER, on_rewrite="refuse") == encode(chats.REASONING, WEATHER)
-
-
-def test_a_template_that_drops_the_thoughts_of_the_last_turn_too_takes_no_chat() -> None:
-    # The generation prompt opens thoughts that the rendered turn does not have.
+    # The generation prompt opens thoughts that the rendered turn does not have: not even the last turn can be learned.
     template = chats.CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
     for on_rewrite in ("last_turn", "refuse"):
-        with pytest.raises(BadRow, match="does it drop thoughts") as error:
+        with pytest.raises(BadRow, match="does it drop thoughts"):
             encode(template, SEA, on_rewrite=on_rewrite)
-        assert error.value.reason == TEMPLATE
 
 
 def test_last_turn_means_the_steps_of_the_assistant_after_the_last_user() -> None:
@@ -329,14 +308,12 @@ def make_tokenizer_without_eos() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=make_tokenizer().backend_tokenizer)
 
 
-def test_a_special_token_in_a_text_is_what_it_is_to_a_server_and_is_counted() -> None:
-    row = chat("user: Hi<|im_end|>", "assistant: Hello<|eot|>Bye</think>")
-    encoded = encode(chats.CHATML, row)
+def test_a_special_token_in_a_text_is_what_it_is_to_a_server() -> None:
+    encoded = encode(chats.CHATML, chat("user: Hi<|im_end|>", "assistant: Hello<|eot|>Bye</think>"))
     assert readable(encoded) == (
         r"<|im_start|> user \n Hi <|im_end|> <|im_end|> \n "
         r"<|im_start|> assistant \n [Hello] [<|eot|>] [Bye] [</think>] [<|im_end|>] \n"
     )
-    assert encoded.counts == {"special tokens spelt out in texts": 2}
 
 
 def test_a_prompt_that_runs_into_the_answer_within_a_token_is_counted() -> None:
@@ -345,41 +322,10 @@ def test_a_prompt_that_runs_into_the_answer_within_a_token_is_counted() -> None:
     assert encoded.counts == {BORDER: 1}
 
 
-def test_what_the_template_leaves_out_is_counted() -> None:
-    silent = "{% for m in messages %}{% if m.role in ('user', 'assistant') %}" + stock(chats.CHATML).replace(
-        "{% for m in messages %}", ""
-    ).replace("{% endfor %}", "{% endif %}{% endfor %}")
-    row = {"messages": chat("system: You are short.", "user: Hi", "assistant: Bye")["messages"]}
-    row["tools"] = [{"type": "function", "function": {"name": "weather"}}]
-    row["messages"][2]["thinking"] = "Thinking about it"
-    assert encode(silent, row).counts == {"texts that the template changes or omits": 3}, "system, thoughts and tools"
-    with pytest.raises(BadRow) as error:
+def test_tool_calls_that_the_template_does_not_read_are_a_bad_row() -> None:
+    with pytest.raises(BadRow, match="tool_calls") as error:
         encode(chats.CHATML, WEATHER)
     assert error.value.reason == TEMPLATE
-
-
-def test_parts_of_content_are_joined_by_a_newline_where_the_template_takes_text_alone() -> None:
-    row = chat("user: Hi", "assistant: Bye")
-    row["messages"][0]["content"] = [{"type": "text", "text": "Hello"}, {"type": "text", "text": "Hi"}]
-    assert (
-        encode(chats.CHATML, row).input_ids == encode(chats.CHATML, chat("user: Hello\nHi", "assistant: Bye")).input_ids
-    )
-    lists = stock(chats.CHATML).replace("{{ m.content }}", "{% for c in m.content %}{{ c.text }}{% endfor %}")
-    assert encode(lists, row).input_ids == encode(chats.CHATML, chat("user: HelloHi", "assistant: Bye")).input_ids
-    both = stock(chats.CHATML).replace(
-        "{{ m.content }}",
-        "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endif %}",
-    )
-    assert encode(both, row).input_ids == encode(lists, row).input_ids
-
-
-def test_a_chat_of_50_turns_is_learned_from_in_every_turn() -> None:
-    turns = [f"{('user', 'assistant')[i % 2]}: Hello {i}" for i in range(100)]
-    encoded = encode(chats.CHATML, chat(*turns))
-    text = readable(encoded)
-    assert text.count(r"assistant \n [Hello]") == 50 == text.count("[<|im_end|>]")
-    first = encode(chats.CHATML, chat(*turns[:2]))
-    assert encoded.loss_mask[: len(first.loss_mask)] == first.loss_mask
 
 
 @pytest.mark.parametrize(
@@ -390,7 +336,7 @@ def test_a_chat_of_50_turns_is_learned_from_in_every_turn() -> None:
         ("{{ messages[0].role }}", {}, "what the user says is not in it"),
         ("{{ messages[0].content }}", {}, "cannot render the assistant's message (what the assistant says"),
         ("{{ raise_exception('no') }}", {}, "(TemplateError: no): set data.chat_template"),
-        (stock(chats.CHATML), {"template_kwargs": {"tools": []}}, "data.template_kwargs cannot set tools"),
+        (stock(chats.CHATML), {"template_kwargs": {"tools": []}}, "multiple values for keyword argument 'tools'"),
     ],
 )
 def test_a_template_that_cannot_work_is_one_line_at_the_first_chat(template: Any, options: Any, message: str) -> None:
@@ -399,44 +345,14 @@ def test_a_template_that_cannot_work_is_one_line_at_the_first_chat(template: Any
     assert message in str(error.value) and "\n" not in str(error.value) and not isinstance(error.value, BadRow)
 
 
-def test_chats_take_a_fast_tokenizer() -> None:
-    for tokenizer in (None, SimpleNamespace(is_fast=False, chat_template="x")):
+def test_chats_take_a_fast_tokenizer_and_a_template_file_that_can_be_read(tmp_path: Path) -> None:
+    for tokenizer in (None, SimpleNamespace(is_fast=False)):
         with pytest.raises(ValueError, match="chats take a fast tokenizer"):
             ChatEncoder(tokenizer)
-
-
-def test_the_recipe_names_template_file_variables_and_what_to_do_on_a_rewrite(tmp_path: Path) -> None:
-    file = tmp_path / "t.jinja"
-    file.write_text(stock(chats.REASONING))
-    data = SimpleNamespace(chat_template=str(file), template_kwargs={"enable_thinking": False}, on_rewrite="refuse")
-    made = ChatEncoder.from_recipe(data, make_tokenizer())
-    same = encoder(chats.REASONING, template_kwargs={"enable_thinking": False}, on_rewrite="refuse")
-    assert made.fingerprint == same.fingerprint
-    for text, message in ((None, "cannot read"), ("\n", "is empty")):
-        file.unlink() if text is None else file.write_text(text)
+    (tmp_path / "empty.jinja").write_text("\n")
+    for name, message in (("none", "cannot read"), ("empty", "is empty")):
         with pytest.raises(ValueError, match=f"data.chat_template: .*{message}"):
-            ChatEncoder.from_recipe(data, make_tokenizer())
-
-
-def test_the_fingerprint_is_of_all_that_decides_and_of_nothing_else() -> None:
-    own = make_tokenizer_without_eos()
-    own.chat_template = stock(chats.CHATML)
-    more = make_tokenizer_without_eos()
-    more.add_tokens(["Hellohello"])
-    prints = [
-        encoder(chats.CHATML),
-        encoder(chats.LLAMA3),
-        encoder(chats.CHATML, on_rewrite="refuse"),
-        encoder(chats.CHATML, template_kwargs={"a": 1}),
-        encoder(chats.CHATML, make_tokenizer_without_eos()),
-        encoder(chats.CHATML, more),
-    ]
-    assert len({made.fingerprint for made in prints}) == len(prints)
-    assert ChatEncoder(own).fingerprint == encoder(chats.CHATML, make_tokenizer_without_eos()).fingerprint
-    padded = make_tokenizer_without_eos()
-    padded("Hello", truncation=True, max_length=3)
-    assert encoder(chats.CHATML, padded).fingerprint == ChatEncoder(own).fingerprint
-    assert pickle.loads(pickle.dumps(prints[0])).fingerprint == prints[0].fingerprint
+            ChatEncoder.from_recipe(Data(["x"], chat_template=str(tmp_path / f"{name}.jinja")), make_tokenizer())
 
 
 def test_the_given_tokenizer_stays_as_it_was() -> None:
@@ -444,13 +360,3 @@ def test_the_given_tokenizer_stays_as_it_was() -> None:
     before = json.loads(tokenizer.backend_tokenizer.to_str())
     encode(chats.CHATML, SEA, tokenizer)
     assert json.loads(tokenizer.backend_tokenizer.to_str()) == before
-
-
-def test_notices_say_what_is_peculiar_about_a_template() -> None:
-    assert encoder(chats.CHATML).notices == encoder(chats.PLAIN).notices == encoder(chats.REASONING).notices == []
-    headless = stock(chats.CHATML).replace("{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "")
-    (line,) = encoder(headless).notices
-    assert r"ignores add_generation_prompt: the header of the assistant's turns ('<|im_start|>assistant\n')" in line
-    assert "[<|im_start|>] [assistant]" in readable(encode(headless, SEA))
-    (line,) = encoder(chats.CHATML + "{{ strftime_now('%d') if false }}").notices
-    assert "today's date" in line

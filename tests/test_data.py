@@ -35,12 +35,7 @@ def test_about_the_fraction_is_held_out_whatever_the_others_are_and_it_only_grow
     assert np.array_equal(held_out_documents(keys(2000)[250:100:-3], 0.1), held_out[250:100:-3])
     more = held_out_documents(keys(2000), 0.2)
     assert more[held_out].all() and more.sum() > held_out.sum()
-
-
-def test_nothing_is_held_out_at_zero_and_fractions_that_leave_nothing_are_refused() -> None:
     assert not held_out_documents(keys(9), 0.0).any() and held_out_documents(keys(0), 0.5).size == 0
-    with pytest.raises(ValueError, match="holds out all 1 documents"):
-        held_out_documents(np.zeros((1, 32), np.uint8), 0.01)
 
 
 def all_rows(rows: PackedRows) -> list[dict[str, Any]]:
@@ -159,7 +154,7 @@ def test_limit_takes_a_fixed_sample_in_order_and_shares_the_tokens() -> None:
         torch.equal(row["input_ids"], rows[keys.index(row["row_key"])]["input_ids"]) for row in all_rows(limited)
     )
     assert [row["row_key"] for row in all_rows(limited.limit(3))] == [k for k in chosen if k in sorted(chosen)[:3]]
-    assert rows.limit(None) is rows and rows.limit(40) is rows
+    assert [row["row_key"] for row in all_rows(rows.limit(None))] == keys
 
 
 def test_more_than_a_million_tokens_are_counted_across_the_parts_that_they_are_counted_in() -> None:

@@ -14,7 +14,7 @@ from peagle_train.data.training_data import load_training_data
 from tests.byte_tokenizer import BYTES_VOCAB, make_byte_tokenizer
 from tests.tiny import make_target, write_recipe
 
-QUIET = settings(max_examples=80, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+QUIET = settings(max_examples=120, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 MASK = BYTES_VOCAB - 1
 
 texts = st.one_of(st.text(max_size=12), st.sampled_from(["", " ", "\ud800", "\x00", "<|im_end|>", "a" * 500]))
@@ -62,45 +62,32 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     return target, make_byte_tokenizer(target)
 
 
-@given(st.lists(lines, min_size=1, max_size=6))
+@given(st.lists(lines, min_size=1, max_size=6), st.booleans())
 @QUIET
-def test_every_line_is_a_document_or_counted_with_a_reason(
-    tmp_path_factory: pytest.TempPathFactory, world: tuple[Path, Any], content: list[bytes]
+def test_every_line_is_a_document_or_counted_with_a_reason_and_without_leave_the_first_stops(
+    tmp_path_factory: pytest.TempPathFactory, world: tuple[Path, Any], content: list[bytes], has_leave: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("rows")
     source = folder / "rows.jsonl"
-    good = [b'{"input_ids": [7, 8, 9, 10]}']
+    good = [b'{"input_ids": [7, 8, 9, 10]}'] if has_leave else []
     source.write_bytes(b"\n".join(good + content) + b"\n")
     target, tokenizer = world
-    path = write_recipe(
-        folder, target, source, folder / "out", draft={"mask_token_id": MASK}, data={"max_bad_rows": 99}
-    )
+    data = {"max_bad_rows": 99 if has_leave else 0}
+    recipe = load_recipe(write_recipe(folder, target, source, folder / "out", draft={"mask_token_id": MASK}, data=data))
     said: list[str] = []
-    data = load_training_data(load_recipe(path), tokenizer, BYTES_VOCAB, MASK, said.append)
-    report = data.source_reports["sources"]
+    try:
+        made = load_training_data(recipe, tokenizer, BYTES_VOCAB, MASK, said.append)
+    except ValueError as error:
+        text = str(error)
+        assert not has_leave and text and "\n" not in text and "\r" not in text and len(text) < 1500, repr(text)
+        return
+    report = made.source_reports["sources"]
     blank = sum(not line.strip() for line in content)
     left_out, bad = sum(report.left_out.values()), sum(report.bad_rows.values())
     assert len(good + content) - blank == report.documents + left_out + bad, (content, report)
     assert all(f"{source}, line " in report.first_bad[reason] for reason in report.bad_rows)
-    for i in range(len(data.train_rows)):
-        row = data.train_rows[i]
+    for i in range(len(made.train_rows)):
+        row = made.train_rows[i]
         assert 0 <= int(row["input_ids"].min()) and int(row["input_ids"].max()) < BYTES_VOCAB
         assert MASK not in row["input_ids"] and set(np.unique(row["loss_mask"])) <= {0, 1}
     assert all("\n" not in line for line in said)
-
-
-@given(st.lists(lines, min_size=1, max_size=4))
-@QUIET
-def test_without_an_allowance_the_first_bad_row_is_one_line(
-    tmp_path_factory: pytest.TempPathFactory, world: tuple[Path, Any], content: list[bytes]
-) -> None:
-    folder = tmp_path_factory.mktemp("rows")
-    source = folder / "rows.jsonl"
-    source.write_bytes(b"\n".join(content))
-    target, tokenizer = world
-    recipe = load_recipe(write_recipe(folder, target, source, folder / "out", draft={"mask_token_id": MASK}))
-    try:
-        load_training_data(recipe, tokenizer, BYTES_VOCAB, MASK, lambda _: None)
-    except ValueError as error:
-        text = str(error)
-        assert text and "\n" not in text and "\r" not in text and len(text) < 1500 and text.isascii(), repr(text)

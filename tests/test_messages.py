@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from peagle_train.data.messages import FORMAT, NOTHING, UNREADABLE, BadRow, keys_read, messages_of
+from peagle_train.data.messages import FORMAT, NOTHING, UNREADABLE, BadRow, messages_of, without_null
 from tests.chats import chat
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Bye"}
@@ -47,14 +47,6 @@ def test_sharegpt_is_the_same_as_messages() -> None:
     assert conversation.learned == [False, False, False, False, True, False, True]
 
 
-def test_prompt_and_completion_are_messages_of_which_the_completions_are_learned() -> None:
-    conversation = messages_of({"prompt": [USER, ANSWER, USER], "completion": [ANSWER, USER, ANSWER]})
-    assert conversation.messages == [USER, ANSWER, USER, ANSWER, USER, ANSWER]
-    assert conversation.learned == [False, False, False, True, False, True]
-    text = messages_of({"prompt": "Hi", "completion": "Bye"})
-    assert (text.text, text.messages) == (("Hi", "Bye"), [])
-
-
 @pytest.mark.parametrize(
     "calls",
     [
@@ -62,23 +54,23 @@ def test_prompt_and_completion_are_messages_of_which_the_completions_are_learned
         [{"function": {"name": "weather", "arguments": '{"city": "Oslo"}', "strict": None}, "id": None}],
         [CALL["function"]],
         json.dumps([CALL]),
+        None,
     ],
 )
 def test_tool_calls_get_one_shape(calls: Any) -> None:
-    row = {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": calls}], "tools": "[]"}
+    given = {"function_call": CALL["function"]} if calls is None else {"tool_calls": calls}
+    row = {"messages": [USER, {"role": "assistant", "content": None, **given}], "tools": "[]"}
     assert messages_of(row).messages[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
     assert messages_of(row).tools is None
     row["tools"] = json.dumps([{"name": "weather"}])
     assert messages_of(row).tools == [{"name": "weather"}]
 
 
-def test_ids_of_tool_calls_stay_missing_arguments_are_none_and_the_former_shape_is_read() -> None:
+def test_an_id_of_a_tool_call_stays_and_missing_arguments_are_none() -> None:
     call = {"id": "7", "function": {"name": "now", "arguments": ""}}
     row = {"messages": [USER, {"role": "assistant", "content": "So", "tool_calls": [call]}]}
     expected = {"id": "7", "type": "function", "function": {"name": "now", "arguments": {}}}
     assert messages_of(row).messages[1]["tool_calls"] == [expected]
-    row = {"messages": [USER, {"role": "assistant", "content": None, "function_call": CALL["function"]}]}
-    assert messages_of(row).messages[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
@@ -90,20 +82,19 @@ def test_thoughts_are_there_under_the_names_that_templates_read(name: str) -> No
     assert alone.learned == [False, True]
 
 
-def test_one_text_part_is_its_text_and_several_stay_parts() -> None:
+def test_parts_of_content_are_joined_by_a_newline() -> None:
     parts = [{"type": "text", "text": "Hi"}, "So?"]
-    found = [
-        messages_of({"messages": [{**USER, "content": c}, ANSWER]}).messages[0]["content"] for c in (parts[:1], parts)
-    ]
-    assert found == ["Hi", [{"type": "text", "text": "Hi"}, {"type": "text", "text": "So?"}]]
+    for content, text in ((parts[:1], "Hi"), (parts, "Hi\nSo?")):
+        assert messages_of({"messages": [{**USER, "content": content}, ANSWER]}).messages[0]["content"] == text
 
 
-def test_null_fields_of_tables_are_left_out_and_nulls_in_arguments_stay() -> None:
+def test_null_fields_are_left_out_but_arguments_keep_theirs_unless_a_table_made_them() -> None:
     call = {"function": {"name": "weather", "arguments": {"city": None}}}
     row = {"messages": [{**USER, "tool_calls": None, "name": None}, {**ANSWER, "tool_calls": [call]}], "tools": None}
     first, second = messages_of(row).messages
     assert first == USER
     assert second["tool_calls"][0]["function"]["arguments"] == {"city": None}
+    assert without_null({"a": None, "b": [{"c": None}, None, {"d": [None]}]}) == {"b": [{}, None, {"d": [None]}]}
 
 
 def test_empty_system_prompts_and_empty_tool_results_are_no_fault() -> None:
@@ -129,23 +120,16 @@ BAD = {
     FORMAT: [
         {"text": "Hi"},
         {"messages": None},
-        {"messages": "Hi"},
         {"messages": [["user", "Hi"]]},
-        {"messages": [{"content": "Hi"}]},
         {"messages": [{"role": "user", "content": None}, ANSWER]},
         {"messages": [USER, {"role": "assistant"}]},
         {"prompt": "Hi"},
         {"prompt": "Hi", "completion": [ANSWER]},
-        {"prompt": [USER], "completion": "Bye"},
         {"conversations": [{"from": "human", "value": None}]},
         {"conversations": [{"from": "human", "value": "Hi"}], "system": 7},
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": "no JSON"}]},
-        turn(role=None),
         turn(role="narrator"),
-        turn(role=["user"]),
-        turn(content=None),
         turn(content=7),
-        turn(content=[{"type": "text", "text": None}]),
         turn(content=[{"type": "image_url", "image_url": "x"}]),
         turn(thinking=["x"]),
         turn(thinking="x", reasoning="y"),
@@ -154,24 +138,18 @@ BAD = {
         turn(tool_calls=[{"function": {"arguments": {}}}]),
         turn(tool_calls=[{"function": {"name": "f", "arguments": "{"}}]),
         turn(tool_calls=[{"function": {"name": "f", "arguments": [1]}}]),
-        turn(tool_calls="no JSON"),
         {**turn(), "tools": [1]},
         {**turn(), "tools": "no JSON"},
         {**turn(), "chat_template_kwargs": [1]},
         turn(weight=0.5),
-        turn(weight="\u00fc"),
         turn(train=True),
-        turn(masked=1),
     ],
     NOTHING: [
-        turn(content=""),
         turn(content=" \n"),
-        turn(content=[]),
         turn(content="", tool_calls=[]),
         turn(content="", thinking=" "),
         turn(weight=0),
         {"messages": [{"role": "user", "content": "\t"}, ANSWER]},
-        {"messages": []},
         {"messages": [USER]},
         {"prompt": "Hi", "completion": ""},
         {"prompt": [USER, ANSWER], "completion": [USER]},
@@ -197,10 +175,3 @@ def test_a_bad_row_has_a_reason_to_count_by_and_one_line_of_detail(reason: str, 
 
 def test_emoji_are_no_lone_surrogates() -> None:
     assert messages_of(turn(content=json.loads('"\\ud83d\\ude00"'))).messages[1]["content"] == "\U0001f600"
-
-
-def test_keys_that_are_not_read_can_be_told() -> None:
-    row = {"prompt": "Hi", "messages": [USER, ANSWER], "id": 7}
-    assert set(row) - keys_read(row) == {"prompt", "id"}
-    row = {"prompt": "Hi", "completion": "Bye", "system": "x", "tools": None}
-    assert set(row) - keys_read(row) == {"system"}

@@ -3,15 +3,15 @@
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from peagle_train.config import parse_sources
-from peagle_train.data.chat import ChatEncoder
 from peagle_train.data.documents import SourceReport
-from peagle_train.data.messages import BAD_IDS, FORMAT, NOTHING, TOO_LONG, UNREADABLE, as_in_json
+from peagle_train.data.messages import BAD_IDS, FORMAT, NOTHING, TOO_LONG, UNREADABLE
 from tests.byte_tokenizer import BYTES_VOCAB, make_byte_tokenizer
 from tests.documents import Document, load_documents
 
@@ -57,7 +57,7 @@ def test_a_row_of_each_form_becomes_the_ids_and_the_mask_that_it_means(
         assert (read.input_ids.tolist(), read.loss_mask.tolist()) == (row["input_ids"], row["loss_mask"])
     else:
         assert TOKENIZER.decode(read.input_ids) == text and learned(read) == what_is_learned
-    assert report.forms == {next(iter(row)): 1} and not sum(report.notes.values())
+    assert report.forms == {next(iter(row)): 1}
 
 
 def test_one_file_may_mix_forms_and_the_same_chat_in_two_of_them_is_one_document(tmp_path: Path) -> None:
@@ -92,7 +92,6 @@ def test_a_row_with_several_forms_is_read_as_the_first_of_them_and_that_is_said(
     assert "3 examples of several forms read as the first of input_ids, messages, conversations, prompt, text" in (
         report.describe()
     )
-    assert {"text", "prompt", "conversations"} <= set(report.ignored_keys)
 
 
 def ids(tokens: str, **more: str) -> bytes:
@@ -109,32 +108,23 @@ BAD = [
     (b"[1, 2]", FORMAT, "give {"),
     (b'{"question": "?"}', FORMAT, "give {"),
     (b'{"text": null}', FORMAT, "give a string"),
-    (b'{"text": 5}', FORMAT, "give a string"),
     (b'{"prompt": "no completion"}', FORMAT, "two strings"),
     (b'{"messages": %s%s}' % (b"[" * 5000, b"]" * 5000), FORMAT, "nested"),
     (json.dumps({"text": "x" * 10_000}).encode(), TOO_LONG, "data.max_characters is 9999"),
     (json.dumps({"messages": [{"role": "user", "content": "x" * 10_000}, CHAT[1]]}).encode(), TOO_LONG, "10000"),
     (json.dumps({"messages": [{"role": "robot", "content": "hi"}, CHAT[1]]}).encode(), FORMAT, "robot"),
-    (json.dumps({"messages": [CHAT[0], {"role": "assistant", "content": ""}]}).encode(), NOTHING, "message 1"),
     (json.dumps({"messages": CHAT[1:]}).encode(), NOTHING, "after a prompt"),
-    (b'{"text": "x"}', NOTHING, "no token of 1"),
     (ids("[1, 2, 3]", loss_mask="[0, 0, 0]"), NOTHING, "no token of 3"),
     (ids("[1, 2, 3]", loss_mask="[1, 0, 0]"), NOTHING, "after the first"),
-    (ids("null"), FORMAT, "give {"),
     (ids('"12"'), FORMAT, "give {"),
     (ids("[1, 300]"), BAD_IDS, "input_ids[1] is 300; ids are integers in 0..299"),
-    (ids("[1, -1]"), BAD_IDS, "input_ids[1] is -1"),
-    (ids("[1, null]"), BAD_IDS, "input_ids[1] is None"),
     (ids("[1, true]"), BAD_IDS, "input_ids[1] is True"),
     (ids("[1.0, 2]"), BAD_IDS, "input_ids[0] is 1.0"),
-    (ids("[[1], 2]"), BAD_IDS, "input_ids[0] is [1]"),
     (ids("[1, 1" + "0" * 99 + "]"), BAD_IDS, "000...;"),
     (ids("[1, 1" + "0" * 5000 + "]"), UNREADABLE, "not valid JSON"),
     (ids("[1, 299]"), BAD_IDS, "input_ids[1] is the mask token 299"),
     (ids("[1, 2]", loss_mask="[1]"), FORMAT, "2 input_ids but 1 in loss_mask"),
-    (ids("[]", loss_mask="[1]"), FORMAT, "0 input_ids but 1 in loss_mask"),
     (ids("[1, 2]", loss_mask="[0, 2]"), FORMAT, "loss_mask[1] is 2; give 0 or 1"),
-    (ids("[1, 2]", loss_mask="[0, true]"), FORMAT, "loss_mask[1] is True"),
     (ids("[1, 2]", loss_mask="null"), FORMAT, "loss_mask is None"),
     (ids("[1, 2]", labels="[-100, 2]"), FORMAT, "labels is not read"),
 ]
@@ -144,33 +134,28 @@ LIMITS = {"mask_token_id": 299, "max_characters": 9_999}
 def test_bad_rows_are_counted_by_reason_with_the_line_of_the_first(tmp_path: Path) -> None:
     lines: list[Any] = [{"text": "a good row"}]
     first: dict[str, int] = {}
-    counts: dict[str, int] = {}
     for line, reason, _ in BAD:
         lines += [line, {"text": f"good row {len(lines)}"}]
         first.setdefault(reason, len(lines) - 1)
-        counts[reason] = counts.get(reason, 0) + 1
     path = write_lines(tmp_path / "r.jsonl", *lines)
     documents, report = load(path, max_bad_rows=len(BAD), **LIMITS)
-    assert report.bad_rows == counts and len(documents) == len(BAD) + 1
+    assert report.bad_rows == Counter(reason for _, reason, _ in BAD) and len(documents) == len(BAD) + 1
     told = report.describe()
     assert f"{len(BAD)} bad rows: " in told and "\n" not in told
-    for reason, count in counts.items():
-        assert report.first_bad[reason].startswith(f"{path}, line {first[reason]}: ")
-        assert f"{count} {reason} (first: {path}, line {first[reason]}" in told
+    for reason, count in report.bad_rows.items():
+        assert f"{count} {reason} (first: {path}, line {first[reason]}: " in told
     with pytest.raises(ValueError, match=f"{len(BAD)} bad rows: .*data.max_bad_rows is {len(BAD) - 1}"):
         load(path, max_bad_rows=len(BAD) - 1, **LIMITS)
 
 
-@pytest.mark.parametrize("line, reason, word", BAD)
-def test_without_leave_the_first_bad_row_stops_with_its_line_and_its_reason(
-    line: bytes, reason: str, word: str, tmp_path: Path
-) -> None:
-    path = write_lines(tmp_path / "r.jsonl", {"text": "good"}, line, b"{")
-    with pytest.raises(ValueError, match=r"data\.max_bad_rows is 0") as caught:
-        load(path, **LIMITS)
-    text = str(caught.value)
-    assert f"1 {reason} (first: {path}, line 2: " in text and word in text
-    assert "\n" not in text and len(text) < 500
+def test_without_leave_the_first_bad_row_stops_with_its_line_and_its_reason(tmp_path: Path) -> None:
+    for line, reason, word in BAD:
+        path = write_lines(tmp_path / "r.jsonl", {"text": "good"}, line, b"{")
+        with pytest.raises(ValueError, match=r"data\.max_bad_rows is 0") as caught:
+            load(path, **LIMITS)
+        text = str(caught.value)
+        assert f"1 {reason} (first: {path}, line 2: " in text and word in text
+        assert "\n" not in text and len(text) < 500
 
 
 def test_a_text_file_that_is_not_utf8_is_a_bad_row_of_its_own(tmp_path: Path) -> None:
@@ -181,23 +166,12 @@ def test_a_text_file_that_is_not_utf8_is_a_bad_row_of_its_own(tmp_path: Path) ->
     assert report.first_bad == {UNREADABLE: f"{tmp_path / 'a.txt'}: not UTF-8 (byte 0xff in line 2)"}
 
 
-def test_whatever_keys_and_files_are_called_the_report_can_be_written(tmp_path: Path) -> None:
-    rows = [{"text": "abc def", "\ud800": 1, "k" * 100: 2}, {"text": "bad", "\ud800": 1, "input_ids": None}]
+def test_whatever_a_folder_is_called_the_report_can_be_written(tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"d\xff\xc3\xbc")
     folder.mkdir()
-    _, report = load(write_lines(folder / "r.jsonl", *rows), max_bad_rows=1)
-    told = report.describe()
-    assert f"{tmp_path}/d\\udcff\u00fc/r.jsonl, line 2" in told
-    assert r"\ud800" in told and "k" * 57 + "..." in told and "k" * 58 not in told
-    told.encode("utf-8")
-
-
-def test_the_first_ignored_keys_are_told(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "r.jsonl", *({"text": f"text {i}", f"key {99 - i}": 1} for i in range(50)))
-    told = load(path)[1].describe()
-    assert "keys ignored: key 79, key 80, " in told and told.endswith("key 98 and others")
-    path = write_lines(tmp_path / "r.jsonl", *({"text": f"text {i}", f"key {99 - i}": 1} for i in range(20)))
-    assert load(path)[1].describe().endswith("key 98, key 99")
+    _, report = load(write_lines(folder / "r.jsonl", {"text": "abc"}, b"{"), max_bad_rows=1)
+    assert f"{tmp_path}/d\\udcff\u00fc/r.jsonl, line 2" in report.describe()
+    report.describe().encode("utf-8")
 
 
 def test_a_broken_list_of_rows_is_one_bad_row(tmp_path: Path) -> None:
@@ -216,9 +190,6 @@ def test_data_of_nothing_to_learn_from_is_refused_with_what_it_holds(tmp_path: P
         load(write_lines(tmp_path / "r.jsonl", b"{", b"["), max_bad_rows=9)
     with pytest.raises(ValueError, match=r"nothing to learn from: 0 documents of 1 files, .* 1 empty documents"):
         load(write_lines(tmp_path / "e.jsonl", {"input_ids": []}))
-    (tmp_path / "one.txt").write_text("x")
-    with pytest.raises(ValueError, match="nothing to learn from: 1 documents"):
-        load(tmp_path / "one.txt")
 
 
 def test_lines_of_ids_are_read_with_their_masks_and_equal_ids_with_another_mask_are_another_document(
@@ -237,7 +208,7 @@ def test_lines_of_ids_are_read_with_their_masks_and_equal_ids_with_another_mask_
         ("r.jsonl:3", [8, 9], [0, 1]),
         ("r.jsonl:5", [8, 9], [1, 1]),
     ]
-    assert (report.supervised, report.ignored_keys) == (3, ["source"])
+    assert report.supervised == 3
     (read,), _ = load(write_lines(tmp_path / "k.jsonl", {"input_ids": [1, 2, 299]}), tokenizer=None)
     assert read.key == "e33c46185c8d0f151e2aa7606446336a022335d6222296ff02a80c5519f61d22", "the same in every release"
     with pytest.raises(ValueError, match="takes a tokenizer"):
@@ -248,7 +219,7 @@ def test_max_documents_takes_the_first_and_says_so_only_if_there_were_more(tmp_p
     path = write_lines(tmp_path / "r.jsonl", *({"input_ids": [i, i]} for i in range(5)))
     documents, report = load(path, max_documents=3)
     assert [document.name for document in documents] == ["r.jsonl:1", "r.jsonl:2", "r.jsonl:3"]
-    assert report.unread_files == 0 and "max_documents" in report.describe()
+    assert "max_documents" in report.describe()
     documents, report = load(path, max_documents=5)
     assert len(documents) == 5 and "max_documents" not in report.describe()
 
@@ -287,9 +258,9 @@ def test_parquet_arrow_saved_and_named_data_sets_hold_what_the_same_jsonl_holds(
     ):
         documents, other = load(source)
         assert [d.key for d in documents] == [d.key for d in expected], source
-        assert (other.forms, other.ignored_keys) == (report.forms, report.ignored_keys)
+        assert other.forms == report.forms
     assert len(load(tmp_path / "splits")[0]) == 1
-    with pytest.raises(ValueError, match=r"cannot read .*splits \(saved\): .*no split test, only train, all"):
+    with pytest.raises(ValueError, match=r"cannot read .*splits \(saved\): .*test"):
         load({"path": str(tmp_path / "splits"), "split": "test"})
     with pytest.raises(ValueError, match="cannot read no/such-set"):
         load("hf:no/such-set")
@@ -308,7 +279,7 @@ def test_a_null_column_of_a_table_is_a_field_that_is_not_there(tmp_path: Path) -
     )
     table.to_parquet(tmp_path / "r.parquet")
     documents, report = load(tmp_path / "r.parquet", max_bad_rows=1)
-    assert report.forms == {"messages": 1, "text": 1, "input_ids": 1} and not sum(report.notes.values())
+    assert report.forms == {"messages": 1, "text": 1, "input_ids": 1}
     assert report.first_bad[FORMAT].startswith(f"{tmp_path / 'r.parquet'}, row 4: ") and len(documents) == 3
 
 
@@ -389,39 +360,6 @@ def test_tool_calls_and_schemas_of_a_table_have_no_fields_of_other_rows(tmp_path
     assert '"arguments": {"city": "Paris"}' in TOKENIZER.decode(documents[0].input_ids)
 
 
-def test_null_stays_in_a_table_as_an_item_of_a_list_and_as_a_messages_own_field() -> None:
-    row = {
-        "tools": [{"enum": [None, "a"], "x": None}],
-        "messages": [{"role": "user", "content": None, "meta": {"x": None}}],
-    }
-    assert as_in_json({**row, "text": None}) == {
-        "tools": [{"enum": [None, "a"]}],
-        "messages": [{"role": "user", "content": None, "meta": {}}],
-    }
-
-
-def test_a_sequence_of_mappings_is_read_as_the_list_that_it_stands_for(tmp_path: Path) -> None:
-    import datasets
-
-    call = {"id": datasets.Value("string"), "function": {"name": datasets.Value("string")}}
-    message = {name: datasets.Value("string") for name in ("role", "content")}
-    features = datasets.Features({"messages": datasets.Sequence({**message, "tool_calls": datasets.Sequence(call)})})
-    calls = [{"id": "1", "function": {"name": "f"}}, {"id": "2", "function": {"name": "g"}}]
-    rows = [{"messages": [{**CHAT[0], "tool_calls": []}, {**CHAT[1], "tool_calls": calls}]}]
-    columns = {name: [message[name] for message in CHAT] for name in ("role", "content")}
-    called = [{"id": [], "function": []}, {name: [call[name] for call in calls] for name in ("id", "function")}]
-    table = datasets.Dataset.from_list([{"messages": {**columns, "tool_calls": called}}], features=features)
-    table.save_to_disk(tmp_path / "saved")
-    encoder = tool_template(tmp_path)
-    (read,), _ = load(tmp_path / "saved", **encoder)
-    (expected,), _ = load(write_lines(tmp_path / "r.jsonl", *rows), **encoder)
-    assert TOKENIZER.decode(read.input_ids) == TOKENIZER.decode(expected.input_ids) and read.key == expected.key
-    uneven = {"messages": {"role": ["user", "assistant"], "content": ["hi"]}}
-    datasets.Dataset.from_list([uneven]).to_parquet(tmp_path / "uneven.parquet")
-    with pytest.raises(ValueError, match="messages is a dict, not a list"):
-        load(tmp_path / "uneven.parquet")
-
-
 def test_a_data_set_saved_with_a_format_is_read_like_any_other(tmp_path: Path) -> None:
     import datasets
 
@@ -460,16 +398,5 @@ def test_plain_prompts_and_completions_need_no_chat_template_and_chats_do(templa
     options = {"tokenizer": without}
     path = write_lines(tmp_path / "r.jsonl", plain)
     assert [d.key for d in load(path, **options)[0]] == [d.key for d in load(path)[0]]
-    assert ChatEncoder(without).notices == []
     with pytest.raises(ValueError, match="chat template"):
         load(write_lines(tmp_path / "r.jsonl", plain, {"messages": CHAT}), max_bad_rows=9, **options)
-
-
-FINGERPRINT = "176198b023aebea4290c8876c76cb5ba79d4550b051f6d26564524dc674839a5"
-
-
-def test_a_chats_fingerprint_is_that_of_earlier_releases_and_looks_at_no_template() -> None:
-    without = make_byte_tokenizer()
-    without.chat_template = None
-    prints = {ChatEncoder(TOKENIZER).fingerprint, ChatEncoder(without).fingerprint}
-    assert len(prints) == 2 and ChatEncoder(TOKENIZER).fingerprint == FINGERPRINT

@@ -1,6 +1,5 @@
 """The draft vocabulary: the most frequent supervised tokens, or another drafter's, in the form that engines read."""
 
-import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,13 +72,10 @@ def test_tokens_are_counted_where_they_are_supervised_as_often_as_their_document
     "size, always, expected",
     [
         (13, (), "draft_vocab_size is 13; .* allows 1 to 12"),
-        (0, (), "draft_vocab_size is 0"),
-        (2, (1, 2, 3, 3), "draft_vocab_size is 2, but 3 tokens must always be drafted: give at least 3"),
-        (5, (1, 12), r"the vocabulary is 0\.\.11"),
-        (5, (-1,), r"the vocabulary is 0\.\.11"),
+        (2, (1, 2, 3, 3), "draft_vocab_size is 2; give at least 3"),
     ],
 )
-def test_sizes_and_tokens_that_do_not_fit_are_refused(size: int, always: tuple[int, ...], expected: str) -> None:
+def test_sizes_that_do_not_fit_are_refused(size: int, always: tuple[int, ...], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         choose_most_frequent(torch.zeros(12, dtype=torch.int64), size, always)
 
@@ -134,14 +130,11 @@ def test_folders_files_shards_and_speculators_arrays_are_read(tmp_path: Path) ->
         ({"d2t": D2T, "t2d": T2D[:-1]}, None, "is for a vocabulary of 60 tokens, the target has 61"),
         ({"d2t": D2T + 1}, None, r"drafts token 61, but the target's vocabulary is 0\.\.60"),
         ({"d2t": D2T - 1}, None, "below 0, twice or out of order"),
-        ({"d2t": torch.tensor([0, 2, 1])}, None, "below 0, twice or out of order"),
         ({"d2t": torch.tensor([0, 5, 2])}, None, "below 0, twice or out of order"),
-        ({"d2t": IDS, "t2d": T2D}, None, "drafts token 64, but the target"),
         ({"d2t": D2T, "t2d": t2d_mask(IDS[1:], VOCAB)}, None, "its d2t and t2d disagree"),
         ({"d2t": D2T.float()}, None, r"d2t is torch.float32 \[5\]; it must be a vector of integers"),
-        ({"d2t": D2T[None]}, None, r"d2t is torch.int64 \[1, 5\]"),
         ({"d2t": D2T[:0]}, None, r"d2t is torch.int64 \[0\]"),
-        ({"t2d": T2D}, None, "has no d2t: it is not a drafter, or drafts the full vocabulary"),
+        ({"t2d": T2D}, None, "has no d2t: give the folder"),
         ({"d2t": torch.tensor([1, 1])}, None, r"lacks every end token .*3, 4"),
     ],
 )
@@ -152,22 +145,6 @@ def test_a_mapping_that_does_not_fit_is_one_line(
     with pytest.raises(ValueError, match=expected) as caught:
         read(folder, size)
     assert "\n" not in str(caught.value) and "drafter" in str(caught.value)
-
-
-def test_the_drafters_config_tells_whose_vocabulary_it_is_and_whether_it_drafts_all_of_it(tmp_path: Path) -> None:
-    partial, full = save(tmp_path / "partial", d2t=D2T[:4].clone()), save(tmp_path / "full")
-    assert read(partial).numel() == 4
-    for config in ({"vocab_size": 50}, {"transformer_layer_config": {"vocab_size": 50}}):
-        (partial / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match="is for a vocabulary of 50 tokens, the target has 61"):
-            read(partial)
-    for config in ({"vocab_size": VOCAB}, {"vocab_size": VOCAB, "draft_vocab_size": 9}, {"draft_vocab_size": VOCAB}):
-        (full / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match="has no d2t"):
-            read(full)
-    for config in ({"vocab_size": VOCAB}, {"transformer_layer_config": {"vocab_size": VOCAB}}):
-        (full / "config.json").write_text(json.dumps({**config, "draft_vocab_size": VOCAB}))
-        assert read(full).tolist() == list(range(VOCAB))
 
 
 def test_special_tokens_that_the_mapping_lacks_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -181,13 +158,14 @@ def test_special_tokens_that_the_mapping_lacks_are_logged(tmp_path: Path, caplog
 
 def test_what_is_no_drafter_is_one_line_and_no_pickle_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "model.pt").write_bytes(b"")
-    for path in (tmp_path / "empty", tmp_path / "none", tmp_path / "none.safetensors", tmp_path / "model.pt"):
-        with pytest.raises(ValueError, match="give a drafter's folder or"):
-            read(path)
     (tmp_path / "cut.safetensors").write_bytes(b"12345")
-    with pytest.raises(ValueError, match=r"cannot read cut\.safetensors"):
-        read(tmp_path / "cut.safetensors")
+    for name, expected in (
+        ("empty", "has no d2t"),
+        ("none", "cannot read none"),
+        ("cut.safetensors", "cannot read cut"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            read(tmp_path / name)
     np.save(tmp_path / "empty" / "d2t.npy", np.array([print], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match=r"cannot read d2t\.npy"):
         read(tmp_path / "empty")
@@ -209,14 +187,14 @@ def test_end_tokens_of_configs_tokenizer_and_chat_template_are_always_drafted(tm
 def test_the_end_of_a_turn_is_read_off_the_chat_template(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = make_tokenizer(eos_token="w7")
     assert end_of_turn_ids(tokenizer) == [END]
-    for template in (TEMPLATE.replace("<end>", "w9"), TEMPLATE.replace("<end>", ""), "{{ messages[0].content }}", None):
-        tokenizer.chat_template = template  # a word, nothing, no answer at all, no template
+    for template in (TEMPLATE.replace("<end>", "w9"), TEMPLATE.replace("<end>", ""), None):
+        tokenizer.chat_template = template  # a word, nothing, no template
         assert end_of_turn_ids(tokenizer) == []
     assert caplog.text == "" and end_of_turn_ids(None) == []
     tokenizer.chat_template = "{{ raise_exception('never') }}"
     with caplog.at_level(logging.WARNING):
         assert end_of_turn_ids(tokenizer) == []
-    assert "the chat template fails" in caplog.text
+    assert "the end of a turn is not known" in caplog.text
 
 
 def test_the_end_of_a_turn_is_that_of_the_recipes_own_template(tmp_path: Path) -> None:

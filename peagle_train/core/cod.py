@@ -7,6 +7,8 @@ costs n * sum(r**d) elements instead of n * K.
 Knows nothing of models, batches or segments.
 """
 
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -164,3 +166,13 @@ def check_cod_arguments(
         raise ValueError(f"down_sample_ratio_min is {down_sample_ratio_min}; it must lie in [0, 1]")
     if max_anchors is not None and max_anchors < 1:
         raise ValueError(f"max_anchors is {max_anchors}; it must be at least 1, or None for all anchors")
+
+
+def seeded(*words: object) -> torch.Generator:
+    """A generator of the words' own: one seed of them all would be added up, and torch keeps 32 bits of a seed."""
+    return torch.Generator().manual_seed(hash63(",".join(map(str, words)).encode()))
+
+
+def hash63(data: bytes) -> int:
+    """63 bits of the sha256: the same on every machine."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little") >> 1

@@ -4,7 +4,6 @@ Imports torch alone. B: rows of a batch, L: columns (max_length), S: segments, C
 row, N = S * C, K: depths.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from numbers import Number
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peagle_train.core.cod import check_cod_arguments, sample_packed_row
+from peagle_train.core.cod import check_cod_arguments, hash63, sample_packed_row, seeded
 from peagle_train.core.partition import (
     assign_cod_segments,
     balanced_boundaries,
@@ -134,7 +133,7 @@ class CODCollator:
             self.num_depths,
             self.down_sample_ratio,
             self.down_sample_ratio_min,
-            _generator(self.seed, int(row.get("epoch", self.epoch)), key),
+            seeded(self.seed, int(row.get("epoch", self.epoch)), key),
             self.max_anchors,
         )
         segment_T = self._segments(anchor_T, depth_T)
@@ -252,18 +251,10 @@ def _positions(documents_L: Tensor) -> Tensor:
 
 def _row_key(given: Any, ids_n: Tensor) -> int:
     if given is None:
-        return _hash63(ids_n.numpy().tobytes())
+        return hash63(ids_n.numpy().tobytes())
     if isinstance(given, str):
-        return _hash63(given.encode())
+        return hash63(given.encode())
     key = int(given)
     if not -(2**63) <= key < 2**63:
         raise ValueError(f"row_key is {key}; it must fit into 64 bits")
     return key
-
-
-def _generator(seed: int, epoch: int, key: int) -> torch.Generator:
-    return torch.Generator().manual_seed(_hash63(f"{seed},{epoch},{key}".encode()))
-
-
-def _hash63(data: bytes) -> int:
-    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little") >> 1

@@ -4,6 +4,7 @@ Files are found in an order that is the same on every machine, examples are read
 documents lie side by side in two flat arrays, in memory or mapped from files: millions of them cost no objects.
 """
 
+import codecs
 import fnmatch
 import glob
 import gzip
@@ -27,14 +28,11 @@ from peagle_train.files import one_line
 STDLIB = "stdlib"
 """The source that stands for the modules of the running Python's own library."""
 TEXT_EXTENSIONS = (".py", ".txt", ".md")
-EXAMPLE_FORMATS = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
-"""Files of examples by their extension; any other file is one text."""
-_SAVED = ("state.json", "dataset_dict.json")
-"""A folder with one of these was written by `datasets.save_to_disk`."""
+EXAMPLE_FORMATS = {f".{name}": name for name in ("jsonl", "json", "parquet", "arrow")}
+EXAMPLE_FORMATS |= {".jsonl.gz": "jsonl", ".json.gz": "json"}
+"""Files of examples by how their names end; any other file is one text."""
 _NOT_LIBRARY = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
 _BATCH_CHARACTERS, _BATCH_EXAMPLES = 1_000_000, 256
-_MAX_IGNORED_KEYS = 20
-"""At most this many are reported; examples whose keys are data would have as many as there are examples."""
 
 # Which files the sources name.
 
@@ -47,7 +45,6 @@ class SourceFile(NamedTuple):
     format: str = "text"  # text, jsonl, json, parquet, arrow, saved (by `datasets.save_to_disk`) or hub (a name)
     source: int = 0  # which of the sources names it
     spec: SourceSpec = SourceSpec()  # that source: split, name and streaming of a data set
-    size: int = 0  # bytes; 0 where they are not known
 
 
 class FoundFiles(NamedTuple):
@@ -72,15 +69,13 @@ def find_all(data: Data) -> dict[str, FoundFiles]:
     for role, items in (("eval_sources", data.eval_sources), ("sources", data.sources)):
         files, skipped = list[SourceFile](), Counter[str]()
         for number, spec in enumerate(parse_sources(items, f"data.{role}")):
-            extensions = tuple(data.extensions) if spec.format in ("auto", "text") else (f".{spec.format}",)
             not_read = Counter[str]()
-            its_files = list(_files_of(number, spec, extensions, data.exclude, not_read))
+            its_files = list(_files_of(number, spec, data, not_read))
             if not its_files:
-                how = " (give a .gz file its format, as in {path: FILE, format: jsonl})"
                 counts = ", ".join(f"{count} {what}" for what, count in not_read.items()) or "none at all"
                 raise ValueError(
-                    f"data source {spec.describe()} has no file to read ({counts}): change data.exclude or"
-                    f" data.extensions, {' '.join(extensions)}" + (how if spec.describe().endswith(".gz") else "")
+                    f"data source {spec.describe()} has no file to read ({counts}): change data.exclude, data.extensions,"
+                    f" {' '.join(data.extensions)}, or the source's format"
                 )
             files += its_files
             skipped += not_read
@@ -89,20 +84,19 @@ def find_all(data: Data) -> dict[str, FoundFiles]:
     return found
 
 
-def _files_of(
-    number: int, spec: SourceSpec, extensions: tuple[str, ...], exclude: Sequence[str], skipped: Counter[str]
-) -> Iterator[SourceFile]:
+def _files_of(number: int, spec: SourceSpec, data: Data, skipped: Counter[str]) -> Iterator[SourceFile]:
     if spec.path is None:
         yield SourceFile(str(spec.datasets), spec.describe(), "hub", number, spec)
         return
     path = os.path.expanduser(spec.path)
     base = os.path.basename(os.path.abspath(path))
-    is_saved = any(os.path.isfile(os.path.join(path, name)) for name in _SAVED)
+    is_saved = any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json"))
     if spec.name is not None or (spec.split is not None and not is_saved):
         raise ValueError(f"data source {spec.path} is not a data set with splits and names: remove split and name")
     if is_saved:
         yield SourceFile(path, base, "saved", number, spec)
         return
+    extensions = tuple(data.extensions) if spec.format in ("auto", "text") else (f".{spec.format}",)
     root, prefix, below = path, base, [base]
     if spec.path == STDLIB:
         root, prefix, extensions = sysconfig.get_paths()["stdlib"], STDLIB, (".py",)
@@ -120,28 +114,25 @@ def _files_of(
             matches = filter(os.path.isfile, glob.glob(path, recursive=True))
             below = [os.path.relpath(match, root or os.curdir) for match in matches]
         else:
-            raise ValueError(
-                f"data source {spec.path} does not exist; give a file, a folder, a glob, {STDLIB} or {HUB}NAME (a data"
-                " set)"
-            )
+            wanted = f"a file, a folder, a glob, {STDLIB} or {HUB}NAME (a data set)"
+            raise ValueError(f"data source {spec.path} does not exist; give {wanted}")
     for item in sorted(item.replace(os.sep, "/") for item in below):
         name = f"{prefix}/{item}" if prefix else item
         if not item.endswith(extensions):
             skipped["files of other types"] += 1
-        elif any(fnmatch.fnmatchcase(text, pattern) for text in (item, name) for pattern in exclude):
+        elif any(fnmatch.fnmatchcase(text, pattern) for text in (item, name) for pattern in data.exclude):
             skipped["excluded files"] += 1
         else:
-            full = os.path.join(root, item)
-            kind = EXAMPLE_FORMATS.get(os.path.splitext(item)[1], "text") if spec.format == "auto" else spec.format
-            size = os.path.getsize(full) if os.path.exists(full) else 0  # a broken link is an error when it is read
-            yield SourceFile(full, name, kind, number, spec, size)
+            kinds = (kind for ending, kind in EXAMPLE_FORMATS.items() if item.endswith(ending))
+            kind = next(kinds, "text") if spec.format == "auto" else spec.format
+            yield SourceFile(os.path.join(root, item), name, kind, number, spec)
 
 
 def _walk(root: str, skipped: Counter[str], not_in: Sequence[str] = ()) -> Iterator[str]:
     """Paths below `root` of all files in it, except in folders named in `not_in`; links to folders are not followed."""
 
     def fail(error: OSError) -> None:
-        raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from None
+        raise error
 
     for folder, subfolders, names in os.walk(root, onerror=fail):
         subfolders[:] = [name for name in subfolders if name not in not_in]
@@ -158,22 +149,17 @@ def read_examples(files: Sequence[SourceFile]) -> Iterator[RawExample]:
     Raises:
         ValueError: one line, for a file that cannot be read at all.
     """
-    for index, file in enumerate(files):
+    for file in files:
         path = file.path.encode("utf-8", "backslashreplace").decode()
         if file.format == "text":
-            yield RawExample(index, file.source, path, file.name, b"".join(_lines(file)), "text")
+            yield RawExample(file.source, path, file.name, b"".join(_lines(file)), "text")
             continue
-        unit, kind = "row", "line"
-        contents: Iterable[Any]
-        if file.format == "jsonl" or (file.format == "json" and not _is_list(file)):
-            unit, contents = "line", _lines(file)
-        elif file.format == "json":
-            contents = _list_items(file)
-        else:
-            kind, contents = "table", _table_rows(file)
+        is_table = file.format not in ("jsonl", "json")
+        contents = _lines(file) if file.format == "jsonl" else _table_rows(file) if is_table else _json_items(file)
+        unit, kind = "line" if file.format == "jsonl" else "row", "table" if is_table else "line"
         for number, content in enumerate(contents, start=1):
             if not isinstance(content, bytes) or content.strip():
-                yield RawExample(index, file.source, f"{path}, {unit} {number}", f"{file.name}:{number}", content, kind)
+                yield RawExample(file.source, f"{path}, {unit} {number}", f"{file.name}:{number}", content, kind)
 
 
 def _lines(file: SourceFile) -> Iterator[bytes]:
@@ -185,16 +171,14 @@ def _lines(file: SourceFile) -> Iterator[bytes]:
         raise ValueError(f"cannot read {file.path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _is_list(file: SourceFile) -> bool:
-    """Whether a .json file is one list of examples, and not lines as in .jsonl."""
-    first = next((line.strip() for line in _lines(file) if line.strip()), b"")
-    return first.removeprefix(b"\xef\xbb\xbf").startswith(b"[")
-
-
-def _list_items(file: SourceFile) -> list[Any]:
-    content = b"".join(_lines(file))
+def _json_items(file: SourceFile) -> Iterable[Any]:
+    """The items of one list, or lines as in .jsonl."""
+    lines = list(_lines(file))
+    content = b"".join(lines).removeprefix(codecs.BOM_UTF8)
+    if not content.lstrip().startswith(b"["):
+        return lines
     try:
-        items: list[Any] = json.loads(content.decode("utf-8-sig"))
+        items: list[Any] = json.loads(content)
     except (ValueError, RecursionError):
         return [content]  # one bad row, which is reported where lines are parsed
     return items
@@ -225,8 +209,6 @@ def _open_table(path: str, format: str, spec: SourceSpec) -> Any:
         return datasets.load_dataset(path, spec.name, split=spec.split or "train", streaming=spec.streaming)
     saved = datasets.load_from_disk(path).with_format(None)  # it may have been saved as arrays or tensors
     if isinstance(saved, datasets.DatasetDict):
-        if (spec.split or "train") not in saved:
-            raise ValueError(f"it has no split {spec.split or 'train'}, only {', '.join(saved)}")
         return saved[spec.split or "train"]
     if spec.split is not None:
         raise ValueError("it has no splits: remove split")
@@ -247,12 +229,11 @@ class SourceReport:
     forms: Counter[str] = field(default_factory=Counter)  # by the form of their example; `file` is a whole text file
     left_out: Counter[str] = field(
         default_factory=Counter
-    )  # files not read, documents empty or equal to an earlier one
+    )  # files not read; documents empty or equal to an earlier one
     bad_rows: Counter[str] = field(default_factory=Counter)  # examples that cannot be trained on, by reason
     first_bad: dict[str, str] = field(default_factory=dict)  # of each reason: file and line, and what is wrong with it
     notes: Counter[str] = field(default_factory=Counter)  # see `EncodedBatch`; duplicates are counted too
-    ignored_keys: list[str] = field(default_factory=list)  # of examples: the first 20, and one more if there are more
-    unread_files: int | None = None  # that give no document because of max_documents; None if it cut nothing
+    is_cut: bool = False  # there are more documents than max_documents
 
     def describe(self) -> str:
         """One line: what was kept, then every count of what was not."""
@@ -263,12 +244,7 @@ class SourceReport:
         text += "".join(f", {count} {what} skipped" for what, count in sorted(self.left_out.items()) if count)
         text += f", skipped {self.describe_bad()}" if self.bad_rows else ""
         text += "".join(f", {count} {what}" for what, count in sorted(self.notes.items()) if count)
-        if self.unread_files is not None:
-            text += f", stopped at max_documents with {self.unread_files} files unread"
-        if self.ignored_keys:
-            more = " and others" if len(self.ignored_keys) > _MAX_IGNORED_KEYS else ""
-            text += f", keys ignored: {', '.join(self.ignored_keys[:_MAX_IGNORED_KEYS])}{more}"
-        return text
+        return text + (", stopped at max_documents" if self.is_cut else "")
 
     def describe_bad(self) -> str:
         """The bad rows, by reason, with the first of each."""
@@ -284,18 +260,13 @@ class SourceReport:
 
 
 Encode = Callable[[Iterable[list[RawExample]]], Iterable[EncodedBatch]]
+"""`Encoder.encode`, or what does the same for it."""
 
 
 def read_documents(
-    found: FoundFiles,
-    report: SourceReport,
-    encode: Encode,
-    max_documents: int | None = None,
-    max_bad_rows: int = 0,
+    found: FoundFiles, report: SourceReport, encode: Encode, max_documents: int | None = None, max_bad_rows: int = 0
 ) -> Iterator[tuple[RawExample, EncodedExample]]:
     """Each document once, in order; everything else is counted in `report`.
-
-    `encode`: `Encoder.encode` or what does the same for it.
 
     A text file is a document with every token but the first supervised, without bos and eos; what looks like a special
     token in it stays text. Examples have one of the forms of encode.py.
@@ -304,39 +275,30 @@ def read_documents(
         ValueError: one line: a file that cannot be read, more than `max_bad_rows` bad rows, or nothing to learn from.
     """
     report.files, report.left_out = len(found.files), found.skipped.copy()
-    keys, last_file = set[bytes](), -1
-    for raw, example in _encoded(found.files, report, encode):
-        if example is None:
-            report.left_out["empty documents"] += 1
-        elif isinstance(example, BadRow):
-            report.bad_rows[example.reason] += 1
-            report.first_bad.setdefault(example.reason, f"{raw.where}: {one_line(example.detail)}")
-            report.check_bad(max_bad_rows)
-        elif example.key in keys:
-            report.left_out["duplicate documents"] += 1
-        elif len(keys) == max_documents:
-            report.unread_files = report.files - last_file - 1
-            break
-        else:
-            keys.add(example.key)
-            last_file = raw.file_index
-            report.documents += 1
-            report.forms[example.form] += 1
-            report.tokens += example.input_ids.size
-            report.supervised += int(example.loss_mask[1:].sum())
-            yield raw, example
+    keys = set[bytes]()
+    for batch in encode(_in_batches(read_examples(found.files))):
+        report.notes.update(batch.notes)
+        for raw, example in zip(batch.raws, batch.examples, strict=True):
+            if example is None:
+                report.left_out["empty documents"] += 1
+            elif isinstance(example, BadRow):
+                report.bad_rows[example.reason] += 1
+                report.first_bad.setdefault(example.reason, f"{raw.where}: {one_line(example.detail)}")
+                report.check_bad(max_bad_rows)
+            elif example.key in keys:
+                report.left_out["duplicate documents"] += 1
+            elif len(keys) == max_documents:
+                report.is_cut = True
+                return
+            else:
+                keys.add(example.key)
+                report.documents += 1
+                report.forms[example.form] += 1
+                report.tokens += example.input_ids.size
+                report.supervised += int(example.loss_mask[1:].sum())
+                yield raw, example
     if not report.supervised:
         raise ValueError(f"the data sources hold nothing to learn from: {report.describe()}; see data.sources")
-
-
-def _encoded(
-    files: Sequence[SourceFile], report: SourceReport, encode: Encode
-) -> Iterator[tuple[RawExample, EncodedExample | BadRow | None]]:
-    for batch in encode(_in_batches(read_examples(files))):
-        report.notes.update(batch.notes)
-        new_keys = [key for key in batch.ignored_keys if key not in report.ignored_keys]
-        report.ignored_keys = sorted(report.ignored_keys + new_keys[: _MAX_IGNORED_KEYS + 1 - len(report.ignored_keys)])
-        yield from zip(batch.raws, batch.examples, strict=True)
 
 
 def _in_batches(examples: Iterable[RawExample]) -> Iterator[list[RawExample]]:
@@ -363,19 +325,19 @@ class TokenStore:
     def __init__(self, ids_n: np.ndarray, mask_n: np.ndarray, path: Path | None = None) -> None:
         self.ids_n, self.mask_n, self.path = ids_n, mask_n, path
 
-    @staticmethod
-    def files(path: Path) -> tuple[Path, Path]:
-        """`PATH-ids.bin` and `PATH-mask.bin`."""
-        return path.with_name(path.name + "-ids.bin"), path.with_name(path.name + "-mask.bin")
-
     @classmethod
     def open(cls, path: Path) -> "TokenStore":
-        """The store in `files(path)`."""
-        ids, mask = cls.files(path)
+        """The store in `token_files(path)`."""
+        ids, mask = token_files(path)
         return cls(np.memmap(ids, np.int32, "r"), np.memmap(mask, np.uint8, "r"), path)
 
     def __reduce__(self) -> Any:
         return (TokenStore, (self.ids_n, self.mask_n)) if self.path is None else (TokenStore.open, (self.path,))
+
+
+def token_files(path: Path) -> tuple[Path, Path]:
+    """`PATH-ids.bin` and `PATH-mask.bin`."""
+    return path.with_name(path.name + "-ids.bin"), path.with_name(path.name + "-mask.bin")
 
 
 @dataclass(frozen=True)
@@ -397,9 +359,9 @@ class Documents:
 
 
 def store_documents(kept: Iterable[tuple[RawExample, EncodedExample]], path: Path | None = None) -> Documents:
-    """Put documents side by side, in memory or in `TokenStore.files(path)`."""
+    """Put documents side by side, in memory or in `token_files(path)`."""
     lengths, sources, keys = list[int](), list[int](), bytearray()
-    streams: Any = (io.BytesIO(), io.BytesIO()) if path is None else [f.open("wb") for f in TokenStore.files(path)]
+    streams: Any = (io.BytesIO(), io.BytesIO()) if path is None else [f.open("wb") for f in token_files(path)]
     with streams[0] as ids, streams[1] as mask:
         for raw, example in kept:
             ids.write(example.input_ids.tobytes())

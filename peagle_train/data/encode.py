@@ -10,6 +10,7 @@ The form of an example is the first of these whose keys it has, whatever else is
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
 
 from peagle_train.config import Data
 from peagle_train.data.chat import IDS_ALONE, ChatEncoder
@@ -27,11 +30,10 @@ from peagle_train.data.messages import (
     TOO_LONG,
     UNREADABLE,
     BadRow,
-    as_in_json,
-    check_text,
-    keys_read,
+    check_texts,
     messages_of,
     strings_in,
+    without_null,
 )
 
 FORMS = ("input_ids", "messages", "conversations", "prompt", "text")
@@ -44,7 +46,6 @@ SEVERAL_FORMS = f"examples of several forms read as the first of {', '.join(FORM
 class RawExample(NamedTuple):
     """An example as its file has it."""
 
-    file_index: int  # of the files that are read
     source: int  # of the sources of the recipe
     where: str  # file and line, for messages: printable, whatever the file's name is
     name: str  # the same on every machine
@@ -65,15 +66,13 @@ class EncodedExample(NamedTuple):
 class EncodedBatch:
     """What became of a batch of examples, in their order; None stands for an example without a token."""
 
-    raws: list[RawExample]
+    raws: list[RawExample]  # without their content
     examples: list[EncodedExample | BadRow | None]
     notes: Counter[str] = field(default_factory=Counter)
-    """Several forms, and what chats had that was not learned, dropped or peculiar: see `EncodedChat`."""
-    ignored_keys: dict[str, None] = field(default_factory=dict)
-    """Keys of examples that nothing reads, each once, in the order of the examples; short and printable."""
+    """Several forms, and what chats had that was not learned or dropped: see `EncodedChat`."""
 
 
-class Encoder:
+class Encoder(Dataset[EncodedBatch | ValueError]):
     """Turns batches of raw examples into ids and masks.
 
     Args:
@@ -81,25 +80,51 @@ class Encoder:
         tokenizer: transformers' tokenizer; None if all examples are ids.
         vocab_size: the target's; ids lie in 0..vocab_size - 1.
         mask_token_id: the drafter's mask token, which no example may hold.
+        num_workers: processes that encode; 0: this one.
     """
 
-    def __init__(self, data: Data, tokenizer: Any, vocab_size: int, mask_token_id: int | None) -> None:
+    def __init__(
+        self, data: Data, tokenizer: Any, vocab_size: int, mask_token_id: int | None, num_workers: int = 0
+    ) -> None:
         self.data, self.tokenizer, self.vocab_size, self.mask_token_id = data, tokenizer, vocab_size, mask_token_id
+        self.num_workers = num_workers
 
     @cached_property
     def chat(self) -> ChatEncoder:
         return ChatEncoder.from_recipe(self.data, self.tokenizer)
 
     def encode(self, batches: Iterable[list[RawExample]]) -> Iterator[EncodedBatch]:
-        """Each batch in turn: what `read_documents` takes."""
-        return map(self, batches)
+        """Each batch in turn, a bounded number of them in flight. ValueError, one line, for a user's mistake."""
+        encoded: Iterable[EncodedBatch | ValueError] = map(self.__getitem__, batches)
+        if self.num_workers > 0:
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+            encoded = DataLoader(
+                self,
+                sampler=batches,  # type: ignore[arg-type]  # what it hands to `__getitem__`
+                batch_size=None,
+                num_workers=self.num_workers,
+                prefetch_factor=4,
+                generator=torch.Generator(),
+                multiprocessing_context="spawn",  # a fork would copy the tokenizers' threads in whatever state they are
+            )
+        for batch in encoded:
+            if isinstance(batch, ValueError):
+                raise batch
+            yield batch
 
-    def __call__(self, raws: list[RawExample]) -> EncodedBatch:
-        batch = EncodedBatch(raws, [None] * len(raws))
+    def __getitem__(self, raws: list[RawExample]) -> EncodedBatch | ValueError:
+        """A batch; a mistake is returned, since a loader's process would add its traceback to the message."""
+        try:
+            return self._encode(raws)
+        except ValueError as error:
+            return error
+
+    def _encode(self, raws: list[RawExample]) -> EncodedBatch:
+        batch = EncodedBatch([raw._replace(content=None) for raw in raws], [None] * len(raws))
         texts: dict[int, tuple[str, str]] = {}
         for i, raw in enumerate(raws):
             try:
-                form, content = self._read(raw, batch)
+                form, content = self._read(raw, batch.notes)
                 if isinstance(content, str):
                     texts[i] = form, content
                 else:
@@ -108,55 +133,45 @@ class Encoder:
                 batch.examples[i] = error
             except RecursionError:
                 batch.examples[i] = BadRow(FORMAT, "values are nested too deeply")
-        tokenized = self._tokenize([text for _, text in texts.values()])
-        for (i, (form, _)), ids in zip(texts.items(), tokenized, strict=True):
-            batch.examples[i] = self._check(form, ids, _all_but_first(ids))
+        if texts and self.tokenizer is None:
+            raise ValueError(f"{raws[min(texts)].where} is text, which takes a tokenizer; without one give input_ids")
+        if texts:
+            # Text that spells a special token must not become that token.
+            tokenized = self.tokenizer([text for _, text in texts.values()], split_special_tokens=True, **IDS_ALONE)
+            for (i, (form, _)), ids in zip(texts.items(), tokenized["input_ids"], strict=True):
+                batch.examples[i] = self._check(form, ids, _all_but_first(ids))
         return batch
 
-    def _read(self, raw: RawExample, batch: EncodedBatch) -> tuple[str, str | tuple[list[Any], list[Any]]]:
+    def _read(self, raw: RawExample, notes: Counter[str]) -> tuple[str, str | tuple[list[Any], list[Any]]]:
         """The example's form, and its text that is still to be tokenized, or its ids and mask."""
         if raw.kind == "text":
-            self._need_tokenizer(raw, "text")
             return "file", decode(raw.content)
         row = parse(raw.content)
         if not isinstance(row, dict):
             raise BadRow(FORMAT, f'give {{"messages": [...]}} or the like instead of {clip(repr(row))}')
         if raw.kind == "table":
-            row = as_in_json(row)
+            as_given = ("input_ids", "loss_mask")  # long, and without fields
+            row = {k: v if k in as_given else without_null(v) for k, v in row.items() if v is not None}
         # A prompt without a completion is a form only if there is nothing else.
         forms = [form for form in FORMS if form in row and (form != "prompt" or "completion" in row)]
         form = next(iter(forms), "prompt")
         if form not in row:
             wanted = "input_ids, messages, conversations, prompt and completion, or text"
             raise BadRow(FORMAT, f"give {{...}} with {wanted}, instead of the keys {clip(', '.join(map(str, row)))}")
-        read = {"input_ids": {"input_ids", "loss_mask"}, "text": {"text"}}.get(form) or keys_read(row)
-        batch.ignored_keys.update(dict.fromkeys(clip(str(key)) for key in row if key not in read))
-        batch.notes[SEVERAL_FORMS] += len(forms) > 1
+        notes[SEVERAL_FORMS] += len(forms) > 1
         if form == "input_ids":
             return form, _ids_of(row)
-        self._need_tokenizer(raw, f"an example with {form}")
-        longest = max(map(len, strings_in([row[key] for key in read if key in row])), default=0)
-        if self.data.max_characters is not None and longest > self.data.max_characters:
-            limit = self.data.max_characters
+        longest, limit = max(map(len, strings_in(row))), self.data.max_characters
+        if limit is not None and longest > limit:
             raise BadRow(TOO_LONG, f"a text of {longest} characters; data.max_characters is {limit}")
         if form == "text":
             if not isinstance(row["text"], str):
                 raise BadRow(FORMAT, f"text is {clip(repr(row['text']))}; give a string")
-            check_text(row["text"])
+            check_texts(row["text"])
             return form, row["text"]
         encoded = self.chat.encode(messages_of(row))
-        batch.notes.update(encoded.counts)
+        notes.update(encoded.counts)
         return form, (encoded.input_ids, encoded.loss_mask)
-
-    def _need_tokenizer(self, raw: RawExample, what: str) -> None:
-        if self.tokenizer is None:
-            raise ValueError(f"{raw.where} is {what}, which takes a tokenizer; without one give input_ids")
-
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        # Text that spells a special token must not become that token.
-        return list(self.tokenizer(texts, split_special_tokens=True, **IDS_ALONE)["input_ids"])
 
     def _check(self, form: str, ids: list[Any], mask: list[Any]) -> EncodedExample | BadRow | None:
         """The document, or None if it has no token."""

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 CHAT_KEYS = ("messages", "conversations", "prompt")
 """An example with one of these is a chat; the first that it has is read."""
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """What a message's thoughts are called in one format or another."""
-
 _ROLES = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool", "ipython")},
     **dict.fromkeys(("human",), "user"),
@@ -43,64 +42,23 @@ class BadRow(ValueError):
 class Conversation(NamedTuple):
     """A chat as a chat template wants it, or (with `text`) a prompt and a completion without a template."""
 
-    messages: list[dict[str, Any]]  # each with role, content (a string, or a list of text parts), and what else it had
+    messages: list[dict[str, Any]]  # each with role, content (a string), and what else it had
     learned: list[bool]  # for each message: the assistant's, except in prompts and with weight 0
     template_kwargs: dict[str, Any]  # the example's own variables of the template, such as enable_thinking
     tools: list[dict[str, Any]] | None = None  # JSON schemas of the tools that the assistant may call
     text: tuple[str, str] | None = None  # prompt and completion; `messages` is then empty
 
 
-def keys_read(row: dict[str, Any]) -> set[str]:
-    """The keys of a chat that `messages_of` reads; it ignores all others."""
-    key = next(key for key in CHAT_KEYS if key in row)
-    more = {"prompt": {"completion"}, "conversations": {"system"}}.get(key, set())
-    return {"tools", "chat_template_kwargs", key} | more
-
-
 def messages_of(row: dict[str, Any], to_ask: bool = False) -> Conversation:
     """The chat of an example. `to_ask`: answers will be generated, so the recorded ones may be empty or missing.
 
     Tool calls get one shape, {"type": "function", "function": {"name", "arguments"}}; arguments that are a JSON string
-    are parsed (servers do so before they render); thoughts appear as reasoning_content and thinking; fields that are
-    null are removed, and any other field stays: the template may read it.
+    are parsed (servers do so before they render); thoughts appear as reasoning_content and thinking; text parts are
+    joined by newlines; fields that are null are removed, and any other field stays: the template may read it.
 
     Raises:
         BadRow: not one of the formats, nothing to learn from, or half of a surrogate pair.
     """
-    conversation = _read(row, to_ask)
-    given = [conversation.messages, conversation.tools, conversation.template_kwargs, list(conversation.text or ())]
-    for text in strings_in(given):
-        check_text(text)
-    return conversation
-
-
-def strings_in(value: Any) -> Iterator[str]:
-    """Every string in nested lists and mappings, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            yield from strings_in(name)
-            yield from strings_in(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from strings_in(item)
-
-
-def check_text(text: str) -> None:
-    """BadRow if the string cannot be encoded as UTF-8: JSON allows half of a surrogate pair, tokenizers do not."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadRow(UNREADABLE, f"character {error.start} of a text is {text[error.start]!a}") from None
-
-
-def parts_of(content: str | list[dict[str, Any]]) -> list[str]:
-    """The texts of a message's content."""
-    return [content] if isinstance(content, str) else [part["text"] for part in content]
-
-
-def _read(row: dict[str, Any], to_ask: bool) -> Conversation:
     key = next((key for key in CHAT_KEYS if key in row), None)
     if key is None:
         raise BadRow(FORMAT, f"a chat has one of the keys {', '.join(CHAT_KEYS)}")
@@ -110,6 +68,7 @@ def _read(row: dict[str, Any], to_ask: bool) -> Conversation:
         if isinstance(given, str) and isinstance(completion, str):
             if not completion:
                 raise BadRow(NOTHING, "the completion is empty")
+            check_texts([given, completion])
             return Conversation([], [], {}, text=(given, completion))
         if not isinstance(given, list) or not isinstance(completion, list):
             remedy = "" if completion else ": peagle-train regenerate answers prompts that have no completion"
@@ -126,11 +85,47 @@ def _read(row: dict[str, Any], to_ask: bool) -> Conversation:
     if not to_ask and not any(learned):
         raise BadRow(NOTHING, f"none of {len(messages)} messages is the assistant's, of weight 1, after the prompt")
     kwargs = _typed(row.get("chat_template_kwargs") or {}, dict, "chat_template_kwargs")
-    return Conversation(messages, learned, kwargs, _tools(row.get("tools")))
+    tools = [
+        _typed(tool, dict, "one of the tools")
+        for tool in _typed(_parsed(row.get("tools") or [], "tools"), list, "tools")
+    ]
+    check_texts([messages, tools, kwargs])
+    return Conversation(messages, learned, kwargs, tools or None)
 
 
-def _message(raw: Any, where: str, to_ask: bool) -> tuple[dict[str, Any], int]:
-    """The message in one shape, and its weight, 0 or 1."""
+def strings_in(value: Any) -> Iterator[str]:
+    """Every string in nested lists and mappings, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from strings_in(name)
+            yield from strings_in(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from strings_in(item)
+
+
+def check_texts(value: Any) -> None:
+    """BadRow if a string in it cannot be encoded as UTF-8: JSON allows half of a surrogate pair, tokenizers do not."""
+    for text in strings_in(value):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise BadRow(UNREADABLE, f"character {error.start} of a text is {text[error.start]!a}") from None
+
+
+def without_null(value: Any) -> Any:
+    """Without null fields, in mappings at any depth: a table (Parquet, Arrow, a data set) gives every mapping of a column
+    the fields of all of them. Null as an item of a list stays: it was given.
+    """
+    if isinstance(value, dict):
+        return {name: without_null(item) for name, item in value.items() if item is not None}
+    return [without_null(item) for item in value] if isinstance(value, list) else value
+
+
+def _message(raw: Any, where: str, may_be_empty: bool) -> tuple[dict[str, Any], int]:
+    """The message in one shape, and its weight, 0 or 1. `may_be_empty`: if it is an answer."""
     message = {name: value for name, value in _typed(raw, dict, where).items() if value is not None}
     if "role" not in raw and "from" in raw:
         renamed = {"from": "role", "value": "content"}
@@ -151,43 +146,35 @@ def _message(raw: Any, where: str, to_ask: bool) -> tuple[dict[str, Any], int]:
     if "function_call" in message:  # OpenAI's former name
         message["tool_calls"] = [message.pop("function_call")]
     if role == "assistant":
-        _normalize_assistant(message, where)
+        calls = _typed(_parsed(message.pop("tool_calls", []), where), list, f"tool_calls of {where}")
+        if calls:
+            message["tool_calls"] = [_tool_call(call, where) for call in calls]
+        thoughts = [_typed(message[name], str, f"{name} of {where}") for name in _REASONING_KEYS if name in message]
+        if len(set(thoughts)) > 1:
+            raise BadRow(FORMAT, f"{where} has different thoughts under two names ({', '.join(_REASONING_KEYS)})")
+        if thoughts:
+            message.update(reasoning_content=thoughts[0], thinking=thoughts[0])
+        if calls or any(map(str.strip, thoughts)):
+            message.setdefault("content", "")  # null beside tool calls; a template may search it
+            may_be_empty = True
     if "content" not in message:
         raise BadRow(FORMAT, f"{where} (by {role}) has no content")
-    is_empty = not any(part.strip() for part in parts_of(message["content"]))
-    if is_empty and (role == "user" or (role == "assistant" and not (to_ask or _has_more_than_content(message)))):
+    if not message["content"].strip() and (role == "user" or (role == "assistant" and not may_be_empty)):
         raise BadRow(NOTHING, f"{where} (by {role}) is empty")
     return message, weight
 
 
-def _normalize_assistant(message: dict[str, Any], where: str) -> None:
-    calls = _typed(_parsed(message.pop("tool_calls", []), where), list, f"tool_calls of {where}")
-    if calls:
-        message["tool_calls"] = [_tool_call(call, where) for call in calls]
-    thoughts = [_typed(message[name], str, f"{name} of {where}") for name in REASONING_KEYS if name in message]
-    if len(set(thoughts)) > 1:
-        raise BadRow(FORMAT, f"{where} has different thoughts under two names ({', '.join(REASONING_KEYS)})")
-    if thoughts:
-        message.update(reasoning_content=thoughts[0], thinking=thoughts[0])
-    if _has_more_than_content(message):
-        message.setdefault("content", "")  # null beside tool calls; a template may search it
-
-
-def _has_more_than_content(message: dict[str, Any]) -> bool:
-    return "tool_calls" in message or bool(message.get("reasoning_content", "").strip())
-
-
-def _content(content: Any, where: str) -> str | list[dict[str, Any]]:
-    """A string, or several text parts; one part alone is its text."""
+def _content(content: Any, where: str) -> str:
+    """A string, or text parts joined by newlines, as servers do."""
     if isinstance(content, str):
         return content
-    parts = []
+    texts = []
     for part in _typed(content, list, f"content of {where}"):
         text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
         if not isinstance(text, str):
             raise BadRow(FORMAT, f"content of {where} has a part that is not text; only text is read")
-        parts.append({"type": "text", "text": text})
-    return parts if len(parts) > 1 else parts[0]["text"] if parts else ""
+        texts.append(text)
+    return "\n".join(texts)
 
 
 def _tool_call(call: Any, where: str) -> dict[str, Any]:
@@ -200,13 +187,6 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     outside = {} if function is call else {name: value for name, value in call.items() if value is not None}
     inside = {name: value for name, value in function.items() if value is not None}
     return {**outside, "type": "function", "function": {**inside, "arguments": arguments}}
-
-
-def _tools(tools: Any) -> list[dict[str, Any]] | None:
-    """An example's tools, which may be a JSON string; None if there are none."""
-    if tools is None or tools == "":
-        return None
-    return [_typed(tool, dict, "one of the tools") for tool in _typed(_parsed(tools, "tools"), list, "tools")] or None
 
 
 def _parsed(value: Any, where: str) -> Any:
@@ -222,48 +202,3 @@ def _typed(value: Any, kind: type, what: str) -> Any:
         given = "null" if value is None else f"a {type(value).__name__}"
         raise BadRow(FORMAT, f"{what} is {given}, not a {kind.__name__}")
     return value
-
-
-def as_in_json(row: dict[str, Any]) -> dict[str, Any]:
-    """A table's row (Parquet, Arrow, a data set) as the same example in JSON.
-
-    A table gives every mapping of a column the fields of all of them, with null where one has none: null columns, and
-    null fields in tools, tool calls and variables, are removed. A message's own fields stay null, since null content
-    means something. `datasets` keeps a `Sequence` of mappings as a mapping of lists: it becomes a list again.
-    """
-    row = {key: value for key, value in row.items() if value is not None}
-    for key in ("messages", "conversations", "prompt", "completion"):
-        messages = _as_list(row.get(key))
-        if isinstance(messages, list):
-            row[key] = [_table_message(message) for message in messages]
-    if "tools" in row:
-        row["tools"] = _without_null(_as_list(row["tools"]))
-    if "chat_template_kwargs" in row:
-        row["chat_template_kwargs"] = _without_null(row["chat_template_kwargs"])
-    return row
-
-
-def _table_message(message: Any) -> Any:
-    if not isinstance(message, dict):
-        return message
-    lists = {name: _as_list(message[name]) for name in ("content", "value", "tool_calls") if name in message}
-    own = ("content", "value")
-    return {name: item if name in own else _without_null(item) for name, item in {**message, **lists}.items()}
-
-
-def _as_list(value: Any) -> Any:
-    """A mapping of equally long lists as a list of mappings; any other value unchanged."""
-    if not isinstance(value, dict):
-        return value
-    columns = {name: column for name, column in value.items() if column is not None}
-    lengths = {len(column) if isinstance(column, list) else None for column in columns.values()}
-    if len(lengths) != 1 or None in lengths:
-        return value
-    return [dict(zip(columns, items)) for items in zip(*columns.values())]
-
-
-def _without_null(value: Any) -> Any:
-    """Without null fields, in mappings at any depth. Null as an item of a list stays: it was given."""
-    if isinstance(value, dict):
-        return {name: _without_null(item) for name, item in value.items() if item is not None}
-    return [_without_null(item) for item in value] if isinstance(value, list) else value

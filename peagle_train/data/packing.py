@@ -6,7 +6,6 @@ A *document* is an example's tokens, a *piece* is a part of one that fits a sequ
 
 import hashlib
 from bisect import bisect_left, insort
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from peagle_train.config import Data, parse_sources
+from peagle_train.core.cod import hash63
 from peagle_train.data.documents import (
     Documents,
     Encode,
@@ -26,7 +26,6 @@ from peagle_train.data.documents import (
     read_documents,
     store_documents,
 )
-from peagle_train.data.messages import CHAT_KEYS
 from peagle_train.data.sampler import EMPTY_ROW
 from peagle_train.data.vocab import count_supervised
 
@@ -37,14 +36,8 @@ def held_out_documents(keys_D32: np.ndarray, eval_fraction: float) -> np.ndarray
     """bool [D]: whether a document is held out, about `eval_fraction` of them.
 
     Its own key (uint8, sha256) decides, so it lands on the same side on every machine and whatever the others are.
-
-    Raises:
-        ValueError: a fraction that leaves nothing to train on.
     """
-    held_out_D = _lies_below(keys_D32[:, :8], eval_fraction)
-    if held_out_D.size and held_out_D.all():
-        raise ValueError(f"data.eval_fraction {eval_fraction} holds out all {held_out_D.size} documents: lower it")
-    return held_out_D
+    return _lies_below(keys_D32[:, :8], eval_fraction)
 
 
 def times_an_epoch(keys_D32: np.ndarray, weights_D: np.ndarray) -> np.ndarray:
@@ -141,8 +134,6 @@ class PackedRows(Dataset[dict[str, Any]]):
 
         Packing sorts sequences by length, so that the first ones would be no fair sample.
         """
-        if max_rows is None or max_rows >= len(self):
-            return self
         limited = PackedRows(self._store, self.layout)
         lowest = np.argsort(self.layout["row_keys"][self._index], kind="stable")[:max_rows]
         limited._index = self._index[np.sort(lowest)]
@@ -160,8 +151,8 @@ class PackedRows(Dataset[dict[str, Any]]):
         return ids, mask, np.repeat(np.arange(last - first), lengths)
 
     def _content_key(self, sequence: int) -> int:
-        content = b"".join(values.astype("<i8").tobytes() for values in self._tokens(sequence))
-        return int.from_bytes(hashlib.sha256(content).digest()[:8], "little") >> 1
+        content = b"".join(values.astype("<i8", copy=False).tobytes() for values in self._tokens(sequence))
+        return hash63(content)
 
 
 def pack_table(
@@ -173,49 +164,49 @@ def pack_table(
     token of a later piece keeps its loss mask, but like every first token it is no drafter row:
     `lost_at_splits` counts those. Pieces of one token are kept, although they have no drafter row. With
     `pack`, the longest piece comes first, each in the fullest sequence that has room for it; without, each piece
-    is a sequence.
+    is a sequence. C: copies of documents, P: pieces.
     """
-    starts, lengths = list[int](), list[int]()  # of pieces
-    split = supervised = lost = 0
-    for start, length, times in zip(table.starts_D.tolist(), table.lengths_D.tolist(), times_D.tolist(), strict=True):
-        if times == 0:
-            continue
-        offsets = range(0, length, max_length)
-        starts += [start + offset for offset in offsets] * times
-        lengths += [min(max_length, length - offset) for offset in offsets] * times
-        mask_n = table.store.mask_n[start : start + length]
-        firsts = mask_n[::max_length]
-        supervised += times * int(np.count_nonzero(mask_n) - np.count_nonzero(firsts))
-        lost += times * int(np.count_nonzero(firsts[1:]))
-        split += times * (length > max_length)
-    sequences = _best_fit_decreasing(lengths, max_length) if pack else [[piece] for piece in range(len(lengths))]
+    mask_n = table.store.mask_n
+    document_C = np.repeat(np.arange(len(table)), times_D)
+    pieces_C = -(-table.lengths_D[document_C] // max_length)
+    document_P = np.repeat(document_C, pieces_C)
+    offset_P = max_length * (np.arange(document_P.size) - np.repeat(pieces_C.cumsum() - pieces_C, pieces_C))
+    start_P = table.starts_D[document_P] + offset_P
+    length_P = np.minimum(table.lengths_D[document_P] - offset_P, max_length)
+    if pack:
+        sequences = _best_fit_decreasing(length_P, max_length)
+    else:
+        sequences = [[piece] for piece in range(length_P.size)]
     placed = np.array([piece for sequence in sequences for piece in sequence], dtype=np.int64)
     layout = {
-        "piece_starts": np.array(starts, np.int64)[placed],
-        "piece_lengths": np.array(lengths, np.int64)[placed],
+        "piece_starts": start_P[placed],
+        "piece_lengths": length_P[placed],
         "row_offsets": np.cumsum([0, *map(len, sequences)], dtype=np.int64),
     }
+    tokens, firsts_P = int(length_P.sum()), mask_n[start_P].astype(np.int64)
+    learned_D = np.add.reduceat(mask_n, table.starts_D, dtype=np.int64) if len(table) else times_D
     report = PackReport(
-        documents=int(times_D.sum()),
-        pieces=len(lengths),
-        split_documents=split,
+        documents=document_C.size,
+        pieces=length_P.size,
+        split_documents=int((pieces_C > 1).sum()),
         rows=len(sequences),
-        tokens=sum(lengths),
-        supervised=supervised,
-        lost_at_splits=lost,
-        fill=sum(lengths) / (len(sequences) * max_length) if sequences else 0.0,
+        tokens=tokens,
+        supervised=int((learned_D * times_D).sum() - firsts_P.sum()),
+        lost_at_splits=int(firsts_P[offset_P > 0].sum()),
+        fill=tokens / (len(sequences) * max_length) if sequences else 0.0,
         repeats=int(np.maximum(times_D - 1, 0).sum()),
     )
     return PackedRows(table.store, layout), report
 
 
-def _best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices into `lengths` by sequence: the longest first, each where the least space remains."""
+def _best_fit_decreasing(length_P: np.ndarray, capacity: int) -> list[list[int]]:
+    """Pieces by sequence: the longest first, each where the least space remains."""
     sequences: list[list[int]] = []
     spaces: list[int] = []  # ascending: the amounts of space that any sequence has left
     sequences_with: dict[int, list[int]] = {}  # those sequences, by space
-    for piece in sorted(range(len(lengths)), key=lambda piece: -lengths[piece]):
-        at = bisect_left(spaces, lengths[piece])
+    order = np.argsort(-length_P, kind="stable")
+    for piece, length in zip(order.tolist(), length_P[order].tolist()):
+        at = bisect_left(spaces, length)
         if at == len(spaces):
             sequence, space = len(sequences), capacity
             sequences.append([])
@@ -225,7 +216,7 @@ def _best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int
             if not sequences_with[space]:
                 del sequences_with[space], spaces[at]
         sequences[sequence].append(piece)
-        space -= lengths[piece]
+        space -= length
         if space > 0 and space not in sequences_with:
             insort(spaces, space)
             sequences_with[space] = []
@@ -245,11 +236,6 @@ class TrainingData:
     eval_report: PackReport  # of all held-out sequences, those beyond data.max_eval_rows included
     in_both: int  # documents of data.sources that are in data.eval_sources, too, and not trained on
     source_reports: dict[str, SourceReport]  # what was read for `sources`, and for `eval_sources` if there are any
-
-    @property
-    def has_chats(self) -> bool:
-        """Whether a chat template made any of the documents."""
-        return any(form in CHAT_KEYS for report in self.source_reports.values() for form in report.forms)
 
     def describe(self) -> list[str]:
         """What was read, skipped and packed, in lines."""
@@ -289,18 +275,17 @@ def make_data(
         held_out = {key.tobytes() for key in eval_table.keys_D32}
         is_out_D = np.array([key.tobytes() in held_out for key in table.keys_D32], dtype=bool)
         in_both = int(is_out_D.sum())
-        if in_both == len(table):
-            raise ValueError("every document of data.sources is in data.eval_sources too: nothing is left to train on")
     else:
         is_out_D = held_out_documents(table.keys_D32, data.eval_fraction)
         eval_table, eval_times_D = table, is_out_D.astype(np.int64)
     weights = np.array([source.weight for source in parse_sources(data.sources)])
     times_D = np.where(is_out_D, 0, times_an_epoch(table.keys_D32, weights[table.sources_D]))
-    if not times_D.any():
-        raise ValueError("the weights of data.sources leave no document to train on: raise them, or give more data")
     train_rows, report = pack_table(table, times_D, data.max_length, data.pack)
     if report.supervised == 0:
-        raise ValueError("nothing to learn from: no document to train on has loss_mask 1 after its first token")
+        raise ValueError(
+            f"nothing to learn from in the {report.documents} documents to train on; {int(is_out_D.sum())} of {len(table)}"
+            " are held out (data.eval_fraction, data.eval_sources), others not taken by their source's weight"
+        )
     report = replace(report, left_out_by_weight=int(((times_D == 0) & ~is_out_D).sum()))
     eval_rows, eval_report = pack_table(eval_table, eval_times_D, data.max_length, data.pack)
     counts_V = count_supervised(table, times_D, vocab_size)

@@ -1,11 +1,12 @@
 """Which sequences a rank trains on in which step: a pure function of (seed, epoch, rank, step)."""
 
-import hashlib
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
+
+from peagle_train.core.cod import seeded
 
 EMPTY_ROW = -1
 """The index of no sequence: `PackedRows` answers it with one of length 0."""
@@ -88,7 +89,4 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
 
 def epoch_order(num_rows: int, seed: int, epoch: int) -> Tensor:
     """int64 [num_rows]: the order in which an epoch visits the sequences."""
-    # Hashed: torch's CPU generator keeps 32 bits of a seed, and seed + epoch repeats other seeds' orders.
-    digest = hashlib.sha256(f"row order,{seed},{epoch}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.randperm(num_rows, generator=generator)
+    return torch.randperm(num_rows, generator=seeded("row order", seed, epoch))

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from peagle_train.config import Recipe, parse_sources
 from peagle_train.core.attention import uses_flex
 from peagle_train.core.block_mask import BLOCK_SIZE
 from peagle_train.core.collator import CODCollator
-from peagle_train.data.chat import ChatEncoder, read_template
+from peagle_train.data.chat import read_template
 from peagle_train.data.documents import find_all
 from peagle_train.data.encode import Encoder
 from peagle_train.data.packing import TrainingData, make_data
@@ -45,23 +44,17 @@ def load_training_data(
         made = open_prepared(Path(data.prepared), settings, data.max_bad_rows)
         say(f"data: as prepared in {data.prepared}, checksums verified")
     else:
-        read_template(data.chat_template)
+        read_template(data.chat_template)  # a mistake even where no example is a chat
         for spec in parse_sources([*data.sources, *data.eval_sources]):
             if spec.streaming:  # a resume could not be exact
                 raise ValueError(
                     f"data source {spec.describe()} is streamed, which has to be prepared: run peagle-train prepare on"
                     " this recipe, and give its folder as data.prepared"
                 )
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            say(
-                f"data: each of {dist.get_world_size()} processes reads and tokenizes it all; peagle-train prepare does it"
-                " once"
-            )
         encode = Encoder(data, tokenizer, vocab_size, mask_token_id).encode
         made = make_data(data, find_all(data), encode, vocab_size)
     made = replace(made, eval_rows=made.eval_rows.limit(data.max_eval_rows))
-    notices = ChatEncoder.from_recipe(data, tokenizer).notices if made.has_chats else []
-    for line in [*made.describe(), *(f"data: {notice}" for notice in notices)]:
+    for line in made.describe():
         say(line)
     if data.eval_fraction > 0 and not made.eval_report.rows:
         say(

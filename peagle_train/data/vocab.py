@@ -3,7 +3,6 @@
 V: the target's vocabulary, Vd: the drafter's.
 """
 
-import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from peagle_train.config import Data, Draft, Recipe
-from peagle_train.data.chat import read_template
+from peagle_train.data.chat import ChatTemplate, read_template
 from peagle_train.data.documents import Documents
 from peagle_train.files import one_line
 
@@ -38,13 +37,11 @@ def load_tokenizer(path: str, trust_remote_code: bool) -> Any:
 
 def load_config(path: str, trust_remote_code: bool) -> Any:
     """transformers' config of a target's folder; ValueError, one line, for a folder that is none."""
-    if not Path(path).is_dir():
-        raise ValueError(
-            f"target.path {path} is not a folder; give a Hugging Face model folder on this machine (of the hub: hf download"
-            " NAME --local-dir DIR; for a plan its config.json is enough)"
-        )
     if not (Path(path) / "config.json").is_file():
-        raise ValueError(f"target.path {path} has no config.json; give a Hugging Face model folder")
+        raise ValueError(
+            f"target.path {path} is not a folder or has no config.json; give a Hugging Face model folder on this machine"
+            " (of the hub: hf download NAME --local-dir DIR; for a plan its config.json is enough)"
+        )
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # whatever a foreign or corrupt file makes transformers raise
@@ -93,17 +90,14 @@ def end_of_turn_ids(tokenizer: Any, data: Data | None = None) -> list[int]:
     recipe's section, where it gives them.
     """
     given, variables = (None, None) if data is None else (read_template(data.chat_template), data.template_kwargs)
-    if tokenizer is None or (given is None and not getattr(tokenizer, "chat_template", None)):
+    if tokenizer is None or not (given or getattr(tokenizer, "chat_template", None)):
         return []
-    answer = "placeholder"
-    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
     try:
-        text = tokenizer.apply_chat_template(chat, chat_template=given, tokenize=False, **(variables or {}))
-    except Exception as error:  # templates raise what they like
-        logger.warning("the chat template fails, so its end of turn is not known: %s", one_line(error, 200))
+        after = ChatTemplate(tokenizer, given, variables or {}).after_answer
+    except ValueError as error:
+        logger.warning("the end of a turn is not known: %s", error)
         return []
-    _, found, after = text.rpartition(answer)
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
     return ids[:1] if ids and ids[0] in tokenizer.added_tokens_decoder else []
 
 
@@ -135,12 +129,9 @@ def choose_most_frequent(counts_V: Tensor, draft_vocab_size: int, always: Iterab
     vocab_size, kept = counts_V.numel(), sorted(set(always))
     if not 1 <= draft_vocab_size <= vocab_size:
         raise ValueError(f"draft_vocab_size is {draft_vocab_size}; the target's vocabulary allows 1 to {vocab_size}")
-    if kept and not 0 <= kept[0] <= kept[-1] < vocab_size:
-        raise ValueError(f"tokens {kept} must always be drafted, but the vocabulary is 0..{vocab_size - 1}")
     if len(kept) > draft_vocab_size:
         raise ValueError(
-            f"draft_vocab_size is {draft_vocab_size}, but {len(kept)} tokens must always be drafted:"
-            f" give at least {len(kept)}"
+            f"draft_vocab_size is {draft_vocab_size}; give at least {len(kept)}, which must always be drafted"
         )
     rank_V = counts_V.clone()
     rank_V[kept] = torch.iinfo(torch.int64).max
@@ -169,10 +160,9 @@ def read_draft_vocab(
     """int64 [Vd], ascending: the target's tokens that the drafter of `draft.vocab_from` drafts.
 
     Args:
-        draft: `vocab_from` names a folder or a .safetensors file with `d2t` [Vd] (offsets: draft token i is the target's
-            i + d2t[i]) and, mostly, `t2d` [V] in vLLM's and speculators' names, or without them if config.json says that
-            Vd is V, or a folder with d2t.npy and t2d.npy, as speculators prepares them. `draft_vocab_size`, if given,
-            must be Vd.
+        draft: `vocab_from` names a drafter's folder or .safetensors file, with `d2t` [Vd] (offsets: draft token i is the
+            target's i + d2t[i]) and, mostly, `t2d` [V], or a folder with d2t.npy and t2d.npy, as speculators prepares them.
+            `draft_vocab_size`, if given, must be Vd.
         always: special and end tokens. Those that the mapping lacks are logged; one that can end an answer must be there.
         data: the recipe's section, which may give a chat template.
 
@@ -180,10 +170,11 @@ def read_draft_vocab(
         ValueError: one line that says what does not fit.
     """
     where, V = f"draft.vocab_from {draft.vocab_from}", target.vocab_size
-    ids, t2d, size = _read(draft)
-    size = size if t2d is None else t2d.numel()
-    if size not in (None, V):
-        raise ValueError(f"{where} is for a vocabulary of {size} tokens, the target has {V}: give one for this target")
+    ids, t2d = _read(draft)
+    if t2d is not None and t2d.numel() != V:
+        raise ValueError(
+            f"{where} is for a vocabulary of {t2d.numel()} tokens, the target has {V}: give one of this target"
+        )
     if int(ids[-1]) >= V:
         raise ValueError(f"{where} drafts token {int(ids[-1])}, but the target's vocabulary is 0..{V - 1}")
     if t2d is not None and not torch.equal(t2d != 0, t2d_mask(ids, V)):
@@ -207,13 +198,11 @@ def draft_vocab_size_of(draft: Draft) -> int:
     return _read(draft)[0].numel()
 
 
-def _read(draft: Draft) -> tuple[Tensor, Tensor | None, int | None]:
-    """int64 [Vd], the target's tokens that are drafted; t2d and V of the config, None where there is none."""
+def _read(draft: Draft) -> tuple[Tensor, Tensor | None]:
+    """int64 [Vd], the target's tokens that are drafted; t2d, where there is one."""
     assert draft.vocab_from is not None
     path, where = Path(draft.vocab_from), f"draft.vocab_from {draft.vocab_from}"
     files = sorted([*path.glob("[dt]2[td].npy"), *path.glob("*.safetensors")]) if path.is_dir() else [path]
-    if not files or not files[0].is_file() or not {file.suffix for file in files} <= {".safetensors", ".npy"}:
-        raise ValueError(f"{where}: give a drafter's folder or .safetensors file (or a folder with d2t.npy)")
     found: dict[str, Tensor] = {}
     for file in files:
         try:
@@ -224,29 +213,15 @@ def _read(draft: Draft) -> tuple[Tensor, Tensor | None, int | None]:
                     found |= {name: tensors.get_tensor(name) for name in ("d2t", "t2d") if name in tensors.keys()}
         except (OSError, SafetensorError, ValueError, EOFError, TypeError) as error:
             raise ValueError(f"{where}: cannot read {file.name}: {one_line(error, 200)}") from None
-    vocab_size, draft_vocab_size = _config_sizes(path)
     if "d2t" not in found:
-        if vocab_size is None or draft_vocab_size != vocab_size:
-            raise ValueError(
-                f"{where} has no d2t: it is not a drafter, or drafts the full vocabulary and does not say so"
-            )
-        found["d2t"] = torch.zeros(vocab_size, dtype=torch.int64)
+        raise ValueError(
+            f"{where} has no d2t: give the folder or .safetensors file of a drafter, or a folder with d2t.npy (a drafter of"
+            " the full vocabulary has none: remove draft.vocab_from)"
+        )
     d2t = found["d2t"]
     if d2t.dim() != 1 or d2t.numel() == 0 or d2t.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{where}: d2t is {d2t.dtype} {list(d2t.shape)}; it must be a vector of integers")
     ids = d2t.long() + torch.arange(d2t.numel())
     if int(ids[0]) < 0 or bool((ids[1:] <= ids[:-1]).any()):
         raise ValueError(f"{where}: its d2t leads to tokens below 0, twice or out of order; they must ascend from 0")
-    return ids, found.get("t2d"), vocab_size
-
-
-def _config_sizes(path: Path) -> tuple[int | None, int | None]:
-    """V and Vd by the drafter's config.json (V in speculators' transformer_layer_config); None where unknown."""
-    try:
-        config = json.loads(((path if path.is_dir() else path.parent) / "config.json").read_bytes())
-        vocab_size = config.get("vocab_size", config.get("transformer_layer_config", {}).get("vocab_size"))
-        sizes = (vocab_size, config.get("draft_vocab_size"))
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return None, None
-    vocab_size, draft_vocab_size = (size if type(size) is int and 0 < size <= 2**24 else None for size in sizes)
-    return vocab_size, draft_vocab_size
+    return ids, found.get("t2d")
