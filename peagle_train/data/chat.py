@@ -18,7 +18,6 @@ A span is (start, end) in characters; n: tokens of the text, S: spans.
 import copy
 import re
 from collections import Counter
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,9 +30,6 @@ from peagle_train.data.messages import NOTHING, TEMPLATE, BadRow, Conversation
 from peagle_train.files import one_line
 
 Span = tuple[int, int]
-
-_USER, _ASSISTANT, _NEXT = "Qwhatq", "Aanswera", "Nnextn"
-"""Words to look for in what the template makes of them."""
 
 IDS_ALONE = {
     "add_special_tokens": False,
@@ -63,22 +59,15 @@ class EncodedChat(NamedTuple):
 
     input_ids: list[int]  # n ids
     loss_mask: list[int]  # 0 or 1 for each: 1 on what the target generates
-    counts: Mapping[str, int]  # what was not learned or dropped, by one of four phrases; nothing that is 0
+    counts: dict[str, int]  # what was not learned or dropped, by one of four phrases; nothing that is 0
 
 
 class ChatTemplate:
     """Renders messages as `apply_chat_template` does for a server, and finds what the target generates in the result.
 
-    What the template does is found out by rendering a few words. Added tokens (`<|im_end|>`, `<tool_call>`, ...) are those
-    that the tokenizer never makes of parts of other text.
-
-    Args:
-        tokenizer: transformers' tokenizer.
-        text: a Jinja template in place of the tokenizer's own.
-        template_kwargs: variables of the template.
-
-    Raises:
-        ValueError: there is no template, or it cannot be rendered.
+    `text` is a Jinja template in place of the tokenizer's own. What it does is found out by rendering a few words;
+    ValueError if there is none or it cannot render them. Added tokens (`<|im_end|>`, `<tool_call>`, ...) are those that the
+    tokenizer never makes of parts of other text.
     """
 
     def __init__(self, tokenizer: Any, text: str | None, template_kwargs: dict[str, Any]) -> None:
@@ -94,22 +83,23 @@ class ChatTemplate:
         self._added, self._added_ids = tuple(added.values()), frozenset(added)
         self._added_or_space = re.compile("|".join([r"\s", *map(re.escape, added.values())]))
 
-        chat = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ASSISTANT}]
+        user, answer, following = "Qwhatq", "Aanswera", "Nnextn"
+        chat = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
         whole = ""
-        for end, word, who in ((1, _USER, "user"), (2, _ASSISTANT, "assistant")):
+        for end, word, who in ((1, user, "user"), (2, answer, "assistant")):
             try:
                 whole, why = self.render(chat[:end]), f"what the {who} says is not in it"
             except BadRow as error:
                 whole, why = "", error.detail
             if word not in whole:
                 raise ValueError(f"the chat template cannot render the {who}'s message ({why}): set data.chat_template")
-        self.after_answer = whole.rpartition(_ASSISTANT)[2]
+        self.after_answer = whole.rpartition(answer)[2]
         # What the template writes after a chat's last end-of-turn token but not after earlier ones (mostly "").
         try:
-            longer = self.render([*chat, {"role": "user", "content": _NEXT}])
+            longer = self.render([*chat, {"role": "user", "content": following}])
         except BadRow:
             longer = ""
-        earlier = longer.partition(_ASSISTANT)[2].partition(_NEXT)[0]
+        earlier = longer.partition(answer)[2].partition(following)[0]
         common = _common_prefix(self.after_answer, earlier)
         while common and not self.after_answer.endswith(self._added, 0, common):
             common -= 1
@@ -141,10 +131,7 @@ class ChatTemplate:
     def generated(self, whole: TokenizedText, prompt: str, until_turn: str) -> Span | None:
         """The span of a turn as the target generates it; None if the whole chat does not hold it in that form.
 
-        Args:
-            whole: the chat.
-            prompt: the rendering of all messages before the turn, with the generation prompt.
-            until_turn: the rendering up to and including the turn.
+        `prompt` renders all messages before the turn, with the generation prompt; `until_turn` those up to it and itself.
         """
         text = whole.text
         if not text.startswith(prompt) or not until_turn.startswith(prompt):
@@ -186,15 +173,9 @@ def _common_prefix(first: str, second: str) -> int:
 class ChatEncoder:
     """Encodes chats with a tokenizer and its chat template, which is looked at when the first chat needs it.
 
-    Args:
-        tokenizer: transformers' fast tokenizer of the target.
-        chat_template: text of a Jinja template in place of the tokenizer's own.
-        on_rewrite: of a chat whose earlier turns the template rewrites, learn from the assistant's messages after the
-            user's last ("last_turn"), or refuse the chat ("refuse": BadRow).
-        template_kwargs: variables of the template, such as enable_thinking.
-
-    Raises:
-        ValueError: no tokenizer, or one without offsets.
+    `chat_template` is the text of a Jinja template in place of the tokenizer's own. `on_rewrite`: of a chat whose earlier
+    turns the template rewrites, learn from the assistant's messages after the user's last ("last_turn"), or refuse the chat
+    ("refuse": BadRow). ValueError for no tokenizer, or one without offsets.
     """
 
     def __init__(
@@ -300,16 +281,13 @@ class ChatEncoder:
 
 
 def mask_spans(whole: TokenizedText, spans: list[Span]) -> tuple[list[int], int]:
-    """1 for each token wholly inside a span (ascending, disjoint), else 0; and how many straddle a span's border."""
-    if not spans:
-        return [0] * len(whole.ids), 0
-    first_S, last_S = torch.tensor(spans, dtype=torch.int64).T.contiguous()
-    span_n = torch.searchsorted(first_S, whole.starts_n, right=True) - 1
-    last_n = last_S[span_n.clamp(min=0)]
-    is_inside_n = (span_n >= 0) & (whole.ends_n <= last_n) & (whole.starts_n < last_n)
-    borders = torch.cat([first_S, last_S]).unique()
-    next_border_n = torch.searchsorted(borders, whole.starts_n, right=True)
-    is_straddling_n = next_border_n < torch.searchsorted(borders, whole.ends_n)
+    """1 for each token wholly inside a span, else 0; and how many straddle a span's border."""
+    is_inside_n = torch.zeros(len(whole.ids), dtype=torch.bool)
+    is_straddling_n = torch.zeros_like(is_inside_n)
+    for first, last in spans:
+        is_inside_n |= (whole.starts_n >= first) & (whole.ends_n <= last) & (whole.starts_n < last)
+        for border in (first, last):
+            is_straddling_n |= (whole.starts_n < border) & (whole.ends_n > border)
     return is_inside_n.int().tolist(), int(is_straddling_n.sum())
 
 

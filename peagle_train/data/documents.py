@@ -34,8 +34,6 @@ EXAMPLE_FORMATS |= {".jsonl.gz": "jsonl", ".json.gz": "json"}
 _NOT_LIBRARY = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
 _BATCH_CHARACTERS, _BATCH_EXAMPLES = 1_000_000, 256
 
-# Which files the sources name.
-
 
 class SourceFile(NamedTuple):
     """A file to read, or a data set that is read like one."""
@@ -48,8 +46,6 @@ class SourceFile(NamedTuple):
 
 
 class FoundFiles(NamedTuple):
-    """What the sources name."""
-
     files: list[SourceFile]  # in the order of the sources, within one by the path below it
     skipped: Counter[str]  # files that are not read, by reason
 
@@ -60,10 +56,7 @@ def find_all(data: Data) -> dict[str, FoundFiles]:
     Sources are files, folders, globs, `stdlib`, saved data sets and names of data sets. Folders are searched, at any depth,
     for data.extensions (or for those of the source's own format). Files and globs may also name text and example files of
     any known extension. data.exclude holds fnmatch patterns on the path below the source, with or without the source's own
-    name before it.
-
-    Raises:
-        ValueError: a source that names nothing to read.
+    name before it. ValueError for a source that names nothing to read.
     """
     found = {}
     for role, items in (("eval_sources", data.eval_sources), ("sources", data.sources)):
@@ -73,10 +66,8 @@ def find_all(data: Data) -> dict[str, FoundFiles]:
             its_files = list(_files_of(number, spec, data, not_read))
             if not its_files:
                 counts = ", ".join(f"{count} {what}" for what, count in not_read.items()) or "none at all"
-                raise ValueError(
-                    f"data source {spec.describe()} has no file to read ({counts}): change data.exclude, data.extensions,"
-                    f" {' '.join(data.extensions)}, or the source's format"
-                )
+                keys = f"data.exclude, data.extensions ({' '.join(data.extensions)}) or its format"
+                raise ValueError(f"data source {spec.describe()} has no file to read ({counts}): change {keys}")
             files += its_files
             skipped += not_read
         if items:
@@ -140,15 +131,8 @@ def _walk(root: str, skipped: Counter[str], not_in: Sequence[str] = ()) -> Itera
         yield from (os.path.relpath(os.path.join(folder, name), root) for name in names)
 
 
-# What is in them: examples, in order.
-
-
 def read_examples(files: Sequence[SourceFile]) -> Iterator[RawExample]:
-    """Every example in the order of the files; empty lines are none.
-
-    Raises:
-        ValueError: one line, for a file that cannot be read at all.
-    """
+    """Every example in the order of the files; empty lines are none. ValueError, one line, for an unreadable file."""
     for file in files:
         path = file.path.encode("utf-8", "backslashreplace").decode()
         if file.format == "text":
@@ -191,8 +175,8 @@ def _table_rows(file: SourceFile) -> Iterator[dict[str, Any]]:
             for values in zip(*batch.values(), strict=True):
                 yield dict(zip(batch, values, strict=True))
     except Exception as error:  # pyarrow, datasets and the hub's client each raise types of their own
-        first_line = one_line(str(error).split("\n")[0], 300)
-        raise ValueError(f"cannot read {file.path} ({file.format}): {type(error).__name__}: {first_line}") from error
+        what = f"{type(error).__name__}: {one_line(error, 300)}"
+        raise ValueError(f"cannot read {file.path} ({file.format}): {what}") from error
 
 
 def _open_table(path: str, format: str, spec: SourceSpec) -> Any:
@@ -215,9 +199,6 @@ def _open_table(path: str, format: str, spec: SourceSpec) -> Any:
     return saved
 
 
-# What becomes of them.
-
-
 @dataclass
 class SourceReport:
     """What was read, and what was skipped."""
@@ -226,10 +207,8 @@ class SourceReport:
     documents: int = 0  # kept, as are those of the next three
     tokens: int = 0
     supervised: int = 0  # drafter rows with a loss: tokens with mask 1, without the first of each document
-    forms: Counter[str] = field(default_factory=Counter)  # by the form of their example; `file` is a whole text file
-    left_out: Counter[str] = field(
-        default_factory=Counter
-    )  # files not read; documents empty or equal to an earlier one
+    forms: Counter[str] = field(default_factory=Counter)  # by the form of their example
+    left_out: Counter[str] = field(default_factory=Counter)  # files of other types, empty and duplicate documents, ...
     bad_rows: Counter[str] = field(default_factory=Counter)  # examples that cannot be trained on, by reason
     first_bad: dict[str, str] = field(default_factory=dict)  # of each reason: file and line, and what is wrong with it
     notes: Counter[str] = field(default_factory=Counter)  # see `EncodedBatch`; duplicates are counted too
@@ -254,9 +233,8 @@ class SourceReport:
     def check_bad(self, max_bad_rows: int, where: str = "") -> None:
         """ValueError if there are more bad rows than `max_bad_rows`."""
         if sum(self.bad_rows.values()) > max_bad_rows:
-            raise ValueError(
-                f"{where}{self.describe_bad()}: data.max_bad_rows is {max_bad_rows}; raise it to skip such rows"
-            )
+            more = f"data.max_bad_rows is {max_bad_rows}; raise it to skip such rows"
+            raise ValueError(f"{where}{self.describe_bad()}: {more}")
 
 
 Encode = Callable[[Iterable[list[RawExample]]], Iterable[EncodedBatch]]
@@ -269,10 +247,8 @@ def read_documents(
     """Each document once, in order; everything else is counted in `report`.
 
     A text file is a document with every token but the first supervised, without bos and eos; what looks like a special
-    token in it stays text. Examples have one of the forms of encode.py.
-
-    Raises:
-        ValueError: one line: a file that cannot be read, more than `max_bad_rows` bad rows, or nothing to learn from.
+    token in it stays text. Examples have one of the forms of encode.py. ValueError, one line, for a file that cannot be
+    read, more than `max_bad_rows` bad rows, or nothing to learn from.
     """
     report.files, report.left_out = len(found.files), found.skipped.copy()
     keys = set[bytes]()
@@ -317,9 +293,8 @@ def _in_batches(examples: Iterable[RawExample]) -> Iterator[list[RawExample]]:
 
 
 class TokenStore:
-    """Token ids (int32 [n]) and loss masks (uint8 [n]) of all documents side by side: in memory, or mapped from files.
-
-    A store in files that is sent to another process is mapped there again, not copied.
+    """Token ids (int32 [n]) and loss masks (uint8 [n]) of all documents side by side: in memory, or mapped from files,
+    which are mapped again in a process that the store is sent to, not copied.
     """
 
     def __init__(self, ids_n: np.ndarray, mask_n: np.ndarray, path: Path | None = None) -> None:
@@ -327,7 +302,6 @@ class TokenStore:
 
     @classmethod
     def open(cls, path: Path) -> "TokenStore":
-        """The store in `token_files(path)`."""
         ids, mask = token_files(path)
         return cls(np.memmap(ids, np.int32, "r"), np.memmap(mask, np.uint8, "r"), path)
 
@@ -335,9 +309,8 @@ class TokenStore:
         return (TokenStore, (self.ids_n, self.mask_n)) if self.path is None else (TokenStore.open, (self.path,))
 
 
-def token_files(path: Path) -> tuple[Path, Path]:
-    """`PATH-ids.bin` and `PATH-mask.bin`."""
-    return path.with_name(path.name + "-ids.bin"), path.with_name(path.name + "-mask.bin")
+def token_files(path: Path) -> list[Path]:
+    return [path.with_name(f"{path.name}-{what}.bin") for what in ("ids", "mask")]
 
 
 @dataclass(frozen=True)

@@ -68,19 +68,13 @@ class EncodedBatch:
 
     raws: list[RawExample]  # without their content
     examples: list[EncodedExample | BadRow | None]
-    notes: Counter[str] = field(default_factory=Counter)
-    """Several forms, and what chats had that was not learned or dropped: see `EncodedChat`."""
+    notes: Counter[str] = field(default_factory=Counter)  # several forms, and what chats had: see `EncodedChat`
 
 
 class Encoder(Dataset[EncodedBatch | ValueError]):
-    """Turns batches of raw examples into ids and masks.
+    """Turns batches of raw examples into ids (in 0..vocab_size - 1) and masks, by `num_workers` processes (0: this one).
 
-    Args:
-        data: the recipe's section: its chat template, and data.max_characters.
-        tokenizer: transformers' tokenizer; None if all examples are ids.
-        vocab_size: the target's; ids lie in 0..vocab_size - 1.
-        mask_token_id: the drafter's mask token, which no example may hold.
-        num_workers: processes that encode; 0: this one.
+    `tokenizer` may be None if all examples are ids; no example may hold `mask_token_id`.
     """
 
     def __init__(

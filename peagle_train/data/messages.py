@@ -14,7 +14,7 @@ _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """What a message's thoughts are called in one format or another."""
 _ROLES = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool", "ipython")},
-    **dict.fromkeys(("human",), "user"),
+    "human": "user",
     **dict.fromkeys(("gpt", "chatgpt", "model", "bot", "function_call"), "assistant"),
     **dict.fromkeys(("function", "function_response", "observation"), "tool"),
 }
@@ -26,10 +26,7 @@ TEMPLATE, NOTHING = "does not fit the chat template", "nothing to learn from"
 
 
 class BadRow(ValueError):
-    """An example that cannot be trained on; the run counts it under `reason` and continues, or stops, as the recipe says.
-
-    reason: one of the six above. detail: one line on this example: what was found, and where.
-    """
+    """An example that cannot be trained on: `reason` is one of the six above, `detail` one line on what was found."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason, detail)  # both, so that it can be pickled
@@ -85,10 +82,9 @@ def messages_of(row: dict[str, Any], to_ask: bool = False) -> Conversation:
     if not to_ask and not any(learned):
         raise BadRow(NOTHING, f"none of {len(messages)} messages is the assistant's, of weight 1, after the prompt")
     kwargs = _typed(row.get("chat_template_kwargs") or {}, dict, "chat_template_kwargs")
-    tools = [
+    tools = _typed(_parsed(row.get("tools") or [], "tools"), list, "tools")
+    for tool in tools:
         _typed(tool, dict, "one of the tools")
-        for tool in _typed(_parsed(row.get("tools") or [], "tools"), list, "tools")
-    ]
     check_texts([messages, tools, kwargs])
     return Conversation(messages, learned, kwargs, tools or None)
 

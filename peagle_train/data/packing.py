@@ -33,18 +33,15 @@ _TOKEN_FIELDS = ("input_ids", "loss_mask", "document_ids")
 
 
 def held_out_documents(keys_D32: np.ndarray, eval_fraction: float) -> np.ndarray:
-    """bool [D]: whether a document is held out, about `eval_fraction` of them.
-
-    Its own key (uint8, sha256) decides, so it lands on the same side on every machine and whatever the others are.
+    """bool [D]: whether a document is held out, about `eval_fraction` of them. Its own key (uint8, sha256) decides, so it
+    lands on the same side on every machine and whatever the others are.
     """
     return _lies_below(keys_D32[:, :8], eval_fraction)
 
 
 def times_an_epoch(keys_D32: np.ndarray, weights_D: np.ndarray) -> np.ndarray:
-    """int64 [D]: how often each document is packed.
-
-    Weight 2.25 is twice, and a third time for the quarter of the documents that their keys choose (by other bytes than
-    those that hold documents out).
+    """int64 [D]: how often each document is packed. Weight 2.25 is twice, and a third time for the quarter of the documents
+    that their keys choose (by other bytes than those that hold documents out).
     """
     whole_D = np.floor(weights_D)
     return whole_D.astype(np.int64) + _lies_below(keys_D32[:, 8:16], weights_D - whole_D)
@@ -68,7 +65,6 @@ class PackReport:
     supervised: int  # drafter rows with a loss: tokens with mask 1, without the first of each piece
     lost_at_splits: int  # drafter rows with a loss that the documents had and the pieces do not
     fill: float  # share of sequences * max_length that is tokens
-    repeats: int = 0  # of `documents`, those that come once more because of their source's weight
     left_out_by_weight: int = 0  # documents that are not packed because of their source's weight
 
     def describe(self) -> str:
@@ -80,8 +76,6 @@ class PackReport:
                 f"; {self.split_documents} documents longer than a sequence were split ({self.pieces} pieces in"
                 f" all, {self.lost_at_splits} supervised tokens lost at the cuts)"
             )
-        if self.repeats:
-            text += f"; {self.repeats} of the documents are repeats, by their source's weight"
         if self.left_out_by_weight:
             text += f"; {self.left_out_by_weight} documents skipped by their source's weight"
         return text
@@ -130,9 +124,8 @@ class PackedRows(Dataset[dict[str, Any]]):
         return hashlib.sha256(self.layout["row_keys"][self._index].astype("<i8").tobytes()).hexdigest()
 
     def limit(self, max_rows: int | None) -> "PackedRows":
-        """At most `max_rows` of these sequences, in their order, without a copy: those of the lowest keys.
-
-        Packing sorts sequences by length, so that the first ones would be no fair sample.
+        """At most `max_rows` of these sequences, in their order, without a copy: those of the lowest keys, since the first
+        are no fair sample (packing sorts by length).
         """
         limited = PackedRows(self._store, self.layout)
         lowest = np.argsort(self.layout["row_keys"][self._index], kind="stable")[:max_rows]
@@ -160,11 +153,10 @@ def pack_table(
 ) -> tuple[PackedRows, PackReport]:
     """Put documents, each as often as `times_D` (int64) says, into sequences of at most `max_length` tokens; none is lost.
 
-    Longer documents are cut into pieces of `max_length`, each from then on a document of its own. The first
-    token of a later piece keeps its loss mask, but like every first token it is no drafter row:
-    `lost_at_splits` counts those. Pieces of one token are kept, although they have no drafter row. With
-    `pack`, the longest piece comes first, each in the fullest sequence that has room for it; without, each piece
-    is a sequence. C: copies of documents, P: pieces.
+    Longer documents are cut into pieces of `max_length`, each from then on a document of its own. The first token of a
+    later piece keeps its loss mask, but like every first token it is no drafter row (`lost_at_splits`). With `pack`,
+    the longest piece comes first, each in the fullest sequence that has room for it; without, each piece is a sequence.
+    C: copies of documents, P: pieces.
     """
     mask_n = table.store.mask_n
     document_C = np.repeat(np.arange(len(table)), times_D)
@@ -173,10 +165,7 @@ def pack_table(
     offset_P = max_length * (np.arange(document_P.size) - np.repeat(pieces_C.cumsum() - pieces_C, pieces_C))
     start_P = table.starts_D[document_P] + offset_P
     length_P = np.minimum(table.lengths_D[document_P] - offset_P, max_length)
-    if pack:
-        sequences = _best_fit_decreasing(length_P, max_length)
-    else:
-        sequences = [[piece] for piece in range(length_P.size)]
+    sequences = _best_fit_decreasing(length_P, max_length) if pack else [[piece] for piece in range(length_P.size)]
     placed = np.array([piece for sequence in sequences for piece in sequence], dtype=np.int64)
     layout = {
         "piece_starts": start_P[placed],
@@ -194,7 +183,6 @@ def pack_table(
         supervised=int((learned_D * times_D).sum() - firsts_P.sum()),
         lost_at_splits=int(firsts_P[offset_P > 0].sum()),
         fill=tokens / (len(sequences) * max_length) if sequences else 0.0,
-        repeats=int(np.maximum(times_D - 1, 0).sum()),
     )
     return PackedRows(table.store, layout), report
 
@@ -255,13 +243,7 @@ def make_data(
 ) -> TrainingData:
     """Read the documents of each role, split them into those to train on and those to evaluate on, and pack both.
 
-    Args:
-        found: see `documents.find_all`.
-        encode: see `documents.read_documents`.
-        folder: where to keep all tokens; None: in memory.
-
-    Raises:
-        ValueError: one line: see `read_documents`; nothing to train on, or nothing to learn.
+    `folder` is where to keep all tokens; None: in memory. ValueError, one line: see `read_documents`; nothing to learn.
     """
     tables, reports = {}, {}
     for role, files in found.items():

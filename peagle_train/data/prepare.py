@@ -42,10 +42,8 @@ def prepare_recipe(
 ) -> TrainingData:
     """Make the folder that `data.prepared` may name; returns what training will read. A finished one is only checked.
 
-    Of the target only its tokenizer and config are read. `num_workers`: processes that tokenize; 1: this one.
-
-    Raises:
-        ValueError: one line, for a user's mistake, for a folder of something else, and for sources that have changed.
+    Of the target only its tokenizer and config are read. `num_workers`: processes that tokenize; 1: this one. ValueError,
+    one line, for a user's mistake, for a folder of something else, and for sources that have changed.
     """
     data, vocab_size = recipe.data, target_vocab_size(recipe)
     tokenizer = load_tokenizer(recipe.target.path, recipe.target.trust_remote_code)
@@ -90,10 +88,7 @@ def prepare_recipe(
 
 
 def settings_of(recipe: Recipe, tokenizer: Any, vocab_size: int, mask_token_id: int | None) -> dict[str, Any]:
-    """All that decides the sequences besides the files that are read, by the name that a user knows it by.
-
-    ValueError if data.chat_template cannot be read.
-    """
+    """All that decides the sequences besides the files, by its name for users. ValueError for an unreadable template."""
     own_template, backend = getattr(tokenizer, "chat_template", None), None
     if getattr(tokenizer, "is_fast", False):
         # Padding and truncation are how it was last called, not what it is.
@@ -114,10 +109,8 @@ def settings_of(recipe: Recipe, tokenizer: Any, vocab_size: int, mask_token_id: 
 
 
 def open_prepared(folder: Path, settings: dict[str, Any], max_bad_rows: int) -> TrainingData:
-    """The sequences of a prepared folder; the same as if they were made now, but mapped from their files.
-
-    Raises:
-        ValueError: one line, for a folder that is not finished, was made for other settings, or whose files were changed.
+    """The sequences of a prepared folder; the same as if they were made now, but mapped from their files. ValueError, one
+    line, for a folder that is not finished, was made for other settings, or whose files were changed.
     """
     index = read_sealed(folder / INDEX)
     if index is None:

@@ -20,17 +20,8 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
     rank j // batch_size % world_size, so that one process with twice the accumulation trains on the same sequences
     as two processes. The last step of an epoch is filled up with `EMPTY_ROW`: nothing is repeated or skipped.
 
-    A `DataLoader`'s `batch_sampler`. It has divided the sequences among the ranks already: do not let
-    Accelerate prepare that loader.
-
-    Args:
-        num_rows: sequences of the data set, >= 1.
-        batch_size: sequences per rank and micro-batch.
-        accumulation: micro-batches per optimizer step.
-        rank, world_size: this process and their number.
-        seed: any int.
-        num_steps: optimizer steps of the whole run; None: those of one epoch.
-        start_step: steps that are done already (0 <= start_step <= num_steps).
+    A `DataLoader`'s `batch_sampler`, which has divided the sequences among the ranks: do not let Accelerate prepare that
+    loader. `num_steps` are optimizer steps of the whole run (None: those of one epoch), `start_step` of them done already.
     """
 
     def __init__(

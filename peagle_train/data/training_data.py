@@ -19,24 +19,12 @@ from peagle_train.data.prepare import open_prepared, settings_of
 
 
 def load_training_data(
-    recipe: Recipe,
-    tokenizer: Any,
-    vocab_size: int,
-    mask_token_id: int | None,
-    say: Callable[[str], object] = print,
+    recipe: Recipe, tokenizer: Any, vocab_size: int, mask_token_id: int | None, say: Callable[[str], object] = print
 ) -> TrainingData:
     """The sequences that the recipe's data section names: read, tokenized and packed now, or as they were prepared.
 
-    The same on every machine and rank, and no rank waits for another here.
-
-    Args:
-        tokenizer: the target's; may be None where the data is ids.
-        vocab_size: V, the target's: ids lie in 0..V - 1.
-        mask_token_id: the drafter's mask token, which no document may hold.
-        say: takes each line of the report.
-
-    Raises:
-        ValueError: one line, for a user's mistake and for data with nothing to learn from.
+    The same on every machine and rank, and no rank waits for another here. `tokenizer` may be None where the data is ids;
+    no document may hold the mask token; `say` takes each line of the report. ValueError, one line, for a user's mistake.
     """
     data = recipe.data
     if data.prepared is not None:

@@ -23,8 +23,6 @@ logger = logging.getLogger(__name__)
 
 _CHUNK_TOKENS = 2**20
 
-# The target's.
-
 
 def load_tokenizer(path: str, trust_remote_code: bool) -> Any:
     """The tokenizer of a target's folder; None, with a line in the log, where none can be used (ids need none)."""
@@ -58,8 +56,9 @@ def choose_mask_token(draft: Draft, tokenizer: Any, vocab_size: int) -> int:
     """The recipe's mask token, or one that the tokenizer provably never produces; ValueError if there is none."""
     if (given := draft.mask_token_id) is not None:
         if given >= vocab_size:
-            allowed = f"it must lie in 0..{vocab_size - 1}, the target's vocabulary"
-            raise ValueError(f"draft.mask_token_id is {given}; {allowed} (the recipe may be for another target)")
+            raise ValueError(
+                f"draft.mask_token_id is {given}; it must lie in 0..{vocab_size - 1}, the target's vocabulary"
+            )
         return given
     # Rows that pad the embedding table are the only ids that provably never occur in text.
     first_unused = vocab_size if tokenizer is None else max(tokenizer.get_vocab().values(), default=-1) + 1
@@ -68,9 +67,7 @@ def choose_mask_token(draft: Draft, tokenizer: Any, vocab_size: int) -> int:
             "draft.mask_token_id is missing and the tokenizer leaves no id of the target's vocabulary provably unused:"
             " give the id of a token that never occurs in your data"
         )
-    logger.warning(
-        "draft.mask_token_id was not given: %d, the first id that the tokenizer never produces", first_unused
-    )
+    logger.warning("draft.mask_token_id is %d, the first id that the tokenizer never produces", first_unused)
     return first_unused
 
 
@@ -101,9 +98,6 @@ def end_of_turn_ids(tokenizer: Any, data: Data | None = None) -> list[int]:
     return ids[:1] if ids and ids[0] in tokenizer.added_tokens_decoder else []
 
 
-# The drafter's.
-
-
 def count_supervised(documents: Documents, times_D: np.ndarray, vocab_size: int) -> Tensor:
     """int64 [V]: how often each token occurs with a loss mask of 1, documents counted as often as `times_D` says."""
     store, starts_D, counts_V = documents.store, documents.starts_D, np.zeros(vocab_size, np.int64)
@@ -116,15 +110,8 @@ def count_supervised(documents: Documents, times_D: np.ndarray, vocab_size: int)
 
 
 def choose_most_frequent(counts_V: Tensor, draft_vocab_size: int, always: Iterable[int] = ()) -> Tensor:
-    """The tokens to draft: `always`, then the most frequent supervised ones (of equals, the lower id first).
-
-    Args:
-        counts_V: int64 [V]: see `count_supervised`. Not changed.
-        draft_vocab_size: Vd in 1..V.
-        always: special and end tokens that the drafter must be able to draft, whatever their frequency.
-
-    Returns:
-        int64 [Vd], ascending.
+    """int64 [Vd], ascending, the tokens to draft: `always` (special and end tokens), then those of the highest `counts_V`
+    (int64 [V], of equals the lower id first). ValueError unless Vd is in 1..V and has room for `always`.
     """
     vocab_size, kept = counts_V.numel(), sorted(set(always))
     if not 1 <= draft_vocab_size <= vocab_size:
@@ -159,15 +146,9 @@ def read_draft_vocab(
 ) -> Tensor:
     """int64 [Vd], ascending: the target's tokens that the drafter of `draft.vocab_from` drafts.
 
-    Args:
-        draft: `vocab_from` names a drafter's folder or .safetensors file, with `d2t` [Vd] (offsets: draft token i is the
-            target's i + d2t[i]) and, mostly, `t2d` [V], or a folder with d2t.npy and t2d.npy, as speculators prepares them.
-            `draft_vocab_size`, if given, must be Vd.
-        always: special and end tokens. Those that the mapping lacks are logged; one that can end an answer must be there.
-        data: the recipe's section, which may give a chat template.
-
-    Raises:
-        ValueError: one line that says what does not fit.
+    That is a drafter's folder or .safetensors file, with `d2t` [Vd] (offsets: draft token i is the target's i + d2t[i])
+    and, mostly, `t2d` [V], or a folder with d2t.npy and t2d.npy, as speculators prepares them. Tokens of `always` that it
+    lacks are logged; one that can end an answer must be there. ValueError, one line, for what does not fit.
     """
     where, V = f"draft.vocab_from {draft.vocab_from}", target.vocab_size
     ids, t2d = _read(draft)
