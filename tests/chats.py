@@ -11,21 +11,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from peagle_train.data.chat import ChatEncoder, EncodedChat
 from peagle_train.data.messages import messages_of
 
-SPECIAL = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|begin|>",
-    "<|head|>",
-    "<|/head|>",
-    "<|eot|>",
-    "<bos>",
-    "<start_of_turn>",
-    "<end_of_turn>",
-    "<|channel|>",
-    "<|return|>",
-    "</s>",
-]
+SPECIAL = (
+    "<|endoftext|> <|im_start|> <|im_end|> <|begin|> <|head|> <|/head|> <|eot|> <bos> <|channel|> <|return|> </s>"
+).split()
 """With special=True."""
 ADDED = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
 """One token each, but not special."""
@@ -76,20 +64,6 @@ LLAMA3 = (
     "{% else %}{{ m['content'] | trim }}<|eot|>{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|head|>assistant<|/head|>\n\n{% endif %}"
-)
-GEMMA = (
-    "{{ bos_token }}"
-    "{% if messages[0]['role'] == 'system' %}"
-    "{% set first = messages[0]['content'] + '\n\n' %}{% set rest = messages[1:] %}"
-    "{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}"
-    "{% for m in rest %}"
-    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Roles must alternate: user, assistant, user, ...') }}{% endif %}"
-    "<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ first if loop.first }}"
-    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] | trim }}<end_of_turn>{% endgeneration %}{{ '\n' }}"
-    "{% else %}{{ m['content'] | trim }}<end_of_turn>\n{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 # Thoughts stay only behind the last user's message, as an empty pair of marks if there are none; thinking can be
 # switched off in the generation prompt. Tools, calls and results as in ChatML.

@@ -1,6 +1,8 @@
 """Documents made in a test, read from files as a run reads them, and packed as a run packs them."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +13,9 @@ from peagle_train.config import Data
 from peagle_train.data.documents import Documents, SourceReport, TokenStore, find_all, read_documents
 from peagle_train.data.encode import Encoder
 from peagle_train.data.packing import PackedRows, PackReport, pack_table
+from tests.byte_tokenizer import BYTES_VOCAB, make_byte_tokenizer
+
+TOKENIZER = make_byte_tokenizer()
 
 
 class Document(NamedTuple):
@@ -32,6 +37,20 @@ def load_documents(
         for raw, made in read_documents(found, report, encode, section.max_documents, section.max_bad_rows)
     ]
     return documents, report
+
+
+def load(*sources: Any, **options: Any) -> tuple[list[Document], SourceReport]:
+    """The documents of files and folders, in bytes."""
+    options = {"tokenizer": TOKENIZER, "vocab_size": BYTES_VOCAB, **options}
+    return load_documents([str(source) if isinstance(source, Path) else source for source in sources], **options)
+
+
+def write_lines(path: Path, *lines: Any) -> Path:
+    """A .jsonl file of values, or of bytes as they are."""
+    texts = (line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"".join(text + b"\n" for text in texts))
+    return path
 
 
 def table_of(documents: Sequence[Document]) -> Documents:

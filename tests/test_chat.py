@@ -57,12 +57,6 @@ def test_chatml() -> None:
     assert encoded.counts == {}
 
 
-def test_a_template_without_headers_and_a_turn_that_begins_with_a_space() -> None:
-    encoded = encode(chats.PLAIN, chat("user: Hello", "assistant: Hi", "user: Bye", "assistant: Bye"))
-    assert readable(encoded) == "user : _Hello _assistant : [_Hi] [</s>] user : _Bye _assistant : [_Bye] [</s>]"
-    assert encoded.counts == {}
-
-
 def test_a_reasoning_template_drops_earlier_thoughts_so_the_last_turn_is_learned_with_its_own() -> None:
     encoded = encode(chats.REASONING, THOUGHTFUL)
     assert readable(encoded) == (
@@ -114,13 +108,13 @@ ORACLE_ROWS = [
     THOUGHTFUL,
     WEATHER,
     BLANKS,
-    chat("system: ", "user: Hello", "assistant: Hi"),
+    chat("system: ", "user: Hello", "assistant: Hi", "assistant: Bye"),
     chat("user: \u00e9t\u00e9 \U0001f600 \u4f60\u597d", "assistant: \u4f60\u597d, \U0001f600\u00e9"),
 ]
 
 
 @pytest.mark.parametrize("row", ORACLE_ROWS)
-@pytest.mark.parametrize("name", ["CHATML", "LLAMA3", "GEMMA", "TOOLS", "PLAIN"])
+@pytest.mark.parametrize("name", ["CHATML", "LLAMA3", "TOOLS", "PLAIN"])
 def test_masks_are_those_of_the_same_template_with_marks(name: str, row: dict[str, Any]) -> None:
     template = getattr(chats, name)
     tokenizer = make_tokenizer(trim_offsets=False)
@@ -255,16 +249,6 @@ def test_a_chat_that_the_assistant_opens_is_learned_from_its_second_turn() -> No
     assert error.value.reason == NOTHING
 
 
-def test_two_turns_of_the_assistant_in_a_row_are_both_learned() -> None:
-    encoded = encode(chats.CHATML, chat("user: Hi", "assistant: Hello", "assistant: Bye"))
-    assert readable(encoded).endswith(
-        r"<|im_start|> assistant \n [Hello] [<|im_end|>] \n <|im_start|> assistant \n [Bye] [<|im_end|>] \n"
-    )
-    with pytest.raises(BadRow, match="TemplateError: Roles must alternate") as error:
-        encode(chats.GEMMA, chat("user: Hi", "assistant: Hello", "assistant: Bye"))
-    assert error.value.reason == TEMPLATE
-
-
 def test_messages_after_the_last_learned_one_are_dropped_and_counted() -> None:
     row = {"messages": SEA["messages"] + chat("user: Why?", "assistant: Light.")["messages"]}
     row["messages"][-1]["weight"] = 0
@@ -314,12 +298,6 @@ def test_a_special_token_in_a_text_is_what_it_is_to_a_server() -> None:
         r"<|im_start|> user \n Hi <|im_end|> <|im_end|> \n "
         r"<|im_start|> assistant \n [Hello] [<|eot|>] [Bye] [</think>] [<|im_end|>] \n"
     )
-
-
-def test_a_prompt_that_runs_into_the_answer_within_a_token_is_counted() -> None:
-    encoded = encode(chats.CHATML, chat("user: Hi", "assistant: \n\nBye"))
-    assert r"assistant \n\n [\n] [Bye]" in readable(encoded)
-    assert encoded.counts == {BORDER: 1}
 
 
 def test_tool_calls_that_the_template_does_not_read_are_a_bad_row() -> None:

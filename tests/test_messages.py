@@ -7,19 +7,9 @@ from typing import Any
 import pytest
 
 from peagle_train.data.messages import FORMAT, NOTHING, UNREADABLE, BadRow, messages_of, without_null
-from tests.chats import chat
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Bye"}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
-
-
-def test_messages_are_kept_and_the_assistants_are_learned() -> None:
-    row = chat("system: Be brief", "user: Hi", "assistant: Bye", "user: So?", "assistant: So.")
-    row["messages"][1]["name"] = "Ann"
-    conversation = messages_of(row)
-    assert conversation.messages == row["messages"]
-    assert conversation.learned == [False, False, True, False, True]
-    assert (conversation.tools, conversation.template_kwargs, conversation.text) == (None, {}, None)
 
 
 def test_sharegpt_is_the_same_as_messages() -> None:
@@ -97,11 +87,6 @@ def test_null_fields_are_left_out_but_arguments_keep_theirs_unless_a_table_made_
     assert without_null({"a": None, "b": [{"c": None}, None, {"d": [None]}]}) == {"b": [{}, None, {"d": [None]}]}
 
 
-def test_empty_system_prompts_and_empty_tool_results_are_no_fault() -> None:
-    row = {"messages": [{"role": "system", "content": ""}, USER, ANSWER, {"role": "tool", "content": ""}, ANSWER]}
-    assert messages_of(row).messages == row["messages"]
-
-
 def test_the_given_row_stays_as_it_was() -> None:
     row = {
         "messages": [USER, {**ANSWER, "weight": 1, "thinking": "x", "tool_calls": [CALL["function"]]}],
@@ -171,7 +156,3 @@ def test_a_bad_row_has_a_reason_to_count_by_and_one_line_of_detail(reason: str, 
     error = pickle.loads(pickle.dumps(caught.value))  # as it comes from a worker process
     assert (error.reason, str(error)) == (reason, f"{reason}: {error.detail}")
     assert error.detail and error.detail.isascii() and "\n" not in error.detail and len(error.detail) < 300
-
-
-def test_emoji_are_no_lone_surrogates() -> None:
-    assert messages_of(turn(content=json.loads('"\\ud83d\\ude00"'))).messages[1]["content"] == "\U0001f600"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,25 +9,12 @@ from typing import Any
 import pytest
 
 from peagle_train.config import parse_sources
-from peagle_train.data.documents import SourceReport
 from peagle_train.data.messages import BAD_IDS, FORMAT, NOTHING, TOO_LONG, UNREADABLE
-from tests.byte_tokenizer import BYTES_VOCAB, make_byte_tokenizer
-from tests.documents import Document, load_documents
+from tests.byte_tokenizer import make_byte_tokenizer
+from tests.documents import TOKENIZER, Document, load, write_lines
 
-TOKENIZER = make_byte_tokenizer()
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 SHAREGPT = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
-
-
-def load(*sources: Any, **options: Any) -> tuple[list[Document], SourceReport]:
-    options = {"tokenizer": TOKENIZER, "vocab_size": BYTES_VOCAB, **options}
-    return load_documents([str(source) if isinstance(source, Path) else source for source in sources], **options)
-
-
-def write_lines(path: Path, *lines: Any) -> Path:
-    texts = (line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines)
-    path.write_bytes(b"".join(text + b"\n" for text in texts))
-    return path
 
 
 def learned(document: Document) -> str:
@@ -60,18 +46,16 @@ def test_a_row_of_each_form_becomes_the_ids_and_the_mask_that_it_means(
     assert report.forms == {next(iter(row)): 1}
 
 
-def test_one_file_may_mix_forms_and_the_same_chat_in_two_of_them_is_one_document(tmp_path: Path) -> None:
+def test_the_same_chat_in_several_forms_is_one_document(tmp_path: Path) -> None:
     rows = [
         {"messages": CHAT},
         {"text": "plain"},
         {"conversations": SHAREGPT},
-        {"input_ids": [1, 2]},
         {"prompt": CHAT[:1], "completion": CHAT[1:]},
     ]
     documents, report = load(write_lines(tmp_path / "r.jsonl", *rows))
-    assert [document.name for document in documents] == ["r.jsonl:1", "r.jsonl:2", "r.jsonl:4"]
-    assert report.left_out["duplicate documents"] == 2 and report.forms == {"messages": 1, "text": 1, "input_ids": 1}
-    assert "(1 messages, 1 text, 1 input_ids)" in report.describe()
+    assert [document.name for document in documents] == ["r.jsonl:1", "r.jsonl:2"]
+    assert report.left_out["duplicate documents"] == 2 and "(1 messages, 1 text)" in report.describe()
 
 
 def test_a_row_with_several_forms_is_read_as_the_first_of_them_and_that_is_said(tmp_path: Path) -> None:
@@ -83,12 +67,7 @@ def test_a_row_with_several_forms_is_read_as_the_first_of_them_and_that_is_said(
         {"text": "tt", "prompt": "pp", "completion": "cc"},
     ]
     documents, report = load(write_lines(tmp_path / "r.jsonl", *rows))
-    assert [learned(d)[-16:] for d in documents] == [
-        TOKENIZER.decode([8]),
-        "hello<|im_end|>",
-        "nly this",
-        "cc<|im_end|>",
-    ]
+    assert [learned(d)[-16:] for d in documents] == [")", "hello<|im_end|>", "nly this", "cc<|im_end|>"]
     assert "3 examples of several forms read as the first of input_ids, messages, conversations, prompt, text" in (
         report.describe()
     )
@@ -158,19 +137,14 @@ def test_without_leave_the_first_bad_row_stops_with_its_line_and_its_reason(tmp_
         assert "\n" not in text and len(text) < 500
 
 
-def test_a_text_file_that_is_not_utf8_is_a_bad_row_of_its_own(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"one\n\xff")
-    (tmp_path / "b.txt").write_text("two")
-    documents, report = load(tmp_path, max_bad_rows=1)
-    assert [d.name for d in documents] == [f"{tmp_path.name}/b.txt"]
-    assert report.first_bad == {UNREADABLE: f"{tmp_path / 'a.txt'}: not UTF-8 (byte 0xff in line 2)"}
-
-
-def test_whatever_a_folder_is_called_the_report_can_be_written(tmp_path: Path) -> None:
+def test_a_text_file_that_is_not_utf8_is_a_bad_row_whatever_its_folder_is_called(tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"d\xff\xc3\xbc")
     folder.mkdir()
-    _, report = load(write_lines(folder / "r.jsonl", {"text": "abc"}, b"{"), max_bad_rows=1)
-    assert f"{tmp_path}/d\\udcff\u00fc/r.jsonl, line 2" in report.describe()
+    (folder / "a.txt").write_bytes(b"one\n\xff")
+    (folder / "b.txt").write_text("two")
+    documents, report = load(folder, max_bad_rows=1)
+    assert [TOKENIZER.decode(d.input_ids) for d in documents] == ["two"]
+    assert report.first_bad == {UNREADABLE: f"{tmp_path}/d\\udcff\u00fc/a.txt: not UTF-8 (byte 0xff in line 2)"}
     report.describe().encode("utf-8")
 
 
@@ -237,7 +211,7 @@ def test_parquet_arrow_saved_and_named_data_sets_hold_what_the_same_jsonl_holds(
     path = write_lines(tmp_path / "r.jsonl", *ROWS)
     (tmp_path / "list.json").write_text(json.dumps(ROWS, indent=1))
     write_lines(tmp_path / "lines.json", *ROWS)
-    table = datasets.Dataset.from_list(ROWS)
+    table = datasets.Dataset.from_list(ROWS).with_format("torch")  # which must not change what is read
     (tmp_path / "named").mkdir()
     table.to_parquet(tmp_path / "named" / "train.parquet")
     table.to_parquet(tmp_path / "rows [1]*.parquet")
@@ -246,11 +220,8 @@ def test_parquet_arrow_saved_and_named_data_sets_hold_what_the_same_jsonl_holds(
     expected, report = load(path)
     arrow = next((tmp_path / "saved").glob("*.arrow"))
     for source in (
-        tmp_path / "list.json",
-        tmp_path / "lines.json",
-        tmp_path / "rows [1]*.parquet",
+        *(tmp_path / name for name in ("list.json", "lines.json", "rows [1]*.parquet", "saved")),
         arrow,
-        tmp_path / "saved",
         {"path": str(tmp_path / "splits"), "split": "all"},
         f"hf:{tmp_path / 'named'}",
         {"datasets": str(tmp_path / "named"), "split": "train", "streaming": True},
@@ -260,46 +231,33 @@ def test_parquet_arrow_saved_and_named_data_sets_hold_what_the_same_jsonl_holds(
         assert [d.key for d in documents] == [d.key for d in expected], source
         assert other.forms == report.forms
     assert len(load(tmp_path / "splits")[0]) == 1
-    with pytest.raises(ValueError, match=r"cannot read .*splits \(saved\): .*test"):
-        load({"path": str(tmp_path / "splits"), "split": "test"})
-    with pytest.raises(ValueError, match="cannot read no/such-set"):
-        load("hf:no/such-set")
+    for source, expected_error in (
+        ({"path": str(tmp_path / "splits"), "split": "test"}, r"cannot read .*splits \(saved\): .*test"),
+        ({"path": str(path), "split": "test"}, "is not a data set with splits and names"),
+        ("hf:no/such-set", "cannot read no/such-set"),
+    ):
+        with pytest.raises(ValueError, match=expected_error):
+            load(source)
 
 
 def test_a_null_column_of_a_table_is_a_field_that_is_not_there(tmp_path: Path) -> None:
     import datasets
 
-    table = datasets.Dataset.from_list(
-        [
-            {"messages": CHAT, "text": None, "input_ids": None, "loss_mask": None},
-            {"messages": None, "text": "plain", "input_ids": None, "loss_mask": None},
-            {"messages": None, "text": None, "input_ids": [1, 2, 3], "loss_mask": None},
-            {"messages": None, "text": None, "input_ids": None, "loss_mask": None},
-        ]
-    )
+    rows = [{"messages": CHAT}, {"text": "plain"}, {"input_ids": [1, 2, 3]}, {}]
+    names = ("messages", "text", "input_ids", "loss_mask")
+    table = datasets.Dataset.from_list([{name: row.get(name) for name in names} for row in rows])
     table.to_parquet(tmp_path / "r.parquet")
     documents, report = load(tmp_path / "r.parquet", max_bad_rows=1)
     assert report.forms == {"messages": 1, "text": 1, "input_ids": 1}
     assert report.first_bad[FORMAT].startswith(f"{tmp_path / 'r.parquet'}, row 4: ") and len(documents) == 3
 
 
-def test_lines_and_texts_are_read_without_the_package_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)  # which takes seconds to import
-    assert len(load(write_lines(tmp_path / "r.jsonl", {"input_ids": [1, 2, 3]}, {"text": "abc"}))[0]) == 2
-
-
 @pytest.mark.parametrize(
     "source, expected",
     [
         ({"path": "a", "datasets": "b"}, "data.sources[0] has both path and datasets"),
-        ({"weight": 2}, "data.sources[0] has neither path nor datasets"),
         ({"path": "a", "wieght": 2}, "data.sources[0].wieght is not a key; did you mean data.sources[0].weight?"),
         ({"path": "a", "weight": 0}, "data.sources[0].weight: got 0 (int); it should be greater than 0"),
-        ({"path": "a", "weight": ".nan"}, "data.sources[0].weight: got '.nan'"),
-        (
-            {"path": "a", "format": "csv"},
-            "data.sources[0].format: got 'csv' (str); it should be 'auto', 'text', 'jsonl'",
-        ),
         ({"datasets": "a", "format": "text"}, "data.sources[0].format is text, which is of files"),
         ("hf:", "data.sources[0].datasets: got '' (str); give a non-empty string"),
     ],
@@ -310,10 +268,8 @@ def test_a_source_with_a_mistake_is_one_clear_line(source: Any, expected: str) -
     assert str(caught.value).startswith(expected)
 
 
-def test_a_format_overrules_the_extension_and_a_file_has_no_splits(tmp_path: Path) -> None:
+def test_a_format_overrules_the_extension(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "r.txt", {"text": "good"})
-    with pytest.raises(ValueError, match="is not a data set with splits and names"):
-        load({"path": str(path), "split": "test"})
     assert [TOKENIZER.decode(d.input_ids) for d in load({"path": str(path), "format": "jsonl"})[0]] == ["good"]
     (as_text,), _ = load({"path": str(write_lines(tmp_path / "r.jsonl", {"text": "good"})), "format": "text"})
     assert TOKENIZER.decode(as_text.input_ids) == '{"text": "good"}\n'
@@ -324,11 +280,6 @@ TOOL_TEMPLATE = (
     "{{ m.tool_calls | tojson if m.tool_calls }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-def tool_template(folder: Path) -> dict[str, str]:
-    (folder / "tools.jinja").write_text(TOOL_TEMPLATE)
-    return {"chat_template": str(folder / "tools.jinja")}
 
 
 def tool_row(name: str, arguments: dict[str, Any], properties: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
@@ -348,7 +299,8 @@ def test_tool_calls_and_schemas_of_a_table_have_no_fields_of_other_rows(tmp_path
         tool_row("weather", {"city": "Paris"}, {"city": {"type": "string"}}, think=True),
         tool_row("add", {"n": 1, "m": [{"a": 2}, {"b": [None]}]}, {"n": {"type": "integer", "minimum": 0}}, brief=True),
     ]
-    encoder = tool_template(tmp_path)
+    (tmp_path / "tools.jinja").write_text(TOOL_TEMPLATE)
+    encoder = {"chat_template": str(tmp_path / "tools.jinja")}
     expected, _ = load(write_lines(tmp_path / "r.jsonl", *rows), **encoder)
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "r.parquet")
     assert next(iter(datasets.Dataset.from_parquet(str(tmp_path / "r.parquet"))))["chat_template_kwargs"] == {
@@ -360,32 +312,18 @@ def test_tool_calls_and_schemas_of_a_table_have_no_fields_of_other_rows(tmp_path
     assert '"arguments": {"city": "Paris"}' in TOKENIZER.decode(documents[0].input_ids)
 
 
-def test_a_data_set_saved_with_a_format_is_read_like_any_other(tmp_path: Path) -> None:
-    import datasets
-
-    rows = [{"input_ids": [1, 2, 3], "loss_mask": [0, 1, 1]}, {"input_ids": [4, 5], "loss_mask": [0, 1]}]
-    table = datasets.Dataset.from_list(rows)
-    table.set_format("torch")
-    table.save_to_disk(tmp_path / "saved")
-    datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "splits")
-    expected, _ = load(write_lines(tmp_path / "r.jsonl", *rows))
-    for name in ("saved", "splits"):
-        assert [d.key for d in load(tmp_path / name)[0]] == [d.key for d in expected]
-
-
 def test_a_table_without_rows_gives_none(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     empty = pa.table({"text": pa.array([], pa.string())})
-    pq.write_table(empty, tmp_path / "nothing.parquet")
     with pq.ParquetWriter(tmp_path / "first.parquet", empty.schema) as writer:
         writer.write_table(empty)
         writer.write_table(pa.table({"text": ["a text", "another"]}))
     with pq.ParquetWriter(tmp_path / "no_group.parquet", empty.schema):
         pass
     good = write_lines(tmp_path / "r.jsonl", {"text": "good"})
-    for name, count in (("nothing.parquet", 0), ("no_group.parquet", 0), ("first.parquet", 2)):
+    for name, count in (("no_group.parquet", 0), ("first.parquet", 2)):
         documents, report = load(tmp_path / name, good)
         assert len(documents) == count + 1 and report.files == 2, name
 

@@ -3,34 +3,14 @@
 import gzip
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from peagle_train.config import Data
 from peagle_train.data.documents import find_all, read_examples
-from tests.byte_tokenizer import BYTES_VOCAB, make_byte_tokenizer
-from tests.documents import Document, load_documents
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = make_byte_tokenizer()
-    tokenizer.model_max_length = 4
-    return tokenizer
-
-
-@pytest.fixture
-def load(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Any]:
-    def load(*sources: Path | str, **options: Any) -> Any:
-        options = {"tokenizer": tokenizer, "vocab_size": BYTES_VOCAB, **options}
-        return load_documents([str(source) for source in sources], **options)
-
-    return load
+from tests.documents import TOKENIZER, Document, load, write_lines
 
 
 def write(path: Path, text: str | bytes = "text") -> Path:
@@ -39,41 +19,24 @@ def write(path: Path, text: str | bytes = "text") -> Path:
     return path
 
 
-def write_rows(path: Path, *rows: Any) -> Path:
-    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
 def names(documents: list[Document]) -> list[str]:
     return [document.name for document in documents]
 
 
-def test_a_text_file_is_one_document_that_decodes_to_itself(
-    tmp_path: Path, load: Any, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_a_text_file_is_one_document_that_decodes_to_itself(tmp_path: Path) -> None:
     text = "def f():\r\n\treturn 'h\u00e9'\n\n"
     (read,), report = load(write(tmp_path / "a.py", text))
-    assert tokenizer.decode(read.input_ids) == text
+    assert TOKENIZER.decode(read.input_ids) == text
     assert read.loss_mask.tolist() == [0] + [1] * (len(text.encode()) - 1)
     assert (read.input_ids.dtype, read.loss_mask.dtype, read.name) == (torch.int64, torch.uint8, "a.py")
     assert (report.tokens, report.supervised) == (len(text.encode()), len(text.encode()) - 1)
 
 
-def test_special_tokens_spelled_out_in_text_stay_text(
-    tmp_path: Path, load: Any, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    (end,) = tokenizer("<|end|>")["input_ids"]
+def test_special_tokens_spelled_out_in_text_stay_text(tmp_path: Path) -> None:
+    (end,) = TOKENIZER("<|end|>")["input_ids"]
     (read,), _ = load(write(tmp_path / "a.txt", "a<|end|>b"))
     assert read.input_ids.numel() == 9 and end not in read.input_ids
-    assert tokenizer("<|end|>")["input_ids"] == [end], "the tokenizer is left as it was"
-
-
-def test_texts_of_several_batches_are_not_mixed_up(
-    tmp_path: Path, load: Any, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    texts = [f"text {i} " * (i % 7 + 1) for i in range(600)]  # of a list, at most 256 are a batch
-    path = write(tmp_path / "r.json", json.dumps([{"text": text} for text in texts]))
-    documents, _ = load(path)
-    assert [tokenizer.decode(document.input_ids) for document in documents] == texts
+    assert TOKENIZER("<|end|>")["input_ids"] == [end], "the tokenizer is left as it was"
 
 
 def test_the_standard_library_is_read_without_its_tests() -> None:
@@ -85,12 +48,12 @@ def test_the_standard_library_is_read_without_its_tests() -> None:
     assert folders.isdisjoint({"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"})
 
 
-def test_order_and_names_do_not_depend_on_where_the_folder_lies(tmp_path: Path, load: Any) -> None:
+def test_order_and_names_do_not_depend_on_where_the_folder_lies(tmp_path: Path) -> None:
     results = []
     for root, order in ((tmp_path / "zz", [0, 1, 2]), (tmp_path / "aa" / "deep", [2, 0, 1])):
         for i in order:
             write(root / "corpus" / ["b/x.txt", "a.txt", "b/a/y.txt"][i], f"text {i}")
-        write_rows(root / "corpus" / "b.jsonl", {"input_ids": [1, 2]}, {"input_ids": [3, 4]})
+        write_lines(root / "corpus" / "b.jsonl", {"input_ids": [1, 2]}, {"input_ids": [3, 4]})
         documents, _ = load(root / "corpus")
         results.append([(d.name, d.key) for d in documents])
     assert results[0] == results[1]
@@ -98,7 +61,7 @@ def test_order_and_names_do_not_depend_on_where_the_folder_lies(tmp_path: Path, 
     assert [name for name, _ in results[0]] == [f"corpus/{name}" for name in expected]
 
 
-def test_globs_folders_and_files_may_be_mixed(tmp_path: Path, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_globs_folders_and_files_may_be_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("src/a.py", "src/sub/b.py", "src/sub/c.png", "notes.md", "src/[x].txt"):
         write(tmp_path / name, f"content of {name}")
     monkeypatch.chdir(tmp_path)
@@ -112,7 +75,7 @@ def test_globs_folders_and_files_may_be_mixed(tmp_path: Path, load: Any, monkeyp
 @pytest.mark.parametrize(
     "pattern, left", [("sub/*", ["d/a.txt"]), ("d/sub/*", ["d/a.txt"]), ("*.txt", []), ("a.*", ["d/sub/b.txt"])]
 )
-def test_exclude_patterns_match_below_the_source(tmp_path: Path, load: Any, pattern: str, left: list[str]) -> None:
+def test_exclude_patterns_match_below_the_source(tmp_path: Path, pattern: str, left: list[str]) -> None:
     write(tmp_path / "d" / "a.txt", "one")
     write(tmp_path / "d" / "sub" / "b.txt", "two")
     if left:
@@ -123,7 +86,7 @@ def test_exclude_patterns_match_below_the_source(tmp_path: Path, load: Any, patt
             load(tmp_path / "d", exclude=[pattern])
 
 
-def test_everything_left_out_is_counted_and_told(tmp_path: Path, load: Any) -> None:
+def test_everything_left_out_is_counted_and_told(tmp_path: Path) -> None:
     folder = tmp_path / "d"
     for name, text in {"a.txt": "one", "b.txt": "one", "c.txt": "", "d.rst": "x", "e.txt": "e", "x.txt": "two"}.items():
         write(folder / name, text)
@@ -136,13 +99,13 @@ def test_everything_left_out_is_counted_and_told(tmp_path: Path, load: Any) -> N
     assert report.is_cut and "max_documents" in told and "\n" not in told
 
 
-def test_sources_that_name_nothing_are_refused(tmp_path: Path, load: Any) -> None:
+def test_sources_that_name_nothing_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "d" / "a.rst")
     write(tmp_path / "x.bin")
     for source, expected in {
         tmp_path / "none.txt": "does not exist",
         tmp_path / "*.nothing": "has no file to read",
-        tmp_path / "d": r"has no file to read \(.*1 files of other types.* \.py \.txt \.md",
+        tmp_path / "d": r"has no file to read \(.*1 files of other types.*\.py \.txt \.md",
         tmp_path / "x.bin": "has no file to read",
     }.items():
         with pytest.raises(ValueError, match=expected):
@@ -150,7 +113,7 @@ def test_sources_that_name_nothing_are_refused(tmp_path: Path, load: Any) -> Non
     assert names(load(tmp_path / "d", extensions=[".rst"])[0]) == ["d/a.rst"]
 
 
-def test_a_gzipped_file_is_read(tmp_path: Path, load: Any) -> None:
+def test_a_gzipped_file_is_read(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl.gz", gzip.compress(b'{"text": "a"}\n{"text": "b"}\n'))
     files = find_all(Data([str(path)]))["sources"].files
     assert [json.loads(example.content) for example in read_examples(files)] == [{"text": "a"}, {"text": "b"}]
@@ -159,7 +122,7 @@ def test_a_gzipped_file_is_read(tmp_path: Path, load: Any) -> None:
         load(path)
 
 
-def test_unreadable_files_are_refused(tmp_path: Path, load: Any) -> None:
+def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     os.symlink(tmp_path / "gone", write(tmp_path / "d" / "a.txt").parent / "b.txt")
     with pytest.raises(ValueError, match=r"cannot read .*b\.txt: No such file"):
         load(tmp_path / "d")

@@ -16,11 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from peagle_train.config import Data, Draft
-from peagle_train.data.documents import Documents, TokenStore
 from peagle_train.data.vocab import (
     choose_mask_token,
     choose_most_frequent,
-    count_supervised,
     coverage,
     end_of_turn_ids,
     eos_token_ids,
@@ -31,12 +29,6 @@ from peagle_train.serving.start import always_drafted
 from peagle_train.target_model.frozen import FrozenTarget
 from tests.tiny import VOCAB
 from tests.tiny_chat import END, TEMPLATE, make_chat_target, make_tokenizer
-
-
-def documents(*lengths: int, ids: list[int], mask: list[int]) -> Documents:
-    store = TokenStore(np.array(ids, np.int32), np.array(mask, np.uint8))
-    D = len(lengths)
-    return Documents(store, np.array(lengths, np.int64), np.zeros(D, np.int64), np.zeros((D, 32), np.uint8))
 
 
 def slow_choice(counts: list[int], size: int, always: set[int]) -> list[int]:
@@ -61,11 +53,9 @@ def test_the_choice_is_that_of_a_slow_chooser(counts: list[int], always: set[int
     assert choose_most_frequent(torch.tensor(counts), 12).tolist() == list(range(12))
 
 
-def test_tokens_are_counted_where_they_are_supervised_as_often_as_their_documents_come() -> None:
-    table = documents(3, 1, 4, ids=[9, 5, 5, 9, 5, 7, 0, 0], mask=[0, 1, 1, 1, 1, 1, 0, 1])
-    counts = count_supervised(table, np.array([2, 0, 1]), 12)
-    assert counts.dtype == torch.int64 and counts.tolist() == [1, 0, 0, 0, 0, 5, 0, 1, 0, 0, 0, 0]
-    assert coverage(torch.tensor([5, 8]), counts) == 5 / 7 and coverage(torch.arange(12), counts) == 1.0
+def test_the_share_covered_is_that_of_the_counted_occurrences() -> None:
+    counts = torch.tensor([1, 0, 0, 0, 0, 5, 0, 1])
+    assert coverage(torch.tensor([5, 2]), counts) == 5 / 7 and coverage(torch.arange(8), counts) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -109,7 +99,7 @@ def save(folder: Path, name: str = "model.safetensors", **tensors: Tensor) -> Pa
     return folder
 
 
-def test_folders_files_shards_and_speculators_arrays_are_read(tmp_path: Path) -> None:
+def test_folders_files_shards_and_speculators_arrays_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = save(tmp_path / "whole", d2t=D2T, t2d=T2D)
     shards = save(save(tmp_path / "shards", "a.safetensors", d2t=D2T.int()), "b.safetensors", t2d=T2D)
     alone = save(tmp_path / "alone", d2t=D2T)
@@ -120,7 +110,10 @@ def test_folders_files_shards_and_speculators_arrays_are_read(tmp_path: Path) ->
     for path in (whole, whole / "model.safetensors", shards, alone, arrays):
         ids = read(path)
         assert ids.dtype == torch.int64 and ids.tolist() == IDS.tolist()
-    assert read(whole, size=5).numel() == 5
+    with caplog.at_level(logging.WARNING):
+        assert read(whole, size=5, always=(3, 9)).numel() == 5 and caplog.text == ""
+        read(whole, always=(3, 4, 9, *range(20, 40)))
+    assert "lacks 21 special or end tokens, which will not be drafted: 4, 20, 21" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -145,15 +138,6 @@ def test_a_mapping_that_does_not_fit_is_one_line(
     with pytest.raises(ValueError, match=expected) as caught:
         read(folder, size)
     assert "\n" not in str(caught.value) and "drafter" in str(caught.value)
-
-
-def test_special_tokens_that_the_mapping_lacks_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = save(tmp_path / "drafter", d2t=D2T, t2d=T2D)
-    with caplog.at_level(logging.WARNING):
-        read(folder, always=(3, 9))
-        assert caplog.text == ""
-        read(folder, always=(3, 4, 9, *range(20, 40)))
-    assert "lacks 21 special or end tokens, which will not be drafted: 4, 20, 21" in caplog.text
 
 
 def test_what_is_no_drafter_is_one_line_and_no_pickle_is_loaded(tmp_path: Path) -> None:
