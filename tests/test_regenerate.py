@@ -92,7 +92,7 @@ PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
             {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "be brief"},
             Prompt("1", ((SYSTEM, user("a")),), (assistant("b"),)),
         ),
-        ({"messages": [{"role": "user", "content": PARTS}]}, Prompt("1", ((user("ab"),),), (None,))),
+        ({"messages": [{"role": "user", "content": PARTS}]}, Prompt("1", ((user("a\nb"),),), (None,))),
     ],
 )
 def test_every_form_of_a_row_gives_its_questions_and_recorded_answers(tmp_path, row, expected):
