@@ -93,7 +93,6 @@ def _train(parser: Parser) -> None:
     add("--on", metavar="KIND:GIB[xN]", help="with --dry-run: see `peagle-train plan --help`")
     resume_help = "resume the run in output.dir, from its newest checkpoint or from the folder DIR of one"
     add("--resume", nargs="?", const="", metavar="DIR", help=resume_help)
-    add("--force", action="store_true", help="start a run even if its planned memory is over twice what there is")
     add("--summary", metavar="DIR", help="print where a finished run's drafter is and how good it is")
     o = parser.read()
     from peagle_train.config import dump_recipe, load_recipe
@@ -118,7 +117,7 @@ def _train(parser: Parser) -> None:
     else:
         from peagle_train.training.build import train
 
-        if summary := train(recipe, o.resume, o.force):
+        if summary := train(recipe, o.resume):
             print(summary)
 
 

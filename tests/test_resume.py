@@ -366,13 +366,12 @@ def test_a_best_drafter_of_a_step_that_was_undone_is_not_taken_for_the_best(
 
 def test_resume_takes_a_folder_and_nothing_else_for_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, seen = str(recipe_for(tmp_path, tmp_path, tmp_path)), []
-    monkeypatch.setattr(build, "train", lambda made, resume, _: seen.append((resume, made.train.max_steps)) or "")
+    monkeypatch.setattr(build, "train", lambda made, resume: seen.append((resume, made.train.max_steps)) or "")
     for arguments, resume, steps in (
         ([recipe], None, None),
         ([recipe, "--resume"], "", None),
         (["--resume", recipe, "train.max_steps=5"], "", 5),
         ([recipe, "--resume", "train.max_steps=5"], "", 5),
-        ([recipe, "--resume", "--force"], "", None),
         ([recipe, "--resume", "run/checkpoint-3", "train.max_steps=5"], "run/checkpoint-3", 5),
         (["train", recipe, "--resume=run/checkpoint-3"], "run/checkpoint-3", None),
     ):

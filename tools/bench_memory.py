@@ -29,38 +29,22 @@ if TYPE_CHECKING:
 
 def sizes_of_bench(bench: Bench, n: int, mode: str) -> "Sizes":
     """The sizes of a bench's steps, whose gradients are there already and whose weights are float32 or wider."""
+    from peagle_train.config import Cod, Data, Output, Recipe, Target, Train
+    from peagle_train.machine import Device
     from peagle_train.memory import Sizes
 
-    s, config = bench.settings, bench.draft.config
-    on_cuda = bench.device.type == "cuda"
-    assert config.draft_vocab_size and config.num_key_value_heads and config.head_dim and config.target_hidden_size
+    s, parameters = bench.settings, list(bench.draft.parameters())
+    train: Any = {"gradient_accumulation_steps": 2, "loss_chunk_rows": s.chunk_rows or 384, "compile": False}
+    train |= {"mixed_precision": "bf16" if bench.autocast else "no", "activation_checkpointing": mode == "checkpoint"}
+    train |= {"segment_mode": "relay" if mode == "relay" else "recompute"}
+    train |= {"dtype": "float64" if s.dtype == "float64" else "float32"}
+    cod: Any = Cod(s.depths, s.ratio, s.ratio_min, boundaries=s.boundaries)  # type: ignore[arg-type]
     return Sizes(
-        batch_size=1,
-        length=n,
-        num_depths=s.depths,
-        ratio=s.ratio,
-        ratio_min=s.ratio_min,
-        boundaries=s.boundaries,
-        hidden=config.hidden_size,
-        target_hidden=config.target_hidden_size,
-        intermediate=config.intermediate_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        layers=config.num_hidden_layers,
-        vocab=config.vocab_size,
-        draft_vocab=config.draft_vocab_size,
-        parameters=sum(p.numel() for p in bench.draft.parameters()),
-        trained=sum(p.numel() for p in bench.draft.parameters() if p.requires_grad),
-        chunk_rows=s.chunk_rows or 384,
-        accumulates=True,
-        relay=mode == "relay",
-        checkpointing=mode == "checkpoint",
-        on_cuda=on_cuda,
-        static=on_cuda or bench.autocast,
-        pad_context=on_cuda,
-        master_bytes=bench.draft.dtype.itemsize,
-        compute_bytes=bench.dtype.itemsize,
+        Recipe(Target("-"), Data(["-"], max_length=n), Output("-"), cod=cod, train=Train(**train)),
+        bench.draft.config,
+        Device(bench.device.type, 0),
+        parameters=sum(p.numel() for p in parameters),
+        trained=sum(p.numel() for p in parameters if p.requires_grad),
         target_bytes=4,
     )
 

@@ -192,11 +192,9 @@ def planned_gib(check: Check, shape: Shape, recipe: Recipe, target: Any = None) 
     """The project's plan of what tensors hold at most (CUDA's context is no tensor); without a target, the drafter's."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     config, device = make_config(shape, recipe.data.max_length), Device(check.device.type, 0, world)
+    sizes = sizes_of(recipe, target or make_target(check, shape, torch.device("meta"), 6), config, device)
     if target is None:
-        sizes = sizes_of(recipe, make_target(check, shape, torch.device("meta"), 6), config, device)
         sizes = replace(sizes, target_weights=0, target_forward=0)
-    else:
-        sizes = sizes_of(recipe, target, config, device)
     plan = plan_memory(sizes, recipe.cod.segments)
     return (plan.peak - plan.resident.get("CUDA context", 0)) / GIB
 

@@ -33,7 +33,7 @@ from peagle_train.distributed import (
     world_mesh,
 )
 from peagle_train.files import told
-from peagle_train.memory import memory_explained, refuse_hopeless, resolve_segments, sizes_of, this_device
+from peagle_train.memory import memory_explained, resolve_segments, sizes_of, this_device
 from peagle_train.serving.drafter_io import check_finite
 from peagle_train.serving.start import Start, always_drafted, copy_start, make_draft, read_start
 from peagle_train.target_model.cache import StoredTarget
@@ -52,21 +52,20 @@ from peagle_train.training.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 
-def train(recipe: Recipe, resume: str | None = None, force: bool = False) -> str:
+def train(recipe: Recipe, resume: str | None = None) -> str:
     """Run a recipe; returns lines on where the drafter is and how good it is.
 
     Args:
         recipe: the settings. resume: None for a new run, else as in `open_resume`.
-        force: start even a run that is planned to take over twice the memory that there is.
 
     Raises:
         ValueError: for a user's mistake, before any training.
     """
     with memory_explained(recipe, lambda: "out of memory before the first step"):
-        return _train(recipe, resume, force)
+        return _train(recipe, resume)
 
 
-def _train(recipe: Recipe, resume: str | None, force: bool) -> str:
+def _train(recipe: Recipe, resume: str | None) -> str:
     checkpoint: Checkpoint | None = None
     if recipe.train.log_with:
         check_tracker(recipe.train.log_with)
@@ -96,8 +95,6 @@ def _train(recipe: Recipe, resume: str | None, force: bool) -> str:
     say = print if accelerator.is_main_process else (lambda *_: None)
     # A resumed run has its shape, weights and vocabulary in its checkpoint.
     drafted = checkpoint.keep_drafter(recipe) if checkpoint else recipe
-    if not force:
-        refuse_hopeless(drafted, this_device(accelerator.device))
 
     target = load_target(recipe, accelerator)
     start = read_start(drafted, target)
@@ -114,10 +111,9 @@ def _train(recipe: Recipe, resume: str | None, force: bool) -> str:
         copy_start(start.files, draft, target, say)
     check_finite(draft.state_dict(), "the new drafter's")  # those of the target are its own, too
 
-    if recipe.cod.num_segments == "auto":
-        device = this_device(accelerator.device)
-        recipe, line = resolve_segments(recipe, sizes_of(recipe, target, draft.config, device), device)
-        say(line)
+    S, line = resolve_segments(sizes_of(recipe, target, draft.config, this_device(accelerator.device)))
+    recipe = replace(recipe, cod=replace(recipe.cod, num_segments=S))
+    say(line)
     trainer = Trainer(recipe, accelerator, target, draft, data)
     say(arithmetic(trainer))
     for note in trainer.restore(checkpoint) if checkpoint else []:
