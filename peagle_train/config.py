@@ -1,11 +1,11 @@
 """The recipe: every setting of a training run, in six sections, from YAML and `section.key=value` arguments.
 
-A new setting is a new field: its type hint with its limits and its docstring are all that it takes.
+A new setting is a new field: its type hint with its limits and its docstring are all that it takes. pydantic is imported
+only when a recipe is read: without it, recipes can be built in Python.
 """
 
 import difflib
 import functools
-import json
 import os
 import re
 import shlex
@@ -28,7 +28,7 @@ class YamlError(RecipeError):
     """A text that is not one YAML document, told in one line."""
 
 
-# YAML without its surprises.
+# YAML without its surprises
 
 
 class StrictLoader(yaml.SafeLoader):  # type: ignore[misc,unused-ignore]
@@ -48,30 +48,28 @@ class StrictDumper(yaml.SafeDumper):  # type: ignore[misc,unused-ignore]
     """Quotes every string that any YAML reader, this one included, would take for something else."""
 
 
-_NUMBER = re.compile(r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9]+)(?:[eE][-+]?[0-9]+)?$")
+_FLOAT = r"(?!0[0-9])(?=.*[.eE])[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9]+)(?:[eE][-+]?[0-9]+)?$"
 StrictLoader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in [
-    ("null", re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
-    ("bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
-    ("int", re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789")),
-    ("float", re.compile(r"[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"), list("-+.")),
-    ("float", re.compile(rf"(?!0[0-9])(?=.*[.eE]){_NUMBER.pattern}"), list("-+.0123456789")),
+    ("null", r"(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"[-+]?(?:0|[1-9][0-9_]*)$", list("-+0123456789")),
+    ("float", r"[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$|" + _FLOAT, list("-+.0123456789")),
 ]:
-    StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, _first)
-    StrictDumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, _first)
+    for _class in (StrictLoader, StrictDumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
 
 
 def parse_yaml(text: str, where: str) -> Any:
     """The value of one YAML document; a YamlError that begins with `where` if there is none."""
     try:
         return yaml.load(text, Loader=StrictLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        raise YamlError(f"{where}: not valid YAML: {error.problem or error.context}{place}") from None
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         # PyYAML lets plain errors through on digits without end, odd tags (!!bool x) and deep nesting.
-        raise YamlError(f"{where}: not valid YAML: {one_line(error)}") from None
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or getattr(error, "context", None) or one_line(error)
+        raise YamlError(f"{where}: not valid YAML: {problem}{place}") from None
 
 
 def read_yaml(path: Path) -> Any:
@@ -101,7 +99,7 @@ def as_override(key: str, value: Any) -> str:
     return shlex.quote(f"{key}={dump_line(value)}")
 
 
-# What a field's hint may ask for. pydantic is asked only when a recipe is read: without it, recipes can be built in Python.
+# What a field's hint may ask for
 
 
 class within:
@@ -135,59 +133,23 @@ def _holding(holds: Callable[[Any], bool], words: str) -> fits:
     return fits(check)
 
 
-MAX_PATH, MAX_NAME = 3800, 255
-"""Bytes. Linux takes 4095; what a run writes below its folder needs some of them."""
 MANY = 2**31 - 1
 """The largest of what is only counted; what memory or time is taken for has limits of its own, beyond any use."""
 MAX_ROPE_THETA = 1e15
 """Beyond it the slowest angles vanish in float32."""
-
-
-def check_path(path: str) -> str:
-    """`path`, its leading ~ expanded; ValueError for one that no file system takes: any look at it would be an OSError."""
-    path = os.path.expanduser(path)
-    try:
-        encoded = os.fsencode(path)
-    except UnicodeEncodeError:
-        raise ValueError("give a path that can be written in UTF-8") from None
-    if b"\0" in encoded:
-        raise ValueError("give a path without a null character")
-    if len(encoded) > MAX_PATH or max(map(len, encoded.split(b"/"))) > MAX_NAME:
-        raise ValueError(
-            f"give a path of at most {MAX_PATH} bytes, each of its folders' names at most {MAX_NAME}; it has {len(encoded)}"
-        )
-    return path
-
-
-def _is_plain(value: Any) -> bool:
-    try:
-        json.dumps(value, allow_nan=False)  # raises on NaN and on what has no plain form, such as a cycle
-        dump_line(value)
-    except (TypeError, ValueError, RecursionError):  # the last by what is nested hundreds deep
-        return False
-    return True
-
-
 Count = Annotated[int, within(ge=1, le=MANY)]
 Share = Annotated[float, within(ge=0, lt=1)]
 Text = Annotated[str, _holding(lambda text: text.strip() != "", "a non-empty string")]
-FilePath = Annotated[Text, fits(check_path)]
-Plain = Annotated[dict[str, Any], _holding(_is_plain, "a mapping of names to finite values")]
+FilePath = Annotated[Text, fits(os.path.expanduser)]
+Plain = dict[str, Any]
 Sources = list[Text | dict[str, Any]]
 SomeSources = Annotated[Sources, _holding(len, "a non-empty list of files, folders, globs or the word stdlib")]
-_DOTTED = "a list of file extensions, each with its dot, as in [.py, .jsonl]"
-Extensions = Annotated[list[Text], _holding(lambda items: all(item.startswith(".") for item in items), _DOTTED)]
-Layers = Annotated[
-    list[int],
-    _holding(
-        lambda ids: len(ids) == 3 and 0 <= ids[0] < ids[1] < ids[2],
-        "3 strictly increasing integers >= 0, as in [2, 14, 25]",
-    ),
-]
-Steps = Annotated[
-    list[int],
-    _holding(lambda steps: len(steps) == 2 and 1 <= steps[0] <= steps[1], "the first and the last step, as in [5, 8]"),
-]
+_DOTTED = _holding(lambda items: all(item[0] == "." for item in items), "a list such as [.py, .jsonl], with the dots")
+Extensions = Annotated[list[Text], _DOTTED]
+_RISING = "3 strictly increasing integers >= 0, as in [2, 14, 25]"
+Layers = Annotated[list[int], _holding(lambda ids: len(ids) == 3 and 0 <= ids[0] < ids[1] < ids[2], _RISING)]
+_SPAN = "the first and the last step, as in [5, 8]"
+Steps = Annotated[list[int], _holding(lambda steps: len(steps) == 2 and 1 <= steps[0] <= steps[1], _SPAN)]
 
 
 def read_section(cls: type, name: str, values: Mapping[Any, Any], known: Iterable[str] = ()) -> Any:
@@ -201,21 +163,18 @@ def read_section(cls: type, name: str, values: Mapping[Any, Any], known: Iterabl
     try:
         read = _model(cls).model_validate(dict(values))
     except ValidationError as error:
-        mistakes = error.errors()
-        first = mistakes[0]
-        key = name + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][:1])
+        first, leaf = error.errors()[0], error.errors()[0]["loc"][0]
+        key = f"{name}[{leaf}]" if isinstance(leaf, int) else f"{name}.{leaf}"
         if first["type"] in ("extra_forbidden", "invalid_key"):
-            elsewhere = [dotted for dotted in known if dotted.endswith(f".{first['loc'][0]}")]
-            meant = elsewhere[0] if elsewhere else _nearest(key, [f"{name}.{spec.name}" for spec in fields(cls)])
-            raise RecipeError(f"{key} is not a key; did you mean {meant}?") from None
+            elsewhere = [dotted for dotted in known if dotted.endswith(f".{leaf}")]
+            meant = elsewhere or difflib.get_close_matches(
+                key, [f"{name}.{f.name}" for f in fields(cls)], n=1, cutoff=0
+            )
+            raise RecipeError(f"{key} is not a key; did you mean {meant[0]}?") from None
         if first["type"] == "missing":
             raise RecipeError(f"{key} is missing") from None
-        words = dict.fromkeys(m["msg"] for m in mistakes if m["loc"][0] == first["loc"][0])
-        allowed = ", or ".join(
-            w.removeprefix("Value error, ").replace("Input should be", "it should be") for w in words
-        )
-        if first["type"] == "list_type" and isinstance(first["input"], str):
-            allowed += f", as in {as_override(key, [first['input']])[:300]}"
+        words = dict.fromkeys(mistake["msg"] for mistake in error.errors() if mistake["loc"][0] == leaf)
+        allowed = ", or ".join(words).replace("Value error, ", "").replace("Input should be", "it should be")
         raise RecipeError(f"{key}: got {_show(first['input'])}; {allowed}") from None
     return cls(**{key: getattr(read, key) for key in read.model_fields_set})
 
@@ -237,11 +196,7 @@ def _show(value: Any) -> str:
     return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
-
-
-# One entry of `data.sources`.
+# One entry of `data.sources`
 
 HUB = "hf:"
 """In front of a name, it is that of a data set that Hugging Face's `datasets` loads."""
@@ -273,23 +228,23 @@ class SourceSpec:
 
 def parse_sources(items: Sequence[str | dict[str, Any]], key: str = "data.sources") -> list[SourceSpec]:
     """Each entry of `key`; RecipeError of one line for what is none."""
-    return [_parse_source(item, f"{key}[{number}]") for number, item in enumerate(items)]
+    specs: list[SourceSpec] = []
+    for number, item in enumerate(items):
+        item, where = {"path": item} if isinstance(item, str) else dict(item), f"{key}[{number}]"
+        if str(item.get("path")).startswith(HUB) and "datasets" not in item:
+            item["datasets"] = item.pop("path").removeprefix(HUB)
+        spec = read_section(SourceSpec, where, item)
+        if (spec.path is None) == (spec.datasets is None):
+            raise RecipeError(
+                f"{where} has {'neither' if spec.path is None else 'both'} of path and datasets; give one"
+            )
+        if spec.datasets is not None and spec.format != "auto":
+            raise RecipeError(f"{where}.format is {spec.format}, which is of files; remove it beside datasets")
+        specs.append(spec)
+    return specs
 
 
-def _parse_source(item: str | dict[str, Any], key: str) -> SourceSpec:
-    item = {"path": item} if isinstance(item, str) else dict(item)
-    if isinstance(item.get("path"), str) and item["path"].startswith(HUB) and "datasets" not in item:
-        item["datasets"] = item.pop("path").removeprefix(HUB)
-    spec: SourceSpec = read_section(SourceSpec, key, item)
-    if (spec.path is None) == (spec.datasets is None):
-        given = "both path and datasets" if spec.path is not None else "neither path nor datasets"
-        raise RecipeError(f"{key} has {given}; give one of them")
-    if spec.datasets is not None and spec.format != "auto":
-        raise RecipeError(f"{key}.format is {spec.format}, which is of files; remove it beside datasets")
-    return spec
-
-
-# The recipe.
+# The recipe
 
 
 @dataclass
@@ -479,8 +434,8 @@ class Train:
     """Compile the drafter's passes (torch.compile, static shapes): one graph each, whatever the data; auto: on CUDA."""
     compile_backend: Literal["inductor", "aot_eager"] = "inductor"
     """torch.compile's backend; aot_eager only traces, for tests."""
-    compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"] = "default"
-    """torch.compile's mode; reduce-overhead is refused."""
+    compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
+    """torch.compile's mode (CUDA graphs would overwrite one segment's gradients with the next one's)."""
     profile_steps: Steps | None = None
     """Write a torch profiler trace of these steps, and print where their time goes."""
     activation_checkpointing: bool = False
@@ -555,50 +510,37 @@ class Recipe:
             read_section(type(values), section.name, vars(values))
         target, data, draft, cod, train = self.target, self.data, self.draft, self.cod, self.train
         parse_sources(data.sources)
-        if any(source.weight != 1 for source in parse_sources(data.eval_sources, "data.eval_sources")):
-            raise RecipeError("data.eval_sources has a weight; every document of it is evaluated on once: remove it")
-        heads, kv_heads = draft.num_attention_heads, draft.num_key_value_heads
-        has_whole_groups = heads is None or kv_heads is None or heads % kv_heads == 0
-        is_cut = cod.num_segments == "auto" or cod.num_segments <= data.max_length
-        for holds, first, relation, second in (
-            (data.max_length >= cod.num_depths, "data.max_length", ">=", "cod.num_depths"),
-            (is_cut, "cod.num_segments", "<=", "data.max_length"),
-            (has_whole_groups, "draft.num_attention_heads", "a multiple of", "draft.num_key_value_heads"),
+        rope = draft.rope_scaling
+        weighed = any(spec.weight != 1 for spec in parse_sources(data.eval_sources, "data.eval_sources"))
+        cut = cod.num_segments != "auto" and cod.num_segments > data.max_length
+        two_vocabularies = draft.init_from is not None and draft.vocab_from is not None
+        for is_wrong, keys, remedy in (
+            (weighed, "data.eval_sources", "remove weight: every document of it is evaluated on once"),
+            (
+                data.max_length < cod.num_depths,
+                "data.max_length cod.num_depths",
+                "give at least as many tokens as depths",
+            ),
+            (cut, "cod.num_segments data.max_length", "give no more segments than tokens"),
+            (target.shard and target.device_map, "target.shard target.device_map", "set one of them to false or null"),
+            (two_vocabularies, "draft.init_from draft.vocab_from", "remove one: each brings a draft vocabulary"),
+            (
+                train.mixed_precision == "bf16" and train.dtype == "float64",
+                "train.mixed_precision train.dtype",
+                "change one of them: autocast leaves float64 unchanged",
+            ),
+            (rope and "rope_theta" in rope, "draft.rope_scaling", "rope_theta is a key of its own: draft.rope_theta"),
         ):
-            if not holds:
-                values = [functools.reduce(getattr, key.split("."), self) for key in (first, second)]
-                raise RecipeError(
-                    f"{first} is {values[0]} and {second} is {values[1]}: change one of them so that {first} is"
-                    f" {relation} {second}"
-                )
-        if draft.rope_scaling is not None:
-            _check_rope_scaling(draft.rope_scaling)
-        if target.shard and target.device_map:
-            raise RecipeError(
-                f"target.shard is true, target.device_map is {target.device_map}: change one of them to false or null"
-            )
-        if draft.init_from is not None and draft.vocab_from is not None:
-            raise RecipeError(
-                "draft.init_from and draft.vocab_from are both given, and each brings a draft vocabulary: remove one"
-            )
-        if train.compile_mode == "reduce-overhead":
-            raise RecipeError(
-                "train.compile_mode is reduce-overhead, whose CUDA graphs would overwrite one segment's gradients with the"
-                " next one's: give default or max-autotune-no-cudagraphs"
-            )
-        if train.mixed_precision == "bf16" and train.dtype == "float64":
-            # Autocast leaves float64 unchanged, without a word.
-            raise RecipeError("train.mixed_precision is bf16, train.dtype is float64: change one of them")
-
-
-def _check_rope_scaling(scaling: dict[str, Any]) -> None:
-    if "rope_theta" in scaling:
-        raise RecipeError("draft.rope_scaling has rope_theta, a setting of its own: give draft.rope_theta instead")
-    if mistake := rope_mistake(scaling):
-        raise RecipeError(f"draft.rope_scaling: {mistake}")
-    if unused := unused_keys(scaling):
-        shown = ascii(unused[0])[:80]
-        raise RecipeError(f"draft.rope_scaling has {shown}, which rope type {scaling['rope_type']} does not have")
+            if is_wrong:
+                values = [functools.reduce(getattr, key.split("."), self) for key in keys.split()]
+                given = ", ".join(f"{key} is {_show(value)}" for key, value in zip(keys.split(), values, strict=True))
+                raise RecipeError(f"{given}: {remedy}")
+        if rope is not None:
+            if mistake := rope_mistake(rope):
+                raise RecipeError(f"draft.rope_scaling: {mistake}")
+            if unused := unused_keys(rope):
+                shown = ascii(unused[0])[:80]
+                raise RecipeError(f"draft.rope_scaling has {shown}, which rope type {rope['rope_type']} does not have")
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -610,23 +552,24 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     known = [f"{name}.{spec.name}" for name, cls in sections.items() for spec in fields(cls)]
     given = read_yaml(Path(os.path.expanduser(path)))
     if not isinstance(given, dict):
-        kind = "empty" if given is None else f"a {type(given).__name__}"
-        raise RecipeError(f"the recipe {path} is {kind}; give a mapping of sections: {', '.join(sections)}")
-    changes = [override.partition("=") for override in overrides]
-    for key, equals, text in changes:
-        if not equals or "." not in key:
-            raise RecipeError(f"override {key + equals + text!a}: give section.key=value, as in train.epochs=2")
-    for name in [*given, *(key.strip().partition(".")[0] for key, _, _ in changes)]:
+        raise RecipeError(f"the recipe {path} is {_show(given)}; give a mapping of sections: {', '.join(sections)}")
+    changes: dict[str, dict[str, Any]] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        name, dot, leaf = key.strip().partition(".")
+        if not equals or not dot:
+            raise RecipeError(f"override {override!a}: give section.key=value, as in train.epochs=2")
+        changes.setdefault(name, {})[leaf] = parse_yaml(text, f"override {key.strip()}")
+    for name in [*given, *changes]:
         if name not in sections:
-            meant = [dotted for dotted in known if dotted.endswith(f".{name}")] or [_nearest(str(name), sections)]
+            meant = [dotted for dotted in known if dotted.endswith(f".{name}")]
+            meant += difflib.get_close_matches(str(name), sections, n=1, cutoff=0)
             raise RecipeError(f"{name} is not a section; did you mean {meant[0]}?")
-        if given.get(name) is None:  # as a section reads whose every line is commented out
+        if given.setdefault(name, {}) is None:  # as a section reads whose every line is commented out
             given[name] = {}
         if not isinstance(given[name], dict):
             raise RecipeError(f"{name}: got {_show(given[name])}; give a mapping of its keys to values")
-    for key, _, text in changes:
-        name, _, leaf = key.strip().partition(".")
-        given[name][leaf] = parse_yaml(text, f"override {key.strip()}")
+        given[name].update(changes.get(name, {}))
     recipe = Recipe(**{name: read_section(cls, name, given.get(name, {}), known) for name, cls in sections.items()})
     recipe.validate()
     return recipe

@@ -9,16 +9,13 @@ from hypothesis import strategies as st
 
 from peagle_train.config import YamlError, dump_yaml, parse_yaml
 
-WORDS = "no yes on off y n 010 0x10 0b1 1:30 1:30.5 2024-01-01 << = - 1e 1e-4x nano trueish +".split()
+WORDS = "no yes on off y n 010 0x10 0b1 1:30 1:30.5 2024-01-01 << = 1e 1e-4x nano trueish +".split()
 NUMBERS = {"1e-4": 1e-4, "1E5": 1e5, "-2.5e+3": -2500.0, "1_000": 1000, "-7": -7, "+7": 7, "0": 0, ".5": 0.5, "1.": 1.0}
 
 
 @pytest.mark.parametrize("text", WORDS)
 def test_what_only_old_yaml_takes_for_something_else_is_a_word(text: str) -> None:
-    if text == "-":
-        assert parse_yaml(text, "test") == [None]  # an empty item of a list, in any YAML
-    else:
-        assert parse_yaml(text, "test") == text
+    assert parse_yaml(text, "test") == text
     assert parse_yaml(dump_yaml(text), "test") == text
 
 
@@ -31,7 +28,6 @@ def test_a_number_is_one_with_or_without_a_dot(text: str) -> None:
 
 def test_only_true_and_false_are_booleans_and_nothing_is_null() -> None:
     assert parse_yaml("[true, False, TRUE, null, ~, '']", "test") == [True, False, True, None, None, ""]
-    assert parse_yaml("a:\n", "test") == {"a": None}
 
 
 @pytest.mark.parametrize("text", ["{a: 1, a: 2}", "{a: {b: 1, 'b': 2}}", "[{1: x, 1: y}]"])
