@@ -82,8 +82,11 @@ def put(partial: Path, path: Path) -> None:
     OSError if that fails.
     """
     is_folder = partial.is_dir()
+    umask = os.umask(0)
+    os.umask(umask)
     for part in [*(partial.iterdir() if is_folder else []), partial]:
-        _make_readable(part)
+        # The mode that any new file or folder gets: safetensors and mkdtemp make theirs for their owner alone.
+        part.chmod((0o777 if part.is_dir() else 0o666) & ~umask)
         _sync(part)
     old = path.with_name(f".{path.name}.old")
     if is_folder and os.path.lexists(path):
@@ -95,20 +98,20 @@ def put(partial: Path, path: Path) -> None:
         try_removing(old)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old or the new one, never half of it. OSError if it cannot be written."""
-    write_bytes(path, text.encode("utf-8"))
-
-
 def write_bytes(path: Path, content: bytes) -> None:
-    """`write_text` for bytes."""
+    """Write a file so that a reader sees the old or the new one, never half of it. OSError if it cannot be written."""
     partial = partial_path(path)
     partial.write_bytes(content)
     put(partial, path)
 
 
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` for a text."""
+    write_bytes(path, text.encode("utf-8"))
+
+
 def write_json(path: Path, content: Any) -> None:
-    """`write_text` for a JSON value."""
+    """`write_bytes` for a JSON value."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
@@ -125,13 +128,6 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         raise
 
 
-def _make_readable(path: Path) -> None:
-    """The mode that any new file or folder gets: safetensors and mkdtemp make theirs for their owner alone."""
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-
-
 def _sync(path: Path) -> None:
     """Wait until the file, or the folder's list of names, is on disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -144,7 +140,6 @@ def _sync(path: Path) -> None:
 def remove_tree(path: Path) -> None:
     """Remove a folder if it exists; of a link to one, only the link. OSError if that fails."""
     if path.is_symlink():
-        logger.warning("%s is a link: only the link is removed, %s stays", path, os.readlink(path))
         path.unlink()
     elif path.exists():
         shutil.rmtree(path)
@@ -195,17 +190,12 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
 @contextmanager
 def alone_in(folder: Path, doing: str) -> Iterator[None]:
     """Create the folder given as `--out` and hold its lock, which ends with the process. Removed again if it was created
-    here and stays empty.
-
-    Raises:
-        ValueError: it cannot be created, or another process is `doing` something there.
+    here and stays empty. ValueError if it cannot be created, or another process is `doing` something there.
     """
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except FileExistsError:
-        raise ValueError(f"--out {folder} is a file; give a folder") from None
     except OSError as error:
         raise ValueError(f"--out {folder} cannot be made: {error.strerror}") from None
     try:
@@ -215,7 +205,7 @@ def alone_in(folder: Path, doing: str) -> Iterator[None]:
         raise ValueError(f"--out {folder}: another process is {doing} there; wait, or give another folder") from None
     except OSError as error:  # some network file systems lock no folders
         logger.warning(
-            "--out %s cannot be locked (%s): see to it that no other process is %s there", folder, error.strerror, doing
+            "--out %s cannot be locked (%s): make sure that no other process is %s there", folder, error, doing
         )
     try:
         yield

@@ -32,13 +32,12 @@ def available_ram() -> int:
     """Bytes that processes can still get: of the machine, or of the control group if that allows less."""
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-        available = int(lines["MemAvailable"].split()[0]) * 1024
     except OSError:  # no Linux
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = int(lines["MemAvailable"].split()[0]) * 1024
     try:
-        group = Path("/sys/fs/cgroup")
-        limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
-        return min(available, max(0, int(limit) - int(used)))
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+        return min(available, max(0, limit - used))
     except (OSError, ValueError):  # no control group, one of another kind, or one without a limit
         return available
 
@@ -47,10 +46,8 @@ def available_ram() -> int:
 class Device:
     """What one process has to itself."""
 
-    kind: str
-    """cuda or cpu."""
-    budget: int
-    """Bytes, those that this process holds already included."""
+    kind: str  # cuda or cpu
+    budget: int  # bytes, those that this process holds already included
     world_size: int = 1
 
     def __str__(self) -> str:
