@@ -525,21 +525,14 @@ def resolve_segments(sizes: Sizes) -> tuple[int, str]:
 
 def advice(sizes: Sizes) -> str:
     """What to change if the recipe needs too much: one line."""
-    recipe, asked, length = sizes.recipe, sizes.recipe.cod.num_segments, sizes.recipe.data.max_length
+    asked, margin = sizes.recipe.cod.num_segments, sizes.recipe.train.memory_margin
     more = [S for S in CANDIDATES if asked != "auto" and S > asked]
-    if fitting := choose_segments(sizes, sizes.device.budget, recipe.train.memory_margin, more):
+    if fitting := choose_segments(sizes, sizes.device.budget, margin, more):
         return f"set cod.num_segments={fitting.num_segments} ({fitting.peak / GIB:.2f} GiB planned)"
-    options = {
-        "train.mixed_precision=bf16": recipe.train.mixed_precision == "no" and recipe.train.dtype == "float32",
-        "train.segment_mode=relay": recipe.train.segment_mode != "relay",
-        "train.batch_size=1": recipe.train.batch_size > 1,
-        "target.chunk_tokens=2048": not (recipe.target.chunk_tokens or recipe.target.cache) and length > 2048,
-        "train.offload_features=true": sizes.on_cuda and not recipe.train.offload_features,
-        "target.cache (the target then need not be loaded)": not recipe.target.cache,
-        "train.sharding=fsdp2": sizes.device.world_size > 1 and not sizes.sharded,
-        "a smaller data.max_length or draft.draft_vocab_size": True,
-    }
-    return "more segments would not help: try " + ", ".join(option for option, helps in options.items() if helps)
+    return (
+        "more segments would not help: try train.mixed_precision=bf16, target.cache, target.chunk_tokens=2048, a smaller"
+        " train.batch_size, data.max_length or draft.draft_vocab_size, or train.sharding=fsdp2 on several devices"
+    )
 
 
 @contextmanager

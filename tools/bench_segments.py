@@ -258,7 +258,7 @@ class Bench:
                 began, cpu = time.perf_counter(), time.process_time()
                 stats = self.step(case.mode, batch, target, RelayBuffers())
                 wall, cpu = time.perf_counter() - began, time.process_time() - cpu
-            peak, method = rss.peak_bytes, rss.method
+            peak, method = rss.peak_bytes, "VmHWM"
         where = {"threads": torch.get_num_threads(), "device": str(self.device)}
         timed = {"wall_s": wall, "cpu_s": cpu, "peak_bytes": peak, "peak_method": method}
         return {**timed, "loss": float(stats.loss), **where}

@@ -11,13 +11,12 @@
 |  2 tests     |  75 s | pytest -m gpu |
 |  3 correct   |  50 s | bfloat16 gradients against float64: 1 and 3 documents, relay, recompute, compiled; no waits |
 |  4 step      | 170 s | the drafter's step at 8k by segments: ms, MFU, peak against the plan; with the target |
-|  5 kernels   |  40 s | where a step's time on the device goes, by kind of kernel |
+|  5 kernels   |  40 s | where a step's time on the device goes: its 20 longest kernels |
 |  6 flex      |  40 s | flex attention alone, with the project's kernel options and others |
 |  7 target    |  40 s | an 8B target's features: 8k packed, 32k in chunks |
 |  8 longest   |  55 s | the longest sequence in 79 GiB: relay, flat, recompute |
-|  9 compiling |  40 s | seconds until the first compiled step, with an empty cache and a full one |
-| 10 ranks     | 120 s | --gpus N: gradients of N ranks against one, replicated and sharded (FSDP2), compiled and eager |
-| 11 large     | 180 s | --gpus N: a drafter of a 70B target on N ranks: ms, tokens per second, each rank's peak |
+|  9 ranks     | 120 s | --gpus N: gradients of N ranks against one, replicated and sharded (FSDP2), compiled and eager |
+| 10 large     | 180 s | --gpus N: a drafter of a 70B target on N ranks: ms, tokens per second, each rank's peak |
 
 Stages run in this order, each in a process of its own. If one fails or takes too long, its last line and what it measured
 before are kept, and the next one runs. After each stage the results so far are written (to tools/results/gpu.json, of
@@ -29,20 +28,16 @@ before are kept, and the next one runs. After each stage the results so far are 
 import argparse
 import copy
 import json
-import multiprocessing
 import os
-import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,6 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus", type=int, default=1, help="GPUs to use (default 1; --dry has 2 processes)")
     parser.add_argument("--dry", action="store_true", help="on a CPU, with tiny shapes; measures nothing")
     parser.add_argument("--output", type=Path, help="file of the results")
+    parser.add_argument("--rows", help=argparse.SUPPRESS)  # of a stage's own process: where its rows go
     return parser
 
 
@@ -105,7 +101,7 @@ from tools.gpu_parts import (
     planned_gib,
     seconds_of,
 )
-from tools.measure import write_json
+from tools.measure import run_process, write_json
 
 ROOM = 79
 """GiB that stage 8 may fill."""
@@ -158,12 +154,8 @@ def correct(check: Check) -> None:
         scale = 1 / int(batch["supervised"].sum())
         loss, expected = float(recompute_step(exact, batch, target, scale=scale).loss), gradients_of(exact)
         allowed = 0.05
-        for S, mode, compiled in (
-            (1, "relay", False),
-            (4, "relay", False),
-            (4, "recompute", False),
-            (4, "relay", True),
-        ):
+        ways = ((1, "relay", False), (4, "relay", False), (4, "recompute", False), (4, "relay", True))
+        for S, mode, compiled in ways:
             one = Stepper(check, shape, length, S, segment_mode=mode, compile=compiled)
             cut = one.batch(documents=documents)
             loss_off = abs(float(one.accumulate(cut).loss) / loss - 1)
@@ -182,25 +174,16 @@ def correct(check: Check) -> None:
 
 
 def step(check: Check) -> None:
-    shape, length = check.pick((DRAFTER_8B, 8192), (TINY, 64))
-    first = [
-        (4, True, 1.0),
-        (4, False, 1.0),
-        (1, True, 1.0),
-        (16, True, 1.0),
-        (1, False, 1.0),
-        (4, True, 0.5),
-        (2, True, 0.5),
-    ]
-    rest = [(1, True, 0.5), (2, True, 1.0), (8, True, 1.0), (16, False, 1.0), (2, False, 1.0), (8, False, 1.0)]
-    for i, case in enumerate(check.pick([*first, *rest], first[:2])):  # what matters most first, should time run out
-        _step_of(check, shape, length, *case, with_target=i == 0)
+    """Cases are (S, compiled, supervised); what matters most comes first, should time run out."""
+    cases = [(4, True, 1.0), (4, False, 1.0), (1, True, 1.0), (16, True, 1.0), (1, False, 1.0), (4, True, 0.5)]
+    cases += [(2, True, 0.5), (1, True, 0.5), (2, True, 1.0), (8, True, 1.0), (16, False, 1.0), (2, False, 1.0)]
+    for i, case in enumerate(cases[: check.pick(len(cases), 2)]):
+        _step_of(check, *case, with_target=i == 0)
         free()
 
 
-def _step_of(
-    check: Check, shape: Shape, length: int, S: int, compiled: bool, supervised: float, with_target: bool
-) -> None:
+def _step_of(check: Check, S: int, compiled: bool, supervised: float, with_target: bool) -> None:
+    shape, length = check.pick((DRAFTER_8B, 8192), (TINY, 64))
     one = Stepper(check, shape, length, S, compile=compiled)
     batch = one.batch(supervised=supervised)
     row = {"S": S, "compiled": compiled, "supervised": supervised}
@@ -223,44 +206,8 @@ def _step_of(
         check.note(**row, tokens_per_s=length / row["ms"] * 1e3, planned_gib=planned)
 
 
-KINDS = (
-    ("flex backward", r"flex.*backward"),
-    ("flex forward", r"flex"),
-    ("optimizer", r"adam|multi_tensor"),
-    ("matmul", r"gemm|nvjet|cutlass|cublas|splitk|triton_tem|aten::(mm|addmm|bmm)$"),
-    ("copy", r"^mem(cpy|set)|copy_kernel|catarray|fillfunctor|aten::(copy_|cat|fill_|zero_)$"),
-    ("norm, elementwise", r""),
-)
-"""Of kernels, by name: the first that matches."""
-
-
-def by_kind(events: Sequence[dict[str, Any]], categories: Sequence[str]) -> dict[str, tuple[float, int]]:
-    """(milliseconds, number) of a trace's kernels by kind, largest first.
-
-    What is no matrix product and runs within the loss's span, or in a compiled pass seeks a largest value or exponentiates,
-    is "loss".
-
-    Args:
-        events: `traceEvents` of a profiler's Chrome trace, times in microseconds. categories: those that are kernels.
-    """
-    spans = [(e["ts"], e["ts"] + e["dur"]) for e in events if e.get("name") == "peagle::loss" and "dur" in e]
-    found: dict[str, tuple[float, int]] = {}
-    for event in events:
-        if event.get("cat") not in categories or "dur" not in event:
-            continue
-        name = event["name"].lower()
-        kind = next(kind for kind, pattern in KINDS if re.search(pattern, name))
-        softmax = re.search(r"^triton_.*(_exp|argmax|amax)", name) and "rsqrt" not in name
-        if kind in ("copy", "norm, elementwise") and (softmax or any(a <= event["ts"] < z for a, z in spans)):
-            kind = "loss"
-        ms, number = found.get(kind, (0.0, 0))
-        found[kind] = (ms + event["dur"] / 1e3, number + 1)
-    return dict(sorted(found.items(), key=lambda item: -item[1][0]))
-
-
 def kernels(check: Check) -> None:
     shape, length = check.pick((DRAFTER_8B, 8192), (TINY, 64))
-    categories = check.pick(["kernel", "gpu_memcpy", "gpu_memset"], ["cpu_op"])  # of a CPU nested operators, too
     for compiled in check.pick((True, False), (False,)):
         one = Stepper(check, shape, length, 4, compile=compiled)
         batch = one.batch()
@@ -268,20 +215,17 @@ def kernels(check: Check) -> None:
         one.step(batch)
         with torch.profiler.profile() as profile:
             seconds_of(one.step, batch)
-        with tempfile.TemporaryDirectory() as folder:
-            profile.export_chrome_trace(f"{folder}/trace.json")
-            events = json.loads(Path(folder, "trace.json").read_text(encoding="utf-8"))["traceEvents"]
-        check.note(S=4, compiled=compiled, ms_and_number=by_kind(events, categories))
+        name = check.pick("self_device_time_total", "self_cpu_time_total")  # of a CPU: operators
+        found = [(getattr(e, name) / 1e3, e.count, e.key[:80]) for e in profile.key_averages() if getattr(e, name)]
+        check.note(
+            S=4, compiled=compiled, total_ms=sum(ms for ms, _, _ in found), longest=sorted(found, reverse=True)[:20]
+        )
         del one, profile
         free()
 
 
-FLEX_OPTIONS: dict[str, dict[str, int]] = {
-    "torch's": {},
-    "32, 128, 128, 32": {"bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 128, "bwd_BLOCK_M2": 128, "bwd_BLOCK_N2": 32},
-    "64, 64, 64, 64": {"bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 64},
-    "64, 128, 128, 64": {"bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 128, "bwd_BLOCK_M2": 128, "bwd_BLOCK_N2": 64},
-}
+FLEX_BLOCKS = ((), (32, 128, 128, 32), (64, 64, 64, 64), (64, 128, 128, 64))
+"""M1, N1, M2, N2 of flex attention's backward; none: torch's own."""
 
 
 def flex(check: Check) -> None:
@@ -298,11 +242,12 @@ def flex(check: Check) -> None:
         if check.dry:  # a CPU has no backward of flex attention
             context, own = (key[:, :, :length], value[:, :, :length]), (key[:, :, length:], value[:, :, length:])
             ways = {"the project's": partial(attend, query, own, context, visibility)}
-        for name, options in {} if check.dry else FLEX_OPTIONS.items():
-            warps = {"bwd_num_warps": 8, "bwd_num_stages": 2} if options else {}
-            given = {"block_mask": mask, "enable_gqa": True, "kernel_options": {**options, **warps}}
+        for blocks in () if check.dry else FLEX_BLOCKS:
+            options = dict(zip(("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2"), blocks))
+            options |= {"bwd_num_warps": 8, "bwd_num_stages": 2} if blocks else {}
             compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-            ways[name] = partial(compiled, query, key, value, **given)
+            given = {"block_mask": mask, "enable_gqa": True, "kernel_options": options}
+            ways[str(blocks)] = partial(compiled, query, key, value, **given)
         for name, way in ways.items():
             try:
                 weight = torch.randn_like(way())
@@ -377,18 +322,6 @@ def _one_step(check: Check, shape: Shape, n: int, S: int, train: dict[str, Any])
     return seconds
 
 
-def compiling(check: Check) -> None:
-    shape, length = check.pick((DRAFTER_8B, 8192), (TINY, 64))
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ |= {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": f"{folder}/triton"}
-        for S, cache in ((4, "empty"), (4, "full"), (1, "empty"), (1, "full"))[: check.pick(4, 1)]:
-            one = Stepper(check, shape, length, S, compile=True)
-            batch = one.batch()
-            check.note(S=S, cache=cache, first_s=seconds_of(one.step, batch), second_s=seconds_of(one.step, batch))
-            del one
-            free()
-
-
 # ---- stages for several GPUs
 
 VARIANTS = (("fsdp2", True), ("none", True), ("fsdp2", False), ("none", False))
@@ -451,110 +384,73 @@ def _gradients_of_ranks(check: Check) -> None:
 def _steps_of_ranks(check: Check) -> None:
     shape, length = check.pick((DRAFTER_70B, 8192), (TINY, 64))
     for sharding, compiled in check.pick(VARIANTS, VARIANTS[2:]):
-        row = {"ranks": check.gpus, "sharding": sharding, "compiled": compiled, "S": 4}
+        row: dict[str, Any] = {"ranks": check.gpus, "sharding": sharding, "compiled": compiled, "S": 4}
         try:
-            row |= _step_of_rank(check, shape, length, sharding, compiled)
+            one = Stepper(check, shape, length, 4, sharding=sharding, compile=compiled)
+            batch = one.batch(seed=dist.get_rank())
+            row |= {"first_s": seconds_of(one.step, batch), "parameters": sum(p.numel() for p in one.trained)}
+            one.step(batch)
+            of_ranks: list[Any] = [None] * check.gpus
+            dist.all_gather_object(of_ranks, measured(one.step, batch))
+            row |= {"ms": max(r["ms"] for r in of_ranks), "planned_gib": planned_gib(check, shape, one.recipe)}
+            row |= {name: [r[name] for r in of_ranks] for name in peaks()}
+            row["tokens_per_s"] = check.gpus * length / row["ms"] * 1e3
         except (torch.OutOfMemoryError, ValueError) as error:  # on all ranks alike: they do the same work
             row[type(error).__name__] = str(error).splitlines()[0][:200]
         check.note(**row)
+        one = batch = None
         free()
-
-
-def _step_of_rank(check: Check, shape: Shape, length: int, sharding: str, compiled: bool) -> dict[str, Any]:
-    one = Stepper(check, shape, length, 4, sharding=sharding, compile=compiled)
-    batch = one.batch(seed=dist.get_rank())
-    first_s = seconds_of(one.step, batch)
-    one.step(batch)
-    row: dict[str, Any] = measured(one.step, batch)
-    of_ranks: list[Any] = [None] * check.gpus
-    dist.all_gather_object(of_ranks, row)
-    row = {"first_s": first_s, "ms": max(r["ms"] for r in of_ranks), "parameters": sum(p.numel() for p in one.trained)}
-    row |= {name: [r[name] for r in of_ranks] for name in peaks()}
-    tokens_per_s = check.gpus * length / row["ms"] * 1e3
-    return {**row, "tokens_per_s": tokens_per_s, "planned_gib": planned_gib(check, shape, one.recipe)}
 
 
 # ---- running them
 
-
-@dataclass(frozen=True)
-class Stage:
-    number: int
-    function: Callable[[Check], None]
-    seconds: float
-    """After which it is ended."""
-
-
-STAGES = [
-    Stage(1, versions, 25),
-    Stage(2, tests, 75),
-    Stage(3, correct, 50),
-    Stage(4, step, 170),
-    Stage(5, kernels, 40),
-    Stage(6, flex, 40),
-    Stage(7, target, 40),
-    Stage(8, longest, 55),
-    Stage(9, compiling, 40),
-    Stage(10, ranks, 120),
-    Stage(11, large, 180),
-]
-ONE_GPU = 9
+STAGES: dict[int, tuple[Callable[[Check], None], int]] = {
+    1: (versions, 25),
+    2: (tests, 75),
+    3: (correct, 50),
+    4: (step, 170),
+    5: (kernels, 40),
+    6: (flex, 40),
+    7: (target, 40),
+    8: (longest, 55),
+    9: (ranks, 120),
+    10: (large, 180),
+}
+"""With the seconds after which each is ended."""
+ONE_GPU = 8
 """Stages after this one need several."""
 
 
-def _child(function: Callable[[Check], None], check: Check, log: str) -> None:
-    os.setsid()  # so that all that it starts ends with it
-    file = os.open(log, os.O_WRONLY | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    function(check)
-
-
-def run_stage(stage: Stage, check: Check) -> dict[str, Any]:
-    """In a process of its own; returns its status ("ok", "failed", "out of time"), the error's line and the rows noted."""
-    # CUDA wants an interpreter of its own; without it, a fork of a server that has imported everything is faster.
-    context = multiprocessing.get_context(check.pick("spawn", "forkserver"))
-    context.set_forkserver_preload(["tools.gpu_check", "functorch.compile", "torch._dynamo.backends.debugging"])
+def run_stage(number: int, seconds: float, check: Check) -> dict[str, Any]:
+    """In a process of its own; returns its status ("ok", "failed"), the error's line and the rows noted."""
+    began, log = time.monotonic(), []
     with tempfile.TemporaryDirectory() as folder:
-        rows, log = Path(folder, "rows"), Path(folder, "log")
+        rows = Path(folder, "rows")
         rows.touch()
-        log.touch()
-        process = context.Process(target=_child, args=(stage.function, replace(check, rows=str(rows)), str(log)))
-        began = time.monotonic()
-        process.start()
-        try:
-            process.join(stage.seconds)
-        finally:  # also where we are being stopped ourselves
-            seconds, is_late = time.monotonic() - began, process.is_alive()
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.kill()
-        process.join()
+        command = [sys.executable, __file__, "--stages", str(number), "--gpus", str(check.gpus), "--rows", str(rows)]
+        died = run_process([*command, *(["--dry"] if check.dry else [])], timeout=seconds, log=log)
         found = [json.loads(line) for line in rows.read_text(encoding="ascii").splitlines()]
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    result = {"stage": stage.number, "name": stage.function.__name__, "status": "ok", "seconds": round(seconds, 1)}
-    if is_late:
-        result |= {"status": "out of time", "error": " ".join([f"after {stage.seconds:g} s", *lines[-1:]])}
-    elif process.exitcode:
-        result |= {"status": "failed", "error": " ".join([f"exit {process.exitcode}", *lines[-1:]])}
-    elif not all(row.get("ok", True) for row in found):
-        result |= {"status": "failed", "error": "not all rows are ok"}
-    return {**result, "rows": found, **({} if result["status"] == "ok" else {"log": lines[-40:]})}
+    wrong = None if all(row.get("ok", True) for row in found) else "not all rows are ok"
+    result: dict[str, Any] = {"stage": number, "name": STAGES[number][0].__name__, "rows": found}
+    result |= {"status": "ok", "seconds": round(time.monotonic() - began, 1)}
+    if error := died or wrong:
+        result |= {"status": "failed", "error": error, "log": log[-40:]}
+    return result
 
 
 def line_of(result: dict[str, Any]) -> str:
-    head = f"{result['stage']:2d} {result['name']}: {result['status']}, {result['seconds']} s"
-    rows = [
-        ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in r.items()) for r in result["rows"]
-    ]
-    return " | ".join([head, *([result["error"]] if "error" in result else []), *rows])[:3000]
+    parts = [f"{result['stage']:2d} {result['name']}: {result['status']}, {result['seconds']} s", result.get("error")]
+    for row in result["rows"]:
+        parts.append(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+    return " | ".join(filter(None, parts))[:3000]
 
 
-def run_stages(stages: Sequence[Stage], check: Check, output: Path) -> bool:
-    """One after the other; the results so far are written after each. Returns whether all are ok."""
+def run_stages(stages: dict[int, float], check: Check, output: Path) -> bool:
+    """One after the other, each for so many seconds at most; the results so far are written after each. Returns whether
+    all are ok."""
     results: list[dict[str, Any]] = []
-    for stage in stages:
-        results.append(run_stage(stage, check))
+    for number, seconds in stages.items():
+        results.append(run_stage(number, seconds, check))
         write_json(output, results)
         print(line_of(results[-1]), flush=True)
     return all(result["status"] == "ok" for result in results)
@@ -563,18 +459,21 @@ def run_stages(stages: Sequence[Stage], check: Check, output: Path) -> bool:
 def main() -> int:
     parser = make_parser()
     arguments = parser.parse_args()
+    if arguments.rows:
+        STAGES[int(arguments.stages)][0](Check(arguments.dry, arguments.gpus, arguments.rows))
+        return 0
     if not arguments.dry and torch.cuda.device_count() < arguments.gpus:
         parser.error(f"--gpus is {arguments.gpus}, and torch sees {torch.cuda.device_count()}: give fewer, or --dry")
     check = Check(arguments.dry, 2 if arguments.dry else arguments.gpus)
-    stages = [stage for stage in STAGES if check.gpus > 1 or stage.number <= ONE_GPU]
-    asked = arguments.stages.split(",") if arguments.stages else [str(stage.number) for stage in stages]
-    if unknown := {*asked} - {str(stage.number) for stage in stages}:
-        parser.error(f"--stages has {', '.join(sorted(unknown))}; give numbers of 1..{stages[-1].number}, as in 1,2,3")
-    stages = [stage for stage in stages if str(stage.number) in asked]
+    there = [number for number in STAGES if check.gpus > 1 or number <= ONE_GPU]
+    asked = arguments.stages.split(",") if arguments.stages else [str(number) for number in there]
+    if unknown := {*asked} - {str(number) for number in there}:
+        parser.error(f"--stages has {', '.join(sorted(unknown))}; give numbers of 1..{there[-1]}, as in 1,2,3")
+    # A busy machine's seconds say nothing.
+    stages = {number: 300 if check.dry else STAGES[number][1] for number in there if str(number) in asked}
     output = arguments.output or ROOT / "tools" / "results" / "gpu.json"
-    if check.dry:
-        stages = [replace(stage, seconds=300) for stage in stages]  # a busy machine's seconds say nothing
-        output = arguments.output or Path(tempfile.mkdtemp(prefix="gpu_check_")) / "gpu.json"
+    if check.dry and not arguments.output:
+        output = Path(tempfile.mkdtemp(prefix="gpu_check_")) / "gpu.json"
     is_ok = run_stages(stages, check, output)
     print(f"results: {output}")
     return 0 if is_ok else 1

@@ -76,7 +76,7 @@ def make_recipe(check: Check, shape: Shape, length: int, S: int, **train: Any) -
     backend = check.pick("inductor", "aot_eager")
     train = {"mixed_precision": "bf16", "compile": False, "compile_backend": backend, **train}
     draft = Draft(num_layers=shape["num_hidden_layers"], draft_vocab_size=shape["draft_vocab_size"])
-    cod = Cod(DEPTHS, RATIO, 0.0, S)
+    cod = Cod(DEPTHS, RATIO, 0.0, num_segments=S)
     return Recipe(Target("-"), Data(["-"], max_length=length), Output("-"), draft, cod, Train(**train))
 
 

@@ -11,7 +11,6 @@ import gc
 import json
 import os
 import platform
-import resource
 import signal
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
@@ -42,73 +41,43 @@ def integers(text: str, least: int = 1) -> list[int]:
 
 def at_least_one(text: str) -> int:
     """A single number, for argparse's `type`."""
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one integer") from None
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer of at least 1")
+    return int(text)
 
 
 # ---- memory of this process
 
 
-def status_bytes(field: str, pid: int | str = "self") -> int | None:
-    """A size out of /proc/PID/status ("VmRSS", "VmHWM", ...); None where there is no such thing (any more)."""
-    try:
-        with open(f"/proc/{pid}/status", encoding="ascii") as file:
-            for line in file:
-                name, _, value = line.partition(":")
-                if name == field:
-                    return int(value.split()[0]) * 1024
-    except OSError:
-        pass
-    return None
+def status_bytes(field: str) -> int:
+    """A size out of this process's /proc/self/status: VmRSS, VmHWM."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def release_memory() -> None:
     """Collect garbage and have the C library return what is free, so that a baseline holds nothing of the past."""
     gc.collect()
-    try:
+    with suppress(AttributeError, OSError):  # a C library without it
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):
-        pass  # a C library without it
 
 
 class PeakRSS:
-    """Peak resident memory of a `with` block over what was resident at its start.
+    """Peak resident memory of a `with` block over what was resident at its start (Linux).
 
-    The kernel's own high-water mark, reset at the start, so that no spike falls between two samples. Where it cannot
-    be reset, `method` is "ru_maxrss": then `peak_bytes` is too high if the process was ever larger before.
+    The kernel's own high-water mark, reset at the start, so that no spike falls between two samples.
     """
 
     peak_bytes: int
-    method: str
 
     def __enter__(self) -> "PeakRSS":
         release_memory()
-        self.method = "ru_maxrss"
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-            if status_bytes("VmHWM") is not None:
-                self.method = "VmHWM"
-        except OSError:
-            pass
+        Path("/proc/self/clear_refs").write_text("5")
         self._baseline = status_bytes("VmRSS")
-        if self._baseline is None:  # no /proc: what was largest so far is the best that is known
-            self._baseline = _largest_rss()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        peak = status_bytes("VmHWM") if self.method == "VmHWM" else None
-        assert self._baseline is not None
-        self.peak_bytes = max(0, (_largest_rss() if peak is None else peak) - self._baseline)
-
-
-def _largest_rss() -> int:
-    unit = 1024 if os.uname().sysname == "Linux" else 1  # kilobytes on Linux, bytes on macOS
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        self.peak_bytes = max(0, status_bytes("VmHWM") - self._baseline)
 
 
 # ---- memory held for backward
@@ -224,24 +193,32 @@ def _storage_id(tensor: "Tensor") -> int:
 
 
 def run_process(
-    command: Sequence[str], *, timeout: float | None = None, environment: dict[str, str] | None = None
+    command: Sequence[str],
+    *,
+    timeout: float | None = None,
+    environment: dict[str, str] | None = None,
+    log: list[str] | None = None,
 ) -> str | None:
-    """Run a command to its end, or kill it after `timeout` seconds. Returns why it did not do its work; None if it did."""
-    try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, timeout=timeout, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return f"took more than {timeout:g} s"
-    lines = [line for line in done.stdout.decode(errors="replace").splitlines() if line.strip()]
-    return _reason(done.returncode, lines) if done.returncode else None
-
-
-def _reason(code: int, lines: list[str]) -> str:
-    if code < 0:
-        name = signal.Signals(-code).name
-        return f"ended by {name}" + (", as the kernel does when memory runs out" if name == "SIGKILL" else "")
-    return f"exit {code}: {lines[-1][:300]}" if lines else f"exit {code}"
+    """Run a command to its end; after `timeout` seconds, kill it and all that it has started. Returns why it did not do its
+    work; None if it did. `log` gets the lines that it printed.
+    """
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as child:
+        try:
+            output, died = child.communicate(timeout=timeout)[0], None
+        except BaseException as error:  # also where we are being stopped ourselves
+            os.killpg(child.pid, signal.SIGKILL)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            output, died = child.communicate()[0], f"took more than {timeout:g} s"
+    code, lines = child.returncode, [line for line in output.decode(errors="replace").splitlines() if line.strip()]
+    if log is not None:
+        log += lines
+    if died is None and code < 0:
+        died = f"ended by {signal.Signals(-code).name}" + " (out of memory?)" * (code == -signal.SIGKILL)
+    elif died is None and code:
+        died = ": ".join([f"exit {code}", *(line[:300] for line in lines[-1:])])
+    return died
 
 
 # ---- output
@@ -270,26 +247,21 @@ def _where_and_when() -> dict[str, str]:
 
 
 def _processor() -> str:
-    """The processor's name, after the GPUs' if there are any."""
+    """The processor's name, after the GPUs' if there are any (not through torch, which benches' parents do not import)."""
     name = platform.machine()
     with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
         name = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), name)
-    with suppress(OSError):  # not through torch, which the parent of a bench's processes does not import
+    with suppress(OSError, subprocess.CalledProcessError):
         asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        found = subprocess.run(asked, capture_output=True, text=True, check=False)
-        name = ", ".join([*found.stdout.split("\n")[:-1], name]) if found.returncode == 0 else name
+        name = ", ".join([*subprocess.check_output(asked, text=True).splitlines(), name])
     return name
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns right-aligned but the first."""
     widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]
-        return "  ".join(cells).rstrip()
-
-    return "\n".join(line(row) for row in [header, *rows])
+    aligned = [[row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))] for row in [header, *rows]]
+    return "\n".join("  ".join(cells).rstrip() for cells in aligned)
 
 
 def format_number(value: float | None, unit: float = 1, digits: int = 2) -> str:
