@@ -321,13 +321,6 @@ def this_device(device: torch.device | None = None) -> Device:
     return Device("cpu", available_ram() // local + resident_ram(), world_size)
 
 
-class TargetShapes(FrozenTarget):
-    """A target on the meta device: nothing but shapes."""
-
-    def head_weight(self) -> Tensor:
-        return self.head.weight  # type: ignore[return-value]
-
-
 def read_sizes(recipe: Recipe, device: Device) -> Sizes:
     """The sizes of a recipe that has not been started; of the target, only config.json is read.
 
@@ -349,7 +342,7 @@ def read_sizes(recipe: Recipe, device: Device) -> Sizes:
     except Exception as error:  # whatever a foreign or corrupt file makes the loaders raise
         why = f"{type(error).__name__}: {one_line(error, 300)}"
         raise ValueError(f"target.path {settings.path} cannot be read: {why}") from error
-    target = TargetShapes(model, settings.layer_ids, settings.chunk_tokens)
+    target = FrozenTarget(model, settings.layer_ids, settings.chunk_tokens)
     start = read_start(recipe, target)
     shaped = start.recipe if start else recipe
     if recipe.draft.vocab_from:
@@ -383,9 +376,8 @@ def sizes_of(recipe: Recipe, target: TargetBase, config: PEagleDraftConfig, devi
 def _target(recipe: Recipe, target: TargetBase, device: Device) -> tuple[int, int, int]:
     """Bytes of the target's weights on the device, of its largest forward, and of one number of its outputs."""
     settings = recipe.target
-    if settings.cache:
+    if settings.cache or not isinstance(target, FrozenTarget):  # it is not on this device
         return 0, 0, target.dtype.itemsize
-    assert isinstance(target, FrozenTarget)
     model, config = target.model, target.model.config
     total = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     item = next(p.element_size() for p in model.parameters() if p.is_floating_point())
@@ -395,7 +387,7 @@ def _target(recipe: Recipe, target: TargetBase, device: Device) -> tuple[int, in
         bits = stored.get("bits") or {"fp8": 8, "finegrained_fp8": 8}.get(str(stored.get("quant_method")), 16)
         total = math.ceil(total * min(16, int(bits) + 0.5) / 16)
     if settings.shard and device.world_size > 1:
-        head = target.head_weight().numel() * item
+        head = target.head.weight.numel() * item  # type: ignore[operator,union-attr]
         layer = (total - 2 * head) // len(target.layers)  # whole while it runs, and the next one after it
         total = (total - head) // device.world_size + 2 * max(layer, head)
     elif settings.device_map and device.kind == "cuda":
