@@ -1,16 +1,12 @@
 """Several processes as one run: how they were launched, what they wait for, what they sum, and FSDP2.
 
 A step's collectives run in the default group, whose time-out is minutes. Waiting that may take longer (loading,
-tokenizing, saving) goes over a gloo group on the host that never times out. A rank that fails prints why and ends at once
-(ending.py); torchrun then ends the others.
+tokenizing, saving) goes over a gloo group on the host that never times out.
 
-FSDP2 is the same raw `fully_shard` on GPUs and on CPUs: Accelerate's own silently becomes data parallelism on CPUs. Nothing
-needs `register_fsdp_forward_method`: the drafter computes its loss inside its forward, and only the forward of a sharded
-target runs. Saving and loading take whole tensors by name, so that a run may resume on any number of processes, sharded or
-not.
+FSDP2 is the same raw `fully_shard` on GPUs and on CPUs, where Accelerate's own silently becomes data parallelism. Saving
+and loading take whole tensors by name, so that a run may resume on any number of processes, sharded or not.
 """
 
-import hashlib
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,22 +33,16 @@ T = TypeVar("T")
 
 # The launch
 
-LAUNCH_CPU = "start it as `ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node {n} -m peagle_train RECIPE`"
-
 
 def check_launch(num_processes: int) -> None:
     """ValueError where a launch meant several processes but each one would train alone, silently. Every rank calls it."""
     asked = int(os.environ.get("WORLD_SIZE", "0"))
-    if asked > 1 and num_processes == 1:
+    # `accelerate launch --cpu --num_processes 2` names a master and starts a single process.
+    if num_processes == 1 and (asked > 1 or ("MASTER_ADDR" in os.environ and not asked)):
         raise ValueError(
-            f"launched as {asked} processes, but each believes that it is alone and would train the same model: on CPU"
-            f" {LAUNCH_CPU.format(n=asked)}"
-        )
-    # `accelerate launch --cpu --num_processes 2` names a master and starts a single process, silently.
-    if "MASTER_ADDR" in os.environ and not asked and num_processes == 1:
-        raise ValueError(
-            "launched with several processes asked for, but `accelerate launch --cpu` starts only one:"
-            f" {LAUNCH_CPU.format(n=2)}"
+            f"launched as {asked if asked > 1 else 'several'} processes, but this one is alone and would train the whole"
+            f" model: on CPU start them as `ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node {max(2, asked)}"
+            " -m peagle_train RECIPE`"
         )
     if several():
         _host_group()  # now, while the processes have just met: its own start has a time-out
@@ -76,24 +66,19 @@ def check_device_map(device_map: str | None, num_processes: int) -> None:
 
 
 REFUSED = {
-    "fsdp_version": ("1", "set it to 2"),
-    "fsdp_offload_params": ("true", "it is unsupported, set it to false"),
-    "fsdp_reshard_after_forward": ("false", "it is unsupported, set it to true"),
-    "fsdp_activation_checkpointing": ("true", "set it to false, and train.activation_checkpointing to true"),
-    # transformers acts on it without a word
-    "fsdp_cpu_ram_efficient_loading": (
-        "true",
-        "it would leave the target's weights empty on all processes of a machine but one, set it to false",
-    ),
+    "fsdp_version": "1",
+    "fsdp_offload_params": "true",
+    "fsdp_reshard_after_forward": "false",
+    "fsdp_activation_checkpointing": "true",  # train.activation_checkpointing does it
+    # transformers acts on it without a word: the target's weights stay empty on all processes of a machine but one
+    "fsdp_cpu_ram_efficient_loading": "true",
 }
-"""Of a launch's FSDP config: key, the value that is refused, what to do."""
+"""What a launch's FSDP config may ask for and would not get, or must not: key and value."""
 
 
 def check_sharding(asked: str) -> bool:
-    """Whether the recipe (`asked`: train.sharding) or the launch ask for FSDP2; with a single process nothing is sharded.
-
-    Raises:
-        ValueError: they contradict each other, or the launch's FSDP config asks for what is not done here.
+    """Whether the recipe (`asked`: train.sharding) or the launch ask for FSDP2. ValueError where they contradict each
+    other, or the launch's FSDP config asks for what is not done here.
     """
     by_launch = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     if by_launch and asked == "none":
@@ -101,10 +86,10 @@ def check_sharding(asked: str) -> bool:
             "train.sharding is none, but the run was launched with an FSDP config: set it to auto or fsdp2, or launch with"
             " recipes/accelerate/ddp.yaml"
         )
-    for key, (value, advice) in REFUSED.items() if by_launch else ():
+    for key, value in REFUSED.items() if by_launch else ():
         if os.environ.get(key.upper(), "").lower() == value:
             raise ValueError(
-                f"the launch's FSDP config has {key}: {value}: {advice} (see recipes/accelerate/fsdp2.yaml)"
+                f"the launch's FSDP config has {key}: {value}, which is not supported: take recipes/accelerate/fsdp2.yaml"
             )
     return by_launch or asked == "fsdp2"
 
@@ -138,10 +123,8 @@ def wait_for_all() -> None:
 
 def agree(values: dict[str, str]) -> None:
     """Wait for all ranks; ValueError where a value, by the words for it, is not that of rank 0."""
-    digests = {what: hashlib.sha256(value.encode()).hexdigest() for what, value in values.items()}
-    first = from_all(digests)[0]
-    for what, digest in digests.items():
-        if digest != first[what]:
+    for what, value in from_all(values)[0].items():
+        if value != values[what]:
             raise ValueError(
                 f"this process has another {what} than rank 0: give the same recipe, files and target on every machine"
             )
@@ -174,10 +157,8 @@ def same_on_all_ranks(model: nn.Module, device: torch.device) -> None:
 
 @torch.no_grad()
 def sum_over_ranks(parameters: Iterable[nn.Parameter], also: list[Tensor]) -> None:
-    """Add up gradients (zeros where there is none) and a few statistics over all ranks, in place, a dtype at a time.
-
-    A plain sum: the loss is already divided by the count over all ranks. Parameters must come in the same order on every
-    rank; which of them have a gradient may differ (a rank with nothing supervised has none).
+    """Add up gradients (zeros where a rank has none) and a few statistics over all ranks, in place, a dtype at a time: a
+    plain sum, as the loss is already divided by the count over all ranks.
     """
     tensors = list(also)
     for parameter in parameters:
@@ -211,11 +192,6 @@ def max_counts(counts: list[int], device: torch.device) -> list[int]:
 # FSDP2
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 has sharded the module's parameters."""
-    return any(isinstance(p, DTensor) for p in model.parameters())
-
-
 @lru_cache
 def world_mesh(device_type: str) -> DeviceMesh:
     """All ranks in a row; the first call is a collective."""
@@ -223,12 +199,10 @@ def world_mesh(device_type: str) -> DeviceMesh:
 
 
 def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device, bf16: bool = False) -> None:
-    """Shard a module over all ranks, in place, and move it to the device, a block at a time.
+    """Shard a module over all ranks, in place, and move it to the device, a block at a time. Every rank must hold the same
+    weights already, and from now on run the same number of forward and backward passes: else FSDP's collectives deadlock.
 
     bf16: gather weights in bfloat16, as autocast rounds them; gradients are still summed in float32.
-
-    Every rank must hold the same weights already. Blocks and the rest are whole only while they run: if ranks run different
-    numbers of forward or backward passes, FSDP's collectives deadlock.
     """
     # It warns of changing a module's output in place, which nothing here does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -271,10 +245,7 @@ def full_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
 def load_full(
     model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Tensor], moments: dict[str, Tensor]
 ) -> None:
-    """Put what `full_weights` and `full_moments` gave into model and optimizer, sharded or not.
-
-    Every rank must bring all of it. The learning rates are left to the schedule.
-    """
+    """Put all of what `full_weights` and `full_moments` gave into model and optimizer, sharded or not."""
     options = StateDictOptions(full_state_dict=True)
     if moments:
         states: dict[str, Any] = {}

@@ -10,13 +10,13 @@ from torch import Tensor
 from peagle_train.core.collator import CODCollator
 from peagle_train.core.compiled import compile_layers
 from peagle_train.core.draft import PEagleDraft
-from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.core.passes import TargetOutputs
 from peagle_train.core.plan import plan_segments
 from peagle_train.core.recompute import recompute_step
 from peagle_train.core.relay import context_chunks, needed_segments, relay_step
 from peagle_train.distributed import max_counts, shard
 from peagle_train.serving.start import draw_weights
+from tests.helpers import make_config
 
 L, K, S = 48, 5, 6
 CASES = [
@@ -30,20 +30,7 @@ CASES = [
 
 
 def make_draft() -> PEagleDraft:
-    config = PEagleDraftConfig(
-        vocab_size=48,
-        hidden_size=16,
-        target_hidden_size=12,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        draft_vocab_size=30,
-        ptd_token_id=47,
-        initializer_range=0.2,
-    )
-    draft = PEagleDraft(config).double()
+    draft = PEagleDraft(make_config(initializer_range=0.2)).double()
     draw_weights(draft, seed=0)
     draft.embed_tokens.weight.requires_grad_(True)
     return draft

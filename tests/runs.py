@@ -18,14 +18,7 @@ from peagle_train.training.trainer import Trainer
 from tests.tiny import write_recipe
 
 LENGTHS = [9, 31, 4, 17, 32, 2, 26, 11, 40, 13]
-TIMES = {
-    "tokens_per_second",
-    "supervised_tokens_per_second",
-    "peak_memory_bytes",
-    "loader_wait_share",
-    "seconds",
-    "seconds_left",
-}
+TIMES = {"tokens_per_second", "peak_memory_bytes", "loader_wait_share", "seconds", "seconds_left"}
 EVALUATED = {"eval_fraction": 0.3}
 
 
@@ -86,7 +79,7 @@ def assert_same_run(ours: Path, whole: Path) -> None:
         del summary["train_seconds"]
     assert summaries[0] == summaries[1]
     for path in {path.name for path in whole.glob("checkpoint-*")} & {path.name for path in ours.glob("checkpoint-*")}:
-        for file in ("model.safetensors", "optimizer.state", "rng.state"):
+        for file in ("model.safetensors", "optimizer.state"):
             assert (ours / path / file).read_bytes() == (whole / path / file).read_bytes(), (path, file)
 
 

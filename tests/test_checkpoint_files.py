@@ -1,13 +1,11 @@
 """Checkpoints on disk: whole or not there, whatever happens while they are written; damage is seen; old ones go."""
 
-import fcntl
 import hashlib
 import json
 import os
 import resource
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,9 @@ import pytest
 import peagle_train.training.checkpoint as files
 from peagle_train.ending import ECHO_SECONDS, Signals
 from peagle_train.files import write_folder
-from peagle_train.training.checkpoint import DamagedCheckpoint
 from tests.runs import in_child
 
-ROLES = ("config.json", "model.safetensors", "optimizer.state", "rng.state", "state.json", "recipe.yaml")
+ROLES = ("config.json", "model.safetensors", "optimizer.state", "state.json", "recipe.yaml")
 
 
 def fill(folder: Path) -> None:
@@ -75,17 +72,14 @@ def test_a_kill_at_any_moment_of_a_save_leaves_only_whole_checkpoints(tmp_path: 
 
 
 def test_a_kill_while_best_is_replaced_loses_neither_the_old_one_nor_the_new(tmp_path: Path) -> None:
-    def writer(text: str) -> Callable[[Path], None]:
-        return lambda folder: (folder / "is").write_text(text) and None
-
     contents = set()
     for call in range(1, 100):
         output = tmp_path / f"killed-{call}"
-        write_folder(output / "best", writer("old"))
+        write_folder(output / "best", lambda folder: (folder / "is").write_text("old") and None)
 
         def replace(output: Path = output, call: int = call) -> None:
             die_at(call)
-            write_folder(output / "best", writer("new"))
+            write_folder(output / "best", lambda folder: (folder / "is").write_text("new") and None)
 
         code = in_child(replace)
         files.clean_up(output)
@@ -99,6 +93,7 @@ def test_a_kill_while_best_is_replaced_loses_neither_the_old_one_nor_the_new(tmp
 @pytest.mark.parametrize("role", [*ROLES, files.MANIFEST])
 def test_a_file_that_is_cut_changed_or_missing_is_seen(role: str, tmp_path: Path) -> None:
     folder = files.write_checkpoint(tmp_path, 7, fill)
+    (folder / "note.txt").write_text("mine")  # no harm
     files.verify_checkpoint(folder)
     path = folder / role
     content = path.read_bytes()
@@ -107,10 +102,10 @@ def test_a_file_that_is_cut_changed_or_missing_is_seen(role: str, tmp_path: Path
     for wrong in spoiled:
         path.write_bytes(wrong)
         # what is wrong with the manifest may look like the fault of a file that it lists
-        with pytest.raises(DamagedCheckpoint, match="checkpoint-7" if role == files.MANIFEST else role):
+        with pytest.raises(ValueError, match="checkpoint-7" if role == files.MANIFEST else role):
             files.verify_checkpoint(folder)
     path.unlink()
-    with pytest.raises(DamagedCheckpoint, match=role):
+    with pytest.raises(ValueError, match=role):
         files.verify_checkpoint(folder)
 
 
@@ -121,14 +116,11 @@ def test_a_checkpoint_of_another_format_or_under_another_steps_name_is_refused(t
         content = (folder / name).read_bytes()
         assert described == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     assert set(manifest["files"]) == set(ROLES)
-    (folder / "note.txt").write_text("mine")  # no harm
-    files.verify_checkpoint(folder)
-    folder.rename(tmp_path / "checkpoint-8")
-    with pytest.raises(DamagedCheckpoint, match="step 7"):
-        files.verify_checkpoint(tmp_path / "checkpoint-8")
-    (tmp_path / "checkpoint-8" / files.MANIFEST).write_text(json.dumps({**manifest, "step": 8, "format": 1}))
-    with pytest.raises(ValueError, match="format 1"):  # of version 0.1.0
-        files.verify_checkpoint(tmp_path / "checkpoint-8")
+    folder = folder.rename(tmp_path / "checkpoint-8")
+    for changes in ({}, {"step": 8, "format": 1}, {"step": 8, "files": {}}):  # format 1 is that of version 0.1.0
+        (folder / files.MANIFEST).write_text(json.dumps({**manifest, **changes}))
+        with pytest.raises(ValueError, match="format 2"):
+            files.verify_checkpoint(folder)
 
 
 def test_what_is_found_are_complete_checkpoints_by_step_not_by_name_or_time(tmp_path: Path) -> None:
@@ -155,52 +147,6 @@ def test_the_newest_checkpoints_and_those_of_every_nth_step_are_kept(
     assert len(list(tmp_path.iterdir())) == len(kept)
 
 
-def test_links_to_moved_folders_are_removed_and_replaced_and_what_they_lead_to_stays(tmp_path: Path) -> None:
-    output, disk = tmp_path / "run", tmp_path / "disk"
-    disk.mkdir()
-    for step in (1, 2, 3):
-        path = files.write_checkpoint(output, step, fill)
-        if step != 2:
-            path.rename(disk / path.name)
-            path.symlink_to(disk / path.name)
-    files.verify_checkpoint(output / "checkpoint-1")
-    files.prune(output, keep_last=2, keep_every=None)
-    assert files.set_aside_later(output, 2) == [3]
-    files.remove_set_aside(output)
-    assert [path.name for path in output.iterdir()] == ["checkpoint-2"]
-    # Of a run that was killed: each may be a link as well, and lead nowhere.
-    for name in (".checkpoint-9.partial", ".checkpoint-9.deleted", ".best.partial", ".best.old", "best"):
-        (output / name).symlink_to(tmp_path / "nowhere" if "checkpoint" in name else disk / "checkpoint-3")
-    write_folder(output / "best", fill)
-    files.write_checkpoint(output, 9, fill)
-    files.clean_up(output)
-    assert sorted(path.name for path in output.iterdir()) == ["best", "checkpoint-2", "checkpoint-9"]
-    assert not any(path.is_symlink() for path in output.iterdir())
-    for step in (1, 3):
-        files.verify_checkpoint(disk / f"checkpoint-{step}")
-
-
-def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning_and_no_failed_save(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    for step in (1, 2):
-        files.write_checkpoint(tmp_path, step, fill)
-    write_folder(tmp_path / "best", fill)
-
-    def refuse(path: Path, *_: Any, **__: Any) -> None:
-        raise PermissionError(1, "Operation not permitted", str(path))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", refuse)
-        files.write_checkpoint(tmp_path, 3, fill)
-        files.prune(tmp_path, keep_last=2, keep_every=None)
-        write_folder(tmp_path / "best", fill)
-    for name in ("checkpoint-1", ".best.old"):
-        assert f"{name} cannot be removed" in caplog.text
-    files.clean_up(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "checkpoint-2", "checkpoint-3"]
-
-
 def test_a_full_disk_is_an_error_that_leaves_nothing_behind(tmp_path: Path) -> None:
     files.write_checkpoint(tmp_path, 1, fill)
 
@@ -215,9 +161,6 @@ def test_a_full_disk_is_an_error_that_leaves_nothing_behind(tmp_path: Path) -> N
 
 
 def test_a_folder_in_which_a_process_trains_is_refused_to_others_until_it_dies(tmp_path: Path) -> None:
-    for nothing in (tmp_path / "nowhere", tmp_path):
-        files.check_not_in_use(nothing)
-    assert not list(tmp_path.iterdir())  # looking makes no file
     locked, go = os.pipe(), os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -226,16 +169,11 @@ def test_a_folder_in_which_a_process_trains_is_refused_to_others_until_it_dies(t
         os.read(go[0], 1)
         os._exit(0 if lock else 1)
     os.read(locked[0], 1)
-    for attempt in (files.check_not_in_use, files.lock_output):
-        with pytest.raises(ValueError, match="in use"):
-            attempt(tmp_path)
+    with pytest.raises(ValueError, match="in use"):
+        files.lock_output(tmp_path)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    files.check_not_in_use(tmp_path)
     files.lock_output(tmp_path).close()
-    with (tmp_path / ".lock").open() as file:
-        fcntl.lockf(file, fcntl.LOCK_SH)  # as another rank that looks at the same moment
-        assert in_child(lambda: files.check_not_in_use(tmp_path)) == 0
 
 
 def test_a_second_signal_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +181,7 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatc
         def body() -> None:
             with Signals() as signals:
                 os.kill(os.getpid(), first)
-                assert signals.stop == signal.Signals(first).name and not signals.save
+                assert signals.stop and not signals.save
                 monkeypatch.setattr("time.monotonic", lambda: 1e9 + later)
                 os.kill(os.getpid(), second)
 
@@ -251,14 +189,8 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatc
         return in_child(body)
 
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    assert twice(signal.SIGTERM, signal.SIGTERM) == 128 + signal.SIGTERM
     assert twice(signal.SIGTERM, signal.SIGINT) == 128 + signal.SIGINT
     assert twice(signal.SIGINT, signal.SIGUSR1) == 0
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")  # which passes on what its processes have got already
     assert twice(signal.SIGTERM, signal.SIGTERM) == 0
     assert twice(signal.SIGTERM, signal.SIGTERM, later=ECHO_SECONDS) == 128 + signal.SIGTERM
-    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
-    with Signals() as signals:
-        os.kill(os.getpid(), signal.SIGUSR1)
-        assert signals.save and signals.stop is None
-    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before

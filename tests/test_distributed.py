@@ -50,8 +50,8 @@ def test_the_command_line_on_two_processes_prints_once_and_ends_with_one_process
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"WORLD_SIZE": "2", "RANK": "0"}, "each believes that it is alone"),
-        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}, "starts only one"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "launched as 2 processes"),
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}, "launched as several processes"),
     ],
     ids=["strangers", "single"],
 )

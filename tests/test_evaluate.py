@@ -65,20 +65,3 @@ def test_evaluation_has_no_larger_pass_and_no_larger_tensor_than_training(
     assert evaluating.numel <= max(training.numel, 64 * VOCAB)
     if num_segments > 1 and mode == "relay":
         assert most < 64
-
-
-@pytest.mark.parametrize("offload", [False, True])
-def test_every_evaluation_runs_the_target_once_a_batch(offload: bool, tmp_path: Path) -> None:
-    rows, held = write_rows(tmp_path / "rows.jsonl", [16]), held_out(tmp_path, [16, 9, 3, 16, 11])
-    recipe = write_recipe(
-        tmp_path, make_target(tmp_path / "target"), rows, tmp_path / "run",
-        data={"eval_sources": [held], "max_length": 16, "pack": False}, train={"offload_features": offload},
-    )  # fmt: skip
-    trainer = make_trainer(load_recipe(recipe), Accelerator(cpu=True))
-    forwards: list[int] = []
-    trainer.target.base.register_forward_hook(lambda *_: forwards.append(1))
-    first = trainer.evaluator()
-    assert len(forwards) == 5
-    second = trainer.evaluator()
-    assert len(forwards) == 10
-    assert first == second and first is not None and 0.01 < first["mass_outside"] < 0.99

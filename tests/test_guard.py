@@ -1,6 +1,5 @@
 """A step that is not finite is not applied: its sequences are logged and the run continues, unless there are too many."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from peagle_train import distributed
 from peagle_train.distributed import clip_gradients
 from peagle_train.target_model.frozen import FrozenTarget
-from peagle_train.training import trainer as trainer_module
 from peagle_train.training.checkpoint import write_checkpoint
 from peagle_train.training.trainer import Trainer
 from tests.runs import Tiny, assert_same_run, drafter, last_error, metrics, run, same_tensors, stopped
@@ -42,8 +41,8 @@ def without(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     monkeypatch.setattr(torch.optim.AdamW, "step", step_or_not)
 
 
-def entries(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "bad_rows.jsonl").read_text().splitlines()]
+def skipped(folder: Path) -> list[dict[str, Any]]:
+    return [line for line in metrics(folder) if line["kind"] == "skipped"]
 
 
 SETTINGS: dict[str, Any] = {
@@ -83,17 +82,15 @@ def test_a_poisoned_sequence_costs_its_step_and_nothing_else_and_a_resumed_run_t
             stopped(parts, 4, patch)
             run(parts, "--resume", str(tmp_path / "parts" / "run" / "checkpoint-3"))
             assert_same_run(tmp_path / "parts" / "run", tmp_path / "poisoned" / "run")
-            assert entries(tmp_path / "parts" / "run") == entries(tmp_path / "poisoned" / "run")
     with monkeypatch.context() as patch:
         without(patch, steps)
         run(tiny(tmp_path / "without", **settings))
     ours, theirs = (drafter(tmp_path / name / "run" / "final") for name in ("poisoned", "without"))
     assert same_tensors(ours, theirs) and not same_tensors(ours, plain[0])
-    found = entries(tmp_path / "poisoned" / "run")
-    assert {e["step"] for e in found} == steps and all(e["rank"] == 0 and e["what"] == "loss" for e in found)
-    assert len(found) == len(steps) and all(e["row_key"] == bad for e in found)
     lines = metrics(tmp_path / "poisoned" / "run")
-    assert {x["step"] for x in lines if x["kind"] == "skipped"} == steps
+    found = {line["step"]: line["sequences"] for line in skipped(tmp_path / "poisoned" / "run")}
+    # those of the micro-batch that it is in
+    assert found == {s: [k for keys in plain[1][s] if bad in keys for k in keys if k] for s in steps}
     assert {x["step"] for x in lines if x["kind"] == "train"} == set(range(1, 7)) - steps
 
 
@@ -109,11 +106,10 @@ def test_a_gradient_alone_that_is_not_finite_is_not_applied_either(
         return clip_gradients(parameters, limit)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module, "clip_gradients", spoil_and_clip)
+        patch.setattr(distributed, "clip_gradients", spoil_and_clip)
         run(tiny(tmp_path / "a", **SETTINGS))
-    found = entries(tmp_path / "a" / "run")
-    assert [e["row_key"] for e in found] == [key for keys in plain[1][3] for key in keys if key]
-    assert {e["what"] for e in found} == {"gradient"}
+    [found] = skipped(tmp_path / "a" / "run")
+    assert found["sequences"] == [key for keys in plain[1][3] for key in keys if key] and found["what"] == "gradient"
     with monkeypatch.context() as patch:
         without(patch, {3})
         run(tiny(tmp_path / "b", **SETTINGS))
@@ -137,12 +133,12 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_with_one_line_and_good_weights
     message = last_error(capsys)
     assert "step 5" in message and str(calls[4]) in message and "number 2 in a row" in message
     # offered: one from before the bad steps, not that of the first of them
-    assert f"in {output / 'checkpoint-5'}" in message and f"--resume {output / 'checkpoint-3'} before" in message
+    assert f"in {output / 'checkpoint-5'}" in message and "a checkpoint of step 3 or earlier" in message
     assert all(t.isfinite().all() for t in drafter(output / "checkpoint-5").values())
     with monkeypatch.context() as patch:
         poison(patch, lambda key: True)
         run(recipe, "--resume", code=1)  # counts from 0: two more are allowed
-        assert "in step 7" in last_error(capsys)
+        assert "step 7/7" in last_error(capsys)
     run(recipe, "--resume", str(output / "checkpoint-5"))
     assert [x["step"] for x in metrics(output) if x["kind"] == "train"] == [1, 3, 6, 7]
     run(recipe, "--resume", str(output / "checkpoint-3"))
@@ -155,13 +151,9 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_with_one_line_and_good_weights
     ids=["next step", "checkpoint", "final", "best"],
 )
 def test_a_run_whose_weights_are_no_longer_finite_says_that_it_diverged_and_leaves_none_of_them(
-    at: int,
-    more: dict[str, Any],
-    tmp_path: Path,
-    tiny: Tiny,
-    monkeypatch: pytest.MonkeyPatch,
+    at: int, more: dict[str, Any], tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:
+) -> None:  # fmt: skip
     real, calls = torch.optim.AdamW.step, []
 
     def overflow(self: torch.optim.AdamW, *arguments: Any, **options: Any) -> Any:
@@ -178,7 +170,7 @@ def test_a_run_whose_weights_are_no_longer_finite_says_that_it_diverged_and_leav
     message, output = last_error(capsys), tmp_path / "run"
     assert "not finite" in message and "diverged" in message, message
     assert "learning rate of 0.01" in message and "weight_decay 0.5" in message
-    assert "sequences" not in message and "--resume" not in message and not (output / "bad_rows.jsonl").exists()
+    assert "sequences" not in message and "--resume" not in message and not skipped(output)
     saved = sorted(path.parent.name for path in output.glob("*/model.safetensors"))
     assert saved == (["checkpoint-2"] if more.get("save_steps") else []) and not (output / "final").exists()
     assert all(t.isfinite().all() for name in saved for t in drafter(output / name).values())
@@ -196,10 +188,7 @@ def test_no_run_starts_or_resumes_with_weights_that_are_not_finite(
         shutil.copytree(tmp_path / "whole", folder, dirs_exist_ok=True)
         damage(folder, "fc.weight")
 
-    recipe, output = (
-        tiny(tmp_path, train={"max_steps": 2, "save_steps": 1}),
-        tmp_path / "run",
-    )
+    recipe, output = tiny(tmp_path, train={"max_steps": 2, "save_steps": 1}), tmp_path / "run"
     run(recipe)
     shutil.copytree(output / "checkpoint-1", tmp_path / "whole", ignore=shutil.ignore_patterns("manifest.json"))
     write_checkpoint(output, 1, ruined)

@@ -53,18 +53,14 @@ def test_the_fsdp_config_shards_and_the_others_do_not_unless_the_recipe_says_so(
 
 
 @pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("--fsdp_version=1", "fsdp_version: 1"),
-        ("--fsdp_offload_params=true", "fsdp_offload_params: true"),
-        ("--fsdp_reshard_after_forward=false", "fsdp_reshard_after_forward: false"),
-        ("--fsdp_activation_checkpointing=true", r"train\.activation_checkpointing"),
-        ("--fsdp_cpu_ram_efficient_loading=true", "leave the target's weights empty"),
+    "option", [
+        "fsdp_version=1", "fsdp_offload_params=true", "fsdp_reshard_after_forward=false",
+        "fsdp_activation_checkpointing=true", "fsdp_cpu_ram_efficient_loading=true",
     ],
-)
-def test_what_an_fsdp_launch_may_ask_for_and_would_not_get_is_refused(option: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        sharding_under(launched("fsdp2", option)[1])
+)  # fmt: skip
+def test_what_an_fsdp_launch_may_ask_for_and_would_not_get_is_refused(option: str) -> None:
+    with pytest.raises(ValueError, match=option.replace("=", ": ")):
+        sharding_under(launched("fsdp2", f"--{option}")[1])
 
 
 def test_an_fsdp_launch_without_the_config_is_refused_for_its_defaults() -> None:

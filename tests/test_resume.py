@@ -20,7 +20,7 @@ from peagle_train.__main__ import main
 from peagle_train.config import load_recipe
 from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.training.evaluate import Evaluator
-from peagle_train.training.step import BatchRunner, make_optimizer
+from peagle_train.training.step import make_optimizer
 from peagle_train.training.trainer import Trainer
 from tests.runs import (
     EVALUATED,
@@ -55,15 +55,16 @@ def test_a_run_that_was_stopped_is_the_run_that_was_not(
     assert_same_run(parts, whole)
 
 
-def test_a_compiled_run_in_float32_resumes_bit_for_bit(tmp_path: Path, tiny: Tiny) -> None:
+def test_a_compiled_run_in_float32_with_the_full_vocabulary_resumes_bit_for_bit(tmp_path: Path, tiny: Tiny) -> None:
     compiled = {"compile": True, "compile_backend": "aot_eager", "dtype": "float32", "max_steps": 2, "save_steps": 1}
-    sections: dict[str, Any] = {"train": compiled, "draft": {"num_layers": 1}, "cod": {"num_segments": 1}}
-    recipe, output = tiny(tmp_path, **sections), tmp_path / "run"
+    draft = {"num_layers": 1, "draft_vocab_size": None}
+    recipe, output = tiny(tmp_path, train=compiled, draft=draft, cod={"num_segments": 1}), tmp_path / "run"
     run(recipe)
     shutil.copytree(output, tmp_path / "whole")
     run(recipe, "--resume", str(output / "checkpoint-1"))
     assert_same_run(output, tmp_path / "whole")
     assert [line["recompiles"] for line in metrics(output)] == [0, 0]
+    assert not any({"d2t", "t2d"} & drafter(file.parent).keys() for file in output.glob("*/model.safetensors"))
 
 
 def test_a_run_continues_from_any_of_its_checkpoints_wherever_they_lie(
@@ -74,9 +75,9 @@ def test_a_run_continues_from_any_of_its_checkpoints_wherever_they_lie(
     assert_same_run(tmp_path / "a" / "run", begun.whole)
     capsys.readouterr()
     run(recipe, "--resume", str(tmp_path / "a" / "run" / "checkpoint-2"))
-    assert "continuing after step 2" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "continuing after step 2" in printed and "later steps (4, 5, 6, 8) were removed" in printed
     assert_same_run(tmp_path / "a" / "run", begun.whole)
-    assert not list((tmp_path / "a" / "run").glob("set-aside*"))
     # moved to a bigger disk, and linked
     recipe, output, disk = begun.copy(tmp_path / "b"), tmp_path / "b" / "run", tmp_path / "disk"
     disk.mkdir()
@@ -96,46 +97,6 @@ def test_a_run_continues_from_any_of_its_checkpoints_wherever_they_lie(
     assert same_tensors(drafter(other / "final"), drafter(begun.whole / "final"))
 
 
-def test_with_the_full_vocabulary_no_mapping_is_written(tmp_path: Path, tiny: Tiny) -> None:
-    train = {"max_steps": 2, "save_steps": 1, "eval_steps": 1}
-    sections: dict[str, Any] = {"draft": {"draft_vocab_size": None}, "train": train, "data": EVALUATED}
-    recipe, output = tiny(tmp_path, **sections), tmp_path / "run"
-    run(recipe)
-    written = [file.parent.name for file in output.glob("*/model.safetensors")]
-    assert {"final", "best", "checkpoint-1"} <= set(written)
-    assert not any({"d2t", "t2d"} & drafter(output / name).keys() for name in written)
-    before = drafter(output / "final")
-    run(recipe, "--resume", str(output / "checkpoint-1"))
-    assert same_tensors(drafter(output / "final"), before)
-
-
-def test_a_signal_within_a_step_drops_it_and_a_resumed_run_repeats_it_from_its_start(
-    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train = {"max_steps": 4, "gradient_accumulation_steps": 4, "log_steps": 2}
-    run(tiny(tmp_path / "whole", train=train))
-    recipe = tiny(tmp_path / "parts", train=train)
-    real, calls = BatchRunner.run, []
-
-    def run_and_signal(self: BatchRunner, *args: Any, **kwargs: Any) -> Any:
-        stats = real(self, *args, **kwargs)
-        calls.append(1)
-        if len(calls) in (2, 4 + 8 + 3):  # of the first step, and of the third one of the resumed run
-            os.kill(os.getpid(), signal.SIGTERM)
-        return stats
-
-    with monkeypatch.context() as patch:
-        patch.setattr(BatchRunner, "run", run_and_signal)
-        run(recipe)
-        assert len(calls) == 2 and (tmp_path / "parts" / "run" / "checkpoint-0").exists()
-        calls += [1, 1]
-        run(recipe, "--resume")
-        assert len(calls) == 4 + 8 + 3
-    assert sorted(p.name for p in (tmp_path / "parts" / "run").glob("checkpoint-*")) == ["checkpoint-0", "checkpoint-2"]
-    run(recipe, "--resume")
-    assert_same_run(tmp_path / "parts" / "run", tmp_path / "whole" / "run")
-
-
 def test_a_file_that_cannot_be_written_ends_the_run_with_one_line_and_the_last_checkpoint_continues(
     tmp_path: Path, begun: Begun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,16 +104,8 @@ def test_a_file_that_cannot_be_written_ends_the_run_with_one_line_and_the_last_c
         raise OSError(errno.ENOSPC, "No space left on device")
 
     recipe, output = begun.copy(tmp_path), tmp_path / "run"
-    metrics_file = output / "metrics.jsonl"
-    content = metrics_file.read_bytes()
-    metrics_file.unlink()
-    metrics_file.mkdir()
-    run(recipe, "--resume", code=2)  # found before anything is trained
-    assert str(metrics_file) in last_error(capsys)
-    metrics_file.rmdir()
-    metrics_file.write_bytes(content)
     for module, function, what, resumed in (
-        (checkpoint_module, "write_checkpoint", "checkpoint-6 could not be saved", "checkpoint-5"),
+        (checkpoint_module, "write_checkpoint", "checkpoint-6 could not be written", "checkpoint-5"),
         (trainer_module, "save_drafter", "final could not be written", "checkpoint-8"),
     ):
         with monkeypatch.context() as patch:
@@ -181,70 +134,33 @@ def test_a_finished_run_says_so_and_writes_nothing_and_a_named_checkpoint_trains
     run(recipe, "--resume", "train.max_steps=12")
     printed = capsys.readouterr().out
     assert "finished run: nothing to do" in printed and contents(output) == before
-    assert f"--resume {output / 'checkpoint-8'}" in printed
+    assert str(output / "checkpoint-8") in printed
     shutil.rmtree(output / "final")
     run(recipe, "--resume")
-    assert f"{output / 'final'} is gone" in capsys.readouterr().out
     assert_same_run(output, begun.whole)
     # Asked for by name, it continues to more steps, and says what becomes of the learning rate.
     run(recipe, "--resume", str(output / "checkpoint-8"), "train.max_steps=12")
     assert "steps 9 -> 12: at step 8 the learning rate jumps" in capsys.readouterr().out
     assert json.loads((output / "run.json").read_text())["steps"] == 12
     assert [line["step"] for line in metrics(output) if line["kind"] == "train"] == list(range(1, 13))
-    (output / "run.json").write_text('{"state": "started"}')
-    for path in output.glob("checkpoint-*/manifest.json"):
-        path.unlink()
-    run(recipe, "--resume", code=2)
-    message = last_error(capsys)
-    assert "without a complete checkpoint" in message and "checkpoint-8 has no manifest.json" in message
-    run(recipe, "--resume", str(tmp_path / "elsewhere"), code=2)
-    assert "give a folder named checkpoint-<step>" in last_error(capsys)
-    run(recipe, "--resume", f"output.dir={tmp_path / 'nothing'}", code=2)
-    assert "holds no run: start one without --resume" in last_error(capsys) and not (tmp_path / "nothing").exists()
 
 
-def test_a_complete_checkpoint_is_enough_whatever_became_of_the_marker(
+def test_what_is_no_run_is_one_line_and_a_complete_checkpoint_is_enough_whatever_became_of_the_marker(
     tmp_path: Path, begun: Begun, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, marker = begun.copy(tmp_path), tmp_path / "run" / "run.json"
-    marker.write_text('{"state": ')
+    for content in ('{"state": ', "[]", "3", '{"step": 3}'):
+        marker.write_text(content)
+        assert main(["--summary", str(tmp_path / "run")]) == 2
+        assert "holds no finished run" in capsys.readouterr().err
     run(recipe, "--resume", "train.max_steps=5")  # this much only
-    assert f"{marker} is missing or broken" in capsys.readouterr().out
     marker.unlink()
     run(recipe, code=2)  # a plain start says that there is a run
     assert "already holds a run; resume it (--resume)" in last_error(capsys)
-
-
-def test_a_marker_of_anything_else_is_no_run_and_one_line(
-    tmp_path: Path, begun: Begun, capsys: pytest.CaptureFixture[str]
-) -> None:
-    recipe = recipe_for(tmp_path, begun.target, begun.rows)
-    output, finished = tmp_path / "run", json.loads((begun.whole / "run.json").read_text())
-    output.mkdir()
-    (output / "run.json").write_text(json.dumps(finished))
-    assert main(["--summary", str(output)]) == 0 and "after training" in capsys.readouterr().out
-    broken = [*("", "[]", "3", "[" * 100_000, "{}", '{"state": []}', '{"state": "stopped"}', '{"state": "finished"}')]
-    broken += [json.dumps({**finished, key: [1]}) for key in ("drafter", "steps", "train_seconds", "before", "best")]
-    for content in broken:
-        (output / "run.json").write_text(content)
-        for arguments in (["--summary", str(output)], [str(recipe), "--resume"]):
-            assert main(arguments) == 2, content[:99]
-            printed = capsys.readouterr().err
-            assert f"{output} holds no run" in printed and len(printed.splitlines()) == 1
-
-
-def test_what_cannot_be_read_is_one_line_that_names_it(
-    tmp_path: Path, begun: Begun, capsys: pytest.CaptureFixture[str]
-) -> None:
-    recipe, output = begun.copy(tmp_path), tmp_path / "run"
-    for name, named in (("run.json", "run.json"), ("checkpoint-5/state.json", f"--resume {output / 'checkpoint-4'}")):
-        content = (output / name).read_bytes()
-        (output / name).unlink()
-        (output / name).mkdir()  # as a file that may not be read, of which root knows none
-        run(recipe, "--resume", code=2)
-        assert named in last_error(capsys)
-        (output / name).rmdir()
-        (output / name).write_bytes(content)
+    run(recipe, "--resume", str(tmp_path / "elsewhere"), code=2)
+    assert "give a checkpoint-<step>" in last_error(capsys)
+    run(recipe, "--resume", f"output.dir={tmp_path / 'nothing'}", code=2)
+    assert "holds no complete checkpoint" in last_error(capsys) and not (tmp_path / "nothing").exists()
 
 
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_offered_by_name(
@@ -262,13 +178,10 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_offered_by_nam
         assert contents(output) == before
         if role != "manifest.json":
             damaged.write_bytes(content)
-    run(recipe, "--resume", str(output / "checkpoint-4"), "train.max_steps=5")
-    assert "later steps (5) are set aside" in capsys.readouterr().out
-    for step in (2, 4):  # all of them damaged: nothing is offered
-        (output / f"checkpoint-{step}" / "state.json").write_bytes(b"")
-    (output / "run.json").write_text('{"state": "started"}')
+    shutil.rmtree(output / "checkpoint-4")
+    shutil.rmtree(output / "checkpoint-2")
     run(recipe, "--resume", code=2)
-    assert "no sound one is left" in last_error(capsys)
+    assert "start over in a new folder" in last_error(capsys)
 
 
 def test_changes_of_the_recipe_are_shown_and_those_that_would_make_it_another_run_are_refused_by_name(
@@ -303,8 +216,6 @@ def test_changes_of_the_recipe_are_shown_and_those_that_would_make_it_another_ru
     run(recipe, "--resume", f"data.sources=[{moved}]", "data.num_workers=1", "train.keep_last=1", f"target.path={copy}")
     printed = capsys.readouterr().out
     assert "train.keep_last null -> 1: changes no number" in printed and "data.num_workers 0 -> 1" in printed
-    assert "accepted, as the target's config and weights came out the same" in printed
-    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-8"]
     assert_same_run(tmp_path / "run", begun.whole)
 
 
@@ -318,29 +229,24 @@ def test_a_run_that_ran_out_of_memory_continues_in_more_segments(
 
 
 @pytest.mark.parametrize("key", ["init_from", "vocab_from"])
-def test_the_drafter_that_a_run_started_from_is_not_needed_to_resume(
-    key: str, tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_run_that_started_from_another_drafter_resumes_and_its_own_checkpoint_can_stand_in_for_it(
+    key: str, tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Of another shape than the recipe and the target would give, and another vocabulary.
     shape = {"intermediate_size": 20, "num_key_value_heads": 4, "rope_theta": 77.0, "draft_vocab_size": 31}
     shape["rope_scaling"] = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
     run(tiny(tmp_path / "first", draft=shape, train={"max_steps": 1}))
     source = tmp_path / "first" / "run" / "final"
-    draft = {key: str(source), "draft_vocab_size": None}
-    sections = {"draft": draft, "train": {"max_steps": 2}}
+    sections = {"draft": {key: str(source), "draft_vocab_size": None}, "train": {"max_steps": 2}}
     run(tiny(tmp_path / "whole", **sections))
-    parts = tiny(tmp_path / "parts", **sections)
+    parts, output = tiny(tmp_path / "parts", **sections), tmp_path / "parts" / "run"
     stopped(parts, 1, monkeypatch)
+    shutil.copytree(output, tmp_path / "again")
+    run(parts, "--resume")
+    assert_same_run(output, tmp_path / "whole" / "run")
     shutil.rmtree(source)
-    shutil.copytree(tmp_path / "parts" / "run", tmp_path / "again")
-    run(parts, "--resume", *(["draft.init_from=/nowhere"] if key == "init_from" else []))
-    assert_same_run(tmp_path / "parts" / "run", tmp_path / "whole" / "run")
-    # A vocabulary of another file must be read, and give the same tokens.
-    changed = ["--resume", f"output.dir={tmp_path / 'again'}"] + ["draft.init_from=null"] * (key == "init_from")
-    run(parts, *changed, "draft.vocab_from=/nowhere", code=2)
-    assert "draft.vocab_from /nowhere" in last_error(capsys)
-    run(parts, *changed, f"draft.vocab_from={tmp_path / 'whole' / 'run' / 'final'}")
-    assert "accepted, as the draft vocabulary came out the same" in capsys.readouterr().out
+    run(parts, "--resume", f"output.dir={tmp_path / 'again'}", f"draft.{key}={tmp_path / 'again' / 'checkpoint-1'}")
+    assert_same_run(tmp_path / "again", tmp_path / "whole" / "run")
 
 
 def test_a_best_drafter_of_a_step_that_was_undone_is_not_taken_for_the_best(
@@ -357,9 +263,8 @@ def test_a_best_drafter_of_a_step_that_was_undone_is_not_taken_for_the_best(
     run(recipe)
     assert json.loads((output / "best" / "best.json").read_text())["step"] == 3
     lengths = iter([1.0])
-    (output / "run.json").write_text('{"state": "started"}')
     run(recipe, "--resume", str(output / "checkpoint-2"), "train.eval_steps=null")
-    assert "best/ holds a later step" in capsys.readouterr().out
+    assert "best/ holds another step" in capsys.readouterr().out
     best = json.loads((output / "run.json").read_text())["best"]
     assert best == {"step": 2, "expected_accepted_length": 1.2, "folder": None}
 
@@ -369,9 +274,7 @@ def test_resume_takes_a_folder_and_nothing_else_for_its_own(tmp_path: Path, monk
     monkeypatch.setattr(build, "train", lambda made, resume: seen.append((resume, made.train.max_steps)) or "")
     for arguments, resume, steps in (
         ([recipe], None, None),
-        ([recipe, "--resume"], "", None),
         (["--resume", recipe, "train.max_steps=5"], "", 5),
-        ([recipe, "--resume", "train.max_steps=5"], "", 5),
         ([recipe, "--resume", "run/checkpoint-3", "train.max_steps=5"], "run/checkpoint-3", 5),
         (["train", recipe, "--resume=run/checkpoint-3"], "run/checkpoint-3", None),
     ):
@@ -379,30 +282,24 @@ def test_resume_takes_a_folder_and_nothing_else_for_its_own(tmp_path: Path, monk
         assert seen.pop() == (resume, steps), arguments
 
 
-def test_before_the_first_step_sigusr1_does_nothing_and_sigterm_is_one_line(
-    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_before_the_first_step_sigusr1_does_nothing_and_an_interrupt_is_one_line(
+    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = tiny(tmp_path, train={"max_steps": 1})
-    load = FrozenTarget.load
+    before = signal.getsignal(signal.SIGUSR1)
 
     def load_and_signal(*args: Any, **kwargs: Any) -> FrozenTarget:
         os.kill(os.getpid(), signal.SIGUSR1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        return load(*args, **kwargs)
+        raise KeyboardInterrupt
 
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
     monkeypatch.setattr(FrozenTarget, "load", load_and_signal)
-    run(recipe, code=143)
-    assert (
-        capfd.readouterr().err == "peagle_train: error: SIGTERM outside of the training loop: nothing more was saved\n"
-    )
-    assert not (tmp_path / "run").exists()
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+    run(tiny(tmp_path, train={"max_steps": 1}), code=130)
+    assert "interrupted" in last_error(capsys) and not (tmp_path / "run").exists()
+    assert signal.getsignal(signal.SIGUSR1) == before
 
 
 @pytest.mark.parametrize("is_missing", [False, True])
 def test_a_damaged_or_missing_log_does_not_keep_a_run_from_resuming_and_has_no_step_twice(
-    is_missing: bool, tmp_path: Path, begun: Begun, monkeypatch: pytest.MonkeyPatch
+    is_missing: bool, tmp_path: Path, begun: Begun
 ) -> None:
     recipe, path = begun.copy(tmp_path), tmp_path / "run" / "metrics.jsonl"
     content = path.read_bytes()
@@ -410,10 +307,6 @@ def test_a_damaged_or_missing_log_does_not_keep_a_run_from_resuming_and_has_no_s
         path.unlink()
     else:
         path.write_bytes(b"\xff" + content[1:] + b"half")
-    with monkeypatch.context() as patch:  # it is killed after the checkpoint of step 8
-        patch.setattr(trainer_module, "save_drafter", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
-        with pytest.raises(RuntimeError, match="killed"):
-            run(recipe, "--resume")
     run(recipe, "--resume")
     lines = path.read_bytes().splitlines()
     if not is_missing:

@@ -18,7 +18,6 @@ from tests.helpers import ROOT
         "bench_mask.py --n x",
         "bench_segments.py --n 8x",
         "bench_target.py --chunks=-1",
-        "chaos.py --life 3",
     ],
 )
 def test_a_benchs_bad_number_is_named_with_its_option(

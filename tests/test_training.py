@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,16 +40,10 @@ def test_a_run_leaves_a_drafter_its_recipe_its_metrics_and_a_summary(
 ) -> None:
     output = train(data={"eval_fraction": 0.3}, train={"epochs": 2, "eval_steps": 3})
     printed = capsys.readouterr().out
-    for word in (
-        "sequences:",
-        "elements:",
-        "segments:",
-        "steps:",
-        "parameters:",
-        "drafter:",
-        "held-out before training",
-    ):
+    for word in ("elements:", "segments:", "steps:", "parameters:", "drafter:", "held-out before training"):
         assert word in printed
+    step_lines = [line for line in printed.splitlines() if line.startswith("step ")]
+    assert all(len(line) <= 120 for line in step_lines) and "(last 2 steps)" in step_lines[1]
     config = json.loads((output / "final" / "config.json").read_text())
     assert config["model_type"] == "llama" and config["architectures"] == ["LlamaForCausalLMEagle3"]
     assert config["ptd_token_id"] == MASK and config["draft_vocab_size"] == 40
@@ -128,23 +120,16 @@ def test_a_drafter_of_another_width_trains_its_own_head(train: Train) -> None:
         "head_dim": 6,
         "intermediate_size": 8,
     }
-    output = train(draft=shape, train={"max_steps": 2})
-    after = drafter(output / "final")
-    assert after["fc.weight"].shape == (20, 48) and after["mask_hidden"].shape == (1, 1, 48)
-    assert after["layers.0.self_attn.q_proj.weight"].shape == (24, 40)
-    assert json.loads((output / "final" / "config.json").read_text())["target_hidden_size"] == 16
+    after = drafter(train(draft=shape, train={"max_steps": 2}) / "final")
+    assert after["fc.weight"].shape == (20, 48) and after["layers.0.self_attn.q_proj.weight"].shape == (24, 40)
 
 
 def test_a_rate_warms_up_and_then_falls_to_0_or_stays(train: Train) -> None:
     def rates(schedule: str) -> list[float]:
-        settings = {
-            "max_steps": 8,
-            "warmup_ratio": 0.25,
-            "schedule": schedule,
-            "learning_rate": 1.0,
-            "max_grad_norm": 1e-9,
-        }
-        return [line["learning_rate"] for line in lines(train(schedule, train=settings), "train")]
+        settings = {"max_steps": 8, "warmup_ratio": 0.25, "learning_rate": 1.0, "max_grad_norm": 1e-9}
+        return [
+            line["learning_rate"] for line in lines(train(schedule, train={**settings, "schedule": schedule}), "train")
+        ]
 
     sixths = [1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
     assert rates("constant") == [0.0, 0.5] + [1.0] * 6
@@ -216,12 +201,6 @@ def test_cudas_allocator_gets_expandable_segments_unless_the_user_has_set_it(mon
         assert found == (given or {names[0]: "expandable_segments:True"})
 
 
-def test_importing_the_package_imports_nothing_heavy() -> None:
-    heavy = "{'torch', 'datasets', 'transformers', 'accelerate'}"
-    code = f"import sys, peagle_train; sys.exit(bool({heavy} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
 def test_a_profile_names_where_a_steps_time_goes(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     output = train(train={"max_steps": 3, "profile_steps": [2, 3]})
     printed = capsys.readouterr().out
@@ -230,4 +209,3 @@ def test_a_profile_names_where_a_steps_time_goes(train: Train, capsys: pytest.Ca
         assert name in printed
     events = json.loads((output / "trace.json").read_text())["traceEvents"]
     assert sum(event.get("name") == "peagle::optimizer" for event in events) == 2
-    assert all(0 <= m["loader_wait_share"] < 1 for m in lines(output, "train"))

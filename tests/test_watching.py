@@ -1,7 +1,6 @@
-"""What a run shows while it runs: pace, advice, trackers, about.json; and what the report makes of it."""
+"""What a run shows while it runs: pace, trackers, about.json; and what the report makes of it."""
 
 import json
-import os
 import re
 import sys
 import time
@@ -18,113 +17,35 @@ import peagle_train.training.build as build
 from peagle_train.__main__ import main
 from peagle_train.core.collator import CODCollator
 from peagle_train.report import differing_keys, read_run
-from peagle_train.training.evaluate import Evaluator
-from peagle_train.training.metrics import (
-    SETTLED_STEPS,
-    Pace,
-    Reporter,
-    about_machine,
-    duration,
-)
+from peagle_train.training.metrics import Pace, duration, train_line
 from tests.helpers import command
 from tests.runs import EVALUATED, Tiny, run
 from tests.tiny import write_recipe
 
-
-class Clock:
-    """A perf_counter that moves when it is told to."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made = Clock()
-    monkeypatch.setattr(time, "perf_counter", made)
-    return made
-
-
-def steps(pace: Pace, clock: Clock, count: int, seconds: float, waiting: float) -> None:
-    for _ in range(count):
-        clock.now += seconds
-        pace.wait += waiting
-        pace.step([BATCH])
-
-
 BATCH = CODCollator(16, num_depths=3)([{"input_ids": list(range(12)), "loss_mask": [0] * 5 + [1] * 7}])
 
 
-def test_a_window_counts_tokens_supervised_ones_and_waiting_of_all_ranks(clock: Clock) -> None:
+def test_a_window_counts_tokens_and_waiting_of_all_ranks_and_no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     pace = Pace(num_processes=2)
-    steps(pace, clock, count=4, seconds=0.5, waiting=0.125)
-    values = pace.close_window(steps_left=10)
-    # 12 tokens, of which 7 are taught: rows 4..10 read them
-    assert values["tokens_per_second"] == 2 * 4 * 12 / 2.0
-    assert values["supervised_tokens_per_second"] == 2 * 4 * 7 / 2.0
-    assert values["loader_wait_share"] == 0.25
-    assert values["seconds_left"] == 5.0  # of the first window, as there is no other
+    for _ in range(2):  # the second window starts at 0
+        for _ in range(4):
+            now[0] += 0.5
+            pace.wait += 0.125
+            pace.step([BATCH])
+            with pace.paused():  # an evaluation of an hour
+                now[0] += 3600
+        values = pace.numbers(steps_left=10)
+        assert values == {"tokens_per_second": 2 * 4 * 12 / 2.0, "loader_wait_share": 0.25, "seconds_left": 5.0}
 
 
-def test_the_time_left_is_not_made_of_the_first_window(clock: Clock) -> None:
-    pace = Pace()
-    steps(pace, clock, 1, seconds=60.0, waiting=0.0)
-    assert pace.close_window(99)["seconds_left"] == 60.0 * 99
-    steps(pace, clock, 2, seconds=2.0, waiting=0.0)
-    with pace.paused():  # an evaluation of an hour
-        clock.now += 3600
-    steps(pace, clock, 3, seconds=2.0, waiting=0.0)
-    values = pace.close_window(3)
-    assert values["seconds_left"] == 6.0 and values["tokens_per_second"] == 6.0
-
-
-@pytest.mark.parametrize(
-    ("workers", "waiting", "told"), [(0, 0.2, "raise data.num_workers"), (0, 0.09, ""), (11, 0.2, "")]
-)
-def test_a_run_that_waits_for_its_loader_is_told_once_and_never_to_take_more_loaders_than_cores(
-    workers: int, waiting: float, told: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delattr(os, "sched_getaffinity")  # a system that has no such thing
-    monkeypatch.setattr(os, "cpu_count", lambda: 11)
-    assert about_machine(torch.device("cpu"), 1)["machine"]["cores"] == 11
-    pace, lines = Pace(num_workers=workers), []
-    for window in range(4):
-        steps(pace, clock, SETTLED_STEPS, seconds=1.0, waiting=5.0 if window == 0 else waiting)
-        pace.close_window(1)
-        lines.append(pace.advice())
-    assert [line is not None for line in lines] == [False, waiting > 0.1, False, False]
-    assert told in str(lines[1]) and ("raise" in str(lines[1])) == bool(told)
-
-
-def test_a_checkpoint_and_an_evaluation_are_no_part_of_a_runs_pace(
-    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lost, real_clock, real_evaluate, real_replace = [0.0], time.perf_counter, Evaluator.__call__, os.replace
-
-    def evaluate(self: Evaluator) -> Any:
-        lost[0] += 1e9
-        return real_evaluate(self)
-
-    def replace(source: Any, destination: Any) -> None:
-        lost[0] += 1e9 * ("checkpoint-" in str(destination))
-        real_replace(source, destination)
-
-    monkeypatch.setattr(time, "perf_counter", lambda: real_clock() + lost[0])
-    monkeypatch.setattr(Evaluator, "__call__", evaluate)
-    monkeypatch.setattr(os, "replace", replace)
-    settings = {"max_steps": 3, "eval_steps": 1, "save_steps": 1}
-    run(tiny(tmp_path, data=EVALUATED, train=settings))
-    assert lost[0] >= 6e9
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    pace = [line["tokens_per_second"] for line in lines if line["kind"] == "train"]
-    assert len(pace) == 3 and min(pace) > 1e-6
-
-
-def test_durations_are_for_people() -> None:
+def test_a_step_line_fits_120_characters_and_durations_are_for_people() -> None:
     assert [duration(s) for s in (0.4, 187, 90061)] == ["0:00:00", "0:03:07", "1 day, 1:01:01"]
+    values = {"step": 99_999, "num_steps": 100_000, "loss": 11.80412, "tokens_per_second": 123_456.7}
+    values |= {"seconds_left": 90061, "peak_memory_bytes": 139.2 * 2**30, "loader_wait_share": 0.123}
+    line = train_line(values, [0.8, 0.5], 100)
+    assert len(line) <= 120 and "accepted 2.200 (last 100 steps)" in line and "left 1 day, 1:01:01" in line
 
 
 # ---- trackers
@@ -198,44 +119,14 @@ def test_a_tracker_that_fails_costs_a_warning_and_no_number(run_with: Any, caplo
 def test_a_tracker_that_is_not_installed_is_one_line_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = metadata.version
-
     def version(name: str) -> str:
-        if name == "wandb":
-            raise metadata.PackageNotFoundError(name)
-        return real(name)
+        raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", version)
     recipe = write_recipe(tmp_path, tmp_path / "no-target", tmp_path / "no-rows", tmp_path / "run")
     assert main([str(recipe), "train.log_with=wandb"]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and "pip install wandb" in error[0] and not (tmp_path / "run").exists()
-
-
-def test_tensorboard_gets_numbers_alone_in_the_output_folder(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    accelerator = Accelerator(log_with="tensorboard", project_dir=tmp_path)
-    reporter = Reporter(tmp_path, 9, accelerator)
-    reporter.start(0, {"train": {"learning_rate": 1.0, "profile_steps": None, "log_with": "tensorboard"}})
-    values = {"step": 3, "num_steps": 9, "recompiles": None, "loss": 2.5, "accuracy": [0.5, 0.25]}
-    reporter.record("train", "a line", **values, expected_accepted_length=1.5)
-    accelerator.end_training()
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    names = ["loss", "accuracy/depth_0", "accuracy/depth_1", "expected_accepted_length"]
-    assert set(events.Tags()["scalars"]) == {f"train/{name}" for name in names}
-    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(3, 2.5)]
-
-
-def test_a_resumed_run_continues_in_its_trackers_run_and_a_new_one_does_not(tmp_path: Path) -> None:
-    seen = []
-    for step in (0, 5, 0):
-        reporter = Reporter(tmp_path, 9, Accelerator(log_with=Recording()))
-        reporter.start(step, {"train": {"log_with": "wandb"}})
-        seen.append(json.loads((tmp_path / "tracker.json").read_text())["id"])
-    assert seen[0] == seen[1] != seen[2]
 
 
 # ---- the report
@@ -256,19 +147,15 @@ def write_run(folder: Path, seconds: list[float], cut: bool = False, **setting: 
     return folder
 
 
-def test_time_adds_up_where_a_run_was_resumed_and_a_half_line_is_ignored(tmp_path: Path) -> None:
-    run = read_run(write_run(tmp_path / "a", [10.0, 20.0, 5.0, 15.0], cut=True))
-    assert run.seconds == 35 and len(run.train) == 4 and run.about == {}
-
-
-def test_runs_are_compared_by_the_settings_that_differ_and_damage_is_one_line(tmp_path: Path) -> None:
-    folders = [write_run(tmp_path / a / "run", [1.0], cod={"num_segments": s}) for a, s in (("x", 2), ("y", 5))]
+def test_runs_are_read_and_compared_and_damage_is_one_line(tmp_path: Path) -> None:
+    times = {"x": [10.0, 20.0, 5.0, 15.0], "y": [1.0]}  # the first was resumed
+    folders = [write_run(tmp_path / a, times[a], cut=True, cod={"num_segments": s}) for a, s in (("x", 2), ("y", 5))]
     runs = [read_run(folder) for folder in folders]
-    assert [run.name for run in runs] == [str(folder) for folder in folders]
+    assert runs[0].seconds == 35 and len(runs[0].train) == 4 and runs[0].about == {}
     assert [values["cod.num_segments"] for values in differing_keys(runs)] == [2, 5]
     with pytest.raises(ValueError, match="holds no run"):
         read_run(tmp_path)
-    (tmp_path / "x" / "run" / "metrics.jsonl").write_text('{"kind"\n{"kind": "eval"}\n')
+    (folders[0] / "metrics.jsonl").write_text('{"kind"\n{"kind": "eval"}\n')
     with pytest.raises(ValueError, match="line 1 is damaged"):
         read_run(folders[0])
 

@@ -38,13 +38,7 @@ from peagle_train.serving.drafter_io import check_finite
 from peagle_train.serving.start import Start, always_drafted, copy_start, make_draft, read_start
 from peagle_train.target_model.cache import StoredTarget
 from peagle_train.target_model.frozen import FrozenTarget, TargetBase
-from peagle_train.training.checkpoint import (
-    Checkpoint,
-    check_not_in_use,
-    check_output,
-    describe_summary,
-    open_resume,
-)
+from peagle_train.training.checkpoint import check_output, describe_summary, open_resume
 from peagle_train.training.metrics import check_tracker
 from peagle_train.training.step import check_flex
 from peagle_train.training.trainer import Trainer
@@ -66,20 +60,23 @@ def train(recipe: Recipe, resume: str | None = None) -> str:
 
 
 def _train(recipe: Recipe, resume: str | None) -> str:
-    checkpoint: Checkpoint | None = None
-    if recipe.train.log_with:
-        check_tracker(recipe.train.log_with)
+    checkpoint, output = None, Path(recipe.output.dir)
     try:
-        check_not_in_use(Path(recipe.output.dir))
         if resume is None:
-            check_output(Path(recipe.output.dir))
+            check_output(output)
         else:
             found = open_resume(recipe, resume)
             if isinstance(found, str):
                 return found if os.environ.get("RANK", "0") == "0" else ""
-            checkpoint, recipe = found, found.keep_segments(recipe)
+            checkpoint = found
+            if recipe.cod.num_segments == "auto":  # another number rounds sums differently
+                recipe = replace(
+                    recipe, cod=replace(recipe.cod, num_segments=found.state["recipe"]["cod"]["num_segments"])
+                )
     except OSError as error:
-        raise ValueError(f"output.dir {recipe.output.dir} cannot be used: {told(error)}") from None
+        raise ValueError(f"output.dir {output} cannot be used: {told(error)}") from None
+    if recipe.train.log_with:
+        check_tracker(recipe.train.log_with)
     read_template(recipe.data.chat_template)
     accelerator = Accelerator(
         mixed_precision=recipe.train.mixed_precision,
@@ -93,12 +90,10 @@ def _train(recipe: Recipe, resume: str | None) -> str:
     if uses_flex(accelerator.device):
         check_flex(recipe.train)
     say = print if accelerator.is_main_process else (lambda *_: None)
-    # A resumed run has its shape, weights and vocabulary in its checkpoint.
-    drafted = checkpoint.keep_drafter(recipe) if checkpoint else recipe
 
     target = load_target(recipe, accelerator)
-    start = read_start(drafted, target)
-    shaped = start.recipe if start else drafted
+    start = read_start(recipe, target)
+    shaped = start.recipe if start else recipe
     tokenizer = load_tokenizer(recipe.target.path, recipe.target.trust_remote_code)
     wait_for_all()  # so that all ranks find the mistakes that all of them make at the same time
     mask_token_id = choose_mask_token(shaped.draft, tokenizer, target.vocab_size)
@@ -120,7 +115,7 @@ def _train(recipe: Recipe, resume: str | None) -> str:
         say(f"resume: {note}")
     summary = trainer.run()
     accelerator.end_training()
-    return describe_summary(summary, Path(recipe.output.dir)) if accelerator.is_main_process else ""
+    return describe_summary(summary, output) if accelerator.is_main_process else ""
 
 
 def load_target(recipe: Recipe, accelerator: Accelerator) -> TargetBase:
@@ -163,26 +158,19 @@ def _draft(  # type: ignore[no-untyped-def]
 
 def arithmetic(trainer: Trainer) -> str:
     """The run's sizes, derived from the recipe and the data."""
-    collator, recipe, rows, report = trainer.collator, trainer.recipe, trainer.data.train_rows, trainer.data.report
-    sample = min(8, len(rows))
-    plans = [trainer.runner.plan(collator([rows[0, i]])) for i in range(sample)]
-    elements, slots = (sum(getattr(p, name) for p in plans) / sample for name in ("num_elements", "num_slots"))
+    collator, train, rows = trainer.collator, trainer.recipe.train, trainer.data.train_rows
+    plans = [trainer.runner.plan(collator([rows[0, i]])) for i in range(min(8, len(rows)))]
+    elements, slots = (sum(getattr(p, name) for p in plans) / len(plans) for name in ("num_elements", "num_slots"))
     parameters = list(trainer.draft.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     frozen = sum(p.numel() for p in parameters) - trained
-    per_step = trainer.sampler.global_batch_size
-    return "\n".join(
-        [
-            f"sequences: {report.rows} of {recipe.data.max_length} tokens, {report.fill:.1%} filled",
-            f"supervised: {report.supervised / max(1, report.tokens):.1%} of the tokens",
-            f"elements: {elements:.0f} a sequence on average of {slots:.0f} slots ({padding_share(plans):.1%} padding)",
-            f"segments: {collator.num_segments} of at most {collator.capacity} elements ({collator.boundaries},"
-            f" {recipe.train.segment_mode if collator.num_segments > 1 else 'flat'})",
-            f"steps: {trainer.num_steps} of {per_step} sequences ({trainer.accelerator.num_processes} processes x"
-            f" {recipe.train.batch_size} x {recipe.train.gradient_accumulation_steps}), {trainer.sampler.steps_per_epoch}"
-            " an epoch",
-            f"parameters: {trained:,} trained, {frozen:,} frozen ({recipe.train.dtype}, autocast"
-            f" {recipe.train.mixed_precision}); target in {str(trainer.runner.head_rows.dtype)[6:]}, layers"
-            f" {trainer.target.layer_ids}, on {trainer.device} with {torch.get_num_threads()} threads",
-        ]
-    )
+    processes = trainer.accelerator.num_processes
+    mode = train.segment_mode if collator.num_segments > 1 else "flat"
+    return f"""\
+elements: {elements:.0f} a sequence on average of {slots:.0f} slots ({padding_share(plans):.1%} padding)
+segments: {collator.num_segments} of at most {collator.capacity} elements ({collator.boundaries}, {mode})
+steps: {trainer.num_steps} of {trainer.sampler.global_batch_size} sequences ({processes} processes x {train.batch_size} x \
+{train.gradient_accumulation_steps}), {trainer.sampler.steps_per_epoch} an epoch
+parameters: {trained:,} trained, {frozen:,} frozen ({train.dtype}, autocast {train.mixed_precision}); target in \
+{str(trainer.runner.head_rows.dtype)[6:]}, layers {trainer.target.layer_ids}, on {trainer.device} with \
+{torch.get_num_threads()} threads"""

@@ -23,10 +23,7 @@ EVAL_SEED = 0
 
 @torch.no_grad()
 def mass_outside(target: TargetBase, last_hidden_mT: Tensor, draft_ids: Tensor, chunk: int = 8192) -> Tensor:
-    """[m]: the probability that the target gives tokens that the drafter cannot draft.
-
-    Visits the vocabulary in chunks, so full logits never exist.
-    """
+    """[m]: the probability that the target gives tokens that the drafter cannot draft; from chunks of the vocabulary."""
     head_VT, device = target.head_weight(), last_hidden_mT.device
     is_draft_V = torch.zeros(head_VT.shape[0], dtype=torch.bool, device=device)
     is_draft_V[draft_ids.to(device)] = True
@@ -36,16 +33,7 @@ def mass_outside(target: TargetBase, last_hidden_mT: Tensor, draft_ids: Tensor, 
         total.append(logits.logsumexp(-1))
         drafted = is_draft_V[start : start + chunk]
         inside.append(logits.masked_fill(~drafted, float("-inf")).logsumexp(-1))
-    log_inside = torch.stack(inside).logsumexp(0)
-    log_total = torch.stack(total).logsumexp(0)
-    return -torch.expm1(log_inside - log_total).clamp(max=0)
-
-
-def label_columns(batch: dict[str, Tensor]) -> Tensor:
-    """int64 [B, L]: how many supervised elements have their label at each position."""
-    B, L = batch["input_ids"].shape
-    label = (batch["anchor"] + batch["depth"] + 1).clamp(0, L - 1)
-    return torch.zeros(B, L, dtype=torch.int64).scatter_add_(1, label, batch["supervised"].long())
+    return -torch.expm1(torch.stack(inside).logsumexp(0) - torch.stack(total).logsumexp(0)).clamp(max=0)
 
 
 class Evaluator:
@@ -91,7 +79,10 @@ class Evaluator:
     def _mass_outside(self, batch: Batch, last_hidden_BLT: Tensor) -> Tensor:
         """Sum over the batch's supervised elements of the target's mass outside the draft vocabulary."""
         target, device = self.runner.target, self.runner.device
-        count_BL = label_columns(batch)
+        B, L = batch["input_ids"].shape
+        label = (batch["anchor"] + batch["depth"] + 1).clamp(0, L - 1)
+        # How many supervised elements have their label at each position.
+        count_BL = torch.zeros(B, L, dtype=torch.int64).scatter_add_(1, label, batch["supervised"].long())
         used_BL = count_BL > 0
         if self.runner.draft.config.draft_vocab_size == target.vocab_size or not bool(used_BL.any()):
             return torch.zeros((), dtype=torch.float64, device=device)
