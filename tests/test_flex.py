@@ -11,7 +11,6 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peagle_train.config import Train
 from peagle_train.core import attention, flex
 from peagle_train.core.compiled import CompiledDraft
 from peagle_train.core.draft import PEagleDraft
@@ -19,7 +18,6 @@ from peagle_train.core.flex import kernel_options
 from peagle_train.core.plan import plan_segments
 from peagle_train.core.recompute import recompute_step
 from peagle_train.core.relay import RelayBuffers, relay_step
-from peagle_train.training.step import check_flex
 from tests.helpers import make_batch, make_draft, make_rows, make_target
 
 L = 61
@@ -120,12 +118,6 @@ def test_kernel_options_are_given_where_flexs_own_choice_fails_or_spills(
     )
     every = {"BACKEND": {"BACKEND": "TRITON"}, "blocks": blocks}
     assert options == {key: value for name in expected for key, value in every[name].items()}
-
-
-@pytest.mark.parametrize("mixed_precision, warns", [("no", True), ("bf16", False)])
-def test_float32_on_cuda_is_warned_about(mixed_precision: Any, warns: bool, caplog: pytest.LogCaptureFixture) -> None:
-    check_flex(Train(mixed_precision=mixed_precision))
-    assert ("mixed_precision" in caplog.text) == warns
 
 
 class Operators(TorchDispatchMode):

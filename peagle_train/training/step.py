@@ -3,7 +3,6 @@
 Training and evaluation share `BatchRunner`. B: sequences of a micro-batch, K: depths.
 """
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +24,6 @@ from peagle_train.distributed import max_counts, sum_counts
 from peagle_train.serving.drafter_io import count_non_finite
 from peagle_train.target_model.cache import FIELDS
 from peagle_train.target_model.frozen import TargetBase
-
-logger = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
 
@@ -55,16 +52,6 @@ class StepResult:
     save: bool
     stop: bool
     """Some rank was asked for a checkpoint, or to stop."""
-
-
-def check_flex(train: Train) -> None:
-    """Warn of what flex attention is slow in."""
-    if train.mixed_precision == "no":
-        logger.warning(
-            "train.mixed_precision is no: on CUDA the drafter's attention is an order of magnitude slower in %s than in"
-            " bfloat16; give train.mixed_precision=bf16",
-            train.dtype,
-        )
 
 
 class BatchRunner:
