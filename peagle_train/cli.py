@@ -290,43 +290,37 @@ def _check(parser: Parser) -> int:
 
     peagle-train check drafter
 
-    Exit code 1: a drafter of another kind than this project's (layers that are not Llama's, windows, ...), which is not
-    judged; 2: an engine would not load it.
+    Exit code 2: an engine would not load it, or it is of another kind than this project's (which the table then says).
     """
     add = parser.add_argument
     add("folder", type=Path, metavar="FOLDER", help="a drafter's folder (final, best, checkpoint-N), or a run's")
     add("--target", type=Path, metavar="DIR", help="the target's folder, to check that the two fit")
     o = parser.read()
-    from peagle_train.serving.check import check_folder, table, worst
+    from peagle_train.serving.check import check_folder, is_loadable, table
     from peagle_train.serving.drafter_io import read_config
     from peagle_train.serving.export import find_drafter
 
     folder = find_drafter(o.folder)
     findings = check_folder(folder, read_config(o.target) if o.target else None)
     print(table(findings))
-    return {"BAD": 2, "????": 1}.get(worst(findings), 0)
+    return 0 if is_loadable(findings) else 2
 
 
 def _import(parser: Parser) -> None:
-    """Bring another's EAGLE-3 or P-EAGLE drafter into this project's names, to start a run from it or to check it.
+    """Bring another's P-EAGLE drafter into this project's names, to check, evaluate or serve it.
 
-    peagle-train import hub/some-peagle-drafter --out start
-    peagle-train import hub/some-eagle3-drafter --target models/my-llm --mask-token-id 128011 --out start
+    peagle-train import hub/some-peagle-drafter --out drafter
 
-    Reads vLLM's EAGLE-3 names (also midlayer.* and model.*) and the speculators format, one file or shards; never pickle.
-    What an EAGLE-3 drafter lacks is filled in, and said: embeddings and head from the target, mask_hidden at random. A
-    recipe can name such a folder directly: draft.init_from=FOLDER.
+    Reads vLLM's EAGLE-3 names (also midlayer.* and model.*) and the speculators format; never pickle. To train on from such
+    a folder, or from an EAGLE-3 drafter's, name it in a recipe: draft.init_from=FOLDER.
     """
     add = parser.add_argument
     add("folder", type=Path, metavar="FOLDER", help="the drafter's folder")
     add("--out", type=Path, metavar="DIR", required=True, help="a new folder, or an empty one")
-    add("--target", type=Path, metavar="DIR", help="the target's folder, for embeddings and head")
-    add("--mask-token-id", type=int, metavar="N", help="where the drafter has none")
-    add("--seed", type=int, default=0, help="of mask_hidden where the drafter has none")
     o = parser.read()
-    from peagle_train.serving.start import import_drafter
+    from peagle_train.serving.export import import_drafter
 
-    done = import_drafter(o.folder, o.out, target=o.target, mask_token_id=o.mask_token_id, seed=o.seed)
+    done = import_drafter(o.folder, o.out)
     _print_notes(done.notes)
     print(f"imported to {done.folder}")
 

@@ -1,7 +1,6 @@
 """Folders that are broken, or another's: what the check says, what reading refuses, and that an export never does it."""
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,10 @@ from torch import Tensor
 
 from peagle_train.serving.check import Finding, check_folder, is_loadable, table
 from peagle_train.serving.drafter_io import load_drafter, read_drafter
-from peagle_train.serving.export import export_drafter
-from peagle_train.serving.start import import_drafter
+from peagle_train.serving.export import export_drafter, import_drafter
 from tests.helpers import DRAFT_VOCAB, MASK_TOKEN, TARGET_HIDDEN, VOCAB, command, make_draft
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
 
 
 def ids() -> Tensor:
@@ -83,10 +81,6 @@ def fill(folder: Path, name: str, index: slice, value: float) -> None:
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut in the weights": (lambda f: cut(f, 3000), "is no whole safetensors file"),
     "empty": (lambda f: cut(f, 0), "is no whole safetensors file"),
-    "a pointer": (
-        lambda f: (f / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\n"),
-        "Git LFS pointer",
-    ),
     "missing": (lambda f: set_tensors(f, fc__weight=None), "fc.weight"),
     "missing in a layer": (lambda f: set_tensors(f, layers__1__mlp__up_proj__weight=None), "layers.1.mlp.up_proj"),
     "unknown": (lambda f: set_tensors(f, layers__1__hidden_norm__bias=torch.ones(3)), "layers.1.hidden_norm.bias"),
@@ -100,12 +94,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "d2t twice": (at(5, 1), "same token"),
     "d2t holds ids": (lambda f: set_tensors(f, d2t=ids()), "offsets are wanted"),
     "d2t is float": (lambda f: set_tensors(f, d2t=torch.zeros(DRAFT_VOCAB)), "d2t is torch.float32"),
-    "t2d disagrees": (lambda f: set_tensors(f, t2d=torch.arange(VOCAB) < DRAFT_VOCAB), "disagree about token 12"),
-    "t2d is short": (lambda f: set_tensors(f, t2d=torch.arange(VOCAB - 1) < 3), "t2d"),
     "mask beyond": (lambda f: set_masks(f, VOCAB), f"{VOCAB}"),
     "mask below": (lambda f: set_masks(f, -1), "-1"),
-    "two masks": (lambda f: set_config(f, mask_token_id=3), f"two ids: mask_token_id 3, pard_token {MASK_TOKEN}"),
-    "mask is text": (lambda f: set_masks(f, "<mask>"), "not a token id"),
+    "two masks": (lambda f: set_config(f, mask_token_id=3), f"mask_token_id 3, pard_token {MASK_TOKEN}"),
+    "mask is text": (lambda f: set_masks(f, "<mask>"), "one token id"),
     "two feature layers": (lambda f: set_config(f, eagle_aux_hidden_state_layer_ids=[2, 9]), "exactly 3 layers"),
     "layers out of order": (lambda f: set_config(f, eagle_aux_hidden_state_layer_ids=[9, 2, 17]), "ascending order"),
     "rope dynamic": (lambda f: set_config(f, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4}), "dynamic"),
@@ -118,18 +110,20 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "not a mapping"),
-    "no weights": (lambda f: (f / WEIGHTS).unlink(), f"no {WEIGHTS}"),
-    "pickled": (lambda f: (f / WEIGHTS).rename(f / "pytorch_model.bin"), "pickled (pytorch_model.bin)"),
-    "file and shards": (lambda f: (f / INDEX).write_text("{}"), "remove one"),
+    "no weights": (lambda f: (f / WEIGHTS).rename(f / "pytorch_model.bin"), "pickled"),
+    "a stray file": (lambda f: save_file({"exp_avg": torch.ones(2)}, f / "optimizer.safetensors"), "exp_avg"),
+    "a name twice": (
+        lambda f: set_tensors(f, midlayer__hidden_norm__weight=tensor(f, "layers.0.hidden_norm.weight")),
+        "two of its tensors",
+    ),
     "no folder": (lambda f: f.rename(f.with_name("elsewhere")), "is not a folder"),
-}
-OTHERS: dict[str, tuple[dict[str, Any], str]] = {
-    "rope partial": ({"partial_rotary_factor": 0.5}, "rope is partial"),
-    "norm before fc": ({"norm_before_fc": True}, "norm_before_fc"),
-    "last layer only": ({"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state"),
-    "quantised": ({"quantization_config": {"bits": 4}}, "quantization_config"),
-    "sliding": ({"layer_types": ["sliding_attention"] * 2}, "layer_types"),
-    "qwen3 layers": ({"architectures": ["Qwen3Eagle3"], "model_type": "qwen3"}, "model_type is 'qwen3'"),
+    # drafters of other kinds, which engines may serve
+    "rope partial": (lambda f: set_config(f, partial_rotary_factor=0.5), "rope is partial"),
+    "norm before fc": (lambda f: set_config(f, norm_before_fc=True), "norm_before_fc"),
+    "last layer only": (lambda f: set_config(f, eagle_config={"use_aux_hidden_state": False}), "use_aux_hidden_state"),
+    "quantised": (lambda f: set_config(f, quantization_config={"bits": 4}), "quantization_config"),
+    "sliding": (lambda f: set_config(f, layer_types=["sliding_attention"] * 2), "layer_types"),
+    "qwen3 layers": (lambda f: set_config(f, model_type="qwen3"), "model_type is 'qwen3'"),
 }
 
 
@@ -139,6 +133,7 @@ def test_a_broken_folder_is_named_by_the_check_refused_by_reading_and_never_expo
     change(folder)
     findings = check_folder(folder)
     assert not is_loadable(findings) and any(message in line for line in found(findings, "BAD")), table(findings)
+    assert command("check", folder) == 2
     out = folder.parent / "out"
     for refusing in (lambda: load_drafter(folder), lambda: export_drafter(folder, out, "eagle3")):
         with pytest.raises(ValueError) as caught:
@@ -229,20 +224,7 @@ def test_an_architecture_is_judged_by_what_vllm_reads_it_as(folder: Path) -> Non
         assert [f.what for f in check_folder(folder) if f.level == "BAD"] == ["architectures"]
 
 
-def test_a_rotary_table_in_the_weights_is_ignored_and_a_name_twice_is_not(folder: Path) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    save_file({**tensors, "layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}, folder / WEIGHTS)
-    findings = check_folder(folder)
-    assert is_loadable(findings) and load_drafter(folder) and not found(findings, "warn")
-    norm = "hidden_norm.weight"
-    save_file({**tensors, f"midlayer.{norm}": tensors[f"layers.0.{norm}"].clone()}, folder / WEIGHTS)
-    assert any("two of its tensors" in line for line in found(check_folder(folder), "BAD"))
-
-
-NAMES = ["model.", "draft_id_to_target_id", "verifier_norm.weight", "verifier_lm_head.weight"]
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["model.", "draft_id_to_target_id", "verifier_norm.weight", "verifier_lm_head.weight"])
 def test_names_that_vllm_would_not_find_or_does_not_know_are_refused_but_read(folder: Path, name: str) -> None:
     draft, tensors = load_drafter(folder), load_file(folder / WEIGHTS)
     if name == "model.":  # which vLLM would prefix again
@@ -256,16 +238,6 @@ def test_names_that_vllm_would_not_find_or_does_not_know_are_refused_but_read(fo
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"),
-    [("fc.weight", torch.float8_e4m3fn), ("t2d", torch.float8_e4m3fn), ("d2t", torch.uint64), ("d2t", torch.complex64)],
-)
-def test_a_dtype_that_no_engine_serves_is_a_finding(folder: Path, name: str, dtype: torch.dtype) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    save_file({**tensors, name: tensors[name].to(dtype)}, folder / WEIGHTS)
-    assert any(name in line and str(dtype) in line for line in found(check_folder(folder), "BAD"))
-
-
-@pytest.mark.parametrize(
     "key", ["vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "text_config"]
 )
 def test_no_value_in_the_targets_config_breaks_the_check(folder: Path, key: str) -> None:
@@ -275,56 +247,16 @@ def test_no_value_in_the_targets_config_breaks_the_check(folder: Path, key: str)
         check_folder(folder, {"text_config": {**target, key: value}})
 
 
-def test_another_safetensors_file_beside_the_weights_is_refused_since_vllm_would_read_it(folder: Path) -> None:
-    save_file({"exp_avg": torch.ones(2)}, folder / "optimizer.safetensors")
-    assert any(line.startswith("optimizer.safetensors") for line in found(check_folder(folder), "BAD"))
-    load_drafter(folder)  # as in a checkpoint to resume from
-    done = export_drafter(folder, folder.parent / "out", "eagle3")
-    assert is_loadable(done.findings) and not (folder.parent / "out" / "optimizer.safetensors").exists()
-
-
-def shard(folder: Path) -> dict[str, str]:
-    """Split the weights in two files with an index."""
-    tensors = load_file(folder / WEIGHTS)
+def test_shards_are_read_as_one_file_and_a_lost_one_is_told_by_its_tensors(folder: Path) -> None:
+    draft, tensors = load_drafter(folder), load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
-    names = sorted(tensors)
-    halves = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
-    for file, part in halves.items():
-        save_file({name: tensors[name] for name in part}, folder / file)
-    weight_map = {name: file for file, part in halves.items() for name in part}
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return weight_map
-
-
-def test_shards_are_read_as_one_file(folder: Path) -> None:
-    draft = load_drafter(folder)
-    shard(folder)
+    for i, names in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2])):
+        save_file({name: tensors[name] for name in names}, folder / f"model-0000{i + 1}-of-00002.safetensors")
     assert is_loadable(check_folder(folder))
     assert same_weights(draft, load_drafter(folder))
-
-
-@pytest.mark.parametrize("case", ["lost shard", "outside", "lying", "silent", "no map", "cut shard"])
-def test_shards_that_do_not_fit_their_index_are_refused(folder: Path, case: str) -> None:
-    weight_map = shard(folder)
-    first = folder / "model-00001-of-00002.safetensors"
-    messages = {"lost shard": "is missing", "outside": "is no safetensors file of this folder"}
-    messages |= {"lying": "norm.bias is in one of them", "silent": "is in one of them", "cut shard": "no whole"}
-    if case == "lost shard":
-        first.unlink()
-    elif case == "cut shard":
-        first.write_bytes(first.read_bytes()[:-4])
-    elif case == "no map":
-        (folder / INDEX).write_text("{}")
-    else:
-        changed = {
-            "outside": {**weight_map, "fc.weight": "../model.safetensors"},
-            "lying": {**weight_map, "norm.bias": first.name},
-            "silent": {name: file for name, file in weight_map.items() if name != "fc.weight"},
-        }[case]
-        (folder / INDEX).write_text(json.dumps({"weight_map": changed}))
-    with pytest.raises(ValueError, match=messages.get(case, INDEX)):
+    (folder / "model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match="is missing"):
         load_drafter(folder)
-    assert not is_loadable(check_folder(folder))
 
 
 def test_a_vocabulary_out_of_order_is_sorted_with_its_head(folder: Path) -> None:
@@ -350,32 +282,11 @@ def test_a_speculators_folder_without_a_part_is_not_loadable(folder: Path, gone:
     out = folder.parent / "out"
     export_drafter(folder, out, "speculators", target_name="org/target", speculative_tokens=3)
     assert is_loadable(check_folder(out)) and found(check_folder(out), "warn") == []
-    whole = json.loads((out / "config.json").read_text())["speculators_config"]
-    set_config(out, speculators_config={**whole, "verifier": {}})
-    assert not is_loadable(check_folder(out)), "vLLM reads verifier.name_or_path"
-    set_config(out, speculators_config=whole)
     set_config(out, **{gone: None})
     assert not is_loadable(check_folder(out))
     set_config(out, speculators_model_type="dflash")
-    with pytest.raises(ValueError, match=r"dflash|transformer_layer_config"):
+    with pytest.raises(ValueError, match="dflash"):
         load_drafter(out)
-
-
-@pytest.mark.parametrize("case", OTHERS)
-def test_a_drafter_of_another_kind_is_not_judged_and_not_read(
-    folder: Path, case: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    changes, message = OTHERS[case]
-    set_config(folder, **changes)
-    findings = check_folder(folder)
-    assert any(message in line for line in found(findings, "????")) and found(findings, "BAD") == [], table(findings)
-    assert not is_loadable(findings) and command("check", folder) == 1
-    assert "not judged, a drafter of another kind" in capsys.readouterr().out.splitlines()[-1]
-    for refusing in (lambda: load_drafter(folder), lambda: export_drafter(folder, folder.parent / "out", "eagle3")):
-        with pytest.raises(ValueError, match=re.escape(message)):
-            refusing()
-    cut(folder, 3000)
-    assert command("check", folder) == 2
 
 
 def test_a_plain_eagle3_drafter_passes_the_check_with_warnings(folder: Path) -> None:

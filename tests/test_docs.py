@@ -41,7 +41,6 @@ REASONS = ("needs a GPU", "needs a server", "takes an hour", "needs a package in
 FENCES = {"```", "```bash", "```bibtex", "```python", "```text", "```yaml"}
 STAND_INS = {  # word in a page: what it is here
     "/models/some-peagle-drafter": "{here}/runs/mine/final",
-    "/models/some-eagle3-drafter": "{here}/runs/mine/final",
     "128011": str(BYTES_MASK),
 }
 SHORTER = {"evaluate": ["--max-tokens", "8"], "regenerate": ["--max-tokens", "8", "--keep-truncated"]}

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from peagle_train.__main__ import main as train_main
 from peagle_train.config import load_recipe
 from peagle_train.serving.drafter_io import load_drafter
-from peagle_train.serving.export import export_drafter
-from peagle_train.serving.start import import_drafter
+from peagle_train.serving.export import export_drafter, import_drafter
 from peagle_train.target_model.cache import write_cache
 from tests.helpers import command, make_draft
 from tests.tiny import MASK, VOCAB, make_target, write_recipe, write_rows
@@ -129,8 +128,12 @@ MISFITS: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "layers": ({"num_hidden_layers": 3}, [], "draft.num_layers is 2, but .* has 3: give draft.num_layers=3"),
     "width": ({}, ["draft.hidden_size=24"], "draft.hidden_size is 24, but .* has 16"),
     "vocabulary size": ({}, ["draft.draft_vocab_size=31"], "draft.draft_vocab_size is 31, but .* has 30"),
-    "vocabulary": ({"vocab_size": VOCAB + 1}, [], f"target of vocabulary {VOCAB + 1}, but this target's is {VOCAB}"),
-    "target's width": ({"target_hidden_size": 12}, [], "target of hidden size 12, but this target's is 16"),
+    "vocabulary": (
+        {"vocab_size": VOCAB + 1},
+        [],
+        rf"vocabulary and hidden size \({VOCAB + 1}, 16\); .* \({VOCAB}, 16\)",
+    ),
+    "target's width": ({"target_hidden_size": 12}, [], rf"\({VOCAB}, 12\); this target's are \({VOCAB}, 16\)"),
     "mask": ({}, ["draft.mask_token_id=3"], f"draft.mask_token_id is 3, but .* has {MASK}"),
     "residual": ({"norm_before_residual": True}, [], "has true: give draft.norm_before_residual=true"),
     "rope": ({}, ["draft.rope_theta=7.0"], "draft.rope_theta is 7.0, but .* has 5000.0"),
@@ -150,51 +153,13 @@ def test_what_does_not_fit_is_refused_by_name_before_any_training(
     assert re.search(message, error) and not (tmp_path / "run").exists(), error
 
 
-def test_an_eagle3_drafter_is_imported_with_what_it_lacks(tmp_path: Path, target: Path) -> None:
-    source = eagle3(tmp_path / "in", "embed_tokens.weight", "lm_head.weight")
-    with pytest.raises(ValueError, match="give --mask-token-id"):
-        import_drafter(source, tmp_path / "out", target=target)
-    with pytest.raises(ValueError, match=r"lacks embed_tokens\.weight, lm_head\.weight, .* give --target"):
-        import_drafter(source, tmp_path / "out", mask_token_id=MASK)
-    with pytest.raises(ValueError, match=f"must lie in 0..{VOCAB - 1}"):
-        import_drafter(source, tmp_path / "out", target=target, mask_token_id=VOCAB)
-    with pytest.raises(ValueError, match="gone cannot be read"):
-        import_drafter(source, tmp_path / "out", target=tmp_path / "gone", mask_token_id=MASK)
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
-    done = import_drafter(source, tmp_path / "out", target=target, mask_token_id=MASK, seed=4)
-    assert {note.split()[0] for note in done.notes} >= {"mask_hidden", "embed_tokens.weight", "lm_head.weight", "the"}
-    made, theirs = load_drafter(tmp_path / "out"), load_file(target / "model.safetensors")
-    assert torch.equal(made.embed_tokens.weight, theirs["model.embed_tokens.weight"])
-    assert torch.equal(made.lm_head.weight, theirs["lm_head.weight"][made.draft_token_ids])
-    assert 0.01 < float(made.mask_hidden.detach().std()) < 0.03
-    import_drafter(source, tmp_path / "again", target=target, mask_token_id=MASK, seed=4)
-    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again")]
-    assert files[0] == files[1]
-
-
-def test_a_tied_target_gives_its_embeddings_as_the_head_and_another_ones_are_refused(tmp_path: Path) -> None:
-    source = eagle3(tmp_path / "in", "lm_head.weight")
-    tied = make_target(tmp_path / "tied", tie_word_embeddings=True)
-    import_drafter(source, tmp_path / "out", target=tied, mask_token_id=MASK)
-    made, theirs = load_drafter(tmp_path / "out"), load_file(tied / "model.safetensors")
-    assert "lm_head.weight" not in theirs
-    assert torch.equal(made.lm_head.weight, theirs["model.embed_tokens.weight"][made.draft_token_ids])
-    for name, changes, message in (
-        ("wide", {"hidden_size": 32}, r"lm_head.weight of .* is \[30, 32\]; the drafter's is \[30, 16\]"),
-        ("other", {"vocab_size": VOCAB - 1}, f"has {VOCAB - 1} tokens, the drafter is for {VOCAB}"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            import_drafter(source, tmp_path / "no", target=make_target(tmp_path / name, **changes), mask_token_id=MASK)
-    assert not (tmp_path / "no").exists()
-
-
-def test_the_command_imports_and_says_why_not(tmp_path: Path, target: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source, out = str(eagle3(tmp_path / "in", "embed_tokens.weight")), str(tmp_path / "out")
-    assert command("import", source, "--out", out) == 2 and "--mask-token-id" in capsys.readouterr().err
-    arguments = [source, "--out", out, "--target", str(target), "--mask-token-id", str(MASK)]
-    assert command("import", *arguments) == 0 and "note: mask_hidden was drawn" in capsys.readouterr().err
-    assert command("check", out) == 0
-    assert command("import", *arguments) == 2 and "is there already" in capsys.readouterr().err
-    whole = str(drafter(tmp_path / "whole"))
-    assert command("import", whole, "--out", tmp_path / "b", "--mask-token-id", "3") == 2
-    assert f"was trained with {MASK}" in capsys.readouterr().err
+def test_the_command_imports_a_whole_drafter_and_says_why_not_of_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = drafter(tmp_path / "whole"), tmp_path / "out"
+    assert command("import", source, "--out", out) == 0 and command("check", out) == 0
+    assert command("import", source, "--out", out) == 2 and "is there already" in capsys.readouterr().err
+    lacking = eagle3(tmp_path / "in", "embed_tokens.weight")
+    assert command("import", lacking, "--out", tmp_path / "b") == 2
+    assert "lacks mask_hidden, embed_tokens.weight, a mask token" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()

@@ -4,22 +4,13 @@ What `read_drafter` refuses is bad; added is where vLLM reads differently. `test
 """
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 from peagle_train.core.rope import yarn_too_short
 from peagle_train.serving.drafter_io import read_drafter, standard_name
-from peagle_train.serving.formats import (
-    EAGLE3,
-    OtherKind,
-    layer_ids_of,
-    names_no_target,
-    speculative_tokens_of,
-    target_name_of,
-)
+from peagle_train.serving.formats import EAGLE3, format_of, layer_ids_of, speculative_tokens_of, target_name_of
 
-Level = Literal["ok", "warn", "????", "BAD"]
-LEVELS = get_args(Level)
-"""????: a drafter of another kind than this project's, which cannot be judged here."""
+Level = Literal["ok", "warn", "BAD"]
 ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "LlamaForCausalLM")
 """Names under which vLLM's method eagle3 finds a drafter of this kind."""
 
@@ -32,13 +23,8 @@ class Finding(NamedTuple):
     detail: str
 
 
-def worst(findings: list[Finding]) -> Level:
-    """The verdict."""
-    return max((finding.level for finding in findings), key=LEVELS.index)
-
-
 def is_loadable(findings: list[Finding]) -> bool:
-    return worst(findings) in ("ok", "warn")
+    return all(finding.level != "BAD" for finding in findings)
 
 
 def table(findings: list[Finding]) -> str:
@@ -46,11 +32,7 @@ def table(findings: list[Finding]) -> str:
     width = max(len(finding.what) for finding in findings)
     lines = [f"{level:4}  {what:{width}}  {detail}" for level, what, detail in findings]
     bad, warned = (sum(f.level == level for f in findings) for level in ("BAD", "warn"))
-    verdict = {
-        "BAD": "NOT loadable as it is",
-        "????": "not judged, a drafter of another kind than this project's, which engines may load",
-    }.get(worst(findings), "loadable")
-    return "\n".join([*lines, f"{verdict}: {bad} errors, {warned} warnings"])
+    return "\n".join([*lines, f"{'NOT loadable as it is' if bad else 'loadable'}: {bad} errors, {warned} warnings"])
 
 
 def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> list[Finding]:
@@ -62,30 +44,27 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
     try:
         files = read_drafter(folder)
     except ValueError as error:
-        return [Finding("????" if isinstance(error, OtherKind) else "BAD", "drafter", str(error))]
-    raw, config, missing = files.raw, files.config, set(files.missing)
+        return [Finding("BAD", "drafter", str(error))]
+    raw, config = files.raw, files.config
     found: list[Finding] = []
 
     def find(level: Level | bool, what: str, detail: object) -> None:
-        level = level if isinstance(level, str) else "ok" if level else "BAD"
-        found.append(Finding(level, what, str(detail)))
+        found.append(Finding(level if isinstance(level, str) else "ok" if level else "BAD", what, str(detail)))
 
-    find("ok", "format", f"{files.format}, {config.num_hidden_layers} layers, {files.tensors['fc.weight'].dtype}")
-    if files.format == EAGLE3:
-        given = raw.get("architectures") or [None]
-        name = given[0] if isinstance(given, list) else given
-        hint = "" if name in ARCHITECTURES else f"; vLLM looks for {ARCHITECTURES[0]}"
-        find(name in ARCHITECTURES, "architectures", f"{name}{hint}")
-        if raw.get("model_type") is None:
-            find("BAD", "model_type", "missing: transformers must read it as llama")
+    form = format_of(raw)
+    find("ok", "format", f"{form}, {config.num_hidden_layers} layers, {files.tensors['fc.weight'].dtype}")
+    if form == EAGLE3:
+        given = raw.get("architectures")
+        known = isinstance(given, list) and given[:1] and given[0] in ARCHITECTURES
+        find(bool(known), "architectures", given if known else f"{given}; vLLM looks for {ARCHITECTURES[0]}")
+        find(raw.get("model_type") is not None, "model_type", "llama, as transformers must read it")
     else:
         tokens, verifier = speculative_tokens_of(raw), target_name_of(raw)
         find(tokens is not None, "speculative tokens", tokens)
-        unnamed: Level = "warn" if names_no_target(raw) else "BAD"  # vLLM takes null
-        find("ok" if verifier else unnamed, "verifier", verifier or "none: `vllm serve` does not know the target")
-    token, has_mask = config.ptd_token_id, "mask_hidden" not in missing
+        find("ok" if verifier else "warn", "verifier", verifier or "none: `vllm serve DIR` does not know the target")
+    token, has_mask = config.ptd_token_id, "mask_hidden" not in files.missing
     if token is None and not has_mask:
-        text = "none, and no mask_hidden: an EAGLE-3 drafter, one token a pass (peagle-train import)"
+        text = "none, and no mask_hidden: an EAGLE-3 drafter, one token a pass"
         find("warn", "mask token", text)
     else:
         find(token is not None and has_mask, "mask token", f"{token}, {'with' if has_mask else 'without'} mask_hidden")
@@ -93,21 +72,18 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
         find("warn", "mask_hidden", "all zero, so it was never trained")
     is_pruned = config.draft_vocab_size != config.vocab_size
     find("ok", "vocabulary", f"{config.draft_vocab_size} of {config.vocab_size} tokens")
-    for name in sorted(missing - {"mask_hidden"}, reverse=True):
+    for name in files.missing:
         if name == "lm_head.weight" and is_pruned:
             find("BAD", name, "missing: the target's head does not fit a pruned vocabulary")
-        else:
+        elif name != "mask_hidden":
             find("warn", name, "missing: engines take the target's")
-    for name in files.where:
+    for name in files.stored:
         if name.startswith("model.") or name == "draft_id_to_target_id":
             find("BAD", name, f"vLLM would look for model.{name}; peagle-train import renames it")
         elif name.startswith("verifier_"):
             find("BAD", name, "vLLM knows no such tensor; peagle-train import leaves it out")
-        elif standard_name(name) in ("d2t", "t2d") and not is_pruned:
-            find("warn" if name == "t2d" else "BAD", name, "of a full vocabulary, for which vLLM has no such tensor")
-    for path in sorted(files.folder.glob("*.safetensors")):
-        if path.name not in files.where.values():
-            find("BAD", path.name, "is no part of the drafter, but vLLM reads every .safetensors here")
+        elif standard_name(name) == "d2t" and not is_pruned:
+            find("BAD", name, "of a full vocabulary, for which vLLM has no such tensor")
     found += [Finding("ok", "note", note) for note in files.notes]
     ids = layer_ids_of(raw)
     find("ok", "feature layers", "(2, n // 2, n - 3), vLLM's default" if ids is None else ids)

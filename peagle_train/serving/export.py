@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,7 @@ from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.files import write_folder
 from peagle_train.serving.check import Finding, check_folder, is_loadable
 from peagle_train.serving.drafter_io import fill_drafter, read_config, read_drafter
-from peagle_train.serving.formats import (
-    EAGLE3,
-    FORMATS,
-    SPECULATORS,
-    speculative_tokens_of,
-    speculators_config,
-    target_name_of,
-)
+from peagle_train.serving.formats import EAGLE3, SPECULATORS, speculative_tokens_of, speculators_config, target_name_of
 
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt tokenizer.model"
@@ -95,10 +87,8 @@ def read_run(folder: Path) -> RunFacts:
     steps = {"best": _read(run / "best.json").get("step"), "final": _read(run / "run.json").get("steps")}
     match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
     step = int(match[1]) if match else steps.get(folder.name)
-    if not isinstance(step, int):
-        return RunFacts(recipe, None, None)
     metrics, evaluation = run / "metrics.jsonl", None
-    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []:
+    for line in metrics.read_text(encoding="utf-8").splitlines() if step and metrics.is_file() else []:
         # the last line of a run that was killed may be cut
         if '"eval"' in line and line.endswith("}") and (record := json.loads(line)).get("step") == step:
             evaluation = record if record.get("kind") == "eval" else evaluation
@@ -123,9 +113,7 @@ def find_drafter(folder: Path) -> Path:
             return found
     if (folder / "run.json").exists():
         raise ValueError(f"{folder} is a run without a drafter yet: let it end, or end it with --resume")
-    inside = sorted(path.parent.name for path in folder.glob("*/config.json") if any(path.parent.glob("*.safetensors")))
-    choice = f"; give one of its {', '.join(inside[:5])}" if inside else "; give a drafter's folder, or a run's"
-    raise ValueError(f"{folder} is no drafter's folder (no config.json){choice}")
+    raise ValueError(f"{folder} is no drafter's folder (no config.json); give a drafter's folder, or a run's")
 
 
 def export_drafter(
@@ -140,73 +128,46 @@ def export_drafter(
     licence: str | None = None,
     measured: Path | None = None,
 ) -> Export:
-    """Write a drafter's folder as engines load it.
+    """Write a drafter's folder as engines load it; the command's --help says what is what.
 
-    Args:
-        checkpoint: a drafter's folder in either format, or a run's (its `final/`).
-        out: a folder that does not exist yet, or an empty one.
-        target: the target's folder; None is the recipe's.
-        target_name: how the files name the target, such as a hub name; None is the folder.
-        speculative_tokens: K to serve with; None is the training's.
-        dtype: of the weights; None keeps the checkpoint's.
-        licence: the card's licence field.
-        measured: an evaluation's JSON for the card; None is an `acceptance.json` about this folder, in it or beside it.
-
-    Raises:
-        ValueError: one line, for what no engine would load; nothing is written then.
+    ValueError: one line, for what no engine would load; nothing is written then.
     """
-    assert format in FORMATS
     check_new(out)
     folder = find_drafter(checkpoint)
     files = read_drafter(folder)
-    if files.lacking:
-        raise ValueError(f"{folder} lacks {', '.join(files.lacking)}: complete it with peagle-train import first")
+    files.check_whole()
     facts, notes = read_run(folder), list(files.notes)
     if folder != checkpoint:
         notes.append(f"exported from {folder}")
-    if target is None:
-        target = _target_of(facts, notes)
-    given = facts.recipe.get("cod.num_depths")
-    trained = given if isinstance(given, int) else None
+    path, trained = facts.recipe.get("target.path"), facts.recipe.get("cod.num_depths")
+    if target is None and path is not None and Path(path).is_dir():
+        target = Path(path)
+        notes.append(f"the target is {path}, as the recipe beside the drafter says")
+    elif target is None:
+        where = f"the target {path} is not on this machine" if path else "no target is known"
+        notes.append(f"{where}: no tokenizer files were copied, and nothing was compared with it (--target DIR)")
     if speculative_tokens is not None and not 1 <= speculative_tokens <= (trained or speculative_tokens):
-        allowed = f"1 to {trained}, what the drafter was trained for" if trained else "at least 1"
-        raise ValueError(f"--num-speculative-tokens is {speculative_tokens}; give {allowed}")
+        raise ValueError(
+            f"--num-speculative-tokens is {speculative_tokens}; give 1 to {trained or 'K of its training'}"
+        )
     tokens = speculative_tokens or trained or speculative_tokens_of(files.raw)
-    if format == SPECULATORS and tokens is None:
-        raise ValueError(f"{folder} does not say for how many tokens it was trained: give --num-speculative-tokens")
-    named = target_name or target or facts.recipe.get("target.path") or target_name_of(files.raw)
+    named = target_name or target or path or target_name_of(files.raw)
     name = None if named is None else str(named)
-    if format == SPECULATORS and name is None:
-        raise ValueError(f"{folder} does not say which target it drafts for: give --target DIR or --target-name NAME")
-    if name is not None and Path(name).is_absolute():
-        notes.append(f"the files name the target by its folder, {name}: --target-name gives it another")
+    if format == SPECULATORS and (tokens is None or name is None):
+        what = "give --target DIR or --target-name NAME" if name is None else "give --num-speculative-tokens K"
+        raise ValueError(f"{folder} does not say for which target, or how many tokens, it was trained: {what}")
     target_config = read_config(target) if target else None
     tensors = {n: t.to(dtype or t.dtype) if t.is_floating_point() else t for n, t in files.tensors.items()}
     config = files.config
     config.dtype = tensors["fc.weight"].dtype
-    card = _card(config, format, facts, name, tokens, licence, _report(folder, measured, notes))
-    texts = {"README.md": str(card)}
+    texts = {"README.md": str(_card(config, format, facts, name, tokens, licence, _lengths(measured)))}
     if format == SPECULATORS:
         assert tokens is not None
         architectures = (target_config or {}).get("architectures") or []
         content = speculators_config(config, tokens, name, architectures)
         texts["config.json"] = json.dumps(content, indent=2, sort_keys=True) + "\n"
     copied = [target / file for file in TOKENIZER_FILES if (target / file).is_file()] if target else []
-    findings = write_drafter(out, config, tensors, texts, copied, target_config)
-    if target and not copied:
-        notes.append(f"{target} has no tokenizer files, so none were copied")
-    return Export(out, findings, notes)
-
-
-def _target_of(facts: RunFacts, notes: list[str]) -> Path | None:
-    """The recipe's target, if it is on this machine; either way a note says what comes of it."""
-    path = facts.recipe.get("target.path")
-    if isinstance(path, str) and (Path(path) / "config.json").is_file():
-        notes.append(f"the target is {path}, as the recipe beside the drafter says")
-        return Path(path)
-    where = f"the target {path} is not on this machine" if path else "no target is known"
-    notes.append(f"{where}: no tokenizer files were copied, and nothing was compared with it (--target DIR)")
-    return None
+    return Export(out, _write(out, config, tensors, texts, copied, target_config), notes)
 
 
 def check_new(path: Path) -> None:
@@ -216,33 +177,39 @@ def check_new(path: Path) -> None:
         raise ValueError(f"--out {path} is there already and not an empty folder; give another")
 
 
-def write_drafter(
+def import_drafter(source: Path, out: Path) -> Export:
+    """Write another's P-EAGLE drafter, of either format and any of the known names, in this project's.
+
+    ValueError: one line; nothing is written then.
+    """
+    check_new(out)
+    files = read_drafter(source)
+    files.check_whole()
+    return Export(out, _write(out, files.config, files.tensors, {}, [], None), files.notes)
+
+
+def _write(
     out: Path,
     config: PEagleDraftConfig,
     tensors: dict[str, Tensor],
-    texts: dict[str, str] | None = None,
-    copied: Sequence[Path] = (),
-    target: dict[str, Any] | None = None,
+    texts: dict[str, str],
+    copied: list[Path],
+    target: dict[str, Any] | None,
 ) -> list[Finding]:
     """Write a drafter's new folder, check it, and put it in its place; returns the check's findings.
 
-    Args:
-        texts: see `fill_drafter`. copied: files that go into the folder, too. target: see `check_folder`.
-
-    Raises:
-        ValueError: an engine would not load it, or it cannot be written; `out` is unchanged then.
+    ValueError: an engine would not load it, or it cannot be written; `out` is unchanged then.
     """
     findings: list[Finding] = []
 
     def fill(temporary: Path) -> None:
-        fill_drafter(temporary, config, tensors, texts or {})
+        fill_drafter(temporary, config, tensors, texts)
         for file in copied:
             shutil.copyfile(file, temporary / file.name)
         findings.extend(check_folder(temporary, target))
         if not is_loadable(findings):
-            bad = "; ".join(f"{f.what}: {f.detail}" for f in findings if f.level not in ("ok", "warn"))
+            bad = "; ".join(f"{f.what}: {f.detail}" for f in findings if f.level == "BAD")
             raise ValueError(f"vLLM would not load the drafter as it was trained: {bad}")
-        check_new(out)  # again: it may have filled meanwhile
 
     try:
         write_folder(out, fill)
@@ -261,33 +228,26 @@ def _card(
     target: str | None,
     tokens: int | None,
     licence: str | None,
-    report: dict[str, Any],
+    lengths: list[str],
 ) -> ModelCard:
-    """The README.md. It says only what the run's files say; `report` is an evaluation's, or empty."""
+    """The README.md. It says only what the run's files say."""
     ratio = facts.recipe.get("cod.down_sample_ratio")
+    sources = parse_sources(facts.recipe.get("data.sources") or [])  # files without their machine's folders
     rows = {
         "target": target,
-        "feature layers (inputs of)": config.eagle_aux_hidden_state_layer_ids or "2, n // 2, n - 3",
-        "layers, hidden size": f"{config.num_hidden_layers}, {config.hidden_size}",
-        "draft vocabulary": f"{config.draft_vocab_size} of {config.vocab_size} tokens",
-        "mask token": config.ptd_token_id,
-        "positions": config.max_position_embeddings,
+        "layers, draft vocabulary": f"{config.num_hidden_layers}, {config.draft_vocab_size} of {config.vocab_size} tokens",
         "K to serve with": tokens,
         "K in training": facts.recipe.get("cod.num_depths"),
         "r, its floor": None if ratio is None else f"{ratio}, {facts.recipe.get('cod.down_sample_ratio_min')}",
-        "data": _source_names(facts.recipe.get("data.sources")),
+        "data": ", ".join(Path(s.path).name if s.path else str(s.datasets) for s in sources) or None,
         "longest sequence": facts.recipe.get("data.max_length"),
         "steps": facts.step,
         "learning rate": facts.recipe.get("train.learning_rate"),
         "started from": facts.recipe.get("draft.init_from"),
     }
-    measured = [
-        f"- {name}: accepted length " + ", ".join(f"{length:.2f} at K = {k}" for k, length in by_k)
-        for name, by_k in _lengths(report).items()
-    ]
     if facts.evaluation:
         length, loss = facts.evaluation["expected_accepted_length"], facts.evaluation["loss"]
-        measured.append(
+        lengths.append(
             f"- at step {facts.step}, held-out examples of the training data: expected accepted length {length:.3f}"
             f" (teacher-forced), loss {loss:.3f}"
         )
@@ -307,46 +267,23 @@ def _card(
         template_str=CARD,
         target=target,
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items() if value is not None),
-        measured="\n".join(measured) or "Nothing yet.",
+        measured="\n".join(lengths) or "Nothing yet.",
         command=command,
         licence=licence,
     )
 
 
-def _source_names(sources: Any) -> str | None:
-    """The recipe's sources, files without their machine's folders; None for what is none."""
+def _lengths(measured: Path | None) -> list[str]:
+    """The card's lines of what `peagle-train evaluate --json` wrote; none for None."""
+    if measured is None:
+        return []
     try:
-        specs = parse_sources(sources)
-    except (ValueError, TypeError, AttributeError):
-        return None
-    files = (spec.path and (Path(spec.path).name or spec.path) for spec in specs)
-    sets = (f"{spec.datasets} ({spec.name})" if spec.name else spec.datasets for spec in specs)
-    return ", ".join(str(file or data_set) for file, data_set in zip(files, sets))
-
-
-def _report(folder: Path, given: Path | None, notes: list[str]) -> dict[str, Any]:
-    """The evaluation's report to quote: the given one, or an `acceptance.json` about this very folder; empty if none."""
-    for path in [given] if given else [folder / "acceptance.json", folder.parent / "acceptance.json"]:
-        report = _read(path)
-        drafters = report.get("drafters")
-        about = str(drafters[0]) if isinstance(drafters, list) and drafters else None
-        is_about_it = about is not None and Path(about).resolve() == folder.resolve()
-        if given and not _lengths(report):
-            raise ValueError(f"{given} holds no accepted lengths; give what `peagle-train evaluate --json FILE` wrote")
-        if given and about and not is_about_it:
-            notes.append(f"{given} is about {about}: right only if that is the same drafter")
-        if given or is_about_it:
-            return report
-    return {}
-
-
-def _lengths(report: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
-    """(K, accepted length) by data set, from an evaluation's report; empty if it has none."""
-    try:
-        found = {
-            name: [(int(row["k"]), float(row["accepted_length"])) for row in figures["by_k"] if row["accepted_length"]]
-            for name, figures in report["figures"][0].items()
-        }
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-        return {}
-    return {name: by_k for name, by_k in found.items() if by_k}
+        return [
+            f"- {name}: accepted length "
+            + ", ".join(f"{r['accepted_length']:.2f} at K = {r['k']}" for r in figures["by_k"] if r["accepted_length"])
+            for name, figures in json.loads(measured.read_text())["figures"][0].items()
+        ]
+    except (OSError, LookupError, TypeError, ValueError, AttributeError):
+        raise ValueError(
+            f"{measured} holds no accepted lengths; give what `peagle-train evaluate --json FILE` wrote"
+        ) from None

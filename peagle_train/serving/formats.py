@@ -30,13 +30,8 @@ _UNLIKE_OURS = {
     "fc_norm": "normalises each layer's features before fc",
     "norm_output": "passes on normalised hidden states",
     "quantization_config": "is quantised",
-    "logit_scale": "scales its logits",
 }
 """Keys of other EAGLE-3 drafters which, set, mean a drafter that this project does not have."""
-
-
-class OtherKind(ValueError):
-    """A drafter of another kind than this project's, which engines may well serve."""
 
 
 def format_of(raw: dict[str, Any]) -> str:
@@ -54,12 +49,6 @@ def target_name_of(raw: dict[str, Any]) -> str | None:
     """The target's name or folder in a speculators config.json; None if there is none."""
     name = _at(raw, "speculators_config", "verifier", "name_or_path")
     return name if isinstance(name, str) else None
-
-
-def names_no_target(raw: dict[str, Any]) -> bool:
-    """Whether a speculators config.json has the target's key, whatever it holds."""
-    verifier = _at(raw, "speculators_config", "verifier")
-    return isinstance(verifier, dict) and "name_or_path" in verifier
 
 
 def layer_ids_of(raw: dict[str, Any]) -> Any:
@@ -81,25 +70,19 @@ def _at(value: Any, *keys: str | int) -> Any:
 def parse_config(raw: dict[str, Any]) -> PEagleDraftConfig:
     """The drafter's shape from either format. EAGLE-3 drafters have no mask token: `ptd_token_id` stays None.
 
-    Raises:
-        OtherKind: the drafter differs from this project's.
-        ValueError: a key is missing, has a value of the wrong type, or would be read differently by vLLM.
+    ValueError: the drafter is of another kind than this project's, or a key is missing, of the wrong type, or read
+    differently by vLLM.
     """
     try:
-        layers = raw if format_of(raw) == EAGLE3 else raw["transformer_layer_config"]
-        if different := _differences(raw, layers):
-            raise OtherKind("; ".join(different))
-        if mistakes := _mistakes(raw, layers):
-            raise ValueError("; ".join(mistakes))
+        layers = raw if format_of(raw) == EAGLE3 else raw.get("transformer_layer_config") or {}
+        if refused := [*_differences(raw, layers), *_mistakes(raw, layers)]:
+            raise ValueError("; ".join(refused))
         fields = {key: layers[key] for key in _LLAMA_KEYS if layers.get(key) is not None}
         fields |= {key: raw[key] for key in _OWN_KEYS if raw.get(key) is not None}
         fields |= {"rope_parameters": {"rope_theta": 10000.0, **_rope_of(layers)}, "pad_token_id": None}
-        fields |= {"eagle_aux_hidden_state_layer_ids": layer_ids_of(raw), "ptd_token_id": _mask_token_of(raw)}
+        mask_token = next(iter(mask_tokens_in(raw).values()), None)
+        fields |= {"eagle_aux_hidden_state_layer_ids": layer_ids_of(raw), "ptd_token_id": mask_token}
         return PEagleDraftConfig(**fields)
-    except OtherKind:
-        raise
-    except KeyError as error:
-        raise ValueError(f"config.json has no {error}") from error
     except Exception as error:  # anything: values are a stranger's, and transformers' strict configs have own types
         raise ValueError(f"config.json: {one_line(error)}") from error
 
@@ -112,32 +95,23 @@ def _rope_of(layers: dict[str, Any]) -> dict[str, Any]:
     return {"rope_type": rope.pop("type", "default"), **rope}
 
 
-def _mask_token_of(raw: dict[str, Any]) -> int | None:
-    found = mask_tokens_in(raw)
-    for key, value in found.items():
-        if type(value) is not int:
-            raise ValueError(f"{key} is {value!r}, not a token id")
-    if len(set(found.values())) > 1:
-        raise ValueError("the mask token has two ids: " + ", ".join(f"{k} {v}" for k, v in found.items()))
-    return next(iter(found.values()), None)
-
-
 def _differences(raw: dict[str, Any], layers: dict[str, Any]) -> list[str]:
-    """Where the drafter differs from this project's."""
+    """Where the drafter, which an engine may well serve, is of another kind than this project's."""
     found = []
-    kind = raw.get("speculators_model_type", "peagle")
+    kind, model_type = raw.get("speculators_model_type", "peagle"), layers.get("model_type", "llama")
     if kind not in ("peagle", "eagle3"):
         found.append(f"speculators_model_type is {kind!r}; peagle and eagle3 are supported")
-    if layers.get("model_type", "llama") != "llama":
-        found.append(f"its layers' model_type is {layers['model_type']!r}; only llama layers are supported")
+    if model_type != "llama":
+        found.append(f"its layers' model_type is {model_type!r}; only llama layers are supported")
     if any(kind != "full_attention" for kind in layers.get("layer_types") or []):
         found.append("layer_types has other than full_attention; windows are not supported")
     if _at(raw, "eagle_config", "use_aux_hidden_state") is False:
         found.append("eagle_config.use_aux_hidden_state is false: it reads the last layer, not three")
     for key, meaning in _UNLIKE_OURS.items():
-        value = raw.get(key) or layers.get(key) or _at(raw, "eagle_config", key)
-        if value and not (key == "logit_scale" and value == 1.0):
-            found.append(f"{key} is set: it {meaning}")
+        if raw.get(key) or layers.get(key) or _at(raw, "eagle_config", key):
+            found.append(f"{key} is set: it {meaning}, which is not supported")
+    if (raw.get("logit_scale") or layers.get("logit_scale") or 1.0) != 1.0:
+        found.append("logit_scale is set: it scales its logits, which is not supported")
     rope = _rope_of(layers)
     if layers.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0 or "mrope_section" in rope:
         found.append("its rope is partial or multimodal; a drafter here rotates whole heads by one position")
@@ -152,6 +126,9 @@ def _mistakes(raw: dict[str, Any], layers: dict[str, Any]) -> list[str]:
             value = part.get(key)
             if value is not None and (type(value) is not int or not 1 <= value < MAX_SIZE):
                 found.append(f"{key} is {value!r}, not a size")
+    masks = mask_tokens_in(raw)
+    if any(type(value) is not int for value in masks.values()) or len(set(map(str, masks.values()))) > 1:
+        found.append(f"the mask token must be one token id: {', '.join(f'{k} {v!r}' for k, v in masks.items())}")
     theta = _rope_of(layers).get("rope_theta", 1.0)
     if not isinstance(theta, (int, float)) or not 0 < theta < float("inf"):
         found.append(f"rope_theta is {theta!r}, not a positive number")
@@ -177,13 +154,14 @@ def speculators_config(
     """
     left_out = {*NOT_SAVED, *_OWN_KEYS, *MASK_KEYS, "architectures", "transformers_version", "dtype"}
     layers = {key: value for key, value in config.to_dict().items() if value is not None and key not in left_out}
-    content: dict[str, Any] = {
+    own = {key: getattr(config, key) for key in _OWN_KEYS}
+    if config.target_hidden_size == config.hidden_size:
+        del own["target_hidden_size"]
+    return {
+        **own,
         "architectures": ["PEagleSpeculator"],
         "speculators_model_type": "peagle",
-        "draft_vocab_size": config.draft_vocab_size,
         "mask_token_id": config.ptd_token_id,
-        "norm_before_residual": config.norm_before_residual,
-        "eagle_aux_hidden_state_layer_ids": config.eagle_aux_hidden_state_layer_ids,
         "tie_word_embeddings": False,
         "dtype": str(config.dtype).removeprefix("torch."),
         "transformer_layer_config": {**layers, "model_type": "llama"},
@@ -194,6 +172,3 @@ def speculators_config(
             "verifier": {"name_or_path": target, "architectures": target_architectures},
         },
     }
-    if config.target_hidden_size != config.hidden_size:
-        content["target_hidden_size"] = config.target_hidden_size
-    return content

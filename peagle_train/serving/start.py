@@ -1,14 +1,13 @@
 """A run's new drafter: from the target's shape, or from another drafter (`draft.init_from`, EAGLE-3 or P-EAGLE).
 
-Another's drafter brings its shape, its rope and its draft vocabulary; what the recipe says about them must agree.
-`import_drafter` writes one in this project's names instead, completed to a P-EAGLE drafter.
+Another's drafter brings its shape, its rope and its draft vocabulary; what the recipe says about them must agree. What an
+EAGLE-3 drafter lacks is the target's or, mask_hidden, random.
 """
 
 import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +16,10 @@ from torch import Tensor
 from peagle_train.config import MAX_ROPE_THETA, Data, Draft, Recipe, RecipeError
 from peagle_train.core.draft import PEagleDraft, RMSNorm
 from peagle_train.core.draft_config import PEagleDraftConfig
-from peagle_train.core.rope import ROPE_TYPES, rope_mistake, unused_keys, yarn_too_short
+from peagle_train.core.rope import rope_mistake, unused_keys, yarn_too_short
 from peagle_train.data.vocab import end_of_turn_ids, eos_token_ids
 from peagle_train.files import one_line
-from peagle_train.serving.drafter_io import DrafterFiles, expected_shapes, read_drafter, read_tensors, tensor_files
-from peagle_train.serving.export import Export, check_new, write_drafter
+from peagle_train.serving.drafter_io import DrafterFiles, read_drafter
 from peagle_train.target_model.frozen import TargetBase
 from peagle_train.target_model.loading import default_layer_ids
 
@@ -34,68 +32,6 @@ SHAPE = (
 
 
 # From another drafter
-
-
-def import_drafter(
-    source: Path, out: Path, *, target: Path | None = None, mask_token_id: int | None = None, seed: int = 0
-) -> Export:
-    """Write a drafter of either format and any of the known names as `model.safetensors` and `config.json` of our own.
-
-    Args:
-        source: a drafter's folder. out: a folder that does not exist yet, or an empty one.
-        target: the target's folder, for embeddings and head where the drafter has none.
-        mask_token_id: needed where the drafter has none.
-        seed: of `mask_hidden` where the drafter has none.
-
-    Raises:
-        ValueError: one line; nothing is written then.
-    """
-    check_new(out)
-    files = read_drafter(source)
-    notes, config = list(files.notes), files.config
-    if config.ptd_token_id is None:
-        if mask_token_id is None:
-            raise ValueError(f"{source} has no mask token: give --mask-token-id, a token that never occurs in text")
-        config.mask_token_id = config.pard_token = config.ptd_token_id = mask_token_id
-        config.check_trainable()
-        notes.append(f"the mask token is {mask_token_id}, as given")
-    elif mask_token_id not in (None, config.ptd_token_id):
-        raise ValueError(f"--mask-token-id is {mask_token_id}, but {source} was trained with {config.ptd_token_id}")
-    dtype = files.tensors["fc.weight"].dtype
-    if "mask_hidden" in files.missing:
-        shape = expected_shapes(config)["mask_hidden"]
-        random = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * config.initializer_range
-        files.tensors["mask_hidden"] = random.to(dtype)
-        notes.append("mask_hidden was drawn at random (an EAGLE-3 drafter has none): train before serving")
-    lost = [name for name in files.missing if name != "mask_hidden"]
-    if lost and target is None:
-        raise ValueError(f"{source} lacks {', '.join(lost)}, which are the target's: give --target DIR")
-    for name in lost:
-        assert target is not None
-        files.tensors[name] = _of_target(target, name, files).to(dtype)
-        notes.append(f"{name} is the target's")
-    return Export(out, write_drafter(out, config, files.tensors), notes)
-
-
-def _of_target(target: Path, name: str, files: DrafterFiles) -> Tensor:
-    """The embeddings, or the head's rows of the draft vocabulary, from a target's folder; ValueError if they do not fit."""
-    try:
-        where = tensor_files(target)
-        found = [n for n in where if f".{n}".endswith(f".{name}")]
-        if not found and name == "lm_head.weight":  # tied
-            found = [n for n in where if f".{n}".endswith(".embed_tokens.weight")]
-        if len(found) != 1:
-            raise ValueError(f"{len(found)} of its tensors end in {name}")
-        tensor = read_tensors(target, {found[0]: where[found[0]]})[found[0]]
-    except (ValueError, OSError) as error:
-        raise ValueError(f"--target {target} cannot be read: {one_line(error)}") from None
-    if tensor.shape[0] != files.config.vocab_size:
-        raise ValueError(f"{target} has {tensor.shape[0]} tokens, the drafter is for {files.config.vocab_size}")
-    tensor = tensor[files.draft_token_ids] if name == "lm_head.weight" else tensor
-    shape = expected_shapes(files.config)[name]
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} of {target} is {list(tensor.shape)}; the drafter's is {list(shape)}")
-    return tensor
 
 
 @dataclass
@@ -117,19 +53,15 @@ def read_start(recipe: Recipe, target: TargetBase) -> Start | None:
         return None
     files = read_drafter(recipe.draft.init_from)
     config, where = files.config, f"draft.init_from {recipe.draft.init_from}"
-    for theirs, mine, name in (
-        (config.vocab_size, target.vocab_size, "vocabulary"),
-        (config.target_hidden_size, target.hidden_size, "hidden size"),
-    ):
-        if theirs != mine:
-            raise RecipeError(f"{where} drafts for a target of {name} {theirs}, but this target's is {mine}")
+    theirs, mine = (config.vocab_size, config.target_hidden_size), (target.vocab_size, target.hidden_size)
+    if theirs != mine:
+        raise RecipeError(
+            f"{where} drafts for a target of vocabulary and hidden size {theirs}; this target's are {mine}"
+        )
     layers = list(config.eagle_aux_hidden_state_layer_ids or default_layer_ids(target.num_layers))
     if layers != target.layer_ids:
         given = f"this run reads {target.layer_ids}: give target.layer_ids={layers}"
         raise RecipeError(f"{where} reads layers {layers} of its target, {given}")
-    lost = [name for name in files.missing if name != "mask_hidden"]
-    if lost and config.hidden_size != target.hidden_size:
-        raise RecipeError(f"{where} lacks {', '.join(lost)}, and the target's do not fit: their hidden sizes differ")
     rope = dict(config.rope_parameters or {})
     brought = {key: getattr(config, key) for key in SHAPE}
     brought |= {"num_layers": config.num_hidden_layers, "rope_theta": rope.pop("rope_theta", None)}
@@ -151,11 +83,10 @@ def copy_start(
     files: DrafterFiles, draft: PEagleDraft, target: TargetBase, say: Callable[[str], object] = print
 ) -> None:
     """Copy a drafter's weights into a new one of its shape; what it lacks is the target's. Prints what came from where."""
-    state = draft.state_dict()
+    state, notes = draft.state_dict(), list(files.notes)
     for name, tensor in files.tensors.items():
         if name not in ("d2t", "t2d"):
             state[name].copy_(tensor)
-    notes = list(files.notes)
     for name in files.missing:
         if name == "mask_hidden":
             notes.append("it has no mask_hidden (an EAGLE-3 drafter's), which starts random")
@@ -163,10 +94,7 @@ def copy_start(
             rows = target.embedding_rows() if "embed" in name else target.head_rows(files.draft_token_ids)
             state[name].copy_(rows)
             notes.append(f"it has no {name.removesuffix('.weight')}: the target's")
-    served, mine = files.config.max_position_embeddings, draft.config.max_position_embeddings
-    if served != mine:
-        notes.append(f"max_position_embeddings was {served}, is {mine} now")
-    say(f"started from {files.folder} ({files.format})" + "".join(f"; {note}" for note in notes))
+    say(f"started from {files.folder}" + "".join(f"; {note}" for note in notes))
 
 
 # A new drafter
@@ -194,7 +122,7 @@ def make_draft_config(
         raise ValueError(f"the target's config has no {name}; give draft.{name}")
 
     heads = own("num_attention_heads")
-    rope = _rope(draft, config, start)
+    rope = _rope(draft, config)
     served, length = own("max_position_embeddings"), recipe.data.max_length
     if served < length:
         logger.warning(
@@ -234,25 +162,23 @@ def make_draft_config(
     return made
 
 
-def _rope(draft: Draft, target_config: Any, start: PEagleDraftConfig | None) -> dict[str, Any]:
-    """The drafter's rotary table with rope_theta; ValueError, naming who gave it, for one that a drafter cannot have."""
-    rope, where = dict(getattr(target_config, "rope_parameters", None) or {}), "the target's rope"
+def _rope(draft: Draft, target_config: Any) -> dict[str, Any]:
+    """The drafter's rotary table with rope_theta, the target's unless the recipe has one; ValueError where it has none."""
+    rope = dict(getattr(target_config, "rope_parameters", None) or {})
     if draft.rope_theta is not None or draft.rope_scaling is not None:
         theta = draft.rope_theta or rope.get("rope_theta")
         rope = {**(draft.rope_scaling or {"rope_type": "default"}), "rope_theta": theta}
-        where = "draft.init_from's rope" if start else "draft.rope_scaling"
     rope = {key: value for key, value in rope.items() if value is not None}
     theta, mistake = rope.get("rope_theta", "missing"), rope_mistake(rope)
     if not isinstance(theta, (int, float)) or not 1 < theta <= MAX_ROPE_THETA:
         mistake = mistake or f"rope_theta is {theta}; it must be > 1, <= {MAX_ROPE_THETA:g}"
     if mistake:
         raise ValueError(
-            f"{where}: {mistake}; give draft.rope_theta (and draft.rope_scaling with rope_type one of"
-            f" {', '.join(ROPE_TYPES)})"
+            f"the drafter's rope (the target's, if not given): {mistake}; give draft.rope_theta, rope_scaling"
         )
     # Training would not read them, but they would be in config.json, where an engine may.
     if unused := unused_keys(rope):
-        logger.warning("%s has %s, which a drafter does not use: dropped", where, ", ".join(unused))
+        logger.warning("the drafter's rope has %s, which a drafter does not use: dropped", ", ".join(unused))
     return {key: value for key, value in rope.items() if key not in unused}
 
 
