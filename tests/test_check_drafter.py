@@ -80,9 +80,7 @@ def fill(folder: Path, name: str, index: slice, value: float) -> None:
 
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut in the weights": (lambda f: cut(f, 3000), "is no whole safetensors file"),
-    "empty": (lambda f: cut(f, 0), "is no whole safetensors file"),
     "missing": (lambda f: set_tensors(f, fc__weight=None), "fc.weight"),
-    "missing in a layer": (lambda f: set_tensors(f, layers__1__mlp__up_proj__weight=None), "layers.1.mlp.up_proj"),
     "unknown": (lambda f: set_tensors(f, layers__1__hidden_norm__bias=torch.ones(3)), "layers.1.hidden_norm.bias"),
     "shape": (lambda f: set_tensors(f, norm__weight=torch.ones(13)), "norm.weight"),
     "mask_hidden of two layers": (lambda f: set_tensors(f, mask_hidden=torch.ones(2 * TARGET_HIDDEN)), "mask_hidden"),
@@ -90,12 +88,9 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "one inf": (lambda f: fill(f, "norm.weight", slice(3, 4), float("inf")), "1 values that are not finite"),
     "no d2t": (lambda f: set_tensors(f, d2t=None), "d2t"),
     "d2t beyond": (at(-1, VOCAB - DRAFT_VOCAB + 1), f"token {VOCAB}, outside of the vocabulary 0..{VOCAB - 1}"),
-    "d2t below": (at(0, -1), "token -1, outside"),
     "d2t twice": (at(5, 1), "same token"),
     "d2t holds ids": (lambda f: set_tensors(f, d2t=ids()), "offsets are wanted"),
-    "d2t is float": (lambda f: set_tensors(f, d2t=torch.zeros(DRAFT_VOCAB)), "d2t is torch.float32"),
     "mask beyond": (lambda f: set_masks(f, VOCAB), f"{VOCAB}"),
-    "mask below": (lambda f: set_masks(f, -1), "-1"),
     "two masks": (lambda f: set_config(f, mask_token_id=3), f"mask_token_id 3, pard_token {MASK_TOKEN}"),
     "mask is text": (lambda f: set_masks(f, "<mask>"), "one token id"),
     "two feature layers": (lambda f: set_config(f, eagle_aux_hidden_state_layer_ids=[2, 9]), "exactly 3 layers"),
@@ -104,12 +99,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another layer count": (lambda f: set_config(f, num_hidden_layers=3), "num_hidden_layers is 3"),
     "a million layers": (lambda f: set_config(f, num_hidden_layers=10**6), "num_hidden_layers is 1000000"),
     "a huge vocabulary": (lambda f: set_config(f, vocab_size=10**12), "vocab_size is 1000000000000, not a size"),
-    "another width": (lambda f: set_config(f, hidden_size=16), "embed_tokens.weight"),
     "gelu": (lambda f: set_config(f, hidden_act="gelu"), "hidden_act"),
     "no shape": (lambda f: set_config(f, hidden_size=None), "hidden_size"),
-    "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
-    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "not a mapping"),
     "no weights": (lambda f: (f / WEIGHTS).rename(f / "pytorch_model.bin"), "pickled"),
     "a stray file": (lambda f: save_file({"exp_avg": torch.ones(2)}, f / "optimizer.safetensors"), "exp_avg"),
     "a name twice": (
@@ -237,16 +230,6 @@ def test_names_that_vllm_would_not_find_or_does_not_know_are_refused_but_read(fo
     assert same_weights(draft, load_drafter(folder))
 
 
-@pytest.mark.parametrize(
-    "key", ["vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "text_config"]
-)
-def test_no_value_in_the_targets_config_breaks_the_check(folder: Path, key: str) -> None:
-    target: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 18}
-    for value in (None, "4096", [], 1.5, {"num_hidden_layers": None}):
-        check_folder(folder, {**target, key: value})
-        check_folder(folder, {"text_config": {**target, key: value}})
-
-
 def test_shards_are_read_as_one_file_and_a_lost_one_is_told_by_its_tensors(folder: Path) -> None:
     draft, tensors = load_drafter(folder), load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
@@ -274,6 +257,7 @@ def test_the_check_compares_with_the_target(folder: Path) -> None:
     for key, value in {"vocab_size": VOCAB + 1, "hidden_size": 99, "num_hidden_layers": 17}.items():
         assert not is_loadable(check_folder(folder, {**target, key: value})), key
         assert not is_loadable(check_folder(folder, {"text_config": {**target, key: value}})), key
+        assert not is_loadable(check_folder(folder, {**target, key: "x"})), key
     assert "not drafted for" in found(check_folder(folder, {**target, "max_position_embeddings": 10**6}), "warn")[0]
 
 

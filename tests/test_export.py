@@ -131,7 +131,7 @@ def test_a_users_mistake_is_one_line_and_nothing_is_written(tmp_path: Path, run:
     for source, format, options, message in (
         (run, "eagle3", {"speculative_tokens": 5}, "is 5; give 1 to 4"),
         (run, "eagle3", {"target": Path("/nowhere")}, "/nowhere is not a folder"),
-        (run, "eagle3", {"measured": Path("/nowhere.json")}, "holds no accepted lengths"),
+        (run, "eagle3", {"measured": Path("/nowhere.json")}, "no accepted lengths"),
         (run, "eagle3", {"target": other}, f"target's vocab_size: {VOCAB + 3}, the drafter was made for {VOCAB}"),
         (bare, "speculators", {"target_name": "x"}, "give --num-speculative-tokens"),
         (bare, "speculators", {"speculative_tokens": 2}, "give --target DIR or --target-name"),

@@ -126,8 +126,6 @@ def test_a_drafter_without_layer_ids_starts_a_run_from_cached_features(
 
 MISFITS: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "layers": ({"num_hidden_layers": 3}, [], "draft.num_layers is 2, but .* has 3: give draft.num_layers=3"),
-    "width": ({}, ["draft.hidden_size=24"], "draft.hidden_size is 24, but .* has 16"),
-    "vocabulary size": ({}, ["draft.draft_vocab_size=31"], "draft.draft_vocab_size is 31, but .* has 30"),
     "vocabulary": (
         {"vocab_size": VOCAB + 1},
         [],

@@ -61,7 +61,7 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
     else:
         tokens, verifier = speculative_tokens_of(raw), target_name_of(raw)
         find(tokens is not None, "speculative tokens", tokens)
-        find("ok" if verifier else "warn", "verifier", verifier or "none: `vllm serve DIR` does not know the target")
+        find(verifier is not None, "verifier", verifier or "none: `vllm serve DIR` does not know the target")
     token, has_mask = config.ptd_token_id, "mask_hidden" not in files.missing
     if token is None and not has_mask:
         text = "none, and no mask_hidden: an EAGLE-3 drafter, one token a pass"

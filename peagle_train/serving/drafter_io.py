@@ -9,14 +9,14 @@ import copy
 import json
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peagle_train.core.draft import PEagleDraft
@@ -49,10 +49,13 @@ class DrafterFiles:
     """The tensors' names in the files."""
     tensors: dict[str, Tensor]
     """Under this project's names, shapes checked, draft vocabulary ascending."""
-    missing: list[str]
-    """Those of MAY_LACK that are not in the files."""
     notes: list[str]
-    """What was renamed, dropped or reordered."""
+    """What was renamed or reordered."""
+
+    @property
+    def missing(self) -> list[str]:
+        """Those of MAY_LACK that are not in the files."""
+        return [name for name in MAY_LACK if name not in self.tensors]
 
     @property
     def draft_token_ids(self) -> Tensor:
@@ -69,16 +72,9 @@ class DrafterFiles:
 
 
 def load_drafter(folder: str | Path, dtype: torch.dtype | None = None) -> PEagleDraft:
-    """A drafter from a folder in either format: `final/`, `best/`, `checkpoint-N/`, an export, another's P-EAGLE.
+    """A drafter from a folder in either format, on the CPU, in eval mode; a `dtype` of None keeps the file's.
 
-    Args:
-        dtype: of the weights; None keeps the file's.
-
-    Returns:
-        On the CPU, in eval mode.
-
-    Raises:
-        ValueError: one line, for a folder that holds no whole P-EAGLE drafter.
+    ValueError: one line, for a folder that holds no whole P-EAGLE drafter.
     """
     files = read_drafter(folder)
     files.check_whole()
@@ -101,24 +97,22 @@ def read_drafter(folder: str | Path) -> DrafterFiles:
     folder = Path(folder)
     raw = read_config(folder)
     try:
-        where = tensor_files(folder)
-        names, notes = _standard_names(where)
-        if "fc.weight" not in names:
-            what = f"no drafter of this kind but perhaps a whole model ({raw.get('architectures')})"
+        stored = _read_tensors(folder)
+        tensors, notes = _standard_names(stored)
+        if "fc.weight" not in tensors:
+            what = f"perhaps a whole model ({raw.get('architectures')}), no drafter of this kind"
             raise ValueError(f"fc.weight is missing: {what}; give a drafter's folder")
         config = parse_config(raw)
         if config.ptd_token_id is not None:
             config.check_trainable()
-        layers = {int(match[1]) for match in (re.match(r"layers\.(\d+)\.", name) for name in names) if match}
-        if layers != {*range(min(config.num_hidden_layers, len(where)))}:
+        layers = {int(match[1]) for match in (re.match(r"layers\.(\d+)\.", name) for name in tensors) if match}
+        if layers != {*range(min(config.num_hidden_layers, len(stored)))}:
             listed = ", ".join(map(str, sorted(layers))) or "none"
             raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}, but the weights have layers {listed}")
-        tensors = {name: read_tensor(where, given) for name, given in names.items()}
         notes += _fit(config, tensors)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
-    missing = [name for name in MAY_LACK if name not in tensors]
-    return DrafterFiles(folder, raw, config, list(where), tensors, missing, notes)
+    return DrafterFiles(folder, raw, config, list(stored), tensors, notes)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -126,39 +120,27 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give a model's folder on this machine")
     path = folder / "config.json"
-    if not path.exists():
-        raise ValueError(f"{folder} has no config.json; give a model's folder")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {one_line(error)}") from None
+        raise ValueError(f"{path} cannot be read ({one_line(error)}); give a model's folder") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} is a {type(raw).__name__}, not a mapping")
     return raw
 
 
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """The file of each tensor by name, in every .safetensors of a model's folder, as engines find them.
-
-    ValueError where there is none, or one is damaged. Only headers are read.
-    """
-    where: dict[str, Path] = {}
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All of every .safetensors in a folder, as engines read them, mapped into memory; ValueError if one is damaged."""
+    tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(path, framework="pt") as file:
-                where |= dict.fromkeys(file.keys(), path)
-        except (OSError, SafetensorError, ValueError) as error:
-            reason = f"is no whole safetensors file ({one_line(error)}): fetch it again"
-            raise ValueError(f"{path.name} {reason}") from None
-    if not where:
+            tensors |= load_file(path)
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            what = f"is no whole safetensors file ({one_line(error)})"
+            raise ValueError(f"{path.name} {what}: fetch it again") from None
+    if not tensors:
         raise ValueError("it has no tensors in .safetensors files (pickled weights are never loaded): convert them")
-    return where
-
-
-def read_tensor(where: Mapping[str, Path], name: str) -> Tensor:
-    """One of what `tensor_files` found."""
-    with safe_open(where[name], framework="pt") as file:
-        return file.get_tensor(name)
+    return tensors
 
 
 def standard_name(name: str) -> str:
@@ -167,17 +149,17 @@ def standard_name(name: str) -> str:
     return "d2t" if name == "draft_id_to_target_id" else name
 
 
-def _standard_names(stored: Collection[str]) -> tuple[dict[str, str], list[str]]:
-    """The files' name of each tensor that is read, by `standard_name`, and notes; ValueError where two get the same."""
-    names: dict[str, str] = {}
-    for name in stored:
+def _standard_names(stored: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Those that are read, by `standard_name`, and notes; ValueError where two get the same name."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in stored.items():
         standard = standard_name(name)
-        if standard in names:
+        if standard in tensors:
             raise ValueError(f"two of its tensors are {standard}: {name} is one of them")
         if not NOT_READ.fullmatch(standard):
-            names[standard] = name
-    renamed = sum(name != standard for standard, name in names.items())
-    return names, [f"{renamed} tensors renamed (model. or midlayer. in front)"] if renamed else []
+            tensors[standard] = tensor
+    renamed = len(tensors.keys() - stored.keys())
+    return tensors, [f"{renamed} tensors renamed (model. or midlayer. in front)"] if renamed else []
 
 
 def expected_shapes(config: PEagleDraftConfig) -> dict[str, tuple[int, ...]]:
@@ -251,13 +233,9 @@ def save_drafter(path: Path, config: PEagleDraftConfig, state: Mapping[str, Tens
 
 
 def fill_drafter(folder: Path, config: PEagleDraftConfig, state: Mapping[str, Tensor], extra: dict[str, str]) -> None:
-    """Write `model.safetensors` and `config.json` as vLLM loads them into an existing folder.
+    """Write `model.safetensors`, `config.json` and the texts of `extra`, by file, into a folder.
 
-    Args:
-        extra: texts of further files by name; a `config.json` takes the place of the config's own.
-
-    Raises:
-        NonFiniteWeights: a weight is not finite. OSError: a file cannot be written.
+    NonFiniteWeights: a weight is not finite. OSError: a file cannot be written.
     """
     check_finite(state, "the drafter's")
     config.dtype = state["fc.weight"].dtype

@@ -6,7 +6,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
@@ -66,8 +66,7 @@ class Export:
     """What a user should know."""
 
 
-@dataclass
-class RunFacts:
+class RunFacts(NamedTuple):
     """What the files of a run say about one of its drafters; empty where there are none."""
 
     recipe: dict[str, Any]
@@ -256,14 +255,10 @@ def _card(
         served = {"method": "eagle3", "model": "THIS_FOLDER", "num_speculative_tokens": tokens or "K"}
         settings = json.dumps({**served, "parallel_drafting": True})
         command = f"vllm serve {target or 'TARGET'} --speculative-config \\\n    '{settings}'"
-    is_hub_name = target is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", target)
-    data = ModelCardData(
-        license=licence or "unknown",
-        base_model=target if is_hub_name else None,
-        tags=["speculative-decoding", "eagle3", "p-eagle", "vllm"],
-    )
+    base = target if re.fullmatch(r"[\w.-]+/[\w.-]+", target or "") else None  # a hub name
+    tags = ["speculative-decoding", "eagle3", "p-eagle", "vllm"]
     return ModelCard.from_template(
-        data,
+        ModelCardData(license=licence or "unknown", base_model=base, tags=tags),
         template_str=CARD,
         target=target,
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items() if value is not None),
@@ -275,15 +270,12 @@ def _card(
 
 def _lengths(measured: Path | None) -> list[str]:
     """The card's lines of what `peagle-train evaluate --json` wrote; none for None."""
-    if measured is None:
-        return []
+    lines = []
     try:
-        return [
-            f"- {name}: accepted length "
-            + ", ".join(f"{r['accepted_length']:.2f} at K = {r['k']}" for r in figures["by_k"] if r["accepted_length"])
-            for name, figures in json.loads(measured.read_text())["figures"][0].items()
-        ]
+        for name, figures in json.loads(measured.read_text())["figures"][0].items() if measured else ():
+            by_k = [row for row in figures["by_k"] if row["accepted_length"]]
+            lengths = ", ".join(f"{row['accepted_length']:.2f} at K = {row['k']}" for row in by_k)
+            lines.append(f"- {name}: accepted length {lengths}")
     except (OSError, LookupError, TypeError, ValueError, AttributeError):
-        raise ValueError(
-            f"{measured} holds no accepted lengths; give what `peagle-train evaluate --json FILE` wrote"
-        ) from None
+        raise ValueError(f"{measured} has no accepted lengths; give what `evaluate --json FILE` wrote") from None
+    return lines

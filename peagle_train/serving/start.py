@@ -44,11 +44,7 @@ class Start:
 
 
 def read_start(recipe: Recipe, target: TargetBase) -> Start | None:
-    """The drafter that the recipe starts from; None if it names none.
-
-    Raises:
-        ValueError: one line that names the key, where the recipe or the target does not fit the drafter.
-    """
+    """The drafter that the recipe starts from, None if it names none; ValueError where target or recipe do not fit it."""
     if recipe.draft.init_from is None:
         return None
     files = read_drafter(recipe.draft.init_from)
@@ -123,13 +119,10 @@ def make_draft_config(
 
     heads = own("num_attention_heads")
     rope = _rope(draft, config)
-    served, length = own("max_position_embeddings"), recipe.data.max_length
-    if served < length:
+    served = own("max_position_embeddings")
+    if served < recipe.data.max_length:
         logger.warning(
-            "max_position_embeddings is %s, data.max_length %d: sequences are longer than the drafter says it serves; give"
-            " draft.max_position_embeddings",
-            served,
-            length,
+            "draft.max_position_embeddings is %s: sequences are longer than the drafter says it serves", served
         )
     try:
         made = PEagleDraftConfig(
