@@ -146,8 +146,10 @@ Sources = list[Text | dict[str, Any]]
 SomeSources = Annotated[Sources, _holding(len, "a non-empty list of files, folders, globs or the word stdlib")]
 _DOTTED = _holding(lambda items: all(item[0] == "." for item in items), "a list such as [.py, .jsonl], with the dots")
 Extensions = Annotated[list[Text], _DOTTED]
-_RISING = "3 strictly increasing integers >= 0, as in [2, 14, 25]"
-Layers = Annotated[list[int], _holding(lambda ids: len(ids) == 3 and 0 <= ids[0] < ids[1] < ids[2], _RISING)]
+_RISING = "1 to 8 strictly increasing integers >= 0, as in [2, 14, 25]"
+Layers = Annotated[
+    list[int], _holding(lambda ids: 1 <= len(ids) <= 8 and ids[0] >= 0 and ids == sorted({*ids}), _RISING)
+]
 _SPAN = "the first and the last step, as in [5, 8]"
 Steps = Annotated[list[int], _holding(lambda steps: len(steps) == 2 and 1 <= steps[0] <= steps[1], _SPAN)]
 
@@ -256,7 +258,7 @@ class Target:
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     """What the target computes in; auto is what its files say."""
     layer_ids: Layers | None = None
-    """Features are the residual stream entering these layers; null: (2, n // 2, n - 3) for n layers."""
+    """Features are the residual stream entering these 1 to 8 layers; null: (2, n // 2, n - 3) for n layers."""
     chunk_tokens: Count | None = None
     """Tokens that the target is given at a time, over a cache of keys and values; null: a whole batch."""
     cache: FilePath | None = None

@@ -95,7 +95,7 @@ class Sizes:
 
     @property
     def fc_weights(self) -> int:
-        return 3 * self.draft.target_hidden_size * self.draft.hidden_size
+        return self.draft.feature_size * self.draft.hidden_size
 
     def layer_weights(self, index: int) -> int:
         """Of a layer's matrices; the first one reads embeddings beside features."""
@@ -171,7 +171,7 @@ def _saved(s: Sizes, one: Pass) -> tuple[int, int]:
     c, N, Q, H = s.c, one.N, one.Q, s.draft.hidden_size
     trains_head = s.recipe.draft.trains_head(H == s.draft.target_hidden_size)
     # The position ids' tables, the token ids, fc's input.
-    before = one.M * 3 * s.draft.target_hidden_size * c + 2 * N * s.draft.head_dim * c + 8 * N
+    before = one.M * s.draft.feature_size * c + 2 * N * s.draft.head_dim * c + 8 * N
     after = _norm(s, Q) + Q * H * c + 8 * Q + (s.draft.draft_vocab_size * H * s.m if trains_head else 0)
     layers = [_layer(s, one, i) for i in range(s.draft.num_hidden_layers)]
     if not s.recipe.train.activation_checkpointing:
@@ -237,6 +237,7 @@ def plan_memory(s: Sizes, num_segments: int, all_supervised: bool = False) -> Me
     train, S, c, m, t = s.recipe.train, num_segments, s.c, s.m, s.target_bytes
     B, L, layers = train.batch_size, s.recipe.data.max_length, s.draft.num_hidden_layers
     H, T, V = s.draft.hidden_size, s.draft.target_hidden_size, s.draft.draft_vocab_size
+    F = s.draft.feature_size
     one, capacity = largest_pass(s, S, all_supervised), capacity_of(s, S)
     relay = train.segment_mode == "relay" and S > 1
     again = S > 1 or train.gradient_accumulation_steps > 1
@@ -248,7 +249,7 @@ def plan_memory(s: Sizes, num_segments: int, all_supervised: bool = False) -> Me
         root = s.parameters - s.all_layers
         gathered = (root + s.layer_weights(0) + (s.layer_weights(1) if layers > 1 else 0)) * m
     columns = B * L * s.kv_size * 2 * layers
-    outputs = B * L * 4 * T * t
+    outputs = B * L * (F + T) * t
     resident = {
         "target weights": s.target_weights,
         "target head rows": V * T * t,
@@ -264,8 +265,8 @@ def plan_memory(s: Sizes, num_segments: int, all_supervised: bool = False) -> Me
 
     after_forward, in_backward = _saved(s, one)
     kept = 0 if train.offload_features and s.on_cuda else outputs
-    kept += 0 if s.on_cuda else B * L * 4 * T * s.cached_bytes  # read ahead
-    pieces = one.M * 3 * T * t  # gathered out of the features, for one segment
+    kept += 0 if s.on_cuda else B * L * (F + T) * s.cached_bytes  # read ahead
+    pieces = one.M * F * t  # gathered out of the features, for one segment
     hidden = one.Q * (T * t + H * c)  # labels gathered out of the last hidden states, and what they are compared with
     # Flex attention's keys are a copy, context first; the pass's own are there until it has answered, or are handed on.
     own = 2 * one.N * s.kv_size * c * layers if s.on_cuda else 0
@@ -290,7 +291,7 @@ def plan_memory(s: Sizes, num_segments: int, all_supervised: bool = False) -> Me
         "target": base + outputs + s.target_forward + B * L * 24,
         "loss": during - to_come + unsaved + after_forward + own + hidden + chunk,
         "backward": backward + (unsaved if S > 1 else 0) + (own if relay else 0),
-        "embedding": during + late + one.N * H * (c + m) * 2 + one.M * 3 * T * c + (largest if again else 0),
+        "embedding": during + late + one.N * H * (c + m) * 2 + one.M * F * c + (largest if again else 0),
         "reduce": base + kept + (s.trained * m if s.device.world_size > 1 and not s.sharded else 0),
     }
     step = {
@@ -577,7 +578,7 @@ def probe_step(
     row: dict[str, Any] = {"input_ids": ids, "loss_mask": torch.ones_like(ids), "row_key": 0, "epoch": 0}
     if recipe.target.cache:
         dtype = target.cache_dtype(recipe.target.cache_dtype)
-        row["features"] = torch.zeros(L, 3 * target.hidden_size, dtype=dtype)
+        row["features"] = torch.zeros(L, draft.config.feature_size, dtype=dtype)
         row["last_hidden"] = torch.zeros(L, target.hidden_size, dtype=dtype)
     else:  # sequences of several documents may take a mask of L x L, which a document alone does without
         position = torch.cat([torch.arange(L - L // 2), torch.arange(L // 2)])

@@ -86,7 +86,9 @@ def make_batch(rows: Sequence[Mapping[str, Any]], L: int, S: int = 1, K: int = K
     return CODCollator(L, num_depths=K, num_segments=S, **options)(rows)
 
 
-def make_target(batch: dict[str, Tensor], dtype: torch.dtype = torch.float64, seed: int = 2) -> TargetOutputs:
+def make_target(
+    batch: dict[str, Tensor], dtype: torch.dtype = torch.float64, seed: int = 2, layers: int = 3
+) -> TargetOutputs:
     """Random features, last hidden states and head, the same for every cut of the same rows."""
     B, L = batch["input_ids"].shape
     g = torch.Generator().manual_seed(seed)
@@ -94,7 +96,7 @@ def make_target(batch: dict[str, Tensor], dtype: torch.dtype = torch.float64, se
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
 
-    features, last_hidden = normal(B, L, 3 * TARGET_HIDDEN), normal(B, L, TARGET_HIDDEN)
+    features, last_hidden = normal(B, L, layers * TARGET_HIDDEN), normal(B, L, TARGET_HIDDEN)
     return TargetOutputs(features, last_hidden, normal(DRAFT_VOCAB, TARGET_HIDDEN))
 
 
@@ -214,6 +216,7 @@ GRID = [
         "down_sample_ratio": (0.8, 0.5, 1.0)[i // 3 % 3],
         "padding": (2, 0, 11)[i // 2 % 3],
         "norm_before_residual": i % 11 == 3,
+        "num_aux_hidden_states": (3, 1, 5, 2)[i // 3 % 4],
     }
     for i, (layers, S) in enumerate([(n, S) for n in (1, 2, 4) for S in (2, 3, 4, 7, 8, 16, 1) for _ in range(2)])
 ]
@@ -225,7 +228,8 @@ def build(case: dict[str, Any]) -> tuple[PEagleDraft, dict[str, Tensor], dict[st
     S, boundaries, ratio = case.pop("S"), case.pop("boundaries"), case.pop("down_sample_ratio")
     rows = make_rows(L, **{name: case.pop(name) for name in ("documents", "prompt", "batch_size", "padding")})
     batch = make_batch(rows, L, S, K, boundaries=boundaries, down_sample_ratio=ratio)
-    return make_draft(**case), batch, make_batch(rows, L, 1, K, down_sample_ratio=ratio), make_target(batch)
+    target = make_target(batch, layers=case["num_aux_hidden_states"])
+    return make_draft(**case), batch, make_batch(rows, L, 1, K, down_sample_ratio=ratio), target
 
 
 def case_name(case: dict[str, Any]) -> str:

@@ -93,8 +93,16 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "mask beyond": (lambda f: set_masks(f, VOCAB), f"{VOCAB}"),
     "two masks": (lambda f: set_config(f, mask_token_id=3), f"mask_token_id 3, pard_token {MASK_TOKEN}"),
     "mask is text": (lambda f: set_masks(f, "<mask>"), "one token id"),
-    "two feature layers": (lambda f: set_config(f, eagle_aux_hidden_state_layer_ids=[2, 9]), "exactly 3 layers"),
-    "layers out of order": (lambda f: set_config(f, eagle_aux_hidden_state_layer_ids=[9, 2, 17]), "ascending order"),
+    "two feature layers": (
+        lambda f: set_config(f, eagle_aux_hidden_state_layer_ids=[2, 9]),
+        "num_aux_hidden_states is 3",
+    ),
+    "features of two layers": (
+        lambda f: set_config(f, eagle_aux_hidden_state_layer_ids=[2, 9], num_aux_hidden_states=2),
+        "fc.weight",
+    ),
+    "no feature layer": (lambda f: set_config(f, eagle_aux_hidden_state_layer_ids=[-1, 2, 3]), "1 to 8 layers"),
+    "layers out of order": (lambda f: set_config(f, eagle_aux_hidden_state_layer_ids=[9, 2, 17]), "ascending"),
     "rope dynamic": (lambda f: set_config(f, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4}), "dynamic"),
     "another layer count": (lambda f: set_config(f, num_hidden_layers=3), "num_hidden_layers is 3"),
     "a million layers": (lambda f: set_config(f, num_hidden_layers=10**6), "num_hidden_layers is 1000000"),

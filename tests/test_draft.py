@@ -19,13 +19,14 @@ from tests.helpers import DRAFT_VOCAB, MASK_TOKEN, TARGET_HIDDEN, VOCAB, calls_o
 
 def expected_shapes(config: PEagleDraftConfig) -> dict[str, tuple[int, ...]]:
     """DESIGN 8, name by name."""
-    H, T, V, Vd = config.hidden_size, config.target_hidden_size, config.vocab_size, config.draft_vocab_size
+    H, V, Vd = config.hidden_size, config.vocab_size, config.draft_vocab_size
     queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    middle = config.intermediate_size
+    middle, T = config.intermediate_size, config.target_hidden_size
+    features = T * len(config.eagle_aux_hidden_state_layer_ids or [2, 9, 17])
     shapes: dict[str, tuple[int, ...]] = {
-        "mask_hidden": (1, 1, 3 * T),
+        "mask_hidden": (1, 1, features),
         "embed_tokens.weight": (V, H),
-        "fc.weight": (H, 3 * T),
+        "fc.weight": (H, features),
         "norm.weight": (H,),
         "lm_head.weight": (Vd, H),
         "d2t": (Vd,),
@@ -52,7 +53,8 @@ def expected_shapes(config: PEagleDraftConfig) -> dict[str, tuple[int, ...]]:
     "changes",
     [
         {},
-        {"num_hidden_layers": 1, "num_key_value_heads": 4},
+        {"num_hidden_layers": 1, "num_key_value_heads": 4, "eagle_aux_hidden_state_layer_ids": [7]},
+        {"eagle_aux_hidden_state_layer_ids": [0, 1, 2, 3, 4, 5, 6, 11]},
         {"num_hidden_layers": 4, "head_dim": 6, "hidden_size": 20, "num_key_value_heads": 1},
         {"hidden_size": TARGET_HIDDEN, "num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 4},
     ],
@@ -274,7 +276,7 @@ def run_and_expect(
     g = torch.Generator().manual_seed(5)
     N, M = tables.anchor.shape[1], tables.num_depth0
     token = torch.randint(0, VOCAB, (B, N), generator=g)
-    features = torch.randn(B, M, 3 * TARGET_HIDDEN, generator=g, dtype=torch.float64)
+    features = torch.randn(B, M, draft.config.feature_size, generator=g, dtype=torch.float64)
     output = draft(token, position, features, tables, skip=skip, **options)
     weights = dict(draft.named_parameters())
     expected = []
@@ -296,6 +298,8 @@ SHAPES: list[dict[str, Any]] = [
     {"num_hidden_layers": 4, "num_key_value_heads": 1},
     {"hidden_size": 21, "head_dim": 6, "num_attention_heads": 3, "num_key_value_heads": 3},
     {"rms_norm_eps": 0.1, "rope_theta": 3.0},
+    {"num_aux_hidden_states": 1},
+    {"num_aux_hidden_states": 5, "num_hidden_layers": 1},
 ]
 
 

@@ -99,8 +99,8 @@ WRONG = {
     "target.layer_ids=[0, 1, true]": "got true (bool); it should be a valid integer",
     "train.profile_steps=[0, 4]": "give the first and the last step",
     **{
-        f"target.layer_ids={ids}": "give 3 strictly increasing integers >= 0"
-        for ids in ("[]", "[1, 2]", "[1, 2, 3, 4]", "[1, 1, 2]", "[-1, 0, 1]")
+        f"target.layer_ids={ids}": "give 1 to 8 strictly increasing integers >= 0"
+        for ids in ("[]", "[0, 1, 2, 3, 4, 5, 6, 7, 8]", "[1, 1, 2]", "[3, 2, 1]", "[-1, 0, 1]")
     },
     "data.num_workers=1000": "less than or equal to",
 }

@@ -196,6 +196,8 @@ SHAPES: dict[str, tuple[dict[str, Any], int]] = {
     "narrower": ({"hidden_size": 32, "num_attention_heads": 1}, TRAINED_K),
     "four heads a key, wide heads": ({"num_attention_heads": 4, "head_dim": 64}, TRAINED_K),
     "other features": ({"eagle_aux_hidden_state_layer_ids": [0, 3, 5]}, TRAINED_K),
+    "features of one layer": ({"eagle_aux_hidden_state_layer_ids": [3]}, TRAINED_K),
+    "features of five layers": ({"eagle_aux_hidden_state_layer_ids": [0, 1, 3, 4, 5]}, TRAINED_K),
     "full vocabulary": ({"draft_vocab_size": VOCAB}, TRAINED_K),
     "full vocabulary, 1 layer": ({"draft_vocab_size": VOCAB, "num_hidden_layers": 1}, TRAINED_K),
     **{kind: ({"rope_scaling": {"rope_type": kind, **rope}}, TRAINED_K) for kind, rope in ROPES.items()},

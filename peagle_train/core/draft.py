@@ -2,7 +2,7 @@
 
 Layer 0 reads [token embedding, features] (2H wide); the layers above are plain Llama layers; `lm_head` maps to the draft
 vocabulary. B: rows, N: elements of a pass, M: leading slots that hold depth-0 elements, Q: queries of the last layer,
-H: hidden size, T: the target's hidden size, D: head dim, A: query heads, G: key/value heads.
+H: hidden size, T: the target's hidden size, F: features of its layers, D: head dim, A: query heads, G: key/value heads.
 """
 
 from contextlib import nullcontext
@@ -142,7 +142,7 @@ class Layer(nn.Module):
 class PEagleDraft(PreTrainedModel):
     """A P-EAGLE drafter.
 
-    Parameters: `embed_tokens` [V, H], `fc` [H, 3T], `mask_hidden` [1, 1, 3T], `layers.*`, `norm`, `lm_head` [Vd, H].
+    Parameters: `embed_tokens` [V, H], `fc` [H, F], `mask_hidden` [1, 1, F], `layers.*`, `norm`, `lm_head` [Vd, H].
     Buffers: `d2t` int64 [Vd], offsets (target id = i + d2t[i]); `t2d` bool [V]. None with the full vocabulary, where vLLM
     knows no such tensors.
     """
@@ -159,8 +159,8 @@ class PEagleDraft(PreTrainedModel):
         assert config.draft_vocab_size is not None and config.target_hidden_size is not None
         size = config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, size)
-        self.fc = nn.Linear(3 * config.target_hidden_size, size, bias=False)
-        self.mask_hidden = nn.Parameter(torch.zeros(1, 1, 3 * config.target_hidden_size))
+        self.fc = nn.Linear(config.feature_size, size, bias=False)
+        self.mask_hidden = nn.Parameter(torch.zeros(1, 1, config.feature_size))
         self.layers = nn.ModuleList(Layer(config, fused=i == 0) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(size, config.rms_norm_eps)
         self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
@@ -215,7 +215,7 @@ class PEagleDraft(PreTrainedModel):
         Args:
             token: int64 [B, N], the token that each element reads (the mask token where depth > 0).
             position: int64 [B, N], rotary positions.
-            features: [B, M, 3T], the target's features of the first M = visibility.num_depth0 slots (anything where
+            features: [B, M, F], the target's features of the first M = visibility.num_depth0 slots (anything where
                 such a slot holds no depth-0 element; those and all later slots read `mask_hidden`).
             visibility: who sees whom; `Causal` where the drafter serves (see `peagle_train.decoding.generate`).
             context: each layer's rotated keys and values of the P context columns; None where P = 0.

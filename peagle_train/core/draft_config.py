@@ -37,14 +37,16 @@ class PEagleDraftConfig(LlamaConfig):
     draft_vocab_size: int | None = None
     """Vd, rows of `lm_head`; None is the target's vocabulary."""
     target_hidden_size: int | None = None
-    """H of the target: `fc` reads 3 of its layers. None is the drafter's hidden size."""
+    """T, the target's; None is the drafter's hidden size."""
     ptd_token_id: int | None = None
     """The mask token, read by every slot but the first; may be given under any of MASK_KEYS."""
     mask_token_id: int | None = None
     pard_token: int | None = None
     """The same under its other names: every reader knows one of the three."""
     eagle_aux_hidden_state_layer_ids: list[int] | None = None
-    """The three layers of the target whose *input* is read; None is (2, n // 2, n - 3)."""
+    """The layers of the target whose *input* is read, ascending; None is (2, n // 2, n - 3)."""
+    num_aux_hidden_states: int | None = None
+    """How many those are, which is where vLLM's Llama drafter looks first; None: as many as there are ids, or 3."""
     norm_before_residual: bool = False
     """Whether layer 0's residual is the features after `hidden_norm` (True) or before (False)."""
 
@@ -65,7 +67,15 @@ class PEagleDraftConfig(LlamaConfig):
             self.draft_vocab_size = self.vocab_size
         if self.target_hidden_size is None:
             self.target_hidden_size = self.hidden_size
+        if self.num_aux_hidden_states is None:
+            self.num_aux_hidden_states = len(self.eagle_aux_hidden_state_layer_ids or (2, 0, 0))
         self.architectures = [ARCHITECTURE]
+
+    @property
+    def feature_size(self) -> int:
+        """F: numbers that `fc` reads of a position, those of all feature layers."""
+        assert self.num_aux_hidden_states is not None and self.target_hidden_size is not None
+        return self.num_aux_hidden_states * self.target_hidden_size
 
     def validate_architecture(self) -> None:
         """Nothing yet: `check_trainable` says it in the trainer's words."""

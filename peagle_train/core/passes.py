@@ -23,7 +23,7 @@ class TargetOutputs:
     """What the frozen target gives for a batch; on the drafter's device, or on the host to be copied piece by piece."""
 
     features: Tensor
-    """[B, n, 3T]: n = L, or at least all columns that are no padding."""
+    """[B, n, F]: n = L, or at least all columns that are no padding."""
     last_hidden: Tensor
     """[B, n, T], after the target's final norm."""
     head: Tensor
@@ -208,9 +208,8 @@ def check_target(
             f"the target's head has shape {tuple(head.shape)}; the drafter's vocabulary needs"
             f" {config.draft_vocab_size} rows"
         )
-    assert config.target_hidden_size is not None
     widths = (
-        ("features", target.features, 3 * config.target_hidden_size),
+        ("features", target.features, config.feature_size),
         ("last_hidden", target.last_hidden, head.shape[1]),
     )
     for name, tensor, width in widths:

@@ -9,7 +9,7 @@ Drafts are the drafter's likeliest tokens at any temperature (vLLM's `draft_samp
 Leviathan et al. (arXiv:2211.17192) then accepts a guess x with the target's p(x), and replaces a rejected one by a token of
 p without x. Drawing a token from p, and accepting the guess if it is that token, is the same.
 
-K: slots, n: tokens of a call, T: the target's hidden size, F = 3T: feature size, V: the target's vocabulary, Vd: the
+K: slots, n: tokens of a call, T: the target's hidden size, F: feature size, V: the target's vocabulary, Vd: the
 draft vocabulary.
 """
 

@@ -8,7 +8,14 @@ from typing import Any, Literal, NamedTuple
 
 from peagle_train.core.rope import yarn_too_short
 from peagle_train.serving.drafter_io import read_drafter, standard_name
-from peagle_train.serving.formats import EAGLE3, format_of, layer_ids_of, speculative_tokens_of, target_name_of
+from peagle_train.serving.formats import (
+    EAGLE3,
+    feature_layers_of,
+    format_of,
+    layer_ids_of,
+    speculative_tokens_of,
+    target_name_of,
+)
 
 Level = Literal["ok", "warn", "BAD"]
 ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "LlamaForCausalLM")
@@ -86,7 +93,10 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
             find("BAD", name, "of a full vocabulary, for which vLLM has no such tensor")
     found += [Finding("ok", "note", note) for note in files.notes]
     ids = layer_ids_of(raw)
-    find("ok", "feature layers", "(2, n // 2, n - 3), vLLM's default" if ids is None else ids)
+    count, hint = feature_layers_of(raw), ""
+    if count != config.num_aux_hidden_states:
+        hint = f": vLLM's drafter takes {count} unless num_aux_hidden_states is among the layers' keys, as in an export"
+    find(not hint, "feature layers", f"{'(2, n // 2, n - 3)' if ids is None else ids}{hint}")
     short = yarn_too_short(config.rope_parameters or {}, config.max_position_embeddings)
     find("warn" if short else "ok", "max positions", short or config.max_position_embeddings)
     if target is not None:

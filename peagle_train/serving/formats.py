@@ -23,6 +23,7 @@ _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_he
 _LLAMA_KEYS = (
     "hidden_act rms_norm_eps initializer_range attention_bias mlp_bias bos_token_id eos_token_id".split() + _SIZES
 )
+LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 _OWN_KEYS = ("draft_vocab_size", "target_hidden_size", "eagle_aux_hidden_state_layer_ids", "norm_before_residual")
 
 _UNLIKE_OURS = {
@@ -51,10 +52,20 @@ def target_name_of(raw: dict[str, Any]) -> str | None:
     return name if isinstance(name, str) else None
 
 
+def layers_of(raw: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config.json about the layers, with which vLLM's reading starts."""
+    return raw if format_of(raw) == EAGLE3 else raw.get("transformer_layer_config") or {}
+
+
 def layer_ids_of(raw: dict[str, Any]) -> Any:
     """The target's feature layers as given, at the top or in `eagle_config`; None means vLLM's default."""
-    key = "eagle_aux_hidden_state_layer_ids"
-    return raw.get(key) or _at(raw, "eagle_config", key)
+    return raw.get(LAYER_IDS) or _at(raw, "eagle_config", LAYER_IDS)
+
+
+def feature_layers_of(raw: dict[str, Any]) -> int:
+    """How many feature layers vLLM's drafter takes; a Llama's does not count the ids at the top."""
+    layers = layers_of(raw)
+    return layers.get("num_aux_hidden_states") or len(_at(layers, "eagle_config", LAYER_IDS) or (2, 0, 0))
 
 
 def _at(value: Any, *keys: str | int) -> Any:
@@ -74,7 +85,7 @@ def parse_config(raw: dict[str, Any]) -> PEagleDraftConfig:
     differently by vLLM.
     """
     try:
-        layers = raw if format_of(raw) == EAGLE3 else raw.get("transformer_layer_config") or {}
+        layers = layers_of(raw)
         if refused := [*_differences(raw, layers), *_mistakes(raw, layers)]:
             raise ValueError("; ".join(refused))
         fields = {key: layers[key] for key in _LLAMA_KEYS if layers.get(key) is not None}
@@ -106,7 +117,7 @@ def _differences(raw: dict[str, Any], layers: dict[str, Any]) -> list[str]:
     if any(kind != "full_attention" for kind in layers.get("layer_types") or []):
         found.append("layer_types has other than full_attention; windows are not supported")
     if _at(raw, "eagle_config", "use_aux_hidden_state") is False:
-        found.append("eagle_config.use_aux_hidden_state is false: it reads the last layer, not three")
+        found.append("eagle_config.use_aux_hidden_state is false: it reads the last layer alone")
     for key, meaning in _UNLIKE_OURS.items():
         if raw.get(key) or layers.get(key) or _at(raw, "eagle_config", key):
             found.append(f"{key} is set: it {meaning}, which is not supported")
@@ -136,10 +147,13 @@ def _mistakes(raw: dict[str, Any], layers: dict[str, Any]) -> list[str]:
         found.append(f"hidden_act is {layers['hidden_act']!r}; vLLM's Llama layers have silu only")
     ids = layer_ids_of(raw)
     if ids is not None:
-        if not isinstance(ids, list) or len(ids) != 3 or not all(type(i) is int and i >= 0 for i in ids):
-            found.append(f"eagle_aux_hidden_state_layer_ids is {ids}: it must name exactly 3 layers of the target")
-        elif not ids[0] < ids[1] < ids[2]:
-            found.append(f"eagle_aux_hidden_state_layer_ids is {ids}: vLLM reads layers in ascending order in any case")
+        are_ids = isinstance(ids, list) and 1 <= len(ids) <= 8 and all(type(i) is int and i >= 0 for i in ids)
+        if not are_ids or sorted({*ids}) != ids:
+            what = "it must name 1 to 8 layers of the target, ascending, in which order vLLM reads them in any case"
+            found.append(f"eagle_aux_hidden_state_layer_ids is {ids}: {what}")
+    count = raw.get("num_aux_hidden_states") or layers.get("num_aux_hidden_states")
+    if not found and count not in (None, len(ids or (2, 0, 0))):
+        found.append(f"num_aux_hidden_states is {count!r}, but eagle_aux_hidden_state_layer_ids is {ids}")
     return found
 
 

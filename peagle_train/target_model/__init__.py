@@ -1,1 +1,1 @@
-"""The frozen target: features of three layers, long documents in chunks, features on disk."""
+"""The frozen target: features of some of its layers, long documents in chunks, features on disk."""

@@ -1,6 +1,6 @@
 """The frozen target: what training reads of one, and a transformers causal LM that computes it.
 
-Only the base model runs, so no logits of the whole vocabulary exist; hooks keep the inputs of three layers, so no other
+Only the base model runs, so no logits of the whole vocabulary exist; hooks keep the inputs of some layers, so no other
 hidden state outlives its layer. B: sequences, L: positions, T: hidden size, F: feature layers, V: draft vocabulary.
 """
 
