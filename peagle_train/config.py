@@ -353,6 +353,8 @@ class Draft:
     """Start from the target's embeddings."""
     lm_head_from_target: bool = True
     """Start from the target's head (its rows of the draft vocabulary)."""
+    layer_type: Literal["llama", "qwen3"] | None = None
+    """Qwen3's layers norm the queries and keys of each head; null: qwen3 for a target of that family, else llama."""
     norm_before_residual: bool = False
     """Layer 0's residual is the normed features instead of the raw ones."""
     init_from: FilePath | None = None

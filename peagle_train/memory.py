@@ -188,10 +188,10 @@ def _saved(s: Sizes, one: Pass) -> tuple[int, int]:
     return before + (len(layers) + 1) * inputs + after + fc_copy, max(peaks) + fc_copy
 
 
-def _norm(s: Sizes, n: int) -> int:
+def _norm(s: Sizes, n: int, width: int = 0) -> int:
     """RMSNorm of n rows: its input and a number a row; on a CPU a wide copy of the input and one of the output."""
-    H = s.draft.hidden_size
-    return n * (H * s.c + s.m if s.on_cuda else (2 * H + 1) * s.m)
+    width = width or s.draft.hidden_size
+    return n * (width * s.c + s.m if s.on_cuda else (2 * width + 1) * s.m)
 
 
 def _layer(s: Sizes, one: Pass, index: int) -> int:
@@ -200,6 +200,8 @@ def _layer(s: Sizes, one: Pass, index: int) -> int:
     Q = one.Q if index == s.draft.num_hidden_layers - 1 else N
     entering = (_norm(s, N) + N * H * c) * (2 if index == 0 else 1)
     attention = 2 * Q * s.query_size * c + Q * s.draft.num_attention_heads * s.m + 2 * (N + one.joined) * s.kv_size * c
+    if s.draft.layer_type == "qwen3":  # the norms of queries and keys
+        attention += _norm(s, Q * s.draft.num_attention_heads + N * s.draft.num_key_value_heads, s.draft.head_dim)
     return entering + attention + _mlp(s, Q)
 
 

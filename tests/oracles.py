@@ -219,6 +219,8 @@ def drafter(
             x = normed if config.norm_before_residual else x
             inputs = torch.cat([inputs, normed], dim=-1)
         query, key, value = (heads(inputs @ w[f"self_attn.{a}_proj.weight"].T) for a in "qkv")
+        if config.layer_type == "qwen3":
+            query, key = (rms_norm(x, w[f"self_attn.{a}_norm.weight"], eps) for x, a in ((query, "q"), (key, "k")))
         seen = attention(rotate(query, position, theta), rotate(key, position, theta), value, visible)
         x = x + seen @ w["self_attn.o_proj.weight"].T
         normed = rms_norm(x, w["post_attention_layernorm.weight"], eps)

@@ -124,7 +124,12 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "last layer only": (lambda f: set_config(f, eagle_config={"use_aux_hidden_state": False}), "use_aux_hidden_state"),
     "quantised": (lambda f: set_config(f, quantization_config={"bits": 4}), "quantization_config"),
     "sliding": (lambda f: set_config(f, layer_types=["sliding_attention"] * 2), "layer_types"),
-    "qwen3 layers": (lambda f: set_config(f, model_type="qwen3"), "model_type is 'qwen3'"),
+    "qwen3 without its norms": (lambda f: set_config(f, model_type="qwen3"), "self_attn.k_norm.weight"),
+    "qwen3 of a head size to guess": (
+        lambda f: set_config(f, model_type="qwen3", head_dim=None),
+        "head_dim is missing",
+    ),
+    "gemma layers": (lambda f: set_config(f, model_type="gemma3"), "model_type is 'gemma3'"),
 }
 
 
@@ -223,6 +228,10 @@ def test_an_architecture_is_judged_by_what_vllm_reads_it_as(folder: Path) -> Non
     for name in ("PEagleDraftModel", "PeagleLlamaForCausalLM", "Eagle3Qwen3ForCausalLM"):
         set_config(folder, architectures=[name])
         assert [f.what for f in check_folder(folder) if f.level == "BAD"] == ["architectures"]
+    make_draft(torch.float32, layer_type="qwen3").save_pretrained(folder)
+    assert is_loadable(check_folder(folder))
+    set_config(folder, architectures=["LlamaForCausalLMEagle3"])
+    assert [f.what for f in check_folder(folder) if f.level == "BAD"] == ["architectures"]
 
 
 @pytest.mark.parametrize("name", ["model.", "draft_id_to_target_id", "verifier_norm.weight", "verifier_lm_head.weight"])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig, LlamaConfig, Qwen3Config
 
 from peagle_train.core.draft import DraftOutput, Labels, PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
@@ -46,6 +46,8 @@ def expected_shapes(config: PEagleDraftConfig) -> dict[str, tuple[int, ...]]:
             f"layers.{i}.mlp.up_proj.weight": (middle, H),
             f"layers.{i}.mlp.down_proj.weight": (H, middle),
         }
+        if config.layer_type == "qwen3":
+            shapes |= {f"layers.{i}.self_attn.{a}_norm.weight": (config.head_dim,) for a in "qk"}
     return shapes
 
 
@@ -54,7 +56,7 @@ def expected_shapes(config: PEagleDraftConfig) -> dict[str, tuple[int, ...]]:
     [
         {},
         {"num_hidden_layers": 1, "num_key_value_heads": 4, "eagle_aux_hidden_state_layer_ids": [7]},
-        {"eagle_aux_hidden_state_layer_ids": [0, 1, 2, 3, 4, 5, 6, 11]},
+        {"eagle_aux_hidden_state_layer_ids": [0, 1, 2, 3, 4, 5, 6, 11], "layer_type": "qwen3"},
         {"num_hidden_layers": 4, "head_dim": 6, "hidden_size": 20, "num_key_value_heads": 1},
         {"hidden_size": TARGET_HIDDEN, "num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 4},
     ],
@@ -71,9 +73,10 @@ def test_the_files_tensors_have_exactly_the_loaders_names_and_shapes(tmp_path: P
     assert trained == found.keys() - {"d2t", "t2d"}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_saved_drafter_loads_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
-    draft = make_draft(dtype, norm_before_residual=True, eagle_aux_hidden_state_layer_ids=[2, 9, 17])
+@pytest.mark.parametrize(("dtype", "layer_type"), [(torch.float32, "qwen3"), (torch.bfloat16, "llama")])
+def test_a_saved_drafter_loads_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype, layer_type: str) -> None:
+    changes: dict[str, Any] = {"norm_before_residual": True, "eagle_aux_hidden_state_layer_ids": [2, 9, 17, 18]}
+    draft = make_draft(dtype, layer_type=layer_type, **changes)
     draft.set_draft_vocab(torch.arange(DRAFT_VOCAB) + (torch.arange(DRAFT_VOCAB) > 11) * 9)
     draft.save_pretrained(tmp_path / "one")
     loaded = PEagleDraft.from_pretrained(tmp_path / "one", dtype=dtype)
@@ -152,10 +155,13 @@ def test_rope_is_written_in_both_spellings_and_read_from_either(tmp_path: Path, 
     assert torch.equal(old.rotary_emb.inv_freq, first)
 
 
-def test_other_readers_see_a_llama_with_the_same_numbers(tmp_path: Path) -> None:
-    saved_config(tmp_path)
+@pytest.mark.parametrize("layer_type", ["llama", "qwen3"])
+def test_other_readers_see_a_llama_or_qwen3_with_the_same_numbers(tmp_path: Path, layer_type: str) -> None:
+    saved_config(tmp_path, layer_type=layer_type)
     config = AutoConfig.from_pretrained(tmp_path)
-    assert type(config) is LlamaConfig
+    assert type(config) is {"llama": LlamaConfig, "qwen3": Qwen3Config}[layer_type]
+    expected = {"llama": "LlamaForCausalLMEagle3", "qwen3": "Eagle3Qwen3ForCausalLM"}[layer_type]
+    assert config.architectures == [expected] and not getattr(config, "use_sliding_window", False)
     assert (config.ptd_token_id, config.pard_token, config.draft_vocab_size) == (MASK_TOKEN, MASK_TOKEN, DRAFT_VOCAB)
     assert (config.head_dim, config.num_hidden_layers, config.vocab_size) == (8, 2, VOCAB)
     assert config.rope_parameters == {"rope_theta": 5000.0, "rope_type": "default"}
@@ -213,6 +219,7 @@ def test_the_draft_vocabulary_is_kept_as_offsets_and_flags() -> None:
         ({"draft_vocab_size": VOCAB + 1}, f"draft_vocab_size is {VOCAB + 1}; it must lie in 1..{VOCAB}"),
         ({"draft_vocab_size": 0}, "draft_vocab_size is 0"),
         ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) must be a multiple of num_key_value_heads \(3\)"),
+        ({"layer_type": "qwen3", "attention_bias": True}, "attention_bias and mlp_bias must be false"),
         ({"head_dim": 7}, "head_dim is 7; rotary embeddings need an even one"),
         # transformers' LlamaConfig, through which config.json is read, takes no such shape: better now than when saving.
         ({"hidden_size": 18}, r"hidden_size \(?(is )?18.*num_attention_heads"),
@@ -300,6 +307,8 @@ SHAPES: list[dict[str, Any]] = [
     {"rms_norm_eps": 0.1, "rope_theta": 3.0},
     {"num_aux_hidden_states": 1},
     {"num_aux_hidden_states": 5, "num_hidden_layers": 1},
+    {"layer_type": "qwen3", "num_key_value_heads": 4},
+    {"layer_type": "qwen3", "num_hidden_layers": 1, "rms_norm_eps": 0.1},
 ]
 
 

@@ -9,12 +9,15 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from peagle_train.__main__ import main as train_main
 from peagle_train.config import load_recipe
 from peagle_train.serving.drafter_io import load_drafter
 from peagle_train.serving.export import export_drafter, import_drafter
+from peagle_train.serving.start import make_draft_config
 from peagle_train.target_model.cache import write_cache
+from peagle_train.target_model.frozen import FrozenTarget
 from tests.helpers import command, make_draft
 from tests.tiny import MASK, VOCAB, make_target, write_recipe, write_rows
 
@@ -76,7 +79,8 @@ def start(folder: Path, target: Path, rows: Path, source: Path, *overrides: str,
 def test_a_run_starts_from_a_drafters_weights_shape_and_vocabulary(
     tmp_path: Path, target: Path, rows: Path, format: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = drafter(tmp_path / "trained", norm_before_residual=True, attention_bias=True)
+    shape = {"attention_bias": True} if format == "imported" else {"layer_type": "qwen3"}
+    source = drafter(tmp_path / "trained", norm_before_residual=True, **shape)
     if format == "imported":
         import_drafter(source, tmp_path / "in")
     else:
@@ -90,7 +94,7 @@ def test_a_run_starts_from_a_drafters_weights_shape_and_vocabulary(
     differ = {key for key in before | after if before.get(key) != after.get(key)}
     # The longest context is the target's; the rest is the imported drafter's.
     assert differ <= {"max_position_embeddings", "bos_token_id", "eos_token_id", "dtype", "initializer_range"}, differ
-    assert after["max_position_embeddings"] == 256 and after["attention_bias"]
+    assert after["max_position_embeddings"] == 256 and {k: after[k] for k in shape} == shape
 
 
 def test_a_run_starts_from_an_eagle3_drafter_and_says_what_it_lacks(
@@ -124,6 +128,18 @@ def test_a_drafter_without_layer_ids_starts_a_run_from_cached_features(
     assert config["eagle_aux_hidden_state_layer_ids"] == [2, 3, 4]  # the default of a target of six layers
 
 
+@pytest.mark.parametrize(
+    ("family", "asked", "expected"), [("qwen3", None, "qwen3"), ("qwen3", "llama", "llama"), ("llama", None, "llama")]
+)
+def test_layers_are_of_the_targets_family_unless_the_recipe_says(
+    tmp_path: Path, target: Path, rows: Path, family: str, asked: str | None, expected: str
+) -> None:
+    config = json.loads((target / "config.json").read_text())
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**config, "model_type": family}))
+    recipe = load_recipe(write_recipe(tmp_path, target, rows, tmp_path / "run", draft={"layer_type": asked}))
+    assert make_draft_config(recipe, FrozenTarget(model), MASK).layer_type == expected
+
+
 MISFITS: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "layers": ({"num_hidden_layers": 3}, [], "draft.num_layers is 2, but .* has 3: give draft.num_layers=3"),
     "vocabulary": (
@@ -134,6 +150,7 @@ MISFITS: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "target's width": ({"target_hidden_size": 12}, [], rf"\({VOCAB}, 12\); this target's are \({VOCAB}, 16\)"),
     "mask": ({}, ["draft.mask_token_id=3"], f"draft.mask_token_id is 3, but .* has {MASK}"),
     "residual": ({"norm_before_residual": True}, [], "has true: give draft.norm_before_residual=true"),
+    "layer type": ({"layer_type": "qwen3"}, ["draft.layer_type=llama"], "has qwen3: give draft.layer_type=qwen3"),
     "rope": ({}, ["draft.rope_theta=7.0"], "draft.rope_theta is 7.0, but .* has 5000.0"),
     "feature layers": ({"eagle_aux_hidden_state_layer_ids": [1, 3, 4]}, [], r"give target.layer_ids=\[1, 3, 4\]"),
     "nowhere": ({}, ["draft.init_from=/nowhere"], "/nowhere is not a folder"),

@@ -1,5 +1,6 @@
 """Memory that is planned: against what autograd holds, and in what a run makes of it."""
 
+import copy
 import itertools
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from accelerate.state import AcceleratorState
 from peagle_train import memory as planning
 from peagle_train.__main__ import main
 from peagle_train.config import Cod, Data, Output, Recipe, Target, Train, load_recipe
+from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.core.relay import RelayBuffers
 from peagle_train.machine import GIB, Device, parse_device
@@ -57,12 +59,22 @@ SHAPES = {
     "float64": {"layers": 2, "dtype": "float64"},
     "bf16": {"layers": 2, "dtype": "bfloat16"},
     "prompts": {"layers": 2, "supervised_from": 0.5, "dtype": "bfloat16"},
+    "qwen3": {"layers": 2, "draft": {"layer_type": "qwen3"}},
+    "qwen3, bf16": {"layers": 2, "dtype": "bfloat16", "draft": {"layer_type": "qwen3"}},
 }
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_what_is_planned_to_be_saved_is_what_autograd_holds(shape: str) -> None:
-    bench = Bench(Settings(hidden=64, vocab=96, device="cpu", **SHAPES[shape]).complete())  # type: ignore[arg-type]
+    settings = dict(SHAPES[shape])
+    changes: Any = settings.pop("draft", {})
+    bench = Bench(Settings(hidden=64, vocab=96, device="cpu", **settings).complete())  # type: ignore[arg-type]
+    if changes:
+        config = copy.deepcopy(bench.draft.config)
+        for name, value in changes.items():
+            setattr(config, name, value)
+        bench.draft = PEagleDraft(config)
+        bench.draft.lm_head.weight.requires_grad_(False)
     cases = [("flat", 1), ("checkpoint", 1), ("relay", 2), ("relay", 7), ("recompute", 2)]
     for n, (mode, S) in itertools.product((131, 256), cases):
         batch, outputs, buffers = bench.batch(n, S), bench.target(n), RelayBuffers()

@@ -124,6 +124,7 @@ def test_the_oracles_agree_with_the_reference_too() -> None:
         **settings,
         rope_parameters={"rope_theta": settings["rope_theta"]},
         norm_before_residual=False,
+        layer_type="llama",
         ptd_token_id=settings["mask_token_id"],
     )
     weights = {n.removeprefix("weight."): t.requires_grad_() for n, t in tensors.items() if n.startswith("weight.")}

@@ -76,6 +76,8 @@ def test_its_sampler_draws_what_ours_draws_with_max_anchors_too() -> None:
         {"num_hidden_layers": 1, "norm_before_residual": True},
         {"num_hidden_layers": 3, "num_key_value_heads": 1, "rms_norm_eps": 0.1, "rope_theta": 50.0},
         {"draft_vocab_size": VOCAB},
+        {"layer_type": "qwen3", "eagle_aux_hidden_state_layer_ids": [0, 1, 2, 4, 5]},
+        {"eagle_aux_hidden_state_layer_ids": [5]},
         {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
     ],
     ids=str,
@@ -88,7 +90,7 @@ def test_its_forward_gives_our_logits_for_every_element(tmp_path: Path, target: 
     theirs = read_by_speculators(folder)
     g = seeded(3)
     input_ids = torch.randint(0, MASK, (1, N), generator=g)  # shifted already: row p holds x_{p+1}
-    features = torch.randn(1, N, 3 * HIDDEN, generator=g)
+    features = torch.randn(1, N, draft.config.feature_size, generator=g)
     loss_mask = torch.ones(1, N, dtype=torch.int64)
     loss_mask[0, 0] = 0
     logits: list[torch.Tensor] = []

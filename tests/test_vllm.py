@@ -198,6 +198,11 @@ SHAPES: dict[str, tuple[dict[str, Any], int]] = {
     "other features": ({"eagle_aux_hidden_state_layer_ids": [0, 3, 5]}, TRAINED_K),
     "features of one layer": ({"eagle_aux_hidden_state_layer_ids": [3]}, TRAINED_K),
     "features of five layers": ({"eagle_aux_hidden_state_layer_ids": [0, 1, 3, 4, 5]}, TRAINED_K),
+    "qwen3 layers": ({"layer_type": "qwen3"}, TRAINED_K),
+    "1 qwen3 layer, features of two": (
+        {"layer_type": "qwen3", "num_hidden_layers": 1, "eagle_aux_hidden_state_layer_ids": [2, 5]},
+        TRAINED_K,
+    ),
     "full vocabulary": ({"draft_vocab_size": VOCAB}, TRAINED_K),
     "full vocabulary, 1 layer": ({"draft_vocab_size": VOCAB, "num_hidden_layers": 1}, TRAINED_K),
     **{kind: ({"rope_scaling": {"rope_type": kind, **rope}}, TRAINED_K) for kind, rope in ROPES.items()},

@@ -1,7 +1,7 @@
 """PEagleDraft: the drafter, in the tensor names that vLLM's EAGLE-3 loader expects (DESIGN: on disk).
 
-Layer 0 reads [token embedding, features] (2H wide); the layers above are plain Llama layers; `lm_head` maps to the draft
-vocabulary. B: rows, N: elements of a pass, M: leading slots that hold depth-0 elements, Q: queries of the last layer,
+Layer 0 reads [token embedding, features] (2H wide); the layers above are plain Llama or Qwen3 layers; `lm_head` maps to the
+draft vocabulary. B: rows, N: elements of a pass, M: leading slots that hold depth-0 elements, Q: queries of the last layer,
 H: hidden size, T: the target's hidden size, F: features of its layers, D: head dim, A: query heads, G: key/value heads.
 """
 
@@ -85,20 +85,22 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(input_size, kv_size, bias=bias)
         self.v_proj = nn.Linear(input_size, kv_size, bias=bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=bias)
+        is_qwen3, eps = config.layer_type == "qwen3", config.rms_norm_eps
+        self.q_norm, self.k_norm = (RMSNorm(self.head_dim, eps) if is_qwen3 else nn.Identity() for _ in range(2))
 
     def keys_values(self, x_BNI: Tensor, rope: tuple[Tensor, Tensor]) -> KV:
-        key, value = (p(x_BNI).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.k_proj, self.v_proj))
-        return _rotate(key, rope), value
+        key, value = (p(x_BNI).unflatten(-1, (-1, self.head_dim)) for p in (self.k_proj, self.v_proj))
+        return _rotate(self.k_norm(key).transpose(1, 2), rope), value.transpose(1, 2)
 
     def forward(
         self, x_BQI: Tensor, rope: tuple[Tensor, Tensor], own: KV, context: KV | None, visibility: Visibility | Causal
     ) -> Tensor:
-        query = self.q_proj(x_BQI).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        return self.o_proj(attend(_rotate(query, rope), own, context, visibility))
+        query = self.q_norm(self.q_proj(x_BQI).unflatten(-1, (-1, self.head_dim)))
+        return self.o_proj(attend(_rotate(query.transpose(1, 2), rope), own, context, visibility))
 
 
 class Layer(nn.Module):
-    """A Llama layer; the fused one takes the token embeddings too and attends over [embedding, features]."""
+    """A Llama or Qwen3 layer; the fused one takes the token embeddings too and attends over [embedding, features]."""
 
     def __init__(self, config: PEagleDraftConfig, fused: bool) -> None:
         super().__init__()

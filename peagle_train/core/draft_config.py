@@ -1,4 +1,4 @@
-"""PEagleDraftConfig: a Llama config with the fields that vLLM's EAGLE-3 loader and this trainer read."""
+"""PEagleDraftConfig: a Llama or Qwen3 config with the fields that vLLM's EAGLE-3 loader and this trainer read."""
 
 import json
 import os
@@ -13,7 +13,8 @@ NOT_SAVED: tuple[str, ...] = ("_name_or_path", "chunk_size_feed_forward", "id2la
 NOT_SAVED += ("output_attentions", "output_hidden_states", "problem_type", "return_dict", "pretraining_tp")
 """What transformers puts into every config and no reader of a drafter needs."""
 
-ARCHITECTURE = "LlamaForCausalLMEagle3"
+ARCHITECTURES = {"llama": "LlamaForCausalLMEagle3", "qwen3": "Eagle3Qwen3ForCausalLM"}
+"""By layer type, the name under which vLLM's method eagle3 loads such a drafter."""
 
 MASK_KEYS = ("dflash_config.mask_token_id", "mask_token_id", "dspark_noise_token_id", "pard_token", "ptd_token_id")
 """The mask token's names in a config.json, in the order in which vLLM looks for it; other kinds of drafters have the first
@@ -47,6 +48,8 @@ class PEagleDraftConfig(LlamaConfig):
     """The layers of the target whose *input* is read, ascending; None is (2, n // 2, n - 3)."""
     num_aux_hidden_states: int | None = None
     """How many those are, which is where vLLM's Llama drafter looks first; None: as many as there are ids, or 3."""
+    layer_type: str = "llama"
+    """One of ARCHITECTURES; it is config.json's model_type. Qwen3 layers norm each head's queries and keys."""
     norm_before_residual: bool = False
     """Whether layer 0's residual is the features after `hidden_norm` (True) or before (False)."""
 
@@ -69,7 +72,7 @@ class PEagleDraftConfig(LlamaConfig):
             self.target_hidden_size = self.hidden_size
         if self.num_aux_hidden_states is None:
             self.num_aux_hidden_states = len(self.eagle_aux_hidden_state_layer_ids or (2, 0, 0))
-        self.architectures = [ARCHITECTURE]
+        self.architectures = [ARCHITECTURES[self.layer_type]]
 
     @property
     def feature_size(self) -> int:
@@ -94,6 +97,8 @@ class PEagleDraftConfig(LlamaConfig):
                 f"hidden_size is {self.hidden_size}, no multiple of num_attention_heads ({self.num_attention_heads}):"
                 " transformers' LlamaConfig, through which serving reads config.json, refuses that even beside a head_dim"
             )
+        if self.layer_type == "qwen3" and (self.attention_bias or self.mlp_bias):
+            raise ValueError("attention_bias and mlp_bias must be false: vLLM's Qwen3 layers have no biases")
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary embeddings need an even one")
         rope_type = self.rope_parameters.get("rope_type", "default")
@@ -118,7 +123,8 @@ class PEagleDraftConfig(LlamaConfig):
     def to_json_string(self, use_diff: bool = True) -> str:
         """All that a reader may need, nothing left to a default that may change; rope in both spellings."""
         content = {k: v for k, v in self.to_dict().items() if v is not None and k not in NOT_SAVED}
-        content["architectures"] = [ARCHITECTURE]  # save_pretrained writes the class's own name, unknown to vLLM
+        # Of these, save_pretrained writes the class's own, unknown to vLLM.
+        content |= {"architectures": [ARCHITECTURES[self.layer_type]], "model_type": self.layer_type}
         assert self.rope_parameters is not None
         rope = {k: v for k, v in self.rope_parameters.items() if k != "rope_theta"}
         content["rope_theta"] = self.rope_parameters["rope_theta"]

@@ -18,8 +18,11 @@ from peagle_train.serving.formats import (
 )
 
 Level = Literal["ok", "warn", "BAD"]
-ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "LlamaForCausalLM")
-"""Names under which vLLM's method eagle3 finds a drafter of this kind."""
+SERVED = {
+    "llama": ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "LlamaForCausalLM"),
+    "qwen3": ("Eagle3Qwen3ForCausalLM", "Qwen3ForCausalLM"),
+}
+"""By layer type, the architectures under which vLLM's method eagle3 finds a drafter of this kind; the first is written."""
 
 
 class Finding(NamedTuple):
@@ -59,12 +62,17 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
         found.append(Finding(level if isinstance(level, str) else "ok" if level else "BAD", what, str(detail)))
 
     form = format_of(raw)
-    find("ok", "format", f"{form}, {config.num_hidden_layers} layers, {files.tensors['fc.weight'].dtype}")
+    find(
+        "ok",
+        "format",
+        f"{form}, {config.num_hidden_layers} {config.layer_type} layers, {files.tensors['fc.weight'].dtype}",
+    )
     if form == EAGLE3:
         given = raw.get("architectures")
-        known = isinstance(given, list) and given[:1] and given[0] in ARCHITECTURES
-        find(bool(known), "architectures", given if known else f"{given}; vLLM looks for {ARCHITECTURES[0]}")
-        find(raw.get("model_type") is not None, "model_type", "llama, as transformers must read it")
+        names = SERVED[config.layer_type]
+        known = isinstance(given, list) and given[:1] and given[0] in names
+        find(bool(known), "architectures", given if known else f"{given}; vLLM looks for {names[0]}")
+        find(raw.get("model_type") is not None, "model_type", f"{config.layer_type}, as transformers must read it")
     else:
         tokens, verifier = speculative_tokens_of(raw), target_name_of(raw)
         find(tokens is not None, "speculative tokens", tokens)

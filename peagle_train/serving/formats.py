@@ -1,12 +1,12 @@
 """A drafter's `config.json` in the two formats that engines read, to and from PEagleDraftConfig (DESIGN: on disk).
 
-`eagle3`: a flat Llama config, for vLLM's `--speculative-config`. `speculators`: the layers' config is nested, and the
-target and K are in it, for `vllm serve DIR`.
+`eagle3`: a flat Llama or Qwen3 config, for vLLM's `--speculative-config`. `speculators`: the layers' config is nested, and
+the target and K are in it, for `vllm serve DIR`.
 """
 
 from typing import Any
 
-from peagle_train.core.draft_config import MASK_KEYS, NOT_SAVED, PEagleDraftConfig, mask_tokens_in
+from peagle_train.core.draft_config import ARCHITECTURES, MASK_KEYS, NOT_SAVED, PEagleDraftConfig, mask_tokens_in
 from peagle_train.files import one_line
 
 EAGLE3, SPECULATORS = "eagle3", "speculators"
@@ -57,6 +57,11 @@ def layers_of(raw: dict[str, Any]) -> dict[str, Any]:
     return raw if format_of(raw) == EAGLE3 else raw.get("transformer_layer_config") or {}
 
 
+def layer_type_of(raw: dict[str, Any]) -> Any:
+    """The model_type of a config.json's layers."""
+    return layers_of(raw).get("model_type", "llama")
+
+
 def layer_ids_of(raw: dict[str, Any]) -> Any:
     """The target's feature layers as given, at the top or in `eagle_config`; None means vLLM's default."""
     return raw.get(LAYER_IDS) or _at(raw, "eagle_config", LAYER_IDS)
@@ -65,7 +70,8 @@ def layer_ids_of(raw: dict[str, Any]) -> Any:
 def feature_layers_of(raw: dict[str, Any]) -> int:
     """How many feature layers vLLM's drafter takes; a Llama's does not count the ids at the top."""
     layers = layers_of(raw)
-    return layers.get("num_aux_hidden_states") or len(_at(layers, "eagle_config", LAYER_IDS) or (2, 0, 0))
+    ids = layer_ids_of(raw) if layer_type_of(raw) == "qwen3" else _at(layers, "eagle_config", LAYER_IDS)
+    return layers.get("num_aux_hidden_states") or len(ids or (2, 0, 0))
 
 
 def _at(value: Any, *keys: str | int) -> Any:
@@ -90,7 +96,11 @@ def parse_config(raw: dict[str, Any]) -> PEagleDraftConfig:
             raise ValueError("; ".join(refused))
         fields = {key: layers[key] for key in _LLAMA_KEYS if layers.get(key) is not None}
         fields |= {key: raw[key] for key in _OWN_KEYS if raw.get(key) is not None}
-        fields |= {"rope_parameters": {"rope_theta": 10000.0, **_rope_of(layers)}, "pad_token_id": None}
+        fields |= {
+            "layer_type": layer_type_of(raw),
+            "rope_parameters": {"rope_theta": 10000.0, **_rope_of(layers)},
+            "pad_token_id": None,
+        }
         mask_token = next(iter(mask_tokens_in(raw).values()), None)
         fields |= {"eagle_aux_hidden_state_layer_ids": layer_ids_of(raw), "ptd_token_id": mask_token}
         return PEagleDraftConfig(**fields)
@@ -109,11 +119,11 @@ def _rope_of(layers: dict[str, Any]) -> dict[str, Any]:
 def _differences(raw: dict[str, Any], layers: dict[str, Any]) -> list[str]:
     """Where the drafter, which an engine may well serve, is of another kind than this project's."""
     found = []
-    kind, model_type = raw.get("speculators_model_type", "peagle"), layers.get("model_type", "llama")
+    kind, model_type = raw.get("speculators_model_type", "peagle"), layer_type_of(raw)
     if kind not in ("peagle", "eagle3"):
         found.append(f"speculators_model_type is {kind!r}; peagle and eagle3 are supported")
-    if model_type != "llama":
-        found.append(f"its layers' model_type is {model_type!r}; only llama layers are supported")
+    if model_type not in ARCHITECTURES:
+        found.append(f"its layers' model_type is {model_type!r}; llama and qwen3 are supported")
     if any(kind != "full_attention" for kind in layers.get("layer_types") or []):
         found.append("layer_types has other than full_attention; windows are not supported")
     if _at(raw, "eagle_config", "use_aux_hidden_state") is False:
@@ -131,7 +141,9 @@ def _differences(raw: dict[str, Any], layers: dict[str, Any]) -> list[str]:
 
 def _mistakes(raw: dict[str, Any], layers: dict[str, Any]) -> list[str]:
     """Missing keys, values of wrong types, and what vLLM would refuse or read differently."""
-    found = [f"{key} is missing" for key in _REQUIRED if layers.get(key) is None]
+    # What a Qwen3 config lacks is not derived from what it has, as a Llama's is.
+    required = _REQUIRED + (("num_key_value_heads", "head_dim") if layer_type_of(raw) == "qwen3" else ())
+    found = [f"{key} is missing" for key in required if layers.get(key) is None]
     for part, keys in ((layers, _SIZES), (raw, ("draft_vocab_size", "target_hidden_size"))):
         for key in keys:
             value = part.get(key)
@@ -166,7 +178,7 @@ def speculators_config(
         speculative_tokens: K, what `vllm serve` drafts per step.
         target: the target's hub name or folder.
     """
-    left_out = {*NOT_SAVED, *_OWN_KEYS, *MASK_KEYS, "architectures", "transformers_version", "dtype"}
+    left_out = {*NOT_SAVED, *_OWN_KEYS, *MASK_KEYS, "architectures", "transformers_version", "dtype", "layer_type"}
     layers = {key: value for key, value in config.to_dict().items() if value is not None and key not in left_out}
     own = {key: getattr(config, key) for key in _OWN_KEYS}
     if config.target_hidden_size == config.hidden_size:
@@ -178,7 +190,7 @@ def speculators_config(
         "mask_token_id": config.ptd_token_id,
         "tie_word_embeddings": False,
         "dtype": str(config.dtype).removeprefix("torch."),
-        "transformer_layer_config": {**layers, "model_type": "llama"},
+        "transformer_layer_config": {**layers, "model_type": config.layer_type},
         "speculators_config": {
             "algorithm": "peagle",
             "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": speculative_tokens}],
