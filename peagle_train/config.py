@@ -355,6 +355,10 @@ class Draft:
     """Start from the target's head (its rows of the draft vocabulary)."""
     layer_type: Literal["llama", "qwen3"] | None = None
     """Qwen3's layers norm the queries and keys of each head; null: qwen3 for a target of that family, else llama."""
+    norm_before_fc: bool = False
+    """Norm all features of a position together before `fc`."""
+    fc_norm: bool = False
+    """Norm the features of each layer before `fc`; not beside norm_before_fc."""
     norm_before_residual: bool = False
     """Layer 0's residual is the normed features instead of the raw ones."""
     init_from: FilePath | None = None

@@ -172,6 +172,7 @@ def _saved(s: Sizes, one: Pass) -> tuple[int, int]:
     trains_head = s.recipe.draft.trains_head(H == s.draft.target_hidden_size)
     # The position ids' tables, the token ids, fc's input.
     before = one.M * s.draft.feature_size * c + 2 * N * s.draft.head_dim * c + 8 * N
+    before += _norm(s, one.M, s.draft.feature_size) if s.draft.norm_before_fc or s.draft.fc_norm else 0
     after = _norm(s, Q) + Q * H * c + 8 * Q + (s.draft.draft_vocab_size * H * s.m if trains_head else 0)
     layers = [_layer(s, one, i) for i in range(s.draft.num_hidden_layers)]
     if not s.recipe.train.activation_checkpointing:

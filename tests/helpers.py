@@ -218,6 +218,7 @@ GRID = [
         "norm_before_residual": i % 11 == 3,
         "num_aux_hidden_states": (3, 1, 5, 2)[i // 3 % 4],
         "layer_type": ("llama", "qwen3")[i // 5 % 2],
+        **({}, {"fc_norm": True}, {}, {"norm_before_fc": True})[i // 7 % 4],
     }
     for i, (layers, S) in enumerate([(n, S) for n in (1, 2, 4) for S in (2, 3, 4, 7, 8, 16, 1) for _ in range(2)])
 ]

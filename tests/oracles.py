@@ -210,6 +210,11 @@ def drafter(
     eps, theta = config.rms_norm_eps, config.rope_parameters["rope_theta"]
     embeds = torch.stack([weights["embed_tokens.weight"][t] for t in tokens])
     read = torch.stack([weights["mask_hidden"][0, 0] if f is None else f for f in features])
+    if config.norm_before_fc:
+        read = rms_norm(read, weights["input_norm.weight"], eps)
+    if config.fc_norm:
+        parts = read.split(config.target_hidden_size, dim=-1)
+        read = torch.cat([rms_norm(part, weights[f"fc_norm.{i}.weight"], eps) for i, part in enumerate(parts)], dim=-1)
     x = read @ weights["fc.weight"].T
     for i in range(config.num_hidden_layers):
         w = {n.removeprefix(f"layers.{i}."): t for n, t in weights.items() if n.startswith(f"layers.{i}.")}

@@ -120,7 +120,8 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (lambda f: f.rename(f.with_name("elsewhere")), "is not a folder"),
     # drafters of other kinds, which engines may serve
     "rope partial": (lambda f: set_config(f, partial_rotary_factor=0.5), "rope is partial"),
-    "norm before fc": (lambda f: set_config(f, norm_before_fc=True), "norm_before_fc"),
+    "norm before fc": (lambda f: set_config(f, norm_before_fc=True), "input_norm.weight"),
+    "both norms": (lambda f: set_config(f, eagle_config={"norm_before_fc": True}, fc_norm=True), "both true"),
     "last layer only": (lambda f: set_config(f, eagle_config={"use_aux_hidden_state": False}), "use_aux_hidden_state"),
     "quantised": (lambda f: set_config(f, quantization_config={"bits": 4}), "quantization_config"),
     "sliding": (lambda f: set_config(f, layer_types=["sliding_attention"] * 2), "layer_types"),

@@ -33,6 +33,10 @@ def expected_shapes(config: PEagleDraftConfig) -> dict[str, tuple[int, ...]]:
         "t2d": (V,),
         "layers.0.hidden_norm.weight": (H,),
     }
+    if config.norm_before_fc:
+        shapes["input_norm.weight"] = (features,)
+    if config.fc_norm:
+        shapes |= {f"fc_norm.{i}.weight": (T,) for i in range(features // T)}
     for i in range(config.num_hidden_layers):
         size = 2 * H if i == 0 else H
         shapes |= {
@@ -55,8 +59,13 @@ def expected_shapes(config: PEagleDraftConfig) -> dict[str, tuple[int, ...]]:
     "changes",
     [
         {},
-        {"num_hidden_layers": 1, "num_key_value_heads": 4, "eagle_aux_hidden_state_layer_ids": [7]},
-        {"eagle_aux_hidden_state_layer_ids": [0, 1, 2, 3, 4, 5, 6, 11], "layer_type": "qwen3"},
+        {
+            "num_hidden_layers": 1,
+            "num_key_value_heads": 4,
+            "eagle_aux_hidden_state_layer_ids": [7],
+            "norm_before_fc": True,
+        },
+        {"eagle_aux_hidden_state_layer_ids": [0, 1, 2, 3, 4, 5, 6, 11], "layer_type": "qwen3", "fc_norm": True},
         {"num_hidden_layers": 4, "head_dim": 6, "hidden_size": 20, "num_key_value_heads": 1},
         {"hidden_size": TARGET_HIDDEN, "num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 4},
     ],
@@ -219,6 +228,7 @@ def test_the_draft_vocabulary_is_kept_as_offsets_and_flags() -> None:
         ({"draft_vocab_size": VOCAB + 1}, f"draft_vocab_size is {VOCAB + 1}; it must lie in 1..{VOCAB}"),
         ({"draft_vocab_size": 0}, "draft_vocab_size is 0"),
         ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) must be a multiple of num_key_value_heads \(3\)"),
+        ({"fc_norm": True, "norm_before_fc": True}, "norm_before_fc and fc_norm are both true"),
         ({"layer_type": "qwen3", "attention_bias": True}, "attention_bias and mlp_bias must be false"),
         ({"head_dim": 7}, "head_dim is 7; rotary embeddings need an even one"),
         # transformers' LlamaConfig, through which config.json is read, takes no such shape: better now than when saving.
@@ -307,7 +317,9 @@ SHAPES: list[dict[str, Any]] = [
     {"rms_norm_eps": 0.1, "rope_theta": 3.0},
     {"num_aux_hidden_states": 1},
     {"num_aux_hidden_states": 5, "num_hidden_layers": 1},
-    {"layer_type": "qwen3", "num_key_value_heads": 4},
+    {"layer_type": "qwen3", "num_key_value_heads": 4, "fc_norm": True},
+    {"norm_before_fc": True, "num_aux_hidden_states": 2},
+    {"fc_norm": True, "num_aux_hidden_states": 1},
     {"layer_type": "qwen3", "num_hidden_layers": 1, "rms_norm_eps": 0.1},
 ]
 
@@ -359,8 +371,9 @@ def test_keys_values_only_computes_no_query_of_the_last_layer_and_the_same_keys(
         assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
 
 
-def test_features_of_slots_that_hold_no_depth_0_element_are_not_read() -> None:
-    draft = make_draft()
+@pytest.mark.parametrize("norm", ["none", "norm_before_fc", "fc_norm"])
+def test_features_of_slots_that_hold_no_depth_0_element_are_not_read(norm: str) -> None:
+    draft = make_draft(**({} if norm == "none" else {norm: True}))
     tables, position, _ = random_pass()
     token = torch.zeros_like(position)
     features = torch.randn(2, tables.num_depth0, 3 * TARGET_HIDDEN, dtype=torch.float64)

@@ -31,7 +31,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, target: Path) -> Path:
     rows = write_rows(folder / "rows.jsonl", [9, 31, 4, 17, 32, 2, 26, 11, 40, 13], prompt=0.3)
     train = {"max_steps": 4, "save_steps": 2, "eval_steps": 2, "dtype": "float32"}
     sections = {"target": {"layer_ids": [0, 1, 2, 3, 5]}, "data": {"eval_fraction": 0.3}, "train": train}
-    recipe = write_recipe(folder, target, rows, folder / "out", draft={"layer_type": "qwen3"}, **sections)
+    recipe = write_recipe(
+        folder, target, rows, folder / "out", draft={"layer_type": "qwen3", "fc_norm": True}, **sections
+    )
     AcceleratorState._reset_state(reset_partial_state=True)
     assert train_main([str(recipe)]) == 0
     return folder / "out"

@@ -79,13 +79,16 @@ def start(folder: Path, target: Path, rows: Path, source: Path, *overrides: str,
 def test_a_run_starts_from_a_drafters_weights_shape_and_vocabulary(
     tmp_path: Path, target: Path, rows: Path, format: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shape = {"attention_bias": True} if format == "imported" else {"layer_type": "qwen3"}
+    shape: dict[str, Any] = {"attention_bias": True, "norm_before_fc": True}
+    if format == "speculators":
+        shape = {"layer_type": "qwen3", "fc_norm": True}
     source = drafter(tmp_path / "trained", norm_before_residual=True, **shape)
     if format == "imported":
         import_drafter(source, tmp_path / "in")
     else:
         export_drafter(source, tmp_path / "in", format, target_name="x", speculative_tokens=4)
-    assert start(tmp_path, target, rows, tmp_path / "in", "draft.norm_before_residual=true") == 0
+    norms = [f"draft.{key}=true" for key in shape if key in ("norm_before_fc", "fc_norm")]
+    assert start(tmp_path, target, rows, tmp_path / "in", "draft.norm_before_residual=true", *norms) == 0
     assert f"started from {tmp_path / 'in'}" in capsys.readouterr().out
     one, other = load_drafter(source), load_drafter(tmp_path / "run" / "final")
     for name, tensor in one.state_dict().items():

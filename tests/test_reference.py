@@ -125,6 +125,8 @@ def test_the_oracles_agree_with_the_reference_too() -> None:
         rope_parameters={"rope_theta": settings["rope_theta"]},
         norm_before_residual=False,
         layer_type="llama",
+        norm_before_fc=False,
+        fc_norm=False,
         ptd_token_id=settings["mask_token_id"],
     )
     weights = {n.removeprefix("weight."): t.requires_grad_() for n, t in tensors.items() if n.startswith("weight.")}

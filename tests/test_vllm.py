@@ -203,6 +203,12 @@ SHAPES: dict[str, tuple[dict[str, Any], int]] = {
         {"layer_type": "qwen3", "num_hidden_layers": 1, "eagle_aux_hidden_state_layer_ids": [2, 5]},
         TRAINED_K,
     ),
+    "norm before fc": ({"norm_before_fc": True}, TRAINED_K),
+    "a norm of each layer's features": ({"fc_norm": True, "eagle_aux_hidden_state_layer_ids": [1, 4]}, TRAINED_K),
+    "qwen3, five layers, each normed": (
+        {"layer_type": "qwen3", "fc_norm": True, "eagle_aux_hidden_state_layer_ids": [0, 1, 3, 4, 5]},
+        TRAINED_K,
+    ),
     "full vocabulary": ({"draft_vocab_size": VOCAB}, TRAINED_K),
     "full vocabulary, 1 layer": ({"draft_vocab_size": VOCAB, "num_hidden_layers": 1}, TRAINED_K),
     **{kind: ({"rope_scaling": {"rope_type": kind, **rope}}, TRAINED_K) for kind, rope in ROPES.items()},

@@ -144,7 +144,8 @@ class Layer(nn.Module):
 class PEagleDraft(PreTrainedModel):
     """A P-EAGLE drafter.
 
-    Parameters: `embed_tokens` [V, H], `fc` [H, F], `mask_hidden` [1, 1, F], `layers.*`, `norm`, `lm_head` [Vd, H].
+    Parameters: `embed_tokens` [V, H], `fc` [H, F], `mask_hidden` [1, 1, F], `layers.*`, `norm`, `lm_head` [Vd, H];
+    `input_norm` [F] or `fc_norm.*` [T] if the config has them.
     Buffers: `d2t` int64 [Vd], offsets (target id = i + d2t[i]); `t2d` bool [V]. None with the full vocabulary, where vLLM
     knows no such tensors.
     """
@@ -159,12 +160,15 @@ class PEagleDraft(PreTrainedModel):
         super().__init__(config)
         config.check_trainable()
         assert config.draft_vocab_size is not None and config.target_hidden_size is not None
-        size = config.hidden_size
+        size, eps = config.hidden_size, config.rms_norm_eps
         self.embed_tokens = nn.Embedding(config.vocab_size, size)
+        self.input_norm = RMSNorm(config.feature_size, eps) if config.norm_before_fc else nn.Identity()
+        normed = range(config.num_aux_hidden_states or 0) if config.fc_norm else ()
+        self.fc_norm = nn.ModuleList(RMSNorm(config.target_hidden_size, eps) for _ in normed)
         self.fc = nn.Linear(config.feature_size, size, bias=False)
         self.mask_hidden = nn.Parameter(torch.zeros(1, 1, config.feature_size))
         self.layers = nn.ModuleList(Layer(config, fused=i == 0) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(size, config.rms_norm_eps)
+        self.norm = RMSNorm(size, eps)
         self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
         self.rotary_emb = self.make_rotary(config)
         self.d2t: Tensor | None
@@ -273,9 +277,16 @@ class PEagleDraft(PreTrainedModel):
         features_BMF = features_BMF.to(torch.get_autocast_dtype(device_type) if autocast else self.fc.weight.dtype)
         is_depth0_BM1 = (depth_BN[:, :M] == 0)[:, :, None]
         # Zeros where they are not read: a nan there would pass through fc's weight gradient as 0 * nan.
-        fused_BMH = self.fc(features_BMF.masked_fill(~is_depth0_BM1, 0))
-        mask_H = self.fc(self.mask_hidden)[0, 0]
+        fused_BMH = self._fuse(features_BMF.masked_fill(~is_depth0_BM1, 0))
+        mask_H = self._fuse(self.mask_hidden)[0, 0]
         return torch.cat([torch.where(is_depth0_BM1, fused_BMH, mask_H), mask_H.expand(B, N - M, -1)], dim=1)
+
+    def _fuse(self, features_BMF: Tensor) -> Tensor:
+        features_BMF = self.input_norm(features_BMF)
+        if self.fc_norm:
+            parts = zip(self.fc_norm, features_BMF.chunk(len(self.fc_norm), dim=-1), strict=True)
+            features_BMF = torch.cat([norm(part_BMT) for norm, part_BMT in parts], dim=-1)
+        return self.fc(features_BMF)
 
     def _init_weights(self, module: nn.Module) -> None:
         # transformers' own also makes the rotary tables again, which from_pretrained leaves uninitialised.

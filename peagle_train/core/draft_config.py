@@ -50,6 +50,10 @@ class PEagleDraftConfig(LlamaConfig):
     """How many those are, which is where vLLM's Llama drafter looks first; None: as many as there are ids, or 3."""
     layer_type: str = "llama"
     """One of ARCHITECTURES; it is config.json's model_type. Qwen3 layers norm each head's queries and keys."""
+    norm_before_fc: bool = False
+    """Whether an RMSNorm over all features stands before `fc`, `mask_hidden`'s included."""
+    fc_norm: bool = False
+    """Whether one of each feature layer does."""
     norm_before_residual: bool = False
     """Whether layer 0's residual is the features after `hidden_norm` (True) or before (False)."""
 
@@ -97,6 +101,8 @@ class PEagleDraftConfig(LlamaConfig):
                 f"hidden_size is {self.hidden_size}, no multiple of num_attention_heads ({self.num_attention_heads}):"
                 " transformers' LlamaConfig, through which serving reads config.json, refuses that even beside a head_dim"
             )
+        if self.norm_before_fc and self.fc_norm:
+            raise ValueError("norm_before_fc and fc_norm are both true, which speculators refuses: give one")
         if self.layer_type == "qwen3" and (self.attention_bias or self.mlp_bias):
             raise ValueError("attention_bias and mlp_bias must be false: vLLM's Qwen3 layers have no biases")
         if self.head_dim % 2:

@@ -13,6 +13,7 @@ from peagle_train.serving.formats import (
     feature_layers_of,
     format_of,
     layer_ids_of,
+    layers_of,
     speculative_tokens_of,
     target_name_of,
 )
@@ -105,6 +106,8 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
     if count != config.num_aux_hidden_states:
         hint = f": vLLM's drafter takes {count} unless num_aux_hidden_states is among the layers' keys, as in an export"
     find(not hint, "feature layers", f"{'(2, n // 2, n - 3)' if ids is None else ids}{hint}")
+    if config.fc_norm and not layers_of(raw).get("fc_norm"):
+        find("BAD", "fc_norm", "vLLM looks for it in transformer_layer_config, where export puts it")
     short = yarn_too_short(config.rope_parameters or {}, config.max_position_embeddings)
     find("warn" if short else "ok", "max positions", short or config.max_position_embeddings)
     if target is not None:

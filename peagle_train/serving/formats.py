@@ -24,11 +24,9 @@ _LLAMA_KEYS = (
     "hidden_act rms_norm_eps initializer_range attention_bias mlp_bias bos_token_id eos_token_id".split() + _SIZES
 )
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
-_OWN_KEYS = ("draft_vocab_size", "target_hidden_size", "eagle_aux_hidden_state_layer_ids", "norm_before_residual")
+_OWN_KEYS = ("draft_vocab_size", "target_hidden_size", LAYER_IDS, "norm_before_residual", "norm_before_fc", "fc_norm")
 
 _UNLIKE_OURS = {
-    "norm_before_fc": "normalises the features before fc",
-    "fc_norm": "normalises each layer's features before fc",
     "norm_output": "passes on normalised hidden states",
     "quantization_config": "is quantised",
 }
@@ -102,7 +100,10 @@ def parse_config(raw: dict[str, Any]) -> PEagleDraftConfig:
             "pad_token_id": None,
         }
         mask_token = next(iter(mask_tokens_in(raw).values()), None)
-        fields |= {"eagle_aux_hidden_state_layer_ids": layer_ids_of(raw), "ptd_token_id": mask_token}
+        fields |= {LAYER_IDS: layer_ids_of(raw), "ptd_token_id": mask_token}
+        # Of these, engines read some where the layers' config is, or in eagle_config.
+        norms = {"norm_before_fc": (_at(raw, "eagle_config", "norm_before_fc"),), "fc_norm": (layers.get("fc_norm"),)}
+        fields |= {key: bool(raw.get(key) or any(others)) for key, others in norms.items()}
         return PEagleDraftConfig(**fields)
     except Exception as error:  # anything: values are a stranger's, and transformers' strict configs have own types
         raise ValueError(f"config.json: {one_line(error)}") from error
@@ -180,6 +181,7 @@ def speculators_config(
     """
     left_out = {*NOT_SAVED, *_OWN_KEYS, *MASK_KEYS, "architectures", "transformers_version", "dtype", "layer_type"}
     layers = {key: value for key, value in config.to_dict().items() if value is not None and key not in left_out}
+    layers |= {"fc_norm": True} if config.fc_norm else {}  # where vLLM looks for it
     own = {key: getattr(config, key) for key in _OWN_KEYS}
     if config.target_hidden_size == config.hidden_size:
         del own["target_hidden_size"]

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 SHAPE = (
     "hidden_size num_attention_heads num_key_value_heads head_dim intermediate_size draft_vocab_size layer_type"
-    " norm_before_residual"
+    " norm_before_fc fc_norm norm_before_residual"
 ).split()
 """Fields of the recipe's draft section that the drafter fills where they are null, and must agree with elsewhere."""
 
@@ -144,6 +144,8 @@ def make_draft_config(
             ptd_token_id=mask_token_id,
             eagle_aux_hidden_state_layer_ids=target.layer_ids,
             layer_type=draft.layer_type or ("qwen3" if config.model_type.startswith("qwen3") else "llama"),
+            norm_before_fc=draft.norm_before_fc,
+            fc_norm=draft.fc_norm,
             norm_before_residual=draft.norm_before_residual,
             bos_token_id=getattr(config, "bos_token_id", None),
             eos_token_id=getattr(config, "eos_token_id", None),
