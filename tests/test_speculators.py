@@ -15,7 +15,8 @@ from peagle_train.serving.check import check_folder, is_loadable
 from peagle_train.serving.drafter_io import load_drafter, read_drafter
 from peagle_train.serving.export import export_drafter, import_drafter
 from tests.helpers import make_draft, seeded
-from tests.tiny import MASK, VOCAB, make_target
+from tests.test_import import start
+from tests.tiny import MASK, VOCAB, make_target, write_rows
 
 pytestmark = [pytest.mark.speculators, pytest.mark.slow]
 
@@ -49,24 +50,6 @@ def read_by_speculators(folder: Path) -> Any:
     model = SpeculatorModel.from_pretrained(folder, config=config)
     assert type(model).__name__ == "PEagleDraftModel"
     return model.eval()
-
-
-def test_its_sampler_draws_what_ours_draws_with_max_anchors_too() -> None:
-    """Position 0 is not supervised: theirs lets it in at depth 1, where its anchor is -1."""
-    pytest.importorskip("speculators")
-    from speculators.models.peagle.data import generate_cod_sample_indices as theirs
-
-    g = seeded(0)
-    for case in range(500):
-        n, K = (int(torch.randint(1, most, (), generator=g)) for most in (200, 9))
-        mask = (torch.rand(n, generator=g) < 0.7).long()
-        mask[0] = 0
-        ratio, floor = (0.8, 0.0) if case % 2 else (0.7, 0.2)
-        most = int(torch.randint(1, 100, (), generator=g)) if case % 5 else None
-        torch.manual_seed(case)
-        expected = theirs(n, mask[None], K, ratio, floor, True, most)
-        ours = generate_cod_sample_indices(n, mask, K, ratio, floor, generator=seeded(case), max_anchors=most)
-        assert all(torch.equal(*pair) for pair in zip(ours, expected, strict=True)), case
 
 
 @pytest.mark.parametrize(
@@ -144,6 +127,52 @@ def test_its_own_checkpoint_comes_back_through_import_bit_for_bit(tmp_path: Path
         assert torch.equal(back.state_dict()[name], tensor + 1.0 if name == "fc.weight" else tensor), name
     one, other = (json.loads(c.to_json_string()) for c in (draft.config, back.config))
     assert {k: v for k, v in one.items() if k != "dtype"} == {k: v for k, v in other.items() if k != "dtype"}
+
+
+def their_default(folder: Path, target: Path, full_attention: list[int]) -> Any:
+    """A drafter as their trainer makes it: Qwen3 layers, five feature layers, windows but for `full_attention`."""
+    pytest.importorskip("speculators")
+    from speculators.models.peagle.core import PEagleDraftModel
+    from speculators.train.cli import create_transformer_layer_config
+
+    ids = torch.arange(1, VOCAB, 2)
+    t2d = torch.zeros(VOCAB, dtype=torch.bool).index_fill_(0, ids, True)
+    layers = create_transformer_layer_config(str(target), 2, "qwen3", None, 2048, full_attention)
+    model = PEagleDraftModel.from_training_args(
+        layers, t2d, ids - torch.arange(ids.numel()), draft_vocab_size=ids.numel(), mask_token_id=MASK, num_depths=K,
+        verifier_name_or_path=str(target), target_layer_ids=[0, 1, 3, 4, 5], draft_attn_impl="eager",
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += torch.randn_like(parameter) * 0.1
+    model.save_pretrained(folder)
+    return model
+
+
+def test_its_default_drafter_is_imported_starts_a_run_and_goes_back_the_same(tmp_path: Path, target: Path) -> None:
+    theirs = their_default(tmp_path / "theirs", target, [0, 1])
+    import_drafter(tmp_path / "theirs", tmp_path / "in")
+    export_drafter(tmp_path / "in", tmp_path / "back", "speculators", target=target, speculative_tokens=K)
+    back = read_by_speculators(tmp_path / "back")
+    before, after = load_file(tmp_path / "theirs" / "model.safetensors"), back.state_dict()
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
+    old, new = (json.loads((tmp_path / n / "config.json").read_text()) for n in ("theirs", "back"))
+    for key in ("draft_vocab_size", "mask_token_id", "norm_before_residual", "eagle_aux_hidden_state_layer_ids"):
+        assert old[key] == new[key], key
+    assert type(back.config.transformer_layer_config) is type(theirs.config.transformer_layer_config)
+    assert is_loadable(check_folder(tmp_path / "back"))
+    rows = write_rows(tmp_path / "rows.jsonl", [9, 31, 4], prompt=0.3)
+    assert start(tmp_path, target, rows, tmp_path / "theirs", "target.layer_ids=[0, 1, 3, 4, 5]") == 0
+    trained = load_drafter(tmp_path / "run" / "final").state_dict()
+    for name, tensor in load_drafter(tmp_path / "in").state_dict().items():
+        assert torch.allclose(trained[name], tensor, rtol=0, atol=1e-6), name
+
+
+def test_a_window_is_refused_by_name(tmp_path: Path, target: Path) -> None:
+    their_default(tmp_path / "theirs", target, [])
+    with pytest.raises(ValueError, match="windows are not supported"):
+        import_drafter(tmp_path / "theirs", tmp_path / "in")
 
 
 def test_an_eagle3_checkpoint_of_its_own_is_read_and_named_as_that(tmp_path: Path, target: Path) -> None:
