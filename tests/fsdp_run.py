@@ -30,7 +30,7 @@ CASES = [
 
 
 def make_draft() -> PEagleDraft:
-    draft = PEagleDraft(make_config(initializer_range=0.2)).double()
+    draft = PEagleDraft(make_config(initializer_range=0.2, layer_type="qwen3", fc_norm=True)).double()
     draw_weights(draft, seed=0)
     draft.embed_tokens.weight.requires_grad_(True)
     return draft

@@ -27,6 +27,7 @@ def make_draft(layers: int = 2, dtype: torch.dtype = torch.float64) -> PEagleDra
     config = PEagleDraftConfig(
         vocab_size=48, hidden_size=16, target_hidden_size=12, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
         intermediate_size=24, num_hidden_layers=layers, draft_vocab_size=30, ptd_token_id=47, initializer_range=0.2,
+        layer_type="llama" if layers == 1 else "qwen3", fc_norm=layers > 1,
     )  # fmt: skip
     draft = PEagleDraft(config).to(dtype)
     draw_weights(draft, seed=0)
