@@ -190,6 +190,8 @@ def test_an_eagle3_checkpoint_of_its_own_is_read_and_named_as_that(tmp_path: Pat
         transformer_layer_config=LlamaConfig(**layers, num_attention_heads=4, num_key_value_heads=2),
         draft_vocab_size=ids.numel(),
         norm_before_residual=True,
+        norm_before_fc=True,
+        norm_output=True,  # their default of these two
         eagle_aux_hidden_state_layer_ids=[2, 3, 4],
         speculators_config=SpeculatorsConfig(
             algorithm="eagle3",

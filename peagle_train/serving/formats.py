@@ -26,12 +26,6 @@ _LLAMA_KEYS = (
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 _OWN_KEYS = ("draft_vocab_size", "target_hidden_size", LAYER_IDS, "norm_before_residual", "norm_before_fc", "fc_norm")
 
-_UNLIKE_OURS = {
-    "norm_output": "passes on normalised hidden states",
-    "quantization_config": "is quantised",
-}
-"""Keys of other EAGLE-3 drafters which, set, mean a drafter that this project does not have."""
-
 
 def format_of(raw: dict[str, Any]) -> str:
     """Which of FORMATS a `config.json` is in."""
@@ -129,9 +123,9 @@ def _differences(raw: dict[str, Any], layers: dict[str, Any]) -> list[str]:
         found.append("layer_types has other than full_attention; windows are not supported")
     if _at(raw, "eagle_config", "use_aux_hidden_state") is False:
         found.append("eagle_config.use_aux_hidden_state is false: it reads the last layer alone")
-    for key, meaning in _UNLIKE_OURS.items():
-        if raw.get(key) or layers.get(key) or _at(raw, "eagle_config", key):
-            found.append(f"{key} is set: it {meaning}, which is not supported")
+    # norm_output is of no matter: it norms what one pass of an EAGLE-3 drafter gives to its next.
+    if raw.get("quantization_config") or layers.get("quantization_config"):
+        found.append("quantization_config is set: quantised drafters are not supported")
     if (raw.get("logit_scale") or layers.get("logit_scale") or 1.0) != 1.0:
         found.append("logit_scale is set: it scales its logits, which is not supported")
     rope = _rope_of(layers)
