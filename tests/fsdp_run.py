@@ -13,7 +13,7 @@ from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.passes import TargetOutputs
 from peagle_train.core.plan import plan_segments
 from peagle_train.core.recompute import recompute_step
-from peagle_train.core.relay import context_chunks, needed_segments, relay_step
+from peagle_train.core.relay import context_chunks, relay_step
 from peagle_train.distributed import max_counts, shard
 from peagle_train.serving.start import draw_weights
 from tests.helpers import make_config
@@ -68,8 +68,7 @@ def sharded(mode: str, case: str, variant: str) -> dict[str, Tensor]:
         draft.zero_grad()
         scale = world / count  # FSDP averages over ranks
         if mode == "relay":
-            needed = needed_segments(plan)
-            passes_a, passes_b = max_counts([len(context_chunks(plan, needed)), len(needed)], torch.device("cpu"))
+            passes_a, passes_b = max_counts([len(context_chunks(plan)), len(plan.segments)], torch.device("cpu"))
             step = partial(relay_step, min_passes=(passes_a, passes_b))
         else:
             most = max_counts([sum(bool(s.supervised.numel()) for s in plan.segments)], torch.device("cpu"))[0]

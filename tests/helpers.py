@@ -224,6 +224,10 @@ GRID = [
 ]
 
 
+WINDOWS = (None, K, K + 1, 64, L)
+"""Of drafters: none, the least, and beyond a sequence's end."""
+
+
 def build(case: dict[str, Any]) -> tuple[PEagleDraft, dict[str, Tensor], dict[str, Tensor], TargetOutputs]:
     """Drafter, the case's batch, the same rows in one segment, and their target."""
     case = dict(case)

@@ -146,16 +146,26 @@ def positions(documents: Sequence[int]) -> list[int]:
     return out
 
 
-def sees(query: Who, key: Who) -> bool:
+def sees(query: Who, key: Who, window: int | None = None) -> bool:
+    """With a window, what it leaves a query at position anchor + depth of the positions before it."""
     (q_document, q_anchor, q_depth), (k_document, k_anchor, k_depth) = query, key
-    earlier = k_depth == 0 and k_document == q_document and k_anchor <= q_anchor
+    far = window is not None and q_anchor + q_depth - k_anchor >= window
+    earlier = k_depth == 0 and k_document == q_document and k_anchor <= q_anchor and not far
     own_rollout = k_document == q_document and k_anchor == q_anchor and k_depth <= q_depth
     return earlier or own_rollout
 
 
-def who_sees_whom(queries: Sequence[Who | None], keys: Sequence[Who | None]) -> Tensor:
+def who_sees_whom(queries: Sequence[Who | None], keys: Sequence[Who | None], window: int | None = None) -> Tensor:
     """bool [queries, keys]; None is padding, which sees and is seen by nothing."""
-    return torch.tensor([[bool(q and k and sees(q, k)) for k in keys] for q in queries], dtype=torch.bool)
+    return torch.tensor([[bool(q and k and sees(q, k, window)) for k in keys] for q in queries], dtype=torch.bool)
+
+
+def reached(who: Sequence[Who], learned: Sequence[bool], window: int | None = None, layers: int = 1) -> set[Who]:
+    """The elements whose keys and values may change what a drafter of `layers` layers says at the learned ones."""
+    needed = {one for one, is_learned in zip(who, learned, strict=True) if is_learned}
+    for _ in range(layers):
+        needed |= {key for key in who if any(sees(query, key, window) for query in needed)}
+    return needed
 
 
 # Attention and the drafter
@@ -278,7 +288,7 @@ def step(
         [ids[a + 1] if d == 0 else config.ptd_token_id for a, d in elements],
         [position[a] + d for a, d in elements],
         [features[a] if d == 0 else None for a, d in elements],
-        who_sees_whom(who, who),
+        who_sees_whom(who, who, config.sliding_window),
     )
     depths = max(d for _, d in elements) + 1
     total, hits, totals = hidden.new_zeros(()), [0] * depths, [0] * depths

@@ -105,7 +105,7 @@ def test_a_segment_is_a_slice_and_padding_stays_padding() -> None:
 
 def test_context_elements_are_the_depth_0_elements_of_the_columns_themselves() -> None:
     batch = hand_made_batch()
-    columns = context_elements(batch, slice(2, 11))
+    columns = context_elements(batch, torch.arange(2, 11)[None])
     # "END", "LONG" and the padding are columns without a row: nothing in their document stands to the right.
     assert columns.anchor.tolist() == [list(range(2, 11))]
     assert columns.depth.tolist() == [[0, 0, 0, 0, -1, 0, 0, -1, -1]]
@@ -138,9 +138,12 @@ def handed_to_the_drafter(
         if labels is None:
             return  # columns for the sake of their keys and values
         N, skip = token.shape[1], keywords["skip"]
+        # A pass counts columns from the first of its context; a feature is its column's number.
+        own = int((visibility.depth[0] == 0).nonzero()[0])
+        first = int(features[0, own, 0]) - int(visibility.anchor[0, own])
         label_of = dict(zip((labels.rows + skip).tolist(), labels.target_hidden[:, 0].tolist()))
         for i in range(skip, N):
-            anchor, depth = int(visibility.anchor[0, i]), int(visibility.depth[0, i])
+            anchor, depth = first + int(visibility.anchor[0, i]), int(visibility.depth[0, i])
             if depth < 0:
                 continue
             feature = WORDS[int(features[0, i, 0])] if depth == 0 else "<mask>"

@@ -1,7 +1,7 @@
 """Attention and visibility against loops over who sees whom."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from peagle_train.core.attention_cpu import attention_op
 from peagle_train.core.plan import plan_segments
 from peagle_train.core.recompute import recompute_step
 from peagle_train.core.relay import relay_step
-from peagle_train.core.visibility import Visibility
+from peagle_train.core.visibility import Visibility, first_seen
 from tests import helpers, oracles
 from tests.helpers import make_batch, make_draft, make_rows, make_target
 from tests.oracles import Who
@@ -28,7 +28,7 @@ class Pass:
     visibility: Visibility
     queries: list[list[Who | None]]
     context: list[list[Who | None]]
-    real_columns: list[list[int]] = field(default_factory=list)
+    window: int | None = None
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -37,12 +37,17 @@ class Pass:
 
     def visible(self) -> Tensor:
         """bool [B, N, P + N], by the oracle."""
-        rows = [oracles.who_sees_whom(q, c + q) for q, c in zip(self.queries, self.context)]
+        rows = [oracles.who_sees_whom(q, c + q, self.window) for q, c in zip(self.queries, self.context)]
         return torch.stack(rows)
 
 
 def make_pass(
-    rows: Sequence[tuple[list[int], int]], K: int = 4, ratio: float = 0.8, padding: int = 2, cut: int = 0
+    rows: Sequence[tuple[list[int], int]],
+    K: int = 4,
+    ratio: float = 0.8,
+    padding: int = 2,
+    cut: int = 0,
+    window: int | None = None,
 ) -> Pass:
     """A pass over the elements from a column on, row by row.
 
@@ -67,7 +72,7 @@ def make_pass(
         queries.append([(ids[a], a, d) for a, d in elements] + [None] * (N - len(elements)))
         readable = [p for p in oracles.drafter_rows(ids) if p < rows[b][1]]
         context.append([(ids[p], p, 0) if p in readable else None for p in range(P)])
-    num_depth0 = (depth == 0).sum(1)
+    start, num_depth0 = first_seen(start, anchor, depth, window), (depth == 0).sum(1)
     tables = Visibility(
         start=start,
         anchor=anchor,
@@ -79,7 +84,7 @@ def make_pass(
         num_depths=K,
         cut=cut,
     )
-    return Pass(tables, queries, context)
+    return Pass(tables, queries, context, window)
 
 
 PASSES = {
@@ -92,7 +97,13 @@ PASSES = {
     "a row of padding alone": [([8], 0), ([1], 0)],
     "nothing but padding": [([9], 8)],
     "one element": [([2], 0)],
+    "windows": [([23], 11), ([9, 21], 13)],
 }
+
+
+def named(name: str, **options: Any) -> Pass:
+    """One of PASSES."""
+    return make_pass(PASSES[name], window=7 if name == "windows" else None, **options)
 
 
 def tensors(p: Pass, H: int, G: int, D: int = 4, dtype: torch.dtype = torch.float64, seed: int = 0) -> list[Tensor]:
@@ -135,7 +146,7 @@ def tiny_blocks(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
 
 @pytest.mark.parametrize("name", PASSES)
 def test_the_dense_mask_is_the_slow_one(name: str) -> None:
-    p = make_pass(PASSES[name])
+    p = named(name)
     assert torch.equal(p.visibility.dense(), p.visible())
 
 
@@ -171,7 +182,7 @@ def blocks_put_together(v: Visibility, dtype: torch.dtype = torch.float64) -> Te
 def test_block_masks_put_together_are_the_dense_mask(name: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_blocks(monkeypatch, size)
     for K in (2, 4, 7):
-        p = make_pass(PASSES[name], K=K, ratio=1.0)
+        p = named(name, K=K, ratio=1.0)
         assert torch.equal(blocks_put_together(p.visibility), p.visible())
         assert all(b.q1 - b.q0 <= size for b in p.visibility.blocks(8))
 
@@ -181,7 +192,7 @@ def test_ranges_on_a_grid_put_together_are_the_dense_mask(name: str, monkeypatch
     monkeypatch.setattr(visibility_module, "GRID", 4)
     tiny_blocks(monkeypatch, 8)
     for K in (2, 4, 7):
-        p = make_pass(PASSES[name], K=K, ratio=1.0)
+        p = named(name, K=K, ratio=1.0)
         v = p.visibility
         assert torch.equal(blocks_put_together(v, torch.bfloat16), p.visible())
         limits = {"context": v.num_context, "depth0": v.num_depth0, "rollout": v.anchor.shape[1]}
@@ -273,6 +284,16 @@ def test_masks_are_kept_until_the_cache_is_full(monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(again.block_mask(0, torch.float64), first) and not again._masks
 
 
+@pytest.mark.parametrize("window", [4, 5, 64])
+def test_a_block_looks_at_no_key_beyond_its_windows(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_blocks(monkeypatch, 8)
+    p = make_pass([([300], 150)], ratio=1.0, window=window, padding=0)
+    assert torch.equal(blocks_put_together(p.visibility), p.visible())
+    for block in p.visibility.blocks(8):
+        keys = sum(part.stop - part.start for part in (block.context, block.depth0))
+        assert 0 < keys <= 8 + window
+
+
 def test_a_block_looks_only_at_keys_near_its_rollouts_and_inside_its_documents() -> None:
     p = make_pass([([400, 300], 0)], K=4)
     v = p.visibility
@@ -295,7 +316,7 @@ def test_attention_and_its_gradients_are_the_slow_ones(
     name: str, H: int, G: int, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_blocks(monkeypatch, size)
-    p = make_pass(PASSES[name])
+    p = named(name)
     query, *rest = inputs = tensors(p, H, G)
     own, context = (rest[0], rest[1]), (rest[2], rest[3])
     found = attend(query, own, context if p.sizes[2] else None, p.visibility)
@@ -306,7 +327,7 @@ def test_attention_and_its_gradients_are_the_slow_ones(
 
 @pytest.mark.parametrize("name", PASSES)
 def test_the_custom_operator_of_compiled_graphs_gives_the_same(name: str) -> None:
-    p = make_pass(PASSES[name])
+    p = named(name)
     query, *rest = inputs = tensors(p, 4, 2)
     own, context = (rest[0], rest[1]), (rest[2], rest[3])
     found = attention_op(query, *own, *context, p.visibility).flatten(2)

@@ -19,7 +19,7 @@ from peagle_train.core.elements import gather_elements
 from peagle_train.core.flex import FlexTables, block_mask_of, flex_tables
 from peagle_train.core.recompute import recompute_step
 from peagle_train.core.relay import relay_step
-from peagle_train.core.visibility import Visibility
+from peagle_train.core.visibility import Visibility, first_seen
 from tests.helpers import make_batch, make_draft, make_rows, make_target
 
 COMPILERS = [c for c in (os.environ.get("CXX"), "g++", "clang++") if c]
@@ -115,7 +115,9 @@ def layout_of_row(rng: random.Random, K: int, context_as_slots: bool) -> tuple[l
     return slots, 0 if context_as_slots else first
 
 
-def build(rows: list[tuple[list[tuple[int, int, int]], int]], K: int, rng: random.Random) -> Visibility:
+def build(
+    rows: list[tuple[list[tuple[int, int, int]], int]], K: int, rng: random.Random, window: int | None = None
+) -> Visibility:
     """Pad the rows to one length; M, P and the others are as tight as they can be, or not."""
     N = max(1, *(len(slots) for slots, _ in rows))
     table = torch.tensor([slots + [(0, 0, -1)] * (N - len(slots)) for slots, _ in rows])
@@ -125,7 +127,7 @@ def build(rows: list[tuple[list[tuple[int, int, int]], int]], K: int, rng: rando
     first_rollout = int(torch.where(depth > 0, columns, N).min())
     context_end = torch.tensor([end for _, end in rows])
     return Visibility(
-        start,
+        first_seen(start, anchor, depth, window),
         anchor,
         depth,
         context_end,
@@ -140,17 +142,25 @@ def build(rows: list[tuple[list[tuple[int, int, int]], int]], K: int, rng: rando
 def layouts(draw: st.DrawFn) -> Visibility:
     rng = draw(st.randoms(use_true_random=False))
     K, B, context_as_slots = draw(st.integers(1, 6)), draw(st.integers(1, 3)), draw(st.booleans())
-    return build([layout_of_row(rng, K, context_as_slots) for _ in range(B)], K, rng)
+    window = draw(st.none() | st.integers(K, 40))
+    return build([layout_of_row(rng, K, context_as_slots) for _ in range(B)], K, rng, window)
 
 
-def flat(lengths: list[int], K: int = 8, pad: int = 0, rows: int = 1, elements: int | None = None) -> Visibility:
+def flat(
+    lengths: list[int],
+    K: int = 8,
+    pad: int = 0,
+    rows: int = 1,
+    elements: int | None = None,
+    window: int | None = None,
+) -> Visibility:
     """The collator's batch of packed documents in one segment, or its first `elements` slots."""
     L = sum(lengths) + pad
     collator = CODCollator(max(L, K), num_depths=K)
     documents = [list(range(n)) for n in lengths]
     masks = [[1] * n for n in lengths]
     batch = collator([{"input_ids": documents, "loss_mask": masks, "epoch": b} for b in range(rows)])
-    own = gather_elements(batch, slice(0, elements or collator.capacity), mask_token_id=0)
+    own = gather_elements(batch, slice(0, elements or collator.capacity), 0, window)
     M = int((own.depth == 0).sum(1).max())
     tables = (t.clone(memory_format=torch.contiguous_format) for t in (own.start, own.anchor, own.depth))
     return Visibility(*tables, torch.zeros(rows, dtype=torch.int64), 0, M, M, K)
@@ -180,6 +190,15 @@ def test_lengths_at_and_around_the_block_agree(elements: int) -> None:
 @pytest.mark.parametrize("lengths", [[1], [2], [3, 1, 1, 2], [127], [128], [129, 1], [130], [40, 300, 7, 53]])
 def test_packed_documents_of_awkward_lengths_agree(lengths: list[int]) -> None:
     check(flat(lengths, pad=5))
+
+
+@pytest.mark.parametrize("window", [8, 9, 128, 200])
+def test_of_long_documents_blocks_beyond_the_window_are_left_out(window: int) -> None:
+    counts = []
+    for n in (1000, 2000):
+        mask = check(flat([n, 300], window=window))
+        counts.append(int((mask.kv_num_blocks + mask.full_kv_num_blocks).sum()))
+    assert counts[1] < 2 * counts[0]
 
 
 def test_several_rows_of_different_documents_agree() -> None:
@@ -223,13 +242,14 @@ def test_a_rollout_across_a_block_boundary_is_cut_where_the_boundary_is(shift: i
 # ---- the shapes of the passes
 
 
+@pytest.mark.parametrize("window", [None, 5, 20])
 @pytest.mark.parametrize("step", [recompute_step, relay_step])
 @pytest.mark.parametrize("S", [1, 3, 7])
-def test_every_pass_of_a_step_agrees(step: Callable[..., Any], S: int) -> None:
+def test_every_pass_of_a_step_agrees(step: Callable[..., Any], S: int, window: int | None) -> None:
     """Flat, Algorithm 1 and relay, both passes: [segment x (context + segment)], with rows that start and end apart."""
     rows = make_rows(61, documents=3, batch_size=3, prompt=0.3, padding=7)
     batch = make_batch(rows, 61, S)
-    draft, recorded = make_draft(num_hidden_layers=1), list[Visibility]()
+    draft, recorded = make_draft(num_hidden_layers=1, sliding_window=window), list[Visibility]()
     draft.register_forward_pre_hook(lambda _, arguments: recorded.append(arguments[3]))
     step(draft, batch, make_target(batch), num_depths=5)
     assert len(recorded) >= min(S, 2)

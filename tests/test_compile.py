@@ -9,6 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
+from peagle_train.core import plan
 from peagle_train.core.collator import CODCollator
 from peagle_train.core.compiled import CompiledDraft
 from peagle_train.core.draft import PEagleDraft
@@ -23,11 +24,12 @@ from tests.tiny import make_target, write_recipe, write_rows
 L, K = 37, 5
 
 
-def make_draft(layers: int = 2, dtype: torch.dtype = torch.float64) -> PEagleDraft:
+def make_draft(layers: int = 2, dtype: torch.dtype = torch.float64, window: int | None = None) -> PEagleDraft:
     config = PEagleDraftConfig(
         vocab_size=48, hidden_size=16, target_hidden_size=12, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
         intermediate_size=24, num_hidden_layers=layers, draft_vocab_size=30, ptd_token_id=47, initializer_range=0.2,
         layer_type="llama" if layers == 1 else "qwen3", fc_norm=layers > 1,
+        sliding_window=window,
     )  # fmt: skip
     draft = PEagleDraft(config).to(dtype)
     draw_weights(draft, seed=0)
@@ -60,8 +62,10 @@ def random_target(seed: int, batch_size: int, dtype: torch.dtype) -> TargetOutpu
     return TargetOutputs(random(batch_size, L, 36), random(batch_size, L, 12), random(30, 12))
 
 
-def run_ragged_batches(backend: str, mode: str, batches: int, dtype: torch.dtype, tolerance: float) -> CompiledDraft:
-    draft = make_draft(dtype=dtype)
+def run_ragged_batches(
+    backend: str, mode: str, batches: int, dtype: torch.dtype, tolerance: float, window: int | None = None
+) -> CompiledDraft:
+    draft = make_draft(dtype=dtype, window=window)
     compiled, buffers, batch_size = CompiledDraft(draft, backend), RelayBuffers(), 2
     for seed in range(batches):
         rows, target = ragged_rows(seed, batch_size), random_target(seed, batch_size, dtype)
@@ -93,13 +97,19 @@ def run_ragged_batches(backend: str, mode: str, batches: int, dtype: torch.dtype
     return compiled
 
 
-def test_eight_ragged_batches_compile_three_graphs_and_agree_with_eager() -> None:
-    compiled = run_ragged_batches("aot_eager", "relay", 8, torch.float64, 1e-10)
+@pytest.mark.parametrize("window", [None, K])
+def test_eight_ragged_batches_compile_three_graphs_and_agree_with_eager(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "GRID", 4)  # so that a window's context is shorter than a row
+    compiled = run_ragged_batches("aot_eager", "relay", 8, torch.float64, 1e-10, window)
     assert compiled.graphs == {"keys and values": 1, "training": 1, "evaluation": 1} and compiled.recompiles == 0
 
 
-def test_algorithm_1_compiles_to_one_graph_too() -> None:
-    compiled = run_ragged_batches("aot_eager", "recompute", 3, torch.float64, 1e-10)
+@pytest.mark.parametrize("window", [None, K])
+def test_algorithm_1_compiles_to_one_graph_too(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "GRID", 4)
+    compiled = run_ragged_batches("aot_eager", "recompute", 3, torch.float64, 1e-10, window)
     assert compiled.graphs["training"] == 1 and compiled.recompiles == 0
 
 
@@ -167,14 +177,14 @@ def test_static_sizes_change_nothing_but_the_padding(mode: str, pad_context: boo
         rows, target = ragged_rows(seed, 2), random_target(seed, 2, torch.float64)
         batch = CODCollator(L, num_depths=K, down_sample_ratio=0.8, num_segments=4)(rows)
         gradients = []
-        for plan in (plan_segments(batch, K), plan_segments(batch, K, static=True, pad_context=pad_context)):
+        for made in (plan_segments(batch, K), plan_segments(batch, K, static=True, pad_context=pad_context)):
             step: Any = relay_step if mode == "relay" else recompute_step
-            step(draft, batch, target, num_depths=K, plan=plan)
+            step(draft, batch, target, num_depths=K, plan=made)
             gradients.append(
                 {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in draft.named_parameters()}
             )
             draft.zero_grad()
-        assert all(s.num_depth0 == min(s.num_elements, L) for s in plan.segments)
+        assert all(s.num_depth0 == min(s.num_elements, L) for s in made.segments)
         for name, gradient in gradients[0].items():
             error = (gradients[1][name] - gradient).abs().max() / gradient.abs().max().clamp(min=1e-9)
             assert error < 1e-10, (name, float(error))

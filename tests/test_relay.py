@@ -12,11 +12,12 @@ from torch import Tensor
 from peagle_train.core.passes import TargetOutputs
 from peagle_train.core.plan import plan_segments
 from peagle_train.core.recompute import recompute_step
-from peagle_train.core.relay import RelayBuffers, context_chunks, needed_segments, relay_step
+from peagle_train.core.relay import RelayBuffers, context_chunks, relay_step
 from tests import oracles
 from tests.helpers import (
     GRID,
     MASK_TOKEN,
+    WINDOWS,
     K,
     L,
     LiveBytes,
@@ -35,9 +36,10 @@ from tests.helpers import (
 )
 
 
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("case", GRID, ids=case_name)
-def test_relay_gives_what_the_flat_pass_gives(case: dict[str, Any]) -> None:
-    draft, batch, flat_batch, target = build(case)
+def test_relay_gives_what_the_flat_pass_gives(case: dict[str, Any], window: int | None) -> None:
+    draft, batch, flat_batch, target = build({**case, "sliding_window": window})
     expected = outcome_of(recompute_step, draft, flat_batch, target, scale=0.1)
     found = outcome_of(relay_step, draft, batch, target, scale=0.1, chunk_rows=7)
     assert sum(expected.totals) > 0
@@ -67,23 +69,26 @@ def test_losses_and_their_decay_by_depth_are_those_of_the_contract(kind: str, de
                 assert float((gradient - expected).abs().max()) <= 1e-10 * float(expected.abs().max()), name
 
 
+@pytest.mark.parametrize("window", [None, K])
 @pytest.mark.parametrize("case", GRID[::5], ids=case_name)
-def test_a_static_plan_gives_what_the_flat_pass_gives(case: dict[str, Any]) -> None:
-    draft, batch, flat_batch, target = build(case)
+def test_a_static_plan_gives_what_the_flat_pass_gives(case: dict[str, Any], window: int | None) -> None:
+    draft, batch, flat_batch, target = build({**case, "sliding_window": window})
     expected = outcome_of(recompute_step, draft, flat_batch, target, scale=0.1)
-    plan = plan_segments(batch, K, static=True)
+    plan = plan_segments(batch, K, static=True, window=window, layers=case["num_hidden_layers"])
     assert_same(outcome_of(relay_step, draft, batch, target, scale=0.1, plan=plan), expected)
 
 
-@pytest.mark.parametrize("S, pad_context", [(16, False), (3, True), (16, True)])
+@pytest.mark.parametrize("S, pad_context, window", [(16, False, None), (3, True, None), (16, True, 64), (7, False, 30)])
 @pytest.mark.parametrize("seed", range(4))
-def test_what_an_earlier_batch_left_behind_is_not_read(seed: int, S: int, pad_context: bool) -> None:
-    draft, buffers = make_draft(), RelayBuffers()
+def test_what_an_earlier_batch_left_behind_is_not_read(
+    seed: int, S: int, pad_context: bool, window: int | None
+) -> None:
+    draft, buffers = make_draft(sliding_window=window), RelayBuffers()
     length = 150  # in 16 segments, pass A's chunks are shorter than the grid that contexts are padded to
     batch = make_batch(make_rows(length, documents=1 + 2 * seed, batch_size=1 + seed % 2, seed=seed), length, S)
     target = make_target(batch)
     expected = outcome_of(relay_step, draft, batch, target)
-    plan = plan_segments(batch, K, static=True, pad_context=pad_context)
+    plan = plan_segments(batch, K, static=True, pad_context=pad_context, window=window, layers=2)
     for _ in range(2):
         assert_same(outcome_of(relay_step, draft, batch, target, plan=plan, buffers=buffers), expected)
         for pair in [*buffers.keys_values, *buffers.gradients]:  # as a step that was not finite may
@@ -124,12 +129,21 @@ def packed_rows(draw: st.DrawFn) -> dict[str, Any]:
     boundaries=st.sampled_from(["balanced", "uniform"]),
     layers=st.integers(1, 3),
     kv_heads=st.sampled_from([1, 2, 4]),
+    wider=st.integers(0, 9) | st.none(),
 )
 @settings(max_examples=40, deadline=None)
 def test_any_rows_in_any_segments_give_what_the_flat_pass_gives(
-    rows: list[dict[str, Any]], S: int, depths: int, ratio: float, boundaries: str, layers: int, kv_heads: int
+    rows: list[dict[str, Any]],
+    S: int,
+    depths: int,
+    ratio: float,
+    boundaries: str,
+    layers: int,
+    kv_heads: int,
+    wider: int | None,
 ) -> None:
-    draft = make_draft(num_hidden_layers=layers, num_key_value_heads=kv_heads)
+    window = None if wider is None else depths + wider
+    draft = make_draft(num_hidden_layers=layers, num_key_value_heads=kv_heads, sliding_window=window)
     batch = make_batch(rows, 26, S, depths, boundaries=boundaries, down_sample_ratio=ratio)
     flat_batch = make_batch(rows, 26, 1, depths, down_sample_ratio=ratio)
     target = make_target(batch)
@@ -191,7 +205,7 @@ def test_every_element_runs_with_grad_once_and_never_with_every_column_at_once()
 def starts(batch: dict[str, Tensor], S: int) -> list[int]:
     """Numbers of the segments that relay trains."""
     C = batch["depth"].shape[1] // S
-    return [segment.columns.start // C for segment in needed_segments(plan_segments(batch, K))]
+    return [segment.columns.start // C for segment in plan_segments(batch, K).segments]
 
 
 @pytest.mark.parametrize(
@@ -218,7 +232,7 @@ def test_segments_that_nobody_learns_from_or_reads_are_left_out(masks: list[list
     with calls_of(draft) as passes:
         found = outcome_of(relay_step, draft, batch, target)
     plan = plan_segments(batch, K)
-    assert len(passes) - len(context_chunks(plan, needed_segments(plan))) == len(needed)
+    assert len(passes) - len(context_chunks(plan)) == len(needed)
     expected = outcome_of(recompute_step, draft, make_batch(rows, 32, 1, K), target)
     assert_same(found, expected)
 
@@ -226,30 +240,26 @@ def test_segments_that_nobody_learns_from_or_reads_are_left_out(masks: list[list
 @pytest.mark.parametrize(
     ("masks", "columns"),
     [
-        ([[0] * 16 + [1] * 16], (16, 28)),
+        ([[0] * 16 + [1] * 16], [*range(16, 28)]),
         # The last document begins with a segment, which so reads nothing of its past.
-        ([[1] * 16 + [0] * 16], (0, 12)),
-        ([[0] * 26 + [1] + [0] * 5], (16, 24)),
+        ([[1] * 16 + [0] * 16], [*range(12)]),
+        ([[0] * 26 + [1] + [0] * 5], [*range(16, 24)]),
         # The first label is in the first columns of a document: nobody reads anything.
-        ([[0] * 17 + [1] + [0] * 14], None),
-        ([[0] * 10 + [1] + [0] * 21, [0] * 26 + [1] + [0] * 5], (0, 24)),
+        ([[0] * 17 + [1] + [0] * 14], []),
+        ([[0] * 10 + [1] + [0] * 21, [0] * 26 + [1] + [0] * 5], [*range(8), *range(16, 24)]),
     ],
 )
-def test_pass_a_runs_the_columns_that_are_read_and_no_others(
-    masks: list[list[int]], columns: tuple[int, int] | None
-) -> None:
+def test_pass_a_runs_the_columns_that_are_read_and_no_others(masks: list[list[int]], columns: list[int]) -> None:
     rows = [{"input_ids": list(range(32)), "loss_mask": mask, "document_ids": [0] * 16 + [1] * 16} for mask in masks]
     batch = make_batch(rows, 32, 8, K, boundaries="uniform")
     for static in (False, True):
         plan = plan_segments(batch, K, static=static)
-        chunks = context_chunks(plan, needed_segments(plan))
+        chunks = context_chunks(plan)
         run = sorted({column for chunk in chunks for column in range(chunk.start, chunk.stop)})
-        if columns is None:
-            assert run == []
-        elif static:  # whole runs, which may reach over the end
-            assert set(range(*columns)) <= set(run) and len({chunk.stop - chunk.start for chunk in chunks}) == 1
+        if static and columns:  # whole runs, which may reach over the end
+            assert set(columns) <= set(run) and len({chunk.stop - chunk.start for chunk in chunks}) == 1
         else:
-            assert run == list(range(*columns)) and sum(c.stop - c.start for c in chunks) == len(run)
+            assert run == columns and sum(c.stop - c.start for c in chunks) == len(run)
         found = outcome_of(relay_step, make_draft(), batch, make_target(batch), plan=plan)
         assert_same(found, outcome_of(recompute_step, make_draft(), make_batch(rows, 32, 1, K), make_target(batch)))
 
@@ -283,7 +293,7 @@ def test_idle_passes_change_nothing(make: Any) -> None:
     # (0, 0) asks for no more passes, but for every parameter in each.
     with calls_of(draft) as passes:
         needed = outcome_of(relay_step, draft, batch, target, plan=plan, min_passes=(0, 0))
-    chunks = len(context_chunks(plan, needed_segments(plan)))
+    chunks = len(context_chunks(plan))
     assert len(passes) == chunks + len(plan.segments)
     assert_same(needed, expected, 1e-13)
     with calls_of(draft) as passes:
@@ -320,13 +330,14 @@ def test_kept_buffers_give_what_fresh_ones_give() -> None:
         assert_same(outcome_of(relay_step, draft, batch, target, buffers=kept), fresh, 0)
 
 
-def test_buffers_are_allocated_once_for_batches_of_one_shape() -> None:
-    draft, buffers, addresses = make_draft(), RelayBuffers(), set()
+@pytest.mark.parametrize(("window", "owed"), [(None, L), (9, 8), (2 * L, L)])
+def test_buffers_are_allocated_once_for_batches_of_one_shape(window: int | None, owed: int) -> None:
+    draft, buffers, addresses = make_draft(sliding_window=window), RelayBuffers(), set()
     for seed in range(3):
         batch = make_batch(make_rows(L, seed=seed), L, 4, K)
         outcome_of(relay_step, draft, batch, make_target(batch), buffers=buffers)
         everything = [t for pairs in (buffers.keys_values, buffers.gradients) for pair in pairs for t in pair]
-        assert [tuple(t.shape) for t in everything] == [(1, 2, L, 8)] * 8
+        assert [tuple(t.shape) for t in everything] == [(1, 2, L, 8)] * 4 + [(1, 2, owed, 8)] * 4
         addresses.add(tuple(t.data_ptr() for t in everything))
     assert len(addresses) == 1
 
@@ -386,7 +397,7 @@ def test_activation_checkpointing_changes_nothing() -> None:
     with calls_of(draft.layers[1].self_attn.k_proj) as calls:
         assert_same(outcome_of(relay_step, draft, batch, target), expected, 1e-13)
     passes = len(plan_segments(batch, K).segments)
-    assert len(calls) == 2 * passes + len(context_chunks(plan_segments(batch, K), plan_segments(batch, K).segments))
+    assert len(calls) == 2 * passes + len(context_chunks(plan_segments(batch, K)))
 
 
 def test_frozen_parameters_get_no_gradient_and_the_others_the_same() -> None:

@@ -16,6 +16,7 @@ from tests.helpers import (
     GRID,
     MASK_TOKEN,
     VOCAB,
+    WINDOWS,
     K,
     L,
     Outcome,
@@ -58,6 +59,9 @@ def by_hand(draft: Any, rows: list[dict], batch: dict[str, Tensor], target: Any,
         ({"documents": 3, "prompt": 0.5}, {"num_hidden_layers": 1}, "soft_ce"),
         ({"prompt": 0.5, "batch_size": 2, "padding": 0}, {"norm_before_residual": True}, "hard_ce"),
         ({"documents": 2, "padding": 9}, {"num_hidden_layers": 4, "num_key_value_heads": 1}, "kl"),
+        ({"prompt": 0.6}, {"sliding_window": K}, "kl"),
+        ({"documents": 3, "batch_size": 2}, {"num_hidden_layers": 1, "sliding_window": K + 1}, "kl"),
+        ({"documents": 2, "prompt": 0.8}, {"num_hidden_layers": 3, "sliding_window": K + 1}, "kl"),
     ],
     ids=str,
 )
@@ -71,20 +75,22 @@ def test_the_flat_pass_is_what_loops_over_elements_give(rows: dict[str, Any], sh
     assert_same(found, expected)
 
 
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("case", GRID, ids=case_name)
-def test_algorithm_1_gives_what_the_flat_pass_gives(case: dict[str, Any]) -> None:
-    draft, batch, flat_batch, target = build(case)
+def test_algorithm_1_gives_what_the_flat_pass_gives(case: dict[str, Any], window: int | None) -> None:
+    draft, batch, flat_batch, target = build({**case, "sliding_window": window})
     expected = outcome_of(recompute_step, draft, flat_batch, target, scale=0.1)
     found = outcome_of(recompute_step, draft, batch, target, scale=0.1, chunk_rows=7)
     assert sum(expected.totals) > 0
     assert_same(found, expected)
 
 
+@pytest.mark.parametrize("window", [None, K])
 @pytest.mark.parametrize("case", GRID[::5], ids=case_name)
-def test_a_static_plan_gives_what_the_flat_pass_gives(case: dict[str, Any]) -> None:
-    draft, batch, flat_batch, target = build(case)
+def test_a_static_plan_gives_what_the_flat_pass_gives(case: dict[str, Any], window: int | None) -> None:
+    draft, batch, flat_batch, target = build({**case, "sliding_window": window})
     expected = outcome_of(recompute_step, draft, flat_batch, target, scale=0.1)
-    plan = plan_segments(batch, K, static=True)
+    plan = plan_segments(batch, K, static=True, window=window, layers=case["num_hidden_layers"])
     assert_same(outcome_of(recompute_step, draft, batch, target, scale=0.1, plan=plan), expected)
 
 
@@ -120,8 +126,8 @@ def test_a_half_supervised_sequence_of_8k_runs_few_slots_more_than_it_has_elemen
         batch = make_batch([row], n, S, 8)
         plan = plan_segments(batch, 8, static=True)
         slots, elements = sum(s.num_elements for s in plan.segments), int((batch["depth"] >= 0).sum())
-        assert elements <= slots <= most * elements
-        assert padding_share([plan, plan]) == pytest.approx(1 - elements / slots)
+        assert plan.num_elements <= slots <= most * elements
+        assert padding_share([plan, plan]) == pytest.approx(1 - plan.num_elements / slots)
 
 
 @pytest.mark.parametrize("S", [1, 2, 4, 9])
@@ -133,7 +139,7 @@ def test_static_plans_have_eight_sizes_at_most_and_hold_every_element(S: int) ->
         plan = plan_segments(batch, 8, static=True)
         sizes |= {s.num_elements for s in plan.segments}
         held = sum(int((batch["depth"][:, s.columns] >= 0).sum()) for s in plan.segments)
-        assert held == int((batch["depth"] >= 0).sum())
+        assert held == (int((batch["depth"] >= 0).sum()) if supervised else 0)
     assert len(sizes) == 1 if S == 9 else 1 < len(sizes) <= 8
 
 
@@ -158,38 +164,67 @@ def test_a_static_plan_asks_features_for_no_more_slots_than_a_row_has_columns(S:
         assert not (batch["depth"][:, segment.columns][:, segment.num_depth0 :] == 0).any()
 
 
+@pytest.mark.parametrize(("window", "layers"), [(None, 2), (K, 1), (K + 1, 2)])
 @pytest.mark.parametrize("boundaries", ["balanced", "uniform"])
 @pytest.mark.parametrize("S", [1, 4, 9, 37])
-def test_a_plan_says_what_its_segments_hold(S: int, boundaries: str) -> None:
-    rows = make_rows(L, documents=3, batch_size=3, prompt=0.3)
+def test_a_plan_says_what_its_segments_hold(S: int, boundaries: str, window: int | None, layers: int) -> None:
+    rows = make_rows(L, documents=3, batch_size=3, prompt=0.7)
     batch = make_batch(rows, L, S, K, boundaries=boundaries)
-    plan = plan_segments(batch, K)
-    C = batch["anchor"].shape[1] // S
-    drawn = [elements_of(batch, b) for b in range(3)]
-    held = [
-        [[e for e in zip(a.tolist(), d.tolist()) if e[1] >= 0] for a, d in zip(anchor, depth)]
-        for anchor, depth in zip(batch["anchor"].view(3, S, C), batch["depth"].view(3, S, C))
-    ]
-    filled = [s for s in range(S) if any(held[b][s] for b in range(3))]
-    assert [segment.columns.start // C for segment in plan.segments] == filled
-    for segment, s in zip(plan.segments, filled):
-        own = [held[b][s] for b in range(3)]
-        counts = [sum(d == 0 for _, d in elements) for elements in own]
-        earlier = [[a for t in range(s) for a, d in held[b][t] if d == 0] for b in range(3)]
-        everyone = [e for elements in own for e in elements]
-        assert segment.num_elements == max(map(len, own))
+    plan = plan_segments(batch, K, window=window, layers=layers)
+    C, held, needed = batch["anchor"].shape[1] // S, [], []
+    for b, row in enumerate(rows):
+        who = [(row["document_ids"][a], a, d) for a, d in elements_of(batch, b)]
+        learned = [bool(row["loss_mask"][a + d + 1]) for _, a, d in who]
+        needed.append(oracles.reached(who, learned, window, layers))
+        slots = zip(batch["segment_ids"][b].tolist(), batch["anchor"][b].tolist(), batch["depth"][b].tolist())
+        parts: list[list[oracles.Who]] = [[] for _ in range(S)]
+        for s, a, d in slots:
+            if d >= 0:
+                parts[s].append((row["document_ids"][a], a, d))
+        held.append(parts)
+    found = {segment.columns.start // C: segment for segment in plan.segments}
+    assert [*found] == [s for s in range(S) if any(needed[b] & {*held[b][s]} for b in range(3))]
+    for s, segment in found.items():
+        first = min(i for b in range(3) for i, one in enumerate(held[b][s]) if one in needed[b])
+        own = [held[b][s][first:] for b in range(3)]
+        counts = [sum(d == 0 for *_, d in elements) for elements in own]
+        earlier = [[one for t in range(s) for one in held[b][t] if one[2] == 0] for b in range(3)]
+        everyone = [one for elements in own for one in elements]
+        assert segment.columns == slice(s * C + first, s * C + first + max(map(len, own)))
         assert (segment.num_depth0, segment.first_rollout) == (max(counts), min(counts))
-        assert segment.context_end.tolist() == [max(anchors, default=-1) + 1 for anchors in earlier]
-        assert segment.num_context == max(segment.context_end.tolist())
-        assert segment.anchors == slice(min(a for a, _ in everyone), max(a for a, _ in everyone) + 1)
-        assert all(segment.labels.start <= a + d + 1 < segment.labels.stop for a, d in everyone)
-        firsts = [
-            min((row["document_ids"].index(row["document_ids"][a]) for a, _ in elements), default=L)
-            for row, elements in zip(rows, own)
-        ]
-        assert segment.earliest.tolist() == firsts
-        assert segment.latest.tolist() == [max((a for a, d in e if d == 0), default=-1) for e in own]
-    assert sum(len(elements) for elements in drawn) == sum(len(held[b][s]) for b in range(3) for s in range(S))
+        assert segment.context_end.tolist() == [max((a for _, a, _ in ones), default=-1) + 1 for ones in earlier]
+        assert segment.anchors == slice(min(a for _, a, _ in everyone), max(a for _, a, _ in everyone) + 1)
+        assert all(segment.labels.start <= a + d + 1 < segment.labels.stop for _, a, d in everyone)
+        start, P = plan.context(segment.context_end, segment.reads_from)
+        lengths = []
+        for b in range(3):
+            read = [key for key in earlier[b] if key in needed[b]]
+            read = [key for key in read if any(oracles.sees(q, key, window) for q in {*own[b]} & needed[b])]
+            lengths.append(max((int(segment.context_end[b]) - a for _, a, _ in read), default=0))
+            assert all(start[b] <= a < start[b] + P for _, a, _ in read)
+        assert P == max(lengths)
+    run = sum(int((batch["depth"][:, segment.columns] >= 0).sum()) for segment in plan.segments)
+    assert plan.num_elements == run
+
+
+@pytest.mark.parametrize("step", [recompute_step, relay_step])
+@pytest.mark.parametrize("S", [1, 4, 16])
+def test_of_a_long_sequence_whose_end_is_learned_little_more_than_the_windows_reach_is_run(step: Any, S: int) -> None:
+    n, layers, window = 8192, 2, 128
+    mask = torch.arange(n) >= n - n // 100
+    batch = make_batch([{"input_ids": [1] * n, "loss_mask": mask.long()}], n, S, K)
+    draft, target = make_draft(torch.float32, num_hidden_layers=layers, sliding_window=window), make_target(batch)
+    run = torch.zeros(n, dtype=torch.bool)
+
+    def watch(_: Any, arguments: Any) -> None:
+        position, depth = arguments[1], arguments[3].depth
+        run[position[depth == 0]] = True
+
+    draft.register_forward_pre_hook(watch)
+    step(draft, batch, target, num_depths=K)
+    reach = layers * (window - 1)
+    first = n - n // 100 - 1 - reach
+    assert run[first : n - 1].all() and not run[:first].any() and run.sum() <= 0.1 * n
 
 
 def test_segments_without_labels_are_not_run_and_every_pass_runs_its_context_again() -> None:

@@ -40,7 +40,7 @@ def attend(
     if context is None:
         context = (key[:, :, :0], value[:, :, :0])
     if isinstance(visibility, Causal):
-        out_BQHD = _causal(query, key, value, context)
+        out_BQHD = _causal(query, key, value, context, visibility.window)
     elif uses_flex(query.device):
         out_BQHD = _flex(query, key, value, context, visibility)
     elif torch.compiler.is_compiling():
@@ -50,10 +50,12 @@ def attend(
     return out_BQHD.flatten(2)
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
+def _causal(query: Tensor, key: Tensor, value: Tensor, context: tuple[Tensor, Tensor], window: int | None) -> Tensor:
     key, value = torch.cat([context[0], key], dim=2), torch.cat([context[1], value], dim=2)
     Q, n = query.shape[2], key.shape[2]
     seen_Qn = torch.ones(Q, n, dtype=torch.bool, device=query.device).tril(n - Q)
+    if window is not None:
+        seen_Qn = seen_Qn.triu(n - Q - window + 1)
     out_BHQD = scaled_dot_product_attention(query, key, value, attn_mask=seen_Qn, enable_gqa=True)
     return out_BHQD.transpose(1, 2)
 

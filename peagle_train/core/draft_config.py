@@ -56,6 +56,11 @@ class PEagleDraftConfig(LlamaConfig):
     """Whether one of each feature layer does."""
     norm_before_residual: bool = False
     """Whether layer 0's residual is the features after `hidden_norm` (True) or before (False)."""
+    sliding_window: int | None = None
+    """N, positions that an element sees, its own included (`first_seen`); None: all."""
+    use_sliding_window: bool | None = None
+    layer_types: list[str] | None = None
+    """Follow from the window, of which nothing is read without them: Qwen3's configs and vLLM ask for one each."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         # Old configs, and vLLM's readers, keep the rope in two top-level keys.
@@ -70,6 +75,9 @@ class PEagleDraftConfig(LlamaConfig):
         )
         self.mask_token_id = self.pard_token = self.ptd_token_id = next(iter(named.values()), None)
         super().__post_init__(**kwargs)
+        has_window = self.sliding_window is not None
+        self.use_sliding_window = has_window or None
+        self.layer_types = ["sliding_attention"] * self.num_hidden_layers if has_window else None
         if self.draft_vocab_size is None:
             self.draft_vocab_size = self.vocab_size
         if self.target_hidden_size is None:

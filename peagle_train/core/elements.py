@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from peagle_train.core.visibility import first_seen
+
 
 class Elements(NamedTuple):
     """N elements of each of B rows; int64 [B, N] but `supervised`, bool [B, N]. Padding has depth -1."""
@@ -24,13 +26,15 @@ class Elements(NamedTuple):
     token: Tensor
     position: Tensor
     start: Tensor
-    """First column of the element's document."""
+    """First column that the element sees: its document's, or the window's."""
     label: Tensor
     """Column whose last hidden state of the target gives the label: anchor + depth + 1."""
     supervised: Tensor
 
 
-def gather_elements(batch: dict[str, Tensor], columns: slice, mask_token_id: int) -> Elements:
+def gather_elements(
+    batch: dict[str, Tensor], columns: slice, mask_token_id: int, window: int | None = None
+) -> Elements:
     """The elements in `columns` of the flat batch (a segment is a slice of it)."""
     return make_elements(
         batch,
@@ -38,22 +42,27 @@ def gather_elements(batch: dict[str, Tensor], columns: slice, mask_token_id: int
         batch["depth"][:, columns],
         batch["supervised"][:, columns],
         mask_token_id,
+        window,
     )
 
 
-def context_elements(batch: dict[str, Tensor], columns: slice) -> Elements:
-    """The depth-0 elements of the columns themselves, unsupervised; a column that is no drafter row is padding."""
+def context_elements(batch: dict[str, Tensor], column: Tensor, window: int | None = None) -> Elements:
+    """The depth-0 elements of columns, int64 [B, N], unsupervised; a column that is no drafter row is padding."""
     documents = batch["document_ids"]
     right = torch.nn.functional.pad(documents[:, 1:], (0, 1), value=-1)
-    is_row = ((documents == right) & (documents >= 0))[:, columns]
-    column = torch.arange(documents.shape[1], device=documents.device)[columns].expand(documents.shape[0], -1)
-    return make_elements(batch, column, torch.where(is_row, 0, -1), torch.zeros_like(is_row), mask_token_id=0)
+    is_row = ((documents == right) & (documents >= 0)).gather(1, column)
+    return make_elements(batch, column, torch.where(is_row, 0, -1), torch.zeros_like(is_row), 0, window)
 
 
 def make_elements(
-    batch: dict[str, Tensor], anchor: Tensor, depth: Tensor, supervised: Tensor, mask_token_id: int
+    batch: dict[str, Tensor],
+    anchor: Tensor,
+    depth: Tensor,
+    supervised: Tensor,
+    mask_token_id: int,
+    window: int | None = None,
 ) -> Elements:
-    """Look the contract's columns up for given anchors and depths, int64 [B, N]."""
+    """Look the contract's columns up for given anchors and depths, int64 [B, N]; `window`: see `first_seen`."""
     last = batch["input_ids"].shape[1] - 1
     real_token = batch["input_ids"].gather(1, (anchor + 1).clamp(max=last))
     base = batch["position_ids"].gather(1, anchor)
@@ -62,7 +71,7 @@ def make_elements(
         depth=depth,
         token=torch.where(depth == 0, real_token, mask_token_id),
         position=base + depth.clamp(min=0),
-        start=anchor - base,
+        start=first_seen(anchor - base, anchor, depth, window),
         label=(anchor + depth + 1).clamp(0, last),
         supervised=supervised,
     )

@@ -68,7 +68,10 @@ class Passes:
     ) -> None:
         self.draft, self.batch, self.target, self.loss, self.chunk_rows = draft, batch, target, loss, chunk_rows
         self.depth_decay = depth_decay
-        self.plan = plan = plan or plan_segments(batch, num_depths, static=isinstance(draft, CompiledDraft))
+        self.window, layers = draft.config.sliding_window, draft.config.num_hidden_layers
+        static = isinstance(draft, CompiledDraft)
+        self.plan = plan = plan or plan_segments(batch, num_depths, static, window=self.window, layers=layers)
+        assert plan.window == self.window, "the plan is of another drafter"
         if num_depths not in (None, plan.num_depths):
             raise ValueError(
                 f"num_depths is {num_depths}, but the batch is of {plan.num_depths} depths: leave num_depths out"
@@ -88,7 +91,12 @@ class Passes:
         return [s for s in self.plan.segments if s.supervised.numel()]
 
     def own(self, segment: Segment) -> Elements:
-        return gather_elements(self.batch, segment.columns, self.draft.mask_token_id)
+        return gather_elements(self.batch, segment.columns, self.draft.mask_token_id, self.window)
+
+    def context_elements(self, first: Tensor, count: int) -> Elements:
+        """The depth-0 elements of `count` columns from `first`, int64 [B], on."""
+        column_BP = first.to(self.device, non_blocking=True)[:, None] + torch.arange(count, device=self.device)
+        return context_elements(self.batch, column_BP, self.window)
 
     def run(
         self,
@@ -165,7 +173,7 @@ class Passes:
     def idle(self) -> Tensor:
         """A pass over one padding element: a zero with zero gradients. A sharded drafter runs all its collectives."""
         column = self.batch["anchor"].new_zeros(self.batch["anchor"].shape[0], 1)
-        elements = context_elements(self.batch, slice(0, 1))._replace(depth=column - 1)
+        elements = context_elements(self.batch, column)._replace(depth=column - 1)
         nothing = column.new_zeros(0)
         labels = Labels(nothing, self.target.head[nothing], self.target.head)
         output = self.run(elements, slice(0, 1), visibility_of(elements, 1, M=1, first_rollout=1), labels=labels)
@@ -180,15 +188,17 @@ def visibility_of(
     first_rollout: int,
     cut: int = 0,
     num_context: int = 0,
+    context_first: Tensor | None = None,
     context_end: Tensor | None = None,
 ) -> Visibility:
-    if context_end is None:
-        context_end = elements.anchor.new_zeros(elements.anchor.shape[0])
+    """context_first, context_end: int64 [B], each row's context is the columns between; None: 0."""
+    device, none = elements.anchor.device, elements.anchor.new_zeros(elements.anchor.shape[0])
+    first_B, end_B = (none if t is None else t.to(device, non_blocking=True) for t in (context_first, context_end))
     return Visibility(
-        start=elements.start,
-        anchor=elements.anchor,
+        start=(elements.start - first_B[:, None]).clamp(min=0),
+        anchor=elements.anchor - first_B[:, None],
         depth=elements.depth,
-        context_end=context_end.to(elements.anchor.device, non_blocking=True),
+        context_end=end_B - first_B,
         num_context=num_context,
         num_depth0=M,
         first_rollout=first_rollout,

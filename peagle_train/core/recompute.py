@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peagle_train.core.compiled import CompiledDraft
 from peagle_train.core.draft import PEagleDraft
-from peagle_train.core.elements import Elements, context_elements
+from peagle_train.core.elements import Elements
 from peagle_train.core.passes import Passes, StepStats, TargetOutputs, visibility_of
 from peagle_train.core.plan import Plan, Segment
 
@@ -40,14 +40,16 @@ def recompute_step(
         min_passes: run at least this many, the surplus on padding (sharded ranks must agree on the number).
     """
     passes = Passes(draft, batch, target, num_depths, plan, loss, chunk_rows, depth_decay)
-    segments = passes.learning()
+    plan, segments = passes.plan, passes.learning()
     for segment in segments:
-        own, P = passes.own(segment), segment.num_context
-        elements = _after_context(batch, segment, own) if P else own
+        own, layers = passes.own(segment), draft.config.num_hidden_layers
+        first, P = plan.context(segment.context_end, segment.reads_from, layers)
+        elements = _after_context(passes, segment, first, P, own) if P else own
         visibility = visibility_of(
-            elements, passes.plan.num_depths, P + segment.num_depth0, first_rollout=P + segment.first_rollout, cut=P
+            elements, plan.num_depths, P + segment.num_depth0, first_rollout=P + segment.first_rollout, cut=P
         )
-        of_segment = passes.learn(elements, own, slice(0, segment.anchors.stop), visibility, segment).loss
+        columns = slice(min(int(first.min()), segment.anchors.start), segment.anchors.stop)
+        of_segment = passes.learn(elements, own, columns, visibility, segment).loss
         del visibility  # masks that the backward does without
         if backward is not None:
             assert of_segment is not None
@@ -59,9 +61,9 @@ def recompute_step(
     return passes.stats
 
 
-def _after_context(batch: dict[str, Tensor], segment: Segment, own: Elements) -> Elements:
-    """A segment's own elements after the depth-0 elements of all columns before it."""
-    earlier = context_elements(batch, slice(0, segment.num_context))
+def _after_context(passes: Passes, segment: Segment, first: Tensor, P: int, own: Elements) -> Elements:
+    """A segment's own elements after the depth-0 elements of the P columns from `first`, int64 [B], on."""
+    earlier = passes.context_elements(first, P)
     # Rows whose segment starts further left than P own some of these columns themselves.
     context_end = segment.context_end.to(earlier.anchor.device, non_blocking=True)
     earlier = earlier._replace(depth=torch.where(earlier.anchor < context_end[:, None], earlier.depth, -1))

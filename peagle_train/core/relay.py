@@ -4,14 +4,13 @@ Depth-0 elements never look at deeper ones, and every element looks at the past 
 segment needs of its past nothing but those keys and values, and owes the past nothing but their gradients:
 
     pass A, no grad, left to right: depth-0 columns through all layers; each layer's keys and values are kept (of the last
-        layer only they are computed). Columns to the left and to the right of all that later segments read are left out.
+        layer only they are computed). Columns that no later segment reads are left out.
     pass B, right to left: each segment's own elements with grad, the earlier keys and values entering as leaves. Back-
         propagated are the segment's loss and <K_own, dK_own> + <V_own, dV_own>, where dK_own, dV_own are what the
         segments to the right have handed back; the leaves' gradients are handed on to the left.
 
 Every element runs with grad exactly once, and activations of one segment exist at a time. Algorithm 1 (recompute.py) is the
-oracle. B: rows, L: columns, P: context columns, M: own slots that may hold depth-0 elements, G: key/value heads, D: head
-dim.
+oracle. B: rows, L: columns, P: context columns, W: the most of them in any pass, G: key/value heads, D: head dim.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,16 +22,17 @@ from torch.profiler import record_function
 from peagle_train.core.compiled import CompiledDraft
 from peagle_train.core.draft import KV, PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
-from peagle_train.core.elements import Elements, context_elements
+from peagle_train.core.elements import Elements
 from peagle_train.core.passes import Passes, StepStats, TargetOutputs, visibility_of
-from peagle_train.core.plan import Plan, Segment
+from peagle_train.core.plan import Plan
 from peagle_train.core.visibility import GRID
 
 Backward = Callable[[Sequence[Tensor], Sequence[Tensor | None]], None]
 
 
 class RelayBuffers:
-    """Each layer's keys, values and their gradients, [B, G, L, D], by column; made once, used by every step.
+    """Each layer's keys and values by column, [B, G, L, D], and their gradients, [B, G, W, D], of the columns that are
+    context; made once, used by every step.
 
     Keys and values are in the dtype that the drafter computes them in, gradients in float32 or wider.
     """
@@ -40,57 +40,89 @@ class RelayBuffers:
     def __init__(self) -> None:
         self.keys_values: list[KV] = []
         self.gradients: list[KV] = []
+        self.first: Tensor | None = None
+        """int64 [B], on the host: the column of the gradients' first slot; None where none are owed yet."""
         self._made_for: object = None
 
-    def prepare(self, config: PEagleDraftConfig, batch_size: int, length: int, like: Tensor) -> None:
-        """Allocate for rows of `length` columns in the dtype and on the device of `like`, unless that is here already."""
+    def prepare(self, config: PEagleDraftConfig, batch_size: int, length: int, most_context: int, like: Tensor) -> None:
+        """Allocate for rows of `length` columns in the dtype and on the device of `like`, unless that is here already.
+
+        Zeroed for each batch: columns that it does not write are masked out, but no mask hides an earlier batch's nan.
+        """
         assert config.num_key_value_heads is not None and config.head_dim is not None
-        shape = (batch_size, config.num_key_value_heads, length, config.head_dim)
-        wanted = (config.num_hidden_layers, shape, like.dtype, like.device)
+        heads, head_dim, layers = config.num_key_value_heads, config.head_dim, config.num_hidden_layers
+        wanted = (layers, batch_size, heads, length, most_context, head_dim, like.dtype, like.device)
         if self._made_for == wanted:
+            for pair in self.keys_values + self.gradients:
+                for tensor in pair:
+                    tensor.zero_()
             return
         self.keys_values, self.gradients = [], []  # let go of the old ones first
         wide = torch.promote_types(like.dtype, torch.float32)
 
-        def pair(dtype: torch.dtype) -> KV:
-            key, value = (torch.zeros(shape, dtype=dtype, device=like.device) for _ in range(2))
-            return key, value
+        def zeros(columns: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(batch_size, heads, columns, head_dim, dtype=dtype, device=like.device)
 
-        self.keys_values = [pair(like.dtype) for _ in range(config.num_hidden_layers)]
-        self.gradients = [pair(wide) for _ in range(config.num_hidden_layers)]
+        self.keys_values = [(zeros(length, like.dtype), zeros(length, like.dtype)) for _ in range(layers)]
+        self.gradients = [(zeros(most_context, wide), zeros(most_context, wide)) for _ in range(layers)]
         self._made_for = wanted
 
-    def forget(self, owed: int) -> None:
-        """Before each batch, which may owe gradients to the first `owed` columns.
+    def context(self, first: Tensor, columns: int) -> list[KV]:
+        """`columns` columns from `first`, int64 [B] on the host, on: views, but for several rows that may differ."""
+        starts = first.tolist()
 
-        Columns that it does not write are masked out, but no mask hides an earlier batch's nan.
-        """
-        for pair in self.keys_values:
-            for tensor in pair:
-                tensor.zero_()
-        for pair in self.gradients:
-            for tensor in pair:
-                tensor[:, :, :owed] = 0
+        def cut(tensor: Tensor) -> Tensor:
+            if len(starts) == 1 or columns == tensor.shape[2]:
+                return tensor[:, :, starts[0] : starts[0] + columns]
+            return torch.stack([row[:, start : start + columns] for row, start in zip(tensor, starts, strict=True)])
 
-    def context(self, columns: int) -> list[KV]:
-        """Views of the first `columns` columns."""
-        return [(k[:, :, :columns], v[:, :, :columns]) for k, v in self.keys_values]
+        return [(cut(k), cut(v)) for k, v in self.keys_values]
 
-    def leaves(self, columns: int) -> list[KV]:
+    def leaves(self, context: list[KV]) -> list[KV]:
         """As `context`, but leaves whose gradients are added to the buffers the moment they are known, then freed."""
 
         def leaf(value: Tensor, gradient: Tensor) -> Tensor:
-            out = value[:, :, :columns].detach().requires_grad_()
+            out = value.detach().requires_grad_()
 
             def hand_back(tensor: Tensor) -> None:
                 assert tensor.grad is not None
-                gradient[:, :, :columns] += tensor.grad
+                gradient[:, :, : tensor.shape[2]] += tensor.grad
                 tensor.grad = None
 
             out.register_post_accumulate_grad_hook(hand_back)
             return out
 
-        return [(leaf(k, dk), leaf(v, dv)) for (k, v), (dk, dv) in zip(self.keys_values, self.gradients, strict=True)]
+        return [(leaf(k, dk), leaf(v, dv)) for (k, v), (dk, dv) in zip(context, self.gradients, strict=True)]
+
+    def owed(self, own: Elements) -> list[KV]:
+        """What segments to the right owe these elements' keys and values: [B, G, n, D], zero where depth is not 0."""
+        assert self.first is not None
+        slot_Bn = own.anchor - self.first.to(own.anchor.device, non_blocking=True)[:, None]
+        is_owed_B1n1 = ((own.depth == 0) & (slot_Bn >= 0))[:, None, :, None]
+        dtype = self.keys_values[0][0].dtype
+
+        def take(gradient: Tensor) -> Tensor:
+            G, W, D = gradient.shape[1:]
+            slot_B1n1 = slot_Bn.clamp(0, W - 1)[:, None, :, None]
+            taken = gradient.gather(2, slot_B1n1.expand(-1, G, -1, D))
+            return torch.where(is_owed_B1n1, taken, 0).to(dtype)
+
+        return [(take(dk), take(dv)) for dk, dv in self.gradients]
+
+    def move(self, first: Tensor) -> None:
+        """Let the gradients' slots begin at columns `first`, int64 [B] on the host.
+
+        What is pushed out has been handed to the segment that owns it, or is zero.
+        """
+        shifts = [0] * first.numel() if self.first is None else (self.first - first).tolist()
+        self.first = first
+        for tensor in (t for pair in self.gradients for t in pair):
+            for row_GWD, shift in zip(tensor, shifts, strict=True):
+                if shift:
+                    W = row_GWD.shape[1]
+                    left, right = min(max(-shift, 0), W), min(max(shift, 0), W)
+                    kept = row_GWD[:, left : W - right].clone()
+                    row_GWD.zero_()[:, right : W - left] = kept
 
 
 def relay_step(
@@ -121,34 +153,37 @@ def relay_step(
     """
     passes = Passes(draft, batch, target, num_depths, plan, loss, chunk_rows, depth_decay)
     plan, buffers = passes.plan, buffers or RelayBuffers()
-    segments = passes.learning() if backward is None else needed_segments(plan)
-    end = max((int(s.context_end.max()) for s in segments), default=0)  # columns that pass A is about
-    if any(s.num_context for s in segments):
+    segments = passes.learning() if backward is None else plan.segments
+    contexts = [plan.context(s.context_end, s.reads_from) for s in segments]
+    buffers.first = None
+    if any(P for _, P in contexts):
         like = torch.empty(0, dtype=compute_dtype(draft, passes.device), device=passes.device)
         B, L = batch["input_ids"].shape
-        buffers.prepare(draft.config, B, L, like)
-        buffers.forget(0 if backward is None else end)
-    chunks = context_chunks(plan, segments)
+        buffers.prepare(draft.config, B, L, plan.most_context(), like)
+    chunks = context_chunks(plan)
     least_a, least_b = min_passes or (0, 0)
 
     with record_function("peagle::pass A"), torch.no_grad():
         for columns in chunks:
-            _run_context(passes, buffers, columns)
+            _run_context(passes, buffers, columns, chunks[0].start)
         for _ in range(least_a - len(chunks)):
             passes.idle()
     torch.clear_autocast_cache()  # weights cast without grad in pass A must not serve pass B
 
-    for segment in reversed(segments):
-        own, P = passes.own(segment), segment.num_context
+    for segment, (first, P) in zip(reversed(segments), reversed(contexts), strict=True):
+        own = passes.own(segment)
         visibility = visibility_of(
             own,
             plan.num_depths,
             segment.num_depth0,
             first_rollout=segment.first_rollout,
             num_context=P,
+            context_first=first,
             context_end=segment.context_end,
         )
-        context = None if P == 0 else buffers.context(P) if backward is None else buffers.leaves(P)
+        context = buffers.context(first, P) if P else None
+        if context and backward is not None:
+            context = buffers.leaves(context)
         has_labels = segment.supervised.numel() > 0
         # Sharded ranks and compiled drafters run every pass in full, whether it has something to learn or not.
         if has_labels or min_passes is not None or plan.static:
@@ -164,11 +199,13 @@ def relay_step(
             # Without labels the hidden states still tie every parameter in, at no weight.
             tensors.append(output.loss * scale if has_labels else output.loss + output.hidden.sum() * 0)
             gradients.append(None)
-        if end:
-            for pair, owed in zip(output.keys_values, handed_back(buffers, own, end), strict=True):
+        if buffers.first is not None:
+            for pair, owed in zip(output.keys_values, buffers.owed(own), strict=True):
                 tensors += pair
                 gradients += owed
             del pair, owed
+        if P:
+            buffers.move(first)
         del output, context, visibility
         backward(tensors, gradients)
         del tensors, gradients
@@ -179,37 +216,25 @@ def relay_step(
     return passes.stats
 
 
-def needed_segments(plan: Plan) -> list[Segment]:
-    """Segments that own something to learn, or whose keys some segment to their right, itself needed, can see."""
-    needed: list[Segment] = []
-    reads_from = None  # int64 [B], first column that the needed segments read
-    for segment in reversed(plan.segments):
-        is_read = reads_from is not None and bool((reads_from <= segment.latest).any())
-        if segment.supervised.numel() or is_read:
-            needed.append(segment)
-            reads_from = segment.earliest if reads_from is None else torch.minimum(reads_from, segment.earliest)
-    return needed[::-1]
-
-
-def context_chunks(plan: Plan, passes: list[Segment]) -> list[slice]:
-    """Columns for pass A: from the first that some pass reads to the last, in runs no longer than the longest segment is.
+def context_chunks(plan: Plan) -> list[slice]:
+    """Columns for pass A: those that some segment reads, in runs no longer than the longest segment is.
 
     In a static plan every run is as long as the longest segment can be, and begins on the grid or is the row's last; it may
     overlap the one before, and computes the same again.
     """
-    first, end = plan.row_length, 0
-    for segment in passes:
-        reads_B = segment.earliest < segment.context_end
-        if reads_B.any():
-            first = min(first, int(segment.earliest[reads_B].min()))
-            end = max(end, int(segment.context_end[reads_B].max()))
+    read = plan.read.nonzero().flatten()
+    if not read.numel():
+        return []
+    first, end = int(read[0]), int(read[-1]) + 1
     if plan.static:
         size = min(plan.capacity, plan.row_length)
         step = size // GRID * GRID or size
         starts = (min(start, plan.row_length - size) for start in range(first // GRID * GRID, end, step))
-        return [slice(start, start + size) for start in starts]
-    size = max((s.num_elements for s in plan.segments), default=1)
-    return [slice(start, min(start + size, end)) for start in range(first, end, size)]
+        chunks = [slice(start, start + size) for start in starts]
+    else:
+        size = max(s.num_elements for s in plan.segments)
+        chunks = [slice(start, min(start + size, end)) for start in range(first, end, size)]
+    return [chunk for chunk in chunks if plan.read[chunk].any()]
 
 
 def compute_dtype(draft: PEagleDraft | CompiledDraft, device: torch.device) -> torch.dtype:
@@ -218,34 +243,22 @@ def compute_dtype(draft: PEagleDraft | CompiledDraft, device: torch.device) -> t
     return torch.get_autocast_dtype(device.type) if autocast else draft.dtype
 
 
-def _run_context(passes: Passes, buffers: RelayBuffers, columns: slice) -> None:
-    """Pass A over some columns: write their keys and values into the buffers."""
-    elements = context_elements(passes.batch, columns)
-    n, start = columns.stop - columns.start, columns.start
-    P = passes.plan.row_length if passes.plan.pad_context else start
+def _run_context(passes: Passes, buffers: RelayBuffers, columns: slice, reads_from: int) -> None:
+    """Pass A over some columns, which read columns from `reads_from` on: write their keys and values into the buffers."""
+    n, B = columns.stop - columns.start, passes.batch["input_ids"].shape[0]
+    end = torch.full((B,), columns.start)
+    elements = passes.context_elements(end, n)
+    first, P = passes.plan.context(end, torch.full((B,), reads_from))
     visibility = visibility_of(
         elements,
         passes.plan.num_depths,
         n,
         first_rollout=n,
         num_context=P,
-        context_end=torch.full((elements.anchor.shape[0],), start),
+        context_first=first,
+        context_end=end,
     )
-    context = buffers.context(P) if P else None
+    context = buffers.context(first, P) if P else None
     output = passes.run(elements, columns, visibility, context=context, keys_values_only=True)
     for (k, v), (key, value) in zip(buffers.keys_values, output.keys_values, strict=True):
         k[:, :, columns], v[:, :, columns] = key, value
-
-
-def handed_back(buffers: RelayBuffers, own: Elements, length: int) -> list[KV]:
-    """What the segments to the right owe this one's keys and values: [B, G, n, D], zero where depth is not 0."""
-    anchor_B1n1 = own.anchor.clamp(max=length - 1)[:, None, :, None]
-    is_read_B1n1 = ((own.depth == 0) & (own.anchor < length))[:, None, :, None]
-
-    def take(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-        G, D = gradient.shape[1], gradient.shape[3]
-        taken = gradient.gather(2, anchor_B1n1.expand(-1, G, -1, D))
-        return torch.where(is_read_B1n1, taken, 0).to(dtype)
-
-    dtype = buffers.keys_values[0][0].dtype
-    return [(take(dk, dtype), take(dv, dtype)) for dk, dv in buffers.gradients]

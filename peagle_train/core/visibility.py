@@ -1,8 +1,9 @@
 """Who sees whom: the one place that states the visibility rule, and the tables that attention reads it from.
 
 An element sees the depth-0 elements of its own document with anchor <= its own, and the elements of its own rollout
-with depth <= its own; padding sees and is seen by nothing. So a row is described by four integers: `start`, the first
-column of its document, `anchor`, `depth`, and for a key whether it exists at all (depth >= 0).
+with depth <= its own; padding sees and is seen by nothing. With a window of N positions, it sees of the former only those
+less than N positions before its own, anchor + depth. So a row is described by four integers: `start`, the first column
+that it sees (`first_seen`), `anchor`, `depth`, and for a key whether it exists at all (depth >= 0).
 
 B: rows of the batch, N: elements of a pass (the queries), M: of these the leading slots that hold depth-0 elements,
 P: context columns (depth-0 keys computed elsewhere), K = P + N: keys, context first.
@@ -27,8 +28,16 @@ see `plan_segments`): the CPU's bfloat16 kernels are compiled for every shape th
 would grow with every new one."""
 
 
+def first_seen(document_start: Tensor, anchor: Tensor, depth: Tensor, window: int | None) -> Tensor:
+    """First column that an element sees: of its document, and with a window of N of the anchors in (a + d - N, a].
+
+    Broadcasts, int64. N is at least the number of depths, so that a window hides nothing of the own rollout.
+    """
+    return document_start if window is None else torch.maximum(document_start, anchor + depth - window + 1)
+
+
 def sees_context(query_start: Tensor, query_anchor: Tensor, key_anchor: Tensor, key_depth: Tensor) -> Tensor:
-    """Depth-0 elements of the own document, up to the own anchor. Broadcasts; all int64 but the bool result."""
+    """Depth-0 elements from the first that is seen to the own anchor. Broadcasts; all int64 but the bool result."""
     return (key_depth == 0) & (key_anchor >= query_start) & (key_anchor <= query_anchor)
 
 
@@ -42,9 +51,11 @@ class Causal:
     """Serving's rule, for one text: an element sees all of the context, the elements in front of it, and itself.
 
     depth: int64 [1, N], 0 for real tokens, which come first, then a mask slot's. Knows nothing of anchors and documents.
+    window: only the last so many of them, the own one included; None: all.
     """
 
     depth: Tensor
+    window: int | None = None
 
 
 @dataclass
@@ -64,7 +75,7 @@ class QueryBlock:
 class Visibility:
     """The visibility of one pass: N queries over P context columns and the pass's own N elements.
 
-    start, anchor, depth: int64 [B, N]; depth -1 is padding.
+    start, anchor, depth: int64 [B, N]; depth -1 is padding. Columns are counted from each row's first context column.
     context_end: int64 [B]: row b's context is columns [0, context_end[b]) (a column that is no drafter row is inside
         nobody's interval, and so seen by nobody). num_context: P >= max(context_end), a Python int.
     num_depth0: M, a Python int: own slots from M on hold no depth-0 element.

@@ -19,7 +19,7 @@ from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.passes import StepStats, TargetOutputs
 from peagle_train.core.plan import Plan, plan_segments
 from peagle_train.core.recompute import recompute_step
-from peagle_train.core.relay import RelayBuffers, context_chunks, needed_segments, relay_step
+from peagle_train.core.relay import RelayBuffers, context_chunks, relay_step
 from peagle_train.distributed import max_counts, sum_counts
 from peagle_train.serving.drafter_io import count_non_finite
 from peagle_train.target_model.cache import FIELDS
@@ -77,8 +77,14 @@ class BatchRunner:
 
     def plan(self, batch: Batch) -> Plan:
         """The passes of a batch that is on the host."""
-        train, kind = self.recipe.train, self.device.type
-        return plan_segments(batch, static=train.pads_passes(kind), pad_context=train.pads_context(kind))
+        train, kind, config = self.recipe.train, self.device.type, self.draft.config
+        return plan_segments(
+            batch,
+            static=train.pads_passes(kind),
+            pad_context=train.pads_context(kind),
+            window=config.sliding_window,
+            layers=config.num_hidden_layers,
+        )
 
     def run_target(self, batch: Batch) -> TargetOutputs:
         """The target's outputs for a batch on the host; on the device, unless `offload_features`."""
@@ -115,8 +121,8 @@ class BatchRunner:
         }
         if self.sharded:
             # Every rank takes part in every all-gather: as many passes everywhere as the rank runs that needs most.
-            needed = needed_segments(plan) if self.relay else [s for s in plan.segments if s.supervised.numel()]
-            chunks = context_chunks(plan, needed) if self.relay else []
+            needed = plan.segments if self.relay else [s for s in plan.segments if s.supervised.numel()]
+            chunks = context_chunks(plan) if self.relay else []
             at_least = int(is_last and is_training)
             most_a, most_b = max_counts([len(chunks), max(len(needed), at_least)], self.device)
             arguments["min_passes"] = (most_a, most_b) if self.relay else most_b
