@@ -359,6 +359,9 @@ class Draft:
     """Norm all features of a position together before `fc`."""
     fc_norm: bool = False
     """Norm the features of each layer before `fc`; not beside norm_before_fc."""
+    window: Count | None = None
+    """N: an element attends to the last N positions up to its own, and no further, as vLLM's sliding_window; at least
+    cod.num_depths. Work grows with the length alone; pays beyond some 10,000 tokens. null: to all of its document."""
     norm_before_residual: bool = False
     """Layer 0's residual is the normed features instead of the raw ones."""
     init_from: FilePath | None = None
@@ -528,6 +531,11 @@ class Recipe:
                 data.max_length < cod.num_depths,
                 "data.max_length cod.num_depths",
                 "give at least as many tokens as depths",
+            ),
+            (
+                draft.window and draft.window < cod.num_depths,
+                "draft.window cod.num_depths",
+                "give at least as many positions",
             ),
             (cut, "cod.num_segments data.max_length", "give no more segments than tokens"),
             (target.shard and target.device_map, "target.shard target.device_map", "set one of them to false or null"),

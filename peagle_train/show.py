@@ -167,7 +167,10 @@ def write_picture(recipe: Recipe | None, number: int, out: Path) -> str:
         sequence, tokenizer, _, (*_, title) = load_sequence(recipe, number)
         words = list(map(token_names(tokenizer), sequence["input_ids"].tolist()))
     title += f"; K = {collator.num_depths}, S = {collator.num_segments}"
-    figure = draw_batch(collator([sequence]), collator.num_depths, words, list(sequence["loss_mask"]), title)
+    window = recipe.draft.window if recipe else None
+    if window:
+        title += f", window {window}"
+    figure = draw_batch(collator([sequence]), collator.num_depths, words, list(sequence["loss_mask"]), title, window)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(out, png_of(figure))
     return title
@@ -185,7 +188,9 @@ def example_sequence() -> tuple[dict[str, Any], list[str]]:
     return {"input_ids": range(len(words)), "loss_mask": mask, "document_ids": documents, "row_key": 0}, words
 
 
-def visible_elements(batch: dict[str, Tensor], num_depths: int) -> tuple[Elements, Tensor, Tensor]:
+def visible_elements(
+    batch: dict[str, Tensor], num_depths: int, window: int | None = None
+) -> tuple[Elements, Tensor, Tensor]:
     """The elements without padding, their segments int64 [N], and who sees whom, bool [N, N] (queries by keys).
 
     Args:
@@ -198,14 +203,19 @@ def visible_elements(batch: dict[str, Tensor], num_depths: int) -> tuple[Element
             " data.max_length=64"
         )
     flat = {**batch, **{name: batch[name][:, real] for name in ("anchor", "depth", "supervised", "segment_ids")}}
-    elements = gather_elements(flat, slice(None), mask_token_id=0)
+    elements = gather_elements(flat, slice(None), 0, window)
     # no order is assumed: any slot may hold a depth-0 element or a deeper one
     visible_NN = visibility_of(elements, num_depths, M=real.numel(), first_rollout=0).dense()[0]
     return elements, flat["segment_ids"][0], visible_NN
 
 
 def draw_batch(
-    batch: dict[str, Tensor], num_depths: int, words: Sequence[str], is_taught: Sequence[int], title: str
+    batch: dict[str, Tensor],
+    num_depths: int,
+    words: Sequence[str],
+    is_taught: Sequence[int],
+    title: str,
+    window: int | None = None,
 ) -> Any:
     """A matplotlib figure: who sees whom on the left, what each segment runs and reads on the right.
 
@@ -215,7 +225,7 @@ def draw_batch(
     plt = load_matplotlib()
     from matplotlib.colors import to_rgb
 
-    elements, segment_N, visible_NN = visible_elements(batch, num_depths)
+    elements, segment_N, visible_NN = visible_elements(batch, num_depths, window)
     documents, anchor_N, depth_N = batch["document_ids"][0], elements.anchor[0], elements.depth[0]
     of_depth = plt.colormaps["viridis"](torch.linspace(0.02, 0.88, num_depths).numpy())
     colours = [

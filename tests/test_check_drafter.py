@@ -108,6 +108,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a million layers": (lambda f: set_config(f, num_hidden_layers=10**6), "num_hidden_layers is 1000000"),
     "a huge vocabulary": (lambda f: set_config(f, vocab_size=10**12), "vocab_size is 1000000000000, not a size"),
     "gelu": (lambda f: set_config(f, hidden_act="gelu"), "hidden_act"),
+    "no size of a window": (lambda f: set_config(f, layer_types=["sliding_attention"] * 2), "no sliding_window"),
     "no shape": (lambda f: set_config(f, hidden_size=None), "hidden_size"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
@@ -124,7 +125,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "both norms": (lambda f: set_config(f, eagle_config={"norm_before_fc": True}, fc_norm=True), "both true"),
     "last layer only": (lambda f: set_config(f, eagle_config={"use_aux_hidden_state": False}), "use_aux_hidden_state"),
     "quantised": (lambda f: set_config(f, quantization_config={"bits": 4}), "quantization_config"),
-    "sliding": (lambda f: set_config(f, layer_types=["sliding_attention"] * 2), "layer_types"),
+    "layers of two windows": (
+        lambda f: set_config(f, layer_types=["full_attention", "sliding_attention"]),
+        "layer_types",
+    ),
     "qwen3 without its norms": (lambda f: set_config(f, model_type="qwen3"), "self_attn.k_norm.weight"),
     "qwen3 of a head size to guess": (
         lambda f: set_config(f, model_type="qwen3", head_dim=None),

@@ -47,6 +47,8 @@ HISTORIES = {
         ({}, torch.float32, 1e-5),
         ({"num_hidden_layers": 1}, torch.float64, 1e-12),
         ({"norm_before_residual": True}, torch.float64, 1e-12),
+        ({"sliding_window": 5}, torch.float64, 1e-12),
+        ({"sliding_window": 8, "num_hidden_layers": 3}, torch.float64, 1e-12),
     ],
     ids=str,
 )

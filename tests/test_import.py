@@ -79,9 +79,9 @@ def start(folder: Path, target: Path, rows: Path, source: Path, *overrides: str,
 def test_a_run_starts_from_a_drafters_weights_shape_and_vocabulary(
     tmp_path: Path, target: Path, rows: Path, format: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shape: dict[str, Any] = {"attention_bias": True, "norm_before_fc": True}
+    shape: dict[str, Any] = {"attention_bias": True, "norm_before_fc": True, "sliding_window": 8}
     if format == "speculators":
-        shape = {"layer_type": "qwen3", "fc_norm": True}
+        shape = {"layer_type": "qwen3", "fc_norm": True, "sliding_window": 9}
     source = drafter(tmp_path / "trained", norm_before_residual=True, **shape)
     if format == "imported":
         import_drafter(source, tmp_path / "in")

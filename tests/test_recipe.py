@@ -171,6 +171,7 @@ def test_a_missing_file_is_refused_and_a_byte_order_mark_and_a_section_of_commen
         (["train.mixed_precision=bf16", "train.dtype=float64"], ("mixed_precision is 'bf16'", "dtype is 'float64'")),
         (["target.shard=true", "target.device_map=auto"], ("target.shard is true", "device_map is 'auto'")),
         (["draft.init_from=a", "draft.vocab_from=b"], ("draft.init_from is 'a'", "draft.vocab_from is 'b'")),
+        (["draft.window=7"], ("draft.window is 7", "cod.num_depths is 8")),
     ],
 )
 def test_fields_that_contradict_each_other_are_both_named(

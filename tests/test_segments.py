@@ -10,7 +10,7 @@ from torch import Tensor
 from peagle_train.core.passes import TargetOutputs
 from peagle_train.core.plan import padding_share, plan_segments
 from peagle_train.core.recompute import recompute_step
-from peagle_train.core.relay import relay_step
+from peagle_train.core.relay import context_chunks, relay_step
 from tests import oracles
 from tests.helpers import (
     GRID,
@@ -225,6 +225,20 @@ def test_of_a_long_sequence_whose_end_is_learned_little_more_than_the_windows_re
     reach = layers * (window - 1)
     first = n - n // 100 - 1 - reach
     assert run[first : n - 1].all() and not run[:first].any() and run.sum() <= 0.1 * n
+
+
+@pytest.mark.parametrize("S", [1, 16])
+def test_of_131072_tokens_whose_last_hundredth_is_learned_a_tenth_of_the_positions_is_run_at_most(S: int) -> None:
+    n = 131_072
+    mask = torch.arange(n) >= n - n // 100
+    batch = make_batch([{"input_ids": [1] * n, "loss_mask": mask.long()}], n, S, 8)
+    plan, run = plan_segments(batch, window=2048, layers=4), torch.zeros(n, dtype=torch.bool)
+    for segment in plan.segments:
+        run[batch["anchor"][:, segment.columns][batch["depth"][:, segment.columns] == 0]] = True
+    for chunk in context_chunks(plan):
+        run[chunk] = True
+    assert run[n - n // 100 - 1 : n - 1].all() and 0.01 * n < run.sum() <= 0.1 * n
+    assert all(plan.context(s.context_end, s.reads_from)[1] <= 2047 for s in plan.segments)
 
 
 def test_segments_without_labels_are_not_run_and_every_pass_runs_its_context_again() -> None:

@@ -141,13 +141,14 @@ def test_mistakes_are_one_line_with_exit_code_2(
         assert last.startswith(f"peagle-train {tool}: error: ") and message in last
 
 
-@pytest.mark.parametrize(("S", "documents"), [(1, 1), (3, 2), (7, 3)])
-def test_the_picture_shows_what_the_oracle_sees(S: int, documents: int) -> None:
+@pytest.mark.parametrize(("S", "documents", "window"), [(1, 1, None), (3, 2, 5), (7, 3, 8)])
+def test_the_picture_shows_what_the_oracle_sees(S: int, documents: int, window: int | None) -> None:
     batch = make_batch(make_rows(37, documents=documents), 37, S)
-    elements, segment_N, visible_NN = visible_elements(batch, num_depths=5)
-    who = list(zip(elements.start[0].tolist(), elements.anchor[0].tolist(), elements.depth[0].tolist()))
+    elements, segment_N, visible_NN = visible_elements(batch, 5, window)
+    anchors = elements.anchor[0].tolist()
+    who = list(zip(batch["document_ids"][0, anchors].tolist(), anchors, elements.depth[0].tolist()))
     assert len(who) == int((batch["depth"] >= 0).sum()) == segment_N.numel()
-    assert torch.equal(visible_NN, who_sees_whom(who, who))
+    assert torch.equal(visible_NN, who_sees_whom(who, who, window))
     assert segment_N.tolist() == sorted(segment_N.tolist())
 
 

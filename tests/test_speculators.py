@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from peagle_train.core.cod import generate_cod_sample_indices
 from peagle_train.core.draft import PEagleDraft
-from peagle_train.core.visibility import Visibility
+from peagle_train.core.visibility import Visibility, first_seen
 from peagle_train.serving.check import check_folder, is_loadable
 from peagle_train.serving.drafter_io import load_drafter, read_drafter
 from peagle_train.serving.export import export_drafter, import_drafter
@@ -62,6 +62,7 @@ def read_by_speculators(folder: Path) -> Any:
         {"layer_type": "qwen3", "eagle_aux_hidden_state_layer_ids": [0, 1, 2, 4, 5]},
         {"eagle_aux_hidden_state_layer_ids": [5], "norm_before_fc": True},
         {"eagle_aux_hidden_state_layer_ids": [1, 5], "fc_norm": True},
+        {"sliding_window": K + 1},
         {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
     ],
     ids=str,
@@ -97,7 +98,7 @@ def test_its_forward_gives_our_logits_for_every_element(tmp_path: Path, target: 
     order = ((depth > 0) * N + anchor).mul(K).add(depth).argsort()  # ours: depth 0, then rollout by rollout
     anchor, depth, expected = anchor[order][None], depth[order][None], logits[0][order]
     visibility = Visibility(
-        start=torch.zeros_like(anchor),
+        start=first_seen(torch.zeros_like(anchor), anchor, depth, draft.config.sliding_window),
         anchor=anchor,
         depth=depth,
         context_end=torch.zeros(1, dtype=torch.int64),
@@ -113,8 +114,11 @@ def test_its_forward_gives_our_logits_for_every_element(tmp_path: Path, target: 
     assert float((ours - expected).abs().max() / expected.abs().max()) <= 1e-5
 
 
-def test_its_own_checkpoint_comes_back_through_import_bit_for_bit(tmp_path: Path, target: Path) -> None:
-    draft, folder = made(tmp_path, target)
+@pytest.mark.parametrize("window", [None, 2048])
+def test_its_own_checkpoint_comes_back_through_import_bit_for_bit(
+    tmp_path: Path, target: Path, window: int | None
+) -> None:
+    draft, folder = made(tmp_path, target, sliding_window=window)
     theirs = read_by_speculators(folder)
     with torch.no_grad():
         theirs.fc.weight.add_(1.0)  # as if it had been trained on there

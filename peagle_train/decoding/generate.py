@@ -113,7 +113,7 @@ class Drafter:
             torch.tensor([[*tokens, *[self.draft.mask_token_id] * (K - 1)]], device=device),
             self.length + index,
             features_nF[None].to(device),
-            Causal((index - (n - 1)).clamp(min=0)),
+            Causal((index - (n - 1)).clamp(min=0), self.draft.config.sliding_window),
             context=self._context,
             skip=n - 1,
         )

@@ -32,7 +32,7 @@ def slot_logits(
 
     Training's pass under training's visibility, each part's context entering as keys and values.
     """
-    K, n, device = num_slots, len(ids), draft.device
+    K, n, device, window = num_slots, len(ids), draft.device, draft.config.sliding_window
     position_1n = torch.arange(n, device=device)[None]
     batch = {"input_ids": torch.tensor([ids], device=device), "position_ids": position_1n}
     context: list[KV] | None = None
@@ -43,7 +43,7 @@ def slot_logits(
         drafts = start >= first_anchor
         rollouts = [(a, d) for a in range(start, stop) for d in range(1, K)] if drafts else []
         who = torch.tensor([[(a, 0) for a in range(start, stop)] + rollouts], device=device)
-        elements = make_elements(batch, who[..., 0], who[..., 1], who[..., 0] >= 0, draft.mask_token_id)
+        elements = make_elements(batch, who[..., 0], who[..., 1], who[..., 0] >= 0, draft.mask_token_id, window)
         rows = stop - start
         visibility = visibility_of(
             elements, K, M=rows, first_rollout=rows, num_context=start, context_end=torch.tensor([start])

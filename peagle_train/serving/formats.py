@@ -17,11 +17,11 @@ MAX_SIZE = 2**24
 
 _SIZES = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
-    " max_position_embeddings"
+    " max_position_embeddings sliding_window"
 ).split()
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 _LLAMA_KEYS = (
-    "hidden_act rms_norm_eps initializer_range attention_bias mlp_bias bos_token_id eos_token_id".split() + _SIZES
+    "hidden_act rms_norm_eps initializer_range attention_bias mlp_bias bos_token_id eos_token_id".split() + _SIZES[:-1]
 )
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 _OWN_KEYS = ("draft_vocab_size", "target_hidden_size", LAYER_IDS, "norm_before_residual", "norm_before_fc", "fc_norm")
@@ -90,6 +90,7 @@ def parse_config(raw: dict[str, Any]) -> PEagleDraftConfig:
         fields |= {key: raw[key] for key in _OWN_KEYS if raw.get(key) is not None}
         fields |= {
             "layer_type": layer_type_of(raw),
+            "sliding_window": _window_of(layers),
             "rope_parameters": {"rope_theta": 10000.0, **_rope_of(layers)},
             "pad_token_id": None,
         }
@@ -101,6 +102,12 @@ def parse_config(raw: dict[str, Any]) -> PEagleDraftConfig:
         return PEagleDraftConfig(**fields)
     except Exception as error:  # anything: values are a stranger's, and transformers' strict configs have own types
         raise ValueError(f"config.json: {one_line(error)}") from error
+
+
+def _window_of(layers: dict[str, Any]) -> int | None:
+    """The window of all layers, where engines heed it."""
+    is_on = layers.get("use_sliding_window", layers.get("model_type") != "qwen3")
+    return layers.get("sliding_window") if is_on and "sliding_attention" in (layers.get("layer_types") or []) else None
 
 
 def _rope_of(layers: dict[str, Any]) -> dict[str, Any]:
@@ -119,8 +126,10 @@ def _differences(raw: dict[str, Any], layers: dict[str, Any]) -> list[str]:
         found.append(f"speculators_model_type is {kind!r}; peagle and eagle3 are supported")
     if model_type not in ARCHITECTURES:
         found.append(f"its layers' model_type is {model_type!r}; llama and qwen3 are supported")
-    if any(kind != "full_attention" for kind in layers.get("layer_types") or []):
-        found.append("layer_types has other than full_attention; windows are not supported")
+    if (kinds := {*(layers.get("layer_types") or [])}) not in (set(), {"full_attention"}, {"sliding_attention"}):
+        found.append(
+            f"layer_types has {', '.join(sorted(map(str, kinds)))}: all layers must have the same window, or none"
+        )
     if _at(raw, "eagle_config", "use_aux_hidden_state") is False:
         found.append("eagle_config.use_aux_hidden_state is false: it reads the last layer alone")
     # norm_output is of no matter: it norms what one pass of an EAGLE-3 drafter gives to its next.
@@ -147,6 +156,8 @@ def _mistakes(raw: dict[str, Any], layers: dict[str, Any]) -> list[str]:
     masks = mask_tokens_in(raw)
     if any(type(value) is not int for value in masks.values()) or len(set(map(str, masks.values()))) > 1:
         found.append(f"the mask token must be one token id: {', '.join(f'{k} {v!r}' for k, v in masks.items())}")
+    if "sliding_attention" in (layers.get("layer_types") or []) and layers.get("sliding_window") is None:
+        found.append("layer_types has sliding_attention, but there is no sliding_window")
     theta = _rope_of(layers).get("rope_theta", 1.0)
     if not isinstance(theta, (int, float)) or not 0 < theta < float("inf"):
         found.append(f"rope_theta is {theta!r}, not a positive number")

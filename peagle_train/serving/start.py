@@ -147,6 +147,7 @@ def make_draft_config(
             norm_before_fc=draft.norm_before_fc,
             fc_norm=draft.fc_norm,
             norm_before_residual=draft.norm_before_residual,
+            sliding_window=draft.window or (start.sliding_window if start else None),
             bos_token_id=getattr(config, "bos_token_id", None),
             eos_token_id=getattr(config, "eos_token_id", None),
             pad_token_id=None,
@@ -154,6 +155,11 @@ def make_draft_config(
     except Exception as error:  # transformers' strict configs raise types of their own
         raise ValueError(f"the drafter's shape does not work: {one_line(error)}") from error
     made.check_trainable()
+    if made.sliding_window is not None and made.sliding_window < recipe.cod.num_depths:
+        raise ValueError(
+            f"draft.init_from's window is {made.sliding_window} and cod.num_depths {recipe.cod.num_depths}: give"
+            " draft.window, at least as many positions"
+        )
     if short := yarn_too_short(rope, served):
         logger.warning("the drafter's rope: %s", short)
     return made
