@@ -360,8 +360,8 @@ class Draft:
     fc_norm: bool = False
     """Norm the features of each layer before `fc`; not beside norm_before_fc."""
     window: Count | None = None
-    """N: an element attends to the last N positions up to its own, and no further, as vLLM's sliding_window; at least
-    cod.num_depths. Work grows with the length alone; pays beyond some 10,000 tokens. null: to all of its document."""
+    """N: an element attends to the last N positions up to its own, as with vLLM's sliding_window; at least cod.num_depths.
+    Pays beyond some 10,000 tokens (docs/concepts.md). null: to all of its document."""
     norm_before_residual: bool = False
     """Layer 0's residual is the normed features instead of the raw ones."""
     init_from: FilePath | None = None

@@ -86,6 +86,7 @@ class Settings:
     heads: int = 0  # hidden / 64, at least 1
     kv_heads: int = 0  # as many as heads
     vocab: int = 8192  # of target and drafter
+    window: int = 0  # positions that an element sees; all of its document
     depths: int = 8  # K
     ratio: float = 0.8  # depth d keeps ratio**d, and ratio_min at least
     ratio_min: float = 0.0
@@ -144,6 +145,7 @@ class Bench:
                 num_key_value_heads=settings.kv_heads,
                 head_dim=max(2, settings.hidden // settings.heads // 2 * 2),
                 max_position_embeddings=2**20,
+                sliding_window=settings.window or None,
                 ptd_token_id=settings.vocab - 1,
             )
         )
@@ -199,7 +201,9 @@ class Bench:
 
         # Shapes as in the trainer: the same for every segment where something is made and kept for each new one.
         on_cuda = self.device.type == "cuda"
-        plan = plan_segments(batch, self.settings.depths, static=on_cuda or self.autocast, pad_context=on_cuda)
+        window, layers = self.settings.window or None, self.settings.layers
+        static = on_cuda or self.autocast
+        plan = plan_segments(batch, self.settings.depths, static, pad_context=on_cuda, window=window, layers=layers)
         batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         arguments: dict[str, Any] = {"num_depths": self.settings.depths, "plan": plan}
         arguments["scale"] = 1.0 / max(1, plan.num_supervised)
