@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peagle_train.core import attention, flex
+from peagle_train.core import plan as core_plan
 from peagle_train.core.compiled import CompiledDraft
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.flex import kernel_options
@@ -43,13 +44,14 @@ def gradients_of(draft: PEagleDraft, step: Callable[[], Any]) -> dict[str, Tenso
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "mode, segments, compiled, bf16",
+    "mode, segments, compiled, bf16, window",
     [
-        ("relay", 4, False, False),
-        ("relay", 4, True, False),
-        ("relay", 3, True, True),
-        ("recompute", 1, True, False),
-        ("recompute", 3, False, True),
+        ("relay", 4, False, False, 7),
+        ("relay", 4, True, False, None),
+        ("relay", 3, True, False, 9),
+        ("relay", 3, True, True, None),
+        ("recompute", 1, True, False, None),
+        ("recompute", 3, False, True, None),
     ],
 )
 def test_the_cuda_path_gives_the_flat_passs_gradients(
@@ -59,8 +61,10 @@ def test_the_cuda_path_gives_the_flat_passs_gradients(
     segments: int,
     compiled: bool,
     bf16: bool,
+    window: int | None,
 ) -> None:
-    draft, buffers, sizes = make_draft(torch.float32), RelayBuffers(), set[int]()
+    draft, buffers, sizes = make_draft(torch.float32, sliding_window=window), RelayBuffers(), set[int]()
+    monkeypatch.setattr(core_plan, "GRID", 4)  # so that a window's context is shorter than a row
     runner = CompiledDraft(draft, "aot_eager") if compiled else draft
     for batch_number, prompt in enumerate((0.3, 0.6)):
         rows = make_rows(L, documents=3, batch_size=2, prompt=prompt, padding=7 + batch_number)
@@ -71,7 +75,7 @@ def test_the_cuda_path_gives_the_flat_passs_gradients(
         expected = gradients_of(draft, lambda: recompute_step(draft, flat, target, scale=0.1))  # noqa: B023
         monkeypatch.setattr(attention, "uses_flex", lambda device: True)
         draft.gradient_checkpointing = True
-        plan = plan_segments(cut, static=True, pad_context=True)
+        plan = plan_segments(cut, static=True, pad_context=True, window=window, layers=2)
         sizes |= {segment.num_elements for segment in plan.segments}
         step: Any = functools.partial(relay_step, buffers=buffers) if mode == "relay" else recompute_step
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
