@@ -24,17 +24,17 @@ def decoded(llama: FrozenTarget, draft: Any, K: int, n: int, temperature: float 
     return decode(CachedTarget(llama), Drafter(draft, K), PROMPT, n, sampler(temperature, seeded(0)))
 
 
-def agreeing_draft(text: Decoded) -> Any:
+def agreeing_draft(text: Decoded, window: int | None = None) -> Any:
     """A drafter that is right now and then: it only knows the text's two commonest tokens."""
-    draft = make_draft(vocab_size=VOCAB, target_hidden_size=16, ptd_token_id=MASK, draft_vocab_size=2)
+    draft = make_draft(vocab_size=VOCAB, target_hidden_size=16, ptd_token_id=MASK, draft_vocab_size=2, sliding_window=window)
     draft.set_draft_vocab(torch.tensor(text.tokens).bincount().topk(2).indices.sort().values)
     return draft
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.3])
-def test_replay_of_every_k_is_a_decoding_of_its_own(llama, temperature):
+@pytest.mark.parametrize(("temperature", "window"), [(0.0, None), (0.3, None), (0.0, 4)])
+def test_replay_of_every_k_is_a_decoding_of_its_own(llama, temperature, window):
     n, K_max = ANCHORS_AT_A_TIME + 3, 4
-    draft = agreeing_draft(decoded(llama, tiny_draft(), 1, n + K_max, temperature))
+    draft = agreeing_draft(decoded(llama, tiny_draft(), 1, n + K_max, temperature), window)
     runs = {K: decoded(llama, draft, K, n + K_max, temperature) for K in (1, 2, K_max)}
     lengths = []
     for text in (runs[1], runs[K_max]):

@@ -196,7 +196,7 @@ def measure(
         The results, and how many prompts could not be taken, by reason.
     """
     for draft in drafts:
-        _check_fit(target, draft)
+        _check_fit(target, draft, K)
         draft.to(target.model.get_input_embeddings().weight.dtype)  # type: ignore[operator]
         draft.rotary_emb = draft.make_rotary(draft.config)  # whose table stays float32
         draft.to(target.device)  # type: ignore[arg-type]
@@ -266,8 +266,8 @@ def verdict(target: FrozenTarget, prompt: list[int], own: list[int], output: lis
     return {"verdict": "tie" if gap <= tolerance else "bug", "at": at, "gap": gap, "tolerance": tolerance}
 
 
-def _check_fit(target: FrozenTarget, draft: PEagleDraft) -> None:
-    """ValueError if a drafter was made for another target."""
+def _check_fit(target: FrozenTarget, draft: PEagleDraft, K: int) -> None:
+    """ValueError if a drafter was made for another target, or its window is too short to replay K slots."""
     config, layers = draft.config, draft.config.eagle_aux_hidden_state_layer_ids or target.layer_ids
     fits = config.vocab_size <= target.vocab_size and config.target_hidden_size == target.hidden_size
     if not fits or list(layers) != target.layer_ids:
@@ -276,6 +276,8 @@ def _check_fit(target: FrozenTarget, draft: PEagleDraft) -> None:
             f" at layers {layers}; this one has {target.vocab_size} and {target.hidden_size}, read at {target.layer_ids}:"
             " give the target that it was trained for"
         )
+    if config.sliding_window is not None and config.sliding_window < K:
+        raise ValueError(f"the drafter's window is {config.sliding_window} positions, but K is {K}: give fewer as --k")
 
 
 # Figures
