@@ -143,6 +143,12 @@ def capacity_of(s: Sizes, num_segments: int) -> int:
     return -(-C // BLOCK) * BLOCK if s.on_cuda else C
 
 
+def most_context(s: Sizes, layers: int = 1) -> int:
+    """Positions that a pass's context has at most: all, or what windows let `layers` layers reach."""
+    L, window = s.recipe.data.max_length, s.draft.sliding_window
+    return L if window is None else min(L, layers * (window - 1))
+
+
 def largest_pass(s: Sizes, num_segments: int, all_supervised: bool = False) -> Pass:
     """The elements that a pass can have at most.
 
@@ -153,10 +159,11 @@ def largest_pass(s: Sizes, num_segments: int, all_supervised: bool = False) -> P
     M = min(L, capacity)
     if all_supervised and not train.pads_passes(s.device.kind):
         M = min(L, -(-capacity * L // capacity_of(s, 1)))
-    P = 0
+    P, relay = 0, train.segment_mode == "relay"
     if num_segments > 1:
         P = L if train.pads_context(s.device.kind) or not all_supervised else L - L // num_segments
-    if train.segment_mode == "relay" or P == 0:
+        P = min(P, most_context(s, 1 if relay else s.draft.num_hidden_layers))
+    if relay or P == 0:
         return Pass(B * capacity, B * capacity, B * M, joined=B * P if s.on_cuda else 0, context=B * P)
     return Pass(B * (P + capacity), B * capacity, B * (P + M), joined=0, context=0)
 
@@ -261,7 +268,7 @@ def plan_memory(s: Sizes, num_segments: int, all_supervised: bool = False) -> Me
         "gradients": s.trained * m // (1 if again else ranks),
         "optimizer": 2 * s.trained * m // ranks,
         "keys, values": columns * c if relay else 0,
-        "their gradients": columns * m if relay else 0,
+        "their gradients": B * most_context(s) * s.kv_size * 2 * layers * m if relay else 0,
         ("CUDA context" if s.on_cuda else "libraries"): CUDA_CONTEXT if s.on_cuda else CPU_EXTRA,
     }
     base = sum(resident.values())
@@ -282,7 +289,10 @@ def plan_memory(s: Sizes, num_segments: int, all_supervised: bool = False) -> Me
     copies = (s.fc_weights + s.all_layers) * c if s.autocast and ranks == 1 else 0
     unsaved = copies - (s.layer_weights(0) + s.fc_weights) * c if copies and checkpointing else 0
     flowing = _flowing(s, one, relay)
-    during = base + kept + pieces + tables
+    # Contexts that begin at another position in each sequence are copies.
+    apart = B > 1 and (s.draft.sliding_window is not None or not train.pads_context(s.device.kind))
+    contexts = 2 * one.context * s.kv_size * c * layers if apart else 0
+    during = base + kept + pieces + tables + contexts
     to_come = 0 if again or ranks > 1 else resident["gradients"]  # while what was saved goes
     # With checkpointing a layer is computed again when those above it have their gradients: the first one's peak counts.
     above = sum(s.layer_weights(i) for i in range(1, layers)) * m if checkpointing else 0

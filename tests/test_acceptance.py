@@ -221,6 +221,14 @@ def test_a_drafter_of_another_target_is_refused(llama):
         measure(llama, [make_draft()], cases(1), 2)
 
 
+def test_more_slots_than_a_drafters_window_holds_are_refused(llama):
+    draft = tiny_draft()
+    draft.config.sliding_window = 5
+    assert measure(llama, [draft], cases(1), 5, max_tokens=8)[0]
+    with pytest.raises(ValueError, match="window is 5 positions, but K is 6"):
+        measure(llama, [draft], cases(1), 6, max_tokens=8)
+
+
 # prompts
 
 

@@ -58,6 +58,7 @@ SHAPES = {
     "wide feed-forward": {"layers": 2, "intermediate": 300},
     "float64": {"layers": 2, "dtype": "float64"},
     "bf16": {"layers": 2, "dtype": "bfloat16"},
+    "a window": {"layers": 2, "window": 20},
     "prompts": {"layers": 2, "supervised_from": 0.5, "dtype": "bfloat16"},
     "qwen3": {"layers": 2, "draft": {"layer_type": "qwen3", "norm_before_fc": True}},
     "qwen3, bf16": {"layers": 2, "dtype": "bfloat16", "draft": {"layer_type": "qwen3", "fc_norm": True}},

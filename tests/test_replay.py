@@ -26,7 +26,9 @@ def decoded(llama: FrozenTarget, draft: Any, K: int, n: int, temperature: float 
 
 def agreeing_draft(text: Decoded, window: int | None = None) -> Any:
     """A drafter that is right now and then: it only knows the text's two commonest tokens."""
-    draft = make_draft(vocab_size=VOCAB, target_hidden_size=16, ptd_token_id=MASK, draft_vocab_size=2, sliding_window=window)
+    draft = make_draft(
+        vocab_size=VOCAB, target_hidden_size=16, ptd_token_id=MASK, draft_vocab_size=2, sliding_window=window
+    )
     draft.set_draft_vocab(torch.tensor(text.tokens).bincount().topk(2).indices.sort().values)
     return draft
 
