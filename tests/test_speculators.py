@@ -153,8 +153,11 @@ def their_default(folder: Path, target: Path, full_attention: list[int]) -> Any:
     return model
 
 
-def test_its_default_drafter_is_imported_starts_a_run_and_goes_back_the_same(tmp_path: Path, target: Path) -> None:
-    theirs = their_default(tmp_path / "theirs", target, [0, 1])
+@pytest.mark.parametrize("full_attention", [[], [0, 1]], ids=["window", "no window"])
+def test_its_default_drafter_is_imported_starts_a_run_and_goes_back_the_same(
+    tmp_path: Path, target: Path, full_attention: list[int]
+) -> None:
+    theirs = their_default(tmp_path / "theirs", target, full_attention)
     import_drafter(tmp_path / "theirs", tmp_path / "in")
     export_drafter(tmp_path / "in", tmp_path / "back", "speculators", target=target, speculative_tokens=K)
     back = read_by_speculators(tmp_path / "back")
@@ -164,6 +167,8 @@ def test_its_default_drafter_is_imported_starts_a_run_and_goes_back_the_same(tmp
     old, new = (json.loads((tmp_path / n / "config.json").read_text()) for n in ("theirs", "back"))
     for key in ("draft_vocab_size", "mask_token_id", "norm_before_residual", "eagle_aux_hidden_state_layer_ids"):
         assert old[key] == new[key], key
+    for key in ("sliding_window", "use_sliding_window", "layer_types") if not full_attention else ():
+        assert old["transformer_layer_config"][key] == new["transformer_layer_config"][key], key
     assert type(back.config.transformer_layer_config) is type(theirs.config.transformer_layer_config)
     assert is_loadable(check_folder(tmp_path / "back"))
     rows = write_rows(tmp_path / "rows.jsonl", [9, 31, 4], prompt=0.3)
@@ -173,9 +178,9 @@ def test_its_default_drafter_is_imported_starts_a_run_and_goes_back_the_same(tmp
         assert torch.allclose(trained[name], tensor, rtol=0, atol=1e-6), name
 
 
-def test_a_window_is_refused_by_name(tmp_path: Path, target: Path) -> None:
-    their_default(tmp_path / "theirs", target, [])
-    with pytest.raises(ValueError, match="windows are not supported"):
+def test_layers_of_which_some_have_a_window_are_refused_by_name(tmp_path: Path, target: Path) -> None:
+    their_default(tmp_path / "theirs", target, [1])
+    with pytest.raises(ValueError, match="same window"):
         import_drafter(tmp_path / "theirs", tmp_path / "in")
 
 
