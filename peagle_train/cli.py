@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -195,6 +196,38 @@ def _cache(parser: Parser) -> None:
 
     recipe = load_recipe(o.recipe, o.overrides)
     print(write_cache(recipe, o.out or recipe.target.cache, o.shard_mib, o.speculators), end="")
+
+
+def _serve_target(parser: Parser) -> None:
+    """Print the command that starts a vLLM server for target.server, or run it.
+
+    peagle-train serve-target RECIPE --python vllm/bin/python --vllm='--tensor-parallel-size 4'
+    peagle-train serve-target RECIPE --run --port 8001
+    peagle-train train RECIPE target.server=http://localhost:8001
+
+    Server and training share a folder, in which hidden states wait to be read: at most what target.prefetch_gib allows.
+    """
+    _add_recipe(parser)
+    add = parser.add_argument
+    add("--run", action="store_true", help="start the server, and say when it answers")
+    add("--port", type=number(1, 65535), default=8000, help="default: %(default)s")
+    add("--folder", default="/dev/shm/peagle-train", help="shared by server and training (default: %(default)s)")
+    add("--python", default=sys.executable, help="that of vLLM's environment; default: this one's")
+    add(
+        "--vllm",
+        default="",
+        metavar="ARGUMENTS",
+        help="more arguments of vLLM's, as in --vllm='--tensor-parallel-size 4'",
+    )
+    o = parser.read()
+    from peagle_train.config import load_recipe
+    from peagle_train.target_model.start_server import run_server, serve_command
+
+    recipe = load_recipe(o.recipe, o.overrides)
+    command = serve_command(recipe, o.port, o.folder, o.python, shlex.split(o.vllm))
+    print(shlex.join(command), flush=True)
+    if o.run:
+        run_server(command, o.port)
 
 
 def _regenerate(parser: Parser) -> None:
@@ -460,7 +493,19 @@ def _recipes(parser: Parser) -> None:
 
 COMMANDS: dict[str, Callable[[Parser], int | None]] = {
     add.__name__[1:].replace("_", "-"): add
-    for add in (_train, _plan, _prepare, _cache, _regenerate, _export, _check, _import, _evaluate, _report)
+    for add in (
+        _train,
+        _plan,
+        _prepare,
+        _cache,
+        _serve_target,
+        _regenerate,
+        _export,
+        _check,
+        _import,
+        _evaluate,
+        _report,
+    )
     + (_show_row, _show_batch, _recipes)
 }
 RESUMES = "; the same command resumes"

@@ -265,6 +265,13 @@ class Target:
     """Folder of `peagle-train cache` to read features from, so that the target need not run; null: run it."""
     cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     """What features have in that folder; auto is what the target computes in."""
+    server: list[Text] | Text | None = None
+    """URL of a vLLM server that computes the features, or a list of them (see `peagle-train serve-target`)."""
+    server_patience: Annotated[float, within(ge=0, le=10**6)] = 600.0
+    """Seconds that a server may give no answer, being restarted perhaps, before the run is saved and stops."""
+    prefetch_gib: Annotated[float, within(gt=0, le=10**6)] = 4.0
+    """Features that are asked of servers ahead of their use take at most this much host memory a rank (but those of one
+    micro-batch are always asked for)."""
     attn_implementation: Text | None = None
     """transformers' attention of the target; null: its default. By sdpa and flash attention packed documents run together,
     if the model heeds their bounds; otherwise one at a time."""

@@ -20,7 +20,7 @@ import json
 import shutil
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import accumulate, groupby
@@ -41,8 +41,9 @@ from peagle_train.data.training_data import load_training_data, make_collator
 from peagle_train.data.vocab import choose_mask_token, load_config, load_tokenizer
 from peagle_train.distributed import check_device, check_device_map, check_launch, from_all, wait_for_all
 from peagle_train.files import alone_in, one_line, partial_path, put, write_json
-from peagle_train.target_model.frozen import FrozenTarget, TargetBase
+from peagle_train.target_model.frozen import FrozenTarget, TargetBase, pieces_of
 from peagle_train.target_model.loading import default_layer_ids, target_fingerprint
+from peagle_train.target_model.server import ServedTarget
 from peagle_train.target_model.speculators_files import SpeculatorsFiles
 
 INDEX, HEAD, DOCUMENTS, VERSION = "cache.json", "head.safetensors", "documents.jsonl", 2
@@ -72,12 +73,6 @@ def piece_key(ids_n: Tensor) -> Key:
     """128 bits of the sha256 of a piece's ids: the same on every machine."""
     digest = hashlib.sha256(ids_n.to(torch.int64).contiguous().numpy().astype("<i8", copy=False).tobytes()).digest()
     return struct.unpack("<qq", digest[:16])
-
-
-def pieces_of(document_ids: Tensor) -> list[slice]:
-    """Positions of each piece of a sequence without padding, in order."""
-    counts = document_ids.unique_consecutive(return_counts=True)[1].tolist()
-    return [slice(end - count, end) for end, count in zip(accumulate(counts), counts)]
 
 
 def shard_name(number: int) -> str:
@@ -163,8 +158,10 @@ class StoredTarget(TargetBase):
         """That of the target, whose weights stay on the disk."""
         return FrozenTarget.from_recipe(self.settings, torch.device("cpu"), device_map="disk").final_norm()
 
-    def expect(self, batch: dict[str, Tensor]) -> None:
-        if FIELDS[0] not in batch:
+    def expect(self, batches: Sequence[dict[str, Tensor]]) -> None:
+        for batch in batches[:2]:  # as one is used, the next is read
+            if FIELDS[0] in batch or id(batch) in self._coming:
+                continue
             shape, T = batch["input_ids"].shape, self.hidden_size
             # Allocated here: page-locked memory belongs to the device of the thread that asks for it.
             room = {
@@ -189,8 +186,10 @@ class StoredTarget(TargetBase):
     def outputs(self, batch: dict[str, Tensor], head_rows: Tensor) -> TargetOutputs:
         """What the cache has for the batch, in the dtype in which the target computed."""
         if id(batch) not in self._coming:
-            self.expect(batch)
+            self.expect([batch])
+        started = time.perf_counter()
         known = batch if FIELDS[0] in batch else self._coming.pop(id(batch))[1].result()
+        self.waited += time.perf_counter() - started
         features, last_hidden = (known[n].to(head_rows.device, head_rows.dtype, non_blocking=True) for n in FIELDS)
         return TargetOutputs(features, last_hidden, head_rows)
 
@@ -206,8 +205,8 @@ class Piece(NamedTuple):
 
 
 Shard = list[Piece]
-Compute = Callable[[dict[str, Any]], tuple[Tensor, Tensor]]
-"""Features [n, F*T] and last hidden states [n, T] of a sequence, on the host."""
+Compute = Callable[[list[dict[str, Any]]], Iterable[tuple[Tensor, Tensor]]]
+"""Features [n, F*T] and last hidden states [n, T] of each sequence, on the host."""
 
 
 def write_cache(recipe: Recipe, out: str | None, shard_mib: float = 512, speculators: str | None = None) -> str:
@@ -233,18 +232,24 @@ def write_cache(recipe: Recipe, out: str | None, shard_mib: float = 512, specula
     check_launch(world_size)
     check_device_map(settings.device_map, world_size)
     say: Any = print if is_main else (lambda *_: None)
-    # Beside speculators' files it runs over a few tokens only: its weights stay on the disk.
-    changes: dict[str, Any] = {"device_map": "disk"} if speculators else {}
-    target = FrozenTarget.from_recipe(settings, accelerator.device, **changes)
-    if settings.check:
-        target.check()
+    target: TargetBase
+    if settings.server and not speculators:
+        target = ServedTarget(settings, accelerator.device, recipe.data.max_length)
+    else:
+        # Beside speculators' files it runs over a few tokens only: its weights stay on the disk.
+        changes: dict[str, Any] = {"device_map": "disk"} if speculators else {}
+        target = frozen = FrozenTarget.from_recipe(settings, accelerator.device, **changes)
+        if settings.check:
+            frozen.check()
 
-    files = None if speculators is None else SpeculatorsFiles(speculators, target, recipe.data.max_length)
-    sequences, compute = (files, files.compute) if files else _sequences(recipe, target, say)
+    files = None if speculators is None else SpeculatorsFiles(speculators, frozen, recipe.data.max_length)
+    sequences, compute = (files, files.compute) if files else _sequences(recipe, target, accelerator.device, say)
     stored = target.cache_dtype(settings.cache_dtype)
     token_bytes = (len(target.layer_ids) + 1) * target.hidden_size * stored.itemsize
     shards = plan_shards(sequences, max(1, int(shard_mib * 2**20 // token_bytes)))
-    index = _index(recipe, target, shards, stored, from_files=files is not None)
+    index = _index(
+        recipe, target, shards, stored, "speculators" if files else "server" if settings.server else "recipe"
+    )
     with ExitStack() as held:
         refusal = ""
         if is_main:
@@ -275,18 +280,22 @@ def write_cache(recipe: Recipe, out: str | None, shard_mib: float = 512, specula
     return f"train from it: peagle-train train RECIPE {' '.join(overrides)}\n" if is_main else ""
 
 
-def _sequences(recipe: Recipe, target: FrozenTarget, say: Any) -> tuple[Any, Compute]:
-    """The recipe's sequences, and how the target computes one."""
+def _sequences(recipe: Recipe, target: TargetBase, device: torch.device, say: Any) -> tuple[Any, Compute]:
+    """The recipe's sequences, and how the target computes some of them."""
     tokenizer = load_tokenizer(recipe.target.path, recipe.target.trust_remote_code)
     mask_token_id = choose_mask_token(recipe.draft, tokenizer, target.vocab_size)
     data = load_training_data(recipe, tokenizer, target.vocab_size, mask_token_id, say)
+    target.check_rows(data)
     collator = make_collator(recipe, seed=0)
+    no_rows = target.head_rows(torch.zeros(0, dtype=torch.int64)).to(device)
 
-    def compute(sequence: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def compute(each: list[dict[str, Any]]) -> Iterator[tuple[Tensor, Tensor]]:
         """As a training step with one sequence a batch computes it: the same padding, so the same bits."""
-        batch = collator([sequence])
-        features, last_hidden = target.features(batch["input_ids"], batch["position_ids"])
-        return features[0].cpu(), last_hidden[0].cpu()
+        batches = [collator([sequence]) for sequence in each]
+        for i, batch in enumerate(batches):
+            target.expect(batches[i:])
+            found = target.outputs(batch, no_rows)
+            yield found.features[0].cpu(), found.last_hidden[0].cpu()
 
     return ConcatDataset([data.train_rows, data.eval_rows]), compute
 
@@ -312,9 +321,7 @@ def plan_shards(sequences: Any, shard_tokens: int) -> list[Shard]:
     return shards
 
 
-def _index(
-    recipe: Recipe, target: FrozenTarget, shards: list[Shard], stored: torch.dtype, from_files: bool
-) -> dict[str, Any]:
+def _index(recipe: Recipe, target: TargetBase, shards: list[Shard], stored: torch.dtype, source: str) -> dict[str, Any]:
     """What the features are of."""
     plan = hashlib.sha256()  # over keys and lengths of all pieces and where each shard ends
     for shard in shards:
@@ -329,10 +336,10 @@ def _index(
         "dtype": str(stored)[6:],
         "computed_in": str(target.dtype)[6:],
         # These two move roundings, so that one folder has one of each; training may name others.
-        "chunk_tokens": None if from_files else recipe.target.chunk_tokens,
-        "attn_implementation": None if from_files else target.config._attn_implementation,
+        "chunk_tokens": recipe.target.chunk_tokens if source == "recipe" else None,
+        "attn_implementation": target.config._attn_implementation if source == "recipe" else None,
         "max_length": recipe.data.max_length,  # says why pieces may be missing
-        "source": "speculators" if from_files else "recipe",
+        "source": source,
         "shards": len(shards),
         "tokens": sum(piece.tokens for shard in shards for piece in shard),
         "pieces": sum(map(len, shards)),
@@ -369,8 +376,9 @@ def _claim(folder: Path, index: dict[str, Any], size: int) -> str:
 def _tensors_of(shard: Shard, sequences: Any, compute: Compute, dtype: torch.dtype) -> dict[str, Tensor]:
     """What a shard's file holds; ValueError for features that are not finite in the cache's dtype."""
     found = []
-    for number, pieces in groupby(shard, key=lambda piece: piece.sequence):
-        both = compute(sequences[number])
+    by_sequence = [(number, [*pieces]) for number, pieces in groupby(shard, key=lambda piece: piece.sequence)]
+    computed = compute([sequences[number] for number, _ in by_sequence])
+    for (_, pieces), both in zip(by_sequence, computed, strict=True):
         found += [[tensor[piece.part].to(dtype) for tensor in both] for piece in pieces]
     features, last_hidden = (torch.cat(parts) for parts in zip(*found, strict=True))
     if not bool(features.isfinite().all() & last_hidden.isfinite().all()):

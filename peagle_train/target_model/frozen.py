@@ -8,6 +8,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from peagle_train.core.passes import TargetOutputs
 from peagle_train.data.packing import TrainingData
 from peagle_train.data.vocab import eos_token_ids
 from peagle_train.distributed import max_counts, shard, whole
+from peagle_train.files import RunStopped
 from peagle_train.target_model.attention import bounds_heeded, takes_bounds
 from peagle_train.target_model.check import TOLERANCE, choose_way, relative
 from peagle_train.target_model.chunks import Way, check_chunkable, document_bounds, forwards, plan_runs
@@ -28,8 +30,19 @@ logger = logging.getLogger(__name__)
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def pieces_of(document_ids: Tensor) -> list[slice]:
+    """Positions of each piece of a sequence without padding, in order."""
+    counts = document_ids.unique_consecutive(return_counts=True)[1].tolist()
+    return [slice(end - count, end) for end, count in zip(accumulate(counts), counts)]
+
+
+class TargetLost(RunStopped):
+    """Nothing answers for the target any more."""
+
+
 class TargetBase(ABC):
-    """What training reads of a target, whether it is computed (`FrozenTarget`) or on disk (`StoredTarget`)."""
+    """What training reads of a target, whether it is computed (`FrozenTarget`), on disk (`StoredTarget`) or behind a server
+    (`ServedTarget`)."""
 
     config: Any
     """transformers' config of its text model."""
@@ -38,6 +51,10 @@ class TargetBase(ABC):
     vocab_size: int
     dtype: torch.dtype
     """Of its head and its outputs."""
+    ahead = 0
+    """Sequences that it wants to know of before their outputs are asked for."""
+    waited = 0.0
+    """Seconds that `outputs` has waited for what comes from elsewhere."""
 
     @property
     def hidden_size(self) -> int:
@@ -76,8 +93,8 @@ class TargetBase(ABC):
             batch: on the host; on a device it costs a wait.
         """
 
-    def expect(self, batch: dict[str, Tensor]) -> None:
-        """`outputs` will be asked for this very batch soon: begin to read what it needs, if anything is read."""
+    def expect(self, batches: Sequence[dict[str, Tensor]]) -> None:
+        """`outputs` will be asked for these very batches soon, in this order: begin to read what they need, if anything."""
         return
 
     def check_rows(self, data: TrainingData) -> None:

@@ -9,6 +9,7 @@ T: the target's hidden size, F: feature layers, n: tokens of a sample.
 
 import json
 import logging
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,12 @@ class SpeculatorsFiles:
         return {"input_ids": ids.long(), "loss_mask": mask.long(), "document_ids": document_ids, "path": path}
 
     @torch.no_grad()
-    def compute(self, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """A sample's features [n, F*T] and last hidden states [n, T] after the final norm."""
-        with safe_open(row["path"], framework="pt") as file:
-            hidden_nFT = file.get_tensor("hidden_states").to(self.target.device, self.target.dtype)
-        return hidden_nFT[:, :-1].flatten(1).cpu(), self.norm(hidden_nFT[None, :, -1])[0].cpu()
+    def compute(self, rows: Iterable[dict[str, Any]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each sample's features [n, F*T] and last hidden states [n, T] after the final norm."""
+        for row in rows:
+            with safe_open(row["path"], framework="pt") as file:
+                hidden_nFT = file.get_tensor("hidden_states").to(self.target.device, self.target.dtype)
+            yield hidden_nFT[:, :-1].flatten(1).cpu(), self.norm(hidden_nFT[None, :, -1])[0].cpu()
 
     def _compare(self) -> None:
         """ValueError unless the target gives the features of the shortest of the first 16 samples of several tokens."""
@@ -96,7 +98,7 @@ class SpeculatorsFiles:
         row = min(first, key=lambda row: (row["input_ids"].numel() == 1, row["input_ids"].numel()))
         ids = row["input_ids"][None]
         own = self.target.features(ids, torch.arange(ids.shape[1])[None])
-        off, off_last = (relative(a, b[0].cpu()) for a, b in zip(self.compute(row), own, strict=True))
+        off, off_last = (relative(a, b[0].cpu()) for a, b in zip(next(self.compute([row])), own, strict=True))
         if max(off, off_last) > 0.1:
             raise ValueError(
                 f"--speculators: features are {off:.0%} off what the target gives in layers {self.target.layer_ids}, last"

@@ -38,6 +38,7 @@ from peagle_train.serving.drafter_io import check_finite
 from peagle_train.serving.start import Start, always_drafted, copy_start, make_draft, read_start
 from peagle_train.target_model.cache import StoredTarget
 from peagle_train.target_model.frozen import FrozenTarget, TargetBase
+from peagle_train.target_model.server import ServedTarget
 from peagle_train.training.checkpoint import check_output, describe_summary, open_resume
 from peagle_train.training.metrics import check_tracker
 from peagle_train.training.trainer import Trainer
@@ -123,14 +124,17 @@ def load_target(recipe: Recipe, accelerator: Accelerator) -> TargetBase:
     """The recipe's target, checked."""
     settings, several = recipe.target, accelerator.num_processes > 1
     check_device_map(settings.device_map, accelerator.num_processes)
-    sharded = settings.shard and several and not settings.cache
+    elsewhere = settings.cache or settings.server
+    sharded = settings.shard and several and not elsewhere
     if settings.shard and not sharded:
-        why = "its features come from target.cache" if settings.cache else "there is a single process"
+        why = "its features come from elsewhere" if elsewhere else "there is a single process"
         logger.warning("target.shard is true, but %s: the target stays whole", why)
     if sharded:
         world_mesh(accelerator.device.type)
     if settings.cache:
         return StoredTarget(settings, accelerator.device)
+    if settings.server:
+        return ServedTarget(settings, accelerator.device, recipe.data.max_length)
     # A sharded target is whole on the host while it is loaded: let that be one at a time.
     with one_at_a_time() if sharded else nullcontext():
         target = FrozenTarget.from_recipe(settings, accelerator.device, sharded)

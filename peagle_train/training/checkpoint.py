@@ -232,6 +232,7 @@ EFFECTS = {
         "target.check", "target.trust_remote_code", "output.dir", "train.log_steps", "train.eval_steps",
         "train.save_steps", "train.keep_last", "train.keep_every", "train.max_bad_steps", "train.profile_steps",
         "train.probe", "train.memory_margin", "train.log_with", "draft.init_from",
+        "target.server_patience", "target.prefetch_gib",
     },
     # by the order of sums; a step's sequences are compared on their own
     "same data and draws, but no longer equal bit for bit": {
@@ -239,7 +240,7 @@ EFFECTS = {
         "train.activation_checkpointing", "train.offload_features", "train.compile", "train.compile_backend",
         "train.compile_mode", "train.batch_size", "train.gradient_accumulation_steps", "train.sharding",
         "target.attn_implementation", "target.chunk_tokens", "target.cache", "target.cache_dtype", "target.device_map",
-        "target.shard",
+        "target.shard", "target.server",
     },
     "see the schedule below": {"train.epochs", "train.max_steps"},
     # compare_state refuses it otherwise

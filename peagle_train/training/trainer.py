@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,6 +26,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from peagle_train import distributed
 from peagle_train.config import Recipe, dump_recipe
 from peagle_train.core.draft import PEagleDraft
+from peagle_train.core.passes import StepStats
 from peagle_train.core.plan import padding_share
 from peagle_train.data.packing import TrainingData
 from peagle_train.data.sampler import StepBatchSampler
@@ -34,7 +36,7 @@ from peagle_train.ending import Signals, leave_to_parent
 from peagle_train.files import NonFiniteWeights, RunStopped, write_json, write_text
 from peagle_train.memory import memory_explained, probe_step
 from peagle_train.serving.drafter_io import check_finite, fill_drafter, save_drafter, save_tensors
-from peagle_train.target_model.frozen import TargetBase
+from peagle_train.target_model.frozen import TargetBase, TargetLost
 from peagle_train.target_model.loading import target_fingerprint
 from peagle_train.training import checkpoint as checkpoints
 from peagle_train.training import metrics
@@ -89,8 +91,8 @@ class Trainer:
         self.pace, self.signals = Pace(self.world_size), Signals()
         self.recent: deque[Tensor] = deque(maxlen=metrics.SMOOTHED)
         """int64 [2, K] of the last steps: hits, totals; on the device."""
-        self.following: list[Batch] = []
-        """The next step's micro-batches."""
+        self.following: deque[Batch] = deque()
+        """Micro-batches after those of this step: at least the next one's, more where the target wants to know of them."""
         # What a checkpoint saves beside weights and moments, and `restore` puts back:
         self.step, self.saved_step, self.bad_in_a_row = 0, -1, 0
         self.before: dict[str, Any] | None = None
@@ -135,7 +137,13 @@ class Trainer:
             batches = next(steps, None)
             if batches is None:
                 return self._finish()
-            result = self.take_step(batches)
+            try:
+                result = self.take_step(batches)
+            except TargetLost as lost:
+                if self.world_size > 1:  # the others are in the middle of their step
+                    raise RunStopped(f"{lost}; {last_checkpoint(self.folder)}") from None
+                self.optimizer.zero_grad(set_to_none=True)
+                raise RunStopped(f"{lost}; --resume continues from {self.save_checkpoint().name}") from None
             agreed = result.stop
             if not result.applied:
                 self._skip(batches, result)
@@ -177,7 +185,7 @@ class Trainer:
         """Each optimizer step's micro-batches, on the host.
 
         A step's supervised elements are counted before its first pass, so all of its draws are here at once, and those of
-        the next step; a cache's features, hundreds of times as large, are read one micro-batch ahead.
+        the next step; features, hundreds of times as large, come as far ahead as the target's `expect` lets them.
         """
         train = self.recipe.train
         loader = DataLoader(
@@ -192,11 +200,9 @@ class Trainer:
         first, last = train.profile_steps if train.profile_steps and self.accelerator.is_main_process else (0, 0)
         profile: Any = None
         self.pace.restart()
-        iterator, self.following = iter(loader), []
-
-        def draw() -> list[Batch]:
-            return [next(iterator) for _ in range(train.gradient_accumulation_steps)]
-
+        iterator, following, size = iter(loader), deque[Batch](), train.gradient_accumulation_steps
+        self.following = following
+        ahead = max(size, self.target.ahead // train.batch_size)
         try:
             for step in range(self.step + 1, self.num_steps + 1):
                 if step == first:
@@ -204,8 +210,8 @@ class Trainer:
                     profile.start()
                 started = time.perf_counter()
                 with record_function("peagle::loader wait"):
-                    batches = self.following or draw()
-                    self.following = draw() if step < self.num_steps else []
+                    following.extend(islice(iterator, size + ahead - len(following)))
+                    batches = [following.popleft() for _ in range(size)]
                 self.pace.wait += time.perf_counter() - started
                 yield batches
                 if profile and step == min(last, self.num_steps):
@@ -228,11 +234,12 @@ class Trainer:
         # FSDP averages over ranks where we want the sum; a step with nothing supervised has gradient 0, not nan.
         wide = torch.promote_types(self.draft.dtype, torch.float32)
         scale = (self.world_size if self.runner.sharded else 1) / sums[0].clamp(min=1).to(wide)
-        parts = []
+        parts: list[StepStats] = []
+        self.target.waited = 0.0
         for i, (batch, plan) in enumerate(zip(batches, plans, strict=True)):
-            for coming in [*batches, *self.following][i + 1 : i + 2]:
-                self.target.expect(coming)
+            self.target.expect([*batches[i:], *self.following])
             parts.append(self.runner.run(batch, plan, scale, is_last=i == len(batches) - 1))
+        self.pace.wait += self.target.waited
         stats = add_up(parts, self.device)
         with record_function("peagle::reduce"):
             unreduced = [] if self.runner.sharded else self.trained

@@ -1,0 +1,45 @@
+"""A connector for vLLM on a CPU that writes each request's hidden states, as vLLM's own does on a GPU.
+
+Loaded by vLLM (`kv_connector_module_path`), in its process; nothing of this project imports it.
+"""
+
+import fcntl
+import os
+from functools import partial
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector import (
+    ExampleHiddenStatesConnector,
+    PendingSave,
+    extract_from_kv_cache,
+)
+
+
+class Copied:
+    """Stands in for the event of a copy from a device: on a CPU there is none to wait for."""
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+class CPUHiddenStatesConnector(ExampleHiddenStatesConnector):
+    """vLLM's connector without the page-locked memory and the streams that a CPU does not have."""
+
+    def _submit_async_write(self, pending: PendingSave) -> None:
+        if not self._is_tp_rank_zero:
+            return
+        assert self._kv_cache is not None
+        blocks = torch.tensor(pending.block_ids)[:, None] * self._block_size
+        slots = (blocks + torch.arange(self._block_size)).flatten()
+        states = extract_from_kv_cache(self._kv_cache, slots, len(pending.token_ids)).contiguous()
+        lock = self._lock_fds.pop(pending.req_id, None)  # held since the request came; closed when the file is whole
+        if lock is None and self.use_lock:
+            lock = os.open(f"{pending.filename}.lock", os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        tensors = {"hidden_states": states, "token_ids": pending.token_ids.clone()}
+        future = self._executor.submit(self._write_tensors, tensors, Copied(), pending.filename, lock)
+        self._req_copy_events[pending.req_id] = Copied()
+        self._req_futures[pending.req_id] = future
+        future.add_done_callback(partial(self._on_write_done, pending.req_id))

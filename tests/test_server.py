@@ -1,0 +1,217 @@
+"""A target behind the real vLLM: its features, training from it, and what happens when it stops.
+
+Needs vLLM beside this project: `bash tools/vllm_setup.sh`, then `.venv-vllm/bin/python -m pytest -m vllm`.
+"""
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from peagle_train.config import Target
+from peagle_train.core.collator import CODCollator
+from peagle_train.target_model.frozen import FrozenTarget
+from peagle_train.target_model.server import ServedTarget
+from tests.helpers import ENVIRONMENT, command
+from tests.runs import last_error, run
+from tests.tiny import make_target, write_recipe, write_rows
+from tests.tiny_chat import make_tokenizer
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM here: bash tools/vllm_setup.sh"),
+]
+
+SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
+CPU = torch.device("cpu")
+COMMAND = "import sys; from peagle_train.cli import main; sys.exit(main())"
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+class Served:
+    """`peagle-train serve-target --run` in a process group of its own."""
+
+    def __init__(self, folder: Path, recipe: Path, port: int) -> None:
+        arguments = [str(recipe), "--run", f"--port={port}", f"--folder={folder / 'states'}"]
+        settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
+        self.url, self.log = f"http://localhost:{port}", folder / f"server-{time.monotonic_ns()}.log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", COMMAND, "serve-target", *arguments],
+                env={**ENVIRONMENT, **settings}, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+
+    def wait(self) -> None:
+        while "the server answers" not in (text := self.log.read_text()):
+            assert self.process.poll() is None, text
+            time.sleep(0.2)  # a process of its own starts: there is nothing else to wait for
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@contextmanager
+def serving(folder: Path, recipe: Path, port: int) -> Iterator[Served]:
+    served = Served(folder, recipe, port)
+    try:
+        served.wait()
+        yield served
+    finally:
+        served.kill()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served")
+    make_target(folder / "target", **SHAPE)
+    make_tokenizer().save_pretrained(folder / "target")
+    write_rows(folder / "rows.jsonl", [9, 31, 4, 17, 32, 2, 26, 11, 40, 13], prompt=0.2)
+    return folder
+
+
+def recipe_in(folder: Path, base: Path, **sections: dict[str, Any]) -> Path:
+    folder.mkdir(exist_ok=True)
+    target = {"dtype": "float32", **sections.pop("target", {})}
+    train = {"max_steps": 8, "dtype": "float32", **sections.pop("train", {})}
+    made = {"target": target, "train": train, **sections}
+    return write_recipe(folder, base / "target", base / "rows.jsonl", folder / "run", **made)
+
+
+@pytest.fixture(scope="module")
+def server(base: Path) -> Iterator[Served]:
+    with serving(base, recipe_in(base / "serve", base), free_port()) as served:
+        yield served
+
+
+def losses(output: Path) -> list[float]:
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_its_features_are_the_frozen_targets_and_its_files_are_removed(base: Path, server: Served) -> None:
+    frozen = FrozenTarget.load(str(base / "target"), dtype="float32")
+    served = ServedTarget(Target(path=str(base / "target"), server=server.url), CPU, 32)
+    assert served.layer_ids == frozen.layer_ids and served.dtype == torch.float32
+    assert torch.equal(served.head_weight(), frozen.head_weight())
+    assert torch.equal(served.embedding_rows(), frozen.embedding_rows())
+    g = torch.Generator().manual_seed(0)
+    lengths = (17, 1, 9), (32,)
+    rows = [
+        {
+            "input_ids": [torch.randint(0, 60, (n,), generator=g).tolist() for n in row],
+            "loss_mask": [[1] * n for n in row],
+        }
+        for row in lengths
+    ]
+    batch = CODCollator(32, num_depths=4)(rows)
+    real, head = batch["document_ids"] >= 0, frozen.head_rows(torch.arange(7))
+    ours, theirs = served.outputs(batch, head), frozen.outputs(batch, head)
+    for found, expected in ((ours.features, theirs.features), (ours.last_hidden, theirs.last_hidden)):
+        error = (found - expected)[real].abs().max() / expected[real].abs().max()
+        assert found.shape == expected.shape and float(error) <= 1e-5
+    assert not [*(base / "states").rglob("*.safetensors")]
+
+
+def test_training_from_it_is_training_with_the_target_in_the_process(
+    base: Path, server: Served, tmp_path: Path
+) -> None:
+    run(recipe_in(tmp_path / "frozen", base))
+    run(recipe_in(tmp_path / "served", base), f"target.server={server.url}")
+    expected, found = losses(tmp_path / "frozen" / "run"), losses(tmp_path / "served" / "run")
+    assert len(found) == len(expected) >= 8 and found[7] < found[0]
+    assert all(abs(a - b) <= 1e-3 * b for a, b in zip(found, expected, strict=True))
+
+
+def test_its_cache_trains_what_the_targets_own_trains(base: Path, server: Served, tmp_path: Path) -> None:
+    recipe, cache = recipe_in(tmp_path / "cached", base), tmp_path / "features"
+    assert command("cache", recipe, f"target.server={server.url}", f"--out={cache}") == 0
+    run(recipe, f"target.cache={cache}")
+    run(recipe_in(tmp_path / "frozen", base))
+    pairs = zip(losses(tmp_path / "cached" / "run"), losses(tmp_path / "frozen" / "run"), strict=True)
+    assert all(abs(a - b) <= 1e-3 * b for a, b in pairs)
+
+
+def test_two_processes_train_from_it(base: Path, server: Served, tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path / "two", base, train={"max_steps": 4})
+    arguments = "-m torch.distributed.run --standalone --nproc_per_node 2 -m peagle_train".split()
+    subprocess.run(
+        [sys.executable, *arguments, str(recipe), f"target.server={server.url}"],
+        env={**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}, check=True, capture_output=True,
+    )  # fmt: skip
+    run(recipe_in(tmp_path / "one", base, train={"max_steps": 4, "gradient_accumulation_steps": 2}))
+    pairs = zip(losses(tmp_path / "two" / "run"), losses(tmp_path / "one" / "run"), strict=True)
+    assert all(abs(a - b) <= 1e-3 * b for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target.layer_ids": "[1, 2, 3]"}, "gives layers 2-3-4, the recipe asks for 1-2-3"),
+        ({"data.max_length": "64"}, "takes 33 tokens; data.max_length and a token more are 65"),
+        ({"target.path": "OTHER"}, "it serves another model"),
+        ({"target.dtype": "bfloat16"}, "computes in float32"),
+        ({"target.server": "http://localhost:1"}, "does not answer"),
+    ],
+    ids=str,
+)
+def test_what_is_not_the_recipes_target_is_one_line_at_the_start(
+    base: Path, server: Served, tmp_path: Path, settings: dict[str, str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    if "target.path" in settings:
+        settings = {"target.path": str(make_target(tmp_path / "other", **{**SHAPE, "num_attention_heads": 4}))}
+    given = {"target.server": server.url, **settings}
+    run(recipe_in(tmp_path / "wrong", base), *(f"{key}={value}" for key, value in given.items()), code=2)
+    assert message in last_error(capsys)
+
+
+def test_a_server_that_is_killed_ends_the_run_with_a_checkpoint_and_one_that_is_back_lets_it_go_on(
+    base: Path, tmp_path: Path
+) -> None:
+    port = free_port()
+    recipe = recipe_in(tmp_path / "killed", base, train={"max_steps": 60})
+    first = [sys.executable, "-m", "peagle_train", str(recipe), f"target.server=http://localhost:{port}"]
+    output = tmp_path / "killed" / "run"
+
+    def started(*more: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen([*first, *more], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+        lines = output / "metrics.jsonl"
+        before = lines.read_text().count("\n") if lines.exists() else 0
+        while process.poll() is None and not (lines.exists() and lines.read_text().count("\n") > before + 3):
+            time.sleep(0.05)
+        return process
+
+    with serving(tmp_path, recipe, port):
+        run_ = started("target.server_patience=0")
+    assert run_.stderr is not None
+    said = run_.stderr.read()
+    assert run_.wait() == 1 and "gave no answer" in said and "--resume continues" in said, said
+    assert [*output.glob("checkpoint-*")]
+    with serving(tmp_path, recipe, port):
+        run_ = started("--resume")
+    with serving(tmp_path, recipe, port):
+        said = run_.stderr and run_.stderr.read()
+        assert run_.wait() == 0, said
+    assert load_file(output / "final" / "model.safetensors")
+    run(recipe_in(tmp_path / "whole", base, train={"max_steps": 60}))
+    found, expected = losses(output), losses(tmp_path / "whole" / "run")
+    assert len(found) == len(expected) and all(abs(a - b) <= 1e-3 * b for a, b in zip(found, expected, strict=True))

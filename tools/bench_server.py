@@ -1,0 +1,60 @@
+"""Tokens a second of the target in vLLM and in this process, side by side: the same sequences, in turns.
+
+peagle-train serve-target RECIPE --run &
+python tools/bench_server.py RECIPE --server http://localhost:8000
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+
+from peagle_train.config import load_recipe
+from peagle_train.data.training_data import load_training_data, make_collator
+from peagle_train.data.vocab import choose_mask_token, load_tokenizer
+from peagle_train.target_model.frozen import FrozenTarget, TargetBase
+from peagle_train.target_model.server import ServedTarget
+from tools.measure import format_table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--server", required=True, metavar="URL")
+    parser.add_argument("--batches", type=int, default=4, help="micro-batches of each turn (default 4)")
+    parser.add_argument("--turns", type=int, default=3, help="default 3")
+    options = parser.parse_args()
+    recipe = load_recipe(options.recipe, [*options.overrides, f"target.server={options.server}"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    served = ServedTarget(recipe.target, device, recipe.data.max_length)
+    frozen = FrozenTarget.from_recipe(recipe.target, device, dtype=str(served.dtype)[6:])
+    tokenizer = load_tokenizer(recipe.target.path)
+    mask = choose_mask_token(recipe.draft, tokenizer, served.vocab_size)
+    data = load_training_data(recipe, tokenizer, served.vocab_size, mask, print)
+    collator, size = make_collator(recipe, 0), recipe.train.batch_size
+    count = min(options.batches, len(data.train_rows) // size)
+    batches = [collator([data.train_rows[0, i * size + j] for j in range(size)]) for i in range(count)]
+    tokens = sum(int((batch["document_ids"] >= 0).sum()) for batch in batches)
+    no_rows = served.head_rows(torch.zeros(0, dtype=torch.int64)).to(device)
+
+    def once(target: TargetBase) -> float:
+        started = time.perf_counter()
+        for i, batch in enumerate(batches):
+            target.expect(batches[i:])
+            target.outputs(batch, no_rows).last_hidden.sum().item()
+        return time.perf_counter() - started
+
+    seconds = [(once(served), once(frozen)) for _ in range(options.turns + 1)][1:]  # the first turn warms up
+    rates = [[tokens / s for s in turn] for turn in seconds]
+    rows = [
+        [name, *(f"{rate:,.0f}" for rate in each)] for name, each in zip(("vLLM", "here"), zip(*rates), strict=True)
+    ]
+    print(f"{tokens} tokens of {count} batches a turn, tokens/s in each of {options.turns} turns:")
+    print(format_table(["", *(f"turn {i + 1}" for i in range(options.turns))], rows))
+    print(f"vLLM over here: {statistics.median(a / b for a, b in rates):.2f} (median of turns)")
+
+
+if __name__ == "__main__":
+    main()
