@@ -12,7 +12,6 @@ import math
 import os
 import shlex
 import sys
-from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -236,6 +235,8 @@ def _regenerate(parser: Parser) -> None:
     peagle-train regenerate PROMPTS --out FILE.jsonl --base-url http://127.0.0.1:8000/v1 --model NAME
     peagle-train regenerate PROMPTS --out FILE.jsonl --target DIR
 
+    Several servers: --base-url URL --base-url URL; a conversation stays at one, a faster one gets more of them.
+
     PROMPTS is `mt-bench`, `humaneval` or a .jsonl, .jsonl.gz or .json file of `messages`, `conversations`, `turns` or
     `prompt`. Each question is asked with the target's own answers before it. A run that was killed resumes when it is
     started again. Exit code 1: a server stopped answering.
@@ -243,39 +244,40 @@ def _regenerate(parser: Parser) -> None:
     add = parser.add_argument
     add("prompts", metavar="PROMPTS")
     add("--out", required=True, type=Path, metavar="FILE.jsonl", help="rows of messages, as they come")
-    add("--base-url", metavar="URL", help="of a server (vLLM, SGLang), http://HOST:PORT/v1; needs the package openai")
-    add("--model", metavar="NAME", help="what that server calls the target")
+    url_help = "of a server (vLLM, SGLang), http://HOST:PORT/v1; may be repeated; needs the package openai"
+    add("--base-url", action="append", metavar="URL", help=url_help)
+    add("--model", metavar="NAME", help="what those servers call the target")
     add("--target", metavar="DIR", help="instead of a server: a Hugging Face folder, run here by transformers")
     add("--temperature", type=number(0, 100, float), default=0.8, help="0: the likeliest token (default 0.8)")
     add("--top-p", type=number(1e-9, 1, float), default=1.0, metavar="P", help="default 1")
-    add("--max-tokens", type=COUNT, default=2048, help="of an answer; the context must have room (default 2048)")
+    add("--max-tokens", type=COUNT, default=0, help="of an answer; default 2048, or half of the context if less")
     add("--seed", type=int, default=0, metavar="S", help="each answer's own follows from it (default 0)")
     add("--limit", type=COUNT, metavar="N", help="the first N prompts alone")
     add("--last-turn", action="store_true", help="keep recorded answers, and answer the last question alone")
     add("--keep-truncated", action="store_true", help="keep answers that --max-tokens cut, as the last ones")
     kwargs_help = "a JSON object, as in '{\"enable_thinking\": false}'"
     add("--chat-template-kwargs", type=json.loads, default={}, metavar="JSON", help=kwargs_help)
-    add("--concurrency", type=COUNT, default=16, metavar="C", help="conversations of a server at a time (default 16)")
+    many_help = "conversations at a time of each server (default 128)"  # 1000 connections are openai's limit
+    add("--concurrency", type=number(1, 1000), default=128, metavar="C", help=many_help)
     add("--retries", type=int, default=10, help="of a request to a server, up to 8 s apart (default 10)")
     add("--batch-size", type=COUNT, default=8, metavar="B", help="with --target: conversations at a time (default 8)")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16", "float64"])
     add("--trust-remote-code", action="store_true", help="run Python code that comes with the target")
     o = parser.read()
-    from peagle_train.regenerate import Local, Server, Settings, load_prompts, regenerate
+    from peagle_train.regenerate import Local, PromptFile, Servers, Settings, regenerate
 
     if (o.base_url is None) == (o.target is None) or (o.base_url and not o.model):
         raise ValueError("give --base-url and --model for a server, or --target for a local model")
     settings = Settings(
         o.temperature, o.top_p, o.max_tokens, o.seed, o.last_turn, o.keep_truncated, o.chat_template_kwargs
     )
-    skipped: Counter[str] = Counter()
-    prompts = load_prompts(o.prompts, o.limit, skipped)
-    backend: Local | Server
+    prompts = PromptFile(o.prompts, o.limit)
+    backend: Local | Servers
     if o.target is not None:
         backend = Local(os.path.expanduser(o.target), settings, o.dtype, o.batch_size, o.trust_remote_code)
     else:
-        backend = Server(o.base_url, o.model, settings, o.concurrency, o.retries)
-    regenerate(prompts, o.out, backend, settings, skipped)
+        backend = Servers(o.base_url, o.model, settings, o.concurrency, o.retries)
+    regenerate(prompts, o.out, backend)
 
 
 def _export(parser: Parser) -> None:

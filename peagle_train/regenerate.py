@@ -1,4 +1,4 @@
-"""Prompts answered by the target itself, which a drafter learns best from: through a server, or by a model in this process.
+"""Prompts answered by the target itself, which a drafter learns best from: through servers, or by a model in this process.
 
 Each question is asked with the target's own answers before it. Examples are appended to a hidden file beside OUT, which
 gets OUT's name when every prompt has been asked. A run that was killed resumes there; its dropped prompts are asked again.
@@ -9,14 +9,17 @@ import logging
 import os
 import random
 import sys
+import time
 from collections import Counter
-from collections.abc import Container, Generator, Iterator, Sequence
+from collections.abc import Container, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, distribution
+from itertools import islice
 from multiprocessing.pool import ThreadPool  # its threads are daemons: an interrupted run does not wait for answers
 from pathlib import Path
+from queue import SimpleQueue
 from typing import IO, Any, NamedTuple
 
 from tqdm import tqdm
@@ -34,6 +37,7 @@ BENCHMARKS = {
 }
 """Prompt sets by name: the package that ships each, and the end of the file's path in it."""
 EXAMPLE = '{"prompt": "What is 2 + 2?"}'
+MAX_TOKENS, ENDLESS = 2048, 2**63  # ENDLESS: the context of a target that names none
 ID_KEYS = ("id", "question_id", "task_id", "conversation_id")
 
 Message = dict[str, Any]  # {"role": ..., "content": text}, as chat templates and servers take it
@@ -46,11 +50,12 @@ class Answer(NamedTuple):
     content: str  # where it was refused, why
     finish_reason: str | None = "stop"  # the server's: stop, length, ...; refused where it would not answer
     reasoning: str | None = None  # where the server tells it apart
+    tokens: int = 0  # generated ones; 0 where the server does not say
 
 
 # Returns what is written (the turns up to the first unfit answer; None where none was fit), why the conversation ended
-# early (None where it did not), and a line about that.
-Chat = Generator[Ask, Answer | None, tuple[dict[str, Any] | None, str | None, str]]
+# early (None where it did not), a line about that, and how many tokens were generated.
+Chat = Generator[Ask, Answer | None, tuple[dict[str, Any] | None, str | None, str, int]]
 
 
 @dataclass(frozen=True)
@@ -59,11 +64,23 @@ class Settings:
 
     temperature: float
     top_p: float
-    max_tokens: int  # of an answer, its end token included
+    max_tokens: int  # of an answer, its end token included; 0: as many as `leaving_room` says
     seed: int
     last_turn: bool  # answer only the last question; earlier answers stay as recorded, with weight 0
     keep_truncated: bool  # keep an answer that max_tokens cut, as its conversation's last
     template_kwargs: dict[str, Any]
+
+    def leaving_room(self, context: int, who: str) -> "Settings":
+        """With max_tokens: 2048 where none was given, or half of the context if that is less, so that prompts fit.
+
+        `context`: the tokens of prompt and answer that the target takes. ValueError if max_tokens is as many.
+        """
+        if self.max_tokens >= context:
+            raise ValueError(f"--max-tokens: got {self.max_tokens}; {who} takes {context}, the prompt's included")
+        most = self.max_tokens or min(MAX_TOKENS, context // 2)
+        if not self.max_tokens and most < MAX_TOKENS:
+            logger.warning("--max-tokens is %d: half of the %d that %s takes", most, context, who)
+        return replace(self, max_tokens=most)
 
 
 # Prompts
@@ -77,7 +94,7 @@ class Prompt(NamedTuple):
     answers: tuple[Message | None, ...]  # what the file has recorded as each turn's answer
 
 
-def load_prompts(name_or_path: str, limit: int | None = None, skipped: Counter[str] | None = None) -> list[Prompt]:
+def read_prompts(name_or_path: str, limit: int | None = None, skipped: Counter[str] | None = None) -> Iterator[Prompt]:
     """The prompts of a benchmark or of a .jsonl, .jsonl.gz or .json file.
 
     Rows have `messages`, `conversations` (ShareGPT), `turns` (a list of questions, as in MT-Bench) or `prompt` (text, or
@@ -85,10 +102,10 @@ def load_prompts(name_or_path: str, limit: int | None = None, skipped: Counter[s
     counted in `skipped` by reason, the first of each logged. ValueError, one line, for what cannot be read; without
     `skipped` for such rows, too.
     """
-    path, prompts = find_file(name_or_path), dict[str, Prompt]()
+    path, ids = find_file(name_or_path), set[str]()
     for raw in read_examples([SourceFile(path, path, "json" if path.endswith(".json") else "jsonl")]):
         try:
-            prompt = _prompt(raw, prompts)
+            prompt = _prompt(raw, ids)
         except BadRow as error:
             if skipped is None:
                 raise ValueError(f"{raw.where}: this row cannot be asked ({error})") from None
@@ -96,12 +113,26 @@ def load_prompts(name_or_path: str, limit: int | None = None, skipped: Counter[s
                 logger.warning("%s is skipped: %s", raw.where, error)
             skipped[error.reason] += 1
             continue
-        prompts[prompt.id] = prompt
-        if len(prompts) == limit:
+        ids.add(prompt.id)
+        yield prompt
+        if len(ids) == limit:
             break
-    if not prompts:
+    if not ids:
         raise ValueError(f"{path} has no prompt ({dict(skipped or {})} skipped): give lines such as {EXAMPLE}")
-    return list(prompts.values())
+
+
+class PromptFile:
+    """What `read_prompts` reads, anew each time it is iterated, so that prompts are never all in memory (ids are)."""
+
+    def __init__(self, name_or_path: str, limit: int | None) -> None:
+        self.source, self.skipped, self.count, digest = (name_or_path, limit), Counter[str](), 0, sha256()
+        for prompt in read_prompts(*self.source, self.skipped):
+            self.count += 1
+            digest.update(json.dumps(prompt).encode())
+        self.digest = digest.hexdigest()
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return read_prompts(*self.source, Counter(self.skipped))  # a copy, so that nothing is logged again
 
 
 def find_file(name_or_path: str) -> str:
@@ -188,7 +219,7 @@ def converse(prompt: Prompt, number: int, model: str, settings: Settings) -> Cha
     """The conversation that a prompt leads to, up to its first unfit answer. `number` is its place among the prompts."""
     messages: list[Message] = []
     finish_reasons: list[str | None] = []
-    why, detail = None, ""
+    why, detail, tokens = None, "", 0
     for turn, (asked, recorded) in enumerate(zip(prompt.turns, prompt.answers)):
         is_last = turn == len(prompt.turns) - 1
         if settings.last_turn and not is_last:
@@ -200,6 +231,7 @@ def converse(prompt: Prompt, number: int, model: str, settings: Settings) -> Cha
         context = [{"role": message["role"], "content": message["content"]} for message in [*messages, *asked]]
         answer = yield context, random.Random(f"{settings.seed},{number},{turn}").getrandbits(31)
         assert answer is not None
+        tokens += answer.tokens
         why, detail = fault(answer, settings.keep_truncated), answer.content
         if why is not None:
             break
@@ -213,38 +245,43 @@ def converse(prompt: Prompt, number: int, model: str, settings: Settings) -> Cha
     variables = {"chat_template_kwargs": settings.template_kwargs} if settings.template_kwargs else {}
     generated = {"model": model, "finish_reasons": finish_reasons, "cut": why}
     row = {"id": prompt.id, "messages": messages, **variables, "generated": generated}
-    return row if finish_reasons else None, why, f"prompt {prompt.id} is {why}: {detail}"
+    return row if finish_reasons else None, why, f"prompt {prompt.id} is {why}: {detail}", tokens
 
 
 # Who answers
 
 
-class Server:
-    """A server that speaks OpenAI's chat completions (vLLM, SGLang), asked from `concurrency` threads.
+class Servers:
+    """Servers that speak OpenAI's chat completions (vLLM, SGLang), each asked from `concurrency` threads.
 
     Raises:
-        ValueError: no package openai, a server that does not answer or lacks the model.
+        ValueError: no package openai, a server that does not answer or lacks the model, no room for --max-tokens.
     """
 
-    def __init__(self, url: str, model: str, settings: Settings, concurrency: int, retries: int) -> None:
+    def __init__(self, urls: Sequence[str], model: str, settings: Settings, concurrency: int, retries: int) -> None:
         try:
             import openai
         except ImportError:
             raise ValueError("--base-url takes the package openai, which is missing: pip install openai") from None
-        self.url, self.model, self.error = url, model, openai.OpenAIError
-        self.concurrency, self.batch_size = concurrency, 1
+        self.model, self.error, self.lost = model, openai.OpenAIError, openai.APIConnectionError
+        self.concurrency, self.batch_size = concurrency * len(urls), 1
         key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"
-        self.client = openai.OpenAI(base_url=url, api_key=key, timeout=3600.0, max_retries=retries)
-        try:
-            models = self.client.with_options(max_retries=0, timeout=60.0).models.list()
-        except openai.OpenAIError as error:
-            raise ValueError(
-                f"no list of models from {url}: {one_line(error, 300)}; is the server up, are --base-url (mostly"
-                " http://HOST:PORT/v1) and OPENAI_API_KEY right?"
-            ) from None
-        names = [entry.id for entry in models.data]
-        if model not in names:
-            raise ValueError(f"{url} has no model {model!a}; it has {', '.join(names[:5]) or 'none'}")
+        self.clients, context = list[openai.OpenAI](), (ENDLESS, "")
+        for url in urls:
+            client = openai.OpenAI(base_url=url, api_key=key, timeout=3600.0, max_retries=retries)
+            try:
+                models = client.with_options(max_retries=0, timeout=60.0).models.list()
+            except openai.OpenAIError as error:
+                raise ValueError(
+                    f"no list of models from {url}: {one_line(error, 300)}; is the server up, are --base-url (mostly"
+                    " http://HOST:PORT/v1) and OPENAI_API_KEY right?"
+                ) from None
+            entries = {entry.id: entry for entry in models.data}
+            if model not in entries:
+                raise ValueError(f"{url} has no model {model!a}; it has {', '.join([*entries][:5]) or 'none'}")
+            self.clients.append(client)
+            context = min(context, (getattr(entries[model], "max_model_len", None) or ENDLESS, url))  # as vLLM names it
+        self.settings = settings = settings.leaving_room(*context)
         how = {"temperature": settings.temperature, "top_p": settings.top_p, "max_tokens": settings.max_tokens}
         self.sampling: dict[str, Any] = {**how, "presence_penalty": 0.0, "frequency_penalty": 0.0}
         # Servers would take these from the target's generation_config.json. They are not in OpenAI's own API.
@@ -253,20 +290,34 @@ class Server:
             self.more["chat_template_kwargs"] = settings.template_kwargs
         self.record: dict[str, Any] = {"backend": "server", "model": model, "sampling": self.sampling | self.more}
 
-    def answers(self, asks: Sequence[Ask]) -> list[Answer]:
-        """The answer to the one that there is (`batch_size`). RunStopped: none after all retries."""
+    def answers(self, asks: Sequence[Ask], place: int) -> list[Answer]:
+        """The answer to the one that there is (`batch_size`), by the server of that place among `concurrency`.
+
+        RunStopped: none after all retries; from the last server, where servers are gone.
+        """
         [(messages, seed)] = asks
-        create: Any = self.client.chat.completions.create
-        try:
-            reply = create(model=self.model, messages=messages, seed=seed, **self.sampling, extra_body=self.more)
-        except self.error as error:
-            if getattr(error, "status_code", None) in (400, 413, 422):
-                return [Answer(one_line(error, 300), "refused")]
-            raise RunStopped(f"{self.url} gave no answer: {one_line(error, 300)}") from None
+        while True:
+            clients = self.clients
+            client: Any = clients[place % len(clients)]
+            create = client.chat.completions.create
+            try:
+                reply = create(model=self.model, messages=messages, seed=seed, **self.sampling, extra_body=self.more)
+                break
+            except self.error as error:
+                if getattr(error, "status_code", None) in (400, 413, 422):
+                    return [Answer(one_line(error, 300), "refused")]
+                failure = f"{client.base_url} gave no answer: {one_line(error, 300)}"
+                left = [other for other in self.clients if other is not client]
+                if not left or not isinstance(error, self.lost):
+                    raise RunStopped(failure) from None
+                if client in self.clients:  # another thread may have noticed first
+                    logger.warning("%s; going on with the other %d", failure, len(left))
+                self.clients = left
         message = reply.choices[0].message
+        tokens = reply.usage.completion_tokens if reply.usage else 0
         # vLLM renamed the field; older ones and SGLang say reasoning_content.
         reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
-        return [Answer(message.content or "", reply.choices[0].finish_reason, reasoning)]
+        return [Answer(message.content or "", reply.choices[0].finish_reason, reasoning, tokens)]
 
 
 class Local:
@@ -292,8 +343,9 @@ class Local:
         self.end_ids = eos_token_ids(text_config, model.generation_config, tokenizer)
         if not self.end_ids:
             raise ValueError("the target names no end token (eos_token_id), so its answers would never end")
-        self.context = getattr(text_config, "max_position_embeddings", None) or 2**63
-        self.model, self.tokenizer, self.settings = model.eval(), tokenizer, settings
+        self.context = getattr(text_config, "max_position_embeddings", None) or ENDLESS
+        self.settings = settings = settings.leaving_room(self.context, f"target {path}")
+        self.model, self.tokenizer = model.eval(), tokenizer
         self.concurrency, self.batch_size = 1, batch_size
         sampling: dict[str, Any] = {"do_sample": settings.temperature > 0, "repetition_penalty": 1.0}
         if settings.temperature > 0:
@@ -303,7 +355,7 @@ class Local:
         self.record: dict[str, Any] = {"backend": "local", "model": Path(path).resolve().name}
         self.record |= {"dtype": str(model.dtype), "sampling": sampling}
 
-    def answers(self, asks: Sequence[Ask]) -> list[Answer]:
+    def answers(self, asks: Sequence[Ask], _: int) -> list[Answer]:
         """An answer to each, generated together; chats that the template or the context does not take are refused.
 
         B: chats that are generated. P: tokens of the longest one.
@@ -336,17 +388,21 @@ class Local:
             for at, ids in zip(prompts, out[:, P:].tolist()):
                 end = next((i for i, token in enumerate(ids) if token in self.end_ids), None)
                 text = self.tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-                answers[at] = Answer(text, "length" if end is None else "stop")
+                made = len(ids) if end is None else end + 1
+                answers[at] = Answer(text, "length" if end is None else "stop", tokens=made)
         return [answers[at] for at in range(len(asks))]
 
 
 # A run
 
 
-def converse_all(backend: Server | Local, chats: Sequence[Chat]) -> Generator[Any, None, None]:
-    """Results as they come. The chats of a batch go from turn to turn together; a thread keeps its batch to the end."""
+def converse_all(backend: Servers | Local, chats: Iterable[Chat]) -> Generator[Any, None, None]:
+    """Results as they come. The chats of a batch go from turn to turn together, at one of the backend's places, to the
+    end: a server's cache has what came before. Chats are taken as places get free.
+    """
 
-    def work(batch: Sequence[Chat]) -> list[Any]:
+    def work(task: tuple[int, list[Chat]]) -> tuple[int, list[Any]]:
+        place, batch = task
         results, answers = list[Any](), list[Answer | None]([None] * len(batch))  # None starts a chat
         while batch:
             asks, asked = list[Ask](), list[Chat]()
@@ -356,29 +412,42 @@ def converse_all(backend: Server | Local, chats: Sequence[Chat]) -> Generator[An
                     asked.append(chat)
                 except StopIteration as end:
                     results.append(end.value)
-            batch, answers = asked, [*backend.answers(asks)] if asks else []
-        return results
+            batch, answers = asked, [*backend.answers(asks, place)] if asks else []
+        return place, results
 
-    batches = [chats[first : first + backend.batch_size] for first in range(0, len(chats), backend.batch_size)]
+    chats = iter(chats)
+    batches = iter(lambda: list(islice(chats, backend.batch_size)), [])
     if backend.concurrency == 1:  # here: a thread inside torch could not be interrupted
         for batch in batches:
-            yield from work(batch)
+            yield from work((0, batch))[1]
         return
+    free: SimpleQueue[int | None] = SimpleQueue()
+    for place in range(backend.concurrency):
+        free.put(place)
+
+    def tasks() -> Iterator[tuple[int, list[Chat]]]:  # run by a thread of the pool, which would take all at once
+        for batch in batches:
+            if (place := free.get()) is None:
+                return
+            yield place, batch
+
     with ThreadPool(backend.concurrency) as pool:
-        for results in pool.imap_unordered(work, batches):
-            yield from results
+        try:
+            for place, results in pool.imap_unordered(work, tasks()):
+                free.put(place)
+                yield from results
+        finally:
+            free.put(None)  # the pool waits for `tasks` to end
 
 
-def regenerate(
-    prompts: Sequence[Prompt], out: Path, backend: Server | Local, settings: Settings, skipped: Counter[str]
-) -> None:
+def regenerate(prompts: PromptFile, out: Path, backend: Servers | Local) -> None:
     """Ask all prompts; write OUT, a row for each that got an answer, and OUT.report.json.
 
     Raises:
         ValueError: a user's mistake. RunStopped: the server stopped answering. What was answered is kept.
     """
-    digest = sha256(json.dumps(prompts).encode()).hexdigest()
-    record = {"prompts": digest, "count": len(prompts), **backend.record, **asdict(settings)}
+    settings = backend.settings
+    record = {"prompts": prompts.digest, "count": prompts.count, **backend.record, **asdict(settings)}
     partial, report_path = partial_path(out), out.with_name(out.name + ".report.json")
     if out.exists() or (partial.exists() and partial.stat().st_size):
         begun = json.loads(report_path.read_bytes())["settings"] if report_path.exists() else {}
@@ -389,17 +458,24 @@ def regenerate(
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(report_path, {"settings": record})
-    dropped = Counter[str]()
-    pace = 0.1 if sys.stderr.isatty() else 60.0
-    with partial.open("a+b") as file, tqdm(total=len(prompts), unit="prompt", mininterval=pace) as bar:
-        done = {row["id"]: row["generated"]["cut"] for row in _resumed(file)}
-        rows, cut = len(done), Counter(why for why in done.values() if why)
-        if done:
-            bar.update(rows)
-            print(f"resuming after {rows} of {len(prompts)} prompts in {partial}")
-        chats = [converse(p, n, backend.record["model"], settings) for n, p in enumerate(prompts) if p.id not in done]
-        with closing(converse_all(backend, chats)) as results:
-            for row, why, detail in results:
+    done, cut, dropped = set[str](), Counter[str](), Counter[str]()
+    with partial.open("a+b") as file:
+        for row in _resumed(file):
+            done.add(row["id"])
+            if (why := row["generated"]["cut"]) is not None:
+                cut[why] += 1
+        if rows := len(done):
+            print(f"resuming after {rows} of {prompts.count} prompts in {partial}")
+        model, numbered = backend.record["model"], enumerate(prompts)
+        chats = (converse(prompt, n, model, settings) for n, prompt in numbered if prompt.id not in done)
+        pace, tokens, started = 0.1 if sys.stderr.isatty() else 60.0, 0, time.monotonic()
+        with (
+            tqdm(total=prompts.count, initial=rows, unit="prompt", mininterval=pace, smoothing=0) as bar,
+            closing(converse_all(backend, chats)) as results,
+        ):
+            for row, why, detail, generated in results:
+                tokens += generated
+                bar.set_postfix_str(f"{tokens / (time.monotonic() - started):,.0f} tokens/s", refresh=False)
                 bar.update()
                 if why == "refused" and not cut[why] + dropped[why]:
                     print(detail)
@@ -409,8 +485,8 @@ def regenerate(
                     rows += 1
                     file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
                     file.flush()
-    counts = {"cut": cut, "dropped": dropped, "skipped": skipped}
-    said = [f"{rows} of {len(prompts)} prompts written"]
+    counts = {"cut": cut, "dropped": dropped, "skipped": prompts.skipped}
+    said = [f"{rows} of {prompts.count} prompts written"]
     for what, reasons in counts.items():
         if reasons:
             said.append(f"{reasons.total()} {what} ({', '.join(f'{n} {why}' for why, n in sorted(reasons.items()))})")
@@ -419,7 +495,7 @@ def regenerate(
             f"no prompt got a usable answer ({', '.join(said)}): raise --max-tokens or give --keep-truncated where they"
             " are truncated, raise --temperature where they loop; else see whether the chat template is right"
         )
-    write_json(report_path, {"settings": record, "prompts": len(prompts), "rows": rows, **counts})
+    write_json(report_path, {"settings": record, "prompts": prompts.count, "rows": rows, **counts})
     put(partial, out)
     print(f"{out}: {', '.join(said)}")
 

