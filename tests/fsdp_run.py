@@ -61,7 +61,7 @@ def sharded(mode: str, case: str, variant: str) -> dict[str, Tensor]:
     shard(draft.float() if bf16 else draft, draft.layers, torch.device("cpu"), bf16)
     graphs = compile_layers(draft, "aot_eager") if compiled else None
     batch, target = make_batch(rank, case)
-    plan = plan_segments(batch, K, static=compiled)
+    plan = plan_segments(batch, static=compiled)
     count = torch.tensor(float(plan.num_supervised), dtype=torch.float64)
     dist.all_reduce(count)
     for _ in range(2):  # the second step finds buffers and gradients as the first left them
@@ -74,7 +74,7 @@ def sharded(mode: str, case: str, variant: str) -> dict[str, Tensor]:
             most = max_counts([sum(bool(s.supervised.numel()) for s in plan.segments)], torch.device("cpu"))[0]
             step = partial(recompute_step, min_passes=most)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
-            step(draft, batch, target, num_depths=K, scale=scale, plan=plan)
+            step(draft, batch, target, scale=scale, plan=plan)
     assert graphs is None or (len(graphs) >= 2 and graphs.recompiles == 0), graphs
     whole = {name: p.grad.full_tensor() for name, p in draft.named_parameters()}  # type: ignore[union-attr]
     return whole
@@ -86,7 +86,7 @@ def alone(case: str) -> dict[str, Tensor]:
     pairs = [make_batch(rank, case) for rank in range(2)]
     count = sum(int(batch["supervised"].sum()) for batch, _ in pairs)
     for batch, target in pairs:
-        recompute_step(draft, batch, target, num_depths=K, scale=1 / count)
+        recompute_step(draft, batch, target, scale=1 / count)
     return {name: p.grad for name, p in draft.named_parameters() if p.grad is not None}
 
 

@@ -124,11 +124,10 @@ def outcome_of(
     draft: PEagleDraft,
     batch: dict[str, Tensor],
     target: TargetOutputs,
-    K: int = K,
     **options: Any,
 ) -> Outcome:
     draft.zero_grad(set_to_none=True)
-    stats = step(draft, batch, target, num_depths=K, **options)
+    stats = step(draft, batch, target, **options)
     named = dict(draft.named_parameters())
     gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named.items()}
     untouched = [n for n, p in named.items() if p.grad is None]

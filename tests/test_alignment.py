@@ -49,6 +49,7 @@ def hand_made_batch() -> dict[str, Tensor]:
     slots.append((0, -1, False))
     batch["anchor"], batch["depth"], batch["supervised"] = (list(column) for column in zip(*slots))
     batch["segment_ids"] = [0] * len(slots)
+    batch["supervised_per_depth"] = [6, 4, 2, 1]
     return {name: torch.tensor([values]) for name, values in batch.items()}
 
 
@@ -152,7 +153,7 @@ def handed_to_the_drafter(
             given[anchor, depth] = (words[int(token[0, i])], feature, int(position[0, i]), predicted, i in label_of)
 
     handle = draft.register_forward_pre_hook(note, with_kwargs=True)
-    step(draft, batch, target, num_depths=4, min_passes=None if step is relay_step else 0)
+    step(draft, batch, target, min_passes=None if step is relay_step else 0)
     handle.remove()
     return given
 

@@ -16,7 +16,7 @@ from peagle_train.core.plan import plan_segments
 from peagle_train.core.recompute import recompute_step
 from peagle_train.core.relay import relay_step
 from peagle_train.core.visibility import Visibility, first_seen
-from tests import helpers, oracles
+from tests import oracles
 from tests.helpers import make_batch, make_draft, make_rows, make_target
 from tests.oracles import Who
 
@@ -216,9 +216,9 @@ def test_in_bfloat16_attention_gets_few_shapes_whatever_the_documents(
         shapes.clear()
         for seed in rows:
             batch = make_batch(make_rows(L, documents=1 + seed % 7, padding=seed % 3, seed=seed), L, S)
-            plan = plan_segments(batch, helpers.K, static=True, pad_context=False)
+            plan = plan_segments(batch, static=True, pad_context=False)
             with torch.autocast("cpu", torch.bfloat16):
-                step(draft, batch, make_target(batch, torch.float32), num_depths=helpers.K, plan=plan)
+                step(draft, batch, make_target(batch, torch.float32), plan=plan)
         return len(shapes)
 
     draft = make_draft(dtype=torch.float32)

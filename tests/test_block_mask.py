@@ -251,7 +251,7 @@ def test_every_pass_of_a_step_agrees(step: Callable[..., Any], S: int, window: i
     batch = make_batch(rows, 61, S)
     draft, recorded = make_draft(num_hidden_layers=1, sliding_window=window), list[Visibility]()
     draft.register_forward_pre_hook(lambda _, arguments: recorded.append(arguments[3]))
-    step(draft, batch, make_target(batch), num_depths=5)
+    step(draft, batch, make_target(batch))
     assert len(recorded) >= min(S, 2)
     if S > 1:
         assert any(v.num_context if step is relay_step else v.cut for v in recorded)

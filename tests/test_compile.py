@@ -71,11 +71,11 @@ def run_ragged_batches(
         rows, target = ragged_rows(seed, batch_size), random_target(seed, batch_size, dtype)
         flat = CODCollator(L, num_depths=K, down_sample_ratio=0.8)(rows)
         cut = CODCollator(L, num_depths=K, down_sample_ratio=0.8, num_segments=3)(rows)
-        expected = recompute_step(draft, flat, target, num_depths=K, scale=0.1)
+        expected = recompute_step(draft, flat, target, scale=0.1)
         gradients = {n: p.grad for n, p in draft.named_parameters()}
         draft.zero_grad()
         chunk_rows = 1024 if backend == "inductor" else 70  # chunks are unrolled: many of them take long to compile
-        settings: dict[str, Any] = {"num_depths": K, "scale": 0.1, "chunk_rows": chunk_rows}
+        settings: dict[str, Any] = {"scale": 0.1, "chunk_rows": chunk_rows}
         if mode == "relay":
             found = relay_step(compiled, cut, target, buffers=buffers, **settings)
         else:
@@ -142,7 +142,7 @@ def test_a_shape_that_changes_is_counted_and_warned_about(caplog: pytest.LogCapt
     compiled = CompiledDraft(draft, "aot_eager")
     for batch_size in (1, 2):
         batch = CODCollator(L, num_depths=K, num_segments=2)(ragged_rows(3, batch_size))
-        relay_step(compiled, batch, random_target(3, batch_size, torch.float64), num_depths=K)
+        relay_step(compiled, batch, random_target(3, batch_size, torch.float64))
     assert compiled.recompiles > 0
     assert "compiled again" in caplog.text and "size mismatch at index 0. expected 1, actual 2" in caplog.text
 
@@ -177,9 +177,9 @@ def test_static_sizes_change_nothing_but_the_padding(mode: str, pad_context: boo
         rows, target = ragged_rows(seed, 2), random_target(seed, 2, torch.float64)
         batch = CODCollator(L, num_depths=K, down_sample_ratio=0.8, num_segments=4)(rows)
         gradients = []
-        for made in (plan_segments(batch, K), plan_segments(batch, K, static=True, pad_context=pad_context)):
+        for made in (plan_segments(batch), plan_segments(batch, static=True, pad_context=pad_context)):
             step: Any = relay_step if mode == "relay" else recompute_step
-            step(draft, batch, target, num_depths=K, plan=made)
+            step(draft, batch, target, plan=made)
             gradients.append(
                 {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in draft.named_parameters()}
             )

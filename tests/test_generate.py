@@ -20,7 +20,7 @@ def trained_logits(draft: Any, row: dict[str, Any], target: TargetOutputs, K: in
     """Logits of every element of the flat training pass, by (anchor, depth)."""
     L = len(row["input_ids"])
     batch = make_batch([row], L, 1, K, down_sample_ratio=1.0)
-    passes = Passes(draft, batch, target, K, None, "kl", 384, 1.0)
+    passes = Passes(draft, batch, target, None, "kl", 384, 1.0)
     segment = passes.plan.segments[0]
     own = passes.own(segment)
     visibility = visibility_of(own, K, M=segment.num_depth0, first_rollout=segment.first_rollout)

@@ -82,7 +82,7 @@ def relayed(batch: dict[str, Tensor], target: TargetOutputs, target_on: torch.de
     draft = make_draft(torch.float32, head_dim=16).to(DEVICE)
     given = TargetOutputs(target.features.to(target_on), target.last_hidden.to(target_on), target.head.to(DEVICE))
     on_device = {name: tensor.to(DEVICE) for name, tensor in batch.items()}
-    found = outcome_of(relay_step, draft, on_device, given, plan=plan_segments(batch, K), scale=0.1)
+    found = outcome_of(relay_step, draft, on_device, given, plan=plan_segments(batch), scale=0.1)
     gradients = {name: g.cpu().double() for name, g in found.gradients.items()}
     return Outcome(found.loss.cpu(), found.hits, found.totals, gradients, found.untouched)
 
@@ -145,7 +145,7 @@ def test_compiled_passes_give_eager_ones_gradients_in_bfloat16_with_one_graph_a_
     on_device = {name: tensor.to(DEVICE) for name, tensor in batch.items()}
     compiled, buffers, off = CompiledDraft(draft), RelayBuffers(), []
     for one in (draft, compiled, compiled):
-        plan = plan_segments(batch, K, static=True)
+        plan = plan_segments(batch, static=True)
         with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
             stats = relay_step(one, on_device, given, plan=plan, buffers=buffers, scale=0.01)
         found = {n: p.grad.cpu().double() for n, p in draft.named_parameters() if p.grad is not None}

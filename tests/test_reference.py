@@ -127,6 +127,7 @@ def test_the_oracles_agree_with_the_reference_too() -> None:
         layer_type="llama",
         norm_before_fc=False,
         fc_norm=False,
+        sliding_window=None,
         ptd_token_id=settings["mask_token_id"],
     )
     weights = {n.removeprefix("weight."): t.requires_grad_() for n, t in tensors.items() if n.startswith("weight.")}

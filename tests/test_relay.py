@@ -60,7 +60,7 @@ def test_losses_and_their_decay_by_depth_are_those_of_the_contract(kind: str, de
     (total * 0.1).backward()
     for static in (False, True):
         for step in (relay_step, recompute_step):
-            found = outcome_of(step, draft, batch, target, plan=plan_segments(batch, K, static=static), **options)
+            found = outcome_of(step, draft, batch, target, plan=plan_segments(batch, static=static), **options)
             assert (found.hits, found.totals) == (hits, totals)
             assert abs(float(found.loss - total.detach())) <= 1e-10 * float(total.detach())
             for name, gradient in found.gradients.items():
@@ -74,7 +74,7 @@ def test_losses_and_their_decay_by_depth_are_those_of_the_contract(kind: str, de
 def test_a_static_plan_gives_what_the_flat_pass_gives(case: dict[str, Any], window: int | None) -> None:
     draft, batch, flat_batch, target = build({**case, "sliding_window": window})
     expected = outcome_of(recompute_step, draft, flat_batch, target, scale=0.1)
-    plan = plan_segments(batch, K, static=True, window=window, layers=case["num_hidden_layers"])
+    plan = plan_segments(batch, static=True, window=window, layers=case["num_hidden_layers"])
     assert_same(outcome_of(relay_step, draft, batch, target, scale=0.1, plan=plan), expected)
 
 
@@ -88,7 +88,7 @@ def test_what_an_earlier_batch_left_behind_is_not_read(
     batch = make_batch(make_rows(length, documents=1 + 2 * seed, batch_size=1 + seed % 2, seed=seed), length, S)
     target = make_target(batch)
     expected = outcome_of(relay_step, draft, batch, target)
-    plan = plan_segments(batch, K, static=True, pad_context=pad_context, window=window, layers=2)
+    plan = plan_segments(batch, static=True, pad_context=pad_context, window=window, layers=2)
     for _ in range(2):
         assert_same(outcome_of(relay_step, draft, batch, target, plan=plan, buffers=buffers), expected)
         for pair in [*buffers.keys_values, *buffers.gradients]:  # as a step that was not finite may
@@ -106,7 +106,7 @@ def test_nor_is_it_where_only_the_first_segment_has_something_to_learn(pad_conte
         for tensor in pair:
             tensor.fill_(float("nan"))
     batch = make_batch(rows, length, 3, boundaries="uniform")
-    plan = plan_segments(batch, K, static=True, pad_context=pad_context)
+    plan = plan_segments(batch, static=True, pad_context=pad_context)
     expected = outcome_of(relay_step, draft, batch, make_target(batch))
     assert_same(outcome_of(relay_step, draft, batch, make_target(batch), plan=plan, buffers=buffers), expected)
 
@@ -160,7 +160,7 @@ def prompt_first(boundaries: str = "uniform") -> dict[str, Tensor]:
 
 def test_a_prompt_is_run_for_its_keys_and_values_and_nothing_else() -> None:
     draft, batch = make_draft(num_hidden_layers=3), prompt_first()
-    target, plan = make_target(batch), plan_segments(batch, K)
+    target, plan = make_target(batch), plan_segments(batch)
     first_q, last_q = draft.layers[0].self_attn.q_proj, draft.layers[2].self_attn.q_proj
     with calls_of(draft) as passes, calls_of(first_q) as first, calls_of(last_q) as last:
         outcome_of(relay_step, draft, batch, target, plan=plan)
@@ -181,7 +181,7 @@ def test_evaluating_runs_only_the_segments_with_labels_and_gives_the_same_sums()
     expected = outcome_of(relay_step, draft, batch, target)
     with torch.no_grad(), calls_of(draft.layers[1].self_attn.q_proj) as queries, calls_of(draft) as passes:
         found = outcome_of(relay_step, draft, batch, target, backward=None)
-    own = [segment.num_elements for segment in plan_segments(batch, K).segments]
+    own = [segment.num_elements for segment in plan_segments(batch).segments]
     assert queries == own[:3:-1] and passes[-4:] == queries
     assert torch.equal(found.loss, expected.loss) and (found.hits, found.totals) == (expected.hits, expected.totals)
     assert len(found.untouched) == len(found.gradients)
@@ -189,7 +189,7 @@ def test_evaluating_runs_only_the_segments_with_labels_and_gives_the_same_sums()
 
 def test_every_element_runs_with_grad_once_and_never_with_every_column_at_once() -> None:
     batch = make_batch(make_rows(L, documents=2), L, 7, K)
-    draft, plan = make_draft(), plan_segments(batch, K)
+    draft, plan = make_draft(), plan_segments(batch)
     with_grad: list[int] = []
     handle = draft.register_forward_hook(
         lambda _, arguments, output: with_grad.append(
@@ -205,7 +205,7 @@ def test_every_element_runs_with_grad_once_and_never_with_every_column_at_once()
 def starts(batch: dict[str, Tensor], S: int) -> list[int]:
     """Numbers of the segments that relay trains."""
     C = batch["depth"].shape[1] // S
-    return [segment.columns.start // C for segment in plan_segments(batch, K).segments]
+    return [segment.columns.start // C for segment in plan_segments(batch).segments]
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_segments_that_nobody_learns_from_or_reads_are_left_out(masks: list[list
     draft, target = make_draft(), make_target(batch)
     with calls_of(draft) as passes:
         found = outcome_of(relay_step, draft, batch, target)
-    plan = plan_segments(batch, K)
+    plan = plan_segments(batch)
     assert len(passes) - len(context_chunks(plan)) == len(needed)
     expected = outcome_of(recompute_step, draft, make_batch(rows, 32, 1, K), target)
     assert_same(found, expected)
@@ -253,7 +253,7 @@ def test_pass_a_runs_the_columns_that_are_read_and_no_others(masks: list[list[in
     rows = [{"input_ids": list(range(32)), "loss_mask": mask, "document_ids": [0] * 16 + [1] * 16} for mask in masks]
     batch = make_batch(rows, 32, 8, K, boundaries="uniform")
     for static in (False, True):
-        plan = plan_segments(batch, K, static=static)
+        plan = plan_segments(batch, static=static)
         chunks = context_chunks(plan)
         run = sorted({column for chunk in chunks for column in range(chunk.start, chunk.stop)})
         if static and columns:  # whole runs, which may reach over the end
@@ -288,7 +288,7 @@ def test_a_batch_with_nothing_supervised_has_loss_zero_and_no_gradient(row: dict
 @pytest.mark.parametrize("make", [prompt_first, lambda: make_batch(make_rows(L, 2, 2), L, 3, K)])
 def test_idle_passes_change_nothing(make: Any) -> None:
     draft, batch = make_draft(), make()
-    target, plan = make_target(batch), plan_segments(batch, K)
+    target, plan = make_target(batch), plan_segments(batch)
     expected = outcome_of(relay_step, draft, batch, target)
     # (0, 0) asks for no more passes, but for every parameter in each.
     with calls_of(draft) as passes:
@@ -314,7 +314,7 @@ def test_with_a_minimum_every_parameter_gets_a_gradient_in_every_pass() -> None:
         torch.autograd.backward(tensors, gradients)
         missing.append([name for name, p in draft.named_parameters() if p.grad is None])
 
-    relay_step(draft, batch, make_target(batch), num_depths=K, backward=backward, min_passes=(0, 0))
+    relay_step(draft, batch, make_target(batch), backward=backward, min_passes=(0, 0))
     assert missing == [[]] * 8
 
 
@@ -347,11 +347,11 @@ def test_a_later_step_needs_no_more_memory_than_the_first_and_leaves_nothing_beh
     batches = [make_batch(make_rows(L, documents=d, batch_size=2, seed=d), L, 5, K) for d in (1, 3)]
     targets = [make_target(batch) for batch in batches]
     for batch, target in zip(batches, targets):  # makes the gradients and the buffers
-        relay_step(draft, batch, target, num_depths=K, buffers=buffers)
+        relay_step(draft, batch, target, buffers=buffers)
     for i in range(6):
         draft.zero_grad(set_to_none=False)
         with LiveBytes() as live:
-            relay_step(draft, batches[i % 2], targets[i % 2], num_depths=K, buffers=buffers)
+            relay_step(draft, batches[i % 2], targets[i % 2], buffers=buffers)
         assert live.held <= 1024  # the statistics that it returned
         peaks.append(live.peak)
     assert set(peaks[2:]) == set(peaks[:2])
@@ -371,7 +371,7 @@ def test_a_segments_hidden_states_are_gone_when_its_backward_begins_and_its_leav
         torch.autograd.backward(tensors, gradients)
 
     draft.register_forward_hook(watch, with_kwargs=True)
-    relay_step(draft, batch, make_target(batch), num_depths=K, backward=backward)
+    relay_step(draft, batch, make_target(batch), backward=backward)
     assert len(alive) >= 3 and leaves and all(leaf.grad is None for leaf in leaves)
 
 
@@ -396,8 +396,8 @@ def test_activation_checkpointing_changes_nothing() -> None:
     draft.gradient_checkpointing = True
     with calls_of(draft.layers[1].self_attn.k_proj) as calls:
         assert_same(outcome_of(relay_step, draft, batch, target), expected, 1e-13)
-    passes = len(plan_segments(batch, K).segments)
-    assert len(calls) == 2 * passes + len(context_chunks(plan_segments(batch, K)))
+    passes = len(plan_segments(batch).segments)
+    assert len(calls) == 2 * passes + len(context_chunks(plan_segments(batch)))
 
 
 def test_frozen_parameters_get_no_gradient_and_the_others_the_same() -> None:
@@ -420,7 +420,7 @@ def test_the_plan_may_be_made_before_and_the_scale_be_a_tensor() -> None:
     target = make_target(batch)
     expected = outcome_of(relay_step, draft, batch, target, scale=0.25)
     scale = torch.tensor(0.25, dtype=torch.float64)
-    found = outcome_of(relay_step, draft, batch, target, scale=scale, plan=plan_segments(batch, K))
+    found = outcome_of(relay_step, draft, batch, target, scale=scale, plan=plan_segments(batch))
     assert_same(found, expected, 0)
 
 
@@ -472,7 +472,7 @@ def trained(step: Any, S: int, dtype: torch.dtype, steps: int) -> tuple[dict[str
         target = make_target(batch, dtype, seed=i % 2)
         count = int(batch["supervised"].sum())
         optimizer.zero_grad(set_to_none=True)
-        step(draft, batch, target, num_depths=K, scale=1 / count, **options)
+        step(draft, batch, target, scale=1 / count, **options)
         optimizer.step()
     return before, {name: p.detach() for name, p in draft.named_parameters()}
 

@@ -90,7 +90,7 @@ def test_algorithm_1_gives_what_the_flat_pass_gives(case: dict[str, Any], window
 def test_a_static_plan_gives_what_the_flat_pass_gives(case: dict[str, Any], window: int | None) -> None:
     draft, batch, flat_batch, target = build({**case, "sliding_window": window})
     expected = outcome_of(recompute_step, draft, flat_batch, target, scale=0.1)
-    plan = plan_segments(batch, K, static=True, window=window, layers=case["num_hidden_layers"])
+    plan = plan_segments(batch, static=True, window=window, layers=case["num_hidden_layers"])
     assert_same(outcome_of(recompute_step, draft, batch, target, scale=0.1, plan=plan), expected)
 
 
@@ -105,7 +105,7 @@ def test_every_loss_survives_the_cut(kind: str) -> None:
 
 def test_every_supervised_element_is_in_one_pass_and_the_counts_are_the_batches() -> None:
     batch = make_batch(make_rows(L, documents=3, batch_size=2, prompt=0.4), L, 6, K)
-    plan = plan_segments(batch, K)
+    plan = plan_segments(batch)
     chosen = []
     for segment in plan.segments:
         n = segment.num_elements
@@ -124,7 +124,7 @@ def test_a_half_supervised_sequence_of_8k_runs_few_slots_more_than_it_has_elemen
     for i, mask in enumerate((half, ~half, chat)):
         row = {"input_ids": [1] * n, "loss_mask": mask.long(), "row_key": i}
         batch = make_batch([row], n, S, 8)
-        plan = plan_segments(batch, 8, static=True)
+        plan = plan_segments(batch, static=True)
         slots, elements = sum(s.num_elements for s in plan.segments), int((batch["depth"] >= 0).sum())
         assert plan.num_elements <= slots <= most * elements
         assert padding_share([plan, plan]) == pytest.approx(1 - plan.num_elements / slots)
@@ -136,7 +136,7 @@ def test_static_plans_have_eight_sizes_at_most_and_hold_every_element(S: int) ->
     for supervised in range(0, n + 1, 20):
         row = {"input_ids": [1] * n, "loss_mask": [0] * (n - supervised) + [1] * supervised}
         batch = make_batch([row], n, S, 8)
-        plan = plan_segments(batch, 8, static=True)
+        plan = plan_segments(batch, static=True)
         sizes |= {s.num_elements for s in plan.segments}
         held = sum(int((batch["depth"][:, s.columns] >= 0).sum()) for s in plan.segments)
         assert held == (int((batch["depth"] >= 0).sum()) if supervised else 0)
@@ -150,7 +150,7 @@ def test_passes_of_several_sizes_give_what_the_flat_pass_gives(step: Any, S: int
     draft, rows = make_draft(), make_rows(length, documents=2, batch_size=2, prompt=0.6)
     batch, flat_batch = make_batch(rows, length, S, K), make_batch(rows, length, 1, K)
     target = make_target(batch)
-    plan = plan_segments(batch, K, static=True, pad_context=True)
+    plan = plan_segments(batch, static=True, pad_context=True)
     assert plan.segments[-1].num_elements < plan.capacity
     expected = outcome_of(recompute_step, draft, flat_batch, target)
     assert_same(outcome_of(step, draft, batch, target, plan=plan), expected)
@@ -159,7 +159,7 @@ def test_passes_of_several_sizes_give_what_the_flat_pass_gives(step: Any, S: int
 @pytest.mark.parametrize("S", [1, 2, 7])
 def test_a_static_plan_asks_features_for_no_more_slots_than_a_row_has_columns(S: int) -> None:
     batch = make_batch(make_rows(L, documents=3, batch_size=2, prompt=0.3), L, S, K)
-    for segment in plan_segments(batch, K, static=True).segments:
+    for segment in plan_segments(batch, static=True).segments:
         assert 0 < segment.num_depth0 <= L
         assert not (batch["depth"][:, segment.columns][:, segment.num_depth0 :] == 0).any()
 
@@ -170,7 +170,7 @@ def test_a_static_plan_asks_features_for_no_more_slots_than_a_row_has_columns(S:
 def test_a_plan_says_what_its_segments_hold(S: int, boundaries: str, window: int | None, layers: int) -> None:
     rows = make_rows(L, documents=3, batch_size=3, prompt=0.7)
     batch = make_batch(rows, L, S, K, boundaries=boundaries)
-    plan = plan_segments(batch, K, window=window, layers=layers)
+    plan = plan_segments(batch, window=window, layers=layers)
     C, held, needed = batch["anchor"].shape[1] // S, [], []
     for b, row in enumerate(rows):
         who = [(row["document_ids"][a], a, d) for a, d in elements_of(batch, b)]
@@ -221,7 +221,7 @@ def test_of_a_long_sequence_whose_end_is_learned_little_more_than_the_windows_re
         run[position[depth == 0]] = True
 
     draft.register_forward_pre_hook(watch)
-    step(draft, batch, target, num_depths=K)
+    step(draft, batch, target)
     reach = layers * (window - 1)
     first = n - n // 100 - 1 - reach
     assert run[first : n - 1].all() and not run[:first].any() and run.sum() <= 0.1 * n
@@ -244,7 +244,7 @@ def test_of_131072_tokens_whose_last_hundredth_is_learned_a_tenth_of_the_positio
 def test_segments_without_labels_are_not_run_and_every_pass_runs_its_context_again() -> None:
     rows = [{"input_ids": [1] * 32, "loss_mask": [0] * 17 + [1] * 15}]
     batch = make_batch(rows, 32, 8, K, boundaries="uniform")
-    draft, plan = make_draft(), plan_segments(batch, K)
+    draft, plan = make_draft(), plan_segments(batch)
     with calls_of(draft) as passes, calls_of(draft.layers[-1].self_attn.q_proj) as queries:
         outcome_of(recompute_step, draft, batch, make_target(batch), plan=plan)
     own = [s.num_elements for s in plan.segments[4:]]
@@ -279,7 +279,7 @@ def test_gradients_accumulate_over_steps() -> None:
     target = make_target(batches[0])
     alone = [outcome_of(recompute_step, draft, batch, target).gradients for batch in batches]
     for batch in batches:
-        recompute_step(draft, batch, target, num_depths=K)
+        recompute_step(draft, batch, target)
     together = {name: p.grad for name, p in draft.named_parameters()}
     assert relative_error(together, {name: alone[0][name] + alone[1][name] for name in together}) <= 1e-13
 
@@ -363,20 +363,21 @@ STEPS = [recompute_step, relay_step]
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_a_step_takes_the_batchs_own_depths_and_refuses_others(step: Any) -> None:
-    draft, batch = make_draft(), make_batch(make_rows(L), L, 3, K)
-    target = make_target(batch)
-    draft.zero_grad()
-    expected = step(draft, batch, target, num_depths=K)
-    assert torch.equal(step(draft, batch, target).loss, expected.loss)
-    by_hand = {name: tensor for name, tensor in batch.items() if name != "supervised_per_depth"}
-    assert torch.equal(step(draft, by_hand, target).loss, expected.loss)
-    for wrong in (1, K - 1, K + 1):
-        for plan in (None, plan_segments(batch)):
-            with pytest.raises(ValueError, match=f"num_depths is {wrong}, .* {K} depths"):
-                step(draft, batch, target, num_depths=wrong, plan=plan)
-    with pytest.raises(ValueError, match="num_depths is 1"):
-        step(draft, by_hand, target, num_depths=1)
+@pytest.mark.parametrize("drawn", [1, K])
+def test_a_step_counts_by_the_batchs_own_depths_whichever_were_drawn(step: Any, drawn: int) -> None:
+    rows = make_rows(L) if drawn == K else [{"input_ids": [1, 2, 3], "loss_mask": [0, 1, 1]}]
+    draft, batch = make_draft(), make_batch(rows, L, 3, K)
+    assert int(batch["depth"].max()) + 1 == drawn
+    stats = step(draft, batch, make_target(batch), backward=None)
+    assert stats.totals.tolist() == batch["supervised_per_depth"][0].tolist() and len(stats.hits) == K
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_window_shorter_than_the_batchs_depths_is_refused(step: Any) -> None:
+    batch = make_batch(make_rows(L), L, 3, K)
+    step(make_draft(sliding_window=K), batch, make_target(batch), backward=None)
+    with pytest.raises(ValueError, match=f"sliding_window is {K - 1}"):
+        step(make_draft(sliding_window=K - 1), batch, make_target(batch))
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -163,9 +163,7 @@ def taught(folder: Path, target: Path, **changes: Any) -> PEagleDraft:
     )
     optimizer = torch.optim.AdamW(draft.parameters(), lr=3e-3)
     for _ in range(60):
-        relay_step(
-            draft, batch, outputs, num_depths=TRAINED_K, scale=1 / batch["supervised"].sum(), buffers=RelayBuffers()
-        )
+        relay_step(draft, batch, outputs, scale=1 / batch["supervised"].sum(), buffers=RelayBuffers())
         optimizer.step()
         optimizer.zero_grad()
     draft.save_pretrained(folder)

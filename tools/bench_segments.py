@@ -203,10 +203,9 @@ class Bench:
         on_cuda = self.device.type == "cuda"
         window, layers = self.settings.window or None, self.settings.layers
         static = on_cuda or self.autocast
-        plan = plan_segments(batch, self.settings.depths, static, pad_context=on_cuda, window=window, layers=layers)
+        plan = plan_segments(batch, static, pad_context=on_cuda, window=window, layers=layers)
         batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-        arguments: dict[str, Any] = {"num_depths": self.settings.depths, "plan": plan}
-        arguments["scale"] = 1.0 / max(1, plan.num_supervised)
+        arguments: dict[str, Any] = {"plan": plan, "scale": 1.0 / max(1, plan.num_supervised)}
         if self.settings.chunk_rows:
             arguments["chunk_rows"] = self.settings.chunk_rows
         self.draft.gradient_checkpointing = mode == "checkpoint"

@@ -64,7 +64,7 @@ def build(tensors: dict[str, Tensor], config: dict) -> PEagleDraft:
     return draft
 
 
-def batch_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def batch_of(tensors: dict[str, Tensor], num_depths: int) -> dict[str, Tensor]:
     """The dump's rows and draw as a collator's batch: one token more in front, since row p reads token p + 1."""
     import torch
 
@@ -72,6 +72,7 @@ def batch_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     # Our order (depth 0, then rollouts): the dump is depth-major.
     order = ((depth > 0) * ids.numel() + anchor).mul(int(depth.max()) + 1).add(depth).argsort()
     anchor, depth = anchor[order], depth[order]
+    supervised = tensors["loss_mask"][anchor + depth] != 0
     columns = torch.arange(ids.numel() + 1)
     return {
         "input_ids": torch.cat([ids[:1], ids])[None],
@@ -80,7 +81,8 @@ def batch_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         "anchor": anchor[None],
         "depth": depth[None],
         "segment_ids": torch.zeros_like(anchor)[None],
-        "supervised": (tensors["loss_mask"][anchor + depth] != 0)[None],
+        "supervised": supervised[None],
+        "supervised_per_depth": torch.bincount(depth[supervised], minlength=num_depths)[None],
     }
 
 
@@ -92,7 +94,7 @@ def check(path: str) -> dict[str, float]:
     from peagle_train.core.recompute import recompute_step
 
     tensors, config = load(path)
-    draft, batch = build(tensors, config), batch_of(tensors)
+    draft, batch = build(tensors, config), batch_of(tensors, config["num_depths"])
     # Labels come as logits: they are the "hidden states" of a head that is the identity.
     logits = tensors["target_logits"][:, tensors["draft_token_ids"]]
     features = tensors["aux_hidden_states"]
@@ -102,7 +104,7 @@ def check(path: str) -> dict[str, float]:
         head=torch.eye(logits.shape[1], dtype=logits.dtype),
     )
     scale = 1.0 / max(1, int(batch["supervised"].sum()))
-    stats = recompute_step(draft, batch, target, num_depths=config["num_depths"], scale=scale)
+    stats = recompute_step(draft, batch, target, scale=scale)
     errors = {"loss": relative_error(stats.loss * scale, tensors["loss"].reshape(()))}
     parameters = dict(draft.named_parameters())
     for name in sorted(n.removeprefix("grad.") for n in tensors if n.startswith("grad.")):

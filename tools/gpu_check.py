@@ -268,7 +268,7 @@ def _backward(way: Callable[[], Tensor], weight: Tensor) -> None:
 
 def second_segment(check: Check, batch: dict[str, Tensor]) -> tuple[Visibility, int]:
     """Its tables on the device, and its number of visible pairs."""
-    plan = plan_segments(batch, DEPTHS, static=True, pad_context=True)
+    plan = plan_segments(batch, static=True, pad_context=True)
     segment = plan.segments[1]
     own = Elements(*(t.to(check.device) for t in gather_elements(batch, segment.columns, mask_token_id=0)))
     pairs = int((own.anchor - own.start + 1 + own.depth)[own.depth >= 0].sum())

@@ -49,7 +49,6 @@ class Passes:
         draft: the drafter (plain, sharded by FSDP2's `fully_shard`, or a `CompiledDraft`).
         batch: `CODCollator`'s, on the drafter's device.
         target: features and last hidden states of the same rows; ValueError where their shapes are not those of the batch.
-        num_depths: K; None: the batch's own. ValueError for another.
         plan: `plan_segments` of the batch while it was still on the host; None computes it here.
         loss, chunk_rows: see `chunked_linear_loss`.
         depth_decay: g; an element's loss is multiplied by g**depth.
@@ -60,7 +59,6 @@ class Passes:
         draft: PEagleDraft | CompiledDraft,
         batch: dict[str, Tensor],
         target: TargetOutputs,
-        num_depths: int | None,
         plan: Plan | None,
         loss: str,
         chunk_rows: int,
@@ -70,11 +68,12 @@ class Passes:
         self.depth_decay = depth_decay
         self.window, layers = draft.config.sliding_window, draft.config.num_hidden_layers
         static = isinstance(draft, CompiledDraft)
-        self.plan = plan = plan or plan_segments(batch, num_depths, static, window=self.window, layers=layers)
+        self.plan = plan = plan or plan_segments(batch, static, window=self.window, layers=layers)
         assert plan.window == self.window, "the plan is of another drafter"
-        if num_depths not in (None, plan.num_depths):
+        if self.window is not None and self.window < plan.num_depths:
             raise ValueError(
-                f"num_depths is {num_depths}, but the batch is of {plan.num_depths} depths: leave num_depths out"
+                f"the drafter's sliding_window is {self.window}, the batch's num_depths {plan.num_depths}: give at least as"
+                " many positions"
             )
         check_target(draft, batch, target, plan)
         check_tokens(draft, plan)

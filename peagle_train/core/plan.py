@@ -119,7 +119,6 @@ def pass_size(num_elements: int, capacity: int, num_segments: int) -> int:
 
 def plan_segments(
     batch: dict[str, Tensor],
-    num_depths: int | None = None,
     static: bool = False,
     pad_context: bool | None = None,
     window: int | None = None,
@@ -128,7 +127,6 @@ def plan_segments(
     """Read a collator's batch (on CPU; a batch on a device is copied back first, which waits for it).
 
     Args:
-        num_depths: K, for batches made by hand; a collator's batch knows its own. ValueError if the two differ.
         static: sizes are few whatever the data, own elements being padded to the next `pass_size`, the context to a
             multiple of `GRID` columns; else only what exists is run.
         pad_context: pad the context to the most that it can be, which compiled drafters need; None: if static.
@@ -137,7 +135,7 @@ def plan_segments(
     pad_context = static if pad_context is None else pad_context
     names = ("anchor", "depth", "supervised", "segment_ids", "position_ids", "input_ids", "document_ids")
     anchor, depth, supervised, segment_ids, position, ids, documents = (batch[name].cpu() for name in names)
-    num_depths = _num_depths(batch, int(depth.max()) + 1, num_depths)
+    num_depths = batch["supervised_per_depth"].shape[1]
     B, L = position.shape
     num_segments = int(segment_ids[0, -1]) + 1
     capacity = anchor.shape[1] // num_segments
@@ -206,12 +204,3 @@ def plan_segments(
         static=static,
         pad_context=pad_context and num_segments > 1,
     )
-
-
-def _num_depths(batch: dict[str, Tensor], deepest: int, given: int | None) -> int:
-    known = batch["supervised_per_depth"].shape[1] if "supervised_per_depth" in batch else given or deepest
-    if given not in (None, known) or known < deepest:
-        raise ValueError(
-            f"num_depths is {given}, but the batch is of {max(known, deepest)} depths: leave num_depths out"
-        )
-    return known

@@ -21,7 +21,6 @@ def recompute_step(
     batch: dict[str, Tensor],
     target: TargetOutputs,
     *,
-    num_depths: int | None = None,
     scale: float | Tensor = 1.0,
     loss: str = "kl",
     chunk_rows: int = 384,
@@ -39,7 +38,7 @@ def recompute_step(
         backward: called with each segment's scaled loss; None evaluates only.
         min_passes: run at least this many, the surplus on padding (sharded ranks must agree on the number).
     """
-    passes = Passes(draft, batch, target, num_depths, plan, loss, chunk_rows, depth_decay)
+    passes = Passes(draft, batch, target, plan, loss, chunk_rows, depth_decay)
     plan, segments = passes.plan, passes.learning()
     for segment in segments:
         own, layers = passes.own(segment), draft.config.num_hidden_layers

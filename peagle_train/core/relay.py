@@ -130,7 +130,6 @@ def relay_step(
     batch: dict[str, Tensor],
     target: TargetOutputs,
     *,
-    num_depths: int | None = None,
     scale: float | Tensor = 1.0,
     loss: str = "kl",
     chunk_rows: int = 384,
@@ -151,7 +150,7 @@ def relay_step(
             at least, the surplus on padding. Segments then take part in all layers and in the loss even where they have
             nothing to learn, so that every parameter gets a gradient in every pass.
     """
-    passes = Passes(draft, batch, target, num_depths, plan, loss, chunk_rows, depth_decay)
+    passes = Passes(draft, batch, target, plan, loss, chunk_rows, depth_decay)
     plan, buffers = passes.plan, buffers or RelayBuffers()
     segments = passes.learning() if backward is None else plan.segments
     contexts = [plan.context(s.context_end, s.reads_from) for s in segments]
