@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from peagle_train.config import Recipe, load_recipe
     from peagle_train.core.cod import generate_cod_sample_indices
     from peagle_train.core.collator import CODCollator
+    from peagle_train.core.compiled import CompiledDraft
     from peagle_train.core.draft import PEagleDraft
     from peagle_train.core.draft_config import PEagleDraftConfig
     from peagle_train.core.loss import chunked_linear_loss
@@ -18,10 +19,13 @@ if TYPE_CHECKING:
     from peagle_train.core.passes import TargetOutputs
     from peagle_train.core.recompute import recompute_step
     from peagle_train.core.relay import RelayBuffers, relay_step
+    from peagle_train.serving.drafter_io import save_drafter
+    from peagle_train.serving.start import new_drafter
     from peagle_train.target_model.frozen import FrozenTarget
 
 _HOMES = {
     "CODCollator": "core.collator",
+    "CompiledDraft": "core.compiled",
     "FrozenTarget": "target_model.frozen",
     "PEagleDraft": "core.draft",
     "PEagleDraftConfig": "core.draft_config",
@@ -33,8 +37,10 @@ _HOMES = {
     "chunked_linear_loss": "core.loss",
     "generate_cod_sample_indices": "core.cod",
     "load_recipe": "config",
+    "new_drafter": "serving.start",
     "recompute_step": "core.recompute",
     "relay_step": "core.relay",
+    "save_drafter": "serving.drafter_io",
     "segment_capacity": "core.partition",
 }
 

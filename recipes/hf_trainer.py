@@ -38,11 +38,17 @@ def main(arguments: list[str] | None = None) -> int:
     from pathlib import Path
 
     import torch
-    from plain_loop import new_drafter
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from peagle_train import CODCollator, FrozenTarget, RelayBuffers, recompute_step, relay_step
-    from peagle_train.serving.drafter_io import save_drafter
+    from peagle_train import (
+        CODCollator,
+        FrozenTarget,
+        RelayBuffers,
+        new_drafter,
+        recompute_step,
+        relay_step,
+        save_drafter,
+    )
 
     class SegmentTrainer(Trainer):
         """A Trainer whose step runs a batch's segments one after another."""
@@ -89,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
         model=draft, args=arguments_, train_dataset=rows, data_collator=collator, callbacks=[NextDraw()]
     )
     trainer.train()
-    save_drafter(Path(options.out), draft.config, draft.state_dict(), extra={})
+    save_drafter(options.out, draft)
     print(f"drafter: {options.out}")
     return 0
 

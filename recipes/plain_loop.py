@@ -38,8 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
     from torch.utils.data import DataLoader
 
-    from peagle_train import CODCollator, FrozenTarget, RelayBuffers, relay_step
-    from peagle_train.serving.drafter_io import save_drafter
+    from peagle_train import CODCollator, FrozenTarget, RelayBuffers, new_drafter, relay_step, save_drafter
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     target = FrozenTarget.load(options.target, device=device)
@@ -64,41 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
             optimizer.step()
             optimizer.zero_grad()
             print(f"epoch {epoch}  loss {float(stats.loss) / count:.4f}")
-    save_drafter(Path(options.out), draft.config, draft.state_dict(), extra={})
+    save_drafter(options.out, draft)
     print(f"drafter: {options.out}")
     return 0
-
-
-def new_drafter(target, mask_token_id: int):
-    """A one-layer drafter as wide as a Llama-like target, with its embeddings and its frozen head; all tokens drafted."""
-    import torch
-
-    from peagle_train import PEagleDraft, PEagleDraftConfig
-
-    names = (
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "rms_norm_eps",
-    )
-    shape = {name: getattr(target.config, name) for name in (*names, "rope_parameters", "max_position_embeddings")}
-    config = PEagleDraftConfig(
-        **shape,
-        vocab_size=target.vocab_size,
-        num_hidden_layers=1,
-        ptd_token_id=mask_token_id,
-        eagle_aux_hidden_state_layer_ids=target.layer_ids,
-    )
-    torch.manual_seed(0)
-    draft = PEagleDraft(config).float()
-    draft.set_draft_vocab(torch.arange(target.vocab_size))
-    with torch.no_grad():
-        draft.embed_tokens.weight.copy_(target.embedding_rows())
-        draft.lm_head.weight.copy_(target.head_rows(draft.draft_token_ids))
-    draft.lm_head.weight.requires_grad_(False)
-    return draft
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def test_every_file_and_every_key_that_a_page_names_exists(page: str) -> None:
     ):
         assert (ROOT / name).exists(), name
     pattern = r"(?<![\w./])((?:target|data|draft|cod|train|output)\.(?!py\b)[a-z_]+)\b(?!\()"
-    assert set(re.findall(pattern, TEXTS[page])) - {"draft.parameters"} <= KEYS
+    assert set(re.findall(pattern, TEXTS[page])) - {"draft.parameters", "draft.draft_token_ids"} <= KEYS
 
 
 def test_the_page_of_keys_is_what_the_recipe_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,8 +178,15 @@ def test_the_page_of_keys_is_what_the_recipe_says(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=["collator", "relay"])
-def test_an_example_runs_as_it_stands(example: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "example.py").write_text(example)
+def test_an_example_runs_as_it_stands(
+    example: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trains = "relay_step(" in example
+    if trains:
+        make_byte_target(tmp_path / "models" / "my-llm")
+    (tmp_path / "example.py").write_text(in_place(example, tmp_path))
     runpy.run_path(str(tmp_path / "example.py"), run_name="__main__")
     assert capsys.readouterr().out.strip()
-    assert len(example.strip().splitlines()) <= (10 if "DataLoader(" in example else 19)
+    assert len(example.strip().splitlines()) <= (21 if trains else 10)
+    assert not trains or main(["check", "runs/mine"]) == 0

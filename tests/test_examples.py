@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from peagle_train.core.draft import PEagleDraft
-from tests.helpers import ENVIRONMENT, ROOT
+from tests.helpers import ENVIRONMENT, ROOT, command
 from tests.tiny import MASK, write_rows
 
 SCRIPTS = sorted(
@@ -43,7 +43,6 @@ def test_a_loop_of_ones_own_learns_and_leaves_a_drafter(
     name: str, tiny_target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     rows = write_rows(tmp_path / "rows.jsonl", [30, 17, 32, 2, 32], prompt=0.3)
     main = runpy.run_path(str(ROOT / "recipes" / f"{name}.py"))["main"]
     options = f"--mask-token-id {MASK} --max-length 32 --depths 4 --segments 3 --epochs 12 --learning-rate 0.01"
@@ -53,6 +52,7 @@ def test_a_loop_of_ones_own_learns_and_leaves_a_drafter(
     assert len(losses) >= 12 * 4
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
     drafter = PEagleDraft.from_pretrained(tmp_path / "out")
+    assert command("check", tmp_path / "out") == 0
     assert drafter.mask_token_id == MASK and all(t.isfinite().all() for t in drafter.parameters())
     head = AutoModelForCausalLM.from_pretrained(tiny_target).lm_head.weight
     # not bit for bit: where the processor multiplies in bfloat16, that is what a target is loaded in

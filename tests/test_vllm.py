@@ -23,8 +23,9 @@ from peagle_train.core.passes import TargetOutputs
 from peagle_train.core.relay import RelayBuffers, relay_step
 from peagle_train.decoding.generate import CachedTarget, Drafter, decode, greedy_tokens, sampler
 from peagle_train.serving.check import check_folder, is_loadable
-from peagle_train.serving.drafter_io import load_drafter
+from peagle_train.serving.drafter_io import load_drafter, save_drafter
 from peagle_train.serving.export import export_drafter
+from peagle_train.serving.start import new_drafter
 from peagle_train.target_model.frozen import FrozenTarget
 from tests.helpers import command, make_draft, seeded
 from tests.test_check_drafter import set_config, set_tensors, tensor
@@ -236,6 +237,15 @@ def test_texts_drafts_and_counts_are_our_decoders_in_both_formats(
         theirs = by_vllm(vllm_drafts, *((target, speculative(out, K)) if format == "eagle3" else (out, None)))
         assert theirs == ours, format
         print(f"{shape}, {format}: {theirs.num_drafts} drafts, accepted {theirs.accepted}")
+
+
+def test_what_a_loop_of_ones_own_saves_is_served_as_it_is(
+    tmp_path: Path, target: Path, vllm_drafts: dict[str, list[list[int]]]
+) -> None:
+    frozen = FrozenTarget.load(str(target), dtype="float32")
+    draft = new_drafter(frozen, MASK, torch.arange(DRAFTED), num_layers=2)
+    save_drafter(tmp_path / "out", draft)
+    assert by_vllm(vllm_drafts, target, speculative(tmp_path / "out", TRAINED_K)) == by_ours(frozen, draft, TRAINED_K)
 
 
 BROKEN: dict[str, Callable[[Path], None]] = {

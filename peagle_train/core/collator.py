@@ -13,6 +13,7 @@ from torch import Tensor
 
 from peagle_train.core.cod import check_cod_arguments, hash63, sample_packed_row, seeded
 from peagle_train.core.partition import (
+    Boundaries,
     assign_cod_segments,
     balanced_boundaries,
     check_boundaries,
@@ -69,7 +70,7 @@ class CODCollator:
         down_sample_ratio: float = 0.7,
         down_sample_ratio_min: float = 0.2,
         num_segments: int = 1,
-        boundaries: str = "balanced",
+        boundaries: Boundaries = "balanced",
         seed: int = 0,
         pad_token_id: int = 0,
         capacity_multiple: int = 1,

@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedd
 
 from peagle_train.core.attention import attend
 from peagle_train.core.draft_config import PEagleDraftConfig
-from peagle_train.core.loss import chunked_linear_loss
+from peagle_train.core.loss import Loss, chunked_linear_loss
 from peagle_train.core.visibility import Causal, Visibility
 
 KV = tuple[Tensor, Tensor]
@@ -35,7 +35,7 @@ class Labels(NamedTuple):
     """[m, T], the target's last hidden state of each one's label column."""
     target_head: Tensor
     """[V, T], the target's head rows of the draft vocabulary."""
-    loss: str = "kl"
+    loss: Loss = "kl"
     chunk_rows: int = 384
     counted: Tensor | None = None
     """bool [m], the supervised ones among `rows`; None: all of them."""

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from transformers import LlamaConfig
 
@@ -48,8 +48,8 @@ class PEagleDraftConfig(LlamaConfig):
     """The layers of the target whose *input* is read, ascending; None is (2, n // 2, n - 3)."""
     num_aux_hidden_states: int | None = None
     """How many those are, which is where vLLM's Llama drafter looks first; None: as many as there are ids, or 3."""
-    layer_type: str = "llama"
-    """One of ARCHITECTURES; it is config.json's model_type. Qwen3 layers norm each head's queries and keys."""
+    layer_type: Literal["llama", "qwen3"] = "llama"
+    """It is config.json's model_type. Qwen3 layers norm each head's queries and keys."""
     norm_before_fc: bool = False
     """Whether an RMSNorm over all features stands before `fc`, `mask_hidden`'s included."""
     fc_norm: bool = False

@@ -5,11 +5,14 @@ so the backward only scales them. M: rows (supervised elements), V: draft vocabu
 target's, c: rows of a chunk.
 """
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LOSSES = ("kl", "soft_ce", "hard_ce", "tv", "lk")
+Loss = Literal["kl", "soft_ce", "hard_ce", "tv", "lk"]
+LOSSES = get_args(Loss)
 
 
 def chunked_linear_loss(
@@ -17,7 +20,7 @@ def chunked_linear_loss(
     head: Tensor,
     target_hidden: Tensor,
     target_head: Tensor,
-    loss: str = "kl",
+    loss: Loss = "kl",
     chunk_rows: int = 384,
     counted: Tensor | None = None,
     weight: Tensor | None = None,

@@ -7,10 +7,13 @@ brings at most one depth-0 element and the K - 1 elements of the rollout that st
 Knows nothing of models. L: columns of a row, S: segments, C: capacity of a segment in elements, K: depths.
 """
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
-BOUNDARIES = ("balanced", "uniform")
+Boundaries = Literal["balanced", "uniform"]
+BOUNDARIES = get_args(Boundaries)
 
 
 def assign_cod_segments(anchor_pos: Tensor, depth: Tensor, seq_length: int, num_segments: int) -> Tensor:
@@ -49,7 +52,7 @@ def segment_capacity(
     down_sample_ratio: float,
     down_sample_ratio_min: float,
     num_segments: int,
-    boundaries: str = "balanced",
+    boundaries: Boundaries = "balanced",
     max_anchors: int | None = None,
 ) -> int:
     """C, elements per segment, known before any data is read: no segment of any row ever holds more.

@@ -14,6 +14,7 @@ from peagle_train.core import attention
 from peagle_train.core.compiled import CompiledDraft
 from peagle_train.core.draft import KV, DraftOutput, Labels, PEagleDraft
 from peagle_train.core.elements import Elements, context_elements, gather_elements
+from peagle_train.core.loss import Loss
 from peagle_train.core.plan import Plan, Segment, plan_segments
 from peagle_train.core.visibility import Visibility
 
@@ -60,7 +61,7 @@ class Passes:
         batch: dict[str, Tensor],
         target: TargetOutputs,
         plan: Plan | None,
-        loss: str,
+        loss: Loss,
         chunk_rows: int,
         depth_decay: float,
     ) -> None:

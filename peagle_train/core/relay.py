@@ -23,6 +23,7 @@ from peagle_train.core.compiled import CompiledDraft
 from peagle_train.core.draft import KV, PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.core.elements import Elements
+from peagle_train.core.loss import Loss
 from peagle_train.core.passes import Passes, StepStats, TargetOutputs, visibility_of
 from peagle_train.core.plan import Plan
 from peagle_train.core.visibility import GRID
@@ -131,7 +132,7 @@ def relay_step(
     target: TargetOutputs,
     *,
     scale: float | Tensor = 1.0,
-    loss: str = "kl",
+    loss: Loss = "kl",
     chunk_rows: int = 384,
     depth_decay: float = 1.0,
     plan: Plan | None = None,

@@ -227,9 +227,24 @@ def count_non_finite(tensor: Tensor) -> int:
 # Writing
 
 
-def save_drafter(path: Path, config: PEagleDraftConfig, state: Mapping[str, Tensor], extra: dict[str, str]) -> None:
-    """Write a drafter's folder whole or not at all, replacing what is there; see `fill_drafter`."""
-    write_folder(path, lambda folder: fill_drafter(folder, config, state, extra))
+def save_drafter(
+    folder: str | Path,
+    draft: PEagleDraft,
+    state: Mapping[str, Tensor] | None = None,
+    extra: dict[str, str] | None = None,
+) -> None:
+    """Write a drafter's folder as vLLM loads it, whole or not at all, in place of an earlier drafter's.
+
+    Args:
+        state: its whole weights, where they are sharded. extra: further files' texts, by name.
+
+    ValueError: the folder holds something else. NonFiniteWeights, OSError: see `fill_drafter`.
+    """
+    folder, weights = Path(folder), draft.state_dict() if state is None else state
+    has_config, is_used = (folder / "config.json").is_file(), folder.is_dir() and any(folder.iterdir())
+    if is_used and not (has_config and "ptd_token_id" in read_config(folder)):
+        raise ValueError(f"{folder} holds something other than a drafter, which would be replaced: give another folder")
+    write_folder(folder, lambda new: fill_drafter(new, draft.config, weights, extra or {}))
 
 
 def fill_drafter(folder: Path, config: PEagleDraftConfig, state: Mapping[str, Tensor], extra: dict[str, str]) -> None:

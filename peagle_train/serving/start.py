@@ -8,19 +8,20 @@ import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from peagle_train.config import MAX_ROPE_THETA, Data, Draft, Recipe, RecipeError
+from peagle_train.config import MAX_ROPE_THETA, Data, Draft, Output, Recipe, RecipeError, Target, Train, read_section
 from peagle_train.core.draft import PEagleDraft, RMSNorm
 from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.core.rope import rope_mistake, unused_keys, yarn_too_short
 from peagle_train.data.vocab import end_of_turn_ids, eos_token_ids
 from peagle_train.files import one_line
 from peagle_train.serving.drafter_io import DrafterFiles, read_drafter
-from peagle_train.target_model.frozen import TargetBase
+from peagle_train.target_model.frozen import FrozenTarget, TargetBase
 from peagle_train.target_model.loading import default_layer_ids
 
 logger = logging.getLogger(__name__)
@@ -155,7 +156,7 @@ def make_draft_config(
     except Exception as error:  # transformers' strict configs raise types of their own
         raise ValueError(f"the drafter's shape does not work: {one_line(error)}") from error
     made.check_trainable()
-    if made.sliding_window is not None and made.sliding_window < recipe.cod.num_depths:
+    if start and made.sliding_window is not None and made.sliding_window < recipe.cod.num_depths:
         raise ValueError(
             f"draft.init_from's window is {made.sliding_window} and cod.num_depths {recipe.cod.num_depths}: give"
             " draft.window, at least as many positions"
@@ -209,6 +210,43 @@ def make_draft(
     draft.embed_tokens.weight.requires_grad_(recipe.draft.train_embeddings)
     draft.gradient_checkpointing = recipe.train.activation_checkpointing
     return draft
+
+
+def new_drafter(
+    target: TargetBase | str | Path,
+    mask_token_id: int,
+    draft_token_ids: Tensor | None = None,
+    *,
+    seed: int = 0,
+    **draft: Any,
+) -> PEagleDraft:
+    """A new drafter for a loop of your own, made as for a run of a recipe: on the CPU, in float32. Shape, embeddings and
+    frozen head are the target's unless `draft` says otherwise; the other weights are drawn from `seed`.
+
+    Args:
+        target: a `FrozenTarget`, or the folder of one in transformers' format.
+        mask_token_id: a token that never occurs in your data.
+        draft_token_ids: int64 [Vd], ascending, the target's tokens that are drafted; None: all.
+        draft: keys of a recipe's draft section, such as num_layers=4, window=2048 (docs/keys.md).
+
+    Raises:
+        ValueError: a key or value is wrong, or the target has no such shape.
+    """
+    if isinstance(target, (str, Path)):
+        target = FrozenTarget.load(str(target))
+    V = target.vocab_size
+    ids = torch.arange(V) if draft_token_ids is None else draft_token_ids.cpu()
+    if not ids.numel() or not 0 <= int(ids[0]) <= int(ids[-1]) < V or bool((ids[1:] <= ids[:-1]).any()):
+        raise ValueError(f"draft_token_ids must be distinct ids of 0..{V - 1}, ascending")
+    if others := sorted(draft.keys() & {"draft_vocab_size", "init_from", "vocab_from"}):
+        raise ValueError(f"{', '.join(others)}: for recipes alone; give draft_token_ids")
+    given = {**draft, "mask_token_id": mask_token_id, "draft_vocab_size": ids.numel()}
+    section, data = (
+        read_section(Draft, "draft", given),
+        Data(sources=[], max_length=1),
+    )  # lengths are the caller's affair
+    recipe = Recipe(Target(""), data, Output(""), section, train=Train(seed=seed))
+    return make_draft(recipe, target, mask_token_id, ids)
 
 
 @torch.no_grad()

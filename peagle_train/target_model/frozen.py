@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
@@ -152,7 +152,7 @@ class FrozenTarget(TargetBase):
         cls,
         path: str,
         *,
-        dtype: str = "auto",
+        dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto",
         device: torch.device | None = None,
         layer_ids: Sequence[int] | None = None,
         chunk_tokens: int | None = None,

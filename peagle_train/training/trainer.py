@@ -377,7 +377,7 @@ class Trainer:
         """Write the drafter as vLLM loads it, and further files; every rank must call it."""
         state = distributed.full_weights(self.draft)
         texts = {"recipe.yaml": dump_recipe(self.recipe), **(extra or {})}
-        self.on_main(str(path), lambda: save_drafter(path, self.draft.config, state, texts))
+        self.on_main(str(path), lambda: save_drafter(path, self.draft, state, texts))
 
     # Checkpoints
 
