@@ -1,9 +1,11 @@
 """The collator: exact batches, fixed shapes, and draws that nothing but (seed, epoch, row) decides."""
 
+import logging
 import math
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -294,6 +296,89 @@ def test_without_document_ids_a_row_is_one_document() -> None:
     assert batch["document_ids"].tolist() == [[0, 0, 0, -1, -1, -1, -1, -1]]
 
 
+def test_labels_stand_in_for_a_mask_and_a_mask_wins() -> None:
+    labels = [i if m else -100 for i, m in zip(IDS, MASK, strict=True)]
+    collator = new_collator()
+    for values in (labels, torch.tensor(labels)):
+        row = {**ROW, "labels": values}
+        expected = collator([ROW])
+        assert expected["supervised"].any()
+        assert_equal(collator([{n: v for n, v in row.items() if n != "loss_mask"}]), expected)
+        assert_equal(collator([{**row, "labels": IDS}]), expected)
+    nested = {"input_ids": [IDS[:4], IDS[4:]], "labels": [labels[:4], labels[4:]], "row_key": 77}
+    assert_equal(collator([nested]), collator([ROW]))
+
+
+@pytest.mark.parametrize(("left", "right"), [(0, 3), (3, 0), (1, 2)])
+def test_zeros_of_an_attention_mask_are_padding_on_either_side(left: int, right: int) -> None:
+    ids, mask = list(range(1, 12)), [0, *[1] * 10]
+    padded = {
+        "input_ids": [99] * left + ids + [99] * right,
+        "attention_mask": [0] * left + [1] * 11 + [0] * right,
+        "labels": [-100] * left + [i if m else -100 for i, m in zip(ids, mask, strict=True)] + [-100] * right,
+    }
+    batch = new_collator(down_sample_ratio=1.0)([padded])
+    plain = new_collator(down_sample_ratio=1.0)([{"input_ids": ids, "loss_mask": mask}])
+    assert sorted((a - left, d) for a, d in elements_of(batch, 0)) == sorted(elements_of(plain, 0))
+    assert batch["document_ids"][0].tolist() == [-1] * left + [0] * 11 + [-1] * (24 - left - 11)
+    assert batch["position_ids"][0, left : left + 11].tolist() == list(range(11))
+    assert torch.equal(batch["supervised_per_depth"], plain["supervised_per_depth"])
+
+
+def test_an_attention_mask_of_nested_documents_pads_each() -> None:
+    nested = {
+        "input_ids": [[1, 2, 3, 0], [4, 5]],
+        "loss_mask": [[0, 1, 1, 1], [1, 1]],
+        "attention_mask": [[1, 1, 1, 0], [1, 1]],
+    }
+    assert new_collator()([nested])["document_ids"][0, :6].tolist() == [0, 0, 0, -1, 1, 1]
+
+
+WARNED = "set_epoch before each pass"
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_forgotten_set_epoch_is_warned_about_once(tmp_path: Path, num_workers: int, shuffle: bool) -> None:
+    # A file, which workers that are forked for each pass write into, too.
+    log, logger = tmp_path / "log", logging.getLogger("peagle_train.core.collator")
+    handler = logging.FileHandler(log)
+    logger.addHandler(handler)
+    try:
+        generator, collator = torch.Generator().manual_seed(0), new_collator()
+        loader = DataLoader(
+            ROWS,
+            batch_size=2,
+            shuffle=shuffle,
+            generator=generator,
+            collate_fn=collator,
+            num_workers=num_workers,
+            multiprocessing_context="fork" if num_workers else None,
+        )
+        for epoch in range(3):
+            collator.set_epoch(epoch)
+            list(loader)
+        assert log.read_text() == ""
+        for _ in range(3):
+            list(loader)
+        assert log.read_text().count(WARNED) == 1
+        collator.set_epoch(4)
+        for _ in range(2):
+            list(loader)
+        assert log.read_text().count(WARNED) == 1, "once is enough"
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def test_rows_that_know_their_epoch_may_come_again(caplog: pytest.LogCaptureFixture) -> None:
+    collator = new_collator()
+    for _ in range(3):
+        collator([{**row, "epoch": 2} for row in ROWS])
+    collator([ROWS[0], ROWS[0]])  # twice in one batch is no second pass
+    assert WARNED not in caplog.text
+
+
 def test_a_missing_row_key_is_a_hash_of_the_ids_and_a_string_is_hashed() -> None:
     bare = {name: values for name, values in ROW.items() if name != "row_key"}
     changed = {**bare, "input_ids": [10, 11, 12, 13, 20, 21, 23]}
@@ -361,7 +446,17 @@ def test_a_row_may_fill_max_length_exactly() -> None:
         ({"input_ids": [1, 2], "loss_mask": [1, -1]}, "loss_mask holds values other than 0 and 1"),
         ({"input_ids": [1, 2]}, "a row has no 'loss_mask'; it has 'input_ids'"),
         ({"loss_mask": [1, 2]}, "a row has no 'input_ids'; it has 'loss_mask'"),
-        ({}, "a row has no 'input_ids'; it has no fields"),
+        ({}, "a row has no 'input_ids'; it has no fields .*remove_unused_columns=False"),
+        ({"labels": [1, 2]}, "no 'input_ids'; it has 'labels' .*remove_unused_columns=False"),
+        ({"input_ids": [1, 2], "labels": [-100]}, "2 input_ids but 1 in labels"),
+        ({"input_ids": [1, 2, 3], "labels": [2, 3, -100]}, "labels differ from input_ids: .* unshifted"),
+        ({"input_ids": [1, 2], "labels": [1, 2], "attention_mask": [1]}, "2 input_ids but 1 in attention_mask"),
+        ({"input_ids": [1, 2], "labels": [1, 2], "attention_mask": [1, 2]}, "attention_mask holds values other than 0"),
+        ({"input_ids": [1, 2], "labels": [1, 2], "attention_mask": [[1, 1], [1, 1]]}, "attention_mask must be a flat"),
+        (
+            {"input_ids": [[1], [2, 3]], "labels": [[1], [2, 3]], "attention_mask": [1, 1, 1]},
+            "attention_mask must be nested",
+        ),
         ({"input_ids": [[1, 2], [3]], "loss_mask": [0, 1, 1]}, "loss_mask must be nested alike"),
         ({"input_ids": [[1, 2], [3]], "loss_mask": [[0, 1]]}, "loss_mask must be nested alike"),
         ({"input_ids": [[1, 2], [3]], "loss_mask": [[0], [1, 1]]}, "2 input_ids but 1 in loss_mask"),

@@ -4,6 +4,7 @@ Imports torch alone. B: rows of a batch, L: columns (max_length), S: segments, C
 row, N = S * C, K: depths.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from numbers import Number
 from typing import Any
@@ -22,6 +23,8 @@ from peagle_train.core.partition import (
     segments_of,
 )
 
+logger = logging.getLogger(__name__)
+
 Row = Mapping[str, Any]
 _KNOWN = ("features", "last_hidden")
 
@@ -31,7 +34,9 @@ class CODCollator:
 
     A row is a mapping with
         input_ids: n <= max_length token ids (list or 1-D tensor), or a list of such: several documents.
-        loss_mask: 0/1 for each id, 1 on the tokens to learn from (nested as input_ids is).
+        loss_mask: 0/1 for each id, 1 on the tokens to learn from (nested as input_ids is). Without it,
+        labels: input_ids, unshifted, -100 on tokens not to learn from.
+        attention_mask (optional): 0/1 for each id, 0 on padding (nested as input_ids is).
         document_ids (optional): one int for each id, equal for neighbours of one document, negative for padding.
         row_key (optional): int or str that names the row; without it, a hash of its ids.
         epoch (optional): overrides `set_epoch`, for samplers that know it.
@@ -94,8 +99,10 @@ class CODCollator:
             max_length, num_depths, down_sample_ratio, down_sample_ratio_min, num_segments, boundaries, max_anchors
         )
         self.capacity = -(-capacity // capacity_multiple) * capacity_multiple
-        # Shared memory, so that set_epoch in the main process reaches workers that live on (persistent_workers).
+        # Shared memory: set_epoch reaches workers that live on (persistent_workers), and what others saw is kept.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._first_key = torch.zeros(2, dtype=torch.int64).share_memory_()
+        """[key of the epoch's first row; 0: none yet, 1: known, 2: warned about]"""
 
     @property
     def epoch(self) -> int:
@@ -104,12 +111,29 @@ class CODCollator:
     def set_epoch(self, epoch: int) -> None:
         """Rows collated from now on draw for this epoch. Call it before iterating over the DataLoader."""
         self._epoch.fill_(epoch)
+        self._first_key[1] &= 2
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         if len(rows) == 0:
             raise ValueError("CODCollator was given no rows; a batch has at least 1")
         collated = [self._collate_row(row) for row in rows]
-        return {name: torch.stack([row[name] for row in collated]) for name in collated[0]}
+        batch = {name: torch.stack([row[name] for row in collated]) for name in collated[0]}
+        if not any("epoch" in row for row in rows):
+            self._notice_second_pass(batch["row_key"])
+        return batch
+
+    def _notice_second_pass(self, key_B: Tensor) -> None:
+        """Warn, once, where the epoch's first row comes again: `set_epoch` was forgotten."""
+        first_key, state = self._first_key.tolist()
+        if state == 0:
+            self._first_key[:] = torch.tensor([int(key_B[0]), 1])
+        elif state == 1 and bool((key_B == first_key).any()):
+            self._first_key[1] = 2
+            logger.warning(
+                "row %d came again in epoch %d and was drawn as before: call the collator's set_epoch before each pass",
+                first_key,
+                self.epoch,
+            )
 
     def _collate_row(self, row: Row) -> dict[str, Tensor]:
         ids_n, mask_n, documents_n = _read_row(row)
@@ -177,29 +201,43 @@ class CODCollator:
 
 def _read_row(row: Row) -> tuple[Tensor, Tensor, Tensor]:
     """Ids, mask and run-numbered documents of a row, each int64 [n]; ValueError names what is wrong."""
-    for name in ("input_ids", "loss_mask"):
+    mask_name = "labels" if "labels" in row and "loss_mask" not in row else "loss_mask"
+    for name in ("input_ids", mask_name):
         if name not in row:
-            raise ValueError(f"a row has no {name!r}; it has {', '.join(map(repr, row)) or 'no fields'}")
-    ids, mask, documents = row["input_ids"], row["loss_mask"], row.get("document_ids")
-    if _is_nested(ids):
-        if documents is not None:
-            raise ValueError("a row gives several documents (nested input_ids) and document_ids: give one of the two")
-        if not _is_nested(mask) or len(mask) != len(ids):
-            raise ValueError("a row gives several documents (nested input_ids): loss_mask must be nested alike")
-        parts = [(_integers("input_ids", i), _integers("loss_mask", m)) for i, m in zip(ids, mask, strict=True)]
-        for part_ids, part_mask in parts:
-            _check_lengths(part_ids, part_mask, "loss_mask")
-        ids_n = torch.cat([part_ids for part_ids, _ in parts])
-        mask_n = torch.cat([part_mask for _, part_mask in parts])
-        lengths = torch.tensor([part_ids.numel() for part_ids, _ in parts])
-        documents_n = torch.arange(len(parts)).repeat_interleave(lengths)
-    else:
-        ids_n, mask_n = _integers("input_ids", ids), _integers("loss_mask", mask)
-        documents_n = torch.zeros_like(ids_n) if documents is None else _integers("document_ids", documents)
-    _check_lengths(ids_n, mask_n, "loss_mask")
-    _check_lengths(ids_n, documents_n, "document_ids")
-    if ((mask_n != 0) & (mask_n != 1)).any():
-        raise ValueError("loss_mask holds values other than 0 and 1")
+            has = f"it has {', '.join(map(repr, row)) or 'no fields'}"
+            raise ValueError(
+                f"a row has no {name!r}; {has} (a Trainer removes some unless remove_unused_columns=False)"
+            )
+    optional = [name for name in ("attention_mask", "document_ids") if row.get(name) is not None]
+    is_nested = _is_nested(row["input_ids"])
+    if is_nested and "document_ids" in optional:
+        raise ValueError("a row gives several documents (nested input_ids) and document_ids: give one of the two")
+    lengths: list[int] = []
+    given: dict[str, Tensor] = {}
+    for name in ("input_ids", mask_name, *optional):
+        values = row[name] if is_nested else [row[name]]
+        if is_nested and not (_is_nested(values) and len(values) == len(row["input_ids"])):
+            raise ValueError(f"a row gives several documents (nested input_ids): {name} must be nested alike")
+        parts = [_integers(name, part) for part in values]
+        lengths = lengths or [part.numel() for part in parts]
+        for part, length in zip(parts, lengths, strict=True):
+            if part.numel() != length:
+                raise ValueError(f"a row has {length} input_ids but {part.numel()} in {name}; they must match")
+        given[name] = torch.cat(parts)
+    ids_n, mask_n, attended_n = given["input_ids"], given[mask_name], given.get("attention_mask")
+    if mask_name == "labels":
+        learned_n = mask_n != -100
+        if (learned_n & (mask_n != ids_n)).any():
+            raise ValueError("labels differ from input_ids: give the same ids, unshifted, or -100")
+        mask_n = learned_n.long()
+    documents_n = given.get("document_ids")
+    if documents_n is None:
+        documents_n = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    for name, values_n in ((mask_name, mask_n), ("attention_mask", attended_n)):
+        if values_n is not None and ((values_n != 0) & (values_n != 1)).any():
+            raise ValueError(f"{name} holds values other than 0 and 1")
+    if attended_n is not None:
+        documents_n = documents_n.masked_fill(attended_n == 0, -1)
     return ids_n, mask_n, _number_runs(documents_n)
 
 
@@ -217,11 +255,6 @@ def _integers(name: str, values: Any) -> Tensor:
     if tensor.dim() != 1 or tensor.is_floating_point() or tensor.is_complex():
         raise ValueError(f"{name} must be a flat list of ints, not {tensor.dtype} of shape {tuple(tensor.shape)}")
     return tensor.to("cpu", torch.int64)
-
-
-def _check_lengths(ids_n: Tensor, other_n: Tensor, name: str) -> None:
-    if other_n.numel() != ids_n.numel():
-        raise ValueError(f"a row has {ids_n.numel()} input_ids but {other_n.numel()} in {name}; they must match")
 
 
 def _padded_floats(name: str, values: Tensor, length: int, max_length: int) -> Tensor:
