@@ -35,6 +35,12 @@ class Parser(argparse.ArgumentParser):
         return self.parse_intermixed_args(self.given)
 
     def error(self, message: str) -> NoReturn:
+        from peagle_train.config import key_for
+
+        word = message.removeprefix("unrecognized arguments: --").partition(" ")[0].partition("=")[0]
+        meant = key_for(word.replace("-", "_"))
+        if meant and any(action.dest == "overrides" for action in self._actions):
+            raise ValueError(f"--{word} is no option; settings are section.key=value, without dashes: {meant}")
         raise ValueError(f"{message} ({self.prog} --help says what is allowed)")
 
 

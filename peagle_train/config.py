@@ -154,12 +154,54 @@ _SPAN = "the first and the last step, as in [5, 8]"
 Steps = Annotated[list[int], _holding(lambda steps: len(steps) == 2 and 1 <= steps[0] <= steps[1], _SPAN)]
 
 
-def read_section(cls: type, name: str, values: Mapping[Any, Any], known: Iterable[str] = ()) -> Any:
-    """An instance of the dataclass from plain values; RecipeError of one line where they do not fit.
+ELSEWHERE = {
+    "target.path": ("model model_name_or_path", "base_model", "verifier_name_or_path"),
+    "target.dtype": ("torch_dtype", "torch_dtype", ""),
+    "target.layer_ids": ("", "", "target_layer_ids"),
+    "data.sources": ("dataset_name train_dataset", "datasets", "data_path"),
+    "data.eval_sources": ("eval_dataset", "test_datasets", ""),
+    "data.eval_fraction": ("", "val_set_size", "train_data_ratio"),
+    "data.max_length": ("max_seq_length", "sequence_len", "total_seq_len"),
+    "data.pack": ("packing", "sample_packing", ""),
+    "data.prepared": ("", "dataset_prepared_path", ""),
+    "data.num_workers": ("dataloader_num_workers", "dataloader_num_workers", ""),
+    "data.chat_template": ("chat_template_path", "chat_template_jinja", ""),
+    "draft.init_from": ("", "", "from_pretrained"),
+    "draft.layer_type": ("", "", "draft_arch"),
+    "draft.vocab_from": ("", "", "d2t_path t2d_path"),
+    "draft.window": ("", "", "sliding_window"),
+    "draft.train_embeddings": ("", "", "embed_requires_grad"),
+    "train.epochs": ("num_train_epochs", "num_epochs", ""),
+    "train.batch_size": ("per_device_train_batch_size", "micro_batch_size", ""),
+    "train.learning_rate": ("", "", "lr"),
+    "train.schedule": ("lr_scheduler_type", "lr_scheduler", "scheduler_type"),
+    "train.warmup_ratio": ("warmup_steps", "warmup_steps", "scheduler_warmup_ratio scheduler_warmup_steps"),
+    "train.mixed_precision": ("bf16 fp16", "bf16 fp16", ""),
+    "train.loss": ("loss_type", "", "loss_fn"),
+    "train.sharding": ("fsdp fsdp_config", "fsdp fsdp_config", "fsdp_shard"),
+    "train.compile": ("torch_compile", "torch_compile", ""),
+    "train.activation_checkpointing": ("gradient_checkpointing", "gradient_checkpointing", "gradient_checkpointing"),
+    "train.log_steps": ("logging_steps", "logging_steps", "log_freq"),
+    "train.log_with": ("report_to", "use_wandb use_mlflow", "logger"),
+    "train.save_steps": ("save_strategy", "saves_per_epoch", "checkpoint_freq"),
+    "train.keep_last": ("save_total_limit", "save_total_limit", ""),
+    "train.eval_steps": ("eval_strategy", "evals_per_epoch", ""),
+    "output.dir": ("output_dir", "output_dir", "save_path"),
+    "peagle-train train RECIPE --resume": ("resume_from_checkpoint", "resume_from_checkpoint auto_resume", ""),
+    "peagle-train export --push-to-hub NAME": ("push_to_hub hub_model_id", "hub_model_id", ""),
+}
+"""What TRL (and transformers), axolotl and speculators call our keys; names that are the same are not in it."""
 
-    Args:
-        known: dotted keys of other sections, where a wrong one may have been meant.
-    """
+
+def key_for(name: str) -> str | None:
+    """Our dotted key for a key without its section, or for another trainer's; None for a name that nobody has."""
+    dotted = [f"{section}.{spec.name}" for section, cls in get_type_hints(Recipe).items() for spec in fields(cls)]
+    ours = [key for key in dotted if key.endswith(f".{name}")]
+    return next(iter(ours + [key for key, names in ELSEWHERE.items() if name in " ".join(names).split()]), None)
+
+
+def read_section(cls: type, name: str, values: Mapping[Any, Any]) -> Any:
+    """An instance of the dataclass from plain values; RecipeError of one line where they do not fit."""
     from pydantic import ValidationError
 
     try:
@@ -168,11 +210,9 @@ def read_section(cls: type, name: str, values: Mapping[Any, Any], known: Iterabl
         first, leaf = error.errors()[0], error.errors()[0]["loc"][0]
         key = f"{name}[{leaf}]" if isinstance(leaf, int) else f"{name}.{leaf}"
         if first["type"] in ("extra_forbidden", "invalid_key"):
-            elsewhere = [dotted for dotted in known if dotted.endswith(f".{leaf}")]
-            meant = elsewhere or difflib.get_close_matches(
-                key, [f"{name}.{f.name}" for f in fields(cls)], n=1, cutoff=0
-            )
-            raise RecipeError(f"{key} is not a key; did you mean {meant[0]}?") from None
+            close = difflib.get_close_matches(key, [f"{name}.{f.name}" for f in fields(cls)], n=1, cutoff=0)
+            elsewhere = key_for(str(leaf)) if "[" not in name else None  # a source's keys are nobody else's
+            raise RecipeError(f"{key} is not a key; did you mean {elsewhere or close[0]}?") from None
         if first["type"] == "missing":
             raise RecipeError(f"{key} is missing") from None
         words = dict.fromkeys(mistake["msg"] for mistake in error.errors() if mistake["loc"][0] == leaf)
@@ -572,7 +612,6 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     A mistake is a RecipeError of one line: what was given, what is allowed, what to change.
     """
     sections = get_type_hints(Recipe)
-    known = [f"{name}.{spec.name}" for name, cls in sections.items() for spec in fields(cls)]
     given = read_yaml(Path(os.path.expanduser(path)))
     if not isinstance(given, dict):
         raise RecipeError(f"the recipe {path} is {_show(given)}; give a mapping of sections: {', '.join(sections)}")
@@ -581,19 +620,20 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         key, equals, text = override.partition("=")
         name, dot, leaf = key.strip().partition(".")
         if not equals or not dot:
-            raise RecipeError(f"override {override!a}: give section.key=value, as in train.epochs=2")
+            meant = key_for(key.strip()) or "train.epochs=2"
+            raise RecipeError(f"override {override!a}: give section.key=value, as in {meant}")
         changes.setdefault(name, {})[leaf] = parse_yaml(text, f"override {key.strip()}")
     for name in [*given, *changes]:
         if name not in sections:
-            meant = [dotted for dotted in known if dotted.endswith(f".{name}")]
-            meant += difflib.get_close_matches(str(name), sections, n=1, cutoff=0)
-            raise RecipeError(f"{name} is not a section; did you mean {meant[0]}?")
+            close = difflib.get_close_matches(str(name), sections, n=1)
+            near = [f"; did you mean {key}?" for key in (key_for(str(name)), *close) if key]
+            raise RecipeError(f"{name} is not a section; there are {', '.join(sections)}{''.join(near[:1])}")
         if given.setdefault(name, {}) is None:  # as a section reads whose every line is commented out
             given[name] = {}
         if not isinstance(given[name], dict):
             raise RecipeError(f"{name}: got {_show(given[name])}; give a mapping of its keys to values")
         given[name].update(changes.get(name, {}))
-    recipe = Recipe(**{name: read_section(cls, name, given.get(name, {}), known) for name, cls in sections.items()})
+    recipe = Recipe(**{name: read_section(cls, name, given.get(name, {})) for name, cls in sections.items()})
     recipe.validate()
     return recipe
 

@@ -7,7 +7,8 @@ from typing import Any, get_type_hints
 import pytest
 
 from peagle_train import config
-from peagle_train.config import Data, Output, Recipe, RecipeError, Target, dump_recipe, load_recipe
+from peagle_train.cli import main
+from peagle_train.config import ELSEWHERE, Data, Output, Recipe, RecipeError, Target, dump_recipe, load_recipe
 
 MINIMAL = "target: {path: model}\ndata: {sources: [stdlib]}\noutput: {dir: out}\n"
 
@@ -127,6 +128,47 @@ def test_an_unknown_name_gets_the_nearest_known_one(minimal: Path, override: str
 
 def test_a_key_without_its_section_gets_the_whole_name(write: Any) -> None:
     assert message(write(MINIMAL + "learning_rate: 1\n")).endswith("did you mean train.learning_rate?")
+
+
+FOREIGN = {
+    "output_dir": "output.dir",
+    "per_device_train_batch_size": "train.batch_size",
+    "micro_batch_size": "train.batch_size",
+    "base_model": "target.path",
+    "num_train_epochs": "train.epochs",
+    "logging_steps": "train.log_steps",
+    "report_to": "train.log_with",
+    "push_to_hub": "peagle-train export --push-to-hub NAME",
+    "lr": "train.learning_rate",
+    "total_seq_len": "data.max_length",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_key_of_another_trainer_is_answered_with_ours(
+    minimal: Path, write: Any, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [
+        message(write(MINIMAL + f"{name}: 1\n")),
+        message(minimal, f"train.{name}=1"),
+        message(minimal, f"{name}=1"),
+    ]
+    for words in ([f"--{name}", "1"], [f"--{name}=1"], [f"--{name.replace('_', '-')}", "1"]):
+        assert main(["train", str(minimal), *words]) == 2
+        given.append(capsys.readouterr().err)
+    assert all(FOREIGN[name] in line and len(line.splitlines()) == 1 for line in given), given
+
+
+def test_every_key_that_others_names_lead_to_exists() -> None:
+    ours = {f"{section}.{spec.name}" for section, cls in get_type_hints(Recipe).items() for spec in fields(cls)}
+    assert {key for key in ELSEWHERE if not key.startswith("peagle-train ")} <= ours
+    theirs = {name for names in ELSEWHERE.values() for name in " ".join(names).split()}
+    assert not theirs & {key.partition(".")[2] for key in ours}
+
+
+def test_a_section_that_does_not_exist_lists_the_sections(write: Any) -> None:
+    line = message(write(MINIMAL + "optimizer: {name: muon}\n"))
+    assert all(section in line for section in get_type_hints(Recipe)) and "did you mean" not in line
 
 
 @pytest.mark.parametrize("override", ["", "train", "train=1", "epochs=2", "=", "train.epochs"])

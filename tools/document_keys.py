@@ -18,6 +18,16 @@ HEAD = """# Every key of a recipe
 Written by `tools/document_keys.py` from `peagle_train/config.py`. A key without a default has to be given; null stands for
 what the text says. Lengths are in tokens, sizes of batches in rows, learning rates per optimizer step.
 """
+TABLE = """
+## What others call them
+
+A recipe or command with a name of this table is answered with ours. A name that is the same with us (learning_rate, seed,
+num_depths) only needs its section. Values can differ: `data.eval_fraction` is what is held out, `train.warmup_ratio` a
+share of the steps.
+
+| ours | TRL, transformers | axolotl | speculators 0.9.0 |
+|---|---|---|---|
+"""
 
 
 def page(source: str) -> str:
@@ -36,6 +46,10 @@ def page(source: str) -> str:
                 words = " ".join(ast.literal_eval(text.value).split())
                 cells = [f"`{section}.{field.target.id}`", f"`{kind}`{limits}", default, words]
                 parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n")
+    assigned = {ast.unparse(node.targets[0]): node.value for node in module.body if isinstance(node, ast.Assign)}
+    parts.append(TABLE)
+    for ours, theirs in ast.literal_eval(assigned["ELSEWHERE"]).items():
+        parts.append(f"| `{ours}` | " + " | ".join(", ".join(f"`{n}`" for n in x.split()) for x in theirs) + " |\n")
     return "".join(parts)
 
 
