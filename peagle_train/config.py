@@ -339,7 +339,7 @@ class Data:
     eval_sources: Sources = field(default_factory=list)
     """Documents to evaluate on, named as in `sources` (but weights are 1). Given, eval_fraction is not used."""
     eval_fraction: Share = 0.02
-    """Share of the documents of `sources` that is held out to evaluate on."""
+    """Share of the documents of `sources` that is held out to evaluate on: at least one of several, unless it is 0."""
     max_documents: Count | None = None
     """Read at most this many documents."""
     max_bad_rows: Annotated[int, within(ge=0, le=MANY)] = 0

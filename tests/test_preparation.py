@@ -1,6 +1,7 @@
 """Preparation: the same sequences as on the fly, in a folder that is whole or not there, refused where it does not fit."""
 
 import fcntl
+import hashlib
 import json
 import os
 import pickle
@@ -9,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -295,3 +297,19 @@ def test_weights_and_held_out_documents_that_leave_nothing_are_refused(tmp_path:
     for data in ({"sources": [{"path": source, "weight": 1e-9}]}, {"sources": [source], "eval_sources": [source]}):
         with pytest.raises(ValueError, match="nothing to learn from in the 0 documents to train on"):
             read(recipe_of(tmp_path, target, **data))
+
+
+def test_the_smallest_data_are_evaluated_unless_the_fraction_is_0(tmp_path: Path, target: Path) -> None:
+    """On the document that comes first by its key; a lone one is learned from."""
+    for count, fraction, held_out in ((2, 1e-9, 1), (3, 0.02, 1), (7, 1e-9, 1), (7, 0.0, 0), (1, 1e-9, 0)):
+        path = tmp_path / f"{count}.jsonl"
+        rows = [{"input_ids": [5, 7 * i, 9, 11]} for i in range(count)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        lines: list[str] = []
+        data = read(recipe_of(tmp_path, target, sources=[str(path)], eval_fraction=fraction, pack=False), None, lines)
+        assert (len(data.train_rows), len(data.eval_rows)) == (count - held_out, held_out)
+        assert any("no evaluation" in line for line in lines) == (count == 1)
+        if held_out:
+            keys = [np.array([5, 7 * i, 9, 11], "<i8").tobytes() + bytes([0, 1, 1, 1]) for i in range(count)]
+            first = min(range(count), key=lambda i: hashlib.sha256(keys[i]).digest())
+            assert data.eval_rows[0]["input_ids"].tolist() == rows[first]["input_ids"]

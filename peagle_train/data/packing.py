@@ -251,6 +251,8 @@ def make_data(
         kept = read_documents(files, reports[role], encode, data.max_documents, data.max_bad_rows)
         tables[role] = store_documents(kept, folder and folder / role)
     table, in_both = tables["sources"], 0
+    weights = np.array([source.weight for source in parse_sources(data.sources)])
+    times_D = times_an_epoch(table.keys_D32, weights[table.sources_D])
     if "eval_sources" in tables:
         eval_table = tables["eval_sources"]
         eval_times_D = np.ones(len(eval_table), np.int64)
@@ -259,9 +261,12 @@ def make_data(
         in_both = int(is_out_D.sum())
     else:
         is_out_D = held_out_documents(table.keys_D32, data.eval_fraction)
+        usable = np.flatnonzero((times_D > 0) & (table.lengths_D > 1))
+        if data.eval_fraction > 0 and usable.size > 1 and not is_out_D.any():
+            # Small data are evaluated, too: on the document that a larger fraction would hold out first.
+            is_out_D[min(usable, key=lambda d: table.keys_D32[d].tobytes())] = True
         eval_table, eval_times_D = table, is_out_D.astype(np.int64)
-    weights = np.array([source.weight for source in parse_sources(data.sources)])
-    times_D = np.where(is_out_D, 0, times_an_epoch(table.keys_D32, weights[table.sources_D]))
+    times_D[is_out_D] = 0
     train_rows, report = pack_table(table, times_D, data.max_length, data.pack)
     if report.supervised == 0:
         raise ValueError(

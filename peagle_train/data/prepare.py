@@ -28,7 +28,7 @@ from peagle_train.data.vocab import choose_mask_token, load_tokenizer, target_vo
 from peagle_train.files import alone_in, checksum, read_sealed, sha256_of, write_folder, write_sealed
 
 INDEX, TRAIN, HELD_OUT = "index.json", "train.safetensors", "held_out.safetensors"
-FORMAT = 5
+FORMAT = 6
 """Raised whenever the same recipe and files give other bytes."""
 _DATA_KEYS = (
     "sources extensions exclude eval_sources eval_fraction max_documents max_characters max_length pack"

@@ -45,10 +45,7 @@ def load_training_data(
     for line in made.describe():
         say(line)
     if data.eval_fraction > 0 and not made.eval_report.rows:
-        say(
-            f"no evaluation: data.eval_fraction = {data.eval_fraction} of {made.report.documents} documents is none; raise"
-            " it or give data.eval_sources"
-        )
+        say("no evaluation: a single document can be learned from, and is; give more, or data.eval_sources")
     return made
 
 
