@@ -181,6 +181,23 @@ def _prepare(parser: Parser) -> None:
     print(f"prepared: {out}: give {as_override('data.prepared', out)} to train on it")
 
 
+def _check_data(parser: Parser) -> int:
+    """Count the examples of a recipe that cannot be used, by reason, with the first line of each.
+
+    peagle-train check-data RECIPE [section.key=value ...]
+
+    Reads everything, whatever data.max_bad_rows says. Exit code 2: a run would stop at it.
+    """
+    _add_recipe(parser)
+    parser.add_argument("--workers", type=COUNT, metavar="N", help="processes that tokenize (default: all cores)")
+    o = parser.read()
+    from peagle_train.config import load_recipe
+    from peagle_train.data.prepare import check_data
+    from peagle_train.machine import cores
+
+    return 0 if check_data(load_recipe(o.recipe, o.overrides), o.workers or cores()) else 2
+
+
 def _cache(parser: Parser) -> None:
     """Run the target once over a recipe's sequences and keep what training needs of it: features and last hidden states.
 
@@ -504,6 +521,7 @@ COMMANDS: dict[str, Callable[[Parser], int | None]] = {
     for add in (
         _train,
         _plan,
+        _check_data,
         _prepare,
         _cache,
         _serve_target,

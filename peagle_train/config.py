@@ -141,6 +141,8 @@ Count = Annotated[int, within(ge=1, le=MANY)]
 Share = Annotated[float, within(ge=0, lt=1)]
 Text = Annotated[str, _holding(lambda text: text.strip() != "", "a non-empty string")]
 FilePath = Annotated[Text, fits(os.path.expanduser)]
+_PERCENT = re.compile(r"(100|[0-9]{1,2}(\.[0-9]{1,6})?)%")
+Percent = Annotated[str, _holding(_PERCENT.fullmatch, "a count, or a share such as 1%")]
 Plain = dict[str, Any]
 Sources = list[Text | dict[str, Any]]
 SomeSources = Annotated[Sources, _holding(len, "a non-empty list of files, folders, globs or the word stdlib")]
@@ -342,8 +344,9 @@ class Data:
     """Share of the documents of `sources` that is held out to evaluate on: at least one of several, unless it is 0."""
     max_documents: Count | None = None
     """Read at most this many documents."""
-    max_bad_rows: Annotated[int, within(ge=0, le=MANY)] = 0
-    """Skip at most this many examples that cannot be trained on, counted by reason; one more stops the run."""
+    max_bad_rows: Annotated[int, within(ge=0, le=MANY)] | Percent = 0
+    """Skip at most this many examples (or this share of all, as in 1%) that cannot be trained on, counted by reason; more
+    stop the run: a share's after all are read. `peagle-train check-data` counts them."""
     max_characters: Count | None = 4_000_000
     """An example that holds a longer text is a bad row; null: any length. Text files may have any length."""
     max_eval_rows: Count | None = 64

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from peagle_train.cli import main
 from peagle_train.config import parse_sources
 from peagle_train.data.messages import BAD_IDS, FORMAT, NOTHING, TOO_LONG, UNREADABLE
-from tests.byte_tokenizer import make_byte_tokenizer
+from tests.byte_tokenizer import make_byte_target, make_byte_tokenizer
 from tests.documents import TOKENIZER, Document, load, write_lines
+from tests.tiny import write_recipe
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 SHAREGPT = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
@@ -125,6 +127,38 @@ def test_bad_rows_are_counted_by_reason_with_the_line_of_the_first(tmp_path: Pat
         assert f"{count} {reason} (first: {path}, line {first[reason]}: " in told
     with pytest.raises(ValueError, match=f"{len(BAD)} bad rows: .*data.max_bad_rows is {len(BAD) - 1}"):
         load(path, max_bad_rows=len(BAD) - 1, **LIMITS)
+
+
+@pytest.mark.parametrize("good, bad, share, is_fine", [
+    (99, 1, "1%", True), (98, 1, "1%", False), (71, 29, "29%", True), (70, 29, "29%", False), (1, 1, "0%", False),
+    (199, 1, "0.5%", True), (1, 7, "100%", True),
+])  # fmt: skip
+def test_a_share_of_bad_rows_is_of_all_examples_and_is_known_when_all_are_read(
+    tmp_path: Path, good: int, bad: int, share: str, is_fine: bool
+) -> None:
+    path = write_lines(tmp_path / "r.jsonl", *[b"{"] * bad, *({"text": f"row {i}"} for i in range(good)))
+    if is_fine:
+        documents, report = load(path, max_bad_rows=share)
+        assert len(documents) == good and sum(report.bad_rows.values()) == bad
+    else:
+        with pytest.raises(ValueError, match=f"{bad} bad rows: .*data.max_bad_rows is {share}"):
+            load(path, max_bad_rows=share)
+
+
+def test_check_data_counts_all_that_is_bad_and_ends_with_2_where_a_run_would_stop(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = make_byte_target(tmp_path / "target")
+    path = write_lines(tmp_path / "r.jsonl", {"text": "good"}, b"{", {"text": 5}, b"[", {"text": "fine"})
+    recipe = write_recipe(tmp_path, target, path, tmp_path / "run", draft={"mask_token_id": 299})
+    for allowed, code in (("0", 2), ("2", 2), ("3", 0), ("59%", 2), ("60%", 0)):
+        assert main(["check-data", str(recipe), "--workers", "1", f"data.max_bad_rows={allowed}"]) == code
+        out = capsys.readouterr().out
+        assert f"2 {UNREADABLE}, first: {path}, line 2: " in out and f"1 {FORMAT}, first: {path}, line 3: " in out
+        assert "2 documents of 1 files" in out and ("a run would stop" in out) == (code == 2)
+    for wrong in ("1.5", "101%", "-1%", "x"):
+        assert main(["check-data", str(recipe), f"data.max_bad_rows={wrong}"]) == 2
+        assert "data.max_bad_rows: got " in capsys.readouterr().err
 
 
 def test_without_leave_the_first_bad_row_stops_with_its_line_and_its_reason(tmp_path: Path) -> None:

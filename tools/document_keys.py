@@ -64,6 +64,7 @@ PLAIN = {
     "Steps": "list[int]",
     "Plain": "dict",
     "Share": "float",
+    "Percent": "str",
 }
 LIMITS = {"Count": ">= 1", "Share": ">= 0, < 1"}
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}

@@ -15,6 +15,7 @@ import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -230,11 +231,19 @@ class SourceReport:
         counts = [f"{count} {reason} (first: {self.first_bad[reason]})" for reason, count in self.bad_rows.items()]
         return f"{sum(self.bad_rows.values())} bad rows: {'; '.join(counts)}"
 
-    def check_bad(self, max_bad_rows: int, where: str = "") -> None:
-        """ValueError if there are more bad rows than `max_bad_rows`."""
-        if sum(self.bad_rows.values()) > max_bad_rows:
-            more = f"data.max_bad_rows is {max_bad_rows}; raise it to skip such rows"
-            raise ValueError(f"{where}{self.describe_bad()}: {more}")
+    def is_too_bad(self, max_bad_rows: int | str) -> bool:
+        """Whether there are more bad rows than that: a count or, as in "1%", a share of all examples so far."""
+        bad = sum(self.bad_rows.values())
+        if isinstance(max_bad_rows, int):
+            return bad > max_bad_rows
+        unused = sum(self.left_out.get(f"{kind} documents", 0) for kind in ("empty", "duplicate"))
+        return bad > Fraction(max_bad_rows[:-1]) / 100 * (bad + self.documents + unused)
+
+    def check_bad(self, max_bad_rows: int | str, where: str = "") -> None:
+        """ValueError if there are too many bad rows."""
+        if self.is_too_bad(max_bad_rows):
+            more = f"data.max_bad_rows is {max_bad_rows}; give a higher count, or a share such as 1%, to skip such rows"
+            raise ValueError(f"{where}{self.describe_bad()}: {more} (peagle-train check-data counts all of them)")
 
 
 Encode = Callable[[Iterable[list[RawExample]]], Iterable[EncodedBatch]]
@@ -242,7 +251,11 @@ Encode = Callable[[Iterable[list[RawExample]]], Iterable[EncodedBatch]]
 
 
 def read_documents(
-    found: FoundFiles, report: SourceReport, encode: Encode, max_documents: int | None = None, max_bad_rows: int = 0
+    found: FoundFiles,
+    report: SourceReport,
+    encode: Encode,
+    max_documents: int | None = None,
+    max_bad_rows: int | str = 0,
 ) -> Iterator[tuple[RawExample, EncodedExample]]:
     """Each document once, in order; everything else is counted in `report`.
 
@@ -260,11 +273,13 @@ def read_documents(
             elif isinstance(example, BadRow):
                 report.bad_rows[example.reason] += 1
                 report.first_bad.setdefault(example.reason, f"{raw.where}: {one_line(example.detail)}")
-                report.check_bad(max_bad_rows)
+                if isinstance(max_bad_rows, int):
+                    report.check_bad(max_bad_rows)
             elif example.key in keys:
                 report.left_out["duplicate documents"] += 1
             elif len(keys) == max_documents:
                 report.is_cut = True
+                report.check_bad(max_bad_rows)
                 return
             else:
                 keys.add(example.key)
@@ -273,6 +288,7 @@ def read_documents(
                 report.tokens += example.input_ids.size
                 report.supervised += int(example.loss_mask[1:].sum())
                 yield raw, example
+    report.check_bad(max_bad_rows)
     if not report.supervised:
         raise ValueError(f"the data sources hold nothing to learn from: {report.describe()}; see data.sources")
 

@@ -10,8 +10,9 @@ The folder is whole or not there:
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from peagle_train.config import Recipe
 from peagle_train.data.chat import read_template
-from peagle_train.data.documents import SourceReport, TokenStore, find_all
+from peagle_train.data.documents import SourceReport, TokenStore, find_all, read_documents
 from peagle_train.data.encode import EncodedBatch, Encoder, RawExample, clip
 from peagle_train.data.packing import PackedRows, PackReport, TrainingData, make_data
 from peagle_train.data.vocab import choose_mask_token, load_tokenizer, target_vocab_size
@@ -87,6 +88,27 @@ def prepare_recipe(
     return open_prepared(folder, settings, data.max_bad_rows)
 
 
+def check_data(recipe: Recipe, num_workers: int = 1, say: Callable[[str], object] = print) -> bool:
+    """Read all examples and say how many cannot be used, by reason, with the first of each; False: a run would stop."""
+    data, vocab_size, is_good = recipe.data, target_vocab_size(recipe), True
+    tokenizer = load_tokenizer(recipe.target.path, recipe.target.trust_remote_code)
+    mask_token_id = choose_mask_token(recipe.draft, tokenizer, vocab_size)
+    encoder = Encoder(data, tokenizer, vocab_size, mask_token_id, num_workers if num_workers > 1 else 0)
+    for role, found in find_all(data).items():
+        report = SourceReport()
+        for _ in read_documents(found, report, encoder.encode, data.max_documents, max_bad_rows="100%"):
+            pass
+        say(f"data.{role}: {replace(report, bad_rows=Counter()).describe()}")
+        for reason, count in report.bad_rows.most_common():
+            say(f"{count:8} {reason}, first: {report.first_bad[reason]}")
+        if report.is_too_bad(data.max_bad_rows):
+            is_good = False
+            say(
+                f"a run would stop: data.max_bad_rows is {data.max_bad_rows}, and {sum(report.bad_rows.values())} are bad"
+            )
+    return is_good
+
+
 def settings_of(recipe: Recipe, tokenizer: Any, vocab_size: int, mask_token_id: int | None) -> dict[str, Any]:
     """All that decides the sequences besides the files, by its name for users. ValueError for an unreadable template."""
     own_template, backend = getattr(tokenizer, "chat_template", None), None
@@ -108,7 +130,7 @@ def settings_of(recipe: Recipe, tokenizer: Any, vocab_size: int, mask_token_id: 
     return as_read_back
 
 
-def open_prepared(folder: Path, settings: dict[str, Any], max_bad_rows: int) -> TrainingData:
+def open_prepared(folder: Path, settings: dict[str, Any], max_bad_rows: int | str) -> TrainingData:
     """The sequences of a prepared folder; the same as if they were made now, but mapped from their files. ValueError, one
     line, for a folder that is not finished, was made for other settings, or whose files were changed.
     """
