@@ -388,7 +388,7 @@ class Draft:
     vocab_from: FilePath | None = None
     """Draft the tokens that another drafter drafts (folder or .safetensors with d2t), instead of the most frequent ones."""
     mask_token_id: Annotated[int, within(ge=0, le=MANY)] | None = None
-    """A token that never occurs in text; null: the first id that no token of the tokenizer uses."""
+    """A token that never occurs in text; null: the first id that no token of the tokenizer uses, or that it reserves."""
     max_position_embeddings: Count | None = None
     """Longest context that the drafter serves."""
     rope_theta: Annotated[float, within(gt=1, le=MAX_ROPE_THETA)] | None = None

@@ -43,7 +43,7 @@ def load_sequence(recipe: Recipe, number: int, is_held_out: bool = False) -> tup
     """
     vocab_size, lines = target_vocab_size(recipe), list[str]()
     tokenizer = load_tokenizer(recipe.target.path, recipe.target.trust_remote_code)
-    mask_token_id = choose_mask_token(recipe.draft, tokenizer, vocab_size)
+    mask_token_id = choose_mask_token(recipe.draft, recipe.data, tokenizer, vocab_size)
     data = load_training_data(recipe, tokenizer, vocab_size, mask_token_id, lines.append)
     rows, which = (data.eval_rows, "held-out") if is_held_out else (data.train_rows, "training")
     if not 0 <= number < len(rows):

@@ -1,5 +1,6 @@
 """The draft vocabulary: the most frequent supervised tokens, or another drafter's, in the form that engines read."""
 
+import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,16 +71,38 @@ def test_sizes_that_do_not_fit_are_refused(size: int, always: tuple[int, ...], e
         choose_most_frequent(torch.zeros(12, dtype=torch.int64), size, always)
 
 
-def test_the_mask_token_is_the_first_id_after_all_that_the_tokenizer_knows() -> None:
+def word_tokenizer(*special: str) -> PreTrainedTokenizerFast:
     core = Tokenizer(models.WordLevel({"a": 0, "b": 1, "gap": 5}, unk_token="a"))
-    core.add_special_tokens(["<end>"])  # takes the id after the highest, or a free one: either way a known one
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    core.add_special_tokens(list(special))  # they take the ids after the highest, or free ones: either way known ones
+    return PreTrainedTokenizerFast(tokenizer_object=core)
+
+
+def test_the_mask_token_is_the_first_id_after_all_that_the_tokenizer_knows_or_one_that_it_reserves() -> None:
+    tokenizer = word_tokenizer("<end>", "<|reserved_7|>")
     first_unused = max(tokenizer.get_vocab().values()) + 1
-    assert first_unused >= 6
-    assert choose_mask_token(Draft(), tokenizer, first_unused + 1) == first_unused
-    for known, vocab_size in ((tokenizer, first_unused), (tokenizer, 2), (None, 99)):
-        with pytest.raises(ValueError, match="leaves no id of the target's vocabulary provably unused"):
-            choose_mask_token(Draft(), known, vocab_size)
+    reserved = tokenizer.get_vocab()["<|reserved_7|>"]
+    nowhere = Data(["/nowhere"])
+    assert choose_mask_token(Draft(), nowhere, tokenizer, first_unused + 1) == first_unused
+    assert choose_mask_token(Draft(), nowhere, tokenizer, first_unused) == reserved
+    assert choose_mask_token(Draft(mask_token_id=1), nowhere, tokenizer, first_unused) == 1
+
+
+def test_without_a_certain_mask_token_the_error_names_special_tokens_that_the_data_lack_then_others(
+    tmp_path: Path,
+) -> None:
+    tokenizer = word_tokenizer("<used>", "<fim>")
+    used, fim = (tokenizer.get_vocab()[name] for name in ("<used>", "<fim>"))
+    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    rows = [{"input_ids": [0, used, 1]}, {"input_ids": "bad"}, {"input_ids": [0, 1, 0]}]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = Data([str(tmp_path / "r.jsonl")])
+    for known, first in ((tokenizer, f"{fim} (<fim>), "), (None, f"{vocab_size - 1}")):
+        with pytest.raises(ValueError, match=r"draft\.mask_token_id is missing") as caught:
+            choose_mask_token(Draft(), data, known, vocab_size)
+        shown = str(caught.value).rpartition(": ")[2]
+        named = [int(word.split()[0]) for word in shown.split(", ")]
+        assert shown.startswith(first) or known is None
+        assert set(named) == set(range(vocab_size)) - {0, 1, used} and "\n" not in str(caught.value)
 
 
 # Another drafter's vocabulary.

@@ -48,7 +48,7 @@ def prepare_recipe(
     """
     data, vocab_size = recipe.data, target_vocab_size(recipe)
     tokenizer = load_tokenizer(recipe.target.path, recipe.target.trust_remote_code)
-    mask_token_id = choose_mask_token(recipe.draft, tokenizer, vocab_size)
+    mask_token_id = choose_mask_token(recipe.draft, recipe.data, tokenizer, vocab_size)
     settings = settings_of(recipe, tokenizer, vocab_size, mask_token_id)
     found = find_all(data)
     names = {
@@ -92,7 +92,7 @@ def check_data(recipe: Recipe, num_workers: int = 1, say: Callable[[str], object
     """Read all examples and say how many cannot be used, by reason, with the first of each; False: a run would stop."""
     data, vocab_size, is_good = recipe.data, target_vocab_size(recipe), True
     tokenizer = load_tokenizer(recipe.target.path, recipe.target.trust_remote_code)
-    mask_token_id = choose_mask_token(recipe.draft, tokenizer, vocab_size)
+    mask_token_id = choose_mask_token(recipe.draft, recipe.data, tokenizer, vocab_size)
     encoder = Encoder(data, tokenizer, vocab_size, mask_token_id, num_workers if num_workers > 1 else 0)
     for role, found in find_all(data).items():
         report = SourceReport()

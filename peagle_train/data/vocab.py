@@ -4,6 +4,7 @@ V: the target's vocabulary, Vd: the drafter's.
 """
 
 import logging
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from transformers import AutoConfig, AutoTokenizer
 
 from peagle_train.config import Data, Draft, Recipe
 from peagle_train.data.chat import ChatTemplate, read_template
-from peagle_train.data.documents import Documents
+from peagle_train.data.documents import Documents, SourceReport, find_all, read_documents
+from peagle_train.data.encode import Encoder
 from peagle_train.files import one_line
 
 logger = logging.getLogger(__name__)
 
 _CHUNK_TOKENS = 2**20
+_SAMPLE_DOCUMENTS = 1000
 
 
 def load_tokenizer(path: str, trust_remote_code: bool) -> Any:
@@ -52,8 +55,10 @@ def target_vocab_size(recipe: Recipe) -> int:
     return int(load_config(recipe.target.path, recipe.target.trust_remote_code).get_text_config().vocab_size)
 
 
-def choose_mask_token(draft: Draft, tokenizer: Any, vocab_size: int) -> int:
-    """The recipe's mask token, or one that the tokenizer provably never produces; ValueError if there is none."""
+def choose_mask_token(draft: Draft, data: Data, tokenizer: Any, vocab_size: int) -> int:
+    """The recipe's mask token, or one that no text has: an id beyond the tokenizer's, or a token that its name reserves
+    (an example that holds it all the same is refused). ValueError, with candidates, if there is none.
+    """
     if (given := draft.mask_token_id) is not None:
         if given >= vocab_size:
             raise ValueError(
@@ -62,13 +67,26 @@ def choose_mask_token(draft: Draft, tokenizer: Any, vocab_size: int) -> int:
         return given
     # Rows that pad the embedding table are the only ids that provably never occur in text.
     first_unused = vocab_size if tokenizer is None else max(tokenizer.get_vocab().values(), default=-1) + 1
-    if first_unused >= vocab_size:
-        raise ValueError(
-            "draft.mask_token_id is missing and the tokenizer leaves no id of the target's vocabulary provably unused:"
-            " give the id of a token that never occurs in your data"
-        )
-    logger.warning("draft.mask_token_id is %d, the first id that the tokenizer never produces", first_unused)
-    return first_unused
+    if first_unused < vocab_size:
+        logger.warning("draft.mask_token_id is %d, the first id that the tokenizer never produces", first_unused)
+        return first_unused
+    special = {i: str(token) for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
+    names = {i: name for i, name in sorted(special.items()) if i < vocab_size}
+    for i, name in names.items():
+        if re.search(r"reserved|unused", name, re.IGNORECASE):
+            logger.warning("draft.mask_token_id is %d, %s, which the tokenizer reserves", i, name)
+            return i
+    free = set(range(vocab_size)).difference(eos_token_ids(tokenizer))
+    encode = Encoder(data, tokenizer, vocab_size, None).encode
+    read = read_documents(find_all(data)["sources"], SourceReport(), encode, _SAMPLE_DOCUMENTS, "100%")
+    for _, example in read:
+        free.difference_update(example.input_ids.tolist())
+    candidates = [i for i in names if i in free] + sorted(free.difference(names), reverse=True)
+    shown = ", ".join(f"{i} ({names[i]})" if i in names else str(i) for i in candidates[:6])
+    raise ValueError(
+        "draft.mask_token_id is missing and no id of the target's vocabulary is provably unused: give the id of a token"
+        f" that never occurs in your data nor in prompts; not in its first {_SAMPLE_DOCUMENTS} documents: {shown or 'none'}"
+    )
 
 
 def eos_token_ids(*sources: Any) -> list[int]:

@@ -283,7 +283,7 @@ def write_cache(recipe: Recipe, out: str | None, shard_mib: float = 512, specula
 def _sequences(recipe: Recipe, target: TargetBase, device: torch.device, say: Any) -> tuple[Any, Compute]:
     """The recipe's sequences, and how the target computes some of them."""
     tokenizer = load_tokenizer(recipe.target.path, recipe.target.trust_remote_code)
-    mask_token_id = choose_mask_token(recipe.draft, tokenizer, target.vocab_size)
+    mask_token_id = choose_mask_token(recipe.draft, recipe.data, tokenizer, target.vocab_size)
     data = load_training_data(recipe, tokenizer, target.vocab_size, mask_token_id, say)
     target.check_rows(data)
     collator = make_collator(recipe, seed=0)

@@ -98,7 +98,7 @@ def _train(recipe: Recipe, resume: str | None) -> str:
     shaped = start.recipe if start else recipe
     tokenizer = load_tokenizer(recipe.target.path, recipe.target.trust_remote_code)
     wait_for_all()  # so that all ranks find the mistakes that all of them make at the same time
-    mask_token_id = choose_mask_token(shaped.draft, tokenizer, target.vocab_size)
+    mask_token_id = choose_mask_token(shaped.draft, recipe.data, tokenizer, target.vocab_size)
 
     data = load_training_data(recipe, tokenizer, target.vocab_size, mask_token_id, say)
     target.check_rows(data)
