@@ -322,10 +322,18 @@ def _export(parser: Parser) -> None:
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
     add("--licence", "--license", metavar="ID", help="the model card's licence field, e.g. apache-2.0")
     add("--measured", type=Path, metavar="FILE", help="what `evaluate --json` wrote, for the model card")
+    add(
+        "--push-to-hub",
+        metavar="NAME",
+        help="upload it to Hugging Face, too: USER/MODEL, private (after `hf auth login`)",
+    )
+    add("--public", action="store_true", help="with --push-to-hub: for everybody to see")
     o = parser.read()
+    if o.public and not o.push_to_hub:
+        raise ValueError("--public goes with --push-to-hub NAME")
     import torch
 
-    from peagle_train.serving.export import export_drafter
+    from peagle_train.serving.export import export_drafter, push_to_hub
 
     done = export_drafter(
         o.folder,
@@ -341,6 +349,8 @@ def _export(parser: Parser) -> None:
     warnings = [f"{f.what}: {f.detail}" for f in done.findings if f.level == "warn"]
     _print_notes(done.notes + warnings)
     print(f"exported to {done.folder}; how to serve it is in its README.md")
+    if o.push_to_hub:
+        print(f"uploaded to {push_to_hub(done.folder, o.push_to_hub, o.public)}")
 
 
 def _check(parser: Parser) -> int:

@@ -2,7 +2,13 @@
 
 import json
 import os
+import subprocess
+import sys
+import threading
+from base64 import b64decode
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,7 +18,7 @@ from safetensors.torch import load_file
 from peagle_train.__main__ import main as train_main
 from peagle_train.serving.drafter_io import load_drafter
 from peagle_train.serving.export import export_drafter
-from tests.helpers import command, make_draft
+from tests.helpers import ENVIRONMENT, command, make_draft
 from tests.tiny import VOCAB, make_target, write_recipe, write_rows
 
 
@@ -184,3 +190,79 @@ def test_the_command_exports_checks_and_says_why_not(
     assert command("check", tmp_path / "gone") == 2 and "is not a folder" in capsys.readouterr().err
     (tmp_path / "out" / "model.safetensors").write_bytes(b"1234567890")
     assert command("check", out) == 2 and "NOT loadable" in capsys.readouterr().out
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What the hub answers to an upload, in memory."""
+
+    exists: ClassVar[bool] = False
+    private: ClassVar[bool] = True
+    files: ClassVar[dict[str, bytes]] = {}
+
+    def do_GET(self) -> None:
+        self.answer({"id": "me/drafter", "private": Hub.private, "siblings": []})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        host = f"http://{self.headers['Host']}"
+        if self.path == "/api/repos/create":
+            asked = json.loads(body)  # older clients say private, newer ones visibility
+            if not Hub.exists:
+                Hub.private = asked.get("private", asked.get("visibility") == "private")
+            self.answer({"url": f"{host}/me/drafter"}, 409 if Hub.exists else 200)
+            Hub.exists = True
+        elif self.path.endswith("/preupload/main"):
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+            ]
+            self.answer({"files": files})
+        elif self.path.endswith("/commit/main"):
+            lines = [json.loads(line) for line in body.splitlines()]
+            contents = [line["value"] for line in lines if line["key"] == "file"]
+            Hub.files = {value["path"]: b64decode(value["content"]) for value in contents}
+            commit = {"commitUrl": f"{host}/me/drafter/commit/1", "commitOid": "1", "pullRequestUrl": None}
+            self.answer(commit)
+        else:
+            self.answer({"errors": [], "warnings": []})  # of the card
+
+    def answer(self, content: dict[str, Any], status: int = 200) -> None:
+        text = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_an_export_is_uploaded_privately_unless_public_is_given(tmp_path: Path, run: Path) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    hub = {
+        "HF_ENDPOINT": endpoint,
+        "HF_TOKEN": "hf_x",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "*",
+    }
+
+    def push(out: str, *more: str) -> subprocess.CompletedProcess[str]:
+        words = ["export", str(run), "--out", str(tmp_path / out), "--push-to-hub", "me/drafter", *more]
+        code = [sys.executable, "-m", "peagle_train", *words]
+        return subprocess.run(code, env={**ENVIRONMENT, **hub}, cwd=tmp_path, capture_output=True, text=True)
+
+    first = push("one")
+    assert first.returncode == 0 and f"uploaded to {endpoint}/me/drafter" in first.stdout, first.stderr
+    assert Hub.private and Hub.files == {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
+    Hub.private, Hub.files = False, {}  # its owner made it public
+    second = push("two")
+    assert second.returncode == 2 and "--public" in second.stderr and len(second.stderr.splitlines()[-1:]) == 1
+    assert not Hub.files
+    assert push("three", "--public").returncode == 0 and len(Hub.files) == 5
+    server.shutdown()
+    server.server_close()
+    refused = push("four")  # nobody answers
+    assert refused.returncode == 2 and "not uploaded" in refused.stderr and (tmp_path / "four").is_dir()

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from torch import Tensor
 
 from peagle_train.config import parse_sources, read_yaml
 from peagle_train.core.draft_config import PEagleDraftConfig
-from peagle_train.files import write_folder
+from peagle_train.files import one_line, write_folder
 from peagle_train.serving.check import Finding, check_folder, is_loadable
 from peagle_train.serving.drafter_io import fill_drafter, read_config, read_drafter
 from peagle_train.serving.formats import EAGLE3, SPECULATORS, speculative_tokens_of, speculators_config, target_name_of
@@ -174,6 +174,22 @@ def check_new(path: Path) -> None:
     is_empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
     if os.path.lexists(path) and not is_empty:
         raise ValueError(f"--out {path} is there already and not an empty folder; give another")
+
+
+def push_to_hub(folder: Path, name: str, public: bool = False) -> str:
+    """Upload an exported folder to the hub as the model `name`, made if it does not exist; returns its address.
+
+    ValueError, one line: it is not uploaded, also where the model exists and is public without `public`.
+    """
+    api = HfApi()
+    try:
+        name = api.create_repo(name, private=not public, exist_ok=True).repo_id
+        if not public and not api.model_info(name).private:
+            raise ValueError("it exists and is public; give --public, or another name")
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="P-EAGLE drafter of peagle_train")
+    except Exception as error:  # the hub's client and its transport each raise types of their own
+        raise ValueError(f"{folder} is exported, but not uploaded to {name}: {one_line(error, 300)}") from error
+    return f"{api.endpoint}/{name}"
 
 
 def import_drafter(source: Path, out: Path) -> Export:
