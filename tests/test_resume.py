@@ -1,6 +1,7 @@
 """Runs that were stopped continue as if they had not been, bit for bit, or not at all, with a clear line."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -216,6 +217,27 @@ def test_changes_of_the_recipe_are_shown_and_those_that_would_make_it_another_ru
     run(recipe, "--resume", f"data.sources=[{moved}]", "data.num_workers=1", "train.keep_last=1", f"target.path={copy}")
     printed = capsys.readouterr().out
     assert "train.keep_last null -> 1: changes no number" in printed and "data.num_workers 0 -> 1" in printed
+    assert_same_run(tmp_path / "run", begun.whole)
+
+
+def test_a_checkpoint_of_before_a_setting_resumes_with_its_default_alone(
+    tmp_path: Path, begun: Begun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, folder = begun.copy(tmp_path), tmp_path / "run" / "checkpoint-5"
+    state, manifest = (json.loads((folder / name).read_text()) for name in ("state.json", "manifest.json"))
+    for key in ("train.depth_decay", "cod.max_anchors", "draft.window", "draft.layer_type", "draft.fc_norm"):
+        section, leaf = key.split(".")
+        del state["recipe"][section][leaf]
+    content = json.dumps(state).encode()
+    (folder / "state.json").write_bytes(content)
+    manifest["files"]["state.json"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    for changed in ("train.depth_decay=0.5", "cod.max_anchors=3", "draft.window=8", "draft.fc_norm=true"):
+        run(recipe, "--resume", changed, code=2)
+        assert changed.split("=")[0] in last_error(capsys)
+    run(recipe, "--resume", "draft.layer_type=qwen3", code=2)
+    assert "layer_type llama" in last_error(capsys)
+    run(recipe, "--resume", "draft.layer_type=llama")
     assert_same_run(tmp_path / "run", begun.whole)
 
 

@@ -22,7 +22,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, get_type_hints
 
 import accelerate
 import torch
@@ -243,9 +243,9 @@ EFFECTS = {
         "target.shard", "target.server",
     },
     "see the schedule below": {"train.epochs", "train.max_steps"},
-    # compare_state refuses it otherwise
+    # Trainer.restore refuses it otherwise
     "accepted, as what is made of it came out the same": {
-        "target.path", "draft.draft_vocab_size", "draft.vocab_from",
+        "target.path", "draft.draft_vocab_size", "draft.vocab_from", "draft.layer_type",
         *(f"data.{field.name}" for field in fields(Data) if field.name != "max_length"),
     },
 }  # fmt: skip
@@ -305,11 +305,12 @@ def open_resume(recipe: Recipe, given: str) -> Checkpoint | str:
 
 def compare_recipes(old: dict[str, Any], new: dict[str, Any], name: str) -> list[str]:
     """A line for every setting that differs; ValueError, naming all of them, for those that must not."""
-    lines, refused = [], []
+    lines, refused, sections = [], [], get_type_hints(Recipe)
     for section, values in new.items():
         for leaf, value in values.items():
             key = f"{section}.{leaf}"
-            before = old.get(section, {}).get(leaf, value)  # a setting that the checkpoint's version did not have
+            # A setting that the checkpoint's version did not have was, in effect, its default.
+            before = old.get(section, {}).get(leaf, getattr(sections[section], leaf, value))
             change = f"{key} {json.dumps(before)} -> {json.dumps(value)}"
             effect = next((effect for effect, keys in EFFECTS.items() if key in keys), None)
             if key == "cod.num_segments" and value == "auto":

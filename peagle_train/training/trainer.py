@@ -35,7 +35,9 @@ from peagle_train.distributed import from_all
 from peagle_train.ending import Signals, leave_to_parent
 from peagle_train.files import NonFiniteWeights, RunStopped, write_json, write_text
 from peagle_train.memory import memory_explained, probe_step
-from peagle_train.serving.drafter_io import check_finite, fill_drafter, save_drafter, save_tensors
+from peagle_train.serving.drafter_io import check_finite, fill_drafter, read_config, save_drafter, save_tensors
+from peagle_train.serving.formats import parse_config
+from peagle_train.serving.start import SHAPE
 from peagle_train.target_model.frozen import TargetBase, TargetLost
 from peagle_train.target_model.loading import target_fingerprint
 from peagle_train.training import checkpoint as checkpoints
@@ -430,12 +432,19 @@ class Trainer:
         """Make this new trainer the one that was saved. Changes no file; returns what the user should know.
 
         Raises:
-            ValueError: data, draft vocabulary, target or the size of a step are not the checkpoint's.
+            ValueError: data, draft vocabulary, target, the drafter's shape or the size of a step are not the checkpoint's.
         """
         state, folder = checkpoint.state, checkpoint.folder
         self.sampler.check_global_batch_size(state["must_match"]["sequences of a step"])
         rate = self.rate_after(state["step"])
         notes = checkpoints.compare_run(checkpoint, self._must_match(), self.num_steps, rate, self.world_size)
+        theirs, ours = parse_config(read_config(folder)), self.draft.config
+        for key in (*SHAPE, *"num_hidden_layers sliding_window rope_parameters rms_norm_eps ptd_token_id".split()):
+            if getattr(theirs, key) != getattr(ours, key):
+                raise ValueError(
+                    f"--resume: {folder.name}'s drafter has {key} {getattr(theirs, key)}, this run's {getattr(ours, key)}:"
+                    " give it in the recipe's draft section, or start a new run in another output.dir"
+                )
         weights, moments = (load_file(folder / name) for name in ("model.safetensors", "optimizer.state"))
         check_finite(weights, f"--resume: {folder}'s")
         distributed.load_full(self.draft, self.optimizer, weights, moments)
