@@ -71,7 +71,7 @@ def test_training_from_a_cache_gives_the_weights_of_training_without(
     tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_in(tmp_path, target, rows, train={"epochs": 1, "eval_steps": 2}, data={"num_workers": 2})
-    folder = cache(recipe, tmp_path / "cache")
+    folder = cache(recipe, tmp_path / "cache", "cod.num_segments=auto")
     online = train(recipe, tmp_path / "online")
     monkeypatch.setattr(FrozenTarget, "load", no_forward)
     cached = train(recipe, tmp_path / "cached", f"target.cache={folder}")

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -286,7 +287,8 @@ def _sequences(recipe: Recipe, target: TargetBase, device: torch.device, say: An
     mask_token_id = choose_mask_token(recipe.draft, recipe.data, tokenizer, target.vocab_size)
     data = load_training_data(recipe, tokenizer, target.vocab_size, mask_token_id, say)
     target.check_rows(data)
-    collator = make_collator(recipe, seed=0)
+    # Nothing of the draw is read: also while nobody knows how many segments `auto` will be.
+    collator = make_collator(replace(recipe, cod=replace(recipe.cod, num_segments=1)), seed=0)
     no_rows = target.head_rows(torch.zeros(0, dtype=torch.int64)).to(device)
 
     def compute(each: list[dict[str, Any]]) -> Iterator[tuple[Tensor, Tensor]]:
