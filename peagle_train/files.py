@@ -3,6 +3,7 @@
 Needs the standard library alone: the command line imports it first.
 """
 
+import errno
 import fcntl
 import hashlib
 import io
@@ -42,11 +43,13 @@ def one_line(what: object, most: int | None = None) -> str:
 
 
 def told(error: ValueError | OSError) -> str:
-    """The line about a user's mistake. An OSError that names no file is not one, and is raised again."""
+    """The line about a user's mistake or a full disk. Another OSError that names no file is neither: raised again."""
     if isinstance(error, ValueError):
         return one_line(error)
     if error.filename is None:
-        raise error
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise error
+        return f"a file could not be written: {error.strerror}"
     name = ascii(error.filename)
     return f"{error.strerror}: {name if len(name) <= 200 else name[:197] + '...'}"
 

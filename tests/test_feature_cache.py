@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shlex
 import shutil
 from collections.abc import Callable
@@ -65,6 +66,20 @@ def train(recipe: Path, run: Path, *overrides: str) -> dict[str, torch.Tensor]:
 
 def no_forward(*_: Any, **__: Any) -> Any:
     raise AssertionError("the target was loaded")
+
+
+@pytest.mark.parametrize("command", ["cache", "prepare"])
+def test_a_full_disk_is_one_line(
+    command: str, tmp_path: Path, target: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, (_, most) = recipe_in(tmp_path, target, rows), resource.getrlimit(resource.RLIMIT_FSIZE)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, most))
+    try:
+        assert main([command, str(recipe), "--out", str(tmp_path / "out")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert "File too large" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_training_from_a_cache_gives_the_weights_of_training_without(

@@ -6,6 +6,7 @@ V: the target's vocabulary, Vd: the draft vocabulary, T: the target's hidden siz
 """
 
 import copy
+import errno
 import json
 import logging
 import re
@@ -265,4 +266,4 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         save_file(plain, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from None
+        raise OSError(errno.EIO, one_line(error), str(path)) from None

@@ -31,7 +31,6 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
 
@@ -42,6 +41,7 @@ from peagle_train.data.training_data import load_training_data, make_collator
 from peagle_train.data.vocab import choose_mask_token, load_config, load_tokenizer
 from peagle_train.distributed import check_device, check_device_map, check_launch, from_all, wait_for_all
 from peagle_train.files import alone_in, one_line, partial_path, put, write_json
+from peagle_train.serving.drafter_io import save_tensors
 from peagle_train.target_model.frozen import FrozenTarget, TargetBase, pieces_of
 from peagle_train.target_model.loading import default_layer_ids, target_fingerprint
 from peagle_train.target_model.server import ServedTarget
@@ -393,5 +393,5 @@ def _tensors_of(shard: Shard, sequences: Any, compute: Compute, dtype: torch.dty
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    save_file(tensors, partial_path(path), metadata={"format": "pt"})
+    save_tensors(partial_path(path), tensors)
     put(partial_path(path), path)
