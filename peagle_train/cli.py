@@ -210,7 +210,7 @@ def _cache(parser: Parser) -> None:
     _add_recipe(parser)
     add = parser.add_argument
     add("--out", metavar="DIR", help="where to write; default: the recipe's target.cache")
-    add("--shard-mib", type=int, default=512, metavar="N", help="size of a file (default 512)")
+    add("--shard-mib", type=COUNT, default=512, metavar="N", help="size of a file (default 512)")
     add("--speculators", metavar="DIR", help="take hs_*.safetensors that speculators left here; the target is not run")
     o = parser.read()
     from peagle_train.config import load_recipe
@@ -282,7 +282,7 @@ def _regenerate(parser: Parser) -> None:
     add("--chat-template-kwargs", type=json.loads, default={}, metavar="JSON", help=kwargs_help)
     many_help = "conversations at a time of each server (default 128)"  # 1000 connections are openai's limit
     add("--concurrency", type=number(1, 1000), default=128, metavar="C", help=many_help)
-    add("--retries", type=int, default=10, help="of a request to a server, up to 8 s apart (default 10)")
+    add("--retries", type=number(0), default=10, help="of a request to a server, up to 8 s apart (default 10)")
     add("--batch-size", type=COUNT, default=8, metavar="B", help="with --target: conversations at a time (default 8)")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16", "float64"])
     add("--trust-remote-code", action="store_true", help="run Python code that comes with the target")
