@@ -201,6 +201,8 @@ class Trainer:
         )
         first, last = train.profile_steps if train.profile_steps and self.accelerator.is_main_process else (0, 0)
         profile: Any = None
+        if first and not self.step < first <= self.num_steps:
+            self.reporter.say(f"train.profile_steps: none of this run's steps, {self.step + 1} to {self.num_steps}")
         self.pace.restart()
         iterator, following, size = iter(loader), deque[Batch](), train.gradient_accumulation_steps
         self.following = following
