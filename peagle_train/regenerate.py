@@ -4,6 +4,7 @@ Each question is asked with the target's own answers before it. Examples are app
 gets OUT's name when every prompt has been asked. A run that was killed resumes there; its dropped prompts are asked again.
 """
 
+import fcntl
 import json
 import logging
 import os
@@ -460,6 +461,10 @@ def regenerate(prompts: PromptFile, out: Path, backend: Servers | Local) -> None
     write_json(report_path, {"settings": record})
     done, cut, dropped = set[str](), Counter[str](), Counter[str]()
     with partial.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+        except BlockingIOError:
+            raise ValueError(f"--out {out}: another process is writing it; wait, or give another file") from None
         for row in _resumed(file):
             done.add(row["id"])
             if (why := row["generated"]["cut"]) is not None:

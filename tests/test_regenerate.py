@@ -439,6 +439,20 @@ def test_what_was_answered_before_the_server_failed_is_kept_for_the_same_command
         assert main(command(server, prompts, Path(prompts))) == 2  # a file that no run made
 
 
+def test_a_second_run_into_the_same_file_is_refused_while_the_first_one_writes(tmp_path, capsys):
+    prompts, out, codes = write(tmp_path / "p.jsonl", *QUESTIONS), tmp_path / "out.jsonl", list[int]()
+
+    def meanwhile(body: dict[str, Any]) -> Reply:
+        server.respond = echo
+        codes.append(main(command(server, prompts, out)))
+        return echo(body)
+
+    with serving(meanwhile) as server:
+        assert main(command(server, prompts, out, "--concurrency", "1")) == 0
+    assert codes == [2] and "another process" in capsys.readouterr().err
+    assert len(out.read_text().splitlines()) == len(rows_of(out)) == len(server.requests) - 3 == 7
+
+
 @pytest.mark.parametrize("reply", [(400, b'{"message": "no template"}'), completion("", "length")])
 def test_a_run_without_one_usable_answer_is_an_error_and_another_command_may_follow(tmp_path, capsys, reply):
     prompts, out = write(tmp_path / "p.jsonl", *QUESTIONS), tmp_path / "out.jsonl"
