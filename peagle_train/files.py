@@ -50,7 +50,7 @@ def told(error: ValueError | OSError) -> str:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise error
         return f"a file could not be written: {error.strerror}"
-    name = ascii(error.filename)
+    name = ascii(error.filename2 or error.filename)  # of a rename, where to: its source is a partial file of ours
     return f"{error.strerror}: {name if len(name) <= 200 else name[:197] + '...'}"
 
 

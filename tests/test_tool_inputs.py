@@ -1,11 +1,13 @@
 """The tools' arguments: what cannot be is one line and exit code 2, before anything is measured."""
 
+import os
 import runpy
 import sys
+from pathlib import Path
 
 import pytest
 
-from peagle_train.files import told
+from peagle_train.files import told, write_text
 from tests.helpers import ROOT
 
 
@@ -38,3 +40,10 @@ def test_an_error_that_names_no_file_is_no_users_mistake() -> None:
     assert told(FileNotFoundError(2, "No such file or directory", "x\n")) == "No such file or directory: 'x\\n'"
     with pytest.raises(OSError):
         told(OSError(5, "Input/output error"))
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
+    os.mkdir(tmp_path / "page")
+    with pytest.raises(OSError) as error:
+        write_text(tmp_path / "page", "x")
+    assert "page'" in told(error.value) and "partial" not in told(error.value)
