@@ -64,6 +64,13 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",") if part.strip()]
 
 
+def json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError
+    return value
+
+
 def shipped_recipes() -> dict[str, Path]:
     """The recipes that come with the package, by name."""
     here = Path(__file__).parent
@@ -279,7 +286,7 @@ def _regenerate(parser: Parser) -> None:
     add("--last-turn", action="store_true", help="keep recorded answers, and answer the last question alone")
     add("--keep-truncated", action="store_true", help="keep answers that --max-tokens cut, as the last ones")
     kwargs_help = "a JSON object, as in '{\"enable_thinking\": false}'"
-    add("--chat-template-kwargs", type=json.loads, default={}, metavar="JSON", help=kwargs_help)
+    add("--chat-template-kwargs", type=json_object, default={}, metavar="JSON", help=kwargs_help)
     many_help = "conversations at a time of each server (default 128)"  # 1000 connections are openai's limit
     add("--concurrency", type=number(1, 1000), default=128, metavar="C", help=many_help)
     add("--retries", type=number(0), default=10, help="of a request to a server, up to 8 s apart (default 10)")
@@ -289,8 +296,8 @@ def _regenerate(parser: Parser) -> None:
     o = parser.read()
     from peagle_train.regenerate import Local, PromptFile, Servers, Settings, regenerate
 
-    if (o.base_url is None) == (o.target is None) or (o.base_url and not o.model):
-        raise ValueError("give --base-url and --model for a server, or --target for a local model")
+    if (o.base_url is None) == (o.target is None) or bool(o.base_url) != bool(o.model):
+        raise ValueError("give --base-url and --model for a server, or --target alone for a local model")
     settings = Settings(
         o.temperature, o.top_p, o.max_tokens, o.seed, o.last_turn, o.keep_truncated, o.chat_template_kwargs
     )

@@ -470,6 +470,7 @@ def test_a_run_without_one_usable_answer_is_an_error_and_another_command_may_fol
         (["--temperature", "nan"], "--temperature: got nan"),
         (["--limit", "0"], "--limit: got 0"),
         (["--chat-template-kwargs", "{"], "--chat-template-kwargs"),
+        (["--chat-template-kwargs", "[1]"], "--chat-template-kwargs"),
         (["--target", "dir"], "--target"),
         (["--max-tokens", "64"], "takes 64"),
         (["--model", ""], "--model"),
