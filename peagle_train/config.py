@@ -460,8 +460,14 @@ class Train:
     """Sequences per device and micro-batch."""
     gradient_accumulation_steps: Annotated[int, within(ge=1, le=4096)] = 1
     """Micro-batches per optimizer step."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of the layers and fc, AdamW for embeddings, head, norms and mask_hidden."""
     learning_rate: Annotated[float, within(gt=0, le=1)] = 1e-4
-    """The highest learning rate."""
+    """The highest learning rate, AdamW's."""
+    muon_learning_rate: Annotated[float, within(gt=0, le=1)] = 2e-3
+    """Muon's highest learning rate; it rises and falls as AdamW's does."""
+    muon_weight_decay: Annotated[float, within(ge=0, le=1)] = 0.1
+    """Muon's weight decay."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate falls after the warm-up."""
     warmup_ratio: Share = 0.0025

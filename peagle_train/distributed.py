@@ -234,18 +234,18 @@ def full_weights(model: nn.Module) -> dict[str, Tensor]:
     return get_model_state_dict(model, options=WHOLE)  # type: ignore[return-value]
 
 
-def full_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as KIND.PARAMETER (exp_avg.fc.weight, ...), like `full_weights`; {} before a step."""
-    if not optimizer.state:  # torch would make a step in order to have one
+def full_moments(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """The optimizers' states as KIND.PARAMETER (exp_avg.fc.weight, ...), like `full_weights`; {} before a step."""
+    if not optimizers[0].state:  # torch would make a step in order to have one
         return {}
-    states: Any = get_optimizer_state_dict(model, optimizer, options=WHOLE).get("state", {})
+    states: Any = get_optimizer_state_dict(model, optimizers, options=WHOLE).get("state", {})
     return {f"{kind}.{name}": value for name, state in states.items() for kind, value in state.items()}
 
 
 def load_full(
-    model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Tensor], moments: dict[str, Tensor]
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], weights: dict[str, Tensor], moments: dict[str, Tensor]
 ) -> None:
-    """Put all of what `full_weights` and `full_moments` gave into model and optimizer, sharded or not."""
+    """Put all of what `full_weights` and `full_moments` gave into model and optimizers, sharded or not."""
     options = StateDictOptions(full_state_dict=True)
     if moments:
         states: dict[str, Any] = {}
@@ -253,6 +253,6 @@ def load_full(
             kind, _, name = key.partition(".")
             states.setdefault(name, {})[kind] = value.clone()
         # torch makes a step at rate 0 here, to have a state that it can fill; the weights come after it
-        groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
-        set_optimizer_state_dict(model, optimizer, {"state": states, "param_groups": groups}, options=options)
+        groups = get_optimizer_state_dict(model, optimizers)["param_groups"]
+        set_optimizer_state_dict(model, optimizers, {"state": states, "param_groups": groups}, options=options)
     set_model_state_dict(model, dict(weights), options=options)

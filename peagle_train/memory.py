@@ -258,6 +258,7 @@ def plan_memory(s: Sizes, num_segments: int, all_supervised: bool = False) -> Me
     if ranks > 1:
         root = s.parameters - s.all_layers
         gathered = (root + s.layer_weights(0) + (s.layer_weights(1) if layers > 1 else 0)) * m
+    by_muon = s.all_layers + s.fc_weights if train.optimizer == "muon" else 0  # one momentum in place of two
     columns = B * L * s.kv_size * 2 * layers
     outputs = B * L * (F + T) * t
     resident = {
@@ -266,7 +267,7 @@ def plan_memory(s: Sizes, num_segments: int, all_supervised: bool = False) -> Me
         "drafter weights": s.parameters * m // ranks + gathered + 8 * V + s.draft.vocab_size,
         # Sharded ones stay whole until the step's last pass reduces them.
         "gradients": s.trained * m // (1 if again else ranks),
-        "optimizer": 2 * s.trained * m // ranks,
+        "optimizer": (2 * s.trained - by_muon) * m // ranks,
         "keys, values": columns * c if relay else 0,
         "their gradients": B * most_context(s) * s.kv_size * 2 * layers * m if relay else 0,
         ("CUDA context" if s.on_cuda else "libraries"): CUDA_CONTEXT if s.on_cuda else CPU_EXTRA,
@@ -565,7 +566,7 @@ def probe_step(
     target: TargetBase,
     draft: PEagleDraft,
     collator: CODCollator,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     accumulate: Callable[[list[dict[str, Tensor]]], object],
 ) -> str:
     """Run one full-length step on every rank and undo it: if it fits here, the whole run fits.
@@ -597,15 +598,22 @@ def probe_step(
         position = torch.cat([torch.arange(L - L // 2), torch.arange(L // 2)])
         packed = {"input_ids": ids.expand(B, -1), "position_ids": position.expand(B, -1).contiguous()}
         target.outputs(packed, draft.lm_head.weight)
-    # AdamW's state is there in every step but the first; in a resumed run, it is there already.
-    states = [torch.zeros_like(p) for p in trained if not optimizer.state.get(p) for _ in range(2)]
+    # The optimizers' states, AdamW's two and Muon's one, are there in every step but the first; in a resumed run, already.
+    states = [
+        torch.zeros_like(parameter)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if not optimizer.state.get(parameter)
+        for _ in range(1 + isinstance(optimizer, torch.optim.AdamW))
+    ]
     batch = collator([row] * B)
     try:
         accumulate([batch] * min(2, recipe.train.gradient_accumulation_steps))
         clip_gradients(trained, math.inf)
     finally:
         del states, batch
-        optimizer.zero_grad(set_to_none=True)
+        draft.zero_grad()
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         # What lies outside of the allocator (CUDA's context, other processes), and the most that it ever held.

@@ -26,7 +26,7 @@ from peagle_train.distributed import (
 )
 from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.training.evaluate import mass_outside
-from peagle_train.training.step import make_optimizer
+from peagle_train.training.step import make_optimizers
 from tests.fsdp_run import make_draft
 from tests.ranks_run import make_trainer
 
@@ -81,38 +81,42 @@ def like(full: Tensor, parameter: Any) -> Tensor:
     return distribute_tensor(full, parameter.device_mesh, parameter.placements)
 
 
-def stepped(sharded: bool, steps: range, state: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None) -> Any:
+def stepped(
+    name: Any, sharded: bool, steps: range, state: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
+) -> Any:
     draft = make_draft()
     draft.lm_head.weight.requires_grad_(False)
     if sharded:
         shard(draft, draft.layers, CPU)
-    optimizer = make_optimizer(draft, Train(weight_decay=0.1, learning_rate=0.1))
-    assert full_moments(draft, optimizer) == {}
+    rates = {"learning_rate": 0.1, "muon_learning_rate": 0.1}
+    optimizers = make_optimizers(draft, Train(optimizer=name, weight_decay=0.1, **rates))
+    assert full_moments(draft, optimizers) == {}
     if state is not None:
-        load_full(draft, optimizer, *state)
+        load_full(draft, optimizers, *state)
     for step in steps:
         gradients_of(draft, step)
         norm = clip_gradients([p for p in draft.parameters() if p.requires_grad], 1.0)
         assert norm > 10 and type(norm) is Tensor
-        optimizer.step()
-    return draft, optimizer
+        for optimizer in optimizers:
+            optimizer.step()
+    return draft, optimizers
 
 
-def check_state(rank: int) -> None:
-    plain = stepped(False, range(5))
+def check_state(rank: int, name: str, tolerance: float) -> None:
+    plain = stepped(name, False, range(5))
     expected = full_weights(plain[0]), full_moments(*plain)
     assert (len(expected[1]) > 20) == (rank == 0)
     for first in (False, True):
         for second in (False, True):
-            draft, optimizer = stepped(first, range(2))
-            saved = full_weights(draft), full_moments(draft, optimizer)
+            draft, optimizers = stepped(name, first, range(2))
+            saved = full_weights(draft), full_moments(draft, optimizers)
             assert bool(saved[0]) == bool(saved[1]) == (rank == 0)
-            draft, optimizer = stepped(second, range(2, 5), from_all(saved)[0])
-            again = full_weights(draft), full_moments(draft, optimizer)
+            draft, optimizers = stepped(name, second, range(2, 5), from_all(saved)[0])
+            again = full_weights(draft), full_moments(draft, optimizers)
             for ours, theirs in zip(again, expected, strict=True):
                 assert set(theirs) == set(ours)
-                for name, value in theirs.items():
-                    assert torch.allclose(ours[name], value, rtol=0, atol=1e-13), (first, second, name)
+                for key, value in theirs.items():
+                    assert torch.allclose(ours[key], value, rtol=0, atol=tolerance), (first, second, key)
 
 
 class Operations(TorchDispatchMode):
@@ -162,5 +166,6 @@ def run(recipe_path: str, *target_folders: str) -> None:
     for folder, chunk_tokens in zip(target_folders, (None, 3), strict=True):
         check_target(folder, rank, chunk_tokens)
     check_agreement(rank, Path(recipe_path).parent)
-    check_state(rank)
+    check_state(rank, "adamw", 1e-13)
+    check_state(rank, "muon", 0.01)  # it orthogonalises in bfloat16
     wait_for_all()

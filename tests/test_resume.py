@@ -21,7 +21,7 @@ from peagle_train.__main__ import main
 from peagle_train.config import load_recipe
 from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.training.evaluate import Evaluator
-from peagle_train.training.step import make_optimizer
+from peagle_train.training.step import make_optimizers
 from peagle_train.training.trainer import Trainer
 from tests.runs import (
     EVALUATED,
@@ -40,10 +40,11 @@ from tests.runs import (
 from tests.tiny import write_rows
 
 
+@pytest.mark.parametrize("more", [{"schedule": "cosine"}, {"optimizer": "muon"}], ids=["adamw", "muon"])
 def test_a_run_that_was_stopped_is_the_run_that_was_not(
-    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+    more: dict[str, Any], tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train = {"max_steps": 5, "eval_steps": 2, "save_steps": 4, "gradient_accumulation_steps": 2, "schedule": "cosine"}
+    train = {"max_steps": 5, "eval_steps": 2, "save_steps": 4, "gradient_accumulation_steps": 2, **more}
     sections: dict[str, Any] = {"train": {**train, "batch_size": 2}, "data": {**EVALUATED, "num_workers": 2}}
     whole, parts = tmp_path / "whole" / "run", tmp_path / "parts" / "run"
     run(tiny(tmp_path / "whole", **sections))
@@ -359,4 +360,5 @@ def test_sigusr1_saves_and_the_run_continues_and_clocks_that_jump_change_nothing
 
 def test_the_optimizer_makes_nothing_beside_its_state_as_the_plan_of_memory_takes_it(tmp_path: Path) -> None:
     train = load_recipe(str(recipe_for(tmp_path, tmp_path, tmp_path / "rows.jsonl"))).train
-    assert make_optimizer(torch.nn.Linear(3, 2), train).defaults["fused"] is True
+    (adamw,) = make_optimizers(torch.nn.Linear(3, 2), train)
+    assert adamw.defaults["fused"] is True

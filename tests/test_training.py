@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import PartialState
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from peagle_train.__main__ import main
@@ -135,6 +136,25 @@ def test_a_rate_warms_up_and_then_falls_to_0_or_stays(train: Train) -> None:
     assert rates("constant") == [0.0, 0.5] + [1.0] * 6
     assert rates("linear") == pytest.approx([0.0, 0.5, *sixths])
     assert rates("cosine") == pytest.approx([0.0, 0.5, 1.0, 0.933013, 0.75, 0.5, 0.25, 0.066987], abs=1e-6)
+
+
+def test_muon_moves_the_matrices_of_layers_and_fc_by_ones_of_norm_1_and_adamw_the_rest(train: Train) -> None:
+    settings = {"optimizer": "muon", "muon_learning_rate": 0.5, "muon_weight_decay": 0.25, "max_grad_norm": None}
+    settings |= {"schedule": "constant", "warmup_ratio": 0.0, "max_steps": 2, "save_steps": 1, "learning_rate": 1e-9}
+    output = train(draft={"train_lm_head": True}, train=settings)
+    moments = load_file(output / "checkpoint-1" / "optimizer.state")
+    before, after = drafter(output / "checkpoint-1"), drafter(output / "final")
+    for name, weight in before.items():
+        by_muon = name.endswith("proj.weight") or name == "fc.weight"
+        assert (f"momentum_buffer.{name}" in moments) == by_muon
+        assert (f"exp_avg.{name}" in moments) == (weight.is_floating_point() and not by_muon)
+        if by_muon:
+            rows, columns = weight.shape
+            moved = (after[name] - weight * (1 - 0.5 * 0.25)) / (0.5 * max(1, rows / columns) ** 0.5)
+            # However small the gradient; its largest singular value is a quarter or more of what Muon divides by.
+            assert 0.6 < torch.linalg.svdvals(moved).max() < 1.4, name
+        elif weight.is_floating_point():
+            assert torch.allclose(after[name], weight, rtol=0, atol=1e-8), name
 
 
 @pytest.mark.parametrize("name", ["train", "cache"])

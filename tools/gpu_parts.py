@@ -28,7 +28,7 @@ from peagle_train.distributed import clip_gradients, same_on_all_ranks, shard, s
 from peagle_train.machine import GIB, Device
 from peagle_train.memory import plan_memory, sizes_of
 from peagle_train.target_model.frozen import FrozenTarget
-from peagle_train.training.step import BatchRunner, make_optimizer
+from peagle_train.training.step import BatchRunner, make_optimizers
 
 DATASHEET = 989e12
 """Dense bfloat16 operations a second of an H100 or H200 (SXM): what MFU is a share of."""
@@ -149,7 +149,7 @@ class Stepper:
         if self.recipe.train.sharding == "fsdp2":
             shard(self.draft, self.draft.layers, check.device, bf16=True)
         self.trained = [p for p in self.draft.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(self.draft, self.recipe.train)
+        self.optimizers = make_optimizers(self.draft, self.recipe.train)
         self.runner = BatchRunner(self.recipe, accelerator, self.target, self.draft)  # type: ignore[arg-type]
 
     def batch(self, **options: Any) -> Any:
@@ -167,8 +167,9 @@ class Stepper:
 
     def update(self) -> None:
         clip_gradients(self.trained, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.draft.zero_grad()
 
     def step(self, *batches: Any) -> None:
         for batch in batches:

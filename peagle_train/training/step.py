@@ -163,20 +163,32 @@ def add_up(parts: list[StepStats], device: torch.device) -> StepStats:
     )
 
 
-def make_optimizer(draft: nn.Module, train: Train) -> torch.optim.AdamW:
-    """AdamW without weight decay on embeddings (decay shrinks rows that are never seen), norms and `mask_hidden`."""
+def make_optimizers(draft: nn.Module, train: Train) -> list[torch.optim.Optimizer]:
+    """AdamW without weight decay on embeddings (decay shrinks rows that are never seen), norms and `mask_hidden`; then, if
+    the recipe asks for it, Muon for the matrices of `layers` and `fc`. Muon's steps work on whole matrices: torch runs them
+    on sharded ones as DTensors, which gathers and sums what a rank lacks.
+    """
     groups: list[dict[str, Any]] = [
         {"params": [], "weight_decay": train.weight_decay},
         {"params": [], "weight_decay": 0.0},
     ]
+    matrices: list[nn.Parameter] = []
     for name, parameter in draft.named_parameters():
-        if parameter.requires_grad:
+        if not parameter.requires_grad:
+            continue
+        if train.optimizer == "muon" and parameter.dim() == 2 and name.startswith(("layers.", "fc.")):
+            matrices.append(parameter)
+        else:
             no_decay = parameter.dim() < 2 or name.endswith(("embed_tokens.weight", "mask_hidden"))
             groups[no_decay]["params"].append(parameter)
-    return torch.optim.AdamW(
+    adamw = torch.optim.AdamW(
         [g for g in groups if g["params"]],
         lr=train.learning_rate,
         betas=(train.adam_beta1, train.adam_beta2),
         eps=train.adam_epsilon,
         fused=True,  # one pass over weights and moments, and no tensor beside them: a fifth of the time on a CPU
     )
+    if train.optimizer == "adamw":
+        return [adamw]
+    muon = torch.optim.Muon(matrices, lr=train.muon_learning_rate, weight_decay=train.muon_weight_decay)
+    return [adamw, muon]

@@ -45,7 +45,7 @@ from peagle_train.training import metrics
 from peagle_train.training.checkpoint import MARKER, Checkpoint, last_checkpoint
 from peagle_train.training.evaluate import Evaluator
 from peagle_train.training.metrics import Pace, Reporter
-from peagle_train.training.step import Batch, BatchRunner, Gradients, StepResult, add_up, make_optimizer
+from peagle_train.training.step import Batch, BatchRunner, Gradients, StepResult, add_up, make_optimizers
 
 
 class Trainer:
@@ -82,7 +82,7 @@ class Trainer:
         else:
             distributed.same_on_all_ranks(draft.to(self.device), self.device)
         self.trained = [p for p in draft.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(draft, train)
+        self.optimizers = make_optimizers(draft, train)
         self.runner = BatchRunner(recipe, accelerator, target, draft)
         self.evaluator = Evaluator(self.runner, data.eval_rows)
         self.collator = make_collator(recipe, train.seed, self.device)
@@ -118,7 +118,7 @@ class Trainer:
             with memory_explained(self.recipe, self._where), self.signals:
                 probe = self.recipe.train.probe
                 if probe is True or (probe == "auto" and self.device.type == "cuda"):
-                    parts = self.recipe, self.target, self.draft, self.collator, self.optimizer
+                    parts = self.recipe, self.target, self.draft, self.collator, self.optimizers
                     self.reporter.say(probe_step(*parts, accumulate=self.accumulate))
                 return self._run(steps)
         finally:
@@ -144,7 +144,7 @@ class Trainer:
             except TargetLost as lost:
                 if self.world_size > 1:  # the others are in the middle of their step
                     raise RunStopped(f"{lost}; {last_checkpoint(self.folder)}") from None
-                self.optimizer.zero_grad(set_to_none=True)
+                self.draft.zero_grad()
                 raise RunStopped(f"{lost}; --resume continues from {self.save_checkpoint().name}") from None
             agreed = result.stop
             if not result.applied:
@@ -258,13 +258,14 @@ class Trainer:
         # The step's one wait for the device: a non-finite step must not reach the weights.
         is_finite = torch.isfinite(norm) & torch.isfinite(gradients.stats.loss)
         applied, save, stop = map(bool, torch.cat([is_finite.long()[None], gradients.asked]).tolist())
-        rate = self.rate_after(self.step)
+        rate, train = self.rate_after(self.step), self.recipe.train
         with record_function("peagle::optimizer"):
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            if applied:
-                self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            for i, optimizer in enumerate(self.optimizers):
+                for group in optimizer.param_groups:
+                    group["lr"] = rate if i == 0 else rate / train.learning_rate * train.muon_learning_rate
+                if applied:
+                    optimizer.step()
+            self.draft.zero_grad()
         self.step += 1
         self.bad_in_a_row = 0 if applied else self.bad_in_a_row + 1
         if applied:
@@ -390,7 +391,7 @@ class Trainer:
         path = self.folder / f"checkpoint-{self.step}"
         if self.saved_step == self.step:
             return path
-        weights, moments = distributed.full_weights(self.draft), distributed.full_moments(self.draft, self.optimizer)
+        weights, moments = distributed.full_weights(self.draft), distributed.full_moments(self.draft, self.optimizers)
         state = {
             "step": self.step,
             "num_steps": self.num_steps,
@@ -449,7 +450,7 @@ class Trainer:
                 )
         weights, moments = (load_file(folder / name) for name in ("model.safetensors", "optimizer.state"))
         check_finite(weights, f"--resume: {folder}'s")
-        distributed.load_full(self.draft, self.optimizer, weights, moments)
+        distributed.load_full(self.draft, self.optimizers, weights, moments)
         self.step = self.saved_step = self.sampler.start_step = state["step"]
         self.bad_in_a_row = state["bad_steps_in_a_row"]
         self.before, self.best, self.seconds_before = state["before"], state["best"], state["train_seconds"]
