@@ -468,8 +468,10 @@ class Train:
     """Muon's highest learning rate; it rises and falls as AdamW's does."""
     muon_weight_decay: Annotated[float, within(ge=0, le=1)] = 0.1
     """Muon's weight decay."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """How the learning rate falls after the warm-up."""
+    schedule: Literal["linear", "cosine", "constant", "constant_with_decay"] = "linear"
+    """How the learning rate falls after the warm-up; constant_with_decay: linearly to 0 at the end of the run only."""
+    decay_ratio: Annotated[float, within(gt=0, le=1)] = 0.2
+    """Share of the steps in which constant_with_decay falls."""
     warmup_ratio: Share = 0.0025
     """Share of the steps in which the learning rate rises."""
     weight_decay: Annotated[float, within(ge=0, le=1)] = 0.0

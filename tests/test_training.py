@@ -126,15 +126,16 @@ def test_a_drafter_of_another_width_trains_its_own_head(train: Train) -> None:
 
 
 def test_a_rate_warms_up_and_then_falls_to_0_or_stays(train: Train) -> None:
-    def rates(schedule: str) -> list[float]:
-        settings = {"max_steps": 8, "warmup_ratio": 0.25, "learning_rate": 1.0, "max_grad_norm": 1e-9}
-        return [
-            line["learning_rate"] for line in lines(train(schedule, train={**settings, "schedule": schedule}), "train")
-        ]
+    def rates(schedule: str, **more: float) -> list[float]:
+        settings = {"max_steps": 8, "warmup_ratio": 0.25, "learning_rate": 1.0, "max_grad_norm": 1e-9, **more}
+        output = train(f"{schedule} {more}", train={**settings, "schedule": schedule})
+        return [line["learning_rate"] for line in lines(output, "train")]
 
     sixths = [1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
     assert rates("constant") == [0.0, 0.5] + [1.0] * 6
     assert rates("linear") == pytest.approx([0.0, 0.5, *sixths])
+    assert rates("constant_with_decay", decay_ratio=0.5) == pytest.approx([0.0, 0.5, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25])
+    assert rates("constant_with_decay", decay_ratio=1.0) == pytest.approx([0.0, 0.5, *sixths])
     assert rates("cosine") == pytest.approx([0.0, 0.5, 1.0, 0.933013, 0.75, 0.5, 0.25, 0.066987], abs=1e-6)
 
 

@@ -274,15 +274,16 @@ class Trainer:
         return StepResult(gradients, norm, rate, applied, save, stop)
 
     def rate_after(self, step: int) -> float:
-        """The learning rate of the step after `step`: a warm-up, then linear or cosine to 0 at the end, or constant."""
+        """The learning rate of the step after `step`: a warm-up, then `train.schedule`, to 0 at the end or constant."""
         train, warmup = self.recipe.train, round(self.recipe.train.warmup_ratio * self.num_steps)
         if step < warmup:
             return train.learning_rate * (step / warmup)
         if train.schedule == "constant":
             return train.learning_rate
         steps = max(1, self.num_steps - warmup)
-        if train.schedule == "linear":
-            return train.learning_rate * max(0.0, (self.num_steps - step) / steps)
+        if train.schedule != "cosine":
+            falls = steps if train.schedule == "linear" else min(steps, train.decay_ratio * self.num_steps)
+            return train.learning_rate * min(1.0, max(0.0, (self.num_steps - step) / falls))
         return train.learning_rate * 0.5 * (1.0 + math.cos(math.pi * ((step - warmup) / steps)))
 
     def _skip(self, batches: list[Batch], result: StepResult) -> None:
