@@ -472,6 +472,9 @@ class Train:
     """How the learning rate falls after the warm-up; constant_with_decay: linearly to 0 at the end of the run only."""
     decay_ratio: Annotated[float, within(gt=0, le=1)] = 0.2
     """Share of the steps in which constant_with_decay falls."""
+    average: Share = 0.0
+    """Share of the steps, the last ones, whose weights' mean is the final drafter; the last step's weights are evaluated
+    beside it. 0: no mean, the final drafter is the last step's."""
     warmup_ratio: Share = 0.0025
     """Share of the steps in which the learning rate rises."""
     weight_decay: Annotated[float, within(ge=0, le=1)] = 0.0

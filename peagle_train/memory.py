@@ -267,7 +267,7 @@ def plan_memory(s: Sizes, num_segments: int, all_supervised: bool = False) -> Me
         "drafter weights": s.parameters * m // ranks + gathered + 8 * V + s.draft.vocab_size,
         # Sharded ones stay whole until the step's last pass reduces them.
         "gradients": s.trained * m // (1 if again else ranks),
-        "optimizer": (2 * s.trained - by_muon) * m // ranks,
+        "optimizer": ((2 + (train.average > 0)) * s.trained - by_muon) * m // ranks,
         "keys, values": columns * c if relay else 0,
         "their gradients": B * most_context(s) * s.kv_size * 2 * layers * m if relay else 0,
         ("CUDA context" if s.on_cuda else "libraries"): CUDA_CONTEXT if s.on_cuda else CPU_EXTRA,
@@ -598,14 +598,14 @@ def probe_step(
         position = torch.cat([torch.arange(L - L // 2), torch.arange(L // 2)])
         packed = {"input_ids": ids.expand(B, -1), "position_ids": position.expand(B, -1).contiguous()}
         target.outputs(packed, draft.lm_head.weight)
-    # The optimizers' states, AdamW's two and Muon's one, are there in every step but the first; in a resumed run, already.
+    # States, AdamW's two, Muon's one and the average, are there in all later steps; in a resumed run, already.
     states = [
         torch.zeros_like(parameter)
         for optimizer in optimizers
         for group in optimizer.param_groups
         for parameter in group["params"]
         if not optimizer.state.get(parameter)
-        for _ in range(1 + isinstance(optimizer, torch.optim.AdamW))
+        for _ in range(1 + isinstance(optimizer, torch.optim.AdamW) + (recipe.train.average > 0))
     ]
     batch = collator([row] * B)
     try:

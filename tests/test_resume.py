@@ -40,7 +40,7 @@ from tests.runs import (
 from tests.tiny import write_rows
 
 
-@pytest.mark.parametrize("more", [{"schedule": "cosine"}, {"optimizer": "muon"}], ids=["adamw", "muon"])
+@pytest.mark.parametrize("more", [{"schedule": "cosine"}, {"optimizer": "muon", "average": 0.6}], ids=["adamw", "muon"])
 def test_a_run_that_was_stopped_is_the_run_that_was_not(
     more: dict[str, Any], tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:

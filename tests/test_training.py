@@ -158,6 +158,20 @@ def test_muon_moves_the_matrices_of_layers_and_fc_by_ones_of_norm_1_and_adamw_th
             assert torch.allclose(after[name], weight, rtol=0, atol=1e-8), name
 
 
+def test_the_final_drafter_is_the_mean_of_the_last_steps_weights_and_both_are_evaluated(train: Train) -> None:
+    settings = {"max_steps": 7, "save_steps": 1, "average": 0.43, "weight_decay": 0.1}
+    data = {"eval_fraction": 0.3}
+    plain, averaged = train("plain", data=data, train={**settings, "average": 0.0}), train(data=data, train=settings)
+    steps = [drafter(folder) for folder in (plain / "checkpoint-5", plain / "checkpoint-6", plain / "final")]
+    for name, weight in drafter(averaged / "final").items():
+        mean = sum(step[name].double() for step in steps) / 3
+        assert torch.allclose(weight.double(), mean, rtol=0, atol=1e-14), name
+    losses, theirs = ([line["loss"] for line in lines(output, "eval")] for output in (averaged, plain))
+    assert len(losses) == 3 and losses[:2] == theirs and losses[2] != theirs[1]
+    summary = json.loads((averaged / "run.json").read_text())
+    assert [summary[part]["loss"] for part in ("before", "last_step", "after")] == losses
+
+
 @pytest.mark.parametrize("name", ["train", "cache"])
 def test_a_device_that_is_neither_a_cpu_nor_a_gpu_is_refused_before_anything_is_loaded(
     name: str, tmp_path: Path, tiny_rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -3,7 +3,8 @@
     run.json                             whose folder this is, and how far the run came
     checkpoint-<step>/
         config.json, model.safetensors   the drafter as vLLM loads it, in the dtype it is trained in
-        optimizer.state                  AdamW's exp_avg, exp_avg_sq and step, Muon's momentum_buffer, as KIND.PARAMETER
+        optimizer.state                  AdamW's exp_avg, exp_avg_sq and step, Muon's momentum_buffer and
+                                         train.average's average, as KIND.PARAMETER
         state.json                       step, position in the data, best, fingerprints, versions, recipe
         recipe.yaml                      the resolved recipe, for people
         manifest.json                    size and sha256 of all of the above
@@ -116,6 +117,8 @@ def describe_summary(summary: dict[str, Any], folder: Path) -> str:
             f"\nheld-out expected accepted length: {before['expected_accepted_length']:.3f} before,"
             f" {after['expected_accepted_length']:.3f} after training (loss {before['loss']:.3f} -> {after['loss']:.3f})"
         )
+    if last := summary.get("last_step"):
+        text += f"\nthis is a mean of weights (train.average); the last step's: {last['expected_accepted_length']:.3f}"
     if best and best["folder"] == "best":
         length = best["expected_accepted_length"]
         text += f"\nthe best was at step {best['step']} ({length:.3f}): {folder / 'best'}"

@@ -96,7 +96,7 @@ class Trainer:
         self.following: deque[Batch] = deque()
         """Micro-batches after those of this step: at least the next one's, more where the target wants to know of them."""
         # What a checkpoint saves beside weights and moments, and `restore` puts back:
-        self.step, self.saved_step, self.bad_in_a_row = 0, -1, 0
+        self.step, self.saved_step, self.bad_in_a_row, self.averaged = 0, -1, 0, 0
         self.before: dict[str, Any] | None = None
         self.best: dict[str, Any] | None = None
         self.resumed: Checkpoint | None = None
@@ -155,9 +155,14 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         seconds = self.seconds()
-        after = self.evaluate("held-out after training")
-        self._save_drafter(self.folder / "final")
         summary = {"state": "finished", "drafter": "final", "steps": self.step, "train_seconds": seconds}
+        title = "held-out after training"
+        if self.recipe.train.average and self.averaged:
+            summary["last_step"] = self.evaluate(f"{title}, the last step's weights", is_offered=False)
+            title += f", the mean of {self.averaged} steps' weights"
+            self._average(torch.Tensor.copy_)
+        after = self.evaluate(title)
+        self._save_drafter(self.folder / "final")
         return self._write_marker({**summary, "before": self.before, "after": after, "best": self.best})
 
     def _write_marker(self, summary: dict[str, Any]) -> dict[str, Any]:
@@ -266,12 +271,26 @@ class Trainer:
                 if applied:
                     optimizer.step()
             self.draft.zero_grad()
+            if self.step < self.num_steps - round(train.average * self.num_steps):
+                self.averaged = 0  # perhaps not yet: a run that was to be shorter may have begun
+            elif applied and train.average:
+                self.averaged += 1
+                self._average(lambda weight, mean: mean.lerp_(weight, 1 / self.averaged))
         self.step += 1
         self.bad_in_a_row = 0 if applied else self.bad_in_a_row + 1
         if applied:
             self.recent.append(torch.stack([gradients.stats.hits, gradients.stats.totals]))
         self.pace.step(batches)
         return StepResult(gradients, norm, rate, applied, save, stop)
+
+    @torch.no_grad()
+    def _average(self, function: Callable[[Tensor, Tensor], object]) -> None:
+        """Call a function of each trained weight and its mean, which lies beside the optimizers' moments."""
+        for optimizer in self.optimizers:
+            for weight, state in optimizer.state.items():
+                if "average" not in state:
+                    state["average"] = torch.zeros_like(weight)
+                function(weight, state["average"])
 
     def rate_after(self, step: int) -> float:
         """The learning rate of the step after `step`: a warm-up, then `train.schedule`, to 0 at the end or constant."""
@@ -362,14 +381,18 @@ class Trainer:
     def _record(self, kind: str, line: str, **values: Any) -> None:
         self.on_main("metrics.jsonl", lambda: self.reporter.record(kind, line, **values))
 
-    def evaluate(self, title: str) -> dict[str, Any] | None:
-        """Held-out loss, accuracies and expected accepted length over all ranks; None without held-out data."""
+    def evaluate(self, title: str, is_offered: bool = True) -> dict[str, Any] | None:
+        """Held-out loss, accuracies and expected accepted length over all ranks; None without held-out data.
+
+        Args:
+            is_offered: these weights are kept if they are the best so far.
+        """
         values = self.evaluator()
         if values is None:
             return None
         self._record("eval", metrics.eval_line(title, values), step=self.step, **values)
         length = values["expected_accepted_length"]
-        if self.best is None or length > self.best["expected_accepted_length"]:
+        if is_offered and (self.best is None or length > self.best["expected_accepted_length"]):
             last = self.step == self.num_steps
             folder = None if self.step == 0 else "final" if last else "best"
             self.best = {"step": self.step, "expected_accepted_length": length, "folder": folder}
@@ -398,6 +421,7 @@ class Trainer:
             "num_steps": self.num_steps,
             "learning_rates": [self.rate_after(self.step)],
             "bad_steps_in_a_row": self.bad_in_a_row,
+            "averaged": self.averaged,
             "train_seconds": self.seconds(),
             "before": self.before,
             "best": self.best,
@@ -453,7 +477,7 @@ class Trainer:
         check_finite(weights, f"--resume: {folder}'s")
         distributed.load_full(self.draft, self.optimizers, weights, moments)
         self.step = self.saved_step = self.sampler.start_step = state["step"]
-        self.bad_in_a_row = state["bad_steps_in_a_row"]
+        self.bad_in_a_row, self.averaged = state["bad_steps_in_a_row"], state.get("averaged", 0)
         self.before, self.best, self.seconds_before = state["before"], state["best"], state["train_seconds"]
         self.resumed = checkpoint
         return notes
