@@ -13,6 +13,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -562,7 +563,11 @@ def main(arguments: list[str] | None = None) -> int:
         print("usage: peagle-train COMMAND ... (each has --help)\n", file=out)
         for name, add in COMMANDS.items():
             print(f"  {name:12} {(add.__doc__ or '').splitlines()[0]}", file=out)
+        print("\nfirst: peagle-train plan quickstart target.path=FOLDER   (recipes: peagle-train recipes)", file=out)
         return 0 if given else 2
+    if given == ["--version"]:
+        print(f"peagle-train {version('peagle-train')}")
+        return 0
     first = given[0]
     name, *rest = given if first in COMMANDS else ("train", *given)
 

@@ -1,5 +1,6 @@
 """The commands: help at once, one line where they are stopped, and recipes that need no checkout."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,11 @@ assert not heavy, heavy
     for page in pages:
         name = page.split()[0]
         assert f"  {name} " in overview and "--help" in page and (name == "train" or f"peagle-train {name}" in page)
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"peagle-train \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
 
 
 def test_recipes_are_listed_and_one_that_is_printed_can_be_used(

@@ -289,7 +289,7 @@ def test_a_null_column_of_a_table_is_a_field_that_is_not_there(tmp_path: Path) -
 @pytest.mark.parametrize(
     "source, expected",
     [
-        ({"path": "a", "datasets": "b"}, "data.sources[0] has both path and datasets"),
+        ({"path": "a", "datasets": "b"}, "data.sources[0] has both of path and datasets"),
         ({"path": "a", "wieght": 2}, "data.sources[0].wieght is not a key; did you mean data.sources[0].weight?"),
         ({"path": "a", "weight": 0}, "data.sources[0].weight: got 0 (int); it should be greater than 0"),
         ({"datasets": "a", "format": "text"}, "data.sources[0].format is text, which is of files"),
