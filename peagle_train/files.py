@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -217,3 +217,15 @@ def alone_in(folder: Path, doing: str) -> Iterator[None]:
             with suppress(OSError):  # not empty, usually
                 folder.rmdir()
         os.close(handle)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
+    """Write a safetensors file; OSError where that fails."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file  # torch, which a command's --help does without
+
+    plain = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
+    try:
+        save_file(plain, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(errno.EIO, one_line(error), str(path)) from None

@@ -167,7 +167,7 @@ def test_every_key_that_others_names_lead_to_exists() -> None:
 
 
 def test_a_section_that_does_not_exist_lists_the_sections(write: Any) -> None:
-    line = message(write(MINIMAL + "optimizer: {name: muon}\n"))
+    line = message(write(MINIMAL + "tokenizer: {name: muon}\n"))
     assert all(section in line for section in get_type_hints(Recipe)) and "did you mean" not in line
 
 

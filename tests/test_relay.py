@@ -147,9 +147,9 @@ def test_any_rows_in_any_segments_give_what_the_flat_pass_gives(
     batch = make_batch(rows, 26, S, depths, boundaries=boundaries, down_sample_ratio=ratio)
     flat_batch = make_batch(rows, 26, 1, depths, down_sample_ratio=ratio)
     target = make_target(batch)
-    expected = outcome_of(recompute_step, draft, flat_batch, target, depths, scale=0.1)
+    expected = outcome_of(recompute_step, draft, flat_batch, target, scale=0.1)
     for step in (relay_step, recompute_step):
-        assert_same(outcome_of(step, draft, batch, target, depths, scale=0.1, chunk_rows=5), expected)
+        assert_same(outcome_of(step, draft, batch, target, scale=0.1, chunk_rows=5), expected)
 
 
 def prompt_first(boundaries: str = "uniform") -> dict[str, Tensor]:

@@ -67,7 +67,7 @@ def test_a_drafters_recipe_cannot_have_code_of_its_target_run(
         "evaluate stdlib": lambda: command("evaluate", drafter, "--prompts", "stdlib", "--limit", "1"),
         "export": lambda: command("export", drafter, "--out", tmp_path / "exported"),
         "check": lambda: command("check", drafter, "--target", target),
-        "import": lambda: command("import", drafter, "--out", tmp_path / "in", "--target", target),
+        "import": lambda: command("import", drafter, "--out", tmp_path / "in"),
         "report": lambda: command("report", tmp_path / "run", "--out", tmp_path / "report.html"),
         "summary": lambda: train(["--summary", str(tmp_path / "run")]),
         "resume": lambda: train([recipe, "--resume", str(tmp_path / "run" / "checkpoint-1")]),

@@ -6,15 +6,12 @@ python tools/bench_server.py RECIPE --server http://localhost:8000
 
 import argparse
 import statistics
+import sys
 import time
+from pathlib import Path
 
-import torch
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from peagle_train.config import load_recipe
-from peagle_train.data.training_data import load_training_data, make_collator
-from peagle_train.data.vocab import choose_mask_token, load_tokenizer
-from peagle_train.target_model.frozen import FrozenTarget, TargetBase
-from peagle_train.target_model.server import ServedTarget
 from tools.measure import format_table
 
 
@@ -26,6 +23,14 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=4, help="micro-batches of each turn (default 4)")
     parser.add_argument("--turns", type=int, default=3, help="default 3")
     options = parser.parse_args()
+    import torch
+
+    from peagle_train.config import load_recipe
+    from peagle_train.data.training_data import load_training_data, make_collator
+    from peagle_train.data.vocab import choose_mask_token, load_tokenizer
+    from peagle_train.target_model.frozen import FrozenTarget, TargetBase
+    from peagle_train.target_model.server import ServedTarget
+
     recipe = load_recipe(options.recipe, [*options.overrides, f"target.server={options.server}"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     served = ServedTarget(recipe.target, device, recipe.data.max_length)

@@ -6,7 +6,6 @@ V: the target's vocabulary, Vd: the draft vocabulary, T: the target's hidden siz
 """
 
 import copy
-import errno
 import json
 import logging
 import re
@@ -17,13 +16,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.data.vocab import t2d_mask
-from peagle_train.files import NonFiniteWeights, one_line, write_folder
+from peagle_train.files import NonFiniteWeights, one_line, save_tensors, write_folder
 from peagle_train.serving.formats import parse_config
 
 logger = logging.getLogger(__name__)
@@ -258,12 +257,3 @@ def fill_drafter(folder: Path, config: PEagleDraftConfig, state: Mapping[str, Te
     for name, text in {"config.json": config.to_json_string(), **extra}.items():
         (folder / name).write_text(text, encoding="utf-8")
     save_tensors(folder / "model.safetensors", state)
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file; OSError where that fails."""
-    plain = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
-    try:
-        save_file(plain, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(errno.EIO, one_line(error), str(path)) from None

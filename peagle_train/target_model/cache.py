@@ -40,8 +40,7 @@ from peagle_train.data.packing import TrainingData
 from peagle_train.data.training_data import load_training_data, make_collator
 from peagle_train.data.vocab import choose_mask_token, load_config, load_tokenizer
 from peagle_train.distributed import check_device, check_device_map, check_launch, from_all, wait_for_all
-from peagle_train.files import alone_in, one_line, partial_path, put, write_json
-from peagle_train.serving.drafter_io import save_tensors
+from peagle_train.files import alone_in, one_line, partial_path, put, save_tensors, write_json
 from peagle_train.target_model.frozen import FrozenTarget, TargetBase, pieces_of
 from peagle_train.target_model.loading import default_layer_ids, target_fingerprint
 from peagle_train.target_model.server import ServedTarget

@@ -33,9 +33,9 @@ from peagle_train.data.sampler import StepBatchSampler
 from peagle_train.data.training_data import make_collator
 from peagle_train.distributed import from_all
 from peagle_train.ending import Signals, leave_to_parent
-from peagle_train.files import NonFiniteWeights, RunStopped, write_json, write_text
+from peagle_train.files import NonFiniteWeights, RunStopped, save_tensors, write_json, write_text
 from peagle_train.memory import memory_explained, probe_step
-from peagle_train.serving.drafter_io import check_finite, fill_drafter, read_config, save_drafter, save_tensors
+from peagle_train.serving.drafter_io import check_finite, fill_drafter, read_config, save_drafter
 from peagle_train.serving.formats import parse_config
 from peagle_train.serving.start import SHAPE
 from peagle_train.target_model.frozen import TargetBase, TargetLost
