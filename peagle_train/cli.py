@@ -257,7 +257,7 @@ def _serve_target(parser: Parser) -> None:
     command = serve_command(recipe, o.port, o.folder, o.python, shlex.split(o.vllm))
     print(shlex.join(command), flush=True)
     if o.run:
-        run_server(command, o.port)
+        run_server(command, o.port, o.folder)
 
 
 def _regenerate(parser: Parser) -> None:

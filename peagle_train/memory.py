@@ -277,6 +277,8 @@ def plan_memory(s: Sizes, num_segments: int, all_supervised: bool = False) -> Me
     after_forward, in_backward = _saved(s, one)
     kept = 0 if train.offload_features and s.on_cuda else outputs
     kept += 0 if s.on_cuda else B * L * (F + T) * s.cached_bytes  # read ahead
+    if s.recipe.target.server and not s.on_cuda:
+        kept += max(int(s.recipe.target.prefetch_gib * 2**30), outputs)
     pieces = one.M * F * t  # gathered out of the features, for one segment
     hidden = one.Q * (T * t + H * c)  # labels gathered out of the last hidden states, and what they are compared with
     # Flex attention's keys are a copy, context first; the pass's own are there until it has answered, or are handed on.

@@ -108,26 +108,27 @@ class ServedTarget(TargetBase):
 
     def expect(self, batches: Sequence[dict[str, Tensor]]) -> None:
         for batch in batches:
-            if id(batch) in self._coming:
-                continue
-            B, L = batch["input_ids"].shape
-            size = B * L * self._token_bytes
+            size = batch["input_ids"].numel() * self._token_bytes
             if self._coming and self._bytes + size > self.settings.prefetch_gib * 2**30:
                 return
-            self._bytes += size
-            # Allocated here: page-locked memory belongs to the device of the thread that asks for it.
-            shape = B, L, len(self.layer_ids) + 1, self.hidden_size
-            room = torch.zeros(shape, dtype=self.dtype, pin_memory=self.device.type == "cuda")
-            parts = [
-                self._threads.submit(self._read, batch["input_ids"][b, part], room[b, part])
-                for b, documents in enumerate(batch["document_ids"])
-                for part in pieces_of(documents[documents >= 0])
-            ]
-            self._coming[id(batch)] = batch, room, parts
+            self._begin(batch)
+
+    def _begin(self, batch: dict[str, Tensor]) -> None:
+        if id(batch) in self._coming:
+            return
+        # Allocated here: page-locked memory belongs to the device of the thread that asks for it.
+        shape = *batch["input_ids"].shape, len(self.layer_ids) + 1, self.hidden_size
+        room = torch.zeros(shape, dtype=self.dtype, pin_memory=self.device.type == "cuda")
+        parts = [
+            self._threads.submit(self._read, batch["input_ids"][b, part], room[b, part])
+            for b, documents in enumerate(batch["document_ids"])
+            for part in pieces_of(documents[documents >= 0])
+        ]
+        self._coming[id(batch)] = batch, room, parts
+        self._bytes += room.nbytes
 
     def outputs(self, batch: dict[str, Tensor], head_rows: Tensor) -> TargetOutputs:
-        if id(batch) not in self._coming:
-            self.expect([batch])
+        self._begin(batch)
         started = time.perf_counter()
         _, room, parts = self._coming.pop(id(batch))
         for part in parts:
@@ -151,6 +152,8 @@ class ServedTarget(TargetBase):
             ValueError: a server answered something else.
         """
         started, failure = time.monotonic(), ""
+        if self._stopping.is_set():
+            raise TargetLost("target.server gave no answer before")
         while time.monotonic() - started <= self.settings.server_patience or not failure:
             server = self.servers[next(self._turns) % len(self.servers)]
             try:

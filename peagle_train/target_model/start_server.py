@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import time
 import urllib.error
@@ -43,7 +44,7 @@ def serve_command(recipe: Recipe, port: int, folder: str, python: str, more: Seq
     if on_cpu:
         module = "peagle_train.serving.vllm_connector"
         connector = {"kv_connector": "CPUHiddenStatesConnector", "kv_connector_module_path": module}
-    storage = {"shared_storage_path": str(Path(folder) / f"layers-{layers_name(layers)}")}
+    storage = {"shared_storage_path": str(_storage(folder, port) / f"layers-{layers_name(layers)}")}
     transfer = {**connector, "kv_role": "kv_producer", "kv_connector_extra_config": storage}
     return [
         *(python, "-m", "vllm.entrypoints.openai.api_server", "--model", target.path, "--port", str(port)),
@@ -56,8 +57,14 @@ def serve_command(recipe: Recipe, port: int, folder: str, python: str, more: Seq
     ]
 
 
-def run_server(command: list[str], port: int) -> None:
-    """Run the server until it ends, saying when it answers. RunStopped if it fails."""
+def _storage(folder: str, port: int) -> Path:
+    """A server's own part of the shared folder."""
+    return Path(folder) / f"port-{port}"
+
+
+def run_server(command: list[str], port: int, folder: str) -> None:
+    """Run the server until it ends, saying when it answers. RunStopped if it fails. `folder` is emptied before."""
+    shutil.rmtree(_storage(folder, port), ignore_errors=True)  # what a killed server or its readers have left
     with subprocess.Popen(command, env={"VLLM_NO_USAGE_STATS": "1", **os.environ}) as server:
         try:
             while server.poll() is None and not _answers(port):
