@@ -57,7 +57,7 @@ class ServedTarget(TargetBase):
         self.config = load_config(settings.path, settings.trust_remote_code).get_text_config()
         self.layer_ids = list(settings.layer_ids or default_layer_ids(self.num_layers))
         urls = [settings.server] if isinstance(settings.server, str) else settings.server
-        self.servers = [_Server(url, self.layer_ids) for url in urls]
+        self.servers = [_Server(url, self.layer_ids, self.hidden_size) for url in urls]
         if (longest := min(server.max_model_len for server in self.servers)) <= max_length:
             raise ValueError(
                 f"target.server takes {longest} tokens; data.max_length and a token more are {max_length + 1}: {REMEDY}"
@@ -96,9 +96,11 @@ class ServedTarget(TargetBase):
 
     def check(self) -> None:
         """ValueError unless the greedy token after a few prompts is the head's of the last hidden state here."""
-        for start in (1, 100, 1000):
+        for start, _ in itertools.product((1, 100, 1000), self.servers):  # which take turns
             ids = torch.arange(start, start + 7) % self.vocab_size
             states, token = self._ask(ids)
+            if not 0 <= token < self.vocab_size or states.dtype != self.dtype:
+                raise ValueError(f"target.server answers with token {token} and {states.dtype} states: {REMEDY}")
             logits = self._head.float() @ self._norm(states[-1, -1].to(self.device)).float().cpu()
             if float(logits.max() - logits[token]) > 0.02 * float(logits.abs().max()):  # bfloat16 has near ties
                 raise ValueError(
@@ -171,12 +173,13 @@ class ServedTarget(TargetBase):
 class _Server:
     """One vLLM server."""
 
-    def __init__(self, url: str, layer_ids: list[int]) -> None:
+    def __init__(self, url: str, layer_ids: list[int], hidden_size: int) -> None:
         try:
             import openai
         except ImportError:
             raise ValueError("target.server takes the package openai, which is missing: pip install openai") from None
         self.url, self.layer_ids, self.openai = url.rstrip("/").removesuffix("/v1"), layer_ids, openai
+        self.hidden_size = hidden_size
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=600)
         try:
             [model, *_] = self.client.models.list().data
@@ -202,11 +205,11 @@ class _Server:
         token = (getattr(reply.choices[0], "token_ids", None) or [-1])[0]
         if path is None:
             raise ValueError(f"target.server {self.url} gives no hidden states: {REMEDY}")
-        named = re.search(r"layers-([\d-]+)", path)
+        named = re.fullmatch(r"layers-([\d-]+)", Path(path).parent.name)
         if named and named[1] != (asked := layers_name(self.layer_ids)):
             raise ValueError(f"target.server {self.url} gives layers {named[1]}, the recipe asks for {asked}: {REMEDY}")
         states = _take(Path(path), ids)
-        if states.dim() != 3 or states.shape[1] != len(self.layer_ids) + 1:
+        if states.shape != (len(ids), len(self.layer_ids) + 1, self.hidden_size):
             raise ValueError(
                 f"target.server {self.url} gives hidden states {tuple(states.shape)}, not those of {len(self.layer_ids)}"
                 f" layers and the last: {REMEDY}"

@@ -59,11 +59,13 @@ def serve_command(recipe: Recipe, port: int, folder: str, python: str, more: Seq
 
 def _storage(folder: str, port: int) -> Path:
     """A server's own part of the shared folder."""
-    return Path(folder) / f"port-{port}"
+    return Path(folder).absolute() / f"port-{port}"
 
 
 def run_server(command: list[str], port: int, folder: str) -> None:
     """Run the server until it ends, saying when it answers. RunStopped if it fails. `folder` is emptied before."""
+    if _answers(port):
+        raise ValueError(f"a server answers at port {port} already: stop it, or give another --port")
     shutil.rmtree(_storage(folder, port), ignore_errors=True)  # what a killed server or its readers have left
     with subprocess.Popen(command, env={"VLLM_NO_USAGE_STATS": "1", **os.environ}) as server:
         try:
@@ -75,7 +77,7 @@ def run_server(command: list[str], port: int, folder: str) -> None:
         except BaseException:
             server.terminate()
             raise
-    if server.returncode > 0:
+    if server.returncode:
         raise RunStopped(f"vLLM ended with exit code {server.returncode}: see its messages above")
 
 
