@@ -60,7 +60,12 @@ def run_tool(name: str, work: Callable[[], int | None], when_stopped: str = "") 
     """
     print_anything()
     try:
-        return work() or 0
+        code = work() or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever reads our output has seen enough, as head has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's flush at exit fails
+        return 141
     except (ValueError, OSError) as error:
         line, code = f"error: {told(error)}", 2
     except RunStopped as error:

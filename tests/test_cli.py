@@ -1,5 +1,6 @@
 """The commands: help at once, one line where they are stopped, and recipes that need no checkout."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -41,6 +42,16 @@ assert not heavy, heavy
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert re.fullmatch(r"peagle-train \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("arguments", [["recipes"], ["recipes", "quickstart"]])
+def test_a_command_whose_reader_has_seen_enough_ends_without_a_traceback(arguments: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)  # as `| head` does
+    run = [sys.executable, "-m", "peagle_train", *arguments]
+    result = subprocess.run(run, stdout=write, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    os.close(write)
+    assert result.returncode == 141 and not result.stderr
 
 
 def test_recipes_are_listed_and_one_that_is_printed_can_be_used(

@@ -91,6 +91,8 @@ def test_saving_replaces_nothing_but_a_drafter(target: FrozenTarget, tmp_path: P
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.txt").write_text("years of work")
     target.model.save_pretrained(model)
+    with pytest.raises(ValueError, match="other than a drafter"):  # a file's name, by mistake
+        save_drafter(tmp_path / "notes" / "thesis.txt", draft)
     for folder in (tmp_path / "notes", model):
         before = {path: path.read_bytes() for path in folder.iterdir()}
         with pytest.raises(ValueError, match="other than a drafter"):

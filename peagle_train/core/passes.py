@@ -239,5 +239,5 @@ def check_tokens(draft: PEagleDraft | CompiledDraft, plan: Plan) -> None:
         raise ValueError(f"input_ids hold token {wrong}; the drafter's vocabulary is 0..{vocab_size - 1}")
     if (ids == draft.mask_token_id).any():
         raise ValueError(
-            f"input_ids hold the mask token, {draft.mask_token_id}: choose one that never occurs in data as ptd_token_id"
+            f"input_ids hold the mask token, {draft.mask_token_id}: give mask_token_id one that never occurs in data"
         )

@@ -8,6 +8,7 @@ V: the target's vocabulary, Vd: the draft vocabulary, T: the target's hidden siz
 import copy
 import json
 import logging
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -241,9 +242,9 @@ def save_drafter(
     ValueError: the folder holds something else. NonFiniteWeights, OSError: see `fill_drafter`.
     """
     folder, weights = Path(folder), draft.state_dict() if state is None else state
-    has_config, is_used = (folder / "config.json").is_file(), folder.is_dir() and any(folder.iterdir())
-    if is_used and not (has_config and "ptd_token_id" in read_config(folder)):
-        raise ValueError(f"{folder} holds something other than a drafter, which would be replaced: give another folder")
+    is_used = any(folder.iterdir()) if folder.is_dir() else os.path.lexists(folder)
+    if is_used and not ((folder / "config.json").is_file() and "ptd_token_id" in read_config(folder)):
+        raise ValueError(f"{folder} is something other than a drafter, which would be replaced: give another folder")
     write_folder(folder, lambda new: fill_drafter(new, draft.config, weights, extra or {}))
 
 
