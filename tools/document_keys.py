@@ -15,8 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG, PAGE = ROOT / "peagle_train" / "config.py", ROOT / "docs" / "keys.md"
 HEAD = """# Every key of a recipe
 
+You want to know what a key does, or look for one that you know [from another trainer](#what-others-call-them).
+
 Written by `tools/document_keys.py` from `peagle_train/config.py`. A key without a default has to be given; null stands for
-what the text says. Lengths are in tokens, sizes of batches in rows, learning rates per optimizer step.
+what the text says. Lengths are in tokens, sizes of batches in sequences, learning rates per optimizer step.
 """
 TABLE = """
 ## What others call them
