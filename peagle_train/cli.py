@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from peagle_train.ending import run_training
 from peagle_train.files import run_tool
+from peagle_train.machine import GPUS
 
 
 class Parser(argparse.ArgumentParser):
@@ -156,13 +157,35 @@ def print_plan(o: argparse.Namespace) -> None:
 
 
 def _plan(parser: Parser) -> None:
-    """Print the memory that a run would need. Nothing is loaded.
+    """Print the memory that a run would need and, for a machine of GPUs, how fast it would be. Nothing is loaded.
 
     peagle-train plan recipes/qwen3_8b_32k.yaml --on cuda:79x8
+    peagle-train plan recipes/qwen3_coder_30b_8k.yaml target.server=http://localhost:8000 --gpu h200 --gpus 8
+
+    --gpu adds tokens a second of the target and of training, counted in FLOPs, how many GPUs a server of the target should
+    get, what features take, and whether the drafter fits under DDP and under FSDP2.
     """
     _add_recipe(parser)
-    parser.add_argument("--on", metavar="KIND:GIB[xN]", help="N processes on other devices, as in cuda:79x8 or cpu:16")
-    print_plan(parser.read())
+    add = parser.add_argument
+    add("--on", metavar="KIND:GIB[xN]", help="N processes on other devices, as in cuda:79x8 or cpu:16")
+    add("--gpu", choices=GPUS, help="plan for a machine of these")
+    add("--gpus", type=COUNT, default=1, metavar="N", help="how many (default 1)")
+    add("--tokens", type=COUNT, default=10**8, metavar="N", help="of an epoch (default: 100 million)")
+    add("--learned", type=number(0, 1, float), default=1.0, metavar="SHARE", help="of the tokens (default 1)")
+    share_help = "of the GPUs' peak that both sides reach (default 0.4: assumed, not measured)"
+    add("--share", type=number(1e-3, 1, float), default=0.4, metavar="SHARE", help=share_help)
+    o = parser.read()
+    if (o.gpus != 1 or o.on) and bool(o.on) == bool(o.gpu):
+        raise ValueError("give --gpu for a machine of --gpus GPUs, or --on for other devices")
+    if o.gpu:
+        o.on = f"cuda:{GPUS[o.gpu][0]}x{o.gpus}"
+    print_plan(o)
+    if o.gpu:
+        from peagle_train.config import load_recipe
+        from peagle_train.throughput import plan_throughput
+
+        print()
+        print(plan_throughput(load_recipe(o.recipe, o.overrides), o.gpu, o.gpus, o.learned, o.share, o.tokens))
 
 
 def _prepare(parser: Parser) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 GIB = 2**30
+GPUS = {"a100": (79, 312), "h100": (79, 989), "h200": (139, 989), "b200": (178, 2250)}
+"""GiB that a process sees, and TFLOP/s in dense bfloat16, by the makers' data sheets (SXM, 80, 80, 141 and 180 GB)."""
 
 
 def cores() -> int:

@@ -338,12 +338,8 @@ def this_device(device: torch.device | None = None) -> Device:
     return Device("cpu", available_ram() // local + resident_ram(), world_size)
 
 
-def read_sizes(recipe: Recipe, device: Device) -> Sizes:
-    """The sizes of a recipe that has not been started; of the target, only config.json is read.
-
-    Raises:
-        ValueError: the target's or the drafter's config is wrong.
-    """
+def read_target(recipe: Recipe, device: Device) -> FrozenTarget:
+    """The target without weights, from its config.json; ValueError if that is wrong."""
     settings = recipe.target
     config = load_config(settings.path, settings.trust_remote_code)
     try:
@@ -359,7 +355,15 @@ def read_sizes(recipe: Recipe, device: Device) -> Sizes:
     except Exception as error:  # whatever a foreign or corrupt file makes the loaders raise
         why = f"{type(error).__name__}: {one_line(error, 300)}"
         raise ValueError(f"target.path {settings.path} cannot be read: {why}") from error
-    target = FrozenTarget(model, settings.layer_ids, settings.chunk_tokens)
+    return FrozenTarget(model, settings.layer_ids, settings.chunk_tokens)
+
+
+def read_sizes(recipe: Recipe, device: Device, target: FrozenTarget | None = None) -> Sizes:
+    """The sizes of a recipe that has not been started; of the target, only config.json is read.
+
+    ValueError: the target's or the drafter's config is wrong.
+    """
+    target = target or read_target(recipe, device)
     start = read_start(recipe, target)
     shaped = start.recipe if start else recipe
     if recipe.draft.vocab_from:
@@ -393,7 +397,7 @@ def sizes_of(recipe: Recipe, target: TargetBase, config: PEagleDraftConfig, devi
 def _target(recipe: Recipe, target: TargetBase, device: Device) -> tuple[int, int, int]:
     """Bytes of the target's weights on the device, of its largest forward, and of one number of its outputs."""
     settings = recipe.target
-    if settings.cache or not isinstance(target, FrozenTarget):  # it is not on this device
+    if settings.cache or settings.server or not isinstance(target, FrozenTarget):  # it is not on this device
         return 0, 0, target.dtype.itemsize
     model, config = target.model, target.model.config
     total = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
@@ -469,7 +473,7 @@ def dry_run(recipe: Recipe, on: str | None = None) -> str:
     asked, margin = recipe.cod.num_segments, recipe.train.memory_margin
     numbers = sorted({*CANDIDATES, *([] if asked == "auto" else [asked])})
     plans = [plan_memory(sizes, S) for S in numbers if S <= recipe.data.max_length]
-    lines = [f"planned, not measured: {device}", _table(plans, asked)]
+    lines = [f"planned, not measured: {device}", _plans_table(plans, asked)]
     room = f"{device.budget / GIB:.1f} GiB less {margin:.0%}"
     if fitting := choose_segments(sizes, device.budget, margin):
         lines.append(f"cod.num_segments=auto would be {fitting.num_segments}: the fewest that fit into {room}")
@@ -482,7 +486,7 @@ def dry_run(recipe: Recipe, on: str | None = None) -> str:
     return "\n".join(lines)
 
 
-def _table(plans: list[MemoryPlan], asked: int | str) -> str:
+def _plans_table(plans: list[MemoryPlan], asked: int | str) -> str:
     """A column for each number of segments, the recipe's own marked; GiB for each device."""
     rows = [["GiB a device, by segments", *(f"{p.num_segments}{'*' * (p.num_segments == asked)}" for p in plans)]]
     rows.append(["elements of a segment", *(f"{p.capacity:,}" for p in plans)])
@@ -492,12 +496,13 @@ def _table(plans: list[MemoryPlan], asked: int | str) -> str:
                 rows.append([indent + name, *(f"{group[name] / GIB:.2f}" for group in groups)])
     rows.append(["peak", *(f"{p.peak / GIB:.2f}" for p in plans)])
     rows.append(["in", *(max(p.phases, key=lambda phase: p.phases[phase]) for p in plans)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    first = widths[0]
-    lines = [
-        [row[0].ljust(first), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))] for row in rows
-    ]
-    return "\n".join("  ".join(line) for line in lines)
+    return table(rows)
+
+
+def table(rows: list[list[str]]) -> str:
+    """Columns side by side, the first one's cells to the left, the others' to the right."""
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return "\n".join("  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in rows)
 
 
 def choose_segments(

@@ -14,7 +14,7 @@ FLOORS = [
     {"target_model"},
     {"serving"},
     {"memory"},
-    {"training", "regenerate"},
+    {"training", "regenerate", "throughput"},
     {"decoding"},
     {"report"},
     {"show"},
