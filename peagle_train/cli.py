@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from peagle_train.ending import run_training
 from peagle_train.files import run_tool
-from peagle_train.machine import GPUS
+from peagle_train.machine import GPUS, cores
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,7 +34,13 @@ class Parser(argparse.ArgumentParser):
         self.given = given
 
     def read(self) -> argparse.Namespace:
-        return self.parse_intermixed_args(self.given)
+        """The arguments; `recipe` is read, with its overrides."""
+        o = self.parse_intermixed_args(self.given)
+        if getattr(o, "recipe", None):
+            from peagle_train.config import load_recipe
+
+            o.recipe = load_recipe(o.recipe, o.overrides)
+        return o
 
     def error(self, message: str) -> NoReturn:
         from peagle_train.config import key_for
@@ -110,8 +116,6 @@ def _train(parser: Parser) -> None:
     add("--resume", nargs="?", const="", metavar="DIR", help=resume_help)
     add("--summary", metavar="DIR", help="print where a finished run's drafter is and how good it is")
     o = parser.read()
-    from peagle_train.config import dump_recipe, load_recipe
-
     if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
         # Else segments of several sizes leave holes. torch reads this when its CUDA allocator starts.
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
@@ -124,15 +128,16 @@ def _train(parser: Parser) -> None:
         raise ValueError("no recipe given: `peagle-train train RECIPE`, for example peagle-train train quickstart")
     if o.on and not o.dry_run:
         raise ValueError("--on goes with --dry-run: it says for which device to plan")
-    recipe = load_recipe(o.recipe, o.overrides)
     if o.print_config:
-        print(dump_recipe(recipe), end="")
+        from peagle_train.config import dump_recipe
+
+        print(dump_recipe(o.recipe), end="")
     elif o.dry_run:
         print_plan(o)
     else:
         from peagle_train.training.build import train
 
-        if summary := train(recipe, o.resume):
+        if summary := train(o.recipe, o.resume):
             print(summary)
 
 
@@ -148,10 +153,9 @@ def _close_resume(arguments: list[str]) -> list[str]:
 
 def print_plan(o: argparse.Namespace) -> None:
     """What `plan` and `train --dry-run` print."""
-    from peagle_train.config import load_recipe
     from peagle_train.memory import dry_run
 
-    table = dry_run(load_recipe(o.recipe, o.overrides), o.on)
+    table = dry_run(o.recipe, o.on)
     if os.environ.get("RANK", "0") == "0":
         print(table)
 
@@ -181,11 +185,9 @@ def _plan(parser: Parser) -> None:
         o.on = f"cuda:{GPUS[o.gpu][0]}x{o.gpus}"
     print_plan(o)
     if o.gpu:
-        from peagle_train.config import load_recipe
         from peagle_train.throughput import plan_throughput
 
-        print()
-        print(plan_throughput(load_recipe(o.recipe, o.overrides), o.gpu, o.gpus, o.learned, o.share, o.tokens))
+        print("\n" + plan_throughput(o.recipe, o.gpu, o.gpus, o.learned, o.share, o.tokens))
 
 
 def _prepare(parser: Parser) -> None:
@@ -199,15 +201,13 @@ def _prepare(parser: Parser) -> None:
     parser.add_argument("--out", metavar="DIR", help="the folder to make (default: the recipe's data.prepared)")
     parser.add_argument("--workers", type=COUNT, metavar="N", help="processes that tokenize (default: all cores)")
     o = parser.read()
-    from peagle_train.config import as_override, load_recipe
+    from peagle_train.config import as_override
     from peagle_train.data.prepare import prepare_recipe
-    from peagle_train.machine import cores
 
-    recipe = load_recipe(o.recipe, o.overrides)
-    out = o.out or recipe.data.prepared
+    out = o.out or o.recipe.data.prepared
     if out is None:
         raise ValueError("no folder given: --out DIR, or data.prepared in the recipe")
-    made = prepare_recipe(recipe, Path(out).expanduser(), num_workers=o.workers or cores())
+    made = prepare_recipe(o.recipe, Path(out).expanduser(), num_workers=o.workers or cores())
     print("\n".join(made.describe()))
     print(f"prepared: {out}: give {as_override('data.prepared', out)} to train on it")
 
@@ -222,11 +222,9 @@ def _check_data(parser: Parser) -> int:
     _add_recipe(parser)
     parser.add_argument("--workers", type=COUNT, metavar="N", help="processes that tokenize (default: all cores)")
     o = parser.read()
-    from peagle_train.config import load_recipe
     from peagle_train.data.prepare import check_data
-    from peagle_train.machine import cores
 
-    return 0 if check_data(load_recipe(o.recipe, o.overrides), o.workers or cores()) else 2
+    return 0 if check_data(o.recipe, o.workers or cores()) else 2
 
 
 def _cache(parser: Parser) -> None:
@@ -244,11 +242,9 @@ def _cache(parser: Parser) -> None:
     add("--shard-mib", type=COUNT, default=512, metavar="N", help="size of a file (default 512)")
     add("--speculators", metavar="DIR", help="take hs_*.safetensors that speculators left here; the target is not run")
     o = parser.read()
-    from peagle_train.config import load_recipe
     from peagle_train.target_model.cache import write_cache
 
-    recipe = load_recipe(o.recipe, o.overrides)
-    print(write_cache(recipe, o.out or recipe.target.cache, o.shard_mib, o.speculators), end="")
+    print(write_cache(o.recipe, o.out or o.recipe.target.cache, o.shard_mib, o.speculators), end="")
 
 
 def _serve_target(parser: Parser) -> None:
@@ -266,18 +262,11 @@ def _serve_target(parser: Parser) -> None:
     add("--port", type=number(1, 65535), default=8000, help="default: %(default)s")
     add("--folder", default="/dev/shm/peagle-train", help="shared by server and training (default: %(default)s)")
     add("--python", default=sys.executable, help="that of vLLM's environment; default: this one's")
-    add(
-        "--vllm",
-        default="",
-        metavar="ARGUMENTS",
-        help="more arguments of vLLM's, as in --vllm='--tensor-parallel-size 4'",
-    )
+    add("--vllm", default="", metavar="ARGUMENTS", help="of vLLM's own, as in --vllm='--tensor-parallel-size 4'")
     o = parser.read()
-    from peagle_train.config import load_recipe
     from peagle_train.target_model.start_server import run_server, serve_command
 
-    recipe = load_recipe(o.recipe, o.overrides)
-    command = serve_command(recipe, o.port, o.folder, o.python, shlex.split(o.vllm))
+    command = serve_command(o.recipe, o.port, o.folder, o.python, shlex.split(o.vllm))
     print(shlex.join(command), flush=True)
     if o.run:
         run_server(command, o.port, o.folder)
@@ -322,16 +311,14 @@ def _regenerate(parser: Parser) -> None:
 
     if (o.base_url is None) == (o.target is None) or bool(o.base_url) != bool(o.model):
         raise ValueError("give --base-url and --model for a server, or --target alone for a local model")
-    settings = Settings(
-        o.temperature, o.top_p, o.max_tokens, o.seed, o.last_turn, o.keep_truncated, o.chat_template_kwargs
-    )
-    prompts = PromptFile(o.prompts, o.limit)
+    how = o.temperature, o.top_p, o.max_tokens, o.seed, o.last_turn, o.keep_truncated, o.chat_template_kwargs
+    settings = Settings(*how)
     backend: Local | Servers
     if o.target is not None:
         backend = Local(os.path.expanduser(o.target), settings, o.dtype, o.batch_size, o.trust_remote_code)
     else:
         backend = Servers(o.base_url, o.model, settings, o.concurrency, o.retries)
-    regenerate(prompts, o.out, backend)
+    regenerate(PromptFile(o.prompts, o.limit), o.out, backend)
 
 
 def _export(parser: Parser) -> None:
@@ -353,30 +340,16 @@ def _export(parser: Parser) -> None:
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
     add("--licence", "--license", metavar="ID", help="the model card's licence field, e.g. apache-2.0")
     add("--measured", type=Path, metavar="FILE", help="what `evaluate --json` wrote, for the model card")
-    add(
-        "--push-to-hub",
-        metavar="NAME",
-        help="upload it to Hugging Face, too: USER/MODEL, private (after `hf auth login`)",
-    )
+    hub_help = "upload it to Hugging Face, too: USER/MODEL, private (after `hf auth login`)"
+    add("--push-to-hub", metavar="NAME", help=hub_help)
     add("--public", action="store_true", help="with --push-to-hub: for everybody to see")
     o = parser.read()
     if o.public and not o.push_to_hub:
         raise ValueError("--public goes with --push-to-hub NAME")
-    import torch
-
     from peagle_train.serving.export import export_drafter, push_to_hub
 
-    done = export_drafter(
-        o.folder,
-        o.out,
-        o.format,
-        target=o.target,
-        target_name=o.target_name,
-        speculative_tokens=o.num_speculative_tokens,
-        dtype=getattr(torch, o.dtype) if o.dtype else None,
-        licence=o.licence,
-        measured=o.measured,
-    )
+    about = {"target": o.target, "target_name": o.target_name, "licence": o.licence, "measured": o.measured}
+    done = export_drafter(o.folder, o.out, o.format, o.num_speculative_tokens, o.dtype, **about)
     warnings = [f"{f.what}: {f.detail}" for f in done.findings if f.level == "warn"]
     _print_notes(done.notes + warnings)
     print(f"exported to {done.folder}; how to serve it is in its README.md")
@@ -507,10 +480,9 @@ def _show_row(parser: Parser) -> None:
     add("--elements", action="store_true", help="what elements read and predict, too")
     add("--anchors", type=numbers, default=[], metavar="A,B,...", help="whose elements (default: the first few)")
     o = parser.read()
-    from peagle_train.config import load_recipe
     from peagle_train.show import show_sequence
 
-    print(show_sequence(load_recipe(o.recipe, o.overrides), o.row, o.held_out, o.elements, o.anchors))
+    print(show_sequence(o.recipe, o.row, o.held_out, o.elements, o.anchors))
 
 
 def _show_batch(parser: Parser) -> None:
@@ -531,11 +503,9 @@ def _show_batch(parser: Parser) -> None:
     o = parser.read()
     if bool(o.recipe) == o.example:
         raise ValueError("give a recipe or --example, and not both")
-    from peagle_train.config import load_recipe
     from peagle_train.show import write_picture
 
-    recipe = load_recipe(o.recipe, o.overrides) if o.recipe else None
-    print(f"{o.out}: {write_picture(recipe, o.row, o.out)}")
+    print(f"{o.out}: {write_picture(o.recipe, o.row, o.out)}")
 
 
 def _recipes(parser: Parser) -> None:

@@ -21,11 +21,7 @@ from peagle_train.files import one_line
 
 
 class RecipeError(ValueError):
-    """A mistake in a recipe, told in one line."""
-
-
-class YamlError(RecipeError):
-    """A text that is not one YAML document, told in one line."""
+    """A mistake in a recipe or another YAML file, told in one line."""
 
 
 # YAML without its surprises
@@ -61,7 +57,7 @@ for _tag, _pattern, _first in [
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value of one YAML document; a YamlError that begins with `where` if there is none."""
+    """The value of one YAML document; a RecipeError that begins with `where` if there is none."""
     try:
         return yaml.load(text, Loader=StrictLoader)
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
@@ -69,17 +65,17 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or getattr(error, "context", None) or one_line(error)
-        raise YamlError(f"{where}: not valid YAML: {problem}{place}") from None
+        raise RecipeError(f"{where}: not valid YAML: {problem}{place}") from None
 
 
 def read_yaml(path: Path) -> Any:
-    """The value that a file holds; a YamlError that begins with the file's name if it cannot be read."""
+    """The value that a file holds; a RecipeError that names it if it cannot be read."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise YamlError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise RecipeError(f"{path} cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise YamlError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+        raise RecipeError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
     return parse_yaml(text, str(path))
 
 
@@ -279,9 +275,8 @@ def parse_sources(items: Sequence[str | dict[str, Any]], key: str = "data.source
             item["datasets"] = item.pop("path").removeprefix(HUB)
         spec = read_section(SourceSpec, where, item)
         if (spec.path is None) == (spec.datasets is None):
-            raise RecipeError(
-                f"{where} has {'neither' if spec.path is None else 'both'} of path and datasets; give one"
-            )
+            which = "neither" if spec.path is None else "both"
+            raise RecipeError(f"{where} has {which} of path and datasets; give one")
         if spec.datasets is not None and spec.format != "auto":
             raise RecipeError(f"{where}.format is {spec.format}, which is of files; remove it beside datasets")
         specs.append(spec)
@@ -584,40 +579,33 @@ class Recipe:
         parse_sources(data.sources)
         rope = draft.rope_scaling
         weighed = any(spec.weight != 1 for spec in parse_sources(data.eval_sources, "data.eval_sources"))
+        is_short = data.max_length < cod.num_depths
+        is_narrow = draft.window and draft.window < cod.num_depths
         cut = cod.num_segments != "auto" and cod.num_segments > data.max_length
-        two_vocabularies = draft.init_from is not None and draft.vocab_from is not None
+        unchanged = train.mixed_precision == "bf16" and train.dtype == "float64"
         for is_wrong, keys, remedy in (
             (weighed, "data.eval_sources", "remove weight: every document of it is evaluated on once"),
-            (
-                data.max_length < cod.num_depths,
-                "data.max_length cod.num_depths",
-                "give at least as many tokens as depths",
-            ),
-            (
-                draft.window and draft.window < cod.num_depths,
-                "draft.window cod.num_depths",
-                "give at least as many positions",
-            ),
+            (is_short, "data.max_length cod.num_depths", "give at least as many tokens as depths"),
+            (is_narrow, "draft.window cod.num_depths", "give at least as many positions"),
             (cut, "cod.num_segments data.max_length", "give no more segments than tokens"),
             (target.shard and target.device_map, "target.shard target.device_map", "set one of them to false or null"),
-            (two_vocabularies, "draft.init_from draft.vocab_from", "remove one: each brings a draft vocabulary"),
             (
-                train.mixed_precision == "bf16" and train.dtype == "float64",
-                "train.mixed_precision train.dtype",
-                "change one of them: autocast leaves float64 unchanged",
+                draft.init_from and draft.vocab_from,
+                "draft.init_from draft.vocab_from",
+                "remove one: each has a vocabulary",
             ),
+            (unchanged, "train.mixed_precision train.dtype", "change one: autocast leaves float64 unchanged"),
             (rope and "rope_theta" in rope, "draft.rope_scaling", "rope_theta is a key of its own: draft.rope_theta"),
         ):
             if is_wrong:
                 values = [functools.reduce(getattr, key.split("."), self) for key in keys.split()]
                 given = ", ".join(f"{key} is {_show(value)}" for key, value in zip(keys.split(), values, strict=True))
                 raise RecipeError(f"{given}: {remedy}")
-        if rope is not None:
-            if mistake := rope_mistake(rope):
-                raise RecipeError(f"draft.rope_scaling: {mistake}")
-            if unused := unused_keys(rope):
-                shown = ascii(unused[0])[:80]
-                raise RecipeError(f"draft.rope_scaling has {shown}, which rope type {rope['rope_type']} does not have")
+        if rope is not None and (mistake := rope_mistake(rope)):
+            raise RecipeError(f"draft.rope_scaling: {mistake}")
+        if rope is not None and (unused := unused_keys(rope)):
+            given = f"{ascii(unused[0])[:80]}, which rope type {rope['rope_type']} does not have"
+            raise RecipeError(f"draft.rope_scaling has {given}")
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:

@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,13 @@ def print_anything() -> None:
 def one_line(what: object, most: int | None = None) -> str:
     """A text or an error's message on one line, cut after `most` characters."""
     return " ".join(str(what).split())[:most]
+
+
+def aligned(rows: Sequence[Sequence[str]], right: bool = False) -> str:
+    """Columns side by side; `right`: all but the first with their cells to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [[c.rjust(w) if right and i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))] for row in rows]
+    return "\n".join("  ".join(row).rstrip() for row in cells)
 
 
 def told(error: ValueError | OSError) -> str:

@@ -36,7 +36,7 @@ from peagle_train.core.partition import max_elements, segment_capacity
 from peagle_train.core.visibility import MASK_BLOCK_BYTES, MASK_CACHE_BYTES, QUERY_BLOCK
 from peagle_train.data.vocab import draft_vocab_size_of, load_config
 from peagle_train.distributed import check_sharding, clip_gradients, from_all
-from peagle_train.files import RunStopped, one_line
+from peagle_train.files import RunStopped, aligned, one_line
 from peagle_train.machine import GIB, Device, available_ram, parse_device, peak_ram, resident_ram
 from peagle_train.serving.start import make_draft_config, read_start
 from peagle_train.target_model.attention import BLOCK as TARGET_BLOCK
@@ -79,11 +79,11 @@ class Sizes:
 
     @property
     def c(self) -> int:
-        return 2 if self.recipe.train.mixed_precision == "bf16" else self.m
+        return 2 if self.autocast else self.m
 
     @property
     def autocast(self) -> bool:
-        return self.c != self.m
+        return self.recipe.train.mixed_precision == "bf16"
 
     @property
     def query_size(self) -> int:
@@ -92,6 +92,10 @@ class Sizes:
     @property
     def kv_size(self) -> int:
         return self.draft.num_key_value_heads * self.draft.head_dim
+
+    def keys(self, one: "Pass") -> int:
+        """That a layer's attention keeps: on CUDA the context's and the pass's own are joined in a copy."""
+        return one.N + (one.context if self.on_cuda else 0)
 
     @property
     def fc_weights(self) -> int:
@@ -113,7 +117,6 @@ class Pass(NamedTuple):
     N: int
     Q: int
     M: int
-    joined: int  # keys that a layer's attention joins beside its own (CUDA): context positions
     context: int  # positions whose keys and values enter as leaves (relay)
 
 
@@ -164,17 +167,12 @@ def largest_pass(s: Sizes, num_segments: int, all_supervised: bool = False) -> P
         P = L if train.pads_context(s.device.kind) or not all_supervised else L - L // num_segments
         P = min(P, most_context(s, 1 if relay else s.draft.num_hidden_layers))
     if relay or P == 0:
-        return Pass(B * capacity, B * capacity, B * M, joined=B * P if s.on_cuda else 0, context=B * P)
-    return Pass(B * (P + capacity), B * capacity, B * (P + M), joined=0, context=0)
+        return Pass(B * capacity, B * capacity, B * M, B * P)
+    return Pass(B * (P + capacity), B * capacity, B * (P + M), 0)
 
 
-def saved_bytes(s: Sizes, one: Pass) -> int:
-    """The most that autograd holds at a time for a pass, masks, parameters and the relay's buffers not counted."""
-    return max(_saved(s, one))
-
-
-def _saved(s: Sizes, one: Pass) -> tuple[int, int]:
-    """What autograd holds after the forward, and the most that it holds in the backward."""
+def saved_bytes(s: Sizes, one: Pass) -> tuple[int, int]:
+    """What autograd holds after a pass's forward, and at most in its backward; no masks, parameters or relay's buffers."""
     c, N, Q, H = s.c, one.N, one.Q, s.draft.hidden_size
     trains_head = s.recipe.draft.trains_head(H == s.draft.target_hidden_size)
     # The position ids' tables, the token ids, fc's input.
@@ -207,7 +205,7 @@ def _layer(s: Sizes, one: Pass, index: int) -> int:
     c, N, H = s.c, one.N, s.draft.hidden_size
     Q = one.Q if index == s.draft.num_hidden_layers - 1 else N
     entering = (_norm(s, N) + N * H * c) * (2 if index == 0 else 1)
-    attention = 2 * Q * s.query_size * c + Q * s.draft.num_attention_heads * s.m + 2 * (N + one.joined) * s.kv_size * c
+    attention = 2 * Q * s.query_size * c + Q * s.draft.num_attention_heads * s.m + 2 * s.keys(one) * s.kv_size * c
     if s.draft.layer_type == "qwen3":  # the norms of queries and keys
         attention += _norm(s, Q * s.draft.num_attention_heads + N * s.draft.num_key_value_heads, s.draft.head_dim)
     return entering + attention + _mlp(s, Q)
@@ -225,7 +223,7 @@ def _flowing(s: Sizes, one: Pass, relay: bool) -> int:
     owed = 2 * one.N * s.kv_size * c * s.draft.num_hidden_layers if relay else 0
     attention = 2 * one.Q * s.query_size * c
     if s.on_cuda:  # what flex's backward makes, when what the last layer's MLP saved is gone
-        attention += one.Q * (H * c + s.draft.num_attention_heads * m) + 2 * (one.N + one.joined) * s.kv_size * c
+        attention += one.Q * (H * c + s.draft.num_attention_heads * m) + 2 * s.keys(one) * s.kv_size * c
         attention -= _mlp(s, one.Q)
     else:
         attention += 2 * (one.N + one.context) * s.kv_size * (c + m)
@@ -238,29 +236,25 @@ def _masks(s: Sizes, one: Pass) -> int:
         keys = one.context + one.M + QUERY_BLOCK * B
         hidden = min(QUERY_BLOCK * keys, MASK_BLOCK_BYTES // s.c)
         return hidden * (s.c + 2) + min(MASK_CACHE_BYTES, one.N // B * keys)
-    blocks = -(-one.Q // B // BLOCK) * -(-(one.N + one.joined) // B // BLOCK) * B
-    return blocks * (4 * 4 + 24) + (one.N + one.joined) * 8 * 5
+    blocks = -(-one.Q // B // BLOCK) * -(-s.keys(one) // B // BLOCK) * B
+    return blocks * (4 * 4 + 24) + s.keys(one) * 8 * 5
 
 
 def plan_memory(s: Sizes, num_segments: int, all_supervised: bool = False) -> MemoryPlan:
     """Bytes of a step of `num_segments` segments on one device; see `largest_pass` for `all_supervised`."""
     train, S, c, m, t = s.recipe.train, num_segments, s.c, s.m, s.target_bytes
-    B, L, layers = train.batch_size, s.recipe.data.max_length, s.draft.num_hidden_layers
+    B, L, layers, F = train.batch_size, s.recipe.data.max_length, s.draft.num_hidden_layers, s.draft.feature_size
     H, T, V = s.draft.hidden_size, s.draft.target_hidden_size, s.draft.draft_vocab_size
-    F = s.draft.feature_size
     one, capacity = largest_pass(s, S, all_supervised), capacity_of(s, S)
     relay = train.segment_mode == "relay" and S > 1
     again = S > 1 or train.gradient_accumulation_steps > 1
     checkpointing = train.activation_checkpointing
     ranks = s.device.world_size if s.sharded else 1
 
-    gathered = 0
-    if ranks > 1:
-        root = s.parameters - s.all_layers
-        gathered = (root + s.layer_weights(0) + (s.layer_weights(1) if layers > 1 else 0)) * m
+    two_layers = sum(s.layer_weights(i) for i in range(min(2, layers)))
+    gathered = (s.parameters - s.all_layers + two_layers) * m if ranks > 1 else 0
     by_muon = s.all_layers + s.fc_weights if train.optimizer == "muon" else 0  # one momentum in place of two
-    columns = B * L * s.kv_size * 2 * layers
-    outputs = B * L * (F + T) * t
+    of_column, outputs = B * s.kv_size * 2 * layers, B * L * (F + T) * t
     resident = {
         "target weights": s.target_weights,
         "target head rows": V * T * t,
@@ -268,13 +262,13 @@ def plan_memory(s: Sizes, num_segments: int, all_supervised: bool = False) -> Me
         # Sharded ones stay whole until the step's last pass reduces them.
         "gradients": s.trained * m // (1 if again else ranks),
         "optimizer": ((2 + (train.average > 0)) * s.trained - by_muon) * m // ranks,
-        "keys, values": columns * c if relay else 0,
-        "their gradients": B * most_context(s) * s.kv_size * 2 * layers * m if relay else 0,
+        "keys, values": L * of_column * c if relay else 0,
+        "their gradients": most_context(s) * of_column * m if relay else 0,
         ("CUDA context" if s.on_cuda else "libraries"): CUDA_CONTEXT if s.on_cuda else CPU_EXTRA,
     }
     base = sum(resident.values())
 
-    after_forward, in_backward = _saved(s, one)
+    after_forward, in_backward = saved_bytes(s, one)
     kept = 0 if train.offload_features and s.on_cuda else outputs
     kept += 0 if s.on_cuda else B * L * (F + T) * s.cached_bytes  # read ahead
     if s.recipe.target.server and not s.on_cuda:
@@ -420,13 +414,9 @@ def _target(recipe: Recipe, target: TargetBase, device: Device) -> tuple[int, in
 
 
 def _target_forward(config: Any, recipe: Recipe, item: int, attention: str, on_cuda: bool) -> int:
-    """Bytes that the target's largest forward needs beside its weights and the outputs that training keeps.
-
-    An estimate from above: one layer's activations, attention masks or scores as they are made for packed sequences, and
-    with chunks the keys and values of a document as long as a sequence.
-
-    Args:
-        attention: transformers' name, or that of `peagle_train.target_model.attention`.
+    """Bytes that the target's largest forward needs beside its weights and the outputs that training keeps, from above: one
+    layer's activations, attention masks or scores as for packed sequences, and with chunks the keys and values of a
+    document as long as a sequence. `attention`: transformers' name, or that of `peagle_train.target_model.attention`.
     """
     B, L = recipe.train.batch_size, recipe.data.max_length
     n = min(recipe.target.chunk_tokens or B * L, B * L)
@@ -465,29 +455,12 @@ def _target_forward(config: Any, recipe: Recipe, item: int, attention: str, on_c
 def dry_run(recipe: Recipe, on: str | None = None) -> str:
     """The table of memory by number of segments, and which one fits, on this machine or `on` another (`parse_device`).
 
-    Raises:
-        ValueError: the recipe or the target's config.json is wrong.
+    ValueError: the recipe or the target's config.json is wrong.
     """
     device = parse_device(on) if on else this_device()
-    sizes = read_sizes(recipe, device)
-    asked, margin = recipe.cod.num_segments, recipe.train.memory_margin
+    sizes, asked, margin = read_sizes(recipe, device), recipe.cod.num_segments, recipe.train.memory_margin
     numbers = sorted({*CANDIDATES, *([] if asked == "auto" else [asked])})
     plans = [plan_memory(sizes, S) for S in numbers if S <= recipe.data.max_length]
-    lines = [f"planned, not measured: {device}", _plans_table(plans, asked)]
-    room = f"{device.budget / GIB:.1f} GiB less {margin:.0%}"
-    if fitting := choose_segments(sizes, device.budget, margin):
-        lines.append(f"cod.num_segments=auto would be {fitting.num_segments}: the fewest that fit into {room}")
-    else:
-        lines.append(f"no number of segments up to {plans[-1].num_segments} fits into {room}: {advice(sizes)}")
-    if asked != "auto":
-        peak, budget = plan_memory(sizes, asked).peak, device.budget
-        verdict = "fits" if peak <= budget * (1 - margin) else "is close" if peak <= budget else "is too much"
-        lines.append(f"this recipe: {asked} segments, {peak / GIB:.2f} GiB: {verdict}")
-    return "\n".join(lines)
-
-
-def _plans_table(plans: list[MemoryPlan], asked: int | str) -> str:
-    """A column for each number of segments, the recipe's own marked; GiB for each device."""
     rows = [["GiB a device, by segments", *(f"{p.num_segments}{'*' * (p.num_segments == asked)}" for p in plans)]]
     rows.append(["elements of a segment", *(f"{p.capacity:,}" for p in plans)])
     for indent, groups in (("", [p.resident for p in plans]), ("  ", [p.step for p in plans])):
@@ -496,13 +469,19 @@ def _plans_table(plans: list[MemoryPlan], asked: int | str) -> str:
                 rows.append([indent + name, *(f"{group[name] / GIB:.2f}" for group in groups)])
     rows.append(["peak", *(f"{p.peak / GIB:.2f}" for p in plans)])
     rows.append(["in", *(max(p.phases, key=lambda phase: p.phases[phase]) for p in plans)])
-    return table(rows)
-
-
-def table(rows: list[list[str]]) -> str:
-    """Columns side by side, the first one's cells to the left, the others' to the right."""
-    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
-    return "\n".join("  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in rows)
+    lines = [f"planned, not measured: {device}", aligned(rows, right=True)]
+    room = f"{device.budget / GIB:.1f} GiB less {margin:.0%}"
+    if fitting := choose_segments(sizes, device.budget, margin):
+        lines.append(f"cod.num_segments=auto would be {fitting.num_segments}: the fewest that fit into {room}")
+    else:
+        lines.append(f"no number of segments up to {plans[-1].num_segments} fits into {room}: {advice(sizes)}")
+    if asked != "auto":
+        peak = plan_memory(sizes, asked).peak
+        verdict = (
+            "is too much" if peak > device.budget else "fits" if peak <= device.budget * (1 - margin) else "is close"
+        )
+        lines.append(f"this recipe: {asked} segments, {peak / GIB:.2f} GiB: {verdict}")
+    return "\n".join(lines)
 
 
 def choose_segments(
@@ -518,15 +497,13 @@ def choose_segments(
 def resolve_segments(sizes: Sizes) -> tuple[int, str]:
     """The recipe's number of segments, the same on every rank, auto resolved; and a line to log.
 
-    Raises:
-        ValueError: on every rank, if it is auto and no number fits on one of them.
+    ValueError: on every rank, if it is auto and no number fits on one of them.
     """
-    cod, budget, margin = sizes.recipe.cod, sizes.device.budget, sizes.recipe.train.memory_margin
+    asked, budget, margin = sizes.recipe.cod.num_segments, sizes.device.budget, sizes.recipe.train.memory_margin
     there = f"GiB planned of {budget / GIB:.2f}"
-    if cod.num_segments != "auto":
-        peak = plan_memory(sizes, cod.num_segments).peak
-        too_much = f", too much: {advice(sizes)}" if peak > budget else ""
-        return cod.num_segments, f"memory: {peak / GIB:.2f} {there}{too_much}"
+    if asked != "auto":
+        peak = plan_memory(sizes, asked).peak
+        return asked, f"memory: {peak / GIB:.2f} {there}" + (f", too much: {advice(sizes)}" if peak > budget else "")
     own = choose_segments(sizes, budget, margin)
     S = max(from_all(own.num_segments if own else 2 * CANDIDATES[-1]))
     if S > CANDIDATES[-1]:
@@ -553,8 +530,7 @@ def advice(sizes: Sizes) -> str:
 def memory_explained(recipe: Recipe, where: Callable[[], str]) -> Iterator[None]:
     """Raise RunStopped, with what to change, in place of an out-of-memory error inside.
 
-    Args:
-        where: called only then: what was being done, and how to resume.
+    where: called only then: what was being done, and how to resume.
     """
     try:
         yield
@@ -576,22 +552,14 @@ def probe_step(
     optimizers: list[torch.optim.Optimizer],
     accumulate: Callable[[list[dict[str, Tensor]]], object],
 ) -> str:
-    """Run one full-length step on every rank and undo it: if it fits here, the whole run fits.
+    """Run one step on every rank and undo it; returns the line that says what it took on this rank.
 
     Sequences that are full, supervised throughout and as long as they get need all that any step can need. No weight, no
-    optimizer state, no generator and no file changes.
+    optimizer state, no generator and no file changes. torch.OutOfMemoryError: it does not fit, and nor would the run.
 
-    Args:
-        accumulate: leaves an optimizer step's gradients, given its micro-batches.
-
-    Returns:
-        the line that says what it took on this rank.
-
-    Raises:
-        torch.OutOfMemoryError: it does not fit.
+    accumulate: leaves an optimizer step's gradients, given its micro-batches.
     """
     device, B, L = draft.device, recipe.train.batch_size, recipe.data.max_length
-    trained = [p for p in draft.parameters() if p.requires_grad]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     ids = torch.randint(target.vocab_size - 1, (L,), generator=torch.Generator().manual_seed(0))
@@ -617,7 +585,7 @@ def probe_step(
     batch = collator([row] * B)
     try:
         accumulate([batch] * min(2, recipe.train.gradient_accumulation_steps))
-        clip_gradients(trained, math.inf)
+        clip_gradients([p for p in draft.parameters() if p.requires_grad], math.inf)
     finally:
         del states, batch
         draft.zero_grad()

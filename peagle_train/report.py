@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from peagle_train.config import YamlError, dump_yaml, read_yaml
+from peagle_train.config import dump_yaml, read_yaml
 from peagle_train.files import write_bytes
 from peagle_train.training.checkpoint import MARKER
 from peagle_train.training.metrics import ABOUT, duration
@@ -78,14 +78,19 @@ def read_run(folder: Path) -> Run:
             raise ValueError(f"{path}, line {number} is damaged") from None
     if not lines["train"] and not lines["eval"]:
         raise ValueError(f"{path} holds no numbers yet")
+    summary, about = (_read_json(folder / name) for name in (MARKER, ABOUT))
+    return Run(str(folder), **lines, summary=summary, about=about, recipe=read_yaml(folder / "recipe.yaml"))
+
+
+def _read_json(path: Path) -> Line:
+    """A JSON object; empty if there is no file, ValueError if it holds something else."""
     try:
-        recipe = read_yaml(folder / "recipe.yaml")
-    except YamlError as error:
-        raise ValueError(f"the recipe {error}") from None
-    summary, about = (
-        json.loads((folder / name).read_bytes()) if (folder / name).exists() else {} for name in (MARKER, ABOUT)
-    )
-    return Run(str(folder), **lines, summary=summary, about=about, recipe=recipe)
+        content = json.loads(path.read_bytes()) if path.exists() else {}
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: remove it, and the page is made without it")
+    return content
 
 
 def differing_keys(runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ N: elements of a sequence.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -19,7 +20,7 @@ from peagle_train.core.elements import Elements, gather_elements
 from peagle_train.core.passes import visibility_of
 from peagle_train.data.training_data import load_training_data, make_collator
 from peagle_train.data.vocab import choose_mask_token, load_tokenizer, target_vocab_size
-from peagle_train.files import write_bytes
+from peagle_train.files import aligned, write_bytes
 from peagle_train.report import load_matplotlib, png_of
 from peagle_train.training.evaluate import EVAL_SEED
 
@@ -100,12 +101,12 @@ def show_sequence(
     if with_elements or anchors:
         if not all(0 <= anchor < length for anchor in anchors):
             raise ValueError(f"--anchors {list(anchors)}: the sequence has positions 0 to {length - 1}")
-        elements = list_elements(sequence, _collator(recipe, is_held_out), mask_token_id, name)
+        whole = replace(recipe, cod=replace(recipe.cod, num_segments=1))  # segments change no element
+        elements = list_elements(sequence, _collator(whole, is_held_out), mask_token_id, name)
         chosen = anchors or sorted({anchor for anchor, depth, *_ in elements if depth})[:6]
         lines.append(f"--- elements drawn in epoch 0, of {recipe.cod.num_depths} depths ---")
         table = [HEADER, *([str(cell) for cell in row] for row in elements if row[0] in chosen)]
-        widths = [max(map(len, column)) for column in zip(*table)]
-        lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table]
+        lines.append(aligned(table))
     return "\n".join(lines)
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from peagle_train.config import Recipe
 from peagle_train.core.partition import max_elements
+from peagle_train.files import aligned
 from peagle_train.machine import GIB, GPUS, Device
 from peagle_train.memory import (
     CANDIDATES,
@@ -18,7 +19,6 @@ from peagle_train.memory import (
     largest_pass,
     read_sizes,
     read_target,
-    table,
 )
 from peagle_train.target_model.frozen import FrozenTarget
 
@@ -131,9 +131,9 @@ def plan_throughput(recipe: Recipe, gpu: str, count: int, learned: float, share:
     return f"""\
 throughput from FLOPs, not measured: {count} {gpu} at an assumed {share:.0%} of {teraflops} TFLOP/s (bfloat16, dense)
 {L:,} tokens a sequence, {learned:.0%} of them learned, {S} segments; {tokens:,} tokens an epoch
-{table(rows)}
+{aligned(rows, right=True)}
 
-{table(by_way)}
+{aligned(by_way, right=True)}
 
 drafter of {beside.parameters / 1e9:.2f} billion parameters on {ranks} GPUs:
   DDP {fitting(alone, ranks, False)}; FSDP2 {fitting(alone, ranks, True)}

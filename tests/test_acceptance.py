@@ -313,7 +313,7 @@ def runs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         draft = tiny_draft(torch.float32, seed)
         draft.config.eagle_aux_hidden_state_layer_ids = [2, 3, 4]
         draft.save_pretrained(root / name / "final")
-        (root / name / "recipe.yaml").write_text(recipe)
+        (root / name / "final" / "recipe.yaml").write_text(recipe)
     (root / "texts.jsonl").write_text("".join(f'{{"text": "w{i} w{i + 7} w{i + 2}"}}\n' for i in range(4)))
     return root
 
@@ -372,7 +372,7 @@ def test_a_drafter_that_may_have_learned_from_the_prompts_is_not_compared(runs, 
     folders = {f: tmp_path / str(f) for f in (0.01, 0.05, 0.1)}
     for fraction, folder in folders.items():
         folder.mkdir()
-        text = (runs / "first" / "recipe.yaml").read_text()
+        text = (runs / "first" / "final" / "recipe.yaml").read_text()
         (folder / "recipe.yaml").write_text(text.replace("eval_fraction: 0.0", f"eval_fraction: {fraction}"))
     check_held_out([folders[0.05], folders[0.1]])
     for other in (folders[0.01], tmp_path / "none"):

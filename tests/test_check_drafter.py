@@ -284,6 +284,9 @@ def test_the_check_compares_with_the_target(folder: Path) -> None:
         assert not is_loadable(check_folder(folder, {**target, key: value})), key
         assert not is_loadable(check_folder(folder, {"text_config": {**target, key: value}})), key
         assert not is_loadable(check_folder(folder, {**target, key: "x"})), key
+    set_config(folder, eagle_aux_hidden_state_layer_ids=None)  # vLLM then reads layers 2, n // 2 and n - 3
+    for layers, reads in ((20, True), (7, True), (6, False), (4, False)):
+        assert is_loadable(check_folder(folder, {**target, "num_hidden_layers": layers})) == reads, layers
     assert "not drafted for" in found(check_folder(folder, {**target, "max_position_embeddings": 10**6}), "warn")[0]
 
 

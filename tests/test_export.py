@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -104,12 +105,24 @@ def test_an_export_of_an_export_is_the_same_drafter_in_either_direction(
     }
 
 
+def test_another_drafters_recipe_is_not_taken_and_a_target_beside_is_named_whole(
+    tmp_path: Path, run: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(target.parent)
+    shutil.copytree(run / "final", tmp_path / "mine")
+    (tmp_path / "mine" / "recipe.yaml").rename(tmp_path / "recipe.yaml")  # of whatever else lies there
+    export_drafter(tmp_path / "mine", tmp_path / "out", "speculators", 3, target=Path("target"))
+    assert "rows.jsonl" not in (tmp_path / "out" / "README.md").read_text()
+    verifier = json.loads((tmp_path / "out" / "config.json").read_text())["speculators_config"]["verifier"]
+    assert verifier["name_or_path"] == str(target)
+
+
 def test_options_name_the_target_the_dtype_k_the_licence_and_what_was_measured(tmp_path: Path, run: Path) -> None:
     by_k = [{"k": 1, "accepted_length": 1.5}, {"k": 3, "accepted_length": 2.25}, {"k": 4, "accepted_length": None}]
     (tmp_path / "report").write_text(json.dumps({"figures": [{"mt-bench": {"by_k": by_k}}]}))
     out = tmp_path / "out"
     export_drafter(
-        run, out, "speculators", target_name="org/my-llm", speculative_tokens=3, dtype=torch.bfloat16,
+        run, out, "speculators", target_name="org/my-llm", speculative_tokens=3, dtype="bfloat16",
         licence="apache-2.0", measured=tmp_path / "report",
     )  # fmt: skip
     config = json.loads((out / "config.json").read_text())
@@ -128,9 +141,9 @@ def test_what_does_not_fit_into_the_asked_dtype_is_refused(tmp_path: Path) -> No
     with torch.no_grad():
         draft.norm.weight[3] = 1e5  # float16 ends at 65,504
     draft.save_pretrained(tmp_path / "drafter")
-    export_drafter(tmp_path / "drafter", tmp_path / "wide", "eagle3", dtype=torch.bfloat16)
+    export_drafter(tmp_path / "drafter", tmp_path / "wide", "eagle3", dtype="bfloat16")
     with pytest.raises(ValueError, match=r"norm\.weight .*not finite"):
-        export_drafter(tmp_path / "drafter", tmp_path / "out", "eagle3", dtype=torch.float16)
+        export_drafter(tmp_path / "drafter", tmp_path / "out", "eagle3", dtype="float16")
     assert not (tmp_path / "out").exists()
 
 

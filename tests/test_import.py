@@ -117,6 +117,15 @@ def test_a_run_starts_from_an_eagle3_drafter_and_says_what_it_lacks(
     assert torch.allclose(made.layers[0].hidden_norm.weight, stored["model.midlayer.hidden_norm.weight"], atol=1e-6)
 
 
+def test_a_drafter_of_another_width_must_bring_its_embeddings(
+    tmp_path: Path, target: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
+    source = eagle3(tmp_path / "in", "embed_tokens.weight", "t2d", **shape)
+    assert start(tmp_path, target, rows, source, "draft.num_layers=1", f"draft.mask_token_id={MASK}") == 2
+    assert "has no embed_tokens.weight" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_drafter_without_layer_ids_starts_a_run_from_cached_features(
     tmp_path: Path, target: Path, rows: Path
 ) -> None:

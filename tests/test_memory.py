@@ -86,7 +86,7 @@ def test_what_is_planned_to_be_saved_is_what_autograd_holds(shape: str) -> None:
         with attention_without_kernel(), SavedBytes(bench.draft.parameters(), own) as saved:
             bench.step(mode, batch, outputs, buffers)
         sizes = sizes_of_bench(bench, n, mode)
-        planned = saved_bytes(sizes, largest_pass(sizes, S, all_supervised=True))
+        planned = max(saved_bytes(sizes, largest_pass(sizes, S, all_supervised=True)))
         assert planned >= 0.85 * saved.peak_bytes, (n, mode, S)
         if shape != "prompts":  # whose passes are smaller than the largest, which is planned
             assert planned <= 1.15 * saved.peak_bytes, (n, mode, S)
@@ -118,7 +118,7 @@ def test_a_plan_counts_every_segment_of_a_batch_of_any_size() -> None:
         base = sizes(B=B)
         one, capacity = largest_pass(base, S), capacity_of(base, S)
         assert (one.N, one.Q, one.M) == (B * capacity, B * capacity, B * min(capacity, 4096))
-        assert saved_bytes(base, one) == pytest.approx(B * saved_bytes(sizes(), largest_pass(sizes(), S)))
+        assert max(saved_bytes(base, one)) == pytest.approx(B * max(saved_bytes(sizes(), largest_pass(sizes(), S))))
 
 
 def test_the_fewest_segments_that_fit_are_chosen_and_none_where_none_do() -> None:

@@ -119,6 +119,9 @@ def test_the_tool_shows_a_sequence_of_a_recipe_and_what_its_elements_read(
     assert "\n<|im_start|>assistant\\n\n[Blue][.][<|im_end|>]\\n\n" in text
     lines = [line.split("  ") for line in text.splitlines() if line.startswith("11 ")]
     cells = [cell.strip() for cell in lines[0] if cell.strip()]
+    assert (
+        command("show-row", recipe, "--row", 0, "--anchors", "11", "cod.num_segments=auto") == 0
+    )  # S changes no element
     assert cells == ["11", "0", "11", "'assistant'", "11 '<|im_start|>'", r"'\n'", "12 'assistant'", "no"]
 
 
@@ -132,7 +135,6 @@ def test_mistakes_are_one_line_with_exit_code_2(
         ("show-row", ["--row", "0", "--held-out"], "there are 0 held-out"),
         ("show-row", ["--row", "0", "--anchors", "18"], "positions 0 to 17"),
         ("show-row", ["--row", "0", f"target.path={tmp_path}"], "has no config.json"),
-        ("show-row", ["--row", "0", "--elements", "cod.num_segments=auto"], "cod.num_segments is auto"),
         ("show-batch", ["--row", "1"], "give 0 to 0"),
         ("show-batch", ["cod.num_segments=auto"], "cod.num_segments is auto"),
     ):

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -122,7 +123,18 @@ def test_a_gzipped_file_is_read(tmp_path: Path) -> None:
         load(path)
 
 
-def test_unreadable_files_are_refused(tmp_path: Path) -> None:
+def test_unreadable_files_and_folders_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.symlink(tmp_path / "gone", write(tmp_path / "d" / "a.txt").parent / "b.txt")
     with pytest.raises(ValueError, match=r"cannot read .*b\.txt: No such file"):
         load(tmp_path / "d")
+    scan = os.scandir
+
+    def forbidden(path: str) -> Any:
+        if path.endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    write(tmp_path / "e" / "closed" / "a.txt")
+    monkeypatch.setattr(os, "scandir", forbidden)
+    with pytest.raises(ValueError, match=r"closed cannot be read: Permission denied"):
+        load(tmp_path / "e")

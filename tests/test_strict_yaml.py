@@ -7,7 +7,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peagle_train.config import YamlError, dump_yaml, parse_yaml
+from peagle_train.config import RecipeError, dump_yaml, parse_yaml
 
 WORDS = "no yes on off y n 010 0x10 0b1 1:30 1:30.5 2024-01-01 << = 1e 1e-4x nano trueish +".split()
 NUMBERS = {"1e-4": 1e-4, "1E5": 1e5, "-2.5e+3": -2500.0, "1_000": 1000, "-7": -7, "+7": 7, "0": 0, ".5": 0.5, "1.": 1.0}
@@ -32,7 +32,7 @@ def test_only_true_and_false_are_booleans_and_nothing_is_null() -> None:
 
 @pytest.mark.parametrize("text", ["{a: 1, a: 2}", "{a: {b: 1, 'b': 2}}", "[{1: x, 1: y}]"])
 def test_duplicate_keys_are_refused_at_any_depth(text: str) -> None:
-    with pytest.raises(YamlError, match=r"^here: not valid YAML: duplicate key .* at line 1, column"):
+    with pytest.raises(RecipeError, match=r"^here: not valid YAML: duplicate key .* at line 1, column"):
         parse_yaml(text, "here")
 
 

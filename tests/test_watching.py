@@ -155,6 +155,10 @@ def test_runs_are_read_and_compared_and_damage_is_one_line(tmp_path: Path) -> No
     assert [values["cod.num_segments"] for values in differing_keys(runs)] == [2, 5]
     with pytest.raises(ValueError, match="holds no run"):
         read_run(tmp_path)
+    for damage in ('{"state": "fin', "[1]"):
+        (folders[1] / "run.json").write_text(damage)
+        with pytest.raises(ValueError, match=r"run\.json is damaged"):
+            read_run(folders[1])
     (folders[0] / "metrics.jsonl").write_text('{"kind"\n{"kind": "eval"}\n')
     with pytest.raises(ValueError, match="line 1 is damaged"):
         read_run(folders[0])

@@ -59,7 +59,7 @@ def planned(bench: Bench, row: dict[str, Any]) -> dict[str, Any]:
     before = sum(v for k, v in plan.resident.items() if k not in ("keys, values", "their gradients"))
     before += plan.step["features"]
     peak = max(plan.phases[name] for name in ("loss", "backward", "embedding")) - before
-    saved = saved_bytes(sizes, largest_pass(sizes, row["segments"], all_supervised=True))
+    saved = max(saved_bytes(sizes, largest_pass(sizes, row["segments"], all_supervised=True)))
 
     def ratio(of: int, name: str) -> float | None:
         return of / row[name] if row[name] else None

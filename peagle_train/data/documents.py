@@ -124,7 +124,7 @@ def _walk(root: str, skipped: Counter[str], not_in: Sequence[str] = ()) -> Itera
     """Paths below `root` of all files in it, except in folders named in `not_in`; links to folders are not followed."""
 
     def fail(error: OSError) -> None:
-        raise error
+        raise ValueError(f"data source {root}: {error.filename} cannot be read: {error.strerror}") from None
 
     for folder, subfolders, names in os.walk(root, onerror=fail):
         subfolders[:] = [name for name in subfolders if name not in not_in]

@@ -14,7 +14,7 @@ from peagle_train.data.vocab import load_tokenizer
 from peagle_train.decoding import vllm
 from peagle_train.decoding.measure import Case, checks, compare, load_cases, measure, stdlib_cases, summarize
 from peagle_train.distributed import check_device
-from peagle_train.files import one_line, partial_path, write_json
+from peagle_train.files import aligned, one_line, partial_path, write_json
 from peagle_train.serving.drafter_io import load_drafter, read_config
 from peagle_train.serving.export import find_drafter
 from peagle_train.serving.formats import speculative_tokens_of
@@ -123,9 +123,9 @@ def _device(given: str | None) -> torch.device:
 
 
 def _recipe(folder: Path) -> Recipe | None:
-    """The recipe beside a drafter, or of its run; None if there is none."""
-    found = [path for path in (folder / "recipe.yaml", folder.parent / "recipe.yaml") if path.is_file()]
-    return load_recipe(found[0]) if found else None
+    """The recipe beside a drafter; None if there is none."""
+    path = folder / "recipe.yaml"
+    return load_recipe(path) if path.is_file() else None
 
 
 def check_held_out(folders: list[Path]) -> None:
@@ -185,8 +185,7 @@ def describe_table(summary: dict[str, Any]) -> str:
             shares = " ".join(_number(share, ".2f") for share in row["accepted_by_position"])
             length, interval = _number(row["accepted_length"], ".3f"), _interval(row["interval"])
             table.append([name, loops, str(row["k"]), length, interval, shares])
-    widths = [max(map(len, column)) for column in zip(*table)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in table)
+    return aligned(table)
 
 
 def _interval(interval: tuple[float, float] | None) -> str:

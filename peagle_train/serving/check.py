@@ -116,8 +116,9 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
         for mine, key in ((config.vocab_size, "vocab_size"), (config.target_hidden_size, "hidden_size")):
             find(mine == theirs.get(key), f"target's {key}", f"{theirs.get(key)}, the drafter was made for {mine}")
         layers, positions = theirs.get("num_hidden_layers"), theirs.get("max_position_embeddings")
-        if not isinstance(layers, int) or (ids is not None and max(ids) >= layers):
-            find("BAD", "target's layers", f"{layers}, but the drafter reads the inputs of {ids}")
+        reads = ids or ([2, layers // 2, layers - 3] if isinstance(layers, int) else [])  # vLLM's default
+        if not isinstance(layers, int) or max(reads) >= layers or reads != sorted({*reads}):
+            find("BAD", "target's layers", f"{layers}, but the drafter reads the inputs of {reads}")
         if isinstance(positions, int) and config.max_position_embeddings < positions:
             find("warn", "target's positions", f"{positions}: contexts beyond the drafter's are not drafted for")
     return found

@@ -77,9 +77,8 @@ class RunFacts(NamedTuple):
 
 
 def read_run(folder: Path) -> RunFacts:
-    """Facts from the files in a drafter's folder and its parent; whatever is missing or unreadable is skipped."""
-    run = folder.parent
-    sections = _read(folder / "recipe.yaml") or _read(run / "recipe.yaml")
+    """Facts from the files in a drafter's folder and its run's; whatever is missing or unreadable is skipped."""
+    run, sections = folder.parent, _read(folder / "recipe.yaml")
     recipe = {
         f"{name}.{key}": v for name, keys in sections.items() if isinstance(keys, dict) for key, v in keys.items()
     }
@@ -119,11 +118,11 @@ def export_drafter(
     checkpoint: Path,
     out: Path,
     format: str,
+    speculative_tokens: int | None = None,
+    dtype: str | None = None,
     *,
     target: Path | None = None,
     target_name: str | None = None,
-    speculative_tokens: int | None = None,
-    dtype: torch.dtype | None = None,
     licence: str | None = None,
     measured: Path | None = None,
 ) -> Export:
@@ -156,14 +155,18 @@ def export_drafter(
         what = "give --target DIR or --target-name NAME" if name is None else "give --num-speculative-tokens K"
         raise ValueError(f"{folder} does not say for which target, or how many tokens, it was trained: {what}")
     target_config = read_config(target) if target else None
-    tensors = {n: t.to(dtype or t.dtype) if t.is_floating_point() else t for n, t in files.tensors.items()}
+    tensors = {
+        n: t.to(getattr(torch, dtype) if dtype else t.dtype) if t.is_floating_point() else t
+        for n, t in files.tensors.items()
+    }
     config = files.config
     config.dtype = tensors["fc.weight"].dtype
     texts = {"README.md": str(_card(config, format, facts, name, tokens, licence, _lengths(measured)))}
     if format == SPECULATORS:
         assert tokens is not None
         architectures = (target_config or {}).get("architectures") or []
-        content = speculators_config(config, tokens, name, architectures)
+        found = target_name or (target and str(target.absolute())) or name  # engines run elsewhere
+        content = speculators_config(config, tokens, found, architectures)
         texts["config.json"] = json.dumps(content, indent=2, sort_keys=True) + "\n"
     copied = [target / file for file in TOKENIZER_FILES if (target / file).is_file()] if target else []
     return Export(out, _write(out, config, tensors, texts, copied, target_config), notes)

@@ -56,6 +56,10 @@ def read_start(recipe: Recipe, target: TargetBase) -> Start | None:
         raise RecipeError(
             f"{where} drafts for a target of vocabulary and hidden size {theirs}; this target's are {mine}"
         )
+    if config.hidden_size != target.hidden_size and (lacking := [n for n in files.missing if n != "mask_hidden"]):
+        raise RecipeError(
+            f"{where} has no {lacking[0]}, and the target's does not fit its hidden size {config.hidden_size}"
+        )
     layers = list(config.eagle_aux_hidden_state_layer_ids or default_layer_ids(target.num_layers))
     if layers != target.layer_ids:
         given = f"this run reads {target.layer_ids}: give target.layer_ids={layers}"
