@@ -236,14 +236,20 @@ def _cache(parser: Parser) -> None:
     Killed, it resumes when it is started again, and writes the same bytes on any number of processes:
     ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 -m peagle_train cache RECIPE --out features
     """
-    _add_recipe(parser)
+    _add_recipe(parser, "?")
     add = parser.add_argument
     add("--out", metavar="DIR", help="where to write; default: the recipe's target.cache")
     add("--shard-mib", type=COUNT, default=512, metavar="N", help="size of a file (default 512)")
     add("--speculators", metavar="DIR", help="take hs_*.safetensors that speculators left here; the target is not run")
+    add("--verify", type=Path, metavar="DIR", help="compare a cache's files with their checksums, and stop")
     o = parser.read()
-    from peagle_train.target_model.cache import write_cache
+    from peagle_train.target_model.cache import verify_cache, write_cache
 
+    if o.verify:
+        print(verify_cache(o.verify))
+        return
+    if not o.recipe:
+        raise ValueError("no recipe given: `peagle-train cache RECIPE --out DIR`")
     print(write_cache(o.recipe, o.out or o.recipe.target.cache, o.shard_mib, o.speculators), end="")
 
 

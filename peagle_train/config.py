@@ -300,8 +300,9 @@ class Target:
     """Tokens that the target is given at a time, over a cache of keys and values; null: a whole batch."""
     cache: FilePath | None = None
     """Folder of `peagle-train cache` to read features from, so that the target need not run; null: run it."""
-    cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
-    """What features have in that folder; auto is what the target computes in."""
+    cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "float64", "float8_e4m3fn"] = "auto"
+    """What features have in that folder; auto is what the target computes in, float8_e4m3fn half of 16 bits, with a scale
+    for each position."""
     server: list[Text] | Text | None = None
     """URL of a vLLM server that computes the features, or a list of them (see `peagle-train serve-target`)."""
     server_patience: Annotated[float, within(ge=0, le=10**6)] = 600.0
@@ -415,6 +416,11 @@ class Draft:
     def trains_head(self, is_targets_width: bool) -> bool:
         """Whether the head is trained: as asked for, or because it starts random."""
         return self.train_lm_head or not (is_targets_width and self.lm_head_from_target)
+
+    @property
+    def reach(self) -> int | None:
+        """See `columns_read`."""
+        return None if self.window is None else self.num_layers * (self.window - 1)
 
 
 @dataclass

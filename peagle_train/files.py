@@ -231,13 +231,13 @@ def alone_in(folder: Path, doing: str) -> Iterator[None]:
         os.close(handle)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
-    """Write a safetensors file; OSError where that fails."""
+def save_tensors(path: Path, tensors: Mapping[str, Any], name: str = "format", value: str = "pt") -> None:
+    """Write a safetensors file; OSError where that fails. Its metadata are one pair: of several the order varies."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file  # torch, which a command's --help does without
 
     plain = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
     try:
-        save_file(plain, path, metadata={"format": "pt"})
+        save_file(plain, path, metadata={name: value})
     except SafetensorError as error:
         raise OSError(errno.EIO, one_line(error), str(path)) from None

@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from peagle_train.core.elements import Elements, context_elements, gather_elements
+from peagle_train.core.cod import supervised_rows
+from peagle_train.core.elements import Elements, columns_read, context_elements, gather_elements
 from peagle_train.core.passes import StepStats, TargetOutputs
 from peagle_train.core.recompute import recompute_step
 from peagle_train.core.relay import relay_step
-from tests.helpers import DRAFT_VOCAB, TARGET_HIDDEN, make_draft
+from tests import oracles
+from tests.helpers import DRAFT_VOCAB, TARGET_HIDDEN, make_draft, make_rows
 
 # Two documents, one column of padding; the assistant's words are in capitals.
 WORDS = ["name", "a", "colour", "DARK", "SEA", "BLUE", "END", "bye", "SO", "LONG", "<pad>"]
@@ -186,3 +188,33 @@ def test_elements_are_seven_tensors_of_one_shape() -> None:
     assert {name: (t.shape, t.dtype) for name, t in elements._asdict().items()} == {
         name: ((1, 4), torch.bool if name == "supervised" else torch.int64) for name in Elements._fields
     }
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("window", [None, 4, 5, 7, 200])
+@pytest.mark.parametrize("length", [2, 5, 37])
+def test_no_draw_reads_more_columns_than_are_said_and_each_reads_all_of_these(
+    length: int, window: int | None, layers: int
+) -> None:
+    reach = None if window is None else layers * (window - 1)
+    g = torch.Generator().manual_seed(length)
+    rows = [make_rows(length + 2, n, prompt=0.7, seed=n)[0] for n in (1, 2, 3)]
+    for row in rows:
+        for share in (1.0, 0.3, 0.05, 0.0):  # of what is learned from
+            mask = (torch.tensor(row["loss_mask"]) * (torch.rand(length, generator=g) < share)).tolist()
+            documents = [*row["document_ids"], -1, -1]
+            elements = oracles.draw_packed([*mask, 0, 0], documents, 4, 0.8, 0.2, g)
+            learned = [d > 0 or mask[a + 1] == 1 for a, d in elements]
+            who = [(documents[a], a, d) for a, d in elements]
+            read = {a for _, a, d in oracles.reached(who, learned, window, layers) if d == 0}
+            labels = {a + d + 1 for (a, d), counts in zip(elements, learned, strict=True) if counts}
+            mask_L, documents_L = torch.tensor([*mask, 0, 0]), torch.tensor(documents)
+            found = columns_read(supervised_rows(mask_L, documents_L), documents_L, reach)
+            assert [{*columns.nonzero().flatten().tolist()} for columns in found] == [read, labels]
+
+
+def test_of_a_long_document_with_its_last_hundredth_to_learn_from_less_than_a_tenth_is_read() -> None:
+    mask, documents = torch.zeros(131072, dtype=torch.int64), torch.zeros(131072, dtype=torch.int64)
+    mask[-1311:] = 1
+    features, labels = columns_read(supervised_rows(mask, documents), documents, 4 * 2047)
+    assert int(labels.sum()) == 1311 and int(features.sum()) == 1311 + 4 * 2047 < 13107

@@ -5,7 +5,9 @@ import os
 import resource
 import shlex
 import shutil
+import struct
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from peagle_train.__main__ import main
 from peagle_train.config import load_recipe
-from peagle_train.files import alone_in
+from peagle_train.files import alone_in, save_tensors
 from peagle_train.target_model.cache import StoredTarget, write_cache
 from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.training.step import BatchRunner
+from tests.helpers import command
 from tests.tiny import make_target, write_recipe, write_rows
 
 LENGTHS = [9, 31, 4, 17, 32, 2, 26, 11, 40, 13, 33, 64]
@@ -90,6 +93,7 @@ def test_training_from_a_cache_gives_the_weights_of_training_without(
     online = train(recipe, tmp_path / "online")
     monkeypatch.setattr(FrozenTarget, "load", no_forward)
     cached = train(recipe, tmp_path / "cached", f"target.cache={folder}")
+    assert command("cache", "--verify", folder) == 0
     assert online.keys() == cached.keys() and len(online) > 20
     assert all(torch.equal(online[name], cached[name]) for name in online)
     first, second = ((tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("online", "cached"))
@@ -135,10 +139,17 @@ def test_what_is_read_is_what_the_target_gives(tmp_path: Path, target: Path, row
     ids = [torch.tensor(json.loads(rows.read_text().splitlines()[i])["input_ids"]) for i in (1, 5)]
     batch = torch.cat([*ids, torch.zeros(3, dtype=torch.int64)])[None], torch.tensor([[0] * 31 + [1] * 2 + [-1] * 3])
     found = stored.outputs({"input_ids": batch[0], "document_ids": batch[1]}, stored.head_weight())
+    # Features but those of the documents' last tokens, last hidden states where the mask is 1 (not in the first 9 of 31).
+    stored_columns, labels = [*range(30), 31], [*range(9, 31), 32]
     for part in (slice(0, 31), slice(31, 33)):
         features, last = model.features(batch[0][:, part], torch.arange(part.stop - part.start)[None])
-        assert torch.allclose(found.features[:, part], features, atol=1e-12)
-        assert torch.allclose(found.last_hidden[:, part], last, atol=1e-12)
+        for ours, theirs, columns in (
+            (found.features, features, stored_columns),
+            (found.last_hidden, last, labels),
+        ):
+            for i in range(part.start, part.stop):
+                expected = theirs[:, i - part.start] if i in columns else torch.zeros_like(theirs[:, 0])
+                assert torch.allclose(ours[:, i], expected, atol=1e-12), i
     assert not found.features[:, 33:].any() and not found.last_hidden[:, 33:].any()
     for name in ("head_weight", "embedding_rows", "eos_token_ids"):
         ours, theirs = (getattr(one, name)() for one in (stored, model))
@@ -183,7 +194,7 @@ WRONG: dict[str, tuple[str, Callable[[bytes], bytes] | None, str, str]] = {
     "cut": (SHARD, lambda data: data[:-8], "", f"{SHARD} is missing or damaged"),
     "not whole": (SHARD, None, "", f"{SHARD} is missing or damaged"),
     "head": ("head.safetensors", lambda data: b"\xff" * 8 + data[8:], "", "head.safetensors is missing or damaged"),
-    "format": (INDEX, lambda _: b'{"version": 0}', "", "is of format 0, this reads format 2"),
+    "format": (INDEX, lambda _: b'{"version": 0}', "", "is of format 0, this reads format 3"),
     "index": (INDEX, lambda data: data[:-9], "", "cache.json cannot be read"),
     "no index": (INDEX, None, "", "has no cache.json"),
     "layers": ("", None, "target.layer_ids=[1, 2, 3]", "is of layer_ids [2, 3, 4], the recipe asks for [1, 2, 3]"),
@@ -213,20 +224,118 @@ def test_a_cache_that_does_not_match_is_one_clear_line_before_any_training(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_cache_of_an_earlier_version_with_checksums_is_read(
+def test_a_cache_of_the_format_before_is_read(tmp_path: Path, target: Path, rows: Path, made: Path) -> None:
+    folder, model = tmp_path / "cache", FrozenTarget.load(str(target), dtype="float64")
+    folder.mkdir()
+    shutil.copy(made / "head.safetensors", folder)
+    index = json.loads((made / INDEX).read_text())
+    (folder / INDEX).write_text(json.dumps({**index, "version": 2, "shards": 1, "sha256": "0" * 64}))
+    documents = [torch.tensor(json.loads(line)["input_ids"]) for line in rows.read_text().splitlines()]
+    ids = [part for document in documents for part in document.split(32)]
+    both = [model.features(part[None], torch.arange(len(part))[None]) for part in ids]
+    digests = [sha256(b"".join(struct.pack("<q", token) for token in part.tolist())).digest() for part in ids]
+    save_tensors(
+        folder / "features-00000.safetensors",
+        {
+            "features": torch.cat([features[0] for features, _ in both]),
+            "last_hidden": torch.cat([last[0] for _, last in both]),
+            "keys": torch.tensor([struct.unpack("<qq", digest[:16]) for digest in digests]),
+            "lengths": torch.tensor([len(part) for part in ids]),
+        },
+    )
+    recipe = recipe_in(tmp_path, target, rows, train={"max_steps": 3}, draft={"window": 5})
+    before, now = (train(recipe, tmp_path / name, f"target.cache={cache}") for name, cache in
+                   (("before", folder), ("now", cache(recipe, tmp_path / "new", "draft.window=null"))))  # fmt: skip
+    assert all(torch.allclose(before[name], now[name], rtol=0, atol=1e-9) for name in now)
+    assert command("cache", "--verify", folder) == 2
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_what_is_not_stored_is_nothing_that_training_depends_on(
+    window: int | None, tmp_path: Path, target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two sources with the same ids and other masks, which share their pieces.
+    other = write_rows(tmp_path / "other.jsonl", LENGTHS, prompt=0.9)
+    sections = {
+        "data": {"sources": [str(rows), str(other)], "eval_fraction": 0.2},
+        "draft": {"window": window},
+        "train": {"batch_size": 2, "max_steps": 6, "eval_steps": 3},
+    }
+    recipe = recipe_in(tmp_path, target, rows, **sections)
+    folder = cache(recipe, tmp_path / "cache")
+    online = train(recipe, tmp_path / "online", "train.batch_size=1")
+    read, filled = StoredTarget.read, []
+
+    def read_and_fill(*arguments: Any) -> Any:
+        found = read(*arguments)
+        for name, value in (("features", 1e3), ("last_hidden", float("nan"))):
+            is_zero = (found[name] == 0).all(-1)
+            filled.append(int(is_zero.sum()))
+            found[name][is_zero] = value
+        return found
+
+    cached = train(recipe, tmp_path / "cached", f"target.cache={folder}", "train.batch_size=1")
+    monkeypatch.setattr(StoredTarget, "read", read_and_fill)
+    other_values = train(recipe, tmp_path / "filled", f"target.cache={folder}", "train.batch_size=1")
+    assert min(filled) > 0 and online.keys() == cached.keys()
+    assert all(torch.equal(online[name], t) and torch.equal(other_values[name], t) for name, t in cached.items())
+
+
+def test_only_positions_that_the_drafters_layers_can_reach_are_stored(tmp_path: Path, target: Path) -> None:
+    g = torch.Generator().manual_seed(0)
+    row = {"input_ids": torch.randint(60, (400,), generator=g).tolist(), "loss_mask": [0] * 396 + [1, 0, 1, 0]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    settings = {"data": {"max_length": 401, "eval_fraction": 0.0}, "draft": {"window": 9, "num_layers": 3}}
+    recipe = recipe_in(tmp_path, target, tmp_path / "rows.jsonl", **settings)
+    found = load_file(cache(recipe, tmp_path / "cache") / "features-00000.safetensors")
+    # Tokens 396 and 398 are read by rows 395 and 397, the first of which reaches back by 3 * 8.
+    assert found["features"].shape == (397 - 371 + 1, 48) and found["last_hidden"].shape == (2, 16)
+    train(recipe, tmp_path / "run", f"target.cache={tmp_path / 'cache'}", "train.max_steps=1", "draft.window=7")
+
+
+@pytest.mark.parametrize("change", ["draft.window=6", "draft.window=null", "draft.num_layers=3", "mask"])
+def test_a_recipe_that_reads_more_than_the_cache_holds_is_refused_in_one_line(
+    change: str, tmp_path: Path, target: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_in(tmp_path, target, rows, draft={"window": 5}, data={"eval_fraction": 0.3})
+    sparse = write_rows(tmp_path / "sparse.jsonl", LENGTHS, prompt=0.8)
+    folder = cache(recipe, tmp_path / "cache", f"data.sources=[{sparse}]")
+    more = f"data.sources=[{rows}]" if change == "mask" else change
+    arguments = [str(recipe), f"target.cache={folder}", f"data.sources=[{sparse}]", "train.max_steps=1", more]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("peagle_train: error") and "or positions of them" in error and "peagle-train cache" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_features_in_fp8_are_the_targets_to_a_sixteenth_and_last_hidden_states_are_as_before(
     tmp_path: Path, target: Path, rows: Path, made: Path
 ) -> None:
+    recipe = recipe_in(tmp_path, target, rows, train={"max_steps": 2})
+    folder = cache(recipe, tmp_path / "cache", "target.cache_dtype=float8_e4m3fn", shard_tokens=10_000)
+    stored = load_file(folder / "features-00000.safetensors")
+    full = [load_file(path) for path in sorted(made.glob("features-*"))]
+    features, last_hidden = (torch.cat([file[name] for file in full]) for name in ("features", "last_hidden"))
+    assert stored["features"].dtype == torch.float8_e4m3fn and torch.equal(stored["last_hidden"], last_hidden)
+    error = stored["features"].double() * stored["scales"][:, None] - features
+    least = features.abs().amax(1, keepdim=True) / 448 / 2**6  # of FP8's normal numbers, scaled
+    assert bool((error.abs() <= torch.maximum(features.abs(), least) / 16 * (1 + 1e-6)).all())
+    online, cached = train(recipe, tmp_path / "online"), train(recipe, tmp_path / "run", f"target.cache={folder}")
+    off = {name: float((online[name].double() - t.double()).abs().max()) for name, t in cached.items()}
+    assert 0 < max(off.values()) < 0.05
+
+
+def test_damage_that_a_start_does_not_see_is_found_by_verify_which_names_the_file(
+    tmp_path: Path, target: Path, rows: Path, made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = Path(shutil.copytree(made, tmp_path / "cache"))
-    index = json.loads((folder / INDEX).read_text())
-    (folder / INDEX).write_text(json.dumps({**index, "sha256": "0" * 64}))
-    (folder / "head.sha256").write_text("0")
-    recipe = recipe_in(tmp_path, target, rows)
-    cache(recipe, folder)
-    assert StoredTarget(load_recipe(recipe, [f"target.cache={folder}"]).target, torch.device("cpu")).layer_ids == [
-        2,
-        3,
-        4,
-    ]
+    data = bytearray((folder / SHARD).read_bytes())
+    data[-100] ^= 1
+    (folder / SHARD).write_bytes(data)
+    train(recipe_in(tmp_path, target, rows), tmp_path / "run", f"target.cache={folder}", "train.max_steps=1")
+    assert command("cache", "--verify", made) == 0 and command("cache", "--verify", folder) == 2
+    assert f"{SHARD} is damaged" in capsys.readouterr().err
+    assert command("cache", "--verify", tmp_path) == 2
 
 
 def test_other_rows_or_another_target_never_mix_in_one_folder(
@@ -235,7 +344,7 @@ def test_other_rows_or_another_target_never_mix_in_one_folder(
     before = contents(made)
     recipe = recipe_in(tmp_path, target, rows)
     for differ, override in (
-        ("max_length, shards, .*plan", "data.max_length=16"),
+        ("max_length, .*plan", "data.max_length=16"),
         ("layer_ids", "target.layer_ids=[0, 1, 2]"),
         ("dtype, shards, plan", "target.cache_dtype=float32"),
         ("chunk_tokens", "target.chunk_tokens=8"),  # these two round in another way

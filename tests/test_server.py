@@ -124,12 +124,46 @@ def test_its_features_are_the_frozen_targets_and_its_files_are_removed(base: Pat
         for row in lengths
     ]
     batch = CODCollator(32, num_depths=4)(rows)
-    real, head = batch["document_ids"] >= 0, frozen.head_rows(torch.arange(7))
+    documents, head = batch["document_ids"], frozen.head_rows(torch.arange(7))
+    is_row = (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] >= 0)
     ours, theirs = served.outputs(batch, head), frozen.outputs(batch, head)
-    for found, expected in ((ours.features, theirs.features), (ours.last_hidden, theirs.last_hidden)):
-        error = (found - expected)[real].abs().max() / expected[real].abs().max()
-        assert found.shape == expected.shape and float(error) <= 1e-5
+    # Nobody reads a document's last features, nor what predicts its second token.
+    for found, expected, first in (
+        (ours.features, theirs.features, 0),
+        (ours.last_hidden, theirs.last_hidden, 1),
+    ):
+        ours_, theirs_ = (tensor[:, first : first + 31][is_row] for tensor in (found, expected))
+        assert found.shape == expected.shape and float((ours_ - theirs_).abs().max() / theirs_.abs().max()) <= 1e-5
     assert not [*(base / "states").rglob("*.safetensors")]
+
+
+def test_it_is_asked_for_what_training_reads_and_no_more(
+    base: Path, server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import openai
+
+    served = ServedTarget(Target(path=str(base / "target"), server=server.url), CPU, 32)
+    create, prompts = openai.resources.Completions.create, []
+
+    def creating(self: Any, **arguments: Any) -> Any:
+        prompts.append(arguments["prompt"])
+        return create(self, **arguments)
+
+    monkeypatch.setattr(openai.resources.Completions, "create", creating)
+    masks = [[0] * 5 + [1, 1] + [0] * 9, [1] + [0] * 8, [1], [0, 0, 1]]  # a first token is no row's to learn from
+    ids = [[7 * i + j + 1 for j in range(len(mask))] for i, mask in enumerate(masks)]
+    batch = CODCollator(32, num_depths=4)([{"input_ids": ids, "loss_mask": masks}])
+    head = served.head_rows(torch.arange(7))
+    expected = FrozenTarget.load(str(base / "target"), dtype="float32").outputs(batch, head)
+    for reach, features in ((None, [*range(6), 26, 27]), (2, [*range(2, 6), 26, 27])):
+        served.reach = reach
+        found = served.outputs(batch, head)
+        assert sorted(map(len, prompts)) == [3, 7] and {*map(tuple, prompts)} == {tuple(ids[0][:7]), tuple(ids[3])}
+        prompts.clear()
+        for name, columns in (("features", features), ("last_hidden", [5, 6, 28])):
+            ours, theirs = (getattr(outputs, name)[0, columns] for outputs in (found, expected))
+            assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+        assert not found.features[0, [*range(features[0]), *range(7, 26), *range(29, 32)]].any()
 
 
 def test_training_from_it_is_training_with_the_target_in_the_process(

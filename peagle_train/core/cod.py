@@ -137,8 +137,7 @@ def sample_packed_row(
         empty = torch.zeros(0, dtype=torch.int64, device=loss_mask_L.device)
         return empty, empty.clone()
     is_row_L = drafter_rows(document_ids_L)
-    is_supervised_L = torch.zeros_like(is_row_L)
-    is_supervised_L[:-1] = (loss_mask_L[1:] != 0) & is_row_L[:-1]
+    is_supervised_L = supervised_rows(loss_mask_L, document_ids_L)
     is_first_L = is_row_L.clone()
     is_first_L[1:] &= document_ids_L[1:] != document_ids_L[:-1]
 
@@ -152,6 +151,13 @@ def drafter_rows(document_ids: Tensor) -> Tensor:
     is_row = torch.zeros_like(document_ids, dtype=torch.bool)
     is_row[..., :-1] = (document_ids[..., :-1] == document_ids[..., 1:]) & (document_ids[..., :-1] >= 0)
     return is_row
+
+
+def supervised_rows(loss_mask: Tensor, document_ids: Tensor) -> Tensor:
+    """bool [..., L]: rows of the drafter that read a token to learn from."""
+    is_supervised = drafter_rows(document_ids)
+    is_supervised[..., :-1] &= loss_mask[..., 1:] != 0
+    return is_supervised
 
 
 def check_cod_arguments(

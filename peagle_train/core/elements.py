@@ -54,6 +54,24 @@ def context_elements(batch: dict[str, Tensor], column: Tensor, window: int | Non
     return make_elements(batch, column, torch.where(is_row, 0, -1), torch.zeros_like(is_row), 0, window)
 
 
+def columns_read(is_supervised: Tensor, document_ids: Tensor, reach: int | None) -> tuple[Tensor, Tensor]:
+    """Columns whose features, and those whose last hidden states training reads, whatever is drawn; bool [..., L] both.
+
+    Deeper elements see nothing that the depth-0 element at their position does not see, and have its label.
+
+    Args:
+        is_supervised: bool [..., L], see `supervised_rows`. document_ids: int64 [..., L].
+        reach: how many columns back an element sees through all layers, D * (N - 1) with a window of N; None: all.
+    """
+    L = document_ids.shape[-1]
+    column = torch.arange(L)
+    reader = torch.where(is_supervised, column, L).flip(-1).cummin(-1).values.flip(-1)  # the next supervised row
+    is_read = (reader < L) & (document_ids.gather(-1, reader.clamp(max=L - 1)) == document_ids)
+    if reach is not None:
+        is_read &= reader - column <= reach
+    return is_read, is_supervised.roll(1, -1)  # the last column is no row
+
+
 def make_elements(
     batch: dict[str, Tensor],
     anchor: Tensor,

@@ -77,6 +77,7 @@ def read_start(recipe: Recipe, target: TargetBase) -> Start | None:
             raise RecipeError(
                 f"draft.{key} is {mine}, but {where} has {text}: give draft.{key}={text}, or another drafter"
             )
+    brought["window"] = recipe.draft.window or config.sliding_window
     return Start(files, replace(recipe, draft=replace(recipe.draft, **brought)))
 
 
@@ -152,7 +153,7 @@ def make_draft_config(
             norm_before_fc=draft.norm_before_fc,
             fc_norm=draft.fc_norm,
             norm_before_residual=draft.norm_before_residual,
-            sliding_window=draft.window or (start.sliding_window if start else None),
+            sliding_window=draft.window,
             bos_token_id=getattr(config, "bos_token_id", None),
             eos_token_id=getattr(config, "eos_token_id", None),
             pad_token_id=None,

@@ -2,15 +2,17 @@
 
     cache.json              what the features are of, written first: see `_index`
     features-NNNNN.safetensors
-                            features [n, F*T] and last_hidden [n, T] of whole pieces side by side; keys int64 [P, 2] and
-                            lengths int64 [P] say which
+                            whole pieces side by side: keys int64 [P, 2]; needs uint8 [n], which of their positions are
+                            here (see `needs_of`); of those, features [f, F*T] and last_hidden [l, T]; lengths int64
+                            [P, 3], each piece's share of n, f and l; in FP8, scales float32 [f] multiply the features
     head.safetensors        the target's head and embeddings, [V, T] each
     documents.jsonl         of a cache made from speculators' files: their samples as a source for training
 
 A *piece* is a document, or the part of one that a sequence holds; its features depend on its ids alone, so it is found by
-their hash: sequences may be shuffled, masked and packed in another way. What goes into which file is a function of the
-sequences alone, and a file is written whole or not at all, so the same command resumes a stopped write, on any number of
-processes, and ends in the same bytes.
+their hash: sequences may be shuffled and packed in another way. Of its positions, those are here that a supervised element
+can reach under the masks and the window that the cache was made for; format 2 has them all. What goes into which file is a
+function of the sequences alone, and a file is written whole or not at all, so the same command resumes a stopped write, on
+any number of processes, and ends in the same bytes. Each carries the sha256 of what it holds, for `verify_cache`.
 
 T: the target's hidden size, F: feature layers, V: vocabulary, n: tokens, P: pieces, B: sequences of a batch, L: positions.
 """
@@ -20,11 +22,11 @@ import json
 import shutil
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import accumulate, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,18 +37,21 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
 
 from peagle_train.config import Recipe, Target, as_override
+from peagle_train.core.cod import supervised_rows
+from peagle_train.core.elements import columns_read
 from peagle_train.core.passes import TargetOutputs
 from peagle_train.data.packing import TrainingData
 from peagle_train.data.training_data import load_training_data, make_collator
 from peagle_train.data.vocab import choose_mask_token, load_config, load_tokenizer
 from peagle_train.distributed import check_device, check_device_map, check_launch, from_all, wait_for_all
 from peagle_train.files import alone_in, one_line, partial_path, put, save_tensors, write_json
-from peagle_train.target_model.frozen import FrozenTarget, TargetBase, pieces_of
+from peagle_train.machine import cores
+from peagle_train.target_model.frozen import FP8, FrozenTarget, TargetBase, pieces_of
 from peagle_train.target_model.loading import default_layer_ids, target_fingerprint
 from peagle_train.target_model.server import ServedTarget
 from peagle_train.target_model.speculators_files import SpeculatorsFiles
 
-INDEX, HEAD, DOCUMENTS, VERSION = "cache.json", "head.safetensors", "documents.jsonl", 2
+INDEX, HEAD, DOCUMENTS, VERSION = "cache.json", "head.safetensors", "documents.jsonl", 3
 COMMAND = "peagle-train cache"
 AGAIN = f"make the cache again with {COMMAND}, or change the recipe"
 FIELDS = ("features", "last_hidden")
@@ -59,7 +64,7 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         index.pop("sha256", None)  # once written
-        if index["version"] == VERSION:
+        if index["version"] in (2, VERSION):
             return index
         reason = f"is of format {index['version']}, this reads format {VERSION}"
     except FileNotFoundError:
@@ -73,6 +78,13 @@ def piece_key(ids_n: Tensor) -> Key:
     """128 bits of the sha256 of a piece's ids: the same on every machine."""
     digest = hashlib.sha256(ids_n.to(torch.int64).contiguous().numpy().astype("<i8", copy=False).tobytes()).digest()
     return struct.unpack("<qq", digest[:16])
+
+
+def needs_of(row: Mapping[str, Any], reach: int | None) -> Tensor:
+    """uint8 [n] of a sequence: 1 where its features are read, 2 where its last hidden state is, 3 for both."""
+    documents_n = row["document_ids"]
+    features_n, labels_n = columns_read(supervised_rows(row["loss_mask"], documents_n), documents_n, reach)
+    return features_n + 2 * labels_n.byte()
 
 
 def shard_name(number: int) -> str:
@@ -109,39 +121,47 @@ class StoredTarget(TargetBase):
             if asked not in ("auto", has):
                 raise ValueError(f"{where} is of {key} {has}, the recipe asks for {asked}: {AGAIN}")
         self.index, self.layer_ids, self.vocab_size = index, index["layer_ids"], index["vocab_size"]
-        self.dtype, self._stored = getattr(torch, index["computed_in"]), getattr(torch, index["dtype"])
+        self.dtype = getattr(torch, index["computed_in"])
         self._head: Tensor | None = None
-        self._where: dict[Key, tuple[Any, slice]] = {}  # of a piece: the file, and its tokens there
-        for name in [HEAD, *map(shard_name, range(index["shards"]))]:
-            try:
-                file = safe_open(self.folder / name, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise ValueError(
-                    f"{where}: {name} is missing or damaged ({one_line(error, 200)}): remove what is left of it and run the"
-                    f" same {COMMAND} again, which writes what is missing"
-                ) from None
-            if name == HEAD:
-                self._tables = file
-                continue
-            keys, lengths = (file.get_tensor(field).tolist() for field in ("keys", "lengths"))
-            for key, length, end in zip(keys, lengths, accumulate(lengths), strict=True):
-                self._where[tuple(key)] = file, slice(end - length, end)
+        self._tables = _open(self.folder, HEAD)
+        self._where: dict[Key, tuple[Any, list[slice]]] = {}  # of a piece: the file, and its needs, features and labels
+        for name in map(shard_name, range(index["shards"])):
+            file = _open(self.folder, name)
+            keys, lengths = file.get_tensor("keys"), file.get_tensor("lengths")
+            lengths_P3 = lengths.view(len(keys), -1).expand(-1, 3)  # format 2 has one for all
+            for key, ends, each in zip(keys.tolist(), lengths_P3.cumsum(0).tolist(), lengths_P3.tolist(), strict=True):
+                self._where[tuple(key)] = file, [slice(end - n, end) for end, n in zip(ends, each, strict=True)]
         self._pin = device.type == "cuda"  # read into page-locked memory
         self._reader = ThreadPoolExecutor(1)
         self._coming: dict[int, tuple[dict[str, Tensor], Future[dict[str, Tensor]]]] = {}  # by the batch's id
 
     def cache_dtype(self, asked: str) -> torch.dtype:
-        return self._stored
+        return super().cache_dtype(self.index["dtype"])
 
     def check_rows(self, data: TrainingData) -> None:
         for name, rows in {"data.sources": data.train_rows, "held-out sequences": data.eval_rows}.items():
-            each = (rows[i] for i in range(len(rows)))
-            pieces = (row["input_ids"][part] for row in each for part in pieces_of(row["document_ids"]))
-            if lacking := [ids_n.numel() for ids_n in pieces if piece_key(ids_n) not in self._where]:
+            lacking = []
+            for i in range(len(rows)):
+                row = rows[i]
+                needs_n = needs_of(row, self.reach)
+                for part in pieces_of(row["document_ids"]):
+                    key = piece_key(row["input_ids"][part])
+                    if key not in self._where or bool((needs_n[part] & ~self._has(key)).any()):
+                        lacking.append(part.stop - part.start)
+            if lacking:
+                held, asked = ("all" if reach is None else reach for reach in (self.index.get("reach"), self.reach))
                 raise ValueError(
-                    f"target.cache {self.folder} lacks {len(lacking)} pieces of the {name}, the longest of {max(lacking)}"
-                    f" tokens (it was made with data.max_length {self.index['max_length']}): {AGAIN}"
+                    f"target.cache {self.folder} lacks {len(lacking)} pieces of the {name}, or positions of them, the"
+                    f" longest of {max(lacking)} tokens: it was made with data.max_length {self.index['max_length']}, or"
+                    f" other loss masks, for {held} positions back (draft.window, draft.num_layers), not {asked}: {AGAIN}"
                 )
+
+    def _has(self, key: Key) -> Tensor:
+        """uint8 [n]: what of a piece is there, as in `needs_of`."""
+        file, (tokens, *_) = self._where[key]
+        if self.index["version"] == 2:
+            return torch.full((tokens.stop - tokens.start,), 3, dtype=torch.uint8)
+        return file.get_slice("needs")[tokens]
 
     def eos_token_ids(self) -> list[int]:
         return self.index["eos_token_ids"]
@@ -165,20 +185,26 @@ class StoredTarget(TargetBase):
             shape, T = batch["input_ids"].shape, self.hidden_size
             # Allocated here: page-locked memory belongs to the device of the thread that asks for it.
             room = {
-                name: torch.empty(*shape, width, dtype=self._stored, pin_memory=self._pin)
+                name: torch.empty(*shape, width, dtype=self.cache_dtype("auto"), pin_memory=self._pin)
                 for name, width in zip(FIELDS, (len(self.layer_ids) * T, T), strict=True)
             }
             self._coming[id(batch)] = batch, self._reader.submit(self.read, batch, room)
 
     def read(self, batch: dict[str, Tensor], room: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`FIELDS` of a batch, [B, L, F*T] and [B, L, T], in `room`; padding gets zeros."""
+        """`FIELDS` of a batch, [B, L, F*T] and [B, L, T], in `room`; zeros where nothing is stored, and on padding."""
         for b, documents in enumerate(batch["document_ids"]):
             ids, n = batch["input_ids"][b], int((documents >= 0).sum())
             for part in pieces_of(documents[:n]):
-                file, tokens = self._where[piece_key(ids[part])]
-                assert tokens.stop - tokens.start == part.stop - part.start, "two pieces have one key"
-                for name in FIELDS:
-                    room[name][b, part] = file.get_slice(name)[tokens]
+                key = piece_key(ids[part])
+                file, (_, *spans) = self._where[key]
+                has_n = self._has(key)
+                assert has_n.numel() == part.stop - part.start, "two pieces have one key"
+                for bit, name, span in zip((1, 2), FIELDS, spans, strict=True):
+                    values, out, is_there_n = file.get_slice(name)[span], room[name][b, part], (has_n & bit) > 0
+                    if values.dtype == torch.float8_e4m3fn:
+                        values = values.float() * file.get_slice("scales")[span][:, None]
+                    out[~is_there_n] = 0
+                    out[is_there_n] = values.to(out.dtype)
             for tensor in room.values():
                 tensor[b, n:] = 0
         return room
@@ -200,8 +226,8 @@ class StoredTarget(TargetBase):
 class Piece(NamedTuple):
     sequence: int  # number of the first sequence that has it
     part: slice  # its positions there
-    tokens: int
     key: Key
+    needs: Tensor  # uint8 [n], of all sequences that have it
 
 
 Shard = list[Piece]
@@ -242,20 +268,22 @@ def write_cache(recipe: Recipe, out: str | None, shard_mib: float = 512, specula
         if settings.check:
             frozen.check()
 
+    target.reach = recipe.draft.reach
     files = None if speculators is None else SpeculatorsFiles(speculators, frozen, recipe.data.max_length)
     sequences, compute = (files, files.compute) if files else _sequences(recipe, target, accelerator.device, say)
-    stored = target.cache_dtype(settings.cache_dtype)
-    token_bytes = (len(target.layer_ids) + 1) * target.hidden_size * stored.itemsize
-    shards = plan_shards(sequences, max(1, int(shard_mib * 2**20 // token_bytes)))
-    index = _index(
-        recipe, target, shards, stored, "speculators" if files else "server" if settings.server else "recipe"
-    )
+    dtype, as_fp8 = target.cache_dtype(settings.cache_dtype), settings.cache_dtype == FP8
+    feature_bytes = len(target.layer_ids) * target.hidden_size * (1 if as_fp8 else dtype.itemsize) + 4 * as_fp8
+    widths = feature_bytes, target.hidden_size * dtype.itemsize
+    shards = plan_shards(sequences, target.reach, int(shard_mib * 2**20), widths)
+    source = "speculators" if files else "server" if settings.server else "recipe"
+    index = _index(recipe, target, shards, FP8 if as_fp8 else str(dtype)[6:], source)
+    size = index["tokens"] + sum(index[name] * width for name, width in zip(FIELDS, widths, strict=True))
     with ExitStack() as held:
         refusal = ""
         if is_main:
             try:
                 held.enter_context(alone_in(folder, "writing features"))
-                say(f"cache: {_claim(folder, index, index['tokens'] * token_bytes + 2 * target.head_weight().nbytes)}")
+                say(f"cache: {_claim(folder, index, size + 2 * target.head_weight().nbytes)}")
             except ValueError as error:
                 refusal = str(error)
         if refusal := from_all(refusal)[0]:
@@ -267,8 +295,8 @@ def write_cache(recipe: Recipe, out: str | None, shard_mib: float = 512, specula
         started, done = time.perf_counter(), 0
         for number in range(rank, len(shards), world_size):
             if not (path := folder / shard_name(number)).exists():
-                _write(path, _tensors_of(shards[number], sequences, compute, stored))
-            done += sum(piece.tokens for piece in shards[number])
+                _write(path, _tensors_of(shards[number], sequences, compute, dtype, as_fp8))
+            done += sum(piece.needs.numel() for piece in shards[number])
             say(f"cache: shard {number}, {done} tokens here, {done / (time.perf_counter() - started):.0f} tokens/s")
         if files and is_main:
             files.write_documents(folder / DOCUMENTS)
@@ -301,32 +329,40 @@ def _sequences(recipe: Recipe, target: TargetBase, device: torch.device, say: An
     return ConcatDataset([data.train_rows, data.eval_rows]), compute
 
 
-def plan_shards(sequences: Any, shard_tokens: int) -> list[Shard]:
-    """Every piece once, in the order of the sequences; a shard ends after the sequence that fills it."""
-    shards: list[Shard] = []
-    seen: set[Key] = set()
-    room = 0
+def plan_shards(sequences: Any, reach: int | None, shard_bytes: int, widths: tuple[int, int]) -> list[Shard]:
+    """Every piece once, in the order of the sequences; a shard ends after the sequence that fills it. `widths`: bytes of a
+    position's features, and of its last hidden state.
+    """
+    pieces: dict[Key, Piece] = {}
     for number in range(len(sequences)):
-        sequence, new = sequences[number], []
+        sequence = sequences[number]
+        needs_n = needs_of(sequence, reach)
         for part in pieces_of(sequence["document_ids"]):
             key = piece_key(sequence["input_ids"][part])
-            if key not in seen:
-                seen.add(key)
-                new.append(Piece(number, part, part.stop - part.start, key))
-        if new and room <= 0:
+            pieces.setdefault(key, Piece(number, part, key, needs_n[part])).needs.bitwise_or_(needs_n[part])
+    shards: list[Shard] = []
+    room = 0
+    for _, new in groupby(pieces.values(), key=lambda piece: piece.sequence):
+        if room <= 0:
             shards.append([])
-            room = shard_tokens
-        if new:
-            shards[-1] += new
-            room -= sum(piece.tokens for piece in new)
+            room = shard_bytes
+        for piece in new:
+            shards[-1].append(piece)
+            room -= sum(n * width for n, width in zip(_counts(piece)[1:], widths, strict=True))
     return shards
 
 
-def _index(recipe: Recipe, target: TargetBase, shards: list[Shard], stored: torch.dtype, source: str) -> dict[str, Any]:
+def _counts(piece: Piece) -> list[int]:
+    """Its tokens, those whose features are kept, and those whose last hidden states are."""
+    return [piece.needs.numel(), int((piece.needs & 1).sum()), int((piece.needs >> 1).sum())]
+
+
+def _index(recipe: Recipe, target: TargetBase, shards: list[Shard], stored: str, source: str) -> dict[str, Any]:
     """What the features are of."""
-    plan = hashlib.sha256()  # over keys and lengths of all pieces and where each shard ends
+    plan = hashlib.sha256()  # over keys and needs of all pieces and where each shard ends
     for shard in shards:
-        plan.update(repr(([piece.key for piece in shard], [piece.tokens for piece in shard])).encode())
+        plan.update(repr([(piece.key, piece.needs.numpy().tobytes()) for piece in shard]).encode())
+    counts = [sum(each) for each in zip(*(_counts(piece) for shard in shards for piece in shard), strict=True)]
     return {
         "version": VERSION,
         "target": target_fingerprint(recipe.target.path),
@@ -334,15 +370,16 @@ def _index(recipe: Recipe, target: TargetBase, shards: list[Shard], stored: torc
         "hidden_size": target.hidden_size,
         "vocab_size": target.vocab_size,
         "eos_token_ids": target.eos_token_ids(),
-        "dtype": str(stored)[6:],
+        "dtype": stored,
         "computed_in": str(target.dtype)[6:],
         # These two move roundings, so that one folder has one of each; training may name others.
         "chunk_tokens": recipe.target.chunk_tokens if source == "recipe" else None,
         "attn_implementation": target.config._attn_implementation if source == "recipe" else None,
-        "max_length": recipe.data.max_length,  # says why pieces may be missing
+        "max_length": recipe.data.max_length,  # these two say why something may be missing
+        "reach": target.reach,
         "source": source,
         "shards": len(shards),
-        "tokens": sum(piece.tokens for shard in shards for piece in shard),
+        **dict(zip(("tokens", *FIELDS), counts, strict=True)),
         "pieces": sum(map(len, shards)),
         "plan": plan.hexdigest(),
     }
@@ -362,8 +399,9 @@ def _claim(folder: Path, index: dict[str, Any], size: int) -> str:
         )
     there, free = sum(path.stat().st_size for path in folder.glob("*.safetensors")), shutil.disk_usage(folder).free
     words = (
-        f"{index['tokens']} tokens of {index['pieces']} pieces ({index['dtype']}): {size / 2**30:.2f} GiB in"
-        f" {index['shards']} shards, {there / 2**30:.2f} GiB there, {free / 2**30:.2f} GiB free"
+        f"{index['tokens']} tokens of {index['pieces']} pieces, features of {index['features']} ({index['dtype']}), last"
+        f" hidden states of {index['last_hidden']}: {size / 2**30:.2f} GiB in {index['shards']} shards,"
+        f" {there / 2**30:.2f} GiB there, {free / 2**30:.2f} GiB free"
     )
     if size - there > free:
         raise ValueError(
@@ -374,23 +412,69 @@ def _claim(folder: Path, index: dict[str, Any], size: int) -> str:
     return words
 
 
-def _tensors_of(shard: Shard, sequences: Any, compute: Compute, dtype: torch.dtype) -> dict[str, Tensor]:
+def _tensors_of(shard: Shard, sequences: Any, compute: Compute, dtype: torch.dtype, as_fp8: bool) -> dict[str, Tensor]:
     """What a shard's file holds; ValueError for features that are not finite in the cache's dtype."""
-    found = []
+    found, rows = [], []
     by_sequence = [(number, [*pieces]) for number, pieces in groupby(shard, key=lambda piece: piece.sequence)]
-    computed = compute([sequences[number] for number, _ in by_sequence])
-    for (_, pieces), both in zip(by_sequence, computed, strict=True):
-        found += [[tensor[piece.part].to(dtype) for tensor in both] for piece in pieces]
+    for number, pieces in by_sequence:
+        rows.append({**sequences[number], "loss_mask": torch.zeros_like(sequences[number]["loss_mask"])})
+        for piece in pieces:  # the mask that asks for these pieces' needs, be they other sequences', too
+            rows[-1]["loss_mask"][piece.part] = piece.needs >> 1
+    for (_, pieces), both in zip(by_sequence, compute(rows), strict=True):
+        for piece in pieces:
+            found.append([t[piece.part][(piece.needs & bit) > 0].to(dtype) for bit, t in enumerate(both, start=1)])
     features, last_hidden = (torch.cat(parts) for parts in zip(*found, strict=True))
     if not bool(features.isfinite().all() & last_hidden.isfinite().all()):
         raise ValueError(
             f"the target's features of sequences {shard[0].sequence} to {shard[-1].sequence} are not all finite in"
             f" {str(dtype)[6:]}: give another target.cache_dtype or target.dtype"
         )
-    keys, lengths = torch.tensor([piece.key for piece in shard]), torch.tensor([piece.tokens for piece in shard])
-    return {"features": features, "last_hidden": last_hidden, "keys": keys, "lengths": lengths}
+    keys, lengths = torch.tensor([piece.key for piece in shard]), torch.tensor([_counts(piece) for piece in shard])
+    needs = torch.cat([piece.needs for piece in shard])
+    tensors = {"features": features, "last_hidden": last_hidden, "keys": keys, "lengths": lengths, "needs": needs}
+    if as_fp8:
+        scales = (features.abs().amax(1).float() / torch.finfo(torch.float8_e4m3fn).max).clamp(min=1e-30)
+        tensors |= {"features": (features / scales[:, None]).to(torch.float8_e4m3fn), "scales": scales}
+    return tensors
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    save_tensors(partial_path(path), tensors)
+    save_tensors(partial_path(path), tensors, "sha256", _checksum(tensors))
     put(partial_path(path), path)
+
+
+def _open(folder: Path, name: str) -> Any:
+    """A file of the cache, whose header fits its size."""
+    try:
+        return safe_open(folder / name, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"target.cache {folder}: {name} is missing or damaged ({one_line(error, 200)}): remove what is left of it and"
+            f" run the same {COMMAND} again, which writes what is missing"
+        ) from None
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def verify_cache(folder: Path) -> str:
+    """Compare what every file of a cache holds with its checksum; ValueError names the first that has another."""
+    index = read_index(folder)
+    if index is None or index["version"] == 2:
+        raise ValueError(f"--verify {folder} holds no cache with checksums: give one that this {COMMAND} has made")
+
+    def is_whole(name: str) -> bool:
+        file = _open(folder, name)
+        return _checksum({key: file.get_tensor(key) for key in file.keys()}) == file.metadata().get("sha256")
+
+    names = [HEAD, *map(shard_name, range(index["shards"]))]
+    with ThreadPoolExecutor(cores()) as threads:
+        for name, well in zip(names, threads.map(is_whole, names), strict=True):
+            if not well:
+                raise ValueError(f"--verify {folder}: {name} is damaged: remove it and run the same {COMMAND} again")
+    return f"verified: {len(names)} files of {folder}"

@@ -27,6 +27,7 @@ from peagle_train.target_model.chunks import Way, check_chunkable, document_boun
 from peagle_train.target_model.loading import default_layer_ids, load_model, refuse_unfit, resolve_dtype
 
 logger = logging.getLogger(__name__)
+FP8 = "float8_e4m3fn"
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -51,6 +52,8 @@ class TargetBase(ABC):
     vocab_size: int
     dtype: torch.dtype
     """Of its head and its outputs."""
+    reach: int | None = None
+    """The drafter's, see `columns_read`: what else is needed of a target that is elsewhere than in this process."""
     ahead = 0
     """Sequences that it wants to know of before their outputs are asked for."""
     waited = 0.0
@@ -87,7 +90,8 @@ class TargetBase(ABC):
 
     @abstractmethod
     def outputs(self, batch: dict[str, Tensor], head_rows: Tensor) -> TargetOutputs:
-        """Features, and last hidden states after the final norm, of a collator's batch, on the device of `head_rows`.
+        """Features, and last hidden states after the final norm, of a collator's batch, on the device of `head_rows`; where
+        no supervised element reads them (`columns_read`), perhaps zeros.
 
         Args:
             batch: on the host; on a device it costs a wait.
@@ -102,8 +106,8 @@ class TargetBase(ABC):
         return
 
     def cache_dtype(self, asked: str) -> torch.dtype:
-        """What features are stored in on disk. `asked`: target.cache_dtype."""
-        return self.dtype if asked == "auto" else getattr(torch, asked)
+        """What features from the disk have, but for the scaled ones of FP8. `asked`: target.cache_dtype."""
+        return self.dtype if asked in ("auto", FP8) else getattr(torch, asked)
 
 
 class FrozenTarget(TargetBase):

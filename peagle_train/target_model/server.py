@@ -1,7 +1,8 @@
 """A target behind vLLM servers, which compute its hidden states. Here only what lies around its layers is loaded: head,
 embeddings and final norm, whatever its size.
 
-Every document is a request of its own, so packed documents cannot see each other. vLLM answers with the name of a file in
+Every document is a request of its own, up to the last position that training reads (`columns_read`), so packed documents
+cannot see each other. vLLM answers with the name of a file in
 a folder that it shares with us (`peagle-train serve-target` prints the command that starts such a server); the file is
 locked until it is whole, and removed once it is read.
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from peagle_train.config import Target
+from peagle_train.core.elements import columns_read
 from peagle_train.core.passes import TargetOutputs
 from peagle_train.data.vocab import eos_token_ids, load_config
 from peagle_train.files import one_line
@@ -65,7 +67,7 @@ class ServedTarget(TargetBase):
         self._threads = ThreadPoolExecutor(REQUESTS * len(urls), thread_name_prefix="target")
         self._turns = itertools.count()
         self._stopping = threading.Event()
-        self._coming: dict[int, tuple[dict[str, Tensor], Tensor, list[Future[None]]]] = {}  # by the batch's id
+        self._coming: dict[int, tuple[dict[str, Tensor], Tensor, Tensor, list[Future[None]]]] = {}  # by the batch's id
         self._bytes = 0  # of the batches that are coming
 
         states = self._states(torch.arange(1, 6))
@@ -118,30 +120,42 @@ class ServedTarget(TargetBase):
     def _begin(self, batch: dict[str, Tensor]) -> None:
         if id(batch) in self._coming:
             return
+        documents_BL = batch["document_ids"]
+        learned = (batch["supervised"] & (batch["depth"] == 0)).long()
+        is_supervised = torch.zeros_like(documents_BL).scatter_add_(1, batch["anchor"], learned) > 0
+        is_needed = torch.stack(columns_read(is_supervised, documents_BL, self.reach)).any(0)
         # Allocated here: page-locked memory belongs to the device of the thread that asks for it.
-        shape = *batch["input_ids"].shape, len(self.layer_ids) + 1, self.hidden_size
-        room = torch.zeros(shape, dtype=self.dtype, pin_memory=self.device.type == "cuda")
-        parts = [
-            self._threads.submit(self._read, batch["input_ids"][b, part], room[b, part])
-            for b, documents in enumerate(batch["document_ids"])
-            for part in pieces_of(documents[documents >= 0])
-        ]
-        self._coming[id(batch)] = batch, room, parts
+        shape = int(is_needed.sum()), len(self.layer_ids) + 1, self.hidden_size
+        room = torch.empty(shape, dtype=self.dtype, pin_memory=self.device.type == "cuda")
+        parts, start = [], 0
+        for b, documents in enumerate(documents_BL):
+            for part in pieces_of(documents[documents >= 0]):
+                needed = is_needed[b, part].nonzero()[:, 0]
+                if n := needed.numel():
+                    ids = batch["input_ids"][b, part][: int(needed[-1]) + 1]
+                    parts.append(self._threads.submit(self._read, ids, needed, room[start : start + n]))
+                    start += n
+        self._coming[id(batch)] = batch, is_needed.flatten().nonzero()[:, 0], room, parts
         self._bytes += room.nbytes
 
     def outputs(self, batch: dict[str, Tensor], head_rows: Tensor) -> TargetOutputs:
         self._begin(batch)
         started = time.perf_counter()
-        _, room, parts = self._coming.pop(id(batch))
+        _, index, room, parts = self._coming.pop(id(batch))
         for part in parts:
             part.result()
         self.waited += time.perf_counter() - started
         self._bytes -= room.nbytes
-        states = room.to(head_rows.device, non_blocking=True)
-        return TargetOutputs(states[:, :, :-1].flatten(2), self._norm(states[:, :, -1]), head_rows)
+        index, states = (tensor.to(head_rows.device, non_blocking=True) for tensor in (index, room))
+        B, L = batch["input_ids"].shape
 
-    def _read(self, ids_n: Tensor, room: Tensor) -> None:
-        room.copy_(self._states(ids_n))
+        def spread(rows: Tensor) -> Tensor:
+            return rows.new_zeros(B * L, *rows.shape[1:]).index_copy_(0, index, rows).view(B, L, -1)
+
+        return TargetOutputs(spread(states[:, :-1]), spread(self._norm(states[:, -1])), head_rows)
+
+    def _read(self, ids_n: Tensor, needed: Tensor, room: Tensor) -> None:
+        room.copy_(self._states(ids_n)[needed])
 
     def _states(self, ids_n: Tensor) -> Tensor:
         return self._ask(ids_n)[0]

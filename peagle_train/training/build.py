@@ -101,6 +101,7 @@ def _train(recipe: Recipe, resume: str | None) -> str:
     mask_token_id = choose_mask_token(shaped.draft, recipe.data, tokenizer, target.vocab_size)
 
     data = load_training_data(recipe, tokenizer, target.vocab_size, mask_token_id, say)
+    target.reach = shaped.draft.reach
     target.check_rows(data)
 
     draft = _draft(shaped, target, tokenizer, mask_token_id, data.counts_V, start, say)
