@@ -306,7 +306,8 @@ class Target:
     server: list[Text] | Text | None = None
     """URL of a vLLM server that computes the features, or a list of them (see `peagle-train serve-target`)."""
     server_patience: Annotated[float, within(ge=0, le=10**6)] = 600.0
-    """Seconds that a server may give no answer, being restarted perhaps, before the run is saved and stops."""
+    """Seconds from a server's first failure until the run is saved and stops: time to restart it. A request that takes
+    longer (and more than a minute) has failed."""
     prefetch_gib: Annotated[float, within(gt=0, le=10**6)] = 4.0
     """Features that are asked of servers ahead of their use take at most this much host memory a rank (but those of one
     micro-batch are always asked for)."""

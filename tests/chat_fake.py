@@ -1,4 +1,4 @@
-"""A small server that speaks OpenAI's chat completions on 127.0.0.1, and misbehaves as it is told."""
+"""A small server that speaks OpenAI's completions on 127.0.0.1, and misbehaves as it is told."""
 
 import hashlib
 import json
@@ -45,7 +45,7 @@ class FakeServer:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.requests.append(body)
-                self.reply(outer.respond(body) if self.path == "/v1/chat/completions" else (404, b"{}"))
+                self.reply(outer.respond(body) if self.path.endswith("/completions") else (404, b"{}"))
 
             def reply(self, reply: Reply) -> None:
                 status, content, *headers = reply

@@ -101,6 +101,10 @@ class TargetBase(ABC):
         """`outputs` will be asked for these very batches soon, in this order: begin to read what they need, if anything."""
         return
 
+    def close(self) -> None:
+        """End what goes on beside; nothing is asked of the target any more."""
+        return
+
     def check_rows(self, data: TrainingData) -> None:
         """ValueError if there are sequences whose outputs the target cannot give."""
         return

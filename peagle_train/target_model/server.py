@@ -13,11 +13,12 @@ vocabulary.
 import fcntl
 import itertools
 import logging
+import math
 import re
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.pool import AsyncResult, ThreadPool  # its threads are daemons: no exit waits for an answer
 from pathlib import Path
 
 import torch
@@ -59,15 +60,18 @@ class ServedTarget(TargetBase):
         self.config = load_config(settings.path, settings.trust_remote_code).get_text_config()
         self.layer_ids = list(settings.layer_ids or default_layer_ids(self.num_layers))
         urls = [settings.server] if isinstance(settings.server, str) else settings.server
-        self.servers = [_Server(url, self.layer_ids, self.hidden_size) for url in urls]
+        patience = max(60.0, settings.server_patience)
+        self.servers = [_Server(url, self.layer_ids, self.hidden_size, patience) for url in urls]
         if (longest := min(server.max_model_len for server in self.servers)) <= max_length:
             raise ValueError(
                 f"target.server takes {longest} tokens; data.max_length and a token more are {max_length + 1}: {REMEDY}"
             )
-        self._threads = ThreadPoolExecutor(REQUESTS * len(urls), thread_name_prefix="target")
+        self._threads = ThreadPool(REQUESTS * len(urls))
         self._turns = itertools.count()
         self._stopping = threading.Event()
-        self._coming: dict[int, tuple[dict[str, Tensor], Tensor, Tensor, list[Future[None]]]] = {}  # by the batch's id
+        self._coming: dict[
+            int, tuple[dict[str, Tensor], Tensor, Tensor, list[AsyncResult[None]]]
+        ] = {}  # by the batch's id
         self._bytes = 0  # of the batches that are coming
 
         states = self._states(torch.arange(1, 6))
@@ -133,7 +137,7 @@ class ServedTarget(TargetBase):
                 needed = is_needed[b, part].nonzero()[:, 0]
                 if n := needed.numel():
                     ids = batch["input_ids"][b, part][: int(needed[-1]) + 1]
-                    parts.append(self._threads.submit(self._read, ids, needed, room[start : start + n]))
+                    parts.append(self._threads.apply_async(self._read, (ids, needed, room[start : start + n])))
                     start += n
         self._coming[id(batch)] = batch, is_needed.flatten().nonzero()[:, 0], room, parts
         self._bytes += room.nbytes
@@ -143,7 +147,7 @@ class ServedTarget(TargetBase):
         started = time.perf_counter()
         _, index, room, parts = self._coming.pop(id(batch))
         for part in parts:
-            part.result()
+            part.get()
         self.waited += time.perf_counter() - started
         self._bytes -= room.nbytes
         index, states = (tensor.to(head_rows.device, non_blocking=True) for tensor in (index, room))
@@ -164,37 +168,41 @@ class ServedTarget(TargetBase):
         """The hidden states [n, k + 1, T] of a document, and the greedy token after it; the last ones before the norm.
 
         Raises:
-            TargetLost: no server answered for `target.server_patience` seconds.
+            TargetLost: no server answered for `target.server_patience` seconds after the first failure.
             ValueError: a server answered something else.
         """
-        started, failure = time.monotonic(), ""
-        if self._stopping.is_set():
-            raise TargetLost("target.server gave no answer before")
-        while time.monotonic() - started <= self.settings.server_patience or not failure:
+        until, failure = math.inf, "target.server gave no answer before"
+        while not self._stopping.is_set():
             server = self.servers[next(self._turns) % len(self.servers)]
             try:
                 return server.ask(ids_n)
             except OSError as error:  # among them openai's, see `_Server`
-                if not failure:
-                    logger.warning("target.server %s: %s; asking again", server.url, one_line(error))
                 failure = f"target.server {server.url} gave no answer: {one_line(error)}"
-            if self._stopping.wait(min(2.0, self.settings.server_patience)):
+            if until == math.inf:
+                until = time.monotonic() + self.settings.server_patience
+                logger.warning("%s; asking again", failure)
+            elif time.monotonic() > until:
                 break
+            self._stopping.wait(min(2.0, self.settings.server_patience))
         self._stopping.set()  # the other requests' threads need not try as long
         raise TargetLost(failure)
 
+    def close(self) -> None:
+        self._stopping.set()
+        self._threads.terminate()
+
 
 class _Server:
-    """One vLLM server."""
+    """One vLLM server. `patience`: seconds that a request or its file may take."""
 
-    def __init__(self, url: str, layer_ids: list[int], hidden_size: int) -> None:
+    def __init__(self, url: str, layer_ids: list[int], hidden_size: int, patience: float) -> None:
         try:
             import openai
         except ImportError:
             raise ValueError("target.server takes the package openai, which is missing: pip install openai") from None
         self.url, self.layer_ids, self.openai = url.rstrip("/").removesuffix("/v1"), layer_ids, openai
-        self.hidden_size = hidden_size
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=600)
+        self.hidden_size, self.patience, self.has_answered = hidden_size, patience, False
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=patience)
         try:
             [model, *_] = self.client.models.list().data
         except (openai.OpenAIError, ValueError) as error:
@@ -222,7 +230,22 @@ class _Server:
         named = re.fullmatch(r"layers-([\d-]+)", Path(path).parent.name)
         if named and named[1] != (asked := layers_name(self.layer_ids)):
             raise ValueError(f"target.server {self.url} gives layers {named[1]}, the recipe asks for {asked}: {REMEDY}")
-        states = _take(Path(path), ids)
+        try:
+            states = _take(Path(path), ids, self.patience)
+        except FileNotFoundError as error:
+            if self.has_answered:  # it was restarted, and its folder emptied
+                raise
+            raise ValueError(
+                f"target.server wrote {error.filename}, which is missing here: share that folder"
+            ) from None
+        if not named and not self.has_answered:
+            logger.warning(
+                "target.server %s does not say which layers it gives, so that they are %s was not checked: the command of"
+                " `peagle-train serve-target` names them",
+                self.url,
+                self.layer_ids,
+            )
+        self.has_answered = True
         if states.shape != (len(ids), len(self.layer_ids) + 1, self.hidden_size):
             raise ValueError(
                 f"target.server {self.url} gives hidden states {tuple(states.shape)}, not those of {len(self.layer_ids)}"
@@ -236,13 +259,23 @@ def layers_name(layer_ids: Sequence[int]) -> str:
     return "-".join(map(str, layer_ids))
 
 
-def _take(path: Path, ids: list[int]) -> Tensor:
-    """Read and remove a file of hidden states, [n, k + 1, T]; waits until it is whole. OSError if it never will be."""
-    lock = path.with_name(path.name + ".lock")
-    if not lock.exists():
-        raise ValueError(f"target.server wrote {path}, which is missing here: share that folder")
+def _take(path: Path, ids: list[int], patience: float) -> Tensor:
+    """Read and remove a file of hidden states, [n, k + 1, T]; waits until it is whole.
+
+    Raises:
+        FileNotFoundError: it has no lock. OSError: it is not whole after `patience` seconds, or never will be.
+    """
+    lock, until, pause = path.with_name(path.name + ".lock"), time.monotonic() + patience, 0.001
     with lock.open() as held:
-        fcntl.flock(held, fcntl.LOCK_SH)
+        while True:
+            try:
+                fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise OSError(f"{path} was not whole after {patience:.0f} s") from None
+            time.sleep(pause)  # flock itself would wait without limit
+            pause = min(0.1, 2 * pause)
         try:
             tensors = load_file(path)
         except (FileNotFoundError, SafetensorError) as error:

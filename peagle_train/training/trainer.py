@@ -96,7 +96,7 @@ class Trainer:
         self.following: deque[Batch] = deque()
         """Micro-batches after those of this step: at least the next one's, more where the target wants to know of them."""
         # What a checkpoint saves beside weights and moments, and `restore` puts back:
-        self.step, self.saved_step, self.bad_in_a_row, self.averaged = 0, -1, 0, 0
+        self.step, self.saved_step, self.bad_in_a_row, self.averaged, self.evaluated = 0, -1, 0, 0, 0
         self.before: dict[str, Any] | None = None
         self.best: dict[str, Any] | None = None
         self.resumed: Checkpoint | None = None
@@ -122,6 +122,7 @@ class Trainer:
                     self.reporter.say(probe_step(*parts, accumulate=self.accumulate))
                 return self._run(steps)
         finally:
+            self.target.close()
             steps.close()  # ends its loader processes, which answer to no signal
             if lock is not None:
                 lock.close()
@@ -133,19 +134,23 @@ class Trainer:
         if self.resumed is None:
             self.before = self.evaluate("held-out before training")
         self.started = time.perf_counter()
+        try:
+            return self._loop(steps)
+        except TargetLost as lost:
+            if self.world_size > 1:  # the others are in the middle of their step
+                raise RunStopped(f"{lost}; {last_checkpoint(self.folder)}") from None
+            self.draft.zero_grad()
+            raise RunStopped(f"{lost}; --resume continues from {self.save_checkpoint().name}") from None
+
+    def _loop(self, steps: Generator[list[Batch], None, None]) -> dict[str, Any]:
+        self._evaluate_if_due()  # the target may have been lost before it could be
         agreed = False
         # One process obeys its signal at once; several, when all of them know.
         while not (self.signals.stop if self.world_size == 1 else agreed):
             batches = next(steps, None)
             if batches is None:
                 return self._finish()
-            try:
-                result = self.take_step(batches)
-            except TargetLost as lost:
-                if self.world_size > 1:  # the others are in the middle of their step
-                    raise RunStopped(f"{lost}; {last_checkpoint(self.folder)}") from None
-                self.draft.zero_grad()
-                raise RunStopped(f"{lost}; --resume continues from {self.save_checkpoint().name}") from None
+            result = self.take_step(batches)
             agreed = result.stop
             if not result.applied:
                 self._skip(batches, result)
@@ -160,8 +165,13 @@ class Trainer:
         if self.recipe.train.average and self.averaged:
             summary["last_step"] = self.evaluate(f"{title}, the last step's weights", is_offered=False)
             title += f", the mean of {self.averaged} steps' weights"
-            self._average(torch.Tensor.copy_)
-        after = self.evaluate(title)
+            self._average(_swap)
+        try:
+            after = self.evaluate(title)
+        except TargetLost:
+            if self.averaged:
+                self._average(_swap)  # a checkpoint is of the last step's weights
+            raise
         self._save_drafter(self.folder / "final")
         return self._write_marker({**summary, "before": self.before, "after": after, "best": self.best})
 
@@ -348,11 +358,15 @@ class Trainer:
         if result.applied and (self.step % train.log_steps == 0 or self.step == 1 or last):
             self._log(result)
         with self.pace.paused():
-            if train.eval_steps and self.step % train.eval_steps == 0 and not last:
-                self.evaluate(f"held-out at step {self.step}")
+            self._evaluate_if_due()
             # After the evaluation, so that a run that resumes here need not repeat it.
             if result.save or (train.save_steps and self.step % train.save_steps == 0 and not last):
                 self.save_checkpoint()
+
+    def _evaluate_if_due(self) -> None:
+        every = self.recipe.train.eval_steps
+        if every and self.step % every == 0 and self.step not in (self.evaluated, self.num_steps):
+            self.evaluate(f"held-out at step {self.step}")
 
     def _log(self, result: StepResult) -> None:
         stats = result.gradients.stats
@@ -388,6 +402,7 @@ class Trainer:
             is_offered: these weights are kept if they are the best so far.
         """
         values = self.evaluator()
+        self.evaluated = self.step
         if values is None:
             return None
         self._record("eval", metrics.eval_line(title, values), step=self.step, **values)
@@ -422,6 +437,7 @@ class Trainer:
             "learning_rates": [self.rate_after(self.step)],
             "bad_steps_in_a_row": self.bad_in_a_row,
             "averaged": self.averaged,
+            "evaluated": self.evaluated,
             "train_seconds": self.seconds(),
             "before": self.before,
             "best": self.best,
@@ -478,6 +494,7 @@ class Trainer:
         distributed.load_full(self.draft, self.optimizers, weights, moments)
         self.step = self.saved_step = self.sampler.start_step = state["step"]
         self.bad_in_a_row, self.averaged = state["bad_steps_in_a_row"], state.get("averaged", 0)
+        self.evaluated = state.get("evaluated", self.step)
         self.before, self.best, self.seconds_before = state["before"], state["best"], state["train_seconds"]
         self.resumed = checkpoint
         return notes
@@ -528,3 +545,9 @@ class Trainer:
             )
         self.reporter.lines = kept
         say(f"resume: continuing after step {self.step}, from {checkpoint.folder}")
+
+
+def _swap(a: Tensor, b: Tensor) -> None:
+    kept = a.clone()
+    a.copy_(b)
+    b.copy_(kept)

@@ -1,0 +1,60 @@
+"""Answers as a vLLM server that gives hidden states: a file, locked until it is whole, in a folder that says its layers."""
+
+import fcntl
+import json
+import threading
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from peagle_train.target_model.frozen import FrozenTarget
+from tests.chat_fake import Reply
+
+
+class States:
+    """`respond` of a `FakeServer`, in the target's own numbers, in float64.
+
+    `faults`: what goes wrong with the next requests, in order: down, no lock, held (the lock, for good).
+    """
+
+    def __init__(self, target: Path, folder: Path, name: str = "layers-2-3-4") -> None:
+        self.frozen, self.folder = FrozenTarget.load(str(target), dtype="float64"), folder / name
+        self.folder.mkdir(parents=True)
+        self.prompts: list[list[int]] = []
+        self.faults: list[str] = []
+        self.down, self.gate = False, threading.Event()
+        self.gate.set()
+        self._numbers, self._turn, self._held = count(), threading.Lock(), list[Any]()
+
+    def __call__(self, body: dict[str, Any]) -> Reply:
+        self.gate.wait()
+        with self._turn:
+            ids = body["prompt"]
+            self.prompts.append(ids)
+            fault = self.faults.pop(0) if self.faults else "down" if self.down else ""
+            if fault == "down":
+                return 500, b"{}"
+            path = self.folder / f"{next(self._numbers)}.safetensors"
+            lock = path.with_name(path.name + ".lock")
+            if fault == "held":
+                self._held.append(lock.open("w"))
+                fcntl.flock(self._held[-1], fcntl.LOCK_EX)
+            elif fault != "no lock":
+                states, token = self.states(torch.tensor(ids))
+                save_file({"hidden_states": states, "token_ids": torch.tensor(ids)}, path)
+                lock.touch()
+            choice = {"text": "", "finish_reason": "length", "token_ids": [token] if not fault else [0]}
+            answer = {"choices": [choice], "kv_transfer_params": {"hidden_states_path": str(path)}}
+            return 200, json.dumps(answer).encode()
+
+    def states(self, ids_n: Tensor) -> tuple[Tensor, int]:
+        before: list[Tensor] = []
+        hook = self.frozen.final_norm().register_forward_pre_hook(lambda _, arguments: before.append(arguments[0]))
+        features, last = self.frozen.features(ids_n[None], torch.arange(ids_n.numel())[None])
+        hook.remove()
+        states = torch.cat([features[0].unflatten(1, (3, -1)), before[-1].transpose(0, 1)], 1)
+        return states.contiguous(), int((self.frozen.head_weight() @ last[0, -1]).argmax())

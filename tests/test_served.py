@@ -1,0 +1,135 @@
+"""A target behind a server that fails as servers do; the real vLLM is in test_server.py."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peagle_train.config import Target
+from peagle_train.core.collator import CODCollator
+from peagle_train.target_model.frozen import FrozenTarget
+from peagle_train.target_model.server import ServedTarget
+from peagle_train.training.evaluate import Evaluator
+from tests.chat_fake import MODEL, serving
+from tests.runs import EVALUATED, Tiny, drafter, last_error, metrics, run, same_tensors
+from tests.states_fake import States
+
+CPU = torch.device("cpu")
+IDS = torch.arange(1, 8)
+
+
+class Served:
+    def __init__(self, states: States, url: str, target: Path) -> None:
+        self.states, self.url, self.path = states, url, target
+
+    def target(self, **settings: Any) -> ServedTarget:
+        return ServedTarget(Target(path=str(self.path), server=self.url, check=False, **settings), CPU, 32)
+
+
+@pytest.fixture
+def served(tmp_path: Path, tiny_target: Path) -> Iterator[Served]:
+    states = States(tiny_target, tmp_path / "states")
+    with serving(states) as server:
+        server.models = [{"id": MODEL, "max_model_len": 33}]
+        yield Served(states, server.url, tiny_target)
+
+
+def batch_of(*lengths: int) -> dict[str, torch.Tensor]:
+    rows = [{"input_ids": list(range(1, n + 1)), "loss_mask": [1] * n} for n in lengths]
+    return CODCollator(32, num_depths=4)(rows)
+
+
+@pytest.mark.parametrize("lost", [2, 4, 5], ids=["in the middle", "last step's weights", "their mean"])
+def test_a_server_lost_during_an_evaluation_leaves_a_checkpoint_from_which_the_run_goes_on_as_if_it_had_not_been(
+    lost: int,
+    tmp_path: Path,
+    tiny: Tiny,
+    served: Served,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    there = f"target.server={served.url}", "target.server_patience=0"
+    sections: dict[str, Any] = {"data": EVALUATED, "train": {"max_steps": 5, "eval_steps": 2, "average": 0.5}}
+    run(tiny(tmp_path / "whole", **sections), *there)
+    recipe, output = tiny(tmp_path / "parts", **sections), tmp_path / "parts" / "run"
+    evaluate, calls = Evaluator.__call__, []
+
+    def failing(self: Evaluator) -> Any:
+        calls.append(self)
+        served.states.down = len(calls) == lost
+        return evaluate(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "__call__", failing)
+        run(recipe, *there, code=1)
+    step = 2 if lost == 2 else 5
+    message = last_error(capsys)
+    assert "gave no answer" in message and f"--resume continues from checkpoint-{step}" in message
+    served.states.down = False
+    run(recipe, *there, "--resume")
+    whole = tmp_path / "whole" / "run"
+    assert same_tensors(drafter(output / "final"), drafter(whole / "final"))
+    ours, theirs = (json.loads((folder / "run.json").read_text()) for folder in (output, whole))
+    assert all(ours[key] == theirs[key] for key in ("before", "after", "best", "last_step"))
+    ours, theirs = ({(x["step"], x["kind"]): x for x in metrics(folder)} for folder in (output, whole))
+    assert ours == theirs
+
+
+def test_training_from_it_is_training_with_the_target_in_the_process(
+    tmp_path: Path, tiny: Tiny, served: Served
+) -> None:
+    for name, more in (("frozen", ()), ("served", (f"target.server={served.url}",))):
+        run(tiny(tmp_path / name, data=EVALUATED, train={"max_steps": 5}), *more)
+    found, expected = (drafter(tmp_path / name / "run" / "final") for name in ("served", "frozen"))
+    assert all(torch.allclose(found[name], tensor, rtol=0, atol=1e-9) for name, tensor in expected.items())
+    assert not [*served.states.folder.iterdir()]
+
+
+def test_patience_begins_with_the_first_failure_and_a_restarted_servers_empty_folder_is_one(served: Served) -> None:
+    target = served.target(server_patience=0)
+    head = target.head_rows(torch.arange(5))
+    served.states.faults = ["down"]
+    target.outputs(batch_of(7), head)
+    served.states.faults = ["no lock"]
+    target.outputs(batch_of(7), head)
+    for server in target.servers:
+        server.patience = 0.01
+    served.states.faults = ["held"]
+    target.outputs(batch_of(7), head)
+
+
+def test_a_folder_that_is_not_shared_is_told_as_that(served: Served) -> None:
+    served.states.faults = ["no lock"]
+    with pytest.raises(ValueError, match="share that folder"):
+        served.target()
+
+
+def test_a_folder_that_does_not_say_its_layers_is_a_warning(
+    tmp_path: Path, tiny_target: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    states = States(tiny_target, tmp_path, name="shared")
+    with serving(states) as server, caplog.at_level(logging.WARNING):
+        server.models = [{"id": MODEL, "max_model_len": 33}]
+        target = Served(states, server.url, tiny_target).target()
+        target.outputs(batch_of(7), target.head_rows(torch.arange(5)))
+    assert sum("serve-target" in record.message for record in caplog.records) == 1
+
+
+def test_what_is_still_queued_when_a_target_is_closed_is_never_asked_and_a_run_closes_its_target(
+    tmp_path: Path, tiny: Tiny, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = served.target()
+    served.states.prompts.clear()
+    served.states.gate.clear()
+    target.expect([batch_of(*range(2, 32)), batch_of(*range(2, 32))])
+    target.close()
+    served.states.gate.set()
+    assert len(served.states.prompts) <= 32
+    closed = []
+    monkeypatch.setattr(FrozenTarget, "close", lambda self: closed.append(self))
+    run(tiny(tmp_path, train={"max_steps": 1}))
+    assert len(closed) == 1
