@@ -311,6 +311,13 @@ class Target:
     prefetch_gib: Annotated[float, within(gt=0, le=10**6)] = 4.0
     """Features that are asked of servers ahead of their use take at most this much host memory a rank (but those of one
     micro-batch are always asked for)."""
+    reuse: Annotated[int, within(ge=1, le=10**4)] = 1
+    """R: features are computed once for R passes over the data (of which `train.epochs` counts each), with draws of their
+    own. They go block by block: as many sequences as `ring` holds are trained on R times, then the next ones."""
+    ring: Annotated[float, within(gt=0, le=10**7)] | None = None
+    """GiB that features kept for `reuse` take on disk at most, over all processes."""
+    ring_dir: FilePath | None = None
+    """Folder to keep them in, such as a fast disk of the machine's own, or /dev/shm (memory); null: output.dir."""
     attn_implementation: Text | None = None
     """transformers' attention of the target; null: its default. By sdpa and flash attention packed documents run together,
     if the model heeds their bounds; otherwise one at a time."""
@@ -589,6 +596,7 @@ class Recipe:
         is_short = data.max_length < cod.num_depths
         is_narrow = draft.window and draft.window < cod.num_depths
         cut = cod.num_segments != "auto" and cod.num_segments > data.max_length
+        kept, uneven = target.reuse > 1, not train.max_steps and train.epochs % target.reuse
         unchanged = train.mixed_precision == "bf16" and train.dtype == "float64"
         for is_wrong, keys, remedy in (
             (weighed, "data.eval_sources", "remove weight: every document of it is evaluated on once"),
@@ -596,6 +604,10 @@ class Recipe:
             (is_narrow, "draft.window cod.num_depths", "give at least as many positions"),
             (cut, "cod.num_segments data.max_length", "give no more segments than tokens"),
             (target.shard and target.device_map, "target.shard target.device_map", "set one of them to false or null"),
+            (kept and not target.ring, "target.reuse target.ring", "give the GiB that features may take"),
+            (kept and target.cache, "target.reuse target.cache", "remove one: the cache has all features"),
+            (kept and target.shard, "target.reuse target.shard", "give target.server, or remove one"),
+            (uneven, "train.epochs target.reuse", "give a multiple of it, or train.max_steps"),
             (
                 draft.init_from and draft.vocab_from,
                 "draft.init_from draft.vocab_from",

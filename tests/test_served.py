@@ -133,3 +133,12 @@ def test_what_is_still_queued_when_a_target_is_closed_is_never_asked_and_a_run_c
     monkeypatch.setattr(FrozenTarget, "close", lambda self: closed.append(self))
     run(tiny(tmp_path, train={"max_steps": 1}))
     assert len(closed) == 1
+
+
+def test_features_that_are_kept_for_two_passes_are_asked_for_once(tmp_path: Path, tiny: Tiny, served: Served) -> None:
+    recipe, kept = tiny(tmp_path, train={"epochs": 2}), ["target.reuse=2", "target.ring=1"]
+    run(recipe, f"target.server={served.url}", *kept, f"output.dir={tmp_path / 'served'}")
+    assert len(served.states.prompts) == 11 + 3 + 1  # pieces of documents, the check's, and the question for the dtype
+    run(recipe, *kept)
+    found, expected = (drafter(tmp_path / name / "final") for name in ("served", "run"))
+    assert all(torch.allclose(found[name], tensor, rtol=0, atol=1e-9) for name, tensor in expected.items())

@@ -1,6 +1,7 @@
 """Which sequences a rank trains on in which step: a pure function of (seed, epoch, rank, step)."""
 
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -20,6 +21,10 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
     rank j // batch_size % world_size, so that one process with twice the accumulation trains on the same sequences
     as two processes. The last step of an epoch is filled up with `EMPTY_ROW`: nothing is repeated or skipped.
 
+    With `reuse` R, R epochs go together, in the order of the first of them cut into blocks of `block_steps` steps: each
+    block is visited R times, once for each epoch, before the next one. Every visit but the first mixes the block's steps
+    anew, but a sequence keeps its place j in a step, and so its rank.
+
     A `DataLoader`'s `batch_sampler`, which has divided the sequences among the ranks: do not let Accelerate prepare that
     loader. `num_steps` are optimizer steps of the whole run (None: those of one epoch), `start_step` of them done already.
     """
@@ -34,11 +39,14 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
         seed: int = 0,
         start_step: int = 0,
         num_steps: int | None = None,
+        reuse: int = 1,
+        block_steps: int | None = None,
     ) -> None:
         assert min(num_rows, batch_size, accumulation, world_size) >= 1 and 0 <= rank < world_size
         self.num_rows, self.batch_size, self.accumulation = num_rows, batch_size, accumulation
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.num_steps = self.steps_per_epoch if num_steps is None else num_steps
+        self.reuse, self.block_steps = reuse, block_steps or self.steps_per_epoch
         assert 0 <= start_step <= self.num_steps
         self.start_step = start_step
 
@@ -65,17 +73,43 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
         return (self.num_steps - self.start_step) * self.accumulation
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order_epoch, order = -1, torch.empty(0, dtype=torch.int64)
+        made, table = None, torch.empty(0)
         for step in range(self.start_step, self.num_steps):
-            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-            if epoch != order_epoch:
-                order_epoch, order = epoch, epoch_order(self.num_rows, self.seed, epoch)
+            visit, at = self._visit(step)
+            if visit != made:
+                made, table = visit, self._sequences(*visit)
             for micro_batch in range(self.accumulation):
-                first_j = (micro_batch * self.world_size + self.rank) * self.batch_size
-                first = step_in_epoch * self.global_batch_size + first_j
-                indices = order[first : first + self.batch_size].tolist()
-                indices += [EMPTY_ROW] * (self.batch_size - len(indices))
-                yield [(epoch, index) for index in indices]
+                first = (micro_batch * self.world_size + self.rank) * self.batch_size
+                yield [(visit[0], index) for index in table[at, first : first + self.batch_size].tolist()]
+
+    def comes_again(self, step: int) -> bool:
+        """Whether a step (counted from 0) is not in the last visit to its block."""
+        return self._visit(step)[0][0] % self.reuse < self.reuse - 1
+
+    def left_in_block(self) -> set[int]:
+        """Sequences that this rank still visits in the block of its next step."""
+        (epoch, _, steps), at = self._visit(self.start_step)
+        micro_batches = ((self.reuse - epoch % self.reuse) * steps - at) * self.accumulation
+        return {index for batch in islice(self, micro_batches) for _, index in batch} - {EMPTY_ROW}
+
+    def _visit(self, step: int) -> tuple[tuple[int, int, int], int]:
+        """A step's visit (its epoch, the block's first step in the order, the block's number of steps), and place there."""
+        group, in_group = divmod(step, self.reuse * self.steps_per_epoch)
+        first = in_group // (self.reuse * self.block_steps) * self.block_steps
+        steps = min(self.block_steps, self.steps_per_epoch - first)
+        number, at = divmod(in_group - self.reuse * first, steps)
+        return (group * self.reuse + number, first, steps), at
+
+    def _sequences(self, epoch: int, first: int, steps: int) -> Tensor:
+        """int64 [steps, global batch]: those of a visit."""
+        group, number = divmod(epoch, self.reuse)
+        table = torch.full((steps, self.global_batch_size), EMPTY_ROW)
+        rows = epoch_order(self.num_rows, self.seed, group)[first * self.global_batch_size :][: table.numel()]
+        table.view(-1)[: rows.numel()] = rows
+        if number > 0:
+            draw = torch.rand(table.shape, generator=seeded("block order", self.seed, epoch, first))
+            table = table.gather(0, draw.argsort(stable=True, dim=0))
+        return table
 
 
 def epoch_order(num_rows: int, seed: int, epoch: int) -> Tensor:

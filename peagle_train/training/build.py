@@ -171,12 +171,14 @@ def arithmetic(trainer: Trainer) -> str:
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     frozen = sum(p.numel() for p in parameters) - trained
     processes = trainer.accelerator.num_processes
+    settings, block = trainer.recipe.target, trainer.sampler.block_steps
+    once = f"; features once for {settings.reuse} passes, {block} steps at a time" if settings.reuse > 1 else ""
     mode = train.segment_mode if collator.num_segments > 1 else "flat"
     return f"""\
 elements: {elements:.0f} a sequence on average of {slots:.0f} slots ({padding_share(plans):.1%} padding)
 segments: {collator.num_segments} of at most {collator.capacity} elements ({collator.boundaries}, {mode})
 steps: {trainer.num_steps} of {trainer.sampler.global_batch_size} sequences ({processes} processes x {train.batch_size} x \
-{train.gradient_accumulation_steps}), {trainer.sampler.steps_per_epoch} an epoch
+{train.gradient_accumulation_steps}), {trainer.sampler.steps_per_epoch} an epoch{once}
 parameters: {trained:,} trained, {frozen:,} frozen ({train.dtype}, autocast {train.mixed_precision}); target in \
 {str(trainer.runner.head_rows.dtype)[6:]}, layers {trainer.target.layer_ids}, on {trainer.device} with \
 {torch.get_num_threads()} threads"""

@@ -235,7 +235,7 @@ EFFECTS = {
         "target.check", "target.trust_remote_code", "output.dir", "train.log_steps", "train.eval_steps",
         "train.save_steps", "train.keep_last", "train.keep_every", "train.max_bad_steps", "train.profile_steps",
         "train.probe", "train.memory_margin", "train.log_with", "draft.init_from",
-        "target.server_patience", "target.prefetch_gib",
+        "target.server_patience", "target.prefetch_gib", "target.ring_dir",
     },
     # by the order of sums; a step's sequences are compared on their own
     "same data and draws, but no longer equal bit for bit": {

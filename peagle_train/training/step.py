@@ -24,6 +24,7 @@ from peagle_train.distributed import max_counts, sum_counts
 from peagle_train.serving.drafter_io import count_non_finite
 from peagle_train.target_model.cache import FIELDS
 from peagle_train.target_model.frozen import TargetBase
+from peagle_train.target_model.ring import Ring
 
 Batch = dict[str, Tensor]
 
@@ -63,6 +64,8 @@ class BatchRunner:
         self.sharded = any(isinstance(parameter, DTensor) for parameter in draft.parameters())
         self._backwards_to_come: int | None = None
         self.relay = recipe.train.segment_mode == "relay" and recipe.cod.segments > 1
+        self.source: TargetBase | Ring = target
+        """Of training's outputs; evaluation always asks the target."""
         self.head_rows = target.head_rows(draft.draft_token_ids).to(self.device)
         self.buffers = RelayBuffers()
         self.runs: PEagleDraft | CompiledDraft = draft
@@ -86,10 +89,10 @@ class BatchRunner:
             layers=config.num_hidden_layers,
         )
 
-    def run_target(self, batch: Batch) -> TargetOutputs:
+    def run_target(self, batch: Batch, source: TargetBase | Ring | None = None) -> TargetOutputs:
         """The target's outputs for a batch on the host; on the device, unless `offload_features`."""
         with record_function("peagle::target"):
-            target = self.target.outputs(batch, self.head_rows)
+            target = (source or self.target).outputs(batch, self.head_rows)
         if self.recipe.train.offload_features and self.device.type == "cuda":
             # Page-locked, or every segment's piece would wait for its copy back.
             target.features, target.last_hidden = (
@@ -110,7 +113,7 @@ class BatchRunner:
         """
         train, is_training = self.recipe.train, scale is not None
         if target is None:
-            target = self.run_target(batch)
+            target = self.run_target(batch, self.source)
         on_device = {n: t.to(self.device, non_blocking=True) for n, t in batch.items() if n not in FIELDS}
         arguments: dict[str, Any] = {
             "loss": train.loss,

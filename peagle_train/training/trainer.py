@@ -40,6 +40,7 @@ from peagle_train.serving.formats import parse_config
 from peagle_train.serving.start import SHAPE
 from peagle_train.target_model.frozen import TargetBase, TargetLost
 from peagle_train.target_model.loading import target_fingerprint
+from peagle_train.target_model.ring import Ring, block_steps
 from peagle_train.training import checkpoint as checkpoints
 from peagle_train.training import metrics
 from peagle_train.training.checkpoint import MARKER, Checkpoint, last_checkpoint
@@ -87,7 +88,10 @@ class Trainer:
         self.evaluator = Evaluator(self.runner, data.eval_rows)
         self.collator = make_collator(recipe, train.seed, self.device)
         sizes = len(data.train_rows), train.batch_size, train.gradient_accumulation_steps
-        self.sampler = StepBatchSampler(*sizes, rank, self.world_size, train.seed)
+        self.sampler = StepBatchSampler(*sizes, rank, self.world_size, train.seed, reuse=recipe.target.reuse)
+        if recipe.target.reuse > 1:
+            self.sampler.block_steps = block_steps(recipe, target, self.sampler.global_batch_size)
+        self.ring: Ring | None = None
         self.num_steps = self.sampler.num_steps = train.max_steps or train.epochs * self.sampler.steps_per_epoch
         self.reporter = Reporter(self.folder, accelerator)
         self.pace, self.signals = Pace(self.world_size), Signals()
@@ -133,6 +137,11 @@ class Trainer:
     def _run(self, steps: Generator[list[Batch], None, None]) -> dict[str, Any]:
         if self.resumed is None:
             self.before = self.evaluate("held-out before training")
+        if self.recipe.target.reuse > 1:
+            rows, left = self.data.train_rows, self.sampler.left_in_block() if self.resumed else []
+            place = self.accelerator.process_index, self.world_size
+            self.ring = Ring(self.recipe, self.target, *place, {rows[i]["row_key"] for i in left})
+            self.runner.source = self.ring
         self.started = time.perf_counter()
         try:
             return self._loop(steps)
@@ -173,6 +182,8 @@ class Trainer:
                 self._average(_swap)  # a checkpoint is of the last step's weights
             raise
         self._save_drafter(self.folder / "final")
+        if self.ring:
+            self.ring.remove()
         return self._write_marker({**summary, "before": self.before, "after": after, "best": self.best})
 
     def _write_marker(self, summary: dict[str, Any]) -> dict[str, Any]:
@@ -255,8 +266,10 @@ class Trainer:
         scale = (self.world_size if self.runner.sharded else 1) / sums[0].clamp(min=1).to(wide)
         parts: list[StepStats] = []
         self.target.waited = 0.0
+        if self.ring:
+            self.ring.keeps = self.sampler.comes_again(self.step)
         for i, (batch, plan) in enumerate(zip(batches, plans, strict=True)):
-            self.target.expect([*batches[i:], *self.following])
+            self.runner.source.expect([*batches[i:], *self.following])
             parts.append(self.runner.run(batch, plan, scale, is_last=i == len(batches) - 1))
         self.pace.wait += self.target.waited
         stats = add_up(parts, self.device)
@@ -470,6 +483,7 @@ class Trainer:
             "sequences of a step": self.sampler.global_batch_size,
             "draft vocabulary": checkpoints.tensor_fingerprint(self.draft.draft_token_ids.reshape(1, -1)),
             "target's config and weights": self.target_fingerprint,
+            **({"steps that target.ring holds": self.sampler.block_steps} if self.recipe.target.reuse > 1 else {}),
         }
 
     def restore(self, checkpoint: Checkpoint) -> list[str]:

@@ -1,0 +1,134 @@
+"""Features computed once for several passes: files, from a sequence's first visit in a block of steps to its last (see
+`StepBatchSampler`). B: sequences of a batch, L: positions, n: tokens, T: the target's hidden size, F: feature layers.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from peagle_train.config import Recipe
+from peagle_train.core.cod import hash63
+from peagle_train.core.passes import TargetOutputs
+from peagle_train.files import one_line, partial_path, save_tensors
+from peagle_train.target_model.frozen import TargetBase, TargetLost
+
+SLACK = 8192
+"""Bytes that a file takes at most beside its numbers: its header, and what a disk rounds up."""
+Batch = dict[str, Tensor]
+
+
+def block_steps(recipe: Recipe, target: TargetBase, sequences: int) -> int:
+    """Steps of so many sequences whose features fit `target.ring` together; ValueError if not even one's do."""
+    assert recipe.target.ring is not None
+    numbers = recipe.data.max_length * (len(target.layer_ids) + 1) * target.hidden_size
+    step = sequences * (numbers * target.dtype.itemsize + SLACK)
+    if steps := int(recipe.target.ring * 2**30) // step:
+        return steps
+    raise ValueError(
+        f"target.ring is {recipe.target.ring:g} GiB; features of a step's {sequences} sequences take {step / 2**30:.3g}:"
+        " give that, or a smaller step"
+    )
+
+
+class Ring:
+    """A target's outputs for training's batches. Sequences are computed one by one: their bits hang on no other.
+
+    Args:
+        rank, world_size: each rank keeps its own sequences. coming: keys of those that the present block still has for
+            this rank; what an earlier run has left of others is removed.
+    """
+
+    def __init__(self, recipe: Recipe, target: TargetBase, rank: int, world_size: int, coming: set[int]) -> None:
+        self.target, output, elsewhere = target, Path(recipe.output.dir), recipe.target.ring_dir
+        root = Path(elsewhere) / f"ring-{hash63(bytes(output.resolve())):x}" if elsewhere else output / "ring"
+        self.folder = root / f"{rank}-of-{world_size}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for other in root.iterdir():
+            if not other.name.endswith(f"-of-{world_size}"):
+                shutil.rmtree(other, ignore_errors=True)  # by all ranks at once
+        known = {key for key in coming if self._path(key).exists()}
+        for path in {*self.folder.iterdir()} - {*map(self._path, known)}:
+            path.unlink()
+        self._known = known | {0}  # sequences that need not be asked for; 0 is one of no tokens
+        self._coming: dict[
+            int, tuple[Batch, dict[int, Batch]]
+        ] = {}  # by the batch's id: those of it that are asked for
+        self.keeps = True
+        """Whether the sequences of the next batch will come again."""
+
+    def _path(self, key: int) -> Path:
+        return self.folder / f"{key:016x}.safetensors"
+
+    def expect(self, batches: Sequence[Batch]) -> None:
+        """See `TargetBase`."""
+        for batch in batches:
+            if id(batch) not in self._coming:
+                keys = batch["row_key"].tolist()
+                self._coming[id(batch)] = (
+                    batch,
+                    {b: _alone(batch, b) for b, key in enumerate(keys) if key not in self._known},
+                )
+                self._known.update(keys)
+        self.target.expect([row for batch in batches for row in self._coming[id(batch)][1].values()])
+
+    def outputs(self, batch: Batch, head_rows: Tensor) -> TargetOutputs:
+        """See `TargetBase`; zeros at padding. TargetLost: the files cannot be written."""
+        if id(batch) not in self._coming:
+            self.expect([batch])
+        _, rows = self._coming.pop(id(batch))
+        shape, T, F = batch["input_ids"].shape, self.target.hidden_size, len(self.target.layer_ids)
+        whole = [torch.zeros(*shape, w, dtype=self.target.dtype, device=head_rows.device) for w in (F * T, T)]
+        for b, key in enumerate(batch["row_key"].tolist()):
+            n = int((batch["document_ids"][b] >= 0).sum())
+            if n == 0:
+                continue
+            found = None if b in rows else self._read(key)
+            if found is None:  # not even where it was known: it comes twice, in a block or at the end of one
+                one = self.target.outputs(rows.get(b) or _alone(batch, b), head_rows)
+                found = [one.features[0, :n], one.last_hidden[0, :n]]
+                if self.keeps and not self._path(key).exists():
+                    self._write(key, found)
+            for tensor, part in zip(whole, found, strict=True):
+                tensor[b, :n] = part
+            if not self.keeps:
+                self._path(key).unlink(missing_ok=True)
+                self._known.discard(key)
+        return TargetOutputs(whole[0], whole[1], head_rows)
+
+    def _read(self, key: int) -> list[Tensor] | None:
+        started = time.perf_counter()
+        with suppress(FileNotFoundError, SafetensorError):
+            tensors = load_file(self._path(key))
+            self.target.waited += time.perf_counter() - started
+            return [tensors["features"], tensors["last_hidden"]]
+        return None
+
+    def _write(self, key: int, tensors: list[Tensor]) -> None:
+        path, started = self._path(key), time.perf_counter()
+        try:
+            save_tensors(partial_path(path), dict(zip(("features", "last_hidden"), tensors, strict=True)))
+            with partial_path(path).open("rb") as file:
+                os.fsync(file)  # a machine that fails must not leave zeros for a run that resumes
+            os.replace(partial_path(path), path)
+        except OSError as error:
+            raise TargetLost(f"target.ring {self.folder} cannot be written: {one_line(error)}") from None
+        self._known.add(key)
+        self.target.waited += time.perf_counter() - started
+
+    def remove(self) -> None:
+        """Its files are needed no more."""
+        shutil.rmtree(self.folder)
+        with suppress(OSError):  # other ranks' are there
+            self.folder.parent.rmdir()
+
+
+def _alone(batch: Batch, b: int) -> Batch:
+    return {name: batch[name][b : b + 1] for name in ("input_ids", "position_ids", "document_ids")}

@@ -1,0 +1,177 @@
+"""Features that are used several times: computed once, the same training bit for bit, never more of them than allowed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peagle_train.data.sampler import EMPTY_ROW, StepBatchSampler
+from peagle_train.target_model.frozen import FrozenTarget
+from peagle_train.target_model.ring import Ring
+from tests.helpers import ENVIRONMENT
+from tests.runs import assert_same_run, drafter, last_error, recipe_for, run, stopped
+from tests.test_distributed import launch
+from tests.tiny import write_rows
+
+L = 256
+LENGTHS = [L] * 7 + [40, 13, L - 1, 2]
+ROW = L * 4 * 16 * 8  # bytes of three layers and the last hidden state, 16 numbers each in float64
+SIZE = 4.4 * ROW  # so that four sequences fit, and five do not
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("long") / "rows.jsonl", LENGTHS, prompt=0.3)
+
+
+def recipe_in(folder: Path, target: Path, rows: Path, **train: Any) -> Path:
+    held_out = write_rows(folder.parent / "held_out.jsonl", [30, 7], seed=9)
+    data = {"max_length": L, "pack": False, "eval_sources": [str(held_out)]}
+    recipe = recipe_for(folder, target, rows, data=data, train={"epochs": 4, "learning_rate": 1e-3, **train})
+    text = recipe.read_text().replace("target:\n", f"target:\n  reuse: 4\n  ring: {SIZE / 2**30}\n")
+    recipe.write_text(text)
+    return recipe
+
+
+def held(folder: Path) -> int:
+    """Bytes of all files in a folder that others write."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except FileNotFoundError:
+            continue
+    return total
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 23), *[st.integers(1, 3)] * 4, st.integers(1, 5), st.data())
+def test_each_block_is_visited_by_reuse_epochs_in_other_orders_and_a_sequence_stays_on_its_rank(
+    num_rows: int, batch: int, accumulation: int, world: int, reuse: int, block: int, data: Any
+) -> None:
+    steps = 2 * reuse * -(-num_rows // (batch * accumulation * world))
+    start = data.draw(st.integers(0, steps))
+
+    def made(rank: int, start_step: int = 0) -> StepBatchSampler:
+        sizes = num_rows, batch, accumulation, rank, world
+        return StepBatchSampler(*sizes, 3, start_step, steps, reuse, block)
+
+    ranks = [list(made(rank)) for rank in range(world)]
+    visits: dict[int, dict[int, int]] = {}  # epoch: the rank of each sequence
+    order: dict[int, list[int]] = {}
+    for rank, batches in enumerate(ranks):
+        assert list(made(rank, start)) == batches[start * accumulation :]
+        for epoch, index in (pair for each in batches for pair in each):
+            if index != EMPTY_ROW:
+                assert visits.setdefault(epoch, {}).setdefault(index, rank) == rank
+                order.setdefault(epoch, []).append(index)
+    assert sorted(visits) == list(range(2 * reuse)) and all(sorted(o) == list(range(num_rows)) for o in order.values())
+    for epoch in visits:
+        assert visits[epoch] == visits[epoch - epoch % reuse]
+    # The sequences that any rank still needs are never more than a block's, before any step.
+    one = ranks[0]
+    per_step = [[i for each in one[s * accumulation : (s + 1) * accumulation] for _, i in each] for s in range(steps)]
+    for group in (per_step[: steps // 2], per_step[steps // 2 :]):
+        seen: dict[int, list[int]] = {}
+        for step, indices in enumerate(group):
+            for index in {*indices} - {EMPTY_ROW}:
+                seen.setdefault(index, []).append(step)
+        for step in range(len(group)):
+            assert sum(s[0] <= step <= s[-1] for s in seen.values()) <= block * accumulation * batch
+
+
+@pytest.mark.parametrize("weight", [1, 2])  # 2: each sequence twice an epoch
+def test_training_with_it_is_training_without_bit_for_bit_and_the_target_runs_once_a_sequence(
+    weight: int, tmp_path: Path, tiny_target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features, calls = FrozenTarget.features, []
+
+    def counted(self: FrozenTarget, *arguments: Any) -> Any:
+        calls.append(1)
+        return features(self, *arguments)
+
+    monkeypatch.setattr(FrozenTarget, "features", counted)
+    more = "target.check=false", f"data.sources=[{{path: {rows}, weight: {weight}}}]", f"train.eval_steps={7 * weight}"
+    run(recipe_in(tmp_path / "ring", tiny_target, rows), *more)
+    evaluations = 1 + 44 // 7 + 1
+    computed = len(calls) - 2 * evaluations
+    assert computed == len(LENGTHS) if weight == 1 else computed < 2 * 4 * len(LENGTHS)
+    assert not (tmp_path / "ring" / "run" / "ring").exists()
+    monkeypatch.setattr(Ring, "outputs", lambda self, batch, head_rows: self.target.outputs(batch, head_rows))
+    calls.clear()
+    run(recipe_in(tmp_path / "anew", tiny_target, rows), *more)
+    assert len(calls) == weight * 4 * len(LENGTHS) + 2 * evaluations
+    assert_same_run(tmp_path / "ring" / "run", tmp_path / "anew" / "run")
+
+
+@pytest.mark.slow
+def test_its_size_is_never_passed_not_even_where_a_killed_run_resumes_which_ends_as_if_it_had_not_been_killed(
+    tmp_path: Path, tiny_target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(recipe_in(tmp_path / "whole", tiny_target, rows, save_steps=3, max_steps=37))
+    recipe = recipe_in(tmp_path / "parts", tiny_target, rows, save_steps=3, max_steps=37)
+    output, ring = tmp_path / "parts" / "run", tmp_path / "fast"
+    more = [f"target.ring_dir={ring}", "train.log_steps=1"]
+    child = subprocess.Popen([sys.executable, "-m", "peagle_train", str(recipe), *more], env=ENVIRONMENT)
+    while child.poll() is None and not (output / "checkpoint-6").exists():
+        assert held(ring) <= SIZE
+        time.sleep(0.01)  # another process works: there is nothing else to wait for
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    (folder,) = ring.glob("*/0-of-1")
+    assert 0 < held(ring) <= SIZE
+    # What else a kill may leave: of another block, of other ranks, half a file.
+    for stale in (folder / f"{1:016x}.safetensors", folder / ".x.partial", folder.parent / "1-of-2" / "y.safetensors"):
+        stale.parent.mkdir(exist_ok=True)
+        stale.write_bytes(bytes(int(4.4 * ROW)))
+    sizes, replace = [], os.replace
+
+    def measured(partial: Path, path: Path) -> None:
+        if ring in Path(path).parents:
+            sizes.append(held(ring))
+        replace(partial, path)
+
+    monkeypatch.setattr(os, "replace", measured)
+    stopped(recipe, 20, monkeypatch, "--resume", *more)
+    assert held(ring) <= SIZE
+    run(recipe, "--resume", *more)
+    assert ROW < max(sizes) <= SIZE and not [*ring.iterdir()]
+    assert_same_run(output, tmp_path / "whole" / "run")
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(tmp_path: Path, tiny_target: Path, rows: Path) -> None:
+    batches = {"batch_size": 2, "epochs": 4}
+    recipe = recipe_in(tmp_path / "two", tiny_target, rows, **batches)
+    two = launch(2, "-m", "peagle_train", str(recipe))
+    assert two.returncode == 0, two.stderr[-2000:]
+    run(recipe_in(tmp_path / "one", tiny_target, rows, **batches, gradient_accumulation_steps=2))
+    ours, theirs = (drafter(tmp_path / name / "run" / "final") for name in ("two", "one"))
+    assert all(torch.allclose(ours[name], tensor, rtol=0, atol=1e-8) for name, tensor in theirs.items())
+    assert not (tmp_path / "two" / "run" / "ring").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (["train.epochs=6"], "give a multiple of it"),
+        (["target.ring=null"], "target.ring is null"),
+        (["target.cache=x"], "the cache has all"),
+        (["target.shard=true"], "target.shard is true"),
+        (["train.batch_size=5"], "features of a step's 5 sequences"),
+    ],
+    ids=lambda value: str(value[0]),
+)
+def test_what_cannot_be_is_one_line(
+    settings: list[str], named: str, tmp_path: Path, tiny_target: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(recipe_in(tmp_path / "wrong", tiny_target, rows), *settings, code=2)
+    assert named in last_error(capsys)
