@@ -297,6 +297,8 @@ def _regenerate(parser: Parser) -> None:
     add("--base-url", action="append", metavar="URL", help=url_help)
     add("--model", metavar="NAME", help="what those servers call the target")
     add("--target", metavar="DIR", help="instead of a server: a Hugging Face folder, run here by transformers")
+    features_help = "keep the hidden states of the answers, too, of servers that `peagle-train serve-target` starts"
+    add("--features", metavar="DIR", help=features_help)
     add("--temperature", type=number(0, 100, float), default=0.8, help="0: the likeliest token (default 0.8)")
     add("--top-p", type=number(1e-9, 1, float), default=1.0, metavar="P", help="default 1")
     add("--max-tokens", type=COUNT, default=0, help="of an answer; default 2048, or half of the context if less")
@@ -315,16 +317,20 @@ def _regenerate(parser: Parser) -> None:
     o = parser.read()
     from peagle_train.regenerate import Local, PromptFile, Servers, Settings, regenerate
 
-    if (o.base_url is None) == (o.target is None) or bool(o.base_url) != bool(o.model):
-        raise ValueError("give --base-url and --model for a server, or --target alone for a local model")
+    if (o.base_url is None) == (o.target is None) or bool(o.base_url) != bool(o.model) or (o.features and o.target):
+        raise ValueError(
+            "give --base-url and --model for a server (--features, too), or --target alone for a local model"
+        )
     how = o.temperature, o.top_p, o.max_tokens, o.seed, o.last_turn, o.keep_truncated, o.chat_template_kwargs
-    settings = Settings(*how)
+    settings = Settings(*how, o.features)
     backend: Local | Servers
     if o.target is not None:
         backend = Local(os.path.expanduser(o.target), settings, o.dtype, o.batch_size, o.trust_remote_code)
     else:
         backend = Servers(o.base_url, o.model, settings, o.concurrency, o.retries)
     regenerate(PromptFile(o.prompts, o.limit), o.out, backend)
+    if o.features:
+        print(f"their features: peagle-train cache RECIPE --speculators {shlex.quote(o.features)} --out CACHE")
 
 
 def _export(parser: Parser) -> None:

@@ -241,3 +241,12 @@ def save_tensors(path: Path, tensors: Mapping[str, Any], name: str = "format", v
         save_file(plain, path, metadata={name: value})
     except SafetensorError as error:
         raise OSError(errno.EIO, one_line(error), str(path)) from None
+
+
+def put_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
+    """`save_tensors`, whole or not at all, for its owner alone (`put` sets modes, which only one thread at a time may)."""
+    partial = partial_path(path)
+    save_tensors(partial, tensors)
+    with partial.open("rb") as file:
+        os.fsync(file)
+    os.replace(partial, path)

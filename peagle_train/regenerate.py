@@ -28,7 +28,7 @@ from tqdm import tqdm
 from peagle_train.data.documents import SourceFile, read_examples
 from peagle_train.data.encode import RawExample, parse
 from peagle_train.data.messages import FORMAT, BadRow, messages_of
-from peagle_train.files import RunStopped, one_line, partial_path, put, write_json
+from peagle_train.files import RunStopped, one_line, partial_path, put, put_tensors, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ class Answer(NamedTuple):
     finish_reason: str | None = "stop"  # the server's: stop, length, ...; refused where it would not answer
     reasoning: str | None = None  # where the server tells it apart
     tokens: int = 0  # generated ones; 0 where the server does not say
+    states: Path | None = None  # the file of its hidden states, see `Servers`
 
 
 # Returns what is written (the turns up to the first unfit answer; None where none was fit), why the conversation ended
@@ -70,6 +71,7 @@ class Settings:
     last_turn: bool  # answer only the last question; earlier answers stay as recorded, with weight 0
     keep_truncated: bool  # keep an answer that max_tokens cut, as its conversation's last
     template_kwargs: dict[str, Any]
+    features: str | None = None  # folder that answers' hidden states are kept in
 
     def leaving_room(self, context: int, who: str) -> "Settings":
         """With max_tokens: 2048 where none was given, or half of the context if that is less, so that prompts fit.
@@ -235,6 +237,8 @@ def converse(prompt: Prompt, number: int, model: str, settings: Settings) -> Cha
         tokens += answer.tokens
         why, detail = fault(answer, settings.keep_truncated), answer.content
         if why is not None:
+            if answer.states:
+                answer.states.unlink(missing_ok=True)
             break
         thoughts = {"reasoning_content": answer.reasoning} if answer.reasoning else {}
         messages += [*asked, {"role": "assistant", "content": answer.content, **thoughts}]
@@ -289,6 +293,9 @@ class Servers:
         self.more: dict[str, Any] = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
         if settings.template_kwargs:
             self.more["chat_template_kwargs"] = settings.template_kwargs
+        if settings.features:
+            Path(settings.features).mkdir(parents=True, exist_ok=True)
+            self.more |= {"return_token_ids": True, "kv_transfer_params": {"include_output_tokens": True}}
         self.record: dict[str, Any] = {"backend": "server", "model": model, "sampling": self.sampling | self.more}
 
     def answers(self, asks: Sequence[Ask], place: int) -> list[Answer]:
@@ -318,7 +325,29 @@ class Servers:
         tokens = reply.usage.completion_tokens if reply.usage else 0
         # vLLM renamed the field; older ones and SGLang say reasoning_content.
         reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
-        return [Answer(message.content or "", reply.choices[0].finish_reason, reasoning, tokens)]
+        states = self._keep(reply) if self.settings.features else None
+        return [Answer(message.content or "", reply.choices[0].finish_reason, reasoning, tokens, states)]
+
+    def _keep(self, reply: Any) -> Path:
+        """Keep ids and hidden states of prompt and answer, as `SpeculatorsFiles` reads them; RunStopped if none come."""
+        import torch
+
+        from peagle_train.core.cod import hash63
+        from peagle_train.target_model.server import REMEDY, take
+
+        path = (getattr(reply, "kv_transfer_params", None) or {}).get("hidden_states_path")
+        if path is None:
+            raise ValueError(f"--features: the server gives no hidden states: {REMEDY}")
+        prompt = reply.prompt_token_ids
+        ids = torch.tensor(prompt + reply.choices[0].token_ids)[:-1]  # the last token, an end mostly, has no states
+        kept = Path(str(self.settings.features)) / f"hs_{hash63(ids.numpy().tobytes())}.safetensors"
+        try:
+            states = take(Path(path), ids.tolist(), 600.0)
+            mask = (torch.arange(ids.numel()) >= len(prompt)).long()
+            put_tensors(kept, {"token_ids": ids, "loss_mask": mask, "hidden_states": states})
+        except OSError as error:
+            raise RunStopped(f"--features: {one_line(error, 300)}") from None
+        return kept
 
 
 class Local:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from peagle_train.target_model.frozen import FrozenTarget
 from tests.chat_fake import Reply
+from tests.tiny_chat import END, make_tokenizer
 
 
 class States:
@@ -33,6 +34,8 @@ class States:
     def __call__(self, body: dict[str, Any]) -> Reply:
         self.gate.wait()
         with self._turn:
+            if "messages" in body:
+                return self.chat(body["messages"])
             ids = body["prompt"]
             self.prompts.append(ids)
             fault = self.faults.pop(0) if self.faults else "down" if self.down else ""
@@ -44,12 +47,26 @@ class States:
                 self._held.append(lock.open("w"))
                 fcntl.flock(self._held[-1], fcntl.LOCK_EX)
             elif fault != "no lock":
-                states, token = self.states(torch.tensor(ids))
-                save_file({"hidden_states": states, "token_ids": torch.tensor(ids)}, path)
-                lock.touch()
+                token = self.write(path, ids)
             choice = {"text": "", "finish_reason": "length", "token_ids": [token] if not fault else [0]}
             answer = {"choices": [choice], "kv_transfer_params": {"hidden_states_path": str(path)}}
             return 200, json.dumps(answer).encode()
+
+    def chat(self, messages: list[dict[str, str]]) -> Reply:
+        """Answers with words that depend on the question; one that has w9 is cut."""
+        ids = make_tokenizer().apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        answer, path = [11, len(ids), 12, END], self.folder / f"{next(self._numbers)}.safetensors"
+        self.write(path, [*ids, *answer[:-1]])
+        message = {"role": "assistant", "content": f"w11 w{len(ids)} w12"}
+        choice = {"message": message, "finish_reason": "length" if 9 in ids else "stop", "token_ids": answer}
+        kept = {"prompt_token_ids": ids, "kv_transfer_params": {"hidden_states_path": str(path)}}
+        return 200, json.dumps({"choices": [choice], **kept}).encode()
+
+    def write(self, path: Path, ids: list[int]) -> int:
+        states, token = self.states(torch.tensor(ids))
+        save_file({"hidden_states": states, "token_ids": torch.tensor(ids)}, path)
+        path.with_name(path.name + ".lock").touch()
+        return token
 
     def states(self, ids_n: Tensor) -> tuple[Tensor, int]:
         before: list[Tensor] = []

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from peagle_train.config import Target
 from peagle_train.core.collator import CODCollator
@@ -15,8 +16,11 @@ from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.target_model.server import ServedTarget
 from peagle_train.training.evaluate import Evaluator
 from tests.chat_fake import MODEL, serving
+from tests.helpers import command
 from tests.runs import EVALUATED, Tiny, drafter, last_error, metrics, run, same_tensors
 from tests.states_fake import States
+from tests.tiny import write_recipe
+from tests.tiny_chat import make_chat_target
 
 CPU = torch.device("cpu")
 IDS = torch.arange(1, 8)
@@ -79,16 +83,6 @@ def test_a_server_lost_during_an_evaluation_leaves_a_checkpoint_from_which_the_r
     assert ours == theirs
 
 
-def test_training_from_it_is_training_with_the_target_in_the_process(
-    tmp_path: Path, tiny: Tiny, served: Served
-) -> None:
-    for name, more in (("frozen", ()), ("served", (f"target.server={served.url}",))):
-        run(tiny(tmp_path / name, data=EVALUATED, train={"max_steps": 5}), *more)
-    found, expected = (drafter(tmp_path / name / "run" / "final") for name in ("served", "frozen"))
-    assert all(torch.allclose(found[name], tensor, rtol=0, atol=1e-9) for name, tensor in expected.items())
-    assert not [*served.states.folder.iterdir()]
-
-
 def test_patience_begins_with_the_first_failure_and_a_restarted_servers_empty_folder_is_one(served: Served) -> None:
     target = served.target(server_patience=0)
     head = target.head_rows(torch.arange(5))
@@ -139,6 +133,29 @@ def test_features_that_are_kept_for_two_passes_are_asked_for_once(tmp_path: Path
     recipe, kept = tiny(tmp_path, train={"epochs": 2}), ["target.reuse=2", "target.ring=1"]
     run(recipe, f"target.server={served.url}", *kept, f"output.dir={tmp_path / 'served'}")
     assert len(served.states.prompts) == 11 + 3 + 1  # pieces of documents, the check's, and the question for the dtype
+    assert not [*served.states.folder.iterdir()]
     run(recipe, *kept)
     found, expected = (drafter(tmp_path / name / "final") for name in ("served", "run"))
     assert all(torch.allclose(found[name], tensor, rtol=0, atol=1e-9) for name, tensor in expected.items())
+
+
+def test_answers_that_are_written_anew_bring_the_features_that_training_reads(tmp_path: Path) -> None:
+    target, states, cache = make_chat_target(tmp_path / "target"), tmp_path / "kept", tmp_path / "cache"
+    prompts = tmp_path / "prompts.jsonl"
+    asked = ["w1 w2", "w3 w4 w5"], ["w6", "w9", "w7"], ["w8 w8 w8"]
+    prompts.write_text("".join(json.dumps({"turns": turns}) + "\n" for turns in asked))
+    with serving(States(target, tmp_path / "states")) as server:
+        where = f"--base-url={server.url}", "--model", MODEL, f"--features={states}", f"--out={tmp_path / 'rows.jsonl'}"
+        assert command("regenerate", prompts, *where) == 0
+    found = [load_file(path) for path in states.iterdir()]
+    assert len(found) == 4 and not [*(tmp_path / "states").rglob("*.safetensors")]  # without the answer that was cut
+    for sample in found:
+        ids, learned = sample["token_ids"].tolist(), sample["loss_mask"].tolist()
+        assert ids[-3:] == [11, len(ids) - 3, 12] and learned == [0] * (len(ids) - 3) + [1] * 3
+    draft = {"mask_token_id": 57, "draft_vocab_size": None}
+    recipe = write_recipe(tmp_path, target, cache / "documents.jsonl", tmp_path / "run", draft=draft)
+    assert command("cache", recipe, f"--speculators={states}", f"--out={cache}") == 0
+    run(recipe, f"target.cache={cache}")
+    run(recipe, f"output.dir={tmp_path / 'anew'}")
+    ours, theirs = (drafter(tmp_path / name / "final") for name in ("run", "anew"))
+    assert all(torch.allclose(ours[name], tensor, rtol=0, atol=1e-9) for name, tensor in theirs.items())

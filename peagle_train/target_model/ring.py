@@ -2,7 +2,6 @@
 `StepBatchSampler`). B: sequences of a batch, L: positions, n: tokens, T: the target's hidden size, F: feature layers.
 """
 
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from torch import Tensor
 from peagle_train.config import Recipe
 from peagle_train.core.cod import hash63
 from peagle_train.core.passes import TargetOutputs
-from peagle_train.files import one_line, partial_path, save_tensors
+from peagle_train.files import one_line, put_tensors
 from peagle_train.target_model.frozen import TargetBase, TargetLost
 
 SLACK = 8192
@@ -72,10 +71,8 @@ class Ring:
         for batch in batches:
             if id(batch) not in self._coming:
                 keys = batch["row_key"].tolist()
-                self._coming[id(batch)] = (
-                    batch,
-                    {b: _alone(batch, b) for b, key in enumerate(keys) if key not in self._known},
-                )
+                rows = {b: _alone(batch, b) for b, key in enumerate(keys) if key not in self._known}
+                self._coming[id(batch)] = batch, rows
                 self._known.update(keys)
         self.target.expect([row for batch in batches for row in self._coming[id(batch)][1].values()])
 
@@ -114,10 +111,7 @@ class Ring:
     def _write(self, key: int, tensors: list[Tensor]) -> None:
         path, started = self._path(key), time.perf_counter()
         try:
-            save_tensors(partial_path(path), dict(zip(("features", "last_hidden"), tensors, strict=True)))
-            with partial_path(path).open("rb") as file:
-                os.fsync(file)  # a machine that fails must not leave zeros for a run that resumes
-            os.replace(partial_path(path), path)
+            put_tensors(path, dict(zip(("features", "last_hidden"), tensors, strict=True)))
         except OSError as error:
             raise TargetLost(f"target.ring {self.folder} cannot be written: {one_line(error)}") from None
         self._known.add(key)
@@ -131,4 +125,4 @@ class Ring:
 
 
 def _alone(batch: Batch, b: int) -> Batch:
-    return {name: batch[name][b : b + 1] for name in ("input_ids", "position_ids", "document_ids")}
+    return {name: tensor[b : b + 1] for name, tensor in batch.items()}

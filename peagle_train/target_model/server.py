@@ -231,7 +231,7 @@ class _Server:
         if named and named[1] != (asked := layers_name(self.layer_ids)):
             raise ValueError(f"target.server {self.url} gives layers {named[1]}, the recipe asks for {asked}: {REMEDY}")
         try:
-            states = _take(Path(path), ids, self.patience)
+            states = take(Path(path), ids, self.patience)
         except FileNotFoundError as error:
             if self.has_answered:  # it was restarted, and its folder emptied
                 raise
@@ -239,12 +239,10 @@ class _Server:
                 f"target.server wrote {error.filename}, which is missing here: share that folder"
             ) from None
         if not named and not self.has_answered:
-            logger.warning(
-                "target.server %s does not say which layers it gives, so that they are %s was not checked: the command of"
-                " `peagle-train serve-target` names them",
-                self.url,
-                self.layer_ids,
+            words = (
+                "target.server %s does not say which layers it gives: give it the folder of `peagle-train serve-target`"
             )
+            logger.warning(words, self.url)
         self.has_answered = True
         if states.shape != (len(ids), len(self.layer_ids) + 1, self.hidden_size):
             raise ValueError(
@@ -259,8 +257,8 @@ def layers_name(layer_ids: Sequence[int]) -> str:
     return "-".join(map(str, layer_ids))
 
 
-def _take(path: Path, ids: list[int], patience: float) -> Tensor:
-    """Read and remove a file of hidden states, [n, k + 1, T]; waits until it is whole.
+def take(path: Path, ids: list[int], patience: float) -> Tensor:
+    """Read and remove a server's file of hidden states, [n, k + 1, T]; waits until it is whole.
 
     Raises:
         FileNotFoundError: it has no lock. OSError: it is not whole after `patience` seconds, or never will be.
