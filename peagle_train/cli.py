@@ -92,10 +92,12 @@ def recipe_path(given: str) -> str:
     return str(shipped[given]) if given in shipped and not os.path.exists(given) else given
 
 
-def _add_recipe(parser: Parser, nargs: str | None = None) -> None:
+def _add_recipe(parser: Parser, nargs: str | None = None) -> Callable[..., Any]:
+    """Returns what adds the others."""
     add = parser.add_argument
     add("recipe", nargs=nargs, type=recipe_path, help="a YAML file, or a name from peagle-train recipes")
     add("overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the recipe's")
+    return add
 
 
 def _train(parser: Parser) -> None:
@@ -107,8 +109,7 @@ def _train(parser: Parser) -> None:
     peagle-train train recipes/mine.yaml --resume
     peagle-train train --summary runs/first
     """
-    _add_recipe(parser, "?")
-    add = parser.add_argument
+    add = _add_recipe(parser, "?")
     add("--print-config", action="store_true", help="print the resolved recipe and stop")
     add("--dry-run", action="store_true", help="print the memory that a run would need, and stop")
     add("--on", metavar="KIND:GIB[xN]", help="with --dry-run: see `peagle-train plan --help`")
@@ -169,8 +170,7 @@ def _plan(parser: Parser) -> None:
     --gpu adds tokens a second of the target and of training, counted in FLOPs, how many GPUs a server of the target should
     get, what features take, and whether the drafter fits under DDP and under FSDP2.
     """
-    _add_recipe(parser)
-    add = parser.add_argument
+    add = _add_recipe(parser)
     add("--on", metavar="KIND:GIB[xN]", help="N processes on other devices, as in cuda:79x8 or cpu:16")
     add("--gpu", choices=GPUS, help="plan for a machine of these")
     add("--gpus", type=COUNT, default=1, metavar="N", help="how many (default 1)")
@@ -236,8 +236,7 @@ def _cache(parser: Parser) -> None:
     Killed, it resumes when it is started again, and writes the same bytes on any number of processes:
     ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 -m peagle_train cache RECIPE --out features
     """
-    _add_recipe(parser, "?")
-    add = parser.add_argument
+    add = _add_recipe(parser, "?")
     add("--out", metavar="DIR", help="where to write; default: the recipe's target.cache")
     add("--shard-mib", type=COUNT, default=512, metavar="N", help="size of a file (default 512)")
     add("--speculators", metavar="DIR", help="take hs_*.safetensors that speculators left here; the target is not run")
@@ -262,8 +261,7 @@ def _serve_target(parser: Parser) -> None:
 
     Server and training share a folder, in which hidden states wait to be read: at most what target.prefetch_gib allows.
     """
-    _add_recipe(parser)
-    add = parser.add_argument
+    add = _add_recipe(parser)
     add("--run", action="store_true", help="start the server, and say when it answers")
     add("--port", type=number(1, 65535), default=8000, help="default: %(default)s")
     add("--folder", default="/dev/shm/peagle-train", help="shared by server and training (default: %(default)s)")
@@ -485,8 +483,7 @@ def _show_row(parser: Parser) -> None:
     Learned tokens are in [brackets]. --elements adds what each element (anchor, depth) of some anchors reads and predicts,
     as drawn in the first epoch.
     """
-    _add_recipe(parser)
-    add = parser.add_argument
+    add = _add_recipe(parser)
     add("--row", type=int, required=True, metavar="N", help="which sequence, from 0")
     add("--held-out", action="store_true", help="of the held-out sequences")
     add("--elements", action="store_true", help="what elements read and predict, too")
@@ -507,8 +504,7 @@ def _show_batch(parser: Parser) -> None:
     It is the batch that training would get in its first epoch, from the recipe's own collator; of the target only the
     tokenizer and config.json are read. Needs matplotlib (the extra `report`).
     """
-    _add_recipe(parser, "?")
-    add = parser.add_argument
+    add = _add_recipe(parser, "?")
     add("--example", action="store_true", help="two short documents of words, K = 4, S = 3")
     add("--row", type=int, default=0, metavar="N", help="which sequence, from 0 (default 0)")
     add("--out", type=Path, default=Path("batch.png"), metavar="FILE.png", help="default batch.png")
@@ -539,23 +535,9 @@ def _recipes(parser: Parser) -> None:
     print(found[name].read_text(encoding="utf-8"), end="")
 
 
+_FIRST = _train, _plan, _check_data, _prepare, _cache, _serve_target, _regenerate, _export, _check, _import, _evaluate
 COMMANDS: dict[str, Callable[[Parser], int | None]] = {
-    add.__name__[1:].replace("_", "-"): add
-    for add in (
-        _train,
-        _plan,
-        _check_data,
-        _prepare,
-        _cache,
-        _serve_target,
-        _regenerate,
-        _export,
-        _check,
-        _import,
-        _evaluate,
-        _report,
-    )
-    + (_show_row, _show_batch, _recipes)
+    run.__name__[1:].replace("_", "-"): run for run in (*_FIRST, _report, _show_row, _show_batch, _recipes)
 }
 RESUMES = "; the same command resumes"
 

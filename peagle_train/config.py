@@ -145,9 +145,8 @@ SomeSources = Annotated[Sources, _holding(len, "a non-empty list of files, folde
 _DOTTED = _holding(lambda items: all(item[0] == "." for item in items), "a list such as [.py, .jsonl], with the dots")
 Extensions = Annotated[list[Text], _DOTTED]
 _RISING = "1 to 8 strictly increasing integers >= 0, as in [2, 14, 25]"
-Layers = Annotated[
-    list[int], _holding(lambda ids: 1 <= len(ids) <= 8 and ids[0] >= 0 and ids == sorted({*ids}), _RISING)
-]
+_ARE_LAYERS = _holding(lambda ids: 1 <= len(ids) <= 8 and ids[0] >= 0 and ids == sorted({*ids}), _RISING)
+Layers = Annotated[list[int], _ARE_LAYERS]
 _SPAN = "the first and the last step, as in [5, 8]"
 Steps = Annotated[list[int], _holding(lambda steps: len(steps) == 2 and 1 <= steps[0] <= steps[1], _SPAN)]
 
@@ -611,7 +610,7 @@ class Recipe:
             (
                 draft.init_from and draft.vocab_from,
                 "draft.init_from draft.vocab_from",
-                "remove one: each has a vocabulary",
+                "remove one: both bring a vocabulary",
             ),
             (unchanged, "train.mixed_precision train.dtype", "change one: autocast leaves float64 unchanged"),
             (rope and "rope_theta" in rope, "draft.rope_scaling", "rope_theta is a key of its own: draft.rope_theta"),

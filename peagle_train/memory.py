@@ -32,7 +32,7 @@ from peagle_train.config import Recipe
 from peagle_train.core.collator import CODCollator
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
-from peagle_train.core.partition import max_elements, segment_capacity
+from peagle_train.core.partition import segment_capacity
 from peagle_train.core.visibility import MASK_BLOCK_BYTES, MASK_CACHE_BYTES, QUERY_BLOCK
 from peagle_train.data.vocab import draft_vocab_size_of, load_config
 from peagle_train.distributed import check_sharding, clip_gradients, from_all
@@ -139,10 +139,7 @@ def capacity_of(s: Sizes, num_segments: int) -> int:
     """C: elements of a sequence's segment."""
     cod = s.recipe.cod
     draw = s.recipe.data.max_length, cod.num_depths, cod.down_sample_ratio, cod.down_sample_ratio_min
-    if num_segments == 1:
-        C = max_elements(*draw, cod.max_anchors)
-    else:
-        C = segment_capacity(*draw, num_segments, cod.boundaries, cod.max_anchors)
+    C = segment_capacity(*draw, num_segments, cod.boundaries, cod.max_anchors)
     return -(-C // BLOCK) * BLOCK if s.on_cuda else C
 
 
@@ -341,11 +338,11 @@ def read_target(recipe: Recipe, device: Device) -> FrozenTarget:
         dtype = resolve_dtype(settings.dtype, torch.device(device.kind))
         if dtype == "auto":  # where no config names one, bfloat16, as nearly all have it
             dtype = config.get_text_config().dtype or torch.bfloat16
-        given = {"attn_implementation": settings.attn_implementation} if settings.attn_implementation else {}
+        how: dict[str, Any] = {"dtype": dtype, "trust_remote_code": settings.trust_remote_code}
+        if settings.attn_implementation:
+            how["attn_implementation"] = settings.attn_implementation
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=settings.trust_remote_code, **given
-            )
+            model = AutoModelForCausalLM.from_config(config, **how)
     except Exception as error:  # whatever a foreign or corrupt file makes the loaders raise
         why = f"{type(error).__name__}: {one_line(error, 300)}"
         raise ValueError(f"target.path {settings.path} cannot be read: {why}") from error
@@ -362,8 +359,7 @@ def read_sizes(recipe: Recipe, device: Device, target: FrozenTarget | None = Non
     shaped = start.recipe if start else recipe
     if recipe.draft.vocab_from:
         shaped = replace(shaped, draft=replace(shaped.draft, draft_vocab_size=draft_vocab_size_of(recipe.draft)))
-    mask_token_id = shaped.draft.mask_token_id or 0
-    draft = make_draft_config(shaped, target, mask_token_id, start.files.config if start else None)
+    draft = make_draft_config(shaped, target, shaped.draft.mask_token_id or 0, start.files.config if start else None)
     return sizes_of(recipe, target, draft, device)
 
 
@@ -373,13 +369,14 @@ def sizes_of(recipe: Recipe, target: TargetBase, config: PEagleDraftConfig, devi
         draft = PEagleDraft(config)
     draft.lm_head.requires_grad_(recipe.draft.trains_head(config.hidden_size == target.hidden_size))
     draft.embed_tokens.requires_grad_(recipe.draft.train_embeddings)
+    parameters = list(draft.parameters())
     weights, forward, item = _target(recipe, target, device)
     return Sizes(
         recipe,
         config,
         device,
-        parameters=sum(p.numel() for p in draft.parameters()),
-        trained=sum(p.numel() for p in draft.parameters() if p.requires_grad),
+        sum(p.numel() for p in parameters),
+        sum(p.numel() for p in parameters if p.requires_grad),
         target_bytes=item,
         cached_bytes=target.cache_dtype(recipe.target.cache_dtype).itemsize if recipe.target.cache else 0,
         target_weights=weights,
@@ -418,12 +415,11 @@ def _target_forward(config: Any, recipe: Recipe, item: int, attention: str, on_c
     layer's activations, attention masks or scores as for packed sequences, and with chunks the keys and values of a
     document as long as a sequence. `attention`: transformers' name, or that of `peagle_train.target_model.attention`.
     """
-    B, L = recipe.train.batch_size, recipe.data.max_length
+    B, L, H, heads = recipe.train.batch_size, recipe.data.max_length, config.hidden_size, config.num_attention_heads
     n = min(recipe.target.chunk_tokens or B * L, B * L)
     chunked = n < B * L
-    H, D = config.hidden_size, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    A = config.num_attention_heads * D
-    G = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * D
+    D = getattr(config, "head_dim", None) or H // heads
+    A, G = heads * D, (getattr(config, "num_key_value_heads", None) or heads) * D
     experts = getattr(config, "num_experts_per_tok", None) or 0
     width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
     mlp = n * item * (experts * (3 * width + 2 * H) if experts else 3 * config.intermediate_size)
@@ -433,7 +429,7 @@ def _target_forward(config: Any, recipe: Recipe, item: int, attention: str, on_c
     if attention == "eager":
         scores = L * n if chunked else B * L * L
         mask = scores * item
-        attending += scores * config.num_attention_heads * (item + max(item, 4))
+        attending += scores * heads * (item + max(item, 4))
     elif attention in ("sdpa", NAME):
         # A bool mask, and the additive one that kernels make of it; a block of queries' at most if it is ours.
         mask = TARGET_BLOCK * L if attention == NAME else n * L if chunked else B * L * L
@@ -477,10 +473,10 @@ def dry_run(recipe: Recipe, on: str | None = None) -> str:
         lines.append(f"no number of segments up to {plans[-1].num_segments} fits into {room}: {advice(sizes)}")
     if asked != "auto":
         peak = plan_memory(sizes, asked).peak
-        verdict = (
-            "is too much" if peak > device.budget else "fits" if peak <= device.budget * (1 - margin) else "is close"
+        fits = (
+            "fits" if peak <= device.budget * (1 - margin) else "is close" if peak <= device.budget else "is too much"
         )
-        lines.append(f"this recipe: {asked} segments, {peak / GIB:.2f} GiB: {verdict}")
+        lines.append(f"this recipe: {asked} segments, {peak / GIB:.2f} GiB: {fits}")
     return "\n".join(lines)
 
 

@@ -11,15 +11,7 @@ from peagle_train.config import Recipe
 from peagle_train.core.partition import max_elements
 from peagle_train.files import aligned
 from peagle_train.machine import GIB, GPUS, Device
-from peagle_train.memory import (
-    CANDIDATES,
-    Sizes,
-    capacity_of,
-    choose_segments,
-    largest_pass,
-    read_sizes,
-    read_target,
-)
+from peagle_train.memory import CANDIDATES, Sizes, capacity_of, choose_segments, largest_pass, read_sizes, read_target
 from peagle_train.target_model.frozen import FrozenTarget
 
 SERVER_SHARE = 0.85
