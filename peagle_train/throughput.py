@@ -94,7 +94,7 @@ def plan_throughput(recipe: Recipe, gpu: str, count: int, learned: float, share:
     def fitting(sizes: Sizes, ranks: int, sharded: bool) -> str:
         sizes = replace(sizes, device=Device("cuda", budget, ranks), sharded=sharded and ranks > 1)
         found = choose_segments(sizes, budget, recipe.train.memory_margin)
-        return f"{found.num_segments} segments, {found.peak / GIB:.0f} GiB" if found else "does not fit"
+        return f"S = {found.num_segments}, {found.peak / GIB:.0f} GiB" if found else "does not fit"
 
     chosen = choose_segments(alone, budget, recipe.train.memory_margin)
     S = asked if asked != "auto" else chosen.num_segments if chosen else min(L, CANDIDATES[-1])
@@ -122,13 +122,13 @@ def plan_throughput(recipe: Recipe, gpu: str, count: int, learned: float, share:
     loaded = beside.parameters * beside.m + 2 * draft.vocab_size * draft.target_hidden_size * beside.target_bytes
     return f"""\
 throughput from FLOPs, not measured: {count} {gpu} at an assumed {share:.0%} of {teraflops} TFLOP/s (bfloat16, dense)
-{L:,} tokens a sequence, {learned:.0%} of them learned, {S} segments; {tokens:,} tokens an epoch
+{L:,} tokens a sequence, {learned:.0%} of them learned, S = {S}; {tokens:,} tokens an epoch
 {aligned(rows, right=True)}
 
 {aligned(by_way, right=True)}
 
-drafter of {beside.parameters / 1e9:.2f} billion parameters on {ranks} GPUs:
+drafter of {beside.parameters / 1e9:.2f} billion parameters on {ranks} {gpu}:
   DDP {fitting(alone, ranks, False)}; FSDP2 {fitting(alone, ranks, True)}
-features: {token / 1024:g} KiB a token, {tokens * token / 1e12:.2f} TB an epoch, {ahead / GIB:.0f} GiB in flight at most
-host memory: {(2 * ahead + ranks * loaded) / GIB:.0f} GiB at most (features in flight, as many in the server's folder,
+features, at most: {token / 1024:g} KiB a token, {tokens * token / 1e12:.2f} TB an epoch, {ahead / GIB:.0f} GiB in flight
+host memory, at most: {(2 * ahead + ranks * loaded) / GIB:.0f} GiB (features in flight, as many in the server's folder,
   {loaded / GIB:.1f} GiB of weights a process at its start)"""
