@@ -58,7 +58,8 @@ def number(low: float, high: float = math.inf, kind: type = int) -> Callable[[st
     def read(text: str) -> Any:
         value = kind(text)
         if not low <= value <= high:  # also where it is nan
-            raise argparse.ArgumentTypeError(f"got {text}; give {low:g} to {high:g}")
+            most = "or more" if high == math.inf else f"to {high:g}"
+            raise argparse.ArgumentTypeError(f"got {text}; give {low:g} {most}")
         return value
 
     read.__name__ = kind.__name__  # for argparse's own message

@@ -115,6 +115,8 @@ def put(partial: Path, path: Path) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old or the new one, never half of it. OSError if it cannot be written."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
     partial = partial_path(path)
     partial.write_bytes(content)
     put(partial, path)

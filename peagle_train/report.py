@@ -67,7 +67,7 @@ def read_run(folder: Path) -> Run:
     """ValueError unless the folder holds a run with at least one number. An unfinished last line is ignored."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
-        why = "has no metrics.jsonl" if folder.is_dir() else "is not there"
+        why = "has no metrics.jsonl" if folder.is_dir() else "does not exist"
         raise ValueError(f"{folder} holds no run: it {why}; give a recipe's output.dir")
     lines: dict[str, list[Line]] = {"train": [], "eval": [], "skipped": []}
     for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):

@@ -120,7 +120,7 @@ def test_an_option_that_a_command_does_not_have_is_one_line(name: str, capsys: p
         ("train", "no recipe given"),
         ("regenerate p.jsonl --out o.jsonl --target t --model m", "--target alone"),
         ("train --resume quickstart --on cuda:79", "--on goes with --dry-run"),
-        ("report none", "none holds no run: it is not there"),
+        ("report none", "none holds no run: it does not exist"),
         ("report .", "metrics.jsonl; give a recipe's output.dir"),
     ],
 )

@@ -42,8 +42,10 @@ def test_an_error_that_names_no_file_is_no_users_mistake() -> None:
         told(OSError(5, "Input/output error"))
 
 
-def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
-    os.mkdir(tmp_path / "page")
+@pytest.mark.parametrize("name", ["page", "."])
+def test_a_folder_in_the_place_of_a_file_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("page")
     with pytest.raises(OSError) as error:
-        write_text(tmp_path / "page", "x")
-    assert "page'" in told(error.value) and "partial" not in told(error.value)
+        write_text(Path(name), "x")
+    assert told(error.value) == f"Is a directory: '{name}'" and os.listdir() == ["page"]

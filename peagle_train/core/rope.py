@@ -51,7 +51,7 @@ def rope_mistake(rope: Mapping[str, Any]) -> str | None:
         given = f"is {_show(rope_type)}" if "rope_type" in rope else "is missing"
         return (
             f"rope_type {given}; give one of {', '.join(ROPE_TYPES)} (tables of other types depend on the length of a"
-            " call: segments would differ from the whole row)"
+            " call: segments would differ from the whole sequence)"
         )
     for key in REQUIRED[rope_type]:
         if key not in rope:
