@@ -565,7 +565,8 @@ def probe_step(
         dtype = target.cache_dtype(recipe.target.cache_dtype)
         row["features"] = torch.zeros(L, draft.config.feature_size, dtype=dtype)
         row["last_hidden"] = torch.zeros(L, target.hidden_size, dtype=dtype)
-    else:  # sequences of several documents may take a mask of L x L, which a document alone does without
+    elif not recipe.target.server:
+        # Sequences of several documents may take a mask of L x L, which a document alone does without.
         position = torch.cat([torch.arange(L - L // 2), torch.arange(L // 2)])
         packed = {"input_ids": ids.expand(B, -1), "position_ids": position.expand(B, -1).contiguous()}
         target.outputs(packed, draft.lm_head.weight)

@@ -171,7 +171,7 @@ def test_training_from_it_is_training_with_the_target_in_the_process(
 ) -> None:
     run(recipe_in(tmp_path / "frozen", base))
     # Evaluated in the middle, too, while the next batch's features fill what may be asked for ahead.
-    evaluated = {"data": {"eval_fraction": 0.3}, "train": {"eval_steps": 3}}
+    evaluated = {"data": {"eval_fraction": 0.3}, "train": {"eval_steps": 3, "probe": True}}
     run(recipe_in(tmp_path / "evaluated", base, target={"prefetch_gib": 1e-6, "server": server.url}, **evaluated))
     run(recipe_in(tmp_path / "served", base), f"target.server={server.url}")
     expected, found = losses(tmp_path / "frozen" / "run"), losses(tmp_path / "served" / "run")

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from peagle_train.core.cod import drafter_rows
 from peagle_train.core.visibility import first_seen
 
 
@@ -48,9 +49,7 @@ def gather_elements(
 
 def context_elements(batch: dict[str, Tensor], column: Tensor, window: int | None = None) -> Elements:
     """The depth-0 elements of columns, int64 [B, N], unsupervised; a column that is no drafter row is padding."""
-    documents = batch["document_ids"]
-    right = torch.nn.functional.pad(documents[:, 1:], (0, 1), value=-1)
-    is_row = ((documents == right) & (documents >= 0)).gather(1, column)
+    is_row = drafter_rows(batch["document_ids"]).gather(1, column)
     return make_elements(batch, column, torch.where(is_row, 0, -1), torch.zeros_like(is_row), 0, window)
 
 

@@ -203,7 +203,7 @@ class StoredTarget(TargetBase):
                     values, out, is_there_n = file.get_slice(name)[span], room[name][b, part], (has_n & bit) > 0
                     if values.dtype == torch.float8_e4m3fn:
                         values = values.float() * file.get_slice("scales")[span][:, None]
-                    out[~is_there_n] = 0
+                    out.index_fill_(0, (~is_there_n).nonzero()[:, 0], 0)  # a mask would go over all of it
                     out[is_there_n] = values.to(out.dtype)
             for tensor in room.values():
                 tensor[b, n:] = 0
