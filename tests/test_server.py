@@ -169,14 +169,33 @@ def test_it_is_asked_for_what_training_reads_and_no_more(
 def test_training_from_it_is_training_with_the_target_in_the_process(
     base: Path, server: Served, tmp_path: Path
 ) -> None:
-    run(recipe_in(tmp_path / "frozen", base))
     # Evaluated in the middle, too, while the next batch's features fill what may be asked for ahead.
     evaluated = {"data": {"eval_fraction": 0.3}, "train": {"eval_steps": 3, "probe": True}}
     run(recipe_in(tmp_path / "evaluated", base, target={"prefetch_gib": 1e-6, "server": server.url}, **evaluated))
-    run(recipe_in(tmp_path / "served", base), f"target.server={server.url}")
-    expected, found = losses(tmp_path / "frozen" / "run"), losses(tmp_path / "served" / "run")
-    assert len(found) == len(expected) >= 8 and found[7] < found[0]
-    assert all(abs(a - b) <= 1e-3 * b for a, b in zip(found, expected, strict=True))
+    for name, kept in ("once", ()), ("kept", ("target.reuse=4", "target.ring=0.0002")):
+        ours, theirs = tmp_path / f"served {name}", tmp_path / f"frozen {name}"
+        run(recipe_in(ours, base), f"target.server={server.url}", *kept)
+        run(recipe_in(theirs, base), *kept)
+        expected, found = losses(theirs / "run"), losses(ours / "run")
+        assert len(found) == len(expected) >= 8 and found[7] < found[0]
+        assert all(abs(a - b) <= 1e-3 * b for a, b in zip(found, expected, strict=True))
+
+
+def test_answers_written_anew_bring_the_features_that_training_reads(
+    base: Path, server: Served, tmp_path: Path
+) -> None:
+    prompts, kept, cache = tmp_path / "prompts.jsonl", tmp_path / "kept", tmp_path / "features"
+    prompts.write_text("".join(json.dumps({"turns": [f"w{i} w3", "w4"]}) + "\n" for i in range(5)))
+    answers = f"--out={tmp_path / 'rows.jsonl'}", f"--features={kept}", "--keep-truncated", "--max-tokens=8"
+    assert command("regenerate", prompts, f"--base-url={server.url}/v1", f"--model={base / 'target'}", *answers) == 0
+    used = {token for path in kept.iterdir() for token in load_file(path)["token_ids"].tolist()}
+    draft = {"mask_token_id": min({*range(60)} - used)}
+    recipe = recipe_in(tmp_path / "cached", base, draft=draft, data={"sources": [str(cache / "documents.jsonl")]})
+    assert command("cache", recipe, f"--speculators={kept}", f"--out={cache}") == 0
+    run(recipe, f"target.cache={cache}")
+    run(recipe, f"output.dir={tmp_path / 'frozen'}")
+    pairs = zip(losses(tmp_path / "cached" / "run"), losses(tmp_path / "frozen"), strict=True)
+    assert all(abs(a - b) <= 1e-3 * b for a, b in pairs)
 
 
 def test_its_cache_trains_what_the_targets_own_trains(base: Path, server: Served, tmp_path: Path) -> None:

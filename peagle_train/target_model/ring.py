@@ -119,7 +119,7 @@ class Ring:
 
     def remove(self) -> None:
         """Its files are needed no more."""
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
         with suppress(OSError):  # other ranks' are there
             self.folder.parent.rmdir()
 

@@ -69,9 +69,7 @@ class ServedTarget(TargetBase):
         self._threads = ThreadPool(REQUESTS * len(urls))
         self._turns = itertools.count()
         self._stopping = threading.Event()
-        self._coming: dict[
-            int, tuple[dict[str, Tensor], Tensor, Tensor, list[AsyncResult[None]]]
-        ] = {}  # by the batch's id
+        self._coming: dict[int, tuple[dict[str, Tensor], Tensor, Tensor, list[AsyncResult[None]]]] = {}  # by batch id
         self._bytes = 0  # of the batches that are coming
 
         states = self._states(torch.arange(1, 6))
