@@ -1,5 +1,6 @@
 """Features that are used several times: computed once, the same training bit for bit, never more of them than allowed."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import peagle_train.target_model.ring as ring_module
 from peagle_train.data.sampler import EMPTY_ROW, StepBatchSampler
 from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.target_model.ring import Ring
@@ -135,6 +137,21 @@ def test_its_size_is_never_passed_not_even_where_a_killed_run_resumes_which_ends
     run(recipe, "--resume", *more)
     assert ROW < max(sizes) <= SIZE and not [*ring.iterdir()]
     assert_same_run(output, tmp_path / "whole" / "run")
+
+
+def test_a_full_disk_ends_the_run_with_a_checkpoint(
+    tmp_path: Path, tiny_target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    recipe = recipe_in(tmp_path / "full", tiny_target, rows, max_steps=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(ring_module, "put_tensors", full)
+        run(recipe, code=1)
+    message = last_error(capsys)
+    assert "target.ring" in message and "No space left" in message and "--resume continues" in message
+    run(recipe, "--resume")
 
 
 @pytest.mark.slow

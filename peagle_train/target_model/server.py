@@ -72,7 +72,7 @@ class ServedTarget(TargetBase):
         self._coming: dict[int, tuple[dict[str, Tensor], Tensor, Tensor, list[AsyncResult[None]]]] = {}  # by batch id
         self._bytes = 0  # of the batches that are coming
 
-        states = self._states(torch.arange(1, 6))
+        states = self._ask(torch.arange(1, 6))[0]
         self.dtype = states.dtype
         if settings.dtype not in ("auto", str(states.dtype)[6:]):
             raise ValueError(
@@ -157,10 +157,7 @@ class ServedTarget(TargetBase):
         return TargetOutputs(spread(states[:, :-1]), spread(self._norm(states[:, -1])), head_rows)
 
     def _read(self, ids_n: Tensor, needed: Tensor, room: Tensor) -> None:
-        room.copy_(self._states(ids_n)[needed])
-
-    def _states(self, ids_n: Tensor) -> Tensor:
-        return self._ask(ids_n)[0]
+        room.copy_(self._ask(ids_n)[0][needed])
 
     def _ask(self, ids_n: Tensor) -> tuple[Tensor, int]:
         """The hidden states [n, k + 1, T] of a document, and the greedy token after it; the last ones before the norm.

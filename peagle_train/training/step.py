@@ -64,8 +64,7 @@ class BatchRunner:
         self.sharded = any(isinstance(parameter, DTensor) for parameter in draft.parameters())
         self._backwards_to_come: int | None = None
         self.relay = recipe.train.segment_mode == "relay" and recipe.cod.segments > 1
-        self.source: TargetBase | Ring = target
-        """Of training's outputs; evaluation always asks the target."""
+        self.ring: Ring | None = None  # of the target's outputs in training; evaluation asks the target itself
         self.head_rows = target.head_rows(draft.draft_token_ids).to(self.device)
         self.buffers = RelayBuffers()
         self.runs: PEagleDraft | CompiledDraft = draft
@@ -89,10 +88,10 @@ class BatchRunner:
             layers=config.num_hidden_layers,
         )
 
-    def run_target(self, batch: Batch, source: TargetBase | Ring | None = None) -> TargetOutputs:
+    def run_target(self, batch: Batch, ring: Ring | None = None) -> TargetOutputs:
         """The target's outputs for a batch on the host; on the device, unless `offload_features`."""
         with record_function("peagle::target"):
-            target = (source or self.target).outputs(batch, self.head_rows)
+            target = (ring or self.target).outputs(batch, self.head_rows)
         if self.recipe.train.offload_features and self.device.type == "cuda":
             # Page-locked, or every segment's piece would wait for its copy back.
             target.features, target.last_hidden = (
@@ -113,7 +112,7 @@ class BatchRunner:
         """
         train, is_training = self.recipe.train, scale is not None
         if target is None:
-            target = self.run_target(batch, self.source)
+            target = self.run_target(batch, self.ring)
         on_device = {n: t.to(self.device, non_blocking=True) for n, t in batch.items() if n not in FIELDS}
         arguments: dict[str, Any] = {
             "loss": train.loss,

@@ -91,7 +91,6 @@ class Trainer:
         self.sampler = StepBatchSampler(*sizes, rank, self.world_size, train.seed, reuse=recipe.target.reuse)
         if recipe.target.reuse > 1:
             self.sampler.block_steps = block_steps(recipe, target, self.sampler.global_batch_size)
-        self.ring: Ring | None = None
         self.num_steps = self.sampler.num_steps = train.max_steps or train.epochs * self.sampler.steps_per_epoch
         self.reporter = Reporter(self.folder, accelerator)
         self.pace, self.signals = Pace(self.world_size), Signals()
@@ -140,8 +139,7 @@ class Trainer:
         if self.recipe.target.reuse > 1:
             rows, left = self.data.train_rows, self.sampler.left_in_block() if self.resumed else []
             place = self.accelerator.process_index, self.world_size
-            self.ring = Ring(self.recipe, self.target, *place, {rows[i]["row_key"] for i in left})
-            self.runner.source = self.ring
+            self.runner.ring = Ring(self.recipe, self.target, *place, {rows[i]["row_key"] for i in left})
         self.started = time.perf_counter()
         try:
             return self._loop(steps)
@@ -182,8 +180,8 @@ class Trainer:
                 self._average(_swap)  # a checkpoint is of the last step's weights
             raise
         self._save_drafter(self.folder / "final")
-        if self.ring:
-            self.ring.remove()
+        if self.runner.ring:
+            self.runner.ring.remove()
         return self._write_marker({**summary, "before": self.before, "after": after, "best": self.best})
 
     def _write_marker(self, summary: dict[str, Any]) -> dict[str, Any]:
@@ -265,11 +263,11 @@ class Trainer:
         wide = torch.promote_types(self.draft.dtype, torch.float32)
         scale = (self.world_size if self.runner.sharded else 1) / sums[0].clamp(min=1).to(wide)
         parts: list[StepStats] = []
-        self.target.waited = 0.0
-        if self.ring:
-            self.ring.keeps = self.sampler.comes_again(self.step)
+        ring, self.target.waited = self.runner.ring, 0.0
+        if ring:
+            ring.keeps = self.sampler.comes_again(self.step)
         for i, (batch, plan) in enumerate(zip(batches, plans, strict=True)):
-            self.runner.source.expect([*batches[i:], *self.following])
+            (ring or self.target).expect([*batches[i:], *self.following])
             parts.append(self.runner.run(batch, plan, scale, is_last=i == len(batches) - 1))
         self.pace.wait += self.target.waited
         stats = add_up(parts, self.device)
