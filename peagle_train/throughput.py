@@ -105,11 +105,12 @@ def plan_throughput(recipe: Recipe, gpu: str, count: int, learned: float, share:
         rows.append([name, *(f"{part / 1e12:,.0f}" for part in parts), f"{pace:,.0f}"])
 
     least = -(-beside.target_weights // int(SERVER_SHARE * budget))  # GPUs that hold the target
-    splits: dict[int, tuple[float, ...]] = {n: (n * serve, (count - n) * train) for n in range(least, count)}
+    fresh = serve * recipe.target.reuse  # each forward's tokens are trained on so often
+    splits: dict[int, tuple[float, ...]] = {n: (n * fresh, (count - n) * train) for n in range(least, count)}
     best = max(splits, key=lambda n: min(splits[n]), default=0)
     ways = {f"{n} server + {count - n} training{'*' * (n == best)}": paces for n, paces in splits.items()}
     no = ": too little memory" if fitting(beside, count, alone.sharded) == "does not fit" else ""
-    ways[f"{count} with the target beside the drafter{no}"] = (count / (1 / serve + 1 / train),)
+    ways[f"{count} with the target beside the drafter{no}"] = (count / (1 / fresh + 1 / train),)
     ways |= {f"{count} writing target.cache": (count * serve,), f"{count} training from it": (count * train,)}
     by_way = [["GPUs", "tokens/s", "hours an epoch", "server busy", "training busy"]]
     for way, paces in ways.items():
