@@ -79,20 +79,17 @@ def read_yaml(path: Path) -> Any:
     return parse_yaml(text, str(path))
 
 
-def dump_line(value: Any) -> str:
-    """`value` as one line of YAML; `parse_yaml` reads it back."""
-    text = str(yaml.dump([value], Dumper=StrictDumper, default_flow_style=True, width=float("inf"), allow_unicode=True))
-    return text.strip()[1:-1]  # as an element of a list, so that a word alone has no end-of-document mark
-
-
 def dump_yaml(value: Any) -> str:
     """`value` as block YAML, in the order of its keys; `parse_yaml` reads it back."""
     return str(yaml.dump(value, Dumper=StrictDumper, sort_keys=False))
 
 
 def as_override(key: str, value: Any) -> str:
-    """What a person types into a shell to get `key` the value."""
-    return shlex.quote(f"{key}={dump_line(value)}")
+    """What a person types into a shell to get `key` the value; `parse_yaml` reads it back."""
+    text = str(yaml.dump([value], Dumper=StrictDumper, default_flow_style=True, width=float("inf"), allow_unicode=True))
+    return shlex.quote(
+        f"{key}={text.strip()[1:-1]}"
+    )  # of a list's element, as a word alone has an end-of-document mark
 
 
 # What a field's hint may ask for

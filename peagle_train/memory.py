@@ -467,27 +467,22 @@ def dry_run(recipe: Recipe, on: str | None = None) -> str:
     rows.append(["in", *(max(p.phases, key=lambda phase: p.phases[phase]) for p in plans)])
     lines = [f"planned, not measured: {device}", aligned(rows, right=True)]
     room = f"{device.budget / GIB:.1f} GiB less {margin:.0%}"
-    if fitting := choose_segments(sizes, device.budget, margin):
+    if fitting := choose_segments(sizes):
         lines.append(f"cod.num_segments=auto would be {fitting.num_segments}: the fewest that fit into {room}")
     else:
         lines.append(f"no number of segments up to {plans[-1].num_segments} fits into {room}: {advice(sizes)}")
     if asked != "auto":
-        peak = plan_memory(sizes, asked).peak
-        fits = (
-            "fits" if peak <= device.budget * (1 - margin) else "is close" if peak <= device.budget else "is too much"
-        )
+        peak, most = plan_memory(sizes, asked).peak, device.budget * (1 - margin)
+        fits = "fits" if peak <= most else "is close" if peak <= device.budget else "is too much"
         lines.append(f"this recipe: {asked} segments, {peak / GIB:.2f} GiB: {fits}")
     return "\n".join(lines)
 
 
-def choose_segments(
-    sizes: Sizes, budget: int, margin: float, candidates: Iterable[int] = CANDIDATES
-) -> MemoryPlan | None:
-    """The plan with the fewest segments whose peak leaves a share of `margin` of the budget free; None if none does."""
-    for S in candidates:
-        if S <= sizes.recipe.data.max_length and (plan := plan_memory(sizes, S)).peak <= budget * (1 - margin):
-            return plan
-    return None
+def choose_segments(sizes: Sizes, candidates: Iterable[int] = CANDIDATES) -> MemoryPlan | None:
+    """The plan with the fewest segments that leaves train.memory_margin of the device's budget free; None if none does."""
+    room = sizes.device.budget * (1 - sizes.recipe.train.memory_margin)
+    plans = (plan_memory(sizes, S) for S in candidates if S <= sizes.recipe.data.max_length)
+    return next((plan for plan in plans if plan.peak <= room), None)
 
 
 def resolve_segments(sizes: Sizes) -> tuple[int, str]:
@@ -500,7 +495,7 @@ def resolve_segments(sizes: Sizes) -> tuple[int, str]:
     if asked != "auto":
         peak = plan_memory(sizes, asked).peak
         return asked, f"memory: {peak / GIB:.2f} {there}" + (f", too much: {advice(sizes)}" if peak > budget else "")
-    own = choose_segments(sizes, budget, margin)
+    own = choose_segments(sizes)
     S = max(from_all(own.num_segments if own else 2 * CANDIDATES[-1]))
     if S > CANDIDATES[-1]:
         raise ValueError(
@@ -512,9 +507,8 @@ def resolve_segments(sizes: Sizes) -> tuple[int, str]:
 
 def advice(sizes: Sizes) -> str:
     """What to change if the recipe needs too much: one line."""
-    asked, margin = sizes.recipe.cod.num_segments, sizes.recipe.train.memory_margin
-    more = [S for S in CANDIDATES if asked != "auto" and S > asked]
-    if fitting := choose_segments(sizes, sizes.device.budget, margin, more):
+    asked = sizes.recipe.cod.num_segments
+    if fitting := choose_segments(sizes, [S for S in CANDIDATES if asked != "auto" and S > asked]):
         return f"set cod.num_segments={fitting.num_segments} ({fitting.peak / GIB:.2f} GiB planned)"
     return (
         "more segments would not help: try train.mixed_precision=bf16, target.cache, target.chunk_tokens=2048, a smaller"

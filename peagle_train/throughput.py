@@ -93,10 +93,10 @@ def plan_throughput(recipe: Recipe, gpu: str, count: int, learned: float, share:
 
     def fitting(sizes: Sizes, ranks: int, sharded: bool) -> str:
         sizes = replace(sizes, device=Device("cuda", budget, ranks), sharded=sharded and ranks > 1)
-        found = choose_segments(sizes, budget, recipe.train.memory_margin)
+        found = choose_segments(sizes)
         return f"S = {found.num_segments}, {found.peak / GIB:.0f} GiB" if found else "does not fit"
 
-    chosen = choose_segments(alone, budget, recipe.train.memory_margin)
+    chosen = choose_segments(alone)
     S = asked if asked != "auto" else chosen.num_segments if chosen else min(L, CANDIDATES[-1])
     rows = [["TFLOP a sequence", "matrices", "attention", "tokens/s a GPU"]]
     flops = {"target's forward": target_flops(target, L), "drafter's step": draft_flops(alone, S, learned)}

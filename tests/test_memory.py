@@ -4,6 +4,7 @@ import copy
 import itertools
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +123,14 @@ def test_a_plan_counts_every_segment_of_a_batch_of_any_size() -> None:
 
 
 def test_the_fewest_segments_that_fit_are_chosen_and_none_where_none_do() -> None:
+    def of(budget: int, margin: float) -> Sizes:
+        return replace(sizes(memory_margin=margin), device=Device("cpu", budget))
+
     plans = {S: plan_memory(sizes(), S).peak for S in (1, 2, 4, 8, 16, 32, 64)}
     for S in (1, 2, 8):
-        chosen = choose_segments(sizes(), int(plans[S] / 0.9) + 2, 0.1)
+        chosen = choose_segments(of(int(plans[S] / 0.9) + 2, 0.1))
         assert chosen is not None and chosen.num_segments == S
-    assert choose_segments(sizes(), min(plans.values()) - 1, 0.0) is None
+    assert choose_segments(of(min(plans.values()) - 1, 0.0)) is None
 
 
 def test_a_device_is_read_as_it_is_written() -> None:

@@ -58,8 +58,7 @@ def test_a_recipe_for_a_gpu_says_at_its_head_what_it_needs_and_how_to_use_it(pat
     assert recipe.output.dir == f"runs/{path.stem}"
     found = re.search(r"planned by --dry-run --on (\S+), not measured: (\d+) segments?, ([\d.]+) GiB", head)
     assert found
-    device = parse_device(found[1])
-    plan = choose_segments(read_sizes(recipe, device), device.budget, recipe.train.memory_margin)
+    plan = choose_segments(read_sizes(recipe, parse_device(found[1])))
     assert plan is not None
     assert (plan.num_segments, f"{plan.peak / GIB:.2f}") == (int(found[2]), found[3])
     first, last = UNUSED[MODELS[path.stem]]
