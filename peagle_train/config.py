@@ -593,6 +593,7 @@ class Recipe:
         is_narrow = draft.window and draft.window < cod.num_depths
         cut = cod.num_segments != "auto" and cod.num_segments > data.max_length
         kept, uneven = target.reuse > 1, not train.max_steps and train.epochs % target.reuse
+        twice = draft.init_from and draft.vocab_from
         unchanged = train.mixed_precision == "bf16" and train.dtype == "float64"
         for is_wrong, keys, remedy in (
             (weighed, "data.eval_sources", "remove weight: every document of it is evaluated on once"),
@@ -604,11 +605,7 @@ class Recipe:
             (kept and target.cache, "target.reuse target.cache", "remove one: the cache has all features"),
             (kept and target.shard, "target.reuse target.shard", "give target.server, or remove one"),
             (uneven, "train.epochs target.reuse", "give a multiple of it, or train.max_steps"),
-            (
-                draft.init_from and draft.vocab_from,
-                "draft.init_from draft.vocab_from",
-                "remove one: both bring a vocabulary",
-            ),
+            (twice, "draft.init_from draft.vocab_from", "remove one: both bring a vocabulary"),
             (unchanged, "train.mixed_precision train.dtype", "change one: autocast leaves float64 unchanged"),
             (rope and "rope_theta" in rope, "draft.rope_scaling", "rope_theta is a key of its own: draft.rope_theta"),
         ):

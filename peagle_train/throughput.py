@@ -105,7 +105,8 @@ def plan_throughput(recipe: Recipe, gpu: str, count: int, learned: float, share:
         rows.append([name, *(f"{part / 1e12:,.0f}" for part in parts), f"{pace:,.0f}"])
 
     least = -(-beside.target_weights // int(SERVER_SHARE * budget))  # GPUs that hold the target
-    fresh = serve * recipe.target.reuse  # each forward's tokens are trained on so often
+    reuse = recipe.target.reuse
+    fresh = serve * reuse  # each forward's tokens are trained on so often
     splits: dict[int, tuple[float, ...]] = {n: (n * fresh, (count - n) * train) for n in range(least, count)}
     best = max(splits, key=lambda n: min(splits[n]), default=0)
     ways = {f"{n} server + {count - n} training{'*' * (n == best)}": paces for n, paces in splits.items()}
@@ -123,7 +124,7 @@ def plan_throughput(recipe: Recipe, gpu: str, count: int, learned: float, share:
     loaded = beside.parameters * beside.m + 2 * draft.vocab_size * draft.target_hidden_size * beside.target_bytes
     return f"""\
 throughput from FLOPs, not measured: {count} {gpu} at an assumed {share:.0%} of {teraflops} TFLOP/s (bfloat16, dense)
-{L:,} tokens a sequence, {learned:.0%} of them learned, S = {S}; {tokens:,} tokens an epoch
+{L:,} tokens a sequence, {learned:.0%} of them learned, S = {S}; {tokens:,} tokens an epoch, target.reuse {reuse}
 {aligned(rows, right=True)}
 
 {aligned(by_way, right=True)}

@@ -161,6 +161,17 @@ def test_a_machine_is_split_where_both_sides_are_equally_fast(tmp_path: Path, re
     assert f"{token // 1024} KiB a token, {5e8 * token / 1e12:.2f} TB" in text
 
 
+def test_a_forward_that_serves_several_epochs_is_counted_once(tmp_path: Path) -> None:
+    given = ["data.max_length=131072", "draft.window=2048", "cod.max_anchors=512", "target.ring=1000", "train.epochs=8"]
+    once, often = (
+        plan_throughput(recipe_for("llama-3.3-70b", tmp_path, *given, f"target.reuse={R}"), "h200", 8, 1.0, 0.4, 10**8)
+        for R in (1, 4)
+    )
+    shown = [re.findall(r"7 server \+ 1 training\*? +([\d,]+)", text) for text in (once, often)]
+    assert shown == [["8,970"], ["13,346"]]  # of seven servers, and the drafter's own
+    assert "6 server + 2 training*  " in often  # 6 x 1,281 x 4 and 2 x 13,346 lie closest
+
+
 def test_the_command_plans_a_machine_of_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe_for("qwen3-coder-30b-a3b", tmp_path)
     words = ["plan", str(RECIPE), f"target.path={tmp_path}"]
