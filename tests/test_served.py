@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tests.chat_fake import MODEL, serving
 from tests.helpers import command
 from tests.runs import EVALUATED, Tiny, drafter, last_error, metrics, run, same_tensors
 from tests.states_fake import States
-from tests.tiny import write_recipe
+from tests.tiny import write_recipe, write_rows
 from tests.tiny_chat import make_chat_target
 
 CPU = torch.device("cpu")
@@ -159,3 +160,28 @@ def test_answers_that_are_written_anew_bring_the_features_that_training_reads(tm
     run(recipe, f"output.dir={tmp_path / 'anew'}")
     ours, theirs = (drafter(tmp_path / name / "final") for name in ("run", "anew"))
     assert all(torch.allclose(ours[name], tensor, rtol=0, atol=1e-9) for name, tensor in theirs.items())
+
+
+def test_the_bench_reads_the_same_sequences_from_the_server_and_from_the_target_here(
+    tmp_path: Path, served: Served, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from tools import bench_server
+
+    rows = write_rows(tmp_path / "rows.jsonl", [30, 32, 7])
+    recipe = write_recipe(tmp_path, served.path, rows, tmp_path / "run")
+    words = [
+        "bench_server.py",
+        str(recipe),
+        "data.max_length=32",
+        "--server",
+        served.url,
+        "--batches",
+        "2",
+        "--turns",
+        "1",
+    ]
+    monkeypatch.setattr("sys.argv", words)
+    bench_server.main()
+    printed = capsys.readouterr().out
+    assert re.search(r"^vLLM over here: \d", printed, re.MULTILINE), printed
+    assert len(served.states.prompts) >= 4  # two turns, the first of them to warm up

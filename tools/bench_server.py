@@ -35,8 +35,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     served = ServedTarget(recipe.target, device, recipe.data.max_length)
     frozen = FrozenTarget.from_recipe(recipe.target, device, dtype=str(served.dtype)[6:])
-    tokenizer = load_tokenizer(recipe.target.path)
-    mask = choose_mask_token(recipe.draft, tokenizer, served.vocab_size)
+    tokenizer = load_tokenizer(recipe.target.path, recipe.target.trust_remote_code)
+    mask = choose_mask_token(recipe.draft, recipe.data, tokenizer, served.vocab_size)
     data = load_training_data(recipe, tokenizer, served.vocab_size, mask, print)
     collator, size = make_collator(recipe, 0), recipe.train.batch_size
     count = min(options.batches, len(data.train_rows) // size)
