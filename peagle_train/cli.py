@@ -48,7 +48,8 @@ class Parser(argparse.ArgumentParser):
         word = message.removeprefix("unrecognized arguments: --").partition(" ")[0].partition("=")[0]
         meant = key_for(word.replace("-", "_"))
         if meant and any(action.dest == "overrides" for action in self._actions):
-            raise ValueError(f"--{word} is no option; settings are section.key=value, without dashes: {meant}")
+            how = f"use {meant}" if " " in meant else f"settings are section.key=value, without dashes: {meant}"
+            raise ValueError(f"--{word} is no option; {how}")
         raise ValueError(f"{message} ({self.prog} --help says what is allowed)")
 
 
@@ -551,7 +552,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("usage: peagle-train COMMAND ... (each has --help)\n", file=out)
         for name, add in COMMANDS.items():
             print(f"  {name:12} {(add.__doc__ or '').splitlines()[0]}", file=out)
-        print("\nfirst: peagle-train plan quickstart target.path=FOLDER   (recipes: peagle-train recipes)", file=out)
+        print("\nfirst: peagle-train recipes quickstart > mine.yaml, name your target and data in it, then", file=out)
+        print("       peagle-train plan mine.yaml; peagle-train train mine.yaml", file=out)
         return 0 if given else 2
     if given == ["--version"]:
         print(f"peagle-train {version('peagle-train')}")

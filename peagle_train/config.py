@@ -204,9 +204,12 @@ def read_section(cls: type, name: str, values: Mapping[Any, Any]) -> Any:
         first, leaf = error.errors()[0], error.errors()[0]["loc"][0]
         key = f"{name}[{leaf}]" if isinstance(leaf, int) else f"{name}.{leaf}"
         if first["type"] in ("extra_forbidden", "invalid_key"):
-            close = difflib.get_close_matches(key, [f"{name}.{f.name}" for f in fields(cls)], n=1, cutoff=0)
-            elsewhere = key_for(str(leaf)) if "[" not in name else None  # a source's keys are nobody else's
-            raise RecipeError(f"{key} is not a key; did you mean {elsewhere or close[0]}?") from None
+            names = [f.name for f in fields(cls)]
+            close = difflib.get_close_matches(str(leaf), names, n=1)
+            meant = key_for(str(leaf)) if "[" not in name else None  # a source's keys are nobody else's
+            meant = meant or (f"{name}.{close[0]}" if close else None)
+            hint = f"did you mean {meant}?" if meant else f"{name} has {', '.join(names)}"
+            raise RecipeError(f"{key} is not a key; {hint}") from None
         if first["type"] == "missing":
             raise RecipeError(f"{key} is missing") from None
         words = dict.fromkeys(mistake["msg"] for mistake in error.errors() if mistake["loc"][0] == leaf)

@@ -97,19 +97,14 @@ def run_ragged_batches(
     return compiled
 
 
-@pytest.mark.parametrize("window", [None, K])
-def test_eight_ragged_batches_compile_three_graphs_and_agree_with_eager(
-    window: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_eight_ragged_batches_compile_three_graphs_and_agree_with_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "GRID", 4)  # so that a window's context is shorter than a row
-    compiled = run_ragged_batches("aot_eager", "relay", 8, torch.float64, 1e-10, window)
+    compiled = run_ragged_batches("aot_eager", "relay", 8, torch.float64, 1e-10, window=K)
     assert compiled.graphs == {"keys and values": 1, "training": 1, "evaluation": 1} and compiled.recompiles == 0
 
 
-@pytest.mark.parametrize("window", [None, K])
-def test_algorithm_1_compiles_to_one_graph_too(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "GRID", 4)
-    compiled = run_ragged_batches("aot_eager", "recompute", 3, torch.float64, 1e-10, window)
+def test_algorithm_1_compiles_to_one_graph_too() -> None:
+    compiled = run_ragged_batches("aot_eager", "recompute", 3, torch.float64, 1e-10)
     assert compiled.graphs["training"] == 1 and compiled.recompiles == 0
 
 

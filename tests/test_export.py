@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from base64 import b64decode
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,12 +12,13 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from huggingface_hub import constants
 from safetensors.torch import load_file
 
 from peagle_train.__main__ import main as train_main
 from peagle_train.serving.drafter_io import load_drafter
 from peagle_train.serving.export import export_drafter
-from tests.helpers import ENVIRONMENT, command, make_draft
+from tests.helpers import command, make_draft
 from tests.tiny import VOCAB, make_target, write_recipe, write_rows
 
 
@@ -250,32 +249,31 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-def test_an_export_is_uploaded_privately_unless_public_is_given(tmp_path: Path, run: Path) -> None:
+def test_an_export_is_uploaded_privately_unless_public_is_given(
+    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     endpoint = f"http://127.0.0.1:{server.server_port}"
-    hub = {
-        "HF_ENDPOINT": endpoint,
-        "HF_TOKEN": "hf_x",
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "NO_PROXY": "*",
-    }
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    monkeypatch.setenv("NO_PROXY", "*")
 
-    def push(out: str, *more: str) -> subprocess.CompletedProcess[str]:
+    def push(out: str, *more: str) -> tuple[int, str, str]:
         words = ["export", str(run), "--out", str(tmp_path / out), "--push-to-hub", "me/drafter", *more]
-        code = [sys.executable, "-m", "peagle_train", *words]
-        return subprocess.run(code, env={**ENVIRONMENT, **hub}, cwd=tmp_path, capture_output=True, text=True)
+        return train_main(words), *capsys.readouterr()
 
-    first = push("one")
-    assert first.returncode == 0 and f"uploaded to {endpoint}/me/drafter" in first.stdout, first.stderr
+    code, printed, error = push("one")
+    assert code == 0 and f"uploaded to {endpoint}/me/drafter" in printed, error
     assert Hub.private and Hub.files == {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
     Hub.private, Hub.files = False, {}  # its owner made it public
-    second = push("two")
-    assert second.returncode == 2 and "--public" in second.stderr and len(second.stderr.splitlines()[-1:]) == 1
+    code, _, error = push("two")
+    assert code == 2 and "--public" in error.splitlines()[-1]
     assert not Hub.files
-    assert push("three", "--public").returncode == 0 and len(Hub.files) == 5
+    assert push("three", "--public")[0] == 0 and len(Hub.files) == 5
     server.shutdown()
     server.server_close()
-    refused = push("four")  # nobody answers
-    assert refused.returncode == 2 and "not uploaded" in refused.stderr and (tmp_path / "four").is_dir()
+    code, _, error = push("four")  # nobody answers
+    assert code == 2 and "not uploaded" in error and (tmp_path / "four").is_dir()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from peagle_train.config import Target
 from peagle_train.core.collator import CODCollator
@@ -160,6 +161,19 @@ def test_answers_that_are_written_anew_bring_the_features_that_training_reads(tm
     run(recipe, f"output.dir={tmp_path / 'anew'}")
     ours, theirs = (drafter(tmp_path / name / "final") for name in ("run", "anew"))
     assert all(torch.allclose(ours[name], tensor, rtol=0, atol=1e-9) for name, tensor in theirs.items())
+
+
+def test_head_embeddings_and_norm_are_found_in_weights_of_several_files(tmp_path: Path, tiny_target: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_target)
+    model.save_pretrained(tmp_path / "target", max_shard_size="8KB")
+    assert len([*(tmp_path / "target").glob("*.safetensors")]) > 2
+    states = States(tmp_path / "target", tmp_path / "states")
+    with serving(states) as server:
+        server.models = [{"id": MODEL, "max_model_len": 33}]
+        target = ServedTarget(Target(path=str(tmp_path / "target"), server=server.url), CPU, 32)  # checks its tokens
+        assert torch.equal(target.head_weight(), model.lm_head.weight.double())
+        assert torch.equal(target.embedding_rows(), model.get_input_embeddings().weight.double())
+        target.close()
 
 
 def test_the_bench_reads_the_same_sequences_from_the_server_and_from_the_target_here(

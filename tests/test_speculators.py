@@ -1,6 +1,7 @@
 """The speculators package itself reads our export and computes our logits; its own checkpoint comes back through import."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +221,21 @@ def test_an_eagle3_checkpoint_of_its_own_is_read_and_named_as_that(tmp_path: Pat
     assert files.tensors.keys() == stored.keys()
     for name, tensor in stored.items():
         assert torch.equal(files.tensors[name], tensor), name
+
+
+def test_draws_with_few_anchors_are_those_of_their_sampler() -> None:
+    """Indices, and where the generator ends. Position 0, which they take at depth 1 and we do not, has no loss."""
+    data = pytest.importorskip("speculators.models.peagle.data")
+    rng = random.Random(0)
+    for seed in range(500):
+        n, depths, anchors = rng.randint(2, 90), rng.randint(1, 8), rng.choice([None, 1, 3, 10, 30, 512])
+        ratio, least = rng.choice([0.5, 0.7, 0.8, 1.0]), rng.choice([0.0, 0.2])
+        supervised = rng.choice([0.3, 0.7, 1.0])
+        mask = torch.tensor([[0, *(int(rng.random() < supervised) for _ in range(n - 1))]])
+        found = []
+        for sample in (data.generate_cod_sample_indices, generate_cod_sample_indices):
+            torch.manual_seed(seed)
+            settings = {"down_sample_ratio": ratio, "down_sample_ratio_min": least, "max_anchors": anchors}
+            found.append([*sample(seq_length=n, loss_mask=mask, num_depths=depths, **settings), torch.get_rng_state()])
+        case = n, depths, anchors, ratio, least, seed
+        assert all(torch.equal(theirs, ours) for theirs, ours in zip(*found, strict=True)), case

@@ -79,8 +79,8 @@ def check_vllm(temperature: float, dtype: str) -> None:
         raise ValueError("--engine vllm is greedy and has no float64: leave --temperature and --dtype float64 out")
     if importlib.util.find_spec("vllm") is None:
         raise ValueError(
-            "--engine vllm needs vLLM in this environment: bash tools/vllm_setup.sh, then"
-            " .venv-vllm/bin/peagle-train evaluate ..."
+            "--engine vllm needs vLLM in this environment: install peagle-train where vLLM is (on a CPU, from a clone:"
+            " bash tools/vllm_setup.sh), and evaluate there"
         )
 
 

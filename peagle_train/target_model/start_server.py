@@ -32,7 +32,8 @@ def serve_command(recipe: Recipe, port: int, folder: str, python: str, more: Seq
     target = recipe.target
     config = load_config(target.path, target.trust_remote_code).get_text_config()
     layers = target.layer_ids or default_layer_ids(config.num_hidden_layers)
-    on_cpu = not torch.cuda.is_available()
+    if on_cpu := not torch.cuda.is_available():
+        logger.warning("there is no GPU here, so the command is for a CPU: print it where the server will run")
     # The last one: what enters the final norm.
     ids = {"eagle_aux_hidden_state_layer_ids": [*layers, config.num_hidden_layers]}
     speculative = {
