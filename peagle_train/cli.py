@@ -181,7 +181,7 @@ def _plan(parser: Parser) -> None:
     share_help = "of the GPUs' peak that both sides reach (default 0.4: assumed, not measured)"
     add("--share", type=number(1e-3, 1, float), default=0.4, metavar="SHARE", help=share_help)
     o = parser.read()
-    if (o.gpus != 1 or o.on) and bool(o.on) == bool(o.gpu):
+    if (o.on and o.gpu) or (o.gpus != 1 and not o.gpu):
         raise ValueError("give --gpu for a machine of --gpus GPUs, or --on for other devices")
     if o.gpu:
         o.on = f"cuda:{GPUS[o.gpu][0]}x{o.gpus}"
@@ -322,7 +322,7 @@ def _regenerate(parser: Parser) -> None:
             "give --base-url and --model for a server (--features, too), or --target alone for a local model"
         )
     how = o.temperature, o.top_p, o.max_tokens, o.seed, o.last_turn, o.keep_truncated, o.chat_template_kwargs
-    settings = Settings(*how, o.features)
+    settings = Settings(*how, o.features and os.path.expanduser(o.features))
     backend: Local | Servers
     if o.target is not None:
         backend = Local(os.path.expanduser(o.target), settings, o.dtype, o.batch_size, o.trust_remote_code)
@@ -330,7 +330,7 @@ def _regenerate(parser: Parser) -> None:
         backend = Servers(o.base_url, o.model, settings, o.concurrency, o.retries)
     regenerate(PromptFile(o.prompts, o.limit), o.out, backend)
     if o.features:
-        print(f"their features: peagle-train cache RECIPE --speculators {shlex.quote(o.features)} --out CACHE")
+        print(f"their features: peagle-train cache RECIPE --speculators {shlex.quote(settings.features)} --out CACHE")
 
 
 def _export(parser: Parser) -> None:

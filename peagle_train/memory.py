@@ -295,7 +295,8 @@ def plan_memory(s: Sizes, num_segments: int, all_supervised: bool = False) -> Me
     largest = max(embeddings, H * s.draft.intermediate_size * (c + m), s.fc_weights * m)
     late = 0 if checkpointing else copies * (2 if S > 1 else 1)
     phases = {
-        "target": base + outputs + s.target_forward + B * L * 24,
+        # A ring copies a sequence's outputs into the batch's.
+        "target": base + outputs * (1 + (s.recipe.target.reuse > 1)) + s.target_forward + B * L * 24,
         "loss": during - to_come + unsaved + after_forward + own + hidden + chunk,
         "backward": backward + (unsaved if S > 1 else 0) + (own if relay else 0),
         "embedding": during + late + one.N * H * (c + m) * 2 + one.M * F * c + (largest if again else 0),

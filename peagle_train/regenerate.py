@@ -21,6 +21,7 @@ from itertools import islice
 from multiprocessing.pool import ThreadPool  # its threads are daemons: an interrupted run does not wait for answers
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Lock
 from typing import IO, Any, NamedTuple
 
 from tqdm import tqdm
@@ -296,6 +297,9 @@ class Servers:
         if settings.features:
             Path(settings.features).mkdir(parents=True, exist_ok=True)
             self.more |= {"return_token_ids": True, "kv_transfer_params": {"include_output_tokens": True}}
+            self._keeping = Lock()  # equal conversations have one file
+            if settings.temperature > 0:
+                self._check_draws()
         self.record: dict[str, Any] = {"backend": "server", "model": model, "sampling": self.sampling | self.more}
 
     def answers(self, asks: Sequence[Ask], place: int) -> list[Answer]:
@@ -328,8 +332,41 @@ class Servers:
         states = self._keep(reply) if self.settings.features else None
         return [Answer(message.content or "", reply.choices[0].finish_reason, reasoning, tokens, states)]
 
+    def _check_draws(self) -> None:
+        """ValueError for a server that draws other tokens than the target's, as vLLM does on a CPU while it gives hidden
+        states: at a temperature of nearly 0 it would write what it writes at 0, but for a near tie.
+        """
+        how: dict[str, Any] = {
+            "model": self.model,
+            "max_tokens": 8,
+            "extra_body": {**self.more, "kv_transfer_params": {}},
+        }
+        for client in self.clients:
+            agree: list[bool] = []
+            for question in ("What is the sum of two and two?", "Name a color.", "Who are you?", "Count to ten."):
+                texts = []
+                for temperature in (0.0, 0.01):
+                    asked: Any = [{"role": "user", "content": question}]
+                    try:
+                        reply: Any = client.chat.completions.create(messages=asked, temperature=temperature, **how)
+                    except self.error as error:
+                        raise ValueError(f"{client.base_url} gave no answer: {one_line(error, 300)}") from None
+                    texts.append(getattr(reply.choices[0], "token_ids", None) or [])
+                    states = (getattr(reply, "kv_transfer_params", None) or {}).get("hidden_states_path")
+                    for path in (states, f"{states}.lock") if states else ():
+                        Path(path).unlink(missing_ok=True)
+                agree += map(int.__eq__, *texts)
+            if 2 * sum(agree) < len(agree):
+                raise ValueError(
+                    f"--temperature is {self.settings.temperature:g}, and {client.base_url} draws wrong tokens (so does"
+                    " vLLM on a CPU, while it gives hidden states): give --temperature 0, or leave --features out"
+                )
+
     def _keep(self, reply: Any) -> Path:
-        """Keep ids and hidden states of prompt and answer, as `SpeculatorsFiles` reads them; RunStopped if none come."""
+        """Keep ids and hidden states of prompt and answer, as `SpeculatorsFiles` reads them; RunStopped if none come.
+
+        ValueError: those in the folder are of other layers, by the name of the server's folder.
+        """
         import torch
 
         from peagle_train.core.cod import hash63
@@ -341,10 +378,18 @@ class Servers:
         prompt = reply.prompt_token_ids
         ids = torch.tensor(prompt + reply.choices[0].token_ids)[:-1]  # the last token, an end mostly, has no states
         kept = Path(str(self.settings.features)) / f"hs_{hash63(ids.numpy().tobytes())}.safetensors"
+        name, mark = Path(path).parent.name, kept.with_name("layers.txt")
         try:
             states = take(Path(path), ids.tolist(), 600.0)
             mask = (torch.arange(ids.numel()) >= len(prompt)).long()
-            put_tensors(kept, {"token_ids": ids, "loss_mask": mask, "hidden_states": states})
+            with self._keeping:
+                if not mark.exists():
+                    mark.write_text(name)
+                elif (before := mark.read_text()) != name:
+                    raise ValueError(
+                        f"--features: {kept.parent} holds {before}, the server gives {name}: give another folder"
+                    )
+                put_tensors(kept, {"token_ids": ids, "loss_mask": mask, "hidden_states": states})
         except OSError as error:
             raise RunStopped(f"--features: {one_line(error, 300)}") from None
         return kept

@@ -149,7 +149,7 @@ def test_answers_that_are_written_anew_bring_the_features_that_training_reads(tm
     with serving(States(target, tmp_path / "states")) as server:
         where = f"--base-url={server.url}", "--model", MODEL, f"--features={states}", f"--out={tmp_path / 'rows.jsonl'}"
         assert command("regenerate", prompts, *where) == 0
-    found = [load_file(path) for path in states.iterdir()]
+    found = [load_file(path) for path in states.glob("*.safetensors")]
     assert len(found) == 4 and not [*(tmp_path / "states").rglob("*.safetensors")]  # without the answer that was cut
     for sample in found:
         ids, learned = sample["token_ids"].tolist(), sample["loss_mask"].tolist()
@@ -161,6 +161,42 @@ def test_answers_that_are_written_anew_bring_the_features_that_training_reads(tm
     run(recipe, f"output.dir={tmp_path / 'anew'}")
     ours, theirs = (drafter(tmp_path / name / "final") for name in ("run", "anew"))
     assert all(torch.allclose(ours[name], tensor, rtol=0, atol=1e-9) for name, tensor in theirs.items())
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_equal_questions_that_are_answered_together_keep_one_file(temperature: float, tmp_path: Path) -> None:
+    states, prompts = States(make_chat_target(tmp_path / "target"), tmp_path / "states"), tmp_path / "prompts.jsonl"
+    prompts.write_text((json.dumps({"prompt": "w1 w2"}) + "\n") * 23)
+    with serving(states) as server:
+        where = f"--base-url={server.url}", "--model", MODEL, f"--features={tmp_path / 'kept'}"
+        out = f"--out={tmp_path / 'rows.jsonl'}", f"--temperature={temperature}"
+        assert command("regenerate", prompts, *where, *out) == 0
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 23
+    assert len([*(tmp_path / "kept").glob("*.safetensors")]) == 1
+
+
+@pytest.mark.parametrize("fault", ["draws wrong tokens", "holds layers-2-3-4"])
+def test_answers_that_are_not_the_targets_or_states_of_other_layers_are_refused(
+    fault: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    target, prompts, kept = make_chat_target(tmp_path / "target"), tmp_path / "prompts.jsonl", tmp_path / "kept"
+    prompts.write_text(json.dumps({"prompt": "w1 w2"}) + "\n")
+    states = States(target, tmp_path / "states", "layers-1-3-4" if "layers" in fault else "layers-2-3-4")
+    kept.mkdir()
+    (kept / "layers.txt").write_text("layers-2-3-4")
+
+    def respond(body: dict[str, Any]) -> Any:
+        status, content = states(body)
+        answer = json.loads(content)
+        if "draws" in fault and body["temperature"] > 0:
+            answer["choices"][0]["token_ids"][1:] = [9, 9, 9]
+        return status, json.dumps(answer).encode()
+
+    with serving(respond) as server:
+        where = f"--base-url={server.url}", "--model", MODEL, f"--features={kept}", f"--out={tmp_path / 'rows.jsonl'}"
+        assert command("regenerate", prompts, *where) == 2
+    assert fault in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not [*kept.glob("*.safetensors")]
 
 
 def test_head_embeddings_and_norm_are_found_in_weights_of_several_files(tmp_path: Path, tiny_target: Path) -> None:

@@ -187,8 +187,10 @@ def test_answers_written_anew_bring_the_features_that_training_reads(
     prompts, kept, cache = tmp_path / "prompts.jsonl", tmp_path / "kept", tmp_path / "features"
     prompts.write_text("".join(json.dumps({"turns": [f"w{i} w3", "w4"]}) + "\n" for i in range(5)))
     answers = f"--out={tmp_path / 'rows.jsonl'}", f"--features={kept}", "--keep-truncated", "--max-tokens=8"
-    assert command("regenerate", prompts, f"--base-url={server.url}/v1", f"--model={base / 'target'}", *answers) == 0
-    used = {token for path in kept.iterdir() for token in load_file(path)["token_ids"].tolist()}
+    asked = "regenerate", prompts, f"--base-url={server.url}/v1", f"--model={base / 'target'}", *answers
+    assert command(*asked) == 2  # at temperatures above 0 this server, on a CPU, draws wrong tokens
+    assert command(*asked, "--temperature=0") == 0
+    used = {token for path in kept.glob("*.safetensors") for token in load_file(path)["token_ids"].tolist()}
     draft = {"mask_token_id": min({*range(60)} - used)}
     recipe = recipe_in(tmp_path / "cached", base, draft=draft, data={"sources": [str(cache / "documents.jsonl")]})
     assert command("cache", recipe, f"--speculators={kept}", f"--out={cache}") == 0

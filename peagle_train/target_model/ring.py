@@ -18,17 +18,23 @@ from peagle_train.core.cod import hash63
 from peagle_train.core.passes import TargetOutputs
 from peagle_train.files import one_line, put_tensors
 from peagle_train.target_model.frozen import TargetBase, TargetLost
+from peagle_train.target_model.loading import target_fingerprint
 
 SLACK = 8192
 """Bytes that a file takes at most beside its numbers: its header, and what a disk rounds up."""
+ELSEWHERE = "give another folder as target.ring_dir"
 Batch = dict[str, Tensor]
+
+
+def sequence_bytes(recipe: Recipe, target: TargetBase) -> int:
+    """That a file takes at most."""
+    return recipe.data.max_length * (len(target.layer_ids) + 1) * target.hidden_size * target.dtype.itemsize + SLACK
 
 
 def block_steps(recipe: Recipe, target: TargetBase, sequences: int) -> int:
     """Steps of so many sequences whose features fit `target.ring` together; ValueError if not even one's do."""
     assert recipe.target.ring is not None
-    numbers = recipe.data.max_length * (len(target.layer_ids) + 1) * target.hidden_size
-    step = sequences * (numbers * target.dtype.itemsize + SLACK)
+    step = sequences * sequence_bytes(recipe, target)
     if steps := int(recipe.target.ring * 2**30) // step:
         return steps
     raise ValueError(
@@ -42,20 +48,36 @@ class Ring:
 
     Args:
         rank, world_size: each rank keeps its own sequences. coming: keys of those that the present block still has for
-            this rank; what an earlier run has left of others is removed.
+            this rank; what an earlier run has left of others is removed. sequences: of this rank, in a block.
+
+    Raises:
+        ValueError: the folder cannot be used, or has too little room for a block.
     """
 
-    def __init__(self, recipe: Recipe, target: TargetBase, rank: int, world_size: int, coming: set[int]) -> None:
+    def __init__(
+        self, recipe: Recipe, target: TargetBase, rank: int, world_size: int, coming: set[int], sequences: int
+    ) -> None:
         self.target, output, elsewhere = target, Path(recipe.output.dir), recipe.target.ring_dir
-        root = Path(elsewhere) / f"ring-{hash63(bytes(output.resolve())):x}" if elsewhere else output / "ring"
+        whose = f"{output.resolve()} {target_fingerprint(recipe.target.path)} {target.layer_ids}"
+        root = Path(elsewhere) / f"ring-{hash63(whose.encode()):x}" if elsewhere else output / "ring"
         self.folder = root / f"{rank}-of-{world_size}"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for other in root.iterdir():
-            if not other.name.endswith(f"-of-{world_size}"):
-                shutil.rmtree(other, ignore_errors=True)  # by all ranks at once
-        known = {key for key in coming if self._path(key).exists()}
-        for path in {*self.folder.iterdir()} - {*map(self._path, known)}:
-            path.unlink()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for other in root.iterdir():
+                if not other.name.endswith(f"-of-{world_size}"):
+                    shutil.rmtree(other, ignore_errors=True)  # by all ranks at once
+            known = {key for key in coming if self._path(key).exists()}
+            for path in {*self.folder.iterdir()} - {*map(self._path, known)}:
+                path.unlink(missing_ok=True)
+            there = sum(self._path(key).stat().st_size for key in known)
+            free = shutil.disk_usage(self.folder).free
+        except OSError as error:
+            raise ValueError(f"target.ring cannot be kept in {self.folder}: {one_line(error)}: {ELSEWHERE}") from None
+        if (lacking := sequences * sequence_bytes(recipe, target) - there - free) > 0:
+            raise ValueError(
+                f"target.ring: {self.folder} lacks {lacking / 2**30:.3g} GiB for the {sequences} sequences of a block:"
+                f" {ELSEWHERE}, or a smaller target.ring"
+            )
         self._known = known | {0}  # sequences that need not be asked for; 0 is one of no tokens
         self._coming: dict[
             int, tuple[Batch, dict[int, Batch]]
@@ -90,7 +112,7 @@ class Ring:
             found = None if b in rows else self._read(key)
             if found is None:  # not even where it was known: it comes twice, in a block or at the end of one
                 one = self.target.outputs(rows.get(b) or _alone(batch, b), head_rows)
-                found = [one.features[0, :n], one.last_hidden[0, :n]]
+                found = [tensor[0, :n].to(self.target.dtype) for tensor in (one.features, one.last_hidden)]
                 if self.keeps and not self._path(key).exists():
                     self._write(key, found)
             for tensor, part in zip(whole, found, strict=True):
@@ -102,18 +124,21 @@ class Ring:
 
     def _read(self, key: int) -> list[Tensor] | None:
         started = time.perf_counter()
-        with suppress(FileNotFoundError, SafetensorError):
+        try:
             tensors = load_file(self._path(key))
-            self.target.waited += time.perf_counter() - started
-            return [tensors["features"], tensors["last_hidden"]]
-        return None
+        except (FileNotFoundError, SafetensorError):
+            self._path(key).unlink(missing_ok=True)
+            return None
+        self.target.waited += time.perf_counter() - started
+        return [tensors["features"], tensors["last_hidden"]]
 
     def _write(self, key: int, tensors: list[Tensor]) -> None:
         path, started = self._path(key), time.perf_counter()
         try:
             put_tensors(path, dict(zip(("features", "last_hidden"), tensors, strict=True)))
         except OSError as error:
-            raise TargetLost(f"target.ring {self.folder} cannot be written: {one_line(error)}") from None
+            shutil.rmtree(self.folder, ignore_errors=True)  # the checkpoint may need the room
+            raise TargetLost(f"target.ring {self.folder} cannot be written: {one_line(error)}: {ELSEWHERE}") from None
         self._known.add(key)
         self.target.waited += time.perf_counter() - started
 

@@ -164,13 +164,17 @@ class ServedTarget(TargetBase):
 
         Raises:
             TargetLost: no server answered for `target.server_patience` seconds after the first failure.
-            ValueError: a server answered something else.
+            ValueError: a server answered something else, the first time that it was asked; later that is TargetLost.
         """
         until, failure = math.inf, "target.server gave no answer before"
         while not self._stopping.is_set():
             server = self.servers[next(self._turns) % len(self.servers)]
             try:
                 return server.ask(ids_n)
+            except ValueError as error:
+                if server.has_answered:  # in the middle of a run, which is saved
+                    raise TargetLost(str(error)) from None
+                raise
             except OSError as error:  # among them openai's, see `_Server`
                 failure = f"target.server {server.url} gave no answer: {one_line(error)}"
             if until == math.inf:
@@ -211,7 +215,7 @@ class _Server:
         try:
             reply = self.client.completions.create(model=self.model, prompt=ids, max_tokens=1, extra_body=more)
         except self.openai.APIStatusError as error:
-            if error.status_code < 500:
+            if error.status_code < 500 and error.status_code not in (408, 409, 425, 429):
                 raise ValueError(
                     f"target.server {self.url} refuses a prompt of {len(ids)} tokens: {one_line(error)}"
                 ) from None
@@ -238,12 +242,12 @@ class _Server:
                 "target.server %s does not say which layers it gives: give it the folder of `peagle-train serve-target`"
             )
             logger.warning(words, self.url)
-        self.has_answered = True
         if states.shape != (len(ids), len(self.layer_ids) + 1, self.hidden_size):
             raise ValueError(
                 f"target.server {self.url} gives hidden states {tuple(states.shape)}, not those of {len(self.layer_ids)}"
                 f" layers and the last: {REMEDY}"
             )
+        self.has_answered = True
         return states, token
 
 

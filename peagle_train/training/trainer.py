@@ -134,12 +134,19 @@ class Trainer:
         return f"out of memory in step {self.step + 1} of {self.num_steps} ({last_checkpoint(self.folder)})"
 
     def _run(self, steps: Generator[list[Batch], None, None]) -> dict[str, Any]:
-        if self.resumed is None:
-            self.before = self.evaluate("held-out before training")
         if self.recipe.target.reuse > 1:
             rows, left = self.data.train_rows, self.sampler.left_in_block() if self.resumed else []
-            place = self.accelerator.process_index, self.world_size
-            self.runner.ring = Ring(self.recipe, self.target, *place, {rows[i]["row_key"] for i in left})
+            place, steps_of = (
+                self.accelerator.process_index,
+                min(self.sampler.block_steps, self.sampler.steps_per_epoch),
+            )
+            coming, sequences = (
+                {rows[i]["row_key"] for i in left},
+                steps_of * self.sampler.global_batch_size // self.world_size,
+            )
+            self.runner.ring = Ring(self.recipe, self.target, place, self.world_size, coming, sequences)
+        if self.resumed is None:
+            self.before = self.evaluate("held-out before training")
         self.started = time.perf_counter()
         try:
             return self._loop(steps)
