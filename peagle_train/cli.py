@@ -330,7 +330,9 @@ def _regenerate(parser: Parser) -> None:
         backend = Servers(o.base_url, o.model, settings, o.concurrency, o.retries)
     regenerate(PromptFile(o.prompts, o.limit), o.out, backend)
     if o.features:
-        print(f"their features: peagle-train cache RECIPE --speculators {shlex.quote(settings.features)} --out CACHE")
+        print(
+            f"their features: peagle-train cache RECIPE --speculators {shlex.quote(str(settings.features))} --out CACHE"
+        )
 
 
 def _export(parser: Parser) -> None:

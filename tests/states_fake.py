@@ -19,7 +19,7 @@ from tests.tiny_chat import END, make_tokenizer
 class States:
     """`respond` of a `FakeServer`, in the target's own numbers, in float64.
 
-    `faults`: what goes wrong with the next requests, in order: down, no lock, held (the lock, for good).
+    `faults`: what goes wrong with the next requests, in order: down, gone (404), no lock, held (the lock, for good).
     """
 
     def __init__(self, target: Path, folder: Path, name: str = "layers-2-3-4") -> None:
@@ -39,8 +39,8 @@ class States:
             ids = body["prompt"]
             self.prompts.append(ids)
             fault = self.faults.pop(0) if self.faults else "down" if self.down else ""
-            if fault == "down":
-                return 500, b"{}"
+            if fault in ("down", "gone"):
+                return 500 if fault == "down" else 404, b"{}"
             path = self.folder / f"{next(self._numbers)}.safetensors"
             lock = path.with_name(path.name + ".lock")
             if fault == "held":

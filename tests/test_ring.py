@@ -2,12 +2,14 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,6 +156,14 @@ def test_a_full_disk_ends_the_run_with_a_checkpoint(
     run(recipe, "--resume")
 
 
+def test_a_disk_without_room_for_a_block_is_told_before_training(
+    tmp_path: Path, tiny_target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=SIZE - 1))
+    run(recipe_in(tmp_path / "full", tiny_target, rows, max_steps=3), code=2)
+    assert "lacks" in last_error(capsys)
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path: Path, tiny_target: Path, rows: Path) -> None:
     batches = {"batch_size": 2, "epochs": 4}
@@ -173,6 +183,8 @@ def test_two_processes_train_as_one_does(tmp_path: Path, tiny_target: Path, rows
         (["target.ring=null"], "target.ring is null"),
         (["target.cache=x"], "the cache has all"),
         (["target.shard=true"], "target.shard is true"),
+        (["target.reuse=1"], "give more passes"),
+        (["target.ring_dir=/dev/null/ring"], "cannot be kept"),
         (["train.batch_size=5"], "features of a step's 5 sequences"),
     ],
     ids=lambda value: str(value[0]),

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from peagle_train.config import Target
 from peagle_train.core.collator import CODCollator
-from peagle_train.target_model.frozen import FrozenTarget
+from peagle_train.target_model.frozen import FrozenTarget, TargetLost
 from peagle_train.target_model.server import ServedTarget
 from peagle_train.training.evaluate import Evaluator
 from tests.chat_fake import MODEL, serving
@@ -197,6 +197,17 @@ def test_answers_that_are_not_the_targets_or_states_of_other_layers_are_refused(
         assert command("regenerate", prompts, *where) == 2
     assert fault in capsys.readouterr().err.strip().splitlines()[-1]
     assert not [*kept.glob("*.safetensors")]
+
+
+def test_an_answer_that_is_wrong_in_the_middle_of_a_run_is_a_target_that_is_lost(served: Served) -> None:
+    served.states.faults = ["gone"]
+    with pytest.raises(ValueError, match="refuses"):  # at the start it is a mistake of the user's
+        served.target()
+    target, batch = served.target(), batch_of(7)
+    served.states.faults = ["gone"]
+    with pytest.raises(TargetLost, match="refuses"):
+        target.outputs(batch, target.head_weight())
+    target.close()
 
 
 def test_head_embeddings_and_norm_are_found_in_weights_of_several_files(tmp_path: Path, tiny_target: Path) -> None:
