@@ -192,7 +192,7 @@ def test_packed_documents_of_awkward_lengths_agree(lengths: list[int]) -> None:
     check(flat(lengths, pad=5))
 
 
-@pytest.mark.parametrize("window", [8, 9, 128, 200])
+@pytest.mark.parametrize("window", [9, 128])
 def test_of_long_documents_blocks_beyond_the_window_are_left_out(window: int) -> None:
     counts = []
     for n in (1000, 2000):

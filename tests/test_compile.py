@@ -133,7 +133,7 @@ def test_inductor_compiles_three_graphs_and_agrees_with_eager_to_rounding() -> N
 
 
 def test_a_shape_that_changes_is_counted_and_warned_about(caplog: pytest.LogCaptureFixture) -> None:
-    draft = make_draft()
+    draft = make_draft(layers=1)
     compiled = CompiledDraft(draft, "aot_eager")
     for batch_size in (1, 2):
         batch = CODCollator(L, num_depths=K, num_segments=2)(ragged_rows(3, batch_size))

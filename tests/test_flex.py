@@ -47,7 +47,6 @@ def gradients_of(draft: PEagleDraft, step: Callable[[], Any]) -> dict[str, Tenso
     "mode, segments, compiled, bf16, window",
     [
         ("relay", 4, False, False, 7),
-        ("relay", 4, True, False, None),
         ("relay", 3, True, False, 9),
         ("relay", 3, True, True, None),
         ("recompute", 1, True, False, None),

@@ -54,13 +54,12 @@ def write(tmp_path: Path, tiny_target: Path, tiny_rows: Path) -> Callable[..., s
 # ---- the arithmetic
 
 SHAPES = {
-    "one layer": {"layers": 1},
     "three layers, shared keys": {"layers": 3, "heads": 4, "kv_heads": 2},
     "wide feed-forward": {"layers": 2, "intermediate": 300},
     "float64": {"layers": 2, "dtype": "float64"},
     "bf16": {"layers": 2, "dtype": "bfloat16"},
     "a window": {"layers": 2, "window": 20},
-    "prompts": {"layers": 2, "supervised_from": 0.5, "dtype": "bfloat16"},
+    "prompts": {"layers": 1, "supervised_from": 0.5, "dtype": "bfloat16"},
     "qwen3": {"layers": 2, "draft": {"layer_type": "qwen3", "norm_before_fc": True}},
     "qwen3, bf16": {"layers": 2, "dtype": "bfloat16", "draft": {"layer_type": "qwen3", "fc_norm": True}},
 }

@@ -38,12 +38,12 @@ from tests.helpers import (
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("case", GRID, ids=case_name)
-def test_relay_gives_what_the_flat_pass_gives(case: dict[str, Any], window: int | None) -> None:
+def test_relay_and_algorithm_1_give_what_the_flat_pass_gives(case: dict[str, Any], window: int | None) -> None:
     draft, batch, flat_batch, target = build({**case, "sliding_window": window})
     expected = outcome_of(recompute_step, draft, flat_batch, target, scale=0.1)
-    found = outcome_of(relay_step, draft, batch, target, scale=0.1, chunk_rows=7)
     assert sum(expected.totals) > 0
-    assert_same(found, expected)
+    for step in (relay_step, recompute_step):
+        assert_same(outcome_of(step, draft, batch, target, scale=0.1, chunk_rows=7), expected)
 
 
 @pytest.mark.parametrize("kind, decay", [("kl", 0.5), ("tv", 1.0), ("lk", 0.8)])
@@ -79,7 +79,7 @@ def test_a_static_plan_gives_what_the_flat_pass_gives(case: dict[str, Any], wind
 
 
 @pytest.mark.parametrize("S, pad_context, window", [(16, False, None), (3, True, None), (16, True, 64), (7, False, 30)])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_what_an_earlier_batch_left_behind_is_not_read(
     seed: int, S: int, pad_context: bool, window: int | None
 ) -> None:

@@ -1,4 +1,5 @@
-"""Features that are used several times: computed once, the same training bit for bit, never more of them than allowed."""
+"""Features that are used several times: computed once, the same training bit for bit, never more of them than allowed. On
+several processes: test_ranks.py."""
 
 import errno
 import os
@@ -13,7 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,8 +22,7 @@ from peagle_train.data.sampler import EMPTY_ROW, StepBatchSampler
 from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.target_model.ring import Ring
 from tests.helpers import ENVIRONMENT
-from tests.runs import assert_same_run, drafter, last_error, recipe_for, run, stopped
-from tests.test_distributed import launch
+from tests.runs import assert_same_run, last_error, recipe_for, run, stopped
 from tests.tiny import write_rows
 
 L = 64
@@ -162,18 +161,6 @@ def test_a_disk_without_room_for_a_block_is_told_before_training(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=SIZE - 1))
     run(recipe_in(tmp_path / "full", tiny_target, rows, max_steps=3), code=2)
     assert "lacks" in last_error(capsys)
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one_does(tmp_path: Path, tiny_target: Path, rows: Path) -> None:
-    batches = {"batch_size": 2, "epochs": 4}
-    recipe = recipe_in(tmp_path / "two", tiny_target, rows, **batches)
-    two = launch(2, "-m", "peagle_train", str(recipe))
-    assert two.returncode == 0, two.stderr[-2000:]
-    run(recipe_in(tmp_path / "one", tiny_target, rows, **batches, gradient_accumulation_steps=2))
-    ours, theirs = (drafter(tmp_path / name / "run" / "final") for name in ("two", "one"))
-    assert all(torch.allclose(ours[name], tensor, rtol=0, atol=1e-8) for name, tensor in theirs.items())
-    assert not (tmp_path / "two" / "run" / "ring").exists()
 
 
 @pytest.mark.parametrize(

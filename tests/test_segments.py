@@ -16,7 +16,6 @@ from tests.helpers import (
     GRID,
     MASK_TOKEN,
     VOCAB,
-    WINDOWS,
     K,
     L,
     Outcome,
@@ -72,16 +71,6 @@ def test_the_flat_pass_is_what_loops_over_elements_give(rows: dict[str, Any], sh
     found = outcome_of(recompute_step, draft, batch, target, scale=0.1, loss=kind, chunk_rows=7)
     expected = by_hand(draft, made, batch, target, kind, scale=0.1)
     assert 0 < sum(found.hits) < sum(found.totals) and found.untouched == []
-    assert_same(found, expected)
-
-
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("case", GRID, ids=case_name)
-def test_algorithm_1_gives_what_the_flat_pass_gives(case: dict[str, Any], window: int | None) -> None:
-    draft, batch, flat_batch, target = build({**case, "sliding_window": window})
-    expected = outcome_of(recompute_step, draft, flat_batch, target, scale=0.1)
-    found = outcome_of(recompute_step, draft, batch, target, scale=0.1, chunk_rows=7)
-    assert sum(expected.totals) > 0
     assert_same(found, expected)
 
 
