@@ -68,7 +68,9 @@ def run_server(command: list[str], port: int, folder: str) -> None:
     if _answers(port):
         raise ValueError(f"a server answers at port {port} already: stop it, or give another --port")
     shutil.rmtree(_storage(folder, port), ignore_errors=True)  # what a killed server or its readers have left
-    with subprocess.Popen(command, env={"VLLM_NO_USAGE_STATS": "1", **os.environ}) as server:
+    # On a CPU vLLM would take nearly all memory for keys and values; GiB.
+    defaults = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "4"}
+    with subprocess.Popen(command, env={**defaults, **os.environ}) as server:
         try:
             while server.poll() is None and not _answers(port):
                 time.sleep(1)
