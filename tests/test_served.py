@@ -228,7 +228,7 @@ def test_the_bench_reads_the_same_sequences_from_the_server_and_from_the_target_
 ) -> None:
     from tools import bench_server
 
-    rows = write_rows(tmp_path / "rows.jsonl", [30, 32, 7])
+    rows = write_rows(tmp_path / "rows.jsonl", [30, 32, 29, 31])
     recipe = write_recipe(tmp_path, served.path, rows, tmp_path / "run")
     words = [
         "bench_server.py",

@@ -1,4 +1,5 @@
-"""Tokens a second of the target in vLLM and in this process, side by side: the same sequences, in turns.
+"""Tokens a second of the target in vLLM and in this process, side by side: the same sequences, in turns, other ones in each
+(vLLM would find those of before in its cache).
 
 peagle-train serve-target RECIPE --run &
 python tools/bench_server.py RECIPE --server http://localhost:8000
@@ -39,24 +40,27 @@ def main() -> None:
     mask = choose_mask_token(recipe.draft, recipe.data, tokenizer, served.vocab_size)
     data = load_training_data(recipe, tokenizer, served.vocab_size, mask, print)
     collator, size = make_collator(recipe, 0), recipe.train.batch_size
-    count = min(options.batches, len(data.train_rows) // size)
-    batches = [collator([data.train_rows[0, i * size + j] for j in range(size)]) for i in range(count)]
-    tokens = sum(int((batch["document_ids"] >= 0).sum()) for batch in batches)
+    count = len(data.train_rows) // size // (options.turns + 1)
+    if (count := min(options.batches, count)) == 0:
+        raise SystemExit(f"{len(data.train_rows)} sequences are too few for {options.turns + 1} turns")
+    every = [
+        collator([data.train_rows[0, i * size + j] for j in range(size)]) for i in range(count * (options.turns + 1))
+    ]
+    turns = [every[i : i + count] for i in range(0, len(every), count)]
     no_rows = served.head_rows(torch.zeros(0, dtype=torch.int64)).to(device)
 
-    def once(target: TargetBase) -> float:
-        started = time.perf_counter()
+    def once(target: TargetBase, batches: list[dict[str, torch.Tensor]]) -> float:
+        tokens, started = sum(int((batch["document_ids"] >= 0).sum()) for batch in batches), time.perf_counter()
         for i, batch in enumerate(batches):
             target.expect(batches[i:])
             target.outputs(batch, no_rows).last_hidden.sum().item()
-        return time.perf_counter() - started
+        return tokens / (time.perf_counter() - started)
 
-    seconds = [(once(served), once(frozen)) for _ in range(options.turns + 1)][1:]  # the first turn warms up
-    rates = [[tokens / s for s in turn] for turn in seconds]
+    rates = [(once(served, turn), once(frozen, turn)) for turn in turns][1:]  # the first turn warms up
     rows = [
         [name, *(f"{rate:,.0f}" for rate in each)] for name, each in zip(("vLLM", "here"), zip(*rates), strict=True)
     ]
-    print(f"{tokens} tokens of {count} batches a turn, tokens/s in each of {options.turns} turns:")
+    print(f"{count} batches a turn, tokens/s in each of {options.turns} turns:")
     print(format_table(["", *(f"turn {i + 1}" for i in range(options.turns))], rows))
     print(f"vLLM over here: {statistics.median(a / b for a, b in rates):.2f} (median of turns)")
 
