@@ -176,8 +176,14 @@ def _plan(parser: Parser) -> None:
     add("--on", metavar="KIND:GIB[xN]", help="N processes on other devices, as in cuda:79x8 or cpu:16")
     add("--gpu", choices=GPUS, help="plan for a machine of these")
     add("--gpus", type=COUNT, default=1, metavar="N", help="how many (default 1)")
-    add("--tokens", type=COUNT, default=10**8, metavar="N", help="of an epoch (default: 100 million)")
-    add("--learned", type=number(0, 1, float), default=1.0, metavar="SHARE", help="of the tokens (default 1)")
+    add("--tokens", type=COUNT, default=10**8, metavar="N", help="tokens in an epoch (default: 100 million)")
+    add(
+        "--learned",
+        type=number(0, 1, float),
+        default=1.0,
+        metavar="SHARE",
+        help="share of the tokens that are learned from (default 1)",
+    )
     share_help = "of the GPUs' peak that both sides reach (default 0.4: assumed, not measured)"
     add("--share", type=number(1e-3, 1, float), default=0.4, metavar="SHARE", help=share_help)
     o = parser.read()
@@ -297,7 +303,7 @@ def _regenerate(parser: Parser) -> None:
     add("--base-url", action="append", metavar="URL", help=url_help)
     add("--model", metavar="NAME", help="what those servers call the target")
     add("--target", metavar="DIR", help="instead of a server: a Hugging Face folder, run here by transformers")
-    features_help = "keep the hidden states of the answers, too, of servers that `peagle-train serve-target` starts"
+    features_help = "also keep the answers' hidden states here; needs servers started by `peagle-train serve-target`"
     add("--features", metavar="DIR", help=features_help)
     add("--temperature", type=number(0, 100, float), default=0.8, help="0: the likeliest token (default 0.8)")
     add("--top-p", type=number(1e-9, 1, float), default=1.0, metavar="P", help="default 1")
@@ -330,9 +336,8 @@ def _regenerate(parser: Parser) -> None:
         backend = Servers(o.base_url, o.model, settings, o.concurrency, o.retries)
     regenerate(PromptFile(o.prompts, o.limit), o.out, backend)
     if o.features:
-        print(
-            f"their features: peagle-train cache RECIPE --speculators {shlex.quote(str(settings.features))} --out CACHE"
-        )
+        where = shlex.quote(str(settings.features))
+        print(f"their features: peagle-train cache RECIPE --speculators {where} --out CACHE")
 
 
 def _export(parser: Parser) -> None:

@@ -605,11 +605,8 @@ class Recipe:
             (cut, "cod.num_segments data.max_length", "give no more segments than tokens"),
             (target.shard and target.device_map, "target.shard target.device_map", "set one of them to false or null"),
             (kept and not target.ring, "target.reuse target.ring", "give the GiB that features may take"),
-            (
-                not kept and (target.ring or target.ring_dir),
-                "target.ring target.reuse",
-                "give more passes, or remove it",
-            ),
+            (not kept and target.ring, "target.ring target.reuse", "give more passes, or remove it"),
+            (not kept and target.ring_dir, "target.ring_dir target.reuse", "give more passes, or remove it"),
             (kept and target.cache, "target.reuse target.cache", "remove one: the cache has all features"),
             (kept and target.shard, "target.reuse target.shard", "give target.server, or remove one"),
             (uneven, "train.epochs target.reuse", "give a multiple of it, or train.max_steps"),

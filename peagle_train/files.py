@@ -249,6 +249,5 @@ def put_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
     """`save_tensors`, whole or not at all, for its owner alone (`put` sets modes, which only one thread at a time may)."""
     partial = partial_path(path)
     save_tensors(partial, tensors)
-    with partial.open("rb") as file:
-        os.fsync(file)
+    _sync(partial)
     os.replace(partial, path)

@@ -336,6 +336,8 @@ class Servers:
         """ValueError for a server that draws other tokens than the target's, as vLLM does on a CPU while it gives hidden
         states: at a temperature of nearly 0 it would write what it writes at 0, but for a near tie.
         """
+        from peagle_train.target_model.server import states_path
+
         how: dict[str, Any] = {
             "model": self.model,
             "max_tokens": 8,
@@ -352,14 +354,14 @@ class Servers:
                     except self.error as error:
                         raise ValueError(f"{client.base_url} gave no answer: {one_line(error, 300)}") from None
                     texts.append(getattr(reply.choices[0], "token_ids", None) or [])
-                    states = (getattr(reply, "kv_transfer_params", None) or {}).get("hidden_states_path")
-                    for path in (states, f"{states}.lock") if states else ():
-                        Path(path).unlink(missing_ok=True)
+                    if path := states_path(reply):
+                        for file in (path, path.with_name(path.name + ".lock")):
+                            file.unlink(missing_ok=True)
                 agree += map(int.__eq__, *texts)
             if 2 * sum(agree) < len(agree):
                 raise ValueError(
                     f"--temperature is {self.settings.temperature:g}, and {client.base_url} draws wrong tokens (so does"
-                    " vLLM on a CPU, while it gives hidden states): give --temperature 0, or leave --features out"
+                    " vLLM on a CPU, while it gives hidden states): give --temperature 0, or drop --features"
                 )
 
     def _keep(self, reply: Any) -> Path:
@@ -370,17 +372,17 @@ class Servers:
         import torch
 
         from peagle_train.core.cod import hash63
-        from peagle_train.target_model.server import REMEDY, take
+        from peagle_train.target_model.server import REMEDY, states_path, take
 
-        path = (getattr(reply, "kv_transfer_params", None) or {}).get("hidden_states_path")
+        path = states_path(reply)
         if path is None:
             raise ValueError(f"--features: the server gives no hidden states: {REMEDY}")
         prompt = reply.prompt_token_ids
         ids = torch.tensor(prompt + reply.choices[0].token_ids)[:-1]  # the last token, an end mostly, has no states
         kept = Path(str(self.settings.features)) / f"hs_{hash63(ids.numpy().tobytes())}.safetensors"
-        name, mark = Path(path).parent.name, kept.with_name("layers.txt")
+        name, mark = path.parent.name, kept.with_name("layers.txt")
         try:
-            states = take(Path(path), ids.tolist(), 600.0)
+            states = take(path, ids.tolist(), 600.0)
             mask = (torch.arange(ids.numel()) >= len(prompt)).long()
             with self._keeping:
                 if not mark.exists():

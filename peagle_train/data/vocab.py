@@ -76,9 +76,8 @@ def choose_mask_token(draft: Draft, data: Data, tokenizer: Any, vocab_size: int)
         if re.search(r"reserved|unused", name, re.IGNORECASE):
             logger.warning("draft.mask_token_id is %d, %s, which the tokenizer reserves", i, name)
             return i
-    used = {
-        getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "pad", "unk")
-    }  # texts begin and end with some
+    # Texts may begin and end with these.
+    used = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "pad", "unk")}
     free = set(range(vocab_size)).difference(used, eos_token_ids(tokenizer), end_of_turn_ids(tokenizer, data))
     encode = Encoder(data, tokenizer, vocab_size, None).encode
     read = read_documents(find_all(data)["sources"], SourceReport(), encode, _SAMPLE_DOCUMENTS, "100%")

@@ -66,7 +66,7 @@ def read_index(folder: Path) -> dict[str, Any] | None:
         index.pop("sha256", None)  # once written
         if index["version"] in (2, VERSION):
             return index
-        reason = f"is of format {index['version']}, this reads format {VERSION}"
+        reason = f"is of format {index['version']}, this reads formats 2 and {VERSION}"
     except FileNotFoundError:
         return None
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:

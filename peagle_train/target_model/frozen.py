@@ -102,7 +102,7 @@ class TargetBase(ABC):
         return
 
     def close(self) -> None:
-        """End what goes on beside; nothing is asked of the target any more."""
+        """Stop background work. Nothing is asked of the target after this."""
         return
 
     def check_rows(self, data: TrainingData) -> None:

@@ -17,6 +17,7 @@ from peagle_train.config import Recipe
 from peagle_train.core.cod import hash63
 from peagle_train.core.passes import TargetOutputs
 from peagle_train.files import one_line, put_tensors
+from peagle_train.target_model.cache import FIELDS
 from peagle_train.target_model.frozen import TargetBase, TargetLost
 from peagle_train.target_model.loading import target_fingerprint
 
@@ -27,12 +28,12 @@ Batch = dict[str, Tensor]
 
 
 def sequence_bytes(recipe: Recipe, target: TargetBase) -> int:
-    """That a file takes at most."""
+    """The most bytes that a sequence's file takes."""
     return recipe.data.max_length * (len(target.layer_ids) + 1) * target.hidden_size * target.dtype.itemsize + SLACK
 
 
 def block_steps(recipe: Recipe, target: TargetBase, sequences: int) -> int:
-    """Steps of so many sequences whose features fit `target.ring` together; ValueError if not even one's do."""
+    """How many steps of `sequences` each have features that fit in `target.ring`; ValueError if not even one has."""
     assert recipe.target.ring is not None
     step = sequences * sequence_bytes(recipe, target)
     if steps := int(recipe.target.ring * 2**30) // step:
@@ -44,7 +45,8 @@ def block_steps(recipe: Recipe, target: TargetBase, sequences: int) -> int:
 
 
 class Ring:
-    """A target's outputs for training's batches. Sequences are computed one by one: their bits hang on no other.
+    """A target's outputs for training's batches. Sequences are computed one at a time, so the
+    bits of one do not depend on the others.
 
     Args:
         rank, world_size: each rank keeps its own sequences. coming: keys of those that the present block still has for
@@ -79,9 +81,8 @@ class Ring:
                 f" {ELSEWHERE}, or a smaller target.ring"
             )
         self._known = known | {0}  # sequences that need not be asked for; 0 is one of no tokens
-        self._coming: dict[
-            int, tuple[Batch, dict[int, Batch]]
-        ] = {}  # by the batch's id: those of it that are asked for
+        # By the batch's id: the batch, and those of its sequences that the target is asked for.
+        self._coming: dict[int, tuple[Batch, dict[int, Batch]]] = {}
         self.keeps = True
         """Whether the sequences of the next batch will come again."""
 
@@ -130,12 +131,12 @@ class Ring:
             self._path(key).unlink(missing_ok=True)
             return None
         self.target.waited += time.perf_counter() - started
-        return [tensors["features"], tensors["last_hidden"]]
+        return [tensors[name] for name in FIELDS]
 
     def _write(self, key: int, tensors: list[Tensor]) -> None:
         path, started = self._path(key), time.perf_counter()
         try:
-            put_tensors(path, dict(zip(("features", "last_hidden"), tensors, strict=True)))
+            put_tensors(path, dict(zip(FIELDS, tensors, strict=True)))
         except OSError as error:
             shutil.rmtree(self.folder, ignore_errors=True)  # the checkpoint may need the room
             raise TargetLost(f"target.ring {self.folder} cannot be written: {one_line(error)}: {ELSEWHERE}") from None
@@ -143,7 +144,7 @@ class Ring:
         self.target.waited += time.perf_counter() - started
 
     def remove(self) -> None:
-        """Its files are needed no more."""
+        """Remove this rank's files; nothing will read them again."""
         shutil.rmtree(self.folder, ignore_errors=True)
         with suppress(OSError):  # other ranks' are there
             self.folder.parent.rmdir()

@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from multiprocessing.pool import AsyncResult, ThreadPool  # its threads are daemons: no exit waits for an answer
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -222,15 +223,15 @@ class _Server:
             raise OSError(one_line(error)) from None
         except self.openai.OpenAIError as error:
             raise OSError(one_line(error)) from None
-        path = (getattr(reply, "kv_transfer_params", None) or {}).get("hidden_states_path")
+        path = states_path(reply)
         token = (getattr(reply.choices[0], "token_ids", None) or [-1])[0]
         if path is None:
             raise ValueError(f"target.server {self.url} gives no hidden states: {REMEDY}")
-        named = re.fullmatch(r"layers-([\d-]+)", Path(path).parent.name)
+        named = re.fullmatch(r"layers-([\d-]+)", path.parent.name)
         if named and named[1] != (asked := layers_name(self.layer_ids)):
             raise ValueError(f"target.server {self.url} gives layers {named[1]}, the recipe asks for {asked}: {REMEDY}")
         try:
-            states = take(Path(path), ids, self.patience)
+            states = take(path, ids, self.patience)
         except FileNotFoundError as error:
             if self.has_answered:  # it was restarted, and its folder emptied
                 raise
@@ -249,6 +250,12 @@ class _Server:
             )
         self.has_answered = True
         return states, token
+
+
+def states_path(reply: Any) -> Path | None:
+    """The file of hidden states that a server's reply names; None if it names none."""
+    path = (getattr(reply, "kv_transfer_params", None) or {}).get("hidden_states_path")
+    return Path(path) if path else None
 
 
 def layers_name(layer_ids: Sequence[int]) -> str:

@@ -68,7 +68,7 @@ def run_server(command: list[str], port: int, folder: str) -> None:
     if _answers(port):
         raise ValueError(f"a server answers at port {port} already: stop it, or give another --port")
     shutil.rmtree(_storage(folder, port), ignore_errors=True)  # what a killed server or its readers have left
-    # On a CPU vLLM would take nearly all memory for keys and values; GiB.
+    # GiB; by default vLLM on a CPU takes nearly all memory for keys and values.
     defaults = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "4"}
     with subprocess.Popen(command, env={**defaults, **os.environ}) as server:
         try:

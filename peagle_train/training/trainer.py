@@ -90,7 +90,8 @@ class Trainer:
         sizes = len(data.train_rows), train.batch_size, train.gradient_accumulation_steps
         self.sampler = StepBatchSampler(*sizes, rank, self.world_size, train.seed, reuse=recipe.target.reuse)
         if recipe.target.reuse > 1:
-            self.sampler.block_steps = block_steps(recipe, target, self.sampler.global_batch_size)
+            fitting = block_steps(recipe, target, self.sampler.global_batch_size)
+            self.sampler.block_steps = min(fitting, self.sampler.steps_per_epoch)
         self.num_steps = self.sampler.num_steps = train.max_steps or train.epochs * self.sampler.steps_per_epoch
         self.reporter = Reporter(self.folder, accelerator)
         self.pace, self.signals = Pace(self.world_size), Signals()
@@ -135,16 +136,10 @@ class Trainer:
 
     def _run(self, steps: Generator[list[Batch], None, None]) -> dict[str, Any]:
         if self.recipe.target.reuse > 1:
-            rows, left = self.data.train_rows, self.sampler.left_in_block() if self.resumed else []
-            place, steps_of = (
-                self.accelerator.process_index,
-                min(self.sampler.block_steps, self.sampler.steps_per_epoch),
-            )
-            coming, sequences = (
-                {rows[i]["row_key"] for i in left},
-                steps_of * self.sampler.global_batch_size // self.world_size,
-            )
-            self.runner.ring = Ring(self.recipe, self.target, place, self.world_size, coming, sequences)
+            rank, left = self.accelerator.process_index, self.sampler.left_in_block() if self.resumed else ()
+            coming = {self.data.train_rows[i]["row_key"] for i in left}
+            sequences = self.sampler.block_steps * self.sampler.global_batch_size // self.world_size
+            self.runner.ring = Ring(self.recipe, self.target, rank, self.world_size, coming, sequences)
         if self.resumed is None:
             self.before = self.evaluate("held-out before training")
         self.started = time.perf_counter()
