@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peagle_train.target_model.ring as ring_module
+from peagle_train.config import load_recipe
 from peagle_train.data.sampler import EMPTY_ROW, StepBatchSampler
 from peagle_train.target_model.frozen import FrozenTarget
-from peagle_train.target_model.ring import Ring
+from peagle_train.target_model.ring import Ring, block_steps
 from tests.helpers import ENVIRONMENT
 from tests.runs import assert_same_run, last_error, recipe_for, run, stopped
 from tests.tiny import write_rows
@@ -52,6 +54,21 @@ def held(folder: Path) -> int:
         with suppress(FileNotFoundError):
             total += path.stat().st_size
     return total
+
+
+def test_a_block_has_as_many_steps_as_fit_and_is_visited_in_another_order_each_time(
+    tmp_path: Path, tiny_target: Path, rows: Path
+) -> None:
+    recipe, target = (
+        load_recipe(recipe_in(tmp_path / "run", tiny_target, rows)),
+        FrozenTarget.load(str(tiny_target), dtype="float64"),
+    )
+    for more, steps in ((0, 4), (-1, 3), (ROW + 8192, 5)):
+        size = (SIZE + more) / 2**30
+        assert block_steps(replace(recipe, target=replace(recipe.target, ring=size)), target, 1) == steps
+    visits = [[index for _, index in batch] for batch in StepBatchSampler(64, num_steps=128, reuse=2, block_steps=32)]
+    first, second = ([index for [index] in visits[start : start + 32]] for start in (0, 32))
+    assert first != second and sorted(first) == sorted(second)
 
 
 @settings(max_examples=40, deadline=None)
