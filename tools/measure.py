@@ -230,7 +230,7 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
     Each object of a list also says on which machine, with which versions and on which day it was measured.
     """
     if isinstance(content, list):
-        content = [{**row, **_where_and_when()} for row in content]
+        content = [{**row, **where_and_when()} for row in content]
     path = Path(path)
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(content, indent=1) + "\n", encoding="ascii")
@@ -238,7 +238,7 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
 
 
 @functools.cache
-def _where_and_when() -> dict[str, str]:
+def where_and_when() -> dict[str, str]:
     return {
         "machine": f"{_processor()}, {len(os.sched_getaffinity(0))} cores",
         "versions": ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers")),
