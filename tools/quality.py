@@ -191,7 +191,7 @@ def main() -> int:
     add("--out", default="runs/quality", metavar="DIR", help="texts, features, runs and logs (runs/quality)")
     add("--ledger", default=str(LEDGER), metavar="FILE")
     add("--table", nargs="?", const="base", metavar="NAME", help="print the ledger, compared with NAME (base)")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     ledger = Path(options.ledger)
     if options.table:
         print(table([json.loads(line) for line in ledger.open()], options.table))

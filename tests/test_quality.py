@@ -1,0 +1,78 @@
+"""tools/quality.py on a tiny target: what it trains and measures, and what its table makes of a ledger."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from peagle_train import FrozenTarget, cli
+from peagle_train.decoding.generate import CachedTarget, Drafter, decode, sampler
+from peagle_train.serving.drafter_io import load_drafter
+from tests.byte_tokenizer import make_byte_target, write_stdlib_recipe
+from tests.helpers import ROOT
+
+sys.path.insert(0, str(ROOT / "tools"))
+
+import quality
+
+
+@pytest.mark.slow
+def test_settings_are_trained_on_one_sample_and_measured_as_decoding_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[str] = []
+
+    def child(out: Path, log: str, threads: int, *command: str) -> float:
+        """In this process, not in one of its own."""
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert cli.main(list(command)) == 0, capsys.readouterr().err
+        ran.append(log.partition("-")[0])
+        return 7.4
+
+    monkeypatch.setattr(quality, "child", child)
+    for name, value in {"PROMPT": 12, "ANSWER": 9, "PIECES": 7, "DEV_FRACTION": 0.6}.items():
+        monkeypatch.setattr(quality, name, value)
+    monkeypatch.setattr(quality, "SAMPLE", ["data.eval_fraction=0.6", "data.max_eval_rows=1"])
+    recipe = write_stdlib_recipe(tmp_path / "recipe.yaml", make_byte_target(tmp_path / "target"), "unused")
+    ledger = tmp_path / "ledger.jsonl"
+    fixed = ["--recipe", str(recipe), "--out", str(tmp_path / "out"), "--ledger", str(ledger), "--steps", "2"]
+    for command in (["base"], ["base", "--seed", "1"], ["one layer", "draft.num_layers=1"]):
+        monkeypatch.setattr(sys, "argv", ["x", *command, *fixed])
+        assert quality.main() == 0
+    assert ran == ["data", "features", "base", "base", "one_layer"]
+    base, again, other = (json.loads(line) for line in ledger.open())
+    assert (base["steps"], base["seed"], base["cpu_seconds"]) == (2, 0, 7)
+    assert (again["seed"], other["changes"]) == (1, ["draft.num_layers=1"])
+    assert base["texts"] == again["texts"] == other["texts"]
+
+    target = FrozenTarget.load(str(tmp_path / "target"), dtype="float32")
+    draft, passes, tokens = load_drafter(tmp_path / "out" / "base-2-0" / "final"), 0, 0
+    texts = torch.load(tmp_path / "out" / "texts.pt")
+    for text in texts:
+        limits = (len(text["tokens"]) + quality.K, sampler(0.0, torch.Generator()), target.eos_token_ids())
+        made = decode(CachedTarget(target), Drafter(draft, quality.K), text["prompt"], *limits)
+        assert made.tokens[: len(text["tokens"])] == text["tokens"]
+        for i, accepted in made.passes:
+            if i < len(text["tokens"]) - 1:
+                passes, tokens = passes + 1, tokens + min(accepted + 1, len(text["tokens"]) - 1 - i)
+    assert base["accepted_length"] == pytest.approx(tokens / passes, abs=1e-4)
+    assert [sum(n[i] for n in base["modules"].values()) for i in (0, 1)] == [passes, tokens]
+
+    monkeypatch.setattr(sys, "argv", ["x", "--table", "--ledger", str(ledger)])
+    assert quality.main() == 0
+    rows = capsys.readouterr().out.splitlines()[-2:]
+    assert rows[0].split()[:4] == ["base", "2", "2", "7"] and rows[1].startswith("one layer")
+
+
+def test_a_gain_that_every_module_and_seed_shows_has_an_interval_above_zero() -> None:
+    def line(name: str, tokens: int) -> dict:
+        modules = {f"m{i}": [10, tokens + i % 2, 20, 30] for i in range(5)}
+        return {"name": name, "steps": 1, "cpu_seconds": 1, "modules": modules}
+
+    text = quality.table([line("base", 12), line("base", 13), line("better", 15), line("better", 15)], "base")
+    row = text.splitlines()[-1].split()
+    assert row[0] == "better" and row[4] == "1.540" and row[5] == "+0.250"
+    assert 0 < float(row[6]) < 0.25 < float(row[8]) < 0.4
