@@ -406,6 +406,9 @@ class Draft:
     """Start from the target's embeddings."""
     lm_head_from_target: bool = True
     """Start from the target's head (its rows of the draft vocabulary)."""
+    layers_from_target: bool = False
+    """Start from the target's last layers and final norm, and from an `fc` that passes its last feature on; only where the
+    drafter's layers have the shape of the target's."""
     layer_type: Literal["llama", "qwen3"] | None = None
     """Qwen3's layers norm the queries and keys of each head; null: qwen3 for a target of that family, else llama."""
     norm_before_fc: bool = False

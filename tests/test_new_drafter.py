@@ -10,6 +10,7 @@ import torch
 
 import peagle_train
 from peagle_train import FrozenTarget, new_drafter, save_drafter
+from peagle_train.core.visibility import Causal
 from peagle_train.serving.drafter_io import load_drafter
 from tests.helpers import ENVIRONMENT, command
 from tests.tiny import MASK, VOCAB
@@ -106,3 +107,31 @@ def test_the_package_imports_nothing_until_a_name_is_used_and_has_every_name() -
     assert result.stdout == "[]\n", result.stderr
     assert {"CompiledDraft", "new_drafter", "save_drafter"} <= set(peagle_train.__all__)
     assert all(callable(getattr(peagle_train, name)) for name in peagle_train.__all__)
+
+
+def test_layers_norm_and_last_feature_of_the_target_are_what_a_drafter_starts_from(
+    tiny_target: Path, target: FrozenTarget
+) -> None:
+    """With the last feature layer right below the copied ones, and no embeddings, the drafter is the target's top."""
+    target = FrozenTarget.load(str(tiny_target), dtype="float32", layer_ids=[0, 1, target.num_layers - 2])
+    draft = new_drafter(target, MASK, num_layers=2, layers_from_target=True, norm_before_residual=False)
+    H, ids = draft.config.hidden_size, torch.tensor([[3, 1, 4, 1, 5, 9, 2]])
+    with torch.no_grad():
+        draft.fc.weight[:, :-H] = 0
+        draft.fc.weight[:, -H:] = torch.eye(H)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            getattr(draft.layers[0].self_attn, name).weight[:, :H] = 0
+        position = torch.arange(ids.shape[1])[None]
+        features, last_hidden = target.features(ids, position)
+        output = draft(ids, position, features, Causal(torch.zeros_like(ids)))
+    torch.testing.assert_close(output.hidden, last_hidden, rtol=1e-5, atol=1e-5)
+    random = new_drafter(target, MASK, num_layers=2)
+    copied = new_drafter(target, MASK, num_layers=2, layers_from_target=True)
+    torch.testing.assert_close(copied.fc.weight[:, :-H], random.fc.weight[:, :-H] / 4)
+
+
+def test_layers_of_another_shape_than_the_targets_are_refused(target: FrozenTarget) -> None:
+    with pytest.raises(ValueError, match=r"layers_from_target.*mlp.*shape"):
+        new_drafter(target, MASK, layers_from_target=True, intermediate_size=7)
+    with pytest.raises(ValueError, match=r"layers_from_target.*0 tensors"):
+        new_drafter(target, MASK, layers_from_target=True, num_layers=target.num_layers + 1)

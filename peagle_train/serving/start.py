@@ -22,7 +22,7 @@ from peagle_train.data.vocab import end_of_turn_ids, eos_token_ids
 from peagle_train.files import one_line
 from peagle_train.serving.drafter_io import DrafterFiles, read_drafter
 from peagle_train.target_model.frozen import FrozenTarget, TargetBase
-from peagle_train.target_model.loading import default_layer_ids
+from peagle_train.target_model.loading import default_layer_ids, read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -209,12 +209,40 @@ def make_draft(
             draft.embed_tokens.weight.copy_(target.embedding_rows())
         if fits and recipe.draft.lm_head_from_target:
             draft.lm_head.weight.copy_(target.head_rows(draft_ids))
+    if recipe.draft.layers_from_target:
+        copy_layers(draft, target, Path(recipe.target.path))
     if not fits and (recipe.draft.embeddings_from_target or recipe.draft.lm_head_from_target):
         logger.warning("draft.hidden_size is not the target's: embeddings and lm_head start random, lm_head is trained")
     draft.lm_head.weight.requires_grad_(recipe.draft.trains_head(fits))
     draft.embed_tokens.weight.requires_grad_(recipe.draft.train_embeddings)
     draft.gradient_checkpointing = recipe.train.activation_checkpointing
     return draft
+
+
+@torch.no_grad()
+def copy_layers(draft: PEagleDraft, target: TargetBase, folder: Path) -> None:
+    """Copy the target's last layers and its final norm. Layer 0 reads the features as its original reads what enters it;
+    what it makes of the token embeddings stays random. `fc` passes the last feature on, and starts with a quarter of its
+    random weights for the others. ValueError where the target's tensors have other names or shapes.
+    """
+    H, own, wanted = draft.config.hidden_size, draft.state_dict(), {"norm.weight": "norm.weight"}
+    first = target.num_layers - len(draft.layers)
+    for name in own:
+        if name.startswith("layers.") and name != "layers.0.input_layernorm.weight":  # the embeddings' norm
+            number, _, rest = name.removeprefix("layers.").partition(".")
+            wanted[name] = f"layers.{first + int(number)}.{rest.replace('hidden_norm', 'input_layernorm')}"
+    reads_both = {f"layers.0.self_attn.{letter}_proj.weight" for letter in "qkv"}
+    try:
+        found = read_tensors(folder, set(wanted.values()))
+        for name, theirs in wanted.items():
+            mine = own[name][:, H:] if name in reads_both else own[name]
+            if mine.shape != found[theirs].shape:
+                shapes = f"{tuple(found[theirs].shape)}, the drafter's {tuple(mine.shape)}"
+                raise ValueError(f"the target's {theirs} has shape {shapes}")
+            mine.copy_(found[theirs])
+    except ValueError as error:
+        raise ValueError(f"draft.layers_from_target: {error}; leave it out, or give the drafter that shape") from None
+    draft.fc.weight.mul_(0.25)[:, -H:].add_(torch.eye(H, dtype=draft.fc.weight.dtype))
 
 
 def new_drafter(
@@ -239,6 +267,7 @@ def new_drafter(
     """
     if isinstance(target, (str, Path)):
         target = FrozenTarget.load(str(target))
+    path = target.config._name_or_path
     V = target.vocab_size
     ids = torch.arange(V) if draft_token_ids is None else draft_token_ids.cpu()
     if not ids.numel() or not 0 <= int(ids[0]) <= int(ids[-1]) < V or bool((ids[1:] <= ids[:-1]).any()):
@@ -250,7 +279,7 @@ def new_drafter(
         read_section(Draft, "draft", given),
         Data(sources=[], max_length=1),
     )  # lengths are the caller's affair
-    recipe = Recipe(Target(""), data, Output(""), section, train=Train(seed=seed))
+    recipe = Recipe(Target(path), data, Output(""), section, train=Train(seed=seed))
     return make_draft(recipe, target, mask_token_id, ids)
 
 

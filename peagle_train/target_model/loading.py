@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
@@ -119,3 +120,18 @@ def target_fingerprint(folder: str) -> str:
                 file.seek(8 + length + max(0, size - 8 - length - 4096) * i // 255)
                 total.update(file.read(4096))
     return total.hexdigest()
+
+
+def read_tensors(folder: Path, names: set[str]) -> dict[str, Tensor]:
+    """Those tensors of a folder's .safetensors files, and no others. A name stands for itself, or else for the one that
+    ends in it after a dot; ValueError where there is not exactly one.
+    """
+    files = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
+    where = {key: file for file in files for key in file.keys()}
+    found = {}
+    for name in sorted(names):
+        keys = [name] if name in where else [key for key in where if key.endswith(f".{name}")]
+        if len(keys) != 1:
+            raise ValueError(f"target.path {folder} has {len(keys)} tensors {name} in its .safetensors files, not one")
+        found[name] = where[keys[0]].get_tensor(keys[0])
+    return found

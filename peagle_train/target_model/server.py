@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -34,7 +34,7 @@ from peagle_train.core.passes import TargetOutputs
 from peagle_train.data.vocab import eos_token_ids, load_config
 from peagle_train.files import one_line
 from peagle_train.target_model.frozen import FrozenTarget, TargetBase, TargetLost, pieces_of
-from peagle_train.target_model.loading import default_layer_ids
+from peagle_train.target_model.loading import default_layer_ids, read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -305,19 +305,6 @@ def _around_the_layers(settings: Target, dtype: torch.dtype) -> tuple[Tensor, Te
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     embeddings, head, norm = model.get_input_embeddings().weight, target.head.weight, norms[0]
     inside = {name: names[id(parameter)] for name, parameter in norm.named_parameters()}
-    found = _read_tensors(Path(settings.path), {names[id(embeddings)], names[id(head)], *inside.values()})
+    found = read_tensors(Path(settings.path), {names[id(embeddings)], names[id(head)], *inside.values()})
     norm.to_empty(device="cpu").load_state_dict({name: found[full] for name, full in inside.items()})
     return found[names[id(head)]].to(dtype), found[names[id(embeddings)]].to(dtype), norm.eval().requires_grad_(False)
-
-
-def _read_tensors(folder: Path, names: set[str]) -> dict[str, Tensor]:
-    """Those tensors of the folder's .safetensors files, and no others."""
-    found: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            found |= {name: file.get_tensor(name) for name in names & {*file.keys()}}
-    if missing := sorted(names - found.keys()):
-        raise ValueError(
-            f"target.path {folder} has no tensor {missing[0]} in its .safetensors files: target.server needs it"
-        )
-    return found
