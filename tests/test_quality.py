@@ -64,7 +64,7 @@ def test_settings_are_trained_on_one_sample_and_measured_as_decoding_would(
     monkeypatch.setattr(sys, "argv", ["x", "--table", "--ledger", str(ledger)])
     assert quality.main() == 0
     rows = capsys.readouterr().out.splitlines()[-2:]
-    assert rows[0].split()[:4] == ["base", "2", "2", "7"] and rows[1].startswith("one layer")
+    assert rows[0].startswith("| base | 2 | 2 | 7 |") and rows[1].startswith("| one layer | 1 |")
 
 
 def test_a_gain_that_every_module_and_seed_shows_has_an_interval_above_zero() -> None:
@@ -73,6 +73,7 @@ def test_a_gain_that_every_module_and_seed_shows_has_an_interval_above_zero() ->
         return {"name": name, "steps": 1, "cpu_seconds": 1, "modules": modules}
 
     text = quality.table([line("base", 12), line("base", 13), line("better", 15), line("better", 15)], "base")
-    row = text.splitlines()[-1].split()
-    assert row[0] == "better" and row[4] == "1.540" and row[5] == "+0.250"
-    assert 0 < float(row[6]) < 0.25 < float(row[8]) < 0.4
+    row = text.splitlines()[-1].split(" | ")
+    assert row[0] == "| better" and row[4] == "1.540" and row[5] == "+0.250"
+    low, high = map(float, row[6].split(" to "))
+    assert 0 < low < 0.25 < high < 0.4

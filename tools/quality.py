@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from measure import at_least_one, format_table, where_and_when
+from measure import at_least_one, where_and_when
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -137,7 +137,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(lines: Sequence[dict[str, Any]], base: str) -> str:
-    """A row for each setting: the mean of its seeds less the base's of the same texts, with a 95 % interval over modules
+    """Markdown, a row for each setting: the mean of its seeds less the base's of the same texts, with a 95 % interval over modules
     and seeds, both resampled, the modules together.
     """
     import torch
@@ -176,7 +176,7 @@ def table(lines: Sequence[dict[str, Any]], base: str) -> str:
             row += [f"{value:.3f}", *([f"{less:+.3f}", f"{low:+.3f} to {high:+.3f}"] if name != base else ["", ""])]
         rows.append(row)
     head = ["", "seeds", "steps", "CPU s", "accepted", "gain", "95 %", "at all anchors", "gain", "95 %"]
-    return format_table(head, rows)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
 def main() -> int:

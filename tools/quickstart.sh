@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a trained drafter: environment, install, target, training on this machine's CPU or GPU.
+# From nothing to a trained drafter and its accepted length: environment, install, target, training on this machine's CPU or GPU.
 # Arguments are overrides of recipes/quickstart.yaml, such as train.max_steps=50. Paths in them are the repository's.
 # PEAGLE_OUTPUT: where results go (runs/quickstart). PEAGLE_CACHE: where the target goes (~/.cache/peagle_train).
 set -euo pipefail
@@ -65,3 +65,7 @@ OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(cores)}
 export OMP_NUM_THREADS HF_HUB_OFFLINE=1
 launch --num_cpu_threads_per_process "$OMP_NUM_THREADS" -m peagle_train recipes/quickstart.yaml \
     target.path="$TARGET" output.dir="$OUTPUT" train.mixed_precision="$(precision)" ${resume[@]+"${resume[@]}"} "$@"
+
+step evaluate # the estimate above is of known text; this decodes
+python -m peagle_train evaluate "$OUTPUT" --prompts stdlib --limit 10 --max-tokens 64 --k 5 ||
+    echo "$NAME: trained, but its accepted length was not measured (see above)"
