@@ -137,8 +137,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(lines: Sequence[dict[str, Any]], base: str) -> str:
-    """Markdown, a row for each setting: the mean of its seeds less the base's of the same texts, with a 95 % interval over modules
-    and seeds, both resampled, the modules together.
+    """Markdown, a row for each setting: the mean of its seeds less the base's of the same texts, with a 95 % interval over
+    modules and seeds, both resampled, the modules together.
     """
     import torch
 
