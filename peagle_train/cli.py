@@ -1,7 +1,7 @@
 """The commands of `peagle-train`: each parses its arguments, calls one function and prints what that found.
 
-Heavy imports happen inside the commands, so that every --help answers at once. Exit code: 0; 2 for a user's mistake, told
-in one line on stderr; what else a command returns is in its help, what `train` does is in ending.py.
+Heavy imports happen inside the commands, so that every --help answers at once. Exit codes: see `run_tool`, and a command's
+help for what else it returns.
 """
 
 import argparse
@@ -21,6 +21,10 @@ from typing import Any, NoReturn
 from peagle_train.ending import run_training
 from peagle_train.files import run_tool
 from peagle_train.machine import GPUS, cores
+
+Add = Callable[..., Any]
+Read = Callable[[], argparse.Namespace]
+"""An argparse parser's `add_argument`, and what parses: each command gets the two."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -94,15 +98,12 @@ def recipe_path(given: str) -> str:
     return str(shipped[given]) if given in shipped and not os.path.exists(given) else given
 
 
-def _add_recipe(parser: Parser, nargs: str | None = None) -> Callable[..., Any]:
-    """Returns what adds the others."""
-    add = parser.add_argument
+def _add_recipe(add: Add, nargs: str | None = None) -> None:
     add("recipe", nargs=nargs, type=recipe_path, help="a YAML file, or a name from peagle-train recipes")
     add("overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the recipe's")
-    return add
 
 
-def _train(parser: Parser) -> None:
+def _train(add: Add, read: Read) -> None:
     """Train a P-EAGLE drafter from a recipe.
 
     accelerate launch --quiet -m peagle_train recipes/quickstart.yaml target.path=DIR output.dir=runs/first
@@ -111,14 +112,19 @@ def _train(parser: Parser) -> None:
     peagle-train train recipes/mine.yaml --resume
     peagle-train train --summary runs/first
     """
-    add = _add_recipe(parser, "?")
+    _add_recipe(add, "?")
     add("--print-config", action="store_true", help="print the resolved recipe and stop")
     add("--dry-run", action="store_true", help="print the memory that a run would need, and stop")
     add("--on", metavar="KIND:GIB[xN]", help="with --dry-run: see `peagle-train plan --help`")
-    resume_help = "resume the run in output.dir, from its newest checkpoint or from the folder DIR of one"
-    add("--resume", nargs="?", const="", metavar="DIR", help=resume_help)
+    add(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="resume from the newest checkpoint in output.dir, or from DIR",
+    )
     add("--summary", metavar="DIR", help="print where a finished run's drafter is and how good it is")
-    o = parser.read()
+    o = read()
     if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
         # Else segments of several sizes leave holes. torch reads this when its CUDA allocator starts.
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
@@ -146,10 +152,10 @@ def _train(parser: Parser) -> None:
 
 def _close_resume(arguments: list[str]) -> list[str]:
     """`--resume` followed by a recipe or an override has no DIR: argparse would take either for one."""
+    recipes = (*shipped_recipes(), ".yaml", ".yml")
     closed = list(arguments)
     for i, (option, given) in enumerate(pairwise(arguments)):
-        is_other = "=" in given or given.endswith((".yaml", ".yml")) or given in shipped_recipes()
-        if option == "--resume" and is_other and not os.path.isdir(given):
+        if option == "--resume" and ("=" in given or given.endswith(recipes)) and not os.path.isdir(given):
             closed[i] = "--resume="
     return closed
 
@@ -163,7 +169,7 @@ def print_plan(o: argparse.Namespace) -> None:
         print(table)
 
 
-def _plan(parser: Parser) -> None:
+def _plan(add: Add, read: Read) -> None:
     """Print the memory that a run would need and, for a machine of GPUs, how fast it would be. Nothing is loaded.
 
     peagle-train plan recipes/qwen3_8b_32k.yaml --on cuda:79x8
@@ -172,21 +178,16 @@ def _plan(parser: Parser) -> None:
     --gpu adds tokens a second of the target and of training, counted in FLOPs, how many GPUs a server of the target should
     get, what features take, and whether the drafter fits under DDP and under FSDP2.
     """
-    add = _add_recipe(parser)
+    _add_recipe(add)
     add("--on", metavar="KIND:GIB[xN]", help="N processes on other devices, as in cuda:79x8 or cpu:16")
     add("--gpu", choices=GPUS, help="plan for a machine of these")
     add("--gpus", type=COUNT, default=1, metavar="N", help="how many (default 1)")
     add("--tokens", type=COUNT, default=10**8, metavar="N", help="tokens in an epoch (default: 100 million)")
-    add(
-        "--learned",
-        type=number(0, 1, float),
-        default=1.0,
-        metavar="SHARE",
-        help="share of the tokens that are learned from (default 1)",
-    )
+    share = number(0, 1, float)
+    add("--learned", type=share, default=1.0, metavar="SHARE", help="of the tokens that are learned from (default 1)")
     share_help = "of the GPUs' peak that both sides reach (default 0.4: assumed, not measured)"
     add("--share", type=number(1e-3, 1, float), default=0.4, metavar="SHARE", help=share_help)
-    o = parser.read()
+    o = read()
     if (o.on and o.gpu) or (o.gpus != 1 and not o.gpu):
         raise ValueError("give --gpu for a machine of --gpus GPUs, or --on for other devices")
     if o.gpu:
@@ -198,19 +199,17 @@ def _plan(parser: Parser) -> None:
         print("\n" + plan_throughput(o.recipe, o.gpu, o.gpus, o.learned, o.share, o.tokens))
 
 
-def _prepare(parser: Parser) -> None:
+def _prepare(add: Add, read: Read) -> None:
     """Tokenize, mask and pack a recipe's data once, for any number of runs and ranks.
-
-    peagle-train prepare RECIPE [section.key=value ...] --out DIR
 
     Then give `data.prepared: DIR` in the recipe. The folder is whole or not there: after a kill, start it again.
     """
-    _add_recipe(parser)
-    parser.add_argument("--out", metavar="DIR", help="the folder to make (default: the recipe's data.prepared)")
-    parser.add_argument("--workers", type=COUNT, metavar="N", help="processes that tokenize (default: all cores)")
-    o = parser.read()
+    _add_recipe(add)
+    add("--out", metavar="DIR", help="the folder to make (default: the recipe's data.prepared)")
+    add("--workers", type=COUNT, metavar="N", help="processes that tokenize (default: all cores)")
+    o = read()
     from peagle_train.config import as_override
-    from peagle_train.data.prepare import prepare_recipe
+    from peagle_train.data.training_data import prepare_recipe
 
     out = o.out or o.recipe.data.prepared
     if out is None:
@@ -220,22 +219,20 @@ def _prepare(parser: Parser) -> None:
     print(f"prepared: {out}: give {as_override('data.prepared', out)} to train on it")
 
 
-def _check_data(parser: Parser) -> int:
+def _check_data(add: Add, read: Read) -> int:
     """Count the examples of a recipe that cannot be used, by reason, with the first line of each.
-
-    peagle-train check-data RECIPE [section.key=value ...]
 
     Reads everything, whatever data.max_bad_rows says. Exit code 2: a run would stop at it.
     """
-    _add_recipe(parser)
-    parser.add_argument("--workers", type=COUNT, metavar="N", help="processes that tokenize (default: all cores)")
-    o = parser.read()
-    from peagle_train.data.prepare import check_data
+    _add_recipe(add)
+    add("--workers", type=COUNT, metavar="N", help="processes that tokenize (default: all cores)")
+    o = read()
+    from peagle_train.data.training_data import check_data
 
     return 0 if check_data(o.recipe, o.workers or cores()) else 2
 
 
-def _cache(parser: Parser) -> None:
+def _cache(add: Add, read: Read) -> None:
     """Run the target once over a recipe's sequences and keep what training needs of it: features and last hidden states.
 
     peagle-train cache recipes/quickstart.yaml --out features
@@ -244,12 +241,12 @@ def _cache(parser: Parser) -> None:
     Killed, it resumes when it is started again, and writes the same bytes on any number of processes:
     ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 -m peagle_train cache RECIPE --out features
     """
-    add = _add_recipe(parser, "?")
+    _add_recipe(add, "?")
     add("--out", metavar="DIR", help="where to write; default: the recipe's target.cache")
     add("--shard-mib", type=COUNT, default=512, metavar="N", help="size of a file (default 512)")
     add("--speculators", metavar="DIR", help="take hs_*.safetensors that speculators left here; the target is not run")
     add("--verify", type=Path, metavar="DIR", help="compare a cache's files with their checksums, and stop")
-    o = parser.read()
+    o = read()
     from peagle_train.target_model.cache import verify_cache, write_cache
 
     if o.verify:
@@ -260,7 +257,7 @@ def _cache(parser: Parser) -> None:
     print(write_cache(o.recipe, o.out or o.recipe.target.cache, o.shard_mib, o.speculators), end="")
 
 
-def _serve_target(parser: Parser) -> None:
+def _serve_target(add: Add, read: Read) -> None:
     """Print the command that starts a vLLM server for target.server, or run it.
 
     peagle-train serve-target RECIPE --python vllm/bin/python --vllm='--tensor-parallel-size 4'
@@ -269,14 +266,14 @@ def _serve_target(parser: Parser) -> None:
 
     Server and training share a folder, in which hidden states wait to be read: at most what target.prefetch_gib allows.
     """
-    add = _add_recipe(parser)
+    _add_recipe(add)
     add("--run", action="store_true", help="start the server, and say when it answers")
     add("--port", type=number(1, 65535), default=8000, help="default: %(default)s")
     add("--folder", default="/dev/shm/peagle-train", help="shared by server and training (default: %(default)s)")
     add("--python", default=sys.executable, help="that of vLLM's environment; default: this one's")
     add("--vllm", default="", metavar="ARGUMENTS", help="of vLLM's own, as in --vllm='--tensor-parallel-size 4'")
-    o = parser.read()
-    from peagle_train.target_model.start_server import run_server, serve_command
+    o = read()
+    from peagle_train.target_model.server import run_server, serve_command
 
     command = serve_command(o.recipe, o.port, o.folder, o.python, shlex.split(o.vllm))
     print(shlex.join(command), flush=True)
@@ -284,7 +281,7 @@ def _serve_target(parser: Parser) -> None:
         run_server(command, o.port, o.folder)
 
 
-def _regenerate(parser: Parser) -> None:
+def _regenerate(add: Add, read: Read) -> None:
     """Write the answers of a prompt set anew with the target itself, for training or for evaluation.
 
     peagle-train regenerate PROMPTS --out FILE.jsonl --base-url http://127.0.0.1:8000/v1 --model NAME
@@ -296,15 +293,12 @@ def _regenerate(parser: Parser) -> None:
     `prompt`. Each question is asked with the target's own answers before it. A run that was killed resumes when it is
     started again. Exit code 1: a server stopped answering.
     """
-    add = parser.add_argument
     add("prompts", metavar="PROMPTS")
     add("--out", required=True, type=Path, metavar="FILE.jsonl", help="rows of messages, as they come")
-    url_help = "of a server (vLLM, SGLang), http://HOST:PORT/v1; may be repeated; needs the package openai"
-    add("--base-url", action="append", metavar="URL", help=url_help)
+    add("--base-url", action="append", metavar="URL", help="of a server, http://HOST:PORT/v1; needs the package openai")
     add("--model", metavar="NAME", help="what those servers call the target")
     add("--target", metavar="DIR", help="instead of a server: a Hugging Face folder, run here by transformers")
-    features_help = "also keep the answers' hidden states here; needs servers started by `peagle-train serve-target`"
-    add("--features", metavar="DIR", help=features_help)
+    add("--features", metavar="DIR", help="also keep hidden states here; needs servers of `peagle-train serve-target`")
     add("--temperature", type=number(0, 100, float), default=0.8, help="0: the likeliest token (default 0.8)")
     add("--top-p", type=number(1e-9, 1, float), default=1.0, metavar="P", help="default 1")
     add("--max-tokens", type=COUNT, default=0, help="of an answer; default 2048, or half of the context if less")
@@ -312,21 +306,24 @@ def _regenerate(parser: Parser) -> None:
     add("--limit", type=COUNT, metavar="N", help="the first N prompts alone")
     add("--last-turn", action="store_true", help="keep recorded answers, and answer the last question alone")
     add("--keep-truncated", action="store_true", help="keep answers that --max-tokens cut, as the last ones")
-    kwargs_help = "a JSON object, as in '{\"enable_thinking\": false}'"
-    add("--chat-template-kwargs", type=json_object, default={}, metavar="JSON", help=kwargs_help)
-    many_help = "conversations at a time of each server (default 128)"  # 1000 connections are openai's limit
-    add("--concurrency", type=number(1, 1000), default=128, metavar="C", help=many_help)
+    add("--chat-template-kwargs", type=json_object, default={}, metavar="JSON", help='{"enable_thinking": false}')
+    many = number(1, 1000)  # openai's limit of connections
+    add(
+        "--concurrency",
+        type=many,
+        default=128,
+        metavar="C",
+        help="conversations at a time of each server (default 128)",
+    )
     add("--retries", type=number(0), default=10, help="of a request to a server, up to 8 s apart (default 10)")
     add("--batch-size", type=COUNT, default=8, metavar="B", help="with --target: conversations at a time (default 8)")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16", "float64"])
     add("--trust-remote-code", action="store_true", help="run Python code that comes with the target")
-    o = parser.read()
+    o = read()
     from peagle_train.regenerate import Local, PromptFile, Servers, Settings, regenerate
 
     if (o.base_url is None) == (o.target is None) or bool(o.base_url) != bool(o.model) or (o.features and o.target):
-        raise ValueError(
-            "give --base-url and --model for a server (--features, too), or --target alone for a local model"
-        )
+        raise ValueError("give --base-url and --model (also --features) for a server, or --target alone for one here")
     how = o.temperature, o.top_p, o.max_tokens, o.seed, o.last_turn, o.keep_truncated, o.chat_template_kwargs
     settings = Settings(*how, o.features and os.path.expanduser(o.features))
     backend: Local | Servers
@@ -340,7 +337,7 @@ def _regenerate(parser: Parser) -> None:
         print(f"their features: peagle-train cache RECIPE --speculators {where} --out CACHE")
 
 
-def _export(parser: Parser) -> None:
+def _export(add: Add, read: Read) -> None:
     """Export a trained drafter for an engine. It is checked before it is put in its place.
 
     peagle-train export runs/mine --out drafter
@@ -349,7 +346,6 @@ def _export(parser: Parser) -> None:
     eagle3: for vLLM's --speculative-config '{"method": "eagle3", "parallel_drafting": true, ...}' (the default);
     speculators: for `vllm serve DIR`, which finds the target by itself, and for the speculators package.
     """
-    add = parser.add_argument
     add("folder", type=Path, metavar="FOLDER", help="a drafter's folder (final, best, checkpoint-N), or a run's")
     add("--out", type=Path, metavar="DIR", required=True, help="a new folder, or an empty one")
     add("--format", choices=["eagle3", "speculators"], default="eagle3")
@@ -359,12 +355,11 @@ def _export(parser: Parser) -> None:
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
     add("--licence", "--license", metavar="ID", help="the model card's licence field, e.g. apache-2.0")
     add("--measured", type=Path, metavar="FILE", help="what `evaluate --json` wrote, for the model card")
-    hub_help = "upload it to Hugging Face, too: USER/MODEL, private (after `hf auth login`)"
-    add("--push-to-hub", metavar="NAME", help=hub_help)
+    add("--push-to-hub", metavar="USER/MODEL", help="upload it to Hugging Face, too, private (after `hf auth login`)")
     add("--public", action="store_true", help="with --push-to-hub: for everybody to see")
-    o = parser.read()
+    o = read()
     if o.public and not o.push_to_hub:
-        raise ValueError("--public goes with --push-to-hub NAME")
+        raise ValueError("--public goes with --push-to-hub USER/MODEL")
     from peagle_train.serving.export import export_drafter, push_to_hub
 
     about = {"target": o.target, "target_name": o.target_name, "licence": o.licence, "measured": o.measured}
@@ -376,17 +371,14 @@ def _export(parser: Parser) -> None:
         print(f"uploaded to {push_to_hub(done.folder, o.push_to_hub, o.public)}")
 
 
-def _check(parser: Parser) -> int:
+def _check(add: Add, read: Read) -> int:
     """Check any drafter's folder, in either format, and print a table.
-
-    peagle-train check drafter
 
     Exit code 2: an engine would not load it, or it is of another kind than this project's (which the table then says).
     """
-    add = parser.add_argument
     add("folder", type=Path, metavar="FOLDER", help="a drafter's folder (final, best, checkpoint-N), or a run's")
     add("--target", type=Path, metavar="DIR", help="the target's folder, to check that the two fit")
-    o = parser.read()
+    o = read()
     from peagle_train.serving.check import check_folder, is_loadable, table
     from peagle_train.serving.drafter_io import read_config
     from peagle_train.serving.export import find_drafter
@@ -397,7 +389,7 @@ def _check(parser: Parser) -> int:
     return 0 if is_loadable(findings) else 2
 
 
-def _import(parser: Parser) -> None:
+def _import(add: Add, read: Read) -> None:
     """Bring another's P-EAGLE drafter into this project's names, to check, evaluate or serve it.
 
     peagle-train import hub/some-peagle-drafter --out drafter
@@ -405,10 +397,9 @@ def _import(parser: Parser) -> None:
     Reads vLLM's EAGLE-3 names (also midlayer.* and model.*) and the speculators format; never pickle. To train on from such
     a folder, or from an EAGLE-3 drafter's, name it in a recipe: draft.init_from=FOLDER.
     """
-    add = parser.add_argument
     add("folder", type=Path, metavar="FOLDER", help="the drafter's folder")
     add("--out", type=Path, metavar="DIR", required=True, help="a new folder, or an empty one")
-    o = parser.read()
+    o = read()
     from peagle_train.serving.export import import_drafter
 
     done = import_drafter(o.folder, o.out)
@@ -421,7 +412,7 @@ def _print_notes(notes: list[str]) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
-def _evaluate(parser: Parser) -> int:
+def _evaluate(add: Add, read: Read) -> int:
     """Measure how many drafted tokens a target really accepts: speculative decoding, batch 1, on prompts.
 
     peagle-train evaluate runs/mine/final --prompts humaneval mt-bench --limit 20 --json acceptance.json
@@ -442,7 +433,6 @@ def _evaluate(parser: Parser) -> int:
     Exit code 1: a greedy text is not the target's own and no tie of logits explains it, or vLLM parts from our decoder in
     float32 without a near-tie.
     """
-    add = parser.add_argument
     add("checkpoint", type=Path, help="a drafter's folder, such as runs/mine/final")
     add("--prompts", nargs="+", required=True, metavar="WHAT", help="see above")
     add("--target", metavar="DIR", help="the target's folder; default: the checkpoint's recipe's")
@@ -458,7 +448,7 @@ def _evaluate(parser: Parser) -> int:
     add("--seed", type=int, default=0, help="of cuts, sampling and intervals")
     add("--engine", choices=["vllm"], help="measure in vLLM too, beside our own decoder (see above)")
     add("--json", type=Path, metavar="FILE", help="write everything, every prompt included")
-    o = parser.read()
+    o = read()
     from peagle_train.decoding import evaluate
 
     text, is_right = evaluate.run(o)
@@ -466,24 +456,23 @@ def _evaluate(parser: Parser) -> int:
     return 0 if is_right else 1
 
 
-def _report(parser: Parser) -> None:
+def _report(add: Add, read: Read) -> None:
     """One HTML page about runs, finished or running: results, curves, data, settings; several runs side by side.
 
     peagle-train report runs/first runs/second --out compared.html
 
     The page needs no other file. Needs matplotlib (the extra `report`).
     """
-    add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="output folders of runs")
     add("--out", type=Path, default=Path("report.html"), metavar="FILE.html", help="default report.html")
-    o = parser.read()
+    o = read()
     from peagle_train.report import write_report
 
     write_report([folder.expanduser() for folder in o.runs], o.out)
     print(o.out)
 
 
-def _show_row(parser: Parser) -> None:
+def _show_row(add: Add, read: Read) -> None:
     """Print a sequence of a recipe's data as training sees it: tokens, which are learned, where documents end.
 
     peagle-train show-row RECIPE --row 3 [section.key=value ...]
@@ -492,18 +481,18 @@ def _show_row(parser: Parser) -> None:
     Learned tokens are in [brackets]. --elements adds what each element (anchor, depth) of some anchors reads and predicts,
     as drawn in the first epoch.
     """
-    add = _add_recipe(parser)
+    _add_recipe(add)
     add("--row", type=int, required=True, metavar="N", help="which sequence, from 0")
     add("--held-out", action="store_true", help="of the held-out sequences")
     add("--elements", action="store_true", help="what elements read and predict, too")
     add("--anchors", type=numbers, default=[], metavar="A,B,...", help="whose elements (default: the first few)")
-    o = parser.read()
+    o = read()
     from peagle_train.show import show_sequence
 
     print(show_sequence(o.recipe, o.row, o.held_out, o.elements, o.anchors))
 
 
-def _show_batch(parser: Parser) -> None:
+def _show_batch(add: Add, read: Read) -> None:
     """Draw a sequence's flat batch: who sees whom, and what each segment runs and reads.
 
     peagle-train show-batch --example --out batch.png
@@ -513,11 +502,11 @@ def _show_batch(parser: Parser) -> None:
     It is the batch that training would get in its first epoch, from the recipe's own collator; of the target only the
     tokenizer and config.json are read. Needs matplotlib (the extra `report`).
     """
-    add = _add_recipe(parser, "?")
+    _add_recipe(add, "?")
     add("--example", action="store_true", help="two short documents of words, K = 4, S = 3")
     add("--row", type=int, default=0, metavar="N", help="which sequence, from 0 (default 0)")
     add("--out", type=Path, default=Path("batch.png"), metavar="FILE.png", help="default batch.png")
-    o = parser.read()
+    o = read()
     if bool(o.recipe) == o.example:
         raise ValueError("give a recipe or --example, and not both")
     from peagle_train.show import write_picture
@@ -525,14 +514,14 @@ def _show_batch(parser: Parser) -> None:
     print(f"{o.out}: {write_picture(o.recipe, o.row, o.out)}")
 
 
-def _recipes(parser: Parser) -> None:
+def _recipes(add: Add, read: Read) -> None:
     """List the recipes that come with the package, or print one.
 
     peagle-train recipes
     peagle-train recipes quickstart > mine.yaml
     """
-    parser.add_argument("name", nargs="?", metavar="NAME", help="print this one")
-    o = parser.read()
+    add("name", nargs="?", metavar="NAME", help="print this one")
+    o = read()
     found = shipped_recipes()
     if o.name is None:
         for name, path in found.items():
@@ -545,7 +534,7 @@ def _recipes(parser: Parser) -> None:
 
 
 _FIRST = _train, _plan, _check_data, _prepare, _cache, _serve_target, _regenerate, _export, _check, _import, _evaluate
-COMMANDS: dict[str, Callable[[Parser], int | None]] = {
+COMMANDS: dict[str, Callable[[Add, Read], int | None]] = {
     run.__name__[1:].replace("_", "-"): run for run in (*_FIRST, _report, _show_row, _show_batch, _recipes)
 }
 RESUMES = "; the same command resumes"
@@ -574,7 +563,8 @@ def main(arguments: list[str] | None = None) -> int:
             meant = difflib.get_close_matches(first, [*COMMANDS, *shipped_recipes()], n=1) or ["--help"]
             raise ValueError(f"no command or recipe is called {first!a}; did you mean peagle-train {meant[0]}?")
         logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-        return COMMANDS[name](Parser(name, _close_resume(rest) if name == "train" else rest))
+        parser = Parser(name, _close_resume(rest) if name == "train" else rest)
+        return COMMANDS[name](parser.add_argument, parser.read)
 
     if name == "train":
         return run_training(work)

@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -87,43 +87,33 @@ def dump_yaml(value: Any) -> str:
 def as_override(key: str, value: Any) -> str:
     """What a person types into a shell to get `key` the value; `parse_yaml` reads it back."""
     text = str(yaml.dump([value], Dumper=StrictDumper, default_flow_style=True, width=float("inf"), allow_unicode=True))
-    return shlex.quote(
-        f"{key}={text.strip()[1:-1]}"
-    )  # of a list's element, as a word alone has an end-of-document mark
+    # of a list's element, as a word alone has an end-of-document mark
+    return shlex.quote(f"{key}={text.strip()[1:-1]}")
 
 
 # What a field's hint may ask for
 
 
 class within:
-    """Limits of a number."""
+    """Limits of a number; or what a value becomes, by `convert`, which raises ValueError with what to give instead."""
 
-    def __init__(self, **limits: float) -> None:
-        self.limits = limits
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
-        return {**handler(source), **self.limits}
-
-
-class fits:
-    """What a value becomes; `convert` raises ValueError with what to give instead."""
-
-    def __init__(self, convert: Callable[[Any], Any]) -> None:
-        self.convert = convert
+    def __init__(self, convert: Callable[[Any], Any] | None = None, **limits: float) -> None:
+        self.convert, self.limits = convert, limits
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
         from pydantic_core.core_schema import no_info_after_validator_function
 
-        return no_info_after_validator_function(self.convert, handler(source))
+        schema = {**handler(source), **self.limits}
+        return no_info_after_validator_function(self.convert, schema) if self.convert else schema
 
 
-def _holding(holds: Callable[[Any], bool], words: str) -> fits:
+def _holding(holds: Callable[[Any], bool], words: str) -> within:
     def check(value: Any) -> Any:
         if not holds(value):
             raise ValueError(f"give {words}")
         return value
 
-    return fits(check)
+    return within(check)
 
 
 MANY = 2**31 - 1
@@ -133,7 +123,7 @@ MAX_ROPE_THETA = 1e15
 Count = Annotated[int, within(ge=1, le=MANY)]
 Share = Annotated[float, within(ge=0, lt=1)]
 Text = Annotated[str, _holding(lambda text: text.strip() != "", "a non-empty string")]
-FilePath = Annotated[Text, fits(os.path.expanduser)]
+FilePath = Annotated[Text, within(os.path.expanduser)]
 _PERCENT = re.compile(r"(100|[0-9]{1,2}(\.[0-9]{1,6})?)%")
 Percent = Annotated[str, _holding(_PERCENT.fullmatch, "a count, or a share such as 1%")]
 Plain = dict[str, Any]
@@ -429,7 +419,7 @@ class Draft:
 
     @property
     def reach(self) -> int | None:
-        """See `columns_read`."""
+        """See `positions_read`."""
         return None if self.window is None else self.num_layers * (self.window - 1)
 
 
@@ -658,6 +648,11 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     recipe = Recipe(**{name: read_section(cls, name, given.get(name, {})) for name, cls in sections.items()})
     recipe.validate()
     return recipe
+
+
+def with_segments(recipe: Recipe, num_segments: int) -> Recipe:
+    """A copy of the recipe with another `cod.num_segments`."""
+    return replace(recipe, cod=replace(recipe.cod, num_segments=num_segments))
 
 
 def dump_recipe(recipe: Recipe) -> str:

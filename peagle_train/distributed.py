@@ -39,11 +39,9 @@ def check_launch(num_processes: int) -> None:
     asked = int(os.environ.get("WORLD_SIZE", "0"))
     # `accelerate launch --cpu --num_processes 2` names a master and starts a single process.
     if num_processes == 1 and (asked > 1 or ("MASTER_ADDR" in os.environ and not asked)):
-        raise ValueError(
-            f"launched as {asked if asked > 1 else 'several'} processes, but this one is alone and would train the whole"
-            f" model: on CPU start them as `ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node {max(2, asked)}"
-            " -m peagle_train RECIPE`"
-        )
+        start = f"ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node {max(2, asked)} -m peagle_train RECIPE"
+        what = f"launched as {asked if asked > 1 else 'several'} processes, but this one is alone"
+        raise ValueError(f"{what}: on CPU start them as `{start}`")
     if several():
         _host_group()  # now, while the processes have just met: its own start has a time-out
 
@@ -51,18 +49,15 @@ def check_launch(num_processes: int) -> None:
 def check_device(device: torch.device) -> None:
     """ValueError for a kind of device that attention was never run on."""
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(
-            f"the device is {device.type}; only cpu and cuda are supported: set ACCELERATE_USE_CPU=true to run on the CPU"
-        )
+        allowed = "only cpu and cuda are supported: set ACCELERATE_USE_CPU=true to run on the CPU"
+        raise ValueError(f"the device is {device.type}; {allowed}")
 
 
 def check_device_map(device_map: str | None, num_processes: int) -> None:
     """ValueError where several processes would each spread a target over the same devices."""
     if device_map and num_processes > 1:
-        raise ValueError(
-            f"target.device_map is {device_map} and there are {num_processes} processes: it spreads the target over the"
-            " devices that one process sees; start a single one, or use target.shard"
-        )
+        what = f"target.device_map is {device_map}, which spreads the target over what one process sees"
+        raise ValueError(f"{what}, and there are {num_processes} processes: start one, or use target.shard")
 
 
 REFUSED = {
@@ -82,15 +77,12 @@ def check_sharding(asked: str) -> bool:
     """
     by_launch = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     if by_launch and asked == "none":
-        raise ValueError(
-            "train.sharding is none, but the run was launched with an FSDP config: set it to auto or fsdp2, or launch with"
-            " recipes/accelerate/ddp.yaml"
-        )
+        remedy = "set it to auto or fsdp2, or launch with recipes/accelerate/ddp.yaml"
+        raise ValueError(f"train.sharding is none, but the run was launched with an FSDP config: {remedy}")
     for key, value in REFUSED.items() if by_launch else ():
         if os.environ.get(key.upper(), "").lower() == value:
-            raise ValueError(
-                f"the launch's FSDP config has {key}: {value}, which is not supported: take recipes/accelerate/fsdp2.yaml"
-            )
+            remedy = "not supported: take recipes/accelerate/fsdp2.yaml"
+            raise ValueError(f"the launch's FSDP config has {key}: {value}, which is {remedy}")
     return by_launch or asked == "fsdp2"
 
 
@@ -125,9 +117,8 @@ def agree(values: dict[str, str]) -> None:
     """Wait for all ranks; ValueError where a value, by the words for it, is not that of rank 0."""
     for what, value in from_all(values)[0].items():
         if value != values[what]:
-            raise ValueError(
-                f"this process has another {what} than rank 0: give the same recipe, files and target on every machine"
-            )
+            remedy = "give the same recipe, files and target on every machine"
+            raise ValueError(f"this process has another {what} than rank 0: {remedy}")
 
 
 @contextmanager

@@ -1,21 +1,17 @@
-"""How a training run ends: by itself, by a signal, by a mistake, or because a rank has failed.
+"""How a training run ends beside what `run_tool` says: by a signal, N, with the exit code 128 + N.
 
-Exit code 0; 2 for a user's mistake and 1 for a run that had to stop, each with one line on stderr; 128 + N after signal N.
-Anything unexpected keeps its traceback. Needs the standard library alone: the command line imports it.
+Needs the standard library alone: the command line imports it.
 """
 
 import os
-import re
 import signal
-import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from peagle_train.files import RunStopped, one_line, print_anything
+from peagle_train.files import run_tool
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 ECHO_SECONDS = 5.0
@@ -24,46 +20,12 @@ processes have already got if it was sent to their whole group, or job."""
 
 
 def run_training(work: Callable[[], int | None]) -> int:
-    """Run `work`; returns the exit code, after one line on stderr where something went wrong. Of several processes, one
-    that fails ends at once: torchrun then ends the others.
-
-    Outside of the training loop SIGTERM and SIGINT do what they do to any Python process, and SIGUSR1 does nothing.
-    """
-    print_anything()
+    """`run_tool` for a training run. Outside of the training loop SIGUSR1 does nothing."""
     before = _set_handlers({signal.SIGUSR1: signal.SIG_IGN})
     try:
-        return work() or 0
-    except ValueError as error:
-        return _fail(str(error), 2)
-    except RunStopped as error:
-        return _fail(str(error), 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted outside of the training loop: nothing more was saved", 130)
-    except Exception as error:
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            raise
-        if re.search(r"[Cc]onnection (closed|reset)|remote process exited", str(error)):
-            return _fail(f"{one_line(error, 300)}: if another rank has failed, its message is above", 1)
-        return _end(traceback.format_exc().rstrip(), 1)
+        return run_tool("peagle-train train", work)
     finally:
         _set_handlers(before)
-
-
-def _fail(message: str, code: int) -> int:
-    return _end(f"peagle_train: error: {one_line(message)}", code)
-
-
-def _end(text: str, code: int) -> int:
-    """Print why this process ends. One of several ends here: nothing at exit may wait for the other ranks."""
-    several, rank = int(os.environ.get("WORLD_SIZE", "1")) > 1, os.environ.get("RANK", "0")
-    if several and code != 1 and rank != "0":
-        time.sleep(3)  # all ranks make a user's mistake, as a rule: rank 0 reports it, and torchrun ends the others
-    sys.stdout.flush()
-    sys.stderr.write(f"{text} (rank {rank})\n" if several else f"{text}\n")
-    sys.stderr.flush()
-    if several:
-        os._exit(code)
-    return code
 
 
 def _set_handlers(handlers: dict[int, Any]) -> dict[int, Any]:
@@ -99,11 +61,9 @@ class Signals:
         elif not self.stop:
             self.stop, self._stopped_at = True, time.monotonic()
             name = signal.Signals(number).name
-            os.write(
-                2, f"peagle_train: {name}: saving after this step and ending; a second one ends at once\n".encode()
-            )
+            os.write(2, f"peagle-train: {name}: saving after this step; a second one ends at once\n".encode())
         elif "TORCHELASTIC_RUN_ID" not in os.environ or time.monotonic() - self._stopped_at >= ECHO_SECONDS:
-            os.write(2, b"peagle_train: a second signal: ending at once, nothing more is saved\n")
+            os.write(2, b"peagle-train: a second signal: ending at once, nothing more is saved\n")
             os._exit(128 + number)
 
 

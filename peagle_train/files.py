@@ -10,12 +10,15 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +33,6 @@ class NonFiniteWeights(ValueError):
     """A drafter's weights are not finite: refused when read; a run that would save them ends."""
 
 
-def print_anything() -> None:
-    """Let stdout and stderr escape what they cannot show: half a surrogate pair, a letter that the terminal lacks."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
 def one_line(what: object, most: int | None = None) -> str:
     """A text or an error's message on one line, cut after `most` characters."""
     return " ".join(str(what).split())[:most]
@@ -49,10 +45,12 @@ def aligned(rows: Sequence[Sequence[str]], right: bool = False) -> str:
     return "\n".join("  ".join(row).rstrip() for row in cells)
 
 
-def told(error: ValueError | OSError) -> str:
-    """The line about a user's mistake or a full disk. Another OSError that names no file is neither: raised again."""
+def told(error: Exception) -> str:
+    """The line about a user's mistake or a full disk. What is neither is raised again, as an OSError that names no file."""
     if isinstance(error, ValueError):
         return one_line(error)
+    if not isinstance(error, OSError):
+        raise error
     if error.filename is None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise error
@@ -63,9 +61,13 @@ def told(error: ValueError | OSError) -> str:
 
 def run_tool(name: str, work: Callable[[], int | None], when_stopped: str = "") -> int:
     """Run a command; its exit code is what `work` returns (None: 0). Otherwise one line on stderr, and 2 after a user's
-    mistake, 1 after `RunStopped`, 130 after an interrupt; the last two with `when_stopped`.
+    mistake, 1 after `RunStopped`, 130 after an interrupt; the last two with `when_stopped`. Anything else keeps its
+    traceback. Of several processes, one that fails ends at once: torchrun then ends the others.
     """
-    print_anything()
+    several, rank = int(os.environ.get("WORLD_SIZE", "1")) > 1, os.environ.get("RANK", "0")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # half a surrogate pair, a letter that the terminal lacks
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = work() or 0
         sys.stdout.flush()
@@ -73,13 +75,25 @@ def run_tool(name: str, work: Callable[[], int | None], when_stopped: str = "") 
     except BrokenPipeError:  # whoever reads our output has seen enough, as head has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's flush at exit fails
         return 141
-    except (ValueError, OSError) as error:
-        line, code = f"error: {told(error)}", 2
     except RunStopped as error:
-        line, code = f"error: {one_line(error)}{when_stopped}", 1
+        text, code = f"{name}: error: {one_line(error)}{when_stopped}", 1
     except KeyboardInterrupt:
-        line, code = f"stopped{when_stopped}", 130
-    print(f"{name}: {line}", file=sys.stderr)
+        text, code = f"{name}: stopped (interrupted){when_stopped}", 130
+    except Exception as error:
+        try:
+            text, code = f"{name}: error: {told(error)}", 2
+        except Exception:
+            if not several:
+                raise
+            text, code = traceback.format_exc().rstrip(), 1
+            if re.search(r"[Cc]onnection (closed|reset)|remote process exited", str(error)):
+                text = f"{name}: error: {one_line(error, 300)}: if another rank has failed, its message is above"
+    if several and code != 1 and rank != "0":
+        time.sleep(3)  # all ranks make a user's mistake, as a rule: rank 0 reports it, and torchrun ends the others
+    sys.stdout.flush()
+    print(f"{text} (rank {rank})" if several else text, file=sys.stderr, flush=True)
+    if several:
+        os._exit(code)  # nothing at exit may wait for the other ranks
     return code
 
 
@@ -204,10 +218,20 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
 # One process at a time.
 
 
+def lock(file: int | IO[Any], where: str, doing: str, how: Callable[[Any, int], object] = fcntl.flock) -> None:
+    """Lock a file or folder until it is closed. ValueError if another process is `doing` something there."""
+    try:
+        how(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{where} is in use: another process is {doing} there; wait, or give another") from None
+    except OSError as error:  # some network file systems lock nothing
+        logger.warning("%s cannot be locked (%s): make sure that no other process is %s there", where, error, doing)
+
+
 @contextmanager
 def alone_in(folder: Path, doing: str) -> Iterator[None]:
     """Create the folder given as `--out` and hold its lock, which ends with the process. Removed again if it was created
-    here and stays empty. ValueError if it cannot be created, or another process is `doing` something there.
+    here and stays empty. ValueError if it cannot be created, or as in `lock`.
     """
     is_new = not folder.exists()
     try:
@@ -216,15 +240,7 @@ def alone_in(folder: Path, doing: str) -> Iterator[None]:
     except OSError as error:
         raise ValueError(f"--out {folder} cannot be made: {error.strerror}") from None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise ValueError(f"--out {folder}: another process is {doing} there; wait, or give another folder") from None
-    except OSError as error:  # some network file systems lock no folders
-        logger.warning(
-            "--out %s cannot be locked (%s): make sure that no other process is %s there", folder, error, doing
-        )
-    try:
+        lock(handle, f"--out {folder}", doing)
         yield
     finally:
         if is_new:

@@ -1,4 +1,4 @@
-"""What this process has of its machine. Needs the standard library alone."""
+"""What this process has of its machine."""
 
 import os
 import re
@@ -6,6 +6,8 @@ import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil  # type: ignore[import-untyped,unused-ignore]
 
 GIB = 2**30
 GPUS = {"a100": (79, 312), "h100": (79, 989), "h200": (139, 989), "b200": (178, 2250)}
@@ -24,19 +26,12 @@ def peak_ram() -> int:
 
 def resident_ram() -> int:
     """Bytes of RAM that this process holds."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # no Linux
-        return 0
+    return psutil.Process().memory_info().rss
 
 
 def available_ram() -> int:
     """Bytes that processes can still get: of the machine, or of the control group if that allows less."""
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-    except OSError:  # no Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    available = int(lines["MemAvailable"].split()[0]) * 1024
+    available = psutil.virtual_memory().available
     try:
         limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
         return min(available, max(0, limit - used))

@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from peagle_train.config import Recipe
 from peagle_train.core.collator import CODCollator
@@ -34,27 +33,24 @@ from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.core.partition import segment_capacity
 from peagle_train.core.visibility import MASK_BLOCK_BYTES, MASK_CACHE_BYTES, QUERY_BLOCK
-from peagle_train.data.vocab import draft_vocab_size_of, load_config
+from peagle_train.data.vocab import read_d2t
 from peagle_train.distributed import check_sharding, clip_gradients, from_all
 from peagle_train.files import RunStopped, aligned, one_line
 from peagle_train.machine import GIB, Device, available_ram, parse_device, peak_ram, resident_ram
 from peagle_train.serving.start import make_draft_config, read_start
 from peagle_train.target_model.attention import BLOCK as TARGET_BLOCK
 from peagle_train.target_model.attention import NAME
-from peagle_train.target_model.check import is_out_of_memory
 from peagle_train.target_model.frozen import FrozenTarget, TargetBase
-from peagle_train.target_model.loading import refuse_unfit, resolve_dtype
+from peagle_train.target_model.loading import empty_model
 
-CUDA_CONTEXT = GIB
-"""CUDA's context, cuBLAS's workspaces, compiled kernels: assumed, not computed."""
+CUDA_CONTEXT = GIB  # CUDA's context, cuBLAS's workspaces, compiled kernels: assumed, not computed
 CPU_EXTRA = 2**27
 """What libraries keep beside tensors (oneDNN's kernels and scratch, the allocator's holes): assumed, not computed."""
-BLOCK = 128
-"""flex_attention's."""
+BLOCK = 128  # flex_attention's
 CANDIDATES = (1, 2, 4, 8, 16, 32, 64)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sizes:
     """All that memory depends on except the number of segments."""
 
@@ -69,46 +65,24 @@ class Sizes:
     target_forward: int = 0  # bytes of its largest forward: activations, masks, keys and values; not its outputs
     sharded: bool = False  # the drafter, over all ranks (FSDP2)
 
-    @property
-    def on_cuda(self) -> bool:
-        return self.device.kind == "cuda"
-
-    @property
-    def m(self) -> int:
-        return 8 if self.recipe.train.dtype == "float64" else 4
-
-    @property
-    def c(self) -> int:
-        return 2 if self.autocast else self.m
-
-    @property
-    def autocast(self) -> bool:
-        return self.recipe.train.mixed_precision == "bf16"
-
-    @property
-    def query_size(self) -> int:
-        return self.draft.num_attention_heads * self.draft.head_dim
-
-    @property
-    def kv_size(self) -> int:
-        return self.draft.num_key_value_heads * self.draft.head_dim
+    def __post_init__(self) -> None:
+        train, draft = self.recipe.train, self.draft
+        self.on_cuda, self.autocast = self.device.kind == "cuda", train.mixed_precision == "bf16"
+        self.m = 8 if train.dtype == "float64" else 4
+        self.c = 2 if self.autocast else self.m
+        self.query_size = draft.num_attention_heads * draft.head_dim
+        self.kv_size = draft.num_key_value_heads * draft.head_dim
+        self.fc_weights = draft.feature_size * draft.hidden_size
+        self.all_layers = sum(self.layer_weights(i) for i in range(draft.num_hidden_layers))
 
     def keys(self, one: "Pass") -> int:
         """That a layer's attention keeps: on CUDA the context's and the pass's own are joined in a copy."""
         return one.N + (one.context if self.on_cuda else 0)
 
-    @property
-    def fc_weights(self) -> int:
-        return self.draft.feature_size * self.draft.hidden_size
-
     def layer_weights(self, index: int) -> int:
         """Of a layer's matrices; the first one reads embeddings beside features."""
         H, width = self.draft.hidden_size, self.draft.hidden_size * (2 if index == 0 else 1)
         return width * (self.query_size + 2 * self.kv_size) + self.query_size * H + 3 * H * self.draft.intermediate_size
-
-    @property
-    def all_layers(self) -> int:
-        return sum(self.layer_weights(i) for i in range(self.draft.num_hidden_layers))
 
 
 class Pass(NamedTuple):
@@ -120,8 +94,7 @@ class Pass(NamedTuple):
     context: int  # positions whose keys and values enter as leaves (relay)
 
 
-@dataclass(frozen=True)
-class MemoryPlan:
+class MemoryPlan(NamedTuple):
     """The bytes of a step at one number of segments, on one device."""
 
     num_segments: int
@@ -129,10 +102,7 @@ class MemoryPlan:
     resident: dict[str, int]  # what is there in every phase, by name
     step: dict[str, int]  # what is there in some phases only, by name; not all of it at once
     phases: dict[str, int]  # everything together, by phase
-
-    @property
-    def peak(self) -> int:
-        return max(self.phases.values())
+    peak: int
 
 
 def capacity_of(s: Sizes, num_segments: int) -> int:
@@ -310,7 +280,7 @@ def plan_memory(s: Sizes, num_segments: int, all_supervised: bool = False) -> Me
         "gradients in flight": flowing,
         "masks and tables": tables,
     }
-    return MemoryPlan(S, capacity, resident, step, phases)
+    return MemoryPlan(S, capacity, resident, step, phases, max(phases.values()))
 
 
 # Sizes, from a recipe and two configs; models are built on the meta device
@@ -332,22 +302,8 @@ def this_device(device: torch.device | None = None) -> Device:
 
 def read_target(recipe: Recipe, device: Device) -> FrozenTarget:
     """The target without weights, from its config.json; ValueError if that is wrong."""
-    settings = recipe.target
-    config = load_config(settings.path, settings.trust_remote_code)
-    try:
-        refuse_unfit(config.get_text_config())
-        dtype = resolve_dtype(settings.dtype, torch.device(device.kind))
-        if dtype == "auto":  # where no config names one, bfloat16, as nearly all have it
-            dtype = config.get_text_config().dtype or torch.bfloat16
-        how: dict[str, Any] = {"dtype": dtype, "trust_remote_code": settings.trust_remote_code}
-        if settings.attn_implementation:
-            how["attn_implementation"] = settings.attn_implementation
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, **how)
-    except Exception as error:  # whatever a foreign or corrupt file makes the loaders raise
-        why = f"{type(error).__name__}: {one_line(error, 300)}"
-        raise ValueError(f"target.path {settings.path} cannot be read: {why}") from error
-    return FrozenTarget(model, settings.layer_ids, settings.chunk_tokens)
+    model = empty_model(recipe.target, kind=device.kind)
+    return FrozenTarget(model, recipe.target.layer_ids, recipe.target.chunk_tokens)
 
 
 def read_sizes(recipe: Recipe, device: Device, target: FrozenTarget | None = None) -> Sizes:
@@ -359,7 +315,7 @@ def read_sizes(recipe: Recipe, device: Device, target: FrozenTarget | None = Non
     start = read_start(recipe, target)
     shaped = start.recipe if start else recipe
     if recipe.draft.vocab_from:
-        shaped = replace(shaped, draft=replace(shaped.draft, draft_vocab_size=draft_vocab_size_of(recipe.draft)))
+        shaped = replace(shaped, draft=replace(shaped.draft, draft_vocab_size=read_d2t(recipe.draft)[0].numel()))
     draft = make_draft_config(shaped, target, shaped.draft.mask_token_id or 0, start.files.config if start else None)
     return sizes_of(recipe, target, draft, device)
 
@@ -370,20 +326,12 @@ def sizes_of(recipe: Recipe, target: TargetBase, config: PEagleDraftConfig, devi
         draft = PEagleDraft(config)
     draft.lm_head.requires_grad_(recipe.draft.trains_head(config.hidden_size == target.hidden_size))
     draft.embed_tokens.requires_grad_(recipe.draft.train_embeddings)
-    parameters = list(draft.parameters())
-    weights, forward, item = _target(recipe, target, device)
-    return Sizes(
-        recipe,
-        config,
-        device,
-        sum(p.numel() for p in parameters),
-        sum(p.numel() for p in parameters if p.requires_grad),
-        target_bytes=item,
-        cached_bytes=target.cache_dtype(recipe.target.cache_dtype).itemsize if recipe.target.cache else 0,
-        target_weights=weights,
-        target_forward=forward,
-        sharded=device.world_size > 1 and check_sharding(recipe.train.sharding),
-    )
+    all_of_it = sum(p.numel() for p in draft.parameters())
+    trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)
+    item = target.cache_dtype(recipe.target.cache_dtype).itemsize if recipe.target.cache else 0
+    sharded = device.world_size > 1 and check_sharding(recipe.train.sharding)
+    weights, forward, outputs = _target(recipe, target, device)
+    return Sizes(recipe, config, device, all_of_it, trained, outputs, item, weights, forward, sharded)
 
 
 def _target(recipe: Recipe, target: TargetBase, device: Device) -> tuple[int, int, int]:
@@ -451,7 +399,6 @@ def _target_forward(config: Any, recipe: Recipe, item: int, attention: str, on_c
 
 def dry_run(recipe: Recipe, on: str | None = None) -> str:
     """The table of memory by number of segments, and which one fits, on this machine or `on` another (`parse_device`).
-
     ValueError: the recipe or the target's config.json is wrong.
     """
     device = parse_device(on) if on else this_device()
@@ -499,10 +446,8 @@ def resolve_segments(sizes: Sizes) -> tuple[int, str]:
     own = choose_segments(sizes)
     S = max(from_all(own.num_segments if own else 2 * CANDIDATES[-1]))
     if S > CANDIDATES[-1]:
-        raise ValueError(
-            f"cod.num_segments is auto, and no number up to {CANDIDATES[-1]} fits ({sizes.device}, {margin:.0%} of it left"
-            f" free by train.memory_margin): {advice(sizes)}; --dry-run shows the table"
-        )
+        what = f"no number up to {CANDIDATES[-1]} fits ({sizes.device}, {margin:.0%} left free by train.memory_margin)"
+        raise ValueError(f"cod.num_segments is auto, and {what}: {advice(sizes)}; --dry-run shows the table")
     return S, f"cod.num_segments: auto is {S}: {plan_memory(sizes, S).peak / GIB:.2f} {there} ({margin:.0%} left free)"
 
 
@@ -519,14 +464,14 @@ def advice(sizes: Sizes) -> str:
 
 @contextmanager
 def memory_explained(recipe: Recipe, where: Callable[[], str]) -> Iterator[None]:
-    """Raise RunStopped, with what to change, in place of an out-of-memory error inside.
-
-    where: called only then: what was being done, and how to resume.
+    """Raise RunStopped, with what to change, in place of an out-of-memory error inside. `where`: called only then: what was
+    being done, and how to resume.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RunStopped) or not is_out_of_memory(error):
+        is_device = isinstance(error, (torch.OutOfMemoryError, MemoryError))  # or the host's allocator in torch
+        if isinstance(error, RunStopped) or not (is_device or "DefaultCPUAllocator" in str(error)):
             raise
         line = f"{where()}: {one_line(error).partition('. ')[0][:200]}"
         raise RunStopped(f"{line}; {advice(read_sizes(recipe, this_device()))}") from None
@@ -546,9 +491,8 @@ def probe_step(
     """Run one step on every rank and undo it; returns the line that says what it took on this rank.
 
     Sequences that are full, supervised throughout and as long as they get need all that any step can need. No weight, no
-    optimizer state, no generator and no file changes. torch.OutOfMemoryError: it does not fit, and nor would the run.
-
-    accumulate: leaves an optimizer step's gradients, given its micro-batches.
+    optimizer state, no generator and no file changes. `accumulate`: leaves an optimizer step's gradients, given its
+    micro-batches. torch.OutOfMemoryError: it does not fit, and nor would the run.
     """
     device, B, L = draft.device, recipe.train.batch_size, recipe.data.max_length
     if device.type == "cuda":
@@ -566,14 +510,11 @@ def probe_step(
         packed = {"input_ids": ids.expand(B, -1), "position_ids": position.expand(B, -1).contiguous()}
         target.outputs(packed, draft.lm_head.weight)
     # States, AdamW's two, Muon's one and the average, are there in all later steps; in a resumed run, already.
-    states = [
-        torch.zeros_like(parameter)
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if not optimizer.state.get(parameter)
-        for _ in range(1 + isinstance(optimizer, torch.optim.AdamW) + (recipe.train.average > 0))
-    ]
+    parameters = [(o, p) for o in optimizers for group in o.param_groups for p in group["params"] if not o.state.get(p)]
+    states: list[Tensor] = []
+    for optimizer, parameter in parameters:
+        many = 1 + isinstance(optimizer, torch.optim.AdamW) + (recipe.train.average > 0)
+        states += [torch.zeros_like(parameter) for _ in range(many)]
     batch = collator([row] * B)
     try:
         accumulate([batch] * min(2, recipe.train.gradient_accumulation_steps))

@@ -4,7 +4,6 @@ Each question is asked with the target's own answers before it. Examples are app
 gets OUT's name when every prompt has been asked. A run that was killed resumes there; its dropped prompts are asked again.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -18,10 +17,9 @@ from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, distribution
 from itertools import islice
-from multiprocessing.pool import ThreadPool  # its threads are daemons: an interrupted run does not wait for answers
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Lock
+from queue import Queue
+from threading import Lock, Thread
 from typing import IO, Any, NamedTuple
 
 from tqdm import tqdm
@@ -29,7 +27,7 @@ from tqdm import tqdm
 from peagle_train.data.documents import SourceFile, read_examples
 from peagle_train.data.encode import RawExample, parse
 from peagle_train.data.messages import FORMAT, BadRow, messages_of
-from peagle_train.files import RunStopped, one_line, partial_path, put, put_tensors, write_json
+from peagle_train.files import RunStopped, lock, one_line, partial_path, put, put_tensors, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -144,9 +142,8 @@ def find_file(name_or_path: str) -> str:
     if name_or_path not in BENCHMARKS:
         path = os.path.expanduser(name_or_path)
         if not os.path.isfile(path):
-            raise ValueError(
-                f"prompts {path} is not a file; give a .jsonl file or one of {', '.join(sorted(BENCHMARKS))}"
-            )
+            names = ", ".join(sorted(BENCHMARKS))
+            raise ValueError(f"prompts {path} is not a file; give a .jsonl file or one of {names}")
         return path
     package, ending = BENCHMARKS[name_or_path]
     with suppress(PackageNotFoundError):
@@ -260,28 +257,21 @@ def converse(prompt: Prompt, number: int, model: str, settings: Settings) -> Cha
 class Servers:
     """Servers that speak OpenAI's chat completions (vLLM, SGLang), each asked from `concurrency` threads.
 
-    Raises:
-        ValueError: no package openai, a server that does not answer or lacks the model, no room for --max-tokens.
+    ValueError: no package openai, a server that does not answer or lacks the model, no room for --max-tokens.
     """
 
     def __init__(self, urls: Sequence[str], model: str, settings: Settings, concurrency: int, retries: int) -> None:
-        try:
-            import openai
-        except ImportError:
-            raise ValueError("--base-url takes the package openai, which is missing: pip install openai") from None
-        self.model, self.error, self.lost = model, openai.OpenAIError, openai.APIConnectionError
-        self.concurrency, self.batch_size = concurrency * len(urls), 1
-        key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"
-        self.clients, context = list[openai.OpenAI](), (ENDLESS, "")
+        from peagle_train.target_model.server import connect
+
+        key, context = os.environ.get("OPENAI_API_KEY", "").strip() or "none", (ENDLESS, "")
+        self.model, self.concurrency, self.batch_size, self.clients = model, concurrency * len(urls), 1, list[Any]()
         for url in urls:
-            client = openai.OpenAI(base_url=url, api_key=key, timeout=3600.0, max_retries=retries)
+            self.openai, client = connect(url, "--base-url", key, timeout=3600.0, max_retries=retries)
             try:
                 models = client.with_options(max_retries=0, timeout=60.0).models.list()
-            except openai.OpenAIError as error:
-                raise ValueError(
-                    f"no list of models from {url}: {one_line(error, 300)}; is the server up, are --base-url (mostly"
-                    " http://HOST:PORT/v1) and OPENAI_API_KEY right?"
-                ) from None
+            except self.openai.OpenAIError as error:
+                hint = "is the server up, are --base-url (mostly http://HOST:PORT/v1) and OPENAI_API_KEY right?"
+                raise ValueError(f"no list of models from {url}: {one_line(error, 300)}; {hint}") from None
             entries = {entry.id: entry for entry in models.data}
             if model not in entries:
                 raise ValueError(f"{url} has no model {model!a}; it has {', '.join([*entries][:5]) or 'none'}")
@@ -297,9 +287,7 @@ class Servers:
         if settings.features:
             Path(settings.features).mkdir(parents=True, exist_ok=True)
             self.more |= {"return_token_ids": True, "kv_transfer_params": {"include_output_tokens": True}}
-            self._keeping = Lock()  # equal conversations have one file
-            if settings.temperature > 0:
-                self._check_draws()
+        self._keeping = Lock()  # equal conversations have one file
         self.record: dict[str, Any] = {"backend": "server", "model": model, "sampling": self.sampling | self.more}
 
     def answers(self, asks: Sequence[Ask], place: int) -> list[Answer]:
@@ -315,12 +303,12 @@ class Servers:
             try:
                 reply = create(model=self.model, messages=messages, seed=seed, **self.sampling, extra_body=self.more)
                 break
-            except self.error as error:
+            except self.openai.OpenAIError as error:
                 if getattr(error, "status_code", None) in (400, 413, 422):
                     return [Answer(one_line(error, 300), "refused")]
                 failure = f"{client.base_url} gave no answer: {one_line(error, 300)}"
                 left = [other for other in self.clients if other is not client]
-                if not left or not isinstance(error, self.lost):
+                if not left or not isinstance(error, self.openai.APIConnectionError):
                     raise RunStopped(failure) from None
                 if client in self.clients:  # another thread may have noticed first
                     logger.warning("%s; going on with the other %d", failure, len(left))
@@ -332,51 +320,22 @@ class Servers:
         states = self._keep(reply) if self.settings.features else None
         return [Answer(message.content or "", reply.choices[0].finish_reason, reasoning, tokens, states)]
 
-    def _check_draws(self) -> None:
-        """ValueError for a server that draws other tokens than the target's, as vLLM does on a CPU while it gives hidden
-        states: at a temperature of nearly 0 it would write what it writes at 0, but for a near tie.
-        """
-        from peagle_train.target_model.server import states_path
-
-        how: dict[str, Any] = {
-            "model": self.model,
-            "max_tokens": 8,
-            "extra_body": {**self.more, "kv_transfer_params": {}},
-        }
-        for client in self.clients:
-            agree: list[bool] = []
-            for question in ("What is the sum of two and two?", "Name a color.", "Who are you?", "Count to ten."):
-                texts = []
-                for temperature in (0.0, 0.01):
-                    asked: Any = [{"role": "user", "content": question}]
-                    try:
-                        reply: Any = client.chat.completions.create(messages=asked, temperature=temperature, **how)
-                    except self.error as error:
-                        raise ValueError(f"{client.base_url} gave no answer: {one_line(error, 300)}") from None
-                    texts.append(getattr(reply.choices[0], "token_ids", None) or [])
-                    if path := states_path(reply):
-                        for file in (path, path.with_name(path.name + ".lock")):
-                            file.unlink(missing_ok=True)
-                agree += map(int.__eq__, *texts)
-            if 2 * sum(agree) < len(agree):
-                raise ValueError(
-                    f"--temperature is {self.settings.temperature:g}, and {client.base_url} draws wrong tokens (so does"
-                    " vLLM on a CPU, while it gives hidden states): give --temperature 0, or drop --features"
-                )
-
     def _keep(self, reply: Any) -> Path:
         """Keep ids and hidden states of prompt and answer, as `SpeculatorsFiles` reads them; RunStopped if none come.
 
-        ValueError: those in the folder are of other layers, by the name of the server's folder.
+        ValueError: they are of other layers than those in the folder, or the server, on a CPU, draws wrong tokens.
         """
         import torch
 
         from peagle_train.core.cod import hash63
-        from peagle_train.target_model.server import REMEDY, states_path, take
+        from peagle_train.target_model.server import ON_CPU, REMEDY, states_path, take
 
         path = states_path(reply)
         if path is None:
             raise ValueError(f"--features: the server gives no hidden states: {REMEDY}")
+        if path.parent.parent.name == ON_CPU and (t := self.settings.temperature) > 0:
+            why = "vLLM on a CPU draws wrong tokens while it gives hidden states"
+            raise ValueError(f"--temperature is {t:g}, and {why}: give --temperature 0, or drop --features")
         prompt = reply.prompt_token_ids
         ids = torch.tensor(prompt + reply.choices[0].token_ids)[:-1]  # the last token, an end mostly, has no states
         kept = Path(str(self.settings.features)) / f"hs_{hash63(ids.numpy().tobytes())}.safetensors"
@@ -388,9 +347,8 @@ class Servers:
                 if not mark.exists():
                     mark.write_text(name)
                 elif (before := mark.read_text()) != name:
-                    raise ValueError(
-                        f"--features: {kept.parent} holds {before}, the server gives {name}: give another folder"
-                    )
+                    differ = f"{kept.parent} holds {before}, the server gives {name}"
+                    raise ValueError(f"--features: {differ}: give another folder")
                 put_tensors(kept, {"token_ids": ids, "loss_mask": mask, "hidden_states": states})
         except OSError as error:
             raise RunStopped(f"--features: {one_line(error, 300)}") from None
@@ -398,10 +356,8 @@ class Servers:
 
 
 class Local:
-    """A model in this process, on the GPU if there is one, asked in batches through transformers' `generate`.
-
-    Raises:
-        ValueError: one line, for a folder that cannot be asked.
+    """A model in this process, on the GPU if there is one, asked in batches through transformers' `generate`. ValueError:
+    one line, for a folder that cannot be asked.
     """
 
     def __init__(self, path: str, settings: Settings, dtype: str, batch_size: int, trust_remote_code: bool) -> None:
@@ -455,10 +411,8 @@ class Local:
                 answers[at] = Answer(why, "refused")
         if prompts:
             P = max(map(len, prompts.values()))
-            rows = [
-                ([self.end_ids[0]] * (P - len(ids)) + ids, [0] * (P - len(ids)) + [1] * len(ids))
-                for ids in prompts.values()
-            ]
+            pads = [(P - len(ids), ids) for ids in prompts.values()]
+            rows = [([self.end_ids[0]] * n + ids, [0] * n + [1] * len(ids)) for n, ids in pads]
             ids_BP, mask_BP = torch.tensor(rows, device=device).unbind(1)
             torch.manual_seed(asks[0][1])  # `generate` draws from the global generator
             out = self.model.generate(input_ids=ids_BP, attention_mask=mask_BP, max_new_tokens=most)
@@ -477,51 +431,58 @@ def converse_all(backend: Servers | Local, chats: Iterable[Chat]) -> Generator[A
     """Results as they come. The chats of a batch go from turn to turn together, at one of the backend's places, to the
     end: a server's cache has what came before. Chats are taken as places get free.
     """
+    chats, turn, results = iter(chats), Lock(), Queue[Any]()
 
-    def work(task: tuple[int, list[Chat]]) -> tuple[int, list[Any]]:
-        place, batch = task
-        results, answers = list[Any](), list[Answer | None]([None] * len(batch))  # None starts a chat
-        while batch:
-            asks, asked = list[Ask](), list[Chat]()
-            for chat, answer in zip(batch, answers):
-                try:
-                    asks.append(chat.send(answer))
-                    asked.append(chat)
-                except StopIteration as end:
-                    results.append(end.value)
-            batch, answers = asked, [*backend.answers(asks, place)] if asks else []
-        return place, results
-
-    chats = iter(chats)
-    batches = iter(lambda: list(islice(chats, backend.batch_size)), [])
-    if backend.concurrency == 1:  # here: a thread inside torch could not be interrupted
-        for batch in batches:
-            yield from work((0, batch))[1]
-        return
-    free: SimpleQueue[int | None] = SimpleQueue()
-    for place in range(backend.concurrency):
-        free.put(place)
-
-    def tasks() -> Iterator[tuple[int, list[Chat]]]:  # run by a thread of the pool, which would take all at once
-        for batch in batches:
-            if (place := free.get()) is None:
+    def work(place: int) -> Iterator[Any]:
+        while True:
+            with turn:
+                batch = list(islice(chats, backend.batch_size))
+            if not batch:
                 return
-            yield place, batch
+            answers: list[Answer | None] = [None] * len(batch)  # None starts a chat
+            while batch:
+                asks, asked = list[Ask](), list[Chat]()
+                for chat, answer in zip(batch, answers):
+                    try:
+                        asks.append(chat.send(answer))
+                        asked.append(chat)
+                    except StopIteration as end:
+                        yield end.value
+                batch, answers = asked, [*backend.answers(asks, place)] if asks else []
 
-    with ThreadPool(backend.concurrency) as pool:
+    def run(place: int) -> None:
         try:
-            for place, results in pool.imap_unordered(work, tasks()):
-                free.put(place)
-                yield from results
-        finally:
-            free.put(None)  # the pool waits for `tasks` to end
+            for result in work(place):
+                results.put(result)
+                results.join()  # the next prompts are read once this is written
+            results.put(None)
+        except BaseException as error:
+            results.put(error)
+
+    if backend.concurrency == 1:  # here: a thread inside torch could not be interrupted
+        yield from work(0)
+        return
+    for place in range(backend.concurrency):
+        Thread(target=run, args=(place,), daemon=True).start()  # an interrupted run does not wait for answers
+    working = backend.concurrency
+    try:
+        while working:
+            if isinstance(result := results.get(), BaseException):
+                raise result
+            if result is None:
+                working -= 1
+            else:
+                yield result
+            results.task_done()
+    finally:
+        with turn:
+            chats = iter(())  # no thread takes another one
 
 
 def regenerate(prompts: PromptFile, out: Path, backend: Servers | Local) -> None:
-    """Ask all prompts; write OUT, a row for each that got an answer, and OUT.report.json.
+    """Ask all prompts; write OUT, a row for each that got an answer, and OUT.report.json. What was answered is kept.
 
-    Raises:
-        ValueError: a user's mistake. RunStopped: the server stopped answering. What was answered is kept.
+    ValueError: a user's mistake. RunStopped: the server stopped answering.
     """
     settings = backend.settings
     record = {"prompts": prompts.digest, "count": prompts.count, **backend.record, **asdict(settings)}
@@ -537,10 +498,7 @@ def regenerate(prompts: PromptFile, out: Path, backend: Servers | Local) -> None
     write_json(report_path, {"settings": record})
     done, cut, dropped = set[str](), Counter[str](), Counter[str]()
     with partial.open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
-        except BlockingIOError:
-            raise ValueError(f"--out {out}: another process is writing it; wait, or give another file") from None
+        lock(file, f"--out {out}", "writing")
         for row in _resumed(file):
             done.add(row["id"])
             if (why := row["generated"]["cut"]) is not None:
@@ -572,10 +530,8 @@ def regenerate(prompts: PromptFile, out: Path, backend: Servers | Local) -> None
         if reasons:
             said.append(f"{reasons.total()} {what} ({', '.join(f'{n} {why}' for why, n in sorted(reasons.items()))})")
     if not rows:
-        raise ValueError(
-            f"no prompt got a usable answer ({', '.join(said)}): raise --max-tokens or give --keep-truncated where they"
-            " are truncated, raise --temperature where they loop; else see whether the chat template is right"
-        )
+        remedy = "where truncated, give --keep-truncated or more --max-tokens; where they loop, more --temperature"
+        raise ValueError(f"no prompt got a usable answer ({', '.join(said)}): {remedy}; else see to the chat template")
     write_json(report_path, {"settings": record, "prompts": prompts.count, "rows": rows, **counts})
     put(partial, out)
     print(f"{out}: {', '.join(said)}")

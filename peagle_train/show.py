@@ -5,7 +5,6 @@ N: elements of a sequence.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peagle_train.config import Recipe
+from peagle_train.config import Recipe, with_segments
 from peagle_train.core.collator import CODCollator
 from peagle_train.core.elements import Elements, gather_elements
 from peagle_train.core.passes import visibility_of
@@ -26,8 +25,7 @@ from peagle_train.training.evaluate import EVAL_SEED
 
 MASK, PAST_END = "<mask>", "(past the end)"
 HEADER = ("anchor", "depth", "position id", "token", "features at", "predicts", "the target's label at", "learned")
-MAX_ELEMENTS, LABELLED = 4096, 72
-"""More than a picture can show; up to this many elements or positions have labels."""
+MAX_ELEMENTS, LABELLED = 4096, 72  # more than a picture can show; up to this many elements or positions have labels
 DOCUMENTS, GREY, DARK = ("#a9c9ea", "#f6c592", "#b5dcae", "#d9b8e3"), "#c9ced4", "#20262d"
 EXAMPLE = (
     ("sky blue ?", "air scatters blue light far more than red light ."),
@@ -38,9 +36,7 @@ EXAMPLE = (
 
 def load_sequence(recipe: Recipe, number: int, is_held_out: bool = False) -> tuple[dict[str, Any], Any, int, list[str]]:
     """Sequence `number` of a recipe's training or held-out data, the tokenizer, the mask token, and lines about the data.
-
-    Raises:
-        ValueError: no such sequence, or the recipe's data cannot be loaded.
+    ValueError: no such sequence, or the recipe's data cannot be loaded.
     """
     vocab_size, lines = target_vocab_size(recipe), list[str]()
     tokenizer = load_tokenizer(recipe.target.path, recipe.target.trust_remote_code)
@@ -90,10 +86,7 @@ def show_sequence(
     recipe: Recipe, number: int, is_held_out: bool = False, with_elements: bool = False, anchors: Sequence[int] = ()
 ) -> str:
     """A sequence's tokens; `with_elements` or `anchors`, also what the elements of these anchors (default: the first few)
-    read and predict.
-
-    Raises:
-        ValueError: no such sequence or anchor, or the recipe's data cannot be loaded.
+    read and predict. ValueError: no such sequence or anchor, or the recipe's data cannot be loaded.
     """
     sequence, tokenizer, mask_token_id, lines = load_sequence(recipe, number, is_held_out)
     name, length = token_names(tokenizer), sequence["input_ids"].numel()
@@ -101,7 +94,7 @@ def show_sequence(
     if with_elements or anchors:
         if not all(0 <= anchor < length for anchor in anchors):
             raise ValueError(f"--anchors {list(anchors)}: the sequence has positions 0 to {length - 1}")
-        whole = replace(recipe, cod=replace(recipe.cod, num_segments=1))  # segments change no element
+        whole = with_segments(recipe, 1)  # segments change no element
         elements = list_elements(sequence, _collator(whole, is_held_out), mask_token_id, name)
         chosen = anchors or sorted({anchor for anchor, depth, *_ in elements if depth})[:6]
         lines.append(f"--- elements drawn in epoch 0, of {recipe.cod.num_depths} depths ---")
@@ -117,9 +110,8 @@ def show_tokens(sequence: dict[str, Tensor], name: Callable[[int], str]) -> str:
     for document, group in groupby(range(len(ids)), key=documents.__getitem__):
         positions = list(group)
         learned = sum(mask[i] for i in positions)
-        lines.append(
-            f"--- document {document}: positions {positions[0]} to {positions[-1]}, {learned} tokens learned ---"
-        )
+        where = f"positions {positions[0]} to {positions[-1]}"
+        lines.append(f"--- document {document}: {where}, {learned} tokens learned ---")
         marked = ((name(ids[i]), mask[i]) for i in positions)
         shown = ((f"[{text}]" if taught else text) + "\n" * text.endswith("\\n") for text, taught in marked)
         lines.append("".join(shown).rstrip("\n"))
@@ -153,10 +145,8 @@ def list_elements(
 
 
 def write_picture(recipe: Recipe | None, number: int, out: Path) -> str:
-    """Draw the flat batch of a recipe's training sequence, or of the example; returns its title.
-
-    Raises:
-        ValueError: matplotlib is missing, cod.num_segments is auto, or no such sequence.
+    """Draw the flat batch of a recipe's training sequence, or of the example; returns its title. ValueError: matplotlib is
+    missing, cod.num_segments is auto, or no such sequence.
     """
     load_matplotlib()  # its absence is reported before anything is read
     if recipe is None:
@@ -192,17 +182,11 @@ def example_sequence() -> tuple[dict[str, Any], list[str]]:
 def visible_elements(
     batch: dict[str, Tensor], num_depths: int, window: int | None = None
 ) -> tuple[Elements, Tensor, Tensor]:
-    """The elements without padding, their segments int64 [N], and who sees whom, bool [N, N] (queries by keys).
-
-    Args:
-        batch: CODCollator's, of one sequence.
-    """
+    """Of a batch of one sequence: elements, their segments int64 [N], and who sees whom, bool [N, N] (queries, keys)."""
     real = (batch["depth"][0] >= 0).nonzero().flatten()
     if not 0 < real.numel() <= MAX_ELEMENTS:
-        raise ValueError(
-            f"the sequence has {real.numel()} elements; a picture shows 1 to {MAX_ELEMENTS}: change data.max_length, as in"
-            " data.max_length=64"
-        )
+        what = f"the sequence has {real.numel()} elements; a picture shows 1 to {MAX_ELEMENTS}"
+        raise ValueError(f"{what}: change data.max_length, as in data.max_length=64")
     flat = {**batch, **{name: batch[name][:, real] for name in ("anchor", "depth", "supervised", "segment_ids")}}
     elements = gather_elements(flat, slice(None), 0, window)
     # no order is assumed: any slot may hold a depth-0 element or a deeper one
@@ -220,8 +204,7 @@ def draw_batch(
 ) -> Any:
     """A matplotlib figure: who sees whom on the left, what each segment runs and reads on the right.
 
-    Args:
-        batch: CODCollator's, of one sequence. words: its tokens. is_taught: its loss mask.
+    batch: CODCollator's, of one sequence. words: its tokens. is_taught: its loss mask.
     """
     plt = load_matplotlib()
     from matplotlib.colors import to_rgb
@@ -241,9 +224,8 @@ def draw_batch(
     axes = figure.add_subplot(left)
     image = torch.where(visible_NN[:, :, None], torch.tensor(colours)[None].expand(N, N, 3), torch.ones(3))
     axes.imshow(image.numpy(), interpolation="nearest", extent=(0, N, N, 0))
-    axes.set(
-        title="Who sees whom", ylabel="queries: anchor + depth", xlabel="keys: anchor + depth", xticks=[], yticks=[]
-    )
+    axes.set(title="Who sees whom", ylabel="queries: anchor + depth", xlabel="keys: anchor + depth")
+    axes.set(xticks=[], yticks=[])
     for edge in ((segment_N[1:] != segment_N[:-1]).nonzero().flatten() + 1).tolist():
         axes.axhline(edge, color=DARK, linewidth=1.1)
         axes.axvline(edge, color=DARK, linewidth=1.1)

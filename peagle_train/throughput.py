@@ -11,11 +11,19 @@ from peagle_train.config import Recipe
 from peagle_train.core.partition import max_elements
 from peagle_train.files import aligned
 from peagle_train.machine import GIB, GPUS, Device
-from peagle_train.memory import CANDIDATES, Sizes, capacity_of, choose_segments, largest_pass, read_sizes, read_target
+from peagle_train.memory import (
+    CANDIDATES,
+    MemoryPlan,
+    Sizes,
+    capacity_of,
+    choose_segments,
+    largest_pass,
+    read_sizes,
+    read_target,
+)
 from peagle_train.target_model.frozen import FrozenTarget
 
-SERVER_SHARE = 0.85
-"""Of a server's memory that the target's weights may take; keys and values need the rest."""
+SERVER_SHARE = 0.85  # of a server's memory that the target's weights may take; keys and values need the rest
 
 
 def visible(length: int, window: int | None) -> float:
@@ -81,8 +89,7 @@ def draft_flops(s: Sizes, num_segments: int, learned: float = 1.0) -> tuple[floa
 def plan_throughput(recipe: Recipe, gpu: str, count: int, learned: float, share: float, tokens: int) -> str:
     """The table of tokens a second by how GPUs are shared out, and what features take; of the target config.json is read.
 
-    Args:
-        gpu: of GPUS. learned: see `draft_flops`. share: of the peak, that both sides reach. tokens: of an epoch.
+    gpu: of GPUS. learned: see `draft_flops`. share: of the peak, that both sides reach. tokens: of an epoch.
     """
     (gib, teraflops), L, asked = GPUS[gpu], recipe.data.max_length, recipe.cod.num_segments
     recipe = replace(recipe, target=replace(recipe.target, cache=None, server=None, shard=False, device_map=None))
@@ -91,9 +98,11 @@ def plan_throughput(recipe: Recipe, gpu: str, count: int, learned: float, share:
     beside = read_sizes(recipe, device, target)
     alone, draft = replace(beside, target_weights=0, target_forward=0), beside.draft
 
-    def fitting(sizes: Sizes, ranks: int, sharded: bool) -> str:
-        sizes = replace(sizes, device=Device("cuda", budget, ranks), sharded=sharded and ranks > 1)
-        found = choose_segments(sizes)
+    def fitting(sizes: Sizes, ranks: int, sharded: bool) -> MemoryPlan | None:
+        return choose_segments(replace(sizes, device=Device("cuda", budget, ranks), sharded=sharded and ranks > 1))
+
+    def fits(sharded: bool) -> str:
+        found = fitting(alone, ranks, sharded)
         return f"S = {found.num_segments}, {found.peak / GIB:.0f} GiB" if found else "does not fit"
 
     chosen = choose_segments(alone)
@@ -110,7 +119,7 @@ def plan_throughput(recipe: Recipe, gpu: str, count: int, learned: float, share:
     splits: dict[int, tuple[float, ...]] = {n: (n * fresh, (count - n) * train) for n in range(least, count)}
     best = max(splits, key=lambda n: min(splits[n]), default=0)
     ways = {f"{n} server + {count - n} training{'*' * (n == best)}": paces for n, paces in splits.items()}
-    no = ": too little memory" if fitting(beside, count, alone.sharded) == "does not fit" else ""
+    no = "" if fitting(beside, count, alone.sharded) else ": too little memory"
     ways[f"{count} with the target beside the drafter{no}"] = (count / (1 / fresh + 1 / train),)
     ways |= {f"{count} writing target.cache": (count * serve,), f"{count} training from it": (count * train,)}
     by_way = [["GPUs", "tokens/s", "hours an epoch", "server busy", "training busy"]]
@@ -130,7 +139,7 @@ throughput from FLOPs, not measured: {count} {gpu} at an assumed {share:.0%} of 
 {aligned(by_way, right=True)}
 
 drafter of {beside.parameters / 1e9:.2f} billion parameters on {ranks} {gpu}:
-  DDP {fitting(alone, ranks, False)}; FSDP2 {fitting(alone, ranks, True)}
+  DDP {fits(sharded=False)}; FSDP2 {fits(sharded=True)}
 features, at most: {token / 1024:g} KiB a token, {tokens * token / 1e12:.2f} TB an epoch, {ahead / GIB:.0f} GiB in flight
 host memory, at most: {(2 * ahead + ranks * loaded) / GIB:.0f} GiB (features in flight, as many in the server's folder,
   {loaded / GIB:.1f} GiB of weights a process at its start)"""

@@ -85,7 +85,7 @@ def assert_same_run(ours: Path, whole: Path) -> None:
 
 def last_error(capsys: pytest.CaptureFixture[str]) -> str:
     lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith("peagle_train: error: ") and not any("Traceback" in line for line in lines)
+    assert lines[-1].startswith("peagle-train train: error: ") and not any("Traceback" in line for line in lines)
     return lines[-1]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peagle_train.core.cod import supervised_rows
-from peagle_train.core.elements import Elements, columns_read, context_elements, gather_elements
+from peagle_train.core.elements import Elements, context_elements, gather_elements, positions_read
 from peagle_train.core.passes import StepStats, TargetOutputs
 from peagle_train.core.recompute import recompute_step
 from peagle_train.core.relay import relay_step
@@ -209,12 +209,12 @@ def test_no_draw_reads_more_columns_than_are_said_and_each_reads_all_of_these(
             read = {a for _, a, d in oracles.reached(who, learned, window, layers) if d == 0}
             labels = {a + d + 1 for (a, d), counts in zip(elements, learned, strict=True) if counts}
             mask_L, documents_L = torch.tensor([*mask, 0, 0]), torch.tensor(documents)
-            found = columns_read(supervised_rows(mask_L, documents_L), documents_L, reach)
+            found = positions_read(supervised_rows(mask_L, documents_L), documents_L, reach)
             assert [{*columns.nonzero().flatten().tolist()} for columns in found] == [read, labels]
 
 
 def test_of_a_long_document_with_its_last_hundredth_to_learn_from_less_than_a_tenth_is_read() -> None:
     mask, documents = torch.zeros(131072, dtype=torch.int64), torch.zeros(131072, dtype=torch.int64)
     mask[-1311:] = 1
-    features, labels = columns_read(supervised_rows(mask, documents), documents, 4 * 2047)
+    features, labels = positions_read(supervised_rows(mask, documents), documents, 4 * 2047)
     assert int(labels.sum()) == 1311 and int(features.sum()) == 1311 + 4 * 2047 < 13107

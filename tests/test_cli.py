@@ -108,7 +108,7 @@ def test_a_command_that_is_interrupted_says_one_line_and_exits_with_130(
 def test_an_option_that_a_command_does_not_have_is_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--nonsense"]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("peagle_train: error:" if name == "train" else f"peagle-train {name}: error:")
+    assert line.startswith(f"peagle-train {name}: error:")
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from peagle_train.__main__ import main
 from peagle_train.config import Recipe, load_recipe
-from peagle_train.data.prepare import prepare_recipe
-from peagle_train.data.training_data import load_training_data
+from peagle_train.data.training_data import load_training_data, prepare_recipe
 from peagle_train.serving.drafter_io import load_drafter
 from peagle_train.training.checkpoint import verify_checkpoint
 from tests.tiny import MASK, VOCAB, make_target, write_recipe, write_rows

@@ -114,4 +114,4 @@ def test_a_command_line_of_any_words_prints_a_recipe_or_says_in_a_line_what_is_w
         assert found == "somewhere" or any("target.path" in word for word in words)
     else:
         assert code == 2, (code, err.getvalue())
-        assert err.getvalue().startswith("peagle_train: error: ") and len(err.getvalue().splitlines()) == 1
+        assert err.getvalue().startswith("peagle-train train: error: ") and len(err.getvalue().splitlines()) == 1

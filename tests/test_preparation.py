@@ -16,8 +16,7 @@ import torch
 
 from peagle_train.config import Recipe, load_recipe
 from peagle_train.data.packing import TrainingData
-from peagle_train.data.prepare import prepare_recipe
-from peagle_train.data.training_data import load_training_data
+from peagle_train.data.training_data import load_training_data, prepare_recipe
 from tests.byte_tokenizer import BYTES_VOCAB, make_byte_tokenizer
 from tests.chats import chat
 from tests.documents import write_lines

@@ -183,11 +183,13 @@ def test_data_that_fails_on_one_rank_is_the_only_traceback_and_ends_the_other(ou
     code, lines = outputs["data"][0], lines_of(outputs["data"][1])
     assert code == 1 and lines[0].startswith("Traceback")
     rest = lines[lines.index("OSError: the disk is gone (rank 1)") + 1 :]
-    assert all(line.startswith("peagle_train: ") for line in rest) and len(rest) <= 2
+    assert all(line.startswith("peagle-train") for line in rest) and len(rest) <= 2
 
 
 def test_a_mistake_of_all_ranks_is_told_once_by_rank_0(outputs: dict[Any, Any]) -> None:
     code, said = outputs["config"]
     # rank 1 gets a SIGTERM, perhaps before it fails
     (line,) = [line for line in said.splitlines() if "SIGTERM" not in line]
-    assert code == 2 and line.startswith("peagle_train: error: ") and "train.epochs" in line and "(rank 0)" in line
+    assert (
+        code == 2 and line.startswith("peagle-train train: error: ") and "train.epochs" in line and "(rank 0)" in line
+    )

@@ -157,6 +157,16 @@ def test_its_size_is_never_passed_not_even_where_a_killed_run_resumes_which_ends
     assert_same_run(output, tmp_path / "whole" / "run")
 
 
+def test_a_run_that_resumes_with_another_folder_leaves_no_features_in_the_one_before(
+    tmp_path: Path, tiny_target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, old = recipe_in(tmp_path / "moved", tiny_target, rows, save_steps=1, max_steps=5), tmp_path / "old"
+    stopped(recipe, 3, monkeypatch, f"target.ring_dir={old}")
+    assert held(old) > ROW
+    run(recipe, "--resume", f"target.ring_dir={tmp_path / 'new'}")
+    assert held(old) == 0
+
+
 def test_a_full_disk_ends_the_run_with_a_checkpoint(
     tmp_path: Path, tiny_target: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,7 @@ def test_without_leave_the_first_bad_row_stops_with_its_line_and_its_reason(tmp_
             load(path, **LIMITS)
         text = str(caught.value)
         assert f"1 {reason} (first: {path}, line 2: " in text and word in text
-        assert "\n" not in text and len(text) < 500
+        assert "\n" not in text and len(text) < 500 and len(re.findall(r"line \d", text)) == 1
 
 
 def test_a_text_file_that_is_not_utf8_is_a_bad_row_whatever_its_folder_is_called(tmp_path: Path) -> None:

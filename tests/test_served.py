@@ -98,6 +98,13 @@ def test_patience_begins_with_the_first_failure_and_a_restarted_servers_empty_fo
     target.outputs(batch_of(7), head)
 
 
+def test_a_request_after_a_server_was_lost_names_the_reason_too(served: Served) -> None:
+    target, served.states.down = served.target(server_patience=0), True
+    for length in (7, 9):
+        with pytest.raises(TargetLost, match="500"):
+            target.outputs(batch_of(length), target.head_rows(torch.arange(5)))
+
+
 def test_a_folder_that_is_not_shared_is_told_as_that(served: Served) -> None:
     served.states.faults = ["no lock"]
     with pytest.raises(ValueError, match="share that folder"):
@@ -184,18 +191,12 @@ def test_answers_that_are_not_the_targets_or_states_of_other_layers_are_refused(
 ) -> None:
     target, prompts, kept = make_chat_target(tmp_path / "target"), tmp_path / "prompts.jsonl", tmp_path / "kept"
     prompts.write_text(json.dumps({"prompt": "w1 w2"}) + "\n")
-    states = States(target, tmp_path / "states", "layers-1-3-4" if "layers" in fault else "layers-2-3-4")
+    states = States(
+        target, tmp_path / ("states" if "layers" in fault else "cpu"), fault.replace("holds", "layers-1-3-4")[:12]
+    )
     kept.mkdir()
     (kept / "layers.txt").write_text("layers-2-3-4")
-
-    def respond(body: dict[str, Any]) -> Any:
-        status, content = states(body)
-        answer = json.loads(content)
-        if "draws" in fault and body["temperature"] > 0:
-            answer["choices"][0]["token_ids"][1:] = [9, 9, 9]
-        return status, json.dumps(answer).encode()
-
-    with serving(respond) as server:
+    with serving(states) as server:
         where = f"--base-url={server.url}", "--model", MODEL, f"--features={kept}", f"--out={tmp_path / 'rows.jsonl'}"
         assert command("regenerate", prompts, *where) == 2
     assert fault in capsys.readouterr().err.strip().splitlines()[-1]

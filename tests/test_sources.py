@@ -103,7 +103,9 @@ def test_everything_left_out_is_counted_and_told(tmp_path: Path) -> None:
 def test_sources_that_name_nothing_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "d" / "a.rst")
     write(tmp_path / "x.bin")
+    (tmp_path / "empty").mkdir()
     for source, expected in {
+        tmp_path / "empty": r"has no file to read \(none at all\)",
         tmp_path / "none.txt": "does not exist",
         tmp_path / "*.nothing": "has no file to read",
         tmp_path / "d": r"has no file to read \(.*1 files of other types.*\.py \.txt \.md",

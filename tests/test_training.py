@@ -206,7 +206,7 @@ def test_a_users_mistake_is_one_clear_line_before_any_training(
     recipe = write_recipe(tmp_path, tiny_target, rows, tmp_path / "run", **changes)
     assert main([str(recipe)]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("peagle_train: error") and message in error.lower()
+    assert error.startswith("peagle-train train: error") and message in error.lower()
     assert not (tmp_path / "run").exists()
 
 

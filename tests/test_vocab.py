@@ -20,7 +20,6 @@ from peagle_train.config import Data, Draft
 from peagle_train.data.vocab import (
     choose_mask_token,
     choose_most_frequent,
-    coverage,
     end_of_turn_ids,
     eos_token_ids,
     read_draft_vocab,
@@ -52,11 +51,6 @@ def test_the_choice_is_that_of_a_slow_chooser(counts: list[int], always: set[int
     ids = choose_most_frequent(torch.tensor(counts), size, always)
     assert ids.dtype == torch.int64 and ids.tolist() == slow_choice(counts, size, always)
     assert choose_most_frequent(torch.tensor(counts), 12).tolist() == list(range(12))
-
-
-def test_the_share_covered_is_that_of_the_counted_occurrences() -> None:
-    counts = torch.tensor([1, 0, 0, 0, 0, 5, 0, 1])
-    assert coverage(torch.tensor([5, 2]), counts) == 5 / 7 and coverage(torch.arange(8), counts) == 1.0
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def context_elements(batch: dict[str, Tensor], column: Tensor, window: int | Non
     return make_elements(batch, column, torch.where(is_row, 0, -1), torch.zeros_like(is_row), 0, window)
 
 
-def columns_read(is_supervised: Tensor, document_ids: Tensor, reach: int | None) -> tuple[Tensor, Tensor]:
+def positions_read(is_supervised: Tensor, document_ids: Tensor, reach: int | None) -> tuple[Tensor, Tensor]:
     """Columns whose features, and those whose last hidden states training reads, whatever is drawn; bool [..., L] both.
 
     Deeper elements see nothing that the depth-0 element at their position does not see, and have its label.

@@ -74,10 +74,8 @@ class ChatTemplate:
         self._tokenizer, self._text, self._kwargs = tokenizer, text, template_kwargs
         source = tokenizer.chat_template if text is None else text
         if not source:
-            raise ValueError(
-                "the target's tokenizer has no chat template: set data.chat_template to a .jinja file, the template"
-                " that your server uses"
-            )
+            remedy = "set data.chat_template to a .jinja file, the template that your server uses"
+            raise ValueError(f"the target's tokenizer has no chat template: {remedy}")
         self.reads_tool_calls = "tool_calls" in str(source)
         added = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
         self._added, self._added_ids = tuple(added.values()), frozenset(added)
@@ -115,14 +113,9 @@ class ChatTemplate:
     ) -> str:
         """The text of the messages; BadRow with what the template said."""
         try:
-            text = self._tokenizer.apply_chat_template(
-                messages,
-                tools=tools,
-                chat_template=self._text,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-                **{**self._kwargs, **(kwargs or {})},
-            )
+            how = {"tools": tools, "chat_template": self._text, "add_generation_prompt": add_generation_prompt}
+            variables = {**self._kwargs, **(kwargs or {})}
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, **how, **variables)
         except Exception as error:  # a template is foreign code, and raises whatever it likes
             raise BadRow(TEMPLATE, f"{type(error).__name__}: {one_line(error, 200)}") from None
         assert isinstance(text, str)
@@ -186,10 +179,8 @@ class ChatEncoder:
         template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         if not getattr(tokenizer, "is_fast", False):
-            raise ValueError(
-                "chats take a fast tokenizer (tokenizer.json) in target.path, which says where in the text a token"
-                f" stands; it has {'none' if tokenizer is None else type(tokenizer).__name__}"
-            )
+            has = "none" if tokenizer is None else type(tokenizer).__name__
+            raise ValueError(f"chats take a fast tokenizer (tokenizer.json) in target.path; it has {has}")
         self._on_rewrite, self._template_text, self._template_kwargs = on_rewrite, chat_template, template_kwargs or {}
         self._given, self._tokenizer = tokenizer, copy.deepcopy(tokenizer)
         # Post-processors add special tokens, which templates write themselves, and cut the space off a token's offsets.
@@ -213,11 +204,8 @@ class ChatEncoder:
         """Ids and mask of a chat.
 
         Messages after the last that is learned from are dropped, and counted: they teach nothing. A prompt and a completion
-        without a template are put between bos and eos, as in TRL.
-
-        Raises:
-            ValueError: no usable template.
-            BadRow: the template fails, reads no tool calls or rewrites the last turn; nothing to learn from.
+        without a template are put between bos and eos, as in TRL. ValueError: no usable template. BadRow: the template
+        fails, reads no tool calls or rewrites the last turn; nothing to learn from.
         """
         counts = Counter[str]()
         if conversation.text is None:
@@ -241,10 +229,8 @@ class ChatEncoder:
         if not template.reads_tool_calls and any("tool_calls" in message for message in messages):
             raise BadRow(TEMPLATE, "a message of the assistant has tool_calls, which the template does not read")
 
-        def render(end: int, add_generation_prompt: bool = False) -> str:
-            return template.render(
-                messages[:end], conversation.tools, conversation.template_kwargs, add_generation_prompt
-            )
+        def render(end: int, is_prompt: bool = False) -> str:
+            return template.render(messages[:end], conversation.tools, conversation.template_kwargs, is_prompt)
 
         whole = self._tokenize(render(last + 1))
         # The first message has no prompt to be generated from.
@@ -255,16 +241,11 @@ class ChatEncoder:
             if span is not None:
                 spans[i] = span
             elif i == last:
-                raise BadRow(
-                    TEMPLATE,
-                    "it does not render the last turn as its generation prompt and what follows (does it drop thoughts?):"
-                    " set data.chat_template or data.template_kwargs",
-                )
+                what = "it does not render the last turn as its generation prompt and what follows (does it drop thoughts?)"
+                raise BadRow(TEMPLATE, f"{what}: set data.chat_template or data.template_kwargs")
             elif self._on_rewrite == "refuse":
-                raise BadRow(
-                    TEMPLATE,
-                    f"it rewrites message {i} once others follow; data.on_rewrite: last_turn learns from the last turn",
-                )
+                remedy = "data.on_rewrite: last_turn learns from the last turn"
+                raise BadRow(TEMPLATE, f"it rewrites message {i} once others follow; {remedy}")
         if len(spans) < len(turns):
             users = [i for i, message in enumerate(messages) if message["role"] == "user"]
             spans = {i: span for i, span in spans.items() if i > max(users, default=last - 1)}

@@ -26,8 +26,7 @@ from peagle_train.data.encode import EncodedBatch, EncodedExample, RawExample
 from peagle_train.data.messages import BadRow
 from peagle_train.files import one_line
 
-STDLIB = "stdlib"
-"""The source that stands for the modules of the running Python's own library."""
+STDLIB = "stdlib"  # the source that stands for the modules of the running Python's own library
 TEXT_EXTENSIONS = (".py", ".txt", ".md")
 EXAMPLE_FORMATS = {f".{name}": name for name in ("jsonl", "json", "parquet", "arrow")}
 EXAMPLE_FORMATS |= {".jsonl.gz": "jsonl", ".json.gz": "json"}
@@ -128,7 +127,7 @@ def _walk(root: str, skipped: Counter[str], not_in: Sequence[str] = ()) -> Itera
 
     for folder, subfolders, names in os.walk(root, onerror=fail):
         subfolders[:] = [name for name in subfolders if name not in not_in]
-        skipped["linked folders"] += sum(os.path.islink(os.path.join(folder, name)) for name in subfolders)
+        skipped.update("linked folders" for name in subfolders if os.path.islink(os.path.join(folder, name)))
         yield from (os.path.relpath(os.path.join(folder, name), root) for name in names)
 
 

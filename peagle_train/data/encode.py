@@ -36,8 +36,7 @@ from peagle_train.data.messages import (
     without_null,
 )
 
-FORMS = ("input_ids", "messages", "conversations", "prompt", "text")
-"""In the order in which they are looked for."""
+FORMS = ("input_ids", "messages", "conversations", "prompt", "text")  # in the order in which they are looked for
 _MISREAD_KEYS = ("labels", "attention_mask", "assistant_mask", "assistant_masks")
 """Keys that say which tokens count, in other formats. Ignoring them would train on what they exclude."""
 SEVERAL_FORMS = f"examples of several forms read as the first of {', '.join(FORMS)}"
@@ -72,7 +71,7 @@ class EncodedBatch:
 
 
 class Encoder(Dataset[EncodedBatch | ValueError]):
-    """Turns batches of raw examples into ids (in 0..vocab_size - 1) and masks, by `num_workers` processes (0: this one).
+    """Turns batches of raw examples into ids (in 0..vocab_size - 1) and masks, by `num_workers` processes (0, 1: this one).
 
     `tokenizer` may be None if all examples are ids; no example may hold `mask_token_id`.
     """
@@ -90,17 +89,12 @@ class Encoder(Dataset[EncodedBatch | ValueError]):
     def encode(self, batches: Iterable[list[RawExample]]) -> Iterator[EncodedBatch]:
         """Each batch in turn, a bounded number of them in flight. ValueError, one line, for a user's mistake."""
         encoded: Iterable[EncodedBatch | ValueError] = map(self.__getitem__, batches)
-        if self.num_workers > 0:
+        if self.num_workers > 1:
             os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-            encoded = DataLoader(
-                self,
-                sampler=batches,  # type: ignore[arg-type]  # what it hands to `__getitem__`
-                batch_size=None,
-                num_workers=self.num_workers,
-                prefetch_factor=4,
-                generator=torch.Generator(),
-                multiprocessing_context="spawn",  # a fork would copy the tokenizers' threads in whatever state they are
-            )
+            # a fork would copy the tokenizers' threads in whatever state they are
+            how: dict[str, Any] = {"multiprocessing_context": "spawn", "prefetch_factor": 4, "batch_size": None}
+            how |= {"sampler": batches, "num_workers": self.num_workers}  # the sampler's items go to `__getitem__`
+            encoded = DataLoader(self, generator=torch.Generator(), **how)
         for batch in encoded:
             if isinstance(batch, ValueError):
                 raise batch
@@ -178,11 +172,8 @@ class Encoder(Dataset[EncodedBatch | ValueError]):
             return BadRow(BAD_IDS, f"input_ids[{at}] is {clip(repr(ids[at]))}; ids are {allowed}")
         if self.mask_token_id in ids:
             at = ids.index(self.mask_token_id)
-            return BadRow(
-                BAD_IDS,
-                f"input_ids[{at}] is the mask token {self.mask_token_id}, which must never occur in the data: set"
-                " draft.mask_token_id to an unused token",
-            )
+            what = f"the mask token {self.mask_token_id}, which must never occur in the data"
+            return BadRow(BAD_IDS, f"input_ids[{at}] is {what}: set draft.mask_token_id to an unused token")
         if (at := _first_outside(mask, 2)) is not None:
             return BadRow(FORMAT, f"loss_mask[{at}] is {clip(repr(mask[at]))}; give 0 or 1")
         if form != "file" and 1 not in mask[1:]:
@@ -224,16 +215,17 @@ def parse(content: Any) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise BadRow(UNREADABLE, f"not valid JSON ({error})") from None
+        raise BadRow(UNREADABLE, f"not valid JSON ({str(error).replace('line 1 column', 'column')})") from None
 
 
 def decode(data: bytes) -> str:
-    """A text in UTF-8, without a byte order mark; BadRow with the line for anything else."""
+    """A text in UTF-8, without a byte order mark; BadRow, with the line of several, for anything else."""
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = 1 + data[: error.start].count(b"\n")
-        raise BadRow(UNREADABLE, f"not UTF-8 (byte 0x{data[error.start]:02x} in line {line})") from None
+        where = f" in line {line}" if b"\n" in data.strip() else ""
+        raise BadRow(UNREADABLE, f"not UTF-8 (byte 0x{data[error.start]:02x}{where})") from None
 
 
 def clip(text: str) -> str:

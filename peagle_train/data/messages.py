@@ -53,8 +53,7 @@ def messages_of(row: dict[str, Any], to_ask: bool = False) -> Conversation:
     are parsed (servers do so before they render); thoughts appear as reasoning_content and thinking; text parts are
     joined by newlines; fields that are null are removed, and any other field stays: the template may read it.
 
-    Raises:
-        BadRow: not one of the formats, nothing to learn from, or half of a surrogate pair.
+    BadRow: not one of the formats, nothing to learn from, or half of a surrogate pair.
     """
     key = next((key for key in CHAT_KEYS if key in row), None)
     if key is None:

@@ -72,10 +72,8 @@ class PackReport:
         text = f"{self.documents} documents in {self.rows} sequences, {self.fill:.1%} full"
         text += f", {self.tokens} tokens, {self.supervised} supervised"
         if self.split_documents:
-            text += (
-                f"; {self.split_documents} documents longer than a sequence were split ({self.pieces} pieces in"
-                f" all, {self.lost_at_splits} supervised tokens lost at the cuts)"
-            )
+            text += f"; {self.split_documents} documents longer than a sequence were split ({self.pieces} pieces,"
+            text += f" {self.lost_at_splits} supervised tokens lost at the cuts)"
         if self.left_out_by_weight:
             text += f"; {self.left_out_by_weight} documents skipped by their source's weight"
         return text
@@ -92,10 +90,8 @@ class PackedRows(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, store: TokenStore, layout: dict[str, np.ndarray]) -> None:
-        """`layout`: where in the store the tokens are, all int64.
-
-        piece_starts, piece_lengths [pieces]. row_offsets [sequences + 1]: each one's pieces. row_keys [sequences]: their
-        content's, hashed here if they are missing.
+        """`layout`: where in the store the tokens are, all int64: piece_starts, piece_lengths [pieces]; row_offsets
+        [sequences + 1], each one's pieces; row_keys [sequences], their content's, hashed here if they are missing.
         """
         self._store, self.layout = store, layout
         self._index = np.arange(layout["row_offsets"].size - 1)
@@ -269,10 +265,9 @@ def make_data(
     times_D[is_out_D] = 0
     train_rows, report = pack_table(table, times_D, data.max_length, data.pack)
     if report.supervised == 0:
-        raise ValueError(
-            f"nothing to learn from in the {report.documents} documents to train on; {int(is_out_D.sum())} of {len(table)}"
-            " are held out (data.eval_fraction, data.eval_sources), others not taken by their source's weight"
-        )
+        others = f"{int(is_out_D.sum())} of {len(table)} are held out (data.eval_fraction, data.eval_sources)"
+        what = f"nothing to learn from in the {report.documents} documents to train on"
+        raise ValueError(f"{what}; {others}, others not taken by their source's weight")
     report = replace(report, left_out_by_weight=int(((times_D == 0) & ~is_out_D).sum()))
     eval_rows, eval_report = pack_table(eval_table, eval_times_D, data.max_length, data.pack)
     counts_V = count_supervised(table, times_D, vocab_size)

@@ -9,8 +9,7 @@ from torch.utils.data import Sampler
 
 from peagle_train.core.cod import seeded
 
-EMPTY_ROW = -1
-"""The index of no sequence: `PackedRows` answers it with one of length 0."""
+EMPTY_ROW = -1  # the index of no sequence: `PackedRows` answers it with one of length 0
 
 
 class StepBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -58,11 +57,9 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
     def check_global_batch_size(self, before: int) -> None:
         """ValueError unless a run that took `before` sequences a step resumes with the same sequences in the same steps."""
         if before != self.global_batch_size:
-            raise ValueError(
-                f"sequences of a step: {before} when the run began, {self.global_batch_size} now (train.batch_size"
-                f" {self.batch_size} x train.gradient_accumulation_steps {self.accumulation} x {self.world_size}"
-                f" processes): change them so that the product is {before}"
-            )
+            parts = f"train.batch_size {self.batch_size} x train.gradient_accumulation_steps {self.accumulation}"
+            now = f"{self.global_batch_size} now ({parts} x {self.world_size} processes)"
+            raise ValueError(f"sequences of a step: {before} when the run began, {now}: make the product {before}")
 
     @property
     def steps_per_epoch(self) -> int:

@@ -1,21 +1,43 @@
-"""What a run learns from: the sequences of its recipe's data section, and the collator that draws from them."""
+"""What a run learns from: its recipe's sequences, made now or prepared once for many runs, and their collator.
 
-from collections.abc import Callable
-from dataclasses import replace
+A prepared folder is whole or not there:
+    sources-ids.bin, sources-mask.bin   tokens of all documents, see `TokenStore`; also eval_sources-...
+    train.safetensors                   where the sequences' tokens are, see `PackedRows`, and counts_V
+    held_out.safetensors                the same of the held-out sequences
+    index.json                          the settings it was made with, the sums of the files and its own, the reports
+"""
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
 
 from peagle_train.config import Recipe, parse_sources
 from peagle_train.core.attention import uses_flex
 from peagle_train.core.block_mask import BLOCK_SIZE
 from peagle_train.core.collator import CODCollator
 from peagle_train.data.chat import read_template
-from peagle_train.data.documents import find_all
-from peagle_train.data.encode import Encoder
-from peagle_train.data.packing import TrainingData, make_data
-from peagle_train.data.prepare import open_prepared, settings_of
+from peagle_train.data.documents import SourceReport, TokenStore, find_all, read_documents
+from peagle_train.data.encode import EncodedBatch, Encoder, RawExample, clip
+from peagle_train.data.packing import PackedRows, PackReport, TrainingData, make_data
+from peagle_train.data.vocab import choose_mask_token, load_tokenizer, target_vocab_size
+from peagle_train.files import alone_in, checksum, read_sealed, sha256_of, write_folder, write_sealed
+
+INDEX, TRAIN, HELD_OUT = "index.json", "train.safetensors", "held_out.safetensors"
+FORMAT = 6  # raised whenever the same recipe and files give other bytes
+_DATA_KEYS = (
+    "sources extensions exclude eval_sources eval_fraction max_documents max_characters max_length pack"
+    " template_kwargs on_rewrite"
+).split()
+"""Of the recipe's data section, what decides the sequences. (max_bad_rows only decides whether there are any.)"""
 
 
 def load_training_data(
@@ -35,10 +57,8 @@ def load_training_data(
         read_template(data.chat_template)  # a mistake even where no example is a chat
         for spec in parse_sources([*data.sources, *data.eval_sources]):
             if spec.streaming:  # a resume could not be exact
-                raise ValueError(
-                    f"data source {spec.describe()} is streamed, which has to be prepared: run peagle-train prepare on"
-                    " this recipe, and give its folder as data.prepared"
-                )
+                remedy = "run peagle-train prepare on this recipe, and give its folder as data.prepared"
+                raise ValueError(f"data source {spec.describe()} is streamed, which has to be prepared: {remedy}")
         encode = Encoder(data, tokenizer, vocab_size, mask_token_id).encode
         made = make_data(data, find_all(data), encode, vocab_size)
     made = replace(made, eval_rows=made.eval_rows.limit(data.max_eval_rows))
@@ -62,4 +82,132 @@ def make_collator(recipe: Recipe, seed: int, device: torch.device | None = None)
         seed=seed,
         capacity_multiple=BLOCK_SIZE if device and uses_flex(device) else 1,
         max_anchors=cod.max_anchors,
+    )
+
+
+# Preparation
+
+
+def prepare_recipe(
+    recipe: Recipe, folder: Path, *, num_workers: int = 1, say: Callable[[str], object] = print
+) -> TrainingData:
+    """Make the folder that `data.prepared` may name; returns what training will read. A finished one is only checked.
+
+    Of the target only its tokenizer and config are read. `num_workers`: processes that tokenize; 1: this one. ValueError,
+    one line, for a user's mistake, for a folder of something else, and for sources that have changed.
+    """
+    data, vocab_size = recipe.data, target_vocab_size(recipe)
+    tokenizer = load_tokenizer(recipe.target.path, recipe.target.trust_remote_code)
+    mask_token_id = choose_mask_token(recipe.draft, recipe.data, tokenizer, vocab_size)
+    settings = settings_of(recipe, tokenizer, vocab_size, mask_token_id)
+    found = find_all(data)
+
+    def sizes(path: str) -> int:
+        return os.path.getsize(path) if os.path.isfile(path) else 0
+
+    names = {role: [(f.name, f.format, sizes(f.path)) for f in files.files] for role, files in found.items()}
+    settings["names and sizes of the sources' files"] = checksum(names)
+    if (folder / INDEX).exists():
+        say(f"{folder} is finished: checking it (saved and named data sets are compared by their names only)")
+        return open_prepared(folder, settings, data.max_bad_rows)
+    encoder = Encoder(data, tokenizer, vocab_size, mask_token_id, num_workers)
+
+    def encode(batches: Iterable[list[RawExample]]) -> Iterator[EncodedBatch]:
+        with tqdm(unit=" examples", unit_scale=True, mininterval=0.1 if sys.stderr.isatty() else 60.0) as bar:
+            for batch in encoder.encode(batches):
+                yield batch
+                bar.update(len(batch.raws))
+
+    def fill(partial: Path) -> None:
+        made = make_data(data, found, encode, vocab_size, partial)
+        save_file({**made.train_rows.layout, "counts_V": made.counts_V.numpy()}, partial / TRAIN)
+        save_file(made.eval_rows.layout, partial / HELD_OUT)
+        index = {
+            "settings": settings,
+            "files": {path.name: sha256_of(path) for path in sorted(partial.iterdir())},
+            "source_reports": {role: vars(report) for role, report in made.source_reports.items()},
+            "report": asdict(made.report),
+            "eval_report": asdict(made.eval_report),
+            "in_both": made.in_both,
+        }
+        write_sealed(partial / INDEX, index)
+
+    with alone_in(folder, "preparing"):
+        if any(folder.iterdir()):
+            raise ValueError(f"--out {folder} is not empty and holds no prepared data; give another folder")
+        write_folder(folder, fill)
+    return open_prepared(folder, settings, data.max_bad_rows)
+
+
+def check_data(recipe: Recipe, num_workers: int = 1, say: Callable[[str], object] = print) -> bool:
+    """Read all examples and say how many cannot be used, by reason, with the first of each; False: a run would stop."""
+    data, vocab_size, is_good = recipe.data, target_vocab_size(recipe), True
+    tokenizer = load_tokenizer(recipe.target.path, recipe.target.trust_remote_code)
+    mask_token_id = choose_mask_token(recipe.draft, recipe.data, tokenizer, vocab_size)
+    encoder = Encoder(data, tokenizer, vocab_size, mask_token_id, num_workers)
+    for role, found in find_all(data).items():
+        report = SourceReport()
+        for _ in read_documents(found, report, encoder.encode, data.max_documents, max_bad_rows="100%"):
+            pass
+        say(f"data.{role}: {replace(report, bad_rows=Counter()).describe()}")
+        for reason, count in report.bad_rows.most_common():
+            say(f"{count:8} {reason}, first: {report.first_bad[reason]}")
+        if report.is_too_bad(data.max_bad_rows):
+            is_good = False
+            bad = sum(report.bad_rows.values())
+            say(f"a run would stop: data.max_bad_rows is {data.max_bad_rows}, and {bad} are bad")
+    return is_good
+
+
+def settings_of(recipe: Recipe, tokenizer: Any, vocab_size: int, mask_token_id: int | None) -> dict[str, Any]:
+    """All that decides the sequences besides the files, by its name for users. ValueError for an unreadable template."""
+    own_template, backend = getattr(tokenizer, "chat_template", None), None
+    if getattr(tokenizer, "is_fast", False):
+        # Padding and truncation are how it was last called, not what it is.
+        backend = {**json.loads(tokenizer.backend_tokenizer.to_str()), "padding": None, "truncation": None}
+    elif tokenizer is not None:
+        backend = tokenizer.get_vocab()
+    special = {name: str(token) for name, token in getattr(tokenizer, "special_tokens_map", {}).items()}
+    settings = {
+        "the format of prepared data": FORMAT,
+        **{f"data.{key}": getattr(recipe.data, key) for key in _DATA_KEYS},
+        "the target's vocabulary": vocab_size,
+        "draft.mask_token_id": mask_token_id,
+        "the target's tokenizer": checksum([type(tokenizer).__name__, special, backend]),
+        "the chat template": checksum(read_template(recipe.data.chat_template) or own_template),
+    }
+    as_read_back: dict[str, Any] = json.loads(json.dumps(settings))
+    return as_read_back
+
+
+def open_prepared(folder: Path, settings: dict[str, Any], max_bad_rows: int | str) -> TrainingData:
+    """The sequences of a prepared folder; the same as if they were made now, but mapped from their files. ValueError, one
+    line, for a folder that is not finished, was made for other settings, or whose files were changed.
+    """
+    index = read_sealed(folder / INDEX)
+    if index is None:
+        raise ValueError(f"data.prepared {folder} holds no prepared data; peagle-train prepare makes it")
+    for key, now in settings.items():
+        if now != (then := index["settings"].get(key)):
+            change = f"{key} {clip(json.dumps(then))}, while it is {clip(json.dumps(now))} now"
+            raise ValueError(f"data.prepared {folder} was made with {change}: change that, or prepare anew elsewhere")
+    reports = {role: SourceReport(**report) for role, report in index["source_reports"].items()}
+    for report in reports.values():
+        report.check_bad(max_bad_rows, f"data.prepared {folder} skipped ")
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # one process of a machine is enough: if it fails, all end
+        for name, written in index["files"].items():
+            if not (folder / name).is_file() or sha256_of(folder / name) != written:
+                remedy = "remove the folder and prepare it again"
+                raise ValueError(f"data.prepared {folder}: {name} is missing or was changed: {remedy}")
+    stores = {role: TokenStore.open(folder / role) for role in reports}
+    train = load_file(folder / TRAIN)
+    counts_V = torch.from_numpy(train.pop("counts_V"))
+    return TrainingData(
+        PackedRows(stores["sources"], train),
+        PackedRows(stores.get("eval_sources", stores["sources"]), load_file(folder / HELD_OUT)),
+        counts_V,
+        PackReport(**index["report"]),
+        PackReport(**index["eval_report"]),
+        index["in_both"],
+        reports,
     )

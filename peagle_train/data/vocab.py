@@ -39,10 +39,9 @@ def load_tokenizer(path: str, trust_remote_code: bool) -> Any:
 def load_config(path: str, trust_remote_code: bool) -> Any:
     """transformers' config of a target's folder; ValueError, one line, for a folder that is none."""
     if not (Path(path) / "config.json").is_file():
-        raise ValueError(
-            f"target.path {path} is not a folder or has no config.json; give a Hugging Face model folder on this machine"
-            " (of the hub: hf download NAME --local-dir DIR; for a plan its config.json is enough)"
-        )
+        hint = "of the hub: hf download NAME --local-dir DIR; for a plan its config.json is enough"
+        what = "is not a folder or has no config.json; give a Hugging Face model folder"
+        raise ValueError(f"target.path {path} {what} ({hint})")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # whatever a foreign or corrupt file makes transformers raise
@@ -61,9 +60,8 @@ def choose_mask_token(draft: Draft, data: Data, tokenizer: Any, vocab_size: int)
     """
     if (given := draft.mask_token_id) is not None:
         if given >= vocab_size:
-            raise ValueError(
-                f"draft.mask_token_id is {given}; it must lie in 0..{vocab_size - 1}, the target's vocabulary"
-            )
+            allowed = f"0..{vocab_size - 1}, the target's vocabulary"
+            raise ValueError(f"draft.mask_token_id is {given}; it must lie in {allowed}")
         return given
     # Rows that pad the embedding table are the only ids that provably never occur in text.
     first_unused = vocab_size if tokenizer is None else max(tokenizer.get_vocab().values(), default=-1) + 1
@@ -85,10 +83,9 @@ def choose_mask_token(draft: Draft, data: Data, tokenizer: Any, vocab_size: int)
         free.difference_update(example.input_ids.tolist())
     candidates = [i for i in names if i in free] + sorted(free.difference(names), reverse=True)
     shown = ", ".join(f"{i} ({names[i]})" if i in names else str(i) for i in candidates[:6])
-    raise ValueError(
-        "draft.mask_token_id is missing and no id of the target's vocabulary is provably unused: give the id of a token"
-        f" that never occurs in your data nor in prompts; not in its first {_SAMPLE_DOCUMENTS} documents: {shown or 'none'}"
-    )
+    missing = "draft.mask_token_id is missing and no id of the target's vocabulary is provably unused"
+    unseen = f"not in its first {_SAMPLE_DOCUMENTS} documents: {shown or 'none'}"
+    raise ValueError(f"{missing}: give the id of a token that never occurs in your data nor in prompts; {unseen}")
 
 
 def eos_token_ids(*sources: Any) -> list[int]:
@@ -137,9 +134,7 @@ def choose_most_frequent(counts_V: Tensor, draft_vocab_size: int, always: Iterab
     if not 1 <= draft_vocab_size <= vocab_size:
         raise ValueError(f"draft_vocab_size is {draft_vocab_size}; the target's vocabulary allows 1 to {vocab_size}")
     if len(kept) > draft_vocab_size:
-        raise ValueError(
-            f"draft_vocab_size is {draft_vocab_size}; give at least {len(kept)}, which must always be drafted"
-        )
+        raise ValueError(f"draft_vocab_size is {draft_vocab_size}; give at least {len(kept)}, always drafted")
     rank_V = counts_V.clone()
     rank_V[kept] = torch.iinfo(torch.int64).max
     # Stable: equal counts stay in ascending order of ids, those of tokens never seen included.
@@ -154,13 +149,6 @@ def t2d_mask(draft_ids: Tensor, vocab_size: int) -> Tensor:
     return mask_V
 
 
-def coverage(draft_ids: Tensor, counts_V: Tensor) -> float:
-    """Share of the counted occurrences whose token can be drafted."""
-    total = int(counts_V.sum())
-    assert total > 0, "no supervised token was counted"
-    return int(counts_V[draft_ids].sum()) / total
-
-
 def read_draft_vocab(
     draft: Draft, target: Any, tokenizer: Any, always: Iterable[int], data: Data | None = None
 ) -> Tensor:
@@ -171,19 +159,15 @@ def read_draft_vocab(
     lacks are logged; one that can end an answer must be there. ValueError, one line, for what does not fit.
     """
     where, V = f"draft.vocab_from {draft.vocab_from}", target.vocab_size
-    ids, t2d = _read(draft)
+    ids, t2d = read_d2t(draft)
     if t2d is not None and t2d.numel() != V:
-        raise ValueError(
-            f"{where} is for a vocabulary of {t2d.numel()} tokens, the target has {V}: give one of this target"
-        )
+        raise ValueError(f"{where} is for a vocabulary of {t2d.numel()} tokens, the target has {V}")
     if int(ids[-1]) >= V:
         raise ValueError(f"{where} drafts token {int(ids[-1])}, but the target's vocabulary is 0..{V - 1}")
     if t2d is not None and not torch.equal(t2d != 0, t2d_mask(ids, V)):
         raise ValueError(f"{where}: its d2t and t2d disagree; d2t must hold offsets, t2d what can be drafted")
-    if draft.draft_vocab_size not in (None, ids.numel()):
-        raise ValueError(
-            f"draft.draft_vocab_size is {draft.draft_vocab_size}, but {where} drafts {ids.numel()} tokens: remove one"
-        )
+    if (asked := draft.draft_vocab_size) not in (None, ids.numel()):
+        raise ValueError(f"draft.draft_vocab_size is {asked}, but {where} drafts {ids.numel()} tokens: remove one")
     drafted = set(ids.tolist())
     ends = {*target.eos_token_ids(), *eos_token_ids(tokenizer), *end_of_turn_ids(tokenizer, data)}
     if ends and not ends & drafted:
@@ -194,13 +178,10 @@ def read_draft_vocab(
     return ids
 
 
-def draft_vocab_size_of(draft: Draft) -> int:
-    """Vd of the drafter that `draft.vocab_from` names; ValueError as in `read_draft_vocab`."""
-    return _read(draft)[0].numel()
-
-
-def _read(draft: Draft) -> tuple[Tensor, Tensor | None]:
-    """int64 [Vd], the target's tokens that are drafted; t2d, where there is one."""
+def read_d2t(draft: Draft) -> tuple[Tensor, Tensor | None]:
+    """int64 [Vd], the target's tokens that the drafter of `draft.vocab_from` drafts; t2d, where there is one. ValueError,
+    one line, for what is neither.
+    """
     assert draft.vocab_from is not None
     path, where = Path(draft.vocab_from), f"draft.vocab_from {draft.vocab_from}"
     files = sorted([*path.glob("[dt]2[td].npy"), *path.glob("*.safetensors")]) if path.is_dir() else [path]
@@ -215,9 +196,9 @@ def _read(draft: Draft) -> tuple[Tensor, Tensor | None]:
         except (OSError, SafetensorError, ValueError, EOFError, TypeError) as error:
             raise ValueError(f"{where}: cannot read {file.name}: {one_line(error, 200)}") from None
     if "d2t" not in found:
+        hint = "a drafter of the full vocabulary has none: remove draft.vocab_from"
         raise ValueError(
-            f"{where} has no d2t: give the folder or .safetensors file of a drafter, or a folder with d2t.npy (a drafter of"
-            " the full vocabulary has none: remove draft.vocab_from)"
+            f"{where} has no d2t: give the folder or .safetensors of a drafter, or one with d2t.npy ({hint})"
         )
     d2t = found["d2t"]
     if d2t.dim() != 1 or d2t.numel() == 0 or d2t.dtype not in (torch.int64, torch.int32):

@@ -25,9 +25,7 @@ logger = logging.getLogger(__name__)
 
 def run(options: Namespace) -> tuple[str, bool]:
     """Measure as the command line says; returns the report for a person, and whether every greedy text is right.
-
-    Raises:
-        ValueError: for a user's mistake.
+    ValueError: for a user's mistake.
     """
     check_options(options)
     folders = [find_drafter(folder) for folder in (options.checkpoint, *options.compare)]
@@ -55,10 +53,8 @@ def run(options: Namespace) -> tuple[str, bool]:
             found, note = stdlib_cases(recipe, tokenizer, *how)
         else:
             found, note = load_cases(name, tokenizer, options.limit)
-        if found[0].data_set in {case.data_set for case in cases}:
-            raise ValueError(
-                f"two of --prompts are called {found[0].data_set}: give files of different names, each once"
-            )
+        if (again := found[0].data_set) in {case.data_set for case in cases}:
+            raise ValueError(f"two of --prompts are called {again}: give files of different names, each once")
         cases += found
         notes.append(note)
     layer_ids = drafts[0].config.eagle_aux_hidden_state_layer_ids
@@ -69,7 +65,7 @@ def run(options: Namespace) -> tuple[str, bool]:
     results, left_out = measure(target, drafts, cases, K, **settings, tokenizer=tokenizer, eos=eos)
     if not results:
         raise ValueError(f"no prompt was left to measure on: {left_out}")
-    dtype = str(drafts[0].dtype)[6:]
+    dtype, others = str(drafts[0].dtype)[6:], [*enumerate(folders)][1:]
     report: dict[str, Any] = {
         "drafters": [str(f) for f in folders],
         "target": str(path),
@@ -79,9 +75,7 @@ def run(options: Namespace) -> tuple[str, bool]:
         "left_out": left_out,
         "figures": [summarize(results, i, seed) for i in range(len(folders))],
         "checks": checks(results),
-        "differences": [
-            {"other": str(f), "by_data_set": compare(results, seed, i)} for i, f in enumerate(folders[1:], 1)
-        ],
+        "differences": [{"other": str(f), "by_data_set": compare(results, seed, i)} for i, f in others],
         "turns": [{k: v for k, v in asdict(r).items() if k != "leads"} for r in results],
     }
     is_right = not report["checks"]["texts"]["bug"]
@@ -133,10 +127,8 @@ def check_held_out(folders: list[Path]) -> None:
     recipes = [_recipe(folder) for folder in folders]
     fractions = [r.data.eval_fraction if r and not r.data.eval_sources else 0.0 for r in recipes]
     if min(fractions) < fractions[0]:
-        raise ValueError(
-            f"--prompts stdlib: a drafter of --compare had data.eval_fraction {min(fractions)}, the first {fractions[0]}:"
-            " it may have learned from these prompts, so give the one of the smallest fraction first"
-        )
+        had = f"a drafter of --compare had data.eval_fraction {min(fractions)}, the first {fractions[0]}"
+        raise ValueError(f"--prompts stdlib: {had}: it may have learned from these prompts; begin with it")
 
 
 # The report for a person
@@ -158,19 +150,17 @@ def describe(report: dict[str, Any]) -> str:
     lines += ["", LEGEND]
     for found in report["differences"]:
         lines.append(f"{report['drafters'][0]} less {found['other']}:")
-        rows = [(name, row) for name, by_k in found["by_data_set"].items() for row in by_k]
-        lines += [
-            f"  {n}, K = {r['k']}: {_number(r['difference'], '+.3f')} ({_interval(r['interval'])})" for n, r in rows
-        ]
+        for name, row in ((name, row) for name, by_k in found["by_data_set"].items() for row in by_k):
+            difference, interval = _number(row["difference"], "+.3f"), _interval(row["interval"])
+            lines.append(f"  {name}, K = {row['k']}: {difference} ({interval})")
     if not texts["none"]:
         lines.append(f"texts: {texts['same']} of {sum(texts.values())} equal the target's own, token for token")
         if texts["tie"]:
-            where = f"its two best logits tie within {report['dtype']}'s rounding, which is normal"
-            lines[-1] += f"; {texts['tie']} first differ where {where}"
-        wrong = [d for d in report["checks"]["differences"] if d["verdict"] == "bug"]
-        lines += [
-            f"  WRONG, and no tie: {d['data_set']} {d['id']}, turn {d['turn'] + 1}, token {d['at']}" for d in wrong
-        ]
+            why = f"its two best logits tie within {report['dtype']}'s rounding, which is normal"
+            lines[-1] += f"; {texts['tie']} first differ where {why}"
+        for d in report["checks"]["differences"]:
+            if d["verdict"] == "bug":
+                lines.append(f"  WRONG, and no tie: {d['data_set']} {d['id']}, turn {d['turn'] + 1}, token {d['at']}")
     if "vllm" in report:
         lines += vllm.describe_vllm(report["vllm"])
     return "\n".join(lines)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
 from peagle_train.core.draft import KV, PEagleDraft
@@ -38,20 +38,11 @@ class CachedTarget:
 
     @torch.no_grad()
     def extend(self, tokens: Sequence[int], num_logits: int) -> tuple[Tensor, Tensor]:
-        """Run the next tokens of the text.
-
-        Returns:
-            features [n, F] of these tokens, and the logits [num_logits, V] of the last ones, in the target's dtype.
+        """Run the next tokens of the text; returns features [n, F] of these tokens, and the logits [num_logits, V] of the
+        last ones, in the target's dtype.
         """
         target, kept = self.target, list[Tensor]()
-
-        def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            kept.append(args[0] if args else kwargs["hidden_states"])
-
-        # ascending, so that the kept ones are in the features' order
-        layers = [target.layers[layer] for layer in target.layer_ids]
-        hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
-        try:
+        with target.layer_inputs(lambda _, hidden: kept.append(hidden)):
             last_1nT = target.base(
                 input_ids=torch.tensor([tokens], dtype=torch.int64, device=target.device),
                 position_ids=torch.arange(self.length, self.length + len(tokens), device=target.device)[None],
@@ -59,9 +50,6 @@ class CachedTarget:
                 use_cache=True,
                 **{str(cache_argument(target.base)): self._cache},
             ).last_hidden_state
-        finally:
-            for hook in hooks:
-                hook.remove()
         self.length += len(tokens)
         features_nF = torch.cat([hidden[0] for hidden in kept], dim=-1)
         return features_nF, target.head(last_1nT[0, len(tokens) - num_logits :])
@@ -102,9 +90,8 @@ class Drafter:
     def propose(self, tokens: Sequence[int], features_nF: Tensor) -> Tensor:
         """Logits of all slots, [K, Vd], in the drafter's dtype.
 
-        Args:
-            tokens: the n >= 1 tokens that became known since the last call; the last is the bonus token.
-            features_nF: of the token before each of them.
+        tokens: the n >= 1 tokens that became known since the last call; the last is the bonus token.
+        features_nF: of the token before each of them.
         """
         n, K, device = len(tokens), self.num_slots, self.draft.device
         assert features_nF.shape[0] == n >= 1
@@ -175,9 +162,8 @@ def decode(
 ) -> Decoded:
     """Decode speculatively until `max_tokens` tokens or an end token; batch 1.
 
-    Args:
-        target, drafter: without a text yet.
-        choose: see `sampler`.
+    target, drafter: without a text yet.
+    choose: see `sampler`.
     """
     assert prompt and max_tokens >= 1
     features, logits = target.extend(prompt, 1)

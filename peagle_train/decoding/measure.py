@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from peagle_train.config import Data, Recipe
+from peagle_train.core.cod import seeded
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.data.documents import STDLIB, SourceFile, SourceReport, find_all, read_documents, read_examples
 from peagle_train.data.encode import Encoder, parse
@@ -31,8 +32,7 @@ from peagle_train.regenerate import BENCHMARKS, Prompt, read_prompts
 from peagle_train.target_model.frozen import FrozenTarget
 
 RESAMPLES, LEVEL = 2000, 0.95
-ALL = "all"
-"""The name of all data sets together."""
+ALL = "all"  # the name of all data sets together
 TIE_TOLERANCE = {torch.bfloat16: 0.5, torch.float16: 0.1, torch.float32: 1e-3, torch.float64: 1e-9}
 """Logits that lie closer may change places when a target runs several tokens at once and not one by one."""
 
@@ -56,9 +56,8 @@ class Case:
         messages: list[dict[str, Any]] = [*self.chat.turns[0]]
         for answer, turn in zip(answers, self.chat.turns[1:]):
             messages += [{"role": "assistant", "content": answer}, *turn]
-        return list(
-            tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-        )
+        how = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+        return [*tokenizer.apply_chat_template(messages, **how)]
 
 
 def load_cases(name: str, tokenizer: Any, limit: int | None = None) -> tuple[list[Case], str]:
@@ -69,9 +68,8 @@ def load_cases(name: str, tokenizer: Any, limit: int | None = None) -> tuple[lis
     """
     path = Path(name).expanduser()
     if name not in BENCHMARKS and not path.is_file():
-        raise ValueError(
-            f"prompts {name} is not a file; give a .jsonl file or one of {', '.join([STDLIB, *BENCHMARKS])}"
-        )
+        names = ", ".join([STDLIB, *BENCHMARKS])
+        raise ValueError(f"prompts {name} is not a file; give a .jsonl file or one of {names}")
     texts = _texts(str(path)) if name not in BENCHMARKS and path.suffix == ".jsonl" else []
     kind = "texts"
     if not texts:
@@ -112,10 +110,8 @@ def stdlib_cases(
     to `limit` pieces, with their second, third, ...
     """
     if recipe is None or recipe.data.eval_sources or recipe.data.eval_fraction == 0:
-        raise ValueError(
-            "--prompts stdlib needs the recipe.yaml beside the drafter, with documents held out by data.eval_fraction:"
-            " otherwise the drafter may be measured on what it was trained on"
-        )
+        needed = "the recipe.yaml beside the drafter, with documents held out by data.eval_fraction"
+        raise ValueError(f"--prompts stdlib needs {needed}: else it may be measured on what it was trained on")
     data = recipe.data
     files = find_all(Data([STDLIB], extensions=data.extensions, exclude=data.exclude))["sources"]
     encode = Encoder(data, tokenizer, vocab_size, mask_token_id=None).encode
@@ -134,19 +130,13 @@ def stdlib_cases(
     for number in range(limit or len(long_enough)):
         cut, at = divmod(number, len(long_enough))
         name, ids, key = long_enough[at]
-        generator = _generator("cut", seed, key, *([cut] if cut else []))
+        generator = seeded("cut", seed, key, *([cut] if cut else []))
         end = int(torch.randint(prompt_tokens, len(ids), (), generator=generator))
         piece = tuple(ids[end - prompt_tokens : end])
         cases.append(Case(f"{name}, piece {cut + 1}" if cut else name, STDLIB, piece, group=name))
-    return cases, (
-        f"{STDLIB}: {len(cases)} pieces of {prompt_tokens} tokens, of {min(len(cases), len(long_enough))} of the"
-        f" {len(held_out)} held-out modules; {len(held_out) - len(long_enough)} are shorter"
-    )
-
-
-def _generator(*words: object) -> torch.Generator:
-    digest = hashlib.sha256(",".join(map(str, words)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    modules, short = min(len(cases), len(long_enough)), len(held_out) - len(long_enough)
+    pieces = f"{len(cases)} pieces of {prompt_tokens} tokens, of {modules} of the {len(held_out)} held-out modules"
+    return cases, f"{STDLIB}: {pieces}; {short} are shorter"
 
 
 # Decoding
@@ -185,15 +175,12 @@ def measure(
     tokenizer: Any = None,
     eos: Collection[int] = (),
 ) -> tuple[list[Result], dict[str, int]]:
-    """Decode every case; a turn's randomness depends on the seed, the data set, the prompt's id and the turn alone.
+    """Decode every case; a turn's randomness depends on the seed, the data set, the prompt's id and the turn alone. Returns
+    the results, and how many prompts could not be taken, by reason.
 
-    Args:
-        drafts: the first one decodes, the others are replayed on its text; they run in the target's dtype, as in engines.
-        K: slots of the decoding itself, and the most that are replayed.
-        tokenizer: transformers'; needed for chats only.
-
-    Returns:
-        The results, and how many prompts could not be taken, by reason.
+    drafts: the first one decodes, the others are replayed on its text; they run in the target's dtype, as in engines.
+    K: slots of the decoding itself, and the most that are replayed.
+    tokenizer: transformers'; needed for chats only.
     """
     for draft in drafts:
         _check_fit(target, draft, K)
@@ -215,7 +202,7 @@ def measure(
             if limit is not None and len(ids) + max_tokens + 2 * K > limit:
                 left_out[f"prompt and max_tokens longer than the target's {limit} positions"] += 1
                 break
-            choose = sampler(temperature, _generator("decode", seed, case.data_set, case.id, turn))
+            choose = sampler(temperature, seeded("decode", seed, case.data_set, case.id, turn))
             # K tokens more, so that the last passes are whole
             decoded = decode(CachedTarget(target), Drafter(drafts[0], K), ids, max_tokens + K, choose, eos)
             tokens, repeated = decoded.tokens[:max_tokens], repeats(ids, decoded.tokens)
@@ -268,14 +255,12 @@ def verdict(target: FrozenTarget, prompt: list[int], own: list[int], output: lis
 
 def _check_fit(target: FrozenTarget, draft: PEagleDraft, K: int) -> None:
     """ValueError if a drafter was made for another target, or its window is too short to replay K slots."""
-    config, layers = draft.config, draft.config.eagle_aux_hidden_state_layer_ids or target.layer_ids
+    config, layers = draft.config, list(draft.config.eagle_aux_hidden_state_layer_ids or target.layer_ids)
     fits = config.vocab_size <= target.vocab_size and config.target_hidden_size == target.hidden_size
-    if not fits or list(layers) != target.layer_ids:
-        raise ValueError(
-            f"the drafter is for a target with {config.vocab_size} tokens and hidden size {config.target_hidden_size}, read"
-            f" at layers {layers}; this one has {target.vocab_size} and {target.hidden_size}, read at {target.layer_ids}:"
-            " give the target that it was trained for"
-        )
+    if not fits or layers != target.layer_ids:
+        made = f"{config.vocab_size} tokens and hidden size {config.target_hidden_size}, read at layers {layers}"
+        this = f"{target.vocab_size} and {target.hidden_size}, read at {target.layer_ids}"
+        raise ValueError(f"the drafter is for {made}; this target has {this}: give the target that it was trained for")
     if config.sliding_window is not None and config.sliding_window < K:
         raise ValueError(f"the drafter's window is {config.sliding_window} positions, but K is {K}: give fewer as --k")
 
@@ -326,7 +311,7 @@ def checks(results: Sequence[Result]) -> dict[str, Any]:
     return {
         "texts": {verdict: verdicts.count(verdict) for verdict in ("same", "tie", "bug", "none")},
         "differences": [
-            {"data_set": r.data_set, "id": r.id, "turn": r.turn} | r.check
+            {"data_set": r.data_set, "id": r.id, "turn": r.turn, **r.check}
             for r in results
             if r.check["verdict"] in ("tie", "bug")
         ],
@@ -373,8 +358,7 @@ def ratio_interval(
 
     Prompts without a pass are dropped; None for fewer than two others.
 
-    Args:
-        less: another drafter's tokens and passes of the same prompts, resampled together: of the difference.
+    less: another drafter's tokens and passes of the same prompts, resampled together: of the difference.
     """
     values_P2n = torch.tensor([(tokens, passes), *([less] if less else [])], dtype=torch.float64)
     values_P2n = values_P2n[:, :, (values_P2n[:, 1] > 0).all(0)]

@@ -45,9 +45,8 @@ def slot_logits(
         who = torch.tensor([[(a, 0) for a in range(start, stop)] + rollouts], device=device)
         elements = make_elements(batch, who[..., 0], who[..., 1], who[..., 0] >= 0, draft.mask_token_id, window)
         rows = stop - start
-        visibility = visibility_of(
-            elements, K, M=rows, first_rollout=rows, num_context=start, context_end=torch.tensor([start])
-        )
+        context_of = {"num_context": start, "context_end": torch.tensor([start])}
+        visibility = visibility_of(elements, K, M=rows, first_rollout=rows, **context_of)
         with torch.no_grad():
             output = draft(
                 elements.token,

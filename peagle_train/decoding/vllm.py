@@ -26,9 +26,8 @@ class Answer:
 class Engine:
     """vLLM in this process or a child of it, as its own environment variables say.
 
-    Args:
-        dtype: the target's, in which vLLM runs the drafter, too.
-        positions: that prompts, answers and drafts need.
+    dtype: the target's, in which vLLM runs the drafter, too.
+    positions: that prompts, answers and drafts need.
     """
 
     def __init__(self, target: str, drafter: Path, K: int, dtype: str, positions: int, trusted: bool) -> None:
@@ -38,22 +37,13 @@ class Engine:
         import vllm
 
         self.version = vllm.__version__
-        settings = {"method": "eagle3", "model": str(drafter), "num_speculative_tokens": K, "parallel_drafting": True}
+        drafting = {"method": "eagle3", "model": str(drafter), "num_speculative_tokens": K, "parallel_drafting": True}
+        how: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trusted, "speculative_config": drafting}
+        how |= {"max_num_seqs": 1, "max_model_len": positions, "enable_prefix_caching": False, "enforce_eager": True}
+        how["max_num_batched_tokens"] = max(8192, positions)  # it drafts from a wrong token where a prompt is cut
+        how["kv_cache_memory_bytes"] = positions + 256 << 20  # 1 MiB a token is more than models of 400B need
         try:
-            self._llm = vllm.LLM(
-                target,
-                dtype=dtype,
-                trust_remote_code=trusted,
-                max_num_seqs=1,
-                max_model_len=positions,
-                max_num_batched_tokens=max(8192, positions),  # it drafts from a wrong token where a prompt is cut
-                kv_cache_memory_bytes=positions + 256 << 20,  # 1 MiB a token is more than models of 400B need
-                enable_prefix_caching=False,
-                enforce_eager=True,
-                skip_tokenizer_init=True,
-                speculative_config=settings,
-                disable_log_stats=False,
-            )
+            self._llm = vllm.LLM(target, skip_tokenizer_init=True, disable_log_stats=False, **how)
         except Exception as error:  # of many types, many of its own
             raise ValueError(f"vLLM does not serve {drafter}: {one_line(error, 300)}") from error
 
@@ -78,10 +68,8 @@ def check_vllm(temperature: float, dtype: str) -> None:
     if temperature or dtype == "float64":
         raise ValueError("--engine vllm is greedy and has no float64: leave --temperature and --dtype float64 out")
     if importlib.util.find_spec("vllm") is None:
-        raise ValueError(
-            "--engine vllm needs vLLM in this environment: install peagle-train where vLLM is (on a CPU, from a clone:"
-            " bash tools/vllm_setup.sh), and evaluate there"
-        )
+        where = "install peagle-train where vLLM is (on a CPU, from a clone: bash tools/vllm_setup.sh)"
+        raise ValueError(f"--engine vllm needs vLLM in this environment: {where}, and evaluate there")
 
 
 def measure(
@@ -147,9 +135,8 @@ def describe_vllm(report: dict[str, Any]) -> list[str]:
     prompts = report["prompts"]
     lines.append(f"vLLM: {prompts['same']} of {sum(prompts.values())} texts, with their counts, equal ours")
     if prompts["near_tie"]:
-        lines[-1] += (
-            f"; {prompts['near_tie']} first differ where our best logits are at most {report['near_ulps']} ulp apart"
-        )
+        apart = f"at most {report['near_ulps']} ulp apart"
+        lines[-1] += f"; {prompts['near_tie']} first differ where our best logits are {apart}"
     if prompts["other"]:
         lines[-1] += f"; {prompts['other']} differ elsewhere (--json says where)"
     return lines

@@ -49,8 +49,7 @@ def table(findings: list[Finding]) -> str:
 def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> list[Finding]:
     """Whether an engine would load a drafter's folder as it was trained.
 
-    Args:
-        target: the target's config.json, to compare with; None skips that.
+    target: the target's config.json, to compare with; None skips that.
     """
     try:
         files = read_drafter(folder)
@@ -63,14 +62,10 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
         found.append(Finding(level if isinstance(level, str) else "ok" if level else "BAD", what, str(detail)))
 
     form = format_of(raw)
-    find(
-        "ok",
-        "format",
-        f"{form}, {config.num_hidden_layers} {config.layer_type} layers, {files.tensors['fc.weight'].dtype}",
-    )
+    shape = f"{config.num_hidden_layers} {config.layer_type} layers"
+    find("ok", "format", f"{form}, {shape}, {files.tensors['fc.weight'].dtype}")
     if form == EAGLE3:
-        given = raw.get("architectures")
-        names = SERVED[config.layer_type]
+        given, names = raw.get("architectures"), SERVED[config.layer_type]
         known = isinstance(given, list) and given[:1] and given[0] in names
         find(bool(known), "architectures", given if known else f"{given}; vLLM looks for {names[0]}")
         find(raw.get("model_type") is not None, "model_type", f"{config.layer_type}, as transformers must read it")
@@ -80,8 +75,7 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
         find(verifier is not None, "verifier", verifier or "none: `vllm serve DIR` does not know the target")
     token, has_mask = config.ptd_token_id, "mask_hidden" not in files.missing
     if token is None and not has_mask:
-        text = "none, and no mask_hidden: an EAGLE-3 drafter, one token a pass"
-        find("warn", "mask token", text)
+        find("warn", "mask token", "none, and no mask_hidden: an EAGLE-3 drafter, one token a pass")
     else:
         find(token is not None and has_mask, "mask token", f"{token}, {'with' if has_mask else 'without'} mask_hidden")
     if has_mask and not bool(files.tensors["mask_hidden"].any()):

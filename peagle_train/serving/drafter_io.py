@@ -43,15 +43,11 @@ class DrafterFiles:
     """The tensors and config in a drafter's folder."""
 
     folder: Path
-    raw: dict[str, Any]
-    """config.json as it is."""
+    raw: dict[str, Any]  # config.json as it is
     config: PEagleDraftConfig
-    stored: list[str]
-    """The tensors' names in the files."""
-    tensors: dict[str, Tensor]
-    """Under this project's names, shapes checked, draft vocabulary ascending."""
-    notes: list[str]
-    """What was renamed or reordered."""
+    stored: list[str]  # the tensors' names in the files
+    tensors: dict[str, Tensor]  # under this project's names, shapes checked, draft vocabulary ascending
+    notes: list[str]  # what was renamed or reordered
 
     @property
     def missing(self) -> list[str]:
@@ -154,8 +150,7 @@ def _standard_names(stored: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], li
     """Those that are read, by `standard_name`, and notes; ValueError where two get the same name."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
-        standard = standard_name(name)
-        if standard in tensors:
+        if (standard := standard_name(name)) in tensors:
             raise ValueError(f"two of its tensors are {standard}: {name} is one of them")
         if not NOT_READ.fullmatch(standard):
             tensors[standard] = tensor
@@ -199,11 +194,11 @@ def _fit(config: PEagleDraftConfig, tensors: dict[str, Tensor]) -> list[str]:
     if "d2t" not in tensors:
         return []
     ids = tensors.pop("d2t").long() + torch.arange(Vd)
+    wanted = "(offsets are wanted: id - index)"
     if (outside := ids[(ids < 0) | (ids >= V)]).numel():
-        hint = "(offsets are wanted: id - index)"
-        raise ValueError(f"d2t maps to token {int(outside[0])}, outside of the vocabulary 0..{V - 1} {hint}")
+        raise ValueError(f"d2t maps to token {int(outside[0])}, outside of the vocabulary 0..{V - 1} {wanted}")
     if ids.unique().numel() != Vd:
-        raise ValueError("d2t maps two draft tokens to the same token (offsets are wanted: id - index)")
+        raise ValueError(f"d2t maps two draft tokens to the same token {wanted}")
     order = ids.argsort()
     if is_pruned:
         tensors["d2t"], tensors["t2d"] = ids[order] - torch.arange(Vd), t2d_mask(ids, V)
@@ -236,10 +231,8 @@ def save_drafter(
 ) -> None:
     """Write a drafter's folder as vLLM loads it, whole or not at all, in place of an earlier drafter's.
 
-    Args:
-        state: its whole weights, where they are sharded. extra: further files' texts, by name.
-
-    ValueError: the folder holds something else. NonFiniteWeights, OSError: see `fill_drafter`.
+    state: its whole weights, where they are sharded. extra: further files' texts, by name. ValueError: the folder holds
+    something else. NonFiniteWeights, OSError: see `fill_drafter`.
     """
     folder, weights = Path(folder), draft.state_dict() if state is None else state
     is_used = any(folder.iterdir()) if folder.is_dir() else os.path.lexists(folder)

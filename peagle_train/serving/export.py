@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,37 +54,29 @@ apply too.
 """
 
 
-@dataclass
-class Export:
-    """What was written."""
+class Export(NamedTuple):
+    """What was written: the folder, the findings of its check, and what a user should know."""
 
     folder: Path
     findings: list[Finding]
-    """Of the check of what was written."""
     notes: list[str]
-    """What a user should know."""
 
 
 class RunFacts(NamedTuple):
     """What the files of a run say about one of its drafters; empty where there are none."""
 
-    recipe: dict[str, Any]
-    """recipe.yaml's values by `section.key`."""
+    recipe: dict[str, Any]  # recipe.yaml's values by `section.key`
     step: int | None
-    evaluation: dict[str, Any] | None
-    """The held-out evaluation at this step, from metrics.jsonl."""
+    evaluation: dict[str, Any] | None  # the held-out evaluation at this step, from metrics.jsonl
 
 
 def read_run(folder: Path) -> RunFacts:
     """Facts from the files in a drafter's folder and its run's; whatever is missing or unreadable is skipped."""
-    run, sections = folder.parent, _read(folder / "recipe.yaml")
-    recipe = {
-        f"{name}.{key}": v for name, keys in sections.items() if isinstance(keys, dict) for key, v in keys.items()
-    }
+    run, sections, evaluation = folder.parent, _read(folder / "recipe.yaml"), None
+    recipe = {f"{name}.{k}": v for name, keys in sections.items() if isinstance(keys, dict) for k, v in keys.items()}
     steps = {"best": _read(run / "best.json").get("step"), "final": _read(run / "run.json").get("steps")}
-    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    match, metrics = re.fullmatch(r"checkpoint-(\d+)", folder.name), run / "metrics.jsonl"
     step = int(match[1]) if match else steps.get(folder.name)
-    metrics, evaluation = run / "metrics.jsonl", None
     for line in metrics.read_text(encoding="utf-8").splitlines() if step and metrics.is_file() else []:
         # the last line of a run that was killed may be cut
         if '"eval"' in line and line.endswith("}") and (record := json.loads(line)).get("step") == step:
@@ -145,9 +136,8 @@ def export_drafter(
         where = f"the target {path} is not on this machine" if path else "no target is known"
         notes.append(f"{where}: no tokenizer files were copied, and nothing was compared with it (--target DIR)")
     if speculative_tokens is not None and not 1 <= speculative_tokens <= (trained or speculative_tokens):
-        raise ValueError(
-            f"--num-speculative-tokens is {speculative_tokens}; give 1 to {trained or 'K of its training'}"
-        )
+        allowed = f"1 to {trained or 'K of its training'}"
+        raise ValueError(f"--num-speculative-tokens is {speculative_tokens}; give {allowed}")
     tokens = speculative_tokens or trained or speculative_tokens_of(files.raw)
     named = target_name or target or path or target_name_of(files.raw)
     name = None if named is None else str(named)
@@ -155,13 +145,12 @@ def export_drafter(
         what = "give --target DIR or --target-name NAME" if name is None else "give --num-speculative-tokens K"
         raise ValueError(f"{folder} does not say for which target, or how many tokens, it was trained: {what}")
     target_config = read_config(target) if target else None
-    tensors = {
-        n: t.to(getattr(torch, dtype) if dtype else t.dtype) if t.is_floating_point() else t
-        for n, t in files.tensors.items()
-    }
-    config = files.config
+    tensors, config = files.tensors, files.config
+    if dtype:
+        floats = {n: t.to(getattr(torch, dtype)) for n, t in tensors.items() if t.is_floating_point()}
+        tensors = {**tensors, **floats}
     config.dtype = tensors["fc.weight"].dtype
-    texts = {"README.md": str(_card(config, format, facts, name, tokens, licence, _lengths(measured)))}
+    texts = {"README.md": _card(config, format, facts, name, tokens, licence, _lengths(measured))}
     if format == SPECULATORS:
         assert tokens is not None
         architectures = (target_config or {}).get("architectures") or []
@@ -207,16 +196,10 @@ def import_drafter(source: Path, out: Path) -> Export:
 
 
 def _write(
-    out: Path,
-    config: PEagleDraftConfig,
-    tensors: dict[str, Tensor],
-    texts: dict[str, str],
-    copied: list[Path],
-    target: dict[str, Any] | None,
+    out: Path, config: Any, tensors: dict[str, Tensor], texts: dict[str, str], copied: list[Path], target: Any
 ) -> list[Finding]:
-    """Write a drafter's new folder, check it, and put it in its place; returns the check's findings.
-
-    ValueError: an engine would not load it, or it cannot be written; `out` is unchanged then.
+    """Write a drafter's new folder, check it (against the `target`'s config.json), and put it in its place; returns the
+    check's findings. ValueError: an engine would not load it, or it cannot be written; `out` is unchanged then.
     """
     findings: list[Finding] = []
 
@@ -241,50 +224,46 @@ def _write(
 
 def _card(
     config: PEagleDraftConfig,
-    format: str,
-    facts: RunFacts,
+    form: str,
+    run: RunFacts,
     target: str | None,
-    tokens: int | None,
+    K: int | None,
     licence: str | None,
-    lengths: list[str],
-) -> ModelCard:
+    lengths: Any,
+) -> str:
     """The README.md. It says only what the run's files say."""
-    ratio = facts.recipe.get("cod.down_sample_ratio")
-    sources = parse_sources(facts.recipe.get("data.sources") or [])  # files without their machine's folders
+    told = {
+        "K in training": "cod.num_depths",
+        "longest sequence": "data.max_length",
+        "learning rate": "train.learning_rate",
+        "started from": "draft.init_from",
+    }
+    ratio, floor = (run.recipe.get(f"cod.down_sample_ratio{end}") for end in ("", "_min"))
+    sources = parse_sources(run.recipe.get("data.sources") or [])  # files without their machine's folders
     rows = {
         "target": target,
         "layers, draft vocabulary": f"{config.num_hidden_layers}, {config.draft_vocab_size} of {config.vocab_size} tokens",
-        "K to serve with": tokens,
-        "K in training": facts.recipe.get("cod.num_depths"),
-        "r, its floor": None if ratio is None else f"{ratio}, {facts.recipe.get('cod.down_sample_ratio_min')}",
+        "K to serve with": K,
+        **{name: run.recipe.get(key) for name, key in told.items()},
+        "r, its floor": None if ratio is None else f"{ratio}, {floor}",
         "data": ", ".join(Path(s.path).name if s.path else str(s.datasets) for s in sources) or None,
-        "longest sequence": facts.recipe.get("data.max_length"),
-        "steps": facts.step,
-        "learning rate": facts.recipe.get("train.learning_rate"),
-        "started from": facts.recipe.get("draft.init_from"),
+        "steps": run.step,
     }
-    if facts.evaluation:
-        length, loss = facts.evaluation["expected_accepted_length"], facts.evaluation["loss"]
-        lengths.append(
-            f"- at step {facts.step}, held-out examples of the training data: expected accepted length {length:.3f}"
-            f" (teacher-forced), loss {loss:.3f}"
-        )
+    if run.evaluation:
+        length, loss = run.evaluation["expected_accepted_length"], run.evaluation["loss"]
+        what = f"at step {run.step}, held-out examples of the training data"
+        lengths.append(f"- {what}: expected accepted length {length:.3f} (teacher-forced), loss {loss:.3f}")
     command = "vllm serve THIS_FOLDER"
-    if format == EAGLE3:
-        served = {"method": "eagle3", "model": "THIS_FOLDER", "num_speculative_tokens": tokens or "K"}
+    if form == EAGLE3:
+        served = {"method": "eagle3", "model": "THIS_FOLDER", "num_speculative_tokens": K or "K"}
         settings = json.dumps({**served, "parallel_drafting": True})
         command = f"vllm serve {target or 'TARGET'} --speculative-config \\\n    '{settings}'"
     base = target if re.fullmatch(r"[\w.-]+/[\w.-]+", target or "") else None  # a hub name
     tags = ["speculative-decoding", "eagle3", "p-eagle", "vllm"]
-    return ModelCard.from_template(
-        ModelCardData(license=licence or "unknown", base_model=base, tags=tags),
-        template_str=CARD,
-        target=target,
-        rows="\n".join(f"| {name} | {value} |" for name, value in rows.items() if value is not None),
-        measured="\n".join(lengths) or "Nothing yet.",
-        command=command,
-        licence=licence,
-    )
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value is not None)
+    about = ModelCardData(license=licence or "unknown", base_model=base, tags=tags)
+    texts = {"target": target, "rows": table, "measured": "\n".join(lengths) or "Nothing yet.", "command": command}
+    return str(ModelCard.from_template(about, template_str=CARD, licence=licence, **texts))
 
 
 def _lengths(measured: Path | None) -> list[str]:

@@ -12,8 +12,7 @@ from peagle_train.files import one_line
 EAGLE3, SPECULATORS = "eagle3", "speculators"
 FORMATS = (EAGLE3, SPECULATORS)
 
-MAX_SIZE = 2**24
-"""Above every real size: a config.json with a larger one is damaged, and must not cost memory."""
+MAX_SIZE = 2**24  # above every real size: a config.json with a larger one is damaged, and must not cost memory
 
 _SIZES = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
@@ -84,7 +83,7 @@ def parse_config(raw: dict[str, Any]) -> PEagleDraftConfig:
     """
     try:
         layers = layers_of(raw)
-        if refused := [*_differences(raw, layers), *_mistakes(raw, layers)]:
+        if refused := _refused(raw, layers):
             raise ValueError("; ".join(refused))
         fields = {key: layers[key] for key in _LLAMA_KEYS if layers.get(key) is not None}
         fields |= {key: raw[key] for key in _OWN_KEYS if raw.get(key) is not None}
@@ -118,18 +117,18 @@ def _rope_of(layers: dict[str, Any]) -> dict[str, Any]:
     return {"rope_type": rope.pop("type", "default"), **rope}
 
 
-def _differences(raw: dict[str, Any], layers: dict[str, Any]) -> list[str]:
-    """Where the drafter, which an engine may well serve, is of another kind than this project's."""
-    found = []
+def _refused(raw: dict[str, Any], layers: dict[str, Any]) -> list[str]:
+    """Where the drafter, which an engine may well serve, is of another kind than this project's; then missing keys, values
+    of wrong types, and what vLLM would refuse or read differently.
+    """
+    found: list[str] = []
     kind, model_type = raw.get("speculators_model_type", "peagle"), layer_type_of(raw)
     if kind not in ("peagle", "eagle3"):
         found.append(f"speculators_model_type is {kind!r}; peagle and eagle3 are supported")
     if model_type not in ARCHITECTURES:
         found.append(f"its layers' model_type is {model_type!r}; llama and qwen3 are supported")
     if (kinds := {*(layers.get("layer_types") or [])}) not in (set(), {"full_attention"}, {"sliding_attention"}):
-        found.append(
-            f"layer_types has {', '.join(sorted(map(str, kinds)))}: all layers must have the same window, or none"
-        )
+        found.append(f"layer_types has {sorted(map(str, kinds))}: all layers must have the same window, or none")
     if _at(raw, "eagle_config", "use_aux_hidden_state") is False:
         found.append("eagle_config.use_aux_hidden_state is false: it reads the last layer alone")
     # norm_output is of no matter: it norms what one pass of an EAGLE-3 drafter gives to its next.
@@ -140,14 +139,9 @@ def _differences(raw: dict[str, Any], layers: dict[str, Any]) -> list[str]:
     rope = _rope_of(layers)
     if layers.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0 or "mrope_section" in rope:
         found.append("its rope is partial or multimodal; a drafter here rotates whole heads by one position")
-    return found
-
-
-def _mistakes(raw: dict[str, Any], layers: dict[str, Any]) -> list[str]:
-    """Missing keys, values of wrong types, and what vLLM would refuse or read differently."""
     # What a Qwen3 config lacks is not derived from what it has, as a Llama's is.
-    required = _REQUIRED + (("num_key_value_heads", "head_dim") if layer_type_of(raw) == "qwen3" else ())
-    found = [f"{key} is missing" for key in required if layers.get(key) is None]
+    required = _REQUIRED + (("num_key_value_heads", "head_dim") if model_type == "qwen3" else ())
+    found += [f"{key} is missing" for key in required if layers.get(key) is None]
     for part, keys in ((layers, _SIZES), (raw, ("draft_vocab_size", "target_hidden_size"))):
         for key in keys:
             value = part.get(key)
@@ -158,7 +152,7 @@ def _mistakes(raw: dict[str, Any], layers: dict[str, Any]) -> list[str]:
         found.append(f"the mask token must be one token id: {', '.join(f'{k} {v!r}' for k, v in masks.items())}")
     if "sliding_attention" in (layers.get("layer_types") or []) and layers.get("sliding_window") is None:
         found.append("layer_types has sliding_attention, but there is no sliding_window")
-    theta = _rope_of(layers).get("rope_theta", 1.0)
+    theta = rope.get("rope_theta", 1.0)
     if not isinstance(theta, (int, float)) or not 0 < theta < float("inf"):
         found.append(f"rope_theta is {theta!r}, not a positive number")
     if layers.get("hidden_act", "silu") != "silu":
@@ -180,9 +174,8 @@ def speculators_config(
 ) -> dict[str, Any]:
     """`config.json` in the speculators format.
 
-    Args:
-        speculative_tokens: K, what `vllm serve` drafts per step.
-        target: the target's hub name or folder.
+    speculative_tokens: K, what `vllm serve` drafts per step.
+    target: the target's hub name or folder.
     """
     left_out = {*NOT_SAVED, *_OWN_KEYS, *MASK_KEYS, "architectures", "transformers_version", "dtype", "layer_type"}
     layers = {key: value for key, value in config.to_dict().items() if value is not None and key not in left_out}

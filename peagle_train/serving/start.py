@@ -4,17 +4,17 @@ Another's drafter brings its shape, its rope and its draft vocabulary; what the 
 EAGLE-3 drafter lacks is the target's or, mask_hidden, random.
 """
 
-import hashlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from peagle_train.config import MAX_ROPE_THETA, Data, Draft, Output, Recipe, RecipeError, Target, Train, read_section
+from peagle_train.core.cod import seeded
 from peagle_train.core.draft import PEagleDraft, RMSNorm
 from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.core.rope import rope_mistake, unused_keys, yarn_too_short
@@ -36,13 +36,11 @@ SHAPE = (
 # From another drafter
 
 
-@dataclass
-class Start:
+class Start(NamedTuple):
     """A drafter that fits a recipe and its target."""
 
     files: DrafterFiles
-    recipe: Recipe
-    """A copy of the recipe, in which the drafter fills what the draft section leaves open."""
+    recipe: Recipe  # a copy, in which the drafter fills what the draft section leaves open
 
 
 def read_start(recipe: Recipe, target: TargetBase) -> Start | None:
@@ -53,13 +51,9 @@ def read_start(recipe: Recipe, target: TargetBase) -> Start | None:
     config, where = files.config, f"draft.init_from {recipe.draft.init_from}"
     theirs, mine = (config.vocab_size, config.target_hidden_size), (target.vocab_size, target.hidden_size)
     if theirs != mine:
-        raise RecipeError(
-            f"{where} drafts for a target of vocabulary and hidden size {theirs}; this target's are {mine}"
-        )
+        raise RecipeError(f"{where} drafts for a target of vocabulary and hidden size {theirs}; this one's are {mine}")
     if config.hidden_size != target.hidden_size and (lacking := [n for n in files.missing if n != "mask_hidden"]):
-        raise RecipeError(
-            f"{where} has no {lacking[0]}, and the target's does not fit its hidden size {config.hidden_size}"
-        )
+        raise RecipeError(f"{where} has no {lacking[0]}, and the target's does not fit width {config.hidden_size}")
     layers = list(config.eagle_aux_hidden_state_layer_ids or default_layer_ids(target.num_layers))
     if layers != target.layer_ids:
         given = f"this run reads {target.layer_ids}: give target.layer_ids={layers}"
@@ -74,9 +68,8 @@ def read_start(recipe: Recipe, target: TargetBase) -> Start | None:
         mine = getattr(recipe.draft, key)
         if mine is not None and mine != value:
             text = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
-            raise RecipeError(
-                f"draft.{key} is {mine}, but {where} has {text}: give draft.{key}={text}, or another drafter"
-            )
+            remedy = f"give draft.{key}={text}, or another drafter"
+            raise RecipeError(f"draft.{key} is {mine}, but {where} has {text}: {remedy}")
     brought["window"] = recipe.draft.window or config.sliding_window
     return Start(files, replace(recipe, draft=replace(recipe.draft, **brought)))
 
@@ -128,9 +121,7 @@ def make_draft_config(
     rope = _rope(draft, config)
     served = own("max_position_embeddings")
     if served < recipe.data.max_length:
-        logger.warning(
-            "draft.max_position_embeddings is %s: sequences are longer than the drafter says it serves", served
-        )
+        logger.warning("draft.max_position_embeddings is %s: sequences are longer than what the drafter serves", served)
     try:
         made = PEagleDraftConfig(
             vocab_size=target.vocab_size,
@@ -162,10 +153,8 @@ def make_draft_config(
         raise ValueError(f"the drafter's shape does not work: {one_line(error)}") from error
     made.check_trainable()
     if start and made.sliding_window is not None and made.sliding_window < recipe.cod.num_depths:
-        raise ValueError(
-            f"draft.init_from's window is {made.sliding_window} and cod.num_depths {recipe.cod.num_depths}: give"
-            " draft.window, at least as many positions"
-        )
+        what = f"draft.init_from's window is {made.sliding_window} and cod.num_depths {recipe.cod.num_depths}"
+        raise ValueError(f"{what}: give draft.window, at least as many positions")
     if short := yarn_too_short(rope, served):
         logger.warning("the drafter's rope: %s", short)
     return made
@@ -182,9 +171,8 @@ def _rope(draft: Draft, target_config: Any) -> dict[str, Any]:
     if not isinstance(theta, (int, float)) or not 1 < theta <= MAX_ROPE_THETA:
         mistake = mistake or f"rope_theta is {theta}; it must be > 1, <= {MAX_ROPE_THETA:g}"
     if mistake:
-        raise ValueError(
-            f"the drafter's rope (the target's, if not given): {mistake}; give draft.rope_theta, rope_scaling"
-        )
+        remedy = "give draft.rope_theta, rope_scaling"
+        raise ValueError(f"the drafter's rope (the target's, if not given): {mistake}; {remedy}")
     # Training would not read them, but they would be in config.json, where an engine may.
     if unused := unused_keys(rope):
         logger.warning("the drafter's rope has %s, which a drafter does not use: dropped", ", ".join(unused))
@@ -256,14 +244,12 @@ def new_drafter(
     """A new drafter for a loop of your own, made as for a run of a recipe: on the CPU, in float32. Shape, embeddings and
     frozen head are the target's unless `draft` says otherwise; the other weights are drawn from `seed`.
 
-    Args:
-        target: a `FrozenTarget`, or the folder of one in transformers' format.
-        mask_token_id: a token that never occurs in your data.
-        draft_token_ids: int64 [Vd], ascending, the target's tokens that are drafted; None: all.
-        draft: keys of a recipe's draft section, such as num_layers=4, window=2048 (docs/keys.md).
+    target: a `FrozenTarget`, or the folder of one in transformers' format.
+    mask_token_id: a token that never occurs in your data.
+    draft_token_ids: int64 [Vd], ascending, the target's tokens that are drafted; None: all.
+    draft: keys of a recipe's draft section, such as num_layers=4, window=2048 (docs/keys.md).
 
-    Raises:
-        ValueError: a key or value is wrong, or the target has no such shape.
+    ValueError: a key or value is wrong, or the target has no such shape.
     """
     if isinstance(target, (str, Path)):
         target = FrozenTarget.load(str(target))
@@ -275,10 +261,7 @@ def new_drafter(
     if others := sorted(draft.keys() & {"draft_vocab_size", "init_from", "vocab_from"}):
         raise ValueError(f"{', '.join(others)}: for recipes alone; give draft_token_ids")
     given = {**draft, "mask_token_id": mask_token_id, "draft_vocab_size": ids.numel()}
-    section, data = (
-        read_section(Draft, "draft", given),
-        Data(sources=[], max_length=1),
-    )  # lengths are the caller's affair
+    section, data = read_section(Draft, "draft", given), Data([], max_length=1)  # lengths are the caller's affair
     recipe = Recipe(Target(path), data, Output(""), section, train=Train(seed=seed))
     return make_draft(recipe, target, mask_token_id, ids)
 
@@ -295,6 +278,4 @@ def draw_weights(draft: PEagleDraft, seed: int) -> None:
         elif name.endswith("bias"):
             parameter.zero_()
         else:
-            key = hashlib.sha256(f"weights,{seed},{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
-            parameter.normal_(std=draft.config.initializer_range, generator=generator)
+            parameter.normal_(std=draft.config.initializer_range, generator=seeded("weights", seed, name))

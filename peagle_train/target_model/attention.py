@@ -25,10 +25,8 @@ from transformers.integrations.sdpa_attention import repeat_kv
 NAME = "peagle_train"
 BLOCK, CPU_BLOCK = 256, 64
 """Queries at a time where a mask is needed: it is as wide as the keys, and on CPU most of a narrow target's memory."""
-KINDS = ("full_attention", "sliding_attention")
-"""Layer types whose attention is known here."""
-HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
-"""Not on torch 2.11."""
+KINDS = ("full_attention", "sliding_attention")  # layer types whose attention is known here
+HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not on torch 2.11
 
 
 def takes_bounds(model: nn.Module, config: Any) -> bool:
@@ -59,8 +57,7 @@ def bounds_arguments(bounds: list[int], span: slice, device: torch.device) -> di
     """What tells attention where the documents of a span of tokens lie, as a list and in the names of transformers' flash
     attention (which, left to itself, looks at the position ids in every layer, and of one sequence only).
 
-    Args:
-        bounds: where each document begins, ascending, and the number of tokens.
+    bounds: where each document begins, ascending, and the number of tokens.
     """
     own = [span.start, *bounds[bisect_right(bounds, span.start) : bisect_left(bounds, span.stop)], span.stop]
     cumulative = (torch.tensor(own, dtype=torch.int32) - span.start).to(device, non_blocking=True)
@@ -84,15 +81,11 @@ def packed_attention(
     max_length_q: int | None = None,
     **given: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers calls it; returns [1, Q, h, D].
+    """As transformers calls it; returns [1, Q, h, D]. ValueError for attention of another kind.
 
-    Args:
-        documents: where each begins among the queries, and Q; `cu_seq_lens_q` is the same, int32 on the device. With more
-            keys than queries there is one document, whose last Q positions are the queries.
-        sliding_window: how many positions are seen, the query's own included.
-
-    Raises:
-        ValueError: for attention of another kind.
+    documents: where each begins among the queries, and Q; `cu_seq_lens_q` is the same, int32 on the device. With more
+        keys than queries there is one document, whose last Q positions are the queries.
+    sliding_window: how many positions are seen, the query's own included.
     """
     kinds = getattr(module.config, "layer_types", None)
     if (
@@ -102,10 +95,8 @@ def packed_attention(
         or not (getattr(module, "is_causal", True) if is_causal is None else is_causal)
         or (kinds and kinds[module.layer_idx] == KINDS[1] and not sliding_window)  # type: ignore[index]
     ):
-        raise ValueError(
-            f"{type(module).__name__} was not told the bounds of documents, or attends in a way (mask, bias, cap, sinks, no"
-            " window) that packed attention does not know: with target.check true, it gets one document at a time"
-        )
+        why = "was not told the bounds of documents, or has a mask, bias, cap, sinks or no window, which is not known"
+        raise ValueError(f"{type(module).__name__} {why}: with target.check true, it gets one document at a time")
     assert cu_seq_lens_q is not None and max_length_q is not None
     states = query_1hQD, key_1gKD, value_1gKD
     if varlen_serves(query_1hQD.device.type, query_1hQD.dtype, query_1hQD.shape[3], value_1gKD.shape[3]):

@@ -10,9 +10,9 @@
 
 A *piece* is a document, or the part of one that a sequence holds; its features depend on its ids alone, so it is found by
 their hash: sequences may be shuffled and packed in another way. Of its positions, those are here that a supervised element
-can reach under the masks and the window that the cache was made for; format 2 has them all. What goes into which file is a
-function of the sequences alone, and a file is written whole or not at all, so the same command resumes a stopped write, on
-any number of processes, and ends in the same bytes. Each carries the sha256 of what it holds, for `verify_cache`.
+can reach under the masks and the window that the cache was made for. What goes into which file is a function of the
+sequences alone, and a file is written whole or not at all, so the same command resumes a stopped write, on any number of
+processes, and ends in the same bytes. Each carries the sha256 of what it holds, for `verify_cache`.
 
 T: the target's hidden size, F: feature layers, V: vocabulary, n: tokens, P: pieces, B: sequences of a batch, L: positions.
 """
@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,9 +36,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
 
-from peagle_train.config import Recipe, Target, as_override
+from peagle_train.config import Recipe, Target, as_override, with_segments
 from peagle_train.core.cod import supervised_rows
-from peagle_train.core.elements import columns_read
+from peagle_train.core.elements import positions_read
 from peagle_train.core.passes import TargetOutputs
 from peagle_train.data.packing import TrainingData
 from peagle_train.data.training_data import load_training_data, make_collator
@@ -54,8 +54,7 @@ from peagle_train.target_model.speculators_files import SpeculatorsFiles
 INDEX, HEAD, DOCUMENTS, VERSION = "cache.json", "head.safetensors", "documents.jsonl", 3
 COMMAND = "peagle-train cache"
 AGAIN = f"make the cache again with {COMMAND}, or change the recipe"
-FIELDS = ("features", "last_hidden")
-"""Of a sequence's tokens: bit for bit what the target gave, in the cache's dtype."""
+FIELDS = ("features", "last_hidden")  # of a sequence's tokens: bit for bit what the target gave, in the cache's dtype
 Key = tuple[int, int]
 
 
@@ -63,13 +62,12 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     """See `_index`; None for a folder that has none; ValueError for one that is no index of this version."""
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        index.pop("sha256", None)  # once written
-        if index["version"] in (2, VERSION):
+        if index["version"] == VERSION:
             return index
-        reason = f"is of format {index['version']}, this reads formats 2 and {VERSION}"
+        reason = f"is of format {index['version']}, this reads format {VERSION}"
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         reason = f"cannot be read ({type(error).__name__}: {one_line(error, 200)})"
     raise ValueError(f"target.cache {folder}: {INDEX} {reason}: make the cache with {COMMAND} in another folder")
 
@@ -83,7 +81,7 @@ def piece_key(ids_n: Tensor) -> Key:
 def needs_of(row: Mapping[str, Any], reach: int | None) -> Tensor:
     """uint8 [n] of a sequence: 1 where its features are read, 2 where its last hidden state is, 3 for both."""
     documents_n = row["document_ids"]
-    features_n, labels_n = columns_read(supervised_rows(row["loss_mask"], documents_n), documents_n, reach)
+    features_n, labels_n = positions_read(supervised_rows(row["loss_mask"], documents_n), documents_n, reach)
     return features_n + 2 * labels_n.byte()
 
 
@@ -95,11 +93,8 @@ class StoredTarget(TargetBase):
     """A target that answers from `target.cache`, memory-mapped: its layers are never loaded, its head stays on the disk
     until its rows are asked for. Batches must be of sequences that `check_rows` has seen, or bring features of their own.
 
-    Args:
-        settings: the recipe's section. device: that the outputs are for.
-
-    Raises:
-        ValueError: one line, for a folder that is no whole cache of this target in these settings.
+    `device`: that the outputs are for. ValueError: one line, for a folder that is no whole cache of this target in these
+    settings.
     """
 
     def __init__(self, settings: Target, device: torch.device) -> None:
@@ -122,14 +117,12 @@ class StoredTarget(TargetBase):
                 raise ValueError(f"{where} is of {key} {has}, the recipe asks for {asked}: {AGAIN}")
         self.index, self.layer_ids, self.vocab_size = index, index["layer_ids"], index["vocab_size"]
         self.dtype = getattr(torch, index["computed_in"])
-        self._head: Tensor | None = None
         self._tables = _open(self.folder, HEAD)
         self._where: dict[Key, tuple[Any, list[slice]]] = {}  # of a piece: the file, and its needs, features and labels
         for name in map(shard_name, range(index["shards"])):
             file = _open(self.folder, name)
             keys, lengths = file.get_tensor("keys"), file.get_tensor("lengths")
-            lengths_P3 = lengths.view(len(keys), -1).expand(-1, 3)  # format 2 has one for all
-            for key, ends, each in zip(keys.tolist(), lengths_P3.cumsum(0).tolist(), lengths_P3.tolist(), strict=True):
+            for key, ends, each in zip(keys.tolist(), lengths.cumsum(0).tolist(), lengths.tolist(), strict=True):
                 self._where[tuple(key)] = file, [slice(end - n, end) for end, n in zip(ends, each, strict=True)]
         self._pin = device.type == "cuda"  # read into page-locked memory
         self._reader = ThreadPoolExecutor(1)
@@ -149,18 +142,17 @@ class StoredTarget(TargetBase):
                     if key not in self._where or bool((needs_n[part] & ~self._has(key)).any()):
                         lacking.append(part.stop - part.start)
             if lacking:
-                held, asked = ("all" if reach is None else reach for reach in (self.index.get("reach"), self.reach))
-                raise ValueError(
-                    f"target.cache {self.folder} lacks {len(lacking)} pieces of the {name}, or positions of them, the"
-                    f" longest of {max(lacking)} tokens: it was made with data.max_length {self.index['max_length']}, or"
-                    f" other loss masks, for {held} positions back (draft.window, draft.num_layers), not {asked}: {AGAIN}"
+                held, asked = ("all" if reach is None else reach for reach in (self.index["reach"], self.reach))
+                what = (
+                    f"{len(lacking)} pieces of the {name}, or positions of them, the longest of {max(lacking)} tokens,"
                 )
+                how = f"data.max_length {self.index['max_length']}, or other loss masks, for {held} positions back"
+                why = f"it was made with {how} (draft.window, draft.num_layers), not {asked}"
+                raise ValueError(f"target.cache {self.folder} lacks {what}: {why}: {AGAIN}")
 
     def _has(self, key: Key) -> Tensor:
         """uint8 [n]: what of a piece is there, as in `needs_of`."""
         file, (tokens, *_) = self._where[key]
-        if self.index["version"] == 2:
-            return torch.full((tokens.stop - tokens.start,), 3, dtype=torch.uint8)
         return file.get_slice("needs")[tokens]
 
     def eos_token_ids(self) -> list[int]:
@@ -169,9 +161,11 @@ class StoredTarget(TargetBase):
     def embedding_rows(self) -> Tensor:
         return self._tables.get_tensor("embeddings")
 
+    @cached_property
+    def _head(self) -> Tensor:
+        return self._tables.get_tensor("head")
+
     def head_weight(self) -> Tensor:
-        if self._head is None:
-            self._head = self._tables.get_tensor("head")
         return self._head
 
     def final_norm(self) -> nn.Module:
@@ -237,14 +231,10 @@ Compute = Callable[[list[dict[str, Any]]], Iterable[tuple[Tensor, Tensor]]]
 
 def write_cache(recipe: Recipe, out: str | None, shard_mib: float = 512, speculators: str | None = None) -> str:
     """Fill `out` and return the line that says how to train from it, on the main process. Run again, it writes what is
-    missing.
+    missing. ValueError: for a user's mistake.
 
-    Args:
-        shard_mib: size of a file. speculators: take what lies in this folder, see `SpeculatorsFiles`, instead of
-            running the target over the recipe's sequences.
-
-    Raises:
-        ValueError: for a user's mistake.
+    shard_mib: size of a file. speculators: take what lies in this folder, see `SpeculatorsFiles`, instead of
+        running the target over the recipe's sequences.
     """
     settings = recipe.target
     if out is None:
@@ -315,7 +305,7 @@ def _sequences(recipe: Recipe, target: TargetBase, device: torch.device, say: An
     data = load_training_data(recipe, tokenizer, target.vocab_size, mask_token_id, say)
     target.check_rows(data)
     # Nothing of the draw is read: also while nobody knows how many segments `auto` will be.
-    collator = make_collator(replace(recipe, cod=replace(recipe.cod, num_segments=1)), seed=0)
+    collator = make_collator(with_segments(recipe, 1), seed=0)
     no_rows = target.head_rows(torch.zeros(0, dtype=torch.int64)).to(device)
 
     def compute(each: list[dict[str, Any]]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -393,10 +383,8 @@ def _claim(folder: Path, index: dict[str, Any], size: int) -> str:
     if old is None and any(path != partial_path(folder / INDEX) for path in folder.iterdir()):
         raise ValueError(f"--out {folder} is not empty and holds no cache; give another folder")
     if old is not None and (names := [name for name, value in index.items() if old.get(name) != value]):
-        raise ValueError(
-            f"--out {folder} holds the cache of another target, other sequences or other settings"
-            f" ({', '.join(names)} differ): give another folder, or remove it"
-        )
+        what = f"of another target, other sequences or other settings ({', '.join(names)} differ)"
+        raise ValueError(f"--out {folder} holds the cache {what}: give another folder, or remove it")
     there, free = sum(path.stat().st_size for path in folder.glob("*.safetensors")), shutil.disk_usage(folder).free
     words = (
         f"{index['tokens']} tokens of {index['pieces']} pieces, features of {index['features']} ({index['dtype']}), last"
@@ -404,9 +392,8 @@ def _claim(folder: Path, index: dict[str, Any], size: int) -> str:
         f" {there / 2**30:.2f} GiB there, {free / 2**30:.2f} GiB free"
     )
     if size - there > free:
-        raise ValueError(
-            f"--out {folder} has too little room: {words}; give another disk or target.cache_dtype=bfloat16"
-        )
+        remedy = "give another disk or target.cache_dtype=bfloat16"
+        raise ValueError(f"--out {folder} has too little room: {words}; {remedy}")
     if old is None:
         write_json(folder / INDEX, index)
     return words
@@ -425,10 +412,8 @@ def _tensors_of(shard: Shard, sequences: Any, compute: Compute, dtype: torch.dty
             found.append([t[piece.part][(piece.needs & bit) > 0].to(dtype) for bit, t in enumerate(both, start=1)])
     features, last_hidden = (torch.cat(parts) for parts in zip(*found, strict=True))
     if not bool(features.isfinite().all() & last_hidden.isfinite().all()):
-        raise ValueError(
-            f"the target's features of sequences {shard[0].sequence} to {shard[-1].sequence} are not all finite in"
-            f" {str(dtype)[6:]}: give another target.cache_dtype or target.dtype"
-        )
+        what = f"of sequences {shard[0].sequence} to {shard[-1].sequence} are not all finite in {str(dtype)[6:]}"
+        raise ValueError(f"the target's features {what}: give another target.cache_dtype or target.dtype")
     keys, lengths = torch.tensor([piece.key for piece in shard]), torch.tensor([_counts(piece) for piece in shard])
     needs = torch.cat([piece.needs for piece in shard])
     tensors = {"features": features, "last_hidden": last_hidden, "keys": keys, "lengths": lengths, "needs": needs}
@@ -448,10 +433,8 @@ def _open(folder: Path, name: str) -> Any:
     try:
         return safe_open(folder / name, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"target.cache {folder}: {name} is missing or damaged ({one_line(error, 200)}): remove what is left of it and"
-            f" run the same {COMMAND} again, which writes what is missing"
-        ) from None
+        what = f"{name} is missing or damaged ({one_line(error, 200)}): remove what is left of it"
+        raise ValueError(f"target.cache {folder}: {what} and run the same {COMMAND} again") from None
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -465,8 +448,8 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
 def verify_cache(folder: Path) -> str:
     """Compare what every file of a cache holds with its checksum; ValueError names the first that has another."""
     index = read_index(folder)
-    if index is None or index["version"] == 2:
-        raise ValueError(f"--verify {folder} holds no cache with checksums: give one that this {COMMAND} has made")
+    if index is None:
+        raise ValueError(f"--verify {folder} holds no cache: give one that {COMMAND} has made")
 
     def is_whole(name: str) -> bool:
         file = _open(folder, name)

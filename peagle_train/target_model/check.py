@@ -15,20 +15,16 @@ from peagle_train.files import one_line
 from peagle_train.target_model.chunks import Way
 
 logger = logging.getLogger(__name__)
-TOLERANCE = 0.05
-"""Of the Euclidean norm: bfloat16 stays below, a mistake does not."""
-LENGTHS = [6, 5, 2, 3, 7, 3]
-"""Of the documents that are run: the first three in one sequence, the others in another."""
+TOLERANCE = 0.05  # of the Euclidean norm: bfloat16 stays below, a mistake does not
+LENGTHS = [6, 5, 2, 3, 7, 3]  # of the documents that are run: the first three in one sequence, the others in another
 
-Features = Callable[[Tensor, Tensor, Way], tuple[Tensor, Tensor]]
-"""`FrozenTarget.features` in a given way."""
+Features = Callable[[Tensor, Tensor, Way], tuple[Tensor, Tensor]]  # `FrozenTarget.features` in a given way
 
 
 def choose_way(name: str, features: Features, way: Way, vocab_size: int) -> Way:
     """`way`, or one document at a time where packed ones do not get what they get alone. `name`: the target's.
 
-    Raises:
-        ValueError: features are not finite, or chunks give others.
+    ValueError: features are not finite, or chunks give others.
     """
     ids_n = torch.arange(1, 1 + sum(LENGTHS)) % vocab_size
     document_n = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
@@ -42,10 +38,8 @@ def choose_way(name: str, features: Features, way: Way, vocab_size: int) -> Way:
     expected = run(Way(apart=True), ids_n)
     for what, parts in zip(("features", "last hidden states"), zip(*expected), strict=True):
         if not all(bool(values.isfinite().all()) for values in parts):
-            raise ValueError(
-                f"target {name} gives {what} that are not finite in {str(parts[0].dtype)[6:]}: its weights are damaged, or"
-                " target.dtype does not hold its numbers (bfloat16 and float32 reach further than float16)"
-            )
+            what = f"{what} that are not finite in {str(parts[0].dtype)[6:]}"
+            raise ValueError(f"target {name} gives {what}: its weights are damaged, or target.dtype is too narrow")
 
     def error(way: Way) -> float:
         """How far packed documents are off what they give alone, or off themselves beside other documents.
@@ -71,16 +65,12 @@ def choose_way(name: str, features: Features, way: Way, vocab_size: int) -> Way:
             why = one_line(raised, 200) or type(raised).__name__
         if not why:
             return way
-        logger.warning(
-            "target %s does not heed the bounds of packed documents (%s): it is given one document at a time, which is"
-            " right but slower where documents are short",
-            *(name, why),
-        )
+        what = "does not heed the bounds of packed documents"
+        logger.warning("target %s %s (%s): it gets one at a time, which is right but slower", name, what, why)
     for one in chunked:
         if (off := error(replace(one, apart=True))) > TOLERANCE:
-            raise ValueError(
-                f"target {name} gives other features in chunks ({off:.0%} off): set target.chunk_tokens to null"
-            )
+            what = f"other features in chunks ({off:.0%} off)"
+            raise ValueError(f"target {name} gives {what}: set target.chunk_tokens to null")
     return replace(way, apart=True)
 
 
@@ -89,8 +79,3 @@ def relative(found: Tensor, expected: Tensor) -> float:
     found, expected = found.double(), expected.double()
     off = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
     return math.inf if math.isnan(off) else off
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the host's allocator in torch, had no memory left."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)

@@ -23,18 +23,15 @@ from peagle_train.target_model.attention import KINDS, bounds_arguments
 class Way:
     """How packed documents are kept apart, and how many tokens the target is given at a time."""
 
-    apart: bool
-    """One document at a time, for a target whose attention does not heed documents' bounds."""
-    chunk_tokens: int | None = None
-    """At most this many tokens a forward; None: the whole batch."""
+    apart: bool  # one document at a time, for a target whose attention does not heed documents' bounds
+    chunk_tokens: int | None = None  # at most this many tokens a forward; None: the whole batch
 
 
 def document_bounds(position_ids: Tensor) -> list[int]:
     """Where each document begins among the N tokens of all sequences, ascending, and N.
 
-    Args:
-        position_ids: int64 [B, L], on the host. A document begins where a sequence does and wherever a position is not the
-            one before plus 1, which is transformers' rule, too.
+    position_ids: int64 [B, L], on the host. A document begins where a sequence does and wherever a position is not the
+        one before plus 1, which is transformers' rule, too.
     """
     begins_BL = position_ids.new_ones(position_ids.shape).bool()
     begins_BL[:, 1:] = position_ids.diff(dim=1) != 1
@@ -47,11 +44,8 @@ def plan_runs(bounds: list[int], way: Way) -> list[list[slice]]:
     A document of one token, padding among them, may always share a run with its like: nobody reads its features (a document
     of n tokens has n - 1 positions that draft).
 
-    Args:
-        bounds: see `document_bounds`.
-
-    Returns:
-        spans of the N tokens: those of a run are given one after the other, over a cache if they are several.
+    bounds: see `document_bounds`.
+    Returns spans of the N tokens: those of a run are given one after the other, over a cache if they are several.
     """
     limit = way.chunk_tokens or bounds[-1]
     runs: list[list[slice]] = []
@@ -73,8 +67,7 @@ def forwards(
 ) -> Iterator[tuple[slice, dict[str, Any]]]:
     """The tokens of each forward of the base model, and its arguments beside ids and positions.
 
-    Args:
-        bounds: see `document_bounds`; None for attention that is not told them.
+    bounds: see `document_bounds`; None for attention that is not told them.
     """
     for run in runs:
         given: dict[str, Any] = {"use_cache": len(run) > 1}
@@ -90,9 +83,8 @@ def forwards(
 def check_chunkable(model: nn.Module, base: nn.Module, config: Any) -> None:
     """ValueError for a target whose layers keep something other than keys and values of all, or of the last, tokens."""
     kinds = sorted({*(getattr(config, "layer_types", None) or [])} - {*KINDS})
-    known = all(
-        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers
-    )
+    layers = DynamicCache(config=config).layers
+    known = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
     if kinds or not known or cache_argument(base) is None:
         what = ", ".join(kinds) or "a cache of its own kind"
         raise ValueError(f"target {type(model).__name__} has {what}, unfit for chunks: set target.chunk_tokens to null")

@@ -6,8 +6,8 @@ hidden state outlives its layer. B: sequences, L: positions, T: hidden size, F: 
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -45,19 +45,14 @@ class TargetBase(ABC):
     """What training reads of a target, whether it is computed (`FrozenTarget`), on disk (`StoredTarget`) or behind a server
     (`ServedTarget`)."""
 
-    config: Any
-    """transformers' config of its text model."""
-    layer_ids: list[int]
-    """The F layers whose *input* is a feature, ascending."""
+    config: Any  # transformers' config of its text model
+    layer_ids: list[int]  # the F layers whose *input* is a feature, ascending
     vocab_size: int
-    dtype: torch.dtype
-    """Of its head and its outputs."""
+    dtype: torch.dtype  # of its head and its outputs
     reach: int | None = None
-    """The drafter's, see `columns_read`: what else is needed of a target that is elsewhere than in this process."""
-    ahead = 0
-    """Sequences that it wants to know of before their outputs are asked for."""
-    waited = 0.0
-    """Seconds that `outputs` has waited for what comes from elsewhere."""
+    """The drafter's, see `positions_read`: what else is needed of a target that is elsewhere than in this process."""
+    ahead = 0  # sequences that it wants to know of before their outputs are asked for
+    waited = 0.0  # seconds that `outputs` has waited for what comes from elsewhere
 
     @property
     def hidden_size(self) -> int:
@@ -91,10 +86,9 @@ class TargetBase(ABC):
     @abstractmethod
     def outputs(self, batch: dict[str, Tensor], head_rows: Tensor) -> TargetOutputs:
         """Features, and last hidden states after the final norm, of a collator's batch, on the device of `head_rows`; where
-        no supervised element reads them (`columns_read`), perhaps zeros.
+        no supervised element reads them (`positions_read`), perhaps zeros.
 
-        Args:
-            batch: on the host; on a device it costs a wait.
+        batch: on the host; on a device it costs a wait.
         """
 
     def expect(self, batches: Sequence[dict[str, Tensor]]) -> None:
@@ -117,13 +111,11 @@ class TargetBase(ABC):
 class FrozenTarget(TargetBase):
     """A target that computes what is asked of it.
 
-    Args:
-        model: any transformers causal LM with a stack of decoder layers; the body may be quantised, the head not.
-        layer_ids: the layers whose *input* is a feature, ascending; None is `default_layer_ids`.
-        chunk_tokens: give the model at most this many tokens at a time; None: whole batches.
+    model: any transformers causal LM with a stack of decoder layers; the body may be quantised, the head not.
+    layer_ids: the layers whose *input* is a feature, ascending; None is `default_layer_ids`.
+    chunk_tokens: give the model at most this many tokens at a time; None: whole batches.
 
-    Raises:
-        ValueError: for a target whose labels or features would be wrong (see `refuse_unfit`).
+    ValueError: its labels or features would be wrong (see `refuse_unfit`).
     """
 
     def __init__(self, model: Any, layer_ids: Sequence[int] | None = None, chunk_tokens: int | None = None) -> None:
@@ -138,9 +130,8 @@ class FrozenTarget(TargetBase):
             weight: Any = getattr(module, "weight", None)
             # Other numbers, or a tensor of another class, need a quantiser's code to mean anything.
             if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in PLAIN:
-                raise ValueError(
-                    f"target {name} has quantised {what} ({type(module).__name__}): leave them unquantised"
-                )
+                how = f"{what} ({type(module).__name__}): leave them unquantised"
+                raise ValueError(f"target {name} has quantised {how}")
         self.vocab_size, self.dtype = self.head.weight.shape[0], self.head.weight.dtype
         self.base, self.layers = _decoder(model, self.config.num_hidden_layers)
         self.layer_ids = list(default_layer_ids(len(self.layers)) if layer_ids is None else layer_ids)
@@ -232,16 +223,29 @@ class FrozenTarget(TargetBase):
             raise ValueError(f"target {type(self.model).__name__}: no module gives its last hidden states as they are")
         return found[-1]
 
+    @contextmanager
+    def layer_inputs(self, keep: Callable[[int, Tensor], object]) -> Iterator[None]:
+        """In the block, `keep` is called with what enters each feature layer, and its place among them."""
+
+        def hook(slot: int) -> Any:
+            return lambda _, args, kwargs: keep(slot, args[0] if args else kwargs["hidden_states"])
+
+        layers = [self.layers[layer] for layer in self.layer_ids]
+        handles = [layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
     @torch.no_grad()
     def features(self, input_ids: Tensor, position_ids: Tensor, way: Way | None = None) -> tuple[Tensor, Tensor]:
         """Features [B, L, F*T] and last hidden states after the final norm [B, L, T], in the target's dtype.
 
-        Packed documents do not see each other: see `Way`.
+        Packed documents do not see each other: see `Way`, of which None is `self.way`.
 
-        Args:
-            input_ids: int64 [B, L], unshifted. position_ids: int64 [B, L], restarting at 0 with every document. On the
-                host or on the target's device (bounds are found on the host: from the device, that waits for it).
-            way: None is `self.way`.
+        input_ids: int64 [B, L], unshifted. position_ids: int64 [B, L], restarting at 0 with every document. On the
+            host or on the target's device (bounds are found on the host: from the device, that waits for it).
         """
         way = way or self.way
         B, L = input_ids.shape
@@ -261,22 +265,14 @@ class FrozenTarget(TargetBase):
                 out[name] = hidden.new_empty(1, B * L, count * T)
             out[name][:, span, slot * T : (slot + 1) * T] = hidden
 
-        def keep(slot: int) -> Any:
-            return lambda _, args, kwargs: put("features", slot, F, args[0] if args else kwargs["hidden_states"])
-
         def forward(span: slice, **given: Any) -> Tensor:
             ids = {"input_ids": ids_1N[:, span], "position_ids": positions_1N[:, span]}
             return self.base(**ids, attention_mask=None, **given).last_hidden_state
 
-        layers = [self.layers[layer] for layer in self.layer_ids]
-        handles = [layer.register_forward_pre_hook(keep(i), with_kwargs=True) for i, layer in enumerate(layers)]
-        try:
-            with nullcontext() if way.apart else bounds_heeded(self.config):
-                for span, given in forwards(self.base, self.config, runs, None if way.apart else bounds, self.device):
-                    put("last", 0, 1, forward(span, **given))
-        finally:
-            for handle in handles:
-                handle.remove()
+        heeded = nullcontext() if way.apart else bounds_heeded(self.config)
+        with heeded, self.layer_inputs(lambda slot, hidden: put("features", slot, F, hidden)):
+            for span, given in forwards(self.base, self.config, runs, None if way.apart else bounds, self.device):
+                put("last", 0, 1, forward(span, **given))
         for _ in range(idle):
             forward(slice(0, 1), use_cache=False)
         return out["features"].view(B, L, F * T), out["last"].view(B, L, T)

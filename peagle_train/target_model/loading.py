@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from peagle_train.config import Target
 from peagle_train.data.vocab import load_config
 from peagle_train.files import one_line
 
@@ -32,9 +33,8 @@ def default_layer_ids(num_layers: int) -> list[int]:
     features. ValueError below.
     """
     if num_layers < 6:
-        raise ValueError(
-            f"the target's {num_layers} layers are too few for the default feature layers: give target.layer_ids"
-        )
+        what = f"the target's {num_layers} layers are too few for the default feature layers"
+        raise ValueError(f"{what}: give target.layer_ids")
     return [2, num_layers // 2, max(num_layers - 3, num_layers // 2 + 1)]
 
 
@@ -97,6 +97,26 @@ def load_model(
     if bad := [f"{len(found)} {kind.replace('_', ' ')}" for kind, found in report.items() if found]:
         raise ValueError(f"target.path {path}: its weights do not fit its config ({', '.join(bad)})")
     return model
+
+
+def empty_model(settings: Target, dtype: torch.dtype | None = None, kind: str = "cpu") -> Any:
+    """A recipe's target on the meta device, without weights; `dtype`: None is what it has on a device of this `kind`.
+
+    ValueError, one line: its config.json is wrong.
+    """
+    config, own = load_config(settings.path, settings.trust_remote_code), settings.attn_implementation
+    given: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
+    try:
+        refuse_unfit(config.get_text_config())
+        chosen = dtype or resolve_dtype(settings.dtype, torch.device(kind))
+        if chosen == "auto":  # where no config names one, bfloat16, as nearly all have it
+            chosen = config.get_text_config().dtype or torch.bfloat16
+        given |= {"dtype": chosen, **({"attn_implementation": own} if own else {})}
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, **given)
+    except Exception as error:  # whatever a foreign or corrupt file makes the loaders raise
+        why = f"{type(error).__name__}: {one_line(error, 300)}"
+        raise ValueError(f"target.path {settings.path} cannot be read: {why}") from error
 
 
 def target_fingerprint(folder: str) -> str:

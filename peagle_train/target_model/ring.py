@@ -21,8 +21,7 @@ from peagle_train.target_model.cache import FIELDS
 from peagle_train.target_model.frozen import TargetBase, TargetLost
 from peagle_train.target_model.loading import target_fingerprint
 
-SLACK = 8192
-"""Bytes that a file takes at most beside its numbers: its header, and what a disk rounds up."""
+SLACK = 8192  # bytes that a file takes at most beside its numbers: its header, and what a disk rounds up
 ELSEWHERE = "give another folder as target.ring_dir"
 Batch = dict[str, Tensor]
 
@@ -38,30 +37,31 @@ def block_steps(recipe: Recipe, target: TargetBase, sequences: int) -> int:
     step = sequences * sequence_bytes(recipe, target)
     if steps := int(recipe.target.ring * 2**30) // step:
         return steps
-    raise ValueError(
-        f"target.ring is {recipe.target.ring:g} GiB; features of a step's {sequences} sequences take {step / 2**30:.3g}:"
-        " give that, or a smaller step"
-    )
+    needed = f"features of a step's {sequences} sequences take {step / 2**30:.3g}: give that, or a smaller step"
+    raise ValueError(f"target.ring is {recipe.target.ring:g} GiB; {needed}")
+
+
+def ring_folder(recipe: Recipe, target: TargetBase) -> Path:
+    """Where all ranks' files lie: in the run's own folder, or below `target.ring_dir`."""
+    output, elsewhere = Path(recipe.output.dir), recipe.target.ring_dir
+    whose = f"{output.resolve()} {target_fingerprint(recipe.target.path)} {target.layer_ids}"
+    return Path(elsewhere) / f"ring-{hash63(whose.encode()):x}" if elsewhere else output / "ring"
 
 
 class Ring:
-    """A target's outputs for training's batches. Sequences are computed one at a time, so the
-    bits of one do not depend on the others.
+    """A target's outputs for training's batches. Sequences are computed one at a time, so the bits of one do not depend on
+    the others.
 
-    Args:
-        rank, world_size: each rank keeps its own sequences. coming: keys of those that the present block still has for
-            this rank; what an earlier run has left of others is removed. sequences: of this rank, in a block.
+    rank, world_size: each rank keeps its own sequences. coming: keys of those that the present block still has for
+        this rank; what an earlier run has left of others is removed. sequences: of this rank, in a block.
 
-    Raises:
-        ValueError: the folder cannot be used, or has too little room for a block.
+    ValueError: the folder cannot be used, or has too little room for a block.
     """
 
     def __init__(
         self, recipe: Recipe, target: TargetBase, rank: int, world_size: int, coming: set[int], sequences: int
     ) -> None:
-        self.target, output, elsewhere = target, Path(recipe.output.dir), recipe.target.ring_dir
-        whose = f"{output.resolve()} {target_fingerprint(recipe.target.path)} {target.layer_ids}"
-        root = Path(elsewhere) / f"ring-{hash63(whose.encode()):x}" if elsewhere else output / "ring"
+        self.target, root = target, ring_folder(recipe, target)
         self.folder = root / f"{rank}-of-{world_size}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -76,15 +76,12 @@ class Ring:
         except OSError as error:
             raise ValueError(f"target.ring cannot be kept in {self.folder}: {one_line(error)}: {ELSEWHERE}") from None
         if (lacking := sequences * sequence_bytes(recipe, target) - there - free) > 0:
-            raise ValueError(
-                f"target.ring: {self.folder} lacks {lacking / 2**30:.3g} GiB for the {sequences} sequences of a block:"
-                f" {ELSEWHERE}, or a smaller target.ring"
-            )
+            room = f"{lacking / 2**30:.3g} GiB for the {sequences} sequences of a block"
+            raise ValueError(f"target.ring: {self.folder} lacks {room}: {ELSEWHERE}, or a smaller target.ring")
         self._known = known | {0}  # sequences that need not be asked for; 0 is one of no tokens
         # By the batch's id: the batch, and those of its sequences that the target is asked for.
         self._coming: dict[int, tuple[Batch, dict[int, Batch]]] = {}
-        self.keeps = True
-        """Whether the sequences of the next batch will come again."""
+        self.keeps = True  # whether the sequences of the next batch will come again
 
     def _path(self, key: int) -> Path:
         return self.folder / f"{key:016x}.safetensors"

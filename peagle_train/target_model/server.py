@@ -1,10 +1,9 @@
-"""A target behind vLLM servers, which compute its hidden states. Here only what lies around its layers is loaded: head,
-embeddings and final norm, whatever its size.
+"""A target behind vLLM servers, which compute its hidden states; and the command that starts such a server. Here only what
+lies around the target's layers is loaded: head, embeddings and final norm, whatever its size.
 
-Every document is a request of its own, up to the last position that training reads (`columns_read`), so packed documents
-cannot see each other. vLLM answers with the name of a file in
-a folder that it shares with us (`peagle-train serve-target` prints the command that starts such a server); the file is
-locked until it is whole, and removed once it is read.
+Every document is a request of its own, up to the last position that training reads (`positions_read`), so packed documents
+cannot see each other. vLLM answers with the name of a file in a folder that it shares with us (the one that
+`peagle-train serve-target` gives it); the file is locked until it is whole, and removed once it is read.
 
 B: sequences of a batch, L: positions, n: tokens of a document, k: feature layers, T: the target's hidden size, V: its
 vocabulary.
@@ -12,11 +11,16 @@ vocabulary.
 
 import fcntl
 import itertools
+import json
 import logging
 import math
+import os
 import re
+import shutil
+import subprocess
 import threading
 import time
+import urllib.request
 from collections.abc import Sequence
 from multiprocessing.pool import AsyncResult, ThreadPool  # its threads are daemons: no exit waits for an answer
 from pathlib import Path
@@ -26,33 +30,38 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
-from peagle_train.config import Target
-from peagle_train.core.elements import columns_read
+from peagle_train.config import Recipe, Target
+from peagle_train.core.elements import positions_read
 from peagle_train.core.passes import TargetOutputs
 from peagle_train.data.vocab import eos_token_ids, load_config
-from peagle_train.files import one_line
+from peagle_train.files import RunStopped, one_line
 from peagle_train.target_model.frozen import FrozenTarget, TargetBase, TargetLost, pieces_of
-from peagle_train.target_model.loading import default_layer_ids, read_tensors
+from peagle_train.target_model.loading import default_layer_ids, empty_model, read_tensors
 
 logger = logging.getLogger(__name__)
 
-REQUESTS = 32
-"""In flight at a time, to each server."""
+REQUESTS = 32  # in flight at a time, to each server
 GREEDY = {"temperature": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 """Given explicitly: servers would take the missing ones from the target's generation_config.json."""
 REMEDY = "start the server with the command that `peagle-train serve-target RECIPE` prints"
+ON_CPU = "cpu"
+"""In the path of what a server on a CPU writes; while it does, vLLM draws wrong tokens there at temperatures above 0."""
+
+
+def connect(url: str, option: str, key: str = "none", **how: Any) -> tuple[Any, Any]:
+    """The package openai, and its client of a server. ValueError without the package."""
+    try:
+        import openai
+    except ImportError:
+        raise ValueError(f"{option} takes the package openai, which is missing: pip install openai") from None
+    return openai, openai.OpenAI(base_url=url, api_key=key, **how)
 
 
 class ServedTarget(TargetBase):
-    """A target that asks `target.server` for what training reads.
+    """A target that asks `target.server` for what training reads: for a `device`, in sequences of at most `max_length`.
 
-    Args:
-        settings: the recipe's section. device: that the outputs are for. max_length: of a sequence.
-
-    Raises:
-        ValueError: one line, for a server that is none, or that serves another model or other layers.
+    ValueError: one line, for a server that is none, or that serves another model or other layers.
     """
 
     def __init__(self, settings: Target, device: torch.device, max_length: int) -> None:
@@ -64,21 +73,19 @@ class ServedTarget(TargetBase):
         patience = max(60.0, settings.server_patience)
         self.servers = [_Server(url, self.layer_ids, self.hidden_size, patience) for url in urls]
         if (longest := min(server.max_model_len for server in self.servers)) <= max_length:
-            raise ValueError(
-                f"target.server takes {longest} tokens; data.max_length and a token more are {max_length + 1}: {REMEDY}"
-            )
+            needed = f"data.max_length and a token more are {max_length + 1}"
+            raise ValueError(f"target.server takes {longest} tokens; {needed}: {REMEDY}")
         self._threads = ThreadPool(REQUESTS * len(urls))
         self._turns = itertools.count()
         self._stopping = threading.Event()
-        self._coming: dict[int, tuple[dict[str, Tensor], Tensor, Tensor, list[AsyncResult[None]]]] = {}  # by batch id
+        # by the batch's id: the batch, which positions are needed, room for their states, the requests
+        self._coming: dict[int, tuple[dict[str, Tensor], Tensor, Tensor, list[AsyncResult[None]]]] = {}
         self._bytes = 0  # of the batches that are coming
-
+        self._failure = ""
         states = self._ask(torch.arange(1, 6))[0]
         self.dtype = states.dtype
-        if settings.dtype not in ("auto", str(states.dtype)[6:]):
-            raise ValueError(
-                f"target.server computes in {str(states.dtype)[6:]}, target.dtype is {settings.dtype}: {REMEDY}"
-            )
+        if settings.dtype not in ("auto", dtype := str(states.dtype)[6:]):
+            raise ValueError(f"target.server computes in {dtype}, target.dtype is {settings.dtype}: {REMEDY}")
         self._token_bytes = (len(self.layer_ids) + 1) * self.hidden_size * self.dtype.itemsize
         self.ahead = int(settings.prefetch_gib * 2**30) // (max_length * self._token_bytes)
         self._head, self._embeddings, self._norm = _around_the_layers(settings, states.dtype)
@@ -108,10 +115,9 @@ class ServedTarget(TargetBase):
                 raise ValueError(f"target.server answers with token {token} and {states.dtype} states: {REMEDY}")
             logits = self._head.float() @ self._norm(states[-1, -1].to(self.device)).float().cpu()
             if float(logits.max() - logits[token]) > 0.02 * float(logits.abs().max()):  # bfloat16 has near ties
-                raise ValueError(
-                    f"target.server answers {ids.tolist()} with token {token}, target.path {self.settings.path} with"
-                    f" {int(logits.argmax())}: it serves another model, or other layers than {self.layer_ids}: {REMEDY}"
-                )
+                tokens = f"token {token}, target.path {self.settings.path} with {int(logits.argmax())}"
+                why = f"it serves another model, or other layers than {self.layer_ids}"
+                raise ValueError(f"target.server answers {ids.tolist()} with {tokens}: {why}: {REMEDY}")
 
     def expect(self, batches: Sequence[dict[str, Tensor]]) -> None:
         for batch in batches:
@@ -126,7 +132,7 @@ class ServedTarget(TargetBase):
         documents_BL = batch["document_ids"]
         learned = (batch["supervised"] & (batch["depth"] == 0)).long()
         is_supervised = torch.zeros_like(documents_BL).scatter_add_(1, batch["anchor"], learned) > 0
-        is_needed = torch.stack(columns_read(is_supervised, documents_BL, self.reach)).any(0)
+        is_needed = torch.stack(positions_read(is_supervised, documents_BL, self.reach)).any(0)
         # Allocated here: page-locked memory belongs to the device of the thread that asks for it.
         shape = int(is_needed.sum()), len(self.layer_ids) + 1, self.hidden_size
         room = torch.empty(shape, dtype=self.dtype, pin_memory=self.device.type == "cuda")
@@ -163,11 +169,10 @@ class ServedTarget(TargetBase):
     def _ask(self, ids_n: Tensor) -> tuple[Tensor, int]:
         """The hidden states [n, k + 1, T] of a document, and the greedy token after it; the last ones before the norm.
 
-        Raises:
-            TargetLost: no server answered for `target.server_patience` seconds after the first failure.
-            ValueError: a server answered something else, the first time that it was asked; later that is TargetLost.
+        TargetLost: no server answered for `target.server_patience` seconds after the first failure, or one answered
+        something else. ValueError: so did a server when it was asked for the first time.
         """
-        until, failure = math.inf, "target.server gave no answer before"
+        until = math.inf
         while not self._stopping.is_set():
             server = self.servers[next(self._turns) % len(self.servers)]
             try:
@@ -178,6 +183,7 @@ class ServedTarget(TargetBase):
                 raise
             except OSError as error:  # among them openai's, see `_Server`
                 failure = f"target.server {server.url} gave no answer: {one_line(error)}"
+                self._failure = failure
             if until == math.inf:
                 until = time.monotonic() + self.settings.server_patience
                 logger.warning("%s; asking again", failure)
@@ -185,7 +191,7 @@ class ServedTarget(TargetBase):
                 break
             self._stopping.wait(min(2.0, self.settings.server_patience))
         self._stopping.set()  # the other requests' threads need not try as long
-        raise TargetLost(failure)
+        raise TargetLost(self._failure or "target.server was closed")
 
     def close(self) -> None:
         self._stopping.set()
@@ -196,16 +202,12 @@ class _Server:
     """One vLLM server. `patience`: seconds that a request or its file may take."""
 
     def __init__(self, url: str, layer_ids: list[int], hidden_size: int, patience: float) -> None:
-        try:
-            import openai
-        except ImportError:
-            raise ValueError("target.server takes the package openai, which is missing: pip install openai") from None
-        self.url, self.layer_ids, self.openai = url.rstrip("/").removesuffix("/v1"), layer_ids, openai
+        self.url, self.layer_ids = url.rstrip("/").removesuffix("/v1"), layer_ids
         self.hidden_size, self.patience, self.has_answered = hidden_size, patience, False
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=patience)
+        self.openai, self.client = connect(f"{self.url}/v1", "target.server", max_retries=0, timeout=patience)
         try:
             [model, *_] = self.client.models.list().data
-        except (openai.OpenAIError, ValueError) as error:
+        except (self.openai.OpenAIError, ValueError) as error:
             raise ValueError(f"target.server {url} does not answer: {one_line(error)}; {REMEDY}") from None
         self.model, self.max_model_len = model.id, int(getattr(model, "max_model_len", 0))
 
@@ -217,9 +219,8 @@ class _Server:
             reply = self.client.completions.create(model=self.model, prompt=ids, max_tokens=1, extra_body=more)
         except self.openai.APIStatusError as error:
             if error.status_code < 500 and error.status_code not in (408, 409, 425, 429):
-                raise ValueError(
-                    f"target.server {self.url} refuses a prompt of {len(ids)} tokens: {one_line(error)}"
-                ) from None
+                what = f"refuses a prompt of {len(ids)} tokens: {one_line(error)}"
+                raise ValueError(f"target.server {self.url} {what}") from None
             raise OSError(one_line(error)) from None
         except self.openai.OpenAIError as error:
             raise OSError(one_line(error)) from None
@@ -228,26 +229,21 @@ class _Server:
         if path is None:
             raise ValueError(f"target.server {self.url} gives no hidden states: {REMEDY}")
         named = re.fullmatch(r"layers-([\d-]+)", path.parent.name)
-        if named and named[1] != (asked := layers_name(self.layer_ids)):
+        if named and named[1] != (asked := "-".join(map(str, self.layer_ids))):
             raise ValueError(f"target.server {self.url} gives layers {named[1]}, the recipe asks for {asked}: {REMEDY}")
         try:
             states = take(path, ids, self.patience)
         except FileNotFoundError as error:
             if self.has_answered:  # it was restarted, and its folder emptied
                 raise
-            raise ValueError(
-                f"target.server wrote {error.filename}, which is missing here: share that folder"
-            ) from None
+            what = f"{error.filename}, which is missing here: share that folder"
+            raise ValueError(f"target.server wrote {what}") from None
         if not named and not self.has_answered:
-            words = (
-                "target.server %s does not say which layers it gives: give it the folder of `peagle-train serve-target`"
-            )
-            logger.warning(words, self.url)
+            hint = "give it the folder of `peagle-train serve-target`"
+            logger.warning("target.server %s does not say which layers it gives: %s", self.url, hint)
         if states.shape != (len(ids), len(self.layer_ids) + 1, self.hidden_size):
-            raise ValueError(
-                f"target.server {self.url} gives hidden states {tuple(states.shape)}, not those of {len(self.layer_ids)}"
-                f" layers and the last: {REMEDY}"
-            )
+            wanted = f"not those of {len(self.layer_ids)} layers and the last: {REMEDY}"
+            raise ValueError(f"target.server {self.url} gives hidden states {tuple(states.shape)}, {wanted}")
         self.has_answered = True
         return states, token
 
@@ -258,16 +254,10 @@ def states_path(reply: Any) -> Path | None:
     return Path(path) if path else None
 
 
-def layers_name(layer_ids: Sequence[int]) -> str:
-    """In the name of a server's folder, so that another list of layers shows."""
-    return "-".join(map(str, layer_ids))
-
-
 def take(path: Path, ids: list[int], patience: float) -> Tensor:
     """Read and remove a server's file of hidden states, [n, k + 1, T]; waits until it is whole.
 
-    Raises:
-        FileNotFoundError: it has no lock. OSError: it is not whole after `patience` seconds, or never will be.
+    FileNotFoundError: it has no lock. OSError: it is not whole after `patience` seconds, or never will be.
     """
     lock, until, pause = path.with_name(path.name + ".lock"), time.monotonic() + patience, 0.001
     with lock.open() as held:
@@ -293,18 +283,84 @@ def take(path: Path, ids: list[int], patience: float) -> Tensor:
 
 def _around_the_layers(settings: Target, dtype: torch.dtype) -> tuple[Tensor, Tensor, nn.Module]:
     """The target's head and embeddings [V, T] and its final norm, from its .safetensors files, on the CPU."""
-    config = load_config(settings.path, settings.trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
+    model = empty_model(settings, dtype)
     target = FrozenTarget(model, settings.layer_ids)
     norms = [module for module in target.base.children() if "norm" in type(module).__name__.lower()]
     if len(norms) != 1:
-        raise ValueError(
-            f"target {type(model).__name__} has {len(norms)} norms beside its layers: target.server needs one"
-        )
+        what = f"has {len(norms)} norms beside its layers: target.server needs one"
+        raise ValueError(f"target {type(model).__name__} {what}")
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     embeddings, head, norm = model.get_input_embeddings().weight, target.head.weight, norms[0]
     inside = {name: names[id(parameter)] for name, parameter in norm.named_parameters()}
     found = read_tensors(Path(settings.path), {names[id(embeddings)], names[id(head)], *inside.values()})
     norm.to_empty(device="cpu").load_state_dict({name: found[full] for name, full in inside.items()})
     return found[names[id(head)]].to(dtype), found[names[id(embeddings)]].to(dtype), norm.eval().requires_grad_(False)
+
+
+
+# Starting a server
+
+
+def serve_command(recipe: Recipe, port: int, folder: str, python: str, more: Sequence[str] = ()) -> list[str]:
+    """The words of the command that starts a vLLM server which gives a recipe's features.
+
+    folder: that server and training share, in memory or on a fast disk. python: that of vLLM's environment.
+    more: arguments for vLLM, as --tensor-parallel-size 8.
+    """
+    target = recipe.target
+    config = load_config(target.path, target.trust_remote_code).get_text_config()
+    layers = target.layer_ids or default_layer_ids(config.num_hidden_layers)
+    if on_cpu := not torch.cuda.is_available():
+        logger.warning("there is no GPU here, so the command is for a CPU: print it where the server will run")
+    # The last one: what enters the final norm.
+    ids = {"eagle_aux_hidden_state_layer_ids": [*layers, config.num_hidden_layers]}
+    extract = {"method": "extract_hidden_states", "num_speculative_tokens": 1}
+    speculative = {**extract, "draft_model_config": {"hf_config": ids}}
+    connector, own = {"kv_connector": "ExampleHiddenStatesConnector"}, _storage(folder, port)
+    if on_cpu:
+        module, own = "peagle_train.serving.vllm_connector", own / ON_CPU
+        connector = {"kv_connector": "CPUHiddenStatesConnector", "kv_connector_module_path": module}
+    storage = {"shared_storage_path": str(own / f"layers-{'-'.join(map(str, layers))}")}
+    transfer = {**connector, "kv_role": "kv_producer", "kv_connector_extra_config": storage}
+    return [
+        *(python, "-m", "vllm.entrypoints.openai.api_server", "--model", target.path, "--port", str(port)),
+        *("--max-model-len", str(recipe.data.max_length + 1)),  # a prompt and the one token that has to be asked for
+        *([] if target.dtype == "auto" else ["--dtype", target.dtype]),
+        *(["--trust-remote-code"] if target.trust_remote_code else []),
+        *(["--enforce-eager"] if on_cpu else []),
+        *("--speculative_config", json.dumps(speculative), "--kv_transfer_config", json.dumps(transfer)),
+        *more,
+    ]
+
+
+def _storage(folder: str, port: int) -> Path:
+    """A server's own part of the shared folder."""
+    return Path(folder).absolute() / f"port-{port}"
+
+
+def run_server(command: list[str], port: int, folder: str) -> None:
+    """Run the server until it ends, saying when it answers. RunStopped if it fails. `folder` is emptied before."""
+    if _answers(port):
+        raise ValueError(f"a server answers at port {port} already: stop it, or give another --port")
+    shutil.rmtree(_storage(folder, port), ignore_errors=True)  # what a killed server or its readers have left
+    # GiB; by default vLLM on a CPU takes nearly all memory for keys and values.
+    defaults = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "4"}
+    with subprocess.Popen(command, env={**defaults, **os.environ}) as server:
+        try:
+            while server.poll() is None and not _answers(port):
+                time.sleep(1)
+            if server.poll() is None:
+                logger.warning("the server answers: train with target.server=http://localhost:%d", port)
+            server.wait()
+        finally:
+            server.terminate()  # if this command was interrupted
+    if server.returncode:
+        raise RunStopped(f"vLLM ended with exit code {server.returncode}: see its messages above")
+
+
+def _answers(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://localhost:{port}/health", timeout=5):
+            return True
+    except OSError:  # urllib's errors are of this type
+        return False

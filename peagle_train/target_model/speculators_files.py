@@ -27,12 +27,10 @@ logger = logging.getLogger(__name__)
 class SpeculatorsFiles:
     """The samples in the order of i, with their features.
 
-    Args:
-        folder: of hs_{i}.safetensors, or the one above its `hidden_states`.
-        target: the target that they are said to be of. max_length: of a sequence; a longer sample is a ValueError.
+    folder: of hs_{i}.safetensors, or the one above its `hidden_states`.
+    target: the target that they are said to be of. max_length: of a sequence; a longer sample is a ValueError.
 
-    Raises:
-        ValueError: one line, for files that are something else, and for features that the target does not give.
+    ValueError: one line, for files that are something else, and for features that the target does not give.
     """
 
     def __init__(self, folder: str, target: FrozenTarget, max_length: int) -> None:
@@ -40,9 +38,7 @@ class SpeculatorsFiles:
         root = root / "hidden_states" if (root / "hidden_states").is_dir() else root
         numbered = {int(p.stem[3:]): p for p in root.glob("hs_*.safetensors") if p.stem[3:].isdigit()}
         if not numbered:
-            raise ValueError(
-                f"--speculators {folder} holds no hs_NUMBER.safetensors: give the folder that speculators wrote"
-            )
+            raise ValueError(f"--speculators {folder} has no hs_NUMBER.safetensors: give the folder that has them")
         self.target, self.max_length = target, max_length
         self.samples = sorted(numbered.items())
         self.masks = _data_set(root)
@@ -63,9 +59,7 @@ class SpeculatorsFiles:
             raise ValueError(f"{path} cannot be read: {error}") from error
         n, T, V, layers = ids.numel(), self.target.hidden_size, self.target.vocab_size, len(self.target.layer_ids) + 1
         if "hidden_states_scales" in has:
-            raise ValueError(
-                f"{path} has hidden states in FP8 (hidden_states_scales), unsupported: have 16 bits written"
-            )
+            raise ValueError(f"{path} has hidden states in FP8 (hidden_states_scales), unsupported: write 16 bits")
         if "loss_mask" not in has and self.masks is not None:
             row = self.masks[number] if number < len(self.masks) else {"input_ids": None}
             if row["input_ids"] != ids.tolist():
@@ -75,10 +69,8 @@ class SpeculatorsFiles:
             mask = torch.ones(n)
         is_ids = n > 0 and ids.dim() == 1 and not ids.is_floating_point() and 0 <= ids.min() <= ids.max() < V
         if not (is_ids and has.get("hidden_states") == (n, layers, T) and mask.shape == (n,)):
-            raise ValueError(
-                f"{path} has {has}; it must have token_ids [n], ids in 0..{V - 1}, hidden_states [n, {layers}, {T}] (the"
-                " layers of target.layer_ids and what enters the final norm), and a loss_mask, if any, [n]"
-            )
+            wanted = f"token_ids [n], in 0..{V - 1}, hidden_states [n, {layers}, {T}] (the layers of target.layer_ids"
+            raise ValueError(f"{path} has {has}; give {wanted} and what enters the final norm), perhaps loss_mask [n]")
         if n > self.max_length:
             raise ValueError(f"{path} has {n} tokens, data.max_length is {self.max_length}: raise data.max_length")
         document_ids = torch.zeros(n, dtype=torch.int64)
@@ -100,11 +92,9 @@ class SpeculatorsFiles:
         own = self.target.features(ids, torch.arange(ids.shape[1])[None])
         off, off_last = (relative(a, b[0].cpu()) for a, b in zip(next(self.compute([row])), own, strict=True))
         if max(off, off_last) > 0.1:
-            raise ValueError(
-                f"--speculators: features are {off:.0%} off what the target gives in layers {self.target.layer_ids}, last"
-                f" hidden states {off_last:.0%} after the final norm: they are of another target, or of other layers"
-                " (give target.layer_ids), or have been through that norm before"
-            )
+            offs = f"features are {off:.0%}, last hidden states after the final norm {off_last:.0%} off the target's"
+            why = f"of another target, of other layers than {self.target.layer_ids}, or through that norm before"
+            raise ValueError(f"--speculators: {offs}: they are {why}")
 
     def write_documents(self, path: Path) -> None:
         """The samples with their masks as a .jsonl source. Those with nothing to learn from are dropped, and counted."""
@@ -132,7 +122,5 @@ def _data_set(root: Path) -> Any:
             if {"input_ids", "loss_mask"} <= set(found.column_names):
                 return found
             raise ValueError(f"the data set {folder} has {found.column_names}, but not input_ids and loss_mask")
-    logger.warning(
-        "no data set next to %s: where a file has no loss_mask of its own, every token is learned from", root
-    )
+    logger.warning("no data set next to %s: without a loss_mask of its own, a file's tokens are all learned from", root)
     return None

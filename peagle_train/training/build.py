@@ -10,28 +10,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from peagle_train.config import Recipe
+from peagle_train import distributed
+from peagle_train.config import Recipe, with_segments
 from peagle_train.core.attention import uses_flex
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.plan import padding_share
 from peagle_train.data.chat import read_template
 from peagle_train.data.training_data import load_training_data
-from peagle_train.data.vocab import (
-    choose_mask_token,
-    choose_most_frequent,
-    coverage,
-    load_tokenizer,
-    read_draft_vocab,
-)
-from peagle_train.distributed import (
-    check_device,
-    check_device_map,
-    check_launch,
-    check_sharding,
-    one_at_a_time,
-    wait_for_all,
-    world_mesh,
-)
+from peagle_train.data.vocab import choose_mask_token, choose_most_frequent, load_tokenizer, read_draft_vocab
 from peagle_train.files import told
 from peagle_train.memory import memory_explained, resolve_segments, sizes_of, this_device
 from peagle_train.serving.drafter_io import check_finite
@@ -47,13 +33,8 @@ logger = logging.getLogger(__name__)
 
 
 def train(recipe: Recipe, resume: str | None = None) -> str:
-    """Run a recipe; returns lines on where the drafter is and how good it is.
-
-    Args:
-        recipe: the settings. resume: None for a new run, else as in `open_resume`.
-
-    Raises:
-        ValueError: for a user's mistake, before any training.
+    """Run a recipe; returns lines on where the drafter is and how good it is. `resume`: None for a new run, else as in
+    `open_resume`. ValueError: for a user's mistake, before any training.
     """
     with memory_explained(recipe, lambda: "out of memory before the first step"):
         return _train(recipe, resume)
@@ -70,9 +51,7 @@ def _train(recipe: Recipe, resume: str | None) -> str:
                 return found if os.environ.get("RANK", "0") == "0" else ""
             checkpoint = found
             if recipe.cod.num_segments == "auto":  # another number rounds sums differently
-                recipe = replace(
-                    recipe, cod=replace(recipe.cod, num_segments=found.state["recipe"]["cod"]["num_segments"])
-                )
+                recipe = with_segments(recipe, found.state["recipe"]["cod"]["num_segments"])
     except OSError as error:
         raise ValueError(f"output.dir {output} cannot be used: {told(error)}") from None
     if recipe.train.log_with:
@@ -83,21 +62,19 @@ def _train(recipe: Recipe, resume: str | None) -> str:
         log_with=recipe.train.log_with,
         project_dir=recipe.output.dir if recipe.train.log_with else None,
     )
-    check_device(accelerator.device)
-    check_launch(accelerator.num_processes)
-    if check_sharding(recipe.train.sharding) and accelerator.num_processes == 1:
+    distributed.check_device(accelerator.device)
+    distributed.check_launch(accelerator.num_processes)
+    if distributed.check_sharding(recipe.train.sharding) and accelerator.num_processes == 1:
         logger.warning("FSDP2 was asked for, but there is a single process: the drafter stays whole")
     if uses_flex(accelerator.device) and recipe.train.mixed_precision == "no":
-        logger.warning(
-            "train.mixed_precision is no: on CUDA the drafter's attention is an order of magnitude slower than in bf16"
-        )
+        logger.warning("train.mixed_precision is no: on CUDA attention is an order of magnitude slower than in bf16")
     say = print if accelerator.is_main_process else (lambda *_: None)
 
     target = load_target(recipe, accelerator)
     start = read_start(recipe, target)
     shaped = start.recipe if start else recipe
     tokenizer = load_tokenizer(recipe.target.path, recipe.target.trust_remote_code)
-    wait_for_all()  # so that all ranks find the mistakes that all of them make at the same time
+    distributed.wait_for_all()  # so that all ranks find the mistakes that all of them make at the same time
     mask_token_id = choose_mask_token(shaped.draft, recipe.data, tokenizer, target.vocab_size)
 
     data = load_training_data(recipe, tokenizer, target.vocab_size, mask_token_id, say)
@@ -110,7 +87,7 @@ def _train(recipe: Recipe, resume: str | None) -> str:
     check_finite(draft.state_dict(), "the new drafter's")  # those of the target are its own, too
 
     S, line = resolve_segments(sizes_of(recipe, target, draft.config, this_device(accelerator.device)))
-    recipe = replace(recipe, cod=replace(recipe.cod, num_segments=S))
+    recipe = with_segments(recipe, S)
     say(line)
     trainer = Trainer(recipe, accelerator, target, draft, data)
     say(arithmetic(trainer))
@@ -124,20 +101,20 @@ def _train(recipe: Recipe, resume: str | None) -> str:
 def load_target(recipe: Recipe, accelerator: Accelerator) -> TargetBase:
     """The recipe's target, checked."""
     settings, several = recipe.target, accelerator.num_processes > 1
-    check_device_map(settings.device_map, accelerator.num_processes)
+    distributed.check_device_map(settings.device_map, accelerator.num_processes)
     elsewhere = settings.cache or settings.server
     sharded = settings.shard and several and not elsewhere
     if settings.shard and not sharded:
         why = "its features come from elsewhere" if elsewhere else "there is a single process"
         logger.warning("target.shard is true, but %s: the target stays whole", why)
     if sharded:
-        world_mesh(accelerator.device.type)
+        distributed.world_mesh(accelerator.device.type)
     if settings.cache:
         return StoredTarget(settings, accelerator.device)
     if settings.server:
         return ServedTarget(settings, accelerator.device, recipe.data.max_length)
     # A sharded target is whole on the host while it is loaded: let that be one at a time.
-    with one_at_a_time() if sharded else nullcontext():
+    with distributed.one_at_a_time() if sharded else nullcontext():
         target = FrozenTarget.from_recipe(settings, accelerator.device, sharded)
     if settings.check:
         target.check()
@@ -156,7 +133,7 @@ def _draft(  # type: ignore[no-untyped-def]
         draft_ids = start.files.draft_token_ids
     else:
         draft_ids = choose_most_frequent(counts_V, recipe.draft.draft_vocab_size or target.vocab_size, always)
-    share = coverage(draft_ids, counts_V)
+    share = int(counts_V[draft_ids].sum()) / int(counts_V.sum())
     say(f"draft vocabulary: {draft_ids.numel()} of {target.vocab_size} tokens, {share:.2%} of the supervised ones")
     sized = replace(recipe, draft=replace(recipe.draft, draft_vocab_size=draft_ids.numel()))
     return make_draft(sized, target, mask_token_id, draft_ids, start.files.config if start else None)

@@ -21,9 +21,9 @@ import os
 import platform
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import IO, Any, get_type_hints
+from typing import IO, Any, NamedTuple, get_type_hints
 
 import accelerate
 import torch
@@ -32,7 +32,7 @@ from torch import Tensor
 
 import peagle_train
 from peagle_train.config import Data, Recipe
-from peagle_train.files import remove_tree, sha256_of, try_removing, write_bytes, write_folder
+from peagle_train.files import lock, remove_tree, sha256_of, try_removing, write_bytes, write_folder
 
 logger = logging.getLogger(__name__)
 
@@ -61,28 +61,18 @@ def tensor_fingerprint(tensor: Tensor) -> str:
 def check_output(folder: Path) -> None:
     """ValueError unless a new run can have the output folder, OSError if it cannot be read."""
     if (folder / MARKER).exists() or list_checkpoints(folder):  # a checkpoint is a run too, even if its marker is gone
-        raise ValueError(
-            f"output.dir {folder} already holds a run; resume it (--resume), give another folder, or remove it first"
-        )
+        raise ValueError(f"output.dir {folder} already holds a run; resume it (--resume), or give another folder")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"output.dir {folder} is not empty and holds no run; give another folder")
 
 
 def lock_output(folder: Path) -> IO[str]:
-    """Keep other processes out of the folder until the returned file is closed or this process ends.
-
-    Raises:
-        ValueError: another process trains into the folder.
+    """Keep other processes out of the folder until the returned file is closed or this process ends; ValueError if one is
+    in it.
     """
     file = (folder / ".lock").open("a+")
-    try:
-        # POSIX's, not flock: loader processes inherit a flock, and keep it for seconds after their run was killed.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ValueError(f"output.dir {folder} is in use: another process is training there") from None
-    except OSError as error:
-        logger.warning("output.dir %s cannot be locked (%s): make sure that only one run writes there", folder, error)
+    # POSIX's, not flock: loader processes inherit a flock, and keep it for seconds after their run was killed.
+    lock(file, f"output.dir {folder}", "training", fcntl.lockf)
     return file
 
 
@@ -90,9 +80,9 @@ def read_marker(folder: Path) -> dict[str, Any]:
     """An output folder's `run.json`; {} if it is missing or broken."""
     try:
         marker = json.loads((folder / MARKER).read_bytes())
-    except (OSError, ValueError):
+        return marker if "state" in marker else {}
+    except (OSError, ValueError, TypeError):
         return {}
-    return marker if isinstance(marker, dict) and "state" in marker else {}
 
 
 def read_summary(folder: Path) -> str:
@@ -106,17 +96,14 @@ def read_summary(folder: Path) -> str:
 def describe_summary(summary: dict[str, Any], folder: Path) -> str:
     """The marker of a finished or stopped run in words."""
     if summary["state"] == "stopped":
-        return (
-            f"stopped at step {summary['steps']}, saved as {folder / summary['checkpoint']}: the same command with --resume"
-            " continues from there"
-        )
+        where, how = folder / summary["checkpoint"], "the same command with --resume continues from there"
+        return f"stopped at step {summary['steps']}, saved as {where}: {how}"
     text = f"drafter: {folder / summary['drafter']} ({summary['steps']} steps in {summary['train_seconds']:.0f} s)"
     before, after, best = summary["before"], summary["after"], summary["best"]
     if after:
-        text += (
-            f"\nheld-out expected accepted length: {before['expected_accepted_length']:.3f} before,"
-            f" {after['expected_accepted_length']:.3f} after training (loss {before['loss']:.3f} -> {after['loss']:.3f})"
-        )
+        lengths = (f"{values['expected_accepted_length']:.3f}" for values in (before, after))
+        text += "\nheld-out expected accepted length: {} before, {} after training".format(*lengths)
+        text += f" (loss {before['loss']:.3f} -> {after['loss']:.3f})"
     if last := summary.get("last_step"):
         text += f"\nthis is a mean of weights (train.average); the last step's: {last['expected_accepted_length']:.3f}"
     if best and best["folder"] == "best":
@@ -148,10 +135,8 @@ def list_checkpoints(output: Path) -> list[Path]:
 
 
 def write_checkpoint(output: Path, step: int, fill: Callable[[Path], None]) -> Path:
-    """`fill` a folder and make it checkpoint-<step> once it is on disk.
-
-    Raises:
-        OSError: it could not be written; nothing of it is left, and other checkpoints are unchanged.
+    """`fill` a folder and make it checkpoint-<step> once it is on disk. OSError: it could not be written; nothing of it is
+    left, and other checkpoints are unchanged.
     """
 
     def fill_and_list(folder: Path) -> None:
@@ -231,69 +216,56 @@ def keep_lines(path: Path, count: int) -> tuple[int, int]:
 # Resuming
 
 EFFECTS = {
-    "changes no number": {
-        "target.check", "target.trust_remote_code", "output.dir", "train.log_steps", "train.eval_steps",
-        "train.save_steps", "train.keep_last", "train.keep_every", "train.max_bad_steps", "train.profile_steps",
-        "train.probe", "train.memory_margin", "train.log_with", "draft.init_from",
-        "target.server_patience", "target.prefetch_gib", "target.ring_dir",
-    },
+    "changes no number": """
+        target.check target.trust_remote_code target.server_patience target.prefetch_gib target.ring_dir draft.init_from
+        output.dir train.log_steps train.log_with train.eval_steps train.save_steps train.keep_last train.keep_every
+        train.max_bad_steps train.profile_steps train.probe train.memory_margin
+    """,
     # by the order of sums; a step's sequences are compared on their own
-    "same data and draws, but no longer equal bit for bit": {
-        "cod.num_segments", "cod.boundaries", "train.segment_mode", "train.loss_chunk_rows",
-        "train.activation_checkpointing", "train.offload_features", "train.compile", "train.compile_backend",
-        "train.compile_mode", "train.batch_size", "train.gradient_accumulation_steps", "train.sharding",
-        "target.attn_implementation", "target.chunk_tokens", "target.cache", "target.cache_dtype", "target.device_map",
-        "target.shard", "target.server",
-    },
-    "see the schedule below": {"train.epochs", "train.max_steps"},
+    "same data and draws, but no longer equal bit for bit": """
+        cod.num_segments cod.boundaries train.segment_mode train.loss_chunk_rows train.activation_checkpointing
+        train.offload_features train.compile train.compile_backend train.compile_mode train.batch_size train.sharding
+        train.gradient_accumulation_steps target.attn_implementation target.chunk_tokens target.cache target.cache_dtype
+        target.device_map target.shard target.server
+    """,
+    "see the schedule below": "train.epochs train.max_steps",
     # Trainer.restore refuses it otherwise
-    "accepted, as what is made of it came out the same": {
-        "target.path", "draft.draft_vocab_size", "draft.vocab_from", "draft.layer_type",
-        *(f"data.{field.name}" for field in fields(Data) if field.name != "max_length"),
-    },
-}  # fmt: skip
+    "accepted, as what is made of it came out the same": " ".join(
+        ["target.path draft.draft_vocab_size draft.vocab_from draft.layer_type"]
+        + [f"data.{field.name}" for field in fields(Data) if field.name != "max_length"]
+    ),
+}
 """Keys that may change when a run resumes, by what that does."""
 
 
-@dataclass
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """A verified checkpoint to resume from."""
 
     folder: Path
-    state: dict[str, Any]
-    """Its state.json."""
-    notes: list[str]
-    """Changes of the recipe, for the user."""
+    state: dict[str, Any]  # its state.json
+    notes: list[str]  # changes of the recipe, for the user
 
 
 def open_resume(recipe: Recipe, given: str) -> Checkpoint | str:
     """The checkpoint to resume from, or what to print because the run has finished. Changes nothing.
 
-    Args:
-        recipe: the new recipe. given: "" for the newest checkpoint in output.dir, or a checkpoint's folder.
-
-    Raises:
-        ValueError: there is nothing to resume from, it is damaged, or the recipe differs where it must not.
-        OSError: a folder cannot be read.
+    `given`: "" for the newest checkpoint in the new recipe's output.dir, or a checkpoint's folder. ValueError: there is
+    nothing to resume from, it is damaged, or the recipe differs where it must not. OSError: a folder cannot be read.
     """
     output, chosen = Path(recipe.output.dir), Path(given).expanduser()
     marker, complete = read_marker(output), list_checkpoints(output)
-    names = ", ".join(map(str, complete)) or "none"
+    names = ", ".join(map(str, complete))
     if given != "" and chosen.resolve() != output.resolve():
         folder = output / chosen.name
         if folder not in complete or chosen.resolve() != folder.resolve():  # either may be a link, to a bigger disk
-            raise ValueError(
-                f"--resume {chosen}: give a checkpoint-<step> of output.dir {output} (there: {names}); for one that lies"
-                f" elsewhere, set output.dir={chosen.parent}"
-            )
+            there, elsewhere = f"of output.dir {output} (there: {names or 'none'})", f"output.dir={chosen.parent}"
+            raise ValueError(f"--resume {chosen}: give a checkpoint-<step> {there}; for one elsewhere, set {elsewhere}")
     elif marker.get("state") == "finished" and (output / marker["drafter"] / "model.safetensors").is_file():
-        more = f"to train for more steps than {marker['steps']}: --resume CHECKPOINT (there: {names})"
-        return f"{output} holds a finished run: nothing to do\n{describe_summary(marker, output)}\n{more}"
+        more = f"\nto train for more steps: --resume CHECKPOINT (there: {names})" if names else ""
+        return f"{output} holds a finished run: nothing to do\n{describe_summary(marker, output)}{more}"
     elif not complete:
-        raise ValueError(
-            f"--resume: output.dir {output} holds no complete checkpoint (train.save_steps makes them): start the run"
-            " without --resume, in a new folder"
-        )
+        remedy = "train.save_steps makes them): start the run without --resume, in a new folder"
+        raise ValueError(f"--resume: output.dir {output} holds no complete checkpoint ({remedy}")
     else:
         folder = complete[0]
     try:
@@ -315,7 +287,7 @@ def compare_recipes(old: dict[str, Any], new: dict[str, Any], name: str) -> list
             # A setting that the checkpoint's version did not have was, in effect, its default.
             before = old.get(section, {}).get(leaf, getattr(sections[section], leaf, value))
             change = f"{key} {json.dumps(before)} -> {json.dumps(value)}"
-            effect = next((effect for effect, keys in EFFECTS.items() if key in keys), None)
+            effect = next((effect for effect, keys in EFFECTS.items() if key in keys.split()), None)
             if key == "cod.num_segments" and value == "auto":
                 lines.append(f"{key} auto stays {before}")
             elif before != value and effect:
@@ -323,10 +295,8 @@ def compare_recipes(old: dict[str, Any], new: dict[str, Any], name: str) -> list
             elif before != value:
                 refused.append(change)
     if refused:
-        raise ValueError(
-            f"--resume: {name} was trained with other settings: {', '.join(refused)}: give the old ones, or start a new"
-            " run in another output.dir"
-        )
+        what = f"{name} was trained with other settings: {', '.join(refused)}"
+        raise ValueError(f"--resume: {what}: give the old ones, or start a new run in another output.dir")
     return lines
 
 
@@ -335,24 +305,17 @@ def compare_run(
 ) -> list[str]:
     """A line for each of settings, schedule, processes and versions that is no longer the checkpoint's.
 
-    Args:
-        must_match: of this run. rate: of the step after the checkpoint.
-
-    Raises:
-        ValueError: data, draft vocabulary or target are not the checkpoint's, or it is after the run's last step.
+    must_match: of this run. rate: of the step after the checkpoint. ValueError: data, draft vocabulary or target are not
+    the checkpoint's, or it is after the run's last step.
     """
     state, name, notes = checkpoint.state, checkpoint.folder.name, list(checkpoint.notes)
     for what, now in must_match.items():
         if state["must_match"][what] != now:
-            raise ValueError(
-                f"--resume: {what} is not that of {name}: give the same data and target, or start a new run in another"
-                " output.dir"
-            )
+            remedy = "give the same data and target, or start a new run in another output.dir"
+            raise ValueError(f"--resume: {what} is not that of {name}: {remedy}")
     if num_steps < state["step"]:
-        raise ValueError(
-            f"--resume: {name} is after the {num_steps} steps that the recipe asks for: raise train.max_steps or"
-            " train.epochs, or resume from an earlier one"
-        )
+        what = f"{name} is after the {num_steps} steps that the recipe asks for"
+        raise ValueError(f"--resume: {what}: raise train.max_steps or train.epochs, or resume from an earlier one")
     if num_steps != state["num_steps"]:
         old = state["learning_rates"][0]
         change = f"stays {rate:.3e}" if old == rate else f"jumps from {old:.3e} to {rate:.3e}, with the schedule"

@@ -17,8 +17,7 @@ from peagle_train.target_model.frozen import TargetBase
 from peagle_train.training.metrics import accuracies, expected_accepted_length
 from peagle_train.training.step import Batch, BatchRunner, add_up
 
-EVAL_SEED = 0
-"""Of the evaluation's COD draw: the same in every run, so that runs can be compared."""
+EVAL_SEED = 0  # of the evaluation's COD draw: the same in every run, so that runs can be compared
 
 
 @torch.no_grad()

@@ -22,10 +22,8 @@ from peagle_train.training.checkpoint import versions
 
 logger = logging.getLogger(__name__)
 
-ABOUT = "about.json"
-"""In the output folder: data, versions and machine of a run; rewritten when it is resumed."""
-SMOOTHED = 100
-"""Steps that the accepted length of a log line is of."""
+ABOUT = "about.json"  # in the output folder: data, versions and machine of a run; rewritten when it is resumed
+SMOOTHED = 100  # steps that the accepted length of a log line is of
 
 
 def accuracies(hits: Sequence[int], totals: Sequence[int]) -> list[float]:
@@ -50,20 +48,14 @@ def peak_memory_bytes(device: torch.device) -> int:
 def about_machine(device: torch.device, num_processes: int) -> dict[str, Any]:
     """Versions and machine, for about.json."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    machine = {
-        "device": f"{device.type} ({name})",
-        "processes": num_processes,
-        "cores": cores(),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(terse=True),
-    }
+    machine = {"device": f"{device.type} ({name})", "processes": num_processes, "cores": cores()}
+    machine |= {"threads": torch.get_num_threads(), "system": platform.platform(terse=True)}
     return {"versions": versions(), "machine": machine}
 
 
 class Pace:
     """How fast a run is and what it waits for, since the last log line: counted on the host, without a wait for the device.
-
-    `num_processes`: ranks, assumed to do what this one does.
+    Of `num_processes` ranks each is taken to do what this one does.
     """
 
     def __init__(self, num_processes: int = 1) -> None:
@@ -113,8 +105,7 @@ def check_tracker(name: str) -> None:
     try:
         metadata.version(name)
     except metadata.PackageNotFoundError:
-        why = f"train.log_with is {name}, which is not installed: pip install {name}, or set it to null"
-        raise ValueError(why) from None
+        raise ValueError(f"train.log_with is {name}, which is missing: pip install {name}, or set it to null") from None
 
 
 class Reporter:
@@ -135,11 +126,10 @@ class Reporter:
             flat = {key: v if isinstance(v, (str, int, float)) else json.dumps(v) for key, v in flat.items()}
             title = self.folder.resolve().name
             options: dict[str, dict[str, Any]] = {
-                "tensorboard": {"purge_step": step + 1 if step else None},
                 "wandb": {"name": title, "dir": str(self.folder)},
-                "trackio": {"name": title},
                 "mlflow": {"run_name": title},
             }
+            options |= {"trackio": {"name": title}, "tensorboard": {"purge_step": step + 1 if step else None}}
             # To tensorboard, a project is a folder in the output folder.
             project = "tensorboard" if config["train"]["log_with"] == "tensorboard" else "peagle_train"
             with self._tracking():

@@ -3,8 +3,7 @@
 Training and evaluation share `BatchRunner`. B: sequences of a micro-batch, K: depths.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -29,30 +28,22 @@ from peagle_train.target_model.ring import Ring
 Batch = dict[str, Tensor]
 
 
-@dataclass
-class Gradients:
+class Gradients(NamedTuple):
     """What `Trainer.accumulate` finds beside the gradients."""
 
-    stats: StepStats
-    """Over all ranks and micro-batches."""
-    losses: list[Tensor]
-    """Scalar, of each micro-batch of this rank."""
+    stats: StepStats  # over all ranks and micro-batches
+    losses: list[Tensor]  # scalar, of each micro-batch of this rank
     plans: list[Plan]
-    asked: Tensor
-    """int64 [2]: how many ranks were asked to save, and to stop."""
+    asked: Tensor  # int64 [2]: how many ranks were asked to save, and to stop
 
 
-@dataclass
-class StepResult:
+class StepResult(NamedTuple):
     gradients: Gradients
-    grad_norm: Tensor
-    """Scalar, before clipping."""
+    grad_norm: Tensor  # scalar, before clipping
     learning_rate: float
-    applied: bool
-    """False: loss or gradient was not finite, and weights and moments are unchanged."""
-    save: bool
-    stop: bool
-    """Some rank was asked for a checkpoint, or to stop."""
+    applied: bool  # False: loss or gradient was not finite, and weights and moments are unchanged
+    save: bool  # some rank was asked for a checkpoint
+    stop: bool  # or to stop
 
 
 class BatchRunner:
@@ -80,13 +71,8 @@ class BatchRunner:
     def plan(self, batch: Batch) -> Plan:
         """The passes of a batch that is on the host."""
         train, kind, config = self.recipe.train, self.device.type, self.draft.config
-        return plan_segments(
-            batch,
-            static=train.pads_passes(kind),
-            pad_context=train.pads_context(kind),
-            window=config.sliding_window,
-            layers=config.num_hidden_layers,
-        )
+        pads = {"static": train.pads_passes(kind), "pad_context": train.pads_context(kind)}
+        return plan_segments(batch, **pads, window=config.sliding_window, layers=config.num_hidden_layers)
 
     def run_target(self, batch: Batch, ring: Ring | None = None) -> TargetOutputs:
         """The target's outputs for a batch on the host; on the device, unless `offload_features`."""
@@ -107,20 +93,14 @@ class BatchRunner:
         """Run one micro-batch, which is on the host, and return its sums. With `scale`, also accumulate gradients of
         `loss * scale`; a sharded drafter's are reduced once a step, in the last pass of the batch that `is_last`.
 
-        Args:
-            target: the batch's `run_target`, if the caller has it already.
+        target: the batch's `run_target`, if the caller has it already.
         """
         train, is_training = self.recipe.train, scale is not None
         if target is None:
             target = self.run_target(batch, self.ring)
         on_device = {n: t.to(self.device, non_blocking=True) for n, t in batch.items() if n not in FIELDS}
-        arguments: dict[str, Any] = {
-            "loss": train.loss,
-            "chunk_rows": train.chunk_rows(self.device.type),
-            "depth_decay": train.depth_decay,
-            "plan": plan,
-            "scale": scale if is_training else 1.0,
-        }
+        arguments: dict[str, Any] = {"loss": train.loss, "depth_decay": train.depth_decay, "plan": plan}
+        arguments |= {"chunk_rows": train.chunk_rows(self.device.type), "scale": 1.0 if scale is None else scale}
         if self.sharded:
             # Every rank takes part in every all-gather: as many passes everywhere as the rank runs that needs most.
             needed = plan.segments if self.relay else [s for s in plan.segments if s.supervised.numel()]
@@ -135,8 +115,8 @@ class BatchRunner:
             if self.relay:
                 backward = self._backward if is_training else None
                 return relay_step(self.runs, on_device, target, buffers=self.buffers, backward=backward, **arguments)
-            backward_loss = self._backward_loss if is_training else None
-            return recompute_step(self.runs, on_device, target, backward=backward_loss, **arguments)
+            learn = (lambda loss: self._backward([loss], [None])) if is_training else None
+            return recompute_step(self.runs, on_device, target, backward=learn, **arguments)
 
     def _backward(self, tensors: Any, gradients: Any) -> None:
         if self.sharded and self._backwards_to_come is not None:
@@ -145,9 +125,6 @@ class BatchRunner:
                 self.draft.set_requires_gradient_sync(True)  # type: ignore[operator]
         with torch.autocast(self.device.type, enabled=False), record_function("peagle::backward"):
             torch.autograd.backward(tensors, gradients)
-
-    def _backward_loss(self, loss: Tensor) -> None:
-        self._backward([loss], [None])
 
     @torch.no_grad()
     def has_finite_weights(self) -> bool:

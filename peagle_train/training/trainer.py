@@ -6,10 +6,11 @@ on, so that step n always trains the same sequences at the same rate; weights an
 
 import json
 import math
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Generator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -40,7 +41,7 @@ from peagle_train.serving.formats import parse_config
 from peagle_train.serving.start import SHAPE
 from peagle_train.target_model.frozen import TargetBase, TargetLost
 from peagle_train.target_model.loading import target_fingerprint
-from peagle_train.target_model.ring import Ring, block_steps
+from peagle_train.target_model.ring import Ring, block_steps, ring_folder
 from peagle_train.training import checkpoint as checkpoints
 from peagle_train.training import metrics
 from peagle_train.training.checkpoint import MARKER, Checkpoint, last_checkpoint
@@ -52,9 +53,7 @@ from peagle_train.training.step import Batch, BatchRunner, Gradients, StepResult
 class Trainer:
     """One run. `run` does everything; the methods after it are its parts, in the order in which they happen.
 
-    Args:
-        recipe: the settings. accelerator: made by the caller, who knows the device.
-        target: frozen, on the accelerator's device. draft: on the CPU; prepared here.
+    accelerator: made by the caller, who knows the device. target: frozen, on that device. draft: on the CPU; prepared here.
     """
 
     def __init__(
@@ -62,15 +61,10 @@ class Trainer:
     ) -> None:
         self.target_fingerprint = target_fingerprint(recipe.target.path)  # now, while it is what was loaded
         # Reading and tokenizing may have taken one rank minutes longer than another: no collective before this.
-        distributed.agree(
-            {
-                "recipe": dump_recipe(recipe),
-                "set of training data": data.train_rows.fingerprint(),
-                "set of held-out data": data.eval_rows.fingerprint(),
-                "draft vocabulary": str(draft.draft_token_ids.tolist()),
-                "target": self.target_fingerprint,
-            }
-        )
+        same = {"recipe": dump_recipe(recipe), "target": self.target_fingerprint}
+        same |= {"draft vocabulary": str(draft.draft_token_ids.tolist())}
+        rows = {"training": data.train_rows, "held-out": data.eval_rows}
+        distributed.agree(same | {f"set of {what} data": found.fingerprint() for what, found in rows.items()})
         self.recipe, self.accelerator, self.target, self.draft, self.data = recipe, accelerator, target, draft, data
         self.folder = Path(recipe.output.dir)
         self.device, self.world_size = accelerator.device, accelerator.num_processes
@@ -111,15 +105,17 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train, evaluating before and after; returns the summary that is also written to `run.json`.
 
-        Raises:
-            ValueError: the output folder cannot be used.
-            RunStopped: the run had to stop, with a line on why and how to resume.
+        ValueError: the output folder cannot be used. RunStopped: the run had to stop, with a line on why and how to resume.
         """
+
+        def where() -> str:
+            return f"out of memory in step {self.step + 1} of {self.num_steps} ({last_checkpoint(self.folder)})"
+
         lock = self._take_output()
         self.reporter.start(self.step, asdict(self.recipe))
         steps = self.steps()
         try:
-            with memory_explained(self.recipe, self._where), self.signals:
+            with memory_explained(self.recipe, where), self.signals:
                 probe = self.recipe.train.probe
                 if probe is True or (probe == "auto" and self.device.type == "cuda"):
                     parts = self.recipe, self.target, self.draft, self.collator, self.optimizers
@@ -131,13 +127,15 @@ class Trainer:
             if lock is not None:
                 lock.close()
 
-    def _where(self) -> str:
-        return f"out of memory in step {self.step + 1} of {self.num_steps} ({last_checkpoint(self.folder)})"
-
     def _run(self, steps: Generator[list[Batch], None, None]) -> dict[str, Any]:
         if self.recipe.target.reuse > 1:
             rank, left = self.accelerator.process_index, self.sampler.left_in_block() if self.resumed else ()
             coming = {self.data.train_rows[i]["row_key"] for i in left}
+            if self.resumed:  # an earlier part of the run may have kept its features elsewhere
+                earlier = replace(self.recipe.target, ring_dir=self.resumed.state["recipe"]["target"].get("ring_dir"))
+                folder = ring_folder(replace(self.recipe, target=earlier), self.target).resolve()
+                if folder != ring_folder(self.recipe, self.target).resolve():
+                    shutil.rmtree(folder, ignore_errors=True)
             sequences = self.sampler.block_steps * self.sampler.global_batch_size // self.world_size
             self.runner.ring = Ring(self.recipe, self.target, rank, self.world_size, coming, sequences)
         if self.resumed is None:
@@ -216,15 +214,10 @@ class Trainer:
         the next step; features, hundreds of times as large, come as far ahead as the target's `expect` lets them.
         """
         train = self.recipe.train
-        loader = DataLoader(
-            self.data.train_rows,
-            batch_sampler=self.sampler,
-            collate_fn=self.collator,
-            num_workers=self.recipe.data.num_workers,
-            worker_init_fn=leave_to_parent,
-            generator=torch.Generator(),  # not the global one: that would count how often a run was resumed
-            pin_memory=self.device.type == "cuda",
-        )
+        how: dict[str, Any] = {"worker_init_fn": leave_to_parent, "pin_memory": self.device.type == "cuda"}
+        # Not the global generator: that would count how often a run was resumed.
+        how |= {"num_workers": self.recipe.data.num_workers, "generator": torch.Generator()}
+        loader = DataLoader(self.data.train_rows, batch_sampler=self.sampler, collate_fn=self.collator, **how)
         first, last = train.profile_steps if train.profile_steps and self.accelerator.is_main_process else (0, 0)
         profile: Any = None
         if first and not self.step < first <= self.num_steps:
@@ -358,10 +351,8 @@ class Trainer:
 
     def _diverged(self) -> str:
         train, rate = self.recipe.train, self.rate_after(max(0, self.step - 1))
-        return (
-            f"the run has diverged at a learning rate of {rate:.3g} (train.learning_rate {train.learning_rate:g},"
-            f" train.weight_decay {train.weight_decay:g}): start a new run with a lower one"
-        )
+        settings = f"train.learning_rate {train.learning_rate:g}, train.weight_decay {train.weight_decay:g}"
+        return f"the run has diverged at a learning rate of {rate:.3g} ({settings}): start a new run with a lower one"
 
     # Logging, evaluation, saving
 
@@ -409,10 +400,8 @@ class Trainer:
         self.on_main("metrics.jsonl", lambda: self.reporter.record(kind, line, **values))
 
     def evaluate(self, title: str, is_offered: bool = True) -> dict[str, Any] | None:
-        """Held-out loss, accuracies and expected accepted length over all ranks; None without held-out data.
-
-        Args:
-            is_offered: these weights are kept if they are the best so far.
+        """Held-out loss, accuracies and expected accepted length over all ranks; None without held-out data. If these
+        weights are the best so far, they are kept, unless `is_offered` is False.
         """
         values = self.evaluator()
         self.evaluated = self.step
@@ -487,10 +476,8 @@ class Trainer:
         }
 
     def restore(self, checkpoint: Checkpoint) -> list[str]:
-        """Make this new trainer the one that was saved. Changes no file; returns what the user should know.
-
-        Raises:
-            ValueError: data, draft vocabulary, target, the drafter's shape or the size of a step are not the checkpoint's.
+        """Make this new trainer the one that was saved. Changes no file; returns what the user should know. ValueError:
+        data, draft vocabulary, target, the drafter's shape or the size of a step are not the checkpoint's.
         """
         state, folder = checkpoint.state, checkpoint.folder
         self.sampler.check_global_batch_size(state["must_match"]["sequences of a step"])
@@ -498,11 +485,9 @@ class Trainer:
         notes = checkpoints.compare_run(checkpoint, self._must_match(), self.num_steps, rate, self.world_size)
         theirs, ours = parse_config(read_config(folder)), self.draft.config
         for key in (*SHAPE, *"num_hidden_layers sliding_window rope_parameters rms_norm_eps ptd_token_id".split()):
-            if getattr(theirs, key) != getattr(ours, key):
-                raise ValueError(
-                    f"--resume: {folder.name}'s drafter has {key} {getattr(theirs, key)}, this run's {getattr(ours, key)}:"
-                    " give it in the recipe's draft section, or start a new run in another output.dir"
-                )
+            if (then := getattr(theirs, key)) != (now := getattr(ours, key)):
+                remedy = "give it in the recipe's draft section, or start a new run in another output.dir"
+                raise ValueError(f"--resume: {folder.name}'s drafter has {key} {then}, this run's {now}: {remedy}")
         weights, moments = (load_file(folder / name) for name in ("model.safetensors", "optimizer.state"))
         check_finite(weights, f"--resume: {folder}'s")
         distributed.load_full(self.draft, self.optimizers, weights, moments)
@@ -515,9 +500,7 @@ class Trainer:
 
     def _take_output(self) -> IO[str] | None:
         """Make a new output folder the run's, or put one back to where its checkpoint was saved; returns its lock (main).
-
-        Raises:
-            ValueError: on every rank, if the folder cannot be used.
+        ValueError: on every rank, if the folder cannot be used.
         """
         failure, lock = "", None
         if self.accelerator.is_main_process:
@@ -554,9 +537,7 @@ class Trainer:
             self.best = {**self.best, "folder": None}
         kept, dropped = checkpoints.keep_lines(self.reporter.path, wanted)
         if dropped or kept < wanted:
-            say(
-                f"resume: metrics.jsonl had {wanted} lines: {wanted - kept} are missing, {dropped} later ones were dropped"
-            )
+            say(f"resume: metrics.jsonl had {wanted} lines: {wanted - kept} missing, {dropped} later ones dropped")
         self.reporter.lines = kept
         say(f"resume: continuing after step {self.step}, from {checkpoint.folder}")
 
