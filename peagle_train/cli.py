@@ -306,7 +306,7 @@ def _regenerate(add: Add, read: Read) -> None:
     add("--limit", type=COUNT, metavar="N", help="the first N prompts alone")
     add("--last-turn", action="store_true", help="keep recorded answers, and answer the last question alone")
     add("--keep-truncated", action="store_true", help="keep answers that --max-tokens cut, as the last ones")
-    add("--chat-template-kwargs", type=json_object, default={}, metavar="JSON", help='{"enable_thinking": false}')
+    add("--chat-template-kwargs", type=json_object, default={}, metavar="JSON", help='as {"enable_thinking": false}')
     many = number(1, 1000)  # openai's limit of connections
     add(
         "--concurrency",
@@ -422,10 +422,8 @@ def _evaluate(add: Add, read: Read) -> int:
     Prompts: humaneval and mt-bench (from optional packages: it says which); stdlib (held-out standard-library modules of
     the checkpoint's recipe, cut at seeded places); FILE.jsonl of {"text": ...}, taken as it is, or of chats.
 
-    Reported for every K from 1 up to --k, out of one decoding:
-      accepted length   tokens that one verifying pass gives, the target's own included, repetition left out (loops:
-                        stretches of at least max(24, 2 p) tokens that each equal the one p before, p up to 64)
-      by position       the share of drafts of which slot 1, 2, ... was accepted
+    Reported for every K from 1 up to --k, out of one decoding, with a legend. Loops, which are left out, are stretches of
+    at least max(24, 2 p) tokens that each equal the one p before, p up to 64.
     --temperature above 0 draws the target's tokens; drafts are the drafter's likeliest, as by default in vLLM.
     --engine vllm (greedy): the same prompts in vLLM beside our decoder's figures, and where the two part: by how many ulp
     of the dtype our best logit led the second (near-tie: 2 of a 16-bit dtype).

@@ -135,19 +135,15 @@ def make_draft_config(
             head_dim=own("head_dim", own("hidden_size") // heads),
             max_position_embeddings=served,
             rms_norm_eps=(start.rms_norm_eps if start else getattr(config, "rms_norm_eps", None)) or 1e-6,
-            attention_bias=start is not None and start.attention_bias,
-            mlp_bias=start is not None and start.mlp_bias,
             rope_parameters=rope,
             ptd_token_id=mask_token_id,
             eagle_aux_hidden_state_layer_ids=target.layer_ids,
             layer_type=draft.layer_type or ("qwen3" if config.model_type.startswith("qwen3") else "llama"),
-            norm_before_fc=draft.norm_before_fc,
-            fc_norm=draft.fc_norm,
-            norm_before_residual=draft.norm_before_residual,
             sliding_window=draft.window,
-            bos_token_id=getattr(config, "bos_token_id", None),
-            eos_token_id=getattr(config, "eos_token_id", None),
             pad_token_id=None,
+            **{name: getattr(draft, name) for name in ("norm_before_fc", "fc_norm", "norm_before_residual")},
+            **{name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id")},
+            **{name: start is not None and getattr(start, name) for name in ("attention_bias", "mlp_bias")},
         )
     except Exception as error:  # transformers' strict configs raise types of their own
         raise ValueError(f"the drafter's shape does not work: {one_line(error)}") from error
