@@ -56,8 +56,8 @@ def check_device(device: torch.device) -> None:
 def check_device_map(device_map: str | None, num_processes: int) -> None:
     """ValueError where several processes would each spread a target over the same devices."""
     if device_map and num_processes > 1:
-        what = f"target.device_map is {device_map}, which spreads the target over what one process sees"
-        raise ValueError(f"{what}, and there are {num_processes} processes: start one, or use target.shard")
+        what = f"target.device_map is {device_map} and there are {num_processes} processes"
+        raise ValueError(f"{what}: it spreads the target over what one sees; start a single one, or use target.shard")
 
 
 REFUSED = {

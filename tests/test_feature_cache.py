@@ -192,7 +192,7 @@ WRONG: dict[str, tuple[str, Callable[[bytes], bytes] | None, str, str]] = {
     "cut": (SHARD, lambda data: data[:-8], "", f"{SHARD} is missing or damaged"),
     "not whole": (SHARD, None, "", f"{SHARD} is missing or damaged"),
     "head": ("head.safetensors", lambda data: b"\xff" * 8 + data[8:], "", "head.safetensors is missing or damaged"),
-    "format": (INDEX, lambda _: b'{"version": 0}', "", "is of format 0, this reads formats 2 and 3"),
+    "format": (INDEX, lambda _: b'{"version": 0}', "", "is of format 0, this reads format 3"),
     "index": (INDEX, lambda data: data[:-9], "", "cache.json cannot be read"),
     "no index": (INDEX, None, "", "has no cache.json"),
     "layers": ("", None, "target.layer_ids=[1, 2, 3]", "is of layer_ids [2, 3, 4], the recipe asks for [1, 2, 3]"),

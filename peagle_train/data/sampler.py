@@ -59,7 +59,8 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
         if before != self.global_batch_size:
             parts = f"train.batch_size {self.batch_size} x train.gradient_accumulation_steps {self.accumulation}"
             now = f"{self.global_batch_size} now ({parts} x {self.world_size} processes)"
-            raise ValueError(f"sequences of a step: {before} when the run began, {now}: make the product {before}")
+            remedy = f"change them so that the product is {before}"
+            raise ValueError(f"sequences of a step: {before} when the run began, {now}: {remedy}")
 
     @property
     def steps_per_epoch(self) -> int:

@@ -51,7 +51,7 @@ def read_start(recipe: Recipe, target: TargetBase) -> Start | None:
     config, where = files.config, f"draft.init_from {recipe.draft.init_from}"
     theirs, mine = (config.vocab_size, config.target_hidden_size), (target.vocab_size, target.hidden_size)
     if theirs != mine:
-        raise RecipeError(f"{where} drafts for a target of vocabulary and hidden size {theirs}; this one's are {mine}")
+        raise RecipeError(f"{where} is for a target of vocabulary and hidden size {theirs}; this target's are {mine}")
     if config.hidden_size != target.hidden_size and (lacking := [n for n in files.missing if n != "mask_hidden"]):
         raise RecipeError(f"{where} has no {lacking[0]}, and the target's does not fit width {config.hidden_size}")
     layers = list(config.eagle_aux_hidden_state_layer_ids or default_layer_ids(target.num_layers))

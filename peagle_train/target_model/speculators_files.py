@@ -69,8 +69,8 @@ class SpeculatorsFiles:
             mask = torch.ones(n)
         is_ids = n > 0 and ids.dim() == 1 and not ids.is_floating_point() and 0 <= ids.min() <= ids.max() < V
         if not (is_ids and has.get("hidden_states") == (n, layers, T) and mask.shape == (n,)):
-            wanted = f"token_ids [n], in 0..{V - 1}, hidden_states [n, {layers}, {T}] (the layers of target.layer_ids"
-            raise ValueError(f"{path} has {has}; give {wanted} and what enters the final norm), perhaps loss_mask [n]")
+            wanted = f"token_ids [n], ids in 0..{V - 1}, hidden_states [n, {layers}, {T}] (of target.layer_ids and what"
+            raise ValueError(f"{path} has {has}; it must have {wanted} enters the final norm), perhaps loss_mask [n]")
         if n > self.max_length:
             raise ValueError(f"{path} has {n} tokens, data.max_length is {self.max_length}: raise data.max_length")
         document_ids = torch.zeros(n, dtype=torch.int64)
@@ -93,7 +93,8 @@ class SpeculatorsFiles:
         off, off_last = (relative(a, b[0].cpu()) for a, b in zip(next(self.compute([row])), own, strict=True))
         if max(off, off_last) > 0.1:
             offs = f"features are {off:.0%}, last hidden states after the final norm {off_last:.0%} off the target's"
-            why = f"of another target, of other layers than {self.target.layer_ids}, or through that norm before"
+            ids = f"{self.target.layer_ids} (give target.layer_ids)"
+            why = f"of another target, of other layers than {ids}, or through that norm before"
             raise ValueError(f"--speculators: {offs}: they are {why}")
 
     def write_documents(self, path: Path) -> None:
