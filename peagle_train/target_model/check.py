@@ -66,7 +66,7 @@ def choose_way(name: str, features: Features, way: Way, vocab_size: int) -> Way:
         if not why:
             return way
         what = "does not heed the bounds of packed documents"
-        logger.warning("target %s %s (%s): it gets one at a time, which is right but slower", name, what, why)
+        logger.warning("target %s %s (%s): one document at a time, right but slower", name, what, why)
     for one in chunked:
         if (off := error(replace(one, apart=True))) > TOLERANCE:
             what = f"other features in chunks ({off:.0%} off)"
