@@ -142,8 +142,10 @@ def make_draft_config(
             sliding_window=draft.window,
             pad_token_id=None,
             **{name: getattr(draft, name) for name in ("norm_before_fc", "fc_norm", "norm_before_residual")},
-            **{name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id")},
-            **{name: start is not None and getattr(start, name) for name in ("attention_bias", "mlp_bias")},
+            bos_token_id=getattr(config, "bos_token_id", None),
+            eos_token_id=getattr(config, "eos_token_id", None),
+            attention_bias=start is not None and start.attention_bias,
+            mlp_bias=start is not None and start.mlp_bias,
         )
     except Exception as error:  # transformers' strict configs raise types of their own
         raise ValueError(f"the drafter's shape does not work: {one_line(error)}") from error
