@@ -297,7 +297,6 @@ def _around_the_layers(settings: Target, dtype: torch.dtype) -> tuple[Tensor, Te
     return found[names[id(head)]].to(dtype), found[names[id(embeddings)]].to(dtype), norm.eval().requires_grad_(False)
 
 
-
 # Starting a server
 
 
