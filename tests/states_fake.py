@@ -19,7 +19,8 @@ from tests.tiny_chat import END, make_tokenizer
 class States:
     """`respond` of a `FakeServer`, in the target's own numbers, in float64.
 
-    `faults`: what goes wrong with the next requests, in order: down, gone (404), no lock, held (the lock, for good).
+    `faults`: what goes wrong with the next requests, in order: down, gone (404), no lock, held (the lock, for good), other
+    ids, a layer less.
     """
 
     def __init__(self, target: Path, folder: Path, name: str = "layers-2-3-4") -> None:
@@ -47,7 +48,7 @@ class States:
                 self._held.append(lock.open("w"))
                 fcntl.flock(self._held[-1], fcntl.LOCK_EX)
             elif fault != "no lock":
-                token = self.write(path, ids)
+                token = self.write(path, ids[::-1] if fault == "other ids" else ids, int(fault == "a layer less"))
             choice = {"text": "", "finish_reason": "length", "token_ids": [token] if not fault else [0]}
             answer = {"choices": [choice], "kv_transfer_params": {"hidden_states_path": str(path)}}
             return 200, json.dumps(answer).encode()
@@ -62,9 +63,9 @@ class States:
         kept = {"prompt_token_ids": ids, "kv_transfer_params": {"hidden_states_path": str(path)}}
         return 200, json.dumps({"choices": [choice], **kept}).encode()
 
-    def write(self, path: Path, ids: list[int]) -> int:
+    def write(self, path: Path, ids: list[int], first: int = 0) -> int:
         states, token = self.states(torch.tensor(ids))
-        save_file({"hidden_states": states, "token_ids": torch.tensor(ids)}, path)
+        save_file({"hidden_states": states[:, first:].contiguous(), "token_ids": torch.tensor(ids)}, path)
         path.with_name(path.name + ".lock").touch()
         return token
 
@@ -74,4 +75,4 @@ class States:
         features, last = self.frozen.features(ids_n[None], torch.arange(ids_n.numel())[None])
         hook.remove()
         states = torch.cat([features[0].unflatten(1, (3, -1)), before[-1].transpose(0, 1)], 1)
-        return states.contiguous(), int((self.frozen.head_weight() @ last[0, -1]).argmax())
+        return states, int((self.frozen.head_weight() @ last[0, -1]).argmax())

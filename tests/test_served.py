@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Iterator
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +17,31 @@ from peagle_train.core.collator import CODCollator
 from peagle_train.target_model.frozen import FrozenTarget, TargetLost
 from peagle_train.target_model.server import ServedTarget
 from peagle_train.training.evaluate import Evaluator
-from tests.chat_fake import MODEL, serving
+from tests.chat_fake import MODEL, FakeServer, serving
 from tests.helpers import command
-from tests.runs import EVALUATED, Tiny, drafter, last_error, metrics, run, same_tensors
+from tests.runs import EVALUATED, drafter, last_error, metrics, run, same_tensors
 from tests.states_fake import States
-from tests.tiny import write_recipe, write_rows
+from tests.tiny import make_target, write_recipe, write_rows
 from tests.tiny_chat import make_chat_target
 
 CPU = torch.device("cpu")
-IDS = torch.arange(1, 8)
 
 
 class Served:
-    def __init__(self, states: States, url: str, target: Path) -> None:
-        self.states, self.url, self.path = states, url, target
+    def __init__(self, states: States, server: FakeServer, target: Path) -> None:
+        self.states, self.server, self.url, self.path = states, server, server.url, target
+        server.models = [{"id": MODEL, "max_model_len": 33}]
 
-    def target(self, **settings: Any) -> ServedTarget:
-        return ServedTarget(Target(path=str(self.path), server=self.url, check=False, **settings), CPU, 32)
+    def target(self, max_length: int = 32, **settings: Any) -> ServedTarget:
+        settings = {"path": str(self.path), "server": self.url, "check": False, **settings}
+        return ServedTarget(Target(**settings), CPU, max_length)
 
 
 @pytest.fixture
-def served(tmp_path: Path, tiny_target: Path) -> Iterator[Served]:
+def served(tmp_path, tiny_target):
     states = States(tiny_target, tmp_path / "states")
     with serving(states) as server:
-        server.models = [{"id": MODEL, "max_model_len": 33}]
-        yield Served(states, server.url, tiny_target)
+        yield Served(states, server, tiny_target)
 
 
 def batch_of(*lengths: int) -> dict[str, torch.Tensor]:
@@ -49,99 +49,136 @@ def batch_of(*lengths: int) -> dict[str, torch.Tensor]:
     return CODCollator(32, num_depths=4)(rows)
 
 
-@pytest.mark.parametrize("lost", [2, 4, 5], ids=["in the middle", "last step's weights", "their mean"])
 def test_a_server_lost_during_an_evaluation_leaves_a_checkpoint_from_which_the_run_goes_on_as_if_it_had_not_been(
-    lost: int,
-    tmp_path: Path,
-    tiny: Tiny,
-    served: Served,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
+    tmp_path, tiny, served, monkeypatch, capsys
+):
     there = f"target.server={served.url}", "target.server_patience=0"
-    sections: dict[str, Any] = {"data": EVALUATED, "train": {"max_steps": 5, "eval_steps": 2, "average": 0.5}}
+    sections: dict[str, Any] = {"data": EVALUATED, "train": {"max_steps": 3, "eval_steps": 2, "average": 0.5}}
+    whole, evaluate = tmp_path / "whole" / "run", Evaluator.__call__
     run(tiny(tmp_path / "whole", **sections), *there)
-    recipe, output = tiny(tmp_path / "parts", **sections), tmp_path / "parts" / "run"
-    evaluate, calls = Evaluator.__call__, []
+    for lost in (2, 3, 4):  # in the middle, of the last step's weights, of their mean
+        recipe, output, calls = tiny(tmp_path / str(lost), **sections), tmp_path / str(lost) / "run", []
 
-    def failing(self: Evaluator) -> Any:
-        calls.append(self)
-        served.states.down = len(calls) == lost
-        return evaluate(self)
+        def failing(self):
+            calls.append(self)  # noqa: B023
+            served.states.down = len(calls) == lost  # noqa: B023
+            return evaluate(self)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Evaluator, "__call__", failing)
-        run(recipe, *there, code=1)
-    step = 2 if lost == 2 else 5
-    message = last_error(capsys)
-    assert "gave no answer" in message and f"--resume continues from checkpoint-{step}" in message
-    served.states.down = False
-    run(recipe, *there, "--resume")
-    whole = tmp_path / "whole" / "run"
-    assert same_tensors(drafter(output / "final"), drafter(whole / "final"))
-    ours, theirs = (json.loads((folder / "run.json").read_text()) for folder in (output, whole))
-    assert all(ours[key] == theirs[key] for key in ("before", "after", "best", "last_step"))
-    ours, theirs = ({(x["step"], x["kind"]): x for x in metrics(folder)} for folder in (output, whole))
-    assert ours == theirs
+        with monkeypatch.context() as patch:
+            patch.setattr(Evaluator, "__call__", failing)
+            run(recipe, *there, code=1)
+        message = last_error(capsys)
+        assert "gave no answer" in message and f"--resume continues from checkpoint-{2 if lost == 2 else 3}" in message
+        served.states.down = False
+        run(recipe, *there, "--resume")
+        assert same_tensors(drafter(output / "final"), drafter(whole / "final"))
+        ours, theirs = (json.loads((folder / "run.json").read_text()) for folder in (output, whole))
+        assert all(ours[key] == theirs[key] for key in ("before", "after", "best", "last_step"))
+        ours, theirs = ({(x["step"], x["kind"]): x for x in metrics(folder)} for folder in (output, whole))
+        assert ours == theirs
 
 
-def test_patience_begins_with_the_first_failure_and_a_restarted_servers_empty_folder_is_one(served: Served) -> None:
-    target = served.target(server_patience=0)
-    head = target.head_rows(torch.arange(5))
-    served.states.faults = ["down"]
-    target.outputs(batch_of(7), head)
-    served.states.faults = ["no lock"]
-    target.outputs(batch_of(7), head)
+def test_patience_begins_with_the_first_failure_and_a_restarted_servers_empty_folder_is_one(served, monkeypatch):
+    target, patient = served.target(server_patience=0), served.target(server_patience=1000)
+    head, wait = target.head_rows(torch.arange(5)), threading.Event.wait
     for server in target.servers:
         server.patience = 0.01
-    served.states.faults = ["held"]
-    target.outputs(batch_of(7), head)
+    for fault in ("down", "no lock", "held"):
+        served.states.faults = [fault]
+        target.outputs(batch_of(7), head)
+    with monkeypatch.context() as patch:  # as long as it has patience it waits, here a moment, and asks again
+        patch.setattr(threading.Event, "wait", lambda self, most=None: wait(self, most and 0.001))
+        served.states.faults = ["down"] * 5
+        patient.outputs(batch_of(7), head)
+    served.states.down = True
+    for length in (7, 9):  # after it was lost, too
+        with pytest.raises(TargetLost, match=r"gave no answer.*500"):
+            target.outputs(batch_of(length), head)
 
 
-def test_a_request_after_a_server_was_lost_names_the_reason_too(served: Served) -> None:
-    target, served.states.down = served.target(server_patience=0), True
-    for length in (7, 9):
-        with pytest.raises(TargetLost, match="500"):
-            target.outputs(batch_of(length), target.head_rows(torch.arange(5)))
+def test_what_is_not_the_recipes_target_is_one_line_at_the_start(served, tmp_path):
+    other = str(make_target(tmp_path / "other", intermediate_size=20))
+    for fault, max_length, settings, message in (
+        ("", 32, {"layer_ids": [1, 2, 3]}, "gives layers 2-3-4, the recipe asks for 1-2-3"),
+        ("", 33, {}, "takes 33 tokens; data.max_length and a token more are 34"),
+        ("", 32, {"path": other, "check": True}, "it serves another model"),
+        ("", 32, {"dtype": "bfloat16"}, "computes in float64"),
+        ("", 32, {"server": "http://127.0.0.1:1"}, "does not answer"),
+        ("gone", 32, {}, "refuses"),
+        ("no lock", 32, {}, "share that folder"),
+        ("other ids", 32, {}, "other tokens than it was asked for"),
+        ("a layer less", 32, {}, r"\(5, 3, 16\), not those of 3 layers and the last"),
+    ):
+        served.states.faults = [fault]
+        with pytest.raises(ValueError, match=message) as error:
+            served.target(max_length, **settings)
+        assert "\n" not in str(error.value)
 
 
-def test_a_folder_that_is_not_shared_is_told_as_that(served: Served) -> None:
-    served.states.faults = ["no lock"]
-    with pytest.raises(ValueError, match="share that folder"):
-        served.target()
+@pytest.mark.parametrize("fault", ["gone", "other ids", "a layer less"])
+def test_an_answer_that_is_wrong_in_the_middle_of_a_run_is_a_target_that_is_lost(fault, served):
+    target, batch = served.target(), batch_of(7)
+    served.states.faults = [fault]
+    with pytest.raises(TargetLost):
+        target.outputs(batch, target.head_weight())
 
 
-def test_a_folder_that_does_not_say_its_layers_is_a_warning(
-    tmp_path: Path, tiny_target: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    states = States(tiny_target, tmp_path, name="shared")
-    with serving(states) as server, caplog.at_level(logging.WARNING):
-        server.models = [{"id": MODEL, "max_model_len": 33}]
-        target = Served(states, server.url, tiny_target).target()
+def test_it_is_asked_for_what_training_reads_and_no_more(served):
+    target = served.target()
+    masks = [[0] * 5 + [1, 1] + [0] * 9, [1] + [0] * 8, [1], [0, 0, 1]]  # a first token is no row's to learn from
+    ids = [[7 * i + j + 1 for j in range(len(mask))] for i, mask in enumerate(masks)]
+    batch = CODCollator(32, num_depths=4)([{"input_ids": ids, "loss_mask": masks}])
+    head = target.head_rows(torch.arange(7))
+    expected = served.states.frozen.outputs(batch, head)
+    for reach, features in ((None, [*range(6), 26, 27]), (2, [*range(2, 6), 26, 27])):
+        target.reach, served.states.prompts = reach, []
+        found = target.outputs(batch, head)
+        assert sorted(served.states.prompts) == [ids[0][:7], ids[3]]
+        for name, columns in (("features", features), ("last_hidden", [5, 6, 28])):
+            ours, theirs = (getattr(outputs, name)[0, columns] for outputs in (found, expected))
+            assert torch.allclose(ours, theirs, rtol=0, atol=1e-9)
+        assert not found.features[0, [*range(features[0]), *range(7, 26), *range(29, 32)]].any()
+
+
+def test_what_is_asked_for_ahead_is_bounded_and_what_is_read_makes_room(served):
+    target = served.target(prefetch_gib=2.01 * 32 * 512 / 2**30)  # of 32 tokens of float64, four states of 16 each
+    first, second, third = batch_of(30), batch_of(31), batch_of(32)
+    asked = {n: threading.Event() for n in (7, 30, 31, 32)}
+    served.server.respond = lambda body: (asked[len(body["prompt"])].set(), served.states(body))[1]
+    target.expect([first, second, third])
+    for batch in (first, batch_of(7)):  # what is on its way comes meanwhile
+        target.outputs(batch, target.head_weight())
+    assert asked[31].wait(60) and not asked[32].is_set()
+    target.expect([second, third])
+    assert asked[32].wait(60)
+
+
+def test_a_folder_that_does_not_say_its_layers_is_a_warning(tmp_path, tiny_target, caplog):
+    with serving(States(tiny_target, tmp_path, name="shared")) as server, caplog.at_level(logging.WARNING):
+        target = Served(server.respond, server, tiny_target).target()
         target.outputs(batch_of(7), target.head_rows(torch.arange(5)))
     assert sum("serve-target" in record.message for record in caplog.records) == 1
 
 
 def test_what_is_still_queued_when_a_target_is_closed_is_never_asked_and_a_run_closes_its_target(
-    tmp_path: Path, tiny: Tiny, served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, tiny, served, monkeypatch
+):
     target = served.target()
     served.states.prompts.clear()
     served.states.gate.clear()
     target.expect([batch_of(*range(2, 32)), batch_of(*range(2, 32))])
     target.close()
     served.states.gate.set()
-    other = served.target()
+    other, closed = served.target(), []
     for _ in range(30):  # what is still on its way comes meanwhile
         other.outputs(batch_of(3), other.head_weight())
     assert len(served.states.prompts) <= 32 + 1 + 30  # of 60 the 32 that were asked at once, and the other's
-    closed = []
     monkeypatch.setattr(FrozenTarget, "close", lambda self: closed.append(self))
     run(tiny(tmp_path, train={"max_steps": 1}))
     assert len(closed) == 1
 
 
-def test_features_that_are_kept_for_two_passes_are_asked_for_once(tmp_path: Path, tiny: Tiny, served: Served) -> None:
+def test_features_that_are_kept_for_two_passes_are_asked_for_once(tmp_path, tiny, served):
     recipe, kept = tiny(tmp_path, train={"epochs": 2}), ["target.reuse=2", "target.ring=1"]
     run(recipe, f"target.server={served.url}", *kept, f"output.dir={tmp_path / 'served'}")
     assert len(served.states.prompts) == 11 + 3 + 1  # pieces of documents, the check's, and the question for the dtype
@@ -151,7 +188,7 @@ def test_features_that_are_kept_for_two_passes_are_asked_for_once(tmp_path: Path
     assert all(torch.allclose(found[name], tensor, rtol=0, atol=1e-9) for name, tensor in expected.items())
 
 
-def test_answers_that_are_written_anew_bring_the_features_that_training_reads(tmp_path: Path) -> None:
+def test_answers_that_are_written_anew_bring_the_features_that_training_reads(tmp_path):
     target, states, cache = make_chat_target(tmp_path / "target"), tmp_path / "kept", tmp_path / "cache"
     prompts = tmp_path / "prompts.jsonl"
     asked = ["w1 w2", "w3 w4 w5"], ["w6", "w9", "w7"], ["w8 w8 w8"]
@@ -174,7 +211,7 @@ def test_answers_that_are_written_anew_bring_the_features_that_training_reads(tm
 
 
 @pytest.mark.parametrize("temperature", [0, 0.8])
-def test_equal_questions_that_are_answered_together_keep_one_file(temperature: float, tmp_path: Path) -> None:
+def test_equal_questions_that_are_answered_together_keep_one_file(temperature, tmp_path):
     states, prompts = States(make_chat_target(tmp_path / "target"), tmp_path / "states"), tmp_path / "prompts.jsonl"
     prompts.write_text((json.dumps({"prompt": "w1 w2"}) + "\n") * 23)
     with serving(states) as server:
@@ -186,14 +223,11 @@ def test_equal_questions_that_are_answered_together_keep_one_file(temperature: f
 
 
 @pytest.mark.parametrize("fault", ["draws wrong tokens", "holds layers-2-3-4"])
-def test_answers_that_are_not_the_targets_or_states_of_other_layers_are_refused(
-    fault: str, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_answers_that_are_not_the_targets_or_states_of_other_layers_are_refused(fault, tmp_path, capsys):
     target, prompts, kept = make_chat_target(tmp_path / "target"), tmp_path / "prompts.jsonl", tmp_path / "kept"
     prompts.write_text(json.dumps({"prompt": "w1 w2"}) + "\n")
-    states = States(
-        target, tmp_path / ("states" if "layers" in fault else "cpu"), fault.replace("holds", "layers-1-3-4")[:12]
-    )
+    folder, name = ("states", "layers-1-3-4") if "layers" in fault else ("cpu", "layers-2-3-4")
+    states = States(target, tmp_path / folder, name)
     kept.mkdir()
     (kept / "layers.txt").write_text("layers-2-3-4")
     with serving(states) as server:
@@ -203,49 +237,25 @@ def test_answers_that_are_not_the_targets_or_states_of_other_layers_are_refused(
     assert not [*kept.glob("*.safetensors")]
 
 
-def test_an_answer_that_is_wrong_in_the_middle_of_a_run_is_a_target_that_is_lost(served: Served) -> None:
-    served.states.faults = ["gone"]
-    with pytest.raises(ValueError, match="refuses"):  # at the start it is a mistake of the user's
-        served.target()
-    target, batch = served.target(), batch_of(7)
-    served.states.faults = ["gone"]
-    with pytest.raises(TargetLost, match="refuses"):
-        target.outputs(batch, target.head_weight())
-    target.close()
-
-
-def test_head_embeddings_and_norm_are_found_in_weights_of_several_files(tmp_path: Path, tiny_target: Path) -> None:
+def test_head_embeddings_and_norm_are_found_in_weights_of_several_files(tmp_path, tiny_target):
     model = AutoModelForCausalLM.from_pretrained(tiny_target)
     model.save_pretrained(tmp_path / "target", max_shard_size="8KB")
     assert len([*(tmp_path / "target").glob("*.safetensors")]) > 2
-    states = States(tmp_path / "target", tmp_path / "states")
-    with serving(states) as server:
-        server.models = [{"id": MODEL, "max_model_len": 33}]
-        target = ServedTarget(Target(path=str(tmp_path / "target"), server=server.url), CPU, 32)  # checks its tokens
-        assert torch.equal(target.head_weight(), model.lm_head.weight.double())
-        assert torch.equal(target.embedding_rows(), model.get_input_embeddings().weight.double())
-        target.close()
+    with serving(States(tmp_path / "target", tmp_path / "states")) as server:
+        target = Served(server.respond, server, tmp_path / "target").target(check=True)  # checks its tokens
+    assert torch.equal(target.head_weight(), model.lm_head.weight.double())
+    assert torch.equal(target.embedding_rows(), model.get_input_embeddings().weight.double())
 
 
 def test_the_bench_reads_the_same_sequences_from_the_server_and_from_the_target_here(
-    tmp_path: Path, served: Served, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+    tmp_path, served, monkeypatch, capsys
+):
     from tools import bench_server
 
     rows = write_rows(tmp_path / "rows.jsonl", [30, 32, 29, 31])
     recipe = write_recipe(tmp_path, served.path, rows, tmp_path / "run")
-    words = [
-        "bench_server.py",
-        str(recipe),
-        "data.max_length=32",
-        "--server",
-        served.url,
-        "--batches",
-        "2",
-        "--turns",
-        "1",
-    ]
-    monkeypatch.setattr("sys.argv", words)
+    words = f"bench_server.py {recipe} data.max_length=32 --server {served.url} --batches 2 --turns 1"
+    monkeypatch.setattr("sys.argv", words.split())
     bench_server.main()
     printed = capsys.readouterr().out
     assert re.search(r"^vLLM over here: \d", printed, re.MULTILINE), printed
