@@ -39,14 +39,14 @@ def make_byte_target(folder: Path) -> Path:
 
 def write_stdlib_recipe(path: Path, target: Path, output: str) -> Path:
     """A recipe of two steps on a few modules of the standard library, half of which are held out."""
+    exclude = ["[!s]*", "s[!et]*", "statistics.py"]
     recipe = {
         "target": {"path": str(target)},
-        "data": {"sources": ["stdlib"], "exclude": ["[!s]*", "s[!et]*", "statistics.py"]},
+        "data": {"sources": ["stdlib"], "exclude": exclude, "max_length": 64, "eval_fraction": 0.5, "max_eval_rows": 2},
         "draft": {"draft_vocab_size": 100, "mask_token_id": BYTES_MASK},
         "cod": {"num_depths": 4, "num_segments": 2},
         "train": {"max_steps": 2, "save_steps": 1, "log_steps": 1},
         "output": {"dir": output},
     }
-    recipe["data"] |= {"max_length": 64, "eval_fraction": 0.5, "max_eval_rows": 2}
     path.write_text(yaml.safe_dump(recipe))
     return path

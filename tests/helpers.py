@@ -120,11 +120,7 @@ class Outcome:
 
 
 def outcome_of(
-    step: Callable[..., StepStats],
-    draft: PEagleDraft,
-    batch: dict[str, Tensor],
-    target: TargetOutputs,
-    **options: Any,
+    step: Callable[..., StepStats], draft: PEagleDraft, batch: dict[str, Tensor], target: TargetOutputs, **options: Any
 ) -> Outcome:
     draft.zero_grad(set_to_none=True)
     stats = step(draft, batch, target, **options)

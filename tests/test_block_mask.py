@@ -147,12 +147,7 @@ def layouts(draw: st.DrawFn) -> Visibility:
 
 
 def flat(
-    lengths: list[int],
-    K: int = 8,
-    pad: int = 0,
-    rows: int = 1,
-    elements: int | None = None,
-    window: int | None = None,
+    lengths: list[int], K: int = 8, pad: int = 0, rows: int = 1, elements: int | None = None, window: int | None = None
 ) -> Visibility:
     """The collator's batch of packed documents in one segment, or its first `elements` slots."""
     L = sum(lengths) + pad

@@ -16,7 +16,7 @@ def test_a_run_that_dies_in_every_way_ends_bit_for_bit_as_one_that_does_not(tmp_
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "chaos.json").read_text())
-    # how many checkpoints it found to damage hangs on the machine's speed; test_fuzz_folders damages them in any case
+    # how many checkpoints it found to damage hangs on the machine's speed; test_fuzz damages them in any case
     assert result["equal"] is True and result["kills"] >= 8
     assert all(result["ways"].values()), result["ways"]  # each way at least once
     assert result["resumes"] + result["starts_over"] >= 10  # what is neither a first life nor a refused one

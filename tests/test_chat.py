@@ -1,8 +1,8 @@
-"""Chats in tokens: what is learned, typed out token by token, for templates of the shapes that models have."""
+"""Chats: the formats that are read, and what is learned, typed out token by token, for templates as models have them."""
 
 import json
+import pickle
 import random
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,23 +14,22 @@ from transformers import PreTrainedTokenizerFast
 
 from peagle_train.config import Data
 from peagle_train.data.chat import ChatEncoder
-from peagle_train.data.messages import NOTHING, TEMPLATE, BadRow, messages_of
+from peagle_train.data.messages import FORMAT, NOTHING, TEMPLATE, UNREADABLE, BadRow, messages_of, without_null
 from tests import chats
 from tests.chats import WORDS, chat, encode, encoder, make_tokenizer, marked_mask, readable, stock
 
 SEA = chat("system: You are short.", "user: What colour is the sea?", "assistant: Blue.")
 GRASS = chat(*(f"{m['role']}: {m['content']}" for m in SEA["messages"]), "user: And the grass?", "assistant: Green.")
-CALL = {"name": "weather", "arguments": {"city": "Oslo"}}
+WHY = chat("user: Why?", "assistant: Light.")
+HELLO = chat("user: Hello", "assistant: Hi")
+CALL = {"name": "weather", "arguments": '{"city": "Oslo"}'}
+CALLING = {"role": "assistant", "content": None, "reasoning": "Thinking about it."}
+CALLING["tool_calls"] = [{"type": "function", "id": "1", "function": CALL}]
 WEATHER = {
     "tools": [{"type": "function", "function": {"name": "weather", "parameters": {}}}],
     "messages": [
         {"role": "user", "content": "What weather is today in Oslo?"},
-        {
-            "role": "assistant",
-            "content": None,
-            "reasoning": "Thinking about it.",
-            "tool_calls": [{"type": "function", "id": "1", "function": {**CALL, "arguments": '{"city": "Oslo"}'}}],
-        },
+        CALLING,
         {"role": "tool", "tool_call_id": "1", "content": "Rain, 3 degrees"},
         {"role": "assistant", "content": "Rain today.", "reasoning": "3 degrees"},
     ],
@@ -41,51 +40,94 @@ THOUGHTFUL = {
         {"role": "assistant", "reasoning_content": "Light", "content": "Blue."},
         {"role": "user", "content": "Why?"},
         {"role": "assistant", "reasoning_content": "Thinking more", "content": "Light."},
-    ],
+    ]
 }
+BORDER = "tokens across the border of a turn, not learned"
+UNLEARNED = "turns that cannot be learned in their chat"
+WEIGHTED = chat("user: Hi", "assistant: Hello", "user: So?", "assistant: Bye")
+PLAIN = [dict(message) for message in WEIGHTED["messages"]]
+WEIGHTED["messages"][1]["weight"], WEIGHTED["messages"][3]["weight"] = 0, 1
+READ_WEIGHTED = (
+    r"<|im_start|> user \n Hi <|im_end|> \n <|im_start|> assistant \n Hello <|im_end|> \n "
+    r"<|im_start|> user \n S o ? <|im_end|> \n <|im_start|> assistant \n [Bye] [<|im_end|>] \n"
+)
 
-
-def test_chatml() -> None:
-    encoded = encode(chats.CHATML, GRASS)
-    assert readable(encoded) == (
+# What a row becomes: template, row, options of the encoder, tokens, counts.
+SHOWN: dict[str, tuple[str, dict[str, Any], dict[str, Any], str, dict[str, int]]] = {
+    "every answer with its end": (
+        chats.CHATML, GRASS, {},
         r"<|im_start|> system \n You _are _short . <|im_end|> \n "
         r"<|im_start|> user \n What _colour _is _the _sea ? <|im_end|> \n "
         r"<|im_start|> assistant \n [Blue] [.] [<|im_end|>] \n "
         r"<|im_start|> user \n And _the _grass ? <|im_end|> \n "
-        r"<|im_start|> assistant \n [Green] [.] [<|im_end|>] \n"
-    )
-    assert encoded.counts == {}
-
-
-def test_a_reasoning_template_drops_earlier_thoughts_so_the_last_turn_is_learned_with_its_own() -> None:
-    encoded = encode(chats.REASONING, THOUGHTFUL)
-    assert readable(encoded) == (
+        r"<|im_start|> assistant \n [Green] [.] [<|im_end|>] \n", {},
+    ),
+    "earlier thoughts are dropped, so that the last turn is learned with its own": (
+        chats.REASONING, THOUGHTFUL, {},
         r"<|im_start|> user \n What _colour _is _the _sea ? <|im_end|> \n "
         r"<|im_start|> assistant \n Blue . <|im_end|> \n "
         r"<|im_start|> user \n Why ? <|im_end|> \n "
         r"<|im_start|> assistant \n "
-        r"[<think>] [\n] [Thinking] [_more] [\n] [</think>] [\n] [\n] [Light] [.] [<|im_end|>] \n"
-    )
-    assert encoded.counts == {UNLEARNED: 1}
-
-
-def test_thoughts_that_the_generation_prompt_opens_and_closes_are_prompt() -> None:
-    row = chat("user: Why?", "assistant: Light.")
-    encoded = encode(chats.REASONING, row, template_kwargs={"enable_thinking": False})
-    assert readable(encoded) == (
+        r"[<think>] [\n] [Thinking] [_more] [\n] [</think>] [\n] [\n] [Light] [.] [<|im_end|>] \n", {UNLEARNED: 1},
+    ),
+    "thoughts that the generation prompt opens and closes are prompt": (
+        chats.REASONING, WHY, {"template_kwargs": {"enable_thinking": False}},
         r"<|im_start|> user \n Why ? <|im_end|> \n "
-        r"<|im_start|> assistant \n <think> \n\n </think> \n \n [Light] [.] [<|im_end|>] \n"
-    )
-    # As the row's own variable, too; and without it the target generates the marks itself.
-    own = {**row, "chat_template_kwargs": {"enable_thinking": False}}
-    assert encode(chats.REASONING, own).loss_mask == encoded.loss_mask
-    assert r"assistant \n [<think>] [\n\n] [</think>] [\n] [\n] [Light]" in readable(encode(chats.REASONING, row))
+        r"<|im_start|> assistant \n <think> \n\n </think> \n \n [Light] [.] [<|im_end|>] \n", {},
+    ),
+    "by a variable of the row, too": (
+        chats.REASONING, {**WHY, "chat_template_kwargs": {"enable_thinking": False}}, {},
+        r"<|im_start|> user \n Why ? <|im_end|> \n "
+        r"<|im_start|> assistant \n <think> \n\n </think> \n \n [Light] [.] [<|im_end|>] \n", {},
+    ),
+    "without it the target generates the marks itself": (
+        chats.REASONING, WHY, {},
+        r"<|im_start|> user \n Why ? <|im_end|> \n "
+        r"<|im_start|> assistant \n [<think>] [\n\n] [</think>] [\n] [\n] [Light] [.] [<|im_end|>] \n", {},
+    ),
+    "a token after the whole chat that no earlier turn has": (
+        chats.CHAT_END, HELLO, {},
+        r"<|im_start|> user \n Hello <|im_end|> \n <|im_start|> assistant \n [Hi] [<|im_end|>] \n <|endoftext|>", {},
+    ),
+    "end tokens that differ in the last turn": (
+        chats.LAST_END, chat("user: Hello", "assistant: Hi", "user: Bye", "assistant: Bye"), {},
+        "<|im_start|> user <|channel|> Hello <|im_end|> <|im_start|> assistant <|channel|> [Hi] <|im_end|> "
+        "<|im_start|> user <|channel|> Bye <|im_end|> <|im_start|> assistant <|channel|> [Bye] [<|return|>]",
+        {"turns without an end-of-turn token": 1},
+    ),
+    "an end token that takes the newline after it along": (  # none of its own: it is part of that token
+        chats.CHATML, HELLO, {"tokenizer": make_tokenizer(stripping=True)},
+        r"<|im_start|> user \n Hello <|im_end|> <|im_start|> assistant \n [Hi] [<|im_end|>]", {},
+    ),
+    "and the chat has a token after it": (
+        chats.CHAT_END, HELLO, {"tokenizer": make_tokenizer(stripping=True)},
+        r"<|im_start|> user \n Hello <|im_end|> <|im_start|> assistant \n [Hi] [<|im_end|>] <|endoftext|>", {},
+    ),
+    "a chat that the assistant opens is learned from its second turn": (
+        chats.CHATML, chat("assistant: Hello", "user: Hi", "assistant: Bye"), {},
+        r"<|im_start|> assistant \n Hello <|im_end|> \n <|im_start|> user \n Hi <|im_end|> \n "
+        r"<|im_start|> assistant \n [Bye] [<|im_end|>] \n", {UNLEARNED: 1},
+    ),
+    "messages of weight 0 are context": (chats.CHATML, WEIGHTED, {}, READ_WEIGHTED, {}),
+    "prompts are context": (chats.CHATML, {"prompt": PLAIN[:3], "completion": PLAIN[3:]}, {}, READ_WEIGHTED, {}),
+    "a special token in a text is what it is to a server": (
+        chats.CHATML, chat("user: Hi<|im_end|>", "assistant: Hello<|eot|>Bye</think>"), {},
+        r"<|im_start|> user \n Hi <|im_end|> <|im_end|> \n "
+        r"<|im_start|> assistant \n [Hello] [<|eot|>] [Bye] [</think>] [<|im_end|>] \n", {},
+    ),
+}  # fmt: skip
 
 
-def test_tool_calls_are_learned_and_tool_results_are_not_with_the_thoughts_of_every_step() -> None:
+@pytest.mark.parametrize("what", SHOWN)
+def test_a_chat_in_tokens(what):
+    template, row, options, expected, counts = SHOWN[what]
+    encoded = encode(template, row, **options)
+    assert readable(encoded, options.get("tokenizer")) == expected and encoded.counts == counts
+
+
+def test_tool_calls_are_learned_and_tool_results_are_not_with_the_thoughts_of_every_step():
     encoded = encode(chats.REASONING, WEATHER)
-    found = readable(encoded)
-    tools, found = found.split(r" <|im_end|> \n ", 1)
+    tools, found = readable(encoded).split(r" <|im_end|> \n ", 1)
     assert tools.startswith(r"<|im_start|> system \n { ") and "[" not in tools
     assert found == (
         r"<|im_start|> user \n What _weather _is _today _in _Oslo ? <|im_end|> \n "
@@ -97,11 +139,12 @@ def test_tool_calls_are_learned_and_tool_results_are_not_with_the_thoughts_of_ev
         r"[Rain] [_today] [.] [<|im_end|>] \n"
     )
     assert encoded.counts == {}
+    with pytest.raises(BadRow, match="tool_calls") as error:  # of a template that does not read them
+        encode(chats.CHATML, WEATHER)
+    assert error.value.reason == TEMPLATE
 
 
 BLANKS = chat("user: Hello", "assistant:  Hi \n\n", "user: Bye ", "assistant: \n Bye", "user: So?", "assistant: So\n")
-BORDER = "tokens across the border of a turn, not learned"
-UNLEARNED = "turns that cannot be learned in their chat"
 ORACLE_ROWS = [
     SEA,
     GRASS,
@@ -111,28 +154,38 @@ ORACLE_ROWS = [
     chat("system: ", "user: Hello", "assistant: Hi", "assistant: Bye"),
     chat("user: \u00e9t\u00e9 \U0001f600 \u4f60\u597d", "assistant: \u4f60\u597d, \U0001f600\u00e9"),
 ]
+PIECES = [*WORDS[:20], " ", "\n", "\n\n", " \n", "\t", "\u00e9", "e\u0301", "\U0001f600", "\u4f60", "\u00a0", "\r\n"]
+PIECES += ["a\u0323\u0307", "<|im_end|>", "<think>", "</s>"]
 
 
-@pytest.mark.parametrize("row", ORACLE_ROWS)
-@pytest.mark.parametrize("name", ["CHATML", "LLAMA3", "TOOLS", "PLAIN"])
-def test_masks_are_those_of_the_same_template_with_marks(name: str, row: dict[str, Any]) -> None:
-    template = getattr(chats, name)
-    tokenizer = make_tokenizer(trim_offsets=False)
-    try:
-        encoded = encode(template, row, tokenizer)
-    except BadRow as error:
-        assert error.reason == TEMPLATE, "only what a template cannot hold"
-        assert row is WEATHER
-        return
-    ids, mask = marked_mask(template, row, tokenizer)
-    assert encoded.input_ids == ids
-    # transformers also marks a token that begins in the prompt and ends in the answer; we do not, and count it.
-    differences = [(ours, theirs) for ours, theirs in zip(encoded.loss_mask, mask) if ours != theirs]
-    assert differences == [(0, 1)] * encoded.counts.get(BORDER, 0)
-    assert bool(differences) == (row is BLANKS and name in ("CHATML", "TOOLS"))
+def test_masks_are_those_of_the_same_template_with_marks():
+    rng = random.Random(0)
+    nfc = Tokenizer.from_str(make_tokenizer().backend_tokenizer.to_str())
+    nfc.normalizer = NFC()
+    rows: list[dict[str, Any]] = []
+    for _ in range(25):
+        texts = ["".join(rng.choices(PIECES, k=rng.randint(1, 6))) + rng.choice(["x", "x\n"]) for _ in range(4)]
+        rows.append(chat(*(f"{('user', 'assistant')[i % 2]}: {text}" for i, text in enumerate(texts))))
+    tried = [(make_tokenizer(trim_offsets=False), [*ORACLE_ROWS, *rows[:5]]), (make_tokenizer(), rows)]
+    tried += [(make_tokenizer(stripping=True), rows), (PreTrainedTokenizerFast(tokenizer_object=nfc), rows)]
+    straddling = 0
+    for template in (chats.CHATML, chats.LLAMA3, chats.TOOLS, chats.PLAIN, chats.CHAT_END):
+        for tokenizer, examples in tried:
+            encodes = encoder(template, tokenizer)
+            for row in examples:
+                if row is WEATHER and template != chats.TOOLS:
+                    continue  # tool calls, which the template does not read
+                encoded = encodes.encode(messages_of(row))
+                ids, mask = marked_mask(template, row, tokenizer)
+                assert encoded.input_ids == ids
+                # transformers also marks a token that begins in the prompt and ends in the answer; we count it.
+                differences = [(ours, theirs) for ours, theirs in zip(encoded.loss_mask, mask) if ours != theirs]
+                assert differences == [(0, 1)] * encoded.counts.get(BORDER, 0), (row, template)
+                straddling += len(differences)
+    assert straddling > 0, "some texts run into the prompt before them"
 
 
-def test_a_space_that_the_prompt_ends_in_is_never_learned_with_the_word_after_it() -> None:
+def test_a_space_that_the_prompt_ends_in_is_never_learned_with_the_word_after_it():
     # As in Vicuna: the server's prompt ends in the space, so that the target cannot begin with "_Blue".
     template = (
         "{% for m in messages %}"
@@ -146,77 +199,20 @@ def test_a_space_that_the_prompt_ends_in_is_never_learned_with_the_word_after_it
         assert encoded.counts == {BORDER: 1}
 
 
-PIECES = [*WORDS[:20], " ", "\n", "\n\n", " \n", "\t", "\u00e9", "e\u0301", "\U0001f600", "\u4f60", "\u00a0", "\r\n"]
-PIECES += ["a\u0323\u0307", "<|im_end|>", "<think>", "</s>"]
-
-
-def test_masks_of_random_chats_are_those_of_marks_in_the_template() -> None:
-    rng = random.Random(0)
-    nfc = Tokenizer.from_str(make_tokenizer().backend_tokenizer.to_str())
-    nfc.normalizer = NFC()
-    tokenizers = [make_tokenizer(), make_tokenizer(stripping=True), PreTrainedTokenizerFast(tokenizer_object=nfc)]
-    templates = [chats.CHATML, chats.LLAMA3, chats.TOOLS, chats.PLAIN]
-    made = [(template, tokenizer, encoder(template, tokenizer)) for template in templates for tokenizer in tokenizers]
-    straddling = 0
-    for _ in range(40):
-        texts = ["".join(rng.choices(PIECES, k=rng.randint(1, 6))) + rng.choice(["x", "x\n"]) for _ in range(4)]
-        row = chat(*(f"{('user', 'assistant')[i % 2]}: {text}" for i, text in enumerate(texts)))
-        for template, tokenizer, encodes in made:
-            encoded = encodes.encode(messages_of(row))
-            ids, mask = marked_mask(template, row, tokenizer)
-            assert encoded.input_ids == ids
-            differences = [(ours, theirs) for ours, theirs in zip(encoded.loss_mask, mask) if ours != theirs]
-            assert differences == [(0, 1)] * encoded.counts.get(BORDER, 0), (texts, template)
-            straddling += len(differences)
-    assert straddling > 0, "some texts run into the prompt before them"
-
-
-def test_ids_are_those_of_the_serving_path() -> None:
+def test_ids_are_those_of_the_serving_path():
     for row in ORACLE_ROWS:
         for template in (chats.CHATML, chats.LLAMA3, chats.REASONING, chats.CHAT_END, chats.LAST_END):
+            given = messages_of(row)
+            how = {"tools": given.tools, "chat_template": stock(template), "return_dict": False}
             try:
                 ids = encode(template, row).input_ids
             except BadRow as error:
                 assert error.reason == TEMPLATE
                 continue
-            conversation = messages_of(row)
-            assert ids == make_tokenizer().apply_chat_template(
-                conversation.messages,
-                tools=conversation.tools,
-                chat_template=stock(template),
-                return_dict=False,
-            )
+            assert ids == make_tokenizer().apply_chat_template(given.messages, **how)
 
 
-def test_a_token_after_the_whole_chat_that_no_earlier_turn_has_is_not_learned() -> None:
-    assert readable(encode(chats.CHAT_END, chat("user: Hello", "assistant: Hi"))) == (
-        r"<|im_start|> user \n Hello <|im_end|> \n <|im_start|> assistant \n [Hi] [<|im_end|>] \n <|endoftext|>"
-    )
-    two = encode(chats.CHAT_END, GRASS)
-    assert (sum(two.loss_mask), two.counts) == (6, {})
-
-
-def test_end_tokens_that_differ_in_the_last_turn_leave_the_earlier_turns_learned_but_for_their_end() -> None:
-    encoded = encode(chats.LAST_END, chat("user: Hello", "assistant: Hi", "user: Bye", "assistant: Bye"))
-    assert readable(encoded) == (
-        "<|im_start|> user <|channel|> Hello <|im_end|> <|im_start|> assistant <|channel|> [Hi] <|im_end|> "
-        "<|im_start|> user <|channel|> Bye <|im_end|> <|im_start|> assistant <|channel|> [Bye] [<|return|>]"
-    )
-    assert encoded.counts == {"turns without an end-of-turn token": 1}
-
-
-def test_an_end_token_that_takes_the_newline_after_it_along_is_learned_with_it() -> None:
-    tokenizer = make_tokenizer(stripping=True)
-    row, behind = chat("user: Hello", "assistant: Hi"), {"CHATML": "", "CHAT_END": " <|endoftext|>"}
-    for name, end in behind.items():
-        encoded = encode(getattr(chats, name), row, tokenizer)
-        # No newline of its own behind <|im_end|>: it is part of that token, whose text shows none.
-        assert readable(encoded, tokenizer) == (
-            r"<|im_start|> user \n Hello <|im_end|> <|im_start|> assistant \n [Hi] [<|im_end|>]" + end
-        )
-
-
-def test_refuse_takes_no_chat_that_the_template_rewrites() -> None:
+def test_refuse_takes_no_chat_that_the_template_rewrites():
     with pytest.raises(BadRow, match="rewrites message 1 once others follow") as error:
         encode(chats.REASONING, THOUGHTFUL, on_rewrite="refuse")
     assert error.value.reason == TEMPLATE
@@ -228,30 +224,16 @@ def test_refuse_takes_no_chat_that_the_template_rewrites() -> None:
             encode(template, SEA, on_rewrite=on_rewrite)
 
 
-def test_last_turn_means_the_steps_of_the_assistant_after_the_last_user() -> None:
+def test_last_turn_means_the_steps_of_the_assistant_after_the_last_user():
     both = {"tools": WEATHER["tools"], "messages": THOUGHTFUL["messages"] + WEATHER["messages"]}
     alone, encoded = encode(chats.REASONING, WEATHER), encode(chats.REASONING, both)
-    assert encoded.counts == {UNLEARNED: 2}
-    assert sum(encoded.loss_mask) == sum(alone.loss_mask)
-    steps = sum(alone.loss_mask) + len(alone.loss_mask) - alone.loss_mask.index(1) - sum(alone.loss_mask)
+    assert encoded.counts == {UNLEARNED: 2} and sum(encoded.loss_mask) == sum(alone.loss_mask)
+    steps = len(alone.loss_mask) - alone.loss_mask.index(1)
     assert encoded.loss_mask[-steps:] == alone.loss_mask[-steps:]
 
 
-def test_a_chat_that_the_assistant_opens_is_learned_from_its_second_turn() -> None:
-    encoded = encode(chats.CHATML, chat("assistant: Hello", "user: Hi", "assistant: Bye"))
-    assert readable(encoded) == (
-        r"<|im_start|> assistant \n Hello <|im_end|> \n <|im_start|> user \n Hi <|im_end|> \n "
-        r"<|im_start|> assistant \n [Bye] [<|im_end|>] \n"
-    )
-    assert encoded.counts == {UNLEARNED: 1}
-    with pytest.raises(BadRow) as error:
-        encode(chats.CHATML, chat("assistant: Hello"))
-    assert error.value.reason == NOTHING
-
-
-def test_messages_after_the_last_learned_one_are_dropped_and_counted() -> None:
-    row = {"messages": SEA["messages"] + chat("user: Why?", "assistant: Light.")["messages"]}
-    row["messages"][-1]["weight"] = 0
+def test_messages_after_the_last_learned_one_are_dropped_and_counted():
+    row = {"messages": [*SEA["messages"], *WHY["messages"][:1], {**WHY["messages"][1], "weight": 0}]}
     encoded = encode(chats.CHATML, row)
     assert encoded.input_ids == encode(chats.CHATML, SEA).input_ids
     assert encoded.counts == {"messages after the last learned one, dropped": 2}
@@ -260,50 +242,24 @@ def test_messages_after_the_last_learned_one_are_dropped_and_counted() -> None:
     assert "[Light] [\\n] [</think>] [\\n] [\\n] [Blue]" in readable(encode(chats.REASONING, row))
 
 
-def test_messages_of_weight_0_and_prompts_are_context() -> None:
-    row = chat("user: Hi", "assistant: Hello", "user: So?", "assistant: Bye")
-    row["messages"][1]["weight"], row["messages"][3]["weight"] = 0, 1
-    weighted = encode(chats.CHATML, row)
-    assert readable(weighted) == (
-        r"<|im_start|> user \n Hi <|im_end|> \n <|im_start|> assistant \n Hello <|im_end|> \n "
-        r"<|im_start|> user \n S o ? <|im_end|> \n <|im_start|> assistant \n [Bye] [<|im_end|>] \n"
-    )
-    plain = chat("user: Hi", "assistant: Hello", "user: So?", "assistant: Bye")["messages"]
-    assert encode(chats.CHATML, {"prompt": plain[:3], "completion": plain[3:]}) == weighted
-
-
-def test_a_prompt_and_a_completion_in_strings_get_bos_and_eos_and_no_template() -> None:
-    tokenizer = make_tokenizer()
+def test_a_prompt_and_a_completion_in_strings_get_bos_and_eos_and_no_template():
+    core = make_tokenizer().backend_tokenizer
     encoded = encode(chats.CHATML, {"prompt": "What colour is the sea?", "completion": " Blue."})
     assert readable(encoded) == "What _colour _is _the _sea ? [_Blue] [.] [<|endoftext|>]"
     closed = {"prompt": "What colour is the sea?", "completion": " Blue.<|endoftext|>"}
     assert encode(chats.CHATML, closed).input_ids == encoded.input_ids
-    with_bos = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
+    with_bos = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
     bos = [("<bos>", with_bos.convert_tokens_to_ids("<bos>"))]
     with_bos.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=bos)
     encoded = encode(chats.CHATML, {"prompt": "Hello", "completion": " Bye"}, with_bos)
     assert readable(encoded, with_bos) == "<bos> Hello [_Bye] [</s>]"
-    with pytest.raises(BadRow) as error:
-        encode(chats.CHATML, {"prompt": "Hel", "completion": "lo"}, make_tokenizer_without_eos())
-    assert error.value.reason == NOTHING, "Hello is one token, which straddles the border"
-
-
-def make_tokenizer_without_eos() -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_object=make_tokenizer().backend_tokenizer)
-
-
-def test_a_special_token_in_a_text_is_what_it_is_to_a_server() -> None:
-    encoded = encode(chats.CHATML, chat("user: Hi<|im_end|>", "assistant: Hello<|eot|>Bye</think>"))
-    assert readable(encoded) == (
-        r"<|im_start|> user \n Hi <|im_end|> <|im_end|> \n "
-        r"<|im_start|> assistant \n [Hello] [<|eot|>] [Bye] [</think>] [<|im_end|>] \n"
-    )
-
-
-def test_tool_calls_that_the_template_does_not_read_are_a_bad_row() -> None:
-    with pytest.raises(BadRow, match="tool_calls") as error:
-        encode(chats.CHATML, WEATHER)
-    assert error.value.reason == TEMPLATE
+    for row, tokenizer in (  # Hello is one token, which straddles the border
+        ({"prompt": "Hel", "completion": "lo"}, PreTrainedTokenizerFast(tokenizer_object=core)),
+        (chat("assistant: Hello"), None),
+    ):
+        with pytest.raises(BadRow) as error:
+            encode(chats.CHATML, row, tokenizer)
+        assert error.value.reason == NOTHING
 
 
 @pytest.mark.parametrize(
@@ -317,13 +273,13 @@ def test_tool_calls_that_the_template_does_not_read_are_a_bad_row() -> None:
         (stock(chats.CHATML), {"template_kwargs": {"tools": []}}, "multiple values for keyword argument 'tools'"),
     ],
 )
-def test_a_template_that_cannot_work_is_one_line_at_the_first_chat(template: Any, options: Any, message: str) -> None:
+def test_a_template_that_cannot_work_is_one_line_at_the_first_chat(template, options, message):
     with pytest.raises(ValueError) as error:
         ChatEncoder(make_tokenizer(), template, **options).encode(messages_of(SEA))
     assert message in str(error.value) and "\n" not in str(error.value) and not isinstance(error.value, BadRow)
 
 
-def test_chats_take_a_fast_tokenizer_and_a_template_file_that_can_be_read(tmp_path: Path) -> None:
+def test_chats_take_a_fast_tokenizer_which_stays_as_it_was_and_a_template_file_that_can_be_read(tmp_path):
     for tokenizer in (None, SimpleNamespace(is_fast=False)):
         with pytest.raises(ValueError, match="chats take a fast tokenizer"):
             ChatEncoder(tokenizer)
@@ -331,10 +287,139 @@ def test_chats_take_a_fast_tokenizer_and_a_template_file_that_can_be_read(tmp_pa
     for name, message in (("none", "cannot read"), ("empty", "is empty")):
         with pytest.raises(ValueError, match=f"data.chat_template: .*{message}"):
             ChatEncoder.from_recipe(Data(["x"], chat_template=str(tmp_path / f"{name}.jinja")), make_tokenizer())
-
-
-def test_the_given_tokenizer_stays_as_it_was() -> None:
     tokenizer = make_tokenizer()
     before = json.loads(tokenizer.backend_tokenizer.to_str())
     encode(chats.CHATML, SEA, tokenizer)
     assert json.loads(tokenizer.backend_tokenizer.to_str()) == before
+
+
+# Messages in every format that is read, and what is refused with which reason
+
+USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Bye"}
+A_CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+
+
+def answered(**changes: Any) -> dict[str, Any]:
+    """How an answer with these fields is read."""
+    return messages_of({"messages": [USER, {**ANSWER, **changes}]}).messages[1]
+
+
+def test_sharegpt_is_the_same_as_messages():
+    turns = [
+        {"from": "human", "value": "Hi", "weight": None},
+        {"from": "gpt", "value": "Bye", "weight": 0},
+        {"from": "user", "value": "Weather?"},
+        {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Oslo"}}'},
+        {"from": "observation", "value": "Rain"},
+        {"from": "chatgpt", "value": "Rain."},
+    ]
+    conversation = messages_of({"system": "Be brief", "conversations": turns})
+    assert conversation.messages == [
+        {"role": "system", "content": "Be brief"},
+        USER,
+        ANSWER,
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [A_CALL]},
+        {"role": "tool", "content": "Rain"},
+        {"role": "assistant", "content": "Rain."},
+    ]
+    assert conversation.learned == [False, False, False, False, True, False, True]
+
+
+def test_tool_calls_get_one_shape_and_keep_their_ids():
+    written = {"name": "weather", "arguments": '{"city": "Oslo"}', "strict": None}
+    for given in (
+        {"tool_calls": [A_CALL]},
+        {"tool_calls": [{"function": written, "id": None}]},
+        {"tool_calls": [A_CALL["function"]]},
+        {"tool_calls": json.dumps([A_CALL])},
+        {"function_call": A_CALL["function"]},
+    ):
+        assert answered(content=None, **given) == {"role": "assistant", "content": "", "tool_calls": [A_CALL]}
+    call = {"id": "7", "function": {"name": "now", "arguments": ""}}  # missing arguments are none
+    expected = {"id": "7", "type": "function", "function": {"name": "now", "arguments": {}}}
+    assert answered(tool_calls=[call])["tool_calls"] == [expected]
+    for tools, read in (("[]", None), (json.dumps([{"name": "weather"}]), [{"name": "weather"}])):
+        assert messages_of({"messages": [USER, ANSWER], "tools": tools}).tools == read
+
+
+def test_thoughts_are_there_under_the_names_that_templates_read():
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        message = answered(**{name: "Because"})
+        assert message["reasoning_content"] == message["thinking"] == "Because"
+        # Thoughts alone are an answer cut short, not an empty one.
+        alone = messages_of({"messages": [USER, {"role": "assistant", "content": "", name: "Because"}]})
+        assert alone.learned == [False, True]
+
+
+def test_parts_are_joined_and_null_fields_left_out_but_arguments_keep_theirs_unless_a_table_made_them():
+    parts = [{"type": "text", "text": "Hi"}, "So?"]
+    assert [answered(content=parts[:n])["content"] for n in (1, 2)] == ["Hi", "Hi\nSo?"]
+    call = {"function": {"name": "weather", "arguments": {"city": None}}}
+    row = {"messages": [{**USER, "tool_calls": None, "name": None}, {**ANSWER, "tool_calls": [call]}], "tools": None}
+    before = json.dumps(row)
+    first, second = messages_of(row).messages
+    assert first == USER and json.dumps(row) == before, "the given row stays as it was"
+    assert second["tool_calls"][0]["function"]["arguments"] == {"city": None}
+    assert without_null({"a": None, "b": [{"c": None}, None, {"d": [None]}]}) == {"b": [{}, None, {"d": [None]}]}
+
+
+def turn(**changes: Any) -> dict[str, Any]:
+    return {"messages": [USER, {**ANSWER, **changes}]}
+
+
+BAD = {
+    FORMAT: [
+        {"text": "Hi"},
+        {"messages": None},
+        {"messages": [["user", "Hi"]]},
+        {"messages": [{"role": "user", "content": None}, ANSWER]},
+        {"messages": [USER, {"role": "assistant"}]},
+        {"prompt": "Hi"},
+        {"prompt": "Hi", "completion": [ANSWER]},
+        {"conversations": [{"from": "human", "value": None}]},
+        {"conversations": [{"from": "human", "value": "Hi"}], "system": 7},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": "no JSON"}]},
+        turn(role="narrator"),
+        turn(content=7),
+        turn(content=[{"type": "image_url", "image_url": "x"}]),
+        turn(thinking=["x"]),
+        turn(thinking="x", reasoning="y"),
+        turn(tool_calls={"a": 1}),
+        turn(tool_calls=[7]),
+        turn(tool_calls=[{"function": {"arguments": {}}}]),
+        turn(tool_calls=[{"function": {"name": "f", "arguments": "{"}}]),
+        turn(tool_calls=[{"function": {"name": "f", "arguments": [1]}}]),
+        {**turn(), "tools": [1]},
+        {**turn(), "tools": "no JSON"},
+        {**turn(), "chat_template_kwargs": [1]},
+        turn(weight=0.5),
+        turn(train=True),
+    ],
+    NOTHING: [
+        turn(content=" \n"),
+        turn(content="", tool_calls=[]),
+        turn(content="", thinking=" "),
+        turn(weight=0),
+        {"messages": [{"role": "user", "content": "\t"}, ANSWER]},
+        {"messages": [USER]},
+        {"prompt": "Hi", "completion": ""},
+        {"prompt": [USER, ANSWER], "completion": [USER]},
+    ],
+    UNREADABLE: [
+        turn(content="a\ud800b"),
+        turn(name="\udfff"),
+        turn(tool_calls=[{"function": {"name": "f", "arguments": '{"\\ud800": 1}'}}]),
+        {**turn(), "tools": [{"name": "\ud800"}]},
+        {"prompt": "\ud800", "completion": "x"},
+    ],
+}
+
+
+def test_a_bad_row_has_a_reason_to_count_by_and_one_line_of_detail():
+    for reason, row in [(reason, row) for reason, rows in BAD.items() for row in rows]:
+        with pytest.raises(BadRow) as caught:
+            messages_of(row)
+        error = pickle.loads(pickle.dumps(caught.value))  # as it comes from a worker process
+        assert (error.reason, str(error)) == (reason, f"{reason}: {error.detail}"), row
+        assert error.detail and error.detail.isascii() and "\n" not in error.detail and len(error.detail) < 300

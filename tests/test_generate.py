@@ -32,12 +32,7 @@ def trained_logits(draft: Any, row: dict[str, Any], target: TargetOutputs, K: in
 
 
 # what happens after a prompt of 5: how many of the K drafted tokens are accepted, pass by pass
-HISTORIES = {
-    "none": [0] * 12,
-    "all": [5] * 5,
-    "some": [2, 4, 1, 3, 2, 4],
-    "mixed": [0, 5, 3, 0, 0, 5, 1, 5],
-}
+HISTORIES = {"none": [0] * 12, "all": [5] * 5, "some": [2, 4, 1, 3, 2, 4], "mixed": [0, 5, 3, 0, 0, 5, 1, 5]}
 
 
 @pytest.mark.parametrize("history", HISTORIES)

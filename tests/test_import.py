@@ -1,7 +1,9 @@
-"""Other people's drafters: `peagle-train import` and draft.init_from, from either format, whole or EAGLE-3's."""
+"""Drafters to start from: other people's (`peagle-train import`, draft.init_from), whole or EAGLE-3's, and new ones."""
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,36 +13,25 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import peagle_train
+from peagle_train import new_drafter, save_drafter
 from peagle_train.__main__ import main as train_main
 from peagle_train.config import load_recipe
+from peagle_train.core.visibility import Causal
 from peagle_train.serving.drafter_io import load_drafter
 from peagle_train.serving.export import export_drafter, import_drafter
 from peagle_train.serving.start import make_draft_config
 from peagle_train.target_model.cache import write_cache
 from peagle_train.target_model.frozen import FrozenTarget
-from tests.helpers import command, make_draft
-from tests.tiny import MASK, VOCAB, make_target, write_recipe, write_rows
+from tests.helpers import ENVIRONMENT, command, make_draft
+from tests.runs import last_error
+from tests.tiny import MASK, VOCAB, write_recipe
 
 DRAFTED = 30
 SHAPE: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "ptd_token_id": MASK,
-    "draft_vocab_size": DRAFTED,
-    "target_hidden_size": 16,
-    "eagle_aux_hidden_state_layer_ids": [2, 3, 4],
-    "rms_norm_eps": 0.01,
-    "intermediate_size": 20,
-}
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_target(tmp_path_factory.mktemp("target"))
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", [9, 31, 4, 17, 32, 2, 26], prompt=0.3)
+    "vocab_size": VOCAB, "ptd_token_id": MASK, "draft_vocab_size": DRAFTED, "target_hidden_size": 16,
+    "eagle_aux_hidden_state_layer_ids": [2, 3, 4], "rms_norm_eps": 0.01, "intermediate_size": 20,
+}  # fmt: skip
 
 
 def drafter(folder: Path, **changes: Any) -> Path:
@@ -76,9 +67,7 @@ def start(folder: Path, target: Path, rows: Path, source: Path, *overrides: str,
 
 
 @pytest.mark.parametrize("format", ["speculators", "imported"])
-def test_a_run_starts_from_a_drafters_weights_shape_and_vocabulary(
-    tmp_path: Path, target: Path, rows: Path, format: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_starts_from_a_drafters_weights_shape_and_vocabulary(tmp_path, tiny_target, tiny_rows, format, capsys):
     shape: dict[str, Any] = {"attention_bias": True, "norm_before_fc": True, "sliding_window": 8}
     if format == "speculators":
         shape = {"layer_type": "qwen3", "fc_norm": True, "sliding_window": 9}
@@ -88,7 +77,7 @@ def test_a_run_starts_from_a_drafters_weights_shape_and_vocabulary(
     else:
         export_drafter(source, tmp_path / "in", format, target_name="x", speculative_tokens=4)
     norms = [f"draft.{key}=true" for key in shape if key in ("norm_before_fc", "fc_norm")]
-    assert start(tmp_path, target, rows, tmp_path / "in", "draft.norm_before_residual=true", *norms) == 0
+    assert start(tmp_path, tiny_target, tiny_rows, tmp_path / "in", "draft.norm_before_residual=true", *norms) == 0
     assert f"started from {tmp_path / 'in'}" in capsys.readouterr().out
     one, other = load_drafter(source), load_drafter(tmp_path / "run" / "final")
     for name, tensor in one.state_dict().items():
@@ -100,93 +89,175 @@ def test_a_run_starts_from_a_drafters_weights_shape_and_vocabulary(
     assert after["max_position_embeddings"] == 256 and {k: after[k] for k in shape} == shape
 
 
-def test_a_run_starts_from_an_eagle3_drafter_and_says_what_it_lacks(
-    tmp_path: Path, target: Path, rows: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_starts_from_an_eagle3_drafter_and_says_what_it_lacks(tmp_path, tiny_target, tiny_rows, capsys):
     source = eagle3(tmp_path / "in", "embed_tokens.weight", "lm_head.weight", "t2d", prefix="model.")
     given = ["draft.num_layers=1", f"draft.mask_token_id={MASK}"]
-    assert start(tmp_path, target, rows, source, *given) == 0
+    assert start(tmp_path, tiny_target, tiny_rows, source, *given) == 0
     printed = capsys.readouterr().out
     for part in ("no mask_hidden", "no embed_tokens: the target's", "no lm_head: the target's", "renamed"):
         assert part in printed, part
     made, stored = load_drafter(tmp_path / "run" / "final"), load_file(source / "model.safetensors")
     assert made.draft_token_ids.tolist() == list(range(1, 2 * DRAFTED, 2)) and made.mask_hidden.any()
-    theirs = load_file(target / "model.safetensors")
+    theirs = load_file(tiny_target / "model.safetensors")
     assert torch.allclose(made.embed_tokens.weight, theirs["model.embed_tokens.weight"], atol=1e-6)
     assert torch.allclose(made.lm_head.weight, theirs["lm_head.weight"][made.draft_token_ids], atol=1e-6)
     assert torch.allclose(made.layers[0].hidden_norm.weight, stored["model.midlayer.hidden_norm.weight"], atol=1e-6)
 
 
-def test_a_drafter_of_another_width_must_bring_its_embeddings(
-    tmp_path: Path, target: Path, rows: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shape = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
-    source = eagle3(tmp_path / "in", "embed_tokens.weight", "t2d", **shape)
-    assert start(tmp_path, target, rows, source, "draft.num_layers=1", f"draft.mask_token_id={MASK}") == 2
-    assert "has no embed_tokens.weight" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_a_drafter_without_layer_ids_starts_a_run_from_cached_features(
-    tmp_path: Path, target: Path, rows: Path
-) -> None:
+def test_a_drafter_without_layer_ids_starts_a_run_from_cached_features(tmp_path, tiny_target, tiny_rows):
     source = eagle3(tmp_path / "in", "embed_tokens.weight", "lm_head.weight")
-    recipe = write_recipe(tmp_path, target, rows, tmp_path / "run", target={"dtype": "float32"})
+    recipe = write_recipe(tmp_path, tiny_target, tiny_rows, tmp_path / "run", target={"dtype": "float32"})
     write_cache(load_recipe(recipe), str(tmp_path / "cache"))
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert start(tmp_path, target, rows, source, "draft.num_layers=1", f"target.cache={tmp_path / 'cache'}") == 0
-    trained, weights = load_file(tmp_path / "run/final/model.safetensors"), load_file(target / "model.safetensors")
+    given = ["draft.num_layers=1", f"target.cache={tmp_path / 'cache'}"]
+    assert start(tmp_path, tiny_target, tiny_rows, source, *given) == 0
+    trained, weights = (load_file(f / "model.safetensors") for f in (tmp_path / "run/final", tiny_target))
     assert torch.equal(trained["lm_head.weight"], weights["lm_head.weight"][torch.arange(DRAFTED) * 2 + 1])
     config = json.loads((tmp_path / "run/final/config.json").read_text())
     assert config["eagle_aux_hidden_state_layer_ids"] == [2, 3, 4]  # the default of a target of six layers
 
 
-@pytest.mark.parametrize(
-    ("family", "asked", "expected"), [("qwen3", None, "qwen3"), ("qwen3", "llama", "llama"), ("llama", None, "llama")]
-)
-def test_layers_are_of_the_targets_family_unless_the_recipe_says(
-    tmp_path: Path, target: Path, rows: Path, family: str, asked: str | None, expected: str
-) -> None:
-    config = json.loads((target / "config.json").read_text())
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**config, "model_type": family}))
-    recipe = load_recipe(write_recipe(tmp_path, target, rows, tmp_path / "run", draft={"layer_type": asked}))
-    assert make_draft_config(recipe, FrozenTarget(model), MASK).layer_type == expected
+def test_layers_are_of_the_targets_family_unless_the_recipe_says(tmp_path, tiny_target, tiny_rows):
+    config = json.loads((tiny_target / "config.json").read_text())
+    for family, asked, expected in (("qwen3", None, "qwen3"), ("qwen3", "llama", "llama"), ("llama", None, "llama")):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**config, "model_type": family}))
+        recipe = write_recipe(tmp_path, tiny_target, tiny_rows, tmp_path / "run", draft={"layer_type": asked})
+        assert make_draft_config(load_recipe(recipe), FrozenTarget(model), MASK).layer_type == expected
 
 
+NARROW = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
 MISFITS: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "layers": ({"num_hidden_layers": 3}, [], "draft.num_layers is 2, but .* has 3: give draft.num_layers=3"),
-    "vocabulary": (
-        {"vocab_size": VOCAB + 1},
-        [],
-        rf"vocabulary and hidden size \({VOCAB + 1}, 16\); .* \({VOCAB}, 16\)",
-    ),
-    "target's width": ({"target_hidden_size": 12}, [], rf"\({VOCAB}, 12\); this target's are \({VOCAB}, 16\)"),
+    "vocabulary": ({"vocab_size": VOCAB + 1}, [], rf"size \({VOCAB + 1}, 16\); .* \({VOCAB}, 16\)"),
+    "target's width": ({"target_hidden_size": 12}, [], rf"\({VOCAB}, 12\); this .* \({VOCAB}, 16\)"),
     "mask": ({}, ["draft.mask_token_id=3"], f"draft.mask_token_id is 3, but .* has {MASK}"),
     "residual": ({"norm_before_residual": True}, [], "has true: give draft.norm_before_residual=true"),
     "layer type": ({"layer_type": "qwen3"}, ["draft.layer_type=llama"], "has qwen3: give draft.layer_type=qwen3"),
     "rope": ({}, ["draft.rope_theta=7.0"], "draft.rope_theta is 7.0, but .* has 5000.0"),
     "feature layers": ({"eagle_aux_hidden_state_layer_ids": [1, 3, 4]}, [], r"give target.layer_ids=\[1, 3, 4\]"),
     "nowhere": ({}, ["draft.init_from=/nowhere"], "/nowhere is not a folder"),
+    "another width without embeddings": (NARROW, ["draft.num_layers=1"], "has no embed_tokens.weight"),
 }
 
 
 @pytest.mark.parametrize("case", MISFITS)
-def test_what_does_not_fit_is_refused_by_name_before_any_training(
-    tmp_path: Path, target: Path, rows: Path, case: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_does_not_fit_is_refused_by_name_before_any_training(tmp_path, tiny_target, tiny_rows, case, capsys):
     changes, overrides, message = MISFITS[case]
-    source = drafter(tmp_path / "in", **changes)
-    assert start(tmp_path, target, rows, source, *overrides) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert re.search(message, error) and not (tmp_path / "run").exists(), error
+    if changes is NARROW:
+        source = eagle3(tmp_path / "in", "embed_tokens.weight", "t2d", **changes)
+    else:
+        source = drafter(tmp_path / "in", **changes)
+    assert start(tmp_path, tiny_target, tiny_rows, source, *overrides) == 2
+    assert re.search(message, last_error(capsys)) and not (tmp_path / "run" / "final").exists()
 
 
-def test_the_command_imports_a_whole_drafter_and_says_why_not_of_another(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source, out = drafter(tmp_path / "whole"), tmp_path / "out"
-    assert command("import", source, "--out", out) == 0 and command("check", out) == 0
-    assert command("import", source, "--out", out) == 2 and "is there already" in capsys.readouterr().err
-    lacking = eagle3(tmp_path / "in", "embed_tokens.weight")
-    assert command("import", lacking, "--out", tmp_path / "b") == 2
-    assert "lacks mask_hidden, embed_tokens.weight, a mask token" in capsys.readouterr().err
-    assert not (tmp_path / "b").exists()
+# New ones, for a loop of one's own
+
+
+@pytest.fixture
+def frozen(tiny_target):
+    return FrozenTarget.load(str(tiny_target), dtype="float32")
+
+
+def test_a_new_drafter_has_the_targets_shape_embeddings_and_frozen_head_and_heeds_the_keys_of_a_recipe(frozen):
+    draft, model = new_drafter(frozen, MASK), frozen.model
+    assert draft.config.eagle_aux_hidden_state_layer_ids == frozen.layer_ids
+    assert torch.equal(draft.embed_tokens.weight, model.get_input_embeddings().weight)
+    assert torch.equal(draft.lm_head.weight, model.lm_head.weight)
+    assert draft.embed_tokens.weight.requires_grad and not draft.lm_head.weight.requires_grad
+    assert draft.draft_token_ids.tolist() == list(range(VOCAB)) and draft.mask_token_id == MASK
+    assert (draft.config.num_hidden_layers, draft.config.hidden_size) == (1, model.config.hidden_size)
+    assert {p.dtype for p in draft.parameters()} == {torch.float32}
+    ids = torch.tensor([0, 3, 17, 42, VOCAB - 2])
+    draft = new_drafter(frozen, MASK, ids, num_layers=3, intermediate_size=7, layer_type="qwen3", train_lm_head=True)
+    assert torch.equal(draft.draft_token_ids, ids)
+    assert torch.equal(draft.lm_head.weight, model.lm_head.weight[ids]) and draft.lm_head.weight.requires_grad
+    config = draft.config
+    assert (config.num_hidden_layers, config.intermediate_size, config.layer_type) == (3, 7, "qwen3")
+
+
+def test_a_folder_gives_the_same_drafter_as_its_target_and_a_seed_other_weights(tiny_target):
+    one, same = (new_drafter(t, MASK).state_dict() for t in (tiny_target, FrozenTarget.load(str(tiny_target))))
+    other = new_drafter(tiny_target, MASK, seed=1).state_dict()
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["fc.weight"], other["fc.weight"])
+    assert torch.equal(one["embed_tokens.weight"], other["embed_tokens.weight"])
+
+
+def test_what_no_drafter_can_have_is_refused(frozen):
+    for options, word in (
+        ({"num_layer": 2}, "num_layers"),
+        ({"num_layers": 0}, "num_layers"),
+        ({"init_from": "elsewhere", "vocab_from": "there"}, "init_from, vocab_from"),
+        ({"draft_vocab_size": 5}, "draft_token_ids"),
+        ({"mask_token_id": VOCAB}, "mask_token_id"),
+        ({"draft_token_ids": torch.tensor([3, 3])}, "ascending"),
+        ({"draft_token_ids": torch.tensor([5, 3])}, "ascending"),
+        ({"draft_token_ids": torch.tensor([0, VOCAB])}, f"0..{VOCAB - 1}"),
+        ({"draft_token_ids": torch.tensor([-1, 3])}, f"0..{VOCAB - 1}"),
+        ({"draft_token_ids": torch.tensor([], dtype=torch.int64)}, "draft_token_ids"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            new_drafter(frozen, **{"mask_token_id": MASK, **options})
+
+
+@pytest.mark.parametrize("drafted", [VOCAB, 40, 1])
+def test_a_saved_drafter_passes_the_check_and_loads_as_it_was(frozen, drafted, tmp_path):
+    folder = tmp_path / "a" / "drafter"
+    for seed in (0, 1):  # the second in place of the first
+        draft = new_drafter(frozen, MASK, torch.arange(drafted), seed=seed, num_layers=2)
+        save_drafter(str(folder), draft)
+        loaded = load_drafter(folder).state_dict()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in draft.state_dict().items())
+    assert command("check", folder) == 0
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_saving_replaces_nothing_but_a_drafter(frozen, tmp_path):
+    draft, notes, model = new_drafter(frozen, MASK), tmp_path / "notes", tmp_path / "model"
+    (tmp_path / "work").mkdir()
+    save_drafter(tmp_path / "work", draft)  # an empty folder is fine
+    notes.mkdir()
+    (notes / "thesis.txt").write_text("years of work")
+    frozen.model.save_pretrained(model)
+    with pytest.raises(ValueError, match="other than a drafter"):  # a file's name, by mistake
+        save_drafter(notes / "thesis.txt", draft)
+    for folder in (notes, model):
+        before = {path: path.read_bytes() for path in folder.iterdir()}
+        with pytest.raises(ValueError, match="other than a drafter"):
+            save_drafter(folder, draft)
+        assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_the_package_imports_nothing_until_a_name_is_used_and_has_every_name():
+    code = "import sys, peagle_train; print([m for m in ('torch', 'transformers', 'pydantic') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.stdout == "[]\n", result.stderr
+    assert {"CompiledDraft", "new_drafter", "save_drafter"} <= set(peagle_train.__all__)
+    assert all(callable(getattr(peagle_train, name)) for name in peagle_train.__all__)
+
+
+def test_layers_norm_and_last_feature_of_the_target_are_what_a_drafter_starts_from(tiny_target):
+    """With the last feature layer right below the copied ones, and no embeddings, the drafter is the target's top."""
+    target = FrozenTarget.load(str(tiny_target), dtype="float32", layer_ids=[0, 1, target.num_layers - 2])
+    draft = new_drafter(target, MASK, num_layers=2, layers_from_target=True, norm_before_residual=False)
+    H, ids = draft.config.hidden_size, torch.tensor([[3, 1, 4, 1, 5, 9, 2]])
+    with torch.no_grad():
+        draft.fc.weight[:, :-H] = 0
+        draft.fc.weight[:, -H:] = torch.eye(H)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            getattr(draft.layers[0].self_attn, name).weight[:, :H] = 0
+        position = torch.arange(ids.shape[1])[None]
+        features, last_hidden = target.features(ids, position)
+        output = draft(ids, position, features, Causal(torch.zeros_like(ids)))
+    torch.testing.assert_close(output.hidden, last_hidden, rtol=1e-5, atol=1e-5)
+    random = new_drafter(target, MASK, num_layers=2)
+    copied = new_drafter(target, MASK, num_layers=2, layers_from_target=True)
+    torch.testing.assert_close(copied.fc.weight[:, :-H], random.fc.weight[:, :-H] / 4)
+
+
+def test_layers_of_another_shape_than_the_targets_are_refused(frozen):
+    with pytest.raises(ValueError, match=r"layers_from_target.*mlp.*shape"):
+        new_drafter(frozen, MASK, layers_from_target=True, intermediate_size=7)
+    with pytest.raises(ValueError, match=r"layers_from_target.*0 tensors"):
+        new_drafter(frozen, MASK, layers_from_target=True, num_layers=frozen.num_layers + 1)

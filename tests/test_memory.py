@@ -1,38 +1,37 @@
-"""Memory that is planned: against what autograd holds, and in what a run makes of it."""
+"""What is planned: memory, against what autograd holds and in runs; FLOPs, by hand, as published and as torch counts."""
 
 import copy
 import itertools
+import json
+import re
+import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from torch.utils.flop_counter import FlopCounterMode
 
 from peagle_train import memory as planning
-from peagle_train.__main__ import main
+from peagle_train.cli import main
 from peagle_train.config import Cod, Data, Output, Recipe, Target, Train, load_recipe
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.core.relay import RelayBuffers
 from peagle_train.machine import GIB, Device, parse_device
-from peagle_train.memory import (
-    Sizes,
-    capacity_of,
-    choose_segments,
-    largest_pass,
-    plan_memory,
-    read_sizes,
-    saved_bytes,
-)
+from peagle_train.memory import Sizes, capacity_of, choose_segments, largest_pass, plan_memory, read_sizes, saved_bytes
+from peagle_train.throughput import draft_flops, plan_throughput, target_flops
 from peagle_train.training.trainer import Trainer
-from tests.runs import Begun, assert_same_run
+from tests.helpers import ROOT
+from tests.runs import assert_same_run, run, stopped
 from tests.tiny import make_target, write_recipe
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+sys.path.insert(0, str(ROOT / "tools"))
 
 from bench_memory import sizes_of_bench
 from bench_segments import Bench, Settings, attention_without_kernel
@@ -40,7 +39,7 @@ from measure import SavedBytes
 
 
 @pytest.fixture
-def write(tmp_path: Path, tiny_target: Path, tiny_rows: Path) -> Callable[..., str]:
+def write(tmp_path, tiny_target, tiny_rows):
     """Writes a recipe of a folder's name; its run goes to `run` in there."""
 
     def written(name: str = "one", target: Path = tiny_target, **sections: dict[str, Any]) -> str:
@@ -66,10 +65,10 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_what_is_planned_to_be_saved_is_what_autograd_holds(shape: str) -> None:
+def test_what_is_planned_to_be_saved_is_what_autograd_holds(shape):
     settings = dict(SHAPES[shape])
     changes: Any = settings.pop("draft", {})
-    bench = Bench(Settings(hidden=64, vocab=96, device="cpu", **settings).complete())  # type: ignore[arg-type]
+    bench = Bench(Settings(hidden=64, vocab=96, device="cpu", **settings).complete())
     if changes:
         config = copy.deepcopy(bench.draft.config)
         for name, value in changes.items():
@@ -77,12 +76,10 @@ def test_what_is_planned_to_be_saved_is_what_autograd_holds(shape: str) -> None:
         bench.draft = PEagleDraft(config)
         bench.draft.lm_head.weight.requires_grad_(False)
     cases = [("flat", 1), ("checkpoint", 1), ("relay", 2), ("relay", 7), ("recompute", 2)]
-    for n, (mode, S) in itertools.product((131, 256), cases):
+    lengths = (131, 256) if "bf16" in shape else (256, 131)  # in turn: of each shape and of each case both are tried
+    for (mode, S), n in zip(cases, itertools.cycle(lengths)):
         batch, outputs, buffers = bench.batch(n, S), bench.target(n), RelayBuffers()
-
-        def own() -> Any:
-            return [t for pair in (*buffers.keys_values, *buffers.gradients) for t in pair]  # noqa: B023
-
+        own = partial(lambda kept: [t for pair in (*kept.keys_values, *kept.gradients) for t in pair], buffers)
         with attention_without_kernel(), SavedBytes(bench.draft.parameters(), own) as saved:
             bench.step(mode, batch, outputs, buffers)
         sizes = sizes_of_bench(bench, n, mode)
@@ -102,26 +99,25 @@ def sizes(kind: str = "cpu", world_size: int = 1, sharded: bool = False, B: int 
     return Sizes(recipe, draft, Device(kind, 0, world_size), 3_000_000, 2_500_000, sharded=sharded)
 
 
-def test_a_plan_never_grows_where_memory_is_saved() -> None:
+def test_a_plan_never_grows_where_memory_is_saved_and_counts_every_segment_of_a_batch_of_any_size():
     peaks = [plan_memory(sizes("cuda"), S).peak for S in (1, 2, 4, 8, 16)]
     assert peaks == sorted(peaks, reverse=True) and peaks[0] > 3 * peaks[-1] - 3 * GIB
-    assert plan_memory(sizes("cuda", activation_checkpointing=True), 1).peak < peaks[0]
-    assert plan_memory(sizes("cuda", mixed_precision="bf16"), 1).peak < peaks[0]
-    assert plan_memory(sizes("cuda", offload_features=True), 4).peak < peaks[2]
+    for saving, S, before in (
+        ({"activation_checkpointing": True}, 1, peaks[0]),
+        ({"mixed_precision": "bf16"}, 1, peaks[0]),
+        ({"offload_features": True}, 4, peaks[2]),
+        ({"sharded": True, "world_size": 8}, 1, plan_memory(sizes("cuda", world_size=8), 1).peak),
+    ):
+        assert plan_memory(sizes("cuda", **saving), S).peak < before, saving
     assert plan_memory(sizes("cuda", segment_mode="recompute"), 8).peak > peaks[3]
-    replicated, sharded = (plan_memory(sizes("cuda", 8, is_sharded), 1).peak for is_sharded in (False, True))
-    assert sharded < replicated
-
-
-def test_a_plan_counts_every_segment_of_a_batch_of_any_size() -> None:
     for S, B in ((1, 1), (4, 1), (4, 3)):
-        base = sizes(B=B)
-        one, capacity = largest_pass(base, S), capacity_of(base, S)
+        one, capacity = largest_pass(sizes(B=B), S), capacity_of(sizes(), S)
         assert (one.N, one.Q, one.M) == (B * capacity, B * capacity, B * min(capacity, 4096))
-        assert max(saved_bytes(base, one)) == pytest.approx(B * max(saved_bytes(sizes(), largest_pass(sizes(), S))))
+        alone = max(saved_bytes(sizes(), largest_pass(sizes(), S)))
+        assert max(saved_bytes(sizes(B=B), one)) == pytest.approx(B * alone)
 
 
-def test_the_fewest_segments_that_fit_are_chosen_and_none_where_none_do() -> None:
+def test_the_fewest_segments_that_fit_are_chosen_and_none_where_none_do():
     def of(budget: int, margin: float) -> Sizes:
         return replace(sizes(memory_margin=margin), device=Device("cpu", budget))
 
@@ -132,7 +128,7 @@ def test_the_fewest_segments_that_fit_are_chosen_and_none_where_none_do() -> Non
     assert choose_segments(of(min(plans.values()) - 1, 0.0)) is None
 
 
-def test_a_device_is_read_as_it_is_written() -> None:
+def test_a_device_is_read_as_it_is_written():
     assert parse_device("cuda:79x8") == Device("cuda", 79 * GIB, 8)
     assert parse_device("cpu:0.5") == Device("cpu", GIB // 2, 1)
     for wrong in ("cuda", "cuda:", "tpu:8", "cuda:8x0", "cuda:-1", "cuda:8x"):
@@ -140,9 +136,7 @@ def test_a_device_is_read_as_it_is_written() -> None:
             parse_device(wrong)
 
 
-def test_ranks_take_the_number_that_fits_the_fullest_of_them(
-    write: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_take_the_number_that_fits_the_fullest_of_them(write, monkeypatch):
     sizes = read_sizes(load_recipe(write(cod={"num_segments": "auto"})), Device("cpu", 2**40))
     monkeypatch.setattr(planning, "from_all", lambda own: [own, 8, 2])
     S, line = planning.resolve_segments(sizes)
@@ -155,9 +149,7 @@ def test_ranks_take_the_number_that_fits_the_fullest_of_them(
 # ---- the command line
 
 
-def test_a_dry_run_needs_no_data_no_weights_and_no_output(
-    tmp_path: Path, tiny_target: Path, write: Callable[..., str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_needs_no_data_no_weights_and_no_output(tmp_path, tiny_target, write, capsys):
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_text((tiny_target / "config.json").read_text())
@@ -174,49 +166,38 @@ def test_a_dry_run_needs_no_data_no_weights_and_no_output(
     assert "0..5" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("attention", [None, "sdpa", "eager"])
-def test_the_plan_has_a_mask_of_tokens_by_tokens_where_the_target_makes_one(
-    attention: str | None, tmp_path: Path, write: Callable[..., str]
-) -> None:
+def test_the_plan_has_a_mask_of_tokens_by_tokens_where_the_target_makes_one(tmp_path, write):
     L = 65536
-    target = make_target(tmp_path / "target", max_position_embeddings=L)
-    recipe = load_recipe(
-        write(target=target, data={"max_length": L}), [f"target.attn_implementation={attention or ''}"]
-    )
-    forward = read_sizes(recipe, parse_device("cuda:80")).target_forward
-    assert forward > L * L if attention == "eager" else forward < L * L / 8
+    recipe = write(target=make_target(tmp_path / "target", max_position_embeddings=L), data={"max_length": L})
+    for attention in ("", "sdpa", "eager"):
+        asked = load_recipe(recipe, [f"target.attn_implementation={attention}"])
+        forward = read_sizes(asked, parse_device("cuda:80")).target_forward
+        assert forward > L * L if attention == "eager" else forward < L * L / 8
 
 
 # ---- runs
 
 
-@pytest.mark.parametrize(
-    "train",
-    [
-        {"gradient_accumulation_steps": 2, "batch_size": 2},
-        {"segment_mode": "recompute", "activation_checkpointing": True},
-    ],
-    ids=["flat", "recompute"],
-)
-def test_a_probe_changes_no_number_of_a_run(
-    tmp_path: Path, write: Callable[..., str], train: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    for probe in (True, False):
-        sections = {"data": {"eval_fraction": 0.2}, "train": {"max_steps": 3, "probe": probe, **train}}
-        cod = {"num_segments": 1 if "batch_size" in train else 3}
-        assert main([write(str(probe), **sections, cod=cod)]) == 0
-        assert ("fits: peak" in capsys.readouterr().out) == probe
-    assert_same_run(tmp_path / "True" / "run", tmp_path / "False" / "run")
+def test_a_probe_changes_no_number_of_a_run_or_of_a_resumed_one(tmp_path, write, monkeypatch, capsys):
+    for name, S, train in (
+        ("flat", 1, {"gradient_accumulation_steps": 2, "batch_size": 2}),
+        ("recompute", 3, {"segment_mode": "recompute", "activation_checkpointing": True}),
+    ):
+        sections = {"data": {"eval_fraction": 0.2}, "cod": {"num_segments": S}}
+        without, probed = (
+            write(f"{name} {probe}", **sections, train={"max_steps": 3, "probe": probe, **train})
+            for probe in (False, True)
+        )
+        run(without)
+        assert "fits: peak" not in capsys.readouterr().out
+        stopped(probed, 1, monkeypatch)
+        assert "fits: peak" in capsys.readouterr().out
+        run(probed, "--resume")
+        assert "fits: peak" in capsys.readouterr().out
+        assert_same_run(tmp_path / f"{name} True" / "run", tmp_path / f"{name} False" / "run")
 
 
-def test_a_probe_changes_nothing_of_a_resumed_run(tmp_path: Path, begun: Begun) -> None:
-    assert main([str(begun.copy(tmp_path)), "--resume", "train.probe=true"]) == 0
-    assert_same_run(tmp_path / "run", begun.whole)
-
-
-def test_auto_becomes_the_number_that_fits_and_stays_it_when_the_run_resumes(
-    tmp_path: Path, write: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_auto_becomes_the_number_that_fits_and_stays_it_when_the_run_resumes(tmp_path, write, monkeypatch, capsys):
     def have(budget: int) -> None:
         monkeypatch.setattr("peagle_train.training.build.this_device", lambda _: Device("cpu", budget))
 
@@ -237,12 +218,7 @@ def test_auto_becomes_the_number_that_fits_and_stays_it_when_the_run_resumes(
 
 
 @pytest.mark.parametrize("fitting", [4, None])
-def test_a_full_device_ends_a_run_in_a_line_that_says_what_to_change(
-    fitting: int | None,
-    write: Callable[..., str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_full_device_ends_a_run_in_a_line_that_says_what_to_change(fitting, write, monkeypatch, capsys):
     def full(self: Trainer, batches: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB")
 
@@ -259,12 +235,121 @@ def test_a_full_device_ends_a_run_in_a_line_that_says_what_to_change(
     assert words in last and (fitting or words in out)  # a run that is planned to take too much says so at its start
 
 
-def test_an_error_of_another_kind_keeps_its_traceback(
-    write: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_of_another_kind_keeps_its_traceback(write, monkeypatch):
     def broken(*_: Any) -> None:
         raise RuntimeError("shapes do not fit")
 
     monkeypatch.setattr(Trainer, "accumulate", broken)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         main([write()])
+
+
+# ---- FLOPs, and what is made of them for a machine of GPUs
+
+RECIPE = ROOT / "recipes" / "qwen3_coder_30b_8k.yaml"
+LLAMA_70B = {  # Llama-3.3-70B
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 8192,
+    "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
+    "head_dim": 128, "max_position_embeddings": 131072, "rope_theta": 500000.0, "dtype": "bfloat16",
+    "tie_word_embeddings": False,
+}  # fmt: skip
+OF_70B = ["draft.intermediate_size=28672", "draft.mask_token_id=128011"]
+
+
+def recipe_for(model: str, folder: Path, *overrides: str) -> Recipe:
+    """The 30B's recipe with a target folder that holds a config.json alone."""
+    if model == "llama-3.3-70b":
+        (folder / "config.json").write_text(json.dumps(LLAMA_70B))
+        overrides = (*OF_70B, *overrides)
+    else:
+        shutil.copy(ROOT / "tests" / "configs" / f"{model}.json", folder / "config.json")
+    return load_recipe(RECIPE, [f"target.path={folder}", *overrides])
+
+
+@pytest.mark.parametrize(
+    "model, billions, heads",  # active, and heads x their size
+    [("llama-3.3-70b", 70.55, 64 * 128), ("qwen3-coder-30b-a3b", 3.35, 32 * 128), ("gpt-oss-20b", 4.19, 64 * 64)],
+)
+def test_a_target_takes_two_flops_a_parameter_that_a_token_goes_through(model, billions, heads, tmp_path):
+    """gpt-oss-20b: 3.61 published, which leaves the embeddings out."""
+    L = 131
+    target = planning.read_target(recipe_for(model, tmp_path), parse_device("cuda:79"))
+    matrices, attention = target_flops(target, L)
+    around = 2 * target.vocab_size * target.hidden_size  # embeddings and head, which the forward does not multiply by
+    assert matrices / (2 * L) + around == pytest.approx(billions * 1e9, rel=0.01)
+    kinds = getattr(target.config, "layer_types", None) or ["full_attention"] * target.num_layers
+    windows = [128 if kind == "sliding_attention" else L for kind in kinds]
+    pairs = sum(min(p + 1, window) for window in windows for p in range(L))
+    assert attention == pytest.approx(4 * heads * pairs)
+
+
+@pytest.mark.parametrize("mode, S", [("flat", 1), ("checkpoint", 1), ("relay", 2), ("relay", 7)])
+def test_planned_flops_of_matrices_are_those_that_torch_counts(mode, S):
+    bench = Bench(Settings(layers=3, heads=4, kv_heads=2, hidden=64, vocab=96, device="cpu").complete())
+    n = 257
+    batch, outputs = bench.batch(n, S), bench.target(n)
+    with attention_without_kernel(), FlopCounterMode(display=False) as counter:
+        bench.step(mode, batch, outputs, RelayBuffers())
+    counts = counter.get_flop_counts()["Global"]
+    counted = sum(counts.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    planned, _ = draft_flops(sizes_of_bench(bench, n, mode), S)
+    assert planned == pytest.approx(counted, rel=0.07)  # a layer's last matrix is not computed again
+
+
+@pytest.mark.parametrize("reuse", [1, 3])
+def test_a_machine_is_split_where_both_sides_are_equally_fast(tmp_path, reuse):
+    kept = f"target.reuse={reuse}", f"target.ring={900 if reuse > 1 else 'null'}", "train.max_steps=9"
+    recipe = recipe_for("llama-3.3-70b", tmp_path, "data.max_length=32768", *kept)
+    text = plan_throughput(recipe, "h200", 8, 1.0, 0.4, 5 * 10**8)
+    serve, train = (
+        float(re.search(rf"{side}.* ([\d,]+)\n", text)[1].replace(",", ""))
+        for side in ("target's forward", "drafter's step")
+    )
+    assert serve == pytest.approx(0.4 * 989e12 * 32768 / 5.893e15, rel=0.01)  # 2 FLOPs a parameter, and attention
+    serve *= reuse
+    best = max(range(2, 8), key=lambda n: min(n * serve, (8 - n) * train))  # one GPU does not hold 141 GB
+    pace = min(best * serve, (8 - best) * train)
+    found = re.search(rf"{best} server \+ {8 - best} training\* +([\d,]+) +([\d.]+) ", text)
+    assert found and "1 server + 7" not in text
+    assert float(found[1].replace(",", "")) == pytest.approx(pace, abs=8 * reuse)
+    assert float(found[2]) == pytest.approx(5e8 / pace / 3600, abs=0.06)
+    ddp, fsdp2 = (float(re.search(rf"{how} S = \d+, (\d+) GiB", text)[1]) for how in ("DDP", "FSDP2"))
+    assert "drafter of 5.02 billion" in text and fsdp2 < 139 * 0.9 and ddp < 139 * 0.9
+    assert "too little memory" in text  # beside the whole target
+    token = 4 * 8192 * 2
+    assert f"{token // 1024} KiB a token, {5e8 * token / 1e12:.2f} TB" in text
+
+
+def test_the_command_plans_a_machine_of_gpus(tmp_path, capsys):
+    recipe_for("qwen3-coder-30b-a3b", tmp_path)
+    words = ["plan", str(RECIPE), f"target.path={tmp_path}"]
+    assert main([*words, "--gpu", "h200", "--gpus", "8"]) == 0
+    both = capsys.readouterr().out
+    assert "8 processes, 139.0 GiB of CUDA memory each" in both and "8 h200" in both and "8 training from it" in both
+    assert main([*words, "--gpu", "h100", "target.server=http://localhost:8000"]) == 0  # one has nothing to share out
+    alone = capsys.readouterr().out
+    assert "1 h100" in alone and " server + " not in alone and "target weights" not in alone
+    for wrong in ("--gpus 2", "--gpu h200 --on cuda:8", "--gpu gtx", "--gpu h200 --share 2"):
+        assert main([*words, *wrong.split()]) == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_the_worked_plans_in_the_docs_are_what_is_planned(tmp_path):
+    lines = (ROOT / "docs" / "running.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in x.split("|")[1:-1]] for x in lines if "B-A3B |" in x or "70B |" in x]
+    assert len(cells) == 6
+    for model, length, limits, speeds, split, pace, hours, features, fits, host in cells:
+        name = "llama-3.3-70b" if "70B" in model else "qwen3-coder-30b-a3b"
+        window, anchors = limits.split(", ") if limits else ("null", "null")
+        given = [f"data.max_length={length}", f"draft.window={window}", f"cod.max_anchors={anchors}"]
+        text = plan_throughput(recipe_for(name, tmp_path, *given), "h200", 8, 1.0, 0.4, 5 * 10**8)
+        shown = [*speeds.split(", "), *fits.split("; "), f"{features} TB an epoch", f"host memory, at most: {host} GiB"]
+        assert all(figure in text for figure in shown), (shown, text)
+        server, training = split.split(" + ")
+        assert re.search(rf"{server} server \+ {training} training\* +{pace} +{hours} ", text), text
+
+
+def test_experts_without_a_number_a_token_are_refused(tmp_path):
+    target = planning.read_target(recipe_for("qwen3-coder-30b-a3b", tmp_path), parse_device("cuda:79"))
+    target.config = SimpleNamespace(num_experts=128)
+    with pytest.raises(ValueError, match="num_experts_per_tok"):
+        target_flops(target, 8)

@@ -1,32 +1,39 @@
-"""Preparation: the same sequences as on the fly, in a folder that is whole or not there, refused where it does not fit."""
+"""Sequences: packed without losing a token, prepared in a folder that is whole or not there, refused where it misfits."""
 
 import fcntl
 import hashlib
 import json
 import os
 import pickle
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 from peagle_train.config import Recipe, load_recipe
-from peagle_train.data.packing import TrainingData
+from peagle_train.core.cod import drafter_rows
+from peagle_train.core.collator import CODCollator
+from peagle_train.data.packing import PackedRows, TrainingData, held_out_documents, times_an_epoch
+from peagle_train.data.sampler import StepBatchSampler
 from peagle_train.data.training_data import load_training_data, prepare_recipe
+from peagle_train.data.vocab import count_supervised
 from tests.byte_tokenizer import BYTES_VOCAB, make_byte_tokenizer
 from tests.chats import chat
-from tests.documents import write_lines
+from tests.documents import Document, pack_documents, table_of, write_lines
 from tests.tiny import make_target, write_recipe
 
 MASK = 299
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def target(tmp_path_factory):
     folder = make_target(tmp_path_factory.mktemp("target"), vocab_size=BYTES_VOCAB)
     make_byte_tokenizer(folder)
     return folder
@@ -43,6 +50,10 @@ def write_sources(folder: Path) -> list[Any]:
     return [str(folder / "texts"), {"path": str(folder / "chats.jsonl"), "weight": 1.5}, str(folder / "ids.json")]
 
 
+def silent(_: str) -> None:
+    pass
+
+
 def recipe_of(folder: Path, target: Path, **data: Any) -> Recipe:
     folder.mkdir(exist_ok=True, parents=True)
     given = {"max_length": 64, "eval_fraction": 0.2, "max_bad_rows": 1, "max_eval_rows": 4, **data}
@@ -51,20 +62,19 @@ def recipe_of(folder: Path, target: Path, **data: Any) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, target: Path) -> tuple[Recipe, Path]:
+def made(tmp_path_factory, target):
     """A recipe, and what two workers prepared for it."""
     folder = tmp_path_factory.mktemp("made")
     recipe = recipe_of(folder, target, sources=write_sources(folder))
-    prepare_recipe(recipe, folder / "prepared", num_workers=2, say=lambda _: None)
+    prepare_recipe(recipe, folder / "prepared", num_workers=2, say=silent)
     return recipe, folder / "prepared"
 
 
 def read(recipe: Recipe, prepared: Path | None = None, lines: list[str] | None = None) -> TrainingData:
     recipe.data.prepared = None if prepared is None else str(prepared)
     tokenizer = make_byte_tokenizer()
-    say = (lambda _: None) if lines is None else lines.append
     try:
-        return load_training_data(recipe, tokenizer, BYTES_VOCAB, MASK, say)
+        return load_training_data(recipe, tokenizer, BYTES_VOCAB, MASK, silent if lines is None else lines.append)
     finally:
         recipe.data.prepared = None
 
@@ -82,7 +92,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_prepared_sequences_are_those_made_on_the_fly_bit_by_bit(made: tuple[Recipe, Path]) -> None:
+def test_prepared_sequences_are_those_made_on_the_fly_bit_by_bit(made):
     recipe, folder = made
     said_now: list[str] = []
     said_then: list[str] = []
@@ -103,19 +113,17 @@ def test_prepared_sequences_are_those_made_on_the_fly_bit_by_bit(made: tuple[Rec
 @pytest.mark.parametrize(
     "data", [{"max_documents": 17}, {"pack": False}, {"eval_fraction": 0.0}, {"eval_sources": ["chats.jsonl"]}]
 )
-def test_every_setting_means_the_same_in_both_ways(
-    data: dict[str, Any], tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_setting_means_the_same_in_both_ways(data, tmp_path, target, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = recipe_of(tmp_path, target, sources=write_sources(tmp_path), **data)
-    prepare_recipe(recipe, tmp_path / "prepared", say=lambda _: None)
+    prepare_recipe(recipe, tmp_path / "prepared", say=silent)
     now = read(recipe)
     assert_same(now, read(recipe, tmp_path / "prepared"))
     assert (now.in_both > 0) == ("eval_sources" in data) == ("eval_sources" in now.source_reports)
     assert now.source_reports["sources"].is_cut == ("max_documents" in data)
 
 
-def test_an_epoch_holds_each_document_as_often_as_its_source_weighs(tmp_path: Path, target: Path) -> None:
+def test_an_epoch_holds_each_document_as_often_as_its_source_weighs(tmp_path, target):
     sources = write_sources(tmp_path)
     weighed = [{"path": sources[0], "weight": 3}, sources[1]["path"], {"path": sources[2], "weight": 0.5}]
     data = read(recipe_of(tmp_path, target, sources=weighed, eval_fraction=0.0, max_length=2048))
@@ -134,163 +142,103 @@ def test_an_epoch_holds_each_document_as_often_as_its_source_weighs(tmp_path: Pa
     assert data.report.documents == sum(times.values()) and torch.equal(counted, data.counts_V)
 
 
-def edit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    "name, change, expected",
-    [
-        ("sources-ids.bin", edit, "sources-ids.bin is missing or was changed"),
-        ("held_out.safetensors", lambda p: p.unlink(), "held_out.safetensors is missing or was changed"),
-        ("index.json", lambda p: p.write_text(p.read_text()[:-40]), "index.json is not what was written"),
-        ("index.json", lambda p: p.write_text("[" * 100_000), "index.json is not what was written"),
-        ("index.json", lambda p: p.unlink(), "holds no prepared data"),
-    ],
-)
-def test_a_folder_that_is_not_as_it_was_written_is_refused_in_one_line(
-    name: str, change: Any, expected: str, made: tuple[Recipe, Path], tmp_path: Path
-) -> None:
-    recipe, folder = made
-    shutil.copytree(folder, tmp_path / "copy")
-    change(tmp_path / "copy" / name)
-    with pytest.raises(ValueError) as caught:
-        read(recipe, tmp_path / "copy")
-    assert expected in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_prepared_data_of_other_settings_is_refused_with_the_key_and_both_values(made: tuple[Recipe, Path]) -> None:
-    _, folder = made
-    changes = {
-        "max_length": 65,
-        "sources": ["elsewhere"],
-        "pack": False,
-        "on_rewrite": "refuse",
-        "max_characters": None,
-    }
-    for key, value in changes.items():
+def test_prepared_data_of_other_settings_is_refused_with_the_key_and_both_values(made):
+    folder = made[1]
+    settings = {"max_length": 65, "sources": ["elsewhere"], "pack": False, "on_rewrite": "refuse"}
+    for key, value in {**settings, "max_characters": None}.items():
         changed = load_recipe(folder.parent / "recipe.yaml")
         setattr(changed.data, key, value)
         with pytest.raises(ValueError, match=f"was made with data.{key} .*while it is"):
             read(changed, folder)
     recipe = load_recipe(folder.parent / "recipe.yaml", [f"data.prepared={folder}"])
-    other_template, other_tokens, other_end = (make_byte_tokenizer() for _ in range(3))
+    other_template, other_tokens, other_end, used = (make_byte_tokenizer() for _ in range(4))
     other_template.chat_template = other_template.chat_template.replace("assistant", "assistant ")
     other_tokens.add_tokens(["abc"])
     other_end.eos_token = "<|end|>"
-    for arguments, expected in (
-        ((other_template, BYTES_VOCAB, MASK), "the chat template"),
-        ((other_tokens, BYTES_VOCAB, MASK), "the target's tokenizer"),
-        ((other_end, BYTES_VOCAB, MASK), "the target's tokenizer"),
-        ((make_byte_tokenizer(), 301, MASK), "the target's vocabulary 300, while it is 301 now"),
-        ((make_byte_tokenizer(), BYTES_VOCAB, 298), "draft.mask_token_id 299, while it is 298 now"),
+    for tokenizer, vocab_size, mask, expected in (
+        (other_template, BYTES_VOCAB, MASK, "the chat template"),
+        (other_tokens, BYTES_VOCAB, MASK, "the target's tokenizer"),
+        (other_end, BYTES_VOCAB, MASK, "the target's tokenizer"),
+        (used, 301, MASK, "the target's vocabulary 300, while it is 301 now"),
+        (used, BYTES_VOCAB, 298, "draft.mask_token_id 299, while it is 298 now"),
     ):
         with pytest.raises(ValueError, match=expected):
-            load_training_data(recipe, *arguments, say=lambda _: None)
-    used = make_byte_tokenizer()
+            load_training_data(recipe, tokenizer, vocab_size, mask, say=silent)
     used.backend_tokenizer.enable_padding()
     used.backend_tokenizer.enable_truncation(3)
-    load_training_data(recipe, used, BYTES_VOCAB, MASK, say=lambda _: None)  # how it was called last does not matter
-
-
-def test_bad_rows_that_are_no_longer_allowed_are_refused_and_more_of_them_need_no_new_preparation(
-    made: tuple[Recipe, Path],
-) -> None:
-    recipe, folder = made
+    load_training_data(recipe, used, BYTES_VOCAB, MASK, say=silent)  # how it was called last does not matter
     stricter = load_recipe(folder.parent / "recipe.yaml", ["data.max_bad_rows=0"])
     with pytest.raises(ValueError, match=r"skipped 1 bad rows: 1 wrong format .*data.max_bad_rows is 0"):
         read(stricter, folder)
-    assert_same(read(recipe, folder), read(load_recipe(folder.parent / "recipe.yaml", ["data.max_bad_rows=9"]), folder))
+    assert_same(
+        read(made[0], folder), read(load_recipe(folder.parent / "recipe.yaml", ["data.max_bad_rows=9"]), folder)
+    )
 
 
-def test_a_finished_folder_is_checked_and_refused_when_its_sources_or_its_format_have_changed(
-    tmp_path: Path, target: Path
-) -> None:
+def test_a_finished_folder_is_checked_and_refused_when_its_sources_have_changed(tmp_path, target):
     write_sources(tmp_path)
-    recipe = recipe_of(tmp_path, target, sources=[str(tmp_path / "ids.json")])
-    said: list[str] = []
-
-    def prepare() -> TrainingData:
-        return prepare_recipe(recipe, tmp_path / "p", say=said.append)
-
-    first, before = prepare(), files_in(tmp_path / "p")
-    assert_same(first, prepare())
+    recipe, said = recipe_of(tmp_path, target, sources=[str(tmp_path / "ids.json")]), list[str]()
+    first, before = prepare_recipe(recipe, tmp_path / "p", say=said.append), files_in(tmp_path / "p")
+    assert_same(first, prepare_recipe(recipe, tmp_path / "p", say=said.append))
     assert "is finished: checking it" in said[-1]
     (tmp_path / "ids.json").write_text('{"input_ids": [1, 2]}\n')
     with pytest.raises(ValueError, match="was made with names and sizes of the sources"):
-        prepare()
+        prepare_recipe(recipe, tmp_path / "p", say=said.append)
     assert files_in(tmp_path / "p") == before
 
 
-def test_a_preparation_that_ends_early_leaves_nothing_and_the_next_one_starts_over(
-    made: tuple[Recipe, Path], tmp_path: Path
-) -> None:
+def test_a_preparation_that_ends_early_leaves_nothing_and_the_next_one_starts_over(made, tmp_path):
     recipe, folder = made
     stricter = load_recipe(folder.parent / "recipe.yaml", ["data.max_bad_rows=0"])
     with pytest.raises(ValueError, match="max_bad_rows is 0"):
-        prepare_recipe(stricter, tmp_path / "p", say=lambda _: None)
+        prepare_recipe(stricter, tmp_path / "p", say=silent)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / ".p.partial").mkdir()  # what kill -9 would leave
     (tmp_path / ".p.partial" / "sources-ids.bin").write_bytes(b"half")
-    prepare_recipe(recipe, tmp_path / "p", say=lambda _: None)
+    prepare_recipe(recipe, tmp_path / "p", say=silent)
     assert not (tmp_path / ".p.partial").exists()
     assert files_in(tmp_path / "p") == files_in(folder), "one process makes the files that two workers make"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
     with pytest.raises(ValueError, match="is not empty and holds no prepared data"):
-        prepare_recipe(recipe, tmp_path / "other", say=lambda _: None)
-
-
-def test_two_processes_do_not_prepare_in_one_folder(made: tuple[Recipe, Path], tmp_path: Path) -> None:
-    (tmp_path / "p").mkdir()
-    handle = os.open(tmp_path / "p", os.O_RDONLY)
+        prepare_recipe(recipe, tmp_path / "other", say=silent)
+    (tmp_path / "q").mkdir()
+    handle = os.open(tmp_path / "q", os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     with pytest.raises(ValueError, match="another process is preparing there"):
-        prepare_recipe(made[0], tmp_path / "p", say=lambda _: None)
+        prepare_recipe(recipe, tmp_path / "q", say=silent)
     os.close(handle)
 
 
-def test_streamed_sources_are_refused_until_they_are_prepared(tmp_path: Path, target: Path) -> None:
-    import datasets
-
+def test_streamed_sources_are_refused_until_they_are_prepared(tmp_path, target):
     write_sources(tmp_path)
     (tmp_path / "named").mkdir()
-    datasets.Dataset.from_list(json.loads((tmp_path / "ids.json").read_text())).to_parquet(
-        tmp_path / "named" / "train.parquet"
-    )
-    streamed = {"datasets": str(tmp_path / "named"), "streaming": True}
-    recipe = recipe_of(tmp_path, target, sources=[streamed])
+    table = datasets.Dataset.from_list(json.loads((tmp_path / "ids.json").read_text()))
+    table.to_parquet(tmp_path / "named" / "train.parquet")
+    recipe = recipe_of(tmp_path, target, sources=[{"datasets": str(tmp_path / "named"), "streaming": True}])
     with pytest.raises(ValueError, match=r"is streamed, which has to be prepared"):
         read(recipe)
-    prepare_recipe(recipe, tmp_path / "prepared", say=lambda _: None)
+    prepare_recipe(recipe, tmp_path / "prepared", say=silent)
     prepared = read(recipe, tmp_path / "prepared")
     expected = read(recipe_of(tmp_path / "plain", target, sources=[str(tmp_path / "ids.json")]))
     assert prepared.train_rows.fingerprint() == expected.train_rows.fingerprint()
 
 
-def test_a_mistake_of_the_chat_template_is_one_line_wherever_it_is_found(tmp_path: Path, target: Path) -> None:
-    (tmp_path / "ids.jsonl").write_text('{"input_ids": [1, 2, 3]}\n' * 2)
-    absent = recipe_of(
-        tmp_path, target, sources=[str(tmp_path / "ids.jsonl")], eval_fraction=0, chat_template="/nowhere.jinja"
-    )
+def test_a_mistake_of_the_chat_template_is_one_line_wherever_it_is_found(tmp_path, target):
+    write_sources(tmp_path)
+    chats, odd = str(tmp_path / "chats.jsonl"), tmp_path / "odd.jinja"
+    absent = recipe_of(tmp_path, target, sources=[str(tmp_path / "ids.json")], chat_template="/nowhere.jinja")
     for make in (lambda: prepare_recipe(absent, tmp_path / "p"), lambda: load_training_data(absent, None, 300, MASK)):
         with pytest.raises(ValueError, match=r"data\.chat_template: cannot read /nowhere\.jinja"):
             make()
-    (tmp_path / "odd.jinja").write_text("{{ messages[0].role }}")
-    write_sources(tmp_path)
-    odd = recipe_of(
-        tmp_path, target, sources=[str(tmp_path / "chats.jsonl")], chat_template=str(tmp_path / "odd.jinja")
-    )
-    with pytest.raises(
-        ValueError, match=r"the chat template cannot render the user's message .*set data\.chat_template$"
-    ):
-        prepare_recipe(odd, tmp_path / "p", num_workers=2, say=lambda _: None)
+    odd.write_text("{{ messages[0].role }}")
+    recipe = recipe_of(tmp_path, target, sources=[chats], chat_template=str(odd))
+    with pytest.raises(ValueError, match=r"cannot render the user's message .*set data\.chat_template$"):
+        prepare_recipe(recipe, tmp_path / "p", say=silent)
     assert not (tmp_path / "p").exists()
 
 
-def test_weights_and_held_out_documents_that_leave_nothing_are_refused(tmp_path: Path, target: Path) -> None:
+def test_weights_and_held_out_documents_that_leave_nothing_are_refused(tmp_path, target):
     write_sources(tmp_path)
     source = str(tmp_path / "ids.json")
     for data in ({"sources": [{"path": source, "weight": 1e-9}]}, {"sources": [source], "eval_sources": [source]}):
@@ -298,7 +246,7 @@ def test_weights_and_held_out_documents_that_leave_nothing_are_refused(tmp_path:
             read(recipe_of(tmp_path, target, **data))
 
 
-def test_the_smallest_data_are_evaluated_unless_the_fraction_is_0(tmp_path: Path, target: Path) -> None:
+def test_the_smallest_data_are_evaluated_unless_the_fraction_is_0(tmp_path, target):
     """On the document that comes first by its key; a lone one is learned from."""
     for count, fraction, held_out in ((2, 1e-9, 1), (3, 0.02, 1), (7, 1e-9, 1), (7, 0.0, 0), (1, 1e-9, 0)):
         path = tmp_path / f"{count}.jsonl"
@@ -312,3 +260,155 @@ def test_the_smallest_data_are_evaluated_unless_the_fraction_is_0(tmp_path: Path
             keys = [np.array([5, 7 * i, 9, 11], "<i8").tobytes() + bytes([0, 1, 1, 1]) for i in range(count)]
             first = min(range(count), key=lambda i: hashlib.sha256(keys[i]).digest())
             assert data.eval_rows[0]["input_ids"].tolist() == rows[first]["input_ids"]
+
+
+# The held-out split, and packing without losing a token
+
+
+def document(ids: list[int], mask: list[int] | None = None, key: str = "0" * 64) -> Document:
+    mask = [0] + [1] * (len(ids) - 1) if mask is None else mask
+    return Document(torch.tensor(ids), torch.tensor(mask, dtype=torch.uint8), "test", key)
+
+
+def keys(count: int) -> np.ndarray:
+    return np.frombuffer(b"".join(hashlib.sha256(b"%d" % i).digest() for i in range(count)), np.uint8).reshape(-1, 32)
+
+
+def test_about_the_fraction_is_held_out_whatever_the_others_are_and_it_only_grows_with_the_fraction():
+    held_out = held_out_documents(keys(2000), 0.1)
+    assert 150 < held_out.sum() < 250
+    assert np.array_equal(held_out_documents(keys(2000)[250:100:-3], 0.1), held_out[250:100:-3])
+    more = held_out_documents(keys(2000), 0.2)
+    assert more[held_out].all() and more.sum() > held_out.sum()
+    assert not held_out_documents(keys(9), 0.0).any() and held_out_documents(keys(0), 0.5).size == 0
+
+
+def all_rows(rows: PackedRows) -> list[dict[str, Any]]:
+    return [rows[i] for i in range(len(rows))]
+
+
+def pieces_of(rows: PackedRows) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    pieces = []
+    for row in all_rows(rows):
+        for piece in row["document_ids"].unique().tolist():
+            inside = row["document_ids"] == piece
+            pieces.append((tuple(row["input_ids"][inside].tolist()), tuple(row["loss_mask"][inside].tolist())))
+    return pieces
+
+
+def slow_best_fit_spaces(lengths: list[int], capacity: int) -> list[int]:
+    """The space each row has left, by looking at every row for every piece."""
+    spaces: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [row for row, space in enumerate(spaces) if space >= length]
+        if not fitting:
+            spaces.append(capacity)
+            fitting = [len(spaces) - 1]
+        spaces[min(fitting, key=lambda row: spaces[row])] -= length
+    return sorted(spaces)
+
+
+bits = st.lists(st.integers(0, 1), min_size=1, max_size=23)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(bits, max_size=12), st.integers(1, 9), st.booleans())
+def test_packing_loses_nothing_and_fills_rows_as_a_slow_packer_does(masks, max_length, pack):
+    documents = [document([100 * i + j for j in range(len(mask))], mask) for i, mask in enumerate(masks)]
+    rows, report = pack_documents(documents, max_length, pack)
+
+    expected = [
+        (tuple(d.input_ids[at : at + max_length].tolist()), tuple(d.loss_mask[at : at + max_length].tolist()))
+        for d in documents
+        for at in range(0, d.input_ids.numel(), max_length)
+    ]
+    assert Counter(pieces_of(rows)) == Counter(expected)
+    lengths = [len(ids) for ids, _ in expected]
+    spaces = [max_length - row["input_ids"].numel() for row in all_rows(rows)]
+    if pack:
+        assert sorted(spaces) == slow_best_fit_spaces(lengths, max_length)
+    else:
+        assert pieces_of(rows) == expected and len(rows) == len(expected)
+
+    supervised = 0  # counted as section 3 of the contract counts it
+    for row in all_rows(rows):
+        is_row = drafter_rows(row["document_ids"]).tolist()
+        supervised += sum(row["loss_mask"][p + 1].item() for p in range(len(is_row)) if is_row[p])
+    assert report.supervised == supervised
+    assert report.lost_at_splits == sum(sum(mask[1:]) for mask in masks) - supervised
+    assert (report.documents, report.pieces, report.rows) == (len(masks), len(expected), len(rows))
+    assert report.tokens == sum(map(len, masks))
+    assert report.split_documents == sum(len(mask) > max_length for mask in masks)
+    assert report.fill == pytest.approx(report.tokens / (len(rows) * max_length) if len(rows) else 0)
+
+
+def test_a_row_has_the_collators_fields_and_types_and_index_minus_one_is_an_empty_one():
+    rows, _ = pack_documents([document([5, 6, 7]), document([8, 9])], 5)
+    row, names = rows[0], ("input_ids", "loss_mask", "document_ids")
+    assert [row[name].tolist() for name in names] == [[5, 6, 7, 8, 9], [0, 1, 1, 0, 1], [0, 0, 0, 1, 1]]
+    assert {row[name].dtype for name in names} == {torch.int64}
+    assert "epoch" not in row and rows[7, 0]["epoch"] == 7
+    assert type(row["row_key"]) is int and 0 <= row["row_key"] < 2**63
+    empty = rows[3, -1]
+    assert (empty["row_key"], empty["epoch"]) == (0, 3)
+    assert {(empty[name].shape, empty[name].dtype) for name in names} == {((0,), torch.int64)}
+    for index in (1, -2):
+        with pytest.raises(IndexError):
+            rows[index]
+
+
+def test_a_rows_key_depends_on_its_content_alone():
+    def key(*documents: Document, max_length: int = 8) -> int:
+        return int(pack_documents(documents, max_length)[0][0]["row_key"])
+
+    base, split = key(document([1, 2, 3, 4])), key(document([1, 2], [0, 1]), document([3, 4], [1, 1]))
+    assert base == key(document([1, 2, 3, 4], key="f" * 64), max_length=4) == 8061358075994652352
+    others = {split, key(document([1, 2, 3, 5])), key(document([1, 2, 3, 4], [0, 1, 1, 0]))}
+    assert len({base, *others}) == 4
+
+
+def test_limit_takes_a_fixed_sample_in_order_and_shares_the_tokens():
+    rows, _ = pack_documents([document([i] * (i % 5 + 1)) for i in range(40)], 5, pack=False)
+    limited, keys = rows.limit(7), [row["row_key"] for row in all_rows(rows)]
+    chosen = [row["row_key"] for row in all_rows(limited)]
+    assert len(limited) == 7 and len(rows) == 40
+    assert sorted(chosen) == sorted(keys)[:7] and chosen == [key for key in keys if key in chosen]
+    for row in all_rows(limited):
+        assert torch.equal(row["input_ids"], rows[keys.index(row["row_key"])]["input_ids"])
+    assert [row["row_key"] for row in all_rows(limited.limit(3))] == [k for k in chosen if k in sorted(chosen)[:3]]
+    assert [row["row_key"] for row in all_rows(rows.limit(None))] == keys
+
+
+def test_more_than_a_million_tokens_are_counted_across_the_parts_that_they_are_counted_in():
+    rng = np.random.default_rng(0)
+    lengths, times = [2**20 - 3, 7, 1, 2**20 + 1, 5], np.array([2, 0, 1, 1, 3])
+    masks = [torch.from_numpy(rng.integers(0, 2, n, np.uint8)) for n in lengths]
+    documents = [Document(torch.full(mask.shape, i), mask) for i, mask in enumerate(masks)]
+    counts = count_supervised(table_of(documents), times, 5)
+    assert counts.dtype == torch.int64
+    assert counts.tolist() == [n * int(mask.sum()) for n, mask in zip(times.tolist(), masks)]
+
+
+def test_a_weight_says_how_often_each_document_comes_and_its_key_decides_about_the_rest():
+    keys = np.random.default_rng(0).integers(0, 256, (4000, 32), dtype=np.uint8)
+    for weight, whole, share in ((1.0, 1, 0.0), (0.5, 0, 0.5), (2.25, 2, 0.25)):
+        times = times_an_epoch(keys, np.full(4000, weight))
+        assert set(times.tolist()) <= {whole, whole + 1}
+        assert float((times == whole + 1).mean()) == pytest.approx(share, abs=0.03)
+        assert np.array_equal(times[100:200], times_an_epoch(keys[100:200], np.full(100, weight)))
+        assert (times_an_epoch(keys, np.full(4000, weight + 0.1)) >= times).all(), "a larger weight only adds"
+    mixed = times_an_epoch(keys, np.where(np.arange(4000) < 2000, 0.5, 3.0))
+    assert mixed[:2000].max() == 1 and set(mixed[2000:].tolist()) == {3}
+
+
+def test_sequences_reach_the_collator_through_a_data_loader():
+    documents = [document(list(range(1, n + 1))) for n in (3, 9, 17, 2, 1, 6)]
+    rows, _ = pack_documents(documents, 16)
+    assert len(pickle.loads(pickle.dumps(rows))) == len(rows)
+    sampler = StepBatchSampler(len(rows), batch_size=2, accumulation=2, seed=1, num_steps=2)
+    loader = DataLoader(rows, batch_sampler=sampler, num_workers=2, collate_fn=CODCollator(16, num_depths=4))
+    batches = list(loader)
+    assert [batch["input_ids"].shape for batch in batches] == [(2, 16)] * 4
+    for epoch in (batches[:2], batches[2:]):
+        tokens = sum(int((batch["document_ids"] >= 0).sum()) for batch in epoch)
+        assert tokens == 38

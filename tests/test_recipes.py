@@ -1,15 +1,29 @@
-"""recipes/: every one loads, and plans from its model's config what its head says."""
+"""recipes/: every one plans what its head says, launch configs and loops run as they stand; tools answer at once."""
 
+import json
+import os
 import re
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import patch_environment
+from accelerate.utils.launch import prepare_multi_gpu_env
+from transformers import AutoModelForCausalLM
 
 from peagle_train.config import Recipe, load_recipe
+from peagle_train.core.draft import PEagleDraft
+from peagle_train.distributed import check_sharding
+from peagle_train.files import told, write_text
 from peagle_train.machine import GIB, parse_device
 from peagle_train.memory import choose_segments, dry_run, plan_memory, read_sizes
+from tests.helpers import ENVIRONMENT, ROOT, command
+from tests.tiny import MASK, write_rows
 
-ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 MODELS = {
     "quickstart": "smollm2-135m",
@@ -22,11 +36,11 @@ MODELS = {
     "gpt_oss_20b_8k": "gpt-oss-20b",
     "qwen3_coder_30b_8k": "qwen3-coder-30b-a3b",
 }
-UNUSED = {  # the first and last id that no text gives, by tokenizer and embeddings
-    "qwen3-8b": (151669, 151935),
-    "qwen3-coder-30b-a3b": (151669, 151935),
-    "llama-3.1-8b": (128011, 128255),
-    "gpt-oss-20b": (200019, 201087),
+OF_A_GPU = {  # billions of parameters as the makers count them, the first and last id that no text gives
+    "qwen3-8b": (8.19, 151669, 151935),
+    "qwen3-coder-30b-a3b": (30.5, 151669, 151935),
+    "llama-3.1-8b": (8.03, 128011, 128255),
+    "gpt-oss-20b": (20.9, 200019, 201087),
 }
 
 
@@ -36,51 +50,155 @@ def of_model(path: Path, folder: Path) -> Recipe:
     return load_recipe(path, [f"target.path={folder}"])
 
 
-def test_every_recipe_is_tested() -> None:
+def test_every_recipe_is_tested():
     assert {path.stem for path in RECIPES} == set(MODELS)
     assert {path.stem for path in (ROOT / "tests" / "configs").glob("*.json")} == set(MODELS.values())
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_loads_and_can_be_planned(path: Path, tmp_path: Path) -> None:
-    on = "cpu:16" if MODELS[path.stem] == "smollm2-135m" else "cuda:79"
-    table = dry_run(of_model(path, tmp_path), on)
+def test_a_recipe_can_be_planned_and_one_for_a_gpu_says_at_its_head_what_it_needs_and_how_to_use_it(path, tmp_path):
+    recipe, model = of_model(path, tmp_path), MODELS[path.stem]
+    table = dry_run(recipe, "cuda:79" if model in OF_A_GPU else "cpu:16")
     assert "cod.num_segments=auto would be" in table and "saved for backward" in table
-
-
-@pytest.mark.parametrize("path", [p for p in RECIPES if "smollm2" not in MODELS[p.stem]], ids=lambda path: path.stem)
-def test_a_recipe_for_a_gpu_says_at_its_head_what_it_needs_and_how_to_use_it(path: Path, tmp_path: Path) -> None:
+    if model not in OF_A_GPU:
+        return
     head = path.read_text().split("\ntarget:")[0]
     for word in ("on one GPU of 80 GB", "Data:", "Time, planned", "Mask token", "accelerate launch", "vllm serve"):
         assert word in head, word
     assert f"recipes/{path.name}" in head and f'"model": "runs/{path.stem}/final"' in head
-    recipe = of_model(path, tmp_path)
     assert recipe.output.dir == f"runs/{path.stem}"
     found = re.search(r"planned by --dry-run --on (\S+), not measured: (\d+) segments?, ([\d.]+) GiB", head)
-    assert found
-    plan = choose_segments(read_sizes(recipe, parse_device(found[1])))
-    assert plan is not None
+    sizes = read_sizes(recipe, parse_device(found[1]))
+    plan, (billions, first, last) = choose_segments(sizes), OF_A_GPU[model]
     assert (plan.num_segments, f"{plan.peak / GIB:.2f}") == (int(found[2]), found[3])
-    first, last = UNUSED[MODELS[path.stem]]
-    assert recipe.draft.mask_token_id is not None and first <= recipe.draft.mask_token_id <= last
-    assert f"Mask token {recipe.draft.mask_token_id}" in head
+    assert first <= recipe.draft.mask_token_id <= last and f"Mask token {recipe.draft.mask_token_id}" in head
+    assert sizes.target_weights / 2e9 == pytest.approx(billions, rel=0.005)
 
 
-def test_parameters_are_counted_as_the_models_makers_count_them(tmp_path: Path) -> None:
-    """In billions; sizes as published: 8.2, 8.0, 20.9, 30.5, 0.135."""
-    published = {"qwen3_8b_8k": 8.19, "llama31_8b_8k": 8.03, "gpt_oss_20b_8k": 20.9, "qwen3_coder_30b_8k": 30.5}
-    for path in RECIPES:
-        if path.stem in published:
-            sizes = read_sizes(of_model(path, tmp_path), parse_device("cuda:79"))
-            assert sizes.target_weights / 2e9 == pytest.approx(published[path.stem], rel=0.005), path.stem
-
-
-def test_more_gpus_need_less_of_each_where_everything_is_sharded(tmp_path: Path) -> None:
-    path = ROOT / "recipes" / "qwen3_coder_30b_8k.yaml"
-    recipe = of_model(path, tmp_path)
+def test_more_gpus_need_less_of_each_where_everything_is_sharded(tmp_path):
+    recipe = of_model(ROOT / "recipes" / "qwen3_coder_30b_8k.yaml", tmp_path)
     alone = plan_memory(read_sizes(recipe, parse_device("cuda:79")), 4)
     recipe.target.shard, recipe.train.sharding = True, "fsdp2"
     of_eight = plan_memory(read_sizes(recipe, parse_device("cuda:79x8")), 4)
     assert of_eight.resident["target weights"] < alone.resident["target weights"] / 4
     assert of_eight.resident["optimizer"] == pytest.approx(alone.resident["optimizer"] / 8, rel=0.01)
     assert of_eight.peak < alone.peak / 2
+
+
+# recipes/accelerate/, read and validated by accelerate's own launcher
+
+FOLDER = ROOT / "recipes" / "accelerate"
+EXPECTED = {
+    "one_gpu": {"num_processes": 1, "use_fsdp": False, "multi_gpu": False, "num_machines": 1},
+    "ddp": {"num_processes": 8, "use_fsdp": False, "multi_gpu": True, "num_machines": 1},
+    "fsdp2": {"num_processes": 8, "use_fsdp": True, "fsdp_version": 2, "num_machines": 1},
+    "two_nodes": {"num_processes": 16, "multi_gpu": True, "num_machines": 2, "main_process_port": 29500},
+}
+
+
+def launched(*options: str) -> tuple[object, dict[str, str]]:
+    """accelerate's arguments, and the environment that it would start the processes in."""
+    arguments = launch_command_parser().parse_args([*options, "-m", "peagle_train", "RECIPE"])
+    parsed, _, _ = _validate_launch_command(arguments)
+    return parsed, prepare_multi_gpu_env(parsed)
+
+
+def config(name: str) -> list[str]:
+    return ["--config_file", str(FOLDER / f"{name}.yaml")]
+
+
+def test_accelerate_reads_a_config_as_what_its_name_says_and_its_head_says_how_to_launch_with_it():
+    assert {path.stem for path in FOLDER.iterdir()} == set(EXPECTED)
+    for name, expected in EXPECTED.items():
+        header = (FOLDER / f"{name}.yaml").read_text().split("compute_environment")[0]
+        assert f"accelerate launch --config_file recipes/accelerate/{name}.yaml" in header
+        parsed, environment = launched(*config(name))
+        assert {key: getattr(parsed, key) for key in expected} == expected
+        assert environment["ACCELERATE_MIXED_PRECISION"] == "no"
+
+
+def sharding_under(asked: str, *options: str) -> bool:
+    names = {k: v for k, v in launched(*options)[1].items() if k.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))}
+    with patch_environment(**names):
+        return check_sharding(asked)
+
+
+def test_the_fsdp_config_shards_and_the_others_do_not_unless_the_recipe_says_so():
+    assert sharding_under("auto", *config("fsdp2")) and not sharding_under("auto", *config("ddp"))
+    assert sharding_under("fsdp2", *config("ddp")) and not sharding_under("none", *config("ddp"))
+    with pytest.raises(ValueError, match=r"train\.sharding is none"):
+        sharding_under("none", *config("fsdp2"))
+
+
+def test_what_an_fsdp_launch_may_ask_for_and_would_not_get_is_refused():
+    for option in (
+        "fsdp_version=1", "fsdp_offload_params=true", "fsdp_reshard_after_forward=false",
+        "fsdp_activation_checkpointing=true", "fsdp_cpu_ram_efficient_loading=true",
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=option.replace("=", ": ")):
+            sharding_under("auto", *config("fsdp2"), f"--{option}")
+    with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading"):  # a default where no config is given
+        sharding_under("auto", "--use_fsdp", "--fsdp_version=2", "--num_processes=2")
+
+
+# Loops and tools
+
+PATHS = [path for folder in ("tools", "recipes") for path in sorted((ROOT / folder).glob("*.py"))]
+SCRIPTS = [str(path.relative_to(ROOT)) for path in PATHS if "ArgumentParser(" in path.read_text(encoding="utf-8")]
+HELP = """
+import contextlib, io, runpy, sys
+for script in sys.argv[1:]:
+    folder = script.rpartition("/")[0]
+    sys.path.insert(0, folder)
+    sys.argv, out = [script, "--help"], io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out):
+            runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, script
+    assert "usage:" in out.getvalue() and f"python {script}" in out.getvalue(), out.getvalue()
+    heavy = {"torch", "transformers", "accelerate", "datasets", "matplotlib", "numpy"} & set(sys.modules)
+    assert not heavy, (script, heavy)
+"""
+
+
+@pytest.mark.parametrize("name", ["plain_loop", "hf_trainer"])
+def test_a_loop_of_ones_own_learns_and_leaves_a_drafter(name, tiny_target, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = write_rows(tmp_path / "rows.jsonl", [30, 17, 32, 2, 32], prompt=0.3)
+    main = runpy.run_path(str(ROOT / "recipes" / f"{name}.py"))["main"]
+    options = f"--mask-token-id {MASK} --max-length 32 --depths 4 --segments 3 --epochs 12 --learning-rate 0.01"
+    assert not main([str(tiny_target), str(rows), str(tmp_path / "out"), *options.split()])
+    losses = [float(value) for value in re.findall(r"loss'?:? '?(\d+\.\d+)", capsys.readouterr().out)]
+    losses = losses[: 12 * 5]  # the Trainer ends with a mean of its own
+    assert len(losses) >= 12 * 4
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    drafter = PEagleDraft.from_pretrained(tmp_path / "out")
+    assert command("check", tmp_path / "out") == 0
+    assert drafter.mask_token_id == MASK and all(t.isfinite().all() for t in drafter.parameters())
+    head = AutoModelForCausalLM.from_pretrained(tiny_target).lm_head.weight
+    # not bit for bit: where the processor multiplies in bfloat16, that is what a target is loaded in
+    assert torch.allclose(drafter.lm_head.weight, head.float(), rtol=2**-8)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["LlamaForCausalLMEagle3"]
+
+
+def test_help_answers_at_once_with_examples():
+    assert {"tools/bench_loss.py", "tools/bench_mask.py", "recipes/plain_loop.py"} <= set(SCRIPTS)
+    command = [sys.executable, "-c", HELP, *SCRIPTS]
+    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-1500:]
+
+
+def test_an_error_that_names_no_file_is_no_users_mistake_and_a_folder_in_the_place_of_a_file_is_named(
+    tmp_path, monkeypatch
+):
+    assert told(ValueError("a\n  b")) == "a b"
+    assert told(FileNotFoundError(2, "No such file or directory", "x\n")) == "No such file or directory: 'x\\n'"
+    with pytest.raises(OSError):
+        told(OSError(5, "Input/output error"))
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("page")
+    for name in ("page", "."):
+        with pytest.raises(OSError) as error:
+            write_text(Path(name), "x")
+        assert told(error.value) == f"Is a directory: '{name}'" and os.listdir() == ["page"]

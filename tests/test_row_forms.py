@@ -1,5 +1,6 @@
-"""Examples in every form that people have them in: what is read, what is counted, what stops a run."""
+"""Examples in every form and place that people have them in: what is read, what is counted, what stops a run."""
 
+import gzip
 import json
 import os
 import re
@@ -7,10 +8,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
 
 from peagle_train.cli import main
-from peagle_train.config import parse_sources
+from peagle_train.config import Data, parse_sources
+from peagle_train.data.documents import find_all, read_examples
 from peagle_train.data.messages import BAD_IDS, FORMAT, NOTHING, TOO_LONG, UNREADABLE
 from tests.byte_tokenizer import make_byte_target, make_byte_tokenizer
 from tests.documents import TOKENIZER, Document, load, write_lines
@@ -27,59 +33,37 @@ def learned(document: Document) -> str:
 TEXT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>\n"
 
 
-@pytest.mark.parametrize(
-    "row, text, what_is_learned",
-    [
+def test_a_row_of_each_form_becomes_the_ids_and_the_mask_that_it_means(tmp_path):
+    for row, text, what_is_learned in (
         ({"messages": CHAT}, TEXT, "hello<|im_end|>"),
         ({"conversations": SHAREGPT}, TEXT, "hello<|im_end|>"),
         ({"prompt": CHAT[:1], "completion": CHAT[1:]}, TEXT, "hello<|im_end|>"),
         ({"prompt": "2 + 2 =", "completion": " 4"}, "2 + 2 = 4<|im_end|>", " 4<|im_end|>"),
         ({"text": "plain"}, "plain", "lain"),
-        ({"input_ids": [65, 66, 67], "loss_mask": [0, 0, 1]}, None, None),
-    ],
-)
-def test_a_row_of_each_form_becomes_the_ids_and_the_mask_that_it_means(
-    row: dict[str, Any], text: str | None, what_is_learned: str | None, tmp_path: Path
-) -> None:
-    (read,), report = load(write_lines(tmp_path / "r.jsonl", row))
-    if text is None:
-        assert (read.input_ids.tolist(), read.loss_mask.tolist()) == (row["input_ids"], row["loss_mask"])
-    else:
-        assert TOKENIZER.decode(read.input_ids) == text and learned(read) == what_is_learned
-    assert report.forms == {next(iter(row)): 1}
-
-
-def test_the_same_chat_in_several_forms_is_one_document(tmp_path: Path) -> None:
-    rows = [
-        {"messages": CHAT},
-        {"text": "plain"},
-        {"conversations": SHAREGPT},
-        {"prompt": CHAT[:1], "completion": CHAT[1:]},
-    ]
+        ({"input_ids": [65, 66, 67], "loss_mask": [0, 0, 1]}, "bcd", "d"),
+    ):
+        (read,), report = load(write_lines(tmp_path / "r.jsonl", row))
+        assert TOKENIZER.decode(read.input_ids) == text and learned(read) == what_is_learned, row
+        assert report.forms == {next(iter(row)): 1}
+    same = [{"messages": CHAT}, {"text": "plain"}, {"conversations": SHAREGPT}]
+    rows = [*same, {"prompt": CHAT[:1], "completion": CHAT[1:]}]
     documents, report = load(write_lines(tmp_path / "r.jsonl", *rows))
     assert [document.name for document in documents] == ["r.jsonl:1", "r.jsonl:2"]
     assert report.left_out["duplicate documents"] == 2 and "(1 messages, 1 text)" in report.describe()
 
 
-def test_a_row_with_several_forms_is_read_as_the_first_of_them_and_that_is_said(tmp_path: Path) -> None:
+def test_a_row_with_several_forms_is_read_as_the_first_of_them_and_that_is_said(tmp_path):
     everything = {"text": "a", "prompt": "b", "completion": "c", "conversations": SHAREGPT, "messages": CHAT}
-    rows = [
-        {**everything, "input_ids": [7, 8]},
-        everything,
-        {"text": "only this", "prompt": "without a completion"},
-        {"text": "tt", "prompt": "pp", "completion": "cc"},
-    ]
+    rows = [{**everything, "input_ids": [7, 8]}, everything]
+    rows += [{"text": "only this", "prompt": "no completion"}, {"text": "tt", "prompt": "pp", "completion": "cc"}]
     documents, report = load(write_lines(tmp_path / "r.jsonl", *rows))
     assert [learned(d)[-16:] for d in documents] == [")", "hello<|im_end|>", "nly this", "cc<|im_end|>"]
-    assert "3 examples of several forms read as the first of input_ids, messages, conversations, prompt, text" in (
-        report.describe()
-    )
+    said = "3 examples of several forms read as the first of input_ids, messages, conversations, prompt, text"
+    assert said in report.describe()
 
 
 def ids(tokens: str, **more: str) -> bytes:
-    return (
-        ", ".join([f'{{"input_ids": {tokens}', *(f'"{key}": {value}' for key, value in more.items())]).encode() + b"}"
-    )
+    return ", ".join([f'{{"input_ids": {tokens}', *(f'"{key}": {each}' for key, each in more.items())]).encode() + b"}"
 
 
 # What is in a line, what it is counted as, and a word of what is said about it.
@@ -113,12 +97,17 @@ BAD = [
 LIMITS = {"mask_token_id": 299, "max_characters": 9_999}
 
 
-def test_bad_rows_are_counted_by_reason_with_the_line_of_the_first(tmp_path: Path) -> None:
-    lines: list[Any] = [{"text": "a good row"}]
-    first: dict[str, int] = {}
-    for line, reason, _ in BAD:
+def test_bad_rows_are_counted_by_reason_with_the_line_of_the_first_or_stop_with_theirs(tmp_path):
+    lines, first = [{"text": "a good row"}], dict[str, int]()
+    for line, reason, word in BAD:
         lines += [line, {"text": f"good row {len(lines)}"}]
         first.setdefault(reason, len(lines) - 1)
+        path = write_lines(tmp_path / "one.jsonl", {"text": "good"}, line, b"{")
+        with pytest.raises(ValueError, match=r"data\.max_bad_rows is 0") as caught:
+            load(path, **LIMITS)
+        text = str(caught.value)
+        assert f"1 {reason} (first: {path}, line 2: " in text and word in text and "\n" not in text and len(text) < 500
+        assert len(re.findall(r"line \d", text)) == 1
     path = write_lines(tmp_path / "r.jsonl", *lines)
     documents, report = load(path, max_bad_rows=len(BAD), **LIMITS)
     assert report.bad_rows == Counter(reason for _, reason, _ in BAD) and len(documents) == len(BAD) + 1
@@ -130,25 +119,21 @@ def test_bad_rows_are_counted_by_reason_with_the_line_of_the_first(tmp_path: Pat
         load(path, max_bad_rows=len(BAD) - 1, **LIMITS)
 
 
-@pytest.mark.parametrize("good, bad, share, is_fine", [
-    (99, 1, "1%", True), (98, 1, "1%", False), (71, 29, "29%", True), (70, 29, "29%", False), (1, 1, "0%", False),
-    (199, 1, "0.5%", True), (1, 7, "100%", True),
-])  # fmt: skip
-def test_a_share_of_bad_rows_is_of_all_examples_and_is_known_when_all_are_read(
-    tmp_path: Path, good: int, bad: int, share: str, is_fine: bool
-) -> None:
-    path = write_lines(tmp_path / "r.jsonl", *[b"{"] * bad, *({"text": f"row {i}"} for i in range(good)))
-    if is_fine:
-        documents, report = load(path, max_bad_rows=share)
-        assert len(documents) == good and sum(report.bad_rows.values()) == bad
-    else:
-        with pytest.raises(ValueError, match=f"{bad} bad rows: .*data.max_bad_rows is {share}"):
-            load(path, max_bad_rows=share)
+def test_a_share_of_bad_rows_is_of_all_examples_and_is_known_when_all_are_read(tmp_path):
+    for good, bad, share, is_fine in (
+        (99, 1, "1%", True), (98, 1, "1%", False), (71, 29, "29%", True), (70, 29, "29%", False), (1, 1, "0%", False),
+        (199, 1, "0.5%", True), (1, 7, "100%", True),
+    ):  # fmt: skip
+        path = write_lines(tmp_path / "r.jsonl", *[b"{"] * bad, *({"text": f"row {i}"} for i in range(good)))
+        if is_fine:
+            documents, report = load(path, max_bad_rows=share)
+            assert len(documents) == good and sum(report.bad_rows.values()) == bad
+        else:
+            with pytest.raises(ValueError, match=f"{bad} bad rows: .*data.max_bad_rows is {share}"):
+                load(path, max_bad_rows=share)
 
 
-def test_check_data_counts_all_that_is_bad_and_ends_with_2_where_a_run_would_stop(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_data_counts_all_that_is_bad_and_ends_with_2_where_a_run_would_stop(tmp_path, capsys):
     target = make_byte_target(tmp_path / "target")
     path = write_lines(tmp_path / "r.jsonl", {"text": "good"}, b"{", {"text": 5}, b"[", {"text": "fine"})
     recipe = write_recipe(tmp_path, target, path, tmp_path / "run", draft={"mask_token_id": 299})
@@ -162,17 +147,7 @@ def test_check_data_counts_all_that_is_bad_and_ends_with_2_where_a_run_would_sto
         assert "data.max_bad_rows: got " in capsys.readouterr().err
 
 
-def test_without_leave_the_first_bad_row_stops_with_its_line_and_its_reason(tmp_path: Path) -> None:
-    for line, reason, word in BAD:
-        path = write_lines(tmp_path / "r.jsonl", {"text": "good"}, line, b"{")
-        with pytest.raises(ValueError, match=r"data\.max_bad_rows is 0") as caught:
-            load(path, **LIMITS)
-        text = str(caught.value)
-        assert f"1 {reason} (first: {path}, line 2: " in text and word in text
-        assert "\n" not in text and len(text) < 500 and len(re.findall(r"line \d", text)) == 1
-
-
-def test_a_text_file_that_is_not_utf8_is_a_bad_row_whatever_its_folder_is_called(tmp_path: Path) -> None:
+def test_a_text_file_that_is_not_utf8_is_a_bad_row_whatever_its_folder_is_called(tmp_path):
     folder = tmp_path / os.fsdecode(b"d\xff\xc3\xbc")
     folder.mkdir()
     (folder / "a.txt").write_bytes(b"one\n\xff")
@@ -183,7 +158,7 @@ def test_a_text_file_that_is_not_utf8_is_a_bad_row_whatever_its_folder_is_called
     report.describe().encode("utf-8")
 
 
-def test_a_broken_list_of_rows_is_one_bad_row(tmp_path: Path) -> None:
+def test_a_broken_list_of_rows_is_one_bad_row_and_nothing_to_learn_from_is_refused(tmp_path):
     path = tmp_path / "list.json"
     path.write_text(json.dumps([{"text": "one"}, {"text": "two"}])[:-1])
     good = write_lines(tmp_path / "r.jsonl", {"text": "good"})
@@ -192,45 +167,22 @@ def test_a_broken_list_of_rows_is_one_bad_row(tmp_path: Path) -> None:
     path.write_text(json.dumps([{"text": "one"}, 5, {"text": "two"}], indent=2))
     documents, report = load(path, max_bad_rows=1)
     assert len(documents) == 2 and report.first_bad[FORMAT].startswith(f"{path}, row 2: ")
+    for lines, told in (([b"{", b"["], "2 bad rows: 2 unreadable"), ([{"input_ids": []}], "1 empty documents")):
+        with pytest.raises(ValueError, match=rf"nothing to learn from: 0 documents of 1 files, .* {told}"):
+            load(write_lines(tmp_path / "e.jsonl", *lines), max_bad_rows=9)
 
 
-def test_data_of_nothing_to_learn_from_is_refused_with_what_it_holds(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nothing to learn from: 0 documents of 1 files, .* 2 bad rows: 2 unreadable"):
-        load(write_lines(tmp_path / "r.jsonl", b"{", b"["), max_bad_rows=9)
-    with pytest.raises(ValueError, match=r"nothing to learn from: 0 documents of 1 files, .* 1 empty documents"):
-        load(write_lines(tmp_path / "e.jsonl", {"input_ids": []}))
-
-
-def test_lines_of_ids_are_read_with_their_masks_and_equal_ids_with_another_mask_are_another_document(
-    tmp_path: Path,
-) -> None:
-    rows = [
-        {"input_ids": [5, 6, 7], "loss_mask": [1, 0, 1]},
-        {"input_ids": [8, 9], "source": "x"},
-        {"input_ids": [8, 9], "loss_mask": [1, 1]},
-    ]
+def test_lines_of_ids_are_read_with_their_masks_and_equal_ids_with_another_mask_are_another_document(tmp_path):
+    rows = [{"input_ids": [5, 6, 7], "loss_mask": [1, 0, 1]}, {"input_ids": [8, 9], "source": "x"}]
+    rows.append({"input_ids": [8, 9], "loss_mask": [1, 1]})
     (tmp_path / "r.jsonl").write_bytes(("\ufeff" + "\r\n\n".join(map(json.dumps, rows))).encode())
     documents, report = load(tmp_path / "r.jsonl", tokenizer=None)
-    found = [(d.name, d.input_ids.tolist(), d.loss_mask.tolist()) for d in documents]
-    assert found == [
-        ("r.jsonl:1", [5, 6, 7], [1, 0, 1]),
-        ("r.jsonl:3", [8, 9], [0, 1]),
-        ("r.jsonl:5", [8, 9], [1, 1]),
-    ]
-    assert report.supervised == 3
+    found = [(int(d.name.rpartition(":")[2]), d.input_ids.tolist(), d.loss_mask.tolist()) for d in documents]
+    assert found == [(1, [5, 6, 7], [1, 0, 1]), (3, [8, 9], [0, 1]), (5, [8, 9], [1, 1])] and report.supervised == 3
     (read,), _ = load(write_lines(tmp_path / "k.jsonl", {"input_ids": [1, 2, 299]}), tokenizer=None)
     assert read.key == "e33c46185c8d0f151e2aa7606446336a022335d6222296ff02a80c5519f61d22", "the same in every release"
     with pytest.raises(ValueError, match="takes a tokenizer"):
         load(write_lines(tmp_path / "t.jsonl", {"text": "ab"}), tokenizer=None)
-
-
-def test_max_documents_takes_the_first_and_says_so_only_if_there_were_more(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "r.jsonl", *({"input_ids": [i, i]} for i in range(5)))
-    documents, report = load(path, max_documents=3)
-    assert [document.name for document in documents] == ["r.jsonl:1", "r.jsonl:2", "r.jsonl:3"]
-    assert "max_documents" in report.describe()
-    documents, report = load(path, max_documents=5)
-    assert len(documents) == 5 and "max_documents" not in report.describe()
 
 
 ROWS = [
@@ -240,9 +192,7 @@ ROWS = [
 ]
 
 
-def test_parquet_arrow_saved_and_named_data_sets_hold_what_the_same_jsonl_holds(tmp_path: Path) -> None:
-    import datasets
-
+def test_parquet_arrow_saved_and_named_data_sets_hold_what_the_same_jsonl_holds(tmp_path):
     path = write_lines(tmp_path / "r.jsonl", *ROWS)
     (tmp_path / "list.json").write_text(json.dumps(ROWS, indent=1))
     write_lines(tmp_path / "lines.json", *ROWS)
@@ -253,18 +203,16 @@ def test_parquet_arrow_saved_and_named_data_sets_hold_what_the_same_jsonl_holds(
     table.save_to_disk(tmp_path / "saved")
     datasets.DatasetDict({"train": table.select([0]), "all": table}).save_to_disk(tmp_path / "splits")
     expected, report = load(path)
-    arrow = next((tmp_path / "saved").glob("*.arrow"))
     for source in (
         *(tmp_path / name for name in ("list.json", "lines.json", "rows [1]*.parquet", "saved")),
-        arrow,
+        next((tmp_path / "saved").glob("*.arrow")),
         {"path": str(tmp_path / "splits"), "split": "all"},
         f"hf:{tmp_path / 'named'}",
         {"datasets": str(tmp_path / "named"), "split": "train", "streaming": True},
         {"path": str(tmp_path / "named"), "format": "parquet"},
     ):
         documents, other = load(source)
-        assert [d.key for d in documents] == [d.key for d in expected], source
-        assert other.forms == report.forms
+        assert [d.key for d in documents] == [d.key for d in expected] and other.forms == report.forms, source
     assert len(load(tmp_path / "splits")[0]) == 1
     for source, expected_error in (
         ({"path": str(tmp_path / "splits"), "split": "test"}, r"cannot read .*splits \(saved\): .*test"),
@@ -275,9 +223,7 @@ def test_parquet_arrow_saved_and_named_data_sets_hold_what_the_same_jsonl_holds(
             load(source)
 
 
-def test_a_null_column_of_a_table_is_a_field_that_is_not_there(tmp_path: Path) -> None:
-    import datasets
-
+def test_a_null_column_of_a_table_is_a_field_that_is_not_there_and_tables_may_be_empty(tmp_path):
     rows = [{"messages": CHAT}, {"text": "plain"}, {"input_ids": [1, 2, 3]}, {}]
     names = ("messages", "text", "input_ids", "loss_mask")
     table = datasets.Dataset.from_list([{name: row.get(name) for name in names} for row in rows])
@@ -285,25 +231,32 @@ def test_a_null_column_of_a_table_is_a_field_that_is_not_there(tmp_path: Path) -
     documents, report = load(tmp_path / "r.parquet", max_bad_rows=1)
     assert report.forms == {"messages": 1, "text": 1, "input_ids": 1}
     assert report.first_bad[FORMAT].startswith(f"{tmp_path / 'r.parquet'}, row 4: ") and len(documents) == 3
+    empty = pa.table({"text": pa.array([], pa.string())})
+    with pq.ParquetWriter(tmp_path / "first.parquet", empty.schema) as writer:
+        writer.write_table(empty)
+        writer.write_table(pa.table({"text": ["a text", "another"]}))
+    pq.ParquetWriter(tmp_path / "no_group.parquet", empty.schema).close()
+    good = write_lines(tmp_path / "r.jsonl", {"text": "good"})
+    for name, count in (("no_group.parquet", 0), ("first.parquet", 2)):
+        documents, report = load(tmp_path / name, good)
+        assert len(documents) == count + 1 and report.files == 2, name
 
 
-@pytest.mark.parametrize(
-    "source, expected",
-    [
+def test_a_source_with_a_mistake_is_one_clear_line():
+    for source, expected in (
         ({"path": "a", "datasets": "b"}, "data.sources[0] has both of path and datasets"),
+        ({"weight": 2}, "data.sources[0] has neither of path and datasets"),
         ({"path": "a", "wieght": 2}, "data.sources[0].wieght is not a key; did you mean data.sources[0].weight?"),
         ({"path": "a", "weight": 0}, "data.sources[0].weight: got 0 (int); it should be greater than 0"),
         ({"datasets": "a", "format": "text"}, "data.sources[0].format is text, which is of files"),
         ("hf:", "data.sources[0].datasets: got '' (str); give a non-empty string"),
-    ],
-)
-def test_a_source_with_a_mistake_is_one_clear_line(source: Any, expected: str) -> None:
-    with pytest.raises(ValueError) as caught:
-        parse_sources([source])
-    assert str(caught.value).startswith(expected)
+    ):
+        with pytest.raises(ValueError) as caught:
+            parse_sources([source])
+        assert str(caught.value).startswith(expected)
 
 
-def test_a_format_overrules_the_extension(tmp_path: Path) -> None:
+def test_a_format_overrules_the_extension(tmp_path):
     path = write_lines(tmp_path / "r.txt", {"text": "good"})
     assert [TOKENIZER.decode(d.input_ids) for d in load({"path": str(path), "format": "jsonl"})[0]] == ["good"]
     (as_text,), _ = load({"path": str(write_lines(tmp_path / "r.jsonl", {"text": "good"})), "format": "text"})
@@ -319,17 +272,12 @@ TOOL_TEMPLATE = (
 
 def tool_row(name: str, arguments: dict[str, Any], properties: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
     call = {"type": "function", "function": {"name": name, "arguments": arguments}}
-    parameters = {"type": "object", "properties": properties}
-    return {
-        "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}],
-        "tools": [{"type": "function", "function": {"name": name, "parameters": parameters}}],
-        "chat_template_kwargs": kwargs,
-    }
+    tool = {"name": name, "parameters": {"type": "object", "properties": properties}}
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    return {"messages": messages, "tools": [{"type": "function", "function": tool}], "chat_template_kwargs": kwargs}
 
 
-def test_tool_calls_and_schemas_of_a_table_have_no_fields_of_other_rows(tmp_path: Path) -> None:
-    import datasets
-
+def test_tool_calls_and_schemas_of_a_table_have_no_fields_of_other_rows(tmp_path):
     rows = [
         tool_row("weather", {"city": "Paris"}, {"city": {"type": "string"}}, think=True),
         tool_row("add", {"n": 1, "m": [{"a": 2}, {"b": [None]}]}, {"n": {"type": "integer", "minimum": 0}}, brief=True),
@@ -337,39 +285,141 @@ def test_tool_calls_and_schemas_of_a_table_have_no_fields_of_other_rows(tmp_path
     (tmp_path / "tools.jinja").write_text(TOOL_TEMPLATE)
     encoder = {"chat_template": str(tmp_path / "tools.jinja")}
     expected, _ = load(write_lines(tmp_path / "r.jsonl", *rows), **encoder)
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "r.parquet")
-    assert next(iter(datasets.Dataset.from_parquet(str(tmp_path / "r.parquet"))))["chat_template_kwargs"] == {
-        "think": True,
-        "brief": None,
-    }, "a table has the fields of all rows in each, or this shows nothing"
+    table = datasets.Dataset.from_list(rows)  # which has the fields of all rows in each, or this shows nothing
+    assert table[0]["chat_template_kwargs"] == {"think": True, "brief": None}
+    table.to_parquet(tmp_path / "r.parquet")
     documents, _ = load(tmp_path / "r.parquet", **encoder)
     assert [TOKENIZER.decode(d.input_ids) for d in documents] == [TOKENIZER.decode(d.input_ids) for d in expected]
     assert '"arguments": {"city": "Paris"}' in TOKENIZER.decode(documents[0].input_ids)
 
 
-def test_a_table_without_rows_gives_none(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    empty = pa.table({"text": pa.array([], pa.string())})
-    with pq.ParquetWriter(tmp_path / "first.parquet", empty.schema) as writer:
-        writer.write_table(empty)
-        writer.write_table(pa.table({"text": ["a text", "another"]}))
-    with pq.ParquetWriter(tmp_path / "no_group.parquet", empty.schema):
-        pass
-    good = write_lines(tmp_path / "r.jsonl", {"text": "good"})
-    for name, count in (("no_group.parquet", 0), ("first.parquet", 2)):
-        documents, report = load(tmp_path / name, good)
-        assert len(documents) == count + 1 and report.files == 2, name
-
-
 @pytest.mark.parametrize("template", [None, "{{ raise_exception('never') }}"])
-def test_plain_prompts_and_completions_need_no_chat_template_and_chats_do(template: str | None, tmp_path: Path) -> None:
-    plain = {"prompt": "2 + 2 =", "completion": " 4"}
-    without = make_byte_tokenizer()
+def test_plain_prompts_and_completions_need_no_chat_template_and_chats_do(template, tmp_path):
+    plain, without = {"prompt": "2 + 2 =", "completion": " 4"}, make_byte_tokenizer()
     without.chat_template = template
-    options = {"tokenizer": without}
     path = write_lines(tmp_path / "r.jsonl", plain)
-    assert [d.key for d in load(path, **options)[0]] == [d.key for d in load(path)[0]]
+    assert [d.key for d in load(path, tokenizer=without)[0]] == [d.key for d in load(path)[0]]
     with pytest.raises(ValueError, match="chat template"):
-        load(write_lines(tmp_path / "r.jsonl", plain, {"messages": CHAT}), max_bad_rows=9, **options)
+        load(write_lines(tmp_path / "r.jsonl", plain, {"messages": CHAT}), max_bad_rows=9, tokenizer=without)
+
+
+# Files and folders: what is read, in which order, and what is left out
+
+
+def write(path: Path, text: str | bytes = "text") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+def names(documents: list[Document]) -> list[str]:
+    return [document.name for document in documents]
+
+
+def test_a_text_file_is_one_document_that_decodes_to_itself(tmp_path):
+    text = "def f():\r\n\treturn 'h\u00e9'\n\n"
+    (read,), report = load(write(tmp_path / "a.py", text))
+    assert TOKENIZER.decode(read.input_ids) == text
+    assert read.loss_mask.tolist() == [0] + [1] * (len(text.encode()) - 1)
+    assert (read.input_ids.dtype, read.loss_mask.dtype, read.name) == (torch.int64, torch.uint8, "a.py")
+    assert (report.tokens, report.supervised) == (len(text.encode()), len(text.encode()) - 1)
+    (end,) = TOKENIZER("<|end|>")["input_ids"]  # special tokens spelled out in text stay text
+    (read,), _ = load(write(tmp_path / "a.txt", "a<|end|>b"))
+    assert read.input_ids.numel() == 9 and end not in read.input_ids
+    assert TOKENIZER("<|end|>")["input_ids"] == [end], "the tokenizer is left as it was"
+
+
+def test_the_standard_library_is_read_without_its_tests():
+    found = [file.name for file in find_all(Data(["stdlib"], extensions=[".txt"]))["sources"].files]
+    assert {"stdlib/json/decoder.py", "stdlib/os.py"} <= set(found) and found == sorted(found)
+    assert all(name.endswith(".py") for name in found)
+    folders = {folder for name in found for folder in name.split("/")[:-1]}
+    assert folders.isdisjoint({"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"})
+
+
+def test_order_and_names_do_not_depend_on_where_the_folder_lies(tmp_path):
+    results = []
+    for root, order in ((tmp_path / "zz", [0, 1, 2]), (tmp_path / "aa" / "deep", [2, 0, 1])):
+        for i in order:
+            write(root / "corpus" / ["b/x.txt", "a.txt", "b/a/y.txt"][i], f"text {i}")
+        write_lines(root / "corpus" / "b.jsonl", {"input_ids": [1, 2]}, {"input_ids": [3, 4]})
+        documents, _ = load(root / "corpus")
+        results.append([(d.name, d.key) for d in documents])
+    assert results[0] == results[1]
+    expected = ["a.txt", "b.jsonl:1", "b.jsonl:2", "b/a/y.txt", "b/x.txt"]
+    assert [name for name, _ in results[0]] == [f"corpus/{name}" for name in expected]
+
+
+def test_globs_folders_and_files_may_be_mixed(tmp_path, monkeypatch):
+    for name in ("src/a.py", "src/sub/b.py", "src/sub/c.png", "notes.md", "src/[x].txt"):
+        write(tmp_path / name, f"content of {name}")
+    monkeypatch.chdir(tmp_path)
+    documents, report = load("notes.md", "src/**/*", "src/[x].txt", "./src/sub")
+    assert names(documents) == ["notes.md", "src/[x].txt", "src/a.py", "src/sub/b.py"]
+    assert report.left_out == {"files of other types": 2, "duplicate documents": 2}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert names(load("~/src")[0]) == ["src/[x].txt", "src/a.py", "src/sub/b.py"]
+
+
+def test_exclude_patterns_match_below_the_source(tmp_path):
+    write(tmp_path / "d" / "a.txt", "one")
+    write(tmp_path / "d" / "sub" / "b.txt", "two")
+    for pattern, left in (("sub/*", "d/a.txt"), ("d/sub/*", "d/a.txt"), ("a.*", "d/sub/b.txt")):
+        documents, report = load(tmp_path / "d", exclude=[pattern])
+        assert (names(documents), report.left_out["excluded files"]) == ([left], 1)
+    with pytest.raises(ValueError, match=r"has no file to read .*2 excluded files"):
+        load(tmp_path / "d", exclude=["*.txt"])
+
+
+def test_everything_left_out_is_counted_and_told_and_max_documents_only_if_there_were_more(tmp_path):
+    folder = tmp_path / "d"
+    for name, text in {"a.txt": "one", "b.txt": "one", "c.txt": "", "d.rst": "x", "e.txt": "e", "x.txt": "two"}.items():
+        write(folder / name, text)
+    write(folder / "f.txt", "a document too many")
+    os.symlink(tmp_path, folder / "link")
+    documents, report = load(folder, exclude=["x*"], max_documents=2)
+    told = report.describe()
+    for part in ("2 documents of 5 files", "1 empty", "1 duplicate", "1 excluded", "1 files of other", "1 linked"):
+        assert part in told
+    assert report.is_cut and "max_documents" in told and "\n" not in told and names(documents) == ["d/a.txt", "d/e.txt"]
+    assert "max_documents" not in load(folder, exclude=["x*"], max_documents=3)[1].describe()
+
+
+def test_sources_that_name_nothing_are_refused(tmp_path):
+    write(tmp_path / "d" / "a.rst")
+    write(tmp_path / "x.bin")
+    (tmp_path / "empty").mkdir()
+    for source, expected in {
+        tmp_path / "empty": r"has no file to read \(none at all\)",
+        tmp_path / "none.txt": "does not exist",
+        tmp_path / "*.nothing": "has no file to read",
+        tmp_path / "d": r"has no file to read \(.*1 files of other types.*\.py \.txt \.md",
+        tmp_path / "x.bin": "has no file to read",
+    }.items():
+        with pytest.raises(ValueError, match=expected):
+            load(source)
+    assert names(load(tmp_path / "d", extensions=[".rst"])[0]) == ["d/a.rst"]
+
+
+def test_a_gzipped_file_is_read_and_unreadable_files_and_folders_are_refused(tmp_path, monkeypatch):
+    path = write(tmp_path / "x.jsonl.gz", gzip.compress(b'{"text": "a"}\n{"text": "b"}\n'))
+    files = find_all(Data([str(path)]))["sources"].files
+    assert [json.loads(example.content) for example in read_examples(files)] == [{"text": "a"}, {"text": "b"}]
+    path.write_bytes(path.read_bytes()[:-9])
+    os.symlink(tmp_path / "gone", write(tmp_path / "d" / "a.txt").parent / "b.txt")
+    write(tmp_path / "e" / "closed" / "a.txt")
+    scan = os.scandir
+
+    def forbidden(path: str) -> Any:
+        if path.endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    for source, message in (
+        (path, r"cannot read .*x\.jsonl\.gz"),
+        (tmp_path / "d", r"cannot read .*b\.txt: No such file"),
+        (tmp_path / "e", r"closed cannot be read: Permission denied"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(source)

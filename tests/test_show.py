@@ -1,7 +1,5 @@
 """A sequence in readable tokens and a batch as a picture: what is shown is what is trained."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +9,10 @@ from transformers import PreTrainedTokenizerFast
 
 from peagle_train.core.collator import CODCollator
 from peagle_train.show import MASK, PAST_END, list_elements, show_tokens, token_names, visible_elements
-from tests import chats
-from tests.chats import make_tokenizer, stock
+from tests.chats import make_tokenizer
 from tests.helpers import command, make_batch, make_rows
 from tests.oracles import who_sees_whom
-from tests.tiny import make_target, write_recipe
+from tests.tiny import write_recipe, write_rows
 
 # Two documents; the assistant's words are in capitals.
 WORDS = ["name", "a", "colour", "DARK", "SEA", "BLUE", "END", "bye", "SO", "LONG"]
@@ -63,20 +60,16 @@ def as_shown(element: tuple[Any, ...]) -> tuple[Any, ...]:
     return (anchor, depth, position_id, reads, features, predicts, f"{label} '{WORDS[label]}'", learned)
 
 
-def test_elements_are_shown_as_the_contract_has_them() -> None:
+def test_elements_are_shown_as_the_contract_has_them_and_tokens_by_document_with_the_learned_ones_in_brackets():
     collator = CODCollator(16, NUM_DEPTHS, down_sample_ratio=1.0)
     name, table, seen = token_names(word_tokenizer()), set(map(as_shown, TABLE)), set()
     for epoch in range(30):
         shown = list_elements({**SEQUENCE, "epoch": epoch}, collator, MASK_TOKEN, name)
-        assert set(shown) <= table, "no element but those of the table"
-        assert {e for e in table if e[1] == 0} <= set(shown), "depth 0 is never dropped"
+        assert {e for e in table if e[1] == 0} <= set(shown) <= table, "no other element, and depth 0 is never dropped"
         assert shown == sorted(shown)
         seen.update(shown)
     assert seen == table
-
-
-def test_tokens_are_shown_by_document_with_the_learned_ones_in_brackets() -> None:
-    assert show_tokens(SEQUENCE, token_names(word_tokenizer())).splitlines() == [
+    assert show_tokens(SEQUENCE, name).splitlines() == [
         "--- document 0: positions 0 to 6, 4 tokens learned ---",
         "nameacolour[DARK][SEA][BLUE][END]",
         "--- document 1: positions 7 to 9, 2 tokens learned ---",
@@ -84,7 +77,7 @@ def test_tokens_are_shown_by_document_with_the_learned_ones_in_brackets() -> Non
     ]
 
 
-def test_names_of_tokens_have_no_line_breaks_no_control_characters_and_nothing_lost() -> None:
+def test_names_of_tokens_have_no_line_breaks_no_control_characters_and_nothing_lost():
     tokenizer = make_tokenizer()
     name = token_names(tokenizer)
     text = "Hi the\n\tsea \x1b[31m \u00e9\u4f60<|im_end|>"
@@ -95,39 +88,21 @@ def test_names_of_tokens_have_no_line_breaks_no_control_characters_and_nothing_l
     assert token_names(None)(7) == "<7>"
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("recipe")
-    tokenizer = make_tokenizer()
-    target = make_target(folder / "target", vocab_size=len(tokenizer) + 1)
-    chatting = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>")
-    chatting.chat_template = stock(chats.CHATML)
-    chatting.save_pretrained(target)
-    turns = ["user: What colour is the sea?", "assistant: Blue."]
-    (folder / "chats.jsonl").write_text(json.dumps(chats.chat(*turns)) + "\n")
-    changes: dict[str, Any] = {"data": {"max_length": 64}, "draft": {"mask_token_id": len(tokenizer)}}
-    return write_recipe(folder, target, folder / "chats.jsonl", folder / "out", **changes)
+@pytest.fixture
+def recipe(tmp_path, tiny_target):
+    return write_recipe(tmp_path, tiny_target, write_rows(tmp_path / "rows.jsonl", [18]), tmp_path / "out")
 
 
-def test_the_tool_shows_a_sequence_of_a_recipe_and_what_its_elements_read(
-    recipe: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command("show-row", recipe, "--row", 0, "--anchors", "11", "cod.down_sample_ratio=1.0") == 0
-    text = capsys.readouterr().out
-    assert "1 documents of 1 files" in text and "sequence 0 of 1 training sequences: 18 tokens, 3 of them" in text
-    assert "\n<|im_start|>user\\n\nWhat colour is the sea?<|im_end|>\\n\n" in text
-    assert "\n<|im_start|>assistant\\n\n[Blue][.][<|im_end|>]\\n\n" in text
-    lines = [line.split("  ") for line in text.splitlines() if line.startswith("11 ")]
-    cells = [cell.strip() for cell in lines[0] if cell.strip()]
-    assert (
-        command("show-row", recipe, "--row", 0, "--anchors", "11", "cod.num_segments=auto") == 0
-    )  # S changes no element
-    assert cells == ["11", "0", "11", "'assistant'", "11 '<|im_start|>'", r"'\n'", "12 'assistant'", "no"]
+def test_the_tool_shows_a_sequence_of_a_recipe_and_what_its_elements_read(recipe, capsys):
+    for more in ("cod.down_sample_ratio=1.0", "cod.num_segments=auto"):  # S changes no element
+        assert command("show-row", recipe, "--row", 0, "--anchors", "11", more) == 0
+        text = capsys.readouterr().out
+        assert "1 documents of 1 files" in text and "sequence 0 of 1 training sequences: 18 tokens, 17 of them" in text
+        [line, *_] = [line for line in text.splitlines() if line.startswith("11 ")]
+        assert [cell.strip() for cell in line.split("  ") if cell.strip()][:3] == ["11", "0", "11"]
 
 
-def test_mistakes_are_one_line_with_exit_code_2(
-    tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_one_line_with_exit_code_2(tmp_path, recipe, capsys):
     pytest.importorskip("matplotlib")
     for tool, arguments, message in (
         ("show-row", ["--row", "1"], "give 0 to 0"),
@@ -144,7 +119,7 @@ def test_mistakes_are_one_line_with_exit_code_2(
 
 
 @pytest.mark.parametrize(("S", "documents", "window"), [(1, 1, None), (3, 2, 5), (7, 3, 8)])
-def test_the_picture_shows_what_the_oracle_sees(S: int, documents: int, window: int | None) -> None:
+def test_the_picture_shows_what_the_oracle_sees(S, documents, window):
     batch = make_batch(make_rows(37, documents=documents), 37, S)
     elements, segment_N, visible_NN = visible_elements(batch, 5, window)
     anchors = elements.anchor[0].tolist()
@@ -154,9 +129,8 @@ def test_the_picture_shows_what_the_oracle_sees(S: int, documents: int, window: 
     assert segment_N.tolist() == sorted(segment_N.tolist())
 
 
-def test_a_picture_is_drawn_of_the_example_and_of_a_recipe(tmp_path: Path, recipe: Path) -> None:
+def test_a_picture_is_drawn_of_the_example(tmp_path):
     pytest.importorskip("matplotlib")
-    for number, arguments in enumerate((["--example"], [recipe])):
-        out = tmp_path / "new" / f"{number}.png"
-        assert command("show-batch", *arguments, "--out", out) == 0
-        assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size < 150 * 1024
+    out = tmp_path / "new" / "batch.png"
+    assert command("show-batch", "--example", "--out", out) == 0
+    assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size < 150 * 1024

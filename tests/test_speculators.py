@@ -25,7 +25,7 @@ N, K, HIDDEN, DRAFTED = 23, 5, 16, 40
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def target(tmp_path_factory):
     return make_target(tmp_path_factory.mktemp("target"))
 
 
@@ -69,7 +69,7 @@ def read_by_speculators(folder: Path) -> Any:
     ids=str,
 )
 @torch.no_grad()
-def test_its_forward_gives_our_logits_for_every_element(tmp_path: Path, target: Path, changes: dict[str, Any]) -> None:
+def test_its_forward_gives_our_logits_for_every_element(tmp_path, target, changes):
     if "rope_scaling" in changes:
         changes["rope_scaling"]["original_max_position_embeddings"] = 16
     draft, folder = made(tmp_path, target, **changes)
@@ -116,9 +116,7 @@ def test_its_forward_gives_our_logits_for_every_element(tmp_path: Path, target: 
 
 
 @pytest.mark.parametrize("window", [None, 2048])
-def test_its_own_checkpoint_comes_back_through_import_bit_for_bit(
-    tmp_path: Path, target: Path, window: int | None
-) -> None:
+def test_its_own_checkpoint_comes_back_through_import_bit_for_bit(tmp_path, target, window):
     draft, folder = made(tmp_path, target, sliding_window=window)
     theirs = read_by_speculators(folder)
     with torch.no_grad():
@@ -155,9 +153,7 @@ def their_default(folder: Path, target: Path, full_attention: list[int]) -> Any:
 
 
 @pytest.mark.parametrize("full_attention", [[], [0, 1]], ids=["window", "no window"])
-def test_its_default_drafter_is_imported_starts_a_run_and_goes_back_the_same(
-    tmp_path: Path, target: Path, full_attention: list[int]
-) -> None:
+def test_its_default_drafter_is_imported_starts_a_run_and_goes_back_the_same(tmp_path, target, full_attention):
     theirs = their_default(tmp_path / "theirs", target, full_attention)
     import_drafter(tmp_path / "theirs", tmp_path / "in")
     export_drafter(tmp_path / "in", tmp_path / "back", "speculators", target=target, speculative_tokens=K)
@@ -179,13 +175,13 @@ def test_its_default_drafter_is_imported_starts_a_run_and_goes_back_the_same(
         assert torch.allclose(trained[name], tensor, rtol=0, atol=1e-6), name
 
 
-def test_layers_of_which_some_have_a_window_are_refused_by_name(tmp_path: Path, target: Path) -> None:
+def test_layers_of_which_some_have_a_window_are_refused_by_name(tmp_path, target):
     their_default(tmp_path / "theirs", target, [1])
     with pytest.raises(ValueError, match="same window"):
         import_drafter(tmp_path / "theirs", tmp_path / "in")
 
 
-def test_an_eagle3_checkpoint_of_its_own_is_read_and_named_as_that(tmp_path: Path, target: Path) -> None:
+def test_an_eagle3_checkpoint_of_its_own_is_read_and_named_as_that(tmp_path, target):
     pytest.importorskip("speculators")
     from speculators.config import SpeculatorsConfig, VerifierConfig
     from speculators.models.eagle3.config import Eagle3SpeculatorConfig
@@ -223,7 +219,7 @@ def test_an_eagle3_checkpoint_of_its_own_is_read_and_named_as_that(tmp_path: Pat
         assert torch.equal(files.tensors[name], tensor), name
 
 
-def test_draws_with_few_anchors_are_those_of_their_sampler() -> None:
+def test_draws_with_few_anchors_are_those_of_their_sampler():
     """Indices, and where the generator ends. Position 0, which they take at depth 1 and we do not, has no loss."""
     data = pytest.importorskip("speculators.models.peagle.data")
     rng = random.Random(0)

@@ -1,17 +1,24 @@
-"""The frozen target: features, labels, where its weights may lie, and what is refused."""
+"""The frozen target: features, labels, what is refused; packed documents get what they get alone, whatever attends."""
 
-from pathlib import Path
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import wraps
+from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from accelerate import cpu_offload
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from peagle_train.distributed import check_device_map
+from peagle_train.target_model.attention import packed_attention, varlen_serves
 from peagle_train.target_model.check import choose_way
-from peagle_train.target_model.chunks import Way
+from peagle_train.target_model.chunks import Way, document_bounds, plan_runs
 from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.target_model.loading import default_layer_ids
 from peagle_train.training.evaluate import mass_outside
@@ -20,13 +27,8 @@ from tests.tiny import VOCAB, make_target
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_target(tmp_path_factory.mktemp("target"))
-
-
-@pytest.fixture(scope="module")
-def target(folder: Path) -> FrozenTarget:
-    return FrozenTarget.load(str(folder), dtype="float64")
+def target(tiny_target):
+    return FrozenTarget.load(str(tiny_target), dtype="float64")
 
 
 def ids_of(n: int) -> Tensor:
@@ -35,9 +37,9 @@ def ids_of(n: int) -> Tensor:
 
 @pytest.mark.parametrize("layer_ids", [None, [0], [1, 2, 4, 5]])
 def test_features_are_the_streams_entering_the_layers_and_the_last_hidden_state_is_after_the_norm(
-    folder: Path, layer_ids: list[int] | None
-) -> None:
-    target = FrozenTarget.load(str(folder), dtype="float64", layer_ids=layer_ids)
+    tiny_target, layer_ids
+):
+    target = FrozenTarget.load(str(tiny_target), dtype="float64", layer_ids=layer_ids)
     ids = ids_of(13)
     features, last = target.features(ids, torch.arange(13)[None])
     states = target.model(input_ids=ids, output_hidden_states=True).hidden_states
@@ -46,13 +48,11 @@ def test_features_are_the_streams_entering_the_layers_and_the_last_hidden_state_
     assert target.final_norm() is target.model.model.norm
 
 
-def test_default_layers_are_vllms_where_those_are_three() -> None:
+def test_default_layers_are_vllms_where_those_are_three():
     assert [default_layer_ids(n) for n in (6, 7, 30)] == [[2, 3, 4], [2, 3, 4], [2, 15, 27]]
 
 
-def test_head_rows_times_last_hidden_are_the_models_own_logits_without_all_of_which_features_come(
-    target: FrozenTarget,
-) -> None:
+def test_head_rows_times_last_hidden_are_the_models_own_logits_without_all_of_which_features_come(target):
     def fail(*_: Any) -> None:
         raise AssertionError("the head ran")
 
@@ -70,36 +70,35 @@ def test_head_rows_times_last_hidden_are_the_models_own_logits_without_all_of_wh
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_target_whose_weights_lie_elsewhere_gives_the_same(tied: bool, tmp_path: Path) -> None:
+def test_a_target_whose_weights_lie_elsewhere_gives_the_same(tied, tmp_path):
     folder = make_target(tmp_path / "target", tie_word_embeddings=tied)
-
-    def load(device_map: str | None = None) -> FrozenTarget:
-        return FrozenTarget.load(str(folder), dtype="float64", device_map=device_map)
-
-    target, mapped, away, on_disk = load(), load("auto"), load(), load("disk")  # on a CPU a map leaves everything there
-    cpu_offload(away.model, execution_device=torch.device("cpu"))  # the hooks of a map, with every weight elsewhere
+    # On a CPU a map leaves everything there; the hooks of a map, with every weight elsewhere, do not.
+    target, mapped, away, on_disk = (
+        FrozenTarget.load(str(folder), dtype="float64", device_map=each) for each in (None, "auto", None, "disk")
+    )
+    cpu_offload(away.model, execution_device=torch.device("cpu"))
     assert all(parameter.is_meta for one in (away, on_disk) for parameter in one.model.parameters())
     some, batch = torch.tensor([3, 17, 58]), {"input_ids": ids_of(9), "position_ids": torch.arange(9)[None]}
-    expected = target.outputs(batch, target.head_rows(some))
+
+    def all_of(one: FrozenTarget) -> list[Tensor]:
+        found = one.outputs(batch, one.head_rows(some))
+        last = found.last_hidden
+        return [*vars(found).values(), one.embedding_rows(), one.final_norm()(last), mass_outside(one, last[0], some)]
+
     for other in (mapped, away, on_disk):
         other.check()
-        got = other.outputs(batch, other.head_rows(some))
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(vars(got).values(), vars(expected).values()))
-        assert torch.equal(other.embedding_rows(), target.embedding_rows())
-        assert torch.equal(other.final_norm()(got.last_hidden), target.final_norm()(got.last_hidden))
-        outside = mass_outside(other, got.last_hidden[0], some)
-        assert torch.equal(outside, mass_outside(target, got.last_hidden[0], some))
+        assert all(map(torch.equal, all_of(other), all_of(target)))
 
 
-def test_several_processes_do_not_each_spread_a_target_over_the_same_devices() -> None:
+def test_several_processes_do_not_each_spread_a_target_over_the_same_devices():
     check_device_map("auto", 1)
     check_device_map(None, 8)
-    with pytest.raises(ValueError, match="device_map is auto and there are 8 processes"):
+    with pytest.raises(ValueError, match=r"device_map is auto.* there are 8 processes"):
         check_device_map("auto", 8)
 
 
-def test_logits_changed_after_the_head_are_caught(folder: Path) -> None:
-    changed = FrozenTarget.load(str(folder), dtype="float32")
+def test_logits_changed_after_the_head_are_caught(tiny_target):
+    changed = FrozenTarget.load(str(tiny_target), dtype="float32")
     original = changed.model.forward
 
     def scaled(**kwargs: Any) -> Any:
@@ -113,60 +112,54 @@ def test_logits_changed_after_the_head_are_caught(folder: Path) -> None:
     assert changed.model.get_output_embeddings() is changed.head
 
 
-@pytest.mark.parametrize(
-    ("name", "what"), [("model.layers.2.mlp.down_proj.weight", "features"), ("model.norm.weight", "last hidden states")]
-)
-def test_a_target_whose_numbers_are_not_finite_is_refused(folder: Path, name: str, what: str) -> None:
-    broken = FrozenTarget.load(str(folder), dtype="float32")
-    broken.model.get_parameter(name).data[:1] = float("inf" if "norm" in name else "nan")
-    with pytest.raises(ValueError, match=f"{what} that are not finite"):
-        broken.check()
+def test_a_target_whose_numbers_are_not_finite_is_refused(tiny_target):
+    for name, value, what in (
+        ("model.layers.2.mlp.down_proj.weight", "nan", "features"),
+        ("model.norm.weight", "inf", "last hidden states"),
+    ):
+        broken = FrozenTarget.load(str(tiny_target), dtype="float32")
+        broken.model.get_parameter(name).data[:1] = float(value)
+        with pytest.raises(ValueError, match=f"{what} that are not finite"):
+            broken.check()
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope type 'dynamic'"),
-        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
-        ({"logits_scaling": 8.0}, "logits_scaling"),
-        ({"layer_types": ["linear_attention"] * 6}, "state runs across packed documents"),
-        ({"num_hidden_layers": 4}, "too few for the default feature layers"),
-    ],
-)
-def test_targets_with_wrong_labels_or_features_are_refused(changes: dict[str, Any], message: str) -> None:
-    layers = changes.pop("num_hidden_layers", 6)
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, num_hidden_layers=layers, **shape))
-    for name, value in changes.items():
-        setattr(model.config, name, value)
-    with pytest.raises(ValueError, match=message):
-        FrozenTarget(model)
+def test_targets_with_wrong_labels_or_features_and_layers_that_are_not_the_targets_are_refused():
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": VOCAB}
+    for layers, changes, message in (
+        (6, {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope type 'dynamic'"),
+        (6, {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        (6, {"logits_scaling": 8.0}, "logits_scaling"),
+        (6, {"layer_types": ["linear_attention"] * 6}, "state runs across packed documents"),
+        (4, {}, "too few for the default feature layers"),
+    ):
+        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **shape))
+        for name, value in changes.items():
+            setattr(model.config, name, value)
+        with pytest.raises(ValueError, match=message):
+            FrozenTarget(model)
+    for ids in ([], [3, 2, 1], [1, 1, 2], [0, 1, 4], [-1, 0, 1]):
+        with pytest.raises(ValueError, match="layer_ids"):
+            FrozenTarget(model, ids)
 
 
-@pytest.mark.parametrize("ids", [[], [3, 2, 1], [1, 1, 2], [0, 1, 6], [-1, 0, 1]])
-def test_layer_ids_must_be_ascending_ids_of_the_target(folder: Path, ids: list[int]) -> None:
-    with pytest.raises(ValueError, match="layer_ids"):
-        FrozenTarget.load(str(folder), layer_ids=ids)
-
-
-def test_folders_that_hold_no_target_are_refused_in_one_line(folder: Path, tmp_path: Path) -> None:
-    other = make_target(tmp_path / "other", num_hidden_layers=7)
-    folder_, weights = tmp_path / "mine", (folder / "model.safetensors").read_bytes()
+def test_folders_that_hold_no_target_are_refused_in_one_line(tiny_target, tmp_path):
+    other, mine = make_target(tmp_path / "other", num_hidden_layers=7), tmp_path / "mine"
+    weights = (tiny_target / "model.safetensors").read_bytes()
 
     def refused(message: str) -> None:
         with pytest.raises(ValueError, match=message) as error:
-            FrozenTarget.load(str(folder_))
+            FrozenTarget.load(str(mine))
         assert "\n" not in str(error.value)
 
     refused("is not a folder")
-    folder_.mkdir()
+    mine.mkdir()
     refused(r"no config\.json")
-    (folder_ / "config.json").write_bytes((other / "config.json").read_bytes())
+    (mine / "config.json").write_bytes((other / "config.json").read_bytes())
     refused(r"no \.safetensors")
     for corrupt in (b"", b"garbage" * 100, weights[: len(weights) // 2]):
-        (folder_ / "model.safetensors").write_bytes(corrupt)
+        (mine / "model.safetensors").write_bytes(corrupt)
         refused("cannot be loaded")
-    (folder_ / "model.safetensors").write_bytes(weights)
+    (mine / "model.safetensors").write_bytes(weights)
     refused("do not fit its config")
 
 
@@ -183,8 +176,8 @@ class Int8Linear(nn.Linear):
         return x @ (self.weight * self.scale).to(x.dtype).T
 
 
-def test_a_quantised_body_is_used_and_a_quantised_head_or_table_refused(folder: Path) -> None:
-    model: Any = FrozenTarget.load(str(folder), dtype="float64").model
+def test_a_quantised_body_is_used_and_a_quantised_head_or_table_refused(tiny_target):
+    model: Any = FrozenTarget.load(str(tiny_target), dtype="float64").model
     for layer in model.model.layers:
         layer.mlp.down_proj = Int8Linear(layer.mlp.down_proj)
     FrozenTarget(model).check()
@@ -199,9 +192,7 @@ def test_a_quantised_body_is_used_and_a_quantised_head_or_table_refused(folder: 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("what", ["exact", "rounded", "leaks", "fails"])
-def test_a_document_that_rounding_moves_is_kept_packed_and_one_that_its_neighbour_moves_is_not(
-    what: str, dtype: torch.dtype
-) -> None:
+def test_a_document_that_rounding_moves_is_kept_packed_and_one_that_its_neighbour_moves_is_not(what, dtype):
     """Of six documents in two sequences of 13 tokens, the second is far off what it gives alone, or the last one reads the
     first token of its sequence, or packed ones raise an error without a word. Models in 16 bits do the first by themselves,
     in 32 none does.
@@ -220,3 +211,345 @@ def test_a_document_that_rounding_moves_is_kept_packed_and_one_that_its_neighbou
 
     way = choose_way("Name", features, Way(apart=False), 64)
     assert way.apart == (what in ("leaks", "fails") or (what == "rounded" and dtype == torch.float32))
+
+
+# Packed documents
+
+ROWS = [[7, 1, 11, 2], [13, 3, 5]]
+"""Lengths of the documents of a batch's sequences."""
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 6, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3,
+}  # fmt: skip
+WINDOW = {**SHAPE, "sliding_window": 5}
+MODELS: dict[str, Any] = {
+    "llama": ("llama", SHAPE),
+    "qwen3": ("qwen3", SHAPE),
+    "mistral, all layers sliding": ("mistral", WINDOW),
+    "gemma3, some layers sliding": ("gemma3_text", WINDOW),
+    "gpt-oss, sinks": ("gpt_oss", {**WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt2": ("gpt2", {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 6, "n_head": 2, "n_positions": 64}),
+}
+
+
+def make(name: str, chunk_tokens: int | None = None) -> FrozenTarget:
+    kind, shape = MODELS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape))
+    # gpt-oss's grouped product knows no float64
+    return FrozenTarget(model.float() if kind == "gpt_oss" else model.double(), chunk_tokens=chunk_tokens)
+
+
+def packed(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """input_ids and position_ids, int64 [B, L]."""
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows])
+    return torch.randint(0, VOCAB, positions.shape, generator=torch.Generator().manual_seed(1)), positions
+
+
+def alone(model: Any, layer_ids: list[int], rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """The same documents one by one through the whole model, by attention that has one row without a mask to do."""
+    out = []
+    for ids, lengths in zip(packed(rows)[0], rows, strict=True):
+        states = [model(input_ids=part[None], output_hidden_states=True).hidden_states for part in ids.split(lengths)]
+        out.append([torch.cat([s[i][0] for s in states]) for i in (*layer_ids, -1)])
+    features, last = torch.stack([torch.cat(row[:3], dim=-1) for row in out]), torch.stack([row[3] for row in out])
+    return features, last
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, window: int | None = None) -> Tensor:
+    """What a causal kernel gives for one document, written out: position i sees the `window` last ones up to itself.
+
+    query: [Q, heads, D], of the last positions. key, value: [K, key heads, D], of all positions.
+    """
+    groups, Q, K = query.shape[1] // key.shape[1], query.shape[0], key.shape[0]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = torch.einsum("qhd,khd->hqk", query, key) * (query.shape[2] ** -0.5 if scale is None else scale)
+    back = torch.arange(K - Q, K)[:, None] - torch.arange(K)
+    hidden = (back < 0) | (back >= (window or K))
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), value)
+
+
+def varlen(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
+    scale: float | None = None, window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False
+) -> Tensor:  # fmt: skip
+    """torch's varlen_attn, which has no kernel for a CPU, as its documentation describes it."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and window_size[1] == 0
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    assert max_q == int(cu_seq_q.diff().max()) and max_k == int(cu_seq_k.diff().max())
+    window = None if window_size[0] < 0 else window_size[0] + 1
+    parts = zip(pairwise(cu_seq_q.tolist()), pairwise(cu_seq_k.tolist()), strict=True)
+    return torch.cat([attend(query[a:b], key[c:d], value[c:d], scale, window) for (a, b), (c, d) in parts])
+
+
+CALLS: list[int] = []
+"""Documents of each call of the next function."""
+
+
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False
+):
+    assert causal and torch.equal(cu_seqlens_q, cu_seqlens_k)
+    CALLS.append(cu_seqlens_q.numel() - 1)
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    return varlen(q, k, v, *lengths, scale=softmax_scale, window_size=(-1, 0), enable_gqa=True)
+
+
+def flash_attn_func(q, k, v, softmax_scale=None, causal=False):
+    return torch.stack([attend(*row, softmax_scale) for row in zip(q, k, v, strict=True)])
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Puts stand-ins for the functions of flash-attn where transformers looks for them, as it has no kernel for a CPU; all
+    else is transformers' own code.
+    """
+    package, padding = ModuleType("flash_attn"), ModuleType("flash_attn.bert_padding")
+    vars(package).update(
+        flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func, flash_attn_with_kvcache=None
+    )
+    vars(padding).update(pad_input=None, unpad_input=None)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, "flash_attn.bert_padding", padding)
+    monkeypatch.setattr("transformers.modeling_flash_attention_utils.is_flash_attn_2_available", lambda: True)
+    CALLS.clear()
+    return CALLS
+
+
+@pytest.mark.parametrize("rows", [ROWS, [[1], [1]]])
+def test_flash_attention_keeps_the_documents_of_several_rows_apart(rows, tiny_target, calls):
+    right: Any = FrozenTarget.load(str(tiny_target), dtype="float64").model
+    model: Any = FrozenTarget.load(str(tiny_target), dtype="float64").model
+    model.config._attn_implementation = "flash_attention_2"  # transformers' own check asks for a GPU
+    target = FrozenTarget(model)
+    found = target.features(*packed(rows))
+    assert calls == [sum(map(len, rows))] * 6  # one call a layer, for all documents of the batch
+    for ours, expected in zip(found, alone(right, target.layer_ids, rows), strict=True):
+        assert torch.allclose(ours, expected, atol=1e-12)
+    target.check()
+    assert not target.way.apart
+
+
+class Layer:
+    """What attention looks at of the module that it works for."""
+
+    class config:
+        layer_types = None
+
+    is_causal = True
+
+
+def run_packed_attention(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], **given: Any) -> Tensor:
+    """[Q, heads, D] from [Q, heads, D] and [K, key heads, D], as transformers would call it."""
+    states = [x.transpose(0, 1)[None] for x in (query, key, value)]
+    bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    told = {"documents": tuple(bounds), "cu_seq_lens_q": torch.tensor(bounds, dtype=torch.int32)}
+    out, _ = packed_attention(Layer(), *states, None, max_length_q=max(lengths), dropout=0.0, **told, **given)  # type: ignore[arg-type]
+    return out[0]
+
+
+def random_states(Q: int, K: int, value_D: int = 8) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = (Q, 4, 8), (K, 2, 8), (K, 2, value_D)
+    return [torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in shapes]
+
+
+def old_varlen(*given: Any, scale: float | None = None, window_size: tuple[int, int] = (-1, -1)) -> Tensor:
+    """The same on torch 2.11, which has no `enable_gqa`."""
+    return varlen(*given, scale=scale, window_size=window_size)
+
+
+@pytest.fixture(params=["one by one", "varlen_attn", "varlen_attn of torch 2.11"])
+def kernel(request, monkeypatch):
+    if request.param != "one by one":
+        is_old, module = "2.11" in request.param, "peagle_train.target_model.attention"
+        monkeypatch.setattr(f"{module}.varlen_attn", old_varlen if is_old else varlen)
+        monkeypatch.setattr(f"{module}.HAS_GQA", not is_old)
+        monkeypatch.setattr(f"{module}.varlen_serves", lambda *_: True)
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("window", [None, 1, 65, 500])
+def test_packed_documents_and_chunks_get_what_attention_written_out_gives(window):
+    for lengths in ([1], [97], [1, 65, 1, 1, 131, 2], [64, 128]):
+        states = random_states(sum(lengths), sum(lengths), value_D=5)
+        found = run_packed_attention(*states, lengths, scaling=0.3, sliding_window=window)
+        parts = zip(*(x.split(lengths) for x in states), strict=True)
+        assert torch.allclose(found, torch.cat([attend(*part, 0.3, window) for part in parts]), atol=1e-13)
+    for Q, K in ((1, 2), (1, 131), (65, 131), (130, 131)):  # of the last Q positions, which see those before
+        states = random_states(Q, K)
+        found = run_packed_attention(*states, [Q], sliding_window=window)
+        assert torch.allclose(found, attend(*states, window=window), atol=1e-13)
+
+
+class Watched(TorchDispatchMode):
+    """The largest boolean tensor that is made inside, and how often a value is read (for which a GPU is waited for)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest_mask, self.reads = 0, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.dtype == torch.bool:
+            self.largest_mask = max(self.largest_mask, out.numel())
+        self.reads += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return out
+
+
+@pytest.mark.parametrize(("name", "chunk_tokens"), [("llama", 29), ("gemma3, some layers sliding", None)])
+def test_no_mask_of_tokens_by_tokens_is_made_and_nothing_waits_for_the_device(name, chunk_tokens):
+    target = make(name, chunk_tokens)
+    forward = target.base.forward
+    watched = Watched()
+
+    @wraps(forward)  # whose arguments say what a cache is called
+    def watching(**given: Any) -> Any:
+        with watched:
+            return forward(**given)
+
+    target.base.forward = watching  # type: ignore[method-assign]
+    rows = [[70, 1, 129], [90, 110]]
+    target.features(*packed(rows))
+    # Of a document in a window, or in chunks: a block of its queries by as many keys as they see.
+    assert watched.reads == 0 and 0 < watched.largest_mask <= 64 * 192
+
+
+@pytest.mark.parametrize(
+    ("what", "chunk_tokens"), [("lost", 8), ("wrong", None), ("leaks, of several sequences only", None)]
+)
+def test_a_model_that_does_not_heed_bounds_gets_one_document_at_a_time_from_the_check_on(what, chunk_tokens, caplog):
+    target, good = make("qwen3", chunk_tokens), make("qwen3")
+    forward = target.base.forward
+
+    @wraps(forward)
+    def deaf(documents: Any = None, **given: Any) -> Any:
+        if documents is None:
+            return forward(**given)
+        if what == "lost":
+            return forward(**given)
+        own = given["position_ids"].shape[1] // 2
+        bounds = documents[::2] if what == "wrong" else [b for b in documents if b != own]
+        return forward(documents=bounds, **given)
+
+    target.base.forward = deaf
+    if what == "lost":
+        with pytest.raises(ValueError, match=r"bounds of documents.* target\.check"):
+            target.features(*packed(ROWS))
+    target.check()
+    assert "at a time" in caplog.text and target.way == Way(apart=True, chunk_tokens=chunk_tokens)
+    read = is_read(ROWS, apart=True)
+    for found, expected in zip(target.features(*packed(ROWS)), good.features(*packed(ROWS)), strict=True):
+        assert torch.allclose(found[read], expected[read], atol=2e-6 * float(expected.abs().max()))
+
+
+@contextmanager
+def sizes_of_calls(target: FrozenTarget) -> Iterator[list[tuple[int, bool]]]:
+    """(tokens, whether with a cache) of each of the base model's calls."""
+    calls: list[tuple[int, bool]] = []
+    handle = target.base.register_forward_pre_hook(
+        lambda _, __, given: calls.append((given["input_ids"].numel(), given["use_cache"])), with_kwargs=True
+    )
+    yield calls
+    handle.remove()
+
+
+def is_read(rows: list[list[int]], apart: bool) -> Tensor:
+    """Nobody reads a document of one token: such ones run together where others run apart."""
+    return torch.tensor([[n > apart for n in row for _ in range(n)] for row in rows])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_documents_whole_or_in_chunks_get_what_they_get_alone(name):
+    target = make(name, chunk_tokens=8)
+    target.check()
+    # transformers' gpt-oss does not isolate packed documents.
+    assert target.way.apart == name.startswith("gpt-oss")
+    apart = target.way.apart
+    for rows, ways in (
+        (ROWS, {Way(apart), Way(apart=True), Way(apart, 5)}),
+        ([[29]], {Way(apart, 8), Way(apart, 29)}),
+        ([[7, 1, 12, 1, 1, 1]], {Way(apart, 1), Way(apart=True, chunk_tokens=5)}),
+    ):
+        right = alone(target.model, target.layer_ids, rows)
+        for way in ways:
+            target.way = way
+            with sizes_of_calls(target) as calls:
+                found = target.features(*packed(rows))
+            most = way.chunk_tokens or sum(map(sum, rows))
+            assert max(n for n, _ in calls) <= most and sum(n for n, _ in calls) == sum(map(sum, rows))
+            read = is_read(rows, way.apart)
+            for ours, expected in zip(found, right, strict=True):
+                # Norms and rotary tables compute in float32, whatever the model's dtype.
+                atol = (1e-4 if name.startswith("gpt-oss") else 2e-6) * float(expected.abs().max())
+                assert torch.allclose(ours[read], expected[read], atol=atol), (rows, way)
+
+
+def spans(*bounds: int) -> list[list[slice]]:
+    return [[slice(*pair)] for pair in pairwise(bounds)]
+
+
+def test_short_documents_share_a_forward_and_long_ones_run_alone_over_a_cache():
+    def plan(bounds: list[int], chunk_tokens: int | None, apart: bool = False) -> list[list[slice]]:
+        return plan_runs(bounds, Way(apart, chunk_tokens))
+
+    bounds = document_bounds(packed([[3, 2, 1, 9, 1, 4, 4, 1, 4]])[1])
+    assert bounds == [0, 3, 5, 6, 15, 16, 20, 24, 25, 29]
+    long = [slice(6, 10), slice(10, 14), slice(14, 15)]
+    assert plan(bounds, 4) == [*spans(0, 3, 6), long, *spans(15, 16, 20, 24, 25, 29)]
+    assert plan(bounds, 9) == spans(0, 6, 15, 24, 29)
+    assert plan(bounds, None) == spans(0, 29)
+    assert document_bounds(torch.zeros(2, 3, dtype=torch.int64)) == [*range(7)]
+    assert plan(bounds, None, apart=True) == spans(*bounds)
+    assert plan([*range(6)], 3, apart=True) == spans(0, 3, 5)
+    assert plan(document_bounds(torch.arange(5)[None].expand(2, -1)), 5) == spans(0, 5, 10)
+
+
+def test_a_batch_that_fits_a_chunk_is_one_forward_without_a_cache():
+    target = make("llama", chunk_tokens=29)
+    with sizes_of_calls(target) as calls:
+        target.features(*packed([[28, 1]]))
+        target.features(*packed([[28, 2]]))
+        target.features(*packed([[30]]))
+    assert calls == [(29, False), (28, False), (2, False), (29, True), (1, True)]
+
+
+def test_a_cache_that_is_not_read_is_caught_at_the_start():
+    target = make("llama", chunk_tokens=8)
+    original = target.base.forward
+
+    def forgetful(cache: Any = None, **given: Any) -> Any:
+        return original(**given)
+
+    target.base.forward = forgetful  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="gives other features in chunks"):
+        target.check()
+
+
+def test_layers_of_another_kind_are_refused_at_the_start():
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, attention_chunk_size=4))
+    FrozenTarget(model)
+    model.config.layer_types = ["chunked_attention"] * 6
+    with pytest.raises(ValueError, match=r"chunked_attention.* set target\.chunk_tokens to null"):
+        FrozenTarget(model, chunk_tokens=4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "mistral, all layers sliding", "gemma3, some layers sliding"])
+@pytest.mark.parametrize("chunk_tokens", [None, 5])
+def test_on_a_gpu_the_kernel_serves_and_nothing_waits_for_it(name, chunk_tokens):
+    assert varlen_serves("cuda", torch.bfloat16, 8, 8)
+    target, right = make(name, chunk_tokens), make(name)
+    target.model.to("cuda", torch.bfloat16)
+    target.check()
+    assert not target.way.apart
+    target.features(*packed(ROWS))  # libraries make their buffers
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = target.features(*packed(ROWS))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for ours, expected in zip(found, right.features(*packed(ROWS)), strict=True):
+        assert (ours.cpu() - expected).norm() < 0.03 * expected.norm()

@@ -6,15 +6,13 @@ Needs vLLM beside this project: `bash tools/vllm_setup.sh`, then `.venv-vllm/bin
 import gc
 import importlib.util
 import json
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peagle_train.core.collator import CODCollator
@@ -23,12 +21,11 @@ from peagle_train.core.passes import TargetOutputs
 from peagle_train.core.relay import RelayBuffers, relay_step
 from peagle_train.decoding.generate import CachedTarget, Drafter, decode, greedy_tokens, sampler
 from peagle_train.serving.check import check_folder, is_loadable
-from peagle_train.serving.drafter_io import load_drafter, save_drafter
+from peagle_train.serving.drafter_io import save_drafter
 from peagle_train.serving.export import export_drafter
 from peagle_train.serving.start import new_drafter
 from peagle_train.target_model.frozen import FrozenTarget
 from tests.helpers import command, make_draft, seeded
-from tests.test_check_drafter import set_config, set_tensors, tensor
 from tests.tiny import MASK, VOCAB, make_target
 from tests.tiny_chat import make_tokenizer
 
@@ -40,6 +37,7 @@ pytestmark = [
 
 HIDDEN, DRAFTED, TRAINED_LENGTH, TRAINED_K, TOKENS = 64, 37, 24, 5, 23
 TARGET = {"hidden_size": HIDDEN, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
+LAYERS = "eagle_aux_hidden_state_layer_ids"
 PROMPTS = [[7], [3, 14, 15, 9, 26], [(5 * i * i + i) % MASK for i in range(2 * TRAINED_LENGTH + 1)], [1, 2], [41, 8, 8]]
 """One token, some, and more than a training row has; one more than vLLM runs at once."""
 
@@ -58,7 +56,7 @@ class Decoding:
 
 
 @pytest.fixture(scope="module")
-def vllm_drafts() -> Iterator[dict[str, list[list[int]]]]:
+def vllm_drafts():
     """By request, every draft that vLLM makes from now on."""
     settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     with pytest.MonkeyPatch.context() as patch:
@@ -114,6 +112,10 @@ class Recorded(Drafter):
         return logits
 
 
+def frozen_for(draft: PEagleDraft, target: Path) -> FrozenTarget:
+    return FrozenTarget.load(str(target), dtype="float32", layer_ids=draft.config.eagle_aux_hidden_state_layer_ids)
+
+
 def by_ours(target: FrozenTarget, draft: PEagleDraft, K: int) -> Decoding:
     """Prompt by prompt."""
     result = Decoding([], [], 0, [0] * K)
@@ -131,14 +133,14 @@ def by_ours(target: FrozenTarget, draft: PEagleDraft, K: int) -> Decoding:
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def target(tmp_path_factory):
     folder = make_target(tmp_path_factory.mktemp("target"), **TARGET)
     make_tokenizer().save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def drafter(tmp_path_factory: pytest.TempPathFactory, target: Path) -> Path:
+def drafter(tmp_path_factory, target):
     """An export of the first shape."""
     folder = tmp_path_factory.mktemp("drafter")
     taught(folder / "trained", target)
@@ -150,9 +152,9 @@ def taught(folder: Path, target: Path, **changes: Any) -> PEagleDraft:
     """A drafter's folder; it has learned some of the target's texts, so that drafts are accepted to any depth."""
     shape: dict[str, Any] = {"vocab_size": VOCAB, "ptd_token_id": MASK, "draft_vocab_size": DRAFTED, "head_dim": 32}
     shape |= {"hidden_size": HIDDEN, "target_hidden_size": HIDDEN, "num_attention_heads": 2, "num_key_value_heads": 1}
-    shape |= {"intermediate_size": 80, "max_position_embeddings": 256, "eagle_aux_hidden_state_layer_ids": [1, 2, 4]}
+    shape |= {"intermediate_size": 80, "max_position_embeddings": 256, LAYERS: [1, 2, 4]}
     draft = make_draft(torch.float32, **{**shape, **changes})
-    frozen = FrozenTarget.load(str(target), dtype="float32", layer_ids=draft.config.eagle_aux_hidden_state_layer_ids)
+    frozen = frozen_for(draft, target)
     texts = [prompt + greedy_tokens(frozen, prompt, TRAINED_LENGTH, frozenset()) for prompt in PROMPTS[:2]]
     occurring = {token for text in texts for token in text}
     ids = sorted(range(VOCAB), key=lambda token: (token not in occurring, token))
@@ -178,43 +180,32 @@ ROPES: dict[str, dict[str, Any]] = {
     },
     "yarn": {"factor": 8.0, "original_max_position_embeddings": 32},
 }  # fmt: skip
-SHAPES: dict[str, tuple[dict[str, Any], int]] = {
-    "2 layers": ({}, TRAINED_K),
-    "1 layer, norm before residual, fewer tokens": (
-        {"num_hidden_layers": 1, "norm_before_residual": True},
-        TRAINED_K - 2,
-    ),
-    "4 layers, a key for every head, more tokens": (
-        {"num_hidden_layers": 4, "num_key_value_heads": 2},
-        TRAINED_K + 3,
-    ),
-    "one token": ({"norm_before_residual": True}, 1),
-    "biases": ({"attention_bias": True}, TRAINED_K),
-    "eps and theta": ({"rms_norm_eps": 0.1, "rope_theta": 3.0}, TRAINED_K),
-    "wider": ({"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 3}, TRAINED_K),
-    "narrower": ({"hidden_size": 32, "num_attention_heads": 1}, TRAINED_K),
-    "four heads a key, wide heads": ({"num_attention_heads": 4, "head_dim": 64}, TRAINED_K),
-    "other features": ({"eagle_aux_hidden_state_layer_ids": [0, 3, 5]}, TRAINED_K),
-    "features of one layer": ({"eagle_aux_hidden_state_layer_ids": [3]}, TRAINED_K),
-    "features of five layers": ({"eagle_aux_hidden_state_layer_ids": [0, 1, 3, 4, 5]}, TRAINED_K),
-    "qwen3 layers": ({"layer_type": "qwen3"}, TRAINED_K),
-    "1 qwen3 layer, features of two": (
-        {"layer_type": "qwen3", "num_hidden_layers": 1, "eagle_aux_hidden_state_layer_ids": [2, 5]},
-        TRAINED_K,
-    ),
-    "norm before fc": ({"norm_before_fc": True}, TRAINED_K),
-    "a norm of each layer's features": ({"fc_norm": True, "eagle_aux_hidden_state_layer_ids": [1, 4]}, TRAINED_K),
-    "qwen3, five layers, each normed": (
-        {"layer_type": "qwen3", "fc_norm": True, "eagle_aux_hidden_state_layer_ids": [0, 1, 3, 4, 5]},
-        TRAINED_K,
-    ),
-    "window": ({"sliding_window": TRAINED_K}, TRAINED_K),
-    "wider window, 1 layer": ({"sliding_window": 9, "num_hidden_layers": 1}, TRAINED_K),
-    "qwen3 window": ({"layer_type": "qwen3", "sliding_window": 7}, TRAINED_K),
-    "full vocabulary": ({"draft_vocab_size": VOCAB}, TRAINED_K),
-    "full vocabulary, 1 layer": ({"draft_vocab_size": VOCAB, "num_hidden_layers": 1}, TRAINED_K),
-    **{kind: ({"rope_scaling": {"rope_type": kind, **rope}}, TRAINED_K) for kind, rope in ROPES.items()},
+SHAPES: dict[str, dict[str, Any]] = {
+    "2 layers": {},
+    "1 layer, norm before residual, fewer tokens": {"num_hidden_layers": 1, "norm_before_residual": True},
+    "4 layers, a key for every head, more tokens": {"num_hidden_layers": 4, "num_key_value_heads": 2},
+    "one token": {"norm_before_residual": True},
+    "biases": {"attention_bias": True},
+    "eps and theta": {"rms_norm_eps": 0.1, "rope_theta": 3.0},
+    "wider": {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 3},
+    "narrower": {"hidden_size": 32, "num_attention_heads": 1},
+    "four heads a key, wide heads": {"num_attention_heads": 4, "head_dim": 64},
+    "other features": {LAYERS: [0, 3, 5]},
+    "features of one layer": {LAYERS: [3]},
+    "features of five layers": {LAYERS: [0, 1, 3, 4, 5]},
+    "qwen3 layers": {"layer_type": "qwen3"},
+    "1 qwen3 layer, features of two": {"layer_type": "qwen3", "num_hidden_layers": 1, LAYERS: [2, 5]},
+    "norm before fc": {"norm_before_fc": True},
+    "a norm of each layer's features": {"fc_norm": True, LAYERS: [1, 4]},
+    "qwen3, five layers, each normed": {"layer_type": "qwen3", "fc_norm": True, LAYERS: [0, 1, 3, 4, 5]},
+    "window": {"sliding_window": TRAINED_K},
+    "wider window, 1 layer": {"sliding_window": 9, "num_hidden_layers": 1},
+    "qwen3 window": {"layer_type": "qwen3", "sliding_window": 7},
+    "full vocabulary": {"draft_vocab_size": VOCAB},
+    "full vocabulary, 1 layer": {"draft_vocab_size": VOCAB, "num_hidden_layers": 1},
+    **{kind: {"rope_scaling": {"rope_type": kind, **rope}} for kind, rope in ROPES.items()},
 }
+DRAFTS = {"fewer tokens": TRAINED_K - 2, "more tokens": TRAINED_K + 3, "one token": 1}
 
 
 def speculative(folder: Path, K: int) -> dict[str, Any]:
@@ -222,12 +213,10 @@ def speculative(folder: Path, K: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_texts_drafts_and_counts_are_our_decoders_in_both_formats(
-    tmp_path: Path, target: Path, vllm_drafts: dict[str, list[list[int]]], shape: str
-) -> None:
-    changes, K = SHAPES[shape]
-    draft = taught(tmp_path / "trained", target, **changes)
-    frozen = FrozenTarget.load(str(target), dtype="float32", layer_ids=draft.config.eagle_aux_hidden_state_layer_ids)
+def test_texts_drafts_and_counts_are_our_decoders_in_both_formats(tmp_path, target, vllm_drafts, shape):
+    K = DRAFTS.get(shape.rpartition(", ")[2], TRAINED_K)
+    draft = taught(tmp_path / "trained", target, **SHAPES[shape])
+    frozen = frozen_for(draft, target)
     ours = by_ours(frozen, draft, K)
     assert 0 < ours.accepted[-1] < ours.num_drafts and len(ours.texts[0]) == TOKENS
     for format in ("eagle3", "speculators"):
@@ -239,80 +228,14 @@ def test_texts_drafts_and_counts_are_our_decoders_in_both_formats(
         print(f"{shape}, {format}: {theirs.num_drafts} drafts, accepted {theirs.accepted}")
 
 
-def test_what_a_loop_of_ones_own_saves_is_served_as_it_is(
-    tmp_path: Path, target: Path, vllm_drafts: dict[str, list[list[int]]]
-) -> None:
+def test_what_a_loop_of_ones_own_saves_is_served_as_it_is(tmp_path, target, vllm_drafts):
     frozen = FrozenTarget.load(str(target), dtype="float32")
     draft = new_drafter(frozen, MASK, torch.arange(DRAFTED), num_layers=2)
     save_drafter(tmp_path / "out", draft)
     assert by_vllm(vllm_drafts, target, speculative(tmp_path / "out", TRAINED_K)) == by_ours(frozen, draft, TRAINED_K)
 
 
-BROKEN: dict[str, Callable[[Path], None]] = {
-    "d2t with the full vocabulary": lambda f: (
-        set_config(f, draft_vocab_size=VOCAB),
-        set_tensors(
-            f,
-            d2t=torch.zeros(VOCAB, dtype=torch.int64),
-            t2d=torch.ones(VOCAB, dtype=torch.bool),
-            lm_head__weight=torch.ones(VOCAB, HIDDEN),
-        ),
-    ),
-    "missing": lambda f: set_tensors(f, fc__weight=None),
-    "misnamed": lambda f: set_tensors(f, norm__weight=None, norms__weight=tensor(f, "norm.weight")),
-    "a shape": lambda f: set_tensors(f, norm__weight=torch.ones(HIDDEN + 1)),
-    "mask id beyond the vocabulary": lambda f: set_config(f, mask_token_id=VOCAB, ptd_token_id=VOCAB, pard_token=VOCAB),
-    "another architecture": lambda f: set_config(f, architectures=["LlamaForCausalLMEagle2"]),
-    "no mask_hidden": lambda f: set_tensors(f, mask_hidden=None),
-    "two feature layers": lambda f: set_config(f, eagle_aux_hidden_state_layer_ids=[1, 2]),
-    "d2t holds ids": lambda f: set_tensors(f, d2t=tensor(f, "d2t") + torch.arange(DRAFTED)),
-    "no d2t": lambda f: set_tensors(f, d2t=None),
-    "prefixed names": lambda f: set_tensors(f, norm__weight=None, **{"model.norm.weight": tensor(f, "norm.weight")}),
-    "another file of tensors": lambda f: save_file({"exp_avg": torch.ones(2)}, f / "optimizer.safetensors"),
-}
-
-
-@pytest.mark.parametrize("case", BROKEN)
-def test_what_the_check_refuses_vllm_refuses_or_drafts_other_tokens_from(
-    tmp_path: Path, target: Path, drafter: Path, vllm_drafts: dict[str, list[list[int]]], case: str
-) -> None:
-    broken = tmp_path / "broken"
-    shutil.copytree(drafter, broken)
-    assert is_loadable(check_folder(broken))
-    BROKEN[case](broken)
-    assert not is_loadable(check_folder(broken))
-    try:
-        theirs = by_vllm(vllm_drafts, target, speculative(broken, TRAINED_K))
-    except Exception as error:
-        print(f"{case}: refused, {type(error).__name__} {str(error)[:200]}")
-        return
-    draft = load_drafter(drafter)
-    frozen = FrozenTarget.load(str(target), dtype="float32", layer_ids=draft.config.eagle_aux_hidden_state_layer_ids)
-    assert theirs.drafts != by_ours(frozen, draft, TRAINED_K).drafts
-    print(f"{case}: other drafts")
-
-
-def test_other_peoples_names_that_the_check_takes_load_and_draft_the_same(
-    tmp_path: Path, target: Path, drafter: Path, vllm_drafts: dict[str, list[list[int]]]
-) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(drafter, other)
-    tensors = load_file(other / "model.safetensors")
-    del tensors["t2d"], tensors["embed_tokens.weight"]  # which are the target's then
-    tensors = {name.replace("layers.0.", "midlayer."): each for name, each in tensors.items()}
-    save_file({**tensors, "midlayer.self_attn.rotary_emb.inv_freq": torch.ones(16)}, other / "model.safetensors")
-    set_config(other, mask_token_id=None, ptd_token_id=None, pard_token=None, dflash_config={"mask_token_id": MASK})
-    set_config(other, architectures=["LlamaForCausalLM"])
-    assert is_loadable(check_folder(other))
-    draft = load_drafter(drafter)
-    frozen = FrozenTarget.load(str(target), dtype="float32", layer_ids=draft.config.eagle_aux_hidden_state_layer_ids)
-    draft.embed_tokens.weight.data.copy_(frozen.embedding_rows())
-    assert by_vllm(vllm_drafts, target, speculative(other, TRAINED_K)) == by_ours(frozen, draft, TRAINED_K)
-
-
-def test_evaluate_has_vllms_figures_beside_ours(
-    tmp_path: Path, target: Path, drafter: Path, vllm_drafts: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate_has_vllms_figures_beside_ours(tmp_path, target, drafter, vllm_drafts, capsys):
     prompts, file = tmp_path / "prompts.jsonl", tmp_path / "out.json"
     prompts.write_text("".join(json.dumps({"text": " ".join(f"w{i % 59}" for i in ids)}) + "\n" for ids in PROMPTS))
     arguments = [drafter, "--target", target, "--prompts", prompts, "--dtype", "float32", "--max-tokens", TOKENS]

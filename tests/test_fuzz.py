@@ -1,0 +1,267 @@
+"""Recipes, command lines, rows and folders of any content: kept as given and read as they were, or refused in one line."""
+
+import io
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from peagle_train.__main__ import main
+from peagle_train.config import Recipe, dump_recipe, load_recipe
+from peagle_train.data.training_data import load_training_data, prepare_recipe
+from peagle_train.serving.check import check_folder
+from peagle_train.serving.drafter_io import load_drafter
+from peagle_train.target_model.frozen import FrozenTarget
+from peagle_train.training.checkpoint import verify_checkpoint
+from tests.byte_tokenizer import BYTES_MASK, BYTES_VOCAB, make_byte_tokenizer
+from tests.runs import run
+from tests.tiny import MASK, VOCAB, make_target, write_recipe, write_rows
+
+
+def many(examples: int) -> settings:
+    return settings(max_examples=examples, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@contextmanager
+def one_line_at_most() -> Iterator[None]:
+    """A ValueError in the block is a refusal: one line of readable text."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        assert text and "\n" not in text and "\r" not in text and len(text) < 1500, repr(text)
+
+
+# Recipes
+
+KEYS = [f"{room.name}.{leaf.name}" for room in fields(Recipe) for leaf in fields(get_type_hints(Recipe)[room.name])]
+REQUIRED = {"target": {"path": "somewhere"}, "data": {"sources": ["stdlib"]}, "output": {"dir": "somewhere-else"}}
+words = st.sampled_from(["", "auto", "1e-4", "0x10", "yes", "null", "~", "stdlib", "kl", "float64", "\x00", "a\nb"])
+scalars = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.integers(-3, 20) | st.floats() | words
+scalars |= st.text(max_size=20) | st.binary(max_size=4)
+values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(scalars, inner, max_size=3))
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal in type and value; 1 is 1.0 where a number was asked for, and nan is nan."""
+    return repr(a) == repr(b) or (type(a) is float and type(b) is int and a == b)
+
+
+@given(st.dictionaries(st.sampled_from(KEYS), values, max_size=3))
+@many(40)
+def test_a_value_is_kept_as_given_or_refused_in_one_line(tmp_path_factory, given_values):
+    path = tmp_path_factory.mktemp("recipe") / "r.yaml"
+    sections: dict[str, dict[str, Any]] = {name: dict(content) for name, content in REQUIRED.items()}
+    for key, value in given_values.items():
+        section, leaf = key.split(".")
+        sections.setdefault(section, {})[leaf] = value
+    path.write_text(yaml.safe_dump(sections, allow_unicode=True), encoding="utf-8")
+    with one_line_at_most():
+        recipe = load_recipe(path)
+        read = asdict(recipe)
+        for key, value in given_values.items():
+            section, leaf = key.split(".")
+            if not (isinstance(value, str) and ("~" in value or leaf == "path")):  # a leading ~ is the home folder
+                assert same(read[section][leaf], value), key
+        path.write_text(dump_recipe(recipe), encoding="utf-8")
+        assert repr(load_recipe(path)) == repr(recipe)
+
+
+@given(st.lists(st.text(max_size=12) | st.sampled_from(["RECIPE", "a.b=c", "-x", "--", "=", "."]), max_size=4))
+@many(40)
+def test_a_command_line_of_any_words_prints_a_recipe_or_says_in_a_line_what_is_wrong(tmp_path_factory, words):
+    path, out, err = tmp_path_factory.mktemp("words") / "r.yaml", io.StringIO(), io.StringIO()
+    path.write_text(yaml.safe_dump(REQUIRED))
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            code: Any = main([*(str(path) if word == "RECIPE" else word for word in words), "--print-config"])
+        except SystemExit as stop:  # argparse's own
+            code = stop.code
+    if code == 0:
+        found = yaml.safe_load(out.getvalue())["target"]["path"]
+        assert found == "somewhere" or any("target.path" in word for word in words)
+    else:
+        assert code == 2, (code, err.getvalue())
+        assert err.getvalue().startswith("peagle-train train: error: ") and len(err.getvalue().splitlines()) == 1
+
+
+# Rows: each line is a document, an empty one, a duplicate, or a bad row with a reason.
+
+texts = st.text(max_size=12) | st.sampled_from(["", " ", "\ud800", "\x00", "<|im_end|>", "a" * 500])
+odd = st.none() | st.booleans() | st.integers(-(2**65), 2**65) | st.floats() | texts | st.just([]) | st.just({})
+ids = st.lists(st.integers(0, 60) | st.integers(-2, BYTES_VOCAB + 2) | odd, max_size=6)
+roles = st.sampled_from(["system", "user", "assistant", "tool", "developer", "human", "gpt", "x"]) | odd
+parts = texts | odd
+parts |= st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": texts | odd}), max_size=2)
+IN_TURNS = ["role", "content", "from", "value", "tool_calls", "name", "reasoning_content", "weight"]
+IN_ROWS = "input_ids loss_mask messages conversations prompt completion text tools labels".split()
+turns = st.lists(
+    st.dictionaries(st.sampled_from(IN_TURNS), roles | parts, max_size=4)
+    | st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]), "content": texts})
+    | odd,
+    max_size=4,
+)
+rows = st.one_of(
+    odd,
+    st.dictionaries(st.sampled_from(IN_ROWS), st.one_of(ids, turns, texts, odd), max_size=3),
+    st.fixed_dictionaries({"messages": turns}),
+    st.fixed_dictionaries({"input_ids": ids, "loss_mask": ids}),
+    st.fixed_dictionaries({"input_ids": st.lists(st.integers(0, 60), min_size=2, max_size=6)}),
+)
+odd_lines = [b"{", b'{"text": "a", "text": "b"}', b"[[[[", b"NaN", b"\xef\xbb\xbf{}", b'{"text": "\\ud800"}', b"1e999"]
+lines = st.one_of(
+    rows.map(lambda row: json.dumps(row).encode()),
+    st.binary(max_size=30).map(lambda line: line.replace(b"\n", b"")),
+    st.sampled_from(odd_lines),
+)
+
+
+@pytest.fixture(scope="module")
+def bytes_target(tmp_path_factory):
+    target = make_target(tmp_path_factory.mktemp("target"), vocab_size=BYTES_VOCAB)
+    return target, make_byte_tokenizer(target)
+
+
+@given(st.lists(lines, min_size=1, max_size=6), st.booleans())
+@many(60)
+def test_every_line_is_a_document_or_counted_with_a_reason_and_without_leave_the_first_stops(
+    tmp_path_factory, bytes_target, content, has_leave
+):
+    (target, tokenizer), folder = bytes_target, tmp_path_factory.mktemp("rows")
+    source = folder / "rows.jsonl"
+    content = [b'{"input_ids": [7, 8, 9, 10]}'] * has_leave + content
+    source.write_bytes(b"\n".join(content) + b"\n")
+    sections = {"draft": {"mask_token_id": BYTES_MASK}, "data": {"max_bad_rows": 99 if has_leave else 0}}
+    recipe, said = load_recipe(write_recipe(folder, target, source, folder / "out", **sections)), list[str]()
+    made = None
+    with one_line_at_most():
+        made = load_training_data(recipe, tokenizer, BYTES_VOCAB, BYTES_MASK, said.append)
+    if made is None:
+        assert not has_leave
+        return
+    report = made.source_reports["sources"]
+    left_out, bad = sum(report.left_out.values()), sum(report.bad_rows.values())
+    assert sum(bool(line.strip()) for line in content) == report.documents + left_out + bad, (content, report)
+    assert all(f"{source}, line " in report.first_bad[reason] for reason in report.bad_rows)
+    for i in range(len(made.train_rows)):
+        row = made.train_rows[i]
+        assert 0 <= int(row["input_ids"].min()) and int(row["input_ids"].max()) < BYTES_VOCAB
+        assert BYTES_MASK not in row["input_ids"] and set(np.unique(row["loss_mask"])) <= {0, 1}
+    assert all("\n" not in line for line in said)
+
+
+# Folders that a run reads
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tiny_target):
+    """A recipe, and folders that it made by name."""
+    folder = tmp_path_factory.mktemp("world")
+    source = write_rows(folder / "rows.jsonl", [20, 33, 7, 31, 12, 29])
+    recipe = write_recipe(folder, tiny_target, source, folder / "run", train={"max_steps": 2, "save_steps": 1})
+    prepare_recipe(load_recipe(recipe), folder / "prepared", say=lambda _: None)
+    run(recipe)
+    folders = folder / "prepared", folder / "run" / "checkpoint-1", folder / "run" / "final"
+    return recipe, {path.name: path for path in folders}
+
+
+def read_prepared(folder: Path, recipe: Path) -> list[Any]:
+    read = load_recipe(recipe, [f"data.prepared={folder}"])
+    rows = load_training_data(read, None, VOCAB, MASK, lambda _: None).train_rows
+    return [repr([(name, rows[i][name]) for name in sorted(rows[i])]) for i in range(len(rows))]
+
+
+def read_checkpoint(folder: Path, _: Path) -> list[Any]:
+    verify_checkpoint(folder)
+    return [path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "manifest.json"]
+
+
+def read_drafter(folder: Path, _: Path) -> list[Any]:
+    assert all("\n" not in finding.detail for finding in check_folder(folder))
+    # Whoever edits a weight gets that weight: a drafter's folder has no checksums. What it is of must stay.
+    return sorted((name, tuple(tensor.shape)) for name, tensor in load_drafter(folder).state_dict().items())
+
+
+READERS: dict[str, Callable[[Path, Path], list[Any]]] = {
+    "prepared": read_prepared, "checkpoint-1": read_checkpoint, "final": read_drafter
+}  # fmt: skip
+
+
+def damage(path: Path, data: st.DataObject) -> None:
+    whole = bytearray(path.read_bytes())
+    kind = data.draw(st.sampled_from(["gone", "empty", "cut", "bit", "more", "other", "folder", "zeros"]), label="kind")
+    if kind == "bit" and whole:
+        whole[data.draw(st.integers(0, len(whole) - 1), label="at")] ^= 1 << data.draw(st.integers(0, 7), label="bit")
+    odd = st.sampled_from([b"{}", b"[]", b"null", b"3", b'"x"', b"\xff", b"[" * 9999])
+    made = {
+        "cut": lambda: whole[: data.draw(st.integers(0, max(0, len(whole) - 1)), label="length")],
+        "other": lambda: data.draw(odd, label="text"),
+        "empty": bytes, "more": lambda: whole + b"\n{}", "zeros": lambda: bytes(len(whole)), "bit": lambda: whole,
+    }  # fmt: skip
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind != "gone":
+        path.write_bytes(bytes(made[kind]()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", READERS)
+@given(data=st.data())
+@many(35)
+def test_a_damaged_folder_is_refused_in_one_line_or_read_as_it_was(name, tmp_path_factory, world, data):
+    recipe, folders = world
+    folder = Path(shutil.copytree(folders[name], tmp_path_factory.mktemp("damaged") / name))
+    file = data.draw(st.sampled_from(sorted(path.name for path in folder.iterdir())), label="file")
+    damage(folder / file, data)
+    with one_line_at_most():
+        assert READERS[name](folder, recipe) == READERS[name](folders[name], recipe), file
+    shutil.rmtree(folder.parent)
+
+
+# Target folders
+
+IN_CONFIG = """architectures attention_bias attention_dropout bos_token_id dtype eos_token_id head_dim hidden_act
+hidden_size initializer_range intermediate_size layer_types max_position_embeddings mlp_bias model_type vocab_size
+num_attention_heads num_hidden_layers num_key_value_heads pad_token_id quantization_config rms_norm_eps
+rope_parameters tie_word_embeddings torch_dtype transformers_version use_cache auto_map""".split()
+odd_config = st.one_of(
+    st.none() | st.booleans() | st.integers(-2, 70) | st.floats() | st.text(max_size=8),
+    st.lists(st.integers(-1, 7), max_size=3),
+    st.dictionaries(st.text(max_size=6), st.integers(0, 3), max_size=2),
+    st.sampled_from(["llama", "bfloat16", "mamba", {"rope_type": "yarn", "factor": 2.0}, {"quant_method": "gptq"}]),
+)
+
+
+def features_of(folder: Path) -> tuple[int, ...] | None:
+    """The shape of the features of three tokens, or None where the folder was refused, in one line."""
+    with one_line_at_most():
+        target = FrozenTarget.load(str(folder), dtype="float64")
+        target.check()
+        return tuple(target.features(torch.tensor([[1, 2, 3]]), torch.tensor([[0, 1, 2]]))[0].shape)
+    return None
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory, tiny_target):
+    """Makes copies of a target."""
+    return lambda: Path(shutil.copytree(tiny_target, tmp_path_factory.mktemp("copy") / "target"))
+
+
+@given(st.dictionaries(st.sampled_from(IN_CONFIG), odd_config, min_size=1, max_size=2))
+@many(30)
+def test_a_config_of_any_values_is_loaded_or_refused_in_one_line(good, changes):
+    config = good() / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+    features = features_of(config.parent)
+    assert features is None or features[:2] == (1, 3)
