@@ -239,7 +239,7 @@ def test_the_package_imports_nothing_until_a_name_is_used_and_has_every_name():
 
 def test_layers_norm_and_last_feature_of_the_target_are_what_a_drafter_starts_from(tiny_target):
     """With the last feature layer right below the copied ones, and no embeddings, the drafter is the target's top."""
-    target = FrozenTarget.load(str(tiny_target), dtype="float32", layer_ids=[0, 1, target.num_layers - 2])
+    target = FrozenTarget.load(str(tiny_target), dtype="float32", layer_ids=[0, 1, 4])
     draft = new_drafter(target, MASK, num_layers=2, layers_from_target=True, norm_before_residual=False)
     H, ids = draft.config.hidden_size, torch.tensor([[3, 1, 4, 1, 5, 9, 2]])
     with torch.no_grad():

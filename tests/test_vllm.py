@@ -6,13 +6,15 @@ Needs vLLM beside this project: `bash tools/vllm_setup.sh`, then `.venv-vllm/bin
 import gc
 import importlib.util
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peagle_train.core.collator import CODCollator
@@ -21,11 +23,12 @@ from peagle_train.core.passes import TargetOutputs
 from peagle_train.core.relay import RelayBuffers, relay_step
 from peagle_train.decoding.generate import CachedTarget, Drafter, decode, greedy_tokens, sampler
 from peagle_train.serving.check import check_folder, is_loadable
-from peagle_train.serving.drafter_io import save_drafter
+from peagle_train.serving.drafter_io import load_drafter, save_drafter
 from peagle_train.serving.export import export_drafter
 from peagle_train.serving.start import new_drafter
 from peagle_train.target_model.frozen import FrozenTarget
 from tests.helpers import command, make_draft, seeded
+from tests.test_check_drafter import set_config, set_tensors, tensor
 from tests.tiny import MASK, VOCAB, make_target
 from tests.tiny_chat import make_tokenizer
 
@@ -233,6 +236,64 @@ def test_what_a_loop_of_ones_own_saves_is_served_as_it_is(tmp_path, target, vllm
     draft = new_drafter(frozen, MASK, torch.arange(DRAFTED), num_layers=2)
     save_drafter(tmp_path / "out", draft)
     assert by_vllm(vllm_drafts, target, speculative(tmp_path / "out", TRAINED_K)) == by_ours(frozen, draft, TRAINED_K)
+
+
+BROKEN: dict[str, Callable[[Path], None]] = {
+    "d2t with the full vocabulary": lambda f: (
+        set_config(f, draft_vocab_size=VOCAB),
+        set_tensors(
+            f,
+            d2t=torch.zeros(VOCAB, dtype=torch.int64),
+            t2d=torch.ones(VOCAB, dtype=torch.bool),
+            lm_head__weight=torch.ones(VOCAB, HIDDEN),
+        ),
+    ),
+    "missing": lambda f: set_tensors(f, fc__weight=None),
+    "misnamed": lambda f: set_tensors(f, norm__weight=None, norms__weight=tensor(f, "norm.weight")),
+    "a shape": lambda f: set_tensors(f, norm__weight=torch.ones(HIDDEN + 1)),
+    "mask id beyond the vocabulary": lambda f: set_config(f, mask_token_id=VOCAB, ptd_token_id=VOCAB, pard_token=VOCAB),
+    "another architecture": lambda f: set_config(f, architectures=["LlamaForCausalLMEagle2"]),
+    "no mask_hidden": lambda f: set_tensors(f, mask_hidden=None),
+    "two feature layers": lambda f: set_config(f, eagle_aux_hidden_state_layer_ids=[1, 2]),
+    "d2t holds ids": lambda f: set_tensors(f, d2t=tensor(f, "d2t") + torch.arange(DRAFTED)),
+    "no d2t": lambda f: set_tensors(f, d2t=None),
+    "prefixed names": lambda f: set_tensors(f, norm__weight=None, **{"model.norm.weight": tensor(f, "norm.weight")}),
+    "another file of tensors": lambda f: save_file({"exp_avg": torch.ones(2)}, f / "optimizer.safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_the_check_refuses_vllm_refuses_or_drafts_other_tokens_from(tmp_path, target, drafter, vllm_drafts, case):
+    broken = tmp_path / "broken"
+    shutil.copytree(drafter, broken)
+    assert is_loadable(check_folder(broken))
+    BROKEN[case](broken)
+    assert not is_loadable(check_folder(broken))
+    try:
+        theirs = by_vllm(vllm_drafts, target, speculative(broken, TRAINED_K))
+    except Exception as error:
+        print(f"{case}: refused, {type(error).__name__} {str(error)[:200]}")
+        return
+    draft = load_drafter(drafter)
+    frozen = frozen_for(draft, target)
+    assert theirs.drafts != by_ours(frozen, draft, TRAINED_K).drafts
+    print(f"{case}: other drafts")
+
+
+def test_other_peoples_names_that_the_check_takes_load_and_draft_the_same(tmp_path, target, drafter, vllm_drafts):
+    other = tmp_path / "other"
+    shutil.copytree(drafter, other)
+    tensors = load_file(other / "model.safetensors")
+    del tensors["t2d"], tensors["embed_tokens.weight"]  # which are the target's then
+    tensors = {name.replace("layers.0.", "midlayer."): each for name, each in tensors.items()}
+    save_file({**tensors, "midlayer.self_attn.rotary_emb.inv_freq": torch.ones(16)}, other / "model.safetensors")
+    set_config(other, mask_token_id=None, ptd_token_id=None, pard_token=None, dflash_config={"mask_token_id": MASK})
+    set_config(other, architectures=["LlamaForCausalLM"])
+    assert is_loadable(check_folder(other))
+    draft = load_drafter(drafter)
+    frozen = frozen_for(draft, target)
+    draft.embed_tokens.weight.data.copy_(frozen.embedding_rows())
+    assert by_vllm(vllm_drafts, target, speculative(other, TRAINED_K)) == by_ours(frozen, draft, TRAINED_K)
 
 
 def test_evaluate_has_vllms_figures_beside_ours(tmp_path, target, drafter, vllm_drafts, capsys):
