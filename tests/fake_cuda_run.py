@@ -1,7 +1,7 @@
 """The trainer's step on a CUDA device that is not there, over tensors without data; tests/fake_cuda.cpp must be preloaded.
 
-Arguments: "measure" or "compile", and configurations, JSON objects of that function's arguments. Prints what it returns for
-each. Operators count, not what they do inside.
+Arguments: configurations, JSON objects of `compile_passes`'s arguments, "measure", and those of `measure`'s. Prints what
+is returned for each. Operators count, not what they do inside.
 """
 
 import json
@@ -178,6 +178,9 @@ def compile_passes(length: int, S: int, layers: int = 1, supervised: Sequence[fl
 
 if __name__ == "__main__":
     pretend()
-    function = {"measure": measure, "compile": compile_passes}[sys.argv[1]]
-    for configuration in sys.argv[2:]:
-        print(json.dumps(function(**json.loads(configuration))), flush=True)
+    function = compile_passes
+    for argument in sys.argv[1:]:
+        if argument == "measure":
+            function = measure
+        else:
+            print(json.dumps(function(**json.loads(argument))), flush=True)

@@ -22,7 +22,6 @@ L, K, S = 48, 5, 6
 CASES = [
     ("relay", "short", "eager"),
     ("relay", "nothing supervised", "eager"),
-    ("recompute", "short", "eager"),
     ("recompute", "nothing supervised", "eager"),
     ("relay", "short", "compiled"),
     ("relay", "short", "bf16"),

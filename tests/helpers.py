@@ -195,48 +195,6 @@ def pairs(anchor: Tensor, depth: Tensor) -> list[tuple[int, int]]:
     return list(zip(anchor.tolist(), depth.tolist(), strict=True))
 
 
-# Steps over segments
-
-
-# Every pair of (layers, segments), the rest in turn: periods without a common divisor, so that values mix.
-GRID = [
-    {
-        "num_hidden_layers": layers,
-        "S": S,
-        "boundaries": ("balanced", "uniform")[i % 2],
-        "documents": (1, 3, 3)[i % 3],
-        "prompt": (0.0, 0.5, 0.0, 0.9, 0.5)[i % 5],
-        "batch_size": (1, 2, 2, 1, 2, 1, 2)[i % 7],
-        "num_key_value_heads": (2, 4)[i // 2 % 2],
-        "down_sample_ratio": (0.8, 0.5, 1.0)[i // 3 % 3],
-        "padding": (2, 0, 11)[i // 2 % 3],
-        "norm_before_residual": i % 11 == 3,
-        "num_aux_hidden_states": (3, 1, 5, 2)[i // 3 % 4],
-        "layer_type": ("llama", "qwen3")[i // 5 % 2],
-        **({}, {"fc_norm": True}, {}, {"norm_before_fc": True})[i // 7 % 4],
-    }
-    for i, (layers, S) in enumerate([(n, S) for n in (1, 2, 4) for S in (2, 3, 4, 7, 8, 16, 1) for _ in range(2)])
-]
-
-
-WINDOWS = (None, K, K + 1, 64, L)
-"""Of drafters: none, the least, and beyond a sequence's end."""
-
-
-def build(case: dict[str, Any]) -> tuple[PEagleDraft, dict[str, Tensor], dict[str, Tensor], TargetOutputs]:
-    """Drafter, the case's batch, the same rows in one segment, and their target."""
-    case = dict(case)
-    S, boundaries, ratio = case.pop("S"), case.pop("boundaries"), case.pop("down_sample_ratio")
-    rows = make_rows(L, **{name: case.pop(name) for name in ("documents", "prompt", "batch_size", "padding")})
-    batch = make_batch(rows, L, S, K, boundaries=boundaries, down_sample_ratio=ratio)
-    target = make_target(batch, layers=case["num_aux_hidden_states"])
-    return make_draft(**case), batch, make_batch(rows, L, 1, K, down_sample_ratio=ratio), target
-
-
-def case_name(case: dict[str, Any]) -> str:
-    return "-".join(f"{value}" for value in case.values())
-
-
 def make_package(folder: Path, package: str, file: str, content: bytes) -> None:
     """An installed distribution that would fail if it were imported."""
     info = folder / f"{package.replace('-', '_')}-1.0.dist-info"

@@ -108,17 +108,16 @@ def check_state(rank: int, name: str, tolerance: float) -> None:
     plain = stepped(name, False, range(5))
     expected = full_weights(plain[0]), full_moments(*plain)
     assert (len(expected[1]) > 20) == (rank == 0)
-    for first in (False, True):
-        for second in (False, True):
-            draft, optimizers = stepped(name, first, range(2))
-            saved = full_weights(draft), full_moments(draft, optimizers)
-            assert bool(saved[0]) == bool(saved[1]) == (rank == 0)
-            draft, optimizers = stepped(name, second, range(2, 5), from_all(saved)[0])
-            again = full_weights(draft), full_moments(draft, optimizers)
-            for ours, theirs in zip(again, expected, strict=True):
-                assert set(theirs) == set(ours)
-                for key, value in theirs.items():
-                    assert torch.allclose(ours[key], value, rtol=0, atol=tolerance), (first, second, key)
+    for first, second in ((False, True), (True, False)):
+        draft, optimizers = stepped(name, first, range(2))
+        saved = full_weights(draft), full_moments(draft, optimizers)
+        assert bool(saved[0]) == bool(saved[1]) == (rank == 0)
+        draft, optimizers = stepped(name, second, range(2, 5), from_all(saved)[0])
+        again = full_weights(draft), full_moments(draft, optimizers)
+        for ours, theirs in zip(again, expected, strict=True):
+            assert set(theirs) == set(ours)
+            for key, value in theirs.items():
+                assert torch.allclose(ours[key], value, rtol=0, atol=tolerance), (first, second, key)
 
 
 class Operations(TorchDispatchMode):

@@ -103,10 +103,14 @@ def test_the_drafter_runs_in_the_targets_dtype_as_engines_run_it(folder):
     assert draft.rotary_emb.inv_freq.dtype == torch.float32
 
 
-def test_a_prompts_figures_do_not_depend_on_the_others(llama):
-    alone = measured(llama, cases(4)[2:3], max_tokens=12, temperature=1.0)
-    among = measured(llama, cases(4), max_tokens=12, temperature=1.0)
+def test_a_prompts_figures_do_not_depend_on_the_others_and_pieces_of_one_module_are_one(llama):
+    given, options = cases(4), {"max_tokens": 12, "temperature": 1.0}
+    alone, among = measured(llama, given[2:3], **options), measured(llama, given, **options)
     assert replace(alone[0], number=3) == among[2] and alone[0].tokens != among[1].tokens
+    together = [replace(case, group="a" if i < 3 else "b") for i, case in enumerate(given)]
+    same_id = [replace(case, id="7") for case in given]
+    numbers = [[r.number for r in measured(llama, some, max_tokens=2)] for some in (given, together, same_id)]
+    assert numbers == [[1, 2, 3, 4], [1, 1, 1, 4], [1, 2, 3, 4]]
 
 
 def test_figures_by_hand():
@@ -136,14 +140,11 @@ def test_turns_are_asked_one_after_the_other_with_the_targets_own_answers(llama)
     assert first.number == second.number
 
 
-def test_a_prompt_that_does_not_fit_is_counted_and_left_out(llama):
+def test_a_prompt_that_does_not_fit_is_left_out_and_an_end_token_ends_the_text_and_its_passes(llama):
     given = [Case("long", "first", tuple([5] * 250)), Case("none", "first"), *cases(1)]
     results, left_out = measure(llama, [tiny_draft()], given, 2, max_tokens=8)
     assert [r.id for r in results] == ["0"]
     assert list(left_out.values()) == [1, 1] and "256 positions" in next(iter(left_out))
-
-
-def test_an_end_token_ends_the_text_and_its_passes(llama):
     own = by_hand(llama, cases(1)[0].ids, 12)
     end = own.index(own[7]) + 1
     [result] = measured(llama, cases(1), K=3, max_tokens=12, eos=frozenset([own[7]]))
@@ -216,12 +217,9 @@ def test_a_text_that_parts_from_the_targets_is_a_tie_only_between_close_logits(l
     assert verdict(llama, prompt, own, own[:3]) == {"verdict": "bug", "at": 3}
 
 
-def test_a_drafter_of_another_target_is_refused(llama):
+def test_a_drafter_of_another_target_and_more_slots_than_a_drafters_window_holds_are_refused(llama):
     with pytest.raises(ValueError, match="give the target that it was trained for"):
         measure(llama, [make_draft()], cases(1), 2)
-
-
-def test_more_slots_than_a_drafters_window_holds_are_refused(llama):
     draft = tiny_draft()
     draft.config.sliding_window = 5
     assert measure(llama, [draft], cases(1), 5, max_tokens=8)[0]
@@ -251,17 +249,11 @@ def test_texts_are_taken_as_they_are_and_chats_through_the_template_if_there_is_
     chats.write_text('{"turns": ["5", "6"]}\n')
     with pytest.raises(ValueError, match="is a conversation"):
         load_cases(str(chats), plain)
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [('{"text": "5"}\n{"text": 6}\n', "line 2"), ('{"text": "5"}\n{"text"\n', "line 2"), ("", "no prompt")],
-)
-def test_broken_rows_of_text_are_told_by_line(tmp_path, content, message):
-    path = tmp_path / "texts.jsonl"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=message):
-        load_cases(str(path), Words())
+    lines = '{"text": "5"}\n'
+    for content, message in ((lines + '{"text": 6}\n', "line 2"), (lines + '{"text"\n', "line 2"), ("", "no prompt")):
+        texts.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            load_cases(str(texts), Words())
 
 
 def test_stdlib_prompts_are_held_out_seeded_and_from_the_recipes_own_split():
@@ -290,14 +282,6 @@ def test_stdlib_prompts_are_held_out_seeded_and_from_the_recipes_own_split():
     recipe.data = Data(sources=["stdlib"], eval_fraction=0.0)
     with pytest.raises(ValueError, match="eval_fraction"):
         pieces()
-
-
-def test_pieces_of_one_module_are_resampled_as_one(llama):
-    plain = cases(4)
-    together = [replace(case, group="a" if i < 3 else "b") for i, case in enumerate(plain)]
-    same_id = [replace(case, id="7") for case in plain]
-    numbers = [[r.number for r in measured(llama, given, max_tokens=6)] for given in (plain, together, same_id)]
-    assert numbers == [[1, 2, 3, 4], [1, 1, 1, 4], [1, 2, 3, 4]]
 
 
 # the command line
@@ -348,22 +332,22 @@ def test_a_text_that_is_wrong_is_named_and_the_exit_code_is_1(runs, capsys, monk
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (["--k", "0"], "--k: got 0"),
-        (["--json", "/nowhere/out.json"], "--json /nowhere/out.json"),
-        (["--json", "/proc/out.json"], "/proc/"),
-        (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
-        (["--prompts", "nonsense"], "give a .jsonl file or one of stdlib, humaneval, mt-bench"),
-        (["--prompt-tokens", "2"], "is for the prompts stdlib alone"),
-        (["--prompts", "stdlib"], "eval_fraction"),
-        (["--target", "/nowhere"], "/nowhere"),
-        (["--prompts", "TEXTS", "TEXTS"], "two of --prompts are called"),
-        (["--engine", "vllm", "--temperature", "1"], "--engine vllm is greedy"),
-        (["--engine", "vllm", "--dtype", "float64"], "has no float64"),
+        ("--k 0", "--k: got 0"),
+        ("--json /nowhere/out.json", "--json /nowhere/out.json"),
+        ("--json /proc/out.json", "/proc/"),
+        ("--device cuda:99", "--device cuda:99 cannot be used"),
+        ("--prompts nonsense", "give a .jsonl file or one of stdlib, humaneval, mt-bench"),
+        ("--prompt-tokens 2", "is for the prompts stdlib alone"),
+        ("--prompts stdlib", "eval_fraction"),
+        ("--target /nowhere", "/nowhere"),
+        ("--prompts TEXTS TEXTS", "two of --prompts are called"),
+        ("--engine vllm --temperature 1", "--engine vllm is greedy"),
+        ("--engine vllm --dtype float64", "has no float64"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(runs, capsys, changes, message):
-    changes = [str(runs / "texts.jsonl") if word == "TEXTS" else word for word in changes]
-    assert command("evaluate", runs / "first" / "final", "--prompts", "humaneval", *changes) == 2
+    arguments = changes.replace("TEXTS", str(runs / "texts.jsonl")).split()
+    assert command("evaluate", runs / "first" / "final", "--prompts", "humaneval", *arguments) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
 

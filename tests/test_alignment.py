@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peagle_train.core.cod import supervised_rows
-from peagle_train.core.elements import Elements, context_elements, gather_elements, positions_read
+from peagle_train.core.elements import positions_read
 from peagle_train.core.passes import StepStats, TargetOutputs
 from peagle_train.core.recompute import recompute_step
 from peagle_train.core.relay import relay_step
@@ -61,63 +61,12 @@ def word_after(column: int) -> str | None:
     return WORDS[column + 1] if inside else None
 
 
-def test_the_table_follows_from_the_contract() -> None:
+def test_the_table_follows_from_the_contract():
     for (a, d), read, feature, position, predicted, trained in TABLE:
         assert (read, feature) == ((WORDS[a + 1], WORDS[a]) if d == 0 else ("<mask>", "<mask>"))
         assert position == a - DOCUMENTS.index(DOCUMENTS[a]) + d
         assert predicted == word_after(a + d + 1)
         assert trained == (MASK[a + d + 1] == 1)
-
-
-def test_elements_read_and_predict_what_the_contract_says() -> None:
-    elements = gather_elements(hand_made_batch(), slice(0, len(TABLE)), MASK_TOKEN)
-    words = {MASK_TOKEN: "<mask>", **dict(enumerate(WORDS))}
-    found = [
-        (
-            (int(elements.anchor[0, i]), int(elements.depth[0, i])),
-            words[int(elements.token[0, i])],
-            int(elements.position[0, i]),
-            word_after(int(elements.label[0, i])),
-            bool(elements.supervised[0, i]),
-        )
-        for i in range(len(TABLE))
-    ]
-    assert found == [(e, read, position, predicted, trained) for e, read, _, position, predicted, trained in TABLE]
-    # The target's distribution over x_{a+d+2} is what it gives at x_{a+d+1}: for depth 0, at the very word that is read.
-    behind = ["a", "colour", "DARK", "SEA", "BLUE", "END", "SO", "LONG"]
-    behind += ["DARK", "SEA", "BLUE", "SEA", "BLUE", "END", "LONG"]
-    assert [WORDS[i] for i in elements.label[0].tolist()] == behind
-
-
-def test_elements_know_the_first_column_of_their_document() -> None:
-    elements = gather_elements(hand_made_batch(), slice(0, len(TABLE)), MASK_TOKEN)
-    assert [WORDS[i] for i in elements.start[0].tolist()] == ["name" if a < 7 else "bye" for (a, _), *_ in TABLE]
-
-
-def test_a_segment_is_a_slice_and_padding_stays_padding() -> None:
-    batch = hand_made_batch()
-    everything = gather_elements(batch, slice(0, len(TABLE) + 1), MASK_TOKEN)
-    some = gather_elements(batch, slice(5, 11), MASK_TOKEN)
-    for whole, part in zip(everything, some):
-        assert torch.equal(whole[:, 5:11], part)
-    assert everything.depth[0, -1] == -1 and not everything.supervised[0, -1]
-    assert int(everything.token[0, -1]) == MASK_TOKEN  # a padded slot reads no word of the text
-    bounds = torch.stack([everything.token * 0, everything.position, everything.label, everything.start])
-    assert int(bounds.min()) >= 0 and int(bounds.max()) < len(WORDS)
-
-
-def test_context_elements_are_the_depth_0_elements_of_the_columns_themselves() -> None:
-    batch = hand_made_batch()
-    columns = context_elements(batch, torch.arange(2, 11)[None])
-    # "END", "LONG" and the padding are columns without a row: nothing in their document stands to the right.
-    assert columns.anchor.tolist() == [list(range(2, 11))]
-    assert columns.depth.tolist() == [[0, 0, 0, 0, -1, 0, 0, -1, -1]]
-    assert not columns.supervised.any()
-    depth0 = {a: (read, position) for (a, d), read, _, position, *_ in TABLE if d == 0}
-    for i, a in enumerate(range(2, 11)):
-        if columns.depth[0, i] == 0:
-            assert (WORDS[int(columns.token[0, i])], int(columns.position[0, i])) == depth0[a]
-            assert int(columns.start[0, i]) == (0 if a < 7 else 7)
 
 
 def handed_to_the_drafter(
@@ -166,14 +115,10 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("step", [recompute_step, relay_step])
-def test_a_flat_step_hands_the_drafter_what_the_contract_says(step: Callable[..., StepStats]) -> None:
-    assert handed_to_the_drafter(step, hand_made_batch()) == EXPECTED
-
-
-@pytest.mark.parametrize("step", [recompute_step, relay_step])
-def test_a_step_in_segments_hands_the_drafter_what_the_contract_says(step: Callable[..., StepStats]) -> None:
-    # Cut before columns 4 and 8; eight slots a segment.
+def test_a_step_flat_or_in_segments_hands_the_drafter_what_the_contract_says(step):
     batch, order = hand_made_batch(), []
+    assert handed_to_the_drafter(step, batch) == EXPECTED
+    # Cut before columns 4 and 8; eight slots a segment.
     for low, high in ((0, 4), (4, 8), (8, 11)):
         own = [i for i, ((a, d), *_) in enumerate(TABLE) if low <= a + (d > 0) < high]
         order += own + [len(TABLE)] * (8 - len(own))
@@ -182,20 +127,11 @@ def test_a_step_in_segments_hands_the_drafter_what_the_contract_says(step: Calla
     assert handed_to_the_drafter(step, {**batch, **cut}) == EXPECTED
 
 
-def test_elements_are_seven_tensors_of_one_shape() -> None:
-    elements = gather_elements(hand_made_batch(), slice(0, 4), MASK_TOKEN)
-    assert isinstance(elements, Elements)
-    assert {name: (t.shape, t.dtype) for name, t in elements._asdict().items()} == {
-        name: ((1, 4), torch.bool if name == "supervised" else torch.int64) for name in Elements._fields
-    }
-
-
-@pytest.mark.parametrize("layers", [1, 2, 3])
-@pytest.mark.parametrize("window", [None, 4, 5, 7, 200])
-@pytest.mark.parametrize("length", [2, 5, 37])
-def test_no_draw_reads_more_columns_than_are_said_and_each_reads_all_of_these(
-    length: int, window: int | None, layers: int
-) -> None:
+@pytest.mark.parametrize(
+    ("length", "window", "layers"),
+    [(2, None, 1), (5, 4, 2), (31, None, 3), (31, 4, 1), (31, 5, 3), (31, 7, 2), (31, 200, 3)],
+)
+def test_no_draw_reads_more_columns_than_are_said_and_each_reads_all_of_these(length, window, layers):
     reach = None if window is None else layers * (window - 1)
     g = torch.Generator().manual_seed(length)
     rows = [make_rows(length + 2, n, prompt=0.7, seed=n)[0] for n in (1, 2, 3)]
@@ -211,10 +147,3 @@ def test_no_draw_reads_more_columns_than_are_said_and_each_reads_all_of_these(
             mask_L, documents_L = torch.tensor([*mask, 0, 0]), torch.tensor(documents)
             found = positions_read(supervised_rows(mask_L, documents_L), documents_L, reach)
             assert [{*columns.nonzero().flatten().tolist()} for columns in found] == [read, labels]
-
-
-def test_of_a_long_document_with_its_last_hundredth_to_learn_from_less_than_a_tenth_is_read() -> None:
-    mask, documents = torch.zeros(131072, dtype=torch.int64), torch.zeros(131072, dtype=torch.int64)
-    mask[-1311:] = 1
-    features, labels = positions_read(supervised_rows(mask, documents), documents, 4 * 2047)
-    assert int(labels.sum()) == 1311 and int(features.sum()) == 1311 + 4 * 2047 < 13107

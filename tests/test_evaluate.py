@@ -1,7 +1,5 @@
 """Evaluation never needs more memory than training, and covers every held-out row once."""
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +10,9 @@ from torch.utils._pytree import tree_leaves
 
 from peagle_train.config import load_recipe
 from tests.ranks_run import make_trainer
-from tests.tiny import VOCAB, make_target, write_recipe, write_rows
+from tests.tiny import VOCAB, write_recipe, write_rows
 
-
-def held_out(folder: Path, lengths: Sequence[int] = (64, 60, 3, 33, 64)) -> str:
-    return str(write_rows(folder / "held_out.jsonl", list(lengths), seed=1))
+LENGTHS = [64, 60, 3, 33, 64]
 
 
 class LargestTensor(TorchDispatchMode):
@@ -32,15 +28,13 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize(("mode", "num_segments"), [("relay", 1), ("relay", 6), ("recompute", 6)])
-def test_evaluation_has_no_larger_pass_and_no_larger_tensor_than_training(
-    mode: str, num_segments: int, tmp_path: Path
-) -> None:
-    rows = write_rows(tmp_path / "rows.jsonl", [64, 60, 3, 33, 64])
-    recipe = write_recipe(
-        tmp_path, make_target(tmp_path / "target"), rows, tmp_path / "run", cod={"num_segments": num_segments},
-        data={"eval_sources": [held_out(tmp_path)], "max_length": 64}, train={"segment_mode": mode},
-    )  # fmt: skip
+@pytest.mark.parametrize(("mode", "num_segments"), [("relay", 6), ("recompute", 6)])
+def test_evaluation_has_no_larger_pass_and_no_larger_tensor_than_training(mode, num_segments, tmp_path, tiny_target):
+    rows = write_rows(tmp_path / "rows.jsonl", LENGTHS)
+    held_out = write_rows(tmp_path / "held_out.jsonl", LENGTHS, seed=1)
+    data = {"eval_sources": [str(held_out)], "max_length": 64}
+    sections = {"cod": {"num_segments": num_segments}, "data": data, "train": {"segment_mode": mode}}
+    recipe = write_recipe(tmp_path, tiny_target, rows, tmp_path / "run", **sections)
     trainer = make_trainer(load_recipe(recipe), Accelerator(cpu=True))
     passes: list[tuple[int, int]] = []  # elements and context columns of each forward of the drafter
     forward = trainer.draft.forward

@@ -46,26 +46,17 @@ def gradients_of(draft: PEagleDraft, step: Callable[[], Any]) -> dict[str, Tenso
 @pytest.mark.parametrize(
     "mode, segments, compiled, bf16, window",
     [
-        ("relay", 4, False, False, 7),
-        ("relay", 3, True, False, 9),
-        ("relay", 3, True, True, None),
+        ("relay", 3, False, False, 7),
+        ("relay", 3, True, True, 9),
+        ("recompute", 2, False, True, None),
         ("recompute", 1, True, False, None),
-        ("recompute", 3, False, True, None),
     ],
 )
-def test_the_cuda_path_gives_the_flat_passs_gradients(
-    graphs: CompileCounterWithBackend,
-    monkeypatch: pytest.MonkeyPatch,
-    mode: str,
-    segments: int,
-    compiled: bool,
-    bf16: bool,
-    window: int | None,
-) -> None:
+def test_the_cuda_path_gives_the_flat_passs_gradients(graphs, monkeypatch, mode, segments, compiled, bf16, window):
     draft, buffers, sizes = make_draft(torch.float32, sliding_window=window), RelayBuffers(), set[int]()
     monkeypatch.setattr(core_plan, "GRID", 4)  # so that a window's context is shorter than a row
     runner = CompiledDraft(draft, "aot_eager") if compiled else draft
-    for batch_number, prompt in enumerate((0.3, 0.6)):
+    for batch_number, prompt in enumerate((0.3, 0.35)):
         rows = make_rows(L, documents=3, batch_size=2, prompt=prompt, padding=7 + batch_number)
         flat, cut = make_batch(rows, L), make_batch(rows, L, segments)
         target = make_target(flat, torch.float32)
@@ -91,13 +82,13 @@ def test_the_cuda_path_gives_the_flat_passs_gradients(
         assert graphs.frame_count == 2  # with and without a gradient, or with and without the queries left out
 
 
-def test_flex_is_compiled_for_as_many_shapes_as_come(graphs: CompileCounterWithBackend) -> None:
+def test_flex_is_compiled_for_as_many_shapes_as_come(graphs):
     """torch gives up after 8 by default, and attends densely from then on."""
-    for n in range(1, 13):
+    for n in range(1, 11):
         query = torch.randn(1, 2, n, 8)
         mask = torch_flex.create_block_mask(lambda b, h, q, k: q >= k, 1, None, n, n, device="cpu")
         flex.flex(query, query, query, mask)
-    assert graphs.frame_count == 12
+    assert graphs.frame_count == 10
 
 
 @pytest.mark.parametrize(
@@ -113,8 +104,8 @@ def test_flex_is_compiled_for_as_many_shapes_as_come(graphs: CompileCounterWithB
     ],
 )
 def test_kernel_options_are_given_where_flexs_own_choice_fails_or_spills(
-    queries: int, head_dim: int, itemsize: int, capability: tuple[int, int] | None, expected: set[str]
-) -> None:
+    queries, head_dim, itemsize, capability, expected
+):
     options = kernel_options(queries, head_dim, itemsize, capability)
     blocks = dict(
         bwd_BLOCK_M1=32, bwd_BLOCK_N1=128, bwd_BLOCK_M2=128, bwd_BLOCK_N2=32, bwd_num_warps=8, bwd_num_stages=2
@@ -140,7 +131,7 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_an_eager_step_of_four_segments_takes_at_most_5000_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_eager_step_of_four_segments_takes_at_most_5000_operators(monkeypatch):
     """Counts do not depend on widths: 4 layers, K = 8, 9 chunks of the loss a segment, as rows of 8,192 have on CUDA.
     There they are fewer, as rms_norm is one kernel, and what the host does for the plan is none.
     """

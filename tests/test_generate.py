@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from peagle_train.core.passes import Passes, TargetOutputs, visibility_of
 from peagle_train.decoding.generate import CachedTarget, Drafter, decode, greedy_tokens, sampler
@@ -32,22 +32,20 @@ def trained_logits(draft: Any, row: dict[str, Any], target: TargetOutputs, K: in
 
 
 # what happens after a prompt of 5: how many of the K drafted tokens are accepted, pass by pass
-HISTORIES = {"none": [0] * 12, "all": [5] * 5, "some": [2, 4, 1, 3, 2, 4], "mixed": [0, 5, 3, 0, 0, 5, 1, 5]}
+HISTORIES = ([0] * 12, [5] * 5, [0, 5, 3, 0, 0, 5, 1, 5])
 
 
-@pytest.mark.parametrize("history", HISTORIES)
 @pytest.mark.parametrize(
     "changes, dtype, tolerance",
     [
         ({}, torch.float32, 1e-5),
-        ({"num_hidden_layers": 1}, torch.float64, 1e-12),
-        ({"norm_before_residual": True}, torch.float64, 1e-12),
+        ({"norm_before_residual": True, "num_hidden_layers": 1}, torch.float64, 1e-12),
         ({"sliding_window": 5}, torch.float64, 1e-12),
         ({"sliding_window": 8, "num_hidden_layers": 3}, torch.float64, 1e-12),
     ],
     ids=str,
 )
-def test_every_slot_after_any_acceptance_is_the_training_row(history, changes, dtype, tolerance):
+def test_every_slot_after_any_acceptance_is_the_training_row(changes, dtype, tolerance):
     K, L, prompt = 5, 37, 5
     # serving continues where the drafter's own max_position_embeddings (and the training length) end
     draft = make_draft(dtype, max_position_embeddings=16, **changes)
@@ -55,31 +53,26 @@ def test_every_slot_after_any_acceptance_is_the_training_row(history, changes, d
     ids = row["input_ids"]
     target = make_target(make_batch([row], L, 1, K), dtype)
     trained = trained_logits(draft, row, target, K)
-    drafter = Drafter(draft, K)
-    known, compared = prompt, set()
-    given = 0
-    for accepted in HISTORIES[history]:
-        # tokens x_0 .. x_known, the last of them the bonus token, whose features the target does not have yet
-        slots = drafter.propose(ids[given + 1 : known + 1], target.features[0, given:known])
-        anchor = known - 1
-        for depth in range(K):
-            if (anchor, depth) in trained:
-                found, expected = slots[depth], trained[anchor, depth]
-                assert float((found - expected).abs().max() / expected.abs().max()) <= tolerance, (anchor, depth)
-                compared.add((anchor, depth))
-        given, known = known, known + accepted + 1
-        if known >= L:
-            break
-    assert known > 16 and {depth for _, depth in compared} == set(range(K))
-
-
-def test_one_slot_needs_no_mask_token_and_a_prompt_of_one_token_no_context():
-    draft = make_draft()
-    row = make_rows(9, padding=0)[0]
-    target = make_target(make_batch([row], 9, 1, 3))
-    trained = trained_logits(draft, row, target, 3)
-    slots = Drafter(draft, 1).propose(row["input_ids"][1:2], target.features[0, :1])
-    assert slots.shape[0] == 1 and torch.allclose(slots[0], trained[0, 0], rtol=0, atol=1e-12)
+    for history in HISTORIES:
+        drafter = Drafter(draft, K)
+        given, known, compared = 0, prompt, set()
+        for accepted in history:
+            # tokens x_0 .. x_known, the last of them the bonus token, whose features the target does not have yet
+            slots = drafter.propose(ids[given + 1 : known + 1], target.features[0, given:known])
+            anchor = known - 1
+            for depth in range(K):
+                if (anchor, depth) in trained:
+                    found, expected = slots[depth], trained[anchor, depth]
+                    assert float((found - expected).abs().max() / expected.abs().max()) <= tolerance, (anchor, depth)
+                    compared.add((anchor, depth))
+            given, known = known, known + accepted + 1
+            if known >= L:
+                break
+        assert known > 16 and {depth for _, depth in compared} == set(range(K))
+    # One slot needs no mask token, and a prompt of one token has no context.
+    slots = Drafter(draft, 1).propose(ids[1:2], target.features[0, :1])
+    assert slots.shape[0] == 1
+    assert float((slots[0] - trained[0, 0]).abs().max() / trained[0, 0].abs().max()) <= tolerance
 
 
 # a tiny target
@@ -127,7 +120,7 @@ def by_hand(target: FrozenTarget, prompt: Sequence[int], n: int, temperature: fl
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("n, K", [(1, 4), (6, 4), (31, 4), (7, 1)])
+@pytest.mark.parametrize("n, K", [(1, 4), (23, 4), (7, 1)])
 def test_the_text_is_the_targets_own_whatever_the_drafter(llama, n, K, temperature):
     """Drawn or not: token for token what the target says alone, its draws coming from the same seed."""
     own = by_hand(llama, PROMPT, n + K + 1, temperature)  # a last pass may draw further than n
@@ -211,7 +204,7 @@ def test_an_end_token_inside_a_draft_ends_the_text_there(llama, eos_at):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_a_perfect_drafter_is_accepted_every_time_and_a_hopeless_one_never(llama, temperature):
-    K, n = 4, 26
+    K, n = 4, 16
     own = by_hand(llama, PROMPT, n + K, temperature)
     text = [*PROMPT, *own]
     for drafted, passes in (
@@ -220,11 +213,3 @@ def test_a_perfect_drafter_is_accepted_every_time_and_a_hopeless_one_never(llama
     ):
         out = decode(CachedTarget(llama), Patched(drafted, K), PROMPT, n, sampler(temperature, seeded(0)))
         assert out.passes == passes and out.tokens == own[:n]
-
-
-def test_generate_of_transformers_agrees(llama, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(make_llama(tmp_path / "again"), dtype=torch.float64)
-    ids = torch.tensor([PROMPT])
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=17, pad_token_id=0)
-    own = greedy_tokens(llama, PROMPT, 17, FrozenTarget(model).eos_token_ids())
-    assert out[0, len(PROMPT) :].tolist() == own

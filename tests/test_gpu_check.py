@@ -5,13 +5,12 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from peagle_train.core.collator import CODCollator
-from tests.helpers import ENVIRONMENT, ROOT
+from tests.helpers import ROOT
 from tools import gpu_check
 from tools.gpu_check import STAGES, run_stages
 from tools.gpu_parts import DRAFTER_8B, Check, make_batch, make_recipe, model_flops, shape_of
@@ -20,9 +19,10 @@ MISSING_THERE = ("datasets", "pydantic")
 """Packages that a borrowed GPU machine lacks."""
 
 
-@pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    """In it, Python cannot import them."""
+@pytest.mark.slow
+def test_without_the_packages_that_a_gpu_machine_lacks_tests_run_after_a_stage_that_takes_too_long(
+    tmp_path, monkeypatch, capsys
+):
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
         "class Missing:\n"
@@ -31,60 +31,44 @@ def environment(tmp_path: Path) -> dict[str, str]:
         "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, Missing())\n"
     )
-    return {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-
-
-def python(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
-
-
-@pytest.mark.slow
-def test_gpu_tests_and_stages_run_without_the_packages_that_a_gpu_machine_lacks(
-    environment: dict[str, str], tmp_path: Path
-) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
     for name in MISSING_THERE:
-        assert "ModuleNotFoundError" in python(environment, "-c", f"import {name}").stderr
-    marked = [str(p) for p in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in p.read_text(encoding="utf-8")]
-    found = python(environment, "-m", "pytest", "-m", "gpu", "--collect-only", "-p", "no:cacheprovider", *marked)
-    assert found.returncode == 0, found.stdout[-3000:]
-    assert found.stdout.count("tests/test_gpu.py::") >= 10
-    output = tmp_path / "gpu.json"
-    result = python(environment, "tools/gpu_check.py", "--dry", "--stages", "6", "--output", str(output))
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.split(":")[0].split() == ["6", "flex"]
-    (stage,) = json.loads(output.read_text())
-    assert stage["status"] == "ok" and stage["rows"] and stage["versions"] and stage["machine"] and stage["date"]
+        found = subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, text=True)
+        assert "ModuleNotFoundError" in found.stderr
+    assert not run_stages({8: 0.5, 2: 300}, Check(dry=True, gpus=2), tmp_path / "gpu.json")
+    late, tests = json.loads((tmp_path / "gpu.json").read_text())
+    assert late["status"] == "failed" and late["error"] == "took more than 0.5 s" and late["rows"] == []
+    assert tests["status"] == "ok" and tests["rows"][0]["failed"] == [], tests
+    skipped = re.search(r"(\d+) skipped", tests["rows"][0]["pytest"])  # there is no GPU
+    assert torch.cuda.is_available() or (skipped is not None and int(skipped[1]) >= 10)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["8", "2"]
 
 
-def test_a_long_sequence_takes_the_operations_that_the_design_counts() -> None:
+def test_flex_alone_is_measured_and_versions_are_noted(tmp_path):
+    check = Check(dry=True, rows=str(tmp_path / "rows"))
+    for stage in (1, 6):
+        STAGES[stage][0](check)
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert rows[0]["torch"] == torch.__version__ and rows[2]["matmul"] == 64
+    assert [row["options"] for row in rows[3:]] == ["the project's"] * 2 and "error" not in rows[-1]
+
+
+def test_a_long_sequence_takes_the_operations_that_the_design_counts():
     check = Check(dry=True)
     batch = make_batch(check, DRAFTER_8B, make_recipe(check, DRAFTER_8B, 8192, 4))
     assert int((batch["depth"] >= 0).sum()) == 34_071
     assert model_flops(DRAFTER_8B, batch) == pytest.approx(219e12, rel=0.0025)
 
 
-def test_operations_of_three_tokens_are_those_counted_by_hand() -> None:
+def test_operations_of_three_tokens_are_those_counted_by_hand():
     """(0, 0), (1, 0) and (0, 1), which see 1, 2 and 2 elements; matrices of 24 + 4 + 18 weights, fc of 12, heads of 10."""
-    batch = CODCollator(3, num_depths=2, down_sample_ratio=1.0, num_segments=2)(
-        [{"input_ids": [1, 2, 3], "loss_mask": [1, 1, 1]}]
-    )
+    row = {"input_ids": [1, 2, 3], "loss_mask": [1, 1, 1]}
+    batch = CODCollator(3, num_depths=2, down_sample_ratio=1.0, num_segments=2)([row])
     shape = shape_of(hidden=2, inner=3, layers=1, heads=1, kv=1, head_dim=2, vocab=9, draft=5)
     assert model_flops(shape, batch) == 6 * 46 * 3 + 4 * 12 * 2 + 6 * 10 * 3 + 12 * 2 * 5
 
 
-@pytest.mark.slow
-def test_a_stage_that_takes_too_long_is_recorded_and_the_next_one_runs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert not run_stages({8: 0.5, 1: 300}, Check(dry=True, gpus=2), tmp_path / "gpu.json")
-    late, worked = json.loads((tmp_path / "gpu.json").read_text())
-    assert late["status"] == "failed" and late["error"] == "took more than 0.5 s" and late["rows"] == []
-    assert worked["status"] == "ok" and worked["rows"][-1]["matmul"] == 64
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["8", "1"]
-
-
-def test_the_table_at_the_top_is_that_of_the_stages_and_one_gpu_takes_less_than_nine_minutes() -> None:
+def test_the_table_at_the_top_is_that_of_the_stages_and_one_gpu_takes_less_than_nine_minutes():
     assert gpu_check.__doc__ is not None
     rows = re.findall(r"^\| +(\d+) (\w+) +\| +(\d+) s \|", gpu_check.__doc__, flags=re.MULTILINE)
     assert rows == [(str(n), function.__name__, str(seconds)) for n, (function, seconds) in STAGES.items()]
@@ -92,9 +76,7 @@ def test_the_table_at_the_top_is_that_of_the_stages_and_one_gpu_takes_less_than_
 
 
 @pytest.mark.parametrize("arguments", [["--dry", "--stages", "1,12"], ["--gpus", "99"], ["--stages", "9"]])
-def test_what_cannot_be_run_is_refused_with_what_can(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_run_is_refused_with_what_can(arguments, monkeypatch, capsys):
     if arguments == ["--stages", "9"]:  # of a single GPU
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", *arguments])

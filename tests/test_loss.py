@@ -44,9 +44,9 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 7, 23, 24, 1000])
+@pytest.mark.parametrize("chunk_rows", [1, 7, 23, 1000])
 @pytest.mark.parametrize("kind", LOSSES)
-def test_loss_gradients_and_hits_are_those_of_one_row_at_a_time(kind: str, chunk_rows: int) -> None:
+def test_loss_gradients_and_hits_are_those_of_one_row_at_a_time_with_or_without_grad(kind, chunk_rows):
     inputs = make_inputs()
     expected, expected_hits = naive(inputs, kind)
     expected_grads = torch.autograd.grad(expected * 0.3, inputs[:2])
@@ -56,146 +56,91 @@ def test_loss_gradients_and_hits_are_those_of_one_row_at_a_time(kind: str, chunk
     for found, other in zip(torch.autograd.grad(loss * 0.3, inputs[:2]), expected_grads):
         assert found.dtype == torch.float64 and error(found, other) <= 1e-12
     assert hits.dtype == torch.bool and hits.tolist() == expected_hits and 0 < sum(expected_hits) < M
+    with torch.no_grad():
+        alone, hits = chunked_linear_loss(*inputs, kind, chunk_rows)
+    assert torch.equal(alone, loss.detach()) and hits.tolist() == expected_hits and not alone.requires_grad
 
 
-def test_the_losses_are_those_that_are_named_and_kl_is_the_default() -> None:
+def test_the_losses_are_those_that_are_named_and_kl_is_the_default():
     inputs = make_inputs()
     assert torch.equal(chunked_linear_loss(*inputs)[0], chunked_linear_loss(*inputs, "kl")[0])
     with pytest.raises(ValueError, match="loss is 'mse'; it must be one of kl, soft_ce, hard_ce, tv, lk"):
         chunked_linear_loss(*inputs, "mse")
 
 
-def test_kl_is_soft_cross_entropy_less_the_targets_entropy_and_zero_for_an_equal_drafter() -> None:
+def test_kl_is_zero_for_an_equal_drafter_tv_is_half_the_distance_and_lk_lies_between():
     inputs = make_inputs()
-    log_p = (inputs.target_hidden @ inputs.target_head.T).log_softmax(-1)
-    entropy = -(log_p.exp() * log_p).sum()
-    kl, ce = (chunked_linear_loss(*inputs, kind)[0].item() for kind in ("kl", "soft_ce"))
-    assert abs(ce - entropy.item() - kl) <= 1e-12 * ce
     equal = inputs._replace(
         hidden=inputs.target_hidden.clone().requires_grad_(), head=inputs.target_head.clone().requires_grad_()
     )
     loss, hits = chunked_linear_loss(*equal)
     assert abs(loss.item()) <= 1e-13 and hits.all()
     assert all(float(d.abs().max()) <= 1e-14 for d in torch.autograd.grad(loss, equal[:2]))
-
-
-@pytest.mark.parametrize("kind", ["kl", "soft_ce", "hard_ce", "tv"])  # differences see that lk's share moves, too
-def test_finite_differences_agree(kind: str) -> None:
-    inputs = make_inputs(rows=5, vocab=4, size=3, target=2)
-
-    def loss(hidden: Tensor, head: Tensor) -> Tensor:
-        return chunked_linear_loss(hidden, head, *inputs[2:], kind, chunk_rows=2)[0] * 0.7
-
-    assert torch.autograd.gradcheck(loss, inputs[:2])
+    inputs = make_inputs(rows=1)
+    q, p = ((x @ head.T).softmax(-1) for x, head in ((inputs[0], inputs[1]), (inputs[2], inputs[3])))
+    kl, tv, lk = (chunked_linear_loss(*inputs, kind)[0].item() for kind in ("kl", "tv", "lk"))
+    assert abs(tv - (p - q).abs().sum().item() / 2) <= 1e-12 and tv < lk < kl
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-def test_no_rows_give_a_loss_of_zero_and_zero_gradients(kind: str) -> None:
+def test_no_rows_give_a_loss_of_zero_and_zero_gradients_and_extreme_logits_stay_finite(kind):
     inputs = make_inputs(rows=0)
     loss, hits = chunked_linear_loss(*inputs, kind, chunk_rows=3)
     d_hidden, d_head = torch.autograd.grad(loss, inputs[:2])
     assert loss.item() == 0 and hits.shape == (0,) and hits.dtype == torch.bool
     assert d_hidden.shape == (0, H) and torch.equal(d_head, torch.zeros(V, H, dtype=torch.float64))
+    large = Inputs(*(t.detach() * 100 for t in make_inputs(dtype=torch.float32)))
+    large.hidden.requires_grad_(), large.head.requires_grad_()
+    loss, _ = chunked_linear_loss(*large, kind)
+    assert all(bool(t.isfinite().all()) for t in (loss, *torch.autograd.grad(loss, large[:2])))
 
 
-def test_a_frozen_head_gets_no_gradient_and_changes_no_other() -> None:
+def test_a_frozen_head_and_the_target_get_no_gradient_and_change_no_other():
     inputs = make_inputs()
     (expected,) = torch.autograd.grad(chunked_linear_loss(*inputs)[0], [inputs.hidden])
-    frozen = inputs.head.detach()
-    loss, _ = chunked_linear_loss(inputs.hidden, frozen, *inputs[2:], chunk_rows=4)
+    frozen, *target = inputs.head.detach(), *(t.clone().requires_grad_() for t in inputs[2:])
+    loss, _ = chunked_linear_loss(inputs.hidden, frozen, *target, chunk_rows=4)
     assert loss.grad_fn.saved_tensors[1] is None  # not computed and thrown away
     loss.backward()
-    assert frozen.grad is None and error(inputs.hidden.grad, expected) <= 1e-15
+    assert [t.grad for t in (frozen, *target)] == [None] * 3 and error(inputs.hidden.grad, expected) <= 1e-15
     inputs.hidden.grad = None
     loss, _ = chunked_linear_loss(inputs.hidden.detach(), inputs.head, *inputs[2:])
     loss.backward()
     assert inputs.hidden.grad is None and inputs.head.grad is not None
 
 
-def test_the_target_gets_no_gradient() -> None:
-    inputs = make_inputs()
-    target = [t.clone().requires_grad_() for t in inputs[2:]]
-    chunked_linear_loss(*inputs[:2], *target)[0].backward()
-    assert [t.grad for t in target] == [None, None]
-
-
-def test_without_grad_the_loss_and_the_hits_are_the_same() -> None:
-    inputs = make_inputs()
-    expected, expected_hits = chunked_linear_loss(*inputs, chunk_rows=5)
-    with torch.no_grad():
-        loss, hits = chunked_linear_loss(*inputs, chunk_rows=5)
-    assert torch.equal(loss, expected.detach()) and torch.equal(hits, expected_hits) and not loss.requires_grad
-
-
-def test_extreme_logits_stay_finite() -> None:
-    inputs = make_inputs(dtype=torch.float32)
-    large = Inputs(*(t.detach() * 100 for t in inputs))
-    large.hidden.requires_grad_(), large.head.requires_grad_()
-    for kind in LOSSES:
-        loss, _ = chunked_linear_loss(*large, kind)
-        assert all(bool(t.isfinite().all()) for t in (loss, *torch.autograd.grad(loss, large[:2])))
-
-
 @pytest.mark.parametrize("kind", LOSSES)
-def test_rows_that_are_not_counted_have_no_loss_no_gradient_and_no_hit(kind: str) -> None:
-    inputs = make_inputs(rows=200)
-    counted = torch.arange(200) % 3 != 1
+def test_rows_that_are_not_counted_have_no_loss_no_gradient_and_no_hit_and_others_by_their_weight(kind):
+    inputs = make_inputs(rows=100)
+    counted = torch.arange(100) % 3 != 1
+    weight = torch.rand(100, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     assert chunked_linear_loss(*inputs, kind)[1][~counted].any()
-    some = Inputs(
-        inputs.hidden.detach()[counted].requires_grad_(),
-        inputs.head.detach().clone().requires_grad_(),
-        inputs.target_hidden[counted],
-        inputs.target_head,
-    )
-    expected, expected_hits = naive(some, kind)
-    d_some, d_head = torch.autograd.grad(expected, some[:2])
-    d_hidden = torch.zeros(200, H, dtype=torch.float64)
-    d_hidden[counted] = d_some
-    loss, hits = chunked_linear_loss(*inputs, kind, chunk_rows=4, counted=counted)
-    found = torch.autograd.grad(loss, inputs[:2])
+    rows = [oracles.row_loss(inputs.head @ h, inputs.target_head @ t, kind) for h, t in zip(inputs[0], inputs[2])]
+    expected = torch.stack([loss for loss, _ in rows]) @ (weight * counted)
+    loss, hits = chunked_linear_loss(*inputs, kind, chunk_rows=4, counted=counted, weight=weight)
     assert error(loss.detach(), expected.detach()) <= 1e-12
-    assert error(found[0], d_hidden) <= 1e-12 and error(found[1], d_head) <= 1e-12
-    assert hits[counted].tolist() == expected_hits and not hits[~counted].any()
+    grads = [torch.autograd.grad(one, inputs[:2]) for one in (loss, expected)]
+    assert all(error(*pair) <= 1e-12 for pair in zip(*grads))
+    assert hits.tolist() == [hit and bool(counts) for (_, hit), counts in zip(rows, counted)]
     nothing, _ = chunked_linear_loss(*inputs, kind, counted=torch.zeros_like(counted))
     assert nothing.item() == 0 and all((d == 0).all() for d in torch.autograd.grad(nothing, inputs[:2]))
 
 
-@pytest.mark.parametrize("kind", LOSSES)
-def test_weights_multiply_each_rows_loss_and_its_gradients(kind: str) -> None:
-    inputs = make_inputs()
-    weight = torch.rand(M, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    rows = [oracles.row_loss(inputs.head @ h, inputs.target_head @ t, kind)[0] for h, t in zip(inputs[0], inputs[2])]
-    expected = torch.stack(rows) @ weight
-    loss, hits = chunked_linear_loss(*inputs, kind, chunk_rows=4, weight=weight)
-    assert error(loss.detach(), expected.detach()) <= 1e-12 and torch.equal(hits, chunked_linear_loss(*inputs, kind)[1])
-    grads = [torch.autograd.grad(one, inputs[:2]) for one in (loss, expected)]
-    assert all(error(*pair) <= 1e-12 for pair in zip(*grads))
-
-
-def test_tv_is_half_the_distance_of_the_distributions_and_lk_lies_between_tv_and_kl() -> None:
-    inputs = make_inputs(rows=1)
-    q, p = ((x @ head.T).softmax(-1) for x, head in ((inputs[0], inputs[1]), (inputs[2], inputs[3])))
-    kl, tv, lk = (chunked_linear_loss(*inputs, kind)[0].item() for kind in ("kl", "tv", "lk"))
-    assert abs(tv - (p - q).abs().sum().item() / 2) <= 1e-12
-    assert tv < lk < kl
-
-
-@pytest.mark.parametrize("kind", ["tv", "lk"])
-def test_tv_and_lk_need_no_more_memory_than_kl(kind: str) -> None:
+def test_every_loss_needs_the_memory_of_kl_and_a_shorter_last_chunk_no_more():
     peaks = []
-    for one in ("kl", kind):
-        inputs = make_inputs(32, vocab=4096)
+    for kind, rows in [("kl", 32), *((kind, 31) for kind in LOSSES)]:
+        inputs = make_inputs(rows, vocab=4096)
         with LiveBytes() as live:
-            chunked_linear_loss(*inputs, one, chunk_rows=16)
+            chunked_linear_loss(*inputs, kind, chunk_rows=16)
         peaks.append(live.peak)
-    assert peaks[1] <= peaks[0] + 2**14
+    assert 2 * 16 * 4096 * 8 < min(peaks) and max(peaks) <= peaks[0] + 2**14
 
 
 LARGE = {"rows": 600, "vocab": 400, "size": 64, "target": 48}
 
 
 @pytest.mark.parametrize("kind", ["kl", "soft_ce"])  # the others jump where rounding crosses a border
-def test_in_bfloat16_it_is_more_accurate_than_the_naive_loss(kind: str) -> None:
+def test_in_bfloat16_it_is_more_accurate_than_the_naive_loss(kind):
     # Small logits, where softmaxes in bfloat16 are worst, and 300 chunks, whose sum would be lost in it.
     low = Inputs(*((t.detach() * 0.1).requires_grad_() for t in make_inputs(**LARGE, dtype=torch.bfloat16)))
     high = Inputs(*(t.detach().double().requires_grad_() for t in low))
@@ -213,7 +158,7 @@ def test_in_bfloat16_it_is_more_accurate_than_the_naive_loss(kind: str) -> None:
         assert error(one, reference) < min(3e-3, error(other, reference) / 10)
 
 
-def test_in_bfloat16_the_scale_of_the_loss_is_not_rounded() -> None:
+def test_in_bfloat16_the_scale_of_the_loss_is_not_rounded():
     """A third is no bfloat16 number: rounded, it would shift every gradient but the head's, and by 0.2 %."""
     inputs = make_inputs(**LARGE, dtype=torch.bfloat16)
     whole = torch.autograd.grad(chunked_linear_loss(*inputs)[0], inputs[:2])
@@ -224,7 +169,7 @@ def test_in_bfloat16_the_scale_of_the_loss_is_not_rounded() -> None:
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-def test_autocast_computes_in_bfloat16_and_returns_the_parameters_dtypes(kind: str) -> None:
+def test_autocast_computes_in_bfloat16_and_returns_the_parameters_dtypes(kind):
     inputs = make_inputs(**LARGE, dtype=torch.float32)
     low = Inputs(*(t.detach().bfloat16() for t in inputs))
     low.hidden.requires_grad_(), low.head.requires_grad_()
@@ -232,6 +177,7 @@ def test_autocast_computes_in_bfloat16_and_returns_the_parameters_dtypes(kind: s
     expected_grads = torch.autograd.grad(expected, low[:2])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss, hits = chunked_linear_loss(*inputs, kind)
+        assert (inputs.hidden @ inputs.head.T).dtype == torch.bfloat16  # its own state is as it was
     grads = torch.autograd.grad(loss, inputs[:2])
     assert loss.dtype == torch.float32 and torch.equal(loss.detach(), expected.detach())
     assert torch.equal(hits, expected_hits)
@@ -239,28 +185,9 @@ def test_autocast_computes_in_bfloat16_and_returns_the_parameters_dtypes(kind: s
         assert found.dtype == torch.float32 and torch.equal(found, other.float())
 
 
-def test_autocast_leaves_its_own_state_as_it_was() -> None:
-    inputs = make_inputs(dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        chunked_linear_loss(*inputs)
-        assert torch.is_autocast_enabled("cpu")
-        assert (inputs.hidden @ inputs.head.T).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("kind", LOSSES)
-def test_a_shorter_last_chunk_needs_no_more_memory(kind: str) -> None:
-    peaks = []
-    for rows in (32, 31):
-        inputs = make_inputs(rows, vocab=4096)
-        with LiveBytes() as live:
-            chunked_linear_loss(*inputs, kind, chunk_rows=16)
-        peaks.append(live.peak)
-    assert 2 * 16 * 4096 * 8 < peaks[1] <= peaks[0]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", LOSSES)
-def test_compiled_by_inductor_several_chunks_give_what_eager_ones_give(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["hard_ce", "lk"])  # the others are parts of lk
+def test_compiled_by_inductor_several_chunks_give_what_eager_ones_give(kind):
     found = []
     for function in (chunked_linear_loss, torch.compile(chunked_linear_loss, fullgraph=True, dynamic=False)):
         inputs = make_inputs()

@@ -17,46 +17,30 @@ from tests import oracles
 from tests.helpers import GOLDEN_DRAWS, RANDOM_DRAWS, golden_arguments, pairs, seeded, sha256
 
 
-def test_segments_of_random_draws_are_the_references_more_segments_than_columns_too() -> None:
+def test_the_references_segments_are_reproduced_bit_for_bit_more_segments_than_columns_too():
     assert any(case["num_segments"] > case["seq_length"] for case in RANDOM_DRAWS)
-    for case in RANDOM_DRAWS:
+    for case in GOLDEN_DRAWS + RANDOM_DRAWS:
         anchor, depth = generate_cod_sample_indices(*golden_arguments(case), generator=seeded(case["seed"]))
         segment = assign_cod_segments(anchor, depth, case["seq_length"], case["num_segments"])
-        assert sha256(segment) == case["segment_sha256"], case
+        assert segment.dtype == torch.int64 and sha256(segment) == case["segment_sha256"], case
 
 
-@pytest.mark.parametrize("case", GOLDEN_DRAWS, ids=lambda case: f"seed{case['seed']}")
-def test_the_references_segments_are_reproduced_bit_for_bit(case: dict) -> None:
-    anchor, depth = generate_cod_sample_indices(*golden_arguments(case), generator=seeded(case["seed"]))
-    segment = assign_cod_segments(anchor, depth, case["seq_length"], case["num_segments"])
-    assert segment.dtype == torch.int64 and sha256(segment) == case["segment_sha256"]
-    if "segment" in case:
-        assert segment.tolist() == case["segment"]
-
-
-draws = st.fixed_dictionaries(
-    {
-        "mask": st.lists(st.integers(0, 1), min_size=2, max_size=60) | st.integers(2, 60).map(lambda n: [1] * n),
-        "K": st.integers(1, 8),
-        "r": st.sampled_from([0.3, 0.5, 0.7, 0.8, 1.0]),
-        "r_min": st.sampled_from([0.0, 0.2, 1.0]),
-        "seed": st.integers(0, 2**31),
-        "share": st.floats(0, 1),
-        "most": st.none() | st.integers(1, 40),
-    }
+@given(
+    mask=st.lists(st.integers(0, 1), min_size=2, max_size=60) | st.integers(2, 60).map(lambda n: [1] * n),
+    K=st.integers(1, 8),
+    r=st.sampled_from([0.3, 0.5, 0.7, 0.8, 1.0]),
+    r_min=st.sampled_from([0.0, 0.2, 1.0]),
+    seed=st.integers(0, 2**31),
+    share=st.floats(0, 1),
+    most=st.none() | st.integers(1, 40),
 )
-
-
-@given(draw=draws)
-@settings(max_examples=200, deadline=None)
-def test_any_draw_fits_into_the_static_capacity_however_it_is_cut(draw: dict) -> None:
-    mask, K, r, r_min = draw["mask"], draw["K"], draw["r"], draw["r_min"]
+@settings(max_examples=120, deadline=None)
+def test_any_draw_in_any_order_fits_into_the_static_capacity_however_it_is_cut(mask, K, r, r_min, seed, share, most):
     L = len(mask)
-    S = 1 + round(draw["share"] * (L - 1))
-    most, generator = draw["most"], seeded(draw["seed"])
-    anchor, depth = generate_cod_sample_indices(
-        L, torch.tensor(mask), K, r, r_min, generator=generator, max_anchors=most
-    )
+    S, generator = 1 + round(share * (L - 1)), seeded(seed)
+    drawn = generate_cod_sample_indices(L, torch.tensor(mask), K, r, r_min, generator=generator, max_anchors=most)
+    order = torch.randperm(drawn[0].numel(), generator=generator)
+    anchor, depth = (t[order] for t in drawn)
     assert anchor.numel() <= max_elements(L, K, r, r_min, most) <= oracles.most_elements(L, K, r, r_min)
 
     uniform = assign_cod_segments(anchor, depth, L, S)
@@ -68,27 +52,13 @@ def test_any_draw_fits_into_the_static_capacity_however_it_is_cut(draw: dict) ->
     C = segment_capacity(L, K, r, r_min, S, "balanced", most)
     bounds = balanced_boundaries(anchor, depth, L, S, C)
     balanced = segments_of(anchor, depth, bounds)
-    counts = torch.bincount(balanced, minlength=S).tolist()
     assert bounds.tolist() == oracles.cut_greedily(pairs(anchor, depth), L, S, C)
+    assert bounds.shape == (S + 1,) and bounds[0] == 0 and bounds[-1] == L
     assert balanced.tolist() == [oracles.segment_of(e, bounds.tolist()) for e in pairs(anchor, depth)]
-    assert bounds.shape == (S + 1,) and bounds[0] == 0 and bounds[-1] == L and len(counts) == S
-    assert max(counts) <= C
-    for s in range(S):
-        closed_by_its_fullness = bounds[s + 1] < L
-        assert not closed_by_its_fullness or counts[s] > C - K
-        assert bounds[s] < bounds[s + 1] or bounds[s] == L
+    assert int(torch.bincount(balanced, minlength=S).max()) <= C
 
 
-def test_elements_may_come_in_any_order() -> None:
-    anchor, depth = generate_cod_sample_indices(50, torch.ones(50), generator=seeded(0))
-    order = torch.randperm(anchor.numel(), generator=seeded(1))
-    C = segment_capacity(50, 8, 0.7, 0.2, 4)
-    bounds = balanced_boundaries(anchor, depth, 50, 4, C)
-    shuffled = balanced_boundaries(anchor[order], depth[order], 50, 4, C)
-    assert torch.equal(bounds, shuffled)
-
-
-def test_the_capacities_of_a_row_are_the_formulas() -> None:
+def test_the_capacities_of_a_row_are_the_formulas():
     # L = 16, K = 4, r = 0.7, floor 0.2: at most 16, int(15 * 0.7), int(14 * 0.49), int(13 * 0.343) elements.
     assert max_elements(16, 4, 0.7, 0.2) == 16 + 10 + 6 + 4
     assert segment_capacity(16, 4, 0.7, 0.2, 1) == segment_capacity(16, 4, 0.7, 0.2, 1, "uniform") == 36
@@ -99,50 +69,26 @@ def test_the_capacities_of_a_row_are_the_formulas() -> None:
     assert max_elements(16, 4, 0.7, 0.2, 8) == 16 + 4 + 2 + 1  # eight anchors: int(7 * 0.7), int(6 * 0.49), ...
     assert max_elements(16, 4, 0.7, 0.2, 99) == max_elements(16, 4, 0.7, 0.2)
     assert segment_capacity(16, 1, 0.7, 0.2, 4) == segment_capacity(16, 1, 0.7, 0.2, 4, "uniform") == 4
-
-
-def test_the_capacity_of_a_balanced_cut_is_the_least_that_the_formula_allows() -> None:
-    for L, K, S in [(16, 4, 3), (37, 8, 5), (64, 2, 64), (101, 8, 7)]:
+    for L, K, S in [(37, 8, 5), (64, 2, 64), (101, 8, 7)]:  # the least that the formula allows
         C, T = segment_capacity(L, K, 0.8, 0.0, S), oracles.most_elements(L, K, 0.8, 0.0)
         assert S * (C - (K - 1)) >= T > S * (C - 1 - (K - 1))
 
 
-def test_a_prompt_costs_a_balanced_cut_nothing_but_its_depth_0_elements() -> None:
-    """DESIGN 4: uniform segments over a half-prompt row leave the second half as full as the flat pass."""
-    L, K, S = 64, 8, 2
-    mask = torch.tensor([0] * 32 + [1] * 32)
-    anchor, depth = generate_cod_sample_indices(L, mask, K, 0.8, 0.0, generator=seeded(0))
-    uniform = torch.bincount(assign_cod_segments(anchor, depth, L, S))
-    assert uniform[0] == 32  # depth 0 alone: the rollouts of anchor 31 start at column 32
-    C = -(-anchor.numel() // S) + K - 1  # a capacity for just these elements
-    balanced = torch.bincount(segments_of(anchor, depth, balanced_boundaries(anchor, depth, L, S, C)))
-    assert int(balanced.max()) <= C < int(uniform.max())
-
-
-def test_empty_rows_are_cut_too() -> None:
+def test_empty_rows_are_cut_too():
     nothing = torch.zeros(0, dtype=torch.int64)
     assert balanced_boundaries(nothing, nothing, 8, 3, 9).tolist() == [0, 8, 8, 8]
     assert segments_of(nothing, nothing, torch.tensor([0, 8, 8, 8])).shape == (0,)
     assert assign_cod_segments(nothing, nothing, 8, 3).shape == (0,)
 
 
-def test_a_capacity_that_is_too_small_is_noticed_not_dropped() -> None:
+def test_a_capacity_that_is_too_small_is_noticed_and_wrong_numbers_and_kinds_of_segments_are_named():
     anchor, depth = generate_cod_sample_indices(20, torch.ones(20), generator=seeded(0))
     with pytest.raises(AssertionError, match="do not hold"):
         balanced_boundaries(anchor, depth, 20, 2, 9)
-
-
-@pytest.mark.parametrize("S", [0, -1, 9])
-def test_a_number_of_segments_outside_the_row_is_named(S: int) -> None:
-    column = torch.arange(8)
-    message = f"num_segments is {S}; it must lie in 1..8"
-    if S < 1:
-        with pytest.raises(ValueError, match=f"num_segments is {S}; it must be at least 1"):
-            assign_cod_segments(column, column * 0, 8, S)
-    with pytest.raises(ValueError, match=message):
-        segment_capacity(8, 4, 0.7, 0.2, S)
-
-
-def test_boundaries_of_an_unknown_kind_are_named() -> None:
+    for S in (0, -1, 9):
+        with pytest.raises(ValueError, match=f"num_segments is {S}; it must lie in 1..8"):
+            segment_capacity(8, 4, 0.7, 0.2, S)
+    with pytest.raises(ValueError, match="num_segments is 0; it must be at least 1"):
+        assign_cod_segments(anchor, depth, 8, 0)
     with pytest.raises(ValueError, match="boundaries is 'equal'; it must be one of balanced, uniform"):
         segment_capacity(8, 4, 0.7, 0.2, 2, "equal")

@@ -65,39 +65,32 @@ def test_accepted_slots_are_those_of_drafts_made_one_by_one(llama, prompt):
         assert accepted == [*right, False].index(False)
 
 
-def test_passes_begin_before_max_tokens_and_count_whole():
+def test_passes_begin_before_max_tokens_and_are_counted_whole_by_side_and_slot():
     assert replay([3] * 12, 3, 10) == [(0, 3), (4, 3), (8, 3)]
     assert replay([3] * 12, 3, 9) == [(0, 3), (4, 3)]
     assert replay([3] * 12, 2, 3) == [(0, 2)]
     assert replay([3] * 12, 3, 1) == replay([], 3, 9) == []
-
-
-def test_passes_are_counted_by_side_and_slot_and_a_drafted_end_token_brings_none_of_the_targets():
-    assert count([(0, 2), (3, 0), (4, 3)], 3, [False, True, True, True, False, True, False]) == [
-        [2, 6, 2, 2, 1],
-        [1, 1, 0, 0, 0],
-    ]
+    # A drafted end token brings none of the target's.
+    sides = [False, True, True, True, False, True, False]
+    assert count([(0, 2), (3, 0), (4, 3)], 3, sides) == [[2, 6, 2, 2, 1], [1, 1, 0, 0, 0]]
     assert count([], 2, []) == [[0, 0, 0, 0], [0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("period", [1, 3, 40, 64])
-def test_a_loop_is_repetition_from_its_second_period_on(period):
+def test_a_loop_of_at_most_64_tokens_is_repetition_from_its_second_period_on(period):
     head, unit = list(range(1000, 1030)), list(range(period))
     needed = max(24, 2 * period)
     text = head + unit + (unit * needed)[:needed] + [7000]
     assert repeats([9], text) == [False] * (30 + period) + [True] * needed + [False]
     text = head + unit + (unit * needed)[: needed - 1] + [7000]
     assert not any(repeats([9], text))
-
-
-def test_a_longer_period_is_no_loop_and_a_prompt_can_hold_the_first():
-    unit = list(range(65))
-    assert not any(repeats([], unit * 5))
+    # A longer period is no loop, and a prompt can hold the first.
+    assert not any(repeats([], list(range(65)) * 5))
     assert all(repeats([5, 6], [5, 6] * 12)) and not any(repeats([5, 7], [5, 6] * 12)[:2])
     assert not any(repeats([5, 6] * 12, [5, 6] * 11)), "what the prompt repeats is not the output's"
 
 
-def test_intervals_are_seeded_hold_the_ratio_and_shrink_with_prompts():
+def test_intervals_are_seeded_hold_the_ratio_and_shrink_with_prompts_and_with_pairs():
     g = seeded(0)
     passes = torch.randint(20, 40, (50,), generator=g).tolist()
     tokens = [p * (1 + float(torch.rand((), generator=g))) for p in passes]
@@ -108,9 +101,7 @@ def test_intervals_are_seeded_hold_the_ratio_and_shrink_with_prompts():
     assert few[1] - few[0] > interval[1] - interval[0]
     assert ratio_interval(tokens[:1], passes[:1]) is None
     assert ratio_interval([*tokens, 0.0], [*passes, 0.0], seed=3) == interval
-
-
-def test_a_paired_interval_is_narrow_where_two_drafters_differ_by_the_same_everywhere():
+    # A paired one is narrow where two drafters differ by the same everywhere.
     passes = [20.0, 31.0, 25.0, 40.0]
     tokens = [22.0, 60.0, 30.0, 79.0]
     better = [t + 0.1 * p for t, p in zip(tokens, passes)]

@@ -1,7 +1,6 @@
 """The sampler: every sequence once an epoch, the same ones for any split of the work, and no cost or change on resume."""
 
 import random
-from typing import Any
 
 import pytest
 import torch
@@ -35,9 +34,7 @@ sizes = st.integers(1, 5)
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 23), sizes, sizes, sizes, st.integers(0, 7), st.integers(0, 9), st.data())
-def test_the_batches_are_those_of_a_slow_dealer(
-    num_rows: int, batch: int, accumulation: int, world: int, num_steps: int, seed: int, data: Any
-) -> None:
+def test_the_batches_are_those_of_a_slow_dealer(num_rows, batch, accumulation, world, num_steps, seed, data):
     rank = data.draw(st.integers(0, world - 1))
     start = data.draw(st.integers(0, num_steps))
     sampler = StepBatchSampler(num_rows, batch, accumulation, rank, world, seed, start, num_steps)
@@ -47,7 +44,7 @@ def test_the_batches_are_those_of_a_slow_dealer(
 
 
 @pytest.mark.parametrize("ranks, accumulation", [(1, 6), (3, 2), (6, 1)])
-def test_a_run_resumes_with_the_same_sequences_on_another_number_of_ranks(ranks: int, accumulation: int) -> None:
+def test_a_run_resumes_with_the_same_sequences_on_another_number_of_ranks(ranks, accumulation):
     alone = StepBatchSampler(29, batch_size=2, accumulation=6, seed=3, num_steps=8)
     others = [StepBatchSampler(29, 2, accumulation, rank, ranks, 3, start_step=5, num_steps=8) for rank in range(ranks)]
     together = [micro_batch for same in zip(*others, strict=True) for micro_batch in same]
@@ -57,7 +54,7 @@ def test_a_run_resumes_with_the_same_sequences_on_another_number_of_ranks(ranks:
         others[0].check_global_batch_size(24)
 
 
-def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else() -> None:
+def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else():
     torch.manual_seed(1)
     random.seed(1)
     orders = {(seed, epoch): epoch_order(50, seed, epoch).tolist() for seed in range(4) for epoch in range(4)}
@@ -72,7 +69,7 @@ def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else() -> None:
     assert epoch_order(8, 0, 0).tolist() == [3, 7, 4, 6, 5, 1, 0, 2], "the same in every release"
 
 
-def test_resuming_late_costs_one_permutation_and_a_finished_run_has_nothing_left() -> None:
+def test_resuming_late_costs_one_permutation_and_a_finished_run_has_nothing_left():
     late = StepBatchSampler(1000, batch_size=4, seed=3, start_step=10**9 + 7, num_steps=10**9 + 8)
     assert len(list(late)) == 1
     assert list(StepBatchSampler(5, start_step=3, num_steps=3)) == []

@@ -1,10 +1,12 @@
-"""The flat pass against loops over elements, and Algorithm 1's segments against the flat pass."""
+"""Both steps against loops over elements and against the flat pass, and the plan of their passes."""
 
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from peagle_train.core.passes import TargetOutputs
@@ -13,16 +15,13 @@ from peagle_train.core.recompute import recompute_step
 from peagle_train.core.relay import context_chunks, relay_step
 from tests import oracles
 from tests.helpers import (
-    GRID,
     MASK_TOKEN,
     VOCAB,
     K,
     L,
     Outcome,
     assert_same,
-    build,
     calls_of,
-    case_name,
     distance,
     elements_of,
     make_batch,
@@ -33,98 +32,142 @@ from tests.helpers import (
     relative_error,
 )
 
+STEPS = [recompute_step, relay_step]
 
-def by_hand(draft: Any, rows: list[dict], batch: dict[str, Tensor], target: Any, kind: str, scale: float) -> Outcome:
-    """What a step must give, by the oracle drafter and the naive loss, row after row."""
+# Every pair of (layers, segments), the rest in turn: periods without a common divisor, so that values mix.
+GRID = [
+    {
+        "num_hidden_layers": layers,
+        "S": S,
+        "boundaries": ("balanced", "uniform")[i % 2],
+        "documents": (1, 3, 3)[i % 3],
+        "prompt": (0.0, 0.5, 0.0, 0.9, 0.5)[i % 5],
+        "batch_size": (1, 2, 2, 1, 2, 1, 2)[i % 7],
+        "num_key_value_heads": (2, 4)[i // 2 % 2],
+        "ratio": (0.8, 0.5, 1.0)[i // 3 % 3],
+        "padding": (2, 0, 11)[i // 2 % 3],
+        "sliding_window": (None, K, K + 1, 64, L)[i // 3 % 5],
+        "norm_before_residual": i % 11 == 3,
+        "num_aux_hidden_states": (3, 1, 5, 2)[i // 3 % 4],
+        "layer_type": ("llama", "qwen3")[i // 5 % 2],
+        "static": i // 2 % 2,
+        "pad_context": i // 4 % 2 == 0,
+        **({}, {"fc_norm": True}, {}, {"norm_before_fc": True})[i // 7 % 4],
+    }
+    for i, (layers, S) in enumerate([(n, S) for n in (1, 2, 4) for S in (2, 3, 4, 7, 8, 16, 1) for _ in range(2)])
+]
+
+
+@pytest.mark.parametrize("case", GRID, ids=lambda case: "-".join(map(str, case.values())))
+def test_relay_and_algorithm_1_give_what_the_flat_pass_gives_with_a_static_plan_too(case):
+    case = dict(case)
+    rows = make_rows(L, **{name: case.pop(name) for name in ("documents", "prompt", "batch_size", "padding")})
+    S, boundaries, ratio, static, pad_context = (
+        case.pop(name) for name in ("S", "boundaries", "ratio", "static", "pad_context")
+    )
+    flat = make_batch(rows, L, 1, K, down_sample_ratio=ratio)
+    batch = make_batch(rows, L, S, K, boundaries=boundaries, down_sample_ratio=ratio)
+    draft, target = make_draft(**case), make_target(batch, layers=case["num_aux_hidden_states"])
+    expected = outcome_of(recompute_step, draft, flat, target, scale=0.1)
+    assert sum(expected.totals) > 0
+    plan = plan_segments(batch, True, pad_context, case["sliding_window"], case["num_hidden_layers"])
+    assert all(segment.num_depth0 == min(segment.num_elements, L) for segment in plan.segments)
+    for step, made in ((relay_step, None), (recompute_step, None), (STEPS[static], plan)):
+        assert_same(outcome_of(step, draft, batch, target, scale=0.1, chunk_rows=7, plan=made), expected)
+
+
+@st.composite
+def packed_rows(draw: st.DrawFn) -> dict[str, Any]:
+    lengths = draw(st.lists(st.integers(1, 14), max_size=4).filter(lambda n: sum(n) <= 26))
+    n = sum(lengths)
+    mask = draw(st.lists(st.integers(0, 1), min_size=n, max_size=n) | st.just([1] * n) | st.just([0] * n))
+    ids = draw(st.lists(st.integers(0, MASK_TOKEN - 1), min_size=n, max_size=n))
+    documents = [i for i, length in enumerate(lengths) for _ in range(length)]
+    return {"input_ids": ids, "loss_mask": mask, "document_ids": documents}
+
+
+@given(
+    rows=st.lists(packed_rows(), min_size=1, max_size=3),
+    S=st.integers(1, 26),
+    depths=st.integers(1, 6),
+    ratio=st.sampled_from([0.5, 0.8, 1.0]),
+    boundaries=st.sampled_from(["balanced", "uniform"]),
+    layers=st.integers(1, 3),
+    wider=st.integers(0, 9) | st.none(),
+)
+@settings(max_examples=30, deadline=None)
+def test_any_rows_in_any_segments_give_what_the_flat_pass_gives(rows, S, depths, ratio, boundaries, layers, wider):
+    draft = make_draft(num_hidden_layers=layers, sliding_window=None if wider is None else depths + wider)
+    batch = make_batch(rows, 26, S, depths, boundaries=boundaries, down_sample_ratio=ratio)
+    flat, target = make_batch(rows, 26, 1, depths, down_sample_ratio=ratio), make_target(batch)
+    expected = outcome_of(recompute_step, draft, flat, target, scale=0.1)
+    for step in STEPS:
+        assert_same(outcome_of(step, draft, batch, target, scale=0.1, chunk_rows=5), expected)
+
+
+def by_hand(
+    draft: Any, rows: list[dict], batch: dict[str, Tensor], target: Any, loss: str = "kl", depth_decay: float = 1.0
+) -> Outcome:
+    """What a step with a scale of 0.1 must give, by the oracle drafter and the naive loss, row after row."""
     weights = {n: p.detach().clone().requires_grad_() for n, p in draft.named_parameters()}
-    total, hits, totals = torch.zeros((), dtype=torch.float64), [0] * K, [0] * K
+    total, sums = torch.zeros((), dtype=torch.float64), [[0] * K, [0] * K]
     for b, row in enumerate(rows):
-        elements = elements_of(batch, b)
-        features, last_hidden = target.features[b], target.last_hidden[b]
-        loss, *counts = oracles.step(weights, draft.config, row, elements, features, last_hidden, target.head, kind)
-        total = total + loss
-        for sums, by_depth in zip((hits, totals), counts):
-            for d, count in enumerate(by_depth):
-                sums[d] += count
-    grads = torch.autograd.grad(total * scale, list(weights.values()))
-    return Outcome(total.detach(), hits, totals, dict(zip(weights, grads)), [])
+        given = elements_of(batch, b), target.features[b], target.last_hidden[b], target.head
+        of_row, *counts = oracles.step(weights, draft.config, row, *given, loss, depth_decay)
+        total = total + of_row
+        for own, by_depth in zip(sums, counts):
+            own[: len(by_depth)] = [a + b for a, b in zip(own, by_depth)]
+    grads = torch.autograd.grad(total * 0.1, list(weights.values()))
+    return Outcome(total.detach(), *sums, dict(zip(weights, grads)), [])
 
 
 @pytest.mark.parametrize(
-    ("rows", "shape", "kind"),
+    ("rows", "shape", "options"),
     [
-        ({}, {}, "kl"),
-        ({"documents": 3, "batch_size": 2}, {"num_key_value_heads": 4}, "kl"),
-        ({"documents": 3, "prompt": 0.5}, {"num_hidden_layers": 1}, "soft_ce"),
-        ({"prompt": 0.5, "batch_size": 2, "padding": 0}, {"norm_before_residual": True}, "hard_ce"),
-        ({"documents": 2, "padding": 9}, {"num_hidden_layers": 4, "num_key_value_heads": 1}, "kl"),
-        ({"prompt": 0.6}, {"sliding_window": K}, "kl"),
-        ({"documents": 3, "batch_size": 2}, {"num_hidden_layers": 1, "sliding_window": K + 1}, "kl"),
-        ({"documents": 2, "prompt": 0.8}, {"num_hidden_layers": 3, "sliding_window": K + 1}, "kl"),
+        ({}, {}, {"depth_decay": 0.5}),
+        ({"documents": 3, "batch_size": 2}, {"num_key_value_heads": 4}, {"loss": "tv"}),
+        ({"documents": 3, "prompt": 0.5}, {"num_hidden_layers": 1}, {"loss": "soft_ce"}),
+        ({"prompt": 0.5, "batch_size": 2, "padding": 0}, {"norm_before_residual": True}, {"loss": "hard_ce"}),
+        ({"documents": 2, "padding": 9}, {"num_hidden_layers": 4, "num_key_value_heads": 1}, {}),
+        ({"prompt": 0.6}, {"sliding_window": K}, {"loss": "lk", "depth_decay": 0.8}),
+        ({"documents": 2, "prompt": 0.8}, {"num_hidden_layers": 3, "sliding_window": K + 1}, {}),
     ],
     ids=str,
 )
-def test_the_flat_pass_is_what_loops_over_elements_give(rows: dict[str, Any], shape: dict[str, Any], kind: str) -> None:
-    draft, made = make_draft(**shape), make_rows(L, **rows)
-    batch = make_batch(made, L, K=K)
-    target = make_target(batch)
-    found = outcome_of(recompute_step, draft, batch, target, scale=0.1, loss=kind, chunk_rows=7)
-    expected = by_hand(draft, made, batch, target, kind, scale=0.1)
-    assert 0 < sum(found.hits) < sum(found.totals) and found.untouched == []
-    assert_same(found, expected)
+def test_the_flat_pass_and_segments_are_what_loops_over_elements_give(rows, shape, options):
+    length = 26
+    draft, made = make_draft(**shape), make_rows(length, **rows)
+    flat, cut = make_batch(made, length), make_batch(made, length, 5)
+    target = make_target(flat)
+    expected = by_hand(draft, made, flat, target, **options)
+    assert sum(expected.hits) < sum(expected.totals)
+    static = plan_segments(cut, True, None, draft.config.sliding_window, draft.config.num_hidden_layers)
+    for step, batch, plan in ((recompute_step, flat, None), (recompute_step, cut, static), (relay_step, cut, static)):
+        found = outcome_of(step, draft, batch, target, scale=0.1, chunk_rows=7, plan=plan, **options)
+        assert found.untouched == []
+        assert_same(found, expected)
 
 
-@pytest.mark.parametrize("window", [None, K])
-@pytest.mark.parametrize("case", GRID[::5], ids=case_name)
-def test_a_static_plan_gives_what_the_flat_pass_gives(case: dict[str, Any], window: int | None) -> None:
-    draft, batch, flat_batch, target = build({**case, "sliding_window": window})
-    expected = outcome_of(recompute_step, draft, flat_batch, target, scale=0.1)
-    plan = plan_segments(batch, static=True, window=window, layers=case["num_hidden_layers"])
-    assert_same(outcome_of(recompute_step, draft, batch, target, scale=0.1, plan=plan), expected)
+# The plan
 
 
-@pytest.mark.parametrize("kind", ["soft_ce", "hard_ce"])
-def test_every_loss_survives_the_cut(kind: str) -> None:
-    draft, rows = make_draft(), make_rows(L, documents=2, batch_size=2)
-    batch = make_batch(rows, L, 5, K)
-    target = make_target(batch)
-    expected = outcome_of(recompute_step, draft, make_batch(rows, L, 1, K), target, loss=kind)
-    assert_same(outcome_of(recompute_step, draft, batch, target, loss=kind), expected)
-
-
-def test_every_supervised_element_is_in_one_pass_and_the_counts_are_the_batches() -> None:
-    batch = make_batch(make_rows(L, documents=3, batch_size=2, prompt=0.4), L, 6, K)
-    plan = plan_segments(batch)
-    chosen = []
-    for segment in plan.segments:
-        n = segment.num_elements
-        for i in segment.supervised.tolist():
-            chosen.append((i // n, segment.columns.start + i % n))
-    assert sorted(chosen) == [(b, i) for b, i in batch["supervised"].nonzero().tolist()]
-    assert plan.num_supervised == len(chosen) == sum(plan.supervised_per_depth.tolist())
-    by_depth = [int((batch["supervised"] & (batch["depth"] == d)).sum()) for d in range(K)]
-    assert plan.supervised_per_depth.tolist() == by_depth
-
-
-@pytest.mark.parametrize(("S", "most"), [(1, 1.2), (2, 1.2), (4, 1.15), (16, 1.15)])
-def test_a_half_supervised_sequence_of_8k_runs_few_slots_more_than_it_has_elements(S: int, most: float) -> None:
+@pytest.mark.parametrize(("S", "most"), [(1, 1.2), (2, 1.2), (16, 1.15)])
+def test_a_half_supervised_sequence_of_8k_runs_few_slots_more_than_it_has_elements(S, most):
     n = 8192
     half, chat = torch.arange(n) >= n // 2, torch.arange(n) % 1024 >= 512
     for i, mask in enumerate((half, ~half, chat)):
-        row = {"input_ids": [1] * n, "loss_mask": mask.long(), "row_key": i}
-        batch = make_batch([row], n, S, 8)
+        batch = make_batch([{"input_ids": [1] * n, "loss_mask": mask.long(), "row_key": i}], n, S, 8)
         plan = plan_segments(batch, static=True)
         slots, elements = sum(s.num_elements for s in plan.segments), int((batch["depth"] >= 0).sum())
         assert plan.num_elements <= slots <= most * elements
         assert padding_share([plan, plan]) == pytest.approx(1 - plan.num_elements / slots)
 
 
-@pytest.mark.parametrize("S", [1, 2, 4, 9])
-def test_static_plans_have_eight_sizes_at_most_and_hold_every_element(S: int) -> None:
+@pytest.mark.parametrize("S", [1, 4, 9])
+def test_static_plans_have_eight_sizes_at_most_and_hold_every_element(S):
     n, sizes = 1000, set()
-    for supervised in range(0, n + 1, 20):
-        row = {"input_ids": [1] * n, "loss_mask": [0] * (n - supervised) + [1] * supervised}
-        batch = make_batch([row], n, S, 8)
+    for supervised in range(0, n + 1, 50):
+        batch = make_batch([{"input_ids": [1] * n, "loss_mask": [0] * (n - supervised) + [1] * supervised}], n, S, 8)
         plan = plan_segments(batch, static=True)
         sizes |= {s.num_elements for s in plan.segments}
         held = sum(int((batch["depth"][:, s.columns] >= 0).sum()) for s in plan.segments)
@@ -132,31 +175,19 @@ def test_static_plans_have_eight_sizes_at_most_and_hold_every_element(S: int) ->
     assert len(sizes) == 1 if S == 9 else 1 < len(sizes) <= 8
 
 
-@pytest.mark.parametrize("step", [recompute_step, relay_step])
-@pytest.mark.parametrize("S", [1, 2])
-def test_passes_of_several_sizes_give_what_the_flat_pass_gives(step: Any, S: int) -> None:
-    length = 300
-    draft, rows = make_draft(), make_rows(length, documents=2, batch_size=2, prompt=0.6)
-    batch, flat_batch = make_batch(rows, length, S, K), make_batch(rows, length, 1, K)
-    target = make_target(batch)
-    plan = plan_segments(batch, static=True, pad_context=True)
-    assert plan.segments[-1].num_elements < plan.capacity
-    expected = outcome_of(recompute_step, draft, flat_batch, target)
-    assert_same(outcome_of(step, draft, batch, target, plan=plan), expected)
-
-
-@pytest.mark.parametrize("S", [1, 2, 7])
-def test_a_static_plan_asks_features_for_no_more_slots_than_a_row_has_columns(S: int) -> None:
-    batch = make_batch(make_rows(L, documents=3, batch_size=2, prompt=0.3), L, S, K)
-    for segment in plan_segments(batch, static=True).segments:
-        assert 0 < segment.num_depth0 <= L
-        assert not (batch["depth"][:, segment.columns][:, segment.num_depth0 :] == 0).any()
-
-
-@pytest.mark.parametrize(("window", "layers"), [(None, 2), (K, 1), (K + 1, 2)])
-@pytest.mark.parametrize("boundaries", ["balanced", "uniform"])
-@pytest.mark.parametrize("S", [1, 4, 9, 37])
-def test_a_plan_says_what_its_segments_hold(S: int, boundaries: str, window: int | None, layers: int) -> None:
+@pytest.mark.parametrize(
+    ("S", "boundaries", "window", "layers"),
+    [
+        (1, "balanced", None, 2),
+        (4, "balanced", K, 1),
+        (9, "balanced", K + 1, 2),
+        (37, "balanced", None, 1),
+        (4, "uniform", K + 1, 2),
+        (9, "uniform", None, 1),
+        (37, "uniform", K, 2),
+    ],
+)
+def test_a_plan_says_what_its_segments_hold(S, boundaries, window, layers):
     rows = make_rows(L, documents=3, batch_size=3, prompt=0.7)
     batch = make_batch(rows, L, S, K, boundaries=boundaries)
     plan = plan_segments(batch, window=window, layers=layers)
@@ -165,9 +196,8 @@ def test_a_plan_says_what_its_segments_hold(S: int, boundaries: str, window: int
         who = [(row["document_ids"][a], a, d) for a, d in elements_of(batch, b)]
         learned = [bool(row["loss_mask"][a + d + 1]) for _, a, d in who]
         needed.append(oracles.reached(who, learned, window, layers))
-        slots = zip(batch["segment_ids"][b].tolist(), batch["anchor"][b].tolist(), batch["depth"][b].tolist())
         parts: list[list[oracles.Who]] = [[] for _ in range(S)]
-        for s, a, d in slots:
+        for s, a, d in zip(batch["segment_ids"][b].tolist(), batch["anchor"][b].tolist(), batch["depth"][b].tolist()):
             if d >= 0:
                 parts[s].append((row["document_ids"][a], a, d))
         held.append(parts)
@@ -193,14 +223,14 @@ def test_a_plan_says_what_its_segments_hold(S: int, boundaries: str, window: int
             assert all(start[b] <= a < start[b] + P for _, a, _ in read)
         assert P == max(lengths)
     run = sum(int((batch["depth"][:, segment.columns] >= 0).sum()) for segment in plan.segments)
-    assert plan.num_elements == run
+    assert plan.num_elements == run and plan.num_supervised == int(batch["supervised"].sum())
 
 
-@pytest.mark.parametrize("step", [recompute_step, relay_step])
-@pytest.mark.parametrize("S", [1, 4, 16])
-def test_of_a_long_sequence_whose_end_is_learned_little_more_than_the_windows_reach_is_run(step: Any, S: int) -> None:
-    n, layers, window = 8192, 2, 128
-    mask = torch.arange(n) >= n - n // 100
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("S", [1, 5])
+def test_of_a_long_sequence_whose_end_is_learned_little_more_than_the_windows_reach_is_run(step, S):
+    n, learned, layers, window = 2048, 21, 2, 64
+    mask = torch.arange(n) >= n - learned
     batch = make_batch([{"input_ids": [1] * n, "loss_mask": mask.long()}], n, S, K)
     draft, target = make_draft(torch.float32, num_hidden_layers=layers, sliding_window=window), make_target(batch)
     run = torch.zeros(n, dtype=torch.bool)
@@ -211,26 +241,14 @@ def test_of_a_long_sequence_whose_end_is_learned_little_more_than_the_windows_re
 
     draft.register_forward_pre_hook(watch)
     step(draft, batch, target)
-    reach = layers * (window - 1)
-    first = n - n // 100 - 1 - reach
+    first = n - learned - 1 - layers * (window - 1)
     assert run[first : n - 1].all() and not run[:first].any() and run.sum() <= 0.1 * n
+    plan = plan_segments(batch, window=window, layers=layers)
+    assert all(plan.context(s.context_end, s.reads_from)[1] < window for s in plan.segments)
+    assert all(first <= chunk.start for chunk in context_chunks(plan))
 
 
-@pytest.mark.parametrize("S", [1, 16])
-def test_of_131072_tokens_whose_last_hundredth_is_learned_a_tenth_of_the_positions_is_run_at_most(S: int) -> None:
-    n = 131_072
-    mask = torch.arange(n) >= n - n // 100
-    batch = make_batch([{"input_ids": [1] * n, "loss_mask": mask.long()}], n, S, 8)
-    plan, run = plan_segments(batch, window=2048, layers=4), torch.zeros(n, dtype=torch.bool)
-    for segment in plan.segments:
-        run[batch["anchor"][:, segment.columns][batch["depth"][:, segment.columns] == 0]] = True
-    for chunk in context_chunks(plan):
-        run[chunk] = True
-    assert run[n - n // 100 - 1 : n - 1].all() and 0.01 * n < run.sum() <= 0.1 * n
-    assert all(plan.context(s.context_end, s.reads_from)[1] <= 2047 for s in plan.segments)
-
-
-def test_segments_without_labels_are_not_run_and_every_pass_runs_its_context_again() -> None:
+def test_algorithm_1_leaves_segments_without_labels_out_and_runs_the_context_of_the_others_again():
     rows = [{"input_ids": [1] * 32, "loss_mask": [0] * 17 + [1] * 15}]
     batch = make_batch(rows, 32, 8, K, boundaries="uniform")
     draft, plan = make_draft(), plan_segments(batch)
@@ -241,87 +259,62 @@ def test_segments_without_labels_are_not_run_and_every_pass_runs_its_context_aga
     assert queries == own  # the last layer leaves the context out
 
 
-def test_evaluating_gives_the_same_sums_and_no_gradient() -> None:
-    draft, batch = make_draft(), make_batch(make_rows(L, documents=2, batch_size=2), L, 5, K)
-    target = make_target(batch)
-    expected = outcome_of(recompute_step, draft, batch, target)
-    with torch.no_grad():
-        found = outcome_of(recompute_step, draft, batch, target, backward=None)
-    assert torch.equal(found.loss, expected.loss)
-    assert (found.hits, found.totals) == (expected.hits, expected.totals)
-    assert len(found.untouched) == len(found.gradients)
+# What goes in and comes out
 
 
-def test_the_scale_reaches_the_gradients_but_not_the_sums_and_may_be_a_tensor() -> None:
-    draft, batch = make_draft(), make_batch(make_rows(L), L, 3, K)
-    target = make_target(batch)
-    one = outcome_of(recompute_step, draft, batch, target)
+@pytest.mark.parametrize("step", STEPS)
+def test_the_scale_reaches_the_gradients_alone_which_add_up_and_evaluating_makes_none(step):
+    draft = make_draft()
+    batches = [make_batch(make_rows(L, documents=2, batch_size=2, seed=seed), L, 5) for seed in (1, 2)]
+    target = make_target(batches[0])
+    one, other = (outcome_of(step, draft, batch, target) for batch in batches)
     for scale in (0.25, torch.tensor(0.25, dtype=torch.float64)):
-        quarter = outcome_of(recompute_step, draft, batch, target, scale=scale)
+        quarter = outcome_of(step, draft, batches[0], target, scale=scale)
         assert torch.equal(quarter.loss, one.loss)
         assert relative_error(quarter.gradients, {n: g / 4 for n, g in one.gradients.items()}) <= 1e-14
-
-
-def test_gradients_accumulate_over_steps() -> None:
-    draft = make_draft()
-    batches = [make_batch(make_rows(L, seed=seed), L, 3, K) for seed in (1, 2)]
-    target = make_target(batches[0])
-    alone = [outcome_of(recompute_step, draft, batch, target).gradients for batch in batches]
-    for batch in batches:
-        recompute_step(draft, batch, target)
-    together = {name: p.grad for name, p in draft.named_parameters()}
-    assert relative_error(together, {name: alone[0][name] + alone[1][name] for name in together}) <= 1e-13
-
-
-@pytest.mark.parametrize("S", [1, 8])
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"input_ids": [1] * 30, "loss_mask": [0] * 30},
-        {"input_ids": [], "loss_mask": []},
-        {"input_ids": [4], "loss_mask": [1]},
-    ],
-    ids=["masked", "empty", "one token"],
-)
-def test_a_batch_with_nothing_supervised_has_loss_zero_and_no_gradient(row: dict[str, Any], S: int) -> None:
-    draft, batch = make_draft(), make_batch([row, row], L, S, K)
-    target = make_target(batch)
-    with calls_of(draft) as passes:
-        found = outcome_of(recompute_step, draft, batch, target)
-    assert (found.loss.item(), found.hits, found.totals, passes) == (0, [0] * K, [0] * K, [])
+    with torch.no_grad():
+        found = outcome_of(step, draft, batches[0], target, backward=None)
+    assert torch.equal(found.loss, one.loss) and (found.hits, found.totals) == (one.hits, one.totals)
     assert len(found.untouched) == len(found.gradients)
-    idle = outcome_of(recompute_step, draft, batch, target, min_passes=2)
-    assert idle.untouched == [] and all((g == 0).all() for g in idle.gradients.values())
+    for batch in batches:
+        step(draft, batch, target)
+    together = {name: p.grad for name, p in draft.named_parameters()}
+    assert relative_error(together, {n: one.gradients[n] + other.gradients[n] for n in together}) <= 1e-13
 
 
-def test_idle_passes_change_nothing() -> None:
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("S", [1, 8])
+def test_a_batch_with_nothing_supervised_has_loss_zero_and_no_gradient(step, S):
+    masked, empty, one = ({"input_ids": [1] * n, "loss_mask": [n == 1] * n} for n in (30, 0, 1))
+    for row in (masked, empty, one):
+        draft, batch = make_draft(), make_batch([row, row], L, S, K)
+        target = make_target(batch)
+        with calls_of(draft) as passes:
+            found = outcome_of(step, draft, batch, target)
+        assert (found.loss.item(), found.hits, found.totals, passes) == (0, [0] * K, [0] * K, [])
+        assert len(found.untouched) == len(found.gradients)
+        idle = outcome_of(step, draft, batch, target, min_passes=(2, 3) if step is relay_step else 2)
+        assert idle.untouched == [] and all((g == 0).all() for g in idle.gradients.values())
+
+
+def test_idle_passes_change_nothing():
     draft, batch = make_draft(), make_batch(make_rows(L, documents=2, batch_size=2), L, 3, K)
     target = make_target(batch)
     expected = outcome_of(recompute_step, draft, batch, target)
-    with calls_of(draft) as passes:
-        found = outcome_of(recompute_step, draft, batch, target, min_passes=7)
-    assert len(passes) == 7 and passes[-1] == 1
-    assert (found.hits, found.totals) == (expected.hits, expected.totals) and torch.equal(found.loss, expected.loss)
-    assert all(torch.equal(found.gradients[n], g) for n, g in expected.gradients.items())
-    with calls_of(draft) as passes:
-        outcome_of(recompute_step, draft, batch, target, min_passes=2)
-    assert len(passes) == 3  # what is needed runs, whatever the minimum
+    for least, run in ((7, 7), (2, 3)):  # what is needed runs, whatever the minimum
+        with calls_of(draft) as passes:
+            found = outcome_of(recompute_step, draft, batch, target, min_passes=least)
+        assert len(passes) == run and (passes[-1] == 1) == (least > 3)
+        assert_same(found, expected, 0)
 
 
-def test_activation_checkpointing_changes_nothing() -> None:
-    draft, batch = make_draft(num_hidden_layers=3), make_batch(make_rows(L, documents=2), L, 4, K)
-    target = make_target(batch)
-    expected = outcome_of(recompute_step, draft, batch, target)
-    draft.gradient_checkpointing = True
-    assert_same(outcome_of(recompute_step, draft, batch, target), expected, 1e-13)
-
-
-def test_what_the_target_says_of_columns_that_nothing_reads_changes_nothing() -> None:
+@pytest.mark.parametrize("step", STEPS)
+def test_what_the_target_says_of_columns_that_nothing_reads_changes_nothing(step):
     """Padding columns, each document's last features, and the hidden states behind unsupervised elements."""
     draft, rows = make_draft(), make_rows(L, documents=3, batch_size=2, prompt=0.5, padding=4)
     batch = make_batch(rows, L, 4, K)
     target = make_target(batch)
-    expected = outcome_of(recompute_step, draft, batch, target)
+    expected = outcome_of(step, draft, batch, target)
     features_read = torch.zeros(2, L, dtype=torch.bool)
     labels_read = features_read.clone()
     for b, row in enumerate(rows):
@@ -329,77 +322,66 @@ def test_what_the_target_says_of_columns_that_nothing_reads_changes_nothing() ->
         labels_read[b, [a + d + 1 for a, d in elements_of(batch, b) if row["loss_mask"][a + d + 1]]] = True
     target.features[~features_read] = 1e6
     target.last_hidden[~labels_read] = float("nan")
-    assert_same(outcome_of(recompute_step, draft, batch, target), expected, 0)
+    assert_same(outcome_of(step, draft, batch, target), expected, 0)
 
 
-def test_under_bfloat16_autocast_segments_are_as_near_to_float64_as_the_flat_pass() -> None:
+def test_under_bfloat16_autocast_segments_are_as_near_to_float64_as_the_flat_pass():
     rows = make_rows(L, documents=2, batch_size=2)
     flat_batch, batch = make_batch(rows, L, 1, K), make_batch(rows, L, 8, K)
     exact = outcome_of(recompute_step, make_draft(), flat_batch, make_target(batch), scale=0.01)
     draft, target = make_draft(torch.float32), make_target(batch, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         flat = outcome_of(recompute_step, draft, flat_batch, target, scale=0.01)
-        cut = outcome_of(recompute_step, draft, batch, target, scale=0.01)
+        cut = [outcome_of(step, draft, batch, target, scale=0.01) for step in STEPS]
     size = distance(exact.gradients, {n: torch.zeros_like(g) for n, g in exact.gradients.items()})
     flat_error = distance(flat.gradients, exact.gradients)
     assert 1e-3 < flat_error / size < 0.1
-    assert distance(cut.gradients, exact.gradients) <= 1.5 * flat_error
-    assert {g.dtype for g in cut.gradients.values()} == {torch.float32} and cut.loss.dtype == torch.float32
-    assert abs(cut.loss.item() / exact.loss.item() - 1) < 0.01
-
-
-STEPS = [recompute_step, relay_step]
+    for found in cut:
+        assert distance(found.gradients, exact.gradients) <= 1.5 * flat_error
+        assert {g.dtype for g in found.gradients.values()} == {torch.float32} and found.loss.dtype == torch.float32
+        assert abs(found.loss.item() / exact.loss.item() - 1) < 0.01
+        # Tensor by tensor too, with room for luck: none is lost in a few far-off elements of the others.
+        for name, expected in exact.gradients.items():
+            one, other = (float((o.gradients[name].double() - expected).norm()) for o in (found, flat))
+            assert one <= 2.5 * other + 1e-3 * float(expected.norm()), name
 
 
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("drawn", [1, K])
-def test_a_step_counts_by_the_batchs_own_depths_whichever_were_drawn(step: Any, drawn: int) -> None:
-    rows = make_rows(L) if drawn == K else [{"input_ids": [1, 2, 3], "loss_mask": [0, 1, 1]}]
-    draft, batch = make_draft(), make_batch(rows, L, 3, K)
-    assert int(batch["depth"].max()) + 1 == drawn
+def test_a_step_counts_by_the_batchs_own_depths_whichever_were_drawn(step):
+    draft, batch = make_draft(), make_batch([{"input_ids": [1, 2, 3], "loss_mask": [0, 1, 1]}], L, 3, K)
+    assert int(batch["depth"].max()) == 0
     stats = step(draft, batch, make_target(batch), backward=None)
     assert stats.totals.tolist() == batch["supervised_per_depth"][0].tolist() and len(stats.hits) == K
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_a_window_shorter_than_the_batchs_depths_is_refused(step: Any) -> None:
-    batch = make_batch(make_rows(L), L, 3, K)
-    step(make_draft(sliding_window=K), batch, make_target(batch), backward=None)
-    with pytest.raises(ValueError, match=f"sliding_window is {K - 1}"):
-        step(make_draft(sliding_window=K - 1), batch, make_target(batch))
-
-
-@pytest.mark.parametrize("step", STEPS)
-def test_outputs_of_the_target_that_are_not_the_batchs_are_refused(step: Any) -> None:
-    draft, batch = make_draft(), make_batch(make_rows(L, batch_size=2, padding=4), L, 3, K)
-    right = make_target(batch)
-    longest = L - 4  # the rows' real tokens
+def test_what_does_not_fit_the_drafter_or_the_batch_is_refused(step):
+    draft, rows = make_draft(), make_rows(L, batch_size=2, padding=4)
+    batch = make_batch(rows, L, 3, K)
+    right, longest = make_target(batch), L - 4  # the rows' real tokens
     expected = step(draft, batch, right, backward=None).loss
     short = TargetOutputs(right.features[:, :longest], right.last_hidden[:, :longest], right.head)
     assert torch.equal(step(draft, batch, short, backward=None).loss, expected), "padding may be left out"
-    wrong: list[tuple[str, TargetOutputs]] = [
-        ("features", replace(right, features=right.features[:, : longest - 1])),
-        ("last_hidden", replace(right, last_hidden=right.last_hidden[:, : longest - 1])),
-        ("features", replace(right, features=right.features[:1])),
-        ("last_hidden", replace(right, last_hidden=right.last_hidden.repeat(2, 1, 1))),
-        ("features", replace(right, features=right.features.repeat(1, 2, 1))),
-        ("features", replace(right, features=right.features[0])),
-        ("features", replace(right, features=right.features[..., 1:])),
-        ("last_hidden", replace(right, last_hidden=right.last_hidden[..., 1:])),
-        ("head", replace(right, head=right.head[1:])),
-    ]
-    for name, target in wrong:
+    features, last_hidden = right.features, right.last_hidden
+    for name, wrong in [
+        ("features", features[:, : longest - 1]),
+        ("features", features[:1]),
+        ("features", features.repeat(1, 2, 1)),
+        ("features", features[0]),
+        ("features", features[..., 1:]),
+        ("last_hidden", last_hidden[:, : longest - 1]),
+        ("last_hidden", last_hidden.repeat(2, 1, 1)),
+        ("last_hidden", last_hidden[..., 1:]),
+        ("head", right.head[1:]),
+    ]:
         with pytest.raises(ValueError, match=f"the target's {name} ha"):
-            step(draft, batch, target)
-
-
-@pytest.mark.parametrize("step", STEPS)
-def test_tokens_that_the_drafter_cannot_read_are_refused_where_they_are_no_padding(step: Any) -> None:
-    draft, rows = make_draft(), make_rows(L, batch_size=2, padding=4)
+            step(draft, batch, replace(right, **{name: wrong}))
+    step(make_draft(sliding_window=K), batch, right, backward=None)
+    with pytest.raises(ValueError, match=f"sliding_window is {K - 1}"):
+        step(make_draft(sliding_window=K - 1), batch, right)
     padded_with_the_mask = make_batch(rows, L, 3, K, pad_token_id=MASK_TOKEN)
-    step(draft, padded_with_the_mask, make_target(padded_with_the_mask), backward=None)
+    step(draft, padded_with_the_mask, right, backward=None)
     for token, word in ((VOCAB, f"token {VOCAB}; .* 0..{VOCAB - 1}"), (-3, "token -3"), (MASK_TOKEN, "the mask token")):
         rows[1]["input_ids"][7] = token
-        batch = make_batch(rows, L, 3, K)
         with pytest.raises(ValueError, match=word):
-            step(draft, batch, make_target(batch))
+            step(draft, make_batch(rows, L, 3, K), right)

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,16 +14,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from peagle_train.__main__ import main
+from peagle_train.config import Train
 from peagle_train.core.draft import PEagleDraft
+from peagle_train.training.trainer import Trainer
 from tests.helpers import command
 from tests.runs import drafter, recipe_for, run
 from tests.tiny import MASK, VOCAB, write_recipe
 
-Train = Callable[..., Path]
-
 
 @pytest.fixture
-def train(tmp_path: Path, tiny_target: Path, tiny_rows: Path) -> Train:
+def train(tmp_path: Path, tiny_target: Path, tiny_rows: Path) -> Callable[..., Path]:
     """Train a tiny recipe with these sections in a folder of this name; returns the output folder."""
 
     def go(name: str = "a", **sections: dict[str, Any]) -> Path:
@@ -36,9 +37,7 @@ def lines(output: Path, kind: str) -> list[dict[str, Any]]:
     return [r for r in map(json.loads, (output / "metrics.jsonl").read_text().splitlines()) if r["kind"] == kind]
 
 
-def test_a_run_leaves_a_drafter_its_recipe_its_metrics_and_a_summary(
-    train: Train, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_leaves_a_drafter_its_recipe_its_metrics_and_a_summary(train, capsys):
     output = train(data={"eval_fraction": 0.3}, train={"epochs": 2, "eval_steps": 3})
     printed = capsys.readouterr().out
     for word in ("elements:", "segments:", "steps:", "parameters:", "drafter:", "held-out before training"):
@@ -63,7 +62,7 @@ def test_a_run_leaves_a_drafter_its_recipe_its_metrics_and_a_summary(
     assert str(output / "final") in capsys.readouterr().out
 
 
-def test_only_what_is_trained_moves_and_the_head_stays_the_targets(train: Train, tiny_target: Path) -> None:
+def test_only_what_is_trained_moves_and_the_head_stays_the_targets(train, tiny_target):
     after = drafter(train("a", train={"max_steps": 2}) / "final")
     frozen = {"train_embeddings": False, "train_lm_head": True}
     turned = drafter(train("b", train={"max_steps": 2}, draft=frozen) / "final")
@@ -87,49 +86,39 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def test_how_a_step_is_cut_does_not_change_what_is_learned(train: Train) -> None:
+def test_how_a_step_is_cut_does_not_change_what_is_learned_but_the_seed_does(train):
     shared = {"max_steps": 2, "batch_size": 2, "gradient_accumulation_steps": 2}
     flat = drafter(train("flat", cod={"num_segments": 1}, train=shared) / "final")
     for name, sections in WAYS.items():
         cut = drafter(train(name, **{**sections, "train": {**shared, **sections["train"]}}) / "final")
         for tensor, value in flat.items():
             assert torch.allclose(cut[tensor], value, rtol=0, atol=1e-8), (name, tensor)
+    other = drafter(train("other", cod={"num_segments": 1}, train={**shared, "seed": 1}) / "final")
+    assert not torch.allclose(other["fc.weight"], flat["fc.weight"], rtol=0, atol=1e-4)
 
 
-def test_two_runs_of_a_recipe_are_equal_bit_for_bit_and_another_seed_is_not(train: Train) -> None:
-    a, b, c = (
-        drafter(train(n, train={"max_steps": 2, "seed": s}) / "final") for n, s in (("a", 0), ("b", 0), ("c", 1))
-    )
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert not torch.equal(a["fc.weight"], c["fc.weight"])
-
-
-def test_bf16_autocast_learns_what_float32_learns(train: Train) -> None:
+def test_bf16_autocast_learns_what_float32_learns(train):
     losses = []
     for name in ("no", "bf16"):
-        settings = {"max_steps": 6, "dtype": "float32", "mixed_precision": name, "batch_size": 4}
+        settings = {"max_steps": 4, "dtype": "float32", "mixed_precision": name, "batch_size": 4}
         losses.append([s["loss"] for s in lines(train(name, train=settings), "train")])
     assert losses[0][-1] < losses[0][0] - 0.1
     assert max(abs(x - y) for x, y in zip(*losses)) < 0.05 * losses[0][0]
 
 
-def test_a_drafter_of_another_width_trains_its_own_head(train: Train) -> None:
-    shape = {
-        "hidden_size": 20,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 1,
-        "head_dim": 6,
-        "intermediate_size": 8,
-    }
+def test_a_drafter_of_another_width_trains_its_own_head(train):
+    shape = {"hidden_size": 20, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 6}
+    shape["intermediate_size"] = 8
     after = drafter(train(draft=shape, train={"max_steps": 2}) / "final")
     assert after["fc.weight"].shape == (20, 48) and after["layers.0.self_attn.q_proj.weight"].shape == (24, 40)
 
 
-def test_a_rate_warms_up_and_then_falls_to_0_or_stays(train: Train) -> None:
+def test_a_rate_warms_up_and_then_falls_to_0_or_stays(train):
+    settings = {"warmup_ratio": 0.25, "learning_rate": 1.0}
+
     def rates(schedule: str, **more: float) -> list[float]:
-        settings = {"max_steps": 8, "warmup_ratio": 0.25, "learning_rate": 1.0, "max_grad_norm": 1e-9, **more}
-        output = train(f"{schedule} {more}", train={**settings, "schedule": schedule})
-        return [line["learning_rate"] for line in lines(output, "train")]
+        recipe = SimpleNamespace(train=Train(schedule=schedule, **settings, **more))
+        return [Trainer.rate_after(SimpleNamespace(recipe=recipe, num_steps=8), step) for step in range(8)]
 
     sixths = [1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
     assert rates("constant") == [0.0, 0.5] + [1.0] * 6
@@ -137,9 +126,11 @@ def test_a_rate_warms_up_and_then_falls_to_0_or_stays(train: Train) -> None:
     assert rates("constant_with_decay", decay_ratio=0.5) == pytest.approx([0.0, 0.5, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25])
     assert rates("constant_with_decay", decay_ratio=1.0) == pytest.approx([0.0, 0.5, *sixths])
     assert rates("cosine") == pytest.approx([0.0, 0.5, 1.0, 0.933013, 0.75, 0.5, 0.25, 0.066987], abs=1e-6)
+    output = train(train={**settings, "max_steps": 8, "max_grad_norm": 1e-9, "schedule": "linear"})
+    assert [line["learning_rate"] for line in lines(output, "train")] == pytest.approx([0.0, 0.5, *sixths])
 
 
-def test_muon_moves_the_matrices_of_layers_and_fc_by_ones_of_norm_1_and_adamw_the_rest(train: Train) -> None:
+def test_muon_moves_the_matrices_of_layers_and_fc_by_ones_of_norm_1_and_adamw_the_rest(train):
     settings = {"optimizer": "muon", "muon_learning_rate": 0.5, "muon_weight_decay": 0.25, "max_grad_norm": None}
     settings |= {"schedule": "constant", "warmup_ratio": 0.0, "max_steps": 2, "save_steps": 1, "learning_rate": 1e-9}
     output = train(draft={"train_lm_head": True}, train=settings)
@@ -158,11 +149,11 @@ def test_muon_moves_the_matrices_of_layers_and_fc_by_ones_of_norm_1_and_adamw_th
             assert torch.allclose(after[name], weight, rtol=0, atol=1e-8), name
 
 
-def test_the_final_drafter_is_the_mean_of_the_last_steps_weights_and_both_are_evaluated(train: Train) -> None:
-    settings = {"max_steps": 7, "save_steps": 1, "average": 0.43, "weight_decay": 0.1}
+def test_the_final_drafter_is_the_mean_of_the_last_steps_weights_and_both_are_evaluated(train):
+    settings = {"max_steps": 5, "save_steps": 1, "average": 0.6, "weight_decay": 0.1}
     data = {"eval_fraction": 0.3}
     plain, averaged = train("plain", data=data, train={**settings, "average": 0.0}), train(data=data, train=settings)
-    steps = [drafter(folder) for folder in (plain / "checkpoint-5", plain / "checkpoint-6", plain / "final")]
+    steps = [drafter(folder) for folder in (plain / "checkpoint-3", plain / "checkpoint-4", plain / "final")]
     for name, weight in drafter(averaged / "final").items():
         mean = sum(step[name].double() for step in steps) / 3
         assert torch.allclose(weight.double(), mean, rtol=0, atol=1e-14), name
@@ -174,8 +165,8 @@ def test_the_final_drafter_is_the_mean_of_the_last_steps_weights_and_both_are_ev
 
 @pytest.mark.parametrize("name", ["train", "cache"])
 def test_a_device_that_is_neither_a_cpu_nor_a_gpu_is_refused_before_anything_is_loaded(
-    name: str, tmp_path: Path, tiny_rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    name, tmp_path, tiny_rows, monkeypatch, capsys
+):
     monkeypatch.setattr(PartialState, "default_device", property(lambda _: torch.device("mps")))
     recipe = write_recipe(tmp_path, tmp_path / "no target", tiny_rows, tmp_path / "run")
     assert command(name, recipe, *(["--out", tmp_path / "run"] if name == "cache" else [])) == 2
@@ -196,9 +187,8 @@ def test_a_device_that_is_neither_a_cpu_nor_a_gpu_is_refused_before_anything_is_
     ],
 )
 def test_a_users_mistake_is_one_clear_line_before_any_training(
-    section: str, key: str, value: Any, message: str, tmp_path: Path, tiny_target: Path, tiny_rows: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    section, key, value, message, tmp_path, tiny_target, tiny_rows, capsys
+):
     rows, changes = tiny_rows, {section: {key: value}}
     if section == "rows":
         rows, changes = tmp_path / "bad.jsonl", {}
@@ -210,9 +200,7 @@ def test_a_users_mistake_is_one_clear_line_before_any_training(
     assert not (tmp_path / "run").exists()
 
 
-def test_an_output_folder_that_holds_something_is_left_alone(
-    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_output_folder_that_holds_something_is_left_alone(train, tmp_path, capsys):
     output = train("a", train={"max_steps": 1})
     before = (output / "final" / "model.safetensors").read_bytes()
     assert main([str(tmp_path / "a" / "recipe.yaml")]) == 2
@@ -224,7 +212,7 @@ def test_an_output_folder_that_holds_something_is_left_alone(
     assert "not empty" in capsys.readouterr().err
 
 
-def test_cudas_allocator_gets_expandable_segments_unless_the_user_has_set_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cudas_allocator_gets_expandable_segments_unless_the_user_has_set_it(monkeypatch):
     names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
     for given in ({}, {names[0]: "backend:native"}, {names[1]: "backend:native"}):
         for name in names:
@@ -236,7 +224,7 @@ def test_cudas_allocator_gets_expandable_segments_unless_the_user_has_set_it(mon
         assert found == (given or {names[0]: "expandable_segments:True"})
 
 
-def test_a_profile_names_where_a_steps_time_goes(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_profile_names_where_a_steps_time_goes(train, capsys):
     output = train(train={"max_steps": 3, "profile_steps": [2, 3]})
     printed = capsys.readouterr().out
     assert "profile of 2 steps" in printed

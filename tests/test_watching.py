@@ -25,7 +25,7 @@ from tests.tiny import write_recipe
 BATCH = CODCollator(16, num_depths=3)([{"input_ids": list(range(12)), "loss_mask": [0] * 5 + [1] * 7}])
 
 
-def test_a_window_counts_tokens_and_waiting_of_all_ranks_and_no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_window_counts_tokens_and_waiting_of_all_ranks_and_no_pause(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     pace = Pace(num_processes=2)
@@ -40,7 +40,7 @@ def test_a_window_counts_tokens_and_waiting_of_all_ranks_and_no_pause(monkeypatc
         assert values == {"tokens_per_second": 2 * 4 * 12 / 2.0, "loader_wait_share": 0.25, "seconds_left": 5.0}
 
 
-def test_a_step_line_fits_120_characters_and_durations_are_for_people() -> None:
+def test_a_step_line_fits_120_characters_and_durations_are_for_people():
     assert [duration(s) for s in (0.4, 187, 90061)] == ["0:00:00", "0:03:07", "1 day, 1:01:01"]
     values = {"step": 99_999, "num_steps": 100_000, "loss": 11.80412, "tokens_per_second": 123_456.7}
     values |= {"seconds_left": 90061, "peak_memory_bytes": 139.2 * 2**30, "loader_wait_share": 0.123}
@@ -91,7 +91,7 @@ def run_with(tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Any
     return go
 
 
-def test_a_tracker_gets_the_recipe_and_every_number_of_every_line(run_with: Any) -> None:
+def test_a_tracker_gets_the_recipe_and_every_number_of_every_line(run_with):
     tracker = Recording()
     output = run_with(tracker)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -107,7 +107,7 @@ def test_a_tracker_gets_the_recipe_and_every_number_of_every_line(run_with: Any)
     assert len(found.train) == 4 and len(found.eval) == 2 and found.summary["state"] == "finished"
 
 
-def test_a_tracker_that_fails_costs_a_warning_and_no_number(run_with: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tracker_that_fails_costs_a_warning_and_no_number(run_with, caplog):
     tracker = Recording(fails_at=2)
     output = run_with(tracker)
     assert [step for step, _ in tracker.logged] == [0, 1]
@@ -116,9 +116,7 @@ def test_a_tracker_that_fails_costs_a_warning_and_no_number(run_with: Any, caplo
     assert len((output / "metrics.jsonl").read_text().splitlines()) == 6
 
 
-def test_a_tracker_that_is_not_installed_is_one_line_before_anything_is_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_tracker_that_is_not_installed_is_one_line_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
     def version(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
 
@@ -147,7 +145,7 @@ def write_run(folder: Path, seconds: list[float], cut: bool = False, **setting: 
     return folder
 
 
-def test_runs_are_read_and_compared_and_damage_is_one_line(tmp_path: Path) -> None:
+def test_runs_are_read_and_compared_and_damage_is_one_line(tmp_path):
     times = {"x": [10.0, 20.0, 5.0, 15.0], "y": [1.0]}  # the first was resumed
     folders = [write_run(tmp_path / a, times[a], cut=True, cod={"num_segments": s}) for a, s in (("x", 2), ("y", 5))]
     runs = [read_run(folder) for folder in folders]
@@ -164,7 +162,7 @@ def test_runs_are_read_and_compared_and_damage_is_one_line(tmp_path: Path) -> No
         read_run(folders[0])
 
 
-def test_the_page_needs_no_other_file_and_shows_names_as_text(tmp_path: Path) -> None:
+def test_the_page_needs_no_other_file_and_shows_names_as_text(tmp_path):
     pytest.importorskip("matplotlib")
     folders = [write_run(tmp_path / "<b>", [1.0]), write_run(tmp_path / "c", [float(i) for i in range(1, 40)])]
     out = tmp_path / "page" / "r.html"
@@ -175,9 +173,7 @@ def test_the_page_needs_no_other_file_and_shows_names_as_text(tmp_path: Path) ->
     assert list(out.parent.iterdir()) == [out]
 
 
-def test_without_matplotlib_a_picture_is_one_line_that_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_matplotlib_a_picture_is_one_line_that_says_what_to_install(tmp_path, monkeypatch, capsys):
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
