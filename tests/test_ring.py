@@ -149,8 +149,8 @@ def test_its_size_is_never_passed_not_even_where_a_killed_run_resumes_which_ends
     monkeypatch.setattr(os, "replace", measured)
     stopped(recipe, 10, monkeypatch, "--resume", *more)
     assert held(ring) <= SIZE
-    run(recipe, "--resume", *more)
-    assert ROW < max(sizes) <= SIZE and not [*ring.iterdir()]
+    run(recipe, "--resume", f"target.ring_dir={tmp_path / 'other'}")
+    assert ROW < max(sizes) <= SIZE and not [*ring.iterdir()], "another folder leaves no features in the one before"
     assert_same_run(output, tmp_path / "whole" / "run")
 
 
