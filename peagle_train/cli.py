@@ -152,10 +152,10 @@ def _train(add: Add, read: Read) -> None:
 
 def _close_resume(arguments: list[str]) -> list[str]:
     """`--resume` followed by a recipe or an override has no DIR: argparse would take either for one."""
-    recipes = (*shipped_recipes(), ".yaml", ".yml")
     closed = list(arguments)
     for i, (option, given) in enumerate(pairwise(arguments)):
-        if option == "--resume" and ("=" in given or given.endswith(recipes)) and not os.path.isdir(given):
+        is_recipe = given.endswith((".yaml", ".yml")) or given in shipped_recipes()
+        if option == "--resume" and ("=" in given or is_recipe) and not os.path.isdir(given):
             closed[i] = "--resume="
     return closed
 

@@ -23,7 +23,7 @@ def run_training(work: Callable[[], int | None]) -> int:
     """`run_tool` for a training run. Outside of the training loop SIGUSR1 does nothing."""
     before = _set_handlers({signal.SIGUSR1: signal.SIG_IGN})
     try:
-        return run_tool("peagle-train train", work)
+        return run_tool("peagle-train train", work, mistakes=(ValueError,))
     finally:
         _set_handlers(before)
 

@@ -59,10 +59,15 @@ def told(error: Exception) -> str:
     return f"{error.strerror}: {name if len(name) <= 200 else name[:197] + '...'}"
 
 
-def run_tool(name: str, work: Callable[[], int | None], when_stopped: str = "") -> int:
+def run_tool(
+    name: str,
+    work: Callable[[], int | None],
+    when_stopped: str = "",
+    mistakes: tuple[type[Exception], ...] = (ValueError, OSError),
+) -> int:
     """Run a command; its exit code is what `work` returns (None: 0). Otherwise one line on stderr, and 2 after a user's
-    mistake, 1 after `RunStopped`, 130 after an interrupt; the last two with `when_stopped`. Anything else keeps its
-    traceback. Of several processes, one that fails ends at once: torchrun then ends the others.
+    mistake (see `told`), 1 after `RunStopped`, 130 after an interrupt; the last two with `when_stopped`. Anything else
+    keeps its traceback. Of several processes, one that fails ends at once: torchrun then ends the others.
     """
     several, rank = int(os.environ.get("WORLD_SIZE", "1")) > 1, os.environ.get("RANK", "0")
     for stream in (sys.stdout, sys.stderr):
@@ -73,7 +78,9 @@ def run_tool(name: str, work: Callable[[], int | None], when_stopped: str = "") 
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # whoever reads our output has seen enough, as head has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's flush at exit fails
+        _give_up_stdout()
+        if several:
+            os._exit(141)
         return 141
     except RunStopped as error:
         text, code = f"{name}: error: {one_line(error)}{when_stopped}", 1
@@ -81,6 +88,8 @@ def run_tool(name: str, work: Callable[[], int | None], when_stopped: str = "") 
         text, code = f"{name}: stopped (interrupted){when_stopped}", 130
     except Exception as error:
         try:
+            if not isinstance(error, mistakes):
+                raise
             text, code = f"{name}: error: {told(error)}", 2
         except Exception:
             if not several:
@@ -90,11 +99,19 @@ def run_tool(name: str, work: Callable[[], int | None], when_stopped: str = "") 
                 text = f"{name}: error: {one_line(error, 300)}: if another rank has failed, its message is above"
     if several and code != 1 and rank != "0":
         time.sleep(3)  # all ranks make a user's mistake, as a rule: rank 0 reports it, and torchrun ends the others
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OSError:  # a reader that is gone, a full disk
+        _give_up_stdout()
     print(f"{text} (rank {rank})" if several else text, file=sys.stderr, flush=True)
     if several:
         os._exit(code)  # nothing at exit may wait for the other ranks
     return code
+
+
+def _give_up_stdout() -> None:
+    """Or Python's flush at exit fails, too."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # Whole or not at all: written beside its place, synced, renamed to it.
@@ -241,6 +258,10 @@ def alone_in(folder: Path, doing: str) -> Iterator[None]:
         raise ValueError(f"--out {folder} cannot be made: {error.strerror}") from None
     try:
         lock(handle, f"--out {folder}", doing)
+    except ValueError:
+        os.close(handle)
+        raise
+    try:
         yield
     finally:
         if is_new:

@@ -334,6 +334,7 @@ class Servers:
         if path is None:
             raise ValueError(f"--features: the server gives no hidden states: {REMEDY}")
         if path.parent.parent.name == ON_CPU and (t := self.settings.temperature) > 0:
+            path.unlink(missing_ok=True)
             why = "vLLM on a CPU draws wrong tokens while it gives hidden states"
             raise ValueError(f"--temperature is {t:g}, and {why}: give --temperature 0, or drop --features")
         prompt = reply.prompt_token_ids

@@ -112,3 +112,12 @@ def test_a_mistake_on_the_command_line_is_one_line(line, capsys, tmp_path, monke
     assert main(line.split()) == 2
     [error] = capsys.readouterr().err.splitlines()
     assert WRONG[line] in error and ": error: " in error
+
+
+def test_output_that_cannot_be_written_is_one_line():
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "-m", "peagle_train", "recipes"]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("peagle-train recipes: error: ") and "No space left" in line

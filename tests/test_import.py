@@ -261,3 +261,20 @@ def test_layers_of_another_shape_than_the_targets_are_refused(frozen):
         new_drafter(frozen, MASK, layers_from_target=True, intermediate_size=7)
     with pytest.raises(ValueError, match=r"layers_from_target.*0 tensors"):
         new_drafter(frozen, MASK, layers_from_target=True, num_layers=frozen.num_layers + 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "word"), [("qwen2", "no place for"), ("gemma", r"1 \+ weight"), ("float8", "quantised")]
+)
+def test_layers_that_hold_more_or_other_numbers_than_a_drafters_are_refused(model, word, tmp_path):
+    shape = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 6, "head_dim": 4}
+    kind = "llama" if model == "float8" else model
+    config = AutoConfig.for_model(kind, num_attention_heads=4, num_key_value_heads=2, **shape)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    target = FrozenTarget.load(str(tmp_path))
+    if model == "float8":
+        tensors = load_file(tmp_path / "model.safetensors")
+        small = {n: t.to(torch.float8_e4m3fn) if "mlp" in n else t for n, t in tensors.items()}
+        save_file(small, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"layers_from_target.*{word}"):
+        new_drafter(target, MASK, layers_from_target=True)

@@ -50,7 +50,7 @@ def test_settings_are_trained_on_one_sample_and_measured_as_decoding_would(
 
     target = FrozenTarget.load(str(tmp_path / "target"), dtype="float32")
     draft, passes, tokens = load_drafter(tmp_path / "out" / "base-2-0" / "final"), 0, 0
-    texts = torch.load(tmp_path / "out" / "texts.pt")
+    texts = torch.load(next((tmp_path / "out").glob("texts-*.pt")))
     for text in texts:
         limits = (len(text["tokens"]) + quality.K, sampler(0.0, torch.Generator()), target.eos_token_ids())
         made = decode(CachedTarget(target), Drafter(draft, quality.K), text["prompt"], *limits)
@@ -70,9 +70,10 @@ def test_settings_are_trained_on_one_sample_and_measured_as_decoding_would(
 def test_a_gain_that_every_module_and_seed_shows_has_an_interval_above_zero() -> None:
     def line(name: str, tokens: int) -> dict:
         modules = {f"m{i}": [10, tokens + i % 2, 20, 30] for i in range(5)}
-        return {"name": name, "steps": 1, "cpu_seconds": 1, "modules": modules}
+        return {"name": name, "texts": "same", "steps": 1, "cpu_seconds": 1, "modules": modules}
 
-    text = quality.table([line("base", 12), line("base", 13), line("better", 15), line("better", 15)], "base")
+    lines = [line("base", 12), line("base", 13), line("better", 15), line("better", 15)]
+    text = quality.table([*lines, {**lines[0], "texts": "others"}], "base")
     row = text.splitlines()[-1].split(" | ")
     assert row[0] == "| better" and row[4] == "1.540" and row[5] == "+0.250"
     low, high = map(float, row[6].split(" to "))

@@ -62,7 +62,9 @@ def write_texts(path: Path, recipe_path: str) -> None:
         ids_1n = torch.tensor([prompt + tokens[:-1]])
         features_1nF, _ = target.features(ids_1n, torch.arange(ids_1n.shape[1])[None])
         texts.append({"name": case.group, "prompt": prompt, "tokens": tokens, "features": features_1nF[0]})
-    torch.save(texts, path)
+    partial = path.with_suffix(".partial")
+    torch.save(texts, partial)
+    partial.replace(path)
 
 
 def measure(folder: Path, texts: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -110,14 +112,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Prepare what is not there, train, measure; returns the ledger's line."""
     import torch
 
+    from peagle_train.config import load_recipe
+
     out, recipe, threads = Path(options.out).absolute(), str(Path(options.recipe).absolute()), options.threads
     out.mkdir(parents=True, exist_ok=True)
-    texts_path = out / "texts.pt"
+    given = load_recipe(recipe)
+    used = hashlib.sha256(repr((given.target, given.data, DEV_FRACTION)).encode()).hexdigest()[:8]
+    texts_path = out / f"texts-{used}.pt"
     if not texts_path.exists():
         write_texts(texts_path, recipe)
     texts = torch.load(texts_path)
     data = [*SAMPLE, *(change for change in options.overrides if change.startswith("data."))]
-    key = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:8]
+    key = hashlib.sha256(json.dumps([used, *data]).encode()).hexdigest()[:8]
     prepared, features = out / f"data-{key}", out / f"features-{key}"
     if not prepared.exists():
         child(out, prepared.name, threads, "prepare", recipe, "--out", str(prepared), *data)
@@ -127,8 +133,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         (features / "done").touch()
     name = f"{options.name.replace(' ', '_')}-{options.steps}-{options.seed}"
     length = [f"train.max_steps={options.steps}", "train.eval_steps=null", "train.save_steps=null"]
-    given = [f"target.cache={features}", f"output.dir={out / name}", f"train.seed={options.seed}", *length]
-    seconds = child(out, name, threads, recipe, *data, *given, *options.overrides)
+    fixed = [f"target.cache={features}", f"output.dir={out / name}", f"train.seed={options.seed}", *length]
+    seconds = child(out, name, threads, recipe, *data, *fixed, *options.overrides)
     commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], text=True, cwd=ROOT).strip()
     words = hashlib.sha256(json.dumps([[t["prompt"], t["tokens"]] for t in texts]).encode()).hexdigest()[:8]
     line = {"name": options.name, "changes": options.overrides, "seed": options.seed, "steps": options.steps}
@@ -143,7 +149,8 @@ def table(lines: Sequence[dict[str, Any]], base: str) -> str:
     import torch
 
     groups: dict[str, list[torch.Tensor]] = {}
-    names = sorted(lines[0]["modules"])
+    first = next(line for line in lines if line["name"] == base)
+    lines, names = [line for line in lines if line["texts"] == first["texts"]], sorted(first["modules"])
     for line in lines:
         counts_nC = torch.tensor([line["modules"][name] for name in names], dtype=torch.float64)
         groups.setdefault(line["name"], []).append(counts_nC)

@@ -5,6 +5,7 @@ EAGLE-3 drafter lacks is the target's or, mask_hidden, random.
 """
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +22,8 @@ from peagle_train.core.rope import rope_mistake, unused_keys, yarn_too_short
 from peagle_train.data.vocab import end_of_turn_ids, eos_token_ids
 from peagle_train.files import one_line
 from peagle_train.serving.drafter_io import DrafterFiles, read_drafter
-from peagle_train.target_model.frozen import FrozenTarget, TargetBase
-from peagle_train.target_model.loading import default_layer_ids, read_tensors
+from peagle_train.target_model.frozen import PLAIN, FrozenTarget, TargetBase
+from peagle_train.target_model.loading import default_layer_ids, read_tensors, stored_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -208,8 +209,8 @@ def make_draft(
 @torch.no_grad()
 def copy_layers(draft: PEagleDraft, target: TargetBase, folder: Path) -> None:
     """Copy the target's last layers and its final norm. Layer 0 reads the features as its original reads what enters it;
-    what it makes of the token embeddings stays random. `fc` passes the last feature on, and starts with a quarter of its
-    random weights for the others. ValueError where the target's tensors have other names or shapes.
+    what it makes of the token embeddings stays random. `fc` passes the last feature on, beside a quarter of its random
+    weights. ValueError where the target's layers are not the drafter's: other names, more tensors, other shapes or numbers.
     """
     H, own, wanted = draft.config.hidden_size, draft.state_dict(), {"norm.weight": "norm.weight"}
     first = target.num_layers - len(draft.layers)
@@ -220,8 +221,16 @@ def copy_layers(draft: PEagleDraft, target: TargetBase, folder: Path) -> None:
     reads_both = {f"layers.0.self_attn.{letter}_proj.weight" for letter in "qkv"}
     try:
         found = read_tensors(folder, set(wanted.values()))
+        for key in stored_tensors(folder):
+            match = re.search(r"\blayers\.(\d+)\..*", key)
+            if match and int(match[1]) >= first and match[0] not in found and not key.endswith("rotary_emb.inv_freq"):
+                raise ValueError(f"the drafter has no place for the target's {key}")
+        if target.config.model_type.startswith("gemma"):
+            raise ValueError("the target's norms multiply by 1 + weight, the drafter's by their weight")
         for name, theirs in wanted.items():
             mine = own[name][:, H:] if name in reads_both else own[name]
+            if found[theirs].dtype not in PLAIN:
+                raise ValueError(f"the target's {theirs} is quantised ({found[theirs].dtype})")
             if mine.shape != found[theirs].shape:
                 shapes = f"{tuple(found[theirs].shape)}, the drafter's {tuple(mine.shape)}"
                 raise ValueError(f"the target's {theirs} has shape {shapes}")

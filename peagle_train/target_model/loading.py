@@ -142,13 +142,17 @@ def target_fingerprint(folder: str) -> str:
     return total.hexdigest()
 
 
+def stored_tensors(folder: Path) -> dict[str, Any]:
+    """By name, the open .safetensors file that holds each of a folder's tensors."""
+    files = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
+    return {key: file for file in files for key in file.keys()}
+
+
 def read_tensors(folder: Path, names: set[str]) -> dict[str, Tensor]:
     """Those tensors of a folder's .safetensors files, and no others. A name stands for itself, or else for the one that
     ends in it after a dot; ValueError where there is not exactly one.
     """
-    files = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
-    where = {key: file for file in files for key in file.keys()}
-    found = {}
+    where, found = stored_tensors(folder), {}
     for name in sorted(names):
         keys = [name] if name in where else [key for key in where if key.endswith(f".{name}")]
         if len(keys) != 1:

@@ -22,6 +22,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Sequence
+from dataclasses import replace
 from multiprocessing.pool import AsyncResult, ThreadPool  # its threads are daemons: no exit waits for an answer
 from pathlib import Path
 from typing import Any
@@ -283,7 +284,7 @@ def take(path: Path, ids: list[int], patience: float) -> Tensor:
 
 def _around_the_layers(settings: Target, dtype: torch.dtype) -> tuple[Tensor, Tensor, nn.Module]:
     """The target's head and embeddings [V, T] and its final norm, from its .safetensors files, on the CPU."""
-    model = empty_model(settings, dtype)
+    model = empty_model(replace(settings, attn_implementation=None), dtype)
     target = FrozenTarget(model, settings.layer_ids)
     norms = [module for module in target.base.children() if "norm" in type(module).__name__.lower()]
     if len(norms) != 1:

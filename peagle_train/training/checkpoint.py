@@ -80,7 +80,7 @@ def read_marker(folder: Path) -> dict[str, Any]:
     """An output folder's `run.json`; {} if it is missing or broken."""
     try:
         marker = json.loads((folder / MARKER).read_bytes())
-        return marker if "state" in marker else {}
+        return marker if isinstance(marker, dict) and "state" in marker else {}
     except (OSError, ValueError, TypeError):
         return {}
 

@@ -131,13 +131,14 @@ class Trainer:
         if self.recipe.target.reuse > 1:
             rank, left = self.accelerator.process_index, self.sampler.left_in_block() if self.resumed else ()
             coming = {self.data.train_rows[i]["row_key"] for i in left}
-            if self.resumed:  # an earlier part of the run may have kept its features elsewhere
-                earlier = replace(self.recipe.target, ring_dir=self.resumed.state["recipe"]["target"].get("ring_dir"))
-                folder = ring_folder(replace(self.recipe, target=earlier), self.target).resolve()
-                if folder != ring_folder(self.recipe, self.target).resolve():
-                    shutil.rmtree(folder, ignore_errors=True)
             sequences = self.sampler.block_steps * self.sampler.global_batch_size // self.world_size
             self.runner.ring = Ring(self.recipe, self.target, rank, self.world_size, coming, sequences)
+            if self.resumed:  # an earlier part of the run may have kept its features elsewhere
+                earlier = replace(self.recipe.target, ring_dir=self.resumed.state["recipe"]["target"].get("ring_dir"))
+                old = ring_folder(replace(self.recipe, target=earlier), self.target).resolve()
+                new = ring_folder(self.recipe, self.target).resolve()
+                if rank == 0 and old not in (new, *new.parents):
+                    shutil.rmtree(old, ignore_errors=True)
         if self.resumed is None:
             self.before = self.evaluate("held-out before training")
         self.started = time.perf_counter()
