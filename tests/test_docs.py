@@ -160,7 +160,7 @@ def test_there_are_commands_and_what_is_not_run_says_why():
 
 
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
-FILE = re.compile(r"(?:tools|recipes|tests|peagle_train|docs)/[\w/.]+\.(?:py|sh|yaml|json|png|md|safetensors)")
+FILE = re.compile(r"(?:tools|recipes|tests|peagle_train|docs)/[\w/.]+\.(?:py|sh|yaml|jsonl?|png|md|safetensors)")
 KEY = re.compile(r"(?<![\w./])((?:target|data|draft|cod|train|output)\.(?!(?:py|md)\b)[a-z_]+)\b(?!\()")
 
 
