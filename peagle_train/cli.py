@@ -282,7 +282,7 @@ def _serve_target(add: Add, read: Read) -> None:
 
 
 def _regenerate(add: Add, read: Read) -> None:
-    """Write the answers of a prompt set anew with the target itself, for training or for evaluation.
+    """Answer a prompt set with the target itself, for training or for evaluation.
 
     peagle-train regenerate PROMPTS --out FILE.jsonl --base-url http://127.0.0.1:8000/v1 --model NAME
     peagle-train regenerate PROMPTS --out FILE.jsonl --target DIR

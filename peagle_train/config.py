@@ -604,6 +604,11 @@ class Recipe:
             (kept and target.shard, "target.reuse target.shard", "give target.server, or remove one"),
             (uneven, "train.epochs target.reuse", "give a multiple of it, or train.max_steps"),
             (twice, "draft.init_from draft.vocab_from", "remove one: both bring a vocabulary"),
+            (
+                draft.init_from and draft.layers_from_target,
+                "draft.init_from draft.layers_from_target",
+                "remove one: both bring the layers",
+            ),
             (unchanged, "train.mixed_precision train.dtype", "change one: autocast leaves float64 unchanged"),
             (rope and "rope_theta" in rope, "draft.rope_scaling", "rope_theta is a key of its own: draft.rope_theta"),
         ):

@@ -46,7 +46,9 @@ def aligned(rows: Sequence[Sequence[str]], right: bool = False) -> str:
 
 
 def told(error: Exception) -> str:
-    """The line about a user's mistake or a full disk. What is neither is raised again, as an OSError that names no file."""
+    """The line about a user's mistake or a full disk. Anything else, such as an OSError that names no file, is raised
+    again.
+    """
     if isinstance(error, ValueError):
         return one_line(error)
     if not isinstance(error, OSError):
@@ -236,11 +238,13 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
 
 
 def lock(file: int | IO[Any], where: str, doing: str, how: Callable[[Any, int], object] = fcntl.flock) -> None:
-    """Lock a file or folder until it is closed. ValueError if another process is `doing` something there."""
+    """Take the lock of an open file or folder; closing it releases the lock. ValueError if another process is `doing`
+    something there.
+    """
     try:
         how(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{where} is in use: another process is {doing} there; wait, or give another") from None
+        raise ValueError(f"{where} is in use: another process is {doing} there; wait, or give another path") from None
     except OSError as error:  # some network file systems lock nothing
         logger.warning("%s cannot be locked (%s): make sure that no other process is %s there", where, error, doing)
 

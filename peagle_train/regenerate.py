@@ -311,7 +311,7 @@ class Servers:
                 if not left or not isinstance(error, self.openai.APIConnectionError):
                     raise RunStopped(failure) from None
                 if client in self.clients:  # another thread may have noticed first
-                    logger.warning("%s; going on with the other %d", failure, len(left))
+                    logger.warning("%s; continuing with the other %d", failure, len(left))
                 self.clients = left
         message = reply.choices[0].message
         tokens = reply.usage.completion_tokens if reply.usage else 0

@@ -259,12 +259,15 @@ def test_layers_norm_and_last_feature_of_the_target_are_what_a_drafter_starts_fr
 def test_layers_of_another_shape_than_the_targets_are_refused(frozen):
     with pytest.raises(ValueError, match=r"layers_from_target.*mlp.*shape"):
         new_drafter(frozen, MASK, layers_from_target=True, intermediate_size=7)
+    with pytest.raises(ValueError, match=r"layers_from_target.*4 heads"):  # of the same shapes
+        new_drafter(frozen, MASK, layers_from_target=True, num_attention_heads=8, num_key_value_heads=4, head_dim=2)
     with pytest.raises(ValueError, match=r"layers_from_target.*0 tensors"):
         new_drafter(frozen, MASK, layers_from_target=True, num_layers=frozen.num_layers + 1)
 
 
 @pytest.mark.parametrize(
-    ("model", "word"), [("qwen2", "no place for"), ("gemma", r"1 \+ weight"), ("float8", "quantised")]
+    ("model", "word"),
+    [("qwen2", "no place for"), ("gemma", "something else"), ("granite", "something else"), ("float8", "quantised")],
 )
 def test_layers_that_hold_more_or_other_numbers_than_a_drafters_are_refused(model, word, tmp_path):
     shape = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 6, "head_dim": 4}

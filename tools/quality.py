@@ -17,6 +17,7 @@ by what the lines before say a step takes.
 import argparse
 import hashlib
 import json
+import math
 import os
 import resource
 import subprocess
@@ -45,6 +46,7 @@ def write_texts(path: Path, recipe_path: str) -> None:
     from peagle_train.data.vocab import load_tokenizer
     from peagle_train.decoding.generate import greedy_tokens
     from peagle_train.decoding.measure import stdlib_cases
+    from peagle_train.files import partial_path, put
     from peagle_train.target_model.frozen import FrozenTarget
 
     recipe = load_recipe(recipe_path)
@@ -62,9 +64,8 @@ def write_texts(path: Path, recipe_path: str) -> None:
         ids_1n = torch.tensor([prompt + tokens[:-1]])
         features_1nF, _ = target.features(ids_1n, torch.arange(ids_1n.shape[1])[None])
         texts.append({"name": case.group, "prompt": prompt, "tokens": tokens, "features": features_1nF[0]})
-    partial = path.with_suffix(".partial")
-    torch.save(texts, partial)
-    partial.replace(path)
+    torch.save(texts, partial_path(path))
+    put(partial_path(path), path)
 
 
 def measure(folder: Path, texts: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -125,7 +126,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     data = [*SAMPLE, *(change for change in options.overrides if change.startswith("data."))]
     key = hashlib.sha256(json.dumps([used, *data]).encode()).hexdigest()[:8]
     prepared, features = out / f"data-{key}", out / f"features-{key}"
-    if not prepared.exists():
+    if not (prepared / "index.json").exists():
         child(out, prepared.name, threads, "prepare", recipe, "--out", str(prepared), *data)
     data.append(f"data.prepared={prepared}")
     if not (features / "done").exists():
@@ -143,44 +144,31 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(lines: Sequence[dict[str, Any]], base: str) -> str:
-    """Markdown, a row for each setting: the mean of its seeds less the base's of the same texts, with a 95 % interval over
-    modules and seeds, both resampled, the modules together.
+    """Markdown, a row for each setting: its seeds summed, less the base's on the same texts, with a 95 % interval over
+    modules.
     """
     import torch
 
-    groups: dict[str, list[torch.Tensor]] = {}
+    from peagle_train.decoding.measure import ratio_interval
+
     first = next(line for line in lines if line["name"] == base)
-    lines, names = [line for line in lines if line["texts"] == first["texts"]], sorted(first["modules"])
+    settings: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
-        counts_nC = torch.tensor([line["modules"][name] for name in names], dtype=torch.float64)
-        groups.setdefault(line["name"], []).append(counts_nC)
-    generator, R = torch.Generator().manual_seed(0), 4000
-    module_Rn = torch.randint(len(names), (R, len(names)), generator=generator)
-
-    def ratios(group: list[torch.Tensor], column: int, resampled: bool) -> torch.Tensor:
-        counts_SnC = torch.stack(group)
-        if not resampled:
-            sums_C = counts_SnC.sum((0, 1))
-            return sums_C[column + 1] / sums_C[column]
-        seed_RS = torch.randint(len(group), (R, len(group)), generator=generator)
-        weight_Rn = torch.zeros(R, len(names), dtype=torch.float64).scatter_add_(
-            1, module_Rn, torch.ones(module_Rn.shape, dtype=torch.float64)
-        )
-        sums_RSC = torch.einsum("rn,snc->rsc", weight_Rn, counts_SnC)
-        sums_RC = sums_RSC.gather(1, seed_RS[..., None].expand(-1, -1, sums_RSC.shape[-1])).sum(1)
-        return sums_RC[:, column + 1] / sums_RC[:, column]
-
+        if line["texts"] == first["texts"]:
+            settings.setdefault(line["name"], []).append(line)
+    sums_nC = {
+        name: torch.tensor([[line["modules"][m] for m in first["modules"]] for line in own]).sum(0)
+        for name, own in settings.items()
+    }
     rows = []
-    for name, group in groups.items():
-        own = [line for line in lines if line["name"] == name]
-        row = [name, str(len(group)), f"{sum(x['steps'] for x in own) / len(own):.0f}"]
-        row.append(f"{sum(x['cpu_seconds'] for x in own) / len(own):.0f}")
+    for name, own in settings.items():
+        row = [name, str(len(own)), *(f"{sum(x[key] for x in own) / len(own):.0f}" for key in ("steps", "cpu_seconds"))]
         for column in (0, 2):
-            value = ratios(group, column, False)
-            less = value - ratios(groups[base], column, False)
-            found_R = ratios(group, column, True) - ratios(groups[base], column, True)
-            low, high = (found_R.quantile(q).item() for q in (0.025, 0.975))
-            row += [f"{value:.3f}", *([f"{less:+.3f}", f"{low:+.3f} to {high:+.3f}"] if name != base else ["", ""])]
+            (passes, tokens), less = (sums_nC[s][:, column : column + 2].T.tolist() for s in (name, base))
+            value = sum(tokens) / sum(passes)
+            low, high = ratio_interval(tokens, passes, less=(less[1], less[0])) or (math.nan, math.nan)
+            gain = f"{value - sum(less[1]) / sum(less[0]):+.3f}"
+            row += [f"{value:.3f}", *([gain, f"{low:+.3f} to {high:+.3f}"] if name != base else ["", ""])]
         rows.append(row)
     head = ["", "seeds", "steps", "CPU s", "accepted", "gain", "95 %", "at all anchors", "gain", "95 %"]
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])

@@ -206,27 +206,39 @@ def make_draft(
     return draft
 
 
+COPYABLE = ("llama", "mistral", "qwen2", "qwen3")
+"""Families whose layers compute what a drafter's do with the same weights. Others have the same names and shapes, but scale
+their residuals (Granite) or multiply by 1 + weight in their norms (Gemma)."""
+
+
 @torch.no_grad()
 def copy_layers(draft: PEagleDraft, target: TargetBase, folder: Path) -> None:
-    """Copy the target's last layers and its final norm. Layer 0 reads the features as its original reads what enters it;
-    what it makes of the token embeddings stays random. `fc` passes the last feature on, beside a quarter of its random
-    weights. ValueError where the target's layers are not the drafter's: other names, more tensors, other shapes or numbers.
+    """Copy the target's last layers and its final norm. Layer 0 gets its original's weights for the features; its weights
+    for the token embeddings stay random. `fc` starts as the identity on the last feature plus a quarter of its random
+    weights. ValueError where the drafter's layers cannot hold the target's: another family, other heads or shapes, biases,
+    quantised weights.
     """
     H, own, wanted = draft.config.hidden_size, draft.state_dict(), {"norm.weight": "norm.weight"}
-    first = target.num_layers - len(draft.layers)
+    first, heads = target.num_layers - len(draft.layers), target.config.num_attention_heads
     for name in own:
         if name.startswith("layers.") and name != "layers.0.input_layernorm.weight":  # the embeddings' norm
             number, _, rest = name.removeprefix("layers.").partition(".")
             wanted[name] = f"layers.{first + int(number)}.{rest.replace('hidden_norm', 'input_layernorm')}"
     reads_both = {f"layers.0.self_attn.{letter}_proj.weight" for letter in "qkv"}
     try:
-        found = read_tensors(folder, set(wanted.values()))
-        for key in stored_tensors(folder):
+        if target.config.model_type not in COPYABLE or target.config.hidden_act != "silu":
+            raise ValueError(
+                f"a {target.config.model_type} target's layers compute something else than a drafter's"
+                f" ({', '.join(COPYABLE)} can be copied)"
+            )
+        if draft.config.num_attention_heads != heads:
+            raise ValueError(f"the target has {heads} heads, the drafter {draft.config.num_attention_heads}")
+        stored = stored_tensors(folder)
+        found = read_tensors(folder, stored, set(wanted.values()))
+        for key in stored:
             match = re.search(r"\blayers\.(\d+)\..*", key)
             if match and int(match[1]) >= first and match[0] not in found and not key.endswith("rotary_emb.inv_freq"):
                 raise ValueError(f"the drafter has no place for the target's {key}")
-        if target.config.model_type.startswith("gemma"):
-            raise ValueError("the target's norms multiply by 1 + weight, the drafter's by their weight")
         for name, theirs in wanted.items():
             mine = own[name][:, H:] if name in reads_both else own[name]
             if found[theirs].dtype not in PLAIN:
@@ -236,7 +248,9 @@ def copy_layers(draft: PEagleDraft, target: TargetBase, folder: Path) -> None:
                 raise ValueError(f"the target's {theirs} has shape {shapes}")
             mine.copy_(found[theirs])
     except ValueError as error:
-        raise ValueError(f"draft.layers_from_target: {error}; leave it out, or give the drafter that shape") from None
+        raise ValueError(
+            f"draft.layers_from_target: {error}; remove it, or give the drafter the target's shape"
+        ) from None
     draft.fc.weight.mul_(0.25)[:, -H:].add_(torch.eye(H, dtype=draft.fc.weight.dtype))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
@@ -143,19 +143,25 @@ def target_fingerprint(folder: str) -> str:
 
 
 def stored_tensors(folder: Path) -> dict[str, Any]:
-    """By name, the open .safetensors file that holds each of a folder's tensors."""
-    files = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
-    return {key: file for file in files for key in file.keys()}
+    """By name, the open .safetensors file that holds each of a folder's tensors. ValueError for a damaged one."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            file = safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"target.path {folder}: cannot read {path.name}: {one_line(error, 200)}") from None
+        found |= dict.fromkeys(file.keys(), file)
+    return found
 
 
-def read_tensors(folder: Path, names: set[str]) -> dict[str, Tensor]:
-    """Those tensors of a folder's .safetensors files, and no others. A name stands for itself, or else for the one that
-    ends in it after a dot; ValueError where there is not exactly one.
+def read_tensors(folder: Path, stored: dict[str, Any], names: set[str]) -> dict[str, Tensor]:
+    """Those tensors of a folder's `stored_tensors`. A name stands for itself, or else for the one that ends in it after a
+    dot; ValueError where there is not exactly one.
     """
-    where, found = stored_tensors(folder), {}
+    found = {}
     for name in sorted(names):
-        keys = [name] if name in where else [key for key in where if key.endswith(f".{name}")]
+        keys = [name] if name in stored else [key for key in stored if key.endswith(f".{name}")]
         if len(keys) != 1:
             raise ValueError(f"target.path {folder} has {len(keys)} tensors {name} in its .safetensors files, not one")
-        found[name] = where[keys[0]].get_tensor(keys[0])
+        found[name] = stored[keys[0]].get_tensor(keys[0])
     return found

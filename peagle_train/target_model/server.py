@@ -38,7 +38,7 @@ from peagle_train.core.passes import TargetOutputs
 from peagle_train.data.vocab import eos_token_ids, load_config
 from peagle_train.files import RunStopped, one_line
 from peagle_train.target_model.frozen import FrozenTarget, TargetBase, TargetLost, pieces_of
-from peagle_train.target_model.loading import default_layer_ids, empty_model, read_tensors
+from peagle_train.target_model.loading import default_layer_ids, empty_model, read_tensors, stored_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -293,7 +293,8 @@ def _around_the_layers(settings: Target, dtype: torch.dtype) -> tuple[Tensor, Te
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     embeddings, head, norm = model.get_input_embeddings().weight, target.head.weight, norms[0]
     inside = {name: names[id(parameter)] for name, parameter in norm.named_parameters()}
-    found = read_tensors(Path(settings.path), {names[id(embeddings)], names[id(head)], *inside.values()})
+    folder, wanted = Path(settings.path), {names[id(embeddings)], names[id(head)], *inside.values()}
+    found = read_tensors(folder, stored_tensors(folder), wanted)
     norm.to_empty(device="cpu").load_state_dict({name: found[full] for name, full in inside.items()})
     return found[names[id(head)]].to(dtype), found[names[id(embeddings)]].to(dtype), norm.eval().requires_grad_(False)
 
@@ -339,7 +340,9 @@ def _storage(folder: str, port: int) -> Path:
 
 
 def run_server(command: list[str], port: int, folder: str) -> None:
-    """Run the server until it ends, saying when it answers. RunStopped if it fails. `folder` is emptied before."""
+    """Run the server until it ends, and say when it answers. RunStopped if it fails. The server's part of `folder`
+    is emptied before.
+    """
     if _answers(port):
         raise ValueError(f"a server answers at port {port} already: stop it, or give another --port")
     shutil.rmtree(_storage(folder, port), ignore_errors=True)  # what a killed server or its readers have left
