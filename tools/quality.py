@@ -10,7 +10,7 @@ The first call writes the texts: the target's greedy continuations of standard-l
 They are of modules that a recipe with data.eval_fraction = DEV_FRACTION holds out and the recipe does not: its own are for
 the final table (peagle-train evaluate). The target runs once for each data section (peagle-train prepare and cache). A
 drafter is trained by `python -m peagle_train` and measured by `replay` (float32, greedy, K = 5, repetition left out), which
-needs no decoding. Settings are compared at equal CPU time, which other work on the machine does not change: choose --steps
+needs no decoding. Without --ledger, the line goes to the repository's own. Settings are compared at equal CPU time, which other work on the machine does not change: choose --steps
 by what the lines before say a step takes.
 """
 
@@ -151,7 +151,9 @@ def table(lines: Sequence[dict[str, Any]], base: str) -> str:
 
     from peagle_train.decoding.measure import ratio_interval
 
-    first = next(line for line in lines if line["name"] == base)
+    first = next((line for line in lines if line["name"] == base), None)
+    if first is None:
+        sys.exit(f"quality.py: error: no run is named {base}: {', '.join(sorted({line['name'] for line in lines}))}")
     settings: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
         if line["texts"] == first["texts"]:
