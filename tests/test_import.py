@@ -25,7 +25,7 @@ from peagle_train.target_model.cache import write_cache
 from peagle_train.target_model.frozen import FrozenTarget
 from tests.helpers import ENVIRONMENT, command, make_draft
 from tests.runs import last_error
-from tests.tiny import MASK, VOCAB, write_recipe
+from tests.tiny import MASK, VOCAB, make_target, write_recipe
 
 DRAFTED = 30
 SHAPE: dict[str, Any] = {
@@ -237,23 +237,30 @@ def test_the_package_imports_nothing_until_a_name_is_used_and_has_every_name():
     assert all(callable(getattr(peagle_train, name)) for name in peagle_train.__all__)
 
 
-def test_layers_norm_and_last_feature_of_the_target_are_what_a_drafter_starts_from(tiny_target):
+def test_layers_norm_and_last_feature_of_the_target_are_what_a_drafter_starts_from(tmp_path):
     """With the last feature layer right below the copied ones, and no embeddings, the drafter is the target's top."""
-    target = FrozenTarget.load(str(tiny_target), dtype="float32", layer_ids=[0, 1, 4])
-    draft = new_drafter(target, MASK, num_layers=2, layers_from_target=True, norm_before_residual=False)
-    H, ids = draft.config.hidden_size, torch.tensor([[3, 1, 4, 1, 5, 9, 2]])
+    weights = make_target(tmp_path) / "model.safetensors"
+    drawn = {n: torch.rand_like(t) + 0.5 if "norm" in n else t for n, t in load_file(weights).items()}
+    save_file(drawn, weights, {"format": "pt"})
+    target = FrozenTarget.load(str(tmp_path), dtype="float32", layer_ids=[0, 1, 4])
+    draft, random = (new_drafter(target, MASK, num_layers=2, layers_from_target=copied) for copied in (True, False))
+    H, first, other = draft.config.hidden_size, draft.layers[0], random.layers[0]
+    kept = random.fc.weight / 4
+    kept[:, -H:] += torch.eye(H)
+    torch.testing.assert_close(draft.fc.weight, kept)
+    assert torch.equal(first.input_layernorm.weight, other.input_layernorm.weight)  # the embeddings', not the target's
+    ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2]])
     with torch.no_grad():
         draft.fc.weight[:, :-H] = 0
         draft.fc.weight[:, -H:] = torch.eye(H)
         for name in ("q_proj", "k_proj", "v_proj"):
-            getattr(draft.layers[0].self_attn, name).weight[:, :H] = 0
+            own = getattr(first.self_attn, name).weight[:, :H]
+            assert torch.equal(own, getattr(other.self_attn, name).weight[:, :H])
+            own.zero_()
         position = torch.arange(ids.shape[1])[None]
         features, last_hidden = target.features(ids, position)
         output = draft(ids, position, features, Causal(torch.zeros_like(ids)))
     torch.testing.assert_close(output.hidden, last_hidden, rtol=1e-5, atol=1e-5)
-    random = new_drafter(target, MASK, num_layers=2)
-    copied = new_drafter(target, MASK, num_layers=2, layers_from_target=True)
-    torch.testing.assert_close(copied.fc.weight[:, :-H], random.fc.weight[:, :-H] / 4)
 
 
 def test_layers_of_another_shape_than_the_targets_are_refused(frozen):

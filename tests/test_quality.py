@@ -67,14 +67,16 @@ def test_settings_are_trained_on_one_sample_and_measured_as_decoding_would(
     assert rows[0].startswith("| base | 2 | 2 | 7 |") and rows[1].startswith("| one layer | 1 |")
 
 
-def test_a_gain_that_every_module_and_seed_shows_has_an_interval_above_zero() -> None:
-    def line(name: str, tokens: int) -> dict:
-        modules = {f"m{i}": [10, tokens + i % 2 * (1 + (name == "better")), 20, 30] for i in range(5)}
-        return {"name": name, "texts": "same", "steps": 1, "cpu_seconds": 1, "modules": modules}
+def test_gains_are_of_the_base_on_the_same_texts_with_intervals_over_modules_drawn_together() -> None:
+    def line(name: str, tokens: int, texts: str = "same", spread: int = 1) -> dict:
+        modules = {f"m{i}": [10, tokens + i % 2 * spread, 20, 3 * (tokens + i % 2 * spread)] for i in range(5)}
+        return {"name": name, "texts": texts, "steps": 1, "cpu_seconds": 1, "modules": modules}
 
-    lines = [line("base", 12), line("base", 13), line("better", 15), line("better", 15)]
-    text = quality.table([*lines, {**lines[0], "texts": "others"}], "base")
-    row = text.splitlines()[-1].split(" | ")
-    assert row[0] == "| better" and row[4] == "1.580" and row[5] == "+0.290"
-    low, high = map(float, row[6].split(" to "))
-    assert 0 < low < 0.29 < high < 0.4
+    def cells(*lines: dict) -> list[str]:
+        return next(r for r in quality.table(lines, "base").splitlines() if "better" in r).strip("| ").split(" | ")
+
+    row = cells(line("better", 15), line("base", 12), line("base", 13), line("better", 15), line("base", 19, "others"))
+    assert row[4:6] == ["1.540", "+0.250"] and row[7:9] == ["2.310", "+0.375"]
+    assert (row[6], row[9]) == ("+0.250 to +0.250", "+0.375 to +0.375"), "every module gains as much"
+    low, high = map(float, cells(line("base", 12), line("better", 15, spread=3))[6].split(" to "))
+    assert 0.3 <= low < 0.38 < high <= 0.5
