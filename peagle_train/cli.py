@@ -425,11 +425,9 @@ def _evaluate(add: Add, read: Read) -> int:
     Reported for every K from 1 up to --k, out of one decoding, with a legend. Loops, which are left out, are stretches of
     at least max(24, 2 p) tokens that each equal the one p before, p up to 64.
     --temperature above 0 draws the target's tokens; drafts are the drafter's likeliest, as by default in vLLM.
-    --engine vllm (greedy): the same prompts in vLLM beside our decoder's figures, and where the two part: by how many ulp
-    of the dtype our best logit led the second (near-tie: 2 of a 16-bit dtype).
+    --engine vllm (greedy): the same prompts in vLLM beside our decoder's figures, and how many texts differ.
 
-    Exit code 1: a greedy text is not the target's own and no tie of logits explains it, or vLLM parts from our decoder in
-    float32 without a near-tie.
+    Exit code 1: a greedy text is not the target's own and no tie of logits explains it, or vLLM's differs in float32.
     """
     add("checkpoint", type=Path, help="a drafter's folder, such as runs/mine/final")
     add("--prompts", nargs="+", required=True, metavar="WHAT", help="see above")

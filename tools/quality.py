@@ -82,7 +82,7 @@ def measure(folder: Path, texts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         prompt, tokens = text["prompt"], text["tokens"]
         is_again = repeats(prompt, tokens)[1:]
         accepted = accepted_slots(draft, Decoded(prompt, tokens, features=text["features"]), K)
-        passes = count(replay(accepted, K, len(tokens)), K, is_again)[0]
+        passes = count(replay(accepted, K, len(tokens)), K, is_again)
         fresh = [n for n, again in zip(accepted, is_again) if not again]
         counts = [*passes, len(fresh), len(fresh) + sum(fresh)]
         modules[text["name"]] = [a + b for a, b in zip(modules.get(text["name"], [0] * len(counts)), counts)]

@@ -12,9 +12,9 @@ from peagle_train.config import Recipe, load_recipe
 from peagle_train.data.documents import STDLIB
 from peagle_train.data.vocab import load_tokenizer
 from peagle_train.decoding import vllm
-from peagle_train.decoding.measure import Case, checks, compare, load_cases, measure, stdlib_cases, summarize
+from peagle_train.decoding.measure import Case, compare, load_cases, measure, stdlib_cases, summarize
 from peagle_train.distributed import check_device
-from peagle_train.files import aligned, one_line, partial_path, write_json
+from peagle_train.files import aligned, one_line, write_json
 from peagle_train.serving.drafter_io import load_drafter, read_config
 from peagle_train.serving.export import find_drafter
 from peagle_train.serving.formats import speculative_tokens_of
@@ -74,18 +74,17 @@ def run(options: Namespace) -> tuple[str, bool]:
         "prompts": notes,
         "left_out": left_out,
         "figures": [summarize(results, i, seed) for i in range(len(folders))],
-        "checks": checks(results),
         "differences": [{"other": str(f), "by_data_set": compare(results, seed, i)} for i, f in others],
-        "turns": [{k: v for k, v in asdict(r).items() if k != "leads"} for r in results],
+        "turns": [asdict(r) for r in results],
     }
-    is_right = not report["checks"]["texts"]["bug"]
+    is_right = all(r.check["verdict"] != "bug" for r in results)
     if options.engine:
         del target, drafts  # vLLM needs the memory
         torch.cuda.empty_cache()
         positions = max(len(r.prompt) for r in results) + options.max_tokens + 2 * K
         engine = vllm.Engine(path, folder, K, dtype, positions, trusted)
-        report["vllm"] = vllm.measure(engine, results, options.max_tokens, eos, dtype)
-        is_right &= dtype != "float32" or not report["vllm"]["prompts"]["other"]
+        report["vllm"] = vllm.measure(engine, results, options.max_tokens, eos)
+        is_right &= dtype != "float32" or not report["vllm"]["texts_that_differ"]
     if options.json:
         write_json(options.json, report)
     return describe(report), is_right
@@ -98,10 +97,7 @@ def check_options(options: Namespace) -> None:
     if options.engine:
         vllm.check_vllm(options.temperature, options.dtype)
     if options.json:
-        if options.json.is_dir() or not options.json.absolute().parent.is_dir():
-            raise ValueError(f"--json {options.json} is a folder or lies in none; give a file's name")
-        partial_path(options.json).touch()  # an OSError now, not when everything has been measured
-        partial_path(options.json).unlink()
+        options.json.open("a").close()  # an OSError now, not when everything has been measured
 
 
 def _device(given: str | None) -> torch.device:
@@ -140,7 +136,7 @@ LEGEND = """accepted length: tokens a pass of the target yields, its own include
 
 def describe(report: dict[str, Any]) -> str:
     """What was measured: one table, its legend, and whether the texts are right."""
-    s, texts = report["settings"], report["checks"]["texts"]
+    s, verdicts = report["settings"], [turn["check"]["verdict"] for turn in report["turns"]]
     how = f"temperature {s['temperature']:g}" if s["temperature"] else "greedy"
     lines = [*report["prompts"]]
     lines += [f"left out: {count} ({reason})" for reason, count in report["left_out"].items()]
@@ -153,14 +149,15 @@ def describe(report: dict[str, Any]) -> str:
         for name, row in ((name, row) for name, by_k in found["by_data_set"].items() for row in by_k):
             difference, interval = _number(row["difference"], "+.3f"), _interval(row["interval"])
             lines.append(f"  {name}, K = {row['k']}: {difference} ({interval})")
-    if not texts["none"]:
-        lines.append(f"texts: {texts['same']} of {sum(texts.values())} equal the target's own, token for token")
-        if texts["tie"]:
+    if not s["temperature"]:
+        lines.append(f"texts: {verdicts.count('same')} of {len(verdicts)} equal the target's own, token for token")
+        if ties := verdicts.count("tie"):
             why = f"its two best logits tie within {report['dtype']}'s rounding, which is normal"
-            lines[-1] += f"; {texts['tie']} first differ where {why}"
-        for d in report["checks"]["differences"]:
-            if d["verdict"] == "bug":
-                lines.append(f"  WRONG, and no tie: {d['data_set']} {d['id']}, turn {d['turn'] + 1}, token {d['at']}")
+            lines[-1] += f"; {ties} first differ where {why}"
+        for turn in report["turns"]:
+            if turn["check"]["verdict"] == "bug":
+                where = f"{turn['data_set']} {turn['id']}, turn {turn['turn'] + 1}, token {turn['check']['at']}"
+                lines.append(f"  WRONG, and no tie: {where}")
     if "vllm" in report:
         lines += vllm.describe_vllm(report["vllm"])
     return "\n".join(lines)

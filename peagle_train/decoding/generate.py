@@ -130,13 +130,6 @@ def sampler(temperature: float, generator: torch.Generator) -> Callable[[Tensor]
     return choose
 
 
-def lead(logits: Tensor) -> list[float]:
-    """By how many ulp of its dtype the best of logits [n, V] leads the second: [n]; sums in another order move a few."""
-    best = logits.detach().to("cpu", torch.float64).topk(2).values
-    ulp = torch.finfo(logits.dtype).eps * 2.0 ** (best.abs().amax(-1).frexp().exponent - 1)
-    return ((best[:, 0] - best[:, 1]) / ulp).tolist()
-
-
 @dataclass
 class Decoded:
     """One prompt's output and how it came about."""
@@ -147,8 +140,6 @@ class Decoded:
     """Of each verifying pass: the index in `tokens` of the bonus token that its draft followed, and how many drafted tokens
     were accepted (those after an end token do not count, those after max_tokens do)."""
     features: Tensor | None = None  # [prompt + tokens - 1, F]: of every token but the last
-    leads: list[float] = field(default_factory=list)  # of each token: the `lead` of the target's logits
-    draft_leads: list[float] = field(default_factory=list)  # of each pass: the smallest of its slots'
 
 
 @torch.no_grad()
@@ -167,12 +158,11 @@ def decode(
     """
     assert prompt and max_tokens >= 1
     features, logits = target.extend(prompt, 1)
-    out = Decoded([*prompt], [choose(logits[0])], leads=lead(logits))
+    out = Decoded([*prompt], [choose(logits[0])])
     kept = [features]
     known, known_features = [*prompt[1:], *out.tokens], features
     while len(out.tokens) < max_tokens and out.tokens[-1] not in eos:
-        draft_logits = drafter.propose(known, known_features)
-        drafted = drafter.token_ids[draft_logits.argmax(-1)].tolist()
+        drafted = drafter.token_ids[drafter.propose(known, known_features).argmax(-1)].tolist()
         bonus_at, length = len(out.tokens) - 1, len(prompt) + len(out.tokens)
         features, logits = target.extend([out.tokens[-1], *drafted], len(drafted) + 1)
         known = [choose(logits[0])]  # what the target says, one token further than it agrees with the draft
@@ -186,8 +176,6 @@ def decode(
         new = known[: ends[0] + 1] if ends else known
         out.tokens += new
         out.passes.append((bonus_at, min(accepted, len(new))))
-        out.leads += lead(logits)[: len(new)]
-        out.draft_leads.append(min(lead(draft_logits)))
-    del out.tokens[max_tokens:], out.leads[max_tokens:]
+    del out.tokens[max_tokens:]
     out.features = torch.cat(kept)[: len(prompt) + len(out.tokens) - 1]
     return out

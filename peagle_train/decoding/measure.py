@@ -1,8 +1,8 @@
 """How many drafted tokens really get accepted: from prompts to figures per data set and K, with intervals.
 
 Per prompt one speculative decoding, the drafter as it is served, cache and all; from its text every K, and any other
-drafter, is replayed (`decoding.replay` says why that is exact). The decoding is checked: greedy text against the
-target's own, token for token, and its passes against their replay.
+drafter, is replayed (`decoding.replay` says why that is exact). Greedy text is checked against the target's own, token for
+token.
 
 K: slots, m: output tokens but one, V: the target's vocabulary, R: resamples, n: prompts.
 """
@@ -153,12 +153,8 @@ class Result:
     prompt: list[int]
     tokens: list[int]  # the output, at most max_tokens
     repeated: int  # how many of them are repetition
-    ended: bool  # whether an end token came within max_tokens
     passes: list[tuple[int, int]]  # `Decoded.passes` until max_tokens are out
-    is_replayed: bool  # whether their replay is the same; only ties of logits explain another
-    counts: list[list[list[list[int]]]]  # by drafter, the first one decoded; by K - 1: `count`
-    leads: list[float]  # `Decoded.leads` of the output
-    draft_lead: float | None  # the smallest of `Decoded.draft_leads` of `passes`
+    counts: list[list[list[int]]]  # by drafter, the first one decoded; by K - 1: `count`, without repetition
     check: dict[str, Any]  # verdict: same, tie or bug (greedy), none (sampled); where they part: at, gap, tolerance
 
 
@@ -207,11 +203,7 @@ def measure(
             decoded = decode(CachedTarget(target), Drafter(drafts[0], K), ids, max_tokens + K, choose, eos)
             tokens, repeated = decoded.tokens[:max_tokens], repeats(ids, decoded.tokens)
             apart_m = repeated[1:]  # a pass is repetition if the first token that it drafts is
-            passes = [(i, n) for i, n in decoded.passes if i < max_tokens - 1]
-            replays = []
-            for draft in drafts:
-                accepted_m = accepted_slots(draft, decoded, K)
-                replays.append([replay(accepted_m, k, max_tokens) for k in range(1, K + 1)])
+            accepted_Dm = [accepted_slots(draft, decoded, K) for draft in drafts]
             own = greedy_tokens(target, ids, max_tokens, eos) if temperature == 0 else None
             result = Result(
                 number=number,
@@ -221,12 +213,11 @@ def measure(
                 prompt=ids,
                 tokens=tokens,
                 repeated=sum(repeated[: len(tokens)]),
-                ended=tokens[-1] in eos,
-                passes=passes,
-                is_replayed=passes == replays[0][-1],
-                counts=[[count(r, k, apart_m) for k, r in enumerate(by_k, start=1)] for by_k in replays],
-                leads=decoded.leads[:max_tokens],
-                draft_lead=min(decoded.draft_leads[: len(passes)], default=None),
+                passes=[(i, n) for i, n in decoded.passes if i < max_tokens - 1],
+                counts=[
+                    [count(replay(accepted_m, k, max_tokens), k, apart_m) for k in range(1, K + 1)]
+                    for accepted_m in accepted_Dm
+                ],
                 check={"verdict": "none"} if own is None else verdict(target, ids, own, tokens),
             )
             results.append(result)
@@ -274,13 +265,11 @@ def summarize(results: Sequence[Result], drafter: int, seed: int) -> dict[str, A
     for name, rows in _sets(results).items():
         by_k = []
         for k in range(1, len(rows[0].counts[drafter]) + 1):
-            counts_n2C = _by_prompt(rows, drafter, k)
-            outside_nC = counts_n2C[:, 0]
-            passes, _, *accepted = outside_nC.sum(0).tolist()
-            shares = [_ratio(n, passes) for n in accepted]
-            together = _length(counts_n2C.sum(1), seed)
-            row = {"k": k, **_length(outside_nC, seed), "accepted_by_position": shares, "with_repetition": together}
-            by_k.append(row)
+            passes_n, tokens_n, *slots = _by_prompt(rows, drafter, k)
+            passes, interval = sum(passes_n), ratio_interval(tokens_n, passes_n, seed)
+            shares = [_ratio(sum(accepted_n), passes) for accepted_n in slots]
+            length = {"accepted_length": _ratio(sum(tokens_n), passes), "interval": interval}
+            by_k.append({"k": k, **length, "passes": passes, "accepted_by_position": shares})
         summary[name] = {
             "prompts": len({r.number for r in rows}),
             "turns": len(rows),
@@ -297,26 +286,12 @@ def compare(results: Sequence[Result], seed: int, other: int = 1) -> dict[str, A
     for name, rows in _sets(results).items():
         out[name] = []
         for k in range(1, len(rows[0].counts[0]) + 1):
-            first, less = (_by_prompt(rows, drafter, k)[:, 0, :2].T.tolist() for drafter in (0, other))
-            lengths = [_ratio(sum(tokens), sum(passes)) for passes, tokens in (first, less)]
+            first, less = (_by_prompt(rows, drafter, k)[:2] for drafter in (0, other))
+            lengths = [_ratio(sum(tokens_n), sum(passes_n)) for passes_n, tokens_n in (first, less)]
             difference = None if None in lengths else lengths[0] - lengths[1]  # type: ignore[operator]
             interval = ratio_interval(first[1], first[0], seed, less=(less[1], less[0]))
             out[name].append({"k": k, "difference": difference, "interval": interval})
     return out
-
-
-def checks(results: Sequence[Result]) -> dict[str, Any]:
-    """Whether the texts are the target's own, and the decodings' passes those of their replay."""
-    verdicts = [r.check["verdict"] for r in results]
-    return {
-        "texts": {verdict: verdicts.count(verdict) for verdict in ("same", "tie", "bug", "none")},
-        "differences": [
-            {"data_set": r.data_set, "id": r.id, "turn": r.turn, **r.check}
-            for r in results
-            if r.check["verdict"] in ("tie", "bug")
-        ],
-        "replays_that_differ": sum(not r.is_replayed for r in results),
-    }
 
 
 def _sets(results: Sequence[Result]) -> dict[str, list[Result]]:
@@ -326,19 +301,13 @@ def _sets(results: Sequence[Result]) -> dict[str, list[Result]]:
     return {**sets, ALL: list(results)} if len(sets) > 1 else sets
 
 
-def _by_prompt(rows: Sequence[Result], drafter: int, k: int) -> Tensor:
-    """int64 [n, 2, 2 + k]: `count` by prompt; turns of one conversation belong together, and are resampled as one."""
+def _by_prompt(rows: Sequence[Result], drafter: int, k: int) -> list[list[int]]:
+    """[2 + k, n]: `count` by prompt; turns of one conversation belong together, and are resampled as one."""
     prompts: dict[int, Tensor] = {}
     for row in rows:
-        counts = torch.tensor(row.counts[drafter][k - 1])
-        prompts[row.number] = prompts.get(row.number, torch.zeros_like(counts)) + counts
-    return torch.stack(list(prompts.values()))
-
-
-def _length(counts_nC: Tensor, seed: int) -> dict[str, Any]:
-    passes, tokens = counts_nC[:, :2].T.tolist()
-    length = _ratio(sum(tokens), sum(passes))
-    return {"accepted_length": length, "interval": ratio_interval(tokens, passes, seed), "passes": sum(passes)}
+        prompts[row.number] = prompts.get(row.number, 0) + torch.tensor(row.counts[drafter][k - 1])
+    by_prompt: list[list[int]] = torch.stack(list(prompts.values()), dim=1).tolist()
+    return by_prompt
 
 
 def _ratio(above: float, below: float) -> float | None:

@@ -89,17 +89,16 @@ def replay(accepted_m: Sequence[int], num_slots: int, max_tokens: int) -> list[t
     return passes
 
 
-def count(passes: Sequence[tuple[int, int]], num_slots: int, apart_m: Sequence[bool]) -> list[list[int]]:
-    """Counts of the passes that are not counted apart, and of those that are: [2, 2 + K].
-
-    Each is: passes; tokens (accepted ones, and the one that the target adds to each pass, none to a pass that drafted the
-    end token); by slot, passes in which its token, and so every one before, was accepted.
+def count(passes: Sequence[tuple[int, int]], num_slots: int, apart_m: Sequence[bool]) -> list[int]:
+    """Counts [2 + K] of the passes that are not left apart: passes; tokens (accepted ones, and the one that the target adds
+    to each pass, none to a pass that drafted the end token); by slot, passes in which its token, and so every one before,
+    was accepted.
     """
-    m, counts = len(apart_m), [[0] * (2 + num_slots), [0] * (2 + num_slots)]
+    m, counts = len(apart_m), [0] * (2 + num_slots)
     for i, accepted in passes:
-        slots = [int(k < accepted) for k in range(num_slots)]
-        one = [1, min(accepted + 1, m - i), *slots]
-        counts[apart_m[i]] = [a + b for a, b in zip(counts[apart_m[i]], one)]
+        if not apart_m[i]:
+            one = [1, min(accepted + 1, m - i), *(int(k < accepted) for k in range(num_slots))]
+            counts = [a + b for a, b in zip(counts, one, strict=True)]
     return counts
 
 

@@ -6,21 +6,11 @@ Its counters before and after a prompt give the drafts that it verified and the 
 import importlib.util
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from peagle_train.decoding.measure import Result
 from peagle_train.files import one_line
-
-
-@dataclass
-class Answer:
-    """What vLLM did with one prompt."""
-
-    tokens: list[int]
-    passes: int  # verified drafts
-    accepted: list[int]  # by slot
 
 
 class Engine:
@@ -72,56 +62,30 @@ def check_vllm(temperature: float, dtype: str) -> None:
         raise ValueError(f"--engine vllm needs vLLM in this environment: {where}, and evaluate there")
 
 
-def measure(
-    engine: Engine, results: Sequence[Result], max_tokens: int, eos: Collection[int], dtype: str
-) -> dict[str, Any]:
-    """Every prompt in vLLM, for the report: counts beside our own decoder's `results`, and why they differ."""
-    theirs = []
+def measure(engine: Engine, results: Sequence[Result], max_tokens: int, eos: Collection[int]) -> dict[str, Any]:
+    """Every prompt in vLLM, for the report: its counts beside our own decoder's `results`, and which texts differ."""
+    differ, vllm, ours = [], list[list[int]](), list[list[int]]()
     for result in results:
         before = engine.counters()
         tokens = engine.complete(result.prompt, max_tokens, eos)
-        passes, *accepted = (b - a for a, b in zip(before, engine.counters(), strict=True))
-        theirs.append(Answer(tokens, passes, accepted))
-    slots = range(len(theirs[0].accepted))
-    ours = [Answer(r.tokens, len(r.passes), [sum(n > k for _, n in r.passes) for k in slots]) for r in results]
-    near = 2 if dtype in ("bfloat16", "float16") else 64
-    parted: list[dict[str, Any]] = []
-    for r, mine, answer in zip(results, ours, theirs):
-        what, ulps = compare(r, mine, answer)
-        if what != "same":
-            parted.append({"data_set": r.data_set, "id": r.id, "turn": r.turn, "part_in": what, "ulps": ulps})
-    nearly = sum(p["ulps"] is not None and p["ulps"] <= near for p in parted)
+        vllm.append([b - a for a, b in zip(before, engine.counters(), strict=True)])
+        slots = range(len(before) - 1)
+        ours.append([len(result.passes), *(sum(n > k for _, n in result.passes) for k in slots)])
+        if tokens != result.tokens:
+            differ.append({"data_set": result.data_set, "id": result.id, "turn": result.turn, "tokens": tokens})
     return {
         "version": engine.version,
-        "k": len(slots),
-        "vllm": _figures(theirs),
+        "k": len(vllm[0]) - 1,
+        "vllm": _figures(vllm),
         "ours": _figures(ours),
-        "prompts": {"same": len(results) - len(parted), "near_tie": nearly, "other": len(parted) - nearly},
-        "near_ulps": near,
-        "parted": parted,
-        "turns": [asdict(answer) for answer in theirs],
+        "texts": len(results),
+        "texts_that_differ": differ,
     }
 
 
-def compare(result: Result, ours: Answer, theirs: Answer) -> tuple[str, float | None]:
-    """Whether vLLM did what our decoder did: "same"; else by how many ulp our logits led where they part.
-
-    Of counts that differ on the same text it is the smallest lead of any draft.
-    """
-    if theirs.tokens != ours.tokens:
-        same = zip(theirs.tokens, ours.tokens)
-        at = next((i for i, (a, b) in enumerate(same) if a != b), len(ours.tokens))
-        return "text", result.leads[at] if at < len(result.leads) else None
-    more = [b - a for a, b in zip(ours.accepted, theirs.accepted, strict=True)]
-    # vLLM counts what it accepts after an end token, too
-    if theirs.passes == ours.passes and all(0 <= n <= result.ended for n in more):
-        return "same", None
-    return "drafts", result.draft_lead
-
-
-def _figures(answers: Sequence[Answer]) -> dict[str, Any]:
-    passes = sum(a.passes for a in answers)
-    shares = [sum(n) / passes if passes else 0.0 for n in zip(*(a.accepted for a in answers))]
+def _figures(counts: Sequence[Sequence[int]]) -> dict[str, Any]:
+    passes, *accepted = map(sum, zip(*counts))
+    shares = [n / passes if passes else 0.0 for n in accepted]
     return {"passes": passes, "accepted_length": 1 + sum(shares), "accepted_by_position": shares}
 
 
@@ -132,11 +96,6 @@ def describe_vllm(report: dict[str, Any]) -> list[str]:
         figures = report[key]
         positions = " ".join(f"{share:.3f}" for share in figures["accepted_by_position"])
         lines.append(f"  {name}: {figures['accepted_length']:.3f}  {positions}  {figures['passes']}")
-    prompts = report["prompts"]
-    lines.append(f"vLLM: {prompts['same']} of {sum(prompts.values())} texts, with their counts, equal ours")
-    if prompts["near_tie"]:
-        apart = f"at most {report['near_ulps']} ulp apart"
-        lines[-1] += f"; {prompts['near_tie']} first differ where our best logits are {apart}"
-    if prompts["other"]:
-        lines[-1] += f"; {prompts['other']} differ elsewhere (--json says where)"
+    differing = len(report["texts_that_differ"])
+    lines.append(f"vLLM: {report['texts'] - differing} of {report['texts']} texts equal ours, token for token")
     return lines
