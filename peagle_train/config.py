@@ -152,7 +152,6 @@ ELSEWHERE = {
     "data.chat_template": ("chat_template_path", "chat_template_jinja", ""),
     "draft.init_from": ("", "", "from_pretrained"),
     "draft.layer_type": ("", "", "draft_arch"),
-    "draft.vocab_from": ("", "", "d2t_path t2d_path"),
     "draft.window": ("", "", "sliding_window"),
     "draft.train_embeddings": ("", "", "embed_requires_grad"),
     "train.epochs": ("num_train_epochs", "num_epochs", ""),
@@ -177,6 +176,14 @@ ELSEWHERE = {
 """What TRL (and transformers), axolotl and speculators call our keys; names that are the same are not in it."""
 
 
+GONE: dict[str, tuple[list[Any], str]] = {
+    "data.max_characters": ([None, 4_000_000], "texts may have any length"),
+    "data.max_documents": ([None], "give fewer files, or a split such as train[:1000]"),
+    "data.on_rewrite": (["last_turn"], "of a chat that its template rewrites, the last turn is learned"),
+}
+"""Keys of before: the values with which older runs' recipes may still hold them, and what is said of any other."""
+
+
 def key_for(name: str) -> str | None:
     """Our dotted key for a key without its section, or for another trainer's; None for a name that nobody has."""
     dotted = [f"{section}.{spec.name}" for section, cls in get_type_hints(Recipe).items() for spec in fields(cls)]
@@ -188,8 +195,9 @@ def read_section(cls: type, name: str, values: Mapping[Any, Any]) -> Any:
     """An instance of the dataclass from plain values; RecipeError of one line where they do not fit."""
     from pydantic import ValidationError
 
+    values = {key: value for key, value in values.items() if value not in GONE.get(f"{name}.{key}", ([], ""))[0]}
     try:
-        read = _model(cls).model_validate(dict(values))
+        read = _model(cls).model_validate(values)
     except ValidationError as error:
         first, leaf = error.errors()[0], error.errors()[0]["loc"][0]
         key = f"{name}[{leaf}]" if isinstance(leaf, int) else f"{name}.{leaf}"
@@ -199,6 +207,8 @@ def read_section(cls: type, name: str, values: Mapping[Any, Any]) -> Any:
             meant = key_for(str(leaf)) if "[" not in name else None  # a source's keys are nobody else's
             meant = meant or (f"{name}.{close[0]}" if close else None)
             hint = f"did you mean {meant}?" if meant else f"{name} has {', '.join(names)}"
+            if gone := GONE.get(f"{name}.{leaf}"):
+                hint = f"remove it: {gone[1]}"
             raise RecipeError(f"{key} is not a key; {hint}") from None
         if first["type"] == "missing":
             raise RecipeError(f"{key} is missing") from None
@@ -236,19 +246,15 @@ class SourceSpec:
     """What a recipe says of one source."""
 
     path: Text | None = None
-    """A file, a folder (of files, or written by `datasets.save_to_disk`), a glob, or stdlib."""
+    """A file, a folder, a glob, or stdlib."""
     datasets: Text | None = None
     """The name of a data set, for `datasets.load_dataset`. Either this or path."""
     weight: Annotated[float, within(gt=0, le=1000)] = 1.0
     """How often each document comes in an epoch: 2.5 is twice, and once more for the half that their keys choose."""
-    format: Literal["auto", "text", "jsonl", "json", "parquet", "arrow"] = "auto"
-    """What the files are; auto goes by their extension. Given, it also chooses what a folder's files are."""
     split: Text | None = None
-    """Of a data set that has splits; null: train."""
+    """Of a named data set; null: train."""
     name: Text | None = None
-    """The data set's configuration."""
-    streaming: bool = False
-    """Never held in memory or on disk as a whole; has to be prepared before training."""
+    """The named data set's configuration."""
 
     def describe(self) -> str:
         """The source in the user's own words."""
@@ -266,8 +272,8 @@ def parse_sources(items: Sequence[str | dict[str, Any]], key: str = "data.source
         if (spec.path is None) == (spec.datasets is None):
             which = "neither" if spec.path is None else "both"
             raise RecipeError(f"{where} has {which} of path and datasets; give one")
-        if spec.datasets is not None and spec.format != "auto":
-            raise RecipeError(f"{where}.format is {spec.format}, which is of files; remove it beside datasets")
+        if spec.path is not None and (spec.split or spec.name):
+            raise RecipeError(f"{where} has split or name, which are of datasets: give the split's own folder as path")
         specs.append(spec)
     return specs
 
@@ -326,7 +332,7 @@ class Data:
 
     sources: SomeSources
     """Files, folders, globs, `stdlib` (the running Python's own library), `hf:NAME`, or mappings with `path` or `datasets`,
-    and weight, format, split, name, streaming: see `SourceSpec` in config.py."""
+    and weight, split, name: see `SourceSpec` in config.py."""
     extensions: Extensions = field(default_factory=lambda: [".py", ".txt", ".md", ".jsonl", ".parquet", ".arrow"])
     """Which files of folders are read: .jsonl, .json, .parquet and .arrow as examples, anything else as text."""
     exclude: list[Text] = field(default_factory=list)
@@ -335,13 +341,9 @@ class Data:
     """Documents to evaluate on, named as in `sources` (but weights are 1). Given, eval_fraction is not used."""
     eval_fraction: Share = 0.02
     """Share of the documents of `sources` that is held out to evaluate on: at least one of several, unless it is 0."""
-    max_documents: Count | None = None
-    """Read at most this many documents."""
     max_bad_rows: Annotated[int, within(ge=0, le=MANY)] | Percent = 0
     """Skip at most this many examples (or this share of all, as in 1%) that cannot be trained on, counted by reason; more
     stop the run: a share's after all are read. `peagle-train check-data` counts them."""
-    max_characters: Count | None = 4_000_000
-    """An example that holds a longer text is a bad row; null: any length. Text files may have any length."""
     max_eval_rows: Count | None = 64
     """Evaluate on at most this many sequences; null: on all."""
     max_length: Annotated[int, within(ge=2, le=2**22)] = 2048
@@ -356,8 +358,6 @@ class Data:
     """A .jinja file to use in place of the tokenizer's own chat template."""
     template_kwargs: Plain | None = None
     """Variables of the chat template, as in {enable_thinking: false}."""
-    on_rewrite: Literal["last_turn", "refuse"] = "last_turn"
-    """Chats whose earlier turns the template rewrites (drops their thoughts): learn from the last turn only, or not."""
 
 
 @dataclass
@@ -379,7 +379,7 @@ class Draft:
     draft_vocab_size: Annotated[int, within(ge=1, le=2**24)] | None = None
     """Draft only the most frequent tokens; null: the full vocabulary."""
     vocab_from: FilePath | None = None
-    """Draft the tokens that another drafter drafts (folder or .safetensors with d2t), instead of the most frequent ones."""
+    """Folder of a drafter whose draft vocabulary is taken, instead of the most frequent tokens."""
     mask_token_id: Annotated[int, within(ge=0, le=MANY)] | None = None
     """A token that never occurs in text; null: the first id that no token of the tokenizer uses, or that it reserves."""
     max_position_embeddings: Count | None = None
@@ -474,8 +474,7 @@ class Train:
     decay_ratio: Annotated[float, within(gt=0, le=1)] = 0.2
     """Share of the steps in which constant_with_decay falls."""
     average: Share = 0.0
-    """Share of the steps, the last ones, whose weights' mean is the final drafter; the last step's weights are evaluated
-    beside it. 0: no mean, the final drafter is the last step's."""
+    """Share of the steps, the last ones, whose weights' mean is the final drafter; 0: it is the last step's."""
     warmup_ratio: Share = 0.0025
     """Share of the steps in which the learning rate rises."""
     weight_decay: Annotated[float, within(ge=0, le=1)] = 0.0

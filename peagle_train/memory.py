@@ -33,10 +33,10 @@ from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.core.partition import segment_capacity
 from peagle_train.core.visibility import MASK_BLOCK_BYTES, MASK_CACHE_BYTES, QUERY_BLOCK
-from peagle_train.data.vocab import read_d2t
 from peagle_train.distributed import check_sharding, clip_gradients, from_all
 from peagle_train.files import RunStopped, aligned, one_line
 from peagle_train.machine import GIB, Device, available_ram, parse_device, peak_ram, resident_ram
+from peagle_train.serving.drafter_io import read_drafter
 from peagle_train.serving.start import make_draft_config, read_start
 from peagle_train.target_model.attention import BLOCK as TARGET_BLOCK
 from peagle_train.target_model.attention import NAME
@@ -315,7 +315,8 @@ def read_sizes(recipe: Recipe, device: Device, target: FrozenTarget | None = Non
     start = read_start(recipe, target)
     shaped = start.recipe if start else recipe
     if recipe.draft.vocab_from:
-        shaped = replace(shaped, draft=replace(shaped.draft, draft_vocab_size=read_d2t(recipe.draft)[0].numel()))
+        vocabulary = read_drafter(recipe.draft.vocab_from).config.draft_vocab_size
+        shaped = replace(shaped, draft=replace(shaped.draft, draft_vocab_size=vocabulary))
     draft = make_draft_config(shaped, target, shaped.draft.mask_token_id or 0, start.files.config if start else None)
     return sizes_of(recipe, target, draft, device)
 

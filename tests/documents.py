@@ -34,7 +34,7 @@ def load_documents(
     found = find_all(section)["sources"]
     documents = [
         Document(torch.from_numpy(made.input_ids).long(), torch.from_numpy(made.loss_mask), raw.name, made.key.hex())
-        for raw, made in read_documents(found, report, encode, section.max_documents, section.max_bad_rows)
+        for raw, made in read_documents(found, report, encode, section.max_bad_rows)
     ]
     return documents, report
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from peagle_train.config import Data
 from peagle_train.data.chat import ChatEncoder
-from peagle_train.data.messages import FORMAT, NOTHING, TEMPLATE, UNREADABLE, BadRow, messages_of, without_null
+from peagle_train.data.messages import FORMAT, NOTHING, TEMPLATE, BadRow, messages_of, without_null
 from tests import chats
 from tests.chats import WORDS, chat, encode, encoder, make_tokenizer, marked_mask, readable, stock
 
@@ -93,7 +93,7 @@ SHOWN: dict[str, tuple[str, dict[str, Any], dict[str, Any], str, dict[str, int]]
         chats.LAST_END, chat("user: Hello", "assistant: Hi", "user: Bye", "assistant: Bye"), {},
         "<|im_start|> user <|channel|> Hello <|im_end|> <|im_start|> assistant <|channel|> [Hi] <|im_end|> "
         "<|im_start|> user <|channel|> Bye <|im_end|> <|im_start|> assistant <|channel|> [Bye] [<|return|>]",
-        {"turns without an end-of-turn token": 1},
+        {},
     ),
     "an end token that takes the newline after it along": (  # none of its own: it is part of that token
         chats.CHATML, HELLO, {"tokenizer": make_tokenizer(stripping=True)},
@@ -199,29 +199,11 @@ def test_a_space_that_the_prompt_ends_in_is_never_learned_with_the_word_after_it
         assert encoded.counts == {BORDER: 1}
 
 
-def test_ids_are_those_of_the_serving_path():
-    for row in ORACLE_ROWS:
-        for template in (chats.CHATML, chats.LLAMA3, chats.REASONING, chats.CHAT_END, chats.LAST_END):
-            given = messages_of(row)
-            how = {"tools": given.tools, "chat_template": stock(template), "return_dict": False}
-            try:
-                ids = encode(template, row).input_ids
-            except BadRow as error:
-                assert error.reason == TEMPLATE
-                continue
-            assert ids == make_tokenizer().apply_chat_template(given.messages, **how)
-
-
-def test_refuse_takes_no_chat_that_the_template_rewrites():
-    with pytest.raises(BadRow, match="rewrites message 1 once others follow") as error:
-        encode(chats.REASONING, THOUGHTFUL, on_rewrite="refuse")
-    assert error.value.reason == TEMPLATE
-    assert encode(chats.REASONING, WEATHER, on_rewrite="refuse") == encode(chats.REASONING, WEATHER)
-    # The generation prompt opens thoughts that the rendered turn does not have: not even the last turn can be learned.
+def test_a_last_turn_that_is_not_rendered_as_its_prompt_and_what_follows_is_refused():
+    # The generation prompt opens thoughts that the rendered turn does not have.
     template = chats.CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-    for on_rewrite in ("last_turn", "refuse"):
-        with pytest.raises(BadRow, match="does it drop thoughts"):
-            encode(template, SEA, on_rewrite=on_rewrite)
+    with pytest.raises(BadRow, match="does it drop thoughts"):
+        encode(template, SEA)
 
 
 def test_last_turn_means_the_steps_of_the_assistant_after_the_last_user():
@@ -266,9 +248,8 @@ def test_a_prompt_and_a_completion_in_strings_get_bos_and_eos_and_no_template():
     ("template", "options", "message"),
     [
         (None, {}, "has no chat template: set data.chat_template to a .jinja file"),
-        ("{% for", {}, "the chat template cannot render the user's message (TemplateSyntaxError"),
-        ("{{ messages[0].role }}", {}, "what the user says is not in it"),
-        ("{{ messages[0].content }}", {}, "cannot render the assistant's message (what the assistant says"),
+        ("{% for", {}, "the chat template cannot render a chat (TemplateSyntaxError"),
+        ("{{ messages[0].content }}", {}, "what is said in it is missing"),
         ("{{ raise_exception('no') }}", {}, "(TemplateError: no): set data.chat_template"),
         (stock(chats.CHATML), {"template_kwargs": {"tools": []}}, "multiple values for keyword argument 'tools'"),
     ],
@@ -405,13 +386,6 @@ BAD = {
         {"messages": [USER]},
         {"prompt": "Hi", "completion": ""},
         {"prompt": [USER, ANSWER], "completion": [USER]},
-    ],
-    UNREADABLE: [
-        turn(content="a\ud800b"),
-        turn(name="\udfff"),
-        turn(tool_calls=[{"function": {"name": "f", "arguments": '{"\\ud800": 1}'}}]),
-        {**turn(), "tools": [{"name": "\ud800"}]},
-        {"prompt": "\ud800", "completion": "x"},
     ],
 }
 

@@ -9,19 +9,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
 
 from peagle_train.config import Recipe, load_recipe
 from peagle_train.core.cod import drafter_rows
-from peagle_train.core.collator import CODCollator
-from peagle_train.data.packing import PackedRows, TrainingData, held_out_documents, times_an_epoch
-from peagle_train.data.sampler import StepBatchSampler
+from peagle_train.data.packing import PackedRows, TrainingData, held_out_documents
 from peagle_train.data.training_data import load_training_data, prepare_recipe
 from peagle_train.data.vocab import count_supervised
 from tests.byte_tokenizer import BYTES_VOCAB, make_byte_tokenizer
@@ -110,9 +106,7 @@ def test_prepared_sequences_are_those_made_on_the_fly_bit_by_bit(made):
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~umask}, "others may read them"
 
 
-@pytest.mark.parametrize(
-    "data", [{"max_documents": 17}, {"pack": False}, {"eval_fraction": 0.0}, {"eval_sources": ["chats.jsonl"]}]
-)
+@pytest.mark.parametrize("data", [{"pack": False}, {"eval_fraction": 0.0}, {"eval_sources": ["chats.jsonl"]}])
 def test_every_setting_means_the_same_in_both_ways(data, tmp_path, target, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = recipe_of(tmp_path, target, sources=write_sources(tmp_path), **data)
@@ -120,7 +114,6 @@ def test_every_setting_means_the_same_in_both_ways(data, tmp_path, target, monke
     now = read(recipe)
     assert_same(now, read(recipe, tmp_path / "prepared"))
     assert (now.in_both > 0) == ("eval_sources" in data) == ("eval_sources" in now.source_reports)
-    assert now.source_reports["sources"].is_cut == ("max_documents" in data)
 
 
 def test_an_epoch_holds_each_document_as_often_as_its_source_weighs(tmp_path, target):
@@ -144,8 +137,7 @@ def test_an_epoch_holds_each_document_as_often_as_its_source_weighs(tmp_path, ta
 
 def test_prepared_data_of_other_settings_is_refused_with_the_key_and_both_values(made):
     folder = made[1]
-    settings = {"max_length": 65, "sources": ["elsewhere"], "pack": False, "on_rewrite": "refuse"}
-    for key, value in {**settings, "max_characters": None}.items():
+    for key, value in {"max_length": 65, "sources": ["elsewhere"], "pack": False}.items():
         changed = load_recipe(folder.parent / "recipe.yaml")
         setattr(changed.data, key, value)
         with pytest.raises(ValueError, match=f"was made with data.{key} .*while it is"):
@@ -210,20 +202,6 @@ def test_a_preparation_that_ends_early_leaves_nothing_and_the_next_one_starts_ov
     os.close(handle)
 
 
-def test_streamed_sources_are_refused_until_they_are_prepared(tmp_path, target):
-    write_sources(tmp_path)
-    (tmp_path / "named").mkdir()
-    table = datasets.Dataset.from_list(json.loads((tmp_path / "ids.json").read_text()))
-    table.to_parquet(tmp_path / "named" / "train.parquet")
-    recipe = recipe_of(tmp_path, target, sources=[{"datasets": str(tmp_path / "named"), "streaming": True}])
-    with pytest.raises(ValueError, match=r"is streamed, which has to be prepared"):
-        read(recipe)
-    prepare_recipe(recipe, tmp_path / "prepared", say=silent)
-    prepared = read(recipe, tmp_path / "prepared")
-    expected = read(recipe_of(tmp_path / "plain", target, sources=[str(tmp_path / "ids.json")]))
-    assert prepared.train_rows.fingerprint() == expected.train_rows.fingerprint()
-
-
 def test_a_mistake_of_the_chat_template_is_one_line_wherever_it_is_found(tmp_path, target):
     write_sources(tmp_path)
     chats, odd = str(tmp_path / "chats.jsonl"), tmp_path / "odd.jinja"
@@ -233,7 +211,7 @@ def test_a_mistake_of_the_chat_template_is_one_line_wherever_it_is_found(tmp_pat
             make()
     odd.write_text("{{ messages[0].role }}")
     recipe = recipe_of(tmp_path, target, sources=[chats], chat_template=str(odd))
-    with pytest.raises(ValueError, match=r"cannot render the user's message .*set data\.chat_template$"):
+    with pytest.raises(ValueError, match=r"cannot render a chat .*set data\.chat_template$"):
         prepare_recipe(recipe, tmp_path / "p", say=silent)
     assert not (tmp_path / "p").exists()
 
@@ -387,28 +365,3 @@ def test_more_than_a_million_tokens_are_counted_across_the_parts_that_they_are_c
     counts = count_supervised(table_of(documents), times, 5)
     assert counts.dtype == torch.int64
     assert counts.tolist() == [n * int(mask.sum()) for n, mask in zip(times.tolist(), masks)]
-
-
-def test_a_weight_says_how_often_each_document_comes_and_its_key_decides_about_the_rest():
-    keys = np.random.default_rng(0).integers(0, 256, (4000, 32), dtype=np.uint8)
-    for weight, whole, share in ((1.0, 1, 0.0), (0.5, 0, 0.5), (2.25, 2, 0.25)):
-        times = times_an_epoch(keys, np.full(4000, weight))
-        assert set(times.tolist()) <= {whole, whole + 1}
-        assert float((times == whole + 1).mean()) == pytest.approx(share, abs=0.03)
-        assert np.array_equal(times[100:200], times_an_epoch(keys[100:200], np.full(100, weight)))
-        assert (times_an_epoch(keys, np.full(4000, weight + 0.1)) >= times).all(), "a larger weight only adds"
-    mixed = times_an_epoch(keys, np.where(np.arange(4000) < 2000, 0.5, 3.0))
-    assert mixed[:2000].max() == 1 and set(mixed[2000:].tolist()) == {3}
-
-
-def test_sequences_reach_the_collator_through_a_data_loader():
-    documents = [document(list(range(1, n + 1))) for n in (3, 9, 17, 2, 1, 6)]
-    rows, _ = pack_documents(documents, 16)
-    assert len(pickle.loads(pickle.dumps(rows))) == len(rows)
-    sampler = StepBatchSampler(len(rows), batch_size=2, accumulation=2, seed=1, num_steps=2)
-    loader = DataLoader(rows, batch_sampler=sampler, num_workers=2, collate_fn=CODCollator(16, num_depths=4))
-    batches = list(loader)
-    assert [batch["input_ids"].shape for batch in batches] == [(2, 16)] * 4
-    for epoch in (batches[:2], batches[2:]):
-        tokens = sum(int((batch["document_ids"] >= 0).sum()) for batch in epoch)
-        assert tokens == 38

@@ -227,11 +227,17 @@ def test_a_recipe_built_in_python_is_checked_alike():
 
 def test_a_dump_reads_back_to_the_same_recipe(minimal, write):
     overrides = ["target.layer_ids=[0, 3, 5]", "draft.rope_scaling={rope_type: linear, factor: 1e1}", "train.seed=5"]
-    overrides.append("data.sources=[stdlib, {path: chats.jsonl, weight: 2.5}, {datasets: a/b, streaming: true}]")
+    overrides.append("data.sources=[stdlib, {path: chats.jsonl, weight: 2.5}, {datasets: a/b, split: test}]")
     recipe = load_recipe(minimal, [*overrides, "train.adam_epsilon=1e-12", "train.max_grad_norm=null"])
     assert recipe.draft.rope_scaling == {"rope_type": "linear", "factor": 10.0}
     assert recipe.data.sources[1] == {"path": "chats.jsonl", "weight": 2.5}
     assert load_recipe(write(dump_recipe(recipe))) == recipe
+
+
+def test_keys_of_before_are_ignored_where_they_change_nothing_and_refused_with_another_value(minimal):
+    before = ["data.on_rewrite=last_turn", "data.max_characters=4000000", "data.max_documents=null"]
+    assert load_recipe(minimal, before) == load_recipe(minimal)
+    assert "remove it" in message(minimal, "data.on_rewrite=refuse")
 
 
 def test_a_number_beyond_any_use_is_refused_and_its_limit_named(minimal):

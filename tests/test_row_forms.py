@@ -17,7 +17,7 @@ import torch
 from peagle_train.cli import main
 from peagle_train.config import Data, parse_sources
 from peagle_train.data.documents import find_all, read_examples
-from peagle_train.data.messages import BAD_IDS, FORMAT, NOTHING, TOO_LONG, UNREADABLE
+from peagle_train.data.messages import BAD_IDS, FORMAT, NOTHING, UNREADABLE
 from tests.byte_tokenizer import make_byte_target, make_byte_tokenizer
 from tests.documents import TOKENIZER, Document, load, write_lines
 from tests.tiny import write_recipe
@@ -71,13 +71,12 @@ BAD = [
     (b'{"text": "broken', UNREADABLE, "not valid JSON"),
     (b'{"text": "\xff"}', UNREADABLE, "not UTF-8"),
     (b'{"text": "\\ud800"}', UNREADABLE, "ud800"),
+    (json.dumps({"messages": [{"role": "user", "content": "a\udfffb"}, CHAT[1]]}).encode(), UNREADABLE, "udfff"),
     (b"[1, 2]", FORMAT, "give {"),
     (b'{"question": "?"}', FORMAT, "give {"),
     (b'{"text": null}', FORMAT, "give a string"),
     (b'{"prompt": "no completion"}', FORMAT, "two strings"),
     (b'{"messages": %s%s}' % (b"[" * 5000, b"]" * 5000), FORMAT, "nested"),
-    (json.dumps({"text": "x" * 10_000}).encode(), TOO_LONG, "data.max_characters is 9999"),
-    (json.dumps({"messages": [{"role": "user", "content": "x" * 10_000}, CHAT[1]]}).encode(), TOO_LONG, "10000"),
     (json.dumps({"messages": [{"role": "robot", "content": "hi"}, CHAT[1]]}).encode(), FORMAT, "robot"),
     (json.dumps({"messages": CHAT[1:]}).encode(), NOTHING, "after a prompt"),
     (ids("[1, 2, 3]", loss_mask="[0, 0, 0]"), NOTHING, "no token of 3"),
@@ -94,7 +93,7 @@ BAD = [
     (ids("[1, 2]", loss_mask="null"), FORMAT, "loss_mask is None"),
     (ids("[1, 2]", labels="[-100, 2]"), FORMAT, "labels is not read"),
 ]
-LIMITS = {"mask_token_id": 299, "max_characters": 9_999}
+LIMITS = {"mask_token_id": 299}
 
 
 def test_bad_rows_are_counted_by_reason_with_the_line_of_the_first_or_stop_with_theirs(tmp_path):
@@ -204,19 +203,14 @@ def test_parquet_arrow_saved_and_named_data_sets_hold_what_the_same_jsonl_holds(
     datasets.DatasetDict({"train": table.select([0]), "all": table}).save_to_disk(tmp_path / "splits")
     expected, report = load(path)
     for source in (
-        *(tmp_path / name for name in ("list.json", "lines.json", "rows [1]*.parquet", "saved")),
-        next((tmp_path / "saved").glob("*.arrow")),
-        {"path": str(tmp_path / "splits"), "split": "all"},
+        *(tmp_path / name for name in ("list.json", "lines.json", "rows [1]*.parquet", "saved", "splits/all")),
         f"hf:{tmp_path / 'named'}",
-        {"datasets": str(tmp_path / "named"), "split": "train", "streaming": True},
-        {"path": str(tmp_path / "named"), "format": "parquet"},
+        {"datasets": str(tmp_path / "named"), "split": "train"},
     ):
         documents, other = load(source)
         assert [d.key for d in documents] == [d.key for d in expected] and other.forms == report.forms, source
-    assert len(load(tmp_path / "splits")[0]) == 1
     for source, expected_error in (
-        ({"path": str(tmp_path / "splits"), "split": "test"}, r"cannot read .*splits \(saved\): .*test"),
-        ({"path": str(path), "split": "test"}, "is not a data set with splits and names"),
+        (tmp_path / "splits", "give the folder of one of them"),
         ("hf:no/such-set", "cannot read no/such-set"),
     ):
         with pytest.raises(ValueError, match=expected_error):
@@ -248,19 +242,12 @@ def test_a_source_with_a_mistake_is_one_clear_line():
         ({"weight": 2}, "data.sources[0] has neither of path and datasets"),
         ({"path": "a", "wieght": 2}, "data.sources[0].wieght is not a key; did you mean data.sources[0].weight?"),
         ({"path": "a", "weight": 0}, "data.sources[0].weight: got 0 (int); it should be greater than 0"),
-        ({"datasets": "a", "format": "text"}, "data.sources[0].format is text, which is of files"),
+        ({"path": "a", "split": "test"}, "data.sources[0] has split or name"),
         ("hf:", "data.sources[0].datasets: got '' (str); give a non-empty string"),
     ):
         with pytest.raises(ValueError) as caught:
             parse_sources([source])
         assert str(caught.value).startswith(expected)
-
-
-def test_a_format_overrules_the_extension(tmp_path):
-    path = write_lines(tmp_path / "r.txt", {"text": "good"})
-    assert [TOKENIZER.decode(d.input_ids) for d in load({"path": str(path), "format": "jsonl"})[0]] == ["good"]
-    (as_text,), _ = load({"path": str(write_lines(tmp_path / "r.jsonl", {"text": "good"})), "format": "text"})
-    assert TOKENIZER.decode(as_text.input_ids) == '{"text": "good"}\n'
 
 
 TOOL_TEMPLATE = (
@@ -371,18 +358,16 @@ def test_exclude_patterns_match_below_the_source(tmp_path):
         load(tmp_path / "d", exclude=["*.txt"])
 
 
-def test_everything_left_out_is_counted_and_told_and_max_documents_only_if_there_were_more(tmp_path):
+def test_everything_left_out_is_counted_and_told(tmp_path):
     folder = tmp_path / "d"
     for name, text in {"a.txt": "one", "b.txt": "one", "c.txt": "", "d.rst": "x", "e.txt": "e", "x.txt": "two"}.items():
         write(folder / name, text)
-    write(folder / "f.txt", "a document too many")
     os.symlink(tmp_path, folder / "link")
-    documents, report = load(folder, exclude=["x*"], max_documents=2)
+    documents, report = load(folder, exclude=["x*"])
     told = report.describe()
-    for part in ("2 documents of 5 files", "1 empty", "1 duplicate", "1 excluded", "1 files of other", "1 linked"):
+    for part in ("2 documents of 4 files", "1 empty", "1 duplicate", "1 excluded", "1 files of other", "1 linked"):
         assert part in told
-    assert report.is_cut and "max_documents" in told and "\n" not in told and names(documents) == ["d/a.txt", "d/e.txt"]
-    assert "max_documents" not in load(folder, exclude=["x*"], max_documents=3)[1].describe()
+    assert "\n" not in told and names(documents) == ["d/a.txt", "d/e.txt"]
 
 
 def test_sources_that_name_nothing_are_refused(tmp_path):

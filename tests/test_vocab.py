@@ -1,16 +1,12 @@
 """The draft vocabulary: the most frequent supervised tokens, or another drafter's, in the form that engines read."""
 
 import logging
-from pathlib import Path
+from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from peagle_train.config import Data, Draft
@@ -19,12 +15,12 @@ from peagle_train.data.vocab import (
     choose_most_frequent,
     end_of_turn_ids,
     eos_token_ids,
-    read_draft_vocab,
-    t2d_mask,
 )
 from peagle_train.serving.start import always_drafted
 from peagle_train.target_model.frozen import FrozenTarget
+from peagle_train.training.build import vocab_from
 from tests.documents import write_lines
+from tests.helpers import make_draft
 from tests.tiny import VOCAB
 from tests.tiny_chat import END, TEMPLATE, make_chat_target, make_tokenizer
 
@@ -72,68 +68,22 @@ def test_without_a_certain_mask_token_the_error_names_special_tokens_that_the_da
         assert len(named) == min(6, vocab_size - len(unfit))
 
 
-# Another drafter's vocabulary.
-
-IDS = torch.tensor([0, 2, 3, 9, VOCAB - 1])
-TARGET = SimpleNamespace(vocab_size=VOCAB, eos_token_ids=lambda: [3, 4])
-D2T, T2D = IDS - torch.arange(len(IDS)), t2d_mask(IDS, VOCAB)
-
-
-def read(path: Path, size: int | None = None, always: tuple[int, ...] = (), target: Any = TARGET) -> Tensor:
-    return read_draft_vocab(Draft(vocab_from=str(path), draft_vocab_size=size), target, None, always)
-
-
-def save(folder: Path, name: str = "model.safetensors", **tensors: Tensor) -> Path:
-    folder.mkdir(exist_ok=True)
-    save_file({"fc.weight": torch.zeros(2), **tensors}, folder / name)
-    return folder
-
-
-def test_folders_files_shards_and_speculators_arrays_are_read(tmp_path, caplog):
-    whole = save(tmp_path / "whole", d2t=D2T, t2d=T2D)
-    shards = save(save(tmp_path / "shards", "a.safetensors", d2t=D2T.int()), "b.safetensors", t2d=T2D)
-    alone, arrays = save(tmp_path / "alone", d2t=D2T), tmp_path / "arrays"
-    arrays.mkdir()
-    np.save(arrays / "d2t.npy", D2T.numpy())
-    np.save(arrays / "t2d.npy", T2D.numpy())
-    for path in (whole, whole / "model.safetensors", shards, alone, arrays):
-        ids = read(path)
-        assert ids.dtype == torch.int64 and ids.tolist() == IDS.tolist()
-    with caplog.at_level(logging.WARNING):
-        assert read(whole, size=5, always=(3, 9)).numel() == 5 and caplog.text == ""
-        read(whole, always=(3, 4, 9, *range(20, 40)))
-    assert "lacks 21 special or end tokens, which will not be drafted: 4, 20, 21" in caplog.text
-
-
-def test_a_mapping_that_does_not_fit_and_what_is_no_drafter_are_one_line_and_no_pickle_is_loaded(tmp_path):
-    for tensors, size, expected in (
-        ({"d2t": D2T, "t2d": T2D}, 6, "draft_vocab_size is 6, but draft.vocab_from .* drafts 5 tokens: remove one"),
-        ({"d2t": D2T, "t2d": T2D[:-1]}, None, "is for a vocabulary of 60 tokens, the target has 61"),
-        ({"d2t": D2T + 1}, None, r"drafts token 61, but the target's vocabulary is 0\.\.60"),
-        ({"d2t": D2T - 1}, None, "below 0, twice or out of order"),
-        ({"d2t": torch.tensor([0, 5, 2])}, None, "below 0, twice or out of order"),
-        ({"d2t": D2T, "t2d": t2d_mask(IDS[1:], VOCAB)}, None, "its d2t and t2d disagree"),
-        ({"d2t": D2T.float()}, None, r"d2t is torch.float32 \[5\]; it must be a vector of integers"),
-        ({"d2t": D2T[:0]}, None, r"d2t is torch.int64 \[0\]"),
-        ({"t2d": T2D}, None, "has no d2t: give the folder"),
-        ({"d2t": torch.tensor([1, 1])}, None, r"lacks every end token .*3, 4"),
+def test_another_drafters_vocabulary_is_taken_whole_or_refused_in_one_line(tmp_path, caplog):
+    ids = torch.tensor([0, 2, 3, 9, VOCAB - 1])
+    draft = make_draft(torch.float32, vocab_size=VOCAB, draft_vocab_size=5)
+    draft.set_draft_vocab(ids)
+    draft.save_pretrained(tmp_path / "other")
+    section = Draft(vocab_from=str(tmp_path / "other"))
+    assert torch.equal(vocab_from(section, VOCAB, [3, 9]), ids) and caplog.text == ""
+    assert torch.equal(vocab_from(replace(section, draft_vocab_size=5), VOCAB, [3, 4, 5]), ids)
+    assert "lacks 2 special or end tokens" in caplog.text
+    for given, vocab_size, expected in (
+        (replace(section, draft_vocab_size=6), VOCAB, "is 6, but .* drafts 5 tokens"),
+        (section, VOCAB + 1, f"for a vocabulary of {VOCAB} tokens"),
+        (Draft(vocab_from=str(tmp_path)), VOCAB, "cannot be read"),
     ):
-        folder = save(tmp_path / "drafter", **{name: tensor.contiguous() for name, tensor in tensors.items()})
-        with pytest.raises(ValueError, match=expected) as caught:
-            read(folder, size)
-        assert "\n" not in str(caught.value) and "drafter" in str(caught.value)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "cut.safetensors").write_bytes(b"12345")
-    for name, expected in (
-        ("empty", "has no d2t"),
-        ("none", "cannot read none"),
-        ("cut.safetensors", "cannot read cut"),
-        ("empty", r"cannot read d2t\.npy"),
-    ):
-        if "npy" in expected:
-            np.save(tmp_path / "empty" / "d2t.npy", np.array([print], dtype=object), allow_pickle=True)
         with pytest.raises(ValueError, match=expected):
-            read(tmp_path / name)
+            vocab_from(given, vocab_size, [])
 
 
 # What ends an answer.
@@ -170,9 +120,4 @@ def test_the_end_of_a_turn_is_that_of_the_recipes_own_template(tmp_path):
     tokenizer.chat_template = None
     assert end_of_turn_ids(tokenizer, data) == [8] and end_of_turn_ids(None, data) == []
     target = SimpleNamespace(vocab_size=VOCAB, eos_token_ids=lambda: [])
-    for name, d2t in (("ends", [0, 6, 7]), ("lacks", [0, 1, 2])):
-        save_file({"d2t": torch.tensor(d2t)}, tmp_path / f"{name}.safetensors")
     assert 8 in always_drafted(tokenizer, target, 1, data)
-    with pytest.raises(ValueError, match="lacks every end token"):
-        read_draft_vocab(Draft(vocab_from=str(tmp_path / "lacks.safetensors")), target, tokenizer, [], data)
-    assert 7 in read_draft_vocab(Draft(vocab_from=str(tmp_path / "ends.safetensors")), target, tokenizer, [], data)

@@ -41,7 +41,6 @@ IDS_ALONE = {
 
 _TRAILING = "messages after the last learned one, dropped"
 _UNLEARNED = "turns that cannot be learned in their chat"
-_ENDLESS = "turns without an end-of-turn token"
 _STRADDLING = "tokens across the border of a turn, not learned"
 
 
@@ -59,7 +58,7 @@ class EncodedChat(NamedTuple):
 
     input_ids: list[int]  # n ids
     loss_mask: list[int]  # 0 or 1 for each: 1 on what the target generates
-    counts: dict[str, int]  # what was not learned or dropped, by one of four phrases; nothing that is 0
+    counts: dict[str, int]  # what was not learned or dropped, by one of three phrases; nothing that is 0
 
 
 class ChatTemplate:
@@ -83,14 +82,13 @@ class ChatTemplate:
 
         user, answer, following = "Qwhatq", "Aanswera", "Nnextn"
         chat = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
-        whole = ""
-        for end, word, who in ((1, user, "user"), (2, answer, "assistant")):
-            try:
-                whole, why = self.render(chat[:end]), f"what the {who} says is not in it"
-            except BadRow as error:
-                whole, why = "", error.detail
-            if word not in whole:
-                raise ValueError(f"the chat template cannot render the {who}'s message ({why}): set data.chat_template")
+        whole, why = "", "what is said in it is missing"
+        try:
+            whole = self.render(chat)
+        except BadRow as error:
+            why = error.detail
+        if user not in whole or answer not in whole:
+            raise ValueError(f"the chat template cannot render a chat ({why}): set data.chat_template")
         self.after_answer = whole.rpartition(answer)[2]
         # What the template writes after a chat's last end-of-turn token but not after earlier ones (mostly "").
         try:
@@ -141,8 +139,8 @@ class ChatTemplate:
         is_same = end > len(prompt) and not self._added_or_space.sub("", until_turn[end:])
         return (len(prompt), end) if is_same else None
 
-    def with_its_end(self, whole: TokenizedText, span: Span) -> tuple[Span, bool]:
-        """The span up to and including the end-of-turn token, and whether there is one.
+    def with_its_end(self, whole: TokenizedText, span: Span) -> Span:
+        """The span up to and including the end-of-turn token.
 
         That is the last added token, if nothing but white space follows it; without one the span ends before its trailing
         white space.
@@ -150,13 +148,13 @@ class ChatTemplate:
         text, (start, end) = whole.text, span
         end = start + len(text[start:end].rstrip())
         if not text.endswith(self._added, start, end):
-            return (start, end), False
+            return start, end
         # A token that takes the white space after it along (rstrip, as in Phi 3) is one with it.
         for token in torch.nonzero((whole.starts_n < end) & (whole.ends_n > end)).flatten().tolist():
             token_end = int(whole.ends_n[token])
             if whole.ids[token] in self._added_ids and text[end:token_end].isspace():
                 end = token_end
-        return (start, end), True
+        return start, end
 
 
 def _common_prefix(first: str, second: str) -> int:
@@ -166,22 +164,18 @@ def _common_prefix(first: str, second: str) -> int:
 class ChatEncoder:
     """Encodes chats with a tokenizer and its chat template, which is looked at when the first chat needs it.
 
-    `chat_template` is the text of a Jinja template in place of the tokenizer's own. `on_rewrite`: of a chat whose earlier
-    turns the template rewrites, learn from the assistant's messages after the user's last ("last_turn"), or refuse the chat
-    ("refuse": BadRow). ValueError for no tokenizer, or one without offsets.
+    `chat_template` is the text of a Jinja template in place of the tokenizer's own. Of a chat whose earlier turns the
+    template rewrites, the assistant's messages after the user's last are learned. ValueError for no tokenizer, or one
+    without offsets.
     """
 
     def __init__(
-        self,
-        tokenizer: Any,
-        chat_template: str | None = None,
-        on_rewrite: str = "last_turn",
-        template_kwargs: dict[str, Any] | None = None,
+        self, tokenizer: Any, chat_template: str | None = None, template_kwargs: dict[str, Any] | None = None
     ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             has = "none" if tokenizer is None else type(tokenizer).__name__
             raise ValueError(f"chats take a fast tokenizer (tokenizer.json) in target.path; it has {has}")
-        self._on_rewrite, self._template_text, self._template_kwargs = on_rewrite, chat_template, template_kwargs or {}
+        self._template_text, self._template_kwargs = chat_template, template_kwargs or {}
         self._given, self._tokenizer = tokenizer, copy.deepcopy(tokenizer)
         # Post-processors add special tokens, which templates write themselves, and cut the space off a token's offsets.
         self._tokenizer.backend_tokenizer.post_processor = None
@@ -193,7 +187,7 @@ class ChatEncoder:
     @classmethod
     def from_recipe(cls, data: Data, tokenizer: Any) -> "ChatEncoder":
         """The encoder that section `data` of a recipe asks for; ValueError if its template cannot be read."""
-        return cls(tokenizer, read_template(data.chat_template), data.on_rewrite, data.template_kwargs)
+        return cls(tokenizer, read_template(data.chat_template), data.template_kwargs)
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -243,17 +237,12 @@ class ChatEncoder:
             elif i == last:
                 what = "it does not render the last turn as its generation prompt and what follows (does it drop thoughts?)"
                 raise BadRow(TEMPLATE, f"{what}: set data.chat_template or data.template_kwargs")
-            elif self._on_rewrite == "refuse":
-                remedy = "data.on_rewrite: last_turn learns from the last turn"
-                raise BadRow(TEMPLATE, f"it rewrites message {i} once others follow; {remedy}")
         if len(spans) < len(turns):
             users = [i for i, message in enumerate(messages) if message["role"] == "user"]
             spans = {i: span for i, span in spans.items() if i > max(users, default=last - 1)}
-        ended = [template.with_its_end(whole, span) for span in spans.values()]
         counts[_TRAILING] = len(conversation.messages) - last - 1
         counts[_UNLEARNED] = sum(conversation.learned) - len(spans)
-        counts[_ENDLESS] = sum(not has_end for _, has_end in ended)
-        return whole, [span for span, _ in ended]
+        return whole, [template.with_its_end(whole, span) for span in spans.values()]
 
     def _tokenize(self, text: str) -> TokenizedText:
         encoded = self._tokenizer(text, return_offsets_mapping=True, **IDS_ALONE)

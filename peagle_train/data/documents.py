@@ -40,9 +40,9 @@ class SourceFile(NamedTuple):
 
     path: str  # where it is, in the user's own words
     name: str  # `source/path/below/it`: the same on every machine
-    format: str = "text"  # text, jsonl, json, parquet, arrow, saved (by `datasets.save_to_disk`) or hub (a name)
+    format: str = "text"  # text, jsonl, json, parquet, arrow or hub (a name)
     source: int = 0  # which of the sources names it
-    spec: SourceSpec = SourceSpec()  # that source: split, name and streaming of a data set
+    spec: SourceSpec = SourceSpec()  # that source: split and name of a data set
 
 
 class FoundFiles(NamedTuple):
@@ -53,10 +53,10 @@ class FoundFiles(NamedTuple):
 def find_all(data: Data) -> dict[str, FoundFiles]:
     """The files of each role in the order in which they are read: `eval_sources`, if there are any, and `sources`.
 
-    Sources are files, folders, globs, `stdlib`, saved data sets and names of data sets. Folders are searched, at any depth,
-    for data.extensions (or for those of the source's own format). Files and globs may also name text and example files of
-    any known extension. data.exclude holds fnmatch patterns on the path below the source, with or without the source's own
-    name before it. ValueError for a source that names nothing to read.
+    Sources are files, folders, globs, `stdlib` and names of data sets. Folders are searched, at any depth, for
+    data.extensions. Files and globs may also name text and example files of any known extension. data.exclude holds
+    fnmatch patterns on the path below the source, with or without the source's own name before it. ValueError for a source
+    that names nothing to read.
     """
     found = {}
     for role, items in (("eval_sources", data.eval_sources), ("sources", data.sources)):
@@ -66,7 +66,7 @@ def find_all(data: Data) -> dict[str, FoundFiles]:
             its_files = list(_files_of(number, spec, data, not_read))
             if not its_files:
                 counts = ", ".join(f"{count} {what}" for what, count in not_read.items()) or "none at all"
-                keys = f"data.exclude, data.extensions ({' '.join(data.extensions)}) or its format"
+                keys = f"data.exclude or data.extensions ({' '.join(data.extensions)})"
                 raise ValueError(f"data source {spec.describe()} has no file to read ({counts}): change {keys}")
             files += its_files
             skipped += not_read
@@ -81,21 +81,16 @@ def _files_of(number: int, spec: SourceSpec, data: Data, skipped: Counter[str]) 
         return
     path = os.path.expanduser(spec.path)
     base = os.path.basename(os.path.abspath(path))
-    is_saved = any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json"))
-    if spec.name is not None or (spec.split is not None and not is_saved):
-        raise ValueError(f"data source {spec.path} is not a data set with splits and names: remove split and name")
-    if is_saved:
-        yield SourceFile(path, base, "saved", number, spec)
-        return
-    extensions = tuple(data.extensions) if spec.format in ("auto", "text") else (f".{spec.format}",)
-    root, prefix, below = path, base, [base]
+    root, prefix, below, extensions = path, base, [base], tuple(data.extensions)
     if spec.path == STDLIB:
         root, prefix, extensions = sysconfig.get_paths()["stdlib"], STDLIB, (".py",)
         below = list(_walk(root, skipped, _NOT_LIBRARY))
     elif os.path.isdir(path):
+        if os.path.isfile(os.path.join(path, "dataset_dict.json")):
+            raise ValueError(f"data source {spec.path} is a data set of several splits: give the folder of one of them")
         below = list(_walk(path, skipped))
     else:
-        extensions = (*extensions, *TEXT_EXTENSIONS, *EXAMPLE_FORMATS) if spec.format == "auto" else ("",)
+        extensions = (*extensions, *TEXT_EXTENSIONS, *EXAMPLE_FORMATS)
         if os.path.isfile(path):
             root, prefix = os.path.dirname(path), ""
         elif glob.has_magic(path):
@@ -115,8 +110,7 @@ def _files_of(number: int, spec: SourceSpec, data: Data, skipped: Counter[str]) 
             skipped["excluded files"] += 1
         else:
             kinds = (kind for ending, kind in EXAMPLE_FORMATS.items() if item.endswith(ending))
-            kind = next(kinds, "text") if spec.format == "auto" else spec.format
-            yield SourceFile(os.path.join(root, item), name, kind, number, spec)
+            yield SourceFile(os.path.join(root, item), name, next(kinds, "text"), number, spec)
 
 
 def _walk(root: str, skipped: Counter[str], not_in: Sequence[str] = ()) -> Iterator[str]:
@@ -155,17 +149,16 @@ def _lines(file: SourceFile) -> Iterator[bytes]:
         raise ValueError(f"cannot read {file.path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _json_items(file: SourceFile) -> Iterable[Any]:
-    """The items of one list, or lines as in .jsonl."""
+def _json_items(file: SourceFile) -> list[bytes]:
+    """The items of one list as lines, or lines as in .jsonl."""
     lines = list(_lines(file))
     content = b"".join(lines).removeprefix(codecs.BOM_UTF8)
     if not content.lstrip().startswith(b"["):
         return lines
     try:
-        items: list[Any] = json.loads(content)
+        return [json.dumps(item).encode() for item in json.loads(content)]
     except (ValueError, RecursionError):
         return [content]  # one bad row, which is reported where lines are parsed
-    return items
 
 
 def _table_rows(file: SourceFile) -> Iterator[dict[str, Any]]:
@@ -184,19 +177,12 @@ def _open_table(path: str, format: str, spec: SourceSpec) -> Any:
     from datasets.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    if format in ("parquet", "arrow"):
-        # Streaming reads the file itself; without it `datasets` would first copy it to its cache. Given a size, it does
-        # not take that of the first row group, which is 0 in a parquet file without rows.
-        size = {"batch_size": _BATCH_EXAMPLES} if format == "parquet" else {}
-        return datasets.load_dataset(format, data_files=glob.escape(path), split="train", streaming=True, **size)
     if format == "hub":
-        return datasets.load_dataset(path, spec.name, split=spec.split or "train", streaming=spec.streaming)
-    saved = datasets.load_from_disk(path).with_format(None)  # it may have been saved as arrays or tensors
-    if isinstance(saved, datasets.DatasetDict):
-        return saved[spec.split or "train"]
-    if spec.split is not None:
-        raise ValueError("it has no splits: remove split")
-    return saved
+        return datasets.load_dataset(path, spec.name, split=spec.split or "train")
+    # Streaming reads the file itself; without it `datasets` would first copy it to its cache. Given a size, it does not
+    # take that of the first row group, which is 0 in a parquet file without rows.
+    size = {"batch_size": _BATCH_EXAMPLES} if format == "parquet" else {}
+    return datasets.load_dataset(format, data_files=glob.escape(path), split="train", streaming=True, **size)
 
 
 @dataclass
@@ -212,7 +198,6 @@ class SourceReport:
     bad_rows: Counter[str] = field(default_factory=Counter)  # examples that cannot be trained on, by reason
     first_bad: dict[str, str] = field(default_factory=dict)  # of each reason: file and line, and what is wrong with it
     notes: Counter[str] = field(default_factory=Counter)  # see `EncodedBatch`; duplicates are counted too
-    is_cut: bool = False  # there are more documents than max_documents
 
     def describe(self) -> str:
         """One line: what was kept, then every count of what was not."""
@@ -222,8 +207,7 @@ class SourceReport:
         text += f", {self.tokens} tokens, {self.supervised} supervised"
         text += "".join(f", {count} {what} skipped" for what, count in sorted(self.left_out.items()) if count)
         text += f", skipped {self.describe_bad()}" if self.bad_rows else ""
-        text += "".join(f", {count} {what}" for what, count in sorted(self.notes.items()) if count)
-        return text + (", stopped at max_documents" if self.is_cut else "")
+        return text + "".join(f", {count} {what}" for what, count in sorted(self.notes.items()) if count)
 
     def describe_bad(self) -> str:
         """The bad rows, by reason, with the first of each."""
@@ -250,11 +234,7 @@ Encode = Callable[[Iterable[list[RawExample]]], Iterable[EncodedBatch]]
 
 
 def read_documents(
-    found: FoundFiles,
-    report: SourceReport,
-    encode: Encode,
-    max_documents: int | None = None,
-    max_bad_rows: int | str = 0,
+    found: FoundFiles, report: SourceReport, encode: Encode, max_bad_rows: int | str = 0
 ) -> Iterator[tuple[RawExample, EncodedExample]]:
     """Each document once, in order; everything else is counted in `report`.
 
@@ -276,10 +256,6 @@ def read_documents(
                     report.check_bad(max_bad_rows)
             elif example.key in keys:
                 report.left_out["duplicate documents"] += 1
-            elif len(keys) == max_documents:
-                report.is_cut = True
-                report.check_bad(max_bad_rows)
-                return
             else:
                 keys.add(example.key)
                 report.documents += 1

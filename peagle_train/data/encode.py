@@ -9,7 +9,6 @@ The form of an example is the first of these whose keys it has, whatever else is
 """
 
 import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -27,12 +26,10 @@ from peagle_train.data.messages import (
     BAD_IDS,
     FORMAT,
     NOTHING,
-    TOO_LONG,
     UNREADABLE,
     BadRow,
-    check_texts,
+    from_json,
     messages_of,
-    strings_in,
     without_null,
 )
 
@@ -49,7 +46,7 @@ class RawExample(NamedTuple):
     where: str  # file and line, for messages: printable, whatever the file's name is
     name: str  # the same on every machine
     content: Any  # bytes of a line of JSON or of a whole text, or an example's values
-    kind: str  # text (a whole file), line (of JSON, parsed or not) or table (null stands for a missing field)
+    kind: str  # text (a whole file), line (of JSON) or table (null stands for a missing field)
 
 
 class EncodedExample(NamedTuple):
@@ -149,13 +146,9 @@ class Encoder(Dataset[EncodedBatch | ValueError]):
         notes[SEVERAL_FORMS] += len(forms) > 1
         if form == "input_ids":
             return form, _ids_of(row)
-        longest, limit = max(map(len, strings_in(row))), self.data.max_characters
-        if limit is not None and longest > limit:
-            raise BadRow(TOO_LONG, f"a text of {longest} characters; data.max_characters is {limit}")
         if form == "text":
             if not isinstance(row["text"], str):
                 raise BadRow(FORMAT, f"text is {clip(repr(row['text']))}; give a string")
-            check_texts(row["text"])
             return form, row["text"]
         encoded = self.chat.encode(messages_of(row))
         notes.update(encoded.counts)
@@ -208,12 +201,12 @@ def _ids_of(row: dict[str, Any]) -> tuple[list[Any], list[Any]]:
 
 
 def parse(content: Any) -> Any:
-    """A line of JSON, or values that are parsed already; BadRow for broken JSON."""
+    """A line of JSON, or a table's values; BadRow for broken JSON."""
     if not isinstance(content, bytes):
         return content
     text = decode(content)
     try:
-        return json.loads(text)
+        return from_json(text)
     except ValueError as error:
         raise BadRow(UNREADABLE, f"not valid JSON ({str(error).replace('line 1 column', 'column')})") from None
 

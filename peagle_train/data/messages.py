@@ -5,7 +5,6 @@ lists of messages, or two strings: plain text without a chat template, as in TRL
 """
 
 import json
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 CHAT_KEYS = ("messages", "conversations", "prompt")
@@ -21,12 +20,12 @@ _ROLES = {
 _UNREAD_LOSS_KEYS = ("train", "training", "trainable", "train_detail", "loss", "loss_weight", "mask", "masked")
 """Marks of other formats for what to learn from. Ignoring them would train on what they exclude."""
 
-UNREADABLE, FORMAT, BAD_IDS, TOO_LONG = "unreadable text", "wrong format", "bad ids", "text too long"
+UNREADABLE, FORMAT, BAD_IDS = "unreadable text", "wrong format", "bad ids"
 TEMPLATE, NOTHING = "does not fit the chat template", "nothing to learn from"
 
 
 class BadRow(ValueError):
-    """An example that cannot be trained on: `reason` is one of the six above, `detail` one line on what was found."""
+    """An example that cannot be trained on: `reason` is one of the five above, `detail` one line on what was found."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason, detail)  # both, so that it can be pickled
@@ -53,7 +52,7 @@ def messages_of(row: dict[str, Any], to_ask: bool = False) -> Conversation:
     are parsed (servers do so before they render); thoughts appear as reasoning_content and thinking; text parts are
     joined by newlines; fields that are null are removed, and any other field stays: the template may read it.
 
-    BadRow: not one of the formats, nothing to learn from, or half of a surrogate pair.
+    BadRow: not one of the formats, or nothing to learn from.
     """
     key = next((key for key in CHAT_KEYS if key in row), None)
     if key is None:
@@ -64,7 +63,6 @@ def messages_of(row: dict[str, Any], to_ask: bool = False) -> Conversation:
         if isinstance(given, str) and isinstance(completion, str):
             if not completion:
                 raise BadRow(NOTHING, "the completion is empty")
-            check_texts([given, completion])
             return Conversation([], [], {}, text=(given, completion))
         if not isinstance(given, list) or not isinstance(completion, list):
             remedy = "" if completion else ": peagle-train regenerate answers prompts that have no completion"
@@ -84,30 +82,15 @@ def messages_of(row: dict[str, Any], to_ask: bool = False) -> Conversation:
     tools = _typed(_parsed(row.get("tools") or [], "tools"), list, "tools")
     for tool in tools:
         _typed(tool, dict, "one of the tools")
-    check_texts([messages, tools, kwargs])
     return Conversation(messages, learned, kwargs, tools or None)
 
 
-def strings_in(value: Any) -> Iterator[str]:
-    """Every string in nested lists and mappings, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            yield from strings_in(name)
-            yield from strings_in(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from strings_in(item)
-
-
-def check_texts(value: Any) -> None:
-    """BadRow if a string in it cannot be encoded as UTF-8: JSON allows half of a surrogate pair, tokenizers do not."""
-    for text in strings_in(value):
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise BadRow(UNREADABLE, f"character {error.start} of a text is {text[error.start]!a}") from None
+def from_json(text: str) -> Any:
+    """What a JSON text holds. ValueError if it is broken, or escapes half of a surrogate pair, which no tokenizer takes."""
+    value = json.loads(text)
+    if "\\ud" in text.lower():
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
 
 
 def without_null(value: Any) -> Any:
@@ -187,7 +170,7 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
 def _parsed(value: Any, where: str) -> Any:
     """What a JSON string stands for; any other value is itself."""
     try:
-        return json.loads(value) if isinstance(value, str) else value
+        return from_json(value) if isinstance(value, str) else value
     except ValueError:
         raise BadRow(FORMAT, f"{where}: a string of broken JSON") from None
 

@@ -244,7 +244,7 @@ def make_data(
     tables, reports = {}, {}
     for role, files in found.items():
         reports[role] = SourceReport()
-        kept = read_documents(files, reports[role], encode, data.max_documents, data.max_bad_rows)
+        kept = read_documents(files, reports[role], encode, data.max_bad_rows)
         tables[role] = store_documents(kept, folder and folder / role)
     table, in_both = tables["sources"], 0
     weights = np.array([source.weight for source in parse_sources(data.sources)])

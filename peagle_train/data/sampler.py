@@ -54,14 +54,6 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
         """Sequences of an optimizer step over all ranks."""
         return self.batch_size * self.accumulation * self.world_size
 
-    def check_global_batch_size(self, before: int) -> None:
-        """ValueError unless a run that took `before` sequences a step resumes with the same sequences in the same steps."""
-        if before != self.global_batch_size:
-            parts = f"train.batch_size {self.batch_size} x train.gradient_accumulation_steps {self.accumulation}"
-            now = f"{self.global_batch_size} now ({parts} x {self.world_size} processes)"
-            remedy = f"change them so that the product is {before}"
-            raise ValueError(f"sequences of a step: {before} when the run began, {now}: {remedy}")
-
     @property
     def steps_per_epoch(self) -> int:
         return -(-self.num_rows // self.global_batch_size)

@@ -20,7 +20,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from peagle_train.config import Recipe, parse_sources
+from peagle_train.config import Recipe
 from peagle_train.core.attention import uses_flex
 from peagle_train.core.block_mask import BLOCK_SIZE
 from peagle_train.core.collator import CODCollator
@@ -33,10 +33,7 @@ from peagle_train.files import alone_in, checksum, read_sealed, sha256_of, write
 
 INDEX, TRAIN, HELD_OUT = "index.json", "train.safetensors", "held_out.safetensors"
 FORMAT = 6  # raised whenever the same recipe and files give other bytes
-_DATA_KEYS = (
-    "sources extensions exclude eval_sources eval_fraction max_documents max_characters max_length pack"
-    " template_kwargs on_rewrite"
-).split()
+_DATA_KEYS = ("sources extensions exclude eval_sources eval_fraction max_length pack template_kwargs").split()
 """Of the recipe's data section, what decides the sequences. (max_bad_rows only decides whether there are any.)"""
 
 
@@ -55,10 +52,6 @@ def load_training_data(
         say(f"data: as prepared in {data.prepared}, checksums verified")
     else:
         read_template(data.chat_template)  # a mistake even where no example is a chat
-        for spec in parse_sources([*data.sources, *data.eval_sources]):
-            if spec.streaming:  # a resume could not be exact
-                remedy = "run peagle-train prepare on this recipe, and give its folder as data.prepared"
-                raise ValueError(f"data source {spec.describe()} is streamed, which has to be prepared: {remedy}")
         encode = Encoder(data, tokenizer, vocab_size, mask_token_id).encode
         made = make_data(data, find_all(data), encode, vocab_size)
     made = replace(made, eval_rows=made.eval_rows.limit(data.max_eval_rows))
@@ -101,14 +94,13 @@ def prepare_recipe(
     mask_token_id = choose_mask_token(recipe.draft, recipe.data, tokenizer, vocab_size)
     settings = settings_of(recipe, tokenizer, vocab_size, mask_token_id)
     found = find_all(data)
-
-    def sizes(path: str) -> int:
-        return os.path.getsize(path) if os.path.isfile(path) else 0
-
-    names = {role: [(f.name, f.format, sizes(f.path)) for f in files.files] for role, files in found.items()}
+    names = {
+        role: [(f.name, f.format, 0 if f.format == "hub" else os.path.getsize(f.path)) for f in files.files]
+        for role, files in found.items()
+    }
     settings["names and sizes of the sources' files"] = checksum(names)
     if (folder / INDEX).exists():
-        say(f"{folder} is finished: checking it (saved and named data sets are compared by their names only)")
+        say(f"{folder} is finished: checking it (named data sets are compared by their names only)")
         return open_prepared(folder, settings, data.max_bad_rows)
     encoder = Encoder(data, tokenizer, vocab_size, mask_token_id, num_workers)
 
@@ -147,7 +139,7 @@ def check_data(recipe: Recipe, num_workers: int = 1, say: Callable[[str], object
     encoder = Encoder(data, tokenizer, vocab_size, mask_token_id, num_workers)
     for role, found in find_all(data).items():
         report = SourceReport()
-        for _ in read_documents(found, report, encoder.encode, data.max_documents, max_bad_rows="100%"):
+        for _ in read_documents(found, report, encoder.encode, max_bad_rows="100%"):
             pass
         say(f"data.{role}: {replace(report, bad_rows=Counter()).describe()}")
         for reason, count in report.bad_rows.most_common():

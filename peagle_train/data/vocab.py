@@ -6,12 +6,12 @@ V: the target's vocabulary, Vd: the drafter's.
 import logging
 import re
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
@@ -78,8 +78,8 @@ def choose_mask_token(draft: Draft, data: Data, tokenizer: Any, vocab_size: int)
     used = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "pad", "unk")}
     free = set(range(vocab_size)).difference(used, eos_token_ids(tokenizer), end_of_turn_ids(tokenizer, data))
     encode = Encoder(data, tokenizer, vocab_size, None).encode
-    read = read_documents(find_all(data)["sources"], SourceReport(), encode, _SAMPLE_DOCUMENTS, "100%")
-    for _, example in read:
+    read = read_documents(find_all(data)["sources"], SourceReport(), encode, "100%")
+    for _, example in islice(read, _SAMPLE_DOCUMENTS):
         free.difference_update(example.input_ids.tolist())
     candidates = [i for i in names if i in free] + sorted(free.difference(names), reverse=True)
     shown = ", ".join(f"{i} ({names[i]})" if i in names else str(i) for i in candidates[:6])
@@ -147,63 +147,3 @@ def t2d_mask(draft_ids: Tensor, vocab_size: int) -> Tensor:
     mask_V = torch.zeros(vocab_size, dtype=torch.bool)
     mask_V[draft_ids] = True
     return mask_V
-
-
-def read_draft_vocab(
-    draft: Draft, target: Any, tokenizer: Any, always: Iterable[int], data: Data | None = None
-) -> Tensor:
-    """int64 [Vd], ascending: the target's tokens that the drafter of `draft.vocab_from` drafts.
-
-    That is a drafter's folder or .safetensors file, with `d2t` [Vd] (offsets: draft token i is the target's i + d2t[i])
-    and, mostly, `t2d` [V], or a folder with d2t.npy and t2d.npy, as speculators prepares them. Tokens of `always` that it
-    lacks are logged; one that can end an answer must be there. ValueError, one line, for what does not fit.
-    """
-    where, V = f"draft.vocab_from {draft.vocab_from}", target.vocab_size
-    ids, t2d = read_d2t(draft)
-    if t2d is not None and t2d.numel() != V:
-        raise ValueError(f"{where} is for a vocabulary of {t2d.numel()} tokens, the target has {V}")
-    if int(ids[-1]) >= V:
-        raise ValueError(f"{where} drafts token {int(ids[-1])}, but the target's vocabulary is 0..{V - 1}")
-    if t2d is not None and not torch.equal(t2d != 0, t2d_mask(ids, V)):
-        raise ValueError(f"{where}: its d2t and t2d disagree; d2t must hold offsets, t2d what can be drafted")
-    if (asked := draft.draft_vocab_size) not in (None, ids.numel()):
-        raise ValueError(f"draft.draft_vocab_size is {asked}, but {where} drafts {ids.numel()} tokens: remove one")
-    drafted = set(ids.tolist())
-    ends = {*target.eos_token_ids(), *eos_token_ids(tokenizer), *end_of_turn_ids(tokenizer, data)}
-    if ends and not ends & drafted:
-        raise ValueError(f"{where} lacks every end token ({sorted(ends)}): its drafter could never end an answer")
-    if missing := sorted(set(always) - drafted):
-        listed = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
-        logger.warning("%s lacks %d special or end tokens, which will not be drafted: %s", where, len(missing), listed)
-    return ids
-
-
-def read_d2t(draft: Draft) -> tuple[Tensor, Tensor | None]:
-    """int64 [Vd], the target's tokens that the drafter of `draft.vocab_from` drafts; t2d, where there is one. ValueError,
-    one line, for what is neither.
-    """
-    assert draft.vocab_from is not None
-    path, where = Path(draft.vocab_from), f"draft.vocab_from {draft.vocab_from}"
-    files = sorted([*path.glob("[dt]2[td].npy"), *path.glob("*.safetensors")]) if path.is_dir() else [path]
-    found: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            if file.suffix == ".npy":
-                found[file.stem] = torch.from_numpy(np.load(file, allow_pickle=False))
-            else:
-                with safe_open(file, framework="pt") as tensors:
-                    found |= {name: tensors.get_tensor(name) for name in ("d2t", "t2d") if name in tensors.keys()}
-        except (OSError, SafetensorError, ValueError, EOFError, TypeError) as error:
-            raise ValueError(f"{where}: cannot read {file.name}: {one_line(error, 200)}") from None
-    if "d2t" not in found:
-        hint = "a drafter of the full vocabulary has none: remove draft.vocab_from"
-        raise ValueError(
-            f"{where} has no d2t: give the folder or .safetensors of a drafter, or one with d2t.npy ({hint})"
-        )
-    d2t = found["d2t"]
-    if d2t.dim() != 1 or d2t.numel() == 0 or d2t.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"{where}: d2t is {d2t.dtype} {list(d2t.shape)}; it must be a vector of integers")
-    ids = d2t.long() + torch.arange(d2t.numel())
-    if int(ids[0]) < 0 or bool((ids[1:] <= ids[:-1]).any()):
-        raise ValueError(f"{where}: its d2t leads to tokens below 0, twice or out of order; they must ascend from 0")
-    return ids, found.get("t2d")

@@ -11,16 +11,16 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from peagle_train import distributed
-from peagle_train.config import Recipe, with_segments
+from peagle_train.config import Draft, Recipe, with_segments
 from peagle_train.core.attention import uses_flex
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.plan import padding_share
 from peagle_train.data.chat import read_template
 from peagle_train.data.training_data import load_training_data
-from peagle_train.data.vocab import choose_mask_token, choose_most_frequent, load_tokenizer, read_draft_vocab
+from peagle_train.data.vocab import choose_mask_token, choose_most_frequent, load_tokenizer
 from peagle_train.files import told
 from peagle_train.memory import memory_explained, resolve_segments, sizes_of, this_device
-from peagle_train.serving.drafter_io import check_finite
+from peagle_train.serving.drafter_io import check_finite, read_drafter
 from peagle_train.serving.start import Start, always_drafted, copy_start, make_draft, read_start
 from peagle_train.target_model.cache import StoredTarget
 from peagle_train.target_model.frozen import FrozenTarget, TargetBase
@@ -127,8 +127,7 @@ def _draft(  # type: ignore[no-untyped-def]
     """A new drafter, of another one's shape if it starts from one; its vocabulary by frequency, or another one's."""
     always = always_drafted(tokenizer, target, mask_token_id, recipe.data)
     if recipe.draft.vocab_from:
-        asked = replace(recipe.draft, draft_vocab_size=None) if start else recipe.draft  # that size is the start's
-        draft_ids = read_draft_vocab(asked, target, tokenizer, always, recipe.data)
+        draft_ids = vocab_from(recipe.draft, target.vocab_size, always)
     elif start:
         draft_ids = start.files.draft_token_ids
     else:
@@ -137,6 +136,20 @@ def _draft(  # type: ignore[no-untyped-def]
     say(f"draft vocabulary: {draft_ids.numel()} of {target.vocab_size} tokens, {share:.2%} of the supervised ones")
     sized = replace(recipe, draft=replace(recipe.draft, draft_vocab_size=draft_ids.numel()))
     return make_draft(sized, target, mask_token_id, draft_ids, start.files.config if start else None)
+
+
+def vocab_from(draft: Draft, vocab_size: int, always: list[int]) -> Tensor:
+    """int64 [Vd], ascending: what the drafter of `draft.vocab_from` drafts; those of `always` that it lacks are logged."""
+    assert draft.vocab_from is not None
+    files, where = read_drafter(draft.vocab_from), f"draft.vocab_from {draft.vocab_from}"
+    if (theirs := files.config.vocab_size) != vocab_size:
+        raise ValueError(f"{where} is for a vocabulary of {theirs} tokens, the target has {vocab_size}")
+    ids, asked = files.draft_token_ids, draft.draft_vocab_size
+    if asked not in (None, ids.numel()):
+        raise ValueError(f"draft.draft_vocab_size is {asked}, but {where} drafts {ids.numel()} tokens: remove one")
+    if missing := sorted(set(always).difference(ids.tolist())):
+        logger.warning("%s lacks %d special or end tokens, which will not be drafted", where, len(missing))
+    return ids
 
 
 def arithmetic(trainer: Trainer) -> str:
