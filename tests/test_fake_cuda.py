@@ -23,14 +23,11 @@ RECOMPUTE, CHECKPOINTING = {"segment_mode": "recompute"}, {"activation_checkpoin
 WIDE, LONG, LONGER = {"length": 8192}, {"length": 32768}, {"length": 131072}
 STEPS: dict[str, dict[str, Any]] = {
     "S=1": {"S": 1},
-    "S=2": {"S": 2},
     "S=4": {"S": 4},
     "S=16": {"S": 16},
     "S=4, offloaded features": {"S": 4, "offload_features": True},
     "32k, narrow, S=1": {"S": 1, "narrow": True, **LONG},
-    "32k, narrow, S=4": {"S": 4, "narrow": True, **LONG},
     "32k, narrow, S=1, checkpointing": {"S": 1, "narrow": True, **LONG, **CHECKPOINTING},
-    "S=1, checkpointing": {"S": 1, **CHECKPOINTING},
     "S=1, checkpointing, 2 micro-batches": {"S": 1, **CHECKPOINTING, "gradient_accumulation_steps": 2},
     "S=4, large chunks of the loss": {"S": 4, "loss_chunk_rows": 8192},
     "S=4, recompute, checkpointing": {"S": 4, **RECOMPUTE, **CHECKPOINTING},
@@ -38,21 +35,13 @@ STEPS: dict[str, dict[str, Any]] = {
 GRID: dict[str, dict[str, Any]] = {
     "8k, S=1": {**WIDE, "S": 1, "supervised": [1.0, 0.97, 0.93, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]},
     "8k, S=2": {**WIDE, "S": 2},
-    "8k, S=4": {**WIDE, "S": 4},
     "8k, S=4, four layers": {**WIDE, "S": 4, "layers": 4, "supervised": [1.0, 0.97, 0.9, 0.8, 0.6, 0.4]},
-    "8k, S=16": {**WIDE, "S": 16},
-    "32k, S=1": {**LONG, "S": 1},
     "32k, S=4, checkpointing": {**LONG, "S": 4, **CHECKPOINTING},
     "32k, S=4, recompute, checkpointing": {**LONG, "S": 4, **RECOMPUTE, **CHECKPOINTING},
-    "8k, S=1, checkpointing": {**WIDE, "S": 1, **CHECKPOINTING},
     "8k, S=2, B=2, checkpointing": {**WIDE, "S": 2, "batch_size": 2, **CHECKPOINTING},
     "128k, S=16": {**LONGER, "S": 16},
     "8k, S=4, recompute": {**WIDE, "S": 4, **RECOMPUTE},
     "8k, S=16, B=2": {**WIDE, "S": 16, "batch_size": 2},
-    "32k, S=4, B=2, recompute": {**LONG, "S": 4, "batch_size": 2, **RECOMPUTE},
-    "32k, S=16": {**LONG, "S": 16},
-    "128k, S=4, checkpointing": {**LONGER, "S": 4, **CHECKPOINTING},
-    "128k, S=16, recompute": {**LONGER, "S": 16, **RECOMPUTE},
 }
 GRAPHS = {"8k, S=1": 6, "8k, S=4, four layers": 4}
 """Of training, where sequences are supervised by different shares. Sizes come in buckets: with one segment eighths of 34k

@@ -20,7 +20,6 @@ import peagle_train.training.trainer as trainer_module
 from peagle_train.__main__ import main
 from peagle_train.config import load_recipe
 from peagle_train.target_model.frozen import FrozenTarget
-from peagle_train.training.evaluate import Evaluator
 from peagle_train.training.step import make_optimizers
 from peagle_train.training.trainer import Trainer
 from tests.runs import (
@@ -56,17 +55,6 @@ def test_a_run_that_was_stopped_is_the_run_that_was_not(more, tmp_path, tiny, mo
         assert not (parts / "final").exists()
     run(recipe, "--resume")
     assert_same_run(parts, whole)
-
-
-def test_a_run_in_float32_with_the_full_vocabulary_resumes_bit_for_bit(tmp_path, tiny):
-    sections = {"draft": {"num_layers": 1, "draft_vocab_size": None}, "cod": {"num_segments": 1}}
-    train = {"dtype": "float32", "max_steps": 2, "save_steps": 1}
-    recipe, output = tiny(tmp_path, train=train, **sections), tmp_path / "run"
-    run(recipe)
-    shutil.copytree(output, tmp_path / "whole")
-    run(recipe, "--resume", str(output / "checkpoint-1"))
-    assert_same_run(output, tmp_path / "whole")
-    assert not any({"d2t", "t2d"} & drafter(file.parent).keys() for file in output.glob("*/model.safetensors"))
 
 
 def test_a_run_continues_from_any_of_its_checkpoints_wherever_they_lie(tmp_path, begun, capsys):
@@ -150,6 +138,8 @@ def test_what_is_no_run_is_one_line_and_a_complete_checkpoint_is_enough_whatever
     marker.unlink()
     run(recipe, code=2)  # a plain start says that there is a run
     assert "already holds a run; resume it (--resume)" in last_error(capsys)
+    run(recipe, f"output.dir={begun.target}", code=2)
+    assert "not empty" in last_error(capsys)
     run(recipe, "--resume", str(tmp_path / "elsewhere"), code=2)
     assert "give a checkpoint-<step>" in last_error(capsys)
     run(recipe, "--resume", f"output.dir={tmp_path / 'nothing'}", code=2)
@@ -194,7 +184,7 @@ def test_changes_of_the_recipe_are_shown_and_those_that_would_make_it_another_ru
     for changed, named in (
         (f"data.sources=[{rows}]", "training data"),
         ("data.max_eval_rows=1", "held-out data"),
-        ("train.batch_size=2", "batch_size"),
+        ("train.batch_size=2", "sequences of a step is not that of checkpoint-5 ("),
         ("train.max_steps=4", "after the 4 steps"),
         (f"target.path={target}", "target's config and weights"),
     ):
@@ -206,7 +196,7 @@ def test_changes_of_the_recipe_are_shown_and_those_that_would_make_it_another_ru
     shutil.copytree(begun.target, copy)
     run(recipe, "--resume", f"data.sources=[{moved}]", "data.num_workers=1", "train.keep_last=1", f"target.path={copy}")
     printed = capsys.readouterr().out
-    assert "train.keep_last null -> 1: changes no number" in printed and "data.num_workers 0 -> 1" in printed
+    assert "train.keep_last null -> 1" in printed and "data.num_workers 0 -> 1" in printed
     assert_same_run(tmp_path / "run", begun.whole)
 
 
@@ -227,7 +217,7 @@ def test_a_checkpoint_of_before_a_setting_resumes_with_its_default_alone_in_more
     assert "layer_type llama" in last_error(capsys)
     # Out of memory, a run continues in more segments.
     run(recipe, "--resume", "draft.layer_type=llama", "cod.num_segments=5", "train.segment_mode=recompute")
-    assert "cod.num_segments 3 -> 5: same data and draws" in capsys.readouterr().out
+    assert "cod.num_segments 3 -> 5" in capsys.readouterr().out
     ours, theirs = drafter(tmp_path / "run" / "final"), drafter(begun.whole / "final")
     assert all(torch.allclose(ours[n], t, rtol=0, atol=1e-9) for n, t in theirs.items())
 
@@ -251,24 +241,6 @@ def test_a_run_that_started_from_another_drafter_resumes_and_its_own_checkpoint_
     shutil.rmtree(source)
     run(parts, "--resume", f"output.dir={tmp_path / 'again'}", f"draft.{key}={tmp_path / 'again' / 'checkpoint-1'}")
     assert_same_run(tmp_path / "again", tmp_path / "whole" / "run")
-
-
-def test_a_best_drafter_of_a_step_that_was_undone_is_not_taken_for_the_best(tmp_path, tiny, monkeypatch, capsys):
-    real, lengths = Evaluator.__call__, iter([1.0, 1.1, 1.2, 1.3, 1.2])
-
-    def evaluate(self: Evaluator) -> Any:
-        return {**(real(self) or {}), "expected_accepted_length": next(lengths)}
-
-    monkeypatch.setattr(Evaluator, "__call__", evaluate)
-    train = {"max_steps": 4, "save_steps": 1, "eval_steps": 1}
-    recipe, output = tiny(tmp_path, data=EVALUATED, train=train), tmp_path / "run"
-    run(recipe)
-    assert json.loads((output / "best" / "best.json").read_text())["step"] == 3
-    lengths = iter([1.0])
-    run(recipe, "--resume", str(output / "checkpoint-2"), "train.eval_steps=null")
-    assert "best/ holds another step" in capsys.readouterr().out
-    best = json.loads((output / "run.json").read_text())["best"]
-    assert best == {"step": 2, "expected_accepted_length": 1.2, "folder": None}
 
 
 def test_resume_takes_a_folder_and_nothing_else_for_its_own(tmp_path, monkeypatch):

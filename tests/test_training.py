@@ -149,7 +149,7 @@ def test_muon_moves_the_matrices_of_layers_and_fc_by_ones_of_norm_1_and_adamw_th
             assert torch.allclose(after[name], weight, rtol=0, atol=1e-8), name
 
 
-def test_the_final_drafter_is_the_mean_of_the_last_steps_weights_and_both_are_evaluated(train):
+def test_the_final_drafter_is_the_mean_of_the_last_steps_weights(train):
     settings = {"max_steps": 5, "save_steps": 1, "average": 0.6, "weight_decay": 0.1}
     data = {"eval_fraction": 0.3}
     plain, averaged = train("plain", data=data, train={**settings, "average": 0.0}), train(data=data, train=settings)
@@ -158,9 +158,7 @@ def test_the_final_drafter_is_the_mean_of_the_last_steps_weights_and_both_are_ev
         mean = sum(step[name].double() for step in steps) / 3
         assert torch.allclose(weight.double(), mean, rtol=0, atol=1e-14), name
     losses, theirs = ([line["loss"] for line in lines(output, "eval")] for output in (averaged, plain))
-    assert len(losses) == 3 and losses[:2] == theirs and losses[2] != theirs[1]
-    summary = json.loads((averaged / "run.json").read_text())
-    assert [summary[part]["loss"] for part in ("before", "last_step", "after")] == losses
+    assert len(losses) == 2 and losses[0] == theirs[0] and losses[1] != theirs[1]
 
 
 @pytest.mark.parametrize("name", ["train", "cache"])
@@ -198,18 +196,6 @@ def test_a_users_mistake_is_one_clear_line_before_any_training(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("peagle-train train: error") and message in error.lower()
     assert not (tmp_path / "run").exists()
-
-
-def test_an_output_folder_that_holds_something_is_left_alone(train, tmp_path, capsys):
-    output = train("a", train={"max_steps": 1})
-    before = (output / "final" / "model.safetensors").read_bytes()
-    assert main([str(tmp_path / "a" / "recipe.yaml")]) == 2
-    assert "already holds a run" in capsys.readouterr().err
-    assert (output / "final" / "model.safetensors").read_bytes() == before
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "file").write_text("mine")
-    assert main([str(tmp_path / "a" / "recipe.yaml"), f"output.dir={tmp_path / 'other'}"]) == 2
-    assert "not empty" in capsys.readouterr().err
 
 
 def test_cudas_allocator_gets_expandable_segments_unless_the_user_has_set_it(monkeypatch):

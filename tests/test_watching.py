@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
@@ -101,7 +100,7 @@ def test_a_tracker_gets_the_recipe_and_every_number_of_every_line(run_with):
     assert tracker.logged[0][1]["eval/accuracy/depth_3"] == lines[0]["accuracy"][3]
     assert tracker.finished
     about = json.loads((output / "about.json").read_text())
-    assert about["versions"]["torch"] == torch.__version__ and 0 < about["data"]["packing"]["documents"] < 10
+    assert 0 < about["data"]["packing"]["documents"] < 10
     # what the report reads of it
     found = read_run(output)
     assert len(found.train) == 4 and len(found.eval) == 2 and found.summary["state"] == "finished"

@@ -104,8 +104,6 @@ def describe_summary(summary: dict[str, Any], folder: Path) -> str:
         lengths = (f"{values['expected_accepted_length']:.3f}" for values in (before, after))
         text += "\nheld-out expected accepted length: {} before, {} after training".format(*lengths)
         text += f" (loss {before['loss']:.3f} -> {after['loss']:.3f})"
-    if last := summary.get("last_step"):
-        text += f"\nthis is a mean of weights (train.average); the last step's: {last['expected_accepted_length']:.3f}"
     if best and best["folder"] == "best":
         length = best["expected_accepted_length"]
         text += f"\nthe best was at step {best['step']} ({length:.3f}): {folder / 'best'}"
@@ -204,38 +202,32 @@ def _remove(path: Path) -> None:
     remove_tree(gone)
 
 
-def keep_lines(path: Path, count: int) -> tuple[int, int]:
-    """Cut a file of lines to its first `count`, whatever is in them: (lines kept, lines dropped)."""
+def keep_lines(path: Path, count: int) -> int:
+    """Cut a file of lines to its first `count`, whatever is in them; returns how many there are."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines if line.endswith(b"\n")][:count]
     if len(kept) < len(lines):
         write_bytes(path, b"".join(kept))
-    return len(kept), len(lines) - len(kept)
+    return len(kept)
 
 
 # Resuming
 
-EFFECTS = {
-    "changes no number": """
-        target.check target.trust_remote_code target.server_patience target.prefetch_gib target.ring_dir draft.init_from
-        output.dir train.log_steps train.log_with train.eval_steps train.save_steps train.keep_last train.keep_every
-        train.max_bad_steps train.profile_steps train.probe train.memory_margin
-    """,
-    # by the order of sums; a step's sequences are compared on their own
-    "same data and draws, but no longer equal bit for bit": """
-        cod.num_segments cod.boundaries train.segment_mode train.loss_chunk_rows train.activation_checkpointing
-        train.offload_features train.compile train.compile_backend train.compile_mode train.batch_size train.sharding
-        train.gradient_accumulation_steps target.attn_implementation target.chunk_tokens target.cache target.cache_dtype
-        target.device_map target.shard target.server
-    """,
-    "see the schedule below": "train.epochs train.max_steps",
-    # Trainer.restore refuses it otherwise
-    "accepted, as what is made of it came out the same": " ".join(
-        ["target.path draft.draft_vocab_size draft.vocab_from draft.layer_type"]
-        + [f"data.{field.name}" for field in fields(Data) if field.name != "max_length"]
-    ),
-}
-"""Keys that may change when a run resumes, by what that does."""
+MAY_CHANGE = [f"data.{field.name}" for field in fields(Data) if field.name != "max_length"]
+MAY_CHANGE += """
+    target.check target.trust_remote_code target.server_patience target.prefetch_gib target.ring_dir draft.init_from
+    output.dir train.log_steps train.log_with train.eval_steps train.save_steps train.keep_last train.keep_every
+    train.max_bad_steps train.profile_steps train.probe train.memory_margin
+
+    cod.num_segments cod.boundaries train.segment_mode train.loss_chunk_rows train.activation_checkpointing
+    train.offload_features train.compile train.compile_backend train.compile_mode train.batch_size train.sharding
+    train.gradient_accumulation_steps target.attn_implementation target.chunk_tokens target.cache target.cache_dtype
+    target.device_map target.shard target.server
+
+    train.epochs train.max_steps target.path draft.draft_vocab_size draft.vocab_from draft.layer_type
+""".split()
+"""Keys that may change when a run resumes: those that change no number, those that round sums differently, and (data's and
+the last) those of which `compare_run` and `Trainer.restore` look at what is made of them."""
 
 
 class Checkpoint(NamedTuple):
@@ -280,39 +272,35 @@ def open_resume(recipe: Recipe, given: str) -> Checkpoint | str:
 
 def compare_recipes(old: dict[str, Any], new: dict[str, Any], name: str) -> list[str]:
     """A line for every setting that differs; ValueError, naming all of them, for those that must not."""
-    lines, refused, sections = [], [], get_type_hints(Recipe)
+    lines, refused, sections = list[str](), list[str](), get_type_hints(Recipe)
     for section, values in new.items():
         for leaf, value in values.items():
             key = f"{section}.{leaf}"
             # A setting that the checkpoint's version did not have was, in effect, its default.
             before = old.get(section, {}).get(leaf, getattr(sections[section], leaf, value))
             change = f"{key} {json.dumps(before)} -> {json.dumps(value)}"
-            effect = next((effect for effect, keys in EFFECTS.items() if key in keys.split()), None)
             if key == "cod.num_segments" and value == "auto":
                 lines.append(f"{key} auto stays {before}")
-            elif before != value and effect:
-                lines.append(f"{change}: {effect}")
             elif before != value:
-                refused.append(change)
+                (lines if key in MAY_CHANGE else refused).append(change)
     if refused:
         what = f"{name} was trained with other settings: {', '.join(refused)}"
         raise ValueError(f"--resume: {what}: give the old ones, or start a new run in another output.dir")
     return lines
 
 
-def compare_run(
-    checkpoint: Checkpoint, must_match: dict[str, Any], num_steps: int, rate: float, world_size: int
-) -> list[str]:
-    """A line for each of settings, schedule, processes and versions that is no longer the checkpoint's.
+def compare_run(checkpoint: Checkpoint, must_match: dict[str, Any], num_steps: int, rate: float) -> list[str]:
+    """A line for each of settings and schedule that is no longer the checkpoint's.
 
     must_match: of this run. rate: of the step after the checkpoint. ValueError: data, draft vocabulary or target are not
     the checkpoint's, or it is after the run's last step.
     """
     state, name, notes = checkpoint.state, checkpoint.folder.name, list(checkpoint.notes)
     for what, now in must_match.items():
-        if state["must_match"][what] != now:
-            remedy = "give the same data and target, or start a new run in another output.dir"
-            raise ValueError(f"--resume: {what} is not that of {name}: {remedy}")
+        if (then := state["must_match"][what]) != now:
+            numbers = f" ({then}, now {now})" if isinstance(now, int) else ""
+            remedy = "give the same data, target and batch size x accumulation x processes, or another output.dir"
+            raise ValueError(f"--resume: {what} is not that of {name}{numbers}: {remedy}")
     if num_steps < state["step"]:
         what = f"{name} is after the {num_steps} steps that the recipe asks for"
         raise ValueError(f"--resume: {what}: raise train.max_steps or train.epochs, or resume from an earlier one")
@@ -320,8 +308,4 @@ def compare_run(
         old = state["learning_rates"][0]
         change = f"stays {rate:.3e}" if old == rate else f"jumps from {old:.3e} to {rate:.3e}, with the schedule"
         notes.append(f"steps {state['num_steps']} -> {num_steps}: at step {state['step']} the learning rate {change}")
-    old_facts = {"processes": state["world_size"], **state["versions"]}
-    facts = {"processes": world_size, **versions()}
-    if changes := [f"{key} {old_facts.get(key)} -> {now}" for key, now in facts.items() if old_facts.get(key) != now]:
-        notes.append(f"{', '.join(changes)}: same data and draws, but perhaps no longer equal bit for bit")
     return notes

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,12 +16,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from peagle_train.files import one_line
-from peagle_train.machine import cores, peak_ram
-from peagle_train.training.checkpoint import versions
+from peagle_train.machine import peak_ram
 
 logger = logging.getLogger(__name__)
 
-ABOUT = "about.json"  # in the output folder: data, versions and machine of a run; rewritten when it is resumed
+ABOUT = "about.json"  # in the output folder: what packing made of a run's data
 SMOOTHED = 100  # steps that the accepted length of a log line is of
 
 
@@ -43,14 +41,6 @@ def expected_accepted_length(accuracy: Sequence[float]) -> float:
 def peak_memory_bytes(device: torch.device) -> int:
     """Peak since the start: of the CUDA allocator, or of this process's resident set."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_ram()
-
-
-def about_machine(device: torch.device, num_processes: int) -> dict[str, Any]:
-    """Versions and machine, for about.json."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    machine = {"device": f"{device.type} ({name})", "processes": num_processes, "cores": cores()}
-    machine |= {"threads": torch.get_num_threads(), "system": platform.platform(terse=True)}
-    return {"versions": versions(), "machine": machine}
 
 
 class Pace:
@@ -109,31 +99,21 @@ def check_tracker(name: str) -> None:
 
 
 class Reporter:
-    """The main process's output: `metrics.jsonl`, log lines, and Accelerate's tracker.
-
-    A tracker is another's service: one that fails costs a warning, never the run.
-    """
+    """The main process's output: `metrics.jsonl`, log lines, and Accelerate's tracker."""
 
     def __init__(self, folder: Path, accelerator: Accelerator) -> None:
         self.folder, self.accelerator, self.active = folder, accelerator, accelerator.is_main_process
         self.path, self.lines, self.start_time = folder / "metrics.jsonl", 0, 0.0
 
-    def start(self, step: int, config: dict[str, dict[str, Any]]) -> None:
-        """Start, or continue after `step`. `config`: the recipe's sections as plain values."""
+    def start(self, config: dict[str, dict[str, Any]]) -> None:
+        """Start, or continue. `config`: the recipe's sections as plain values."""
         self.start_time = time.perf_counter()
         if self.active and self.accelerator.log_with:
             flat = {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
             flat = {key: v if isinstance(v, (str, int, float)) else json.dumps(v) for key, v in flat.items()}
             title = self.folder.resolve().name
-            options: dict[str, dict[str, Any]] = {
-                "wandb": {"name": title, "dir": str(self.folder)},
-                "mlflow": {"run_name": title},
-            }
-            options |= {"trackio": {"name": title}, "tensorboard": {"purge_step": step + 1 if step else None}}
-            # To tensorboard, a project is a folder in the output folder.
-            project = "tensorboard" if config["train"]["log_with"] == "tensorboard" else "peagle_train"
-            with self._tracking():
-                self.accelerator.init_trackers(project, flat, options)
+            names = {"wandb": {"name": title}, "mlflow": {"run_name": title}, "trackio": {"name": title}}
+            self.accelerator.init_trackers("peagle_train", flat, names)
 
     def record(self, kind: str, line: str, **values: Any) -> None:
         """Write a line of metrics.jsonl, print one for a person, and log the numbers to the tracker: as `kind/name`, those
@@ -151,17 +131,11 @@ class Reporter:
                 numbers |= {f"{kind}/{name}/depth_{depth}": item for depth, item in enumerate(value)}
             elif isinstance(value, (int, float)) and name not in ("step", "num_steps"):
                 numbers[f"{kind}/{name}"] = value
-        with self._tracking():
-            self.accelerator.log(numbers, step=values["step"])
-
-    @contextmanager
-    def _tracking(self) -> Iterator[None]:
         try:
-            yield
-        except Exception as error:
+            self.accelerator.log(numbers, step=values["step"])
+        except Exception as error:  # another's service, which must not cost the run
             self.accelerator.trackers = []  # so that the end of the run does not wait for it either
-            reason = f"{type(error).__name__}: {one_line(error, 200)}"
-            logger.warning("train.log_with: the tracker failed (%s): the run continues without it", reason)
+            logger.warning("train.log_with: it failed (%s): the run continues without it", one_line(error, 200))
 
     def say(self, line: str) -> None:
         if self.active:

@@ -19,8 +19,7 @@ from peagle_train.core.passes import StepStats, TargetOutputs
 from peagle_train.core.plan import Plan, plan_segments
 from peagle_train.core.recompute import recompute_step
 from peagle_train.core.relay import RelayBuffers, context_chunks, relay_step
-from peagle_train.distributed import max_counts, sum_counts
-from peagle_train.serving.drafter_io import count_non_finite
+from peagle_train.distributed import max_counts
 from peagle_train.target_model.cache import FIELDS
 from peagle_train.target_model.frozen import TargetBase
 from peagle_train.target_model.ring import Ring
@@ -32,7 +31,6 @@ class Gradients(NamedTuple):
     """What `Trainer.accumulate` finds beside the gradients."""
 
     stats: StepStats  # over all ranks and micro-batches
-    losses: list[Tensor]  # scalar, of each micro-batch of this rank
     plans: list[Plan]
     asked: Tensor  # int64 [2]: how many ranks were asked to save, and to stop
 
@@ -125,12 +123,6 @@ class BatchRunner:
                 self.draft.set_requires_gradient_sync(True)  # type: ignore[operator]
         with torch.autocast(self.device.type, enabled=False), record_function("peagle::backward"):
             torch.autograd.backward(tensors, gradients)
-
-    @torch.no_grad()
-    def has_finite_weights(self) -> bool:
-        """Whether all of the drafter's weights are finite, over all ranks."""
-        own = (p.to_local() if isinstance(p, DTensor) else p for p in self.draft.parameters())
-        return int(sum_counts([sum(map(count_non_finite, own))], self.device)) == 0
 
 
 def add_up(parts: list[StepStats], device: torch.device) -> StepStats:

@@ -112,7 +112,7 @@ class Trainer:
             return f"out of memory in step {self.step + 1} of {self.num_steps} ({last_checkpoint(self.folder)})"
 
         lock = self._take_output()
-        self.reporter.start(self.step, asdict(self.recipe))
+        self.reporter.start(asdict(self.recipe))
         steps = self.steps()
         try:
             with memory_explained(self.recipe, where), self.signals:
@@ -161,7 +161,7 @@ class Trainer:
             result = self.take_step(batches)
             agreed = result.stop
             if not result.applied:
-                self._skip(batches, result)
+                self._skip(batches)
             self._log_evaluate_save(result)
         path = self.save_checkpoint()
         return self._write_marker({"state": "stopped", "steps": self.step, "checkpoint": path.name})
@@ -171,7 +171,6 @@ class Trainer:
         summary = {"state": "finished", "drafter": "final", "steps": self.step, "train_seconds": seconds}
         title = "held-out after training"
         if self.recipe.train.average and self.averaged:
-            summary["last_step"] = self.evaluate(f"{title}, the last step's weights", is_offered=False)
             title += f", the mean of {self.averaged} steps' weights"
             self._average(_swap)
         try:
@@ -198,7 +197,8 @@ class Trainer:
             except OSError as error:
                 failure = f"{what} could not be written: {error}; {last_checkpoint(self.folder)}"
             except NonFiniteWeights as error:
-                failure = f"{what} could not be written: {error}: {self._diverged()}"
+                why = f"the run diverged at train.learning_rate {self.recipe.train.learning_rate:g}: start with a lower one"
+                failure = f"{what} could not be written: {error}: {why}"
         if failure := from_all(failure)[0]:
             raise RunStopped(failure)
 
@@ -221,8 +221,6 @@ class Trainer:
         loader = DataLoader(self.data.train_rows, batch_sampler=self.sampler, collate_fn=self.collator, **how)
         first, last = train.profile_steps if train.profile_steps and self.accelerator.is_main_process else (0, 0)
         profile: Any = None
-        if first and not self.step < first <= self.num_steps:
-            self.reporter.say(f"train.profile_steps: none of this run's steps, {self.step + 1} to {self.num_steps}")
         self.pace.restart()
         iterator, following, size = iter(loader), deque[Batch](), train.gradient_accumulation_steps
         self.following = following
@@ -270,7 +268,7 @@ class Trainer:
         with record_function("peagle::reduce"):
             unreduced = [] if self.runner.sharded else self.trained
             distributed.sum_over_ranks(unreduced, also=[stats.loss, stats.hits, stats.totals])
-        return Gradients(stats, [part.loss for part in parts], plans, sums[1:])
+        return Gradients(stats, plans, sums[1:])
 
     def take_step(self, batches: list[Batch]) -> StepResult:
         """One optimizer step; it is not applied if its loss or gradient is not finite."""
@@ -322,38 +320,22 @@ class Trainer:
             return train.learning_rate * min(1.0, max(0.0, (self.num_steps - step) / falls))
         return train.learning_rate * 0.5 * (1.0 + math.cos(math.pi * ((step - warmup) / steps)))
 
-    def _skip(self, batches: list[Batch], result: StepResult) -> None:
-        """Log a step that was not applied and its sequences; stop the run if it was one too many.
-
-        If the weights are not finite, no sequence is at fault, and no checkpoint is saved or offered.
-        """
-        if not self.runner.has_finite_weights():
-            why = f"step {self.step} was not applied: the drafter's weights are not finite: {self._diverged()}"
-            raise RunStopped(why)
-        pairs = zip(batches, result.gradients.losses, strict=True)
-        found = from_all([(b["row_key"].tolist(), bool(torch.isfinite(loss))) for b, loss in pairs])
-        micro_batches = [pair for rank in found for pair in rank]
-        what = "gradient" if all(is_finite for _, is_finite in micro_batches) else "loss"
-        # All of them, where it cannot be known whose gradient it is; 0 is a sequence of nothing.
-        keys = [k for keys, is_finite in micro_batches for k in keys if k and (what == "gradient" or not is_finite)]
-        line = f"step {self.step}/{self.num_steps} was not applied: its {what} is not finite, sequences {keys}"
-        self._record("skipped", line, step=self.step, what=what, sequences=keys)
+    def _skip(self, batches: list[Batch]) -> None:
+        """Log a step that was not applied and its sequences; stop the run if it was one too many."""
+        found = from_all([key for batch in batches for key in batch["row_key"].tolist() if key])  # 0: of nothing
+        keys = [key for rank in found for key in rank]
+        line = f"step {self.step}/{self.num_steps} was not applied, as it is not finite: sequences {keys}"
+        self._record("skipped", line, step=self.step, sequences=keys)
         bad, most = self.bad_in_a_row, self.recipe.train.max_bad_steps
         if bad < most:
             return
         self.bad_in_a_row = 0  # a run that resumes here counts from 0
         path = self.save_checkpoint()
         raise RunStopped(
-            f"{line}, number {bad} in a row (train.max_bad_steps is {most}), at a learning rate of"
-            f" {result.learning_rate:.3g}. The weights of the last good step, all finite, are in {path}: the same command"
-            f" with --resume continues after these sequences, with --resume and a checkpoint of step {self.step - bad} or"
-            " earlier before them; if the loss had risen before, start a new run with a lower train.learning_rate"
+            f"{line}, number {bad} in a row (train.max_bad_steps is {most}). The last good weights are in {path}: the same"
+            f" command with --resume continues after these sequences, with --resume and a checkpoint of step"
+            f" {self.step - bad} or earlier before them"
         )
-
-    def _diverged(self) -> str:
-        train, rate = self.recipe.train, self.rate_after(max(0, self.step - 1))
-        settings = f"train.learning_rate {train.learning_rate:g}, train.weight_decay {train.weight_decay:g}"
-        return f"the run has diverged at a learning rate of {rate:.3g} ({settings}): start a new run with a lower one"
 
     # Logging, evaluation, saving
 
@@ -400,9 +382,9 @@ class Trainer:
     def _record(self, kind: str, line: str, **values: Any) -> None:
         self.on_main("metrics.jsonl", lambda: self.reporter.record(kind, line, **values))
 
-    def evaluate(self, title: str, is_offered: bool = True) -> dict[str, Any] | None:
+    def evaluate(self, title: str) -> dict[str, Any] | None:
         """Held-out loss, accuracies and expected accepted length over all ranks; None without held-out data. If these
-        weights are the best so far, they are kept, unless `is_offered` is False.
+        weights are the best so far, they are kept.
         """
         values = self.evaluator()
         self.evaluated = self.step
@@ -410,20 +392,19 @@ class Trainer:
             return None
         self._record("eval", metrics.eval_line(title, values), step=self.step, **values)
         length = values["expected_accepted_length"]
-        if is_offered and (self.best is None or length > self.best["expected_accepted_length"]):
+        if self.best is None or length > self.best["expected_accepted_length"]:
             last = self.step == self.num_steps
             folder = None if self.step == 0 else "final" if last else "best"
             self.best = {"step": self.step, "expected_accepted_length": length, "folder": folder}
             if folder == "best":
-                self._save_drafter(self.folder / folder, {"best.json": json.dumps(self.best)})
+                self._save_drafter(self.folder / folder)
             if folder:
                 self.on_main("best.json", lambda: write_json(self.folder / "best.json", self.best))
         return values
 
-    def _save_drafter(self, path: Path, extra: dict[str, str] | None = None) -> None:
-        """Write the drafter as vLLM loads it, and further files; every rank must call it."""
-        state = distributed.full_weights(self.draft)
-        texts = {"recipe.yaml": dump_recipe(self.recipe), **(extra or {})}
+    def _save_drafter(self, path: Path) -> None:
+        """Write the drafter as vLLM loads it, and the recipe; every rank must call it."""
+        state, texts = distributed.full_weights(self.draft), {"recipe.yaml": dump_recipe(self.recipe)}
         self.on_main(str(path), lambda: save_drafter(path, self.draft, state, texts))
 
     # Checkpoints
@@ -446,7 +427,6 @@ class Trainer:
             "best": self.best,
             "lines": {"metrics.jsonl": self.reporter.lines},
             "must_match": self._must_match(),
-            "world_size": self.world_size,
             "versions": checkpoints.versions(),
             "recipe": asdict(self.recipe),
         }
@@ -481,9 +461,8 @@ class Trainer:
         data, draft vocabulary, target, the drafter's shape or the size of a step are not the checkpoint's.
         """
         state, folder = checkpoint.state, checkpoint.folder
-        self.sampler.check_global_batch_size(state["must_match"]["sequences of a step"])
         rate = self.rate_after(state["step"])
-        notes = checkpoints.compare_run(checkpoint, self._must_match(), self.num_steps, rate, self.world_size)
+        notes = checkpoints.compare_run(checkpoint, self._must_match(), self.num_steps, rate)
         theirs, ours = parse_config(read_config(folder)), self.draft.config
         for key in (*SHAPE, *"num_hidden_layers sliding_window rope_parameters rms_norm_eps ptd_token_id".split()):
             if (then := getattr(theirs, key)) != (now := getattr(ours, key)):
@@ -505,8 +484,7 @@ class Trainer:
         """
         failure, lock = "", None
         if self.accelerator.is_main_process:
-            about = metrics.about_machine(self.device, self.world_size)
-            about["data"] = {"packing": asdict(self.data.report), "max_length": self.recipe.data.max_length}
+            about = {"data": {"packing": asdict(self.data.report), "max_length": self.recipe.data.max_length}}
             try:
                 if self.resumed is None:
                     checkpoints.check_output(self.folder)
@@ -527,19 +505,11 @@ class Trainer:
 
     def _put_back(self, checkpoint: Checkpoint) -> None:
         """Undo what an output folder got after the checkpoint, and log it."""
-        say, wanted = self.reporter.say, checkpoint.state["lines"]["metrics.jsonl"]
+        say = self.reporter.say
         checkpoints.clean_up(self.folder)
         if later := checkpoints.remove_later(self.folder, self.step):
             say(f"resume: checkpoints of later steps ({', '.join(map(str, later))}) were removed")
-        held = self.folder / "best" / "best.json"
-        step = json.loads(held.read_bytes())["step"] if held.is_file() else None
-        if self.best and self.best["folder"] == "best" and self.best["step"] != step:
-            say(f"resume: best/ holds another step than {self.best['step']}, until there is a better one")
-            self.best = {**self.best, "folder": None}
-        kept, dropped = checkpoints.keep_lines(self.reporter.path, wanted)
-        if dropped or kept < wanted:
-            say(f"resume: metrics.jsonl had {wanted} lines: {wanted - kept} missing, {dropped} later ones dropped")
-        self.reporter.lines = kept
+        self.reporter.lines = checkpoints.keep_lines(self.reporter.path, checkpoint.state["lines"]["metrics.jsonl"])
         say(f"resume: continuing after step {self.step}, from {checkpoint.folder}")
 
 
