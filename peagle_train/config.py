@@ -180,6 +180,7 @@ GONE: dict[str, tuple[list[Any], str]] = {
     "data.max_characters": ([None, 4_000_000], "texts may have any length"),
     "data.max_documents": ([None], "give fewer files, or a split such as train[:1000]"),
     "data.on_rewrite": (["last_turn"], "of a chat that its template rewrites, the last turn is learned"),
+    "draft.vocab_from": ([None], "draft.init_from takes another drafter's vocabulary, and its weights"),
 }
 """Keys of before: the values with which older runs' recipes may still hold them, and what is said of any other."""
 
@@ -378,8 +379,6 @@ class Draft:
     """Width of the feed-forward layers."""
     draft_vocab_size: Annotated[int, within(ge=1, le=2**24)] | None = None
     """Draft only the most frequent tokens; null: the full vocabulary."""
-    vocab_from: FilePath | None = None
-    """Folder of a drafter whose draft vocabulary is taken, instead of the most frequent tokens."""
     mask_token_id: Annotated[int, within(ge=0, le=MANY)] | None = None
     """A token that never occurs in text; null: the first id that no token of the tokenizer uses, or that it reserves."""
     max_position_embeddings: Count | None = None
@@ -588,7 +587,6 @@ class Recipe:
         is_narrow = draft.window and draft.window < cod.num_depths
         cut = cod.num_segments != "auto" and cod.num_segments > data.max_length
         kept, uneven = target.reuse > 1, not train.max_steps and train.epochs % target.reuse
-        twice = draft.init_from and draft.vocab_from
         unchanged = train.mixed_precision == "bf16" and train.dtype == "float64"
         for is_wrong, keys, remedy in (
             (weighed, "data.eval_sources", "remove weight: every document of it is evaluated on once"),
@@ -602,7 +600,6 @@ class Recipe:
             (kept and target.cache, "target.reuse target.cache", "remove one: the cache has all features"),
             (kept and target.shard, "target.reuse target.shard", "give target.server, or remove one"),
             (uneven, "train.epochs target.reuse", "give a multiple of it, or train.max_steps"),
-            (twice, "draft.init_from draft.vocab_from", "remove one: both bring a vocabulary"),
             (
                 draft.init_from and draft.layers_from_target,
                 "draft.init_from draft.layers_from_target",

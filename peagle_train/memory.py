@@ -21,7 +21,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +36,6 @@ from peagle_train.core.visibility import MASK_BLOCK_BYTES, MASK_CACHE_BYTES, QUE
 from peagle_train.distributed import check_sharding, clip_gradients, from_all
 from peagle_train.files import RunStopped, aligned, one_line
 from peagle_train.machine import GIB, Device, available_ram, parse_device, peak_ram, resident_ram
-from peagle_train.serving.drafter_io import read_drafter
 from peagle_train.serving.start import make_draft_config, read_start
 from peagle_train.target_model.attention import BLOCK as TARGET_BLOCK
 from peagle_train.target_model.attention import NAME
@@ -314,9 +313,6 @@ def read_sizes(recipe: Recipe, device: Device, target: FrozenTarget | None = Non
     target = target or read_target(recipe, device)
     start = read_start(recipe, target)
     shaped = start.recipe if start else recipe
-    if recipe.draft.vocab_from:
-        vocabulary = read_drafter(recipe.draft.vocab_from).config.draft_vocab_size
-        shaped = replace(shaped, draft=replace(shaped.draft, draft_vocab_size=vocabulary))
     draft = make_draft_config(shaped, target, shaped.draft.mask_token_id or 0, start.files.config if start else None)
     return sizes_of(recipe, target, draft, device)
 

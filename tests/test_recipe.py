@@ -208,7 +208,6 @@ def test_fields_that_contradict_each_other_are_both_named(minimal):
         ("cod.num_segments=2049", "cod.num_segments is 2049", "data.max_length is 2048"),
         ("train.mixed_precision=bf16 train.dtype=float64", "mixed_precision is 'bf16'", "dtype is 'float64'"),
         ("target.shard=true target.device_map=auto", "target.shard is true", "device_map is 'auto'"),
-        ("draft.init_from=a draft.vocab_from=b", "draft.init_from is 'a'", "draft.vocab_from is 'b'"),
         ("draft.window=7", "draft.window is 7", "cod.num_depths is 8"),
         ("data.eval_sources=[{path:a,weight:2}]".replace(":", ": "), "data.eval_sources is", "remove weight"),
     ):

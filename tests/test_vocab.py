@@ -1,7 +1,6 @@
 """The draft vocabulary: the most frequent supervised tokens, or another drafter's, in the form that engines read."""
 
 import logging
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -18,9 +17,7 @@ from peagle_train.data.vocab import (
 )
 from peagle_train.serving.start import always_drafted
 from peagle_train.target_model.frozen import FrozenTarget
-from peagle_train.training.build import vocab_from
 from tests.documents import write_lines
-from tests.helpers import make_draft
 from tests.tiny import VOCAB
 from tests.tiny_chat import END, TEMPLATE, make_chat_target, make_tokenizer
 
@@ -66,24 +63,6 @@ def test_without_a_certain_mask_token_the_error_names_special_tokens_that_the_da
         unfit = {0, 1, used, *(ends if known else [])}
         assert set(named) <= set(range(vocab_size)) - unfit and "\n" not in str(caught.value)
         assert len(named) == min(6, vocab_size - len(unfit))
-
-
-def test_another_drafters_vocabulary_is_taken_whole_or_refused_in_one_line(tmp_path, caplog):
-    ids = torch.tensor([0, 2, 3, 9, VOCAB - 1])
-    draft = make_draft(torch.float32, vocab_size=VOCAB, draft_vocab_size=5)
-    draft.set_draft_vocab(ids)
-    draft.save_pretrained(tmp_path / "other")
-    section = Draft(vocab_from=str(tmp_path / "other"))
-    assert torch.equal(vocab_from(section, VOCAB, [3, 9]), ids) and caplog.text == ""
-    assert torch.equal(vocab_from(replace(section, draft_vocab_size=5), VOCAB, [3, 4, 5]), ids)
-    assert "lacks 2 special or end tokens" in caplog.text
-    for given, vocab_size, expected in (
-        (replace(section, draft_vocab_size=6), VOCAB, "is 6, but .* drafts 5 tokens"),
-        (section, VOCAB + 1, f"for a vocabulary of {VOCAB} tokens"),
-        (Draft(vocab_from=str(tmp_path)), VOCAB, "cannot be read"),
-    ):
-        with pytest.raises(ValueError, match=expected):
-            vocab_from(given, vocab_size, [])
 
 
 # What ends an answer.

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from peagle_train import distributed
-from peagle_train.config import Draft, Recipe, with_segments
+from peagle_train.config import Recipe, with_segments
 from peagle_train.core.attention import uses_flex
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.plan import padding_share
@@ -20,7 +20,7 @@ from peagle_train.data.training_data import load_training_data
 from peagle_train.data.vocab import choose_mask_token, choose_most_frequent, load_tokenizer
 from peagle_train.files import told
 from peagle_train.memory import memory_explained, resolve_segments, sizes_of, this_device
-from peagle_train.serving.drafter_io import check_finite, read_drafter
+from peagle_train.serving.drafter_io import check_finite
 from peagle_train.serving.start import Start, always_drafted, copy_start, make_draft, read_start
 from peagle_train.target_model.cache import StoredTarget
 from peagle_train.target_model.frozen import FrozenTarget, TargetBase
@@ -124,11 +124,9 @@ def load_target(recipe: Recipe, accelerator: Accelerator) -> TargetBase:
 def _draft(  # type: ignore[no-untyped-def]
     recipe: Recipe, target: TargetBase, tokenizer, mask_token_id: int, counts_V: Tensor, start: Start | None, say
 ) -> PEagleDraft:
-    """A new drafter, of another one's shape if it starts from one; its vocabulary by frequency, or another one's."""
+    """A new drafter, of another one's shape if it starts from one; its vocabulary by frequency, or that one's."""
     always = always_drafted(tokenizer, target, mask_token_id, recipe.data)
-    if recipe.draft.vocab_from:
-        draft_ids = vocab_from(recipe.draft, target.vocab_size, always)
-    elif start:
+    if start:
         draft_ids = start.files.draft_token_ids
     else:
         draft_ids = choose_most_frequent(counts_V, recipe.draft.draft_vocab_size or target.vocab_size, always)
@@ -136,20 +134,6 @@ def _draft(  # type: ignore[no-untyped-def]
     say(f"draft vocabulary: {draft_ids.numel()} of {target.vocab_size} tokens, {share:.2%} of the supervised ones")
     sized = replace(recipe, draft=replace(recipe.draft, draft_vocab_size=draft_ids.numel()))
     return make_draft(sized, target, mask_token_id, draft_ids, start.files.config if start else None)
-
-
-def vocab_from(draft: Draft, vocab_size: int, always: list[int]) -> Tensor:
-    """int64 [Vd], ascending: what the drafter of `draft.vocab_from` drafts; those of `always` that it lacks are logged."""
-    assert draft.vocab_from is not None
-    files, where = read_drafter(draft.vocab_from), f"draft.vocab_from {draft.vocab_from}"
-    if (theirs := files.config.vocab_size) != vocab_size:
-        raise ValueError(f"{where} is for a vocabulary of {theirs} tokens, the target has {vocab_size}")
-    ids, asked = files.draft_token_ids, draft.draft_vocab_size
-    if asked not in (None, ids.numel()):
-        raise ValueError(f"draft.draft_vocab_size is {asked}, but {where} drafts {ids.numel()} tokens: remove one")
-    if missing := sorted(set(always).difference(ids.tolist())):
-        logger.warning("%s lacks %d special or end tokens, which will not be drafted", where, len(missing))
-    return ids
 
 
 def arithmetic(trainer: Trainer) -> str:

@@ -224,7 +224,7 @@ MAY_CHANGE += """
     train.gradient_accumulation_steps target.attn_implementation target.chunk_tokens target.cache target.cache_dtype
     target.device_map target.shard target.server
 
-    train.epochs train.max_steps target.path draft.draft_vocab_size draft.vocab_from draft.layer_type
+    train.epochs train.max_steps target.path draft.draft_vocab_size draft.layer_type
 """.split()
 """Keys that may change when a run resumes: those that change no number, those that round sums differently, and (data's and
 the last) those of which `compare_run` and `Trainer.restore` look at what is made of them."""
