@@ -35,7 +35,7 @@ from tests.helpers import command, make_draft, seeded
 from tests.test_generate import by_hand, tiny_draft
 from tests.tiny import MASK, VOCAB, write_recipe, write_rows
 from tests.tiny import make_target as make_llama
-from tests.tiny_chat import make_tokenizer
+from tests.tiny_chat import END, TURN, make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -46,22 +46,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def llama(folder: Path) -> FrozenTarget:
     return FrozenTarget.load(str(folder), dtype="float64")
-
-
-class Words:
-    """A tokenizer of numbers: "5 9" is the ids 5 and 9; a chat is its contents, each after the token 1."""
-
-    chat_template: str | None = "as below"
-
-    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
-        return {"input_ids": [int(word) for word in text.split()]}
-
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        return " ".join(map(str, ids))
-
-    def apply_chat_template(self, messages: list[dict[str, str]], **options: Any) -> list[int]:
-        assert options == {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
-        return [i for m in messages for i in [1, *map(int, m["content"].split())]]
 
 
 def cases(n: int, data_set: str = "first", seed: int = 0) -> list[Case]:
@@ -127,10 +111,11 @@ def test_figures_by_hand():
 
 
 def test_turns_are_asked_one_after_the_other_with_the_targets_own_answers(llama):
-    chat = Prompt("q", (({"role": "user", "content": "3 4"},), ({"role": "user", "content": "8"},)), (None, None))
-    first, second = measured(llama, [Case("q", "chats", chat=chat)], max_tokens=5, tokenizer=Words())
-    assert first.tokens == by_hand(llama, [1, 3, 4], 5)
-    assert second.tokens == by_hand(llama, [1, 3, 4, 1, *first.tokens, 1, 8], 5)
+    chat = Prompt("q", (({"role": "user", "content": "w3 w4"},), ({"role": "user", "content": "w8"},)), (None, None))
+    first, second = measured(llama, [Case("q", "chats", chat=chat)], max_tokens=5, tokenizer=make_tokenizer())
+    asked = [TURN, 3, 4, END, TURN]
+    assert first.tokens == by_hand(llama, asked, 5)
+    assert second.tokens == by_hand(llama, [*asked, *first.tokens, END, TURN, 8, END, TURN], 5)
     assert first.number == second.number
 
 
@@ -212,28 +197,28 @@ def test_a_drafter_of_another_target_and_more_slots_than_a_drafters_window_holds
 
 def test_texts_are_taken_as_they_are_and_chats_through_the_template_if_there_is_one(tmp_path):
     texts, chats = tmp_path / "texts.jsonl", tmp_path / "chats.jsonl"
-    texts.write_text('{"text": "5 6"}\n\n{"text": "7"}\n')
-    found, said = load_cases(str(texts), Words())
+    texts.write_text('{"text": "w5 w6"}\n\n{"text": "w7"}\n')
+    found, said = load_cases(str(texts), make_tokenizer())
     assert [(c.id, c.data_set, c.prompt_ids([], None)) for c in found] == [
         ("1", "texts.jsonl", [5, 6]),
         ("2", "texts.jsonl", [7]),
     ]
     assert said == "texts.jsonl: 2 texts"
-    chats.write_text('{"prompt": "5 6"}\n{"prompt": "7"}\n')
-    found, _ = load_cases(str(chats), Words(), limit=1)
-    assert [c.prompt_ids([], Words()) for c in found] == [[1, 5, 6]]
-    plain = Words()
+    chats.write_text('{"prompt": "w5 w6"}\n{"prompt": "w7"}\n')
+    found, _ = load_cases(str(chats), make_tokenizer(), limit=1)
+    assert [c.prompt_ids([], make_tokenizer()) for c in found] == [[TURN, 5, 6, END, TURN]]
+    plain = make_tokenizer()
     plain.chat_template = None
     found, said = load_cases(str(chats), plain)
     assert [c.prompt_ids([], None) for c in found] == [[5, 6], [7]] and "no chat template" in said
-    chats.write_text('{"turns": ["5", "6"]}\n')
+    chats.write_text('{"turns": ["w5", "w6"]}\n')
     with pytest.raises(ValueError, match="is a conversation"):
         load_cases(str(chats), plain)
-    lines = '{"text": "5"}\n'
+    lines = '{"text": "w5"}\n'
     for content, message in ((lines + '{"text": 6}\n', "line 2"), (lines + '{"text"\n', "line 2"), ("", "no prompt")):
         texts.write_text(content)
         with pytest.raises(ValueError, match=message):
-            load_cases(str(texts), Words())
+            load_cases(str(texts), make_tokenizer())
 
 
 def test_stdlib_prompts_are_held_out_seeded_and_from_the_recipes_own_split():
