@@ -40,7 +40,7 @@ def lines(output: Path, kind: str) -> list[dict[str, Any]]:
 def test_a_run_leaves_a_drafter_its_recipe_its_metrics_and_a_summary(train, capsys):
     output = train(data={"eval_fraction": 0.3}, train={"epochs": 2, "eval_steps": 3})
     printed = capsys.readouterr().out
-    for word in ("elements:", "segments:", "steps:", "parameters:", "drafter:", "held-out before training"):
+    for word in ("segments:", "steps:", "parameters:", "drafter:", "held-out before training"):
         assert word in printed
     step_lines = [line for line in printed.splitlines() if line.startswith("step ")]
     assert all(len(line) <= 120 for line in step_lines) and "(last 2 steps)" in step_lines[1]

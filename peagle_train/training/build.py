@@ -14,7 +14,6 @@ from peagle_train import distributed
 from peagle_train.config import Recipe, with_segments
 from peagle_train.core.attention import uses_flex
 from peagle_train.core.draft import PEagleDraft
-from peagle_train.core.plan import padding_share
 from peagle_train.data.chat import read_template
 from peagle_train.data.training_data import load_training_data
 from peagle_train.data.vocab import choose_mask_token, choose_most_frequent, load_tokenizer
@@ -138,9 +137,7 @@ def _draft(  # type: ignore[no-untyped-def]
 
 def arithmetic(trainer: Trainer) -> str:
     """The run's sizes, derived from the recipe and the data."""
-    collator, train, rows = trainer.collator, trainer.recipe.train, trainer.data.train_rows
-    plans = [trainer.runner.plan(collator([rows[0, i]])) for i in range(min(8, len(rows)))]
-    elements, slots = (sum(getattr(p, name) for p in plans) / len(plans) for name in ("num_elements", "num_slots"))
+    collator, train = trainer.collator, trainer.recipe.train
     parameters = list(trainer.draft.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     frozen = sum(p.numel() for p in parameters) - trained
@@ -149,7 +146,6 @@ def arithmetic(trainer: Trainer) -> str:
     once = f"; features once for {settings.reuse} passes, {block} steps at a time" if settings.reuse > 1 else ""
     mode = train.segment_mode if collator.num_segments > 1 else "flat"
     return f"""\
-elements: {elements:.0f} a sequence on average of {slots:.0f} slots ({padding_share(plans):.1%} padding)
 segments: {collator.num_segments} of at most {collator.capacity} elements ({collator.boundaries}, {mode})
 steps: {trainer.num_steps} of {trainer.sampler.global_batch_size} sequences ({processes} processes x {train.batch_size} x \
 {train.gradient_accumulation_steps}), {trainer.sampler.steps_per_epoch} an epoch{once}
