@@ -13,7 +13,6 @@ import pytest
 
 import peagle_train.training.checkpoint as files
 from peagle_train.ending import ECHO_SECONDS, Signals
-from peagle_train.files import write_folder
 from tests.runs import in_child
 
 ROLES = ("config.json", "model.safetensors", "optimizer.state", "state.json", "recipe.yaml")
@@ -66,25 +65,6 @@ def test_a_kill_at_any_moment_of_a_save_leaves_only_whole_checkpoints(tmp_path):
         assert code == -signal.SIGKILL
     # between the name and the removal, and between two removals, too
     assert found == {(3, 2, 1), (4, 3, 2, 1), (4, 3, 2), (4, 3)} and call > 20
-
-
-def test_a_kill_while_best_is_replaced_loses_neither_the_old_one_nor_the_new(tmp_path):
-    contents = set()
-    for call in range(1, 100):
-        output = tmp_path / f"killed-{call}"
-        write_folder(output / "best", lambda folder: (folder / "is").write_text("old") and None)
-
-        def replace(output: Path = output, call: int = call) -> None:
-            die_at(call)
-            write_folder(output / "best", lambda folder: (folder / "is").write_text("new") and None)
-
-        code = in_child(replace)
-        files.clean_up(output)
-        assert [path.name for path in output.iterdir()] == ["best"]
-        contents.add((output / "best" / "is").read_text())
-        if code == 0:
-            break
-    assert contents == {"old", "new"} and call > 5
 
 
 @pytest.mark.parametrize("role", [*ROLES, files.MANIFEST])

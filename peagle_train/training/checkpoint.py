@@ -182,16 +182,10 @@ def remove_later(output: Path, step: int) -> list[int]:
 
 
 def clean_up(output: Path) -> None:
-    """Remove what a killed run left half-written or half-removed, and put a replaced folder's old content back."""
+    """Remove what a killed run left half-written, half-removed or half-replaced: a run that resumes writes it again."""
     for path in output.glob(".*"):
-        if path.suffix in (".partial", ".deleted") and not path.is_file():
+        if path.suffix in (".partial", ".deleted", ".old") and not path.is_file():
             try_removing(path)
-    for name in ("best", "final"):
-        old = output / f".{name}.old"
-        if os.path.lexists(old) and not os.path.lexists(output / name):
-            os.rename(old, output / name)
-        else:
-            try_removing(old)
 
 
 def _remove(path: Path) -> None:
