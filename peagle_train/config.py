@@ -473,7 +473,8 @@ class Train:
     decay_ratio: Annotated[float, within(gt=0, le=1)] = 0.2
     """Share of the steps in which constant_with_decay falls."""
     average: Share = 0.0
-    """Share of the steps, the last ones, whose weights' mean is the final drafter; 0: it is the last step's."""
+    """Share of the steps, the last ones, whose weights' mean is the final drafter (a checkpoint keeps the last step's
+    weights); 0: the last step's are."""
     warmup_ratio: Share = 0.0025
     """Share of the steps in which the learning rate rises."""
     weight_decay: Annotated[float, within(ge=0, le=1)] = 0.0

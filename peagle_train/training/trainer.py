@@ -172,13 +172,9 @@ class Trainer:
         title = "held-out after training"
         if self.recipe.train.average and self.averaged:
             title += f", the mean of {self.averaged} steps' weights"
-            self._average(_swap)
-        try:
-            after = self.evaluate(title)
-        except TargetLost:
-            if self.averaged:
-                self._average(_swap)  # a checkpoint is of the last step's weights
-            raise
+            self.save_checkpoint()  # of the last step's weights, should the target be lost now
+            self._average(lambda weight, mean: weight.copy_(mean))
+        after = self.evaluate(title)
         self._save_drafter(self.folder / "final")
         if self.runner.ring:
             self.runner.ring.remove()
@@ -511,9 +507,3 @@ class Trainer:
             say(f"resume: checkpoints of later steps ({', '.join(map(str, later))}) were removed")
         self.reporter.lines = checkpoints.keep_lines(self.reporter.path, checkpoint.state["lines"]["metrics.jsonl"])
         say(f"resume: continuing after step {self.step}, from {checkpoint.folder}")
-
-
-def _swap(a: Tensor, b: Tensor) -> None:
-    kept = a.clone()
-    a.copy_(b)
-    b.copy_(kept)
