@@ -181,6 +181,7 @@ GONE: dict[str, tuple[list[Any], str]] = {
     "data.max_documents": ([None], "give fewer files, or a split such as train[:1000]"),
     "data.on_rewrite": (["last_turn"], "of a chat that its template rewrites, the last turn is learned"),
     "draft.vocab_from": ([None], "draft.init_from takes another drafter's vocabulary, and its weights"),
+    "train.muon_learning_rate": ([2e-3], "Muon's steps are of the size of AdamW's, at train.learning_rate"),
 }
 """Keys of before: the values with which older runs' recipes may still hold them, and what is said of any other."""
 
@@ -461,11 +462,10 @@ class Train:
     gradient_accumulation_steps: Annotated[int, within(ge=1, le=4096)] = 1
     """Micro-batches per optimizer step."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon for the matrices of the layers and fc, AdamW for embeddings, head, norms and mask_hidden."""
+    """muon: Muon for the matrices of the layers and fc, in steps of the size that AdamW's have; AdamW for embeddings, head,
+    norms and mask_hidden."""
     learning_rate: Annotated[float, within(gt=0, le=1)] = 1e-4
-    """The highest learning rate, AdamW's."""
-    muon_learning_rate: Annotated[float, within(gt=0, le=1)] = 2e-3
-    """Muon's highest learning rate; it rises and falls as AdamW's does."""
+    """The highest learning rate."""
     muon_weight_decay: Annotated[float, within(ge=0, le=1)] = 0.1
     """Muon's weight decay."""
     schedule: Literal["linear", "cosine", "constant", "constant_with_decay"] = "linear"

@@ -88,8 +88,7 @@ def stepped(
     draft.lm_head.weight.requires_grad_(False)
     if sharded:
         shard(draft, draft.layers, CPU)
-    rates = {"learning_rate": 0.1, "muon_learning_rate": 0.1}
-    optimizers = make_optimizers(draft, Train(optimizer=name, weight_decay=0.1, **rates))
+    optimizers = make_optimizers(draft, Train(optimizer=name, weight_decay=0.1, learning_rate=0.1))
     assert full_moments(draft, optimizers) == {}
     if state is not None:
         load_full(draft, optimizers, *state)

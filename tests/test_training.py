@@ -130,9 +130,9 @@ def test_a_rate_warms_up_and_then_falls_to_0_or_stays(train):
     assert [line["learning_rate"] for line in lines(output, "train")] == pytest.approx([0.0, 0.5, *sixths])
 
 
-def test_muon_moves_the_matrices_of_layers_and_fc_by_ones_of_norm_1_and_adamw_the_rest(train):
-    settings = {"optimizer": "muon", "muon_learning_rate": 0.5, "muon_weight_decay": 0.25, "max_grad_norm": None}
-    settings |= {"schedule": "constant", "warmup_ratio": 0.0, "max_steps": 2, "save_steps": 1, "learning_rate": 1e-9}
+def test_muons_steps_have_the_size_of_adamws_in_the_matrices_of_layers_and_fc_and_adamw_moves_the_rest(train):
+    settings = {"optimizer": "muon", "learning_rate": 0.5, "muon_weight_decay": 0.25, "max_grad_norm": None}
+    settings |= {"schedule": "constant", "warmup_ratio": 0.0, "max_steps": 2, "save_steps": 1}
     output = train(draft={"train_lm_head": True}, train=settings)
     moments = load_file(output / "checkpoint-1" / "optimizer.state")
     before, after = drafter(output / "checkpoint-1"), drafter(output / "final")
@@ -141,12 +141,12 @@ def test_muon_moves_the_matrices_of_layers_and_fc_by_ones_of_norm_1_and_adamw_th
         assert (f"momentum_buffer.{name}" in moments) == by_muon
         assert (f"exp_avg.{name}" in moments) == (weight.is_floating_point() and not by_muon)
         if by_muon:
-            rows, columns = weight.shape
-            moved = (after[name] - weight * (1 - 0.5 * 0.25)) / (0.5 * max(1, rows / columns) ** 0.5)
+            # Singular values of about 1 would leave a root mean square of 1 / sqrt(the longer side): 0.2 is AdamW's.
+            moved = (after[name] - weight * (1 - 0.5 * 0.25)) / (0.5 * 0.2 * max(weight.shape) ** 0.5)
             # However small the gradient; its largest singular value is a quarter or more of what Muon divides by.
             assert 0.6 < torch.linalg.svdvals(moved).max() < 1.4, name
         elif weight.is_floating_point():
-            assert torch.allclose(after[name], weight, rtol=0, atol=1e-8), name
+            assert 0 < (after[name] - weight).abs().max() < 0.5 * 1.2, name
 
 
 def test_the_final_drafter_is_the_mean_of_the_last_steps_weights(train):

@@ -161,5 +161,5 @@ def make_optimizers(draft: nn.Module, train: Train) -> list[torch.optim.Optimize
     )
     if train.optimizer == "adamw":
         return [adamw]
-    muon = torch.optim.Muon(matrices, lr=train.muon_learning_rate, weight_decay=train.muon_weight_decay)
-    return [adamw, muon]
+    how: dict[str, Any] = {"weight_decay": train.muon_weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+    return [adamw, torch.optim.Muon(matrices, lr=train.learning_rate, **how)]

@@ -276,9 +276,9 @@ class Trainer:
         applied, save, stop = map(bool, torch.cat([is_finite.long()[None], gradients.asked]).tolist())
         rate, train = self.rate_after(self.step), self.recipe.train
         with record_function("peagle::optimizer"):
-            for i, optimizer in enumerate(self.optimizers):
+            for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = rate if i == 0 else rate / train.learning_rate * train.muon_learning_rate
+                    group["lr"] = rate
                 if applied:
                     optimizer.step()
             self.draft.zero_grad()
