@@ -6,6 +6,7 @@ help for what else it returns.
 
 import argparse
 import difflib
+import inspect
 import json
 import logging
 import math
@@ -18,7 +19,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
-from peagle_train.ending import run_training
 from peagle_train.files import run_tool
 from peagle_train.machine import GPUS, cores
 
@@ -31,10 +31,8 @@ class Parser(argparse.ArgumentParser):
     """A command's, with that command's docstring as its help. Mistakes are told like all others: in one line."""
 
     def __init__(self, name: str, given: list[str]) -> None:
-        summary, _, details = (COMMANDS[name].__doc__ or "").partition("\n\n")
-        epilog = "\n".join(line.removeprefix("    ") for line in details.rstrip().splitlines())
-        how = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog=f"peagle-train {name}", description=summary, epilog=epilog, formatter_class=how)
+        details, how = inspect.getdoc(COMMANDS[name]), argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=f"peagle-train {name}", description=details, formatter_class=how)
         self.given = given
 
     def read(self) -> argparse.Namespace:
@@ -50,6 +48,8 @@ class Parser(argparse.ArgumentParser):
         from peagle_train.config import key_for
 
         word = message.removeprefix("unrecognized arguments: --").partition(" ")[0].partition("=")[0]
+        if word == "dry-run":
+            raise ValueError("--dry-run is a command of its own: peagle-train plan RECIPE")
         meant = key_for(word.replace("-", "_"))
         if meant and any(action.dest == "overrides" for action in self._actions):
             how = f"use {meant}" if " " in meant else f"settings are section.key=value, without dashes: {meant}"
@@ -72,17 +72,6 @@ def number(low: float, high: float = math.inf, kind: type = int) -> Callable[[st
 
 
 COUNT = number(1)
-
-
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",") if part.strip()]
-
-
-def json_object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError
-    return value
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -108,41 +97,19 @@ def _train(add: Add, read: Read) -> None:
 
     accelerate launch --quiet -m peagle_train recipes/quickstart.yaml target.path=DIR output.dir=runs/first
     peagle-train train recipes/quickstart.yaml cod.num_segments=4 --print-config
-    peagle-train train recipes/mine.yaml --dry-run --on cuda:79x8
     peagle-train train recipes/mine.yaml --resume
-    peagle-train train --summary runs/first
     """
-    _add_recipe(add, "?")
+    _add_recipe(add)
     add("--print-config", action="store_true", help="print the resolved recipe and stop")
-    add("--dry-run", action="store_true", help="print the memory that a run would need, and stop")
-    add("--on", metavar="KIND:GIB[xN]", help="with --dry-run: see `peagle-train plan --help`")
-    add(
-        "--resume",
-        nargs="?",
-        const="",
-        metavar="DIR",
-        help="resume from the newest checkpoint in output.dir, or from DIR",
-    )
-    add("--summary", metavar="DIR", help="print where a finished run's drafter is and how good it is")
+    add("--resume", nargs="?", const="", metavar="DIR", help="from the newest checkpoint of output.dir, or from DIR")
     o = read()
     if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
         # Else segments of several sizes leave holes. torch reads this when its CUDA allocator starts.
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
-    if o.summary:
-        from peagle_train.training.checkpoint import read_summary
-
-        print(read_summary(Path(o.summary)))
-        return
-    if not o.recipe:
-        raise ValueError("no recipe given: `peagle-train train RECIPE`, for example peagle-train train quickstart")
-    if o.on and not o.dry_run:
-        raise ValueError("--on goes with --dry-run: it says for which device to plan")
     if o.print_config:
         from peagle_train.config import dump_recipe
 
         print(dump_recipe(o.recipe), end="")
-    elif o.dry_run:
-        print_plan(o)
     else:
         from peagle_train.training.build import train
 
@@ -160,15 +127,6 @@ def _close_resume(arguments: list[str]) -> list[str]:
     return closed
 
 
-def print_plan(o: argparse.Namespace) -> None:
-    """What `plan` and `train --dry-run` print."""
-    from peagle_train.memory import dry_run
-
-    table = dry_run(o.recipe, o.on)
-    if os.environ.get("RANK", "0") == "0":
-        print(table)
-
-
 def _plan(add: Add, read: Read) -> None:
     """Print the memory that a run would need and, for a machine of GPUs, how fast it would be. Nothing is loaded.
 
@@ -183,20 +141,18 @@ def _plan(add: Add, read: Read) -> None:
     add("--gpu", choices=GPUS, help="plan for a machine of these")
     add("--gpus", type=COUNT, default=1, metavar="N", help="how many (default 1)")
     add("--tokens", type=COUNT, default=10**8, metavar="N", help="tokens in an epoch (default: 100 million)")
-    share = number(0, 1, float)
-    add("--learned", type=share, default=1.0, metavar="SHARE", help="of the tokens that are learned from (default 1)")
-    share_help = "of the GPUs' peak that both sides reach (default 0.4: assumed, not measured)"
-    add("--share", type=number(1e-3, 1, float), default=0.4, metavar="SHARE", help=share_help)
     o = read()
+    from peagle_train.memory import plan_table
+
     if (o.on and o.gpu) or (o.gpus != 1 and not o.gpu):
         raise ValueError("give --gpu for a machine of --gpus GPUs, or --on for other devices")
     if o.gpu:
         o.on = f"cuda:{GPUS[o.gpu][0]}x{o.gpus}"
-    print_plan(o)
+    print(plan_table(o.recipe, o.on))
     if o.gpu:
         from peagle_train.throughput import plan_throughput
 
-        print("\n" + plan_throughput(o.recipe, o.gpu, o.gpus, o.learned, o.share, o.tokens))
+        print("\n" + plan_throughput(o.recipe, o.gpu, o.gpus, o.tokens))
 
 
 def _prepare(add: Add, read: Read) -> None:
@@ -263,8 +219,6 @@ def _serve_target(add: Add, read: Read) -> None:
     peagle-train serve-target RECIPE --python vllm/bin/python --vllm='--tensor-parallel-size 4'
     peagle-train serve-target RECIPE --run --port 8001
     peagle-train train RECIPE target.server=http://localhost:8001
-
-    Server and training share a folder, in which hidden states wait to be read: at most what target.prefetch_gib allows.
     """
     _add_recipe(add)
     add("--run", action="store_true", help="start the server, and say when it answers")
@@ -304,17 +258,10 @@ def _regenerate(add: Add, read: Read) -> None:
     add("--max-tokens", type=COUNT, default=0, help="of an answer; default 2048, or half of the context if less")
     add("--seed", type=int, default=0, metavar="S", help="each answer's own follows from it (default 0)")
     add("--limit", type=COUNT, metavar="N", help="the first N prompts alone")
-    add("--last-turn", action="store_true", help="keep recorded answers, and answer the last question alone")
     add("--keep-truncated", action="store_true", help="keep answers that --max-tokens cut, as the last ones")
-    add("--chat-template-kwargs", type=json_object, default={}, metavar="JSON", help='as {"enable_thinking": false}')
+    add("--chat-template-kwargs", type=json.loads, default={}, metavar="JSON", help='as {"enable_thinking": false}')
     many = number(1, 1000)  # openai's limit of connections
-    add(
-        "--concurrency",
-        type=many,
-        default=128,
-        metavar="C",
-        help="conversations at a time of each server (default 128)",
-    )
+    add("--concurrency", type=many, default=128, metavar="C", help="conversations at each server (default 128)")
     add("--retries", type=number(0), default=10, help="of a request to a server, up to 8 s apart (default 10)")
     add("--batch-size", type=COUNT, default=8, metavar="B", help="with --target: conversations at a time (default 8)")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16", "float64"])
@@ -324,7 +271,9 @@ def _regenerate(add: Add, read: Read) -> None:
 
     if (o.base_url is None) == (o.target is None) or bool(o.base_url) != bool(o.model) or (o.features and o.target):
         raise ValueError("give --base-url and --model (also --features) for a server, or --target alone for one here")
-    how = o.temperature, o.top_p, o.max_tokens, o.seed, o.last_turn, o.keep_truncated, o.chat_template_kwargs
+    if not isinstance(o.chat_template_kwargs, dict):
+        raise ValueError('--chat-template-kwargs: give a JSON object, as {"enable_thinking": false}')
+    how = o.temperature, o.top_p, o.max_tokens, o.seed, o.keep_truncated, o.chat_template_kwargs
     settings = Settings(*how, o.features and os.path.expanduser(o.features))
     backend: Local | Servers
     if o.target is not None:
@@ -420,14 +369,9 @@ def _evaluate(add: Add, read: Read) -> int:
     .venv-vllm/bin/peagle-train evaluate runs/mine/final --prompts stdlib --engine vllm       # after tools/vllm_setup.sh
 
     Prompts: humaneval and mt-bench (from optional packages: it says which); stdlib (held-out standard-library modules of
-    the checkpoint's recipe, cut at seeded places); FILE.jsonl of {"text": ...}, taken as it is, or of chats.
-
-    Reported for every K from 1 up to --k, out of one decoding, with a legend. Loops, which are left out, are stretches of
-    at least max(24, 2 p) tokens that each equal the one p before, p up to 64.
-    --temperature above 0 draws the target's tokens; drafts are the drafter's likeliest, as by default in vLLM.
-    --engine vllm (greedy): the same prompts in vLLM beside our decoder's figures, and how many texts differ.
-
-    Exit code 1: a greedy text is not the target's own and no tie of logits explains it, or vLLM's differs in float32.
+    the checkpoint's recipe, cut at seeded places); FILE.jsonl of {"text": ...}, taken as it is, or of chats. The output
+    explains itself; docs/serving.md has more. Exit code 1: a greedy text is not the target's own and no tie of logits
+    explains it, or vLLM's differs in float32.
     """
     add("checkpoint", type=Path, help="a drafter's folder, such as runs/mine/final")
     add("--prompts", nargs="+", required=True, metavar="WHAT", help="see above")
@@ -457,7 +401,7 @@ def _report(add: Add, read: Read) -> None:
 
     peagle-train report runs/first runs/second --out compared.html
 
-    The page needs no other file. Needs matplotlib (the extra `report`).
+    Needs matplotlib (the extra `report`).
     """
     add("runs", nargs="+", type=Path, metavar="RUN", help="output folders of runs")
     add("--out", type=Path, default=Path("report.html"), metavar="FILE.html", help="default report.html")
@@ -471,40 +415,32 @@ def _report(add: Add, read: Read) -> None:
 def _show_row(add: Add, read: Read) -> None:
     """Print a sequence of a recipe's data as training sees it: tokens, which are learned, where documents end.
 
-    peagle-train show-row RECIPE --row 3 [section.key=value ...]
-    peagle-train show-row RECIPE --row 3 --elements [--anchors 17,18,40]
+    peagle-train show-row RECIPE --row 3 --elements
 
-    Learned tokens are in [brackets]. --elements adds what each element (anchor, depth) of some anchors reads and predicts,
-    as drawn in the first epoch.
+    Learned tokens are in [brackets]. --elements adds what each element (anchor, depth) reads and predicts, as drawn in the
+    first epoch.
     """
     _add_recipe(add)
     add("--row", type=int, required=True, metavar="N", help="which sequence, from 0")
-    add("--held-out", action="store_true", help="of the held-out sequences")
     add("--elements", action="store_true", help="what elements read and predict, too")
-    add("--anchors", type=numbers, default=[], metavar="A,B,...", help="whose elements (default: the first few)")
     o = read()
     from peagle_train.show import show_sequence
 
-    print(show_sequence(o.recipe, o.row, o.held_out, o.elements, o.anchors))
+    print(show_sequence(o.recipe, o.row, o.elements))
 
 
 def _show_batch(add: Add, read: Read) -> None:
-    """Draw a sequence's flat batch: who sees whom, and what each segment runs and reads.
+    """Draw a sequence's flat batch: what each segment runs and what it reads of others.
 
-    peagle-train show-batch --example --out batch.png
     peagle-train show-batch recipes/mine.yaml --row 3 --out batch.png
     peagle-train show-batch recipes/mine.yaml data.max_length=48 cod.num_segments=3   # small enough for labels
 
-    It is the batch that training would get in its first epoch, from the recipe's own collator; of the target only the
-    tokenizer and config.json are read. Needs matplotlib (the extra `report`).
+    It is the batch that training would get in its first epoch. Needs matplotlib (the extra `report`).
     """
-    _add_recipe(add, "?")
-    add("--example", action="store_true", help="two short documents of words, K = 4, S = 3")
+    _add_recipe(add)
     add("--row", type=int, default=0, metavar="N", help="which sequence, from 0 (default 0)")
     add("--out", type=Path, default=Path("batch.png"), metavar="FILE.png", help="default batch.png")
     o = read()
-    if bool(o.recipe) == o.example:
-        raise ValueError("give a recipe or --example, and not both")
     from peagle_train.show import write_picture
 
     print(f"{o.out}: {write_picture(o.recipe, o.row, o.out)}")
@@ -533,7 +469,6 @@ _FIRST = _train, _plan, _check_data, _prepare, _cache, _serve_target, _regenerat
 COMMANDS: dict[str, Callable[[Add, Read], int | None]] = {
     run.__name__[1:].replace("_", "-"): run for run in (*_FIRST, _report, _show_row, _show_batch, _recipes)
 }
-RESUMES = "; the same command resumes"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -562,6 +497,5 @@ def main(arguments: list[str] | None = None) -> int:
         parser = Parser(name, _close_resume(rest) if name == "train" else rest)
         return COMMANDS[name](parser.add_argument, parser.read)
 
-    if name == "train":
-        return run_training(work)
-    return run_tool(f"peagle-train {name}", work, RESUMES if name in ("cache", "regenerate") else "")
+    when_stopped = "; the same command resumes" if name in ("cache", "regenerate") else ""
+    return run_tool(f"peagle-train {name}", work, when_stopped)

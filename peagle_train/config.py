@@ -182,6 +182,9 @@ GONE: dict[str, tuple[list[Any], str]] = {
     "data.on_rewrite": (["last_turn"], "of a chat that its template rewrites, the last turn is learned"),
     "draft.vocab_from": ([None], "draft.init_from takes another drafter's vocabulary, and its weights"),
     "train.muon_learning_rate": ([2e-3], "Muon's steps are of the size of AdamW's, at train.learning_rate"),
+    "draft.embeddings_from_target": ([True], "embeddings are the target's where the drafter has its width"),
+    "draft.lm_head_from_target": ([True], "the head is the target's where the drafter has its width"),
+    "train.compile_mode": (["default"], "set TORCHINDUCTOR_MAX_AUTOTUNE=1 in the environment"),
 }
 """Keys of before: the values with which older runs' recipes may still hold them, and what is said of any other."""
 
@@ -392,10 +395,6 @@ class Draft:
     """Train the token embeddings."""
     train_lm_head: bool = False
     """Train the output head."""
-    embeddings_from_target: bool = True
-    """Start from the target's embeddings."""
-    lm_head_from_target: bool = True
-    """Start from the target's head (its rows of the draft vocabulary)."""
     layers_from_target: bool = False
     """Start from the target's last layers and final norm, and from an `fc` that passes its last feature on; only where the
     drafter's layers have the shape of the target's."""
@@ -414,8 +413,8 @@ class Draft:
     """Folder of an EAGLE-3 or P-EAGLE drafter to start from: its weights, its shape and its draft vocabulary."""
 
     def trains_head(self, is_targets_width: bool) -> bool:
-        """Whether the head is trained: as asked for, or because it starts random."""
-        return self.train_lm_head or not (is_targets_width and self.lm_head_from_target)
+        """Whether the head is trained: as asked for, or because it starts random, where it cannot be the target's."""
+        return self.train_lm_head or not is_targets_width
 
     @property
     def reach(self) -> int | None:
@@ -506,8 +505,6 @@ class Train:
     """Compile the drafter's passes (torch.compile, static shapes): one graph each, whatever the data; auto: on CUDA."""
     compile_backend: Literal["inductor", "aot_eager"] = "inductor"
     """torch.compile's backend; aot_eager only traces, for tests."""
-    compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
-    """torch.compile's mode (CUDA graphs would overwrite one segment's gradients with the next one's)."""
     profile_steps: Steps | None = None
     """Write a torch profiler trace of these steps, and print where their time goes."""
     activation_checkpointing: bool = False
@@ -576,37 +573,24 @@ class Recipe:
     train: Train = field(default_factory=Train)
 
     def validate(self) -> None:
-        """RecipeError unless every field and every pair of fields that depend on each other is allowed."""
-        for section in fields(self):
-            values = getattr(self, section.name)
-            read_section(type(values), section.name, vars(values))
-        target, data, draft, cod, train = self.target, self.data, self.draft, self.cod, self.train
+        """RecipeError unless fields that depend on each other agree."""
+        target, data, draft, train = self.target, self.data, self.draft, self.train
         parse_sources(data.sources)
         rope = draft.rope_scaling
         weighed = any(spec.weight != 1 for spec in parse_sources(data.eval_sources, "data.eval_sources"))
-        is_short = data.max_length < cod.num_depths
-        is_narrow = draft.window and draft.window < cod.num_depths
-        cut = cod.num_segments != "auto" and cod.num_segments > data.max_length
+        is_narrow = draft.window and draft.window < self.cod.num_depths
         kept, uneven = target.reuse > 1, not train.max_steps and train.epochs % target.reuse
-        unchanged = train.mixed_precision == "bf16" and train.dtype == "float64"
+        both = draft.init_from and draft.layers_from_target
         for is_wrong, keys, remedy in (
             (weighed, "data.eval_sources", "remove weight: every document of it is evaluated on once"),
-            (is_short, "data.max_length cod.num_depths", "give at least as many tokens as depths"),
             (is_narrow, "draft.window cod.num_depths", "give at least as many positions"),
-            (cut, "cod.num_segments data.max_length", "give no more segments than tokens"),
             (target.shard and target.device_map, "target.shard target.device_map", "set one of them to false or null"),
             (kept and not target.ring, "target.reuse target.ring", "give the GiB that features may take"),
             (not kept and target.ring, "target.ring target.reuse", "give more passes, or remove it"),
-            (not kept and target.ring_dir, "target.ring_dir target.reuse", "give more passes, or remove it"),
             (kept and target.cache, "target.reuse target.cache", "remove one: the cache has all features"),
             (kept and target.shard, "target.reuse target.shard", "give target.server, or remove one"),
             (uneven, "train.epochs target.reuse", "give a multiple of it, or train.max_steps"),
-            (
-                draft.init_from and draft.layers_from_target,
-                "draft.init_from draft.layers_from_target",
-                "remove one: both bring the layers",
-            ),
-            (unchanged, "train.mixed_precision train.dtype", "change one: autocast leaves float64 unchanged"),
+            (both, "draft.init_from draft.layers_from_target", "remove one: both bring the layers"),
             (rope and "rope_theta" in rope, "draft.rope_scaling", "rope_theta is a key of its own: draft.rope_theta"),
         ):
             if is_wrong:

@@ -57,16 +57,11 @@ def told(error: Exception) -> str:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise error
         return f"a file could not be written: {error.strerror}"
-    name = ascii(error.filename2 or error.filename)  # of a rename, where to: its source is a partial file of ours
-    return f"{error.strerror}: {name if len(name) <= 200 else name[:197] + '...'}"
+    # Of a rename, where to: its source is a partial file of ours.
+    return f"{error.strerror}: {error.filename2 or error.filename!a}"
 
 
-def run_tool(
-    name: str,
-    work: Callable[[], int | None],
-    when_stopped: str = "",
-    mistakes: tuple[type[Exception], ...] = (ValueError, OSError),
-) -> int:
+def run_tool(name: str, work: Callable[[], int | None], when_stopped: str = "") -> int:
     """Run a command; its exit code is what `work` returns (None: 0). Otherwise one line on stderr, and 2 after a user's
     mistake (see `told`), 1 after `RunStopped`, 130 after an interrupt; the last two with `when_stopped`. Anything else
     keeps its traceback. Of several processes, one that fails ends at once: torchrun then ends the others.
@@ -79,19 +74,14 @@ def run_tool(
         code = work() or 0
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # whoever reads our output has seen enough, as head has
-        _give_up_stdout()
-        if several:
-            os._exit(141)
-        return 141
+    except BrokenPipeError:  # whoever reads our output has seen enough, as head has; Python's flush at exit would fail
+        os._exit(141)
     except RunStopped as error:
         text, code = f"{name}: error: {one_line(error)}{when_stopped}", 1
     except KeyboardInterrupt:
         text, code = f"{name}: stopped (interrupted){when_stopped}", 130
     except Exception as error:
         try:
-            if not isinstance(error, mistakes):
-                raise
             text, code = f"{name}: error: {told(error)}", 2
         except Exception:
             if not several:
@@ -101,19 +91,12 @@ def run_tool(
                 text = f"{name}: error: {one_line(error, 300)}: if another rank has failed, its message is above"
     if several and code != 1 and rank != "0":
         time.sleep(3)  # all ranks make a user's mistake, as a rule: rank 0 reports it, and torchrun ends the others
-    try:
+    with suppress(OSError):  # a full disk
         sys.stdout.flush()
-    except OSError:  # a reader that is gone, a full disk
-        _give_up_stdout()
     print(f"{text} (rank {rank})" if several else text, file=sys.stderr, flush=True)
     if several:
         os._exit(code)  # nothing at exit may wait for the other ranks
     return code
-
-
-def _give_up_stdout() -> None:
-    """Or Python's flush at exit fails, too."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # Whole or not at all: written beside its place, synced, renamed to it.
@@ -148,8 +131,6 @@ def put(partial: Path, path: Path) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old or the new one, never half of it. OSError if it cannot be written."""
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
     partial = partial_path(path)
     partial.write_bytes(content)
     put(partial, path)
@@ -251,26 +232,19 @@ def lock(file: int | IO[Any], where: str, doing: str, how: Callable[[Any, int], 
 
 @contextmanager
 def alone_in(folder: Path, doing: str) -> Iterator[None]:
-    """Create the folder given as `--out` and hold its lock, which ends with the process. Removed again if it was created
-    here and stays empty. ValueError if it cannot be created, or as in `lock`.
+    """Create the folder given as `--out` and hold its lock, which ends with the process; an empty one is removed again.
+    OSError if it cannot be created, ValueError as in `lock`.
     """
-    is_new = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise ValueError(f"--out {folder} cannot be made: {error.strerror}") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
     try:
         lock(handle, f"--out {folder}", doing)
-    except ValueError:
-        os.close(handle)
-        raise
-    try:
-        yield
-    finally:
-        if is_new:
+        try:
+            yield
+        finally:
             with suppress(OSError):  # not empty, usually
                 folder.rmdir()
+    finally:
         os.close(handle)
 
 

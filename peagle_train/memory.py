@@ -99,7 +99,7 @@ class MemoryPlan(NamedTuple):
     num_segments: int
     capacity: int
     resident: dict[str, int]  # what is there in every phase, by name
-    step: dict[str, int]  # what is there in some phases only, by name; not all of it at once
+    outputs: int  # the target's of a batch
     phases: dict[str, int]  # everything together, by phase
     peak: int
 
@@ -271,15 +271,7 @@ def plan_memory(s: Sizes, num_segments: int, all_supervised: bool = False) -> Me
         "embedding": during + late + one.N * H * (c + m) * 2 + one.M * F * c + (largest if again else 0),
         "reduce": base + kept + (s.trained * m if s.device.world_size > 1 and not s.sharded else 0),
     }
-    step = {
-        "features": outputs,
-        "target's forward": s.target_forward,
-        "saved for backward": max(after_forward, in_backward),
-        "loss chunk": chunk,
-        "gradients in flight": flowing,
-        "masks and tables": tables,
-    }
-    return MemoryPlan(S, capacity, resident, step, phases, max(phases.values()))
+    return MemoryPlan(S, capacity, resident, outputs, phases, max(phases.values()))
 
 
 # Sizes, from a recipe and two configs; models are built on the meta device
@@ -394,7 +386,7 @@ def _target_forward(config: Any, recipe: Recipe, item: int, attention: str, on_c
 # The table, the choice of S, and what to change
 
 
-def dry_run(recipe: Recipe, on: str | None = None) -> str:
+def plan_table(recipe: Recipe, on: str | None = None) -> str:
     """The table of memory by number of segments, and which one fits, on this machine or `on` another (`parse_device`).
     ValueError: the recipe or the target's config.json is wrong.
     """
@@ -404,22 +396,17 @@ def dry_run(recipe: Recipe, on: str | None = None) -> str:
     plans = [plan_memory(sizes, S) for S in numbers if S <= recipe.data.max_length]
     rows = [["GiB a device, by segments", *(f"{p.num_segments}{'*' * (p.num_segments == asked)}" for p in plans)]]
     rows.append(["elements of a segment", *(f"{p.capacity:,}" for p in plans)])
-    for indent, groups in (("", [p.resident for p in plans]), ("  ", [p.step for p in plans])):
+    for prefix, groups in (("", [p.resident for p in plans]), ("all, in: ", [p.phases for p in plans])):
         for name in groups[0]:
             if any(group[name] for group in groups):
-                rows.append([indent + name, *(f"{group[name] / GIB:.2f}" for group in groups)])
+                rows.append([prefix + name, *(f"{group[name] / GIB:.2f}" for group in groups)])
     rows.append(["peak", *(f"{p.peak / GIB:.2f}" for p in plans)])
-    rows.append(["in", *(max(p.phases, key=lambda phase: p.phases[phase]) for p in plans)])
     lines = [f"planned, not measured: {device}", aligned(rows, right=True)]
     room = f"{device.budget / GIB:.1f} GiB less {margin:.0%}"
     if fitting := choose_segments(sizes):
         lines.append(f"cod.num_segments=auto would be {fitting.num_segments}: the fewest that fit into {room}")
     else:
         lines.append(f"no number of segments up to {plans[-1].num_segments} fits into {room}: {advice(sizes)}")
-    if asked != "auto":
-        peak, most = plan_memory(sizes, asked).peak, device.budget * (1 - margin)
-        fits = "fits" if peak <= most else "is close" if peak <= device.budget else "is too much"
-        lines.append(f"this recipe: {asked} segments, {peak / GIB:.2f} GiB: {fits}")
     return "\n".join(lines)
 
 
@@ -444,7 +431,7 @@ def resolve_segments(sizes: Sizes) -> tuple[int, str]:
     S = max(from_all(own.num_segments if own else 2 * CANDIDATES[-1]))
     if S > CANDIDATES[-1]:
         what = f"no number up to {CANDIDATES[-1]} fits ({sizes.device}, {margin:.0%} left free by train.memory_margin)"
-        raise ValueError(f"cod.num_segments is auto, and {what}: {advice(sizes)}; --dry-run shows the table")
+        raise ValueError(f"cod.num_segments is auto, and {what}: {advice(sizes)}; `peagle-train plan` shows the table")
     return S, f"cod.num_segments: auto is {S}: {plan_memory(sizes, S).peak / GIB:.2f} {there} ({margin:.0%} left free)"
 
 

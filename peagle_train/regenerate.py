@@ -11,14 +11,14 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Container, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, distribution
 from itertools import islice
 from pathlib import Path
-from queue import Queue
+from queue import SimpleQueue
 from threading import Lock, Thread
 from typing import IO, Any, NamedTuple
 
@@ -54,9 +54,10 @@ class Answer(NamedTuple):
     states: Path | None = None  # the file of its hidden states, see `Servers`
 
 
-# Returns what is written (the turns up to the first unfit answer; None where none was fit), why the conversation ended
-# early (None where it did not), a line about that, and how many tokens were generated.
-Chat = Generator[Ask, Answer | None, tuple[dict[str, Any] | None, str | None, str, int]]
+# What is written (the turns up to the first unfit answer; None where none was fit), why the conversation ended early (None
+# where it did not), a line about that, and how many tokens were generated.
+Result = tuple[dict[str, Any] | None, str | None, str, int]
+Chat = Generator[Ask, Answer | None, Result]
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,6 @@ class Settings:
     top_p: float
     max_tokens: int  # of an answer, its end token included; 0: as many as `leaving_room` says
     seed: int
-    last_turn: bool  # answer only the last question; earlier answers stay as recorded, with weight 0
     keep_truncated: bool  # keep an answer that max_tokens cut, as its conversation's last
     template_kwargs: dict[str, Any]
     features: str | None = None  # folder that answers' hidden states are kept in
@@ -93,7 +93,6 @@ class Prompt(NamedTuple):
 
     id: str  # the row's own, or its line number; with its line where the file repeats an id
     turns: tuple[tuple[Message, ...], ...]  # what precedes each answer: the messages since the answer before it
-    answers: tuple[Message | None, ...]  # what the file has recorded as each turn's answer
 
 
 def read_prompts(name_or_path: str, limit: int | None = None, skipped: Counter[str] | None = None) -> Iterator[Prompt]:
@@ -163,27 +162,23 @@ def _prompt(raw: RawExample, taken: Container[str]) -> Prompt:
         given = [given] if isinstance(given, str) else given
         only_questions = isinstance(given, list) and all(isinstance(text, str) for text in given)
         row = {**row, "messages": [{"role": "user", "content": text} for text in given] if only_questions else given}
-    chat, turns, answers, asked = messages_of(row, to_ask=True), list[Any](), list[Message | None](), list[Message]()
+    chat, turns, asked = messages_of(row, to_ask=True), list[tuple[Message, ...]](), list[Message]()
     if chat.tools or any(message["role"] == "tool" or "tool_calls" in message for message in chat.messages):
         raise BadRow("tools", "the target would have to call them")
     for message in chat.messages:
-        kept = {"role": message["role"], "content": message["content"]}
-        is_answer = kept["role"] == "assistant"
-        if is_answer and message.get("reasoning_content"):
-            kept["reasoning_content"] = message["reasoning_content"]
+        is_answer = message["role"] == "assistant"
         if not is_answer:
-            asked.append(kept)
+            asked.append({"role": message["role"], "content": message["content"]})
         if is_answer or only_questions or message is chat.messages[-1]:
             if not any(question["role"] == "user" for question in asked):
                 raise BadRow("no question", "an answer follows no question")
             turns.append(tuple(asked))
-            answers.append(kept if is_answer else None)
             asked = []
     if not turns:
         raise BadRow("no question", "no message asks anything")
     line = raw.name.rpartition(":")[2]
     id = str(next((row[key] for key in ID_KEYS if row.get(key) is not None), line))
-    return Prompt(f"{id} (line {line})" if id in taken else id, tuple(turns), tuple(answers))
+    return Prompt(f"{id} (line {line})" if id in taken else id, tuple(turns))
 
 
 # Conversations
@@ -221,14 +216,7 @@ def converse(prompt: Prompt, number: int, model: str, settings: Settings) -> Cha
     messages: list[Message] = []
     finish_reasons: list[str | None] = []
     why, detail, tokens = None, "", 0
-    for turn, (asked, recorded) in enumerate(zip(prompt.turns, prompt.answers)):
-        is_last = turn == len(prompt.turns) - 1
-        if settings.last_turn and not is_last:
-            if recorded is None or not any(recorded.get(key, "").strip() for key in ("content", "reasoning_content")):
-                why = "no recorded answers"  # training takes no empty turn, whatever its weight
-                break
-            messages += [*asked, {**recorded, "weight": 0}]  # read, but not learned from: it is not the target's
-            continue
+    for turn, asked in enumerate(prompt.turns):
         context = [{"role": message["role"], "content": message["content"]} for message in [*messages, *asked]]
         answer = yield context, random.Random(f"{settings.seed},{number},{turn}").getrandbits(31)
         assert answer is not None
@@ -242,7 +230,7 @@ def converse(prompt: Prompt, number: int, model: str, settings: Settings) -> Cha
         messages += [*asked, {"role": "assistant", "content": answer.content, **thoughts}]
         finish_reasons.append(answer.finish_reason)
         if answer.finish_reason == "length":  # kept: but no answer to a later question would follow from it
-            why = None if is_last else "truncated"
+            why = None if turn == len(prompt.turns) - 1 else "truncated"
             break
     # Training renders a row with its own variables of the template, so that it reads what the target has read.
     variables = {"chat_template_kwargs": settings.template_kwargs} if settings.template_kwargs else {}
@@ -251,11 +239,26 @@ def converse(prompt: Prompt, number: int, model: str, settings: Settings) -> Cha
     return row if finish_reasons else None, why, f"prompt {prompt.id} is {why}: {detail}", tokens
 
 
+def converse_together(chats: Sequence[Chat], ask: Callable[[list[Ask]], list[Answer]]) -> list[Result]:
+    """The chats' results, in the order in which they end; all turns of a number are asked for together."""
+    results, answers = list[Result](), list[Answer | None]([None] * len(chats))  # None starts a chat
+    while chats:
+        asks, asked = list[Ask](), list[Chat]()
+        for chat, answer in zip(chats, answers):
+            try:
+                asks.append(chat.send(answer))
+                asked.append(chat)
+            except StopIteration as end:
+                results.append(end.value)
+        chats, answers = asked, [*ask(asks)] if asks else []
+    return results
+
+
 # Who answers
 
 
 class Servers:
-    """Servers that speak OpenAI's chat completions (vLLM, SGLang), each asked from `concurrency` threads.
+    """Servers that speak OpenAI's chat completions (vLLM, SGLang), each asked by `concurrency` threads.
 
     ValueError: no package openai, a server that does not answer or lacks the model, no room for --max-tokens.
     """
@@ -264,7 +267,7 @@ class Servers:
         from peagle_train.target_model.server import connect
 
         key, context = os.environ.get("OPENAI_API_KEY", "").strip() or "none", (ENDLESS, "")
-        self.model, self.concurrency, self.batch_size, self.clients = model, concurrency * len(urls), 1, list[Any]()
+        self.model, self.concurrency, self.clients = model, concurrency, list[Any]()
         for url in urls:
             self.openai, client = connect(url, "--base-url", key, timeout=3600.0, max_retries=retries)
             try:
@@ -290,35 +293,54 @@ class Servers:
         self._keeping = Lock()  # equal conversations have one file
         self.record: dict[str, Any] = {"backend": "server", "model": model, "sampling": self.sampling | self.more}
 
-    def answers(self, asks: Sequence[Ask], place: int) -> list[Answer]:
-        """The answer to the one that there is (`batch_size`), by the server of that place among `concurrency`.
-
-        RunStopped: none after all retries; from the last server, where servers are gone.
+    def conversations(self, chats: Iterable[Chat]) -> Generator[Result, None, None]:
+        """Results as they come. All turns of a chat go to the same server, whose cache has what came before. RunStopped: a
+        server gave no answer, after all retries.
         """
-        [(messages, seed)] = asks
-        while True:
-            clients = self.clients
-            client: Any = clients[place % len(clients)]
-            create = client.chat.completions.create
+        remaining, turn, results = iter(chats), Lock(), SimpleQueue[Result | BaseException | None]()
+
+        def work(client: Any) -> None:
             try:
-                reply = create(model=self.model, messages=messages, seed=seed, **self.sampling, extra_body=self.more)
-                break
-            except self.openai.OpenAIError as error:
-                if getattr(error, "status_code", None) in (400, 413, 422):
-                    return [Answer(one_line(error, 300), "refused")]
-                failure = f"{client.base_url} gave no answer: {one_line(error, 300)}"
-                left = [other for other in self.clients if other is not client]
-                if not left or not isinstance(error, self.openai.APIConnectionError):
-                    raise RunStopped(failure) from None
-                if client in self.clients:  # another thread may have noticed first
-                    logger.warning("%s; continuing with the other %d", failure, len(left))
-                self.clients = left
+                while True:
+                    with turn:
+                        chat = next(remaining, None)
+                    if chat is None:
+                        break
+                    results.put(converse_together([chat], lambda asks: [self._answer(client, *asks[0])])[0])
+                results.put(None)
+            except BaseException as error:
+                results.put(error)
+
+        for client in self.clients * self.concurrency:
+            Thread(target=work, args=(client,), daemon=True).start()  # an interrupted run does not wait for answers
+        working = len(self.clients) * self.concurrency
+        try:
+            while working:
+                result = results.get()
+                if isinstance(result, BaseException):
+                    raise result
+                if result is None:
+                    working -= 1
+                else:
+                    yield result
+        finally:
+            with turn:
+                remaining = iter(())  # no thread takes another one
+
+    def _answer(self, client: Any, messages: list[Message], seed: int) -> Answer:
+        create = client.chat.completions.create
+        try:
+            reply = create(model=self.model, messages=messages, seed=seed, **self.sampling, extra_body=self.more)
+        except self.openai.OpenAIError as error:
+            if getattr(error, "status_code", None) in (400, 413, 422):
+                return Answer(one_line(error, 300), "refused")
+            raise RunStopped(f"{client.base_url} gave no answer: {one_line(error, 300)}") from None
         message = reply.choices[0].message
         tokens = reply.usage.completion_tokens if reply.usage else 0
         # vLLM renamed the field; older ones and SGLang say reasoning_content.
         reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
         states = self._keep(reply) if self.settings.features else None
-        return [Answer(message.content or "", reply.choices[0].finish_reason, reasoning, tokens, states)]
+        return Answer(message.content or "", reply.choices[0].finish_reason, reasoning, tokens, states)
 
     def _keep(self, reply: Any) -> Path:
         """Keep ids and hidden states of prompt and answer, as `SpeculatorsFiles` reads them; RunStopped if none come.
@@ -380,7 +402,7 @@ class Local:
         self.context = getattr(text_config, "max_position_embeddings", None) or ENDLESS
         self.settings = settings = settings.leaving_room(self.context, f"target {path}")
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.concurrency, self.batch_size = 1, batch_size
+        self.batch_size = batch_size
         sampling: dict[str, Any] = {"do_sample": settings.temperature > 0, "repetition_penalty": 1.0}
         if settings.temperature > 0:
             sampling |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
@@ -389,7 +411,13 @@ class Local:
         self.record: dict[str, Any] = {"backend": "local", "model": Path(path).resolve().name}
         self.record |= {"dtype": str(model.dtype), "sampling": sampling}
 
-    def answers(self, asks: Sequence[Ask], _: int) -> list[Answer]:
+    def conversations(self, chats: Iterable[Chat]) -> Generator[Result, None, None]:
+        """Results as they come. The chats of a batch go from turn to turn together."""
+        remaining = iter(chats)
+        while batch := list(islice(remaining, self.batch_size)):
+            yield from converse_together(batch, self._answers)
+
+    def _answers(self, asks: Sequence[Ask]) -> list[Answer]:
         """An answer to each, generated together; chats that the template or the context does not take are refused.
 
         B: chats that are generated. P: tokens of the longest one.
@@ -428,58 +456,6 @@ class Local:
 # A run
 
 
-def converse_all(backend: Servers | Local, chats: Iterable[Chat]) -> Generator[Any, None, None]:
-    """Results as they come. The chats of a batch go from turn to turn together, at one of the backend's places, to the
-    end: a server's cache has what came before. Chats are taken as places get free.
-    """
-    chats, turn, results = iter(chats), Lock(), Queue[Any]()
-
-    def work(place: int) -> Iterator[Any]:
-        while True:
-            with turn:
-                batch = list(islice(chats, backend.batch_size))
-            if not batch:
-                return
-            answers: list[Answer | None] = [None] * len(batch)  # None starts a chat
-            while batch:
-                asks, asked = list[Ask](), list[Chat]()
-                for chat, answer in zip(batch, answers):
-                    try:
-                        asks.append(chat.send(answer))
-                        asked.append(chat)
-                    except StopIteration as end:
-                        yield end.value
-                batch, answers = asked, [*backend.answers(asks, place)] if asks else []
-
-    def run(place: int) -> None:
-        try:
-            for result in work(place):
-                results.put(result)
-                results.join()  # the next prompts are read once this is written
-            results.put(None)
-        except BaseException as error:
-            results.put(error)
-
-    if backend.concurrency == 1:  # here: a thread inside torch could not be interrupted
-        yield from work(0)
-        return
-    for place in range(backend.concurrency):
-        Thread(target=run, args=(place,), daemon=True).start()  # an interrupted run does not wait for answers
-    working = backend.concurrency
-    try:
-        while working:
-            if isinstance(result := results.get(), BaseException):
-                raise result
-            if result is None:
-                working -= 1
-            else:
-                yield result
-            results.task_done()
-    finally:
-        with turn:
-            chats = iter(())  # no thread takes another one
-
-
 def regenerate(prompts: PromptFile, out: Path, backend: Servers | Local) -> None:
     """Ask all prompts; write OUT, a row for each that got an answer, and OUT.report.json. What was answered is kept.
 
@@ -500,10 +476,10 @@ def regenerate(prompts: PromptFile, out: Path, backend: Servers | Local) -> None
     done, cut, dropped = set[str](), Counter[str](), Counter[str]()
     with partial.open("a+b") as file:
         lock(file, f"--out {out}", "writing")
-        for row in _resumed(file):
-            done.add(row["id"])
-            if (why := row["generated"]["cut"]) is not None:
-                cut[why] += 1
+        for earlier in _resumed(file):
+            done.add(earlier["id"])
+            if (reason := earlier["generated"]["cut"]) is not None:
+                cut[reason] += 1
         if rows := len(done):
             print(f"resuming after {rows} of {prompts.count} prompts in {partial}")
         model, numbered = backend.record["model"], enumerate(prompts)
@@ -511,7 +487,7 @@ def regenerate(prompts: PromptFile, out: Path, backend: Servers | Local) -> None
         pace, tokens, started = 0.1 if sys.stderr.isatty() else 60.0, 0, time.monotonic()
         with (
             tqdm(total=prompts.count, initial=rows, unit="prompt", mininterval=pace, smoothing=0) as bar,
-            closing(converse_all(backend, chats)) as results,
+            closing(backend.conversations(chats)) as results,
         ):
             for row, why, detail, generated in results:
                 tokens += generated

@@ -78,19 +78,9 @@ def read_run(folder: Path) -> Run:
             raise ValueError(f"{path}, line {number} is damaged") from None
     if not lines["train"] and not lines["eval"]:
         raise ValueError(f"{path} holds no numbers yet")
-    summary, about = (_read_json(folder / name) for name in (MARKER, ABOUT))
+    files = [folder / name for name in (MARKER, ABOUT)]
+    summary, about = (json.loads(path.read_bytes()) if path.exists() else {} for path in files)
     return Run(str(folder), **lines, summary=summary, about=about, recipe=read_yaml(folder / "recipe.yaml"))
-
-
-def _read_json(path: Path) -> Line:
-    """A JSON object; empty if there is no file, ValueError if it holds something else."""
-    try:
-        content = json.loads(path.read_bytes()) if path.exists() else {}
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: remove it, and the page is made without it")
-    return content
 
 
 def differing_keys(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -111,7 +101,7 @@ def page(runs: Sequence[Run], figure: bytes) -> str:
     recipes = (f"<summary>{html.escape(r.name)}</summary><pre>{html.escape(dump_yaml(r.recipe))}</pre>" for r in runs)
     sections = {
         "Result": _table(runs, [_result(run) for run in runs]),
-        "Curves": f"<p>Lines: training (a running mean over faint values). Circles: held out.</p>{image}",
+        "Curves": f"<p>Lines: training. Circles: held out.</p>{image}",
         "Data": _table(runs, [run.about.get("data", {}).get("packing", {}) for run in runs]),
         "Settings that differ": _table(runs, differing_keys(runs)),
         "Recipes": "".join(f"<details>{recipe}</details>" for recipe in recipes),
@@ -168,21 +158,13 @@ def draw(runs: Sequence[Run]) -> bytes:
         by_depth.set(title="accuracy by depth, latest", xlabel="depth", ylim=(0, 1))
         for axes, (name, factor, title) in zip(others, PANELS):
             points = [(line["step"], line[name] * factor) for line in run.train if line.get(name) is not None]
-            axes.plot(*zip(*points), color=colour, alpha=0.22)
-            axes.plot(*zip(*_smooth(points)), color=colour, marker="o" if len(points) == 1 else None)
+            axes.plot(*zip(*points), color=colour, marker="o" if len(points) == 1 else None)
             held_out = [(line["step"], line[name]) for line in run.eval if name in line]
             axes.plot(*zip(*held_out), color=colour, marker="o", markerfacecolor="white", linestyle=":")
             axes.set(title=title, xlabel="step")
     if len(runs) > 1:
         figure.legend(loc="outside lower center", ncols=4)
     return png_of(figure)
-
-
-def _smooth(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Means over a 20th of the points, at least over 5, and over fewer at both ends."""
-    half, ys = max(2, len(points) // 40), [y for _, y in points]
-    windows = [ys[max(0, i - half) : i + half + 1] for i in range(len(ys))]
-    return [(x, sum(window) / len(window)) for (x, _), window in zip(points, windows)]
 
 
 def load_matplotlib() -> Any:

@@ -23,6 +23,7 @@ from peagle_train.memory import (
 )
 from peagle_train.target_model.frozen import FrozenTarget
 
+PEAK_SHARE = 0.4  # of the GPUs' peak that both sides reach: assumed, not measured
 SERVER_SHARE = 0.85  # of a server's memory that the target's weights may take; keys and values need the rest
 
 
@@ -56,16 +57,12 @@ def target_flops(target: FrozenTarget, length: int) -> tuple[float, float]:
     return 2 * length * matrices, 4 * pairs * config.num_attention_heads * head_dim
 
 
-def draft_flops(s: Sizes, num_segments: int, learned: float = 1.0) -> tuple[float, float]:
-    """Of matrices, padding included, and of attention, in a sequence's forward and backward.
-
-    learned: share of its tokens that are learned from.
-    """
+def draft_flops(s: Sizes, num_segments: int) -> tuple[float, float]:
+    """Of matrices, padding included, and of attention, in the forward and backward of a sequence that is all learned."""
     train, cod, L, S = s.recipe.train, s.recipe.cod, s.recipe.data.max_length, num_segments
-    starts = max(1, int(min(cod.max_anchors or L, learned * L)))
-    elements = max_elements(L, cod.num_depths, cod.down_sample_ratio, cod.down_sample_ratio_min, starts)
+    elements = max_elements(L, cod.num_depths, cod.down_sample_ratio, cod.down_sample_ratio_min, cod.max_anchors)
     one, C = largest_pass(s, S, all_supervised=True), capacity_of(s, S)
-    passes, rows, M = elements / C, elements - (1 - learned) * L, float(L)
+    passes, rows, M = elements / C, float(elements), float(L)
     if train.pads_passes(s.device.kind):
         passes = S if cod.boundaries == "uniform" else min(S, -(-elements // max(1, C - cod.num_depths + 1)))
         rows, M = (passes * n / train.batch_size for n in (one.Q, one.M))
@@ -86,10 +83,10 @@ def draft_flops(s: Sizes, num_segments: int, learned: float = 1.0) -> tuple[floa
     return layers + 4 * M * s.fc_weights + rows * s.draft.draft_vocab_size * heads, attention
 
 
-def plan_throughput(recipe: Recipe, gpu: str, count: int, learned: float, share: float, tokens: int) -> str:
+def plan_throughput(recipe: Recipe, gpu: str, count: int, tokens: int) -> str:
     """The table of tokens a second by how GPUs are shared out, and what features take; of the target config.json is read.
 
-    gpu: of GPUS. learned: see `draft_flops`. share: of the peak, that both sides reach. tokens: of an epoch.
+    gpu: of GPUS. tokens: of an epoch.
     """
     (gib, teraflops), L, asked = GPUS[gpu], recipe.data.max_length, recipe.cod.num_segments
     recipe = replace(recipe, target=replace(recipe.target, cache=None, server=None, shard=False, device_map=None))
@@ -108,32 +105,29 @@ def plan_throughput(recipe: Recipe, gpu: str, count: int, learned: float, share:
     chosen = choose_segments(alone)
     S = asked if asked != "auto" else chosen.num_segments if chosen else min(L, CANDIDATES[-1])
     rows = [["TFLOP a sequence", "matrices", "attention", "tokens/s a GPU"]]
-    flops = {"target's forward": target_flops(target, L), "drafter's step": draft_flops(alone, S, learned)}
-    serve, train = (share * teraflops * 1e12 * L / sum(parts) for parts in flops.values())
+    flops = {"target's forward": target_flops(target, L), "drafter's step": draft_flops(alone, S)}
+    serve, train = (PEAK_SHARE * teraflops * 1e12 * L / sum(parts) for parts in flops.values())
     for (name, parts), pace in zip(flops.items(), (serve, train)):
         rows.append([name, *(f"{part / 1e12:,.0f}" for part in parts), f"{pace:,.0f}"])
 
     least = -(-beside.target_weights // int(SERVER_SHARE * budget))  # GPUs that hold the target
     reuse = recipe.target.reuse
     fresh = serve * reuse  # each forward's tokens are trained on so often
-    splits: dict[int, tuple[float, ...]] = {n: (n * fresh, (count - n) * train) for n in range(least, count)}
-    best = max(splits, key=lambda n: min(splits[n]), default=0)
-    ways = {f"{n} server + {count - n} training{'*' * (n == best)}": paces for n, paces in splits.items()}
+    splits = {n: min(n * fresh, (count - n) * train) for n in range(least, count)}
+    best = max(splits, key=lambda n: splits[n], default=0)
+    ways = {f"{n} server + {count - n} training{'*' * (n == best)}": pace for n, pace in splits.items()}
     no = "" if fitting(beside, count, alone.sharded) else ": too little memory"
-    ways[f"{count} with the target beside the drafter{no}"] = (count / (1 / fresh + 1 / train),)
-    ways |= {f"{count} writing target.cache": (count * serve,), f"{count} training from it": (count * train,)}
-    by_way = [["GPUs", "tokens/s", "hours an epoch", "server busy", "training busy"]]
-    for way, paces in ways.items():
-        pace = min(paces)
-        busy = [f"{pace / own:.0%}" for own in paces] if len(paces) > 1 else ["", ""]
-        by_way.append([way, f"{pace:,.0f}", f"{tokens / pace / 3600:,.1f}", *busy])
+    ways[f"{count} with the target beside the drafter{no}"] = count / (1 / fresh + 1 / train)
+    ways |= {f"{count} writing target.cache": count * serve, f"{count} training from it": count * train}
+    by_way = [["GPUs", "tokens/s", "hours an epoch"]]
+    by_way += [[way, f"{pace:,.0f}", f"{tokens / pace / 3600:,.1f}"] for way, pace in ways.items()]
 
     ranks, token = count - best, (draft.feature_size + draft.target_hidden_size) * beside.target_bytes
     ahead = ranks * max(recipe.target.prefetch_gib * GIB, recipe.train.batch_size * L * token)
     loaded = beside.parameters * beside.m + 2 * draft.vocab_size * draft.target_hidden_size * beside.target_bytes
     return f"""\
-throughput from FLOPs, not measured: {count} {gpu} at an assumed {share:.0%} of {teraflops} TFLOP/s (bfloat16, dense)
-{L:,} tokens a sequence, {learned:.0%} of them learned, S = {S}; {tokens:,} tokens an epoch, target.reuse {reuse}
+throughput from FLOPs, not measured: {count} {gpu} at an assumed {PEAK_SHARE:.0%} of {teraflops} TFLOP/s (bfloat16, dense)
+{L:,} tokens a sequence, all of them learned, S = {S}; {tokens:,} tokens an epoch, target.reuse {reuse}
 {aligned(rows, right=True)}
 
 {aligned(by_way, right=True)}

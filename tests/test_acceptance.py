@@ -111,7 +111,7 @@ def test_figures_by_hand():
 
 
 def test_turns_are_asked_one_after_the_other_with_the_targets_own_answers(llama):
-    chat = Prompt("q", (({"role": "user", "content": "w3 w4"},), ({"role": "user", "content": "w8"},)), (None, None))
+    chat = Prompt("q", (({"role": "user", "content": "w3 w4"},), ({"role": "user", "content": "w8"},)))
     first, second = measured(llama, [Case("q", "chats", chat=chat)], max_tokens=5, tokenizer=make_tokenizer())
     asked = [TURN, 3, 4, END, TURN]
     assert first.tokens == by_hand(llama, asked, 5)

@@ -72,9 +72,7 @@ def test_a_recipe_of_the_package_is_used_by_its_name(tmp_path, monkeypatch, caps
     shutil.copy(ROOT / "tests" / "configs" / "qwen3-8b.json", "config.json")
     asked = ["qwen3_8b_8k", "target.path=.", "--on", "cuda:79"]
     assert main(["plan", *asked]) == 0
-    planned = capsys.readouterr().out
-    assert main(["train", "--dry-run", *asked]) == 0
-    assert capsys.readouterr().out == planned and "peak" in planned
+    assert "peak" in capsys.readouterr().out
     Path("quickstart").write_text("train: {max_steps: 1}")  # a file of that name is meant before it
     assert main(["quickstart", "--print-config"]) == 2
 
@@ -96,10 +94,9 @@ WRONG = {
     "showrow x.yaml": "did you mean peagle-train show-row?",
     "prepare quickstart --workers 0": "--workers: got 0",
     "evaluate x --prompts stdlib --temperature nan": "--temperature: got nan",
-    "show-batch": "a recipe or --example",
-    "train": "no recipe given",
+    "train": "required: recipe",
     "regenerate p.jsonl --out o.jsonl --target t --model m": "--target alone",
-    "train --resume quickstart --on cuda:79": "--on goes with --dry-run",
+    "train quickstart --dry-run --on cuda:79": "peagle-train plan RECIPE",
     "report none": "none holds no run: it does not exist",
     "report .": "metrics.jsonl; give a recipe's output.dir",
     **{f"{name} --nonsense": f"peagle-train {name}: error: " for name in COMMANDS},
@@ -112,12 +109,3 @@ def test_a_mistake_on_the_command_line_is_one_line(line, capsys, tmp_path, monke
     assert main(line.split()) == 2
     [error] = capsys.readouterr().err.splitlines()
     assert WRONG[line] in error and ": error: " in error
-
-
-def test_output_that_cannot_be_written_is_one_line():
-    environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONUNBUFFERED"}
-    with open("/dev/full", "w") as full:
-        words = [sys.executable, "-m", "peagle_train", "recipes"]
-        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
-    (line,) = done.stderr.splitlines()
-    assert done.returncode == 2 and line.startswith("peagle-train recipes: error: ") and "No space left" in line

@@ -155,8 +155,8 @@ LONGROPE = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_p
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "type is 'dynamic'.* differ from the whole row"),
-        ({"rope_scaling": {"rope_type": "longrope", **LONGROPE}}, "rope type is 'longrope'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'.* call"),
+        ({"rope_scaling": {"rope_type": "longrope", **LONGROPE}}, "rope_type is 'longrope'"),
         ({"ptd_token_id": None}, "mask_token_id is missing; set draft.mask_token_id"),
         ({"ptd_token_id": VOCAB}, f"mask_token_id is {VOCAB}; it must lie in 0..{VOCAB - 1}"),
         ({"ptd_token_id": -1}, "mask_token_id is -1"),

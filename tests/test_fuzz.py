@@ -1,10 +1,9 @@
-"""Recipes, command lines, rows and folders of any content: kept as given and read as they were, or refused in one line."""
+"""Recipes, rows and folders of any content: kept as given and read as they were, or refused in one line."""
 
-import io
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -16,7 +15,6 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from peagle_train.__main__ import main
 from peagle_train.config import Recipe, dump_recipe, load_recipe
 from peagle_train.data.training_data import load_training_data, prepare_recipe
 from peagle_train.serving.check import check_folder
@@ -75,24 +73,6 @@ def test_a_value_is_kept_as_given_or_refused_in_one_line(tmp_path_factory, given
                 assert same(read[section][leaf], value), key
         path.write_text(dump_recipe(recipe), encoding="utf-8")
         assert repr(load_recipe(path)) == repr(recipe)
-
-
-@given(st.lists(st.text(max_size=12) | st.sampled_from(["RECIPE", "a.b=c", "-x", "--", "=", "."]), max_size=4))
-@many(40)
-def test_a_command_line_of_any_words_prints_a_recipe_or_says_in_a_line_what_is_wrong(tmp_path_factory, words):
-    path, out, err = tmp_path_factory.mktemp("words") / "r.yaml", io.StringIO(), io.StringIO()
-    path.write_text(yaml.safe_dump(REQUIRED))
-    with redirect_stdout(out), redirect_stderr(err):
-        try:
-            code: Any = main([*(str(path) if word == "RECIPE" else word for word in words), "--print-config"])
-        except SystemExit as stop:  # argparse's own
-            code = stop.code
-    if code == 0:
-        found = yaml.safe_load(out.getvalue())["target"]["path"]
-        assert found == "somewhere" or any("target.path" in word for word in words)
-    else:
-        assert code == 2, (code, err.getvalue())
-        assert err.getvalue().startswith("peagle-train train: error: ") and len(err.getvalue().splitlines()) == 1
 
 
 # Rows: each line is a document, an empty one, a duplicate, or a bad row with a reason.

@@ -149,20 +149,19 @@ def test_ranks_take_the_number_that_fits_the_fullest_of_them(write, monkeypatch)
 # ---- the command line
 
 
-def test_a_dry_run_needs_no_data_no_weights_and_no_output(tmp_path, tiny_target, write, capsys):
+def test_a_plan_needs_no_data_no_weights_and_no_output(tmp_path, tiny_target, write, capsys):
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_text((tiny_target / "config.json").read_text())
     recipe = write(target=bare, data={"sources": ["none.jsonl"]})
-    assert main([recipe, "--dry-run", "--on", "cuda:8x2"]) == 0
+    assert main(["plan", recipe, "--on", "cuda:8x2"]) == 0
     table = capsys.readouterr().out
-    assert "2 processes, 8.0 GiB of CUDA memory each" in table and "  3*  " in table and "saved for backward" in table
-    assert "this recipe: 3 segments" in table and not (tmp_path / "one" / "run").exists()
-    assert main([recipe, "--dry-run"]) == 0
+    assert "2 processes, 8.0 GiB of CUDA memory each" in table and "  3*  " in table and "backward" in table
+    assert not (tmp_path / "one" / "run").exists()
+    assert main(["plan", recipe]) == 0
     assert "of RAM each" in capsys.readouterr().out
-    assert main([recipe, "--on", "cuda:8"]) == 2
-    assert main([recipe, "--dry-run", "--on", "8"]) == 2
-    assert main([recipe, "--dry-run", "target.layer_ids=[1, 2, 9]"]) == 2
+    assert main(["plan", recipe, "--on", "8"]) == 2
+    assert main(["plan", recipe, "target.layer_ids=[1, 2, 9]"]) == 2
     assert "0..5" in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -235,15 +234,6 @@ def test_a_full_device_ends_a_run_in_a_line_that_says_what_to_change(fitting, wr
     assert words in last and (fitting or words in out)  # a run that is planned to take too much says so at its start
 
 
-def test_an_error_of_another_kind_keeps_its_traceback(write, monkeypatch):
-    def broken(*_: Any) -> None:
-        raise RuntimeError("shapes do not fit")
-
-    monkeypatch.setattr(Trainer, "accumulate", broken)
-    with pytest.raises(RuntimeError, match="shapes do not fit"):
-        main([write()])
-
-
 # ---- FLOPs, and what is made of them for a machine of GPUs
 
 RECIPE = ROOT / "recipes" / "qwen3_coder_30b_8k.yaml"
@@ -300,7 +290,7 @@ def test_planned_flops_of_matrices_are_those_that_torch_counts(mode, S):
 def test_a_machine_is_split_where_both_sides_are_equally_fast(tmp_path, reuse):
     kept = f"target.reuse={reuse}", f"target.ring={900 if reuse > 1 else 'null'}", "train.max_steps=9"
     recipe = recipe_for("llama-3.3-70b", tmp_path, "data.max_length=32768", *kept)
-    text = plan_throughput(recipe, "h200", 8, 1.0, 0.4, 5 * 10**8)
+    text = plan_throughput(recipe, "h200", 8, 5 * 10**8)
     serve, train = (
         float(re.search(rf"{side}.* ([\d,]+)\n", text)[1].replace(",", ""))
         for side in ("target's forward", "drafter's step")
@@ -309,7 +299,7 @@ def test_a_machine_is_split_where_both_sides_are_equally_fast(tmp_path, reuse):
     serve *= reuse
     best = max(range(2, 8), key=lambda n: min(n * serve, (8 - n) * train))  # one GPU does not hold 141 GB
     pace = min(best * serve, (8 - best) * train)
-    found = re.search(rf"{best} server \+ {8 - best} training\* +([\d,]+) +([\d.]+) ", text)
+    found = re.search(rf"{best} server \+ {8 - best} training\* +([\d,]+) +([\d.]+)\n", text)
     assert found and "1 server + 7" not in text
     assert float(found[1].replace(",", "")) == pytest.approx(pace, abs=8 * reuse)
     assert float(found[2]) == pytest.approx(5e8 / pace / 3600, abs=0.06)
@@ -329,7 +319,7 @@ def test_the_command_plans_a_machine_of_gpus(tmp_path, capsys):
     assert main([*words, "--gpu", "h100", "target.server=http://localhost:8000"]) == 0  # one has nothing to share out
     alone = capsys.readouterr().out
     assert "1 h100" in alone and " server + " not in alone and "target weights" not in alone
-    for wrong in ("--gpus 2", "--gpu h200 --on cuda:8", "--gpu gtx", "--gpu h200 --share 2"):
+    for wrong in ("--gpus 2", "--gpu h200 --on cuda:8", "--gpu gtx"):
         assert main([*words, *wrong.split()]) == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
@@ -341,11 +331,11 @@ def test_the_worked_plans_in_the_docs_are_what_is_planned(tmp_path):
         name = "llama-3.3-70b" if "70B" in model else "qwen3-coder-30b-a3b"
         window, anchors = limits.split(", ") if limits else ("null", "null")
         given = [f"data.max_length={length}", f"draft.window={window}", f"cod.max_anchors={anchors}"]
-        text = plan_throughput(recipe_for(name, tmp_path, *given), "h200", 8, 1.0, 0.4, 5 * 10**8)
+        text = plan_throughput(recipe_for(name, tmp_path, *given), "h200", 8, 5 * 10**8)
         shown = [*speeds.split(", "), *fits.split("; "), f"{features} TB an epoch", f"host memory, at most: {host} GiB"]
         assert all(figure in text for figure in shown), (shown, text)
         server, training = split.split(" + ")
-        assert re.search(rf"{server} server \+ {training} training\* +{pace} +{hours} ", text), text
+        assert re.search(rf"{server} server \+ {training} training\* +{pace} +{hours}\n", text), text
 
 
 def test_experts_without_a_number_a_token_are_refused(tmp_path):

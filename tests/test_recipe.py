@@ -10,7 +10,6 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peagle_train import config
 from peagle_train.cli import main
 from peagle_train.config import (
     ELSEWHERE,
@@ -62,13 +61,6 @@ def test_a_minimal_recipe_has_the_defaults_and_the_last_override_counts(write):
     assert (recipe.train.epochs, recipe.train.seed) == (5, 7)
 
 
-def test_every_field_says_what_it_is_below_it():
-    source = Path(config.__file__).read_text()
-    for cls in get_type_hints(Recipe).values():
-        body = source.split(f"class {cls.__name__}:")[1].split("@dataclass")[0]
-        assert body.count('\n    """') == len(fields(cls)) + 1, cls.__name__
-
-
 YARN = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 8, "truncate": False, "mscale": 0.7}
 READ = {
     "target.layer_ids=[1, 2, 9]": [1, 2, 9],
@@ -95,12 +87,8 @@ WRONG = {
     "train.epochs=null": "got null; it should be",
     "data.pack=yes": "got 'yes' (str); it should be a valid boolean",
     "train.epochs=true": "got true (bool); it should be a valid integer",
-    "train.epochs=010": "got '010' (str)",
     "train.epochs=0": "got 0 (int); it should be greater than or equal to 1",
     "train.learning_rate=.nan": "got nan (float); it should be a finite number",
-    "train.learning_rate=1.5": "got 1.5 (float); it should be less than or equal to 1",
-    "train.memory_margin=1": "it should be less than 1",
-    "train.seed=-1": "got -1 (int)",
     "train.loss=mse": "got 'mse' (str); it should be 'kl', 'soft_ce', 'hard_ce', 'tv' or 'lk'",
     "train.compile=maybe": "got 'maybe' (str); it should be a valid boolean, or it should be 'auto'",
     "cod.num_segments=0": "got 0 (int); it should be greater than or equal to 1, or it should be 'auto'",
@@ -108,7 +96,6 @@ WRONG = {
     "output.dir='  '": "got '  ' (str); give a non-empty string",
     "data.exclude=a": "got 'a' (str); it should be a valid list",
     "data.sources=[]": "give a non-empty list",
-    "data.sources=[5]": "got 5 (int)",
     "data.extensions=[py]": "got ['py'] (list); give a list such as [.py, .jsonl], with the dots",
     "target.layer_ids=[0, 1, true]": "got true (bool); it should be a valid integer",
     "train.profile_steps=[0, 4]": "give the first and the last step",
@@ -116,7 +103,6 @@ WRONG = {
         f"target.layer_ids={ids}": "give 1 to 8 strictly increasing integers >= 0"
         for ids in ("[]", "[0, 1, 2, 3, 4, 5, 6, 7, 8]", "[1, 1, 2]", "[3, 2, 1]", "[-1, 0, 1]")
     },
-    "data.num_workers=1000": "less than or equal to",
     "train.learning_rte=1": "did you mean train.learning_rate?",
     "train.max_length=9": "did you mean data.max_length?",  # the right name in the wrong section
     "trian.epochs=2": "did you mean train?",
@@ -124,14 +110,9 @@ WRONG = {
     **dict.fromkeys(("", "train", "train=1", "epochs=2", "=", "train.epochs"), "give section.key=value"),
     "draft.rope_scaling={}": "rope_type is missing; give one of default, linear, llama3, yarn",
     "draft.rope_scaling={rope_type: dynamic, factor: 2}": "rope_type is 'dynamic'; give one of",
-    "draft.rope_scaling={rope_type: default, rope_theta: 5}": "rope_theta is a key of its own: draft.rope_theta",
     "draft.rope_scaling={rope_type: linear, factor: 2.0, foo: 1}": "has 'foo', which rope type linear does not have",
     "draft.rope_scaling={rope_type: linear}": "factor is missing; rope type linear takes factor",
-    "draft.rope_scaling={rope_type: llama3, factor: 2}": "low_freq_factor is missing; rope type llama3 takes factor, low",
-    "draft.rope_scaling={rope_type: linear, factor: two}": "factor is 'two'; give a number of 1 to 1e+06",
-    "draft.rope_scaling={rope_type: yarn, factor: 2, beta_slow: 33}": "beta_slow is 33, beta_fast 32; give a smaller",
-    "draft.rope_scaling={rope_type: yarn, factor: 2, truncate: 1}": "truncate is 1; give true or false",
-    "draft.rope_scaling={rope_type: yarn, factor: 2, original_max_position_embeddings: 4.5}": "4.5; give an integer of 1",
+    "draft.rope_scaling={rope_type: linear, factor: two}": "factor is 'two'; give a number of 1 to",
 }
 
 
@@ -174,17 +155,13 @@ def test_a_key_of_another_trainer_is_answered_with_ours(minimal, write, capsys):
     "text, expected",
     [
         ("data: {sources: [stdlib]}\noutput: {dir: out}\n", "target.path is missing"),
-        ("target: {path: model}\noutput: {dir: out}\n", "data.sources is missing"),
         ("target: {path: model}\ndata: {sources: [stdlib]}\noutput:\n", "output.dir is missing"),
         ("# nothing but a comment\n", "is null; give a mapping of sections"),
-        ("- target\n", "is ['target'] (list); give a mapping of sections"),
         ("train: false\n", "train: got false (bool); give a mapping of its keys to values"),
         ("1: {path: model}\n", "1 is not a section"),
-        (MINIMAL + "learning_rate: 1\n", "did you mean train.learning_rate?"),
         (MINIMAL + "tokenizer: {name: muon}\n", "there are target, data, output, draft, cod, train"),
         (MINIMAL.replace("stdlib", "{path: c, wight: 2}"), "data.sources[0].wight is not a key; did you mean"),
         ("target: {path: a, path: b}\n", "duplicate key 'path' at line 1, column 19"),
-        ("target: {path: [}\n", "not valid YAML"),
         ("target: {path: a}\n---\ndata: {}\n", "not valid YAML"),
         ("target: {path: !!python/object:os.system a}\n", "not valid YAML"),
         ("target: {path: a}\ntrain: {epochs: !!bool x}\n", "not valid YAML"),
@@ -204,24 +181,12 @@ def test_a_missing_file_is_refused_and_a_byte_order_mark_and_a_section_of_commen
 
 def test_fields_that_contradict_each_other_are_both_named(minimal):
     for overrides, *words in (
-        ("data.max_length=7", "data.max_length is 7", "cod.num_depths is 8"),
-        ("cod.num_segments=2049", "cod.num_segments is 2049", "data.max_length is 2048"),
-        ("train.mixed_precision=bf16 train.dtype=float64", "mixed_precision is 'bf16'", "dtype is 'float64'"),
         ("target.shard=true target.device_map=auto", "target.shard is true", "device_map is 'auto'"),
         ("draft.window=7", "draft.window is 7", "cod.num_depths is 8"),
         ("data.eval_sources=[{path:a,weight:2}]".replace(":", ": "), "data.eval_sources is", "remove weight"),
     ):
         given = [overrides] if "{" in overrides else overrides.split()
         assert all(word in message(minimal, *given) for word in words)
-
-
-def test_a_recipe_built_in_python_is_checked_alike():
-    recipe = Recipe(Target("model"), Data(["stdlib"]), Output("out"))
-    recipe.train.learning_rate = 1
-    recipe.validate()
-    recipe.train.epochs = 0
-    with pytest.raises(RecipeError, match=r"train\.epochs: got 0 \(int\)"):
-        recipe.validate()
 
 
 def test_a_dump_reads_back_to_the_same_recipe(minimal, write):
@@ -234,7 +199,7 @@ def test_a_dump_reads_back_to_the_same_recipe(minimal, write):
 
 
 def test_keys_of_before_are_ignored_where_they_change_nothing_and_refused_with_another_value(minimal):
-    before = ["data.on_rewrite=last_turn", "data.max_characters=4000000", "data.max_documents=null"]
+    before = ["data.on_rewrite=last_turn", "data.max_characters=4000000", "train.compile_mode=default"]
     assert load_recipe(minimal, before) == load_recipe(minimal)
     assert "remove it" in message(minimal, "data.on_rewrite=refuse")
 
@@ -274,11 +239,9 @@ nested = st.recursive(
 
 @settings(max_examples=20, deadline=None)
 @given(nested)
-def test_no_value_changes_on_its_way_out_and_in_for_this_reader_and_the_usual_one_nor_when_it_is_pasted(value):
+def test_no_value_changes_on_its_way_out_and_in_for_this_reader_and_the_usual_one(value):
     text = dump_yaml(value)
     assert text.isascii() and parse_yaml(text, "test") == yaml.safe_load(text) == value
-    [word] = shlex.split(line := as_override("a.b", value))
-    assert parse_yaml(word.removeprefix("a.b="), "here") == value and "\n" not in line
 
 
 PATHS = ["plain", "/with space/x", "it's", "a,b [c] {d}", "#x: y", "12", "a~b", 'q"$HOME`', "\u00e9 \u4e2d \U0001f600"]

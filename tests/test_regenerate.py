@@ -19,7 +19,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from peagle_train import cli
-from peagle_train.data.messages import messages_of
 from peagle_train.files import partial_path
 from peagle_train.regenerate import Prompt, is_loop, read_prompts
 from tests.chat_fake import MODEL, FakeServer, Reply, completion, echo, serving
@@ -75,20 +74,17 @@ def asked(server: FakeServer) -> list[list[str]]:
 # prompts
 
 
-def test_every_form_of_a_row_gives_its_questions_and_recorded_answers(tmp_path):
+def test_every_form_of_a_row_gives_its_questions(tmp_path):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     shared = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     for row, *expected in (
-        ({"prompt": "a"}, "1", ((user("a"),),), (None,)),
-        ({"prompt": [SYSTEM, user("a")], "id": 0}, "0", ((SYSTEM, user("a")),), (None,)),
-        ({"question_id": 81, "turns": ["a", "b"]}, "81", ((user("a"),), (user("b"),)), (None, None)),
-        (
-            {"messages": [SYSTEM, user("a"), assistant(""), user("c")]},
-            "1", ((SYSTEM, user("a")), (user("c"),)), (assistant(""), None),
-        ),
-        ({"conversations": shared, "system": "be brief"}, "1", ((SYSTEM, user("a")),), (assistant("b"),)),
-        ({"messages": [{"role": "user", "content": parts}]}, "1", ((user("a\nb"),),), (None,)),
-    ):  # fmt: skip
+        ({"prompt": "a"}, "1", ((user("a"),),)),
+        ({"prompt": [SYSTEM, user("a")], "id": 0}, "0", ((SYSTEM, user("a")),)),
+        ({"question_id": 81, "turns": ["a", "b"]}, "81", ((user("a"),), (user("b"),))),
+        ({"messages": [SYSTEM, user("a"), assistant(""), user("c")]}, "1", ((SYSTEM, user("a")), (user("c"),))),
+        ({"conversations": shared, "system": "be brief"}, "1", ((SYSTEM, user("a")),)),
+        ({"messages": [{"role": "user", "content": parts}]}, "1", ((user("a\nb"),),)),
+    ):
         assert [*read_prompts(write(tmp_path / "p.jsonl", row))] == [Prompt(*expected)]
     rows = [{"prompt": "a", "id": 1}, {"prompt": "c", "id": 1}]
     (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(Path(write(tmp_path / "p.jsonl", *rows)).read_bytes()))
@@ -185,19 +181,6 @@ def test_each_answer_is_the_context_of_the_next_question_and_sampling_is_sent_in
     assert written["generated"] == {"model": MODEL, "finish_reasons": ["stop"] * 3, "cut": None}
 
 
-def test_only_the_last_question_is_answered_on_demand_and_an_empty_recorded_answer_is_none(tmp_path, out):
-    given = [assistant("old"), {**assistant(""), "reasoning_content": "hm"}, assistant(" \n")]
-    rows = [{"messages": [user("a"), answer, user("b"), assistant("old")]} for answer in given]
-    prompts = write(tmp_path / "p.jsonl", *rows, {"turns": ["a", "b"]})
-    with serving() as server:
-        assert main(command(server, prompts, out, "--last-turn", "--concurrency", "1")) == 0
-    assert asked(server) == [["a", "old", "b"], ["a", "", "b"]]
-    assert report_of(out)["dropped"] == {"no recorded answers": 2}
-    written = rows_of(out)
-    assert written["1"]["messages"][:3] == [user("a"), {**assistant("old"), "weight": 0}, user("b")]
-    assert [messages_of(written[id]).learned for id in "12"] == [[False, False, False, True]] * 2
-
-
 NA = "na " * 100
 UNFIT = {
     "loop": completion(NA),
@@ -269,20 +252,6 @@ def test_each_of_several_servers_has_as_many_conversations_in_flight_as_it_may_a
     assert rows_of(out) == rows_of(tmp_path / "alone.jsonl") and report_of(out) == report_of(tmp_path / "alone.jsonl")
 
 
-def test_what_a_server_that_is_gone_was_asked_the_others_answer(questions, out, caplog):
-    with serving() as server, serving() as gone:
-
-        def leave(body: dict[str, Any]) -> Reply:
-            gone.http.shutdown()
-            gone.http.server_close()
-            return 500, b"", {"Retry-After": "0"}
-
-        gone.respond = leave
-        assert main(command(gone, questions, out, "--base-url", server.url, "--concurrency", "1")) == 0
-        assert [record for record in caplog.records if gone.url in record.getMessage()] != []
-        assert len(rows_of(out)) == 7 and len(server.requests) == 10
-
-
 INTERRUPTIBLE = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
@@ -342,7 +311,7 @@ def test_what_was_answered_before_the_server_failed_is_kept_for_the_same_command
         run = command(server, questions, out, "--concurrency", "1")
         assert main(run) == 1 and not busy and not out.exists()
         assert "the same command resumes" in capsys.readouterr().err.splitlines()[-1]
-        for change in (["--seed", "1"], ["--limit", "6"], ["--last-turn"]):
+        for change in (["--seed", "1"], ["--limit", "6"]):
             assert main([*run, *change]) == 2
             assert "give another --out" in capsys.readouterr().err
         server.respond = echo
@@ -354,20 +323,6 @@ def test_what_was_answered_before_the_server_failed_is_kept_for_the_same_command
         assert main(run) == 0
         assert "already complete" in capsys.readouterr().out and asked(server) == []
         assert main(command(server, questions, Path(questions))) == 2  # a file that no run made
-
-
-def test_a_second_run_into_the_same_file_is_refused_while_the_first_one_writes(questions, out, capsys):
-    codes = list[int]()
-
-    def meanwhile(body: dict[str, Any]) -> Reply:
-        server.respond = echo
-        codes.append(main(command(server, questions, out)))
-        return echo(body)
-
-    with serving(meanwhile) as server:
-        assert main(command(server, questions, out, "--concurrency", "1")) == 0
-    assert codes == [2] and "another process" in capsys.readouterr().err
-    assert len(out.read_text().splitlines()) == len(rows_of(out)) == len(server.requests) - 3 == 7
 
 
 @pytest.mark.parametrize("reply", [(400, b'{"message": "no template"}'), completion("", "length")])

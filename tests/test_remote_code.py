@@ -60,9 +60,8 @@ def test_a_drafters_recipe_cannot_have_code_of_its_target_run(tmp_path, payload,
         ["check", drafter, "--target", str(target)],
         ["import", drafter, "--out", str(tmp_path / "in")],
         ["report", str(tmp_path / "run"), "--out", str(tmp_path / "report.html")],
-        ["--summary", str(tmp_path / "run")],
         [recipe, "--resume", str(tmp_path / "run" / "checkpoint-1")],
-        [recipe, "--dry-run", warm],
+        ["plan", recipe, warm],
         [recipe, warm, f"output.dir={tmp_path / 'other'}"],
     ):
         AcceleratorState._reset_state(reset_partial_state=True)

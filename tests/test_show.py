@@ -95,7 +95,7 @@ def recipe(tmp_path, tiny_target):
 
 def test_the_tool_shows_a_sequence_of_a_recipe_and_what_its_elements_read(recipe, capsys):
     for more in ("cod.down_sample_ratio=1.0", "cod.num_segments=auto"):  # S changes no element
-        assert command("show-row", recipe, "--row", 0, "--anchors", "11", more) == 0
+        assert command("show-row", recipe, "--row", 0, "--elements", more) == 0
         text = capsys.readouterr().out
         assert "1 documents of 1 files" in text and "sequence 0 of 1 training sequences: 18 tokens, 17 of them" in text
         [line, *_] = [line for line in text.splitlines() if line.startswith("11 ")]
@@ -107,8 +107,6 @@ def test_mistakes_are_one_line_with_exit_code_2(tmp_path, recipe, capsys):
     for tool, arguments, message in (
         ("show-row", ["--row", "1"], "give 0 to 0"),
         ("show-row", ["--row", "-1"], "give 0 to 0"),
-        ("show-row", ["--row", "0", "--held-out"], "there are 0 held-out"),
-        ("show-row", ["--row", "0", "--anchors", "18"], "positions 0 to 17"),
         ("show-row", ["--row", "0", f"target.path={tmp_path}"], "has no config.json"),
         ("show-batch", ["--row", "1"], "give 0 to 0"),
         ("show-batch", ["cod.num_segments=auto"], "cod.num_segments is auto"),
@@ -121,7 +119,7 @@ def test_mistakes_are_one_line_with_exit_code_2(tmp_path, recipe, capsys):
 @pytest.mark.parametrize(("S", "documents", "window"), [(1, 1, None), (3, 2, 5), (7, 3, 8)])
 def test_the_picture_shows_what_the_oracle_sees(S, documents, window):
     batch = make_batch(make_rows(37, documents=documents), 37, S)
-    elements, segment_N, visible_NN = visible_elements(batch, 5, window)
+    elements, segment_N, visible_NN = visible_elements(batch, window)
     anchors = elements.anchor[0].tolist()
     who = list(zip(batch["document_ids"][0, anchors].tolist(), anchors, elements.depth[0].tolist()))
     assert len(who) == int((batch["depth"] >= 0).sum()) == segment_N.numel()
@@ -129,8 +127,8 @@ def test_the_picture_shows_what_the_oracle_sees(S, documents, window):
     assert segment_N.tolist() == sorted(segment_N.tolist())
 
 
-def test_a_picture_is_drawn_of_the_example(tmp_path):
+def test_a_picture_is_drawn_of_a_sequence(tmp_path, recipe):
     pytest.importorskip("matplotlib")
     out = tmp_path / "new" / "batch.png"
-    assert command("show-batch", "--example", "--out", out) == 0
+    assert command("show-batch", recipe, "--out", out) == 0
     assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size < 150 * 1024

@@ -29,8 +29,7 @@ exec 9>"$(dirname "$OUTPUT")/.$(basename "$OUTPUT").lock"
 if command -v flock >/dev/null && ! flock -n 9; then die 2 "another quickstart is at work on $OUTPUT"; fi
 
 if [ -e "$OUTPUT/final/config.json" ] && [ -e "$OUTPUT/final/model.safetensors" ]; then
-    step summary
-    if python -m peagle_train --summary "$OUTPUT"; then
+    if grep -q '"state": "finished"' "$OUTPUT/run.json" 2>/dev/null; then
         echo "$NAME: already trained; to train again, set PEAGLE_OUTPUT to a new folder or remove $OUTPUT"
         if [ $# -gt 0 ]; then echo "$NAME: not used, as nothing was trained: $*"; fi
         exit 0

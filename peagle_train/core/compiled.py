@@ -64,12 +64,11 @@ class Graphs(Counter[str]):
     recompiles = 0
     """Those beyond the first of a function, each of which is warned about."""
 
-    def compile(self, function: Any, name: str, backend: Any, mode: str | None) -> Callable[..., Any]:
+    def compile(self, function: Any, name: str, backend: Any) -> Callable[..., Any]:
         """`function`, compiled for static shapes and counted as `name`."""
         from torch._dynamo.backends.registry import lookup_backend
 
         inner = lookup_backend(backend) if isinstance(backend, str) else backend
-        options = torch._inductor.list_mode_options(mode) if mode and backend == "inductor" else {}
         # Code of its own: torch keeps graphs by code object, so that another one's would be searched, too.
         function = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
         is_compiled = False
@@ -81,10 +80,6 @@ class Graphs(Counter[str]):
                 self.recompiles += 1
                 logger.warning("the %s pass was compiled again, because of the guard %s", name, failed_guard(function))
             is_compiled = True
-            if options:
-                from torch._inductor.compile_fx import compile_fx
-
-                return compile_fx(graph, inputs, config_patches=options)
             return inner(graph, inputs)
 
         return torch.compile(function, fullgraph=True, dynamic=False, backend=counted)
@@ -94,7 +89,7 @@ def _layer_pass(layer: Layer, *arguments: Any) -> tuple[Tensor | None, Tensor, T
     return Layer.forward(layer, *arguments)
 
 
-def compile_layers(draft: PEagleDraft, backend: Any = "inductor", mode: str | None = None) -> Graphs:
+def compile_layers(draft: PEagleDraft, backend: Any = "inductor") -> Graphs:
     """Compile each layer by itself, in place, for drafters that FSDP2 shards: its hooks around a layer's forward, which
     gather the weights, stay outside of the graph. Arguments as `CompiledDraft`'s.
     """
@@ -107,7 +102,7 @@ def compile_layers(draft: PEagleDraft, backend: Any = "inductor", mode: str | No
             # A graph for each kind of pass, idle ones on a single element among them.
             kind = torch.is_grad_enabled(), tuple(x_BNH.shape), context is None, skip
             if kind not in functions:
-                functions[kind] = graphs.compile(_layer_pass, f"layer {index}'s {kind}", backend, mode)
+                functions[kind] = graphs.compile(_layer_pass, f"layer {index}'s {kind}", backend)
             return functions[kind](layer, x_BNH, embeds, rope, context, visibility, skip)
 
         return forward
@@ -126,13 +121,12 @@ class CompiledDraft:
 
     Args:
         draft: on its device.
-        backend: torch.compile's; "inductor", or "aot_eager" to test.
-        mode: torch.compile's, e.g. "max-autotune-no-cudagraphs". Not one with CUDA graphs: gradients lie in their memory,
-            and a step's second backward would overwrite those of the first.
+        backend: torch.compile's; "inductor", or "aot_eager" to test. CUDA graphs are no choice: gradients lie in their
+            memory, and a step's second backward would overwrite those of the first.
     """
 
-    def __init__(self, draft: PEagleDraft, backend: Any = "inductor", mode: str | None = None) -> None:
-        self.draft, self.backend, self.mode = draft, backend, mode
+    def __init__(self, draft: PEagleDraft, backend: Any = "inductor") -> None:
+        self.draft, self.backend = draft, backend
         self.graphs = Graphs(dict.fromkeys(PASSES, 0))
         self._passes: dict[tuple[str, int], Callable[..., Any]] = {}
 
@@ -170,5 +164,5 @@ class CompiledDraft:
         tables = (v.start, v.anchor, v.depth, v.context_end)
         key = name, token.shape[1]
         if key not in self._passes:
-            self._passes[key] = self.graphs.compile(PASSES[name], name, self.backend, self.mode)
+            self._passes[key] = self.graphs.compile(PASSES[name], name, self.backend)
         return self._passes[key](self.draft, token, position, features, tables, sizes, v.flex, context, skip, labels)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from transformers import LlamaConfig
 
-from peagle_train.core.rope import ROPE_TYPES, rope_mistake
+from peagle_train.core.rope import rope_mistake
 
 NOT_SAVED: tuple[str, ...] = ("_name_or_path", "chunk_size_feed_forward", "id2label", "is_encoder_decoder", "label2id")
 NOT_SAVED += ("output_attentions", "output_hidden_states", "problem_type", "return_dict", "pretraining_tp")
@@ -115,13 +115,7 @@ class PEagleDraftConfig(LlamaConfig):
             raise ValueError("attention_bias and mlp_bias must be false: vLLM's Qwen3 layers have no biases")
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary embeddings need an even one")
-        rope_type = self.rope_parameters.get("rope_type", "default")
-        if rope_type not in ROPE_TYPES:
-            raise ValueError(
-                f"the drafter's rope type is {rope_type!r}, whose tables depend on the length of a call (segments would"
-                f" differ from the whole row) or are unknown here; use one of {', '.join(ROPE_TYPES)}"
-            )
-        if mistake := rope_mistake({"rope_type": rope_type, **self.rope_parameters}):
+        if mistake := rope_mistake({"rope_type": "default", **self.rope_parameters}):
             raise ValueError(f"the drafter's rope: {mistake}")
         if self.ptd_token_id is None:
             raise ValueError("mask_token_id is missing; set draft.mask_token_id to a token that never occurs in data")

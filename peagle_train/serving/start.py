@@ -191,14 +191,13 @@ def make_draft(
     draw_weights(draft, recipe.train.seed)
     draft.set_draft_vocab(draft_ids)
     fits = config.hidden_size == target.hidden_size
-    with torch.no_grad():
-        if fits and recipe.draft.embeddings_from_target:
+    if fits:
+        with torch.no_grad():
             draft.embed_tokens.weight.copy_(target.embedding_rows())
-        if fits and recipe.draft.lm_head_from_target:
             draft.lm_head.weight.copy_(target.head_rows(draft_ids))
     if recipe.draft.layers_from_target:
         copy_layers(draft, target, Path(recipe.target.path))
-    if not fits and (recipe.draft.embeddings_from_target or recipe.draft.lm_head_from_target):
+    if not fits:
         logger.warning("draft.hidden_size is not the target's: embeddings and lm_head start random, lm_head is trained")
     draft.lm_head.weight.requires_grad_(recipe.draft.trains_head(fits))
     draft.embed_tokens.weight.requires_grad_(recipe.draft.train_embeddings)

@@ -85,14 +85,6 @@ def read_marker(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def read_summary(folder: Path) -> str:
-    """Where a finished run's drafter is and how good it is; ValueError if there is no finished run."""
-    summary = read_marker(folder)
-    if summary.get("state") != "finished":
-        raise ValueError(f"{folder} holds no finished run (by its {MARKER})")
-    return describe_summary(summary, folder)
-
-
 def describe_summary(summary: dict[str, Any], folder: Path) -> str:
     """The marker of a finished or stopped run in words."""
     if summary["state"] == "stopped":
@@ -214,7 +206,7 @@ MAY_CHANGE += """
     train.max_bad_steps train.profile_steps train.probe train.memory_margin
 
     cod.num_segments cod.boundaries train.segment_mode train.loss_chunk_rows train.activation_checkpointing
-    train.offload_features train.compile train.compile_backend train.compile_mode train.batch_size train.sharding
+    train.offload_features train.compile train.compile_backend train.batch_size train.sharding
     train.gradient_accumulation_steps target.attn_implementation target.chunk_tokens target.cache target.cache_dtype
     target.device_map target.shard target.server
 

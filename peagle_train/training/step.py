@@ -32,7 +32,7 @@ class Gradients(NamedTuple):
 
     stats: StepStats  # over all ranks and micro-batches
     plans: list[Plan]
-    asked: Tensor  # int64 [2]: how many ranks were asked to save, and to stop
+    asked: Tensor  # int64 [1]: how many ranks were asked to stop
 
 
 class StepResult(NamedTuple):
@@ -40,8 +40,7 @@ class StepResult(NamedTuple):
     grad_norm: Tensor  # scalar, before clipping
     learning_rate: float
     applied: bool  # False: loss or gradient was not finite, and weights and moments are unchanged
-    save: bool  # some rank was asked for a checkpoint
-    stop: bool  # or to stop
+    stop: bool  # some rank was asked to stop
 
 
 class BatchRunner:
@@ -59,11 +58,10 @@ class BatchRunner:
         self.runs: PEagleDraft | CompiledDraft = draft
         self.graphs: Graphs | None = None
         if recipe.train.compiles(self.device.type):
-            mode = None if recipe.train.compile_mode == "default" else recipe.train.compile_mode
             if self.sharded:
-                self.graphs = compile_layers(draft, recipe.train.compile_backend, mode)
+                self.graphs = compile_layers(draft, recipe.train.compile_backend)
             else:
-                self.runs = CompiledDraft(draft, recipe.train.compile_backend, mode)
+                self.runs = CompiledDraft(draft, recipe.train.compile_backend)
                 self.graphs = self.runs.graphs
 
     def plan(self, batch: Batch) -> Plan:

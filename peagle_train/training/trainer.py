@@ -246,9 +246,8 @@ class Trainer:
         Afterwards every rank holds the same gradients and the same sums.
         """
         plans = [self.runner.plan(batch) for batch in batches]
-        # What signals asked of any rank travels with the count: no collective of its own, and no wait.
-        save, self.signals.save = self.signals.save, False
-        sums = distributed.sum_counts([sum(p.num_supervised for p in plans), save, self.signals.stop], self.device)
+        # What a signal asked of any rank travels with the count: no collective of its own, and no wait.
+        sums = distributed.sum_counts([sum(p.num_supervised for p in plans), self.signals.stop], self.device)
         # FSDP averages over ranks where we want the sum; a step with nothing supervised has gradient 0, not nan.
         wide = torch.promote_types(self.draft.dtype, torch.float32)
         scale = (self.world_size if self.runner.sharded else 1) / sums[0].clamp(min=1).to(wide)
@@ -273,7 +272,7 @@ class Trainer:
         norm = distributed.clip_gradients(self.trained, math.inf if limit is None else limit)
         # The step's one wait for the device: a non-finite step must not reach the weights.
         is_finite = torch.isfinite(norm) & torch.isfinite(gradients.stats.loss)
-        applied, save, stop = map(bool, torch.cat([is_finite.long()[None], gradients.asked]).tolist())
+        applied, stop = map(bool, torch.cat([is_finite.long()[None], gradients.asked]).tolist())
         rate, train = self.rate_after(self.step), self.recipe.train
         with record_function("peagle::optimizer"):
             for optimizer in self.optimizers:
@@ -292,7 +291,7 @@ class Trainer:
         if applied:
             self.recent.append(torch.stack([gradients.stats.hits, gradients.stats.totals]))
         self.pace.step(batches)
-        return StepResult(gradients, norm, rate, applied, save, stop)
+        return StepResult(gradients, norm, rate, applied, stop)
 
     @torch.no_grad()
     def _average(self, function: Callable[[Tensor, Tensor], object]) -> None:
@@ -343,7 +342,7 @@ class Trainer:
         with self.pace.paused():
             self._evaluate_if_due()
             # After the evaluation, so that a run that resumes here need not repeat it.
-            if result.save or (train.save_steps and self.step % train.save_steps == 0 and not last):
+            if train.save_steps and self.step % train.save_steps == 0 and not last:
                 self.save_checkpoint()
 
     def _evaluate_if_due(self) -> None:
