@@ -199,7 +199,6 @@ def _cache(add: Add, read: Read) -> None:
     """
     _add_recipe(add, "?")
     add("--out", metavar="DIR", help="where to write; default: the recipe's target.cache")
-    add("--shard-mib", type=COUNT, default=512, metavar="N", help="size of a file (default 512)")
     add("--speculators", metavar="DIR", help="take hs_*.safetensors that speculators left here; the target is not run")
     add("--verify", type=Path, metavar="DIR", help="compare a cache's files with their checksums, and stop")
     o = read()
@@ -210,7 +209,7 @@ def _cache(add: Add, read: Read) -> None:
         return
     if not o.recipe:
         raise ValueError("no recipe given: `peagle-train cache RECIPE --out DIR`")
-    print(write_cache(o.recipe, o.out or o.recipe.target.cache, o.shard_mib, o.speculators), end="")
+    print(write_cache(o.recipe, o.out or o.recipe.target.cache, o.speculators), end="")
 
 
 def _serve_target(add: Add, read: Read) -> None:

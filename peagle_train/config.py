@@ -142,6 +142,7 @@ ELSEWHERE = {
     "target.path": ("model model_name_or_path", "base_model", "verifier_name_or_path"),
     "target.dtype": ("torch_dtype", "torch_dtype", ""),
     "target.layer_ids": ("", "", "target_layer_ids"),
+    "target.shard": ("device_map", "device_map", ""),
     "data.sources": ("dataset_name train_dataset", "datasets", "data_path"),
     "data.eval_sources": ("eval_dataset", "test_datasets", ""),
     "data.eval_fraction": ("", "val_set_size", "train_data_ratio"),
@@ -185,6 +186,7 @@ GONE: dict[str, tuple[list[Any], str]] = {
     "draft.embeddings_from_target": ([True], "embeddings are the target's where the drafter has its width"),
     "draft.lm_head_from_target": ([True], "the head is the target's where the drafter has its width"),
     "train.compile_mode": (["default"], "set TORCHINDUCTOR_MAX_AUTOTUNE=1 in the environment"),
+    "target.device_map": ([None], "take target.shard or target.server"),
 }
 """Keys of before: the values with which older runs' recipes may still hold them, and what is said of any other."""
 
@@ -319,12 +321,10 @@ class Target:
     ring_dir: FilePath | None = None
     """Folder to keep them in, such as a fast disk of the machine's own, or /dev/shm (memory); null: output.dir."""
     attn_implementation: Text | None = None
-    """transformers' attention of the target; null: its default. By sdpa and flash attention packed documents run together,
-    if the model heeds their bounds; otherwise one at a time."""
+    """transformers' attention of the target; null: its default. By sdpa packed documents run together, if the model heeds
+    their bounds; otherwise one at a time."""
     shard: bool = False
     """Shard the target over all processes (FSDP2), where it does not fit on one device."""
-    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
-    """Spread the target over the devices that a single process sees (balanced_low_0 leaves room on the first)."""
     trust_remote_code: bool = False
     """Run Python code that comes with the target's files."""
     check: bool = True
@@ -584,7 +584,6 @@ class Recipe:
         for is_wrong, keys, remedy in (
             (weighed, "data.eval_sources", "remove weight: every document of it is evaluated on once"),
             (is_narrow, "draft.window cod.num_depths", "give at least as many positions"),
-            (target.shard and target.device_map, "target.shard target.device_map", "set one of them to false or null"),
             (kept and not target.ring, "target.reuse target.ring", "give the GiB that features may take"),
             (not kept and target.ring, "target.ring target.reuse", "give more passes, or remove it"),
             (kept and target.cache, "target.reuse target.cache", "remove one: the cache has all features"),

@@ -53,13 +53,6 @@ def check_device(device: torch.device) -> None:
         raise ValueError(f"the device is {device.type}; {allowed}")
 
 
-def check_device_map(device_map: str | None, num_processes: int) -> None:
-    """ValueError where several processes would each spread a target over the same devices."""
-    if device_map and num_processes > 1:
-        what = f"target.device_map is {device_map} and there are {num_processes} processes"
-        raise ValueError(f"{what}: it spreads the target over what one sees; start a single one, or use target.shard")
-
-
 REFUSED = {
     "fsdp_version": "1",
     "fsdp_offload_params": "true",

@@ -340,8 +340,6 @@ def _target(recipe: Recipe, target: TargetBase, device: Device) -> tuple[int, in
         head = target.head.weight.numel() * item  # type: ignore[operator,union-attr]
         layer = (total - 2 * head) // len(target.layers)  # whole while it runs, and the next one after it
         total = (total - head) // device.world_size + 2 * max(layer, head)
-    elif settings.device_map and device.kind == "cuda":
-        total //= max(1, torch.cuda.device_count())
     attention = settings.attn_implementation or config._attn_implementation or "eager"
     if attention == "sdpa" and not target.way.apart:
         attention = NAME

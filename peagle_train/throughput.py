@@ -89,7 +89,7 @@ def plan_throughput(recipe: Recipe, gpu: str, count: int, tokens: int) -> str:
     gpu: of GPUS. tokens: of an epoch.
     """
     (gib, teraflops), L, asked = GPUS[gpu], recipe.data.max_length, recipe.cod.num_segments
-    recipe = replace(recipe, target=replace(recipe.target, cache=None, server=None, shard=False, device_map=None))
+    recipe = replace(recipe, target=replace(recipe.target, cache=None, server=None, shard=False))
     budget = int(gib * GIB)
     target = read_target(recipe, device := Device("cuda", budget, count))
     beside = read_sizes(recipe, device, target)

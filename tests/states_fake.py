@@ -1,6 +1,5 @@
 """Answers as a vLLM server that gives hidden states: a file, locked until it is whole, in a folder that says its layers."""
 
-import fcntl
 import json
 import threading
 from itertools import count
@@ -19,8 +18,7 @@ from tests.tiny_chat import END, make_tokenizer
 class States:
     """`respond` of a `FakeServer`, in the target's own numbers, in float64.
 
-    `faults`: what goes wrong with the next requests, in order: down, gone (404), no lock, held (the lock, for good), other
-    ids, a layer less.
+    `faults`: what goes wrong with the next requests, in order: down, gone (404), no lock, other ids, a layer less.
     """
 
     def __init__(self, target: Path, folder: Path, name: str = "layers-2-3-4") -> None:
@@ -30,7 +28,7 @@ class States:
         self.faults: list[str] = []
         self.down, self.gate = False, threading.Event()
         self.gate.set()
-        self._numbers, self._turn, self._held = count(), threading.Lock(), list[Any]()
+        self._numbers, self._turn = count(), threading.Lock()
 
     def __call__(self, body: dict[str, Any]) -> Reply:
         self.gate.wait()
@@ -43,11 +41,7 @@ class States:
             if fault in ("down", "gone"):
                 return 500 if fault == "down" else 404, b"{}"
             path = self.folder / f"{next(self._numbers)}.safetensors"
-            lock = path.with_name(path.name + ".lock")
-            if fault == "held":
-                self._held.append(lock.open("w"))
-                fcntl.flock(self._held[-1], fcntl.LOCK_EX)
-            elif fault != "no lock":
+            if fault != "no lock":
                 token = self.write(path, ids[::-1] if fault == "other ids" else ids, int(fault == "a layer less"))
             choice = {"text": "", "finish_reason": "length", "token_ids": [token] if not fault else [0]}
             answer = {"choices": [choice], "kv_transfer_params": {"hidden_states_path": str(path)}}

@@ -158,7 +158,7 @@ def test_features_in_fp8_are_the_targets_to_a_sixteenth_and_last_hidden_states_a
     bound = torch.maximum(read[1].abs(), least) / 16 * (1 + 1e-6)
     assert read[1].any() and bool(((read[0] - read[1]).abs() <= bound).all()) and not read[0][:, 31:].any()
     model, last = FrozenTarget.load(str(tiny_target), dtype="float64"), torch.randn(3, 16, dtype=torch.float64)
-    assert one.eos_token_ids() == model.eos_token_ids()
+    assert one.eos_token_ids() == model.eos_token_ids() and torch.equal(one.head_weight(), model.head_weight())
     assert torch.equal(one.embedding_rows(), model.embedding_rows())
     assert torch.equal(one.final_norm()(last), model.final_norm()(last))
     train(recipe, tmp_path / "run", f"target.cache={folder}")
@@ -175,14 +175,14 @@ def test_features_that_are_not_finite_in_the_caches_dtype_are_refused(tmp_path, 
 
 def test_a_write_stopped_anywhere_and_started_again_leaves_the_same_cache(tmp_path, recipe_in, made, monkeypatch):
     recipe, replace, calls = recipe_in(), os.replace, []
-    assert len(contents(made)) == 7
+    assert len(contents(made)) == 6
 
     def failing(*arguments):
         calls.append(arguments)
         if len(calls) == 3:
             raise KeyboardInterrupt  # before
         replace(*arguments)
-        if len(calls) in (1, 5, 6):
+        if len(calls) in (1, 4, 5):
             raise KeyboardInterrupt  # after
 
     with monkeypatch.context() as patch:
@@ -197,7 +197,6 @@ SHARD, INDEX = "features-00001.safetensors", "cache.json"
 WRONG: dict[str, tuple[str, Any, str, str]] = {
     "cut": (SHARD, lambda data: data[:-8], "", f"{SHARD} is missing or damaged"),
     "not whole": (SHARD, None, "", f"{SHARD} is missing or damaged"),
-    "head": ("head.safetensors", lambda data: b"\xff" * 8 + data[8:], "", "head.safetensors is missing or damaged"),
     "format": (INDEX, lambda _: b'{"version": 0}', "", "is of format 0, this reads format 3"),
     "index": (INDEX, lambda data: data[:-9], "", "cache.json cannot be read"),
     "no index": (INDEX, None, "", "has no cache.json"),
@@ -222,15 +221,6 @@ def test_a_cache_that_does_not_match_is_one_clear_line_before_any_training(case,
     assert main([str(recipe_in()), f"target.cache={folder}", *filter(None, [override])]) == 2
     error = last_error(capsys)
     assert message in error and "peagle-train cache" in error and not (tmp_path / "run").exists()
-
-
-def test_a_cache_of_the_format_before_is_refused_in_a_line(tmp_path, made, capsys):
-    folder = Path(shutil.copytree(made, tmp_path / "cache"))
-    index = json.loads((folder / INDEX).read_text())
-    (folder / INDEX).write_text(json.dumps({**index, "version": 2}))
-    assert command("cache", "--verify", folder) == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert "format 2" in line and "make the cache" in line
 
 
 def test_only_positions_that_the_drafters_layers_can_reach_are_stored(tmp_path, recipe_in):
@@ -273,8 +263,6 @@ def test_other_rows_another_target_or_another_writer_never_mix_in_one_folder(tmp
         ("max_length, .*plan", "data.max_length=16"),
         ("layer_ids", "target.layer_ids=[0, 1, 2]"),
         ("dtype, shards, plan", "target.cache_dtype=float32"),
-        ("chunk_tokens", "target.chunk_tokens=8"),  # these two round in another way
-        ("attn_implementation", "target.attn_implementation=eager"),
     ):
         with pytest.raises(ValueError, match=rf"holds the cache of another target, .*\({differ} differ\)"):
             cache(recipe, made, override)
@@ -295,7 +283,7 @@ def test_other_rows_another_target_or_another_writer_never_mix_in_one_folder(tmp
 def test_what_does_not_fit_the_disk_is_refused_and_the_rest_may_be_there(tmp_path, recipe_in, monkeypatch, made):
     usage = shutil.disk_usage(tmp_path)._replace(free=9999)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(ValueError, match=r"has too little room: 282 tokens of \d+ pieces"):
+    with pytest.raises(ValueError, match=r"has too little room: 282 tokens"):
         cache(recipe_in(), tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
     cache(tmp_path / "recipe.yaml", Path(shutil.copytree(made, tmp_path / "cache")))
@@ -367,10 +355,10 @@ def test_a_drafter_from_speculators_files_is_the_one_from_the_target(mask, tmp_p
     assert all(torch.allclose(online[name], cached[name], rtol=0, atol=1e-9) for name in online)
 
 
-def test_the_targets_weights_stay_on_the_disk_and_its_norm_is_looked_for_once(tmp_path, recipe, written, monkeypatch):
+def test_the_targets_weights_stay_on_the_disk(tmp_path, recipe, written, monkeypatch):
     models: list[FrozenTarget] = []
-    final_norm = FrozenTarget.final_norm
-    monkeypatch.setattr(FrozenTarget, "final_norm", lambda self: (models.append(self), final_norm(self))[1])
+    features = FrozenTarget.features
+    monkeypatch.setattr(FrozenTarget, "features", lambda self, *given: (models.append(self), features(self, *given))[1])
     assert command("cache", recipe, "--speculators", written, "--out", tmp_path / "cache") == 0
     [model] = models
     assert all(parameter.is_meta for parameter in model.model.parameters())

@@ -181,8 +181,8 @@ def test_a_missing_file_is_refused_and_a_byte_order_mark_and_a_section_of_commen
 
 def test_fields_that_contradict_each_other_are_both_named(minimal):
     for overrides, *words in (
-        ("target.shard=true target.device_map=auto", "target.shard is true", "device_map is 'auto'"),
         ("draft.window=7", "draft.window is 7", "cod.num_depths is 8"),
+        ("target.reuse=2", "target.reuse is 2", "target.ring is null"),
         ("data.eval_sources=[{path:a,weight:2}]".replace(":", ": "), "data.eval_sources is", "remove weight"),
     ):
         given = [overrides] if "{" in overrides else overrides.split()

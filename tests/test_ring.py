@@ -111,7 +111,7 @@ def test_training_with_it_is_training_without_bit_for_bit_and_the_target_runs_on
     evaluations = 1 + 22 // 7 + 1
     computed = len(calls) - 2 * evaluations
     assert computed == len(LENGTHS) if weight == 1 else computed < 2 * 2 * len(LENGTHS)
-    assert not (tmp_path / "ring" / "run" / "ring").exists()
+    assert not [*(tmp_path / "ring" / "run").glob("ring*")]
     monkeypatch.setattr(Ring, "outputs", lambda self, batch, head_rows: self.target.outputs(batch, head_rows))
     calls.clear()
     run(recipe_in(tmp_path / "anew", tiny_target, rows), *more)
@@ -133,10 +133,10 @@ def test_its_size_is_never_passed_not_even_where_a_killed_run_resumes_which_ends
         time.sleep(0.01)  # another process works: there is nothing else to wait for
     child.send_signal(signal.SIGKILL)
     child.wait()
-    (folder,) = ring.glob("*/0-of-1")
+    (folder,) = ring.glob("*/0")
     assert 0 < held(ring) <= SIZE
     # What else a kill may leave: of another block, of other ranks, half a file.
-    for stale in (folder / f"{1:016x}.safetensors", folder / ".x.partial", folder.parent / "1-of-2" / "y.safetensors"):
+    for stale in (folder / f"{1:016x}.safetensors", folder / ".x.partial", folder.with_name("1") / "y.safetensors"):
         stale.parent.mkdir(exist_ok=True)
         stale.write_bytes(bytes(SIZE))
     sizes, replace = [], os.replace
@@ -149,8 +149,8 @@ def test_its_size_is_never_passed_not_even_where_a_killed_run_resumes_which_ends
     monkeypatch.setattr(os, "replace", measured)
     stopped(recipe, 10, monkeypatch, "--resume", *more)
     assert held(ring) <= SIZE
-    run(recipe, "--resume", f"target.ring_dir={tmp_path / 'other'}")
-    assert ROW < max(sizes) <= SIZE and not [*ring.iterdir()], "another folder leaves no features in the one before"
+    run(recipe, "--resume", *more)
+    assert ROW < max(sizes) <= SIZE and not [*ring.iterdir()]
     assert_same_run(output, tmp_path / "whole" / "run")
 
 
@@ -176,11 +176,6 @@ def test_a_disk_without_room_for_a_block_is_told_before_training_and_one_that_fi
 def test_what_cannot_be_is_one_line(tmp_path, tiny_target, rows, capsys):
     recipe = recipe_in(tmp_path / "wrong", tiny_target, rows)
     for setting, named in (
-        ("train.epochs=5", "give a multiple of it"),
-        ("target.ring=null", "target.ring is null"),
-        ("target.cache=x", "the cache has all"),
-        ("target.shard=true", "target.shard is true"),
-        ("target.reuse=1", "give more passes"),
         ("target.ring_dir=/dev/null/ring", "cannot be kept"),
         ("train.batch_size=5", "features of a step's 5 sequences"),
     ):

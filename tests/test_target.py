@@ -1,21 +1,17 @@
 """The frozen target: features, labels, what is refused; packed documents get what they get alone, whatever attends."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
 from itertools import pairwise
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from peagle_train.distributed import check_device_map
 from peagle_train.target_model.attention import packed_attention, varlen_serves
 from peagle_train.target_model.check import choose_way
 from peagle_train.target_model.chunks import Way, document_bounds, plan_runs
@@ -67,34 +63,6 @@ def test_head_rows_times_last_hidden_are_the_models_own_logits_without_all_of_wh
     naive = 1 - (last[0] @ target.head.weight.T).softmax(-1)[:, rows].sum(-1)
     for chunk in (1, 7, 1000):
         assert torch.allclose(mass_outside(target, last[0], rows, chunk=chunk), naive.float(), atol=1e-6)
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_target_whose_weights_lie_elsewhere_gives_the_same(tied, tmp_path):
-    folder = make_target(tmp_path / "target", tie_word_embeddings=tied)
-    # On a CPU a map leaves everything there; the hooks of a map, with every weight elsewhere, do not.
-    target, mapped, away, on_disk = (
-        FrozenTarget.load(str(folder), dtype="float64", device_map=each) for each in (None, "auto", None, "disk")
-    )
-    cpu_offload(away.model, execution_device=torch.device("cpu"))
-    assert all(parameter.is_meta for one in (away, on_disk) for parameter in one.model.parameters())
-    some, batch = torch.tensor([3, 17, 58]), {"input_ids": ids_of(9), "position_ids": torch.arange(9)[None]}
-
-    def all_of(one: FrozenTarget) -> list[Tensor]:
-        found = one.outputs(batch, one.head_rows(some))
-        last = found.last_hidden
-        return [*vars(found).values(), one.embedding_rows(), one.final_norm()(last), mass_outside(one, last[0], some)]
-
-    for other in (mapped, away, on_disk):
-        other.check()
-        assert all(map(torch.equal, all_of(other), all_of(target)))
-
-
-def test_several_processes_do_not_each_spread_a_target_over_the_same_devices():
-    check_device_map("auto", 1)
-    check_device_map(None, 8)
-    with pytest.raises(ValueError, match=r"device_map is auto.* there are 8 processes"):
-        check_device_map("auto", 8)
 
 
 def test_logits_changed_after_the_head_are_caught(tiny_target):
@@ -163,31 +131,13 @@ def test_folders_that_hold_no_target_are_refused_in_one_line(tiny_target, tmp_pa
     refused("do not fit its config")
 
 
-class Int8Linear(nn.Linear):
-    """As a quantiser makes it: int8 with a scale a row."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(1, 1, bias=False, device="meta")
-        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
-        self.weight = nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
-        self.register_buffer("scale", scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ (self.weight * self.scale).to(x.dtype).T
-
-
-def test_a_quantised_body_is_used_and_a_quantised_head_or_table_refused(tiny_target):
-    model: Any = FrozenTarget.load(str(tiny_target), dtype="float64").model
-    for layer in model.model.layers:
-        layer.mlp.down_proj = Int8Linear(layer.mlp.down_proj)
-    FrozenTarget(model).check()
-    table, model.lm_head = model.get_input_embeddings(), Int8Linear(model.lm_head)
-    with pytest.raises(ValueError, match="quantised head"):
-        FrozenTarget(model)
-    model.lm_head = nn.Linear(16, VOCAB, bias=False, dtype=torch.float64)
-    table.weight = nn.Parameter((table.weight * 100).to(torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match="quantised embeddings"):
-        FrozenTarget(model)
+def test_a_quantised_head_or_table_is_refused(tiny_target):
+    for what in ("output", "input"):
+        model: Any = FrozenTarget.load(str(tiny_target), dtype="float64").model
+        module = getattr(model, f"get_{what}_embeddings")()
+        module.weight = nn.Parameter((module.weight * 100).to(torch.int8), requires_grad=False)
+        with pytest.raises(ValueError, match=f"quantised {'head' if what == 'output' else 'embeddings'}"):
+            FrozenTarget(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -273,63 +223,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
 
 def varlen(
     query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
-    scale: float | None = None, window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False
+    scale: float | None = None, window_size: tuple[int, int] = (-1, -1)
 ) -> Tensor:  # fmt: skip
     """torch's varlen_attn, which has no kernel for a CPU, as its documentation describes it."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and window_size[1] == 0
-    assert enable_gqa or query.shape[1] == key.shape[1]
+    assert query.shape[1] == key.shape[1]  # torch 2.11's has no enable_gqa
     assert max_q == int(cu_seq_q.diff().max()) and max_k == int(cu_seq_k.diff().max())
     window = None if window_size[0] < 0 else window_size[0] + 1
     parts = zip(pairwise(cu_seq_q.tolist()), pairwise(cu_seq_k.tolist()), strict=True)
     return torch.cat([attend(query[a:b], key[c:d], value[c:d], scale, window) for (a, b), (c, d) in parts])
-
-
-CALLS: list[int] = []
-"""Documents of each call of the next function."""
-
-
-def flash_attn_varlen_func(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False
-):
-    assert causal and torch.equal(cu_seqlens_q, cu_seqlens_k)
-    CALLS.append(cu_seqlens_q.numel() - 1)
-    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    return varlen(q, k, v, *lengths, scale=softmax_scale, window_size=(-1, 0), enable_gqa=True)
-
-
-def flash_attn_func(q, k, v, softmax_scale=None, causal=False):
-    return torch.stack([attend(*row, softmax_scale) for row in zip(q, k, v, strict=True)])
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """Puts stand-ins for the functions of flash-attn where transformers looks for them, as it has no kernel for a CPU; all
-    else is transformers' own code.
-    """
-    package, padding = ModuleType("flash_attn"), ModuleType("flash_attn.bert_padding")
-    vars(package).update(
-        flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func, flash_attn_with_kvcache=None
-    )
-    vars(padding).update(pad_input=None, unpad_input=None)
-    monkeypatch.setitem(sys.modules, "flash_attn", package)
-    monkeypatch.setitem(sys.modules, "flash_attn.bert_padding", padding)
-    monkeypatch.setattr("transformers.modeling_flash_attention_utils.is_flash_attn_2_available", lambda: True)
-    CALLS.clear()
-    return CALLS
-
-
-@pytest.mark.parametrize("rows", [ROWS, [[1], [1]]])
-def test_flash_attention_keeps_the_documents_of_several_rows_apart(rows, tiny_target, calls):
-    right: Any = FrozenTarget.load(str(tiny_target), dtype="float64").model
-    model: Any = FrozenTarget.load(str(tiny_target), dtype="float64").model
-    model.config._attn_implementation = "flash_attention_2"  # transformers' own check asks for a GPU
-    target = FrozenTarget(model)
-    found = target.features(*packed(rows))
-    assert calls == [sum(map(len, rows))] * 6  # one call a layer, for all documents of the batch
-    for ours, expected in zip(found, alone(right, target.layer_ids, rows), strict=True):
-        assert torch.allclose(ours, expected, atol=1e-12)
-    target.check()
-    assert not target.way.apart
 
 
 class Layer:
@@ -345,8 +247,8 @@ def run_packed_attention(query: Tensor, key: Tensor, value: Tensor, lengths: lis
     """[Q, heads, D] from [Q, heads, D] and [K, key heads, D], as transformers would call it."""
     states = [x.transpose(0, 1)[None] for x in (query, key, value)]
     bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-    told = {"documents": tuple(bounds), "cu_seq_lens_q": torch.tensor(bounds, dtype=torch.int32)}
-    out, _ = packed_attention(Layer(), *states, None, max_length_q=max(lengths), dropout=0.0, **told, **given)  # type: ignore[arg-type]
+    told = {"documents": tuple(bounds), "bounds": torch.tensor(bounds, dtype=torch.int32)}
+    out, _ = packed_attention(Layer(), *states, None, dropout=0.0, **told, **given)  # type: ignore[arg-type]
     return out[0]
 
 
@@ -356,18 +258,11 @@ def random_states(Q: int, K: int, value_D: int = 8) -> list[Tensor]:
     return [torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in shapes]
 
 
-def old_varlen(*given: Any, scale: float | None = None, window_size: tuple[int, int] = (-1, -1)) -> Tensor:
-    """The same on torch 2.11, which has no `enable_gqa`."""
-    return varlen(*given, scale=scale, window_size=window_size)
-
-
-@pytest.fixture(params=["one by one", "varlen_attn", "varlen_attn of torch 2.11"])
+@pytest.fixture(params=["one by one", "varlen_attn"])
 def kernel(request, monkeypatch):
     if request.param != "one by one":
-        is_old, module = "2.11" in request.param, "peagle_train.target_model.attention"
-        monkeypatch.setattr(f"{module}.varlen_attn", old_varlen if is_old else varlen)
-        monkeypatch.setattr(f"{module}.HAS_GQA", not is_old)
-        monkeypatch.setattr(f"{module}.varlen_serves", lambda *_: True)
+        monkeypatch.setattr("peagle_train.target_model.attention.varlen_attn", varlen)
+        monkeypatch.setattr("peagle_train.target_model.attention.varlen_serves", lambda *_: True)
 
 
 @pytest.mark.usefixtures("kernel")
@@ -526,14 +421,6 @@ def test_a_cache_that_is_not_read_is_caught_at_the_start():
     target.base.forward = forgetful  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="gives other features in chunks"):
         target.check()
-
-
-def test_layers_of_another_kind_are_refused_at_the_start():
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE, attention_chunk_size=4))
-    FrozenTarget(model)
-    model.config.layer_types = ["chunked_attention"] * 6
-    with pytest.raises(ValueError, match=r"chunked_attention.* set target\.chunk_tokens to null"):
-        FrozenTarget(model, chunk_tokens=4)
 
 
 @pytest.mark.gpu

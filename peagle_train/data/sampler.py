@@ -1,7 +1,6 @@
 """Which sequences a rank trains on in which step: a pure function of (seed, epoch, rank, step)."""
 
 from collections.abc import Iterator
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -75,12 +74,6 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
     def comes_again(self, step: int) -> bool:
         """Whether a step (counted from 0) is not in the last visit to its block."""
         return self._visit(step)[0][0] % self.reuse < self.reuse - 1
-
-    def left_in_block(self) -> set[int]:
-        """Sequences that this rank still visits in the block of its next step."""
-        (epoch, _, steps), at = self._visit(self.start_step)
-        micro_batches = ((self.reuse - epoch % self.reuse) * steps - at) * self.accumulation
-        return {index for batch in islice(self, micro_batches) for _, index in batch} - {EMPTY_ROW}
 
     def _visit(self, step: int) -> tuple[tuple[int, int, int], int]:
         """A step's visit (its epoch, the block's first step in the order, the block's number of steps), and place there."""

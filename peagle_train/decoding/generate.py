@@ -48,7 +48,7 @@ class CachedTarget:
                 position_ids=torch.arange(self.length, self.length + len(tokens), device=target.device)[None],
                 attention_mask=None,
                 use_cache=True,
-                **{str(cache_argument(target.base)): self._cache},
+                **{cache_argument(target.base): self._cache},
             ).last_hidden_state
         self.length += len(tokens)
         features_nF = torch.cat([hidden[0] for hidden in kept], dim=-1)

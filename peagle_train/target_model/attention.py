@@ -8,7 +8,6 @@ document whose last Q positions are the queries.
 Q: queries, K: keys, of which the queries' own are the last; h: query heads, g: key heads, D: head size.
 """
 
-import inspect
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,45 +25,35 @@ NAME = "peagle_train"
 BLOCK, CPU_BLOCK = 256, 64
 """Queries at a time where a mask is needed: it is as wide as the keys, and on CPU most of a narrow target's memory."""
 KINDS = ("full_attention", "sliding_attention")  # layer types whose attention is known here
-HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not on torch 2.11
 
 
 def takes_bounds(model: nn.Module, config: Any) -> bool:
-    """Whether a model's layers attend as its documents' bounds say, so that all sequences can be given as one.
-
-    Those of transformers' flash attention do. So do layers that would attend by sdpa through transformers' interface, and
-    that flash attention supports (it has no masks either): `packed_attention` takes the place of sdpa.
+    """Whether a model's layers attend as its documents' bounds say, so that all sequences can be given as one: those that
+    would attend by sdpa through transformers' interface, and that flash attention supports (it has no masks either).
     """
-    if (name := config._attn_implementation) != "sdpa":
-        return "flash" in (name or "")
     known = set(getattr(config, "layer_types", None) or KINDS) <= {*KINDS}
-    return known and bool(model._supports_attention_backend and model._supports_flash_attn)
+    is_open = model._supports_attention_backend and model._supports_flash_attn
+    return config._attn_implementation == "sdpa" and known and bool(is_open)
 
 
 @contextmanager
 def bounds_heeded(config: Any) -> Iterator[None]:
     """In the block, a target that attends by sdpa goes by `packed_attention`; transformers then makes no masks."""
-    given = config._attn_implementation
-    if given == "sdpa":
-        config._attn_implementation = NAME
+    config._attn_implementation = NAME
     try:
         yield
     finally:
-        config._attn_implementation = given
+        config._attn_implementation = "sdpa"
 
 
 def bounds_arguments(bounds: list[int], span: slice, device: torch.device) -> dict[str, Any]:
-    """What tells attention where the documents of a span of tokens lie, as a list and in the names of transformers' flash
-    attention (which, left to itself, looks at the position ids in every layer, and of one sequence only).
+    """What tells `packed_attention` where the documents of a span of tokens lie.
 
     bounds: where each document begins, ascending, and the number of tokens.
     """
     own = [span.start, *bounds[bisect_right(bounds, span.start) : bisect_left(bounds, span.stop)], span.stop]
-    cumulative = (torch.tensor(own, dtype=torch.int32) - span.start).to(device, non_blocking=True)
-    told: dict[str, Any] = {"documents": tuple(bound - span.start for bound in own)}
-    for side in "qk":
-        told |= {f"cu_seq_lens_{side}": cumulative, f"max_length_{side}": max(b - a for a, b in pairwise(own))}
-    return told
+    documents = tuple(bound - span.start for bound in own)
+    return {"documents": documents, "bounds": torch.tensor(documents, dtype=torch.int32).to(device, non_blocking=True)}
 
 
 def packed_attention(
@@ -77,14 +66,13 @@ def packed_attention(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     documents: Sequence[int] | None = None,
-    cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int | None = None,
+    bounds: Tensor | None = None,
     **given: Any,
 ) -> tuple[Tensor, None]:
     """As transformers calls it; returns [1, Q, h, D]. ValueError for attention of another kind.
 
-    documents: where each begins among the queries, and Q; `cu_seq_lens_q` is the same, int32 on the device. With more
-        keys than queries there is one document, whose last Q positions are the queries.
+    documents: where each begins among the queries, and Q; `bounds` is the same, int32 on the device. With more keys than
+        queries there is one document, whose last Q positions are the queries.
     sliding_window: how many positions are seen, the query's own included.
     """
     kinds = getattr(module.config, "layer_types", None)
@@ -97,10 +85,11 @@ def packed_attention(
     ):
         why = "was not told the bounds of documents, or has a mask, bias, cap, sinks or no window, which is not known"
         raise ValueError(f"{type(module).__name__} {why}: with target.check true, it gets one document at a time")
-    assert cu_seq_lens_q is not None and max_length_q is not None
+    assert bounds is not None
     states = query_1hQD, key_1gKD, value_1gKD
     if varlen_serves(query_1hQD.device.type, query_1hQD.dtype, query_1hQD.shape[3], value_1gKD.shape[3]):
-        out_1hQD = _by_varlen(*states, cu_seq_lens_q, max_length_q, scaling, sliding_window)
+        longest = max(stop - start for start, stop in pairwise(documents))
+        out_1hQD = _by_varlen(*states, bounds, longest, scaling, sliding_window)
     else:
         out_1hQD = _one_by_one(*states, documents, scaling, sliding_window)
     return out_1hQD.transpose(1, 2).contiguous(), None
@@ -127,14 +116,14 @@ def _by_varlen(
     Q, K = q_1hQD.shape[2], k_1gKD.shape[2]
     # Made on the device, as a copy from the host would wait: a cache's length differs from layer to layer.
     bounds_k = bounds if Q == K else torch.arange(2, dtype=torch.int32, device=bounds.device) * K
-    more: dict[str, Any] = {"enable_gqa": True}
-    if not HAS_GQA:
-        groups, more = q_1hQD.shape[1] // k_1gKD.shape[1], {}
-        k_1gKD, v_1gKD = repeat_kv(k_1gKD, groups), repeat_kv(v_1gKD, groups)
+    groups = (
+        q_1hQD.shape[1] // k_1gKD.shape[1]
+    )  # repeated, as torch 2.11's kernel wants as many key heads as query heads
+    states = q_1hQD, repeat_kv(k_1gKD, groups), repeat_kv(v_1gKD, groups)
     sides = (window - 1 if window else -1, 0)  # positions seen before and after a query's own; -1: all
-    q_QhD, k_KgD, v_KgD = (states[0].transpose(0, 1) for states in (q_1hQD, k_1gKD, v_1gKD))
+    q_QhD, k_KhD, v_KhD = (each[0].transpose(0, 1) for each in states)
     out_QhD: Any = varlen_attn(
-        q_QhD, k_KgD, v_KgD, bounds, bounds_k, longest, longest if Q == K else K, scale=scale, window_size=sides, **more
+        q_QhD, k_KhD, v_KhD, bounds, bounds_k, longest, longest if Q == K else K, scale=scale, window_size=sides
     )
     return out_QhD.transpose(0, 1)[None]
 

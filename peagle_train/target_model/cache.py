@@ -5,7 +5,6 @@
                             whole pieces side by side: keys int64 [P, 2]; needs uint8 [n], which of their positions are
                             here (see `needs_of`); of those, features [f, F*T] and last_hidden [l, T]; lengths int64
                             [P, 3], each piece's share of n, f and l; in FP8, scales float32 [f] multiply the features
-    head.safetensors        the target's head and embeddings, [V, T] each
     documents.jsonl         of a cache made from speculators' files: their samples as a source for training
 
 A *piece* is a document, or the part of one that a sequence holds; its features depend on its ids alone, so it is found by
@@ -14,7 +13,7 @@ can reach under the masks and the window that the cache was made for. What goes 
 sequences alone, and a file is written whole or not at all, so the same command resumes a stopped write, on any number of
 processes, and ends in the same bytes. Each carries the sha256 of what it holds, for `verify_cache`.
 
-T: the target's hidden size, F: feature layers, V: vocabulary, n: tokens, P: pieces, B: sequences of a batch, L: positions.
+T: the target's hidden size, F: feature layers, n: tokens, P: pieces, B: sequences of a batch, L: positions.
 """
 
 import hashlib
@@ -24,8 +23,7 @@ import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from functools import cached_property
+from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import ConcatDataset
 
 from peagle_train.config import Recipe, Target, as_override, with_segments
@@ -42,16 +40,16 @@ from peagle_train.core.elements import positions_read
 from peagle_train.core.passes import TargetOutputs
 from peagle_train.data.packing import TrainingData
 from peagle_train.data.training_data import load_training_data, make_collator
-from peagle_train.data.vocab import choose_mask_token, load_config, load_tokenizer
-from peagle_train.distributed import check_device, check_device_map, check_launch, from_all, wait_for_all
+from peagle_train.data.vocab import choose_mask_token, load_tokenizer
+from peagle_train.distributed import check_device, check_launch, wait_for_all
 from peagle_train.files import alone_in, one_line, partial_path, put, save_tensors, write_json
 from peagle_train.machine import cores
-from peagle_train.target_model.frozen import FP8, FrozenTarget, TargetBase, pieces_of
-from peagle_train.target_model.loading import default_layer_ids, target_fingerprint
+from peagle_train.target_model.frozen import FP8, AbsentTarget, FrozenTarget, TargetBase, pieces_of
+from peagle_train.target_model.loading import target_fingerprint
 from peagle_train.target_model.server import ServedTarget
 from peagle_train.target_model.speculators_files import SpeculatorsFiles
 
-INDEX, HEAD, DOCUMENTS, VERSION = "cache.json", "head.safetensors", "documents.jsonl", 3
+INDEX, DOCUMENTS, VERSION = "cache.json", "documents.jsonl", 3
 COMMAND = "peagle-train cache"
 AGAIN = f"make the cache again with {COMMAND}, or change the recipe"
 FIELDS = ("features", "last_hidden")  # of a sequence's tokens: bit for bit what the target gave, in the cache's dtype
@@ -89,9 +87,9 @@ def shard_name(number: int) -> str:
     return f"features-{number:05d}.safetensors"
 
 
-class StoredTarget(TargetBase):
-    """A target that answers from `target.cache`, memory-mapped: its layers are never loaded, its head stays on the disk
-    until its rows are asked for. Batches must be of sequences that `check_rows` has seen, or bring features of their own.
+class StoredTarget(AbsentTarget):
+    """A target that answers from `target.cache`, memory-mapped. Batches must be of sequences that `check_rows` has seen, or
+    bring features of their own.
 
     `device`: that the outputs are for. ValueError: one line, for a folder that is no whole cache of this target in these
     settings.
@@ -99,25 +97,24 @@ class StoredTarget(TargetBase):
 
     def __init__(self, settings: Target, device: torch.device) -> None:
         assert settings.cache is not None
-        self.settings, self.folder = settings, Path(settings.cache)
+        self.folder = Path(settings.cache)
         where = f"target.cache {self.folder}"
         index = read_index(self.folder)
         if index is None:
-            hint = " --speculators, as speculators wrote this one" if any(self.folder.glob("hs_*.safetensors")) else ""
-            raise ValueError(f"{where} has no {INDEX}: give a folder made by {COMMAND} RECIPE --out DIR{hint}")
-        self.config = load_config(settings.path, settings.trust_remote_code).get_text_config()
+            raise ValueError(
+                f"{where} has no {INDEX}: give a folder made by {COMMAND} RECIPE --out DIR (--speculators)"
+            )
+        super().__init__(settings)
         if target_fingerprint(settings.path) != index["target"]:
             raise ValueError(f"{where} is of another target than {settings.path} (config or weights differ): {AGAIN}")
         for key, asked, has in (
-            ("layer_ids", settings.layer_ids or default_layer_ids(self.num_layers), index["layer_ids"]),
+            ("layer_ids", self.layer_ids, index["layer_ids"]),
             ("cache_dtype", settings.cache_dtype, index["dtype"]),
             ("dtype", settings.dtype, index["computed_in"]),
         ):
             if asked not in ("auto", has):
                 raise ValueError(f"{where} is of {key} {has}, the recipe asks for {asked}: {AGAIN}")
-        self.index, self.layer_ids, self.vocab_size = index, index["layer_ids"], index["vocab_size"]
-        self.dtype = getattr(torch, index["computed_in"])
-        self._tables = _open(self.folder, HEAD)
+        self.index, self.dtype = index, getattr(torch, index["computed_in"])
         self._where: dict[Key, tuple[Any, list[slice]]] = {}  # of a piece: the file, and its needs, features and labels
         for name in map(shard_name, range(index["shards"])):
             file = _open(self.folder, name)
@@ -132,45 +129,22 @@ class StoredTarget(TargetBase):
         return super().cache_dtype(self.index["dtype"])
 
     def check_rows(self, data: TrainingData) -> None:
-        for name, rows in {"data.sources": data.train_rows, "held-out sequences": data.eval_rows}.items():
-            lacking = []
-            for i in range(len(rows)):
-                row = rows[i]
-                needs_n = needs_of(row, self.reach)
-                for part in pieces_of(row["document_ids"]):
-                    key = piece_key(row["input_ids"][part])
-                    if key not in self._where or bool((needs_n[part] & ~self._has(key)).any()):
-                        lacking.append(part.stop - part.start)
-            if lacking:
-                held, asked = ("all" if reach is None else reach for reach in (self.index["reach"], self.reach))
-                what = (
-                    f"{len(lacking)} pieces of the {name}, or positions of them, the longest of {max(lacking)} tokens,"
-                )
-                how = f"data.max_length {self.index['max_length']}, or other loss masks, for {held} positions back"
-                why = f"it was made with {how} (draft.window, draft.num_layers), not {asked}"
-                raise ValueError(f"target.cache {self.folder} lacks {what}: {why}: {AGAIN}")
+        rows: Any = ConcatDataset([data.train_rows, data.eval_rows])
+        lacking = 0
+        for row in (rows[i] for i in range(len(rows))):
+            needs_n = needs_of(row, self.reach)
+            for part in pieces_of(row["document_ids"]):
+                key = piece_key(row["input_ids"][part])
+                lacking += key not in self._where or bool((needs_n[part] & ~self._has(key)).any())
+        if lacking:
+            what = f"{lacking} pieces of the sequences, or positions of them"
+            how = f"data.max_length {self.index['max_length']}, or other loss masks, draft.window or draft.num_layers"
+            raise ValueError(f"target.cache {self.folder} lacks {what}: it was made with {how}: {AGAIN}")
 
     def _has(self, key: Key) -> Tensor:
         """uint8 [n]: what of a piece is there, as in `needs_of`."""
         file, (tokens, *_) = self._where[key]
         return file.get_slice("needs")[tokens]
-
-    def eos_token_ids(self) -> list[int]:
-        return self.index["eos_token_ids"]
-
-    def embedding_rows(self) -> Tensor:
-        return self._tables.get_tensor("embeddings")
-
-    @cached_property
-    def _head(self) -> Tensor:
-        return self._tables.get_tensor("head")
-
-    def head_weight(self) -> Tensor:
-        return self._head
-
-    def final_norm(self) -> nn.Module:
-        """That of the target, whose weights stay on the disk."""
-        return FrozenTarget.from_recipe(self.settings, torch.device("cpu"), device_map="disk").final_norm()
 
     def expect(self, batches: Sequence[dict[str, Tensor]]) -> None:
         for batch in batches[:2]:  # as one is used, the next is read
@@ -179,28 +153,24 @@ class StoredTarget(TargetBase):
             shape, T = batch["input_ids"].shape, self.hidden_size
             # Allocated here: page-locked memory belongs to the device of the thread that asks for it.
             room = {
-                name: torch.empty(*shape, width, dtype=self.cache_dtype("auto"), pin_memory=self._pin)
+                name: torch.zeros(*shape, width, dtype=self.cache_dtype("auto"), pin_memory=self._pin)
                 for name, width in zip(FIELDS, (len(self.layer_ids) * T, T), strict=True)
             }
             self._coming[id(batch)] = batch, self._reader.submit(self.read, batch, room)
 
     def read(self, batch: dict[str, Tensor], room: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`FIELDS` of a batch, [B, L, F*T] and [B, L, T], in `room`; zeros where nothing is stored, and on padding."""
+        """Put `FIELDS` of a batch, [B, L, F*T] and [B, L, T], where they are stored, into `room`, which is returned."""
         for b, documents in enumerate(batch["document_ids"]):
-            ids, n = batch["input_ids"][b], int((documents >= 0).sum())
-            for part in pieces_of(documents[:n]):
-                key = piece_key(ids[part])
+            for part in pieces_of(documents[documents >= 0]):
+                key = piece_key(batch["input_ids"][b, part])
                 file, (_, *spans) = self._where[key]
                 has_n = self._has(key)
                 assert has_n.numel() == part.stop - part.start, "two pieces have one key"
                 for bit, name, span in zip((1, 2), FIELDS, spans, strict=True):
-                    values, out, is_there_n = file.get_slice(name)[span], room[name][b, part], (has_n & bit) > 0
+                    values, out = file.get_slice(name)[span], room[name][b, part]
                     if values.dtype == torch.float8_e4m3fn:
                         values = values.float() * file.get_slice("scales")[span][:, None]
-                    out.index_fill_(0, (~is_there_n).nonzero()[:, 0], 0)  # a mask would go over all of it
-                    out[is_there_n] = values.to(out.dtype)
-            for tensor in room.values():
-                tensor[b, n:] = 0
+                    out[(has_n & bit) > 0] = values.to(out.dtype)
         return room
 
     def outputs(self, batch: dict[str, Tensor], head_rows: Tensor) -> TargetOutputs:
@@ -229,12 +199,12 @@ Compute = Callable[[list[dict[str, Any]]], Iterable[tuple[Tensor, Tensor]]]
 """Features [n, F*T] and last hidden states [n, T] of each sequence, on the host."""
 
 
-def write_cache(recipe: Recipe, out: str | None, shard_mib: float = 512, speculators: str | None = None) -> str:
+def write_cache(recipe: Recipe, out: str | None, speculators: str | None = None, shard_mib: float = 512) -> str:
     """Fill `out` and return the line that says how to train from it, on the main process. Run again, it writes what is
     missing. ValueError: for a user's mistake.
 
-    shard_mib: size of a file. speculators: take what lies in this folder, see `SpeculatorsFiles`, instead of
-        running the target over the recipe's sequences.
+    speculators: take what lies in this folder, see `SpeculatorsFiles`, instead of running the target over the recipe's
+        sequences. shard_mib: size of a file.
     """
     settings = recipe.target
     if out is None:
@@ -246,46 +216,37 @@ def write_cache(recipe: Recipe, out: str | None, shard_mib: float = 512, specula
     rank, world_size, is_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     check_device(accelerator.device)
     check_launch(world_size)
-    check_device_map(settings.device_map, world_size)
     say: Any = print if is_main else (lambda *_: None)
     target: TargetBase
-    if settings.server and not speculators:
+    files = None
+    if speculators:
+        # It runs over a few tokens only: its weights stay on the disk.
+        target = FrozenTarget.from_recipe(settings, accelerator.device, on_disk=True)
+        files = SpeculatorsFiles(speculators, target, recipe.data.max_length)
+    elif settings.server:
         target = ServedTarget(settings, accelerator.device, recipe.data.max_length)
     else:
-        # Beside speculators' files it runs over a few tokens only: its weights stay on the disk.
-        changes: dict[str, Any] = {"device_map": "disk"} if speculators else {}
-        target = frozen = FrozenTarget.from_recipe(settings, accelerator.device, **changes)
+        target = FrozenTarget.from_recipe(settings, accelerator.device)
         if settings.check:
-            frozen.check()
-
+            target.check()
     target.reach = recipe.draft.reach
-    files = None if speculators is None else SpeculatorsFiles(speculators, frozen, recipe.data.max_length)
     sequences, compute = (files, files.compute) if files else _sequences(recipe, target, accelerator.device, say)
     dtype, as_fp8 = target.cache_dtype(settings.cache_dtype), settings.cache_dtype == FP8
     feature_bytes = len(target.layer_ids) * target.hidden_size * (1 if as_fp8 else dtype.itemsize) + 4 * as_fp8
     widths = feature_bytes, target.hidden_size * dtype.itemsize
     shards = plan_shards(sequences, target.reach, int(shard_mib * 2**20), widths)
-    source = "speculators" if files else "server" if settings.server else "recipe"
-    index = _index(recipe, target, shards, FP8 if as_fp8 else str(dtype)[6:], source)
+    index = _index(recipe, target, shards, FP8 if as_fp8 else str(dtype)[6:])
     size = index["tokens"] + sum(index[name] * width for name, width in zip(FIELDS, widths, strict=True))
-    with ExitStack() as held:
-        refusal = ""
+    with alone_in(folder, "writing features") if is_main else nullcontext():
         if is_main:
-            try:
-                held.enter_context(alone_in(folder, "writing features"))
-                say(f"cache: {_claim(folder, index, size + 2 * target.head_weight().nbytes)}")
-            except ValueError as error:
-                refusal = str(error)
-        if refusal := from_all(refusal)[0]:
-            raise ValueError(refusal)
-        if is_main and not (folder / HEAD).exists():
-            # Copies: of tied weights safetensors would see one tensor under two names.
-            tables = {"head": target.head_weight(), "embeddings": target.embedding_rows()}
-            _write(folder / HEAD, {name: t.to("cpu", copy=True).contiguous() for name, t in tables.items()})
+            say(f"cache: {_claim(folder, index, size)}")
+        wait_for_all()  # nothing is written into a folder that is refused
         started, done = time.perf_counter(), 0
         for number in range(rank, len(shards), world_size):
             if not (path := folder / shard_name(number)).exists():
-                _write(path, _tensors_of(shards[number], sequences, compute, dtype, as_fp8))
+                tensors = _tensors_of(shards[number], sequences, compute, dtype, as_fp8)
+                save_tensors(partial_path(path), tensors, "sha256", _checksum(tensors))
+                put(partial_path(path), path)
             done += sum(piece.needs.numel() for piece in shards[number])
             say(f"cache: shard {number}, {done} tokens here, {done / (time.perf_counter() - started):.0f} tokens/s")
         if files and is_main:
@@ -347,7 +308,7 @@ def _counts(piece: Piece) -> list[int]:
     return [piece.needs.numel(), int((piece.needs & 1).sum()), int((piece.needs >> 1).sum())]
 
 
-def _index(recipe: Recipe, target: TargetBase, shards: list[Shard], stored: str, source: str) -> dict[str, Any]:
+def _index(recipe: Recipe, target: TargetBase, shards: list[Shard], stored: str) -> dict[str, Any]:
     """What the features are of."""
     plan = hashlib.sha256()  # over keys and needs of all pieces and where each shard ends
     for shard in shards:
@@ -357,17 +318,10 @@ def _index(recipe: Recipe, target: TargetBase, shards: list[Shard], stored: str,
         "version": VERSION,
         "target": target_fingerprint(recipe.target.path),
         "layer_ids": target.layer_ids,
-        "hidden_size": target.hidden_size,
-        "vocab_size": target.vocab_size,
-        "eos_token_ids": target.eos_token_ids(),
         "dtype": stored,
         "computed_in": str(target.dtype)[6:],
-        # These two move roundings, so that one folder has one of each; training may name others.
-        "chunk_tokens": recipe.target.chunk_tokens if source == "recipe" else None,
-        "attn_implementation": target.config._attn_implementation if source == "recipe" else None,
         "max_length": recipe.data.max_length,  # these two say why something may be missing
         "reach": target.reach,
-        "source": source,
         "shards": len(shards),
         **dict(zip(("tokens", *FIELDS), counts, strict=True)),
         "pieces": sum(map(len, shards)),
@@ -386,11 +340,8 @@ def _claim(folder: Path, index: dict[str, Any], size: int) -> str:
         what = f"of another target, other sequences or other settings ({', '.join(names)} differ)"
         raise ValueError(f"--out {folder} holds the cache {what}: give another folder, or remove it")
     there, free = sum(path.stat().st_size for path in folder.glob("*.safetensors")), shutil.disk_usage(folder).free
-    words = (
-        f"{index['tokens']} tokens of {index['pieces']} pieces, features of {index['features']} ({index['dtype']}), last"
-        f" hidden states of {index['last_hidden']}: {size / 2**30:.2f} GiB in {index['shards']} shards,"
-        f" {there / 2**30:.2f} GiB there, {free / 2**30:.2f} GiB free"
-    )
+    words = f"{index['tokens']} tokens in {index['shards']} shards: {size / 2**30:.2f} GiB"
+    words += f", {there / 2**30:.2f} GiB there, {free / 2**30:.2f} GiB free"
     if size - there > free:
         remedy = "give another disk or target.cache_dtype=bfloat16"
         raise ValueError(f"--out {folder} has too little room: {words}; {remedy}")
@@ -423,11 +374,6 @@ def _tensors_of(shard: Shard, sequences: Any, compute: Compute, dtype: torch.dty
     return tensors
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    save_tensors(partial_path(path), tensors, "sha256", _checksum(tensors))
-    put(partial_path(path), path)
-
-
 def _open(folder: Path, name: str) -> Any:
     """A file of the cache, whose header fits its size."""
     try:
@@ -455,7 +401,7 @@ def verify_cache(folder: Path) -> str:
         file = _open(folder, name)
         return _checksum({key: file.get_tensor(key) for key in file.keys()}) == file.metadata().get("sha256")
 
-    names = [HEAD, *map(shard_name, range(index["shards"]))]
+    names = [*map(shard_name, range(index["shards"]))]
     with ThreadPoolExecutor(cores()) as threads:
         for name, well in zip(names, threads.map(is_whole, names), strict=True):
             if not well:

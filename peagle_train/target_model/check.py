@@ -56,22 +56,18 @@ def choose_way(name: str, features: Features, way: Way, vocab_size: int) -> Way:
         is_rough = expected[0][0].dtype.itemsize < 4
         return max(alone[len(alone) // 2] if is_rough else alone[-1], *moved)
 
-    chunked = [replace(way, chunk_tokens=4)] if way.chunk_tokens else []
-    if not way.apart:
+    for one in dict.fromkeys((way, replace(way, apart=True))):
         try:
-            off = max(map(error, [replace(way, chunk_tokens=None), *chunked]))
+            off = max(error(replace(one, chunk_tokens=n)) for n in ((None, 4) if way.chunk_tokens else (None,)))
             why = f"features are {off:.0%} off" if off > TOLERANCE else ""
         except Exception as raised:  # whatever a model raises that knows no such arguments
             why = one_line(raised, 200) or type(raised).__name__
         if not why:
-            return way
-        what = "does not heed the bounds of packed documents"
-        logger.warning("target %s %s (%s): one document at a time, right but slower", name, what, why)
-    for one in chunked:
-        if (off := error(replace(one, apart=True))) > TOLERANCE:
-            what = f"other features in chunks ({off:.0%} off)"
-            raise ValueError(f"target {name} gives {what}: set target.chunk_tokens to null")
-    return replace(way, apart=True)
+            return one
+        if not one.apart:
+            what = "does not heed the bounds of packed documents"
+            logger.warning("target %s %s (%s): one document at a time, right but slower", name, what, why)
+    raise ValueError(f"target {name} gives other features in chunks ({why}): set target.chunk_tokens to null")
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from peagle_train.target_model.attention import KINDS, bounds_arguments
+from peagle_train.target_model.attention import bounds_arguments
 
 
 @dataclass(frozen=True)
@@ -70,27 +69,12 @@ def forwards(
     bounds: see `document_bounds`; None for attention that is not told them.
     """
     for run in runs:
-        given: dict[str, Any] = {"use_cache": len(run) > 1}
-        if len(run) > 1:
-            given[str(cache_argument(base))] = DynamicCache(config=config)
+        cache = {cache_argument(base): DynamicCache(config=config)} if len(run) > 1 else {}
         for span in run:
             told = {} if bounds is None else bounds_arguments(bounds, span, device)
-            if len(run) > 1:  # each layer's cache knows how many keys there are
-                told.pop("cu_seq_lens_k", None)
-            yield span, {**given, **told}
+            yield span, {"use_cache": bool(cache), **cache, **told}
 
 
-def check_chunkable(model: nn.Module, base: nn.Module, config: Any) -> None:
-    """ValueError for a target whose layers keep something other than keys and values of all, or of the last, tokens."""
-    kinds = sorted({*(getattr(config, "layer_types", None) or [])} - {*KINDS})
-    layers = DynamicCache(config=config).layers
-    known = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-    if kinds or not known or cache_argument(base) is None:
-        what = ", ".join(kinds) or "a cache of its own kind"
-        raise ValueError(f"target {type(model).__name__} has {what}, unfit for chunks: set target.chunk_tokens to null")
-
-
-def cache_argument(base: nn.Module) -> str | None:
-    """What the base model calls the cache that it is given (transformers renamed it); None if it takes none."""
-    names = inspect.signature(base.forward).parameters
-    return next((name for name in ("cache", "past_key_values") if name in names), None)
+def cache_argument(base: nn.Module) -> str:
+    """What the base model calls the cache that it is given: transformers renamed it."""
+    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"

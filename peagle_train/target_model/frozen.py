@@ -8,12 +8,15 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import cached_property
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from peagle_train.config import Target
 from peagle_train.core.passes import TargetOutputs
@@ -23,8 +26,16 @@ from peagle_train.distributed import max_counts, shard, whole
 from peagle_train.files import RunStopped
 from peagle_train.target_model.attention import bounds_heeded, takes_bounds
 from peagle_train.target_model.check import TOLERANCE, choose_way, relative
-from peagle_train.target_model.chunks import Way, check_chunkable, document_bounds, forwards, plan_runs
-from peagle_train.target_model.loading import default_layer_ids, load_model, refuse_unfit, resolve_dtype
+from peagle_train.target_model.chunks import Way, document_bounds, forwards, plan_runs
+from peagle_train.target_model.loading import (
+    default_layer_ids,
+    empty_model,
+    load_model,
+    read_tensors,
+    refuse_unfit,
+    resolve_dtype,
+    stored_tensors,
+)
 
 logger = logging.getLogger(__name__)
 FP8 = "float8_e4m3fn"
@@ -140,11 +151,7 @@ class FrozenTarget(TargetBase):
             raise ValueError(f"target.layer_ids is {self.layer_ids}; give distinct ids of 0..{most}, ascending")
         self.way = Way(not takes_bounds(model, self.config), chunk_tokens)
         """How batches are given to the model; `check` may change it."""
-        if self.way.apart:
-            logger.warning("target %s knows no bounds of packed documents: it is given one document at a time", name)
         self.sharded = False
-        if chunk_tokens is not None:
-            check_chunkable(model, self.base, self.config)
 
     @classmethod
     def load(
@@ -164,8 +171,11 @@ class FrozenTarget(TargetBase):
         """
         device = device or torch.device("cpu")
         model: Any = load_model(path, resolve_dtype(dtype, device), **how)
-        # A sharded one moves to the device a layer at a time, and one with a device map is where it belongs.
-        target = cls(model if shard or how.get("device_map") else model.to(device), layer_ids, chunk_tokens)
+        # A sharded one moves to the device a layer at a time.
+        target = cls(model if shard or how.get("on_disk") else model.to(device), layer_ids, chunk_tokens)
+        if target.way.apart:
+            name = type(model).__name__
+            logger.warning("target %s knows no bounds of packed documents: it is given one document at a time", name)
         if shard:
             target.shard(device)
         return target
@@ -173,7 +183,7 @@ class FrozenTarget(TargetBase):
     @classmethod
     def from_recipe(cls, target: Target, device: torch.device, shard: bool = False, **changes: Any) -> "FrozenTarget":
         """`load`, as a recipe's section says but for `changes`; what its cache holds is not looked at."""
-        names = "dtype", "layer_ids", "chunk_tokens", "attn_implementation", "trust_remote_code", "device_map"
+        names = "dtype", "layer_ids", "chunk_tokens", "attn_implementation", "trust_remote_code"
         given = {name: getattr(target, name) for name in names} | changes
         return cls.load(target.path, device=device, shard=shard, **given)
 
@@ -192,36 +202,25 @@ class FrozenTarget(TargetBase):
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        embeddings: Any = self.model.get_input_embeddings()
-        if has_offloaded_params(embeddings):
-            return torch.device(embeddings._hf_hook.execution_device)
-        return embeddings.weight.device
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return torch.device("cpu") if device.type == "meta" else device  # its weights lie on the disk
 
     def embedding_rows(self) -> Tensor:
-        return _weight(self.model.get_input_embeddings())
+        return whole(self.model.get_input_embeddings().weight.detach())
 
     def head_weight(self) -> Tensor:
-        """On the CPU where the target is sharded or its head is offloaded."""
-        return _weight(self.head)
+        """On the CPU where the target is sharded."""
+        return self.head.weight.detach()
 
     def eos_token_ids(self) -> list[int]:
         """By the target's config and its generation config."""
         return eos_token_ids(self.config, getattr(self.model, "generation_config", None))
 
-    @torch.no_grad()
     def final_norm(self) -> nn.Module:
-        """By a forward of two tokens: ask once."""
-        answers: list[tuple[nn.Module, Any]] = []
-        inner = [module for module in self.base.modules() if module is not self.base]
-        handles = [module.register_forward_hook(lambda m, _, output: answers.append((m, output))) for module in inner]
-        ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
-        last = self.base(input_ids=ids, use_cache=False).last_hidden_state
-        for handle in handles:
-            handle.remove()
-        found = [module for module, output in answers if output is last]
-        if not found:
-            raise ValueError(f"target {type(self.model).__name__}: no module gives its last hidden states as they are")
-        return found[-1]
+        norms = [module for module in self.base.children() if "norm" in type(module).__name__.lower()]
+        if len(norms) != 1:
+            raise ValueError(f"target {type(self.model).__name__} has {len(norms)} norms beside its layers, not one")
+        return norms[0]
 
     @contextmanager
     def layer_inputs(self, keep: Callable[[int, Tensor], object]) -> Iterator[None]:
@@ -278,9 +277,7 @@ class FrozenTarget(TargetBase):
         return out["features"].view(B, L, F * T), out["last"].view(B, L, T)
 
     def outputs(self, batch: dict[str, Tensor], head_rows: Tensor) -> TargetOutputs:
-        features, last_hidden = self.features(batch["input_ids"], batch["position_ids"])
-        # With a device map, layers may end up anywhere.
-        return TargetOutputs(features.to(head_rows.device), last_hidden.to(head_rows.device), head_rows)
+        return TargetOutputs(*self.features(batch["input_ids"], batch["position_ids"]), head_rows)
 
     @torch.no_grad()
     def check(self) -> None:
@@ -304,6 +301,48 @@ class FrozenTarget(TargetBase):
             raise ValueError(f"target {name} changes its logits beside the head ({off:.0%}): labels would be wrong")
 
 
+class AbsentTarget(TargetBase):
+    """A target whose layers run elsewhere, or have run: what lies around them is read from its .safetensors files, on the
+    CPU, when it is asked for. `dtype` is set by what gives the outputs. ValueError: as `FrozenTarget`.
+    """
+
+    def __init__(self, settings: Target) -> None:
+        self.settings = settings
+        model = empty_model(replace(settings, attn_implementation=None), torch.float32)
+        self._frozen = FrozenTarget(model, settings.layer_ids)  # on the meta device
+        self.config, self.layer_ids = self._frozen.config, self._frozen.layer_ids
+        self.vocab_size = self._frozen.vocab_size
+
+    def _stored(self, module: Any) -> dict[str, Tensor]:
+        """The parameters of a module of the model, by their names in it."""
+        full = {id(parameter): name for name, parameter in self._frozen.model.named_parameters()}
+        names = {name: full[id(parameter)] for name, parameter in module.named_parameters()}
+        folder = Path(self.settings.path)
+        found = read_tensors(folder, stored_tensors(folder), set(names.values()))
+        return {name: found[key].to(self.dtype) for name, key in names.items()}
+
+    def eos_token_ids(self) -> list[int]:
+        path = self.settings.path
+        has_own = (Path(path) / "generation_config.json").is_file()
+        return eos_token_ids(self.config, GenerationConfig.from_pretrained(path) if has_own else None)
+
+    def embedding_rows(self) -> Tensor:
+        return self._stored(self._frozen.model.get_input_embeddings())["weight"]
+
+    @cached_property
+    def _head(self) -> Tensor:
+        return self._stored(self._frozen.head)["weight"]
+
+    def head_weight(self) -> Tensor:
+        return self._head
+
+    def final_norm(self) -> nn.Module:
+        norm = self._frozen.final_norm()
+        weights = self._stored(norm)
+        norm.to_empty(device="cpu").load_state_dict(weights)
+        return norm.to(self.dtype).requires_grad_(False)
+
+
 def _decoder(model: nn.Module, num_layers: int) -> tuple[nn.Module, nn.ModuleList]:
     """The part of a causal LM below its head, and its stack of layers."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None  # type: ignore[operator]
@@ -313,10 +352,3 @@ def _decoder(model: nn.Module, num_layers: int) -> tuple[nn.Module, nn.ModuleLis
             if isinstance(module, nn.ModuleList) and len(module) == num_layers:
                 return base, module
     raise ValueError(f"target {type(model).__name__}: no stack of {num_layers} decoder layers found below a head")
-
-
-def _weight(module: Any) -> Tensor:
-    """A module's weight, whole, whether sharded, offloaded by accelerate (then copied to the CPU) or neither."""
-    with align_module_device(module, torch.device("cpu") if module.weight.is_meta else None):
-        weight = whole(module.weight.detach())
-        return weight.clone() if has_offloaded_params(module) else weight

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from transformers.utils.logging import disable_progress_bar
 
 from peagle_train.config import Target
 from peagle_train.data.vocab import load_config
@@ -70,20 +68,18 @@ def load_model(
     dtype: torch.dtype | str,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
-    device_map: str | None = None,
+    on_disk: bool = False,
 ) -> nn.Module:
     """The causal LM of a Hugging Face folder, on the CPU; ValueError, one line, for a folder that holds none that fits.
 
-    device_map: spread over the devices that this process sees; "disk": each weight is read whenever it is used.
+    on_disk: each weight is read whenever it is used.
     """
     if trust_remote_code:
         logger.warning("target.trust_remote_code is on: Python code in %s will run", path)
     config = load_config(path, trust_remote_code)
     if not any(Path(path).glob("*.safetensors")):
         raise ValueError(f"target.path {path} has no .safetensors weights; convert them first")
-    if not sys.stderr.isatty():
-        disable_progress_bar()
-    given: dict[str, Any] = {"device_map": {"": "disk"} if device_map == "disk" else device_map}
+    given: dict[str, Any] = {"device_map": {"": "disk"} if on_disk else None}
     if attn_implementation:
         given["attn_implementation"] = attn_implementation
     given |= {"trust_remote_code": trust_remote_code, "local_files_only": True, "use_safetensors": True}
@@ -107,7 +103,6 @@ def empty_model(settings: Target, dtype: torch.dtype | None = None, kind: str = 
     config, own = load_config(settings.path, settings.trust_remote_code), settings.attn_implementation
     given: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     try:
-        refuse_unfit(config.get_text_config())
         chosen = dtype or resolve_dtype(settings.dtype, torch.device(kind))
         if chosen == "auto":  # where no config names one, bfloat16, as nearly all have it
             chosen = config.get_text_config().dtype or torch.bfloat16
@@ -149,7 +144,7 @@ def stored_tensors(folder: Path) -> dict[str, Any]:
         try:
             file = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"target.path {folder}: cannot read {path.name}: {one_line(error, 200)}") from None
+            raise ValueError(f"{path} is no whole safetensors file ({one_line(error, 200)}): fetch it again") from None
         found |= dict.fromkeys(file.keys(), file)
     return found
 

@@ -3,13 +3,11 @@
 """
 
 import shutil
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -19,7 +17,6 @@ from peagle_train.core.passes import TargetOutputs
 from peagle_train.files import one_line, put_tensors
 from peagle_train.target_model.cache import FIELDS
 from peagle_train.target_model.frozen import TargetBase, TargetLost
-from peagle_train.target_model.loading import target_fingerprint
 
 SLACK = 8192  # bytes that a file takes at most beside its numbers: its header, and what a disk rounds up
 ELSEWHERE = "give another folder as target.ring_dir"
@@ -41,44 +38,32 @@ def block_steps(recipe: Recipe, target: TargetBase, sequences: int) -> int:
     raise ValueError(f"target.ring is {recipe.target.ring:g} GiB; {needed}")
 
 
-def ring_folder(recipe: Recipe, target: TargetBase) -> Path:
-    """Where all ranks' files lie: in the run's own folder, or below `target.ring_dir`."""
-    output, elsewhere = Path(recipe.output.dir), recipe.target.ring_dir
-    whose = f"{output.resolve()} {target_fingerprint(recipe.target.path)} {target.layer_ids}"
-    return Path(elsewhere) / f"ring-{hash63(whose.encode()):x}" if elsewhere else output / "ring"
-
-
 class Ring:
     """A target's outputs for training's batches. Sequences are computed one at a time, so the bits of one do not depend on
     the others.
 
-    rank, world_size: each rank keeps its own sequences. coming: keys of those that the present block still has for
-        this rank; what an earlier run has left of others is removed. sequences: of this rank, in a block.
+    rank, world_size: each rank keeps its own sequences; what an earlier run has left is removed. sequences: of this rank,
+        in a block.
 
     ValueError: the folder cannot be used, or has too little room for a block.
     """
 
-    def __init__(
-        self, recipe: Recipe, target: TargetBase, rank: int, world_size: int, coming: set[int], sequences: int
-    ) -> None:
-        self.target, root = target, ring_folder(recipe, target)
-        self.folder = root / f"{rank}-of-{world_size}"
+    def __init__(self, recipe: Recipe, target: TargetBase, rank: int, world_size: int, sequences: int) -> None:
+        output = Path(recipe.output.dir)
+        root = Path(recipe.target.ring_dir or output) / f"ring-{hash63(str(output.resolve()).encode()):x}"
+        self.target, self.folder = target, root / str(rank)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for other in root.iterdir():
-                if not other.name.endswith(f"-of-{world_size}"):
-                    shutil.rmtree(other, ignore_errors=True)  # by all ranks at once
-            known = {key for key in coming if self._path(key).exists()}
-            for path in {*self.folder.iterdir()} - {*map(self._path, known)}:
-                path.unlink(missing_ok=True)
-            there = sum(self._path(key).stat().st_size for key in known)
+            for old in root.glob("*"):
+                if int(old.name) % world_size == rank:  # there may have been more ranks
+                    shutil.rmtree(old)
+            self.folder.mkdir(parents=True)
             free = shutil.disk_usage(self.folder).free
         except OSError as error:
             raise ValueError(f"target.ring cannot be kept in {self.folder}: {one_line(error)}: {ELSEWHERE}") from None
-        if (lacking := sequences * sequence_bytes(recipe, target) - there - free) > 0:
+        if (lacking := sequences * sequence_bytes(recipe, target) - free) > 0:
             room = f"{lacking / 2**30:.3g} GiB for the {sequences} sequences of a block"
             raise ValueError(f"target.ring: {self.folder} lacks {room}: {ELSEWHERE}, or a smaller target.ring")
-        self._known = known | {0}  # sequences that need not be asked for; 0 is one of no tokens
+        self._known = {0}  # sequences that need not be asked for; 0 is one of no tokens
         # By the batch's id: the batch, and those of its sequences that the target is asked for.
         self._coming: dict[int, tuple[Batch, dict[int, Batch]]] = {}
         self.keeps = True  # whether the sequences of the next batch will come again
@@ -121,24 +106,19 @@ class Ring:
         return TargetOutputs(whole[0], whole[1], head_rows)
 
     def _read(self, key: int) -> list[Tensor] | None:
-        started = time.perf_counter()
         try:
             tensors = load_file(self._path(key))
-        except (FileNotFoundError, SafetensorError):
-            self._path(key).unlink(missing_ok=True)
+        except FileNotFoundError:
             return None
-        self.target.waited += time.perf_counter() - started
         return [tensors[name] for name in FIELDS]
 
     def _write(self, key: int, tensors: list[Tensor]) -> None:
-        path, started = self._path(key), time.perf_counter()
         try:
-            put_tensors(path, dict(zip(FIELDS, tensors, strict=True)))
+            put_tensors(self._path(key), dict(zip(FIELDS, tensors, strict=True)))
         except OSError as error:
             shutil.rmtree(self.folder, ignore_errors=True)  # the checkpoint may need the room
             raise TargetLost(f"target.ring {self.folder} cannot be written: {one_line(error)}: {ELSEWHERE}") from None
         self._known.add(key)
-        self.target.waited += time.perf_counter() - started
 
     def remove(self) -> None:
         """Remove this rank's files; nothing will read them again."""

@@ -1,5 +1,4 @@
-"""A target behind vLLM servers, which compute its hidden states; and the command that starts such a server. Here only what
-lies around the target's layers is loaded: head, embeddings and final norm, whatever its size.
+"""A target behind vLLM servers, which compute its hidden states; and the command that starts such a server.
 
 Every document is a request of its own, up to the last position that training reads (`positions_read`), so packed documents
 cannot see each other. vLLM answers with the name of a file in a folder that it shares with us (the one that
@@ -15,14 +14,12 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 import subprocess
 import threading
 import time
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import replace
 from multiprocessing.pool import AsyncResult, ThreadPool  # its threads are daemons: no exit waits for an answer
 from pathlib import Path
 from typing import Any
@@ -30,15 +27,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from peagle_train.config import Recipe, Target
 from peagle_train.core.elements import positions_read
 from peagle_train.core.passes import TargetOutputs
-from peagle_train.data.vocab import eos_token_ids, load_config
+from peagle_train.data.vocab import load_config
 from peagle_train.files import RunStopped, one_line
-from peagle_train.target_model.frozen import FrozenTarget, TargetBase, TargetLost, pieces_of
-from peagle_train.target_model.loading import default_layer_ids, empty_model, read_tensors, stored_tensors
+from peagle_train.target_model.frozen import AbsentTarget, TargetLost, pieces_of
+from peagle_train.target_model.loading import default_layer_ids
 
 logger = logging.getLogger(__name__)
 
@@ -59,17 +56,16 @@ def connect(url: str, option: str, key: str = "none", **how: Any) -> tuple[Any, 
     return openai, openai.OpenAI(base_url=url, api_key=key, **how)
 
 
-class ServedTarget(TargetBase):
+class ServedTarget(AbsentTarget):
     """A target that asks `target.server` for what training reads: for a `device`, in sequences of at most `max_length`.
 
     ValueError: one line, for a server that is none, or that serves another model or other layers.
     """
 
     def __init__(self, settings: Target, device: torch.device, max_length: int) -> None:
+        super().__init__(settings)
         assert settings.server
-        self.settings, self.device = settings, device
-        self.config = load_config(settings.path, settings.trust_remote_code).get_text_config()
-        self.layer_ids = list(settings.layer_ids or default_layer_ids(self.num_layers))
+        self.device = device
         urls = [settings.server] if isinstance(settings.server, str) else settings.server
         patience = max(60.0, settings.server_patience)
         self.servers = [_Server(url, self.layer_ids, self.hidden_size, patience) for url in urls]
@@ -79,8 +75,8 @@ class ServedTarget(TargetBase):
         self._threads = ThreadPool(REQUESTS * len(urls))
         self._turns = itertools.count()
         self._stopping = threading.Event()
-        # by the batch's id: the batch, which positions are needed, room for their states, the requests
-        self._coming: dict[int, tuple[dict[str, Tensor], Tensor, Tensor, list[AsyncResult[None]]]] = {}
+        # by the batch's id: the batch, room for its states, the requests
+        self._coming: dict[int, tuple[dict[str, Tensor], Tensor, list[AsyncResult[None]]]] = {}
         self._bytes = 0  # of the batches that are coming
         self._failure = ""
         states = self._ask(torch.arange(1, 6))[0]
@@ -89,23 +85,9 @@ class ServedTarget(TargetBase):
             raise ValueError(f"target.server computes in {dtype}, target.dtype is {settings.dtype}: {REMEDY}")
         self._token_bytes = (len(self.layer_ids) + 1) * self.hidden_size * self.dtype.itemsize
         self.ahead = int(settings.prefetch_gib * 2**30) // (max_length * self._token_bytes)
-        self._head, self._embeddings, self._norm = _around_the_layers(settings, states.dtype)
-        self._norm.to(device)
-        self.vocab_size = self._head.shape[0]
+        self._norm = self.final_norm().to(device)
         if settings.check:
             self.check()
-
-    def eos_token_ids(self) -> list[int]:
-        return eos_token_ids(self.config)
-
-    def embedding_rows(self) -> Tensor:
-        return self._embeddings
-
-    def head_weight(self) -> Tensor:
-        return self._head
-
-    def final_norm(self) -> nn.Module:
-        return self._norm
 
     def check(self) -> None:
         """ValueError unless the greedy token after a few prompts is the head's of the last hidden state here."""
@@ -114,7 +96,7 @@ class ServedTarget(TargetBase):
             states, token = self._ask(ids)
             if not 0 <= token < self.vocab_size or states.dtype != self.dtype:
                 raise ValueError(f"target.server answers with token {token} and {states.dtype} states: {REMEDY}")
-            logits = self._head.float() @ self._norm(states[-1, -1].to(self.device)).float().cpu()
+            logits = self.head_weight().float() @ self._norm(states[-1, -1].to(self.device)).float().cpu()
             if float(logits.max() - logits[token]) > 0.02 * float(logits.abs().max()):  # bfloat16 has near ties
                 tokens = f"token {token}, target.path {self.settings.path} with {int(logits.argmax())}"
                 why = f"it serves another model, or other layers than {self.layer_ids}"
@@ -135,37 +117,30 @@ class ServedTarget(TargetBase):
         is_supervised = torch.zeros_like(documents_BL).scatter_add_(1, batch["anchor"], learned) > 0
         is_needed = torch.stack(positions_read(is_supervised, documents_BL, self.reach)).any(0)
         # Allocated here: page-locked memory belongs to the device of the thread that asks for it.
-        shape = int(is_needed.sum()), len(self.layer_ids) + 1, self.hidden_size
-        room = torch.empty(shape, dtype=self.dtype, pin_memory=self.device.type == "cuda")
-        parts, start = [], 0
+        shape = *documents_BL.shape, len(self.layer_ids) + 1, self.hidden_size
+        room = torch.zeros(shape, dtype=self.dtype, pin_memory=self.device.type == "cuda")
+        parts = []
         for b, documents in enumerate(documents_BL):
             for part in pieces_of(documents[documents >= 0]):
-                needed = is_needed[b, part].nonzero()[:, 0]
-                if n := needed.numel():
+                if (needed := is_needed[b, part].nonzero()[:, 0]).numel():
                     ids = batch["input_ids"][b, part][: int(needed[-1]) + 1]
-                    parts.append(self._threads.apply_async(self._read, (ids, needed, room[start : start + n])))
-                    start += n
-        self._coming[id(batch)] = batch, is_needed.flatten().nonzero()[:, 0], room, parts
+                    parts.append(self._threads.apply_async(self._read, (ids, needed, room[b, part])))
+        self._coming[id(batch)] = batch, room, parts
         self._bytes += room.nbytes
 
     def outputs(self, batch: dict[str, Tensor], head_rows: Tensor) -> TargetOutputs:
         self._begin(batch)
         started = time.perf_counter()
-        _, index, room, parts = self._coming.pop(id(batch))
+        _, room, parts = self._coming.pop(id(batch))
         for part in parts:
             part.get()
         self.waited += time.perf_counter() - started
         self._bytes -= room.nbytes
-        index, states = (tensor.to(head_rows.device, non_blocking=True) for tensor in (index, room))
-        B, L = batch["input_ids"].shape
-
-        def spread(rows: Tensor) -> Tensor:
-            return rows.new_zeros(B * L, *rows.shape[1:]).index_copy_(0, index, rows).view(B, L, -1)
-
-        return TargetOutputs(spread(states[:, :-1]), spread(self._norm(states[:, -1])), head_rows)
+        states = room.to(head_rows.device, non_blocking=True)
+        return TargetOutputs(states[:, :, :-1].flatten(2), self._norm(states[:, :, -1]), head_rows)
 
     def _read(self, ids_n: Tensor, needed: Tensor, room: Tensor) -> None:
-        room.copy_(self._ask(ids_n)[0][needed])
+        room[needed] = self._ask(ids_n)[0][needed]
 
     def _ask(self, ids_n: Tensor) -> tuple[Tensor, int]:
         """The hidden states [n, k + 1, T] of a document, and the greedy token after it; the last ones before the norm.
@@ -183,11 +158,10 @@ class ServedTarget(TargetBase):
                     raise TargetLost(str(error)) from None
                 raise
             except OSError as error:  # among them openai's, see `_Server`
-                failure = f"target.server {server.url} gave no answer: {one_line(error)}"
-                self._failure = failure
+                self._failure = f"target.server {server.url} gave no answer: {one_line(error)}"
             if until == math.inf:
                 until = time.monotonic() + self.settings.server_patience
-                logger.warning("%s; asking again", failure)
+                logger.warning("%s; asking again", self._failure)
             elif time.monotonic() > until:
                 break
             self._stopping.wait(min(2.0, self.settings.server_patience))
@@ -218,35 +192,35 @@ class _Server:
         more = {"return_token_ids": True, "add_special_tokens": False, **GREEDY}
         try:
             reply = self.client.completions.create(model=self.model, prompt=ids, max_tokens=1, extra_body=more)
-        except self.openai.APIStatusError as error:
-            if error.status_code < 500 and error.status_code not in (408, 409, 425, 429):
+        except self.openai.OpenAIError as error:
+            code = getattr(error, "status_code", 500)
+            if code < 500 and code not in (408, 409, 425, 429):
                 what = f"refuses a prompt of {len(ids)} tokens: {one_line(error)}"
                 raise ValueError(f"target.server {self.url} {what}") from None
-            raise OSError(one_line(error)) from None
-        except self.openai.OpenAIError as error:
             raise OSError(one_line(error)) from None
         path = states_path(reply)
         token = (getattr(reply.choices[0], "token_ids", None) or [-1])[0]
         if path is None:
             raise ValueError(f"target.server {self.url} gives no hidden states: {REMEDY}")
-        named = re.fullmatch(r"layers-([\d-]+)", path.parent.name)
-        if named and named[1] != (asked := "-".join(map(str, self.layer_ids))):
-            raise ValueError(f"target.server {self.url} gives layers {named[1]}, the recipe asks for {asked}: {REMEDY}")
+        if (given := path.parent.name) != (asked := layers_folder(self.layer_ids)):
+            raise ValueError(f"target.server {self.url} gives {given}, the recipe asks for {asked}: {REMEDY}")
         try:
-            states = take(path, ids, self.patience)
+            states = take(path, ids)
         except FileNotFoundError as error:
             if self.has_answered:  # it was restarted, and its folder emptied
                 raise
             what = f"{error.filename}, which is missing here: share that folder"
             raise ValueError(f"target.server wrote {what}") from None
-        if not named and not self.has_answered:
-            hint = "give it the folder of `peagle-train serve-target`"
-            logger.warning("target.server %s does not say which layers it gives: %s", self.url, hint)
         if states.shape != (len(ids), len(self.layer_ids) + 1, self.hidden_size):
             wanted = f"not those of {len(self.layer_ids)} layers and the last: {REMEDY}"
             raise ValueError(f"target.server {self.url} gives hidden states {tuple(states.shape)}, {wanted}")
         self.has_answered = True
         return states, token
+
+
+def layers_folder(layer_ids: Sequence[int]) -> str:
+    """The name of the folder into which a server writes, which says what it writes."""
+    return f"layers-{'-'.join(map(str, layer_ids))}"
 
 
 def states_path(reply: Any) -> Path | None:
@@ -255,22 +229,15 @@ def states_path(reply: Any) -> Path | None:
     return Path(path) if path else None
 
 
-def take(path: Path, ids: list[int], patience: float) -> Tensor:
-    """Read and remove a server's file of hidden states, [n, k + 1, T]; waits until it is whole.
+def take(path: Path, ids: list[int]) -> Tensor:
+    """Read and remove a server's file of hidden states, [n, k + 1, T]; waits until it is whole, which its lock says, or the
+    server has ended.
 
-    FileNotFoundError: it has no lock. OSError: it is not whole after `patience` seconds, or never will be.
+    FileNotFoundError: it has no lock. OSError: it will never be whole.
     """
-    lock, until, pause = path.with_name(path.name + ".lock"), time.monotonic() + patience, 0.001
+    lock = path.with_name(path.name + ".lock")
     with lock.open() as held:
-        while True:
-            try:
-                fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise OSError(f"{path} was not whole after {patience:.0f} s") from None
-            time.sleep(pause)  # flock itself would wait without limit
-            pause = min(0.1, 2 * pause)
+        fcntl.flock(held, fcntl.LOCK_SH)
         try:
             tensors = load_file(path)
         except (FileNotFoundError, SafetensorError) as error:
@@ -280,23 +247,6 @@ def take(path: Path, ids: list[int], patience: float) -> Tensor:
     if tensors["token_ids"].tolist() != ids:
         raise ValueError(f"target.server wrote {path} for other tokens than it was asked for")
     return tensors["hidden_states"]
-
-
-def _around_the_layers(settings: Target, dtype: torch.dtype) -> tuple[Tensor, Tensor, nn.Module]:
-    """The target's head and embeddings [V, T] and its final norm, from its .safetensors files, on the CPU."""
-    model = empty_model(replace(settings, attn_implementation=None), dtype)
-    target = FrozenTarget(model, settings.layer_ids)
-    norms = [module for module in target.base.children() if "norm" in type(module).__name__.lower()]
-    if len(norms) != 1:
-        what = f"has {len(norms)} norms beside its layers: target.server needs one"
-        raise ValueError(f"target {type(model).__name__} {what}")
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    embeddings, head, norm = model.get_input_embeddings().weight, target.head.weight, norms[0]
-    inside = {name: names[id(parameter)] for name, parameter in norm.named_parameters()}
-    folder, wanted = Path(settings.path), {names[id(embeddings)], names[id(head)], *inside.values()}
-    found = read_tensors(folder, stored_tensors(folder), wanted)
-    norm.to_empty(device="cpu").load_state_dict({name: found[full] for name, full in inside.items()})
-    return found[names[id(head)]].to(dtype), found[names[id(embeddings)]].to(dtype), norm.eval().requires_grad_(False)
 
 
 # Starting a server
@@ -321,7 +271,7 @@ def serve_command(recipe: Recipe, port: int, folder: str, python: str, more: Seq
     if on_cpu:
         module, own = "peagle_train.serving.vllm_connector", own / ON_CPU
         connector = {"kv_connector": "CPUHiddenStatesConnector", "kv_connector_module_path": module}
-    storage = {"shared_storage_path": str(own / f"layers-{'-'.join(map(str, layers))}")}
+    storage = {"shared_storage_path": str(own / layers_folder(layers))}
     transfer = {**connector, "kv_role": "kv_producer", "kv_connector_extra_config": storage}
     return [
         *(python, "-m", "vllm.entrypoints.openai.api_server", "--model", target.path, "--port", str(port)),

@@ -100,7 +100,6 @@ def _train(recipe: Recipe, resume: str | None) -> str:
 def load_target(recipe: Recipe, accelerator: Accelerator) -> TargetBase:
     """The recipe's target, checked."""
     settings, several = recipe.target, accelerator.num_processes > 1
-    distributed.check_device_map(settings.device_map, accelerator.num_processes)
     elsewhere = settings.cache or settings.server
     sharded = settings.shard and several and not elsewhere
     if settings.shard and not sharded:

@@ -208,7 +208,7 @@ MAY_CHANGE += """
     cod.num_segments cod.boundaries train.segment_mode train.loss_chunk_rows train.activation_checkpointing
     train.offload_features train.compile train.compile_backend train.batch_size train.sharding
     train.gradient_accumulation_steps target.attn_implementation target.chunk_tokens target.cache target.cache_dtype
-    target.device_map target.shard target.server
+    target.shard target.server
 
     train.epochs train.max_steps target.path draft.draft_vocab_size draft.layer_type
 """.split()

@@ -6,11 +6,10 @@ on, so that step n always trains the same sequences at the same rate; weights an
 
 import json
 import math
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Generator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -41,7 +40,7 @@ from peagle_train.serving.formats import parse_config
 from peagle_train.serving.start import SHAPE
 from peagle_train.target_model.frozen import TargetBase, TargetLost
 from peagle_train.target_model.loading import target_fingerprint
-from peagle_train.target_model.ring import Ring, block_steps, ring_folder
+from peagle_train.target_model.ring import Ring, block_steps
 from peagle_train.training import checkpoint as checkpoints
 from peagle_train.training import metrics
 from peagle_train.training.checkpoint import MARKER, Checkpoint, last_checkpoint
@@ -129,16 +128,9 @@ class Trainer:
 
     def _run(self, steps: Generator[list[Batch], None, None]) -> dict[str, Any]:
         if self.recipe.target.reuse > 1:
-            rank, left = self.accelerator.process_index, self.sampler.left_in_block() if self.resumed else ()
-            coming = {self.data.train_rows[i]["row_key"] for i in left}
+            rank = self.accelerator.process_index
             sequences = self.sampler.block_steps * self.sampler.global_batch_size // self.world_size
-            self.runner.ring = Ring(self.recipe, self.target, rank, self.world_size, coming, sequences)
-            if self.resumed:  # an earlier part of the run may have kept its features elsewhere
-                earlier = replace(self.recipe.target, ring_dir=self.resumed.state["recipe"]["target"].get("ring_dir"))
-                old = ring_folder(replace(self.recipe, target=earlier), self.target).resolve()
-                new = ring_folder(self.recipe, self.target).resolve()
-                if rank == 0 and old not in (new, *new.parents):
-                    shutil.rmtree(old, ignore_errors=True)
+            self.runner.ring = Ring(self.recipe, self.target, rank, self.world_size, sequences)
         if self.resumed is None:
             self.before = self.evaluate("held-out before training")
         self.started = time.perf_counter()
