@@ -302,7 +302,6 @@ def _export(add: Add, read: Read) -> None:
     add("--num-speculative-tokens", type=int, metavar="K", help="to serve with; default: the training's")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
     add("--licence", "--license", metavar="ID", help="the model card's licence field, e.g. apache-2.0")
-    add("--measured", type=Path, metavar="FILE", help="what `evaluate --json` wrote, for the model card")
     add("--push-to-hub", metavar="USER/MODEL", help="upload it to Hugging Face, too, private (after `hf auth login`)")
     add("--public", action="store_true", help="with --push-to-hub: for everybody to see")
     o = read()
@@ -310,13 +309,12 @@ def _export(add: Add, read: Read) -> None:
         raise ValueError("--public goes with --push-to-hub USER/MODEL")
     from peagle_train.serving.export import export_drafter, push_to_hub
 
-    about = {"target": o.target, "target_name": o.target_name, "licence": o.licence, "measured": o.measured}
-    done = export_drafter(o.folder, o.out, o.format, o.num_speculative_tokens, o.dtype, **about)
-    warnings = [f"{f.what}: {f.detail}" for f in done.findings if f.level == "warn"]
-    _print_notes(done.notes + warnings)
-    print(f"exported to {done.folder}; how to serve it is in its README.md")
+    about = {"target": o.target, "target_name": o.target_name, "licence": o.licence}
+    for note in export_drafter(o.folder, o.out, o.format, o.num_speculative_tokens, o.dtype, **about):
+        print(f"note: {note}", file=sys.stderr)
+    print(f"exported to {o.out}; how to serve it is in its README.md")
     if o.push_to_hub:
-        print(f"uploaded to {push_to_hub(done.folder, o.push_to_hub, o.public)}")
+        print(f"uploaded to {push_to_hub(o.out, o.push_to_hub, o.public)}")
 
 
 def _check(add: Add, read: Read) -> int:
@@ -348,16 +346,10 @@ def _import(add: Add, read: Read) -> None:
     add("folder", type=Path, metavar="FOLDER", help="the drafter's folder")
     add("--out", type=Path, metavar="DIR", required=True, help="a new folder, or an empty one")
     o = read()
-    from peagle_train.serving.export import import_drafter
+    from peagle_train.serving.export import export_drafter
 
-    done = import_drafter(o.folder, o.out)
-    _print_notes(done.notes)
-    print(f"imported to {done.folder}")
-
-
-def _print_notes(notes: list[str]) -> None:
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+    export_drafter(o.folder, o.out, "eagle3")
+    print(f"imported to {o.out}")
 
 
 def _evaluate(add: Add, read: Read) -> int:

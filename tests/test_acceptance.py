@@ -27,7 +27,6 @@ from peagle_train.decoding.measure import (
     verdict,
 )
 from peagle_train.regenerate import Prompt
-from peagle_train.serving.export import read_run
 from peagle_train.target_model.frozen import FrozenTarget
 from tests.byte_tokenizer import BYTES_VOCAB, make_byte_tokenizer
 from tests.documents import load_documents, table_of
@@ -326,11 +325,3 @@ def test_a_drafter_that_may_have_learned_from_the_prompts_is_not_compared(runs, 
     for other in (folders[0.01], tmp_path / "none"):
         with pytest.raises(ValueError, match="may have learned from these prompts"):
             check_held_out([folders[0.05], other])
-
-
-def test_a_checkpoints_estimate_is_of_its_own_step(tmp_path):
-    lines = [{"kind": "eval", "step": n, "accuracy": [n / 10]} for n in (3, 7)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "eval", "st')
-    (tmp_path / "run.json").write_text(json.dumps({"steps": 7}))
-    found = [read_run(tmp_path / name).evaluation for name in ("checkpoint-3", "checkpoint-5", "final", "export")]
-    assert found == [lines[0], None, lines[1], None]

@@ -14,7 +14,7 @@ from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.visibility import Visibility, first_seen
 from peagle_train.serving.check import check_folder, is_loadable
 from peagle_train.serving.drafter_io import load_drafter, read_drafter
-from peagle_train.serving.export import export_drafter, import_drafter
+from peagle_train.serving.export import export_drafter
 from tests.helpers import make_draft, seeded
 from tests.test_import import start
 from tests.tiny import MASK, VOCAB, make_target, write_rows
@@ -124,7 +124,7 @@ def test_its_own_checkpoint_comes_back_through_import_bit_for_bit(tmp_path, targ
     theirs.save_pretrained(tmp_path / "theirs")
     written = json.loads((tmp_path / "theirs" / "config.json").read_text())
     assert written["speculators_version"] and is_loadable(check_folder(tmp_path / "theirs"))
-    import_drafter(tmp_path / "theirs", tmp_path / "back")
+    export_drafter(tmp_path / "theirs", tmp_path / "back", "eagle3")
     back = load_drafter(tmp_path / "back")
     for name, tensor in draft.state_dict().items():
         assert torch.equal(back.state_dict()[name], tensor + 1.0 if name == "fc.weight" else tensor), name
@@ -155,7 +155,7 @@ def their_default(folder: Path, target: Path, full_attention: list[int]) -> Any:
 @pytest.mark.parametrize("full_attention", [[], [0, 1]], ids=["window", "no window"])
 def test_its_default_drafter_is_imported_starts_a_run_and_goes_back_the_same(tmp_path, target, full_attention):
     theirs = their_default(tmp_path / "theirs", target, full_attention)
-    import_drafter(tmp_path / "theirs", tmp_path / "in")
+    export_drafter(tmp_path / "theirs", tmp_path / "in", "eagle3")
     export_drafter(tmp_path / "in", tmp_path / "back", "speculators", target=target, speculative_tokens=K)
     back = read_by_speculators(tmp_path / "back")
     before, after = load_file(tmp_path / "theirs" / "model.safetensors"), back.state_dict()
@@ -173,12 +173,6 @@ def test_its_default_drafter_is_imported_starts_a_run_and_goes_back_the_same(tmp
     trained = load_drafter(tmp_path / "run" / "final").state_dict()
     for name, tensor in load_drafter(tmp_path / "in").state_dict().items():
         assert torch.allclose(trained[name], tensor, rtol=0, atol=1e-6), name
-
-
-def test_layers_of_which_some_have_a_window_are_refused_by_name(tmp_path, target):
-    their_default(tmp_path / "theirs", target, [1])
-    with pytest.raises(ValueError, match="same window"):
-        import_drafter(tmp_path / "theirs", tmp_path / "in")
 
 
 def test_an_eagle3_checkpoint_of_its_own_is_read_and_named_as_that(tmp_path, target):
@@ -211,7 +205,7 @@ def test_an_eagle3_checkpoint_of_its_own_is_read_and_named_as_that(tmp_path, tar
     model.load_verifier_weights()
     model.save_pretrained(tmp_path / "theirs")
     with pytest.raises(ValueError, match="mask_hidden, a mask token"):
-        import_drafter(tmp_path / "theirs", tmp_path / "back")
+        export_drafter(tmp_path / "theirs", tmp_path / "back", "eagle3")
     files, stored = read_drafter(tmp_path / "theirs"), load_file(tmp_path / "theirs" / "model.safetensors")
     assert files.config.norm_before_residual and torch.equal(files.draft_token_ids, ids)
     assert files.tensors.keys() == stored.keys()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from peagle_train.core.rope import yarn_too_short
-from peagle_train.serving.drafter_io import read_drafter, standard_name
+from peagle_train.serving.drafter_io import read_drafter
 from peagle_train.serving.formats import (
     EAGLE3,
     feature_layers_of,
@@ -62,8 +62,8 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
         found.append(Finding(level if isinstance(level, str) else "ok" if level else "BAD", what, str(detail)))
 
     form = format_of(raw)
-    shape = f"{config.num_hidden_layers} {config.layer_type} layers"
-    find("ok", "format", f"{form}, {shape}, {files.tensors['fc.weight'].dtype}")
+    find("ok", "format", f"{form}, {config.num_hidden_layers} {config.layer_type} layers, {config.dtype}")
+    find("ok", "vocabulary", f"{config.draft_vocab_size} of {config.vocab_size} tokens")
     if form == EAGLE3:
         given, names = raw.get("architectures"), SERVED[config.layer_type]
         known = isinstance(given, list) and given[:1] and given[0] in names
@@ -80,10 +80,8 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
         find(token is not None and has_mask, "mask token", f"{token}, {'with' if has_mask else 'without'} mask_hidden")
     if has_mask and not bool(files.tensors["mask_hidden"].any()):
         find("warn", "mask_hidden", "all zero, so it was never trained")
-    is_pruned = config.draft_vocab_size != config.vocab_size
-    find("ok", "vocabulary", f"{config.draft_vocab_size} of {config.vocab_size} tokens")
     for name in files.missing:
-        if name == "lm_head.weight" and is_pruned:
+        if name == "lm_head.weight" and config.draft_vocab_size != config.vocab_size:
             find("BAD", name, "missing: the target's head does not fit a pruned vocabulary")
         elif name != "mask_hidden":
             find("warn", name, "missing: engines take the target's")
@@ -92,9 +90,6 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
             find("BAD", name, f"vLLM would look for model.{name}; peagle-train import renames it")
         elif name.startswith("verifier_"):
             find("BAD", name, "vLLM knows no such tensor; peagle-train import leaves it out")
-        elif standard_name(name) == "d2t" and not is_pruned:
-            find("BAD", name, "of a full vocabulary, for which vLLM has no such tensor")
-    found += [Finding("ok", "note", note) for note in files.notes]
     ids = layer_ids_of(raw)
     count, hint = feature_layers_of(raw), ""
     if count != config.num_aux_hidden_states:

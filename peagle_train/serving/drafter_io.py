@@ -7,7 +7,6 @@ V: the target's vocabulary, Vd: the draft vocabulary, T: the target's hidden siz
 
 import copy
 import json
-import logging
 import os
 import re
 from collections.abc import Mapping
@@ -16,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from peagle_train.core.draft import PEagleDraft
@@ -25,10 +22,9 @@ from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.data.vocab import t2d_mask
 from peagle_train.files import NonFiniteWeights, one_line, save_tensors, write_folder
 from peagle_train.serving.formats import parse_config
+from peagle_train.target_model.frozen import PLAIN
+from peagle_train.target_model.loading import stored_tensors
 
-logger = logging.getLogger(__name__)
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 MAY_LACK = ("mask_hidden", "embed_tokens.weight", "lm_head.weight")
 """What an EAGLE-3 drafter may lack: the first is P-EAGLE's, the others are the target's then."""
@@ -46,8 +42,7 @@ class DrafterFiles:
     raw: dict[str, Any]  # config.json as it is
     config: PEagleDraftConfig
     stored: list[str]  # the tensors' names in the files
-    tensors: dict[str, Tensor]  # under this project's names, shapes checked, draft vocabulary ascending
-    notes: list[str]  # what was renamed or reordered
+    tensors: dict[str, Tensor]  # under this project's names, shapes checked
 
     @property
     def missing(self) -> list[str]:
@@ -75,8 +70,6 @@ def load_drafter(folder: str | Path, dtype: torch.dtype | None = None) -> PEagle
     """
     files = read_drafter(folder)
     files.check_whole()
-    for note in files.notes:
-        logger.warning("%s: %s", folder, note)
     dtype = dtype or files.tensors["fc.weight"].dtype
     with torch.device("meta"):
         draft = PEagleDraft(files.config)
@@ -94,8 +87,10 @@ def read_drafter(folder: str | Path) -> DrafterFiles:
     folder = Path(folder)
     raw = read_config(folder)
     try:
-        stored = _read_tensors(folder)
-        tensors, notes = _standard_names(stored)
+        stored = {name: file.get_tensor(name) for name, file in stored_tensors(folder).items()}
+        if not stored:
+            raise ValueError("it has no tensors in .safetensors files (pickled weights are never loaded): convert them")
+        tensors = _standard_names(stored)
         if "fc.weight" not in tensors:
             what = f"perhaps a whole model ({raw.get('architectures')}), no drafter of this kind"
             raise ValueError(f"fc.weight is missing: {what}; give a drafter's folder")
@@ -106,10 +101,10 @@ def read_drafter(folder: str | Path) -> DrafterFiles:
         if layers != {*range(min(config.num_hidden_layers, len(stored)))}:
             listed = ", ".join(map(str, sorted(layers))) or "none"
             raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}, but the weights have layers {listed}")
-        notes += _fit(config, tensors)
+        _fit(config, tensors)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
-    return DrafterFiles(folder, raw, config, list(stored), tensors, notes)
+    return DrafterFiles(folder, raw, config, list(stored), tensors)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -126,49 +121,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All of every .safetensors in a folder, as engines read them, mapped into memory; ValueError if one is damaged."""
-    tensors: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            tensors |= load_file(path)
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
-            what = f"is no whole safetensors file ({one_line(error)})"
-            raise ValueError(f"{path.name} {what}: fetch it again") from None
-    if not tensors:
-        raise ValueError("it has no tensors in .safetensors files (pickled weights are never loaded): convert them")
-    return tensors
-
-
-def standard_name(name: str) -> str:
-    """This project's (and vLLM's) name of a tensor."""
-    name = re.sub(r"^midlayer\.", "layers.0.", name.removeprefix("model."))
-    return "d2t" if name == "draft_id_to_target_id" else name
-
-
-def _standard_names(stored: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Those that are read, by `standard_name`, and notes; ValueError where two get the same name."""
+def _standard_names(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those that are read, by this project's (and vLLM's) names; ValueError where two get the same name."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
-        if (standard := standard_name(name)) in tensors:
+        standard = re.sub(r"^midlayer\.", "layers.0.", name.removeprefix("model."))
+        standard = "d2t" if standard == "draft_id_to_target_id" else standard
+        if standard in tensors:
             raise ValueError(f"two of its tensors are {standard}: {name} is one of them")
         if not NOT_READ.fullmatch(standard):
             tensors[standard] = tensor
-    renamed = len(tensors.keys() - stored.keys())
-    return tensors, [f"{renamed} tensors renamed (model. or midlayer. in front)"] if renamed else []
+    return tensors
 
 
-def expected_shapes(config: PEagleDraftConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a whole drafter's tensors; d2t and t2d of a pruned vocabulary only."""
-    shaped = copy.copy(config)
-    if shaped.ptd_token_id is None:  # an EAGLE-3 drafter's, whose shapes are the same
-        shaped.ptd_token_id = 0
-    with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in PEagleDraft(shaped).state_dict().items()}
-
-
-def _fit(config: PEagleDraftConfig, tensors: dict[str, Tensor]) -> list[str]:
-    """Make `tensors`, in place, those of a PEagleDraft of this config; returns what was changed.
+def _fit(config: PEagleDraftConfig, tensors: dict[str, Tensor]) -> None:
+    """Make `tensors`, in place, those of a PEagleDraft of this config.
 
     ValueError: tensors are missing, misshapen, unknown or not finite, by name; or the vocabulary mapping is wrong.
     """
@@ -176,37 +143,31 @@ def _fit(config: PEagleDraftConfig, tensors: dict[str, Tensor]) -> list[str]:
         tensors["mask_hidden"] = tensors["mask_hidden"].reshape(1, 1, -1)
     V, Vd = config.vocab_size, config.draft_vocab_size
     assert Vd is not None
-    shapes = expected_shapes(config)
-    is_pruned = shapes.pop("t2d", None) is not None
-    lost = sorted(shapes.keys() - tensors.keys() - {*MAY_LACK})
+    shaped = copy.copy(config)
+    shaped.ptd_token_id = config.ptd_token_id or 0  # an EAGLE-3 drafter, which has none, has the same shapes
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in PEagleDraft(shaped).state_dict().items()}
+    lost = sorted(shapes.keys() - tensors.keys() - {*MAY_LACK, "t2d"})
     wrong = [f"{name} {list(shapes[name])} is missing" for name in lost]
-    shapes["d2t"] = (Vd,)
     for name, tensor in tensors.items():
         if name not in shapes:
             wrong.append(f"{name} is no tensor of such a drafter")
         elif tuple(tensor.shape) != shapes[name]:
             wrong.append(f"{name} is {list(tensor.shape)}; config.json makes it {list(shapes[name])}")
-        elif tensor.dtype not in (INTEGERS if name == "d2t" else FLOATS):
+        elif tensor.dtype not in (INTEGERS if name == "d2t" else PLAIN):
             wrong.append(f"{name} is {tensor.dtype}; it must be {'int64' if name == 'd2t' else 'floating point'}")
     if wrong:
         raise ValueError("; ".join(wrong[:5]) + (f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""))
     check_finite(tensors, "its")
     if "d2t" not in tensors:
-        return []
-    ids = tensors.pop("d2t").long() + torch.arange(Vd)
+        return
+    ids = tensors["d2t"].long() + torch.arange(Vd)
     wanted = "(offsets are wanted: id - index)"
     if (outside := ids[(ids < 0) | (ids >= V)]).numel():
         raise ValueError(f"d2t maps to token {int(outside[0])}, outside of the vocabulary 0..{V - 1} {wanted}")
-    if ids.unique().numel() != Vd:
-        raise ValueError(f"d2t maps two draft tokens to the same token {wanted}")
-    order = ids.argsort()
-    if is_pruned:
-        tensors["d2t"], tensors["t2d"] = ids[order] - torch.arange(Vd), t2d_mask(ids, V)
-    if not bool((ids[1:] < ids[:-1]).any()):
-        return []
-    if "lm_head.weight" in tensors:
-        tensors["lm_head.weight"] = tensors["lm_head.weight"][order]
-    return ["the draft vocabulary was brought into ascending order, lm_head with it"]
+    if bool((ids[1:] <= ids[:-1]).any()):
+        raise ValueError(f"d2t maps to a token twice, or out of order {wanted}")
+    tensors["d2t"], tensors["t2d"] = ids - torch.arange(Vd), t2d_mask(ids, V)
 
 
 def check_finite(tensors: Mapping[str, Tensor], whose: str) -> None:

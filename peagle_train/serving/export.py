@@ -5,11 +5,10 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from torch import Tensor
 
 from peagle_train.config import parse_sources, read_yaml
 from peagle_train.core.draft_config import PEagleDraftConfig
@@ -23,21 +22,22 @@ TOKENIZER_FILES = (
     " chat_template.jinja"
 ).split()
 
+SETTINGS = (
+    "cod.num_depths cod.down_sample_ratio cod.down_sample_ratio_min data.max_length train.learning_rate draft.init_from"
+).split()
+"""Of the recipe, what the card has beside its data."""
+
 CARD = """---
 {{ card_data }}
 ---
 
 # P-EAGLE drafter for {{ target or "a target that its files do not name" }}
 
-Drafts all K tokens in one forward pass (arXiv:2602.01469). Trained with peagle_train.
+Drafts all K tokens in one forward pass (arXiv:2602.01469). Written by peagle_train.
 
 | | |
 |---|---|
 {{ rows }}
-
-## Measured
-
-{{ measured }}
 
 ## Serving
 
@@ -54,43 +54,12 @@ apply too.
 """
 
 
-class Export(NamedTuple):
-    """What was written: the folder, the findings of its check, and what a user should know."""
-
-    folder: Path
-    findings: list[Finding]
-    notes: list[str]
-
-
-class RunFacts(NamedTuple):
-    """What the files of a run say about one of its drafters; empty where there are none."""
-
-    recipe: dict[str, Any]  # recipe.yaml's values by `section.key`
-    step: int | None
-    evaluation: dict[str, Any] | None  # the held-out evaluation at this step, from metrics.jsonl
-
-
-def read_run(folder: Path) -> RunFacts:
-    """Facts from the files in a drafter's folder and its run's; whatever is missing or unreadable is skipped."""
-    run, sections, evaluation = folder.parent, _read(folder / "recipe.yaml"), None
-    recipe = {f"{name}.{k}": v for name, keys in sections.items() if isinstance(keys, dict) for k, v in keys.items()}
-    steps = {"best": _read(run / "best.json").get("step"), "final": _read(run / "run.json").get("steps")}
-    match, metrics = re.fullmatch(r"checkpoint-(\d+)", folder.name), run / "metrics.jsonl"
-    step = int(match[1]) if match else steps.get(folder.name)
-    for line in metrics.read_text(encoding="utf-8").splitlines() if step and metrics.is_file() else []:
-        # the last line of a run that was killed may be cut
-        if '"eval"' in line and line.endswith("}") and (record := json.loads(line)).get("step") == step:
-            evaluation = record if record.get("kind") == "eval" else evaluation
-    return RunFacts(recipe, step, evaluation)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The mapping in a .yaml or JSON file; empty if it is missing or none."""
-    try:
-        content: Any = read_yaml(path) if path.suffix == ".yaml" else json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The values of the recipe.yaml in a drafter's folder, by `section.key`; empty if it has none."""
+    path = folder / "recipe.yaml"
+    sections = read_yaml(path) if path.is_file() else {}
+    mappings = {name: values for name, values in sections.items() if isinstance(values, dict)}
+    return {f"{name}.{key}": value for name, values in mappings.items() for key, value in values.items()}
 
 
 def find_drafter(folder: Path) -> Path:
@@ -115,9 +84,9 @@ def export_drafter(
     target: Path | None = None,
     target_name: str | None = None,
     licence: str | None = None,
-    measured: Path | None = None,
-) -> Export:
-    """Write a drafter's folder as engines load it; the command's --help says what is what.
+) -> list[str]:
+    """Write a drafter's folder as engines load it, and return what a user should know; the command's --help says what is
+    what.
 
     ValueError: one line, for what no engine would load; nothing is written then.
     """
@@ -125,13 +94,10 @@ def export_drafter(
     folder = find_drafter(checkpoint)
     files = read_drafter(folder)
     files.check_whole()
-    facts, notes = read_run(folder), list(files.notes)
-    if folder != checkpoint:
-        notes.append(f"exported from {folder}")
-    path, trained = facts.recipe.get("target.path"), facts.recipe.get("cod.num_depths")
+    trained_by, notes = read_settings(folder), list[str]()
+    path, trained = trained_by.get("target.path"), trained_by.get("cod.num_depths")
     if target is None and path is not None and Path(path).is_dir():
         target = Path(path)
-        notes.append(f"the target is {path}, as the recipe beside the drafter says")
     elif target is None:
         where = f"the target {path} is not on this machine" if path else "no target is known"
         notes.append(f"{where}: no tokenizer files were copied, and nothing was compared with it (--target DIR)")
@@ -150,15 +116,30 @@ def export_drafter(
         floats = {n: t.to(getattr(torch, dtype)) for n, t in tensors.items() if t.is_floating_point()}
         tensors = {**tensors, **floats}
     config.dtype = tensors["fc.weight"].dtype
-    texts = {"README.md": _card(config, format, facts, name, tokens, licence, _lengths(measured))}
+    texts = {"README.md": _card(config, format, trained_by, name, tokens, licence)}
     if format == SPECULATORS:
         assert tokens is not None
         architectures = (target_config or {}).get("architectures") or []
         found = target_name or (target and str(target.absolute())) or name  # engines run elsewhere
         content = speculators_config(config, tokens, found, architectures)
         texts["config.json"] = json.dumps(content, indent=2, sort_keys=True) + "\n"
-    copied = [target / file for file in TOKENIZER_FILES if (target / file).is_file()] if target else []
-    return Export(out, _write(out, config, tensors, texts, copied, target_config), notes)
+    findings: list[Finding] = []
+
+    def fill(temporary: Path) -> None:
+        fill_drafter(temporary, config, tensors, texts)
+        for file in (target / name for name in TOKENIZER_FILES) if target else ():
+            if file.is_file():
+                shutil.copyfile(file, temporary / file.name)
+        findings.extend(check_folder(temporary, target_config))
+        if not is_loadable(findings):
+            bad = "; ".join(f"{f.what}: {f.detail}" for f in findings if f.level == "BAD")
+            raise ValueError(f"vLLM would not load the drafter as it was trained: {bad}")
+
+    try:
+        write_folder(out, fill)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written: {error.strerror or error}") from error
+    return notes + [f"{f.what}: {f.detail}" for f in findings if f.level == "warn"]
 
 
 def check_new(path: Path) -> None:
@@ -184,75 +165,21 @@ def push_to_hub(folder: Path, name: str, public: bool = False) -> str:
     return f"{api.endpoint}/{name}"
 
 
-def import_drafter(source: Path, out: Path) -> Export:
-    """Write another's P-EAGLE drafter, of either format and any of the known names, in this project's.
-
-    ValueError: one line; nothing is written then.
-    """
-    check_new(out)
-    files = read_drafter(source)
-    files.check_whole()
-    return Export(out, _write(out, files.config, files.tensors, {}, [], None), files.notes)
-
-
-def _write(
-    out: Path, config: Any, tensors: dict[str, Tensor], texts: dict[str, str], copied: list[Path], target: Any
-) -> list[Finding]:
-    """Write a drafter's new folder, check it (against the `target`'s config.json), and put it in its place; returns the
-    check's findings. ValueError: an engine would not load it, or it cannot be written; `out` is unchanged then.
-    """
-    findings: list[Finding] = []
-
-    def fill(temporary: Path) -> None:
-        fill_drafter(temporary, config, tensors, texts)
-        for file in copied:
-            shutil.copyfile(file, temporary / file.name)
-        findings.extend(check_folder(temporary, target))
-        if not is_loadable(findings):
-            bad = "; ".join(f"{f.what}: {f.detail}" for f in findings if f.level == "BAD")
-            raise ValueError(f"vLLM would not load the drafter as it was trained: {bad}")
-
-    try:
-        write_folder(out, fill)
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written: {error.strerror or error}") from error
-    return findings
-
-
 # The model card
 
 
 def _card(
-    config: PEagleDraftConfig,
-    form: str,
-    run: RunFacts,
-    target: str | None,
-    K: int | None,
-    licence: str | None,
-    lengths: Any,
+    config: PEagleDraftConfig, form: str, recipe: dict[str, Any], target: str | None, K: int | None, licence: str | None
 ) -> str:
-    """The README.md. It says only what the run's files say."""
-    told = {
-        "K in training": "cod.num_depths",
-        "longest sequence": "data.max_length",
-        "learning rate": "train.learning_rate",
-        "started from": "draft.init_from",
-    }
-    ratio, floor = (run.recipe.get(f"cod.down_sample_ratio{end}") for end in ("", "_min"))
-    sources = parse_sources(run.recipe.get("data.sources") or [])  # files without their machine's folders
+    """The README.md. It says only what the drafter's files say."""
+    sources = parse_sources(recipe.get("data.sources") or [])  # files without their machine's folders
     rows = {
         "target": target,
         "layers, draft vocabulary": f"{config.num_hidden_layers}, {config.draft_vocab_size} of {config.vocab_size} tokens",
         "K to serve with": K,
-        **{name: run.recipe.get(key) for name, key in told.items()},
-        "r, its floor": None if ratio is None else f"{ratio}, {floor}",
+        **{key: recipe.get(key) for key in SETTINGS},
         "data": ", ".join(Path(s.path).name if s.path else str(s.datasets) for s in sources) or None,
-        "steps": run.step,
     }
-    if run.evaluation:
-        length, loss = run.evaluation["expected_accepted_length"], run.evaluation["loss"]
-        what = f"at step {run.step}, held-out examples of the training data"
-        lengths.append(f"- {what}: expected accepted length {length:.3f} (teacher-forced), loss {loss:.3f}")
     command = "vllm serve THIS_FOLDER"
     if form == EAGLE3:
         served = {"method": "eagle3", "model": "THIS_FOLDER", "num_speculative_tokens": K or "K"}
@@ -262,18 +189,5 @@ def _card(
     tags = ["speculative-decoding", "eagle3", "p-eagle", "vllm"]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value is not None)
     about = ModelCardData(license=licence or "unknown", base_model=base, tags=tags)
-    texts = {"target": target, "rows": table, "measured": "\n".join(lengths) or "Nothing yet.", "command": command}
+    texts = {"target": target, "rows": table, "command": command}
     return str(ModelCard.from_template(about, template_str=CARD, licence=licence, **texts))
-
-
-def _lengths(measured: Path | None) -> list[str]:
-    """The card's lines of what `peagle-train evaluate --json` wrote; none for None."""
-    lines = []
-    try:
-        for name, figures in json.loads(measured.read_text())["figures"][0].items() if measured else ():
-            by_k = [row for row in figures["by_k"] if row["accepted_length"]]
-            lengths = ", ".join(f"{row['accepted_length']:.2f} at K = {row['k']}" for row in by_k)
-            lines.append(f"- {name}: accepted length {lengths}")
-    except (OSError, LookupError, TypeError, ValueError, AttributeError):
-        raise ValueError(f"{measured} has no accepted lengths; give what `evaluate --json FILE` wrote") from None
-    return lines

@@ -10,7 +10,6 @@ from peagle_train.core.draft_config import ARCHITECTURES, MASK_KEYS, NOT_SAVED, 
 from peagle_train.files import one_line
 
 EAGLE3, SPECULATORS = "eagle3", "speculators"
-FORMATS = (EAGLE3, SPECULATORS)
 
 MAX_SIZE = 2**24  # above every real size: a config.json with a larger one is damaged, and must not cost memory
 
@@ -27,7 +26,7 @@ _OWN_KEYS = ("draft_vocab_size", "target_hidden_size", LAYER_IDS, "norm_before_r
 
 
 def format_of(raw: dict[str, Any]) -> str:
-    """Which of FORMATS a `config.json` is in."""
+    """Which of the two a `config.json` is in."""
     return SPECULATORS if "speculators_model_type" in raw else EAGLE3
 
 

@@ -5,7 +5,6 @@ EAGLE-3 drafter lacks is the target's or, mask_hidden, random.
 """
 
 import logging
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -80,7 +79,7 @@ def copy_start(
     files: DrafterFiles, draft: PEagleDraft, target: TargetBase, say: Callable[[str], object] = print
 ) -> None:
     """Copy a drafter's weights into a new one of its shape; what it lacks is the target's. Prints what came from where."""
-    state, notes = draft.state_dict(), list(files.notes)
+    state, notes = draft.state_dict(), list[str]()
     for name, tensor in files.tensors.items():
         if name not in ("d2t", "t2d"):
             state[name].copy_(tensor)
@@ -205,9 +204,9 @@ def make_draft(
     return draft
 
 
-COPYABLE = ("llama", "mistral", "qwen2", "qwen3")
-"""Families whose layers compute what a drafter's do with the same weights. Others have the same names and shapes, but scale
-their residuals (Granite) or multiply by 1 + weight in their norms (Gemma)."""
+COPYABLE = {"llama": "llama", "mistral": "llama", "qwen3": "qwen3"}
+"""Families whose layers compute what a drafter's of this type do with the same weights. Others scale their residuals
+(Granite), multiply by 1 + weight in their norms (Gemma) or have biases (Qwen2)."""
 
 
 @torch.no_grad()
@@ -218,38 +217,32 @@ def copy_layers(draft: PEagleDraft, target: TargetBase, folder: Path) -> None:
     quantised weights.
     """
     H, own, wanted = draft.config.hidden_size, draft.state_dict(), {"norm.weight": "norm.weight"}
-    first, heads = target.num_layers - len(draft.layers), target.config.num_attention_heads
+    first, theirs, mine = target.num_layers - len(draft.layers), target.config, draft.config
     for name in own:
         if name.startswith("layers.") and name != "layers.0.input_layernorm.weight":  # the embeddings' norm
             number, _, rest = name.removeprefix("layers.").partition(".")
             wanted[name] = f"layers.{first + int(number)}.{rest.replace('hidden_norm', 'input_layernorm')}"
     reads_both = {f"layers.0.self_attn.{letter}_proj.weight" for letter in "qkv"}
     try:
-        if target.config.model_type not in COPYABLE or target.config.hidden_act != "silu":
-            raise ValueError(
-                f"a {target.config.model_type} target's layers compute something else than a drafter's"
-                f" ({', '.join(COPYABLE)} can be copied)"
-            )
-        if draft.config.num_attention_heads != heads:
-            raise ValueError(f"the target has {heads} heads, the drafter {draft.config.num_attention_heads}")
-        stored = stored_tensors(folder)
-        found = read_tensors(folder, stored, set(wanted.values()))
-        for key in stored:
-            match = re.search(r"\blayers\.(\d+)\..*", key)
-            if match and int(match[1]) >= first and match[0] not in found and not key.endswith("rotary_emb.inv_freq"):
-                raise ValueError(f"the drafter has no place for the target's {key}")
-        for name, theirs in wanted.items():
-            mine = own[name][:, H:] if name in reads_both else own[name]
-            if found[theirs].dtype not in PLAIN:
-                raise ValueError(f"the target's {theirs} is quantised ({found[theirs].dtype})")
-            if mine.shape != found[theirs].shape:
-                shapes = f"{tuple(found[theirs].shape)}, the drafter's {tuple(mine.shape)}"
-                raise ValueError(f"the target's {theirs} has shape {shapes}")
-            mine.copy_(found[theirs])
+        biases = [getattr(theirs, key, False) for key in ("attention_bias", "mlp_bias")]
+        if any(biases) or COPYABLE.get(theirs.model_type) != mine.layer_type or theirs.hidden_act != "silu":
+            what = f"layers of a {theirs.model_type} target compute something else than the drafter's {mine.layer_type}"
+            raise ValueError(f"{what} layers ({', '.join(COPYABLE)} without biases can be copied)")
+        if mine.num_attention_heads != theirs.num_attention_heads:
+            heads = f"{theirs.num_attention_heads} heads, the drafter {mine.num_attention_heads}"
+            raise ValueError(f"the target has {heads}")
+        found = read_tensors(folder, stored_tensors(folder), set(wanted.values()))
+        for name, key in wanted.items():
+            place = own[name][:, H:] if name in reads_both else own[name]
+            if found[key].dtype not in PLAIN:
+                raise ValueError(f"the target's {key} is quantised ({found[key].dtype})")
+            if place.shape != found[key].shape:
+                shapes = f"{tuple(found[key].shape)}, the drafter's {tuple(place.shape)}"
+                raise ValueError(f"the target's {key} has shape {shapes}")
+            place.copy_(found[key])
     except ValueError as error:
-        raise ValueError(
-            f"draft.layers_from_target: {error}; remove it, or give the drafter the target's shape"
-        ) from None
+        remedy = "remove it, or give the drafter the target's shape"
+        raise ValueError(f"draft.layers_from_target: {error}; {remedy}") from None
     draft.fc.weight.mul_(0.25)[:, -H:].add_(torch.eye(H, dtype=draft.fc.weight.dtype))
 
 
