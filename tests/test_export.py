@@ -21,10 +21,7 @@ from tests.tiny import VOCAB, make_target, write_recipe
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
-    folder = make_target(tmp_path_factory.mktemp("models") / "target")
-    (folder / "tokenizer.json").write_text("{}")
-    (folder / "tokenizer_config.json").write_text('{"chat_template": "x"}')
-    return folder
+    return make_target(tmp_path_factory.mktemp("models") / "target")
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +45,11 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("which", "format"), [("", "eagle3"), ("final", "speculators"), ("checkpoint-2", "eagle3")])
-def test_an_export_holds_the_checkpoints_weights_its_card_and_the_targets_tokenizer(
-    tmp_path, trained, target, format, which
-):
+def test_an_export_holds_the_checkpoints_weights_and_its_card(tmp_path, trained, target, format, which):
     out = tmp_path / "out"
     notes, umask = export_drafter(trained / which, out, format), os.umask(0)
     os.umask(umask)
-    assert {path.name for path in out.iterdir()} == {
-        "config.json", "model.safetensors", "README.md", "tokenizer.json", "tokenizer_config.json"
-    }  # fmt: skip
+    assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors", "README.md"}
     assert same_weights(trained / (which or "final"), out) and [*tmp_path.iterdir()] == [out]
     assert out.stat().st_mode & 0o777 == 0o777 & ~umask
     assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o666 & ~umask}
@@ -71,7 +64,7 @@ def test_an_export_holds_the_checkpoints_weights_its_card_and_the_targets_tokeni
         '"num_speculative_tokens": 4, "parallel_drafting": true' if format == "eagle3" else "vllm serve THIS_FOLDER",
     ):
         assert part in card, part
-    assert {finding.level for finding in check_folder(out)} == {"ok"} and notes == []
+    assert {finding.level for finding in check_folder(out)} == {"ok"} and len(notes) == 1
 
 
 def test_an_export_of_an_export_is_the_same_drafter_in_either_direction(tmp_path, trained, target):

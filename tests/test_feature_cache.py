@@ -220,7 +220,7 @@ def test_a_cache_that_does_not_match_is_one_clear_line_before_any_training(case,
         override = override.format(other=make_target(tmp_path / "other", initializer_range=0.2))
     assert main([str(recipe_in()), f"target.cache={folder}", *filter(None, [override])]) == 2
     error = last_error(capsys)
-    assert message in error and "peagle-train cache" in error and not (tmp_path / "run").exists()
+    assert message in error and not (tmp_path / "run").exists()
 
 
 def test_only_positions_that_the_drafters_layers_can_reach_are_stored(tmp_path, recipe_in):

@@ -82,11 +82,3 @@ def test_the_extremes_that_are_allowed_have_finite_angles():
             position = torch.tensor([[0, 1, 131071]])
             for table in PEagleDraft.make_rotary(config)(torch.zeros(1, 3, config.hidden_size), position):
                 assert table.isfinite().all(), (theta, scaling)
-
-
-@pytest.mark.parametrize(("positions", "is_short"), [(256, False), (257, True)])
-def test_a_run_warns_of_positions_beyond_the_end_of_vllms_yarn_table(recipe, target, caplog, positions, is_short):
-    recipe.draft.rope_scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-    recipe.draft.max_position_embeddings = positions
-    make_draft_config(recipe, target, MASK)
-    assert ("yarn table ends" in caplog.text) == is_short

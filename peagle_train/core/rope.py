@@ -41,23 +41,6 @@ def rope_mistake(rope: Mapping[str, Any]) -> str | None:
     return None
 
 
-def yarn_too_short(rope: Mapping[str, Any], positions: int) -> str | None:
-    """Words for positions that vLLM's yarn table lacks and reads past its end; None if there are none.
-
-    Args:
-        rope: a table without mistakes. positions: max_position_embeddings.
-    """
-    if rope.get("rope_type") != "yarn":
-        return None
-    original, factor = rope.get("original_max_position_embeddings", positions), rope["factor"]
-    if positions <= original * factor:
-        return None
-    return (
-        f"max_position_embeddings is {positions}, but vLLM's yarn table ends at original_max_position_embeddings * factor ="
-        f" {original} * {factor:g} = {original * factor:g}: serve at most that length, or train with a larger factor"
-    )
-
-
 def unused_keys(rope: Mapping[str, Any]) -> list[str]:
     """Keys that the table's type does not have; rope_theta is no part of a type, but may stand beside it in config.json."""
     rope_type = rope.get("rope_type")

@@ -6,7 +6,6 @@ What `read_drafter` refuses is bad; added is where vLLM reads differently. `test
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from peagle_train.core.rope import yarn_too_short
 from peagle_train.serving.drafter_io import read_drafter
 from peagle_train.serving.formats import (
     EAGLE3,
@@ -97,8 +96,7 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
     find(not hint, "feature layers", f"{'(2, n // 2, n - 3)' if ids is None else ids}{hint}")
     if config.fc_norm and not layers_of(raw).get("fc_norm"):
         find("BAD", "fc_norm", "vLLM looks for it in transformer_layer_config, where export puts it")
-    short = yarn_too_short(config.rope_parameters or {}, config.max_position_embeddings)
-    find("warn" if short else "ok", "max positions", short or config.max_position_embeddings)
+    find("ok", "max positions", config.max_position_embeddings)
     if target is not None:
         text_config = target.get("text_config")
         theirs = text_config if isinstance(text_config, dict) else target

@@ -1,9 +1,8 @@
-"""From a run's checkpoint to a folder that an engine serves: config, weights, tokenizer, model card. All or nothing."""
+"""From a run's checkpoint to a folder that an engine serves: config, weights, model card. All or nothing."""
 
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,6 @@ from peagle_train.files import one_line, write_folder
 from peagle_train.serving.check import Finding, check_folder, is_loadable
 from peagle_train.serving.drafter_io import fill_drafter, read_config, read_drafter
 from peagle_train.serving.formats import EAGLE3, SPECULATORS, speculative_tokens_of, speculators_config, target_name_of
-
-TOKENIZER_FILES = (
-    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt tokenizer.model"
-    " chat_template.jinja"
-).split()
 
 SETTINGS = (
     "cod.num_depths cod.down_sample_ratio cod.down_sample_ratio_min data.max_length train.learning_rate draft.init_from"
@@ -98,9 +92,10 @@ def export_drafter(
     path, trained = trained_by.get("target.path"), trained_by.get("cod.num_depths")
     if target is None and path is not None and Path(path).is_dir():
         target = Path(path)
+        notes.append(f"the target is {path}, as the recipe beside the drafter says")
     elif target is None:
         where = f"the target {path} is not on this machine" if path else "no target is known"
-        notes.append(f"{where}: no tokenizer files were copied, and nothing was compared with it (--target DIR)")
+        notes.append(f"{where}: nothing was compared with it (--target DIR)")
     if speculative_tokens is not None and not 1 <= speculative_tokens <= (trained or speculative_tokens):
         allowed = f"1 to {trained or 'K of its training'}"
         raise ValueError(f"--num-speculative-tokens is {speculative_tokens}; give {allowed}")
@@ -127,9 +122,6 @@ def export_drafter(
 
     def fill(temporary: Path) -> None:
         fill_drafter(temporary, config, tensors, texts)
-        for file in (target / name for name in TOKENIZER_FILES) if target else ():
-            if file.is_file():
-                shutil.copyfile(file, temporary / file.name)
         findings.extend(check_folder(temporary, target_config))
         if not is_loadable(findings):
             bad = "; ".join(f"{f.what}: {f.detail}" for f in findings if f.level == "BAD")

@@ -82,8 +82,7 @@ def parse_config(raw: dict[str, Any]) -> PEagleDraftConfig:
     """
     try:
         layers = layers_of(raw)
-        if refused := _refused(raw, layers):
-            raise ValueError("; ".join(refused))
+        _check(raw, layers)
         fields = {key: layers[key] for key in _LLAMA_KEYS if layers.get(key) is not None}
         fields |= {key: raw[key] for key in _OWN_KEYS if raw.get(key) is not None}
         fields |= {
@@ -116,56 +115,55 @@ def _rope_of(layers: dict[str, Any]) -> dict[str, Any]:
     return {"rope_type": rope.pop("type", "default"), **rope}
 
 
-def _refused(raw: dict[str, Any], layers: dict[str, Any]) -> list[str]:
-    """Where the drafter, which an engine may well serve, is of another kind than this project's; then missing keys, values
-    of wrong types, and what vLLM would refuse or read differently.
+def _check(raw: dict[str, Any], layers: dict[str, Any]) -> None:
+    """ValueError where the drafter, which an engine may well serve, is of another kind than this project's; for missing
+    keys and values of wrong types; and for what vLLM would refuse or read differently.
     """
-    found: list[str] = []
     kind, model_type = raw.get("speculators_model_type", "peagle"), layer_type_of(raw)
     if kind not in ("peagle", "eagle3"):
-        found.append(f"speculators_model_type is {kind!r}; peagle and eagle3 are supported")
+        raise ValueError(f"speculators_model_type is {kind!r}; peagle and eagle3 are supported")
     if model_type not in ARCHITECTURES:
-        found.append(f"its layers' model_type is {model_type!r}; llama and qwen3 are supported")
+        raise ValueError(f"its layers' model_type is {model_type!r}; llama and qwen3 are supported")
     if (kinds := {*(layers.get("layer_types") or [])}) not in (set(), {"full_attention"}, {"sliding_attention"}):
-        found.append(f"layer_types has {sorted(map(str, kinds))}: all layers must have the same window, or none")
+        raise ValueError(f"layer_types has {sorted(map(str, kinds))}: all layers must have the same window, or none")
     if _at(raw, "eagle_config", "use_aux_hidden_state") is False:
-        found.append("eagle_config.use_aux_hidden_state is false: it reads the last layer alone")
+        raise ValueError("eagle_config.use_aux_hidden_state is false: it reads the last layer alone")
     # norm_output is of no matter: it norms what one pass of an EAGLE-3 drafter gives to its next.
     if raw.get("quantization_config") or layers.get("quantization_config"):
-        found.append("quantization_config is set: quantised drafters are not supported")
+        raise ValueError("quantization_config is set: quantised drafters are not supported")
     if (raw.get("logit_scale") or layers.get("logit_scale") or 1.0) != 1.0:
-        found.append("logit_scale is set: it scales its logits, which is not supported")
+        raise ValueError("logit_scale is set: it scales its logits, which is not supported")
     rope = _rope_of(layers)
     if layers.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0 or "mrope_section" in rope:
-        found.append("its rope is partial or multimodal; a drafter here rotates whole heads by one position")
+        raise ValueError("its rope is partial or multimodal; a drafter here rotates whole heads by one position")
     # What a Qwen3 config lacks is not derived from what it has, as a Llama's is.
     required = _REQUIRED + (("num_key_value_heads", "head_dim") if model_type == "qwen3" else ())
-    found += [f"{key} is missing" for key in required if layers.get(key) is None]
+    if missing := [key for key in required if layers.get(key) is None]:
+        raise ValueError(f"{', '.join(missing)} is missing")
     for part, keys in ((layers, _SIZES), (raw, ("draft_vocab_size", "target_hidden_size"))):
         for key in keys:
             value = part.get(key)
             if value is not None and (type(value) is not int or not 1 <= value < MAX_SIZE):
-                found.append(f"{key} is {value!r}, not a size")
+                raise ValueError(f"{key} is {value!r}, not a size")
     masks = mask_tokens_in(raw)
     if any(type(value) is not int for value in masks.values()) or len(set(map(str, masks.values()))) > 1:
-        found.append(f"the mask token must be one token id: {', '.join(f'{k} {v!r}' for k, v in masks.items())}")
+        raise ValueError(f"the mask token must be one token id: {', '.join(f'{k} {v!r}' for k, v in masks.items())}")
     if "sliding_attention" in (layers.get("layer_types") or []) and layers.get("sliding_window") is None:
-        found.append("layer_types has sliding_attention, but there is no sliding_window")
+        raise ValueError("layer_types has sliding_attention, but there is no sliding_window")
     theta = rope.get("rope_theta", 1.0)
     if not isinstance(theta, (int, float)) or not 0 < theta < float("inf"):
-        found.append(f"rope_theta is {theta!r}, not a positive number")
+        raise ValueError(f"rope_theta is {theta!r}, not a positive number")
     if layers.get("hidden_act", "silu") != "silu":
-        found.append(f"hidden_act is {layers['hidden_act']!r}; vLLM's Llama layers have silu only")
+        raise ValueError(f"hidden_act is {layers['hidden_act']!r}; vLLM's Llama layers have silu only")
     ids = layer_ids_of(raw)
     if ids is not None:
         are_ids = isinstance(ids, list) and 1 <= len(ids) <= 8 and all(type(i) is int and i >= 0 for i in ids)
         if not are_ids or sorted({*ids}) != ids:
             what = "it must name 1 to 8 layers of the target, ascending, in which order vLLM reads them in any case"
-            found.append(f"eagle_aux_hidden_state_layer_ids is {ids}: {what}")
+            raise ValueError(f"eagle_aux_hidden_state_layer_ids is {ids}: {what}")
     count = raw.get("num_aux_hidden_states") or layers.get("num_aux_hidden_states")
-    if not found and count not in (None, len(ids or (2, 0, 0))):
-        found.append(f"num_aux_hidden_states is {count!r}, but eagle_aux_hidden_state_layer_ids is {ids}")
-    return found
+    if count not in (None, len(ids or (2, 0, 0))):
+        raise ValueError(f"num_aux_hidden_states is {count!r}, but eagle_aux_hidden_state_layer_ids is {ids}")
 
 
 def speculators_config(

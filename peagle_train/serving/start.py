@@ -17,7 +17,7 @@ from peagle_train.config import MAX_ROPE_THETA, Data, Draft, Output, Recipe, Rec
 from peagle_train.core.cod import seeded
 from peagle_train.core.draft import PEagleDraft, RMSNorm
 from peagle_train.core.draft_config import PEagleDraftConfig
-from peagle_train.core.rope import rope_mistake, unused_keys, yarn_too_short
+from peagle_train.core.rope import rope_mistake, unused_keys
 from peagle_train.data.vocab import end_of_turn_ids, eos_token_ids
 from peagle_train.files import one_line
 from peagle_train.serving.drafter_io import DrafterFiles, read_drafter
@@ -150,11 +150,6 @@ def make_draft_config(
     except Exception as error:  # transformers' strict configs raise types of their own
         raise ValueError(f"the drafter's shape does not work: {one_line(error)}") from error
     made.check_trainable()
-    if start and made.sliding_window is not None and made.sliding_window < recipe.cod.num_depths:
-        what = f"draft.init_from's window is {made.sliding_window} and cod.num_depths {recipe.cod.num_depths}"
-        raise ValueError(f"{what}: give draft.window, at least as many positions")
-    if short := yarn_too_short(rope, served):
-        logger.warning("the drafter's rope: %s", short)
     return made
 
 

@@ -30,7 +30,6 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 
@@ -45,7 +44,7 @@ from peagle_train.distributed import check_device, check_launch, wait_for_all
 from peagle_train.files import alone_in, one_line, partial_path, put, save_tensors, write_json
 from peagle_train.machine import cores
 from peagle_train.target_model.frozen import FP8, AbsentTarget, FrozenTarget, TargetBase, pieces_of
-from peagle_train.target_model.loading import target_fingerprint
+from peagle_train.target_model.loading import open_tensors, target_fingerprint
 from peagle_train.target_model.server import ServedTarget
 from peagle_train.target_model.speculators_files import SpeculatorsFiles
 
@@ -117,7 +116,7 @@ class StoredTarget(AbsentTarget):
         self.index, self.dtype = index, getattr(torch, index["computed_in"])
         self._where: dict[Key, tuple[Any, list[slice]]] = {}  # of a piece: the file, and its needs, features and labels
         for name in map(shard_name, range(index["shards"])):
-            file = _open(self.folder, name)
+            file = open_tensors(self.folder / name)
             keys, lengths = file.get_tensor("keys"), file.get_tensor("lengths")
             for key, ends, each in zip(keys.tolist(), lengths.cumsum(0).tolist(), lengths.tolist(), strict=True):
                 self._where[tuple(key)] = file, [slice(end - n, end) for end, n in zip(ends, each, strict=True)]
@@ -320,11 +319,9 @@ def _index(recipe: Recipe, target: TargetBase, shards: list[Shard], stored: str)
         "layer_ids": target.layer_ids,
         "dtype": stored,
         "computed_in": str(target.dtype)[6:],
-        "max_length": recipe.data.max_length,  # these two say why something may be missing
-        "reach": target.reach,
+        "max_length": recipe.data.max_length,  # why something may be missing
         "shards": len(shards),
         **dict(zip(("tokens", *FIELDS), counts, strict=True)),
-        "pieces": sum(map(len, shards)),
         "plan": plan.hexdigest(),
     }
 
@@ -374,15 +371,6 @@ def _tensors_of(shard: Shard, sequences: Any, compute: Compute, dtype: torch.dty
     return tensors
 
 
-def _open(folder: Path, name: str) -> Any:
-    """A file of the cache, whose header fits its size."""
-    try:
-        return safe_open(folder / name, framework="pt")
-    except (OSError, SafetensorError) as error:
-        what = f"{name} is missing or damaged ({one_line(error, 200)}): remove what is left of it"
-        raise ValueError(f"target.cache {folder}: {what} and run the same {COMMAND} again") from None
-
-
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
@@ -398,7 +386,7 @@ def verify_cache(folder: Path) -> str:
         raise ValueError(f"--verify {folder} holds no cache: give one that {COMMAND} has made")
 
     def is_whole(name: str) -> bool:
-        file = _open(folder, name)
+        file = open_tensors(folder / name)
         return _checksum({key: file.get_tensor(key) for key in file.keys()}) == file.metadata().get("sha256")
 
     names = [*map(shard_name, range(index["shards"]))]

@@ -40,24 +40,21 @@ def document_bounds(position_ids: Tensor) -> list[int]:
 def plan_runs(bounds: list[int], way: Way) -> list[list[slice]]:
     """Cut packed sequences into runs of at most a chunk, and single documents that are longer.
 
-    A document of one token, padding among them, may always share a run with its like: nobody reads its features (a document
-    of n tokens has n - 1 positions that draft).
+    Where documents run one at a time, those of one token, padding among them, are left out: nobody reads their features (a
+    document of n tokens has n - 1 positions that draft).
 
     bounds: see `document_bounds`.
     Returns spans of the N tokens: those of a run are given one after the other, over a cache if they are several.
     """
     limit = way.chunk_tokens or bounds[-1]
     runs: list[list[slice]] = []
-    only_single = True  # the last run's documents have one token each
     for start, stop in pairwise(bounds):
-        is_single = stop - start == 1
-        may_join = not way.apart or (is_single and only_single)
-        if runs and len(runs[-1]) == 1 and stop - runs[-1][0].start <= limit and may_join:
+        if way.apart and stop - start == 1:
+            continue
+        if runs and not way.apart and len(runs[-1]) == 1 and stop - runs[-1][0].start <= limit:
             runs[-1] = [slice(runs[-1][0].start, stop)]
-            only_single &= is_single
         else:
             runs.append([slice(first, min(first + limit, stop)) for first in range(start, stop, limit)])
-            only_single = is_single
     return runs
 
 

@@ -241,7 +241,8 @@ class FrozenTarget(TargetBase):
     def features(self, input_ids: Tensor, position_ids: Tensor, way: Way | None = None) -> tuple[Tensor, Tensor]:
         """Features [B, L, F*T] and last hidden states after the final norm [B, L, T], in the target's dtype.
 
-        Packed documents do not see each other: see `Way`, of which None is `self.way`.
+        Packed documents do not see each other: see `Way`, of which None is `self.way`. Those of one token, padding among
+        them, may get zeros (see `plan_runs`).
 
         input_ids: int64 [B, L], unshifted. position_ids: int64 [B, L], restarting at 0 with every document. On the
             host or on the target's device (bounds are found on the host: from the device, that waits for it).
@@ -256,25 +257,23 @@ class FrozenTarget(TargetBase):
             num_forwards = sum(map(len, runs))
             idle = max_counts([num_forwards], self.device)[0] - num_forwards
         ids_1N, positions_1N = (t.to(self.device, non_blocking=True).reshape(1, -1) for t in (input_ids, position_ids))
-        out: dict[str, Tensor] = {}
-        span = slice(0, 0)  # of the tokens that the model has now
+        made: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
+        features_1NF, last_1NT = torch.zeros(1, B * L, F * T, **made), torch.zeros(1, B * L, T, **made)
+        span = slice(0, 1)  # of the tokens that the model has now
 
-        def put(name: str, slot: int, count: int, hidden: Tensor) -> None:
-            if name not in out:
-                out[name] = hidden.new_empty(1, B * L, count * T)
-            out[name][:, span, slot * T : (slot + 1) * T] = hidden
+        def keep(slot: int, hidden: Tensor) -> None:
+            features_1NF[:, span, slot * T : (slot + 1) * T] = hidden
 
         def forward(span: slice, **given: Any) -> Tensor:
             ids = {"input_ids": ids_1N[:, span], "position_ids": positions_1N[:, span]}
             return self.base(**ids, attention_mask=None, **given).last_hidden_state
 
-        heeded = nullcontext() if way.apart else bounds_heeded(self.config)
-        with heeded, self.layer_inputs(lambda slot, hidden: put("features", slot, F, hidden)):
+        with nullcontext() if way.apart else bounds_heeded(self.config), self.layer_inputs(keep):
             for span, given in forwards(self.base, self.config, runs, None if way.apart else bounds, self.device):
-                put("last", 0, 1, forward(span, **given))
+                last_1NT[:, span] = forward(span, **given)
         for _ in range(idle):
             forward(slice(0, 1), use_cache=False)
-        return out["features"].view(B, L, F * T), out["last"].view(B, L, T)
+        return features_1NF.view(B, L, F * T), last_1NT.view(B, L, T)
 
     def outputs(self, batch: dict[str, Tensor], head_rows: Tensor) -> TargetOutputs:
         return TargetOutputs(*self.features(batch["input_ids"], batch["position_ids"]), head_rows)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from peagle_train.config import Target
 from peagle_train.data.vocab import load_config
@@ -79,6 +81,8 @@ def load_model(
     config = load_config(path, trust_remote_code)
     if not any(Path(path).glob("*.safetensors")):
         raise ValueError(f"target.path {path} has no .safetensors weights; convert them first")
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     given: dict[str, Any] = {"device_map": {"": "disk"} if on_disk else None}
     if attn_implementation:
         given["attn_implementation"] = attn_implementation
@@ -137,14 +141,20 @@ def target_fingerprint(folder: str) -> str:
     return total.hexdigest()
 
 
+def open_tensors(path: Path) -> Any:
+    """A .safetensors file, memory-mapped; ValueError, one line, if it is missing or damaged."""
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        what = f"is missing or damaged ({one_line(error, 200)})"
+        raise ValueError(f"{path} {what}: remove what is left of it, and fetch or make it again") from None
+
+
 def stored_tensors(folder: Path) -> dict[str, Any]:
     """By name, the open .safetensors file that holds each of a folder's tensors. ValueError for a damaged one."""
     found: dict[str, Any] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        try:
-            file = safe_open(path, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} is no whole safetensors file ({one_line(error, 200)}): fetch it again") from None
+        file = open_tensors(path)
         found |= dict.fromkeys(file.keys(), file)
     return found
 

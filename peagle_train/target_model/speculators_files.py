@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from peagle_train.files import partial_path, put
 from peagle_train.target_model.check import relative
 from peagle_train.target_model.frozen import FrozenTarget
+from peagle_train.target_model.loading import open_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +51,9 @@ class SpeculatorsFiles:
     def __getitem__(self, index: int) -> dict[str, Any]:
         """input_ids, loss_mask, document_ids int64 [n], as `PackedRows` gives them, and the file's path."""
         number, path = self.samples[index]
-        try:
-            with safe_open(path, framework="pt") as file:
-                has = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-                ids, mask = (file.get_tensor(n) if n in has else torch.empty(0) for n in ("token_ids", "loss_mask"))
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
+        with open_tensors(path) as file:
+            has = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            ids, mask = (file.get_tensor(n) if n in has else torch.empty(0) for n in ("token_ids", "loss_mask"))
         n, T, V, layers = ids.numel(), self.target.hidden_size, self.target.vocab_size, len(self.target.layer_ids) + 1
         if "hidden_states_scales" in has:
             raise ValueError(f"{path} has hidden states in FP8 (hidden_states_scales), unsupported: write 16 bits")
@@ -80,13 +77,13 @@ class SpeculatorsFiles:
     def compute(self, rows: Iterable[dict[str, Any]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Each sample's features [n, F*T] and last hidden states [n, T] after the final norm."""
         for row in rows:
-            with safe_open(row["path"], framework="pt") as file:
+            with open_tensors(row["path"]) as file:
                 hidden_nFT = file.get_tensor("hidden_states").to(self.target.device, self.target.dtype)
             yield hidden_nFT[:, :-1].flatten(1).cpu(), self.norm(hidden_nFT[None, :, -1])[0].cpu()
 
     def _compare(self) -> None:
-        """ValueError unless the target gives the features of the first sample's first tokens."""
-        sample = self[0]
+        """ValueError unless the target gives a sample's first features, that of the most tokens of the first 16."""
+        sample = max((self[i] for i in range(min(16, len(self)))), key=lambda sample: sample["input_ids"].numel())
         ids = sample["input_ids"][None, :32]
         own = self.target.features(ids, torch.arange(ids.shape[1])[None])
         part = slice(int(ids.shape[1] > 1), ids.shape[1])  # beside a first token's activations others may not count
