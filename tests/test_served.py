@@ -102,7 +102,6 @@ def test_what_is_not_the_recipes_target_is_one_line_at_the_start(served, tmp_pat
         ("", 32, {"dtype": "bfloat16"}, "computes in float64"),
         ("", 32, {"server": "http://127.0.0.1:1"}, "does not answer"),
         ("gone", 32, {}, "refuses"),
-        ("no lock", 32, {}, "share that folder"),
         ("other ids", 32, {}, "other tokens than it was asked for"),
         ("a layer less", 32, {}, r"\(5, 3, 16\), not those of 3 layers and the last"),
     ):

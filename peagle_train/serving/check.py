@@ -60,8 +60,8 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
     def find(level: Level | bool, what: str, detail: object) -> None:
         found.append(Finding(level if isinstance(level, str) else "ok" if level else "BAD", what, str(detail)))
 
-    form = format_of(raw)
-    find("ok", "format", f"{form}, {config.num_hidden_layers} {config.layer_type} layers, {config.dtype}")
+    form, dtype = format_of(raw), files.tensors["fc.weight"].dtype
+    find("ok", "format", f"{form}, {config.num_hidden_layers} {config.layer_type} layers, {dtype}")
     find("ok", "vocabulary", f"{config.draft_vocab_size} of {config.vocab_size} tokens")
     if form == EAGLE3:
         given, names = raw.get("architectures"), SERVED[config.layer_type]
@@ -96,7 +96,6 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
     find(not hint, "feature layers", f"{'(2, n // 2, n - 3)' if ids is None else ids}{hint}")
     if config.fc_norm and not layers_of(raw).get("fc_norm"):
         find("BAD", "fc_norm", "vLLM looks for it in transformer_layer_config, where export puts it")
-    find("ok", "max positions", config.max_position_embeddings)
     if target is not None:
         text_config = target.get("text_config")
         theirs = text_config if isinstance(text_config, dict) else target

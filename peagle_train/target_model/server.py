@@ -204,13 +204,7 @@ class _Server:
             raise ValueError(f"target.server {self.url} gives no hidden states: {REMEDY}")
         if (given := path.parent.name) != (asked := layers_folder(self.layer_ids)):
             raise ValueError(f"target.server {self.url} gives {given}, the recipe asks for {asked}: {REMEDY}")
-        try:
-            states = take(path, ids)
-        except FileNotFoundError as error:
-            if self.has_answered:  # it was restarted, and its folder emptied
-                raise
-            what = f"{error.filename}, which is missing here: share that folder"
-            raise ValueError(f"target.server wrote {what}") from None
+        states = take(path, ids)
         if states.shape != (len(ids), len(self.layer_ids) + 1, self.hidden_size):
             wanted = f"not those of {len(self.layer_ids)} layers and the last: {REMEDY}"
             raise ValueError(f"target.server {self.url} gives hidden states {tuple(states.shape)}, {wanted}")
@@ -233,7 +227,7 @@ def take(path: Path, ids: list[int]) -> Tensor:
     """Read and remove a server's file of hidden states, [n, k + 1, T]; waits until it is whole, which its lock says, or the
     server has ended.
 
-    FileNotFoundError: it has no lock. OSError: it will never be whole.
+    OSError: it will never be whole, or has no lock: the server was restarted, and its folder emptied, or is not shared.
     """
     lock = path.with_name(path.name + ".lock")
     with lock.open() as held:
