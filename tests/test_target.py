@@ -401,15 +401,6 @@ def test_short_documents_share_a_forward_and_long_ones_run_alone_over_a_cache():
     assert plan(document_bounds(torch.arange(5)[None].expand(2, -1)), 5) == spans(0, 5, 10)
 
 
-def test_a_batch_that_fits_a_chunk_is_one_forward_without_a_cache():
-    target = make("llama", chunk_tokens=29)
-    with sizes_of_calls(target) as calls:
-        target.features(*packed([[28, 1]]))
-        target.features(*packed([[28, 2]]))
-        target.features(*packed([[30]]))
-    assert calls == [(29, False), (28, False), (2, False), (29, True), (1, True)]
-
-
 def test_a_cache_that_is_not_read_is_caught_at_the_start():
     target = make("llama", chunk_tokens=8)
     original = target.base.forward

@@ -79,12 +79,13 @@ def export_drafter(
     target_name: str | None = None,
     licence: str | None = None,
 ) -> list[str]:
-    """Write a drafter's folder as engines load it, and return what a user should know; the command's --help says what is
-    what.
+    """Write a drafter's folder as engines load it; returns what a user should know. The command's --help says what is what.
 
     ValueError: one line, for what no engine would load; nothing is written then.
     """
-    check_new(out)
+    is_empty = out.is_dir() and not out.is_symlink() and not any(out.iterdir())
+    if os.path.lexists(out) and not is_empty:
+        raise ValueError(f"--out {out} is there already and not an empty folder; give another")
     folder = find_drafter(checkpoint)
     files = read_drafter(folder)
     files.check_whole()
@@ -100,8 +101,8 @@ def export_drafter(
         allowed = f"1 to {trained or 'K of its training'}"
         raise ValueError(f"--num-speculative-tokens is {speculative_tokens}; give {allowed}")
     tokens = speculative_tokens or trained or speculative_tokens_of(files.raw)
-    named = target_name or target or path or target_name_of(files.raw)
-    name = None if named is None else str(named)
+    # Engines run elsewhere.
+    name = target_name or (str(target.absolute()) if target else path or target_name_of(files.raw))
     if format == SPECULATORS and (tokens is None or name is None):
         what = "give --target DIR or --target-name NAME" if name is None else "give --num-speculative-tokens K"
         raise ValueError(f"{folder} does not say for which target, or how many tokens, it was trained: {what}")
@@ -115,8 +116,7 @@ def export_drafter(
     if format == SPECULATORS:
         assert tokens is not None
         architectures = (target_config or {}).get("architectures") or []
-        found = target_name or (target and str(target.absolute())) or name  # engines run elsewhere
-        content = speculators_config(config, tokens, found, architectures)
+        content = speculators_config(config, tokens, name, architectures)
         texts["config.json"] = json.dumps(content, indent=2, sort_keys=True) + "\n"
     findings: list[Finding] = []
 
@@ -132,13 +132,6 @@ def export_drafter(
     except OSError as error:
         raise ValueError(f"--out {out} cannot be written: {error.strerror or error}") from error
     return notes + [f"{f.what}: {f.detail}" for f in findings if f.level == "warn"]
-
-
-def check_new(path: Path) -> None:
-    """ValueError unless a folder may be put in this place."""
-    is_empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
-    if os.path.lexists(path) and not is_empty:
-        raise ValueError(f"--out {path} is there already and not an empty folder; give another")
 
 
 def push_to_hub(folder: Path, name: str, public: bool = False) -> str:

@@ -86,13 +86,21 @@ def packed_attention(
         why = "was not told the bounds of documents, or has a mask, bias, cap, sinks or no window, which is not known"
         raise ValueError(f"{type(module).__name__} {why}: with target.check true, it gets one document at a time")
     assert bounds is not None
-    states = query_1hQD, key_1gKD, value_1gKD
-    if varlen_serves(query_1hQD.device.type, query_1hQD.dtype, query_1hQD.shape[3], value_1gKD.shape[3]):
-        longest = max(stop - start for start, stop in pairwise(documents))
-        out_1hQD = _by_varlen(*states, bounds, longest, scaling, sliding_window)
-    else:
-        out_1hQD = _one_by_one(*states, documents, scaling, sliding_window)
-    return out_1hQD.transpose(1, 2).contiguous(), None
+    if not varlen_serves(query_1hQD.device.type, query_1hQD.dtype, query_1hQD.shape[3], value_1gKD.shape[3]):
+        out_1hQD = _one_by_one(query_1hQD, key_1gKD, value_1gKD, documents, scaling, sliding_window)
+        return out_1hQD.transpose(1, 2).contiguous(), None
+    Q, K, longest = query_1hQD.shape[2], key_1gKD.shape[2], max(stop - start for start, stop in pairwise(documents))
+    # Made on the device, as a copy from the host would wait: a cache's length differs from layer to layer.
+    bounds_k, longest_k = (
+        (bounds, longest) if Q == K else (torch.arange(2, dtype=torch.int32, device=bounds.device) * K, K)
+    )
+    groups = query_1hQD.shape[1] // key_1gKD.shape[1]  # torch 2.11's kernel wants as many key heads as query heads
+    states = query_1hQD, repeat_kv(key_1gKD, groups), repeat_kv(value_1gKD, groups)
+    q_QhD, k_KhD, v_KhD = (each[0].transpose(0, 1) for each in states)
+    sides = (sliding_window - 1 if sliding_window else -1, 0)  # positions seen before and after a query's own; -1: all
+    lengths = bounds, bounds_k, longest, longest_k
+    out_QhD: Any = varlen_attn(q_QhD, k_KhD, v_KhD, *lengths, scale=scaling, window_size=sides)
+    return out_QhD[None], None
 
 
 AttentionInterface.register(NAME, packed_attention)
@@ -101,31 +109,6 @@ AttentionInterface.register(NAME, packed_attention)
 def varlen_serves(device_type: str, dtype: torch.dtype, D: int, value_D: int) -> bool:
     """Whether `varlen_attn` has a kernel. Where it should and has none, `FrozenTarget.check` sees that."""
     return device_type == "cuda" and dtype in (torch.bfloat16, torch.float16) and D == value_D <= 256 and D % 8 == 0
-
-
-def _by_varlen(
-    q_1hQD: Tensor,
-    k_1gKD: Tensor,
-    v_1gKD: Tensor,
-    bounds: Tensor,
-    longest: int,
-    scale: float | None,
-    window: int | None,
-) -> Tensor:
-    """[1, h, Q, D], by a kernel that skips what is not seen."""
-    Q, K = q_1hQD.shape[2], k_1gKD.shape[2]
-    # Made on the device, as a copy from the host would wait: a cache's length differs from layer to layer.
-    bounds_k = bounds if Q == K else torch.arange(2, dtype=torch.int32, device=bounds.device) * K
-    groups = (
-        q_1hQD.shape[1] // k_1gKD.shape[1]
-    )  # repeated, as torch 2.11's kernel wants as many key heads as query heads
-    states = q_1hQD, repeat_kv(k_1gKD, groups), repeat_kv(v_1gKD, groups)
-    sides = (window - 1 if window else -1, 0)  # positions seen before and after a query's own; -1: all
-    q_QhD, k_KhD, v_KhD = (each[0].transpose(0, 1) for each in states)
-    out_QhD: Any = varlen_attn(
-        q_QhD, k_KhD, v_KhD, bounds, bounds_k, longest, longest if Q == K else K, scale=scale, window_size=sides
-    )
-    return out_QhD.transpose(0, 1)[None]
 
 
 def _one_by_one(

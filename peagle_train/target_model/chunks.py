@@ -6,16 +6,10 @@ values, and one chunk. N: tokens of all sequences.
 """
 
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
-
-from peagle_train.target_model.attention import bounds_arguments
 
 
 @dataclass(frozen=True)
@@ -56,20 +50,6 @@ def plan_runs(bounds: list[int], way: Way) -> list[list[slice]]:
         else:
             runs.append([slice(first, min(first + limit, stop)) for first in range(start, stop, limit)])
     return runs
-
-
-def forwards(
-    base: nn.Module, config: Any, runs: list[list[slice]], bounds: list[int] | None, device: torch.device
-) -> Iterator[tuple[slice, dict[str, Any]]]:
-    """The tokens of each forward of the base model, and its arguments beside ids and positions.
-
-    bounds: see `document_bounds`; None for attention that is not told them.
-    """
-    for run in runs:
-        cache = {cache_argument(base): DynamicCache(config=config)} if len(run) > 1 else {}
-        for span in run:
-            told = {} if bounds is None else bounds_arguments(bounds, span, device)
-            yield span, {"use_cache": bool(cache), **cache, **told}
 
 
 def cache_argument(base: nn.Module) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 from peagle_train.config import Target
 from peagle_train.core.passes import TargetOutputs
@@ -24,9 +24,9 @@ from peagle_train.data.packing import TrainingData
 from peagle_train.data.vocab import eos_token_ids
 from peagle_train.distributed import max_counts, shard, whole
 from peagle_train.files import RunStopped
-from peagle_train.target_model.attention import bounds_heeded, takes_bounds
+from peagle_train.target_model.attention import bounds_arguments, bounds_heeded, takes_bounds
 from peagle_train.target_model.check import TOLERANCE, choose_way, relative
-from peagle_train.target_model.chunks import Way, document_bounds, forwards, plan_runs
+from peagle_train.target_model.chunks import Way, cache_argument, document_bounds, plan_runs
 from peagle_train.target_model.loading import (
     default_layer_ids,
     empty_model,
@@ -269,8 +269,11 @@ class FrozenTarget(TargetBase):
             return self.base(**ids, attention_mask=None, **given).last_hidden_state
 
         with nullcontext() if way.apart else bounds_heeded(self.config), self.layer_inputs(keep):
-            for span, given in forwards(self.base, self.config, runs, None if way.apart else bounds, self.device):
-                last_1NT[:, span] = forward(span, **given)
+            for run in runs:
+                cache = {cache_argument(self.base): DynamicCache(config=self.config)} if len(run) > 1 else {}
+                for span in run:
+                    told = {} if way.apart else bounds_arguments(bounds, span, self.device)
+                    last_1NT[:, span] = forward(span, use_cache=bool(cache), **cache, **told)
         for _ in range(idle):
             forward(slice(0, 1), use_cache=False)
         return features_1NF.view(B, L, F * T), last_1NT.view(B, L, T)

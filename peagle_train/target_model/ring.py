@@ -23,15 +23,11 @@ ELSEWHERE = "give another folder as target.ring_dir"
 Batch = dict[str, Tensor]
 
 
-def sequence_bytes(recipe: Recipe, target: TargetBase) -> int:
-    """The most bytes that a sequence's file takes."""
-    return recipe.data.max_length * (len(target.layer_ids) + 1) * target.hidden_size * target.dtype.itemsize + SLACK
-
-
 def block_steps(recipe: Recipe, target: TargetBase, sequences: int) -> int:
     """How many steps of `sequences` each have features that fit in `target.ring`; ValueError if not even one has."""
     assert recipe.target.ring is not None
-    step = sequences * sequence_bytes(recipe, target)
+    numbers = recipe.data.max_length * (len(target.layer_ids) + 1) * target.hidden_size
+    step = sequences * (numbers * target.dtype.itemsize + SLACK)
     if steps := int(recipe.target.ring * 2**30) // step:
         return steps
     needed = f"features of a step's {sequences} sequences take {step / 2**30:.3g}: give that, or a smaller step"
@@ -42,13 +38,12 @@ class Ring:
     """A target's outputs for training's batches. Sequences are computed one at a time, so the bits of one do not depend on
     the others.
 
-    rank, world_size: each rank keeps its own sequences; what an earlier run has left is removed. sequences: of this rank,
-        in a block.
+    rank, world_size: each rank keeps its own sequences; what an earlier run has left is removed.
 
-    ValueError: the folder cannot be used, or has too little room for a block.
+    ValueError: the folder cannot be used.
     """
 
-    def __init__(self, recipe: Recipe, target: TargetBase, rank: int, world_size: int, sequences: int) -> None:
+    def __init__(self, recipe: Recipe, target: TargetBase, rank: int, world_size: int) -> None:
         output = Path(recipe.output.dir)
         root = Path(recipe.target.ring_dir or output) / f"ring-{hash63(str(output.resolve()).encode()):x}"
         self.target, self.folder = target, root / str(rank)
@@ -57,12 +52,8 @@ class Ring:
                 if int(old.name) % world_size == rank:  # there may have been more ranks
                     shutil.rmtree(old)
             self.folder.mkdir(parents=True)
-            free = shutil.disk_usage(self.folder).free
         except OSError as error:
             raise ValueError(f"target.ring cannot be kept in {self.folder}: {one_line(error)}: {ELSEWHERE}") from None
-        if (lacking := sequences * sequence_bytes(recipe, target) - free) > 0:
-            room = f"{lacking / 2**30:.3g} GiB for the {sequences} sequences of a block"
-            raise ValueError(f"target.ring: {self.folder} lacks {room}: {ELSEWHERE}, or a smaller target.ring")
         self._known = {0}  # sequences that need not be asked for; 0 is one of no tokens
         # By the batch's id: the batch, and those of its sequences that the target is asked for.
         self._coming: dict[int, tuple[Batch, dict[int, Batch]]] = {}
@@ -92,8 +83,10 @@ class Ring:
             n = int((batch["document_ids"][b] >= 0).sum())
             if n == 0:
                 continue
-            found = None if b in rows else self._read(key)
-            if found is None:  # not even where it was known: it comes twice, in a block or at the end of one
+            if b not in rows and self._path(key).exists():
+                stored = load_file(self._path(key))
+                found = [stored[name] for name in FIELDS]
+            else:  # perhaps not even where it was known: it comes twice, in a block or at the end of one
                 one = self.target.outputs(rows.get(b) or _alone(batch, b), head_rows)
                 found = [tensor[0, :n].to(self.target.dtype) for tensor in (one.features, one.last_hidden)]
                 if self.keeps and not self._path(key).exists():
@@ -104,13 +97,6 @@ class Ring:
                 self._path(key).unlink(missing_ok=True)
                 self._known.discard(key)
         return TargetOutputs(whole[0], whole[1], head_rows)
-
-    def _read(self, key: int) -> list[Tensor] | None:
-        try:
-            tensors = load_file(self._path(key))
-        except FileNotFoundError:
-            return None
-        return [tensors[name] for name in FIELDS]
 
     def _write(self, key: int, tensors: list[Tensor]) -> None:
         try:

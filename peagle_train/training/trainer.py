@@ -128,9 +128,7 @@ class Trainer:
 
     def _run(self, steps: Generator[list[Batch], None, None]) -> dict[str, Any]:
         if self.recipe.target.reuse > 1:
-            rank = self.accelerator.process_index
-            sequences = self.sampler.block_steps * self.sampler.global_batch_size // self.world_size
-            self.runner.ring = Ring(self.recipe, self.target, rank, self.world_size, sequences)
+            self.runner.ring = Ring(self.recipe, self.target, self.accelerator.process_index, self.world_size)
         if self.resumed is None:
             self.before = self.evaluate("held-out before training")
         self.started = time.perf_counter()
