@@ -188,7 +188,7 @@ def test_what_no_drafter_can_have_is_refused(frozen):
     for options, word in (
         ({"num_layer": 2}, "num_layers"),
         ({"num_layers": 0}, "num_layers"),
-        ({"init_from": "elsewhere", "vocab_from": "there"}, "init_from, vocab_from"),
+        ({"init_from": "elsewhere"}, "init_from"),
         ({"draft_vocab_size": 5}, "draft_token_ids"),
         ({"mask_token_id": VOCAB}, "mask_token_id"),
         ({"draft_token_ids": torch.tensor([3, 3])}, "ascending"),

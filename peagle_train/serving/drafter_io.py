@@ -25,7 +25,6 @@ from peagle_train.serving.formats import parse_config
 from peagle_train.target_model.frozen import PLAIN
 from peagle_train.target_model.loading import stored_tensors
 
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 MAY_LACK = ("mask_hidden", "embed_tokens.weight", "lm_head.weight")
 """What an EAGLE-3 drafter may lack: the first is P-EAGLE's, the others are the target's then."""
 NOT_READ = re.compile(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|verifier_(norm|lm_head)\.weight|t2d")
@@ -154,7 +153,7 @@ def _fit(config: PEagleDraftConfig, tensors: dict[str, Tensor]) -> None:
             wrong.append(f"{name} is no tensor of such a drafter")
         elif tuple(tensor.shape) != shapes[name]:
             wrong.append(f"{name} is {list(tensor.shape)}; config.json makes it {list(shapes[name])}")
-        elif tensor.dtype not in (INTEGERS if name == "d2t" else PLAIN):
+        elif (tensor.dtype in PLAIN) == (name == "d2t"):
             wrong.append(f"{name} is {tensor.dtype}; it must be {'int64' if name == 'd2t' else 'floating point'}")
     if wrong:
         raise ValueError("; ".join(wrong[:5]) + (f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""))

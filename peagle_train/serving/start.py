@@ -266,7 +266,7 @@ def new_drafter(
     ids = torch.arange(V) if draft_token_ids is None else draft_token_ids.cpu()
     if not ids.numel() or not 0 <= int(ids[0]) <= int(ids[-1]) < V or bool((ids[1:] <= ids[:-1]).any()):
         raise ValueError(f"draft_token_ids must be distinct ids of 0..{V - 1}, ascending")
-    if others := sorted(draft.keys() & {"draft_vocab_size", "init_from", "vocab_from"}):
+    if others := sorted(draft.keys() & {"draft_vocab_size", "init_from"}):
         raise ValueError(f"{', '.join(others)}: for recipes alone; give draft_token_ids")
     given = {**draft, "mask_token_id": mask_token_id, "draft_vocab_size": ids.numel()}
     section, data = read_section(Draft, "draft", given), Data([], max_length=1)  # lengths are the caller's affair
