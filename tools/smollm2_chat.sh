@@ -55,7 +55,7 @@ for name, prompts in (("questions", held_out), ("prompts", [*learned, *read_prom
 EOF
 if [ ! -e "$OUTPUT/answers.jsonl" ]; then
     peagle-train regenerate "$OUTPUT/prompts.jsonl" --out "$OUTPUT/answers.jsonl" --target "$TARGET" --keep-truncated \
-        --limit "${PEAGLE_PROMPTS:-1000}" --max-tokens "${PEAGLE_TOKENS:-512}"
+        --limit "${PEAGLE_PROMPTS:-1000}" --max-tokens "${PEAGLE_TOKENS:-512}" --batch-size 32
 fi
 
 step rows
