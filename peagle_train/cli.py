@@ -191,8 +191,8 @@ def _check_data(add: Add, read: Read) -> int:
 def _cache(add: Add, read: Read) -> None:
     """Run the target once over a recipe's sequences and keep what training needs of it: features and last hidden states.
 
-    peagle-train cache recipes/quickstart.yaml --out features
-    peagle-train train recipes/quickstart.yaml target.cache=features
+    peagle-train cache recipes/smollm2_cpu.yaml --out features
+    peagle-train train recipes/smollm2_cpu.yaml target.cache=features
 
     Killed, it resumes when it is started again, and writes the same bytes on any number of processes:
     ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 -m peagle_train cache RECIPE --out features
@@ -470,7 +470,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("usage: peagle-train COMMAND ... (each has --help)\n", file=out)
         for name, add in COMMANDS.items():
             print(f"  {name:12} {(add.__doc__ or '').splitlines()[0]}", file=out)
-        print("\nfirst: peagle-train recipes quickstart > mine.yaml, name your target and data in it, then", file=out)
+        print("\nfirst: save README.md's recipe for your own model as mine.yaml, then", file=out)
         print("       peagle-train plan mine.yaml; peagle-train train mine.yaml", file=out)
         return 0 if given else 2
     if given == ["--version"]:

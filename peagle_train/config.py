@@ -396,8 +396,8 @@ class Draft:
     train_lm_head: bool = False
     """Train the output head."""
     layers_from_target: bool = False
-    """Start from the target's last layers and final norm, and from an `fc` that passes its last feature on; only where the
-    drafter's layers have the shape of the target's."""
+    """Start from the target's last layers and final norm, and from an `fc` that passes its last feature on: of Llama, Mistral
+    and Qwen3 without biases, where the drafter's layers have their type and shape."""
     layer_type: Literal["llama", "qwen3"] | None = None
     """Qwen3's layers norm the queries and keys of each head; null: qwen3 for a target of that family, else llama."""
     norm_before_fc: bool = False
@@ -522,7 +522,7 @@ class Train:
     eval_steps: Count | None = None
     """Evaluate every N steps; null: only before and after training."""
     save_steps: Count | None = None
-    """Save a checkpoint every N steps; null: only the final drafter."""
+    """Save a checkpoint every N steps; null: only the final drafter, and where a run is stopped."""
     keep_last: Count | None = None
     """Keep the newest N checkpoints; null: all."""
     keep_every: Count | None = None

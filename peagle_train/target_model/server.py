@@ -174,7 +174,7 @@ class ServedTarget(AbsentTarget):
 
 
 class _Server:
-    """One vLLM server. `patience`: seconds that a request or its file may take."""
+    """One vLLM server. `patience`: seconds that a request may take."""
 
     def __init__(self, url: str, layer_ids: list[int], hidden_size: int, patience: float) -> None:
         self.url, self.layer_ids = url.rstrip("/").removesuffix("/v1"), layer_ids
