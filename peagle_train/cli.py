@@ -348,7 +348,8 @@ def _import(add: Add, read: Read) -> None:
     o = read()
     from peagle_train.serving.export import export_drafter
 
-    export_drafter(o.folder, o.out, "eagle3")
+    for note in export_drafter(o.folder, o.out, "eagle3"):
+        print(f"note: {note}", file=sys.stderr)
     print(f"imported to {o.out}")
 
 

@@ -180,6 +180,8 @@ ELSEWHERE = {
 GONE: dict[str, tuple[list[Any], str]] = {
     "data.max_characters": ([None, 4_000_000], "texts may have any length"),
     "data.max_documents": ([None], "give fewer files, or a split such as train[:1000]"),
+    "data.sources.format": (["auto"], "files are read by their names' endings"),
+    "data.sources.streaming": ([False], "fetch some of its files (hf download --include), and name their folder"),
     "data.on_rewrite": (["last_turn"], "of a chat that its template rewrites, the last turn is learned"),
     "draft.vocab_from": ([None], "draft.init_from takes another drafter's vocabulary, and its weights"),
     "train.muon_learning_rate": ([2e-3], "Muon's steps are of the size of AdamW's, at train.learning_rate"),
@@ -202,7 +204,8 @@ def read_section(cls: type, name: str, values: Mapping[Any, Any]) -> Any:
     """An instance of the dataclass from plain values; RecipeError of one line where they do not fit."""
     from pydantic import ValidationError
 
-    values = {key: value for key, value in values.items() if value not in GONE.get(f"{name}.{key}", ([], ""))[0]}
+    gone = {key: GONE.get(f"{name.partition('[')[0]}.{key}", ([], "")) for key in values}
+    values = {key: value for key, value in values.items() if value not in gone[key][0]}
     try:
         read = _model(cls).model_validate(values)
     except ValidationError as error:
@@ -214,8 +217,8 @@ def read_section(cls: type, name: str, values: Mapping[Any, Any]) -> Any:
             meant = key_for(str(leaf)) if "[" not in name else None  # a source's keys are nobody else's
             meant = meant or (f"{name}.{close[0]}" if close else None)
             hint = f"did you mean {meant}?" if meant else f"{name} has {', '.join(names)}"
-            if gone := GONE.get(f"{name}.{leaf}"):
-                hint = f"remove it: {gone[1]}"
+            if leaf in gone and gone[leaf][1]:
+                hint = f"remove it: {gone[leaf][1]}"
             raise RecipeError(f"{key} is not a key; {hint}") from None
         if first["type"] == "missing":
             raise RecipeError(f"{key} is missing") from None
@@ -396,8 +399,8 @@ class Draft:
     train_lm_head: bool = False
     """Train the output head."""
     layers_from_target: bool = False
-    """Start from the target's last layers and final norm, and from an `fc` that passes its last feature on: of Llama, Mistral
-    and Qwen3 without biases, where the drafter's layers have their type and shape."""
+    """Start from the target's last layers and final norm, and from an `fc` that passes its last feature on: of Llama,
+    Mistral and Qwen3 without biases, where the drafter's layers have their type and shape."""
     layer_type: Literal["llama", "qwen3"] | None = None
     """Qwen3's layers norm the queries and keys of each head; null: qwen3 for a target of that family, else llama."""
     norm_before_fc: bool = False

@@ -364,7 +364,7 @@ class Servers:
         kept = Path(str(self.settings.features)) / f"hs_{hash63(ids.numpy().tobytes())}.safetensors"
         name, mark = path.parent.name, kept.with_name("layers.txt")
         try:
-            states = take(path, ids.tolist())
+            states = take(path, ids.tolist(), 600.0)
             mask = (torch.arange(ids.numel()) >= len(prompt)).long()
             with self._keeping:
                 if not mark.exists():

@@ -201,7 +201,9 @@ def test_a_dump_reads_back_to_the_same_recipe(minimal, write):
 def test_keys_of_before_are_ignored_where_they_change_nothing_and_refused_with_another_value(minimal):
     before = ["data.on_rewrite=last_turn", "data.max_characters=4000000", "train.compile_mode=default"]
     assert load_recipe(minimal, before) == load_recipe(minimal)
-    assert "remove it" in message(minimal, "data.on_rewrite=refuse")
+    load_recipe(minimal, ["data.sources=[{path: a.jsonl, format: auto, streaming: false}]"])
+    for value in ("data.on_rewrite=refuse", "data.sources=[{path: a.jsonl, format: text}]"):
+        assert "remove it" in message(minimal, value)
 
 
 def test_a_number_beyond_any_use_is_refused_and_its_limit_named(minimal):

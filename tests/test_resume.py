@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,25 @@ def test_a_run_that_started_from_another_drafter_resumes_and_its_own_checkpoint_
     shutil.rmtree(source)
     run(parts, "--resume", f"output.dir={tmp_path / 'again'}", f"draft.init_from={tmp_path / 'again' / 'checkpoint-1'}")
     assert_same_run(tmp_path / "again", tmp_path / "whole" / "run")
+
+
+def test_best_is_not_named_where_it_holds_another_steps_drafter(tmp_path, begun):
+    recipe, output = begun.copy(tmp_path), tmp_path / "run"
+    file = output / "best.json"
+    assert json.loads(file.read_text())["folder"] == "best"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "step": 77}))  # which the resumed run has undone
+    run(recipe, "--resume", "train.eval_steps=null", "train.max_steps=6")
+    best = json.loads((output / "run.json").read_text())["best"]
+    assert best["step"] == 6 or best["folder"] is None
+
+
+def test_muon_does_not_go_on_in_steps_of_another_size(tmp_path, begun):
+    recipe = load_recipe(begun.copy(tmp_path), ["train.optimizer=muon"])
+    old, new = asdict(recipe), asdict(recipe)
+    assert checkpoint_module.compare_recipes(old, new, "checkpoint-5") == []
+    old["train"]["muon_learning_rate"] = 2e-3
+    with pytest.raises(ValueError, match="Muon's steps"):
+        checkpoint_module.compare_recipes(old, new, "checkpoint-5")
 
 
 def test_resume_takes_a_folder_and_nothing_else_for_its_own(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import torch
 from peagle_train.config import Recipe, load_recipe
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
+from peagle_train.core.rope import rope_mistake
 from peagle_train.serving.start import make_draft_config
 from peagle_train.target_model.frozen import FrozenTarget
 from tests.helpers import make_config
@@ -82,3 +83,14 @@ def test_the_extremes_that_are_allowed_have_finite_angles():
             position = torch.tensor([[0, 1, 131071]])
             for table in PEagleDraft.make_rotary(config)(torch.zeros(1, 3, config.hidden_size), position):
                 assert table.isfinite().all(), (theta, scaling)
+
+
+def test_tables_that_turn_nothing_or_are_out_of_order_are_refused():
+    llama3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
+    llama3 |= {"original_max_position_embeddings": 8192}
+    assert rope_mistake(llama3) is None
+    for changed in ({"low_freq_factor": 4}, {"low_freq_factor": 0}, {"high_freq_factor": 0.5}):
+        assert rope_mistake(llama3 | changed), changed
+    yarn = {"rope_type": "yarn", "factor": 4, "beta_fast": 32, "beta_slow": 1, "mscale": 0}
+    assert rope_mistake(yarn) is None
+    assert rope_mistake(yarn | {"attention_factor": 0}) and rope_mistake(yarn | {"beta_slow": 33})

@@ -200,6 +200,8 @@ def test_parquet_arrow_saved_and_named_data_sets_hold_what_the_same_jsonl_holds(
     table.to_parquet(tmp_path / "named" / "train.parquet")
     table.to_parquet(tmp_path / "rows [1]*.parquet")
     table.save_to_disk(tmp_path / "saved")
+    datasets.load_from_disk(tmp_path / "saved").filter(lambda row: True, load_from_cache_file=False)
+    assert list((tmp_path / "saved").glob("cache-*.arrow"))  # no example of ours
     datasets.DatasetDict({"train": table.select([0]), "all": table}).save_to_disk(tmp_path / "splits")
     expected, report = load(path)
     for source in (

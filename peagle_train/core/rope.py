@@ -36,8 +36,12 @@ def rope_mistake(rope: Mapping[str, Any]) -> str | None:
         least = LEAST.get(key, 0)
         if key in ("rope_type", "rope_theta", "truncate", *unused_keys(rope)):
             continue
-        if type(value) not in (int, float) or not least <= value <= MOST:
-            return f"{key} is {ascii(value)[:80]}; give a number of {least} to {MOST}"
+        is_number = type(value) in (int, float) and (value or key.startswith("mscale"))
+        if not is_number or not least <= value <= MOST:
+            return f"{key} is {ascii(value)[:80]}; give a number {f'of {least}' if least else 'above 0'} to {MOST}"
+    for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+        if low in rope and high in rope and not rope[low] < rope[high]:
+            return f"{low} is {rope[low]}, {high} {rope[high]}; give a smaller {low}"
     return None
 
 

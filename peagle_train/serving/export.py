@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from peagle_train.config import parse_sources, read_yaml
+from peagle_train.config import read_yaml
 from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.files import one_line, write_folder
 from peagle_train.serving.check import Finding, check_folder, is_loadable
@@ -52,7 +52,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """The values of the recipe.yaml in a drafter's folder, by `section.key`; empty if it has none."""
     path = folder / "recipe.yaml"
     sections = read_yaml(path) if path.is_file() else {}
-    mappings = {name: values for name, values in sections.items() if isinstance(values, dict)}
+    named = sections.items() if isinstance(sections, dict) else ()
+    mappings = {name: values for name, values in named if isinstance(values, dict)}
     return {f"{name}.{key}": value for name, values in mappings.items() for key, value in values.items()}
 
 
@@ -157,13 +158,14 @@ def _card(
     config: PEagleDraftConfig, form: str, recipe: dict[str, Any], target: str | None, K: int | None, licence: str | None
 ) -> str:
     """The README.md. It says only what the drafter's files say."""
-    sources = parse_sources(recipe.get("data.sources") or [])  # files without their machine's folders
+    sources = [s if isinstance(s, dict) else {"path": s} for s in recipe.get("data.sources") or []]
     rows = {
         "target": target,
         "layers, draft vocabulary": f"{config.num_hidden_layers}, {config.draft_vocab_size} of {config.vocab_size} tokens",
         "K to serve with": K,
         **{key: recipe.get(key) for key in SETTINGS},
-        "data": ", ".join(Path(s.path).name if s.path else str(s.datasets) for s in sources) or None,
+        # Files without their machine's folders.
+        "data": ", ".join(Path(s["path"]).name if "path" in s else str(s.get("datasets")) for s in sources) or None,
     }
     command = "vllm serve THIS_FOLDER"
     if form == EAGLE3:

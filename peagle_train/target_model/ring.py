@@ -48,7 +48,7 @@ class Ring:
         root = Path(recipe.target.ring_dir or output) / f"ring-{hash63(str(output.resolve()).encode()):x}"
         self.target, self.folder = target, root / str(rank)
         try:
-            for old in root.glob("*"):
+            for old in root.glob("[0-9]*"):
                 if int(old.name) % world_size == rank:  # there may have been more ranks
                     shutil.rmtree(old)
             self.folder.mkdir(parents=True)

@@ -174,7 +174,7 @@ class ServedTarget(AbsentTarget):
 
 
 class _Server:
-    """One vLLM server. `patience`: seconds that a request may take."""
+    """One vLLM server. `patience`: seconds that a request or its file may take."""
 
     def __init__(self, url: str, layer_ids: list[int], hidden_size: int, patience: float) -> None:
         self.url, self.layer_ids = url.rstrip("/").removesuffix("/v1"), layer_ids
@@ -204,7 +204,7 @@ class _Server:
             raise ValueError(f"target.server {self.url} gives no hidden states: {REMEDY}")
         if (given := path.parent.name) != (asked := layers_folder(self.layer_ids)):
             raise ValueError(f"target.server {self.url} gives {given}, the recipe asks for {asked}: {REMEDY}")
-        states = take(path, ids)
+        states = take(path, ids, self.patience)
         if states.shape != (len(ids), len(self.layer_ids) + 1, self.hidden_size):
             wanted = f"not those of {len(self.layer_ids)} layers and the last: {REMEDY}"
             raise ValueError(f"target.server {self.url} gives hidden states {tuple(states.shape)}, {wanted}")
@@ -223,15 +223,23 @@ def states_path(reply: Any) -> Path | None:
     return Path(path) if path else None
 
 
-def take(path: Path, ids: list[int]) -> Tensor:
-    """Read and remove a server's file of hidden states, [n, k + 1, T]; waits until it is whole, which its lock says, or the
-    server has ended.
+def take(path: Path, ids: list[int], patience: float) -> Tensor:
+    """Read and remove a server's file of hidden states, [n, k + 1, T]; waits until it is whole, which its lock says.
 
-    OSError: it will never be whole, or has no lock: the server was restarted, and its folder emptied, or is not shared.
+    OSError: it is not whole after `patience` seconds, or never will be, or has no lock: the server was restarted, and its
+    folder emptied, or is not shared.
     """
-    lock = path.with_name(path.name + ".lock")
+    lock, until, pause = path.with_name(path.name + ".lock"), time.monotonic() + patience, 0.001
     with lock.open() as held:
-        fcntl.flock(held, fcntl.LOCK_SH)
+        while True:
+            try:
+                fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)  # which waits without limit if it waits itself
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise OSError(f"{path} was not whole after {patience:.0f} s") from None
+            time.sleep(pause)
+            pause = min(0.1, 2 * pause)
         try:
             tensors = load_file(path)
         except (FileNotFoundError, SafetensorError) as error:

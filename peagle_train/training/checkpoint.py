@@ -269,6 +269,8 @@ def compare_recipes(old: dict[str, Any], new: dict[str, Any], name: str) -> list
                 lines.append(f"{key} auto stays {before}")
             elif before != value:
                 (lines if key in MAY_CHANGE else refused).append(change)
+    if "muon_learning_rate" in old["train"] and old["train"]["optimizer"] == "muon":
+        refused.append("Muon's steps, which had another size then")
     if refused:
         what = f"{name} was trained with other settings: {', '.join(refused)}"
         raise ValueError(f"--resume: {what}: give the old ones, or start a new run in another output.dir")

@@ -113,7 +113,10 @@ class Reporter:
             flat = {key: v if isinstance(v, (str, int, float)) else json.dumps(v) for key, v in flat.items()}
             title = self.folder.resolve().name
             names = {"wandb": {"name": title}, "mlflow": {"run_name": title}, "trackio": {"name": title}}
-            self.accelerator.init_trackers("peagle_train", flat, names)
+            try:
+                self.accelerator.init_trackers("peagle_train", flat, names)
+            except Exception as error:  # another's service, which has its own ways to fail
+                raise ValueError(f"train.log_with: it did not start: {one_line(error, 200)}") from error
 
     def record(self, kind: str, line: str, **values: Any) -> None:
         """Write a line of metrics.jsonl, print one for a person, and log the numbers to the tracker: as `kind/name`, those

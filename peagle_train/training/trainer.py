@@ -495,4 +495,7 @@ class Trainer:
         if later := checkpoints.remove_later(self.folder, self.step):
             say(f"resume: checkpoints of later steps ({', '.join(map(str, later))}) were removed")
         self.reporter.lines = checkpoints.keep_lines(self.reporter.path, checkpoint.state["lines"]["metrics.jsonl"])
+        kept = self.folder / "best.json"
+        if self.best and not (kept.exists() and json.loads(kept.read_bytes()) == self.best):
+            self.best["folder"] = None  # best/ is of a step that was undone
         say(f"resume: continuing after step {self.step}, from {checkpoint.folder}")
