@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import peagle_train.target_model.ring as ring_module
 from peagle_train.config import load_recipe
 from peagle_train.data.sampler import EMPTY_ROW, StepBatchSampler
+from peagle_train.target_model.cache import write_cache
 from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.target_model.ring import Ring, block_steps
 from tests.helpers import ENVIRONMENT
@@ -115,6 +116,12 @@ def test_training_with_it_is_training_without_bit_for_bit_and_the_target_runs_on
     run(recipe_in(tmp_path / "anew", tiny_target, rows), *more)
     assert len(calls) == weight * 2 * len(LENGTHS) + 2 * evaluations
     assert_same_run(tmp_path / "ring" / "run", tmp_path / "anew" / "run")
+
+
+def test_a_cache_of_a_recipe_with_a_ring_says_how_to_train_without_one(tmp_path, tiny_target, rows):
+    recipe = recipe_in(tmp_path, tiny_target, rows)
+    said = write_cache(load_recipe(recipe), str(tmp_path / "features"))
+    run(recipe, *said.split("RECIPE ")[1].split(), "train.max_steps=1")
 
 
 @pytest.mark.slow

@@ -253,6 +253,8 @@ def write_cache(recipe: Recipe, out: str | None, speculators: str | None = None,
         wait_for_all()
     accelerator.end_training()
     overrides = [as_override("target.cache", str(folder))]
+    if recipe.target.reuse > 1:  # the cache has the features of all passes
+        overrides += ["target.reuse=1", "target.ring=null"]
     if files:
         overrides.append(as_override("data.sources", [str(folder / DOCUMENTS)]))
     return f"train from it: peagle-train train RECIPE {' '.join(overrides)}\n" if is_main else ""
