@@ -161,11 +161,12 @@ def stored_tensors(folder: Path) -> dict[str, Any]:
 
 def read_tensors(folder: Path, stored: dict[str, Any], names: set[str]) -> dict[str, Tensor]:
     """Those tensors of a folder's `stored_tensors`. A name stands for itself, or else for the one that ends in it after a
-    dot; ValueError where there is not exactly one.
+    dot, or that it ends in (GPT-2's files lack the model's prefix); ValueError where there is not exactly one.
     """
     found = {}
     for name in sorted(names):
-        keys = [name] if name in stored else [key for key in stored if key.endswith(f".{name}")]
+        others = (key for key in stored if key.endswith(f".{name}") or name.endswith(f".{key}"))
+        keys = [name] if name in stored else [*others]
         if len(keys) != 1:
             raise ValueError(f"target.path {folder} has {len(keys)} tensors {name} in its .safetensors files, not one")
         found[name] = stored[keys[0]].get_tensor(keys[0])
