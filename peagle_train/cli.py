@@ -14,6 +14,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -69,6 +70,14 @@ def number(low: float, high: float = math.inf, kind: type = int) -> Callable[[st
 
     read.__name__ = kind.__name__  # for argparse's own message
     return read
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """An argument's type."""
+    with suppress(ValueError):
+        if isinstance(value := json.loads(text), dict):
+            return value
+    raise argparse.ArgumentTypeError('give a JSON object, as {"enable_thinking": false}')
 
 
 COUNT = number(1)
@@ -258,7 +267,7 @@ def _regenerate(add: Add, read: Read) -> None:
     add("--seed", type=int, default=0, metavar="S", help="each answer's own follows from it (default 0)")
     add("--limit", type=COUNT, metavar="N", help="the first N prompts alone")
     add("--keep-truncated", action="store_true", help="keep answers that --max-tokens cut, as the last ones")
-    add("--chat-template-kwargs", type=json.loads, default={}, metavar="JSON", help='as {"enable_thinking": false}')
+    add("--chat-template-kwargs", type=json_object, default={}, metavar="JSON", help='as {"enable_thinking": false}')
     many = number(1, 1000)  # openai's limit of connections
     add("--concurrency", type=many, default=128, metavar="C", help="conversations at each server (default 128)")
     add("--retries", type=number(0), default=10, help="of a request to a server, up to 8 s apart (default 10)")
@@ -270,8 +279,6 @@ def _regenerate(add: Add, read: Read) -> None:
 
     if (o.base_url is None) == (o.target is None) or bool(o.base_url) != bool(o.model) or (o.features and o.target):
         raise ValueError("give --base-url and --model (also --features) for a server, or --target alone for one here")
-    if not isinstance(o.chat_template_kwargs, dict):
-        raise ValueError('--chat-template-kwargs: give a JSON object, as {"enable_thinking": false}')
     how = o.temperature, o.top_p, o.max_tokens, o.seed, o.keep_truncated, o.chat_template_kwargs
     settings = Settings(*how, o.features and os.path.expanduser(o.features))
     backend: Local | Servers

@@ -129,7 +129,9 @@ def write_picture(recipe: Recipe, number: int, out: Path) -> str:
     collator = make_collator(recipe, recipe.train.seed)
     sequence, tokenizer, _, (*_, title) = load_sequence(recipe, number)
     words = list(map(token_names(tokenizer), sequence["input_ids"].tolist()))
-    title += f"; K = {collator.num_depths}, S = {collator.num_segments}, draft.window {recipe.draft.window}"
+    title += f"; K = {collator.num_depths}, S = {collator.num_segments}"
+    if recipe.draft.window:
+        title += f", window {recipe.draft.window}"
     figure = draw_batch(collator([sequence]), words, list(sequence["loss_mask"]), title, recipe.draft.window)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(out, png_of(figure))

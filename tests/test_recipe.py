@@ -112,7 +112,7 @@ WRONG = {
     "draft.rope_scaling={rope_type: dynamic, factor: 2}": "rope_type is 'dynamic'; give one of",
     "draft.rope_scaling={rope_type: linear, factor: 2.0, foo: 1}": "has 'foo', which rope type linear does not have",
     "draft.rope_scaling={rope_type: linear}": "factor is missing; rope type linear takes factor",
-    "draft.rope_scaling={rope_type: linear, factor: two}": "factor is 'two'; give a number of 1 to",
+    "draft.rope_scaling={rope_type: linear, factor: two}": "factor is 'two'; give a number of at least 1",
 }
 
 

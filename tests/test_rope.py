@@ -54,7 +54,7 @@ def test_a_rope_that_no_drafter_can_have_is_refused_with_the_way_out(recipe, tar
         with pytest.raises(ValueError, match=words):
             made(recipe, target, monkeypatch, **rope)
     config = make_config(rope_theta=None, rope_parameters={"rope_type": "linear", "factor": 0.0, "rope_theta": 1e4})
-    with pytest.raises(ValueError, match=r"the drafter's rope: factor is 0\.0; give a number of 1"):
+    with pytest.raises(ValueError, match=r"the drafter's rope: factor is 0\.0; give a number of at least 1"):
         config.check_trainable()
 
 

@@ -10,8 +10,9 @@ The first call writes the texts: the target's greedy continuations of standard-l
 They are of modules that a recipe with data.eval_fraction = DEV_FRACTION holds out and the recipe does not: its own are for
 the final table (peagle-train evaluate). The target runs once for each data section (peagle-train prepare and cache). A
 drafter is trained by `python -m peagle_train` and measured by `replay` (float32, greedy, K = 5, repetition left out), which
-needs no decoding. Settings are compared at equal CPU time, which other work on the machine does not change: choose --steps
-by what the lines before say a step takes. Without --ledger, the line goes to the repository's own.
+needs no decoding. Settings are compared at equal CPU time, which other work on the machine changes less than minutes (the
+same steps took up to a quarter more): choose --steps by what the lines before say a step takes. Without --ledger, the line
+goes to the repository's own.
 """
 
 import argparse

@@ -53,10 +53,8 @@ learned = [question for question in questions if question not in held_out]
 for name, prompts in (("questions", held_out), ("prompts", [*learned, *read_prompts("humaneval")])):
     Path(sys.argv[1], f"{name}.jsonl").write_text("".join(row(prompt) + "\n" for prompt in prompts))
 EOF
-if [ ! -e "$OUTPUT/answers.jsonl" ]; then
-    peagle-train regenerate "$OUTPUT/prompts.jsonl" --out "$OUTPUT/answers.jsonl" --target "$TARGET" --keep-truncated \
-        --limit "${PEAGLE_PROMPTS:-1000}" --max-tokens "${PEAGLE_TOKENS:-512}" --batch-size 32
-fi
+peagle-train regenerate "$OUTPUT/prompts.jsonl" --out "$OUTPUT/answers.jsonl" --target "$TARGET" --keep-truncated \
+    --limit "${PEAGLE_PROMPTS:-1000}" --max-tokens "${PEAGLE_TOKENS:-512}" --batch-size 32
 
 step rows
 peagle-train prepare "${recipe[@]}"

@@ -38,7 +38,8 @@ def rope_mistake(rope: Mapping[str, Any]) -> str | None:
             continue
         is_number = type(value) in (int, float) and (value or key.startswith("mscale"))
         if not is_number or not least <= value <= MOST:
-            return f"{key} is {ascii(value)[:80]}; give a number {f'of {least}' if least else 'above 0'} to {MOST}"
+            allowed = f"of at least {least}" if least else "above 0"
+            return f"{key} is {ascii(value)[:80]}; give a number {allowed} and at most {MOST}"
     for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
         if low in rope and high in rope and not rope[low] < rope[high]:
             return f"{low} is {rope[low]}, {high} {rope[high]}; give a smaller {low}"

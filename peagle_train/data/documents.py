@@ -89,10 +89,11 @@ def _files_of(number: int, spec: SourceSpec, data: Data, skipped: Counter[str]) 
         if os.path.isfile(os.path.join(path, "dataset_dict.json")):
             raise ValueError(f"data source {spec.path} is a data set of several splits: give the folder of one of them")
         below = list(_walk(path, skipped))
-        if os.path.isfile(
-            state := os.path.join(path, "state.json")
-        ):  # `datasets` caches what it makes of a set beside it
-            below = [file["filename"] for file in json.loads(Path(state).read_bytes())["_data_files"]]
+        state = Path(path, "state.json")
+        if (
+            state.is_file() and Path(path, "dataset_info.json").is_file()
+        ):  # not what `datasets` caches beside a saved set
+            below = [file["filename"] for file in json.loads(state.read_bytes())["_data_files"]]
     else:
         extensions = (*extensions, *TEXT_EXTENSIONS, *EXAMPLE_FORMATS)
         if os.path.isfile(path):

@@ -97,7 +97,7 @@ def export_drafter(
         notes.append(f"the target is {path}, as the recipe beside the drafter says")
     elif target is None:
         where = f"the target {path} is not on this machine" if path else "no target is known"
-        notes.append(f"{where}: nothing was compared with it (--target DIR)")
+        notes.append(f"{where}: nothing was compared with it (peagle-train check FOLDER --target DIR does)")
     if speculative_tokens is not None and not 1 <= speculative_tokens <= (trained or speculative_tokens):
         allowed = f"1 to {trained or 'K of its training'}"
         raise ValueError(f"--num-speculative-tokens is {speculative_tokens}; give {allowed}")

@@ -233,7 +233,7 @@ def take(path: Path, ids: list[int], patience: float) -> Tensor:
     with lock.open() as held:
         while True:
             try:
-                fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)  # which waits without limit if it waits itself
+                fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)  # polled: a blocking one has no limit
                 break
             except BlockingIOError:
                 if time.monotonic() > until:

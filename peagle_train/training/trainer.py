@@ -162,7 +162,8 @@ class Trainer:
         title = "held-out after training"
         if self.recipe.train.average and self.averaged:
             title += f", the mean of {self.averaged} steps' weights"
-            self.save_checkpoint()  # of the last step's weights, should the target be lost now
+            if self.recipe.target.server:  # it may be lost now, and the last step's weights with it
+                self.save_checkpoint()
             self._average(lambda weight, mean: weight.copy_(mean))
         after = self.evaluate(title)
         self._save_drafter(self.folder / "final")
@@ -381,10 +382,10 @@ class Trainer:
             last = self.step == self.num_steps
             folder = None if self.step == 0 else "final" if last else "best"
             self.best = {"step": self.step, "expected_accepted_length": length, "folder": folder}
+            if folder:  # written first: after a kill in between, best/ is not taken for what it is not
+                self.on_main("best.json", lambda: write_json(self.folder / "best.json", self.best))
             if folder == "best":
                 self._save_drafter(self.folder / folder)
-            if folder:
-                self.on_main("best.json", lambda: write_json(self.folder / "best.json", self.best))
         return values
 
     def _save_drafter(self, path: Path) -> None:
