@@ -44,7 +44,9 @@ class Signals:
         if not self.stop:
             self.stop, self._stopped_at = True, time.monotonic()
             name = signal.Signals(number).name
-            os.write(2, f"peagle-train: {name}: saving after this step; a second one ends at once\n".encode())
+            os.write(
+                2, f"peagle-train: {name}: stopping as soon as the work is safe; a second one ends at once\n".encode()
+            )
         elif "TORCHELASTIC_RUN_ID" not in os.environ or time.monotonic() - self._stopped_at >= ECHO_SECONDS:
             os.write(2, b"peagle-train: a second signal: ending at once, nothing more is saved\n")
             os._exit(128 + number)

@@ -325,3 +325,23 @@ def test_a_drafter_that_may_have_learned_from_the_prompts_is_not_compared(runs, 
     for other in (folders[0.01], tmp_path / "none"):
         with pytest.raises(ValueError, match="may have learned from these prompts"):
             check_held_out([folders[0.05], other])
+
+
+def test_a_tie_of_logits_is_said_and_no_failure(runs, monkeypatch, capsys):
+    monkeypatch.setattr("peagle_train.decoding.measure.verdict", lambda *_: {"verdict": "tie", "at": 1})
+    words = ["--prompts", runs / "texts.jsonl", "--limit", "1", "--max-tokens", "9"]
+    assert command("evaluate", runs / "first", *words) == 0 and "1 first differ where" in capsys.readouterr().out
+
+
+def test_a_text_of_vllm_that_differs_is_a_failure_in_float32_alone(runs, monkeypatch):
+    monkeypatch.setattr(vllm, "check_vllm", lambda *_: None)
+    monkeypatch.setattr(vllm, "Engine", lambda *_: Engine([([1, 2], [1, 0, 0])]))
+    words = ["--prompts", runs / "texts.jsonl", "--limit", "1", "--max-tokens", "9", "--engine", "vllm", "--dtype"]
+    assert [command("evaluate", runs / "first", *words, dtype) for dtype in ("float32", "bfloat16")] == [1, 0]
+
+
+def test_a_text_of_vllm_that_ends_sooner_or_later_than_ours_differs(llama):
+    results = measured(llama, cases(1), max_tokens=9)
+    for tokens in (results[0].tokens[:-1], [*results[0].tokens, 1]):
+        report = vllm.measure(Engine([(list(tokens), [1, 0, 0])]), results, 9, frozenset())
+        assert [each["tokens"] for each in report["texts_that_differ"]] == [tokens]

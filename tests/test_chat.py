@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.normalizers import NFC
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -380,3 +380,15 @@ def test_a_bad_row_has_a_reason_to_count_by_and_one_line_of_detail():
         error = pickle.loads(pickle.dumps(caught.value))  # as it comes from a worker process
         assert (error.reason, str(error)) == (reason, f"{reason}: {error.detail}"), row
         assert error.detail and error.detail.isascii() and "\n" not in error.detail and len(error.detail) < 300
+
+
+def test_a_token_that_begins_in_an_answer_and_ends_after_its_turn_is_not_learned():
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    core.train_from_iterator([".\n"] * 9, trainer)  # a token of a full stop and a line break, as Llama 3 and Qwen have
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    encoded = encode(template, chat("user: Hi", "assistant: No."), PreTrainedTokenizerFast(tokenizer_object=core))
+    assert encoded.loss_mask[-3:] == [1, 1, 0] and list(encoded.counts.values()) == [1]

@@ -160,3 +160,9 @@ def test_an_export_is_uploaded_privately_unless_public_is_given(tmp_path, traine
     assert push("two") == 2 and "--public" in capsys.readouterr().err.splitlines()[-1] and len(uploads) == 1
     assert push("three", "--public") == 0 and uploads[1:] == [("me/drafter", tmp_path / "three")]
     assert push("four", "--public") == 2 and "not uploaded" in capsys.readouterr().err and (tmp_path / "four").is_dir()
+
+
+def test_the_card_names_the_k_that_was_asked_for(tmp_path, trained):
+    export_drafter(trained, tmp_path / "out", "eagle3", speculative_tokens=3)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| K to serve with | 3 |" in card and '"num_speculative_tokens": 3' in card

@@ -196,7 +196,7 @@ def test_a_write_stopped_anywhere_and_started_again_leaves_the_same_cache(tmp_pa
 SHARD, INDEX = "features-00001.safetensors", "cache.json"
 WRONG: dict[str, tuple[str, Any, str, str]] = {
     "cut": (SHARD, lambda data: data[:-8], "", f"{SHARD} is missing or damaged"),
-    "not whole": (SHARD, None, "", f"{SHARD} is missing or damaged"),
+    "not whole": (SHARD, None, "", f"lacks {SHARD}"),
     "format": (INDEX, lambda _: b'{"version": 0}', "", "is of format 0, this reads format 3"),
     "index": (INDEX, lambda data: data[:-9], "", "cache.json cannot be read"),
     "no index": (INDEX, None, "", "has no cache.json"),

@@ -12,7 +12,7 @@ from peagle_train import FrozenTarget, cli
 from peagle_train.decoding.generate import CachedTarget, Drafter, decode, sampler
 from peagle_train.serving.drafter_io import load_drafter
 from tests.byte_tokenizer import make_byte_target, write_stdlib_recipe
-from tests.helpers import ROOT
+from tests.helpers import ROOT, make_draft
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -80,3 +80,11 @@ def test_gains_are_of_the_base_on_the_same_texts_with_intervals_over_modules_dra
     assert (row[6], row[9]) == ("+0.250 to +0.250", "+0.375 to +0.375"), "every module gains as much"
     low, high = map(float, cells(line("base", 12), line("better", 15, spread=3))[6].split(" to "))
     assert 0.3 <= low < 0.38 < high <= 0.5
+
+
+def test_repetition_is_left_out_of_what_is_measured(tmp_path):
+    draft = make_draft(torch.float32)
+    draft.save_pretrained(tmp_path)
+    tokens = [*range(20, 30), *[7] * 30, *range(40, 45)]  # 29 of 45 repeat the one before
+    text = {"name": "m", "prompt": [1, 2], "tokens": tokens, "features": torch.randn(46, draft.fc.in_features)}
+    assert quality.measure(tmp_path, [text])["modules"]["m"][2] == 44 - 29

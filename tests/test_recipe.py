@@ -201,6 +201,16 @@ def test_a_dump_reads_back_to_the_same_recipe(minimal, write):
 def test_keys_of_before_are_ignored_where_they_change_nothing_and_refused_with_another_value(minimal):
     before = ["data.on_rewrite=last_turn", "data.max_characters=4000000", "train.compile_mode=default"]
     assert load_recipe(minimal, before) == load_recipe(minimal)
+    for key, same, other in (
+        ("draft.embeddings_from_target", "true", "false"),
+        ("draft.lm_head_from_target", "true", "false"),
+        ("train.muon_learning_rate", "0.002", "0.02"),
+        ("draft.vocab_from", "null", "x"),
+        ("target.device_map", "null", "auto"),
+        ("data.max_documents", "null", "7"),
+    ):
+        assert load_recipe(minimal, [f"{key}={same}"]) == load_recipe(minimal)
+        assert "remove it" in message(minimal, f"{key}={other}"), key
     load_recipe(minimal, ["data.sources=[{path: a.jsonl, format: auto, streaming: false}]"])
     for value in ("data.on_rewrite=refuse", "data.sources=[{path: a.jsonl, format: text}]"):
         assert "remove it" in message(minimal, value)

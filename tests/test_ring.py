@@ -180,3 +180,10 @@ def test_what_cannot_be_is_one_line(tmp_path, tiny_target, rows, capsys):
     ):
         run(recipe, setting, f"output.dir={tmp_path / setting[:12]}", code=2)
         assert named in last_error(capsys), setting
+
+
+def test_its_size_is_not_passed_in_a_second_block_of_the_same_process(tmp_path, tiny_target, rows, monkeypatch):
+    ring, sizes, replace_file = tmp_path / "fast", list[int](), os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (sizes.append(held(ring)), replace_file(a, b)))
+    run(recipe_in(tmp_path / "run", tiny_target, rows, max_steps=14), f"target.ring_dir={ring}")
+    assert ROW < max(sizes) <= SIZE

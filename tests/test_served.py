@@ -1,5 +1,6 @@
 """A target behind a server that fails as servers do; the real vLLM is in test_server.py."""
 
+import fcntl
 import json
 import re
 import threading
@@ -9,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from peagle_train.config import Target
 from peagle_train.core.collator import CODCollator
 from peagle_train.target_model.frozen import FrozenTarget, TargetLost
-from peagle_train.target_model.server import ServedTarget
+from peagle_train.target_model.server import ServedTarget, take
 from peagle_train.training.evaluate import Evaluator
 from tests.chat_fake import MODEL, FakeServer, serving
 from tests.helpers import command
@@ -249,3 +250,41 @@ def test_the_bench_reads_the_same_sequences_from_the_server_and_from_the_target_
     printed = capsys.readouterr().out
     assert re.search(r"^vLLM over here: \d", printed, re.MULTILINE), printed
     assert len(served.states.prompts) >= 4  # two turns, the first of them to warm up
+
+
+def test_a_servers_file_that_does_not_get_whole_is_given_up(tmp_path):
+    with (tmp_path / "1.safetensors.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match="not whole"):
+            take(tmp_path / "1.safetensors", [1], 0.0)
+
+
+def test_a_served_targets_norm_and_end_tokens_are_those_of_its_files(tmp_path, tiny_target):
+    model = AutoModelForCausalLM.from_pretrained(tiny_target)
+    torch.nn.init.uniform_(model.model.norm.weight)
+    model.save_pretrained(tmp_path / "target")
+    GenerationConfig(eos_token_id=[5, 7]).save_pretrained(tmp_path / "target")
+    with serving(States(tmp_path / "target", tmp_path / "states")) as server:
+        target = Served(server.respond, server, tmp_path / "target").target()
+    norm = target.final_norm()
+    assert norm.weight.dtype == target.dtype and torch.equal(norm.weight, model.model.norm.weight.double())
+    assert {5, 7} <= set(target.eos_token_ids())
+
+
+def test_a_server_that_is_lost_before_a_mean_is_evaluated_leaves_the_last_steps_weights(
+    tmp_path, tiny, served, monkeypatch
+):
+    there = f"target.server={served.url}", "target.server_patience=0"
+    sections: dict[str, Any] = {"data": EVALUATED, "train": {"max_steps": 3, "average": 0.5}}
+    run(tiny(tmp_path / "plain", **sections), *there, "train.average=0")
+    evaluate, calls = Evaluator.__call__, []
+
+    def failing(self: Evaluator) -> Any:
+        calls.append(self)
+        served.states.down = len(calls) == 2
+        return evaluate(self)
+
+    monkeypatch.setattr(Evaluator, "__call__", failing)
+    run(tiny(tmp_path / "lost", **sections), *there, code=1)
+    last = drafter(tmp_path / "lost" / "run" / "checkpoint-3")
+    assert same_tensors(last, drafter(tmp_path / "plain" / "run" / "final"))

@@ -147,6 +147,12 @@ def test_muons_steps_have_the_size_of_adamws_in_the_matrices_of_layers_and_fc_an
             assert 0 < (after[name] - weight).abs().max() < 0.5 * 1.2, name
 
 
+def test_muon_follows_the_schedule_from_its_first_step_whose_rate_is_0_on(train):
+    settings = {"max_steps": 2, "save_steps": 1, "warmup_ratio": 0.5}
+    muon, adamw = (drafter(train(o, train={**settings, "optimizer": o}) / "checkpoint-1") for o in ("muon", "adamw"))
+    assert all(torch.equal(muon[name], weight) for name, weight in adamw.items())
+
+
 def test_the_final_drafter_is_the_mean_of_the_last_steps_weights(train):
     settings = {"max_steps": 5, "save_steps": 1, "average": 0.6, "weight_decay": 0.1}
     data = {"eval_fraction": 0.3}

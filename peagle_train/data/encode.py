@@ -9,6 +9,7 @@ The form of an example is the first of these whose keys it has, whatever else is
 """
 
 import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -208,7 +209,8 @@ def parse(content: Any) -> Any:
     try:
         return from_json(text)
     except ValueError as error:
-        raise BadRow(UNREADABLE, f"not valid JSON ({str(error).replace('line 1 column', 'column')})") from None
+        what = f"{error.msg}, character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
+        raise BadRow(UNREADABLE, f"not valid JSON ({what})") from None
 
 
 def decode(data: bytes) -> str:

@@ -116,7 +116,7 @@ class StoredTarget(AbsentTarget):
         self.index, self.dtype = index, getattr(torch, index["computed_in"])
         self._where: dict[Key, tuple[Any, list[slice]]] = {}  # of a piece: the file, and its needs, features and labels
         for name in map(shard_name, range(index["shards"])):
-            file = open_tensors(self.folder / name)
+            file = _open_shard(self.folder, name)
             keys, lengths = file.get_tensor("keys"), file.get_tensor("lengths")
             for key, ends, each in zip(keys.tolist(), lengths.cumsum(0).tolist(), lengths.tolist(), strict=True):
                 self._where[tuple(key)] = file, [slice(end - n, end) for end, n in zip(ends, each, strict=True)]
@@ -207,7 +207,7 @@ def write_cache(recipe: Recipe, out: str | None, speculators: str | None = None,
     """
     settings = recipe.target
     if out is None:
-        raise ValueError("no folder given: --out DIR (or target.cache in the recipe)")
+        raise ValueError(f"no folder given: {COMMAND} RECIPE --out DIR (or target.cache in the recipe)")
     if settings.shard:
         raise ValueError("target.shard is true, but here every process has a target of its own: set it to false")
     folder = Path(out).expanduser()  # of --out=~/x the shell leaves it to us
@@ -381,6 +381,12 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _open_shard(folder: Path, name: str) -> Any:
+    if not (folder / name).exists():
+        raise ValueError(f"{folder} lacks {name}: {COMMAND} with the same recipe and --out writes what is missing")
+    return open_tensors(folder / name)
+
+
 def verify_cache(folder: Path) -> str:
     """Compare what every file of a cache holds with its checksum; ValueError names the first that has another."""
     index = read_index(folder)
@@ -388,7 +394,7 @@ def verify_cache(folder: Path) -> str:
         raise ValueError(f"--verify {folder} holds no cache: give one that {COMMAND} has made")
 
     def is_whole(name: str) -> bool:
-        file = open_tensors(folder / name)
+        file = _open_shard(folder, name)
         return _checksum({key: file.get_tensor(key) for key in file.keys()}) == file.metadata().get("sha256")
 
     names = [*map(shard_name, range(index["shards"]))]
