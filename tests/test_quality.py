@@ -9,13 +9,17 @@ import torch
 from accelerate.state import AcceleratorState
 
 from peagle_train import FrozenTarget, cli
-from peagle_train.decoding.generate import CachedTarget, Drafter, decode, sampler
+from peagle_train.config import load_recipe
+from peagle_train.decoding.generate import CachedTarget, Drafter, decode, greedy_tokens, sampler
+from peagle_train.decoding.measure import stdlib_cases
+from peagle_train.decoding.replay import repeats
 from peagle_train.serving.drafter_io import load_drafter
-from tests.byte_tokenizer import make_byte_target, write_stdlib_recipe
+from tests.byte_tokenizer import BYTES_VOCAB, make_byte_target, make_byte_tokenizer, write_stdlib_recipe
 from tests.helpers import ROOT, make_draft
 
 sys.path.insert(0, str(ROOT / "tools"))
 
+import own_text
 import quality
 
 
@@ -88,3 +92,31 @@ def test_repetition_is_left_out_of_what_is_measured(tmp_path):
     tokens = [*range(20, 30), *[7] * 30, *range(40, 45)]  # 29 of 45 repeat the one before
     text = {"name": "m", "prompt": [1, 2], "tokens": tokens, "features": torch.randn(46, draft.fc.in_features)}
     assert quality.measure(tmp_path, [text])["modules"]["m"][2] == 44 - 29
+
+
+def test_own_text_is_the_targets_greedy_text_after_pieces_of_trained_documents_until_it_repeats(tmp_path, monkeypatch):
+    recipe = write_stdlib_recipe(tmp_path / "recipe.yaml", make_byte_target(tmp_path / "target"), "unused")
+    out, lengths = tmp_path / "own.jsonl", ["--pieces", "7", "--batch-size", "3", "--prompt-tokens", "12"]
+    command = [str(recipe), "target.dtype=float32", "--out", str(out), *lengths, "--max-tokens", "90"]
+    monkeypatch.setattr(sys, "argv", ["x", *command])
+    assert own_text.main() == 0
+    rows, tokenizer = [json.loads(line) for line in out.open()], make_byte_tokenizer()
+    target = FrozenTarget.load(str(tmp_path / "target"), dtype="float32")
+    held_out = {case.group for case in stdlib_cases(load_recipe(str(recipe)), tokenizer, BYTES_VOCAB, None, 12, 0)[0]}
+    library = Path(json.__file__).parent.parent
+    trained = [p.read_bytes().decode() for p in library.glob("s[et]*.py") if p.name not in held_out | {"statistics.py"}]
+    assert len(rows) == 7 and trained and held_out
+    cut = 0
+    for row in rows:
+        prompt, made = row["input_ids"][:12], row["input_ids"][12:]
+        assert any(tokenizer.decode(prompt) in text for text in trained)
+        assert row["loss_mask"] == [1] * (12 + len(made))
+        whole = greedy_tokens(target, prompt, 90, target.eos_token_ids())
+        assert made == whole[: len(made)]
+        if again := [at for at, is_again in enumerate(repeats(prompt, whole)) if is_again]:
+            assert len(made) == min(len(whole), again[0] + 32)
+            cut += len(made) < len(whole)
+        else:
+            assert made == whole
+    assert cut
+    assert len({tuple(row["input_ids"][:12]) for row in rows}) == 7
