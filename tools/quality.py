@@ -36,7 +36,12 @@ LEDGER = ROOT / "tools" / "results" / "quality.jsonl"
 DEV_FRACTION = 0.12
 SAMPLE = ["data.sources=[{path: stdlib, weight: 0.09}]", f"data.eval_fraction={DEV_FRACTION}", "data.max_eval_rows=1"]
 """Every drafter learns from the same eleventh of the modules: features of all of them take hours without bfloat16."""
-BASE = ["draft.layers_from_target=false", "cod.max_anchors=null", "cod.down_sample_ratio=0.5", "train.learning_rate=2e-3"]
+BASE = [
+    "draft.layers_from_target=false",
+    "cod.max_anchors=null",
+    "cod.down_sample_ratio=0.5",
+    "train.learning_rate=2e-3",
+]
 """The ledger's base is the recipe as it was when the ledger began; the recipe has learned from it since."""
 K, PROMPT, ANSWER, PIECES = 5, 256, 64, 200
 
