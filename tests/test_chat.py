@@ -12,8 +12,7 @@ from tokenizers.normalizers import NFC
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from peagle_train.config import Data
-from peagle_train.data.chat import ChatEncoder
+from peagle_train.data.chat import ChatEncoder, read_template
 from peagle_train.data.messages import FORMAT, NOTHING, TEMPLATE, BadRow, messages_of, without_null
 from tests import chats
 from tests.chats import WORDS, chat, encode, encoder, make_tokenizer, marked_mask, readable, stock
@@ -258,7 +257,7 @@ def test_chats_take_a_fast_tokenizer_which_stays_as_it_was_and_a_template_file_t
     (tmp_path / "empty.jinja").write_text("\n")
     for name, message in (("none", "cannot read"), ("empty", "is empty")):
         with pytest.raises(ValueError, match=f"data.chat_template: .*{message}"):
-            ChatEncoder.from_recipe(Data(["x"], chat_template=str(tmp_path / f"{name}.jinja")), make_tokenizer())
+            read_template(str(tmp_path / f"{name}.jinja"))
     tokenizer = make_tokenizer()
     before = json.loads(tokenizer.backend_tokenizer.to_str())
     encode(chats.CHATML, SEA, tokenizer)

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peagle_train.config import Data
 from peagle_train.data.messages import NOTHING, TEMPLATE, BadRow, Conversation
 from peagle_train.files import one_line
 
@@ -37,11 +36,6 @@ IDS_ALONE = {
     "return_token_type_ids": False,
     "verbose": False,  # no warning of documents longer than the model's window: they are split later, on purpose
 }
-"""What tokenizers are asked for."""
-
-_TRAILING = "messages after the last learned one, dropped"
-_UNLEARNED = "turns that cannot be learned in their chat"
-_STRADDLING = "tokens across the border of a turn, not learned"
 
 
 class TokenizedText(NamedTuple):
@@ -58,7 +52,7 @@ class EncodedChat(NamedTuple):
 
     input_ids: list[int]  # n ids
     loss_mask: list[int]  # 0 or 1 for each: 1 on what the target generates
-    counts: dict[str, int]  # what was not learned or dropped, by one of three phrases; nothing that is 0
+    counts: dict[str, int]  # what was not learned or dropped, by a phrase; nothing that is 0
 
 
 class ChatTemplate:
@@ -102,22 +96,14 @@ class ChatTemplate:
         chat_end = self.after_answer[common:].lstrip() if common else ""
         self._chat_end = "" if self._added_or_space.sub("", chat_end) else chat_end
 
-    def render(
-        self,
-        messages: list[dict[str, Any]],
-        tools: list[dict[str, Any]] | None = None,
-        kwargs: dict[str, Any] | None = None,
-        add_generation_prompt: bool = False,
-    ) -> str:
-        """The text of the messages; BadRow with what the template said."""
+    def render(self, messages: list[Any], is_prompt: bool = False, tools: Any = None, kwargs: Any = None) -> str:
+        """The text of the messages, and the generation prompt if `is_prompt`; BadRow with what the template said."""
         try:
-            how = {"tools": tools, "chat_template": self._text, "add_generation_prompt": add_generation_prompt}
+            how = {"tools": tools, "chat_template": self._text, "add_generation_prompt": is_prompt}
             variables = {**self._kwargs, **(kwargs or {})}
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, **how, **variables)
+            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **how, **variables))
         except Exception as error:  # a template is foreign code, and raises whatever it likes
             raise BadRow(TEMPLATE, f"{type(error).__name__}: {one_line(error, 200)}") from None
-        assert isinstance(text, str)
-        return text
 
     def generated(self, whole: TokenizedText, prompt: str, until_turn: str) -> Span | None:
         """The span of a turn as the target generates it; None if the whole chat does not hold it in that form.
@@ -164,18 +150,15 @@ def _common_prefix(first: str, second: str) -> int:
 class ChatEncoder:
     """Encodes chats with a tokenizer and its chat template, which is looked at when the first chat needs it.
 
-    `chat_template` is the text of a Jinja template in place of the tokenizer's own. Of a chat whose earlier turns the
-    template rewrites, the assistant's messages after the user's last are learned. ValueError for no tokenizer, or one
-    without offsets.
+    `text` is a Jinja template in place of the tokenizer's own. Of a chat whose earlier turns the template rewrites, the
+    assistant's messages after the user's last are learned. ValueError for no tokenizer, or one without offsets.
     """
 
-    def __init__(
-        self, tokenizer: Any, chat_template: str | None = None, template_kwargs: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, tokenizer: Any, text: str | None = None, template_kwargs: dict[str, Any] | None = None) -> None:
         if not getattr(tokenizer, "is_fast", False):
             has = "none" if tokenizer is None else type(tokenizer).__name__
             raise ValueError(f"chats take a fast tokenizer (tokenizer.json) in target.path; it has {has}")
-        self._template_text, self._template_kwargs = chat_template, template_kwargs or {}
+        self._text, self._kwargs = text, template_kwargs or {}
         self._given, self._tokenizer = tokenizer, copy.deepcopy(tokenizer)
         # Post-processors add special tokens, which templates write themselves, and cut the space off a token's offsets.
         self._tokenizer.backend_tokenizer.post_processor = None
@@ -184,15 +167,10 @@ class ChatEncoder:
         at = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), 0)
         self._plain_start, self._plain_end = framed[:at], tokenizer.eos_token or ""
 
-    @classmethod
-    def from_recipe(cls, data: Data, tokenizer: Any) -> "ChatEncoder":
-        """The encoder that section `data` of a recipe asks for; ValueError if its template cannot be read."""
-        return cls(tokenizer, read_template(data.chat_template), data.template_kwargs)
-
     @cached_property
     def template(self) -> ChatTemplate:
         """ValueError where there is none that can be used: plain prompts and completions need none."""
-        return ChatTemplate(self._given, self._template_text, self._template_kwargs)
+        return ChatTemplate(self._given, self._text, self._kwargs)
 
     def encode(self, conversation: Conversation) -> EncodedChat:
         """Ids and mask of a chat.
@@ -209,7 +187,7 @@ class ChatEncoder:
             end = "" if completion.endswith(self._plain_end) else self._plain_end
             whole = self._tokenize(prompt + completion + end)
             spans = [(len(prompt), len(whole.text))]
-        mask, counts[_STRADDLING] = mask_spans(whole, spans)
+        mask, counts["tokens across the border of a turn, not learned"] = mask_spans(whole, spans)
         if 1 not in mask:
             raise BadRow(NOTHING, f"none of the {len(mask)} tokens is generated after a prompt")
         start = [] if conversation.text is None else self._plain_start
@@ -224,7 +202,7 @@ class ChatEncoder:
             raise BadRow(TEMPLATE, "a message of the assistant has tool_calls, which the template does not read")
 
         def render(end: int, is_prompt: bool = False) -> str:
-            return template.render(messages[:end], conversation.tools, conversation.template_kwargs, is_prompt)
+            return template.render(messages[:end], is_prompt, conversation.tools, conversation.template_kwargs)
 
         whole = self._tokenize(render(last + 1))
         # The first message has no prompt to be generated from.
@@ -240,8 +218,8 @@ class ChatEncoder:
         if len(spans) < len(turns):
             users = [i for i, message in enumerate(messages) if message["role"] == "user"]
             spans = {i: span for i, span in spans.items() if i > max(users, default=last - 1)}
-        counts[_TRAILING] = len(conversation.messages) - last - 1
-        counts[_UNLEARNED] = sum(conversation.learned) - len(spans)
+        counts["messages after the last learned one, dropped"] = len(conversation.messages) - last - 1
+        counts["turns that cannot be learned in their chat"] = sum(conversation.learned) - len(spans)
         return whole, [template.with_its_end(whole, span) for span in spans.values()]
 
     def _tokenize(self, text: str) -> TokenizedText:

@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from peagle_train.config import Data
-from peagle_train.data.chat import IDS_ALONE, ChatEncoder
+from peagle_train.data.chat import IDS_ALONE, ChatEncoder, read_template
 from peagle_train.data.messages import (
     BAD_IDS,
     FORMAT,
@@ -82,7 +82,7 @@ class Encoder(Dataset[EncodedBatch | ValueError]):
 
     @cached_property
     def chat(self) -> ChatEncoder:
-        return ChatEncoder.from_recipe(self.data, self.tokenizer)
+        return ChatEncoder(self.tokenizer, read_template(self.data.chat_template), self.data.template_kwargs)
 
     def encode(self, batches: Iterable[list[RawExample]]) -> Iterator[EncodedBatch]:
         """Each batch in turn, a bounded number of them in flight. ValueError, one line, for a user's mistake."""

@@ -7,8 +7,6 @@ lists of messages, or two strings: plain text without a chat template, as in TRL
 import json
 from typing import Any, NamedTuple
 
-CHAT_KEYS = ("messages", "conversations", "prompt")
-"""An example with one of these is a chat; the first that it has is read."""
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """What a message's thoughts are called in one format or another."""
 _ROLES = {
@@ -46,7 +44,8 @@ class Conversation(NamedTuple):
 
 
 def messages_of(row: dict[str, Any], to_ask: bool = False) -> Conversation:
-    """The chat of an example. `to_ask`: answers will be generated, so the recorded ones may be empty or missing.
+    """The chat of an example with `messages`, `conversations` or `prompt`, of which the first that it has is read. `to_ask`:
+    answers will be generated, so the recorded ones may be empty or missing.
 
     Tool calls get one shape, {"type": "function", "function": {"name", "arguments"}}; arguments that are a JSON string
     are parsed (servers do so before they render); thoughts appear as reasoning_content and thinking; text parts are
@@ -54,9 +53,7 @@ def messages_of(row: dict[str, Any], to_ask: bool = False) -> Conversation:
 
     BadRow: not one of the formats, or nothing to learn from.
     """
-    key = next((key for key in CHAT_KEYS if key in row), None)
-    if key is None:
-        raise BadRow(FORMAT, f"a chat has one of the keys {', '.join(CHAT_KEYS)}")
+    key = next(key for key in ("messages", "conversations", "prompt") if key in row)
     given, num_prompt = row[key], 0
     if key == "prompt":
         completion = row.get("completion")
