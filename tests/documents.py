@@ -30,11 +30,11 @@ def load_documents(
 ) -> tuple[list[Document], SourceReport]:
     """The documents of `sources`, with other keys of the recipe's section in `data`."""
     section, report = Data(sources, **data), SourceReport()
-    encode = Encoder(section, tokenizer, vocab_size, mask_token_id).encode
+    encoder = Encoder(section, tokenizer, vocab_size, mask_token_id)
     found = find_all(section)["sources"]
     documents = [
         Document(torch.from_numpy(made.input_ids).long(), torch.from_numpy(made.loss_mask), raw.name, made.key.hex())
-        for raw, made in read_documents(found, report, encode, section.max_bad_rows)
+        for raw, made in read_documents(found, report, encoder, section.max_bad_rows)
     ]
     return documents, report
 

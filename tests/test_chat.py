@@ -341,7 +341,6 @@ def turn(**changes: Any) -> dict[str, Any]:
 
 BAD = {
     FORMAT: [
-        {"text": "Hi"},
         {"messages": None},
         {"messages": [{"role": "user", "content": None}, ANSWER]},
         {"messages": [USER, {"role": "assistant"}]},

@@ -13,7 +13,7 @@ import json
 import os
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from peagle_train.config import HUB, Data, SourceSpec, parse_sources
-from peagle_train.data.encode import EncodedBatch, EncodedExample, RawExample
+from peagle_train.data.encode import EncodedExample, Encoder, RawExample
 from peagle_train.data.messages import BadRow
 from peagle_train.files import one_line
 
@@ -86,14 +86,12 @@ def _files_of(number: int, spec: SourceSpec, data: Data, skipped: Counter[str]) 
         root, prefix, extensions = sysconfig.get_paths()["stdlib"], STDLIB, (".py",)
         below = list(_walk(root, skipped, _NOT_LIBRARY))
     elif os.path.isdir(path):
-        if os.path.isfile(os.path.join(path, "dataset_dict.json")):
-            raise ValueError(f"data source {spec.path} is a data set of several splits: give the folder of one of them")
         below = list(_walk(path, skipped))
-        state = Path(path, "state.json")
-        if (
-            state.is_file() and Path(path, "dataset_info.json").is_file()
-        ):  # not what `datasets` caches beside a saved set
-            below = [file["filename"] for file in json.loads(state.read_bytes())["_data_files"]]
+        if "dataset_dict.json" in below:
+            raise ValueError(f"data source {spec.path} is a data set of several splits: give the folder of one of them")
+        if {"state.json", "dataset_info.json"} <= {*below}:  # a saved data set: not what `datasets` caches beside it
+            state = json.loads(Path(path, "state.json").read_bytes())
+            below = [file["filename"] for file in state["_data_files"]]
     else:
         extensions = (*extensions, *TEXT_EXTENSIONS, *EXAMPLE_FORMATS)
         if os.path.isfile(path):
@@ -169,25 +167,23 @@ def _json_items(file: SourceFile) -> list[bytes]:
 def _table_rows(file: SourceFile) -> Iterator[dict[str, Any]]:
     """Rows of Parquet and Arrow files and of data sets, as mappings, a few hundred in memory at a time."""
     try:
-        for batch in _open_table(file.path, file.format, file.spec).iter(batch_size=_BATCH_EXAMPLES):
+        import datasets  # takes seconds, and most runs read no table
+
+        datasets.disable_progress_bars()
+        if file.format == "hub":
+            table: Any = datasets.load_dataset(file.path, file.spec.name, split=file.spec.split or "train")
+        else:
+            # Streaming reads the file itself; without it `datasets` would first copy it to its cache. Given a size, it
+            # does not take that of the first row group, which is 0 in a parquet file without rows.
+            how = {"batch_size": _BATCH_EXAMPLES} if file.format == "parquet" else {}
+            path = glob.escape(file.path)
+            table = datasets.load_dataset(file.format, data_files=path, split="train", streaming=True, **how)
+        for batch in table.iter(batch_size=_BATCH_EXAMPLES):
             for values in zip(*batch.values(), strict=True):
                 yield dict(zip(batch, values, strict=True))
     except Exception as error:  # pyarrow, datasets and the hub's client each raise types of their own
         what = f"{type(error).__name__}: {one_line(error, 300)}"
         raise ValueError(f"cannot read {file.path} ({file.format}): {what}") from error
-
-
-def _open_table(path: str, format: str, spec: SourceSpec) -> Any:
-    import datasets  # takes seconds, and most runs read no table
-    from datasets.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    if format == "hub":
-        return datasets.load_dataset(path, spec.name, split=spec.split or "train")
-    # Streaming reads the file itself; without it `datasets` would first copy it to its cache. Given a size, it does not
-    # take that of the first row group, which is 0 in a parquet file without rows.
-    size = {"batch_size": _BATCH_EXAMPLES} if format == "parquet" else {}
-    return datasets.load_dataset(format, data_files=glob.escape(path), split="train", streaming=True, **size)
 
 
 @dataclass
@@ -230,18 +226,12 @@ class SourceReport:
     def check_bad(self, max_bad_rows: int | str, where: str = "") -> None:
         """ValueError if there are too many bad rows."""
         if self.is_too_bad(max_bad_rows):
-            more = (
-                f"data.max_bad_rows is {max_bad_rows}: mend them, or skip them by a higher count or a share such as 1%"
-            )
-            raise ValueError(f"{where}{self.describe_bad()}: {more} (peagle-train check-data counts all of them)")
-
-
-Encode = Callable[[Iterable[list[RawExample]]], Iterable[EncodedBatch]]
-"""`Encoder.encode`, or what does the same for it."""
+            more = f"data.max_bad_rows is {max_bad_rows}: mend them, or skip them by a higher count or a share such as"
+            raise ValueError(f"{where}{self.describe_bad()}: {more} 1% (peagle-train check-data counts all of them)")
 
 
 def read_documents(
-    found: FoundFiles, report: SourceReport, encode: Encode, max_bad_rows: int | str = 0
+    found: FoundFiles, report: SourceReport, encoder: Encoder, max_bad_rows: int | str = 0
 ) -> Iterator[tuple[RawExample, EncodedExample]]:
     """Each document once, in order; everything else is counted in `report`.
 
@@ -251,7 +241,7 @@ def read_documents(
     """
     report.files, report.left_out = len(found.files), found.skipped.copy()
     keys = set[bytes]()
-    for batch in encode(_in_batches(read_examples(found.files))):
+    for batch in encoder.encode(_in_batches(read_examples(found.files))):
         report.notes.update(batch.notes)
         for raw, example in zip(batch.raws, batch.examples, strict=True):
             if example is None:

@@ -11,6 +11,7 @@ The form of an example is the first of these whose keys it has, whatever else is
 import hashlib
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from peagle_train.config import Data
 from peagle_train.data.chat import IDS_ALONE, ChatEncoder, read_template
@@ -35,8 +37,6 @@ from peagle_train.data.messages import (
 )
 
 FORMS = ("input_ids", "messages", "conversations", "prompt", "text")  # in the order in which they are looked for
-_MISREAD_KEYS = ("labels", "attention_mask", "assistant_mask", "assistant_masks")
-"""Keys that say which tokens count, in other formats. Ignoring them would train on what they exclude."""
 SEVERAL_FORMS = f"examples of several forms read as the first of {', '.join(FORMS)}"
 
 
@@ -69,7 +69,8 @@ class EncodedBatch:
 
 
 class Encoder(Dataset[EncodedBatch | ValueError]):
-    """Turns batches of raw examples into ids (in 0..vocab_size - 1) and masks, by `num_workers` processes (0, 1: this one).
+    """Turns batches of raw examples into ids (in 0..vocab_size - 1) and masks, by `num_workers` processes (1: this one; 0:
+    this one, without a progress bar).
 
     `tokenizer` may be None if all examples are ids; no example may hold `mask_token_id`.
     """
@@ -93,10 +94,13 @@ class Encoder(Dataset[EncodedBatch | ValueError]):
             how: dict[str, Any] = {"multiprocessing_context": "spawn", "prefetch_factor": 4, "batch_size": None}
             how |= {"sampler": batches, "num_workers": self.num_workers}  # the sampler's items go to `__getitem__`
             encoded = DataLoader(self, generator=torch.Generator(), **how)
-        for batch in encoded:
-            if isinstance(batch, ValueError):
-                raise batch
-            yield batch
+        pace = 0.1 if sys.stderr.isatty() else 60.0
+        with tqdm(unit=" examples", unit_scale=True, mininterval=pace, disable=not self.num_workers) as bar:
+            for batch in encoded:
+                if isinstance(batch, ValueError):
+                    raise batch
+                yield batch
+                bar.update(len(batch.raws))
 
     def __getitem__(self, raws: list[RawExample]) -> EncodedBatch | ValueError:
         """A batch; a mistake is returned, since a loader's process would add its traceback to the message."""
@@ -193,7 +197,8 @@ def _ids_of(row: dict[str, Any]) -> tuple[list[Any], list[Any]]:
     ids = row["input_ids"]
     if not isinstance(ids, list):
         raise BadRow(FORMAT, f'give {{"input_ids": [...], "loss_mask": [...]}}; input_ids is {clip(repr(ids))}')
-    if misread := [key for key in _MISREAD_KEYS if key in row]:
+    # In other formats these say which tokens count: ignoring them would train on what they exclude.
+    if misread := [key for key in ("labels", "attention_mask", "assistant_mask", "assistant_masks") if key in row]:
         raise BadRow(FORMAT, f"{misread[0]} is not read: remove it, and give loss_mask instead")
     mask = row.get("loss_mask", _all_but_first(ids))
     if not isinstance(mask, list):

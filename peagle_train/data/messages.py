@@ -7,8 +7,7 @@ lists of messages, or two strings: plain text without a chat template, as in TRL
 import json
 from typing import Any, NamedTuple
 
-_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""What a message's thoughts are called in one format or another."""
+_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # what thoughts are called
 _ROLES = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool", "ipython")},
     "human": "user",
@@ -44,7 +43,7 @@ class Conversation(NamedTuple):
 
 
 def messages_of(row: dict[str, Any], to_ask: bool = False) -> Conversation:
-    """The chat of an example with `messages`, `conversations` or `prompt`, of which the first that it has is read. `to_ask`:
+    """The chat of an example, of whose `messages`, `conversations` and `prompt` the first that it has is read. `to_ask`:
     answers will be generated, so the recorded ones may be empty or missing.
 
     Tool calls get one shape, {"type": "function", "function": {"name", "arguments"}}; arguments that are a JSON string

@@ -114,10 +114,10 @@ def stdlib_cases(
         raise ValueError(f"--prompts stdlib needs {needed}: else it may be measured on what it was trained on")
     data = recipe.data
     files = find_all(Data([STDLIB], extensions=data.extensions, exclude=data.exclude))["sources"]
-    encode = Encoder(data, tokenizer, vocab_size, mask_token_id=None).encode
+    encoder = Encoder(data, tokenizer, vocab_size, mask_token_id=None)
     documents = [
         (raw.name.removeprefix(f"{STDLIB}/"), made.input_ids.tolist(), made.key)
-        for raw, made in read_documents(files, SourceReport(), encode)
+        for raw, made in read_documents(files, SourceReport(), encoder)
     ]
     keys_D32 = np.frombuffer(b"".join(key for _, _, key in documents), np.uint8).reshape(-1, 32)
     is_out = held_out_documents(keys_D32, data.eval_fraction)
