@@ -18,7 +18,7 @@ from peagle_train.core.collator import CODCollator
 from peagle_train.core.elements import Elements, gather_elements
 from peagle_train.core.passes import visibility_of
 from peagle_train.data.training_data import load_training_data, make_collator
-from peagle_train.data.vocab import choose_mask_token, load_tokenizer, target_vocab_size
+from peagle_train.data.vocab import encoder_of
 from peagle_train.files import aligned, write_bytes
 from peagle_train.report import load_matplotlib, png_of
 
@@ -32,17 +32,15 @@ def load_sequence(recipe: Recipe, number: int) -> tuple[dict[str, Any], Any, int
     """Sequence `number` of a recipe's training data, the tokenizer, the mask token, and lines about the data. ValueError:
     no such sequence, or the recipe's data cannot be loaded.
     """
-    vocab_size, lines = target_vocab_size(recipe), list[str]()
-    tokenizer = load_tokenizer(recipe.target.path, recipe.target.trust_remote_code)
-    mask_token_id = choose_mask_token(recipe.draft, recipe.data, tokenizer, vocab_size)
-    rows = load_training_data(recipe, tokenizer, vocab_size, mask_token_id, lines.append).train_rows
+    encoder, lines = encoder_of(recipe), list[str]()
+    rows = load_training_data(encoder, lines.append).train_rows
     if not 0 <= number < len(rows):
         raise ValueError(f"--row {number}: there are {len(rows)} training sequences; give 0 to {len(rows) - 1}")
     sequence = rows[0, number]
     tokens, learned = sequence["input_ids"].numel(), int(sequence["loss_mask"].sum())
     title = f"sequence {number} of {len(rows)} training sequences: {tokens} tokens, {learned} of them learned, "
     lines.append(f"{title}{sequence['document_ids'].unique().numel()} documents")
-    return sequence, tokenizer, mask_token_id, lines
+    return sequence, encoder.tokenizer, encoder.mask_token_id, lines
 
 
 def token_names(tokenizer: Any) -> Callable[[int], str]:

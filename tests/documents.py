@@ -26,7 +26,7 @@ class Document(NamedTuple):
 
 
 def load_documents(
-    sources: list[Any], tokenizer: Any, vocab_size: int, mask_token_id: int | None = None, **data: Any
+    sources: list[Any], tokenizer: Any, vocab_size: int, mask_token_id: int = -1, **data: Any
 ) -> tuple[list[Document], SourceReport]:
     """The documents of `sources`, with other keys of the recipe's section in `data`."""
     section, report = Data(sources, **data), SourceReport()

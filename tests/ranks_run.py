@@ -23,6 +23,7 @@ from accelerate import Accelerator
 
 from peagle_train.__main__ import main as command_line
 from peagle_train.config import Recipe, load_recipe
+from peagle_train.data.encode import Encoder
 from peagle_train.data.packing import PackedRows
 from peagle_train.data.training_data import load_training_data
 from peagle_train.distributed import check_launch
@@ -38,7 +39,7 @@ def make_trainer(recipe: Recipe, accelerator: Accelerator) -> Trainer:
     target = load_target(recipe, accelerator)
     mask_token_id, draft_vocab_size = recipe.draft.mask_token_id, recipe.draft.draft_vocab_size
     assert mask_token_id is not None and draft_vocab_size is not None
-    data = load_training_data(recipe, None, target.vocab_size, mask_token_id, say=lambda _: None)
+    data = load_training_data(Encoder(recipe.data, None, target.vocab_size, mask_token_id), say=lambda _: None)
     draft = make_draft(recipe, target, mask_token_id, torch.arange(draft_vocab_size))
     return Trainer(recipe, accelerator, target, draft, data)
 

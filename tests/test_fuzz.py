@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from peagle_train.config import Recipe, dump_recipe, load_recipe
+from peagle_train.data.encode import Encoder
 from peagle_train.data.training_data import load_training_data, prepare_recipe
 from peagle_train.serving.check import check_folder
 from peagle_train.serving.drafter_io import load_drafter
@@ -125,7 +126,7 @@ def test_every_line_is_a_document_or_counted_with_a_reason_and_without_leave_the
     recipe, said = load_recipe(write_recipe(folder, target, source, folder / "out", **sections)), list[str]()
     made = None
     with one_line_at_most():
-        made = load_training_data(recipe, tokenizer, BYTES_VOCAB, BYTES_MASK, said.append)
+        made = load_training_data(Encoder(recipe.data, tokenizer, BYTES_VOCAB, BYTES_MASK), said.append)
     if made is None:
         assert not has_leave
         return
@@ -149,7 +150,7 @@ def world(tmp_path_factory, tiny_target):
     folder = tmp_path_factory.mktemp("world")
     source = write_rows(folder / "rows.jsonl", [20, 33, 7, 31, 12, 29])
     recipe = write_recipe(folder, tiny_target, source, folder / "run", train={"max_steps": 2, "save_steps": 1})
-    prepare_recipe(load_recipe(recipe), folder / "prepared", say=lambda _: None)
+    prepare_recipe(load_recipe(recipe), folder / "prepared")
     run(recipe)
     folders = folder / "prepared", folder / "run" / "checkpoint-1", folder / "run" / "final"
     return recipe, {path.name: path for path in folders}
@@ -157,7 +158,7 @@ def world(tmp_path_factory, tiny_target):
 
 def read_prepared(folder: Path, recipe: Path) -> list[Any]:
     read = load_recipe(recipe, [f"data.prepared={folder}"])
-    rows = load_training_data(read, None, VOCAB, MASK, lambda _: None).train_rows
+    rows = load_training_data(Encoder(read.data, None, VOCAB, MASK), lambda _: None).train_rows
     return [repr([(name, rows[i][name]) for name in sorted(rows[i])]) for i in range(len(rows))]
 
 

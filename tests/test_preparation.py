@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from peagle_train.config import Recipe, load_recipe
 from peagle_train.core.cod import drafter_rows
+from peagle_train.data.encode import Encoder
 from peagle_train.data.packing import PackedRows, TrainingData, held_out_documents
 from peagle_train.data.training_data import load_training_data, prepare_recipe
 from peagle_train.data.vocab import count_supervised
@@ -62,7 +63,7 @@ def made(tmp_path_factory, target):
     """A recipe, and what two workers prepared for it."""
     folder = tmp_path_factory.mktemp("made")
     recipe = recipe_of(folder, target, sources=write_sources(folder))
-    prepare_recipe(recipe, folder / "prepared", num_workers=2, say=silent)
+    prepare_recipe(recipe, folder / "prepared", num_workers=2)
     return recipe, folder / "prepared"
 
 
@@ -70,7 +71,8 @@ def read(recipe: Recipe, prepared: Path | None = None, lines: list[str] | None =
     recipe.data.prepared = None if prepared is None else str(prepared)
     tokenizer = make_byte_tokenizer()
     try:
-        return load_training_data(recipe, tokenizer, BYTES_VOCAB, MASK, silent if lines is None else lines.append)
+        encoder = Encoder(recipe.data, tokenizer, BYTES_VOCAB, MASK)
+        return load_training_data(encoder, silent if lines is None else lines.append)
     finally:
         recipe.data.prepared = None
 
@@ -110,7 +112,7 @@ def test_prepared_sequences_are_those_made_on_the_fly_bit_by_bit(made):
 def test_every_setting_means_the_same_in_both_ways(data, tmp_path, target, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = recipe_of(tmp_path, target, sources=write_sources(tmp_path), **data)
-    prepare_recipe(recipe, tmp_path / "prepared", say=silent)
+    prepare_recipe(recipe, tmp_path / "prepared")
     now = read(recipe)
     assert_same(now, read(recipe, tmp_path / "prepared"))
     assert (now.in_both > 0) == ("eval_sources" in data) == ("eval_sources" in now.source_reports)
@@ -155,10 +157,10 @@ def test_prepared_data_of_other_settings_is_refused_with_the_key_and_both_values
         (used, BYTES_VOCAB, 298, "draft.mask_token_id 299, while it is 298 now"),
     ):
         with pytest.raises(ValueError, match=expected):
-            load_training_data(recipe, tokenizer, vocab_size, mask, say=silent)
+            load_training_data(Encoder(recipe.data, tokenizer, vocab_size, mask))
     used.backend_tokenizer.enable_padding()
     used.backend_tokenizer.enable_truncation(3)
-    load_training_data(recipe, used, BYTES_VOCAB, MASK, say=silent)  # how it was called last does not matter
+    load_training_data(Encoder(recipe.data, used, BYTES_VOCAB, MASK))  # how it was called last does not matter
     stricter = load_recipe(folder.parent / "recipe.yaml", ["data.max_bad_rows=0"])
     with pytest.raises(ValueError, match=r"skipped 1 bad rows: 1 wrong format .*data.max_bad_rows is 0"):
         read(stricter, folder)
@@ -167,15 +169,15 @@ def test_prepared_data_of_other_settings_is_refused_with_the_key_and_both_values
     )
 
 
-def test_a_finished_folder_is_checked_and_refused_when_its_sources_have_changed(tmp_path, target):
+def test_a_finished_folder_is_checked_and_refused_when_its_sources_have_changed(tmp_path, target, capsys):
     write_sources(tmp_path)
-    recipe, said = recipe_of(tmp_path, target, sources=[str(tmp_path / "ids.json")]), list[str]()
-    first, before = prepare_recipe(recipe, tmp_path / "p", say=said.append), files_in(tmp_path / "p")
-    assert_same(first, prepare_recipe(recipe, tmp_path / "p", say=said.append))
-    assert "is finished: checking it" in said[-1]
+    recipe = recipe_of(tmp_path, target, sources=[str(tmp_path / "ids.json")])
+    first, before = prepare_recipe(recipe, tmp_path / "p"), files_in(tmp_path / "p")
+    assert_same(first, prepare_recipe(recipe, tmp_path / "p"))
+    assert "is finished: checking it" in capsys.readouterr().out
     (tmp_path / "ids.json").write_text('{"input_ids": [1, 2]}\n')
     with pytest.raises(ValueError, match="was made with names and sizes of the sources"):
-        prepare_recipe(recipe, tmp_path / "p", say=said.append)
+        prepare_recipe(recipe, tmp_path / "p")
     assert files_in(tmp_path / "p") == before
 
 
@@ -183,22 +185,22 @@ def test_a_preparation_that_ends_early_leaves_nothing_and_the_next_one_starts_ov
     recipe, folder = made
     stricter = load_recipe(folder.parent / "recipe.yaml", ["data.max_bad_rows=0"])
     with pytest.raises(ValueError, match="max_bad_rows is 0"):
-        prepare_recipe(stricter, tmp_path / "p", say=silent)
+        prepare_recipe(stricter, tmp_path / "p")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / ".p.partial").mkdir()  # what kill -9 would leave
     (tmp_path / ".p.partial" / "sources-ids.bin").write_bytes(b"half")
-    prepare_recipe(recipe, tmp_path / "p", say=silent)
+    prepare_recipe(recipe, tmp_path / "p")
     assert not (tmp_path / ".p.partial").exists()
     assert files_in(tmp_path / "p") == files_in(folder), "one process makes the files that two workers make"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
     with pytest.raises(ValueError, match="is not empty and holds no prepared data"):
-        prepare_recipe(recipe, tmp_path / "other", say=silent)
+        prepare_recipe(recipe, tmp_path / "other")
     (tmp_path / "q").mkdir()
     handle = os.open(tmp_path / "q", os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     with pytest.raises(ValueError, match="another process is preparing there"):
-        prepare_recipe(recipe, tmp_path / "q", say=silent)
+        prepare_recipe(recipe, tmp_path / "q")
     os.close(handle)
 
 
@@ -206,13 +208,16 @@ def test_a_mistake_of_the_chat_template_is_one_line_wherever_it_is_found(tmp_pat
     write_sources(tmp_path)
     chats, odd = str(tmp_path / "chats.jsonl"), tmp_path / "odd.jinja"
     absent = recipe_of(tmp_path, target, sources=[str(tmp_path / "ids.json")], chat_template="/nowhere.jinja")
-    for make in (lambda: prepare_recipe(absent, tmp_path / "p"), lambda: load_training_data(absent, None, 300, MASK)):
+    for make in (
+        lambda: prepare_recipe(absent, tmp_path / "p"),
+        lambda: load_training_data(Encoder(absent.data, None, 300)),
+    ):
         with pytest.raises(ValueError, match=r"data\.chat_template: cannot read /nowhere\.jinja"):
             make()
     odd.write_text("{{ messages[0].role }}")
     recipe = recipe_of(tmp_path, target, sources=[chats], chat_template=str(odd))
     with pytest.raises(ValueError, match=r"cannot render a chat .*set data\.chat_template$"):
-        prepare_recipe(recipe, tmp_path / "p", say=silent)
+        prepare_recipe(recipe, tmp_path / "p")
     assert not (tmp_path / "p").exists()
 
 

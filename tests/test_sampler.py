@@ -33,7 +33,7 @@ sizes = st.integers(1, 5)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 23), sizes, sizes, sizes, st.integers(0, 7), st.integers(0, 9), st.data())
+@given(st.integers(1, 23), sizes, sizes, sizes, st.integers(1, 7), st.integers(0, 9), st.data())
 def test_the_batches_are_those_of_a_slow_dealer(num_rows, batch, accumulation, world, num_steps, seed, data):
     rank = data.draw(st.integers(0, world - 1))
     start = data.draw(st.integers(0, num_steps))

@@ -28,7 +28,7 @@ def main() -> None:
 
     from peagle_train.config import load_recipe
     from peagle_train.data.training_data import load_training_data, make_collator
-    from peagle_train.data.vocab import choose_mask_token, load_tokenizer
+    from peagle_train.data.vocab import encoder_of
     from peagle_train.target_model.frozen import FrozenTarget, TargetBase
     from peagle_train.target_model.server import ServedTarget
 
@@ -36,9 +36,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     served = ServedTarget(recipe.target, device, recipe.data.max_length)
     frozen = FrozenTarget.from_recipe(recipe.target, device, dtype=str(served.dtype)[6:])
-    tokenizer = load_tokenizer(recipe.target.path, recipe.target.trust_remote_code)
-    mask = choose_mask_token(recipe.draft, recipe.data, tokenizer, served.vocab_size)
-    data = load_training_data(recipe, tokenizer, served.vocab_size, mask, print)
+    data = load_training_data(encoder_of(recipe))
     collator, size = make_collator(recipe, 0), recipe.train.batch_size
     count = len(data.train_rows) // size // (options.turns + 1)
     if (count := min(options.batches, count)) == 0:

@@ -72,11 +72,11 @@ class Encoder(Dataset[EncodedBatch | ValueError]):
     """Turns batches of raw examples into ids (in 0..vocab_size - 1) and masks, by `num_workers` processes (1: this one; 0:
     this one, without a progress bar).
 
-    `tokenizer` may be None if all examples are ids; no example may hold `mask_token_id`.
+    `tokenizer` may be None if all examples are ids; no example may hold `mask_token_id` (-1: none).
     """
 
     def __init__(
-        self, data: Data, tokenizer: Any, vocab_size: int, mask_token_id: int | None, num_workers: int = 0
+        self, data: Data, tokenizer: Any, vocab_size: int, mask_token_id: int = -1, num_workers: int = 0
     ) -> None:
         self.data, self.tokenizer, self.vocab_size, self.mask_token_id = data, tokenizer, vocab_size, mask_token_id
         self.num_workers = num_workers

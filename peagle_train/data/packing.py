@@ -15,21 +15,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from peagle_train.config import Data, parse_sources
+from peagle_train.config import parse_sources
 from peagle_train.core.cod import hash63
 from peagle_train.data.documents import (
     Documents,
-    Encode,
     FoundFiles,
     SourceReport,
     TokenStore,
     read_documents,
     store_documents,
 )
+from peagle_train.data.encode import Encoder
 from peagle_train.data.sampler import EMPTY_ROW
 from peagle_train.data.vocab import count_supervised
-
-_TOKEN_FIELDS = ("input_ids", "loss_mask", "document_ids")
 
 
 def held_out_documents(keys_D32: np.ndarray, eval_fraction: float) -> np.ndarray:
@@ -96,8 +94,8 @@ class PackedRows(Dataset[dict[str, Any]]):
         self._store, self.layout = store, layout
         self._index = np.arange(layout["row_offsets"].size - 1)
         if "row_keys" not in layout:
-            keys = np.array([self._content_key(sequence) for sequence in self._index.tolist()], dtype=np.int64)
-            self.layout = {**layout, "row_keys": keys}
+            contents = (b"".join(v.astype("<i8").tobytes() for v in self._tokens(i)) for i in self._index.tolist())
+            self.layout = {**layout, "row_keys": np.array([*map(hash63, contents)], dtype=np.int64)}
 
     def __len__(self) -> int:
         return self._index.size
@@ -107,13 +105,13 @@ class PackedRows(Dataset[dict[str, Any]]):
         if not -1 <= i < len(self):
             raise IndexError(f"sequence {i} of {len(self)}")
         if i == EMPTY_ROW:
-            row: dict[str, Any] = {name: torch.zeros(0, dtype=torch.int64) for name in _TOKEN_FIELDS}
-            row["row_key"] = 0
+            tokens, key = [np.zeros(0, np.int64)] * 3, 0
         else:
             stored = int(self._index[i])
-            row = {n: torch.from_numpy(values) for n, values in zip(_TOKEN_FIELDS, self._tokens(stored), strict=True)}
-            row["row_key"] = int(self.layout["row_keys"][stored])
-        return row if epoch is None else {**row, "epoch": epoch}
+            tokens, key = self._tokens(stored), int(self.layout["row_keys"][stored])
+        names = "input_ids", "loss_mask", "document_ids"
+        row = {name: torch.from_numpy(values) for name, values in zip(names, tokens, strict=True)}
+        return {**row, "row_key": key, **({} if epoch is None else {"epoch": epoch})}
 
     def fingerprint(self) -> str:
         """sha256 over all sequences' keys in order, in hex: the same where and only where the sequences are."""
@@ -128,20 +126,13 @@ class PackedRows(Dataset[dict[str, Any]]):
         limited._index = self._index[np.sort(lowest)]
         return limited
 
-    def _tokens(self, sequence: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _tokens(self, sequence: int) -> list[np.ndarray]:
         """Ids, mask and document ids: int64 [n] each."""
         first, last = self.layout["row_offsets"][sequence : sequence + 2].tolist()
         starts, lengths = (self.layout[name][first:last] for name in ("piece_starts", "piece_lengths"))
-        pieces = [slice(start, start + length) for start, length in zip(starts.tolist(), lengths.tolist())]
-        ids, mask = (
-            np.concatenate([values[piece] for piece in pieces], dtype=np.int64)
-            for values in (self._store.ids_n, self._store.mask_n)
-        )
-        return ids, mask, np.repeat(np.arange(last - first), lengths)
-
-    def _content_key(self, sequence: int) -> int:
-        content = b"".join(values.astype("<i8", copy=False).tobytes() for values in self._tokens(sequence))
-        return hash63(content)
+        at_n = np.concatenate([np.arange(start, start + length) for start, length in zip(starts, lengths)])
+        stored = [values[at_n].astype(np.int64) for values in (self._store.ids_n, self._store.mask_n)]
+        return [*stored, np.repeat(np.arange(last - first), lengths)]
 
 
 def pack_table(
@@ -234,17 +225,15 @@ class TrainingData:
         return lines
 
 
-def make_data(
-    data: Data, found: dict[str, FoundFiles], encode: Encode, vocab_size: int, folder: Path | None = None
-) -> TrainingData:
+def make_data(encoder: Encoder, found: dict[str, FoundFiles], folder: Path | None = None) -> TrainingData:
     """Read the documents of each role, split them into those to train on and those to evaluate on, and pack both.
 
     `folder` is where to keep all tokens; None: in memory. ValueError, one line: see `read_documents`; nothing to learn.
     """
-    tables, reports = {}, {}
+    data, tables, reports = encoder.data, {}, {}
     for role, files in found.items():
         reports[role] = SourceReport()
-        kept = read_documents(files, reports[role], encode, data.max_bad_rows)
+        kept = read_documents(files, reports[role], encoder, data.max_bad_rows)
         tables[role] = store_documents(kept, folder and folder / role)
     table, in_both = tables["sources"], 0
     weights = np.array([source.weight for source in parse_sources(data.sources)])
@@ -270,5 +259,5 @@ def make_data(
         raise ValueError(f"{what}; {others}, others not taken by their source's weight")
     report = replace(report, left_out_by_weight=int(((times_D == 0) & ~is_out_D).sum()))
     eval_rows, eval_report = pack_table(eval_table, eval_times_D, data.max_length, data.pack)
-    counts_V = count_supervised(table, times_D, vocab_size)
+    counts_V = count_supervised(table, times_D, encoder.vocab_size)
     return TrainingData(train_rows, eval_rows, counts_V, report, eval_report, in_both, reports)

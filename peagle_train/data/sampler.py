@@ -1,6 +1,7 @@
 """Which sequences a rank trains on in which step: a pure function of (seed, epoch, rank, step)."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from peagle_train.core.cod import seeded
 EMPTY_ROW = -1  # the index of no sequence: `PackedRows` answers it with one of length 0
 
 
+@dataclass(eq=False)
 class StepBatchSampler(Sampler[list[tuple[int, int]]]):
     """Micro-batches of one rank, lists of `(epoch, index)`, `accumulation` of them for every optimizer step.
 
@@ -24,29 +26,23 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
     anew, but a sequence keeps its place j in a step, and so its rank.
 
     A `DataLoader`'s `batch_sampler`, which has divided the sequences among the ranks: do not let Accelerate prepare that
-    loader. `num_steps` are optimizer steps of the whole run (None: those of one epoch), `start_step` of them done already.
+    loader.
     """
 
-    def __init__(
-        self,
-        num_rows: int,
-        batch_size: int = 1,
-        accumulation: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-        start_step: int = 0,
-        num_steps: int | None = None,
-        reuse: int = 1,
-        block_steps: int | None = None,
-    ) -> None:
-        assert min(num_rows, batch_size, accumulation, world_size) >= 1 and 0 <= rank < world_size
-        self.num_rows, self.batch_size, self.accumulation = num_rows, batch_size, accumulation
-        self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.num_steps = self.steps_per_epoch if num_steps is None else num_steps
-        self.reuse, self.block_steps = reuse, block_steps or self.steps_per_epoch
-        assert 0 <= start_step <= self.num_steps
-        self.start_step = start_step
+    num_rows: int
+    batch_size: int = 1
+    accumulation: int = 1
+    rank: int = 0
+    world_size: int = 1
+    seed: int = 0
+    start_step: int = 0  # done already
+    num_steps: int = 0  # optimizer steps of the whole run; 0: those of one epoch
+    reuse: int = 1
+    block_steps: int = 0  # 0: those of one epoch
+
+    def __post_init__(self) -> None:
+        self.num_steps = self.num_steps or self.steps_per_epoch
+        self.block_steps = self.block_steps or self.steps_per_epoch
 
     @property
     def global_batch_size(self) -> int:

@@ -9,16 +9,14 @@ A prepared folder is whole or not there:
 
 import json
 import os
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.numpy import load_file, save_file
-from tqdm import tqdm
 
 from peagle_train.config import Recipe
 from peagle_train.core.attention import uses_flex
@@ -26,9 +24,9 @@ from peagle_train.core.block_mask import BLOCK_SIZE
 from peagle_train.core.collator import CODCollator
 from peagle_train.data.chat import read_template
 from peagle_train.data.documents import SourceReport, TokenStore, find_all, read_documents
-from peagle_train.data.encode import EncodedBatch, Encoder, RawExample, clip
+from peagle_train.data.encode import Encoder, clip
 from peagle_train.data.packing import PackedRows, PackReport, TrainingData, make_data
-from peagle_train.data.vocab import choose_mask_token, load_tokenizer, target_vocab_size
+from peagle_train.data.vocab import encoder_of
 from peagle_train.files import alone_in, checksum, read_sealed, sha256_of, write_folder, write_sealed
 
 INDEX, TRAIN, HELD_OUT = "index.json", "train.safetensors", "held_out.safetensors"
@@ -37,23 +35,19 @@ _DATA_KEYS = ("sources extensions exclude eval_sources eval_fraction max_length 
 """Of the recipe's data section, what decides the sequences. (max_bad_rows only decides whether there are any.)"""
 
 
-def load_training_data(
-    recipe: Recipe, tokenizer: Any, vocab_size: int, mask_token_id: int | None, say: Callable[[str], object] = print
-) -> TrainingData:
-    """The sequences that the recipe's data section names: read, tokenized and packed now, or as they were prepared.
+def load_training_data(encoder: Encoder, say: Callable[[str], object] = print) -> TrainingData:
+    """The sequences that the encoder's data section names: read, tokenized and packed now, or as they were prepared.
 
-    The same on every machine and rank, and no rank waits for another here. `tokenizer` may be None where the data is ids;
-    no document may hold the mask token; `say` takes each line of the report. ValueError, one line, for a user's mistake.
+    The same on every machine and rank, and no rank waits for another here. `say` takes each line of the report.
+    ValueError, one line, for a user's mistake.
     """
-    data = recipe.data
+    data = encoder.data
     if data.prepared is not None:
-        settings = settings_of(recipe, tokenizer, vocab_size, mask_token_id)
-        made = open_prepared(Path(data.prepared), settings, data.max_bad_rows)
+        made = open_prepared(Path(data.prepared), settings_of(encoder), data.max_bad_rows)
         say(f"data: as prepared in {data.prepared}, checksums verified")
     else:
         read_template(data.chat_template)  # a mistake even where no example is a chat
-        encode = Encoder(data, tokenizer, vocab_size, mask_token_id).encode
-        made = make_data(data, find_all(data), encode, vocab_size)
+        made = make_data(encoder, find_all(data))
     made = replace(made, eval_rows=made.eval_rows.limit(data.max_eval_rows))
     for line in made.describe():
         say(line)
@@ -64,54 +58,33 @@ def load_training_data(
 
 def make_collator(recipe: Recipe, seed: int, device: torch.device | None = None) -> CODCollator:
     """`device`: that the drafter trains on, for its attention's blocks."""
-    cod = recipe.cod
-    return CODCollator(
-        recipe.data.max_length,
-        cod.num_depths,
-        cod.down_sample_ratio,
-        cod.down_sample_ratio_min,
-        cod.segments,
-        cod.boundaries,
-        seed=seed,
-        capacity_multiple=BLOCK_SIZE if device and uses_flex(device) else 1,
-        max_anchors=cod.max_anchors,
-    )
+    cod, multiple = recipe.cod, BLOCK_SIZE if device and uses_flex(device) else 1
+    sizes = recipe.data.max_length, cod.num_depths, cod.down_sample_ratio, cod.down_sample_ratio_min, cod.segments
+    return CODCollator(*sizes, cod.boundaries, seed, capacity_multiple=multiple, max_anchors=cod.max_anchors)
 
 
 # Preparation
 
 
-def prepare_recipe(
-    recipe: Recipe, folder: Path, *, num_workers: int = 1, say: Callable[[str], object] = print
-) -> TrainingData:
+def prepare_recipe(recipe: Recipe, folder: Path, num_workers: int = 1) -> TrainingData:
     """Make the folder that `data.prepared` may name; returns what training will read. A finished one is only checked.
 
-    Of the target only its tokenizer and config are read. `num_workers`: processes that tokenize; 1: this one. ValueError,
-    one line, for a user's mistake, for a folder of something else, and for sources that have changed.
+    `num_workers`: processes that tokenize; 1: this one. ValueError, one line, for a user's mistake, for a folder of
+    something else, and for sources that have changed.
     """
-    data, vocab_size = recipe.data, target_vocab_size(recipe)
-    tokenizer = load_tokenizer(recipe.target.path, recipe.target.trust_remote_code)
-    mask_token_id = choose_mask_token(recipe.draft, recipe.data, tokenizer, vocab_size)
-    settings = settings_of(recipe, tokenizer, vocab_size, mask_token_id)
-    found = find_all(data)
+    data, encoder = recipe.data, encoder_of(recipe, num_workers)
+    settings, found = settings_of(encoder), find_all(data)
     names = {
         role: [(f.name, f.format, 0 if f.format == "hub" else os.path.getsize(f.path)) for f in files.files]
         for role, files in found.items()
     }
     settings["names and sizes of the sources' files"] = checksum(names)
     if (folder / INDEX).exists():
-        say(f"{folder} is finished: checking it (named data sets are compared by their names only)")
+        print(f"{folder} is finished: checking it (named data sets are compared by their names only)")
         return open_prepared(folder, settings, data.max_bad_rows)
-    encoder = Encoder(data, tokenizer, vocab_size, mask_token_id, num_workers)
-
-    def encode(batches: Iterable[list[RawExample]]) -> Iterator[EncodedBatch]:
-        with tqdm(unit=" examples", unit_scale=True, mininterval=0.1 if sys.stderr.isatty() else 60.0) as bar:
-            for batch in encoder.encode(batches):
-                yield batch
-                bar.update(len(batch.raws))
 
     def fill(partial: Path) -> None:
-        made = make_data(data, found, encode, vocab_size, partial)
+        made = make_data(encoder, found, partial)
         save_file({**made.train_rows.layout, "counts_V": made.counts_V.numpy()}, partial / TRAIN)
         save_file(made.eval_rows.layout, partial / HELD_OUT)
         index = {
@@ -131,28 +104,25 @@ def prepare_recipe(
     return open_prepared(folder, settings, data.max_bad_rows)
 
 
-def check_data(recipe: Recipe, num_workers: int = 1, say: Callable[[str], object] = print) -> bool:
-    """Read all examples and say how many cannot be used, by reason, with the first of each; False: a run would stop."""
-    data, vocab_size, is_good = recipe.data, target_vocab_size(recipe), True
-    tokenizer = load_tokenizer(recipe.target.path, recipe.target.trust_remote_code)
-    mask_token_id = choose_mask_token(recipe.draft, recipe.data, tokenizer, vocab_size)
-    encoder = Encoder(data, tokenizer, vocab_size, mask_token_id, num_workers)
+def check_data(recipe: Recipe, num_workers: int) -> bool:
+    """Read all examples and print how many cannot be used, by reason, with the first of each; False: a run would stop."""
+    data, encoder, is_good = recipe.data, encoder_of(recipe, num_workers), True
     for role, found in find_all(data).items():
         report = SourceReport()
-        for _ in read_documents(found, report, encoder.encode, max_bad_rows="100%"):
+        for _ in read_documents(found, report, encoder, max_bad_rows="100%"):
             pass
-        say(f"data.{role}: {replace(report, bad_rows=Counter()).describe()}")
+        print(f"data.{role}: {replace(report, bad_rows=Counter()).describe()}")
         for reason, count in report.bad_rows.most_common():
-            say(f"{count:8} {reason}, first: {report.first_bad[reason]}")
+            print(f"{count:8} {reason}, first: {report.first_bad[reason]}")
         if report.is_too_bad(data.max_bad_rows):
             is_good = False
-            bad = sum(report.bad_rows.values())
-            say(f"a run would stop: data.max_bad_rows is {data.max_bad_rows}, and {bad} are bad")
+            print(f"a run would stop: data.max_bad_rows is {data.max_bad_rows}, and {report.bad_rows.total()} are bad")
     return is_good
 
 
-def settings_of(recipe: Recipe, tokenizer: Any, vocab_size: int, mask_token_id: int | None) -> dict[str, Any]:
+def settings_of(encoder: Encoder) -> dict[str, Any]:
     """All that decides the sequences besides the files, by its name for users. ValueError for an unreadable template."""
+    data, tokenizer = encoder.data, encoder.tokenizer
     own_template, backend = getattr(tokenizer, "chat_template", None), None
     if getattr(tokenizer, "is_fast", False):
         # Padding and truncation are how it was last called, not what it is.
@@ -162,14 +132,13 @@ def settings_of(recipe: Recipe, tokenizer: Any, vocab_size: int, mask_token_id: 
     special = {name: str(token) for name, token in getattr(tokenizer, "special_tokens_map", {}).items()}
     settings = {
         "the format of prepared data": FORMAT,
-        **{f"data.{key}": getattr(recipe.data, key) for key in _DATA_KEYS},
-        "the target's vocabulary": vocab_size,
-        "draft.mask_token_id": mask_token_id,
+        **{f"data.{key}": getattr(data, key) for key in _DATA_KEYS},
+        "the target's vocabulary": encoder.vocab_size,
+        "draft.mask_token_id": encoder.mask_token_id,
         "the target's tokenizer": checksum([type(tokenizer).__name__, special, backend]),
-        "the chat template": checksum(read_template(recipe.data.chat_template) or own_template),
+        "the chat template": checksum(read_template(data.chat_template) or own_template),
     }
-    as_read_back: dict[str, Any] = json.loads(json.dumps(settings))
-    return as_read_back
+    return dict(json.loads(json.dumps(settings)))  # as it is read back
 
 
 def open_prepared(folder: Path, settings: dict[str, Any], max_bad_rows: int | str) -> TrainingData:

@@ -49,11 +49,6 @@ def load_config(path: str, trust_remote_code: bool) -> Any:
         raise ValueError(f"target.path {path} has a config.json that cannot be read: {reason}") from error
 
 
-def target_vocab_size(recipe: Recipe) -> int:
-    """V, from the target's config alone; ValueError if its folder has none."""
-    return int(load_config(recipe.target.path, recipe.target.trust_remote_code).get_text_config().vocab_size)
-
-
 def choose_mask_token(draft: Draft, data: Data, tokenizer: Any, vocab_size: int) -> int:
     """The recipe's mask token, or one that no text has: an id beyond the tokenizer's, or a token that its name reserves
     (an example that holds it all the same is refused). ValueError, with candidates, if there is none.
@@ -77,8 +72,8 @@ def choose_mask_token(draft: Draft, data: Data, tokenizer: Any, vocab_size: int)
     # Texts may begin and end with these.
     used = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "pad", "unk")}
     free = set(range(vocab_size)).difference(used, eos_token_ids(tokenizer), end_of_turn_ids(tokenizer, data))
-    encode = Encoder(data, tokenizer, vocab_size, None).encode
-    read = read_documents(find_all(data)["sources"], SourceReport(), encode, "100%")
+    encoder = Encoder(data, tokenizer, vocab_size)
+    read = read_documents(find_all(data)["sources"], SourceReport(), encoder, "100%")
     for _, example in islice(read, _SAMPLE_DOCUMENTS):
         free.difference_update(example.input_ids.tolist())
     candidates = [i for i in names if i in free] + sorted(free.difference(names), reverse=True)
@@ -86,6 +81,16 @@ def choose_mask_token(draft: Draft, data: Data, tokenizer: Any, vocab_size: int)
     missing = "draft.mask_token_id is missing and no id of the target's vocabulary is provably unused"
     unseen = f"not in its first {_SAMPLE_DOCUMENTS} documents: {shown or 'none'}"
     raise ValueError(f"{missing}: give the id of a token that never occurs in your data nor in prompts; {unseen}")
+
+
+def encoder_of(recipe: Recipe, num_workers: int = 0) -> Encoder:
+    """What turns the recipe's examples into ids. Of the target only its config and tokenizer are read. ValueError: see
+    `load_config` and `choose_mask_token`.
+    """
+    path, trusted = recipe.target.path, recipe.target.trust_remote_code
+    vocab_size, tokenizer = load_config(path, trusted).get_text_config().vocab_size, load_tokenizer(path, trusted)
+    mask_token_id = choose_mask_token(recipe.draft, recipe.data, tokenizer, vocab_size)
+    return Encoder(recipe.data, tokenizer, vocab_size, mask_token_id, num_workers)
 
 
 def eos_token_ids(*sources: Any) -> list[int]:

@@ -114,7 +114,7 @@ def stdlib_cases(
         raise ValueError(f"--prompts stdlib needs {needed}: else it may be measured on what it was trained on")
     data = recipe.data
     files = find_all(Data([STDLIB], extensions=data.extensions, exclude=data.exclude))["sources"]
-    encoder = Encoder(data, tokenizer, vocab_size, mask_token_id=None)
+    encoder = Encoder(data, tokenizer, vocab_size)
     documents = [
         (raw.name.removeprefix(f"{STDLIB}/"), made.input_ids.tolist(), made.key)
         for raw, made in read_documents(files, SourceReport(), encoder)

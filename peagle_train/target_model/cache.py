@@ -39,7 +39,7 @@ from peagle_train.core.elements import positions_read
 from peagle_train.core.passes import TargetOutputs
 from peagle_train.data.packing import TrainingData
 from peagle_train.data.training_data import load_training_data, make_collator
-from peagle_train.data.vocab import choose_mask_token, load_tokenizer
+from peagle_train.data.vocab import encoder_of
 from peagle_train.distributed import check_device, check_launch, wait_for_all
 from peagle_train.files import alone_in, one_line, partial_path, put, save_tensors, write_json
 from peagle_train.machine import cores
@@ -262,9 +262,7 @@ def write_cache(recipe: Recipe, out: str | None, speculators: str | None = None,
 
 def _sequences(recipe: Recipe, target: TargetBase, device: torch.device, say: Any) -> tuple[Any, Compute]:
     """The recipe's sequences, and how the target computes some of them."""
-    tokenizer = load_tokenizer(recipe.target.path, recipe.target.trust_remote_code)
-    mask_token_id = choose_mask_token(recipe.draft, recipe.data, tokenizer, target.vocab_size)
-    data = load_training_data(recipe, tokenizer, target.vocab_size, mask_token_id, say)
+    data = load_training_data(encoder_of(recipe), say)
     target.check_rows(data)
     # Nothing of the draw is read: also while nobody knows how many segments `auto` will be.
     collator = make_collator(with_segments(recipe, 1), seed=0)

@@ -16,7 +16,7 @@ from peagle_train.core.attention import uses_flex
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.data.chat import read_template
 from peagle_train.data.training_data import load_training_data
-from peagle_train.data.vocab import choose_mask_token, choose_most_frequent, load_tokenizer
+from peagle_train.data.vocab import choose_most_frequent, encoder_of
 from peagle_train.files import told
 from peagle_train.memory import memory_explained, resolve_segments, sizes_of, this_device
 from peagle_train.serving.drafter_io import check_finite
@@ -72,15 +72,14 @@ def _train(recipe: Recipe, resume: str | None) -> str:
     target = load_target(recipe, accelerator)
     start = read_start(recipe, target)
     shaped = start.recipe if start else recipe
-    tokenizer = load_tokenizer(recipe.target.path, recipe.target.trust_remote_code)
     distributed.wait_for_all()  # so that all ranks find the mistakes that all of them make at the same time
-    mask_token_id = choose_mask_token(shaped.draft, recipe.data, tokenizer, target.vocab_size)
+    encoder = encoder_of(shaped)
 
-    data = load_training_data(recipe, tokenizer, target.vocab_size, mask_token_id, say)
+    data = load_training_data(encoder, say)
     target.reach = shaped.draft.reach
     target.check_rows(data)
 
-    draft = _draft(shaped, target, tokenizer, mask_token_id, data.counts_V, start, say)
+    draft = _draft(shaped, target, encoder.tokenizer, encoder.mask_token_id, data.counts_V, start, say)
     if start and checkpoint is None:
         copy_start(start.files, draft, target, say)
     check_finite(draft.state_dict(), "the new drafter's")  # those of the target are its own, too
