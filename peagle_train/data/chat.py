@@ -187,11 +187,16 @@ class ChatEncoder:
             end = "" if completion.endswith(self._plain_end) else self._plain_end
             whole = self._tokenize(prompt + completion + end)
             spans = [(len(prompt), len(whole.text))]
-        mask, counts["tokens across the border of a turn, not learned"] = mask_spans(whole, spans)
-        if 1 not in mask:
-            raise BadRow(NOTHING, f"none of the {len(mask)} tokens is generated after a prompt")
+        is_inside_n, straddles_n = torch.zeros(2, len(whole.ids), dtype=torch.bool)
+        for first, last in spans:
+            is_inside_n |= (whole.starts_n >= first) & (whole.ends_n <= last) & (whole.starts_n < last)
+            for border in (first, last):
+                straddles_n |= (whole.starts_n < border) & (whole.ends_n > border)
+        if not is_inside_n.any():
+            raise BadRow(NOTHING, f"none of the {len(whole.ids)} tokens is generated after a prompt")
+        counts["tokens across the border of a turn, not learned"] = int(straddles_n.sum())
         start = [] if conversation.text is None else self._plain_start
-        return EncodedChat(start + whole.ids, [0] * len(start) + mask, dict(+counts))
+        return EncodedChat(start + whole.ids, [0] * len(start) + is_inside_n.int().tolist(), dict(+counts))
 
     def _render_chat(self, conversation: Conversation, counts: Counter[str]) -> tuple[TokenizedText, list[Span]]:
         """The chat's text, and the spans of it that are learned."""
@@ -226,17 +231,6 @@ class ChatEncoder:
         encoded = self._tokenizer(text, return_offsets_mapping=True, **IDS_ALONE)
         starts_n, ends_n = torch.tensor(encoded["offset_mapping"], dtype=torch.int64).reshape(-1, 2).T.contiguous()
         return TokenizedText(text, encoded["input_ids"], starts_n, ends_n)
-
-
-def mask_spans(whole: TokenizedText, spans: list[Span]) -> tuple[list[int], int]:
-    """1 for each token wholly inside a span, else 0; and how many straddle a span's border."""
-    is_inside_n = torch.zeros(len(whole.ids), dtype=torch.bool)
-    is_straddling_n = torch.zeros_like(is_inside_n)
-    for first, last in spans:
-        is_inside_n |= (whole.starts_n >= first) & (whole.ends_n <= last) & (whole.starts_n < last)
-        for border in (first, last):
-            is_straddling_n |= (whole.starts_n < border) & (whole.ends_n > border)
-    return is_inside_n.int().tolist(), int(is_straddling_n.sum())
 
 
 def read_template(path: str | None) -> str | None:

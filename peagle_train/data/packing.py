@@ -37,14 +37,6 @@ def held_out_documents(keys_D32: np.ndarray, eval_fraction: float) -> np.ndarray
     return _lies_below(keys_D32[:, :8], eval_fraction)
 
 
-def times_an_epoch(keys_D32: np.ndarray, weights_D: np.ndarray) -> np.ndarray:
-    """int64 [D]: how often each document is packed. Weight 2.25 is twice, and a third time for the quarter of the documents
-    that their keys choose (by other bytes than those that hold documents out).
-    """
-    whole_D = np.floor(weights_D)
-    return whole_D.astype(np.int64) + _lies_below(keys_D32[:, 8:16], weights_D - whole_D)
-
-
 def _lies_below(bytes_D8: np.ndarray, fraction_D: np.ndarray | float) -> np.ndarray:
     """bool [D]: whether 8 bytes, read as a number in [0, 1), lie below the fraction, itself in [0, 1)."""
     numbers_D = np.ascontiguousarray(bytes_D8).view(">u8").reshape(-1)
@@ -236,8 +228,10 @@ def make_data(encoder: Encoder, found: dict[str, FoundFiles], folder: Path | Non
         kept = read_documents(files, reports[role], encoder, data.max_bad_rows)
         tables[role] = store_documents(kept, folder and folder / role)
     table, in_both = tables["sources"], 0
-    weights = np.array([source.weight for source in parse_sources(data.sources)])
-    times_D = times_an_epoch(table.keys_D32, weights[table.sources_D])
+    # Weight 2.25 is twice, and a third time for the quarter of the documents that their keys choose (by other bytes than
+    # those that hold documents out).
+    weights_D = np.array([source.weight for source in parse_sources(data.sources)])[table.sources_D]
+    times_D = weights_D.astype(np.int64) + _lies_below(table.keys_D32[:, 8:16], weights_D % 1)
     if "eval_sources" in tables:
         eval_table = tables["eval_sources"]
         eval_times_D = np.ones(len(eval_table), np.int64)

@@ -63,9 +63,6 @@ def make_collator(recipe: Recipe, seed: int, device: torch.device | None = None)
     return CODCollator(*sizes, cod.boundaries, seed, capacity_multiple=multiple, max_anchors=cod.max_anchors)
 
 
-# Preparation
-
-
 def prepare_recipe(recipe: Recipe, folder: Path, num_workers: int = 1) -> TrainingData:
     """Make the folder that `data.prepared` may name; returns what training will read. A finished one is only checked.
 

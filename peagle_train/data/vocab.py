@@ -1,4 +1,4 @@
-"""The target's tokenizer and special tokens, and which tokens the drafter drafts, as engines read it (d2t, t2d).
+"""The target's tokenizer and special tokens, and which tokens the drafter drafts.
 
 V: the target's vocabulary, Vd: the drafter's.
 """
@@ -145,10 +145,3 @@ def choose_most_frequent(counts_V: Tensor, draft_vocab_size: int, always: Iterab
     # Stable: equal counts stay in ascending order of ids, those of tokens never seen included.
     order_V = torch.sort(rank_V, descending=True, stable=True).indices
     return order_V[:draft_vocab_size].sort().values
-
-
-def t2d_mask(draft_ids: Tensor, vocab_size: int) -> Tensor:
-    """bool [V]: which of the target's tokens can be drafted (vLLM's `t2d`)."""
-    mask_V = torch.zeros(vocab_size, dtype=torch.bool)
-    mask_V[draft_ids] = True
-    return mask_V

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
-from peagle_train.data.vocab import t2d_mask
 from peagle_train.files import NonFiniteWeights, one_line, save_tensors, write_folder
 from peagle_train.serving.formats import parse_config
 from peagle_train.target_model.frozen import PLAIN
@@ -166,7 +165,7 @@ def _fit(config: PEagleDraftConfig, tensors: dict[str, Tensor]) -> None:
         raise ValueError(f"d2t maps to token {int(outside[0])}, outside of the vocabulary 0..{V - 1} {wanted}")
     if bool((ids[1:] <= ids[:-1]).any()):
         raise ValueError(f"d2t maps to a token twice, or out of order {wanted}")
-    tensors["d2t"], tensors["t2d"] = ids - torch.arange(Vd), t2d_mask(ids, V)
+    tensors["d2t"], tensors["t2d"] = ids - torch.arange(Vd), torch.isin(torch.arange(V), ids)
 
 
 def check_finite(tensors: Mapping[str, Tensor], whose: str) -> None:
