@@ -116,10 +116,8 @@ def _holding(holds: Callable[[Any], bool], words: str) -> within:
     return within(check)
 
 
-MANY = 2**31 - 1
-"""The largest of what is only counted; what memory or time is taken for has limits of its own, beyond any use."""
-MAX_ROPE_THETA = 1e15
-"""Beyond it the slowest angles vanish in float32."""
+MANY = 2**31 - 1  # of what is only counted; what memory or time is taken for has limits of its own, beyond any use
+MAX_ROPE_THETA = 1e15  # beyond it the slowest angles vanish in float32
 Count = Annotated[int, within(ge=1, le=MANY)]
 Share = Annotated[float, within(ge=0, lt=1)]
 Text = Annotated[str, _holding(lambda text: text.strip() != "", "a non-empty string")]
@@ -136,7 +134,6 @@ _ARE_LAYERS = _holding(lambda ids: 1 <= len(ids) <= 8 and ids[0] >= 0 and ids ==
 Layers = Annotated[list[int], _ARE_LAYERS]
 _SPAN = "the first and the last step, as in [5, 8]"
 Steps = Annotated[list[int], _holding(lambda steps: len(steps) == 2 and 1 <= steps[0] <= steps[1], _SPAN)]
-
 
 ELSEWHERE = {
     "target.path": ("model model_name_or_path", "base_model", "verifier_name_or_path"),
@@ -175,7 +172,6 @@ ELSEWHERE = {
     "peagle-train export --push-to-hub NAME": ("push_to_hub hub_model_id", "hub_model_id", ""),
 }
 """What TRL (and transformers), axolotl and speculators call our keys; names that are the same are not in it."""
-
 
 GONE: dict[str, tuple[list[Any], str]] = {
     "data.max_characters": ([None, 4_000_000], "texts may have any length"),
@@ -245,10 +241,7 @@ def _show(value: Any) -> str:
     return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
 
 
-# One entry of `data.sources`
-
-HUB = "hf:"
-"""In front of a name, it is that of a data set that Hugging Face's `datasets` loads."""
+HUB = "hf:"  # in front of a name: it is that of a data set that Hugging Face's `datasets` loads
 
 
 @dataclass(frozen=True)
@@ -306,16 +299,14 @@ class Target:
     cache: FilePath | None = None
     """Folder of `peagle-train cache` to read features from, so that the target need not run; null: run it."""
     cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "float64", "float8_e4m3fn"] = "auto"
-    """What features have in that folder; auto is what the target computes in, float8_e4m3fn half of 16 bits, with a scale
-    for each position."""
+    """Of features in that folder; auto: what the target computes in; float8_e4m3fn: 8 bits and a scale a position."""
     server: list[Text] | Text | None = None
     """URL of a vLLM server that computes the features, or a list of them (see `peagle-train serve-target`)."""
     server_patience: Annotated[float, within(ge=0, le=10**6)] = 600.0
     """Seconds from a server's first failure until the run is saved and stops: time to restart it. A request that takes
     longer (and more than a minute) has failed."""
     prefetch_gib: Annotated[float, within(gt=0, le=10**6)] = 4.0
-    """Features that are asked of servers ahead of their use take at most this much host memory a rank (but those of one
-    micro-batch are always asked for)."""
+    """Host memory a rank for features that are asked of servers ahead of their use (one micro-batch's always are)."""
     reuse: Annotated[int, within(ge=1, le=10**4)] = 1
     """R: features are computed once for R passes over the data (of which `train.epochs` counts each), with draws of their
     own. They go block by block: as many sequences as `ring` holds are trained on R times, then the next ones."""
@@ -464,8 +455,7 @@ class Train:
     gradient_accumulation_steps: Annotated[int, within(ge=1, le=4096)] = 1
     """Micro-batches per optimizer step."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon for the matrices of the layers and fc, in steps of the size that AdamW's have; AdamW for embeddings, head,
-    norms and mask_hidden."""
+    """muon: Muon, in steps of AdamW's size, for the matrices of layers and fc; AdamW for all else."""
     learning_rate: Annotated[float, within(gt=0, le=1)] = 1e-4
     """The highest learning rate."""
     muon_weight_decay: Annotated[float, within(ge=0, le=1)] = 0.1
@@ -475,8 +465,7 @@ class Train:
     decay_ratio: Annotated[float, within(gt=0, le=1)] = 0.2
     """Share of the steps in which constant_with_decay falls."""
     average: Share = 0.0
-    """Share of the steps, the last ones, whose weights' mean is the final drafter (a checkpoint keeps the last step's
-    weights); 0: the last step's are."""
+    """Share of the steps, the last, whose mean weights are the final drafter's (checkpoints keep the last step's); 0: none."""
     warmup_ratio: Share = 0.0025
     """Share of the steps in which the learning rate rises."""
     weight_decay: Annotated[float, within(ge=0, le=1)] = 0.0

@@ -72,9 +72,8 @@ class Settings:
     features: str | None = None  # folder that answers' hidden states are kept in
 
     def leaving_room(self, context: int, who: str) -> "Settings":
-        """With max_tokens: 2048 where none was given, or half of the context if that is less, so that prompts fit.
-
-        `context`: the tokens of prompt and answer that the target takes. ValueError if max_tokens is as many.
+        """With max_tokens where none was given: 2048, or half of the context (tokens of prompt and answer that the target
+        takes) if that is less. ValueError if max_tokens is as many.
         """
         if self.max_tokens >= context:
             raise ValueError(f"--max-tokens: got {self.max_tokens}; {who} takes {context}, the prompt's included")
@@ -92,12 +91,10 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(name_or_path: str, limit: int | None = None, skipped: Counter[str] | None = None) -> Iterator[Prompt]:
-    """The prompts of a benchmark or of a .jsonl, .jsonl.gz or .json file.
-
-    Rows have `messages`, `conversations` (ShareGPT), `turns` (a list of questions, as in MT-Bench) or `prompt` (text, or
-    a list of messages), and an id in `id`, `question_id`, `task_id` or `conversation_id`. Rows that cannot be asked are
-    counted in `skipped` by reason, the first of each logged. ValueError, one line, for what cannot be read; without
-    `skipped` for such rows, too.
+    """The prompts of a benchmark or of a .jsonl, .jsonl.gz or .json file, whose rows have `messages`, `conversations`
+    (ShareGPT), `turns` (a list of questions, as in MT-Bench) or `prompt` (text, or a list of messages), and an id in one of
+    ID_KEYS. Rows that cannot be asked are counted in `skipped` by reason, the first of each logged. ValueError, one line,
+    for what cannot be read; without `skipped` for such rows, too.
     """
     path, ids = find_file(name_or_path), set[str]()
     for raw in read_examples([SourceFile(path, path, "json" if path.endswith(".json") else "jsonl")]):
@@ -210,8 +207,7 @@ def is_loop(text: str) -> bool:
 
 def converse(prompt: Prompt, number: int, model: str, settings: Settings) -> Chat:
     """The conversation that a prompt leads to, up to its first unfit answer. `number` is its place among the prompts."""
-    messages: list[Message] = []
-    finish_reasons: list[str | None] = []
+    messages, finish_reasons = list[Message](), list[str | None]()
     why, detail, tokens = None, "", 0
     for turn, asked in enumerate(prompt.turns):
         context = [{"role": message["role"], "content": message["content"]} for message in [*messages, *asked]]
@@ -376,9 +372,7 @@ class Servers:
 
 
 class Local:
-    """A model in this process, on the GPU if there is one, asked in batches through transformers' `generate`. ValueError:
-    one line, for a folder that cannot be asked.
-    """
+    """A model in this process, asked in batches through transformers' `generate`. ValueError: it cannot be asked."""
 
     def __init__(self, path: str, settings: Settings, dtype: str, batch_size: int, trust_remote_code: bool) -> None:
         import torch
@@ -398,8 +392,7 @@ class Local:
             raise ValueError("the target names no end token (eos_token_id), so its answers would never end")
         self.context = getattr(text_config, "max_position_embeddings", None) or ENDLESS
         self.settings = settings = settings.leaving_room(self.context, f"target {path}")
-        self.model, self.tokenizer = model.eval(), tokenizer
-        self.batch_size = batch_size
+        self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
         sampling: dict[str, Any] = {"do_sample": settings.temperature > 0, "repetition_penalty": 1.0}
         if settings.temperature > 0:
             sampling |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
@@ -421,8 +414,7 @@ class Local:
         """
         import torch
 
-        answers: dict[int, Answer] = {}
-        prompts: dict[int, list[int]] = {}
+        answers, prompts = dict[int, Answer](), dict[int, list[int]]()
         how, most, device = self.settings.template_kwargs, self.settings.max_tokens, self.model.device
         for at, (messages, _) in enumerate(asks):
             try:

@@ -12,7 +12,7 @@ messages[:i + 1] continues. That holds for tool calls, tool results and thoughts
 - A turn that the template rewrites once others follow (reasoning templates drop the thoughts of turns before the user's
   last) does not stand in the text as it was generated, and cannot be learned there.
 
-A span is (start, end) in characters; n: tokens of the text, S: spans.
+A span is (start, end) in characters; n: tokens of the text.
 """
 
 import copy

@@ -25,16 +25,7 @@ from tqdm import tqdm
 
 from peagle_train.config import Data
 from peagle_train.data.chat import IDS_ALONE, ChatEncoder, read_template
-from peagle_train.data.messages import (
-    BAD_IDS,
-    FORMAT,
-    NOTHING,
-    UNREADABLE,
-    BadRow,
-    from_json,
-    messages_of,
-    without_null,
-)
+from peagle_train.data.messages import BAD_IDS, BROKEN, FORMAT, NOTHING, BadRow, from_json, messages_of, without_null
 
 FORMS = ("input_ids", "messages", "conversations", "prompt", "text")  # in the order in which they are looked for
 SEVERAL_FORMS = f"examples of several forms read as the first of {', '.join(FORMS)}"
@@ -215,7 +206,7 @@ def parse(content: Any) -> Any:
         return from_json(text)
     except ValueError as error:
         what = f"{error.msg}, character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
-        raise BadRow(UNREADABLE, f"not valid JSON ({what})") from None
+        raise BadRow(BROKEN, f"not valid JSON ({what})") from None
 
 
 def decode(data: bytes) -> str:
@@ -225,7 +216,7 @@ def decode(data: bytes) -> str:
     except UnicodeDecodeError as error:
         line = 1 + data[: error.start].count(b"\n")
         where = f" in line {line}" if b"\n" in data.strip() else ""
-        raise BadRow(UNREADABLE, f"not UTF-8 (byte 0x{data[error.start]:02x}{where})") from None
+        raise BadRow(BROKEN, f"not UTF-8 (byte 0x{data[error.start]:02x}{where})") from None
 
 
 def clip(text: str) -> str:

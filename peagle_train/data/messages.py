@@ -17,7 +17,7 @@ _ROLES = {
 _UNREAD_LOSS_KEYS = ("train", "training", "trainable", "train_detail", "loss", "loss_weight", "mask", "masked")
 """Marks of other formats for what to learn from. Ignoring them would train on what they exclude."""
 
-UNREADABLE, FORMAT, BAD_IDS = "unreadable text", "wrong format", "bad ids"
+BROKEN, FORMAT, BAD_IDS = "unreadable text", "wrong format", "bad ids"
 TEMPLATE, NOTHING = "does not fit the chat template", "nothing to learn from"
 
 

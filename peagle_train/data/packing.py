@@ -17,14 +17,7 @@ from torch.utils.data import Dataset
 
 from peagle_train.config import parse_sources
 from peagle_train.core.cod import hash63
-from peagle_train.data.documents import (
-    Documents,
-    FoundFiles,
-    SourceReport,
-    TokenStore,
-    read_documents,
-    store_documents,
-)
+from peagle_train.data.documents import Documents, FoundFiles, SourceReport, TokenStore, read_documents, store_documents
 from peagle_train.data.encode import Encoder
 from peagle_train.data.sampler import EMPTY_ROW
 from peagle_train.data.vocab import count_supervised
