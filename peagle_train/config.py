@@ -465,7 +465,7 @@ class Train:
     decay_ratio: Annotated[float, within(gt=0, le=1)] = 0.2
     """Share of the steps in which constant_with_decay falls."""
     average: Share = 0.0
-    """Share of the steps, the last, whose mean weights are the final drafter's (checkpoints keep the last step's); 0: none."""
+    """Share of the steps, the last, whose mean weights the final drafter has (checkpoints: the last step's); 0: none."""
     warmup_ratio: Share = 0.0025
     """Share of the steps in which the learning rate rises."""
     weight_decay: Annotated[float, within(ge=0, le=1)] = 0.0
