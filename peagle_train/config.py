@@ -596,9 +596,8 @@ class Recipe:
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a YAML file, then apply `section.key=value` overrides (values are YAML; the last of a key counts).
-
-    A mistake is a RecipeError of one line: what was given, what is allowed, what to change.
+    """Read a YAML file, then apply `section.key=value` overrides (values are YAML; the last of a key counts). A mistake
+    is a RecipeError of one line: what was given, what is allowed, what to change.
     """
     sections = get_type_hints(Recipe)
     given = read_yaml(Path(os.path.expanduser(path)))

@@ -251,9 +251,8 @@ def converse_together(chats: Sequence[Chat], ask: Callable[[list[Ask]], list[Ans
 
 
 class Servers:
-    """Servers that speak OpenAI's chat completions (vLLM, SGLang), each asked by `concurrency` threads.
-
-    ValueError: no package openai, a server that does not answer or lacks the model, no room for --max-tokens.
+    """Servers that speak OpenAI's chat completions (vLLM, SGLang), each asked by `concurrency` threads. ValueError: no
+    package openai, a server that does not answer or lacks the model, no room for --max-tokens.
     """
 
     def __init__(self, urls: Sequence[str], model: str, settings: Settings, concurrency: int, retries: int) -> None:
@@ -337,7 +336,6 @@ class Servers:
 
     def _keep(self, reply: Any) -> Path:
         """Keep ids and hidden states of prompt and answer, as `SpeculatorsFiles` reads them; RunStopped if none come.
-
         ValueError: they are of other layers than those in the folder, or the server, on a CPU, draws wrong tokens.
         """
         import torch
@@ -408,9 +406,8 @@ class Local:
             yield from converse_together(batch, self._answers)
 
     def _answers(self, asks: Sequence[Ask]) -> list[Answer]:
-        """An answer to each, generated together; chats that the template or the context does not take are refused.
-
-        B: chats that are generated. P: tokens of the longest one.
+        """An answer to each, generated together; chats that the template or the context does not take are refused. B:
+        chats that are generated, P: tokens of the longest one.
         """
         import torch
 
@@ -444,7 +441,6 @@ class Local:
 
 def regenerate(prompts: PromptFile, out: Path, backend: Servers | Local) -> None:
     """Ask all prompts; write OUT, a row for each that got an answer, and OUT.report.json. What was answered is kept.
-
     ValueError: a user's mistake. RunStopped: the server stopped answering.
     """
     settings = backend.settings

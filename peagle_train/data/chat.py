@@ -57,10 +57,9 @@ class EncodedChat(NamedTuple):
 
 class ChatTemplate:
     """Renders messages as `apply_chat_template` does for a server, and finds what the target generates in the result.
-
-    `text` is a Jinja template in place of the tokenizer's own. What it does is found out by rendering a few words;
-    ValueError if there is none or it cannot render them. Added tokens (`<|im_end|>`, `<tool_call>`, ...) are those that the
-    tokenizer never makes of parts of other text.
+    `text` is a Jinja template in place of the tokenizer's own; ValueError if there is none or it cannot render a few
+    words. Added tokens (`<|im_end|>`, `<tool_call>`, ...) are those that the tokenizer never makes of parts of other
+    text.
     """
 
     def __init__(self, tokenizer: Any, text: str | None, template_kwargs: dict[str, Any]) -> None:
@@ -106,9 +105,8 @@ class ChatTemplate:
             raise BadRow(TEMPLATE, f"{type(error).__name__}: {one_line(error, 200)}") from None
 
     def generated(self, whole: TokenizedText, prompt: str, until_turn: str) -> Span | None:
-        """The span of a turn as the target generates it; None if the whole chat does not hold it in that form.
-
-        `prompt` renders all messages before the turn, with the generation prompt; `until_turn` those up to it and itself.
+        """The span of a turn as the target generates it; None if the whole chat does not hold it in that form. `prompt`
+        renders all messages before the turn, with the generation prompt; `until_turn` those up to it and itself.
         """
         text = whole.text
         if not text.startswith(prompt) or not until_turn.startswith(prompt):
@@ -126,10 +124,8 @@ class ChatTemplate:
         return (len(prompt), end) if is_same else None
 
     def with_its_end(self, whole: TokenizedText, span: Span) -> Span:
-        """The span up to and including the end-of-turn token.
-
-        That is the last added token, if nothing but white space follows it; without one the span ends before its trailing
-        white space.
+        """The span up to and including the end-of-turn token: the last added token, if nothing but white space follows
+        it. Without one it ends before its trailing white space.
         """
         text, (start, end) = whole.text, span
         end = start + len(text[start:end].rstrip())

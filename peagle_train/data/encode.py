@@ -60,10 +60,9 @@ class EncodedBatch:
 
 
 class Encoder(Dataset[EncodedBatch | ValueError]):
-    """Turns batches of raw examples into ids (in 0..vocab_size - 1) and masks, by `num_workers` processes (1: this one; 0:
-    this one, without a progress bar).
-
-    `tokenizer` may be None if all examples are ids; no example may hold `mask_token_id` (-1: none).
+    """Turns batches of raw examples into ids (in 0..vocab_size - 1) and masks, by `num_workers` processes (1: this one;
+    0: this one, without a progress bar). `tokenizer` may be None if all examples are ids; none may hold `mask_token_id`
+    (-1: no such id).
     """
 
     def __init__(

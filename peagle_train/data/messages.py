@@ -43,14 +43,13 @@ class Conversation(NamedTuple):
 
 
 def messages_of(row: dict[str, Any], to_ask: bool = False) -> Conversation:
-    """The chat of an example, of whose `messages`, `conversations` and `prompt` the first that it has is read. `to_ask`:
-    answers will be generated, so the recorded ones may be empty or missing.
+    """The chat of an example, of whose `messages`, `conversations` and `prompt` the first that it has is read; BadRow:
+    it is in none of the formats, or nothing to learn from. `to_ask`: answers will be generated, so the recorded ones
+    may be empty or missing.
 
     Tool calls get one shape, {"type": "function", "function": {"name", "arguments"}}; arguments that are a JSON string
     are parsed (servers do so before they render); thoughts appear as reasoning_content and thinking; text parts are
     joined by newlines; fields that are null are removed, and any other field stays: the template may read it.
-
-    BadRow: not one of the formats, or nothing to learn from.
     """
     key = next(key for key in ("messages", "conversations", "prompt") if key in row)
     given, num_prompt = row[key], 0

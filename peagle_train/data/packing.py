@@ -212,7 +212,6 @@ class TrainingData:
 
 def make_data(encoder: Encoder, found: dict[str, FoundFiles], folder: Path | None = None) -> TrainingData:
     """Read the documents of each role, split them into those to train on and those to evaluate on, and pack both.
-
     `folder` is where to keep all tokens; None: in memory. ValueError, one line: see `read_documents`; nothing to learn.
     """
     data, tables, reports = encoder.data, {}, {}

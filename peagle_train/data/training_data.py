@@ -37,7 +37,6 @@ _DATA_KEYS = ("sources extensions exclude eval_sources eval_fraction max_length 
 
 def load_training_data(encoder: Encoder, say: Callable[[str], object] = print) -> TrainingData:
     """The sequences that the encoder's data section names: read, tokenized and packed now, or as they were prepared.
-
     The same on every machine and rank, and no rank waits for another here. `say` takes each line of the report.
     ValueError, one line, for a user's mistake.
     """
@@ -65,9 +64,7 @@ def make_collator(recipe: Recipe, seed: int, device: torch.device | None = None)
 
 def prepare_recipe(recipe: Recipe, folder: Path, num_workers: int = 1) -> TrainingData:
     """Make the folder that `data.prepared` may name; returns what training will read. A finished one is only checked.
-
-    `num_workers`: processes that tokenize; 1: this one. ValueError, one line, for a user's mistake, for a folder of
-    something else, and for sources that have changed.
+    ValueError, one line, for a user's mistake, for a folder of something else, and for sources that have changed.
     """
     data, encoder = recipe.data, encoder_of(recipe, num_workers)
     settings, found = settings_of(encoder), find_all(data)

@@ -1,6 +1,5 @@
-"""The target's tokenizer and special tokens, and which tokens the drafter drafts.
-
-V: the target's vocabulary, Vd: the drafter's.
+"""The target's tokenizer and special tokens, and which tokens the drafter drafts. V: the target's vocabulary, Vd: the
+drafter's.
 """
 
 import logging
@@ -84,8 +83,8 @@ def choose_mask_token(draft: Draft, data: Data, tokenizer: Any, vocab_size: int)
 
 
 def encoder_of(recipe: Recipe, num_workers: int = 0) -> Encoder:
-    """What turns the recipe's examples into ids. Of the target only its config and tokenizer are read. ValueError: see
-    `load_config` and `choose_mask_token`.
+    """The recipe's encoder. Of the target only its config and tokenizer are read. ValueError: see `load_config` and
+    `choose_mask_token`.
     """
     path, trusted = recipe.target.path, recipe.target.trust_remote_code
     vocab_size, tokenizer = load_config(path, trusted).get_text_config().vocab_size, load_tokenizer(path, trusted)
@@ -103,10 +102,8 @@ def eos_token_ids(*sources: Any) -> list[int]:
 
 
 def end_of_turn_ids(tokenizer: Any, data: Data | None = None) -> list[int]:
-    """The added token that the chat template puts after an assistant's answer ([]: none, or no template).
-
-    It ends most answers, and not every model's configs name it. The template and its variables are those of `data`, a
-    recipe's section, where it gives them.
+    """The added token that the chat template (`data`'s own, if it gives one) puts after an assistant's answer; [] for
+    none. It ends most answers, and not every model's configs name it.
     """
     given, variables = (None, None) if data is None else (read_template(data.chat_template), data.template_kwargs)
     if tokenizer is None or not (given or getattr(tokenizer, "chat_template", None)):
