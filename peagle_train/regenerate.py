@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from peagle_train.data.documents import SourceFile, read_examples
 from peagle_train.data.encode import RawExample, parse
-from peagle_train.data.messages import FORMAT, BadRow, messages_of
+from peagle_train.data.messages import BadRow, messages_of
 from peagle_train.files import RunStopped, lock, one_line, partial_path, put, put_tensors, write_json
 
 logger = logging.getLogger(__name__)
@@ -147,10 +147,7 @@ def find_file(name_or_path: str) -> str:
 
 
 def _prompt(raw: RawExample, taken: Container[str]) -> Prompt:
-    row = parse(raw.content)
-    if not isinstance(row, dict):
-        raise BadRow(FORMAT, f"a {type(row).__name__}, not an object")
-    only_questions = False
+    row, only_questions = parse(raw.content), False
     if "messages" not in row and "conversations" not in row:
         given: Any = row.get("turns", row.get("prompt"))
         given = [given] if isinstance(given, str) else given

@@ -127,8 +127,6 @@ class Encoder(Dataset[EncodedBatch | ValueError]):
         if raw.kind == "text":
             return "file", decode(raw.content)
         row = parse(raw.content)
-        if not isinstance(row, dict):
-            raise BadRow(FORMAT, f'give {{"messages": [...]}} or the like instead of {clip(repr(row))}')
         if raw.kind == "table":
             as_given = ("input_ids", "loss_mask")  # long, and without fields
             row = {k: v if k in as_given else without_null(v) for k, v in row.items() if v is not None}
@@ -196,16 +194,18 @@ def _ids_of(row: dict[str, Any]) -> tuple[list[Any], list[Any]]:
     return ids, mask
 
 
-def parse(content: Any) -> Any:
-    """A line of JSON, or a table's values; BadRow for broken JSON."""
-    if not isinstance(content, bytes):
-        return content
-    text = decode(content)
-    try:
-        return from_json(text)
-    except ValueError as error:
-        what = f"{error.msg}, character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
-        raise BadRow(BROKEN, f"not valid JSON ({what})") from None
+def parse(content: Any) -> dict[str, Any]:
+    """The mapping in a line of JSON, or a table's; BadRow for anything else."""
+    if isinstance(content, bytes):
+        text = decode(content)
+        try:
+            content = from_json(text)
+        except ValueError as error:
+            what = f"{error.msg}, character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
+            raise BadRow(BROKEN, f"not valid JSON ({what})") from None
+    if not isinstance(content, dict):
+        raise BadRow(FORMAT, f'give {{"messages": [...]}} or the like instead of {clip(repr(content))}')
+    return content
 
 
 def decode(data: bytes) -> str:
