@@ -36,8 +36,7 @@ class StrictLoader(yaml.SafeLoader):  # type: ignore[misc,unused-ignore]
             if key in keys[:i]:
                 mark = node.value[i][0].start_mark
                 raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", mark)
-        values: dict[Hashable, Any] = super().construct_mapping(node, deep=deep)
-        return values
+        return dict(super().construct_mapping(node, deep=deep))
 
 
 class StrictDumper(yaml.SafeDumper):  # type: ignore[misc,unused-ignore]

@@ -30,12 +30,8 @@ from peagle_train.files import one_line
 
 Span = tuple[int, int]
 
-IDS_ALONE = {
-    "add_special_tokens": False,
-    "return_attention_mask": False,
-    "return_token_type_ids": False,
-    "verbose": False,  # no warning of documents longer than the model's window: they are split later, on purpose
-}
+# verbose: no warning of documents longer than the model's window, which are split later, on purpose
+IDS_ALONE = dict.fromkeys(("add_special_tokens", "return_attention_mask", "return_token_type_ids", "verbose"), False)
 
 
 class TokenizedText(NamedTuple):
@@ -144,10 +140,9 @@ def _common_prefix(first: str, second: str) -> int:
 
 
 class ChatEncoder:
-    """Encodes chats with a tokenizer and its chat template, which is looked at when the first chat needs it.
-
-    `text` is a Jinja template in place of the tokenizer's own. Of a chat whose earlier turns the template rewrites, the
-    assistant's messages after the user's last are learned. ValueError for no tokenizer, or one without offsets.
+    """Encodes chats with a tokenizer and its chat template (or `text`, a Jinja template), which is looked at when the
+    first chat needs it. Of a chat whose earlier turns the template rewrites, the assistant's messages after the user's
+    last are learned. ValueError for no tokenizer, or one without offsets.
     """
 
     def __init__(self, tokenizer: Any, text: str | None = None, template_kwargs: dict[str, Any] | None = None) -> None:

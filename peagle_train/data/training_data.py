@@ -157,12 +157,6 @@ def open_prepared(folder: Path, settings: dict[str, Any], max_bad_rows: int | st
     stores = {role: TokenStore.open(folder / role) for role in reports}
     train = load_file(folder / TRAIN)
     counts_V = torch.from_numpy(train.pop("counts_V"))
-    return TrainingData(
-        PackedRows(stores["sources"], train),
-        PackedRows(stores.get("eval_sources", stores["sources"]), load_file(folder / HELD_OUT)),
-        counts_V,
-        PackReport(**index["report"]),
-        PackReport(**index["eval_report"]),
-        index["in_both"],
-        reports,
-    )
+    eval_rows = PackedRows(stores.get("eval_sources", stores["sources"]), load_file(folder / HELD_OUT))
+    packed = PackReport(**index["report"]), PackReport(**index["eval_report"])
+    return TrainingData(PackedRows(stores["sources"], train), eval_rows, counts_V, *packed, index["in_both"], reports)
