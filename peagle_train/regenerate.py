@@ -56,7 +56,7 @@ class Answer(NamedTuple):
 # What is written (the turns up to the first unfit answer; None where none was fit), why the conversation ended early (None
 # where it did not), a line about that, and how many tokens were generated.
 Result = tuple[dict[str, Any] | None, str | None, str, int]
-Chat = Generator[Ask, Answer | None, Result]
+Chat = Generator[Ask, Any, Result]  # takes answers
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,6 @@ def converse(prompt: Prompt, number: int, model: str, settings: Settings) -> Cha
     for turn, asked in enumerate(prompt.turns):
         context = [{"role": message["role"], "content": message["content"]} for message in [*messages, *asked]]
         answer = yield context, random.Random(f"{settings.seed},{number},{turn}").getrandbits(31)
-        assert answer is not None
         tokens += answer.tokens
         why, detail = fault(answer, settings.keep_truncated), answer.content
         if why is not None:
@@ -302,15 +301,11 @@ class Servers:
 
         for client in self.clients * self.concurrency:
             Thread(target=work, args=(client,), daemon=True).start()  # an interrupted run does not wait for answers
-        working = len(self.clients) * self.concurrency
         try:
-            while working:
-                result = results.get()
-                if isinstance(result, BaseException):
-                    raise result
-                if result is None:
-                    working -= 1
-                else:
+            for _ in self.clients * self.concurrency:  # each thread's last result is None
+                while (result := results.get()) is not None:
+                    if isinstance(result, BaseException):
+                        raise result
                     yield result
         finally:
             with turn:

@@ -87,8 +87,6 @@ class PackedRows(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
         epoch, i = index if isinstance(index, tuple) else (None, index)
-        if not -1 <= i < len(self):
-            raise IndexError(f"sequence {i} of {len(self)}")
         if i == EMPTY_ROW:
             tokens, key = [np.zeros(0, np.int64)] * 3, 0
         else:
