@@ -56,7 +56,7 @@ class EncodedBatch:
 
     raws: list[RawExample]  # without their content
     examples: list[EncodedExample | BadRow | None]
-    notes: Counter[str] = field(default_factory=Counter)  # several forms, and what chats had: see `EncodedChat`
+    notes: Counter[str] = field(default_factory=Counter)  # several forms, and what chats had: see `ChatEncoder`
 
 
 class Encoder(Dataset[EncodedBatch | ValueError]):
@@ -143,9 +143,7 @@ class Encoder(Dataset[EncodedBatch | ValueError]):
             if not isinstance(row["text"], str):
                 raise BadRow(FORMAT, f"text is {clip(repr(row['text']))}; give a string")
             return form, row["text"]
-        encoded = self.chat.encode(messages_of(row))
-        notes.update(encoded.counts)
-        return form, (encoded.input_ids, encoded.loss_mask)
+        return form, self.chat.encode(messages_of(row), notes)
 
     def _check(self, form: str, ids: list[Any], mask: list[Any]) -> EncodedExample | BadRow | None:
         """The document, or None if it has no token."""
