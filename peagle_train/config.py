@@ -129,10 +129,9 @@ SomeSources = Annotated[Sources, _holding(len, "a non-empty list of files, folde
 _DOTTED = _holding(lambda items: all(item[0] == "." for item in items), "a list such as [.py, .jsonl], with the dots")
 Extensions = Annotated[list[Text], _DOTTED]
 _RISING = "1 to 8 strictly increasing integers >= 0, as in [2, 14, 25]"
-_ARE_LAYERS = _holding(lambda ids: 1 <= len(ids) <= 8 and ids[0] >= 0 and ids == sorted({*ids}), _RISING)
-Layers = Annotated[list[int], _ARE_LAYERS]
+Layers = Annotated[list[int], _holding(lambda x: 1 <= len(x) <= 8 and x[0] >= 0 and x == sorted({*x}), _RISING)]
 _SPAN = "the first and the last step, as in [5, 8]"
-Steps = Annotated[list[int], _holding(lambda steps: len(steps) == 2 and 1 <= steps[0] <= steps[1], _SPAN)]
+Steps = Annotated[list[int], _holding(lambda x: len(x) == 2 and 1 <= x[0] <= x[1], _SPAN)]
 
 ELSEWHERE = {
     "target.path": ("model model_name_or_path", "base_model", "verifier_name_or_path"),

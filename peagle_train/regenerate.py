@@ -172,9 +172,6 @@ def _prompt(raw: RawExample, taken: Container[str]) -> Prompt:
     return Prompt(f"{id} (line {line})" if id in taken else id, tuple(turns))
 
 
-# Conversations
-
-
 def fault(answer: Answer, keep_truncated: bool = False) -> str | None:
     """Why an answer is unfit for training, in a word or two; None for a good one."""
     if answer.finish_reason == "refused":
@@ -241,9 +238,6 @@ def converse_together(chats: Sequence[Chat], ask: Callable[[list[Ask]], list[Ans
                 results.append(end.value)
         chats, answers = asked, [*ask(asks)] if asks else []
     return results
-
-
-# Who answers
 
 
 class Servers:

@@ -28,7 +28,6 @@ from peagle_train.data.chat import IDS_ALONE, ChatEncoder, read_template
 from peagle_train.data.messages import BAD_IDS, BROKEN, FORMAT, NOTHING, BadRow, from_json, messages_of, without_null
 
 FORMS = ("input_ids", "messages", "conversations", "prompt", "text")  # in the order in which they are looked for
-SEVERAL_FORMS = f"examples of several forms read as the first of {', '.join(FORMS)}"
 
 
 class RawExample(NamedTuple):
@@ -136,7 +135,7 @@ class Encoder(Dataset[EncodedBatch | ValueError]):
         if form not in row:
             wanted = "input_ids, messages, conversations, prompt and completion, or text"
             raise BadRow(FORMAT, f"give {{...}} with {wanted}, instead of the keys {clip(', '.join(map(str, row)))}")
-        notes[SEVERAL_FORMS] += len(forms) > 1
+        notes[f"examples of several forms read as the first of {', '.join(FORMS)}"] += len(forms) > 1
         if form == "input_ids":
             return form, _ids_of(row)
         if form == "text":
