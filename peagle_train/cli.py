@@ -249,15 +249,13 @@ def _regenerate(add: Add, read: Read) -> None:
     peagle-train regenerate PROMPTS --out FILE.jsonl --base-url http://127.0.0.1:8000/v1 --model NAME
     peagle-train regenerate PROMPTS --out FILE.jsonl --target DIR
 
-    Several servers: --base-url URL --base-url URL; a conversation stays at one, a faster one gets more of them.
-
     PROMPTS is `mt-bench`, `humaneval` or a .jsonl, .jsonl.gz or .json file of `messages`, `conversations`, `turns` or
     `prompt`. Each question is asked with the target's own answers before it. A run that was killed resumes when it is
     started again. Exit code 1: a server stopped answering.
     """
     add("prompts", metavar="PROMPTS")
     add("--out", required=True, type=Path, metavar="FILE.jsonl", help="rows of messages, as they come")
-    add("--base-url", action="append", metavar="URL", help="of a server, http://HOST:PORT/v1; needs the package openai")
+    add("--base-url", action="append", metavar="URL", help="a server, http://HOST:PORT/v1, or several; needs openai")
     add("--model", metavar="NAME", help="what those servers call the target")
     add("--target", metavar="DIR", help="instead of a server: a Hugging Face folder, run here by transformers")
     add("--features", metavar="DIR", help="also keep hidden states here; needs servers of `peagle-train serve-target`")

@@ -94,11 +94,8 @@ def encoder_of(recipe: Recipe, num_workers: int = 0) -> Encoder:
 
 def eos_token_ids(*sources: Any) -> list[int]:
     """What ends a text according to configs, generation configs and tokenizers: their `eos_token_id`, one or many."""
-    ids: set[int] = set()
-    for source in sources:
-        eos = getattr(source, "eos_token_id", None)
-        ids |= set(eos) if isinstance(eos, (list, tuple)) else {eos} if eos is not None else set()
-    return sorted(ids)
+    named = [getattr(source, "eos_token_id", None) for source in sources]
+    return sorted({i for eos in named for i in (eos if isinstance(eos, (list, tuple)) else [eos]) if i is not None})
 
 
 def end_of_turn_ids(tokenizer: Any, data: Data | None = None) -> list[int]:
