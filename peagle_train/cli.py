@@ -73,7 +73,6 @@ def number(low: float, high: float = math.inf, kind: type = int) -> Callable[[st
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """An argument's type."""
     with suppress(ValueError):
         if isinstance(value := json.loads(text), dict):
             return value

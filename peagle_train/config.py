@@ -258,7 +258,6 @@ class SourceSpec:
     """The named data set's configuration."""
 
     def describe(self) -> str:
-        """The source in the user's own words."""
         return self.path if self.path is not None else f"{HUB}{self.datasets}"
 
 
@@ -625,7 +624,6 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def with_segments(recipe: Recipe, num_segments: int) -> Recipe:
-    """A copy of the recipe with another `cod.num_segments`."""
     return replace(recipe, cod=replace(recipe.cod, num_segments=num_segments))
 
 

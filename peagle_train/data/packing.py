@@ -51,7 +51,6 @@ class PackReport:
     left_out_by_weight: int = 0  # documents that are not packed because of their source's weight
 
     def describe(self) -> str:
-        """One line."""
         text = f"{self.documents} documents in {self.rows} sequences, {self.fill:.1%} full"
         text += f", {self.tokens} tokens, {self.supervised} supervised"
         if self.split_documents:

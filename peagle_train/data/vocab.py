@@ -54,8 +54,7 @@ def choose_mask_token(draft: Draft, data: Data, tokenizer: Any, vocab_size: int)
     """
     if (given := draft.mask_token_id) is not None:
         if given >= vocab_size:
-            allowed = f"0..{vocab_size - 1}, the target's vocabulary"
-            raise ValueError(f"draft.mask_token_id is {given}; it must lie in {allowed}")
+            raise ValueError(f"draft.mask_token_id is {given}; it must lie in 0..{vocab_size - 1}, the target's ids")
         return given
     # Rows that pad the embedding table are the only ids that provably never occur in text.
     first_unused = vocab_size if tokenizer is None else max(tokenizer.get_vocab().values(), default=-1) + 1
