@@ -53,10 +53,6 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
     def steps_per_epoch(self) -> int:
         return -(-self.num_rows // self.global_batch_size)
 
-    def __len__(self) -> int:
-        """Micro-batches that are left for this rank."""
-        return (self.num_steps - self.start_step) * self.accumulation
-
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         made, table = None, torch.empty(0)
         for step in range(self.start_step, self.num_steps):
