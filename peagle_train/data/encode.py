@@ -58,17 +58,15 @@ class EncodedBatch:
     notes: Counter[str] = field(default_factory=Counter)  # several forms, and what chats had: see `ChatEncoder`
 
 
+@dataclass(eq=False)
 class Encoder(Dataset[EncodedBatch | ValueError]):
-    """Turns batches of raw examples into ids (in 0..vocab_size - 1) and masks, by `num_workers` processes (1: this one;
-    0: this one, without a progress bar). `tokenizer` may be None if all examples are ids; none may hold `mask_token_id`
-    (-1: no such id).
-    """
+    """Turns batches of raw examples into ids and masks."""
 
-    def __init__(
-        self, data: Data, tokenizer: Any, vocab_size: int, mask_token_id: int = -1, num_workers: int = 0
-    ) -> None:
-        self.data, self.tokenizer, self.vocab_size, self.mask_token_id = data, tokenizer, vocab_size, mask_token_id
-        self.num_workers = num_workers
+    data: Data
+    tokenizer: Any  # may be None if all examples are ids
+    vocab_size: int  # ids are in 0..vocab_size - 1
+    mask_token_id: int = -1  # which no example may hold; -1: no such id
+    num_workers: int = 0  # processes; 1: this one; 0: this one, without a progress bar
 
     @cached_property
     def chat(self) -> ChatEncoder:
