@@ -65,9 +65,7 @@ REFUSED = {
 
 
 def check_sharding(asked: str) -> bool:
-    """Whether the recipe (`asked`: train.sharding) or the launch ask for FSDP2. ValueError where they contradict each
-    other, or the launch's FSDP config asks for what is not done here.
-    """
+    """Whether train.sharding (`asked`) or the launch ask for FSDP2; ValueError where they contradict, or for `REFUSED`."""
     by_launch = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     if by_launch and asked == "none":
         remedy = "set it to auto or fsdp2, or launch with recipes/accelerate/ddp.yaml"
@@ -141,9 +139,8 @@ def same_on_all_ranks(model: nn.Module, device: torch.device) -> None:
 
 @torch.no_grad()
 def sum_over_ranks(parameters: Iterable[nn.Parameter], also: list[Tensor]) -> None:
-    """Add up gradients (zeros where a rank has none) and a few statistics over all ranks, in place, a dtype at a time: a
-    plain sum, as the loss is already divided by the count over all ranks.
-    """
+    """Add up gradients (zeros where a rank has none) and a few statistics over all ranks, in place. A plain sum: the loss
+    is already divided by the count over all ranks."""
     tensors = list(also)
     for parameter in parameters:
         if parameter.grad is None:  # on one process, too: without a gradient the optimizer would skip this step's decay

@@ -21,16 +21,12 @@ def _set_handlers(handlers: dict[int, Any]) -> dict[int, Any]:
 
 
 class Signals:
-    """While entered, SIGTERM and SIGINT ask for a checkpoint and the end, answered between two steps. A second one ends the
-    process at once (under torchrun, one that comes `ECHO_SECONDS` later).
-
-    A handler does nothing but set a flag: it may run in the middle of any Python line, a save included.
-    """
+    """While entered, SIGTERM and SIGINT ask for a checkpoint and the end, answered between two steps: the handler may run
+    in the middle of any line, a save included. A second one ends the process at once (see `ECHO_SECONDS`)."""
 
     def __init__(self) -> None:
         self.stop = False
         self._stopped_at = 0.0
-        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
         self._before = _set_handlers(dict.fromkeys(STOPPING, self._on_signal))
@@ -43,10 +39,8 @@ class Signals:
         # os.write, not print: a print that this very handler interrupted would raise
         if not self.stop:
             self.stop, self._stopped_at = True, time.monotonic()
-            name = signal.Signals(number).name
-            os.write(
-                2, f"peagle-train: {name}: stopping as soon as the work is safe; a second one ends at once\n".encode()
-            )
+            after = "stopping as soon as the work is safe; a second one ends at once"
+            os.write(2, f"peagle-train: {signal.Signals(number).name}: {after}\n".encode())
         elif "TORCHELASTIC_RUN_ID" not in os.environ or time.monotonic() - self._stopped_at >= ECHO_SECONDS:
             os.write(2, b"peagle-train: a second signal: ending at once, nothing more is saved\n")
             os._exit(128 + number)
@@ -54,6 +48,5 @@ class Signals:
 
 def leave_to_parent(worker_id: int) -> None:
     """A loader process's `worker_init_fn`: signals to the whole group (a terminal's ^C, a scheduler's SIGTERM) must not
-    kill it under a parent that is still finishing its step. It ends with its parent.
-    """
+    kill it under a parent that is still finishing its step."""
     _set_handlers(dict.fromkeys(STOPPING, signal.SIG_IGN))

@@ -46,9 +46,7 @@ def aligned(rows: Sequence[Sequence[str]], right: bool = False) -> str:
 
 
 def told(error: Exception) -> str:
-    """The line about a user's mistake or a full disk. Anything else, such as an OSError that names no file, is raised
-    again.
-    """
+    """The line about a user's mistake or a full disk. Anything else, as an OSError of no file, is raised again."""
     if isinstance(error, ValueError):
         return one_line(error)
     if not isinstance(error, OSError):
@@ -110,10 +108,7 @@ def partial_path(path: Path) -> Path:
 
 
 def put(partial: Path, path: Path) -> None:
-    """Rename a finished file or folder to `path`, in place of what is there; it is on disk when this returns.
-
-    OSError if that fails.
-    """
+    """Rename a finished file or folder to `path`, in place of what is there; it is on disk when this returns."""
     is_folder = partial.is_dir()
     umask = os.umask(0)
     os.umask(umask)
@@ -138,14 +133,9 @@ def write_bytes(path: Path, content: bytes) -> None:
     put(partial, path)
 
 
-def write_text(path: Path, text: str) -> None:
-    """`write_bytes` for a text."""
-    write_bytes(path, text.encode("utf-8"))
-
-
 def write_json(path: Path, content: Any) -> None:
     """`write_bytes` for a JSON value."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    write_bytes(path, f"{json.dumps(content, indent=2)}\n".encode())
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
@@ -178,14 +168,12 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def try_removing(path: Path, remove: Callable[[Path], None] = remove_tree) -> bool:
-    """Remove `path`; False and a warning if that fails: it takes up disk space, but nothing that was saved is lost."""
+def try_removing(path: Path, remove: Callable[[Path], None] = remove_tree) -> None:
+    """Remove `path`; a warning if that fails: it takes up disk space, but nothing that was saved is lost."""
     try:
         remove(path)
     except OSError as error:
         logger.warning("%s cannot be removed (%s): remove it by hand", path, error)
-        return False
-    return True
 
 
 def sha256_of(path: Path) -> str:
@@ -221,9 +209,7 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
 
 
 def lock(file: int | IO[Any], where: str, doing: str, how: Callable[[Any, int], object] = fcntl.flock) -> None:
-    """Take the lock of an open file or folder; closing it releases the lock. ValueError if another process is `doing`
-    something there.
-    """
+    """Lock an open file or folder until it is closed; ValueError if another process is `doing` something there."""
     try:
         how(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -234,9 +220,7 @@ def lock(file: int | IO[Any], where: str, doing: str, how: Callable[[Any, int], 
 
 @contextmanager
 def alone_in(folder: Path, doing: str) -> Iterator[None]:
-    """Create the folder given as `--out` and hold its lock, which ends with the process; an empty one is removed again.
-    OSError if it cannot be created, ValueError as in `lock`.
-    """
+    """Create the folder given as `--out` and hold its lock (see `lock`); an empty one is removed again."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:

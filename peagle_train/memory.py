@@ -22,13 +22,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from peagle_train.config import Recipe
-from peagle_train.core.collator import CODCollator
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.core.partition import segment_capacity
@@ -41,6 +40,9 @@ from peagle_train.target_model.attention import BLOCK as TARGET_BLOCK
 from peagle_train.target_model.attention import NAME
 from peagle_train.target_model.frozen import FrozenTarget, TargetBase
 from peagle_train.target_model.loading import empty_model
+
+if TYPE_CHECKING:
+    from peagle_train.training.trainer import Trainer
 
 CUDA_CONTEXT = GIB  # CUDA's context, cuBLAS's workspaces, compiled kernels: assumed, not computed
 CPU_EXTRA = 2**27
@@ -119,9 +121,8 @@ def most_context(s: Sizes, layers: int = 1) -> int:
 
 
 def largest_pass(s: Sizes, num_segments: int, all_supervised: bool = False) -> Pass:
-    """The elements that a pass can have at most.
-
-    all_supervised: sequences without a prompt have more rollouts, hence fewer depth-0 slots where passes are not padded.
+    """The elements that a pass can have at most. `all_supervised`: of sequences without a prompt, which have more rollouts,
+    hence fewer depth-0 slots where passes are not padded.
     """
     train, B, L = s.recipe.train, s.recipe.train.batch_size, s.recipe.data.max_length
     capacity = capacity_of(s, num_segments)
@@ -298,9 +299,8 @@ def read_target(recipe: Recipe, device: Device) -> FrozenTarget:
 
 
 def read_sizes(recipe: Recipe, device: Device, target: FrozenTarget | None = None) -> Sizes:
-    """The sizes of a recipe that has not been started; of the target, only config.json is read.
-
-    ValueError: the target's or the drafter's config is wrong.
+    """The sizes of a recipe that has not been started; of the target, only config.json is read. ValueError: the target's or
+    the drafter's config is wrong.
     """
     target = target or read_target(recipe, device)
     start = read_start(recipe, target)
@@ -349,7 +349,7 @@ def _target(recipe: Recipe, target: TargetBase, device: Device) -> tuple[int, in
 def _target_forward(config: Any, recipe: Recipe, item: int, attention: str, on_cuda: bool) -> int:
     """Bytes that the target's largest forward needs beside its weights and the outputs that training keeps, from above: one
     layer's activations, attention masks or scores as for packed sequences, and with chunks the keys and values of a
-    document as long as a sequence. `attention`: transformers' name, or that of `peagle_train.target_model.attention`.
+    document as long as a sequence. `attention`: transformers' name, or our `NAME`.
     """
     B, L, H, heads = recipe.train.batch_size, recipe.data.max_length, config.hidden_size, config.num_attention_heads
     n = min(recipe.target.chunk_tokens or B * L, B * L)
@@ -385,9 +385,7 @@ def _target_forward(config: Any, recipe: Recipe, item: int, attention: str, on_c
 
 
 def plan_table(recipe: Recipe, on: str | None = None) -> str:
-    """The table of memory by number of segments, and which one fits, on this machine or `on` another (`parse_device`).
-    ValueError: the recipe or the target's config.json is wrong.
-    """
+    """The table of memory by number of segments, and which one fits, on this machine or `on` another (`parse_device`)."""
     device = parse_device(on) if on else this_device()
     sizes, asked, margin = read_sizes(recipe, device), recipe.cod.num_segments, recipe.train.memory_margin
     numbers = sorted({*CANDIDATES, *([] if asked == "auto" else [asked])})
@@ -416,9 +414,8 @@ def choose_segments(sizes: Sizes, candidates: Iterable[int] = CANDIDATES) -> Mem
 
 
 def resolve_segments(sizes: Sizes) -> tuple[int, str]:
-    """The recipe's number of segments, the same on every rank, auto resolved; and a line to log.
-
-    ValueError: on every rank, if it is auto and no number fits on one of them.
+    """The recipe's number of segments, the same on every rank, auto resolved; and a line to log. ValueError, on every rank:
+    it is auto, and no number fits on one of them.
     """
     asked, budget, margin = sizes.recipe.cod.num_segments, sizes.device.budget, sizes.recipe.train.memory_margin
     there = f"GiB planned of {budget / GIB:.2f}"
@@ -446,9 +443,7 @@ def advice(sizes: Sizes) -> str:
 
 @contextmanager
 def memory_explained(recipe: Recipe, where: Callable[[], str]) -> Iterator[None]:
-    """Raise RunStopped, with what to change, in place of an out-of-memory error inside. `where`: called only then: what was
-    being done, and how to resume.
-    """
+    """Raise RunStopped, with what to change, for an out-of-memory error inside. `where`: what was done, how to resume."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -462,20 +457,13 @@ def memory_explained(recipe: Recipe, where: Callable[[], str]) -> Iterator[None]
 # The probe
 
 
-def probe_step(
-    recipe: Recipe,
-    target: TargetBase,
-    draft: PEagleDraft,
-    collator: CODCollator,
-    optimizers: list[torch.optim.Optimizer],
-    accumulate: Callable[[list[dict[str, Tensor]]], object],
-) -> str:
+def probe_step(trainer: "Trainer") -> str:
     """Run one step on every rank and undo it; returns the line that says what it took on this rank.
 
     Sequences that are full, supervised throughout and as long as they get need all that any step can need. No weight, no
-    optimizer state, no generator and no file changes. `accumulate`: leaves an optimizer step's gradients, given its
-    micro-batches. torch.OutOfMemoryError: it does not fit, and nor would the run.
+    optimizer state, no generator and no file changes. torch.OutOfMemoryError: it does not fit, and nor would the run.
     """
+    recipe, target, draft, optimizers = trainer.recipe, trainer.target, trainer.draft, trainer.optimizers
     device, B, L = draft.device, recipe.train.batch_size, recipe.data.max_length
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -497,10 +485,10 @@ def probe_step(
     for optimizer, parameter in parameters:
         many = 1 + isinstance(optimizer, torch.optim.AdamW) + (recipe.train.average > 0)
         states += [torch.zeros_like(parameter) for _ in range(many)]
-    batch = collator([row] * B)
+    batch = trainer.collator([row] * B)
     try:
-        accumulate([batch] * min(2, recipe.train.gradient_accumulation_steps))
-        clip_gradients([p for p in draft.parameters() if p.requires_grad], math.inf)
+        trainer.accumulate([batch] * min(2, recipe.train.gradient_accumulation_steps))
+        clip_gradients(trainer.trained, math.inf)
     finally:
         del states, batch
         draft.zero_grad()

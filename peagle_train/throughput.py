@@ -35,7 +35,6 @@ def visible(length: int, window: int | None) -> float:
 
 def target_flops(target: FrozenTarget, length: int) -> tuple[float, float]:
     """Of matrices, and of attention, in a sequence's forward without the head; of experts, those that a token takes.
-
     ValueError: its config does not say how many that are.
     """
     config, embeddings = target.config, target.model.get_input_embeddings().weight
@@ -85,7 +84,6 @@ def draft_flops(s: Sizes, num_segments: int) -> tuple[float, float]:
 
 def plan_throughput(recipe: Recipe, gpu: str, count: int, tokens: int) -> str:
     """The table of tokens a second by how GPUs are shared out, and what features take; of the target config.json is read.
-
     gpu: of GPUS. tokens: of an epoch.
     """
     (gib, teraflops), L, asked = GPUS[gpu], recipe.data.max_length, recipe.cod.num_segments

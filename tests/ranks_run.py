@@ -31,7 +31,7 @@ from peagle_train.serving.start import make_draft
 from peagle_train.target_model.cache import write_cache
 from peagle_train.training.build import load_target
 from peagle_train.training.checkpoint import Checkpoint, open_resume
-from peagle_train.training.step import Batch, Gradients
+from peagle_train.training.step import Batch
 from peagle_train.training.trainer import Trainer
 
 
@@ -63,7 +63,7 @@ def run(accelerator: Accelerator, recipe_path: str, *arguments: str) -> None:
 def stop_after(trainer: Trainer, step: int) -> None:
     accumulate = trainer.accumulate
 
-    def signalled(batches: list[Batch]) -> Gradients:
+    def signalled(batches: list[Batch]) -> Any:
         if trainer.step + 1 == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return accumulate(batches)

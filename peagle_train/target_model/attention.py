@@ -28,8 +28,8 @@ KINDS = ("full_attention", "sliding_attention")  # layer types whose attention i
 
 
 def takes_bounds(model: nn.Module, config: Any) -> bool:
-    """Whether a model's layers attend as its documents' bounds say, so that all sequences can be given as one: those that
-    would attend by sdpa through transformers' interface, and that flash attention supports (it has no masks either).
+    """Whether all sequences can be given as one, with documents' bounds: layers of known types that attend by sdpa through
+    transformers' interface, and that flash attention supports (it has no masks either).
     """
     known = set(getattr(config, "layer_types", None) or KINDS) <= {*KINDS}
     is_open = model._supports_attention_backend and model._supports_flash_attn
@@ -47,10 +47,7 @@ def bounds_heeded(config: Any) -> Iterator[None]:
 
 
 def bounds_arguments(bounds: list[int], span: slice, device: torch.device) -> dict[str, Any]:
-    """What tells `packed_attention` where the documents of a span of tokens lie.
-
-    bounds: where each document begins, ascending, and the number of tokens.
-    """
+    """What tells `packed_attention` where the documents of a span of tokens lie. `bounds`: see `document_bounds`."""
     own = [span.start, *bounds[bisect_right(bounds, span.start) : bisect_left(bounds, span.stop)], span.stop]
     documents = tuple(bound - span.start for bound in own)
     return {"documents": documents, "bounds": torch.tensor(documents, dtype=torch.int32).to(device, non_blocking=True)}

@@ -55,18 +55,19 @@ FIELDS = ("features", "last_hidden")  # of a sequence's tokens: bit for bit what
 Key = tuple[int, int]
 
 
-def read_index(folder: Path) -> dict[str, Any] | None:
-    """See `_index`; None for a folder that has none; ValueError for one that is no index of this version."""
+def read_index(folder: Path) -> dict[str, Any]:
+    """See `_index`; ValueError for a folder that has none of this version."""
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         if index["version"] == VERSION:
             return index
         reason = f"is of format {index['version']}, this reads format {VERSION}"
     except FileNotFoundError:
-        return None
+        reason = "is missing"
     except (OSError, ValueError, LookupError, TypeError) as error:
         reason = f"cannot be read ({type(error).__name__}: {one_line(error, 200)})"
-    raise ValueError(f"target.cache {folder}: {INDEX} {reason}: make the cache with {COMMAND} in another folder")
+    make = f"make the cache with {COMMAND} RECIPE --out DIR (--speculators) in another folder"
+    raise ValueError(f"target.cache {folder}: {INDEX} {reason}: {make}")
 
 
 def piece_key(ids_n: Tensor) -> Key:
@@ -88,21 +89,13 @@ def shard_name(number: int) -> str:
 
 class StoredTarget(AbsentTarget):
     """A target that answers from `target.cache`, memory-mapped. Batches must be of sequences that `check_rows` has seen, or
-    bring features of their own.
-
-    `device`: that the outputs are for. ValueError: one line, for a folder that is no whole cache of this target in these
-    settings.
+    bring features of their own. ValueError: one line, for a folder that is no whole cache of this target in these settings.
     """
 
     def __init__(self, settings: Target, device: torch.device) -> None:
         assert settings.cache is not None
         self.folder = Path(settings.cache)
-        where = f"target.cache {self.folder}"
-        index = read_index(self.folder)
-        if index is None:
-            raise ValueError(
-                f"{where} has no {INDEX}: give a folder made by {COMMAND} RECIPE --out DIR (--speculators)"
-            )
+        where, index = f"target.cache {self.folder}", read_index(self.folder)
         super().__init__(settings)
         if target_fingerprint(settings.path) != index["target"]:
             raise ValueError(f"{where} is of another target than {settings.path} (config or weights differ): {AGAIN}")
@@ -202,8 +195,7 @@ def write_cache(recipe: Recipe, out: str | None, speculators: str | None = None,
     """Fill `out` and return the line that says how to train from it, on the main process. Run again, it writes what is
     missing. ValueError: for a user's mistake.
 
-    speculators: take what lies in this folder, see `SpeculatorsFiles`, instead of running the target over the recipe's
-        sequences. shard_mib: size of a file.
+    speculators: a folder for `SpeculatorsFiles`; the target is not run over the recipe's sequences then.
     """
     settings = recipe.target
     if out is None:
@@ -280,9 +272,7 @@ def _sequences(recipe: Recipe, target: TargetBase, device: torch.device, say: An
 
 
 def plan_shards(sequences: Any, reach: int | None, shard_bytes: int, widths: tuple[int, int]) -> list[Shard]:
-    """Every piece once, in the order of the sequences; a shard ends after the sequence that fills it. `widths`: bytes of a
-    position's features, and of its last hidden state.
-    """
+    """Every piece once; a shard ends after the sequence that fills it. `widths`: bytes of a position in each of FIELDS."""
     pieces: dict[Key, Piece] = {}
     for number in range(len(sequences)):
         sequence = sequences[number]
@@ -290,8 +280,7 @@ def plan_shards(sequences: Any, reach: int | None, shard_bytes: int, widths: tup
         for part in pieces_of(sequence["document_ids"]):
             key = piece_key(sequence["input_ids"][part])
             pieces.setdefault(key, Piece(number, part, key, needs_n[part])).needs.bitwise_or_(needs_n[part])
-    shards: list[Shard] = []
-    room = 0
+    shards, room = list[Shard](), 0
     for _, new in groupby(pieces.values(), key=lambda piece: piece.sequence):
         if room <= 0:
             shards.append([])
@@ -327,10 +316,8 @@ def _index(recipe: Recipe, target: TargetBase, shards: list[Shard], stored: str)
 
 
 def _claim(folder: Path, index: dict[str, Any], size: int) -> str:
-    """Make the folder this cache's; returns what is to do, in one line. ValueError if the folder holds something else, or
-    the disk has no room for `size` bytes.
-    """
-    old = read_index(folder)
+    """Make the folder this cache's; returns what is to do. ValueError if it holds something else, or has no room."""
+    old = read_index(folder) if (folder / INDEX).exists() else None
     if old is None and any(path != partial_path(folder / INDEX) for path in folder.iterdir()):
         raise ValueError(f"--out {folder} is not empty and holds no cache; give another folder")
     if old is not None and (names := [name for name, value in index.items() if old.get(name) != value]):
@@ -387,15 +374,12 @@ def _open_shard(folder: Path, name: str) -> Any:
 
 def verify_cache(folder: Path) -> str:
     """Compare what every file of a cache holds with its checksum; ValueError names the first that has another."""
-    index = read_index(folder)
-    if index is None:
-        raise ValueError(f"--verify {folder} holds no cache: give one that {COMMAND} has made")
 
     def is_whole(name: str) -> bool:
         file = _open_shard(folder, name)
         return _checksum({key: file.get_tensor(key) for key in file.keys()}) == file.metadata().get("sha256")
 
-    names = [*map(shard_name, range(index["shards"]))]
+    names = [*map(shard_name, range(read_index(folder)["shards"]))]
     with ThreadPoolExecutor(cores()) as threads:
         for name, well in zip(names, threads.map(is_whole, names), strict=True):
             if not well:

@@ -23,7 +23,6 @@ Features = Callable[[Tensor, Tensor, Way], tuple[Tensor, Tensor]]  # `FrozenTarg
 
 def choose_way(name: str, features: Features, way: Way, vocab_size: int) -> Way:
     """`way`, or one document at a time where packed ones do not get what they get alone. `name`: the target's.
-
     ValueError: features are not finite, or chunks give others.
     """
     ids_n = torch.arange(1, 1 + sum(LENGTHS)) % vocab_size

@@ -21,10 +21,8 @@ class Way:
 
 
 def document_bounds(position_ids: Tensor) -> list[int]:
-    """Where each document begins among the N tokens of all sequences, ascending, and N.
-
-    position_ids: int64 [B, L], on the host. A document begins where a sequence does and wherever a position is not the
-        one before plus 1, which is transformers' rule, too.
+    """Where each document begins among the N tokens of all sequences, ascending, and N: where a sequence does and, as in
+    transformers, wherever a position is not the one before plus 1. `position_ids`: int64 [B, L], on the host.
     """
     begins_BL = position_ids.new_ones(position_ids.shape).bool()
     begins_BL[:, 1:] = position_ids.diff(dim=1) != 1
@@ -32,13 +30,10 @@ def document_bounds(position_ids: Tensor) -> list[int]:
 
 
 def plan_runs(bounds: list[int], way: Way) -> list[list[slice]]:
-    """Cut packed sequences into runs of at most a chunk, and single documents that are longer.
+    """Cut packed sequences, by their `document_bounds`, into runs of at most a chunk, and single documents that are longer.
 
-    Where documents run one at a time, those of one token, padding among them, are left out: nobody reads their features (a
-    document of n tokens has n - 1 positions that draft).
-
-    bounds: see `document_bounds`.
-    Returns spans of the N tokens: those of a run are given one after the other, over a cache if they are several.
+    Returns spans of the N tokens: those of a run are given one after the other, over a cache if they are several. Where
+    documents run one at a time, those of one token, as padding is, are skipped: they have no position that drafts.
     """
     limit = way.chunk_tokens or bounds[-1]
     runs: list[list[slice]] = []

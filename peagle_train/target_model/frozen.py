@@ -53,8 +53,7 @@ class TargetLost(RunStopped):
 
 
 class TargetBase(ABC):
-    """What training reads of a target, whether it is computed (`FrozenTarget`), on disk (`StoredTarget`) or behind a server
-    (`ServedTarget`)."""
+    """What training reads of a target: a `FrozenTarget`, which computes it, a `StoredTarget`, a `ServedTarget`."""
 
     config: Any  # transformers' config of its text model
     layer_ids: list[int]  # the F layers whose *input* is a feature, ascending
@@ -97,9 +96,7 @@ class TargetBase(ABC):
     @abstractmethod
     def outputs(self, batch: dict[str, Tensor], head_rows: Tensor) -> TargetOutputs:
         """Features, and last hidden states after the final norm, of a collator's batch, on the device of `head_rows`; where
-        no supervised element reads them (`positions_read`), perhaps zeros.
-
-        batch: on the host; on a device it costs a wait.
+        no supervised element reads them (`positions_read`), perhaps zeros. `batch`: on a device it costs a wait.
         """
 
     def expect(self, batches: Sequence[dict[str, Tensor]]) -> None:
@@ -165,9 +162,8 @@ class FrozenTarget(TargetBase):
         shard: bool = False,
         **how: Any,
     ) -> "FrozenTarget":
-        """Load a Hugging Face folder; ValueError, one line, for a folder that is none.
-
-        shard: over all ranks, by FSDP2; `world_mesh` must have been called before. how: other arguments of `load_model`.
+        """Load a Hugging Face folder; ValueError, one line, for a folder that is none. `how`: for `load_model`.
+        shard: over all ranks, by FSDP2; `world_mesh` must have been called before.
         """
         device = device or torch.device("cpu")
         model: Any = load_model(path, resolve_dtype(dtype, device), **how)
@@ -188,9 +184,8 @@ class FrozenTarget(TargetBase):
         return cls.load(target.path, device=device, shard=shard, **given)
 
     def shard(self, device: torch.device) -> None:
-        """Shard all but the head over all ranks and move it to the device; the head stays whole, on the CPU.
-
-        From then on every rank must call `features` and `embedding_rows` as often as the others.
+        """Shard all but the head, which stays whole and on the CPU, over all ranks, on the device. From then on every rank
+        must call `features` and `embedding_rows` as often as the others.
         """
         if not all(parameter.is_floating_point() for parameter in self.model.parameters()):
             raise ValueError(f"target.shard is true, but target {type(self.model).__name__} is quantised: unsupported")
@@ -239,13 +234,11 @@ class FrozenTarget(TargetBase):
 
     @torch.no_grad()
     def features(self, input_ids: Tensor, position_ids: Tensor, way: Way | None = None) -> tuple[Tensor, Tensor]:
-        """Features [B, L, F*T] and last hidden states after the final norm [B, L, T], in the target's dtype.
+        """Features [B, L, F*T] and last hidden states after the final norm [B, L, T], in the target's dtype. Packed
+        documents do not see each other (`way`: None is `self.way`); those of one token, as padding, may get zeros.
 
-        Packed documents do not see each other: see `Way`, of which None is `self.way`. Those of one token, padding among
-        them, may get zeros (see `plan_runs`).
-
-        input_ids: int64 [B, L], unshifted. position_ids: int64 [B, L], restarting at 0 with every document. On the
-            host or on the target's device (bounds are found on the host: from the device, that waits for it).
+        input_ids: int64 [B, L], unshifted. position_ids: int64 [B, L], restarting at 0 with every document. On the host,
+            where bounds are found, or on the target's device, which costs a wait.
         """
         way = way or self.way
         B, L = input_ids.shape
@@ -283,11 +276,8 @@ class FrozenTarget(TargetBase):
 
     @torch.no_grad()
     def check(self) -> None:
-        """Run a few tokens and see that features and labels are what training takes them for; ValueError if not.
-
-        A document in a batch of several sequences of several documents must get the features that it gets alone (a target
-        that does not isolate them gets one at a time from then on), chunks must give what the whole gives, and nothing but
-        the head may come between last hidden states and logits.
+        """Run a few tokens; ValueError unless packed documents get the features that they get alone (if need be, one at a
+        time from then on), in chunks, too, and nothing but the head comes between last hidden states and logits.
         """
         name = type(self.model).__name__
         self.way = choose_way(name, self.features, self.way, self.vocab_size)
@@ -304,8 +294,8 @@ class FrozenTarget(TargetBase):
 
 
 class AbsentTarget(TargetBase):
-    """A target whose layers run elsewhere, or have run: what lies around them is read from its .safetensors files, on the
-    CPU, when it is asked for. `dtype` is set by what gives the outputs. ValueError: as `FrozenTarget`.
+    """A target whose layers run elsewhere: what lies around them is read from its .safetensors files, on the CPU, when it
+    is asked for. Subclasses set `dtype`. ValueError: as `FrozenTarget`.
     """
 
     def __init__(self, settings: Target) -> None:
@@ -347,10 +337,8 @@ class AbsentTarget(TargetBase):
 
 def _decoder(model: nn.Module, num_layers: int) -> tuple[nn.Module, nn.ModuleList]:
     """The part of a causal LM below its head, and its stack of layers."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None  # type: ignore[operator]
-    base = decoder if decoder is not None else getattr(model, getattr(model, "base_model_prefix", ""), None)
-    if isinstance(base, nn.Module) and base is not model:
-        for module in base.modules():
-            if isinstance(module, nn.ModuleList) and len(module) == num_layers:
-                return base, module
+    base: nn.Module = model.get_decoder()  # type: ignore[operator]
+    for module in base.modules() if base is not model else ():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return base, module
     raise ValueError(f"target {type(model).__name__}: no stack of {num_layers} decoder layers found below a head")

@@ -29,12 +29,10 @@ LOGIT_CHANGES = (
 
 
 def default_layer_ids(num_layers: int) -> list[int]:
-    """(2, n // 2, n - 3), vLLM's default; (2, 3, 4) at n = 6, where that names a layer twice and vLLM would read only two
-    features. ValueError below.
-    """
+    """(2, n // 2, n - 3), vLLM's default; (2, 3, 4) at n = 6, where that names a layer twice. ValueError below."""
     if num_layers < 6:
-        what = f"the target's {num_layers} layers are too few for the default feature layers"
-        raise ValueError(f"{what}: give target.layer_ids")
+        few = f"the target's {num_layers} layers are too few for the default feature layers"
+        raise ValueError(f"{few}: give target.layer_ids")
     return [2, num_layers // 2, max(num_layers - 3, num_layers // 2 + 1)]
 
 
@@ -72,9 +70,8 @@ def load_model(
     trust_remote_code: bool = False,
     on_disk: bool = False,
 ) -> nn.Module:
-    """The causal LM of a Hugging Face folder, on the CPU; ValueError, one line, for a folder that holds none that fits.
-
-    on_disk: each weight is read whenever it is used.
+    """The causal LM of a Hugging Face folder, on the CPU, or `on_disk`, where each weight is read whenever it is used.
+    ValueError, one line, for a folder that holds none that fits.
     """
     if trust_remote_code:
         logger.warning("target.trust_remote_code is on: Python code in %s will run", path)
@@ -83,9 +80,10 @@ def load_model(
         raise ValueError(f"target.path {path} has no .safetensors weights; convert them first")
     if not sys.stderr.isatty():
         disable_progress_bar()
-    given: dict[str, Any] = {"device_map": {"": "disk"} if on_disk else None}
-    if attn_implementation:
-        given["attn_implementation"] = attn_implementation
+    given: dict[str, Any] = {
+        "device_map": {"": "disk"} if on_disk else None,
+        "attn_implementation": attn_implementation,
+    }
     given |= {"trust_remote_code": trust_remote_code, "local_files_only": True, "use_safetensors": True}
     try:
         refuse_unfit(config.get_text_config())
@@ -101,16 +99,14 @@ def load_model(
 
 def empty_model(settings: Target, dtype: torch.dtype | None = None, kind: str = "cpu") -> Any:
     """A recipe's target on the meta device, without weights; `dtype`: None is what it has on a device of this `kind`.
-
     ValueError, one line: its config.json is wrong.
     """
-    config, own = load_config(settings.path, settings.trust_remote_code), settings.attn_implementation
-    given: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
+    trusted, attention = settings.trust_remote_code, settings.attn_implementation
+    config, chosen = load_config(settings.path, trusted), dtype or resolve_dtype(settings.dtype, torch.device(kind))
     try:
-        chosen = dtype or resolve_dtype(settings.dtype, torch.device(kind))
         if chosen == "auto":  # where no config names one, bfloat16, as nearly all have it
             chosen = config.get_text_config().dtype or torch.bfloat16
-        given |= {"dtype": chosen, **({"attn_implementation": own} if own else {})}
+        given: dict[str, Any] = {"dtype": chosen, "attn_implementation": attention, "trust_remote_code": trusted}
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, **given)
     except Exception as error:  # whatever a foreign or corrupt file makes the loaders raise
@@ -120,10 +116,7 @@ def empty_model(settings: Target, dtype: torch.dtype | None = None, kind: str = 
 
 def target_fingerprint(folder: str) -> str:
     """sha256 over config.json (without the version of transformers that wrote it) and, of every .safetensors file: name,
-    size, header, and 256 blocks of 4 KiB spread evenly over the rest.
-
-    Cheap on the largest target. Training changes nearly every weight, so that another training of the same model shows;
-    an edit of a few numbers may fall between the blocks.
+    size, header, and 256 blocks of 4 KiB spread evenly over the rest: cheap, and another training of the same model shows.
     """
     total = hashlib.sha256()
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
@@ -165,8 +158,8 @@ def read_tensors(folder: Path, stored: dict[str, Any], names: set[str]) -> dict[
     """
     found = {}
     for name in sorted(names):
-        others = (key for key in stored if key.endswith(f".{name}") or name.endswith(f".{key}"))
-        keys = [name] if name in stored else [*others]
+        others = [key for key in stored if key.endswith(f".{name}") or name.endswith(f".{key}")]
+        keys = [name] if name in stored else others
         if len(keys) != 1:
             raise ValueError(f"target.path {folder} has {len(keys)} tensors {name} in its .safetensors files, not one")
         found[name] = stored[keys[0]].get_tensor(keys[0])

@@ -35,12 +35,8 @@ def block_steps(recipe: Recipe, target: TargetBase, sequences: int) -> int:
 
 
 class Ring:
-    """A target's outputs for training's batches. Sequences are computed one at a time, so the bits of one do not depend on
-    the others.
-
-    rank, world_size: each rank keeps its own sequences; what an earlier run has left is removed.
-
-    ValueError: the folder cannot be used.
+    """A target's outputs for training's batches, of sequences computed one at a time: the bits of one do not depend on the
+    others. Each rank keeps its own; what an earlier run has left is removed. ValueError: the folder cannot be used.
     """
 
     def __init__(self, recipe: Recipe, target: TargetBase, rank: int, world_size: int) -> None:

@@ -58,7 +58,6 @@ def connect(url: str, option: str, key: str = "none", **how: Any) -> tuple[Any, 
 
 class ServedTarget(AbsentTarget):
     """A target that asks `target.server` for what training reads: for a `device`, in sequences of at most `max_length`.
-
     ValueError: one line, for a server that is none, or that serves another model or other layers.
     """
 
@@ -224,10 +223,8 @@ def states_path(reply: Any) -> Path | None:
 
 
 def take(path: Path, ids: list[int], patience: float) -> Tensor:
-    """Read and remove a server's file of hidden states, [n, k + 1, T]; waits until it is whole, which its lock says.
-
-    OSError: it is not whole after `patience` seconds, or never will be, or has no lock: the server was restarted, and its
-    folder emptied, or is not shared.
+    """Read and remove a server's file of hidden states, [n, k + 1, T], once its lock is free. OSError: it is not whole
+    after `patience` seconds, or never will be, or has no lock: the folder is not shared, or was emptied by a restart.
     """
     lock, until, pause = path.with_name(path.name + ".lock"), time.monotonic() + patience, 0.001
     with lock.open() as held:
@@ -255,10 +252,8 @@ def take(path: Path, ids: list[int], patience: float) -> Tensor:
 
 
 def serve_command(recipe: Recipe, port: int, folder: str, python: str, more: Sequence[str] = ()) -> list[str]:
-    """The words of the command that starts a vLLM server which gives a recipe's features.
-
-    folder: that server and training share, in memory or on a fast disk. python: that of vLLM's environment.
-    more: arguments for vLLM, as --tensor-parallel-size 8.
+    """The words of the command that starts a vLLM server which gives a recipe's features, in a `folder` that it shares with
+    training. python: that of vLLM's environment. more: arguments for vLLM.
     """
     target = recipe.target
     config = load_config(target.path, target.trust_remote_code).get_text_config()
@@ -292,9 +287,7 @@ def _storage(folder: str, port: int) -> Path:
 
 
 def run_server(command: list[str], port: int, folder: str) -> None:
-    """Run the server until it ends, and say when it answers. RunStopped if it fails. The server's part of `folder`
-    is emptied before.
-    """
+    """Empty the server's part of `folder`, run it until it ends, and say when it answers. RunStopped if it fails."""
     if _answers(port):
         raise ValueError(f"a server answers at port {port} already: stop it, or give another --port")
     shutil.rmtree(_storage(folder, port), ignore_errors=True)  # what a killed server or its readers have left

@@ -25,11 +25,9 @@ logger = logging.getLogger(__name__)
 
 
 class SpeculatorsFiles:
-    """The samples in the order of i, with their features.
+    """The samples in the order of i, with their features; of at most `max_length` tokens.
 
-    folder: of hs_{i}.safetensors, or the one above its `hidden_states`.
-    target: the target that they are said to be of. max_length: of a sequence; a longer sample is a ValueError.
-
+    folder: of hs_{i}.safetensors, or the one above its `hidden_states`. target: the one that they are said to be of.
     ValueError: one line, for files that are something else, and for features that the target does not give.
     """
 

@@ -27,16 +27,9 @@ from peagle_train.target_model.ring import Ring
 Batch = dict[str, Tensor]
 
 
-class Gradients(NamedTuple):
-    """What `Trainer.accumulate` finds beside the gradients."""
-
+class StepResult(NamedTuple):
     stats: StepStats  # over all ranks and micro-batches
     plans: list[Plan]
-    asked: Tensor  # int64 [1]: how many ranks were asked to stop
-
-
-class StepResult(NamedTuple):
-    gradients: Gradients
     grad_norm: Tensor  # scalar, before clipping
     learning_rate: float
     applied: bool  # False: loss or gradient was not finite, and weights and moments are unchanged
@@ -88,8 +81,7 @@ class BatchRunner:
     ) -> StepStats:
         """Run one micro-batch, which is on the host, and return its sums. With `scale`, also accumulate gradients of
         `loss * scale`; a sharded drafter's are reduced once a step, in the last pass of the batch that `is_last`.
-
-        target: the batch's `run_target`, if the caller has it already.
+        `target`: the batch's `run_target`, if the caller has it already.
         """
         train, is_training = self.recipe.train, scale is not None
         if target is None:
@@ -134,13 +126,9 @@ def add_up(parts: list[StepStats], device: torch.device) -> StepStats:
 
 def make_optimizers(draft: nn.Module, train: Train) -> list[torch.optim.Optimizer]:
     """AdamW without weight decay on embeddings (decay shrinks rows that are never seen), norms and `mask_hidden`; then, if
-    the recipe asks for it, Muon for the matrices of `layers` and `fc`. Muon's steps work on whole matrices: torch runs them
-    on sharded ones as DTensors, which gathers and sums what a rank lacks.
+    the recipe asks for it, Muon for the matrices of `layers` and `fc` (sharded ones as DTensors, which torch gathers).
     """
-    groups: list[dict[str, Any]] = [
-        {"params": [], "weight_decay": train.weight_decay},
-        {"params": [], "weight_decay": 0.0},
-    ]
+    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay} for decay in (train.weight_decay, 0.0)]
     matrices: list[nn.Parameter] = []
     for name, parameter in draft.named_parameters():
         if not parameter.requires_grad:

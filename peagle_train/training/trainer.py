@@ -27,13 +27,13 @@ from peagle_train import distributed
 from peagle_train.config import Recipe, dump_recipe
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.passes import StepStats
-from peagle_train.core.plan import padding_share
+from peagle_train.core.plan import Plan, padding_share
 from peagle_train.data.packing import TrainingData
 from peagle_train.data.sampler import StepBatchSampler
 from peagle_train.data.training_data import make_collator
 from peagle_train.distributed import from_all
 from peagle_train.ending import Signals, leave_to_parent
-from peagle_train.files import NonFiniteWeights, RunStopped, save_tensors, write_json, write_text
+from peagle_train.files import NonFiniteWeights, RunStopped, save_tensors, write_bytes, write_json
 from peagle_train.memory import memory_explained, probe_step
 from peagle_train.serving.drafter_io import check_finite, fill_drafter, read_config, save_drafter
 from peagle_train.serving.formats import parse_config
@@ -46,13 +46,12 @@ from peagle_train.training import metrics
 from peagle_train.training.checkpoint import MARKER, Checkpoint, last_checkpoint
 from peagle_train.training.evaluate import Evaluator
 from peagle_train.training.metrics import Pace, Reporter
-from peagle_train.training.step import Batch, BatchRunner, Gradients, StepResult, add_up, make_optimizers
+from peagle_train.training.step import Batch, BatchRunner, StepResult, add_up, make_optimizers
 
 
 class Trainer:
     """One run. `run` does everything; the methods after it are its parts, in the order in which they happen.
-
-    accelerator: made by the caller, who knows the device. target: frozen, on that device. draft: on the CPU; prepared here.
+    target: frozen, on the accelerator's device. draft: on the CPU; prepared here.
     """
 
     def __init__(
@@ -102,9 +101,8 @@ class Trainer:
     # The run
 
     def run(self) -> dict[str, Any]:
-        """Train, evaluating before and after; returns the summary that is also written to `run.json`.
-
-        ValueError: the output folder cannot be used. RunStopped: the run had to stop, with a line on why and how to resume.
+        """Train, evaluating before and after; returns the summary that is also written to `run.json`. ValueError: the
+        output folder cannot be used. RunStopped: the run had to stop, with a line on why and how to resume.
         """
 
         def where() -> str:
@@ -117,8 +115,7 @@ class Trainer:
             with memory_explained(self.recipe, where), self.signals:
                 probe = self.recipe.train.probe
                 if probe is True or (probe == "auto" and self.device.type == "cuda"):
-                    parts = self.recipe, self.target, self.draft, self.collator, self.optimizers
-                    self.reporter.say(probe_step(*parts, accumulate=self.accumulate))
+                    self.reporter.say(probe_step(self))
                 return self._run(steps)
         finally:
             self.target.close()
@@ -196,10 +193,8 @@ class Trainer:
     # A step
 
     def steps(self) -> Generator[list[Batch], None, None]:
-        """Each optimizer step's micro-batches, on the host.
-
-        A step's supervised elements are counted before its first pass, so all of its draws are here at once, and those of
-        the next step; features, hundreds of times as large, come as far ahead as the target's `expect` lets them.
+        """Each optimizer step's micro-batches, on the host: all at once, as supervised elements are counted before the
+        first pass, and those of the next step are read. Features come as far ahead as the target's `expect` lets them.
         """
         train = self.recipe.train
         how: dict[str, Any] = {"worker_init_fn": leave_to_parent, "pin_memory": self.device.type == "cuda"}
@@ -209,8 +204,7 @@ class Trainer:
         first, last = train.profile_steps if train.profile_steps and self.accelerator.is_main_process else (0, 0)
         profile: Any = None
         self.pace.restart()
-        iterator, following, size = iter(loader), deque[Batch](), train.gradient_accumulation_steps
-        self.following = following
+        iterator, following, size = iter(loader), self.following, train.gradient_accumulation_steps
         ahead = max(size, self.target.ahead // train.batch_size)
         try:
             for step in range(self.step + 1, self.num_steps + 1):
@@ -231,10 +225,9 @@ class Trainer:
             if isinstance(iterator, _MultiProcessingDataLoaderIter):
                 iterator._shutdown_workers()  # not left to garbage collection: a traceback would keep them alive
 
-    def accumulate(self, batches: list[Batch]) -> Gradients:
-        """Gradients of one optimizer step over all ranks and micro-batches, normalised by its supervised elements.
-
-        Afterwards every rank holds the same gradients and the same sums.
+    def accumulate(self, batches: list[Batch]) -> tuple[StepStats, list[Plan], Tensor]:
+        """Gradients of one optimizer step over all ranks and micro-batches, normalised by its supervised elements. Returns
+        its sums, the same on every rank, its plans, and, int64 [1], how many ranks were asked to stop.
         """
         plans = [self.runner.plan(batch) for batch in batches]
         # What a signal asked of any rank travels with the count: no collective of its own, and no wait.
@@ -254,16 +247,16 @@ class Trainer:
         with record_function("peagle::reduce"):
             unreduced = [] if self.runner.sharded else self.trained
             distributed.sum_over_ranks(unreduced, also=[stats.loss, stats.hits, stats.totals])
-        return Gradients(stats, plans, sums[1:])
+        return stats, plans, sums[1:]
 
     def take_step(self, batches: list[Batch]) -> StepResult:
         """One optimizer step; it is not applied if its loss or gradient is not finite."""
-        gradients = self.accumulate(batches)
+        stats, plans, asked = self.accumulate(batches)
         limit = self.recipe.train.max_grad_norm
         norm = distributed.clip_gradients(self.trained, math.inf if limit is None else limit)
         # The step's one wait for the device: a non-finite step must not reach the weights.
-        is_finite = torch.isfinite(norm) & torch.isfinite(gradients.stats.loss)
-        applied, stop = map(bool, torch.cat([is_finite.long()[None], gradients.asked]).tolist())
+        is_finite = torch.isfinite(norm) & torch.isfinite(stats.loss)
+        applied, stop = map(bool, torch.cat([is_finite.long()[None], asked]).tolist())
         rate, train = self.rate_after(self.step), self.recipe.train
         with record_function("peagle::optimizer"):
             for optimizer in self.optimizers:
@@ -280,9 +273,9 @@ class Trainer:
         self.step += 1
         self.bad_in_a_row = 0 if applied else self.bad_in_a_row + 1
         if applied:
-            self.recent.append(torch.stack([gradients.stats.hits, gradients.stats.totals]))
+            self.recent.append(torch.stack([stats.hits, stats.totals]))
         self.pace.step(batches)
-        return StepResult(gradients, norm, rate, applied, stop)
+        return StepResult(stats, plans, norm, rate, applied, stop)
 
     @torch.no_grad()
     def _average(self, function: Callable[[Tensor, Tensor], object]) -> None:
@@ -342,19 +335,18 @@ class Trainer:
             self.evaluate(f"held-out at step {self.step}")
 
     def _log(self, result: StepResult) -> None:
-        stats = result.gradients.stats
-        hits, totals = stats.hits.tolist(), stats.totals.tolist()
+        hits, totals = result.stats.hits.tolist(), result.stats.totals.tolist()
         accuracy = metrics.accuracies(hits, totals)
         values = {
             "step": self.step,
             "num_steps": self.num_steps,
-            "loss": float(stats.loss) / max(1, sum(totals)),
+            "loss": float(result.stats.loss) / max(1, sum(totals)),
             "accuracy": accuracy,
             "expected_accepted_length": metrics.expected_accepted_length(accuracy),
             "supervised": totals,
             "learning_rate": result.learning_rate,
             "grad_norm": float(result.grad_norm),
-            "padding_share": padding_share(result.gradients.plans),
+            "padding_share": padding_share(result.plans),
             "peak_memory_bytes": metrics.peak_memory_bytes(self.device),
             **self.pace.numbers(self.num_steps - self.step),
             "recompiles": None if self.runner.graphs is None else self.runner.graphs.recompiles,
@@ -369,9 +361,7 @@ class Trainer:
         self.on_main("metrics.jsonl", lambda: self.reporter.record(kind, line, **values))
 
     def evaluate(self, title: str) -> dict[str, Any] | None:
-        """Held-out loss, accuracies and expected accepted length over all ranks; None without held-out data. If these
-        weights are the best so far, they are kept.
-        """
+        """What the `Evaluator` gives, logged; the best weights so far are kept."""
         values = self.evaluator()
         self.evaluated = self.step
         if values is None:
@@ -444,7 +434,7 @@ class Trainer:
 
     def restore(self, checkpoint: Checkpoint) -> list[str]:
         """Make this new trainer the one that was saved. Changes no file; returns what the user should know. ValueError:
-        data, draft vocabulary, target, the drafter's shape or the size of a step are not the checkpoint's.
+        the drafter's shape, or what `compare_run` looks at, is not the checkpoint's.
         """
         state, folder = checkpoint.state, checkpoint.folder
         rate = self.rate_after(state["step"])
@@ -466,7 +456,7 @@ class Trainer:
 
     def _take_output(self) -> IO[str] | None:
         """Make a new output folder the run's, or put one back to where its checkpoint was saved; returns its lock (main).
-        ValueError: on every rank, if the folder cannot be used.
+        ValueError, on every rank: it cannot be used.
         """
         failure, lock = "", None
         if self.accelerator.is_main_process:
@@ -479,7 +469,7 @@ class Trainer:
                 if self.resumed is not None:
                     self._put_back(self.resumed)
                 write_json(self.folder / MARKER, {"state": "started"})
-                write_text(self.folder / "recipe.yaml", dump_recipe(self.recipe))
+                write_bytes(self.folder / "recipe.yaml", dump_recipe(self.recipe).encode())
                 write_json(self.folder / metrics.ABOUT, about)
             except ValueError as error:
                 failure = str(error)
