@@ -269,7 +269,7 @@ def test_layers_of_another_shape_than_the_targets_are_refused(frozen):
     with pytest.raises(ValueError, match=r"layers_from_target.*4 heads"):  # of the same shapes
         new_drafter(frozen, MASK, layers_from_target=True, num_attention_heads=8, num_key_value_heads=4, head_dim=2)
     with pytest.raises(ValueError, match=r"layers_from_target.*0 tensors"):
-        new_drafter(frozen, MASK, layers_from_target=True, num_layers=frozen.num_layers + 1)
+        new_drafter(frozen, MASK, layers_from_target=True, num_layers=frozen.config.num_hidden_layers + 1)
 
 
 @pytest.mark.parametrize(

@@ -267,7 +267,7 @@ def test_a_target_takes_two_flops_a_parameter_that_a_token_goes_through(model, b
     matrices, attention = target_flops(target, L)
     around = 2 * target.vocab_size * target.hidden_size  # embeddings and head, which the forward does not multiply by
     assert matrices / (2 * L) + around == pytest.approx(billions * 1e9, rel=0.01)
-    kinds = getattr(target.config, "layer_types", None) or ["full_attention"] * target.num_layers
+    kinds = getattr(target.config, "layer_types", None) or ["full_attention"] * target.config.num_hidden_layers
     windows = [128 if kind == "sliding_attention" else L for kind in kinds]
     pairs = sum(min(p + 1, window) for window in windows for p in range(L))
     assert attention == pytest.approx(4 * heads * pairs)

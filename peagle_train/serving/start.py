@@ -54,7 +54,7 @@ def read_start(recipe: Recipe, target: TargetBase) -> Start | None:
         raise RecipeError(f"{where} is for a target of vocabulary and hidden size {theirs}; this target's are {mine}")
     if config.hidden_size != target.hidden_size and (lacking := [n for n in files.missing if n != "mask_hidden"]):
         raise RecipeError(f"{where} has no {lacking[0]}, and the target's does not fit width {config.hidden_size}")
-    layers = list(config.eagle_aux_hidden_state_layer_ids or default_layer_ids(target.num_layers))
+    layers = list(config.eagle_aux_hidden_state_layer_ids or default_layer_ids(target.config.num_hidden_layers))
     if layers != target.layer_ids:
         given = f"this run reads {target.layer_ids}: give target.layer_ids={layers}"
         raise RecipeError(f"{where} reads layers {layers} of its target, {given}")
@@ -212,7 +212,8 @@ def copy_layers(draft: PEagleDraft, target: TargetBase, folder: Path) -> None:
     quantised weights.
     """
     H, own, wanted = draft.config.hidden_size, draft.state_dict(), {"norm.weight": "norm.weight"}
-    first, theirs, mine = target.num_layers - len(draft.layers), target.config, draft.config
+    theirs, mine = target.config, draft.config
+    first = theirs.num_hidden_layers - len(draft.layers)
     for name in own:
         if name.startswith("layers.") and name != "layers.0.input_layernorm.weight":  # the embeddings' norm
             number, _, rest = name.removeprefix("layers.").partition(".")

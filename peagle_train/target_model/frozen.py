@@ -68,10 +68,6 @@ class TargetBase(ABC):
     def hidden_size(self) -> int:
         return self.config.hidden_size
 
-    @property
-    def num_layers(self) -> int:
-        return self.config.num_hidden_layers
-
     @abstractmethod
     def eos_token_ids(self) -> list[int]:
         """Tokens that end the target's answers, ascending."""

@@ -47,12 +47,9 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: str(m.__version__) for name, m in modules.items()}}
 
 
-def tensor_fingerprint(tensor: Tensor) -> str:
-    """sha256 of dtype, shape and the first 64 rows."""
-    sample = tensor[:64].detach().to("cpu").contiguous()
-    digest = hashlib.sha256(f"{tensor.dtype},{tuple(tensor.shape)}".encode())
-    digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def vocabulary_fingerprint(ids: Tensor) -> str:
+    """sha256 of a draft vocabulary's dtype, length and ids."""
+    return hashlib.sha256(f"{ids.dtype},(1, {ids.numel()})".encode() + ids.cpu().numpy().tobytes()).hexdigest()
 
 
 # The output folder
@@ -67,9 +64,7 @@ def check_output(folder: Path) -> None:
 
 
 def lock_output(folder: Path) -> IO[str]:
-    """Keep other processes out of the folder until the returned file is closed or this process ends; ValueError if one is
-    in it.
-    """
+    """Keep other processes out of the folder until the returned file is closed; ValueError if one is in it."""
     file = (folder / ".lock").open("a+")
     # POSIX's, not flock: loader processes inherit a flock, and keep it for seconds after their run was killed.
     lock(file, f"output.dir {folder}", "training", fcntl.lockf)
@@ -125,9 +120,7 @@ def list_checkpoints(output: Path) -> list[Path]:
 
 
 def write_checkpoint(output: Path, step: int, fill: Callable[[Path], None]) -> Path:
-    """`fill` a folder and make it checkpoint-<step> once it is on disk. OSError: it could not be written; nothing of it is
-    left, and other checkpoints are unchanged.
-    """
+    """`fill` a folder and make it checkpoint-<step> once it is on disk. OSError: nothing is left of it, others stay."""
 
     def fill_and_list(folder: Path) -> None:
         fill(folder)
@@ -278,10 +271,8 @@ def compare_recipes(old: dict[str, Any], new: dict[str, Any], name: str) -> list
 
 
 def compare_run(checkpoint: Checkpoint, must_match: dict[str, Any], num_steps: int, rate: float) -> list[str]:
-    """A line for each of settings and schedule that is no longer the checkpoint's.
-
-    must_match: of this run. rate: of the step after the checkpoint. ValueError: data, draft vocabulary or target are not
-    the checkpoint's, or it is after the run's last step.
+    """A line for each of settings and schedule that is no longer the checkpoint's. ValueError: `must_match`, of this run,
+    is not, or it is after the run's last step. `rate`: of the step after the checkpoint.
     """
     state, name, notes = checkpoint.state, checkpoint.folder.name, list(checkpoint.notes)
     for what, now in must_match.items():

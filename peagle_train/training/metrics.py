@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from peagle_train.files import one_line
-from peagle_train.machine import peak_ram
 
 logger = logging.getLogger(__name__)
 
@@ -38,15 +37,8 @@ def expected_accepted_length(accuracy: Sequence[float]) -> float:
     return total
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak since the start: of the CUDA allocator, or of this process's resident set."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_ram()
-
-
 class Pace:
-    """How fast a run is and what it waits for, since the last log line: counted on the host, without a wait for the device.
-    Of `num_processes` ranks each is taken to do what this one does.
-    """
+    """How fast a run is and what it waits for since the last log line, counted on the host; ranks are taken to be alike."""
 
     def __init__(self, num_processes: int = 1) -> None:
         self.num_processes = num_processes
@@ -102,13 +94,13 @@ class Reporter:
     """The main process's output: `metrics.jsonl`, log lines, and Accelerate's tracker."""
 
     def __init__(self, folder: Path, accelerator: Accelerator) -> None:
-        self.folder, self.accelerator, self.active = folder, accelerator, accelerator.is_main_process
+        self.folder, self.accelerator = folder, accelerator
         self.path, self.lines, self.start_time = folder / "metrics.jsonl", 0, 0.0
 
     def start(self, config: dict[str, dict[str, Any]]) -> None:
         """Start, or continue. `config`: the recipe's sections as plain values."""
         self.start_time = time.perf_counter()
-        if self.active and self.accelerator.log_with:
+        if self.accelerator.log_with:
             flat = {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
             flat = {key: v if isinstance(v, (str, int, float)) else json.dumps(v) for key, v in flat.items()}
             title = self.folder.resolve().name
@@ -119,9 +111,7 @@ class Reporter:
                 raise ValueError(f"train.log_with: it did not start: {one_line(error, 200)}") from error
 
     def record(self, kind: str, line: str, **values: Any) -> None:
-        """Write a line of metrics.jsonl, print one for a person, and log the numbers to the tracker: as `kind/name`, those
-        of a list as `kind/name/depth_d`.
-        """
+        """Write a line of metrics.jsonl, print one for a person, and log the numbers, those of a list by depth."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, **values}) + "\n")
             file.flush()
@@ -141,7 +131,7 @@ class Reporter:
             logger.warning("train.log_with: it failed (%s): the run continues without it", one_line(error, 200))
 
     def say(self, line: str) -> None:
-        if self.active:
+        if self.accelerator.is_main_process:
             print(line, flush=True)
 
 

@@ -34,6 +34,7 @@ from peagle_train.data.training_data import make_collator
 from peagle_train.distributed import from_all
 from peagle_train.ending import Signals, leave_to_parent
 from peagle_train.files import NonFiniteWeights, RunStopped, save_tensors, write_bytes, write_json
+from peagle_train.machine import peak_ram
 from peagle_train.memory import memory_explained, probe_step
 from peagle_train.serving.drafter_io import check_finite, fill_drafter, read_config, save_drafter
 from peagle_train.serving.formats import parse_config
@@ -337,6 +338,7 @@ class Trainer:
     def _log(self, result: StepResult) -> None:
         hits, totals = result.stats.hits.tolist(), result.stats.totals.tolist()
         accuracy = metrics.accuracies(hits, totals)
+        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else peak_ram()
         values = {
             "step": self.step,
             "num_steps": self.num_steps,
@@ -347,7 +349,7 @@ class Trainer:
             "learning_rate": result.learning_rate,
             "grad_norm": float(result.grad_norm),
             "padding_share": padding_share(result.plans),
-            "peak_memory_bytes": metrics.peak_memory_bytes(self.device),
+            "peak_memory_bytes": peak,
             **self.pace.numbers(self.num_steps - self.step),
             "recompiles": None if self.runner.graphs is None else self.runner.graphs.recompiles,
             "seconds": time.perf_counter() - self.reporter.start_time,
@@ -427,7 +429,7 @@ class Trainer:
             "training data": [len(rows), rows.fingerprint()],
             "held-out data": [len(held_out), held_out.fingerprint()],
             "sequences of a step": self.sampler.global_batch_size,
-            "draft vocabulary": checkpoints.tensor_fingerprint(self.draft.draft_token_ids.reshape(1, -1)),
+            "draft vocabulary": checkpoints.vocabulary_fingerprint(self.draft.draft_token_ids),
             "target's config and weights": self.target_fingerprint,
             **({"steps that target.ring holds": self.sampler.block_steps} if self.recipe.target.reuse > 1 else {}),
         }
