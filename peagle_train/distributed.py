@@ -18,13 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -72,8 +66,7 @@ def check_sharding(asked: str) -> bool:
         raise ValueError(f"train.sharding is none, but the run was launched with an FSDP config: {remedy}")
     for key, value in REFUSED.items() if by_launch else ():
         if os.environ.get(key.upper(), "").lower() == value:
-            remedy = "not supported: take recipes/accelerate/fsdp2.yaml"
-            raise ValueError(f"the launch's FSDP config has {key}: {value}, which is {remedy}")
+            raise ValueError(f"the FSDP config has {key}: {value}, unsupported: take recipes/accelerate/fsdp2.yaml")
     return by_launch or asked == "fsdp2"
 
 
@@ -154,20 +147,12 @@ def sum_over_ranks(parameters: Iterable[nn.Parameter], also: list[Tensor]) -> No
             tensor.copy_(part.view_as(tensor))
 
 
-def sum_counts(counts: list[int], device: torch.device) -> Tensor:
-    """int64 tensor of the counts, summed over ranks; stays on the device."""
-    total = torch.tensor(counts, dtype=torch.int64).to(device, non_blocking=True)
+def counts_over_ranks(counts: list[int], device: torch.device, largest: bool = False) -> Tensor:
+    """int64 tensor of the sum (or the `largest`) of each count over ranks; stays on the device."""
+    found = torch.tensor(counts, dtype=torch.int64).to(device, non_blocking=True)
     if several():
-        dist.all_reduce(total)
-    return total
-
-
-def max_counts(counts: list[int], device: torch.device) -> list[int]:
-    """The largest of each count over ranks, on the host. Only sharded models need it: it waits for the device."""
-    largest = torch.tensor(counts, dtype=torch.int64, device=device)
-    if several():
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return largest.tolist()
+        dist.all_reduce(found, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+    return found
 
 
 # FSDP2
@@ -207,19 +192,19 @@ def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
     return norm
 
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def full_weights(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers, whole, on the CPU of rank 0; {} on the others. Every rank must call it."""
-    return get_model_state_dict(model, options=WHOLE)  # type: ignore[return-value]
+    return dcp.get_model_state_dict(model, options=WHOLE)  # type: ignore[return-value]
 
 
 def full_moments(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """The optimizers' states as KIND.PARAMETER (exp_avg.fc.weight, ...), like `full_weights`; {} before a step."""
     if not optimizers[0].state:  # torch would make a step in order to have one
         return {}
-    states: Any = get_optimizer_state_dict(model, optimizers, options=WHOLE).get("state", {})
+    states: Any = dcp.get_optimizer_state_dict(model, optimizers, options=WHOLE).get("state", {})
     return {f"{kind}.{name}": value for name, state in states.items() for kind, value in state.items()}
 
 
@@ -227,16 +212,16 @@ def load_full(
     model: nn.Module, optimizers: list[torch.optim.Optimizer], weights: dict[str, Tensor], moments: dict[str, Tensor]
 ) -> None:
     """Put all of what `full_weights` and `full_moments` gave into model and optimizers, sharded or not."""
-    options = StateDictOptions(full_state_dict=True)
+    options = dcp.StateDictOptions(full_state_dict=True)
     if moments:
         states: dict[str, Any] = {}
         for key, value in moments.items():
             kind, _, name = key.partition(".")
             states.setdefault(name, {})[kind] = value.clone()
         # torch makes a step at rate 0 here, to have a state that it can fill; the weights come after it
-        groups = get_optimizer_state_dict(model, optimizers)["param_groups"]
+        groups = dcp.get_optimizer_state_dict(model, optimizers)["param_groups"]
         if any("average" in state for state in states.values()):  # the trainer's, which torch does not make
             for state, parameter in ((o.state[p], p) for o in optimizers for p in o.state):
                 state["average"] = torch.zeros_like(parameter)
-        set_optimizer_state_dict(model, optimizers, {"state": states, "param_groups": groups}, options=options)
-    set_model_state_dict(model, dict(weights), options=options)
+        dcp.set_optimizer_state_dict(model, optimizers, {"state": states, "param_groups": groups}, options=options)
+    dcp.set_model_state_dict(model, dict(weights), options=options)

@@ -7,20 +7,12 @@ assumed; communication, loading and waiting are not counted. L: tokens of a sequ
 
 from dataclasses import replace
 
+from peagle_train import memory
 from peagle_train.config import Recipe
 from peagle_train.core.partition import max_elements
 from peagle_train.files import aligned
 from peagle_train.machine import GIB, GPUS, Device
-from peagle_train.memory import (
-    CANDIDATES,
-    MemoryPlan,
-    Sizes,
-    capacity_of,
-    choose_segments,
-    largest_pass,
-    read_sizes,
-    read_target,
-)
+from peagle_train.memory import Sizes
 from peagle_train.target_model.frozen import FrozenTarget
 
 PEAK_SHARE = 0.4  # of the GPUs' peak that both sides reach: assumed, not measured
@@ -60,7 +52,7 @@ def draft_flops(s: Sizes, num_segments: int) -> tuple[float, float]:
     """Of matrices, padding included, and of attention, in the forward and backward of a sequence that is all learned."""
     train, cod, L, S = s.recipe.train, s.recipe.cod, s.recipe.data.max_length, num_segments
     elements = max_elements(L, cod.num_depths, cod.down_sample_ratio, cod.down_sample_ratio_min, cod.max_anchors)
-    one, C = largest_pass(s, S, all_supervised=True), capacity_of(s, S)
+    one, C = memory.largest_pass(s, S, all_supervised=True), memory.capacity_of(s, S)
     passes, rows, M = elements / C, float(elements), float(L)
     if train.pads_passes(s.device.kind):
         passes = S if cod.boundaries == "uniform" else min(S, -(-elements // max(1, C - cod.num_depths + 1)))
@@ -89,19 +81,20 @@ def plan_throughput(recipe: Recipe, gpu: str, count: int, tokens: int) -> str:
     (gib, teraflops), L, asked = GPUS[gpu], recipe.data.max_length, recipe.cod.num_segments
     recipe = replace(recipe, target=replace(recipe.target, cache=None, server=None, shard=False))
     budget = int(gib * GIB)
-    target = read_target(recipe, device := Device("cuda", budget, count))
-    beside = read_sizes(recipe, device, target)
+    target = memory.read_target(recipe, device := Device("cuda", budget, count))
+    beside = memory.read_sizes(recipe, device, target)
     alone, draft = replace(beside, target_weights=0, target_forward=0), beside.draft
 
-    def fitting(sizes: Sizes, ranks: int, sharded: bool) -> MemoryPlan | None:
-        return choose_segments(replace(sizes, device=Device("cuda", budget, ranks), sharded=sharded and ranks > 1))
+    def fitting(sizes: Sizes, ranks: int, sharded: bool) -> memory.MemoryPlan | None:
+        there = Device("cuda", budget, ranks)
+        return memory.choose_segments(replace(sizes, device=there, sharded=sharded and ranks > 1))
 
     def fits(sharded: bool) -> str:
         found = fitting(alone, ranks, sharded)
         return f"S = {found.num_segments}, {found.peak / GIB:.0f} GiB" if found else "does not fit"
 
-    chosen = choose_segments(alone)
-    S = asked if asked != "auto" else chosen.num_segments if chosen else min(L, CANDIDATES[-1])
+    chosen = memory.choose_segments(alone)
+    S = asked if asked != "auto" else chosen.num_segments if chosen else min(L, memory.CANDIDATES[-1])
     rows = [["TFLOP a sequence", "matrices", "attention", "tokens/s a GPU"]]
     flops = {"target's forward": target_flops(target, L), "drafter's step": draft_flops(alone, S)}
     serve, train = (PEAK_SHARE * teraflops * 1e12 * L / sum(parts) for parts in flops.values())

@@ -14,7 +14,7 @@ from peagle_train.core.passes import TargetOutputs
 from peagle_train.core.plan import plan_segments
 from peagle_train.core.recompute import recompute_step
 from peagle_train.core.relay import context_chunks, relay_step
-from peagle_train.distributed import max_counts, shard
+from peagle_train.distributed import counts_over_ranks, shard
 from peagle_train.serving.start import draw_weights
 from tests.helpers import make_config
 
@@ -67,10 +67,12 @@ def sharded(mode: str, case: str, variant: str) -> dict[str, Tensor]:
         draft.zero_grad()
         scale = world / count  # FSDP averages over ranks
         if mode == "relay":
-            passes_a, passes_b = max_counts([len(context_chunks(plan)), len(plan.segments)], torch.device("cpu"))
+            passes = [len(context_chunks(plan)), len(plan.segments)]
+            passes_a, passes_b = counts_over_ranks(passes, torch.device("cpu"), largest=True).tolist()
             step = partial(relay_step, min_passes=(passes_a, passes_b))
         else:
-            most = max_counts([sum(bool(s.supervised.numel()) for s in plan.segments)], torch.device("cpu"))[0]
+            passes = [sum(bool(s.supervised.numel()) for s in plan.segments)]
+            most = int(counts_over_ranks(passes, torch.device("cpu"), largest=True))
             step = partial(recompute_step, min_passes=most)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
             step(draft, batch, target, scale=scale, plan=plan)

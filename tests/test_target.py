@@ -17,7 +17,7 @@ from peagle_train.target_model.attention import packed_attention, varlen_serves
 from peagle_train.target_model.check import choose_way
 from peagle_train.target_model.chunks import Way, document_bounds, plan_runs
 from peagle_train.target_model.frozen import FrozenTarget
-from peagle_train.target_model.loading import default_layer_ids, read_tensors, stored_tensors
+from peagle_train.target_model.loading import default_layer_ids, read_tensors
 from peagle_train.training.evaluate import mass_outside
 from tests.helpers import seeded
 from tests.tiny import VOCAB, make_target
@@ -438,4 +438,4 @@ def test_on_a_gpu_the_kernel_serves_and_nothing_waits_for_it(name, chunk_tokens)
 )
 def test_a_tensor_is_found_whichever_side_has_the_models_prefix(stored, asked, tmp_path):
     save_file({stored: torch.arange(3.0), f"{stored}x": torch.zeros(3)}, tmp_path / "model.safetensors")
-    assert read_tensors(tmp_path, stored_tensors(tmp_path), {asked})[asked].tolist() == [0, 1, 2]
+    assert read_tensors(tmp_path, {asked})[asked].tolist() == [0, 1, 2]

@@ -24,7 +24,7 @@ from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.core.passes import StepStats, TargetOutputs
 from peagle_train.data.training_data import make_collator
-from peagle_train.distributed import clip_gradients, same_on_all_ranks, shard, sum_counts, sum_over_ranks, whole
+from peagle_train.distributed import clip_gradients, counts_over_ranks, same_on_all_ranks, shard, sum_over_ranks, whole
 from peagle_train.machine import GIB, Device
 from peagle_train.memory import plan_memory, sizes_of
 from peagle_train.target_model.frozen import FrozenTarget
@@ -159,7 +159,7 @@ class Stepper:
         """Add the gradients of the loss over `count` supervised elements, by default all ranks' batches'."""
         plan = self.runner.plan(batch)
         if count is None:
-            count = sum_counts([plan.num_supervised], self.check.device)
+            count = counts_over_ranks([plan.num_supervised], self.check.device)
         return self.runner.run(batch, plan, (dist.get_world_size() if self.runner.sharded else 1) / count.float())
 
     def reduce(self) -> None:

@@ -22,7 +22,7 @@ from peagle_train.data.vocab import end_of_turn_ids, eos_token_ids
 from peagle_train.files import one_line
 from peagle_train.serving.drafter_io import DrafterFiles, read_drafter
 from peagle_train.target_model.frozen import PLAIN, FrozenTarget, TargetBase
-from peagle_train.target_model.loading import default_layer_ids, read_tensors, stored_tensors
+from peagle_train.target_model.loading import default_layer_ids, read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -227,7 +227,7 @@ def copy_layers(draft: PEagleDraft, target: TargetBase, folder: Path) -> None:
         if mine.num_attention_heads != theirs.num_attention_heads:
             heads = f"{theirs.num_attention_heads} heads, the drafter {mine.num_attention_heads}"
             raise ValueError(f"the target has {heads}")
-        found = read_tensors(folder, stored_tensors(folder), set(wanted.values()))
+        found = read_tensors(folder, set(wanted.values()))
         for name, key in wanted.items():
             place = own[name][:, H:] if name in reads_both else own[name]
             if found[key].dtype not in PLAIN:

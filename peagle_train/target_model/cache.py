@@ -327,8 +327,7 @@ def _claim(folder: Path, index: dict[str, Any], size: int) -> str:
     words = f"{index['tokens']} tokens in {index['shards']} shards: {size / 2**30:.2f} GiB"
     words += f", {there / 2**30:.2f} GiB there, {free / 2**30:.2f} GiB free"
     if size - there > free:
-        remedy = "give another disk or target.cache_dtype=bfloat16"
-        raise ValueError(f"--out {folder} has too little room: {words}; {remedy}")
+        raise ValueError(f"--out {folder} has too little room: {words}; give another, or target.cache_dtype=bfloat16")
     if old is None:
         write_json(folder / INDEX, index)
     return words

@@ -22,20 +22,12 @@ from peagle_train.config import Target
 from peagle_train.core.passes import TargetOutputs
 from peagle_train.data.packing import TrainingData
 from peagle_train.data.vocab import eos_token_ids
-from peagle_train.distributed import max_counts, shard, whole
+from peagle_train.distributed import counts_over_ranks, shard, whole
 from peagle_train.files import RunStopped
+from peagle_train.target_model import loading
 from peagle_train.target_model.attention import bounds_arguments, bounds_heeded, takes_bounds
 from peagle_train.target_model.check import TOLERANCE, choose_way, relative
 from peagle_train.target_model.chunks import Way, cache_argument, document_bounds, plan_runs
-from peagle_train.target_model.loading import (
-    default_layer_ids,
-    empty_model,
-    load_model,
-    read_tensors,
-    refuse_unfit,
-    resolve_dtype,
-    stored_tensors,
-)
 
 logger = logging.getLogger(__name__)
 FP8 = "float8_e4m3fn"
@@ -126,7 +118,7 @@ class FrozenTarget(TargetBase):
         self.model = model.eval().requires_grad_(False)
         self.config = model.config.get_text_config()
         name = type(model).__name__
-        refuse_unfit(self.config)
+        loading.refuse_unfit(self.config)
         self.head: Any = model.get_output_embeddings()
         if self.head is None or getattr(self.head, "bias", None) is not None:
             raise ValueError(f"target {name} has no head (it is no causal LM), or one with a bias: unsupported")
@@ -134,11 +126,12 @@ class FrozenTarget(TargetBase):
             weight: Any = getattr(module, "weight", None)
             # Other numbers, or a tensor of another class, need a quantiser's code to mean anything.
             if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in PLAIN:
-                how = f"{what} ({type(module).__name__}): leave them unquantised"
-                raise ValueError(f"target {name} has quantised {how}")
+                raise ValueError(
+                    f"target {name} has quantised {what} ({type(module).__name__}): leave them unquantised"
+                )
         self.vocab_size, self.dtype = self.head.weight.shape[0], self.head.weight.dtype
         self.base, self.layers = _decoder(model, self.config.num_hidden_layers)
-        self.layer_ids = list(default_layer_ids(len(self.layers)) if layer_ids is None else layer_ids)
+        self.layer_ids = list(loading.default_layer_ids(len(self.layers)) if layer_ids is None else layer_ids)
         if not self.layer_ids or self.layer_ids != sorted({*self.layer_ids} & {*range(len(self.layers))}):
             most = len(self.layers) - 1
             raise ValueError(f"target.layer_ids is {self.layer_ids}; give distinct ids of 0..{most}, ascending")
@@ -158,11 +151,11 @@ class FrozenTarget(TargetBase):
         shard: bool = False,
         **how: Any,
     ) -> "FrozenTarget":
-        """Load a Hugging Face folder; ValueError, one line, for a folder that is none. `how`: for `load_model`.
+        """Load a Hugging Face folder; ValueError, one line, for a folder that is none. `how`: for `loading.load_model`.
         shard: over all ranks, by FSDP2; `world_mesh` must have been called before.
         """
         device = device or torch.device("cpu")
-        model: Any = load_model(path, resolve_dtype(dtype, device), **how)
+        model: Any = loading.load_model(path, loading.resolve_dtype(dtype, device), **how)
         # A sharded one moves to the device a layer at a time.
         target = cls(model if shard or how.get("on_disk") else model.to(device), layer_ids, chunk_tokens)
         if target.way.apart:
@@ -244,7 +237,7 @@ class FrozenTarget(TargetBase):
         idle = 0
         if self.sharded and (way.apart or way.chunk_tokens is not None):  # else each rank has one forward
             num_forwards = sum(map(len, runs))
-            idle = max_counts([num_forwards], self.device)[0] - num_forwards
+            idle = int(counts_over_ranks([num_forwards], self.device, largest=True)) - num_forwards
         ids_1N, positions_1N = (t.to(self.device, non_blocking=True).reshape(1, -1) for t in (input_ids, position_ids))
         made: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
         features_1NF, last_1NT = torch.zeros(1, B * L, F * T, **made), torch.zeros(1, B * L, T, **made)
@@ -296,7 +289,7 @@ class AbsentTarget(TargetBase):
 
     def __init__(self, settings: Target) -> None:
         self.settings = settings
-        model = empty_model(replace(settings, attn_implementation=None), torch.float32)
+        model = loading.empty_model(replace(settings, attn_implementation=None), torch.float32)
         self._frozen = FrozenTarget(model, settings.layer_ids)  # on the meta device
         self.config, self.layer_ids = self._frozen.config, self._frozen.layer_ids
         self.vocab_size = self._frozen.vocab_size
@@ -305,8 +298,7 @@ class AbsentTarget(TargetBase):
         """The parameters of a module of the model, by their names in it."""
         full = {id(parameter): name for name, parameter in self._frozen.model.named_parameters()}
         names = {name: full[id(parameter)] for name, parameter in module.named_parameters()}
-        folder = Path(self.settings.path)
-        found = read_tensors(folder, stored_tensors(folder), set(names.values()))
+        found = loading.read_tensors(Path(self.settings.path), set(names.values()))
         return {name: found[key].to(self.dtype) for name, key in names.items()}
 
     def eos_token_ids(self) -> list[int]:

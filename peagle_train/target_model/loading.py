@@ -139,8 +139,8 @@ def open_tensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        what = f"is missing or damaged ({one_line(error, 200)})"
-        raise ValueError(f"{path} {what}: remove what is left of it, and fetch or make it again") from None
+        what = f"{path} is missing or damaged ({one_line(error, 200)})"
+        raise ValueError(f"{what}: remove what is left of it, and fetch or make it again") from None
 
 
 def stored_tensors(folder: Path) -> dict[str, Any]:
@@ -152,11 +152,11 @@ def stored_tensors(folder: Path) -> dict[str, Any]:
     return found
 
 
-def read_tensors(folder: Path, stored: dict[str, Any], names: set[str]) -> dict[str, Tensor]:
-    """Those tensors of a folder's `stored_tensors`. A name stands for itself, or else for the one that ends in it after a
-    dot, or that it ends in (GPT-2's files lack the model's prefix); ValueError where there is not exactly one.
+def read_tensors(folder: Path, names: set[str]) -> dict[str, Tensor]:
+    """Those tensors of a folder. A name stands for itself, or else for the one that ends in it after a dot, or that it ends
+    in (GPT-2's files lack the model's prefix); ValueError where there is not exactly one.
     """
-    found = {}
+    stored, found = stored_tensors(folder), {}
     for name in sorted(names):
         others = [key for key in stored if key.endswith(f".{name}") or name.endswith(f".{key}")]
         keys = [name] if name in stored else others

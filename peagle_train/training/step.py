@@ -19,7 +19,7 @@ from peagle_train.core.passes import StepStats, TargetOutputs
 from peagle_train.core.plan import Plan, plan_segments
 from peagle_train.core.recompute import recompute_step
 from peagle_train.core.relay import RelayBuffers, context_chunks, relay_step
-from peagle_train.distributed import max_counts
+from peagle_train.distributed import counts_over_ranks
 from peagle_train.target_model.cache import FIELDS
 from peagle_train.target_model.frozen import TargetBase
 from peagle_train.target_model.ring import Ring
@@ -94,7 +94,8 @@ class BatchRunner:
             needed = plan.segments if self.relay else [s for s in plan.segments if s.supervised.numel()]
             chunks = context_chunks(plan) if self.relay else []
             at_least = int(is_last and is_training)
-            most_a, most_b = max_counts([len(chunks), max(len(needed), at_least)], self.device)
+            passes = [len(chunks), max(len(needed), at_least)]
+            most_a, most_b = counts_over_ranks(passes, self.device, largest=True).tolist()
             arguments["min_passes"] = (most_a, most_b) if self.relay else most_b
             self._backwards_to_come = most_b if is_last else None
             self.draft.set_requires_gradient_sync(False)  # type: ignore[operator]

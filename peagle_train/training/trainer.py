@@ -232,7 +232,7 @@ class Trainer:
         """
         plans = [self.runner.plan(batch) for batch in batches]
         # What a signal asked of any rank travels with the count: no collective of its own, and no wait.
-        sums = distributed.sum_counts([sum(p.num_supervised for p in plans), self.signals.stop], self.device)
+        sums = distributed.counts_over_ranks([sum(p.num_supervised for p in plans), self.signals.stop], self.device)
         # FSDP averages over ranks where we want the sum; a step with nothing supervised has gradient 0, not nan.
         wide = torch.promote_types(self.draft.dtype, torch.float32)
         scale = (self.world_size if self.runner.sharded else 1) / sums[0].clamp(min=1).to(wide)
