@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from peagle_train.config import Recipe, load_recipe
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.distributed import check_sharding
-from peagle_train.files import told, write_text
+from peagle_train.files import told, write_bytes
 from peagle_train.machine import GIB, parse_device
 from peagle_train.memory import choose_segments, plan_table, read_sizes
 from tests.helpers import ROOT, command
@@ -159,5 +159,5 @@ def test_an_error_that_names_no_file_is_no_users_mistake_and_a_folder_in_the_pla
         told(OSError(5, "Input/output error"))
     os.mkdir(tmp_path / "page")
     with pytest.raises(OSError) as error:
-        write_text(tmp_path / "page", "x")
+        write_bytes(tmp_path / "page", b"x")
     assert told(error.value) == f"Is a directory: '{tmp_path / 'page'}'"
