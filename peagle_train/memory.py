@@ -299,9 +299,7 @@ def read_target(recipe: Recipe, device: Device) -> FrozenTarget:
 
 
 def read_sizes(recipe: Recipe, device: Device, target: FrozenTarget | None = None) -> Sizes:
-    """The sizes of a recipe that has not been started; of the target, only config.json is read. ValueError: the target's or
-    the drafter's config is wrong.
-    """
+    """The sizes of a recipe that has not been started, of whose target config.json is read; ValueError if it is wrong."""
     target = target or read_target(recipe, device)
     start = read_start(recipe, target)
     shaped = start.recipe if start else recipe
@@ -414,9 +412,7 @@ def choose_segments(sizes: Sizes, candidates: Iterable[int] = CANDIDATES) -> Mem
 
 
 def resolve_segments(sizes: Sizes) -> tuple[int, str]:
-    """The recipe's number of segments, the same on every rank, auto resolved; and a line to log. ValueError, on every rank:
-    it is auto, and no number fits on one of them.
-    """
+    """The number of segments, auto resolved, the same on all ranks, and a line to log; ValueError on all if none fits."""
     asked, budget, margin = sizes.recipe.cod.num_segments, sizes.device.budget, sizes.recipe.train.memory_margin
     there = f"GiB planned of {budget / GIB:.2f}"
     if asked != "auto":
@@ -452,9 +448,6 @@ def memory_explained(recipe: Recipe, where: Callable[[], str]) -> Iterator[None]
             raise
         line = f"{where()}: {one_line(error).partition('. ')[0][:200]}"
         raise RunStopped(f"{line}; {advice(read_sizes(recipe, this_device()))}") from None
-
-
-# The probe
 
 
 def probe_step(trainer: "Trainer") -> str:

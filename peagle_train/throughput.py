@@ -75,9 +75,7 @@ def draft_flops(s: Sizes, num_segments: int) -> tuple[float, float]:
 
 
 def plan_throughput(recipe: Recipe, gpu: str, count: int, tokens: int) -> str:
-    """The table of tokens a second by how GPUs are shared out, and what features take; of the target config.json is read.
-    gpu: of GPUS. tokens: of an epoch.
-    """
+    """Tables of tokens a second by how `count` GPUs are shared out, and of what features of an epoch of `tokens` take."""
     (gib, teraflops), L, asked = GPUS[gpu], recipe.data.max_length, recipe.cod.num_segments
     recipe = replace(recipe, target=replace(recipe.target, cache=None, server=None, shard=False))
     budget = int(gib * GIB)

@@ -7,7 +7,7 @@ hidden state outlives its layer. B: sequences, L: positions, T: hidden size, F: 
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
@@ -213,13 +213,10 @@ class FrozenTarget(TargetBase):
         def hook(slot: int) -> Any:
             return lambda _, args, kwargs: keep(slot, args[0] if args else kwargs["hidden_states"])
 
-        layers = [self.layers[layer] for layer in self.layer_ids]
-        handles = [layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)]
-        try:
+        with ExitStack() as hooks:
+            for slot, layer in enumerate(self.layer_ids):
+                hooks.enter_context(self.layers[layer].register_forward_pre_hook(hook(slot), with_kwargs=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @torch.no_grad()
     def features(self, input_ids: Tensor, position_ids: Tensor, way: Way | None = None) -> tuple[Tensor, Tensor]:

@@ -70,9 +70,7 @@ def load_model(
     trust_remote_code: bool = False,
     on_disk: bool = False,
 ) -> nn.Module:
-    """The causal LM of a Hugging Face folder, on the CPU, or `on_disk`, where each weight is read whenever it is used.
-    ValueError, one line, for a folder that holds none that fits.
-    """
+    """A folder's causal LM, on the CPU or `on_disk` (each weight is read when it is used); ValueError if none fits."""
     if trust_remote_code:
         logger.warning("target.trust_remote_code is on: Python code in %s will run", path)
     config = load_config(path, trust_remote_code)
@@ -98,9 +96,7 @@ def load_model(
 
 
 def empty_model(settings: Target, dtype: torch.dtype | None = None, kind: str = "cpu") -> Any:
-    """A recipe's target on the meta device, without weights; `dtype`: None is what it has on a device of this `kind`.
-    ValueError, one line: its config.json is wrong.
-    """
+    """A target on meta, its `dtype` that of a device of this `kind` if None; ValueError, one line, for a config.json."""
     trusted, attention = settings.trust_remote_code, settings.attn_implementation
     config, chosen = load_config(settings.path, trusted), dtype or resolve_dtype(settings.dtype, torch.device(kind))
     try:

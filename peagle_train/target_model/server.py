@@ -4,8 +4,7 @@ Every document is a request of its own, up to the last position that training re
 cannot see each other. vLLM answers with the name of a file in a folder that it shares with us (the one that
 `peagle-train serve-target` gives it); the file is locked until it is whole, and removed once it is read.
 
-B: sequences of a batch, L: positions, n: tokens of a document, k: feature layers, T: the target's hidden size, V: its
-vocabulary.
+B: sequences of a batch, L: positions, n: tokens of a document, k: feature layers, T: the target's hidden size.
 """
 
 import fcntl
@@ -252,9 +251,7 @@ def take(path: Path, ids: list[int], patience: float) -> Tensor:
 
 
 def serve_command(recipe: Recipe, port: int, folder: str, python: str, more: Sequence[str] = ()) -> list[str]:
-    """The words of the command that starts a vLLM server which gives a recipe's features, in a `folder` that it shares with
-    training. python: that of vLLM's environment. more: arguments for vLLM.
-    """
+    """The command that starts a vLLM server of a recipe's features, in a `folder` shared with training. more: for vLLM."""
     target = recipe.target
     config = load_config(target.path, target.trust_remote_code).get_text_config()
     layers = target.layer_ids or default_layer_ids(config.num_hidden_layers)

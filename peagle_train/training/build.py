@@ -32,9 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(recipe: Recipe, resume: str | None = None) -> str:
-    """Run a recipe; returns lines on where the drafter is and how good it is. `resume`: None for a new run, else as in
-    `open_resume`. ValueError: for a user's mistake, before any training.
-    """
+    """Run a recipe, or `resume` (see `open_resume`); returns lines on its drafter. ValueError: a user's mistake."""
     with memory_explained(recipe, lambda: "out of memory before the first step"):
         return _train(recipe, resume)
 
@@ -98,9 +96,8 @@ def _train(recipe: Recipe, resume: str | None) -> str:
 
 def load_target(recipe: Recipe, accelerator: Accelerator) -> TargetBase:
     """The recipe's target, checked."""
-    settings, several = recipe.target, accelerator.num_processes > 1
-    elsewhere = settings.cache or settings.server
-    sharded = settings.shard and several and not elsewhere
+    settings, elsewhere = recipe.target, recipe.target.cache or recipe.target.server
+    sharded = settings.shard and accelerator.num_processes > 1 and not elsewhere
     if settings.shard and not sharded:
         why = "its features come from elsewhere" if elsewhere else "there is a single process"
         logger.warning("target.shard is true, but %s: the target stays whole", why)

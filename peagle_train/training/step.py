@@ -1,7 +1,4 @@
-"""What one optimizer step is made of: target and drafter over a micro-batch, and the optimizer.
-
-Training and evaluation share `BatchRunner`. B: sequences of a micro-batch, K: depths.
-"""
+"""What one optimizer step is made of: target and drafter over a micro-batch, as in evaluation, and the optimizers."""
 
 from typing import Any, NamedTuple
 

@@ -140,17 +140,23 @@ class Trainer:
 
     def _loop(self, steps: Generator[list[Batch], None, None]) -> dict[str, Any]:
         self._evaluate_if_due()  # the target may have been lost before it could be
-        agreed = False
+        train, agreed = self.recipe.train, False
         # One process obeys its signal at once; several, when all of them know.
         while not (self.signals.stop if self.world_size == 1 else agreed):
             batches = next(steps, None)
             if batches is None:
                 return self._finish()
             result = self.take_step(batches)
-            agreed = result.stop
+            agreed, last = result.stop, self.step == self.num_steps
             if not result.applied:
                 self._skip(batches)
-            self._log_evaluate_save(result)
+            elif self.step % train.log_steps == 0 or self.step == 1 or last:
+                self._log(result)
+            with self.pace.paused():
+                self._evaluate_if_due()
+                # After the evaluation, so that a run that resumes here need not repeat it.
+                if train.save_steps and self.step % train.save_steps == 0 and not last:
+                    self.save_checkpoint()
         path = self.save_checkpoint()
         return self._write_marker({"state": "stopped", "steps": self.step, "checkpoint": path.name})
 
@@ -319,17 +325,6 @@ class Trainer:
 
     # Logging, evaluation, saving
 
-    def _log_evaluate_save(self, result: StepResult) -> None:
-        train = self.recipe.train
-        last = self.step == self.num_steps
-        if result.applied and (self.step % train.log_steps == 0 or self.step == 1 or last):
-            self._log(result)
-        with self.pace.paused():
-            self._evaluate_if_due()
-            # After the evaluation, so that a run that resumes here need not repeat it.
-            if train.save_steps and self.step % train.save_steps == 0 and not last:
-                self.save_checkpoint()
-
     def _evaluate_if_due(self) -> None:
         every = self.recipe.train.eval_steps
         if every and self.step % every == 0 and self.step not in (self.evaluated, self.num_steps):
@@ -435,9 +430,7 @@ class Trainer:
         }
 
     def restore(self, checkpoint: Checkpoint) -> list[str]:
-        """Make this new trainer the one that was saved. Changes no file; returns what the user should know. ValueError:
-        the drafter's shape, or what `compare_run` looks at, is not the checkpoint's.
-        """
+        """Make this new trainer the one that was saved, or ValueError; changes no file. Returns lines for the user."""
         state, folder = checkpoint.state, checkpoint.folder
         rate = self.rate_after(state["step"])
         notes = checkpoints.compare_run(checkpoint, self._must_match(), self.num_steps, rate)
@@ -457,9 +450,7 @@ class Trainer:
         return notes
 
     def _take_output(self) -> IO[str] | None:
-        """Make a new output folder the run's, or put one back to where its checkpoint was saved; returns its lock (main).
-        ValueError, on every rank: it cannot be used.
-        """
+        """Make the output folder the run's, as its checkpoint left it; returns its lock. ValueError on every rank."""
         failure, lock = "", None
         if self.accelerator.is_main_process:
             about = {"data": {"packing": asdict(self.data.report), "max_length": self.recipe.data.max_length}}
