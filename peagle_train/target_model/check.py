@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -50,9 +49,9 @@ def choose_way(name: str, features: Features, way: Way, vocab_size: int) -> Way:
         is_rough = expected[0][0].dtype.itemsize < 4
         return max(alone[len(alone) // 2] if is_rough else alone[-1], *moved)
 
-    for one in dict.fromkeys((way, replace(way, apart=True))):
+    for one in dict.fromkeys((way, way._replace(apart=True))):
         try:
-            off = max(error(replace(one, chunk_tokens=n)) for n in ((None, 4) if way.chunk_tokens else (None,)))
+            off = max(error(one._replace(chunk_tokens=n)) for n in ((None, 4) if way.chunk_tokens else (None,)))
             why = f"features are {off:.0%} off" if off > TOLERANCE else ""
         except Exception as raised:  # whatever a model raises that knows no such arguments
             why = one_line(raised, 200) or type(raised).__name__

@@ -6,14 +6,13 @@ values, and one chunk. N: tokens of all sequences.
 """
 
 import inspect
-from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
-class Way:
+class Way(NamedTuple):
     """How packed documents are kept apart, and how many tokens the target is given at a time."""
 
     apart: bool  # one document at a time, for a target whose attention does not heed documents' bounds

@@ -126,9 +126,8 @@ class FrozenTarget(TargetBase):
             weight: Any = getattr(module, "weight", None)
             # Other numbers, or a tensor of another class, need a quantiser's code to mean anything.
             if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in PLAIN:
-                raise ValueError(
-                    f"target {name} has quantised {what} ({type(module).__name__}): leave them unquantised"
-                )
+                where = f"quantised {what} ({type(module).__name__})"
+                raise ValueError(f"target {name} has {where}: leave them unquantised")
         self.vocab_size, self.dtype = self.head.weight.shape[0], self.head.weight.dtype
         self.base, self.layers = _decoder(model, self.config.num_hidden_layers)
         self.layer_ids = list(loading.default_layer_ids(len(self.layers)) if layer_ids is None else layer_ids)

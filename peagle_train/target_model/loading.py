@@ -22,9 +22,7 @@ logger = logging.getLogger(__name__)
 UNPACKABLE = ("mamba", "rwkv", "recurrent", "linear_attention", "ssm", "conv", "retention", "xlstm")
 """Words in a config's model or layer types that mean a state runs across document boundaries."""
 
-LOGIT_CHANGES = (
-    "final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier",
-)  # fmt: skip
+LOGIT_CHANGES = "final_logit_softcapping logit_scale logits_scaling lm_head_multiplier output_multiplier".split()
 """Config fields by which an architecture changes its logits after the head: labels would be wrong."""
 
 
@@ -78,11 +76,8 @@ def load_model(
         raise ValueError(f"target.path {path} has no .safetensors weights; convert them first")
     if not sys.stderr.isatty():
         disable_progress_bar()
-    given: dict[str, Any] = {
-        "device_map": {"": "disk"} if on_disk else None,
-        "attn_implementation": attn_implementation,
-    }
-    given |= {"trust_remote_code": trust_remote_code, "local_files_only": True, "use_safetensors": True}
+    given: dict[str, Any] = {"trust_remote_code": trust_remote_code, "attn_implementation": attn_implementation}
+    given |= {"device_map": {"": "disk"} if on_disk else None, "local_files_only": True, "use_safetensors": True}
     try:
         refuse_unfit(config.get_text_config())
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **given)
@@ -96,7 +91,7 @@ def load_model(
 
 
 def empty_model(settings: Target, dtype: torch.dtype | None = None, kind: str = "cpu") -> Any:
-    """A target on meta, its `dtype` that of a device of this `kind` if None; ValueError, one line, for a config.json."""
+    """A target on meta, its `dtype` that of a device of this `kind` if None; ValueError, one line, if it has no model."""
     trusted, attention = settings.trust_remote_code, settings.attn_implementation
     config, chosen = load_config(settings.path, trusted), dtype or resolve_dtype(settings.dtype, torch.device(kind))
     try:

@@ -51,14 +51,11 @@ def _train(recipe: Recipe, resume: str | None) -> str:
                 recipe = with_segments(recipe, found.state["recipe"]["cod"]["num_segments"])
     except OSError as error:
         raise ValueError(f"output.dir {output} cannot be used: {told(error)}") from None
-    if recipe.train.log_with:
-        check_tracker(recipe.train.log_with)
+    if log_with := recipe.train.log_with:
+        check_tracker(log_with)
     read_template(recipe.data.chat_template)
-    accelerator = Accelerator(
-        mixed_precision=recipe.train.mixed_precision,
-        log_with=recipe.train.log_with,
-        project_dir=recipe.output.dir if recipe.train.log_with else None,
-    )
+    folder = recipe.output.dir if log_with else None
+    accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision, log_with=log_with, project_dir=folder)
     distributed.check_device(accelerator.device)
     distributed.check_launch(accelerator.num_processes)
     if distributed.check_sharding(recipe.train.sharding) and accelerator.num_processes == 1:

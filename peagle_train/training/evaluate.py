@@ -14,7 +14,7 @@ from peagle_train.data.sampler import EMPTY_ROW
 from peagle_train.data.training_data import make_collator
 from peagle_train.distributed import sum_over_ranks
 from peagle_train.target_model.frozen import TargetBase
-from peagle_train.training.metrics import accuracies, expected_accepted_length
+from peagle_train.training.metrics import learned
 from peagle_train.training.step import Batch, BatchRunner, add_up
 
 EVAL_SEED = 0  # of the evaluation's COD draw: the same in every run, so that runs can be compared
@@ -27,10 +27,9 @@ def mass_outside(target: TargetBase, last_hidden_mT: Tensor, draft_ids: Tensor, 
     is_draft_V = torch.zeros(head_VT.shape[0], dtype=torch.bool, device=device)
     is_draft_V[draft_ids.to(device)] = True
     inside, total = [], []
-    for start in range(0, head_VT.shape[0], chunk):
-        logits = (last_hidden_mT @ head_VT[start : start + chunk].to(device).T).float()
+    for head, drafted in zip(head_VT.split(chunk), is_draft_V.split(chunk), strict=True):
+        logits = (last_hidden_mT @ head.to(device).T).float()
         total.append(logits.logsumexp(-1))
-        drafted = is_draft_V[start : start + chunk]
         inside.append(logits.masked_fill(~drafted, float("-inf")).logsumexp(-1))
     return -torch.expm1(torch.stack(inside).logsumexp(0) - torch.stack(total).logsumexp(0)).clamp(max=0)
 
@@ -62,18 +61,10 @@ class Evaluator:
                 weighted += self._mass_outside(batch, target.last_hidden)
         stats = add_up(sums, self.runner.device)
         sum_over_ranks([], also=[stats.loss, stats.hits, stats.totals, weighted])
-        hits, totals = stats.hits.tolist(), stats.totals.tolist()
+        values = learned(stats)
         if self._outside is None:  # a property of the data, not of the drafter
-            self._outside = float(weighted) / max(1, sum(totals))
-        accuracy = accuracies(hits, totals)
-        return {
-            "loss": float(stats.loss) / max(1, sum(totals)),
-            "accuracy": accuracy,
-            "expected_accepted_length": expected_accepted_length(accuracy),
-            "hits": hits,
-            "supervised": totals,
-            "mass_outside": self._outside,
-        }
+            self._outside = float(weighted) / max(1, sum(values["supervised"]))
+        return {**values, "hits": stats.hits.tolist(), "mass_outside": self._outside}
 
     def _mass_outside(self, batch: Batch, last_hidden_BLT: Tensor) -> Tensor:
         """Sum over the batch's supervised elements of the target's mass outside the draft vocabulary."""

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from peagle_train.core.passes import StepStats
 from peagle_train.files import one_line
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,14 @@ class Pace:
         }
         self.restart()
         return values
+
+
+def learned(stats: StepStats) -> dict[str, Any]:
+    """A step's or an evaluation's loss, accuracy by depth and expected accepted length, of sums over all ranks."""
+    hits, totals = stats.hits.tolist(), stats.totals.tolist()
+    accuracy = accuracies(hits, totals)
+    values = {"loss": float(stats.loss) / max(1, sum(totals)), "accuracy": accuracy}
+    return {**values, "expected_accepted_length": expected_accepted_length(accuracy), "supervised": totals}
 
 
 def profile_table(profile: torch.profiler.profile, steps: int) -> str:

@@ -136,13 +136,9 @@ def make_optimizers(draft: nn.Module, train: Train) -> list[torch.optim.Optimize
         else:
             no_decay = parameter.dim() < 2 or name.endswith(("embed_tokens.weight", "mask_hidden"))
             groups[no_decay]["params"].append(parameter)
-    adamw = torch.optim.AdamW(
-        [g for g in groups if g["params"]],
-        lr=train.learning_rate,
-        betas=(train.adam_beta1, train.adam_beta2),
-        eps=train.adam_epsilon,
-        fused=True,  # one pass over weights and moments, and no tensor beside them: a fifth of the time on a CPU
-    )
+    groups, betas = [g for g in groups if g["params"]], (train.adam_beta1, train.adam_beta2)
+    # Fused: one pass over weights and moments, and no tensor beside them: a fifth of the time on a CPU.
+    adamw = torch.optim.AdamW(groups, lr=train.learning_rate, betas=betas, eps=train.adam_epsilon, fused=True)
     if train.optimizer == "adamw":
         return [adamw]
     how: dict[str, Any] = {"weight_decay": train.muon_weight_decay, "adjust_lr_fn": "match_rms_adamw"}

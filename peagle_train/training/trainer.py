@@ -331,16 +331,11 @@ class Trainer:
             self.evaluate(f"held-out at step {self.step}")
 
     def _log(self, result: StepResult) -> None:
-        hits, totals = result.stats.hits.tolist(), result.stats.totals.tolist()
-        accuracy = metrics.accuracies(hits, totals)
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else peak_ram()
         values = {
             "step": self.step,
             "num_steps": self.num_steps,
-            "loss": float(result.stats.loss) / max(1, sum(totals)),
-            "accuracy": accuracy,
-            "expected_accepted_length": metrics.expected_accepted_length(accuracy),
-            "supervised": totals,
+            **metrics.learned(result.stats),
             "learning_rate": result.learning_rate,
             "grad_norm": float(result.grad_norm),
             "padding_share": padding_share(result.plans),
@@ -352,7 +347,7 @@ class Trainer:
         recent = metrics.accuracies(*torch.stack(list(self.recent)).sum(0).tolist())
         self._record("train", metrics.train_line(values, recent, len(self.recent)), **values)
         if self.step % (10 * self.recipe.train.log_steps) == 0:
-            self.reporter.say(f"accuracy by depth: {metrics.shares(accuracy)}")
+            self.reporter.say(f"accuracy by depth: {metrics.shares(values['accuracy'])}")
 
     def _record(self, kind: str, line: str, **values: Any) -> None:
         self.on_main("metrics.jsonl", lambda: self.reporter.record(kind, line, **values))
