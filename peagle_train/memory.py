@@ -22,7 +22,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,9 +40,6 @@ from peagle_train.target_model.attention import BLOCK as TARGET_BLOCK
 from peagle_train.target_model.attention import NAME
 from peagle_train.target_model.frozen import FrozenTarget, TargetBase
 from peagle_train.target_model.loading import empty_model
-
-if TYPE_CHECKING:
-    from peagle_train.training.trainer import Trainer
 
 CUDA_CONTEXT = GIB  # CUDA's context, cuBLAS's workspaces, compiled kernels: assumed, not computed
 CPU_EXTRA = 2**27
@@ -450,8 +447,8 @@ def memory_explained(recipe: Recipe, where: Callable[[], str]) -> Iterator[None]
         raise RunStopped(f"{line}; {advice(read_sizes(recipe, this_device()))}") from None
 
 
-def probe_step(trainer: "Trainer") -> str:
-    """Run one step on every rank and undo it; returns the line that says what it took on this rank.
+def probe_step(trainer: Any) -> str:
+    """Run one step of a `Trainer` on every rank and undo it; returns the line that says what it took on this rank.
 
     Sequences that are full, supervised throughout and as long as they get need all that any step can need. No weight, no
     optimizer state, no generator and no file changes. torch.OutOfMemoryError: it does not fit, and nor would the run.
