@@ -129,7 +129,11 @@ class FrozenTarget(TargetBase):
                 where = f"quantised {what} ({type(module).__name__})"
                 raise ValueError(f"target {name} has {where}: leave them unquantised")
         self.vocab_size, self.dtype = self.head.weight.shape[0], self.head.weight.dtype
-        self.base, self.layers = _decoder(model, self.config.num_hidden_layers)
+        self.base, n = model.get_decoder(), self.config.num_hidden_layers
+        stacks = [m for m in self.base.modules() if isinstance(m, nn.ModuleList) and len(m) == n]
+        if self.base is model or not stacks:
+            raise ValueError(f"target {name}: no stack of {n} decoder layers found below a head")
+        self.layers: Any = stacks[0]
         self.layer_ids = list(loading.default_layer_ids(len(self.layers)) if layer_ids is None else layer_ids)
         if not self.layer_ids or self.layer_ids != sorted({*self.layer_ids} & {*range(len(self.layers))}):
             most = len(self.layers) - 1
@@ -317,12 +321,3 @@ class AbsentTarget(TargetBase):
         weights = self._stored(norm)
         norm.to_empty(device="cpu").load_state_dict(weights)
         return norm.to(self.dtype).requires_grad_(False)
-
-
-def _decoder(model: nn.Module, num_layers: int) -> tuple[nn.Module, nn.ModuleList]:
-    """The part of a causal LM below its head, and its stack of layers."""
-    base: nn.Module = model.get_decoder()  # type: ignore[operator]
-    for module in base.modules() if base is not model else ():
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
-            return base, module
-    raise ValueError(f"target {type(model).__name__}: no stack of {num_layers} decoder layers found below a head")
