@@ -187,13 +187,8 @@ def checksum(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def write_sealed(path: Path, content: dict[str, Any]) -> None:
-    """`write_json` with a checksum of the content, for `read_sealed`."""
-    write_json(path, {**content, "sha256": checksum(content)})
-
-
 def read_sealed(path: Path) -> dict[str, Any] | None:
-    """What `write_sealed` wrote; None if there is no file; ValueError, one line, for anything else."""
+    """A JSON object but for its sha256, `checksum` of the rest; None if there is no file; ValueError for anything else."""
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("sha256") == checksum(content):

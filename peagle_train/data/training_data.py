@@ -27,7 +27,7 @@ from peagle_train.data.documents import SourceReport, TokenStore, find_all, read
 from peagle_train.data.encode import Encoder, clip
 from peagle_train.data.packing import PackedRows, PackReport, TrainingData, make_data
 from peagle_train.data.vocab import encoder_of
-from peagle_train.files import alone_in, checksum, read_sealed, sha256_of, write_folder, write_sealed
+from peagle_train.files import alone_in, checksum, read_sealed, sha256_of, write_folder, write_json
 
 INDEX, TRAIN, HELD_OUT = "index.json", "train.safetensors", "held_out.safetensors"
 FORMAT = 6  # raised whenever the same recipe and files give other bytes
@@ -89,7 +89,7 @@ def prepare_recipe(recipe: Recipe, folder: Path, num_workers: int = 1) -> Traini
             "eval_report": asdict(made.eval_report),
             "in_both": made.in_both,
         }
-        write_sealed(partial / INDEX, index)
+        write_json(partial / INDEX, {**index, "sha256": checksum(index)})
 
     with alone_in(folder, "preparing"):
         if any(folder.iterdir()):

@@ -75,7 +75,6 @@ class ServedTarget(AbsentTarget):
         self._stopping = threading.Event()
         # by the batch's id: the batch, room for its states, the requests
         self._coming: dict[int, tuple[dict[str, Tensor], Tensor, list[AsyncResult[None]]]] = {}
-        self._bytes = 0  # of the batches that are coming
         self._failure = ""
         states = self._ask(torch.arange(1, 6))[0]
         self.dtype = states.dtype
@@ -103,7 +102,8 @@ class ServedTarget(AbsentTarget):
     def expect(self, batches: Sequence[dict[str, Tensor]]) -> None:
         for batch in batches:
             size = batch["input_ids"].numel() * self._token_bytes
-            if self._coming and self._bytes + size > self.settings.prefetch_gib * 2**30:
+            held = sum(room.nbytes for _, room, _ in self._coming.values())
+            if self._coming and held + size > self.settings.prefetch_gib * 2**30:
                 return
             self._begin(batch)
 
@@ -124,7 +124,6 @@ class ServedTarget(AbsentTarget):
                     ids = batch["input_ids"][b, part][: int(needed[-1]) + 1]
                     parts.append(self._threads.apply_async(self._read, (ids, needed, room[b, part])))
         self._coming[id(batch)] = batch, room, parts
-        self._bytes += room.nbytes
 
     def outputs(self, batch: dict[str, Tensor], head_rows: Tensor) -> TargetOutputs:
         self._begin(batch)
@@ -133,7 +132,6 @@ class ServedTarget(AbsentTarget):
         for part in parts:
             part.get()
         self.waited += time.perf_counter() - started
-        self._bytes -= room.nbytes
         states = room.to(head_rows.device, non_blocking=True)
         return TargetOutputs(states[:, :, :-1].flatten(2), self._norm(states[:, :, -1]), head_rows)
 

@@ -2,7 +2,6 @@
 
 import logging
 import os
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,9 +20,8 @@ from peagle_train.files import told
 from peagle_train.memory import memory_explained, resolve_segments, sizes_of, this_device
 from peagle_train.serving.drafter_io import check_finite
 from peagle_train.serving.start import Start, always_drafted, copy_start, make_draft, read_start
-from peagle_train.target_model.cache import StoredTarget
-from peagle_train.target_model.frozen import FrozenTarget, TargetBase
-from peagle_train.target_model.server import ServedTarget
+from peagle_train.target_model.cache import load_target
+from peagle_train.target_model.frozen import TargetBase
 from peagle_train.training.checkpoint import check_output, describe_summary, open_resume
 from peagle_train.training.metrics import check_tracker
 from peagle_train.training.trainer import Trainer
@@ -89,27 +87,6 @@ def _train(recipe: Recipe, resume: str | None) -> str:
     summary = trainer.run()
     accelerator.end_training()
     return describe_summary(summary, output) if accelerator.is_main_process else ""
-
-
-def load_target(recipe: Recipe, accelerator: Accelerator) -> TargetBase:
-    """The recipe's target, checked."""
-    settings, elsewhere = recipe.target, recipe.target.cache or recipe.target.server
-    sharded = settings.shard and accelerator.num_processes > 1 and not elsewhere
-    if settings.shard and not sharded:
-        why = "its features come from elsewhere" if elsewhere else "there is a single process"
-        logger.warning("target.shard is true, but %s: the target stays whole", why)
-    if sharded:
-        distributed.world_mesh(accelerator.device.type)
-    if settings.cache:
-        return StoredTarget(settings, accelerator.device)
-    if settings.server:
-        return ServedTarget(settings, accelerator.device, recipe.data.max_length)
-    # A sharded target is whole on the host while it is loaded: let that be one at a time.
-    with distributed.one_at_a_time() if sharded else nullcontext():
-        target = FrozenTarget.from_recipe(settings, accelerator.device, sharded)
-    if settings.check:
-        target.check()
-    return target
 
 
 def _draft(  # type: ignore[no-untyped-def]
