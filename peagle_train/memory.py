@@ -98,7 +98,6 @@ class MemoryPlan(NamedTuple):
     num_segments: int
     capacity: int
     resident: dict[str, int]  # what is there in every phase, by name
-    outputs: int  # the target's of a batch
     phases: dict[str, int]  # everything together, by phase
     peak: int
 
@@ -269,7 +268,7 @@ def plan_memory(s: Sizes, num_segments: int, all_supervised: bool = False) -> Me
         "embedding": during + late + one.N * H * (c + m) * 2 + one.M * F * c + (largest if again else 0),
         "reduce": base + kept + (s.trained * m if s.device.world_size > 1 and not s.sharded else 0),
     }
-    return MemoryPlan(S, capacity, resident, outputs, phases, max(phases.values()))
+    return MemoryPlan(S, capacity, resident, phases, max(phases.values()))
 
 
 # Sizes, from a recipe and two configs; models are built on the meta device

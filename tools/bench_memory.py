@@ -57,7 +57,7 @@ def planned(bench: Bench, row: dict[str, Any]) -> dict[str, Any]:
     plan = plan_memory(sizes, row["segments"], all_supervised=True)
     # Resident before the step: all but the relay's buffers, which a bench's step makes.
     before = sum(v for k, v in plan.resident.items() if k not in ("keys, values", "their gradients"))
-    before += plan.outputs
+    before += row["n"] * (sizes.draft.feature_size + sizes.draft.target_hidden_size) * sizes.target_bytes
     peak = max(plan.phases[name] for name in ("loss", "backward", "embedding")) - before
     saved = max(saved_bytes(sizes, largest_pass(sizes, row["segments"], all_supervised=True)))
 

@@ -31,7 +31,6 @@ from peagle_train.core.plan import Plan, padding_share
 from peagle_train.data.packing import TrainingData
 from peagle_train.data.sampler import StepBatchSampler
 from peagle_train.data.training_data import make_collator
-from peagle_train.distributed import from_all
 from peagle_train.ending import Signals, leave_to_parent
 from peagle_train.files import NonFiniteWeights, RunStopped, save_tensors, write_bytes, write_json
 from peagle_train.machine import peak_ram
@@ -46,7 +45,6 @@ from peagle_train.training import checkpoint as checkpoints
 from peagle_train.training import metrics
 from peagle_train.training.checkpoint import MARKER, Checkpoint, last_checkpoint
 from peagle_train.training.evaluate import Evaluator
-from peagle_train.training.metrics import Pace, Reporter
 from peagle_train.training.step import Batch, BatchRunner, StepResult, add_up, make_optimizers
 
 
@@ -86,8 +84,8 @@ class Trainer:
             fitting = block_steps(recipe, target, self.sampler.global_batch_size)
             self.sampler.block_steps = min(fitting, self.sampler.steps_per_epoch)
         self.num_steps = self.sampler.num_steps = train.max_steps or train.epochs * self.sampler.steps_per_epoch
-        self.reporter = Reporter(self.folder, accelerator)
-        self.pace, self.signals = Pace(self.world_size), Signals()
+        self.reporter = metrics.Reporter(self.folder, accelerator)
+        self.pace, self.signals = metrics.Pace(self.world_size), Signals()
         self.recent: deque[Tensor] = deque(maxlen=metrics.SMOOTHED)
         """int64 [2, K] of the last steps: hits, totals; on the device."""
         self.following: deque[Batch] = deque()
@@ -190,7 +188,7 @@ class Trainer:
             except NonFiniteWeights as error:
                 why = f"the run diverged at train.learning_rate {self.recipe.train.learning_rate:g}: start with a lower one"
                 failure = f"{what} could not be written: {error}: {why}"
-        if failure := from_all(failure)[0]:
+        if failure := distributed.from_all(failure)[0]:
             raise RunStopped(failure)
 
     def seconds(self) -> float:
@@ -308,8 +306,8 @@ class Trainer:
 
     def _skip(self, batches: list[Batch]) -> None:
         """Log a step that was not applied and its sequences; stop the run if it was one too many."""
-        found = from_all([key for batch in batches for key in batch["row_key"].tolist() if key])  # 0: of nothing
-        keys = [key for rank in found for key in rank]
+        own = [key for batch in batches for key in batch["row_key"].tolist() if key]  # 0: of nothing
+        keys = [key for rank in distributed.from_all(own) for key in rank]
         line = f"step {self.step}/{self.num_steps} was not applied, as it is not finite: sequences {keys}"
         self._record("skipped", line, step=self.step, sequences=keys)
         bad, most = self.bad_in_a_row, self.recipe.train.max_bad_steps
@@ -463,7 +461,7 @@ class Trainer:
                 failure = str(error)
             except OSError as error:
                 failure = f"output.dir {self.folder} cannot be written: {error}"
-        if failure := from_all(failure)[0]:
+        if failure := distributed.from_all(failure)[0]:
             raise ValueError(failure)
         return lock
 
