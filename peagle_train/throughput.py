@@ -12,7 +12,6 @@ from peagle_train.config import Recipe
 from peagle_train.core.partition import max_elements
 from peagle_train.files import aligned
 from peagle_train.machine import GIB, GPUS, Device
-from peagle_train.memory import Sizes
 from peagle_train.target_model.frozen import FrozenTarget
 
 PEAK_SHARE = 0.4  # of the GPUs' peak that both sides reach: assumed, not measured
@@ -48,7 +47,7 @@ def target_flops(target: FrozenTarget, length: int) -> tuple[float, float]:
     return 2 * length * matrices, 4 * pairs * config.num_attention_heads * head_dim
 
 
-def draft_flops(s: Sizes, num_segments: int) -> tuple[float, float]:
+def draft_flops(s: memory.Sizes, num_segments: int) -> tuple[float, float]:
     """Of matrices, padding included, and of attention, in the forward and backward of a sequence that is all learned."""
     train, cod, L, S = s.recipe.train, s.recipe.cod, s.recipe.data.max_length, num_segments
     elements = max_elements(L, cod.num_depths, cod.down_sample_ratio, cod.down_sample_ratio_min, cod.max_anchors)
@@ -83,7 +82,7 @@ def plan_throughput(recipe: Recipe, gpu: str, count: int, tokens: int) -> str:
     beside = memory.read_sizes(recipe, device, target)
     alone, draft = replace(beside, target_weights=0, target_forward=0), beside.draft
 
-    def fitting(sizes: Sizes, ranks: int, sharded: bool) -> memory.MemoryPlan | None:
+    def fitting(sizes: memory.Sizes, ranks: int, sharded: bool) -> memory.MemoryPlan | None:
         there = Device("cuda", budget, ranks)
         return memory.choose_segments(replace(sizes, device=there, sharded=sharded and ranks > 1))
 

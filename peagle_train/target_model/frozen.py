@@ -126,8 +126,8 @@ class FrozenTarget(TargetBase):
             weight: Any = getattr(module, "weight", None)
             # Other numbers, or a tensor of another class, need a quantiser's code to mean anything.
             if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in PLAIN:
-                where = f"quantised {what} ({type(module).__name__})"
-                raise ValueError(f"target {name} has {where}: leave them unquantised")
+                how = f"{what} ({type(module).__name__}): leave them unquantised"
+                raise ValueError(f"target {name} has quantised {how}")
         self.vocab_size, self.dtype = self.head.weight.shape[0], self.head.weight.dtype
         self.base, n = model.get_decoder(), self.config.num_hidden_layers
         stacks = [m for m in self.base.modules() if isinstance(m, nn.ModuleList) and len(m) == n]

@@ -29,8 +29,8 @@ LOGIT_CHANGES = "final_logit_softcapping logit_scale logits_scaling lm_head_mult
 def default_layer_ids(num_layers: int) -> list[int]:
     """(2, n // 2, n - 3), vLLM's default; (2, 3, 4) at n = 6, where that names a layer twice. ValueError below."""
     if num_layers < 6:
-        few = f"the target's {num_layers} layers are too few for the default feature layers"
-        raise ValueError(f"{few}: give target.layer_ids")
+        what = f"the target's {num_layers} layers are too few for the default feature layers"
+        raise ValueError(f"{what}: give target.layer_ids")
     return [2, num_layers // 2, max(num_layers - 3, num_layers // 2 + 1)]
 
 
@@ -130,8 +130,8 @@ def open_tensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        what = f"{path} is missing or damaged ({one_line(error, 200)})"
-        raise ValueError(f"{what}: remove what is left of it, and fetch or make it again") from None
+        what = f"is missing or damaged ({one_line(error, 200)})"
+        raise ValueError(f"{path} {what}: remove what is left of it, and fetch or make it again") from None
 
 
 def stored_tensors(folder: Path) -> dict[str, Any]:
@@ -149,8 +149,8 @@ def read_tensors(folder: Path, names: set[str]) -> dict[str, Tensor]:
     """
     stored, found = stored_tensors(folder), {}
     for name in sorted(names):
-        others = [key for key in stored if key.endswith(f".{name}") or name.endswith(f".{key}")]
-        keys = [name] if name in stored else others
+        others = (key for key in stored if key.endswith(f".{name}") or name.endswith(f".{key}"))
+        keys = [name] if name in stored else [*others]
         if len(keys) != 1:
             raise ValueError(f"target.path {folder} has {len(keys)} tensors {name} in its .safetensors files, not one")
         found[name] = stored[keys[0]].get_tensor(keys[0])

@@ -16,7 +16,6 @@ from typing import IO, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProfileKwargs
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.profiler import record_function
@@ -43,7 +42,6 @@ from peagle_train.target_model.loading import target_fingerprint
 from peagle_train.target_model.ring import Ring, block_steps
 from peagle_train.training import checkpoint as checkpoints
 from peagle_train.training import metrics
-from peagle_train.training.checkpoint import MARKER, Checkpoint, last_checkpoint
 from peagle_train.training.evaluate import Evaluator
 from peagle_train.training.step import Batch, BatchRunner, StepResult, add_up, make_optimizers
 
@@ -94,7 +92,7 @@ class Trainer:
         self.step, self.saved_step, self.bad_in_a_row, self.averaged, self.evaluated = 0, -1, 0, 0, 0
         self.before: dict[str, Any] | None = None
         self.best: dict[str, Any] | None = None
-        self.resumed: Checkpoint | None = None
+        self.resumed: checkpoints.Checkpoint | None = None
         self.seconds_before, self.started = 0.0, time.perf_counter()
 
     # The run
@@ -105,7 +103,7 @@ class Trainer:
         """
 
         def where() -> str:
-            return f"out of memory in step {self.step + 1} of {self.num_steps} ({last_checkpoint(self.folder)})"
+            return f"out of memory in step {self.step + 1} of {self.num_steps} ({checkpoints.last_checkpoint(self.folder)})"
 
         lock = self._take_output()
         self.reporter.start(asdict(self.recipe))
@@ -132,7 +130,7 @@ class Trainer:
             return self._loop(steps)
         except TargetLost as lost:
             if self.world_size > 1:  # the others are in the middle of their step
-                raise RunStopped(f"{lost}; {last_checkpoint(self.folder)}") from None
+                raise RunStopped(f"{lost}; {checkpoints.last_checkpoint(self.folder)}") from None
             self.draft.zero_grad()
             raise RunStopped(f"{lost}; --resume continues from {self.save_checkpoint().name}") from None
 
@@ -174,7 +172,7 @@ class Trainer:
         return self._write_marker({**summary, "before": self.before, "after": after, "best": self.best})
 
     def _write_marker(self, summary: dict[str, Any]) -> dict[str, Any]:
-        self.on_main(MARKER, lambda: write_json(self.folder / MARKER, summary))
+        self.on_main(checkpoints.MARKER, lambda: write_json(self.folder / checkpoints.MARKER, summary))
         return summary
 
     def on_main(self, what: str, write: Callable[[], object]) -> None:
@@ -184,7 +182,7 @@ class Trainer:
             try:
                 write()
             except OSError as error:
-                failure = f"{what} could not be written: {error}; {last_checkpoint(self.folder)}"
+                failure = f"{what} could not be written: {error}; {checkpoints.last_checkpoint(self.folder)}"
             except NonFiniteWeights as error:
                 why = f"the run diverged at train.learning_rate {self.recipe.train.learning_rate:g}: start with a lower one"
                 failure = f"{what} could not be written: {error}: {why}"
@@ -214,7 +212,7 @@ class Trainer:
         try:
             for step in range(self.step + 1, self.num_steps + 1):
                 if step == first:
-                    profile = ProfileKwargs().build()
+                    profile = torch.profiler.profile()
                     profile.start()
                 started = time.perf_counter()
                 with record_function("peagle::loader wait"):
@@ -422,7 +420,7 @@ class Trainer:
             **({"steps that target.ring holds": self.sampler.block_steps} if self.recipe.target.reuse > 1 else {}),
         }
 
-    def restore(self, checkpoint: Checkpoint) -> list[str]:
+    def restore(self, checkpoint: checkpoints.Checkpoint) -> list[str]:
         """Make this new trainer the one that was saved, or ValueError; changes no file. Returns lines for the user."""
         state, folder = checkpoint.state, checkpoint.folder
         rate = self.rate_after(state["step"])
@@ -454,7 +452,7 @@ class Trainer:
                 lock = checkpoints.lock_output(self.folder)
                 if self.resumed is not None:
                     self._put_back(self.resumed)
-                write_json(self.folder / MARKER, {"state": "started"})
+                write_json(self.folder / checkpoints.MARKER, {"state": "started"})
                 write_bytes(self.folder / "recipe.yaml", dump_recipe(self.recipe).encode())
                 write_json(self.folder / metrics.ABOUT, about)
             except ValueError as error:
@@ -465,7 +463,7 @@ class Trainer:
             raise ValueError(failure)
         return lock
 
-    def _put_back(self, checkpoint: Checkpoint) -> None:
+    def _put_back(self, checkpoint: checkpoints.Checkpoint) -> None:
         """Undo what an output folder got after the checkpoint, and log it."""
         say = self.reporter.say
         checkpoints.clean_up(self.folder)
