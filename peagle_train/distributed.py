@@ -132,8 +132,7 @@ def same_on_all_ranks(model: nn.Module, device: torch.device) -> None:
 
 @torch.no_grad()
 def sum_over_ranks(parameters: Iterable[nn.Parameter], also: list[Tensor]) -> None:
-    """Add up gradients (zeros where a rank has none) and a few statistics over all ranks, in place. A plain sum: the loss
-    is already divided by the count over all ranks."""
+    """Sum gradients (zeros where a rank has none), of a loss divided by all ranks' count, and statistics, in place."""
     tensors = list(also)
     for parameter in parameters:
         if parameter.grad is None:  # on one process, too: without a gradient the optimizer would skip this step's decay

@@ -22,7 +22,8 @@ def _set_handlers(handlers: dict[int, Any]) -> dict[int, Any]:
 
 class Signals:
     """While entered, SIGTERM and SIGINT ask for a checkpoint and the end, answered between two steps: the handler may run
-    in the middle of any line, a save included. A second one ends the process at once (see `ECHO_SECONDS`)."""
+    in the middle of any line, a save included. A second one ends the process at once (see `ECHO_SECONDS`).
+    """
 
     def __init__(self) -> None:
         self.stop = False
@@ -47,6 +48,5 @@ class Signals:
 
 
 def leave_to_parent(worker_id: int) -> None:
-    """A loader process's `worker_init_fn`: signals to the whole group (a terminal's ^C, a scheduler's SIGTERM) must not
-    kill it under a parent that is still finishing its step."""
+    """A loader's `worker_init_fn`: signals to the whole group must not kill it under a parent that finishes its step."""
     _set_handlers(dict.fromkeys(STOPPING, signal.SIG_IGN))
