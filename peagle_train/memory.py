@@ -297,9 +297,8 @@ def read_target(recipe: Recipe, device: Device) -> FrozenTarget:
 def read_sizes(recipe: Recipe, device: Device, target: FrozenTarget | None = None) -> Sizes:
     """The sizes of a recipe that has not been started, of whose target config.json is read; ValueError if it is wrong."""
     target = target or read_target(recipe, device)
-    start = read_start(recipe, target)
-    shaped = start.recipe if start else recipe
-    draft = make_draft_config(shaped, target, shaped.draft.mask_token_id or 0, start.files.config if start else None)
+    start, shaped = read_start(recipe, target)
+    draft = make_draft_config(shaped, target, shaped.draft.mask_token_id or 0, start.config if start else None)
     return sizes_of(recipe, target, draft, device)
 
 

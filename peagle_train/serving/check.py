@@ -6,16 +6,9 @@ What `read_drafter` refuses is bad; added is where vLLM reads differently. `test
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from peagle_train.files import aligned
+from peagle_train.serving import formats
 from peagle_train.serving.drafter_io import read_drafter
-from peagle_train.serving.formats import (
-    EAGLE3,
-    feature_layers_of,
-    format_of,
-    layer_ids_of,
-    layers_of,
-    speculative_tokens_of,
-    target_name_of,
-)
 
 Level = Literal["ok", "warn", "BAD"]
 SERVED = {
@@ -39,17 +32,12 @@ def is_loadable(findings: list[Finding]) -> bool:
 
 def table(findings: list[Finding]) -> str:
     """The findings as lines, then a verdict."""
-    width = max(len(finding.what) for finding in findings)
-    lines = [f"{level:4}  {what:{width}}  {detail}" for level, what, detail in findings]
     bad, warned = (sum(f.level == level for f in findings) for level in ("BAD", "warn"))
-    return "\n".join([*lines, f"{'NOT loadable as it is' if bad else 'loadable'}: {bad} errors, {warned} warnings"])
+    return f"{aligned(findings)}\n{'NOT loadable as it is' if bad else 'loadable'}: {bad} errors, {warned} warnings"
 
 
 def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> list[Finding]:
-    """Whether an engine would load a drafter's folder as it was trained.
-
-    target: the target's config.json, to compare with; None skips that.
-    """
+    """Whether an engine would load a drafter's folder as it was trained; `target`: its config.json, to compare with."""
     try:
         files = read_drafter(folder)
     except ValueError as error:
@@ -60,16 +48,16 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
     def find(level: Level | bool, what: str, detail: object) -> None:
         found.append(Finding(level if isinstance(level, str) else "ok" if level else "BAD", what, str(detail)))
 
-    form, dtype = format_of(raw), files.tensors["fc.weight"].dtype
+    form, dtype = formats.format_of(raw), files.tensors["fc.weight"].dtype
     find("ok", "format", f"{form}, {config.num_hidden_layers} {config.layer_type} layers, {dtype}")
     find("ok", "vocabulary", f"{config.draft_vocab_size} of {config.vocab_size} tokens")
-    if form == EAGLE3:
+    if form == formats.EAGLE3:
         given, names = raw.get("architectures"), SERVED[config.layer_type]
         known = isinstance(given, list) and given[:1] and given[0] in names
         find(bool(known), "architectures", given if known else f"{given}; vLLM looks for {names[0]}")
         find(raw.get("model_type") is not None, "model_type", f"{config.layer_type}, as transformers must read it")
     else:
-        tokens, verifier = speculative_tokens_of(raw), target_name_of(raw)
+        tokens, verifier = formats.speculative_tokens_of(raw), formats.target_name_of(raw)
         find(tokens is not None, "speculative tokens", tokens)
         find(verifier is not None, "verifier", verifier or "none: `vllm serve DIR` does not know the target")
     token, has_mask = config.ptd_token_id, "mask_hidden" not in files.missing
@@ -89,12 +77,12 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
             find("BAD", name, f"vLLM would look for model.{name}; peagle-train import renames it")
         elif name.startswith("verifier_"):
             find("BAD", name, "vLLM knows no such tensor; peagle-train import leaves it out")
-    ids = layer_ids_of(raw)
-    count, hint = feature_layers_of(raw), ""
+    ids = formats.layer_ids_of(raw)
+    count, hint = formats.feature_layers_of(raw), ""
     if count != config.num_aux_hidden_states:
         hint = f": vLLM's drafter takes {count} unless num_aux_hidden_states is among the layers' keys, as in an export"
     find(not hint, "feature layers", f"{'(2, n // 2, n - 3)' if ids is None else ids}{hint}")
-    if config.fc_norm and not layers_of(raw).get("fc_norm"):
+    if config.fc_norm and not formats.layers_of(raw).get("fc_norm"):
         find("BAD", "fc_norm", "vLLM looks for it in transformer_layer_config, where export puts it")
     if target is not None:
         text_config = target.get("text_config")

@@ -61,14 +61,14 @@ class DrafterFiles:
             raise ValueError(f"{what}; a run can start from it (draft.init_from)")
 
 
-def load_drafter(folder: str | Path, dtype: torch.dtype | None = None) -> PEagleDraft:
-    """A drafter from a folder in either format, on the CPU, in eval mode; a `dtype` of None keeps the file's.
+def load_drafter(folder: str | Path) -> PEagleDraft:
+    """A drafter from a folder in either format, on the CPU, in eval mode, in the dtype of its `fc`.
 
     ValueError: one line, for a folder that holds no whole P-EAGLE drafter.
     """
     files = read_drafter(folder)
     files.check_whole()
-    dtype = dtype or files.tensors["fc.weight"].dtype
+    dtype = files.tensors["fc.weight"].dtype
     with torch.device("meta"):
         draft = PEagleDraft(files.config)
     # copies: the file's own are mapped into memory
@@ -171,12 +171,8 @@ def _fit(config: PEagleDraftConfig, tensors: dict[str, Tensor]) -> None:
 def check_finite(tensors: Mapping[str, Tensor], whose: str) -> None:
     """NonFiniteWeights that names the first tensor with a value that is not finite."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and (bad := count_non_finite(tensor)):
+        if tensor.is_floating_point() and (bad := int((~tensor.isfinite()).sum())):
             raise NonFiniteWeights(f"{whose} {name} has {bad} values that are not finite")
-
-
-def count_non_finite(tensor: Tensor) -> int:
-    return int((~tensor.isfinite()).sum())
 
 
 # Writing

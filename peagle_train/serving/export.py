@@ -51,10 +51,9 @@ apply too.
 def read_settings(folder: Path) -> dict[str, Any]:
     """The values of the recipe.yaml in a drafter's folder, by `section.key`; empty if it has none."""
     path = folder / "recipe.yaml"
-    sections = read_yaml(path) if path.is_file() else {}
-    named = sections.items() if isinstance(sections, dict) else ()
-    mappings = {name: values for name, values in named if isinstance(values, dict)}
-    return {f"{name}.{key}": value for name, values in mappings.items() for key, value in values.items()}
+    found = read_yaml(path) if path.is_file() else None
+    sections = found.items() if isinstance(found, dict) else ()
+    return {f"{name}.{k}": v for name, values in sections if isinstance(values, dict) for k, v in values.items()}
 
 
 def find_drafter(folder: Path) -> Path:
@@ -99,8 +98,8 @@ def export_drafter(
         where = f"the target {path} is not on this machine" if path else "no target is known"
         notes.append(f"{where}: nothing was compared with it (peagle-train check FOLDER --target DIR does)")
     if speculative_tokens is not None and not 1 <= speculative_tokens <= (trained or speculative_tokens):
-        allowed = f"1 to {trained or 'K of its training'}"
-        raise ValueError(f"--num-speculative-tokens is {speculative_tokens}; give {allowed}")
+        most = trained or "its training's K"
+        raise ValueError(f"--num-speculative-tokens is {speculative_tokens}; give 1 to {most}")
     tokens = speculative_tokens or trained or speculative_tokens_of(files.raw)
     # Engines run elsewhere.
     name = target_name or (str(target.absolute()) if target else path or target_name_of(files.raw))
@@ -110,8 +109,7 @@ def export_drafter(
     target_config = read_config(target) if target else None
     tensors, config = files.tensors, files.config
     if dtype:
-        floats = {n: t.to(getattr(torch, dtype)) for n, t in tensors.items() if t.is_floating_point()}
-        tensors = {**tensors, **floats}
+        tensors = {n: t.to(getattr(torch, dtype)) if t.is_floating_point() else t for n, t in tensors.items()}
     config.dtype = tensors["fc.weight"].dtype
     texts = {"README.md": _card(config, format, trained_by, name, tokens, licence)}
     if format == SPECULATORS:

@@ -85,9 +85,11 @@ def parse_config(raw: dict[str, Any]) -> PEagleDraftConfig:
         _check(raw, layers)
         fields = {key: layers[key] for key in _LLAMA_KEYS if layers.get(key) is not None}
         fields |= {key: raw[key] for key in _OWN_KEYS if raw.get(key) is not None}
+        is_heeded = layers.get("use_sliding_window", layers.get("model_type") != "qwen3")
+        has_window = is_heeded and "sliding_attention" in (layers.get("layer_types") or [])
         fields |= {
             "layer_type": layer_type_of(raw),
-            "sliding_window": _window_of(layers),
+            "sliding_window": layers.get("sliding_window") if has_window else None,
             "rope_parameters": {"rope_theta": 10000.0, **_rope_of(layers)},
             "pad_token_id": None,
         }
@@ -101,12 +103,6 @@ def parse_config(raw: dict[str, Any]) -> PEagleDraftConfig:
         raise ValueError(f"config.json: {one_line(error)}") from error
 
 
-def _window_of(layers: dict[str, Any]) -> int | None:
-    """The window of all layers, where engines heed it."""
-    is_on = layers.get("use_sliding_window", layers.get("model_type") != "qwen3")
-    return layers.get("sliding_window") if is_on and "sliding_attention" in (layers.get("layer_types") or []) else None
-
-
 def _rope_of(layers: dict[str, Any]) -> dict[str, Any]:
     """The rope of a layers' config, in either spelling; `rope_type` is always present."""
     merged = {"rope_theta": layers.get("rope_theta")}
@@ -116,9 +112,7 @@ def _rope_of(layers: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(raw: dict[str, Any], layers: dict[str, Any]) -> None:
-    """ValueError where the drafter, which an engine may well serve, is of another kind than this project's; for missing
-    keys and values of wrong types; and for what vLLM would refuse or read differently.
-    """
+    """ValueError for drafters of other kinds, missing keys, wrong types, and what vLLM would refuse or read differently."""
     kind, model_type = raw.get("speculators_model_type", "peagle"), layer_type_of(raw)
     if kind not in ("peagle", "eagle3"):
         raise ValueError(f"speculators_model_type is {kind!r}; peagle and eagle3 are supported")
@@ -167,13 +161,9 @@ def _check(raw: dict[str, Any], layers: dict[str, Any]) -> None:
 
 
 def speculators_config(
-    config: PEagleDraftConfig, speculative_tokens: int, target: str | None, target_architectures: list[str]
+    config: PEagleDraftConfig, K: int, target: str | None, target_architectures: list[str]
 ) -> dict[str, Any]:
-    """`config.json` in the speculators format.
-
-    speculative_tokens: K, what `vllm serve` drafts per step.
-    target: the target's hub name or folder.
-    """
+    """`config.json` in the speculators format; `target`: a hub name or a folder, for which K tokens a step are drafted."""
     left_out = {*NOT_SAVED, *_OWN_KEYS, *MASK_KEYS, "architectures", "transformers_version", "dtype", "layer_type"}
     layers = {key: value for key, value in config.to_dict().items() if value is not None and key not in left_out}
     layers |= {"fc_norm": True} if config.fc_norm else {}  # where vLLM looks for it
@@ -190,7 +180,7 @@ def speculators_config(
         "transformer_layer_config": {**layers, "model_type": config.layer_type},
         "speculators_config": {
             "algorithm": "peagle",
-            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": speculative_tokens}],
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": K}],
             "default_proposal_method": "greedy",
             "verifier": {"name_or_path": target, "architectures": target_architectures},
         },

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,17 +36,12 @@ SHAPE = (
 # From another drafter
 
 
-class Start(NamedTuple):
-    """A drafter that fits a recipe and its target."""
-
-    files: DrafterFiles
-    recipe: Recipe  # a copy, in which the drafter fills what the draft section leaves open
-
-
-def read_start(recipe: Recipe, target: TargetBase) -> Start | None:
-    """The drafter that the recipe starts from, None if it names none; ValueError where target or recipe do not fit it."""
+def read_start(recipe: Recipe, target: TargetBase) -> tuple[DrafterFiles | None, Recipe]:
+    """The drafter that the recipe starts from, None if it names none, and the recipe, in which that drafter fills what the
+    draft section leaves open. ValueError where target or recipe do not fit it.
+    """
     if recipe.draft.init_from is None:
-        return None
+        return None, recipe
     files = read_drafter(recipe.draft.init_from)
     config, where = files.config, f"draft.init_from {recipe.draft.init_from}"
     theirs, mine = (config.vocab_size, config.target_hidden_size), (target.vocab_size, target.hidden_size)
@@ -71,14 +66,12 @@ def read_start(recipe: Recipe, target: TargetBase) -> Start | None:
             remedy = f"give draft.{key}={text}, or another drafter"
             raise RecipeError(f"draft.{key} is {mine}, but {where} has {text}: {remedy}")
     brought["window"] = recipe.draft.window or config.sliding_window
-    return Start(files, replace(recipe, draft=replace(recipe.draft, **brought)))
+    return files, replace(recipe, draft=replace(recipe.draft, **brought))
 
 
 @torch.no_grad()
-def copy_start(
-    files: DrafterFiles, draft: PEagleDraft, target: TargetBase, say: Callable[[str], object] = print
-) -> None:
-    """Copy a drafter's weights into a new one of its shape; what it lacks is the target's. Prints what came from where."""
+def copy_start(files: DrafterFiles, draft: PEagleDraft, target: TargetBase, say: Callable[[str], object]) -> None:
+    """Copy a drafter's weights into a new one of its shape; what it lacks is the target's. Says what came from where."""
     state, notes = draft.state_dict(), list[str]()
     for name, tensor in files.tensors.items():
         if name not in ("d2t", "t2d"):
@@ -164,14 +157,14 @@ def _rope(draft: Draft, target_config: Any) -> dict[str, Any]:
     if not isinstance(theta, (int, float)) or not 1 < theta <= MAX_ROPE_THETA:
         mistake = mistake or f"rope_theta is {theta}; it must be > 1, <= {MAX_ROPE_THETA:g}"
     if mistake:
-        remedy = "give draft.rope_theta, rope_scaling"
-        raise ValueError(f"the drafter's rope (the target's, if not given): {mistake}; {remedy}")
+        raise ValueError(f"the drafter's rope (given or the target's): {mistake}; give draft.rope_theta, rope_scaling")
     # Training would not read them, but they would be in config.json, where an engine may.
     if unused := unused_keys(rope):
         logger.warning("the drafter's rope has %s, which a drafter does not use: dropped", ", ".join(unused))
     return {key: value for key, value in rope.items() if key not in unused}
 
 
+@torch.no_grad()
 def make_draft(
     recipe: Recipe, target: TargetBase, mask_token_id: int, draft_ids: Tensor, start: PEagleDraftConfig | None = None
 ) -> PEagleDraft:
@@ -184,15 +177,13 @@ def make_draft(
     draft.rotary_emb = PEagleDraft.make_rotary(config)
     draw_weights(draft, recipe.train.seed)
     draft.set_draft_vocab(draft_ids)
-    fits = config.hidden_size == target.hidden_size
-    if fits:
-        with torch.no_grad():
-            draft.embed_tokens.weight.copy_(target.embedding_rows())
-            draft.lm_head.weight.copy_(target.head_rows(draft_ids))
+    if fits := (config.hidden_size == target.hidden_size):
+        draft.embed_tokens.weight.copy_(target.embedding_rows())
+        draft.lm_head.weight.copy_(target.head_rows(draft_ids))
+    else:
+        logger.warning("draft.hidden_size is not the target's: embeddings and lm_head start random, lm_head is trained")
     if recipe.draft.layers_from_target:
         copy_layers(draft, target, Path(recipe.target.path))
-    if not fits:
-        logger.warning("draft.hidden_size is not the target's: embeddings and lm_head start random, lm_head is trained")
     draft.lm_head.weight.requires_grad_(recipe.draft.trains_head(fits))
     draft.embed_tokens.weight.requires_grad_(recipe.draft.train_embeddings)
     draft.gradient_checkpointing = recipe.train.activation_checkpointing
@@ -204,7 +195,6 @@ COPYABLE = {"llama": "llama", "mistral": "llama", "qwen3": "qwen3"}
 (Granite), multiply by 1 + weight in their norms (Gemma) or have biases (Qwen2)."""
 
 
-@torch.no_grad()
 def copy_layers(draft: PEagleDraft, target: TargetBase, folder: Path) -> None:
     """Copy the target's last layers and its final norm. Layer 0 gets its original's weights for the features; its weights
     for the token embeddings stay random. `fc` starts as the identity on the last feature plus a quarter of its random
@@ -225,20 +215,17 @@ def copy_layers(draft: PEagleDraft, target: TargetBase, folder: Path) -> None:
             what = f"layers of a {theirs.model_type} target compute something else than the drafter's {mine.layer_type}"
             raise ValueError(f"{what} layers ({', '.join(COPYABLE)} without biases can be copied)")
         if mine.num_attention_heads != theirs.num_attention_heads:
-            heads = f"{theirs.num_attention_heads} heads, the drafter {mine.num_attention_heads}"
-            raise ValueError(f"the target has {heads}")
+            raise ValueError(f"the target has {theirs.num_attention_heads} heads, not {mine.num_attention_heads}")
         found = read_tensors(folder, set(wanted.values()))
         for name, key in wanted.items():
             place = own[name][:, H:] if name in reads_both else own[name]
             if found[key].dtype not in PLAIN:
                 raise ValueError(f"the target's {key} is quantised ({found[key].dtype})")
             if place.shape != found[key].shape:
-                shapes = f"{tuple(found[key].shape)}, the drafter's {tuple(place.shape)}"
-                raise ValueError(f"the target's {key} has shape {shapes}")
+                raise ValueError(f"the target's {key} has shape {[*found[key].shape]}, the drafter's {[*place.shape]}")
             place.copy_(found[key])
     except ValueError as error:
-        remedy = "remove it, or give the drafter the target's shape"
-        raise ValueError(f"draft.layers_from_target: {error}; {remedy}") from None
+        raise ValueError(f"draft.layers_from_target: {error}; remove it, or give the target's shape") from None
     draft.fc.weight.mul_(0.25)[:, -H:].add_(torch.eye(H, dtype=draft.fc.weight.dtype))
 
 

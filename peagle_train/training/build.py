@@ -18,8 +18,8 @@ from peagle_train.data.training_data import load_training_data
 from peagle_train.data.vocab import choose_most_frequent, encoder_of
 from peagle_train.files import told
 from peagle_train.memory import memory_explained, resolve_segments, sizes_of, this_device
-from peagle_train.serving.drafter_io import check_finite
-from peagle_train.serving.start import Start, always_drafted, copy_start, make_draft, read_start
+from peagle_train.serving.drafter_io import DrafterFiles, check_finite
+from peagle_train.serving.start import always_drafted, copy_start, make_draft, read_start
 from peagle_train.target_model.cache import load_target
 from peagle_train.target_model.frozen import TargetBase
 from peagle_train.training.checkpoint import check_output, describe_summary, open_resume
@@ -63,8 +63,7 @@ def _train(recipe: Recipe, resume: str | None) -> str:
     say = print if accelerator.is_main_process else (lambda *_: None)
 
     target = load_target(recipe, accelerator)
-    start = read_start(recipe, target)
-    shaped = start.recipe if start else recipe
+    start, shaped = read_start(recipe, target)
     distributed.wait_for_all()  # so that all ranks find the mistakes that all of them make at the same time
     encoder = encoder_of(shaped)
 
@@ -74,7 +73,7 @@ def _train(recipe: Recipe, resume: str | None) -> str:
 
     draft = _draft(shaped, target, encoder.tokenizer, encoder.mask_token_id, data.counts_V, start, say)
     if start and checkpoint is None:
-        copy_start(start.files, draft, target, say)
+        copy_start(start, draft, target, say)
     check_finite(draft.state_dict(), "the new drafter's")  # those of the target are its own, too
 
     S, line = resolve_segments(sizes_of(recipe, target, draft.config, this_device(accelerator.device)))
@@ -90,18 +89,18 @@ def _train(recipe: Recipe, resume: str | None) -> str:
 
 
 def _draft(  # type: ignore[no-untyped-def]
-    recipe: Recipe, target: TargetBase, tokenizer, mask_token_id: int, counts_V: Tensor, start: Start | None, say
+    recipe: Recipe, target: TargetBase, tokenizer, mask_token_id: int, counts_V: Tensor, start: DrafterFiles | None, say
 ) -> PEagleDraft:
     """A new drafter, of another one's shape if it starts from one; its vocabulary by frequency, or that one's."""
     always = always_drafted(tokenizer, target, mask_token_id, recipe.data)
     if start:
-        draft_ids = start.files.draft_token_ids
+        draft_ids = start.draft_token_ids
     else:
         draft_ids = choose_most_frequent(counts_V, recipe.draft.draft_vocab_size or target.vocab_size, always)
     share = int(counts_V[draft_ids].sum()) / int(counts_V.sum())
     say(f"draft vocabulary: {draft_ids.numel()} of {target.vocab_size} tokens, {share:.2%} of the supervised ones")
     sized = replace(recipe, draft=replace(recipe.draft, draft_vocab_size=draft_ids.numel()))
-    return make_draft(sized, target, mask_token_id, draft_ids, start.files.config if start else None)
+    return make_draft(sized, target, mask_token_id, draft_ids, start.config if start else None)
 
 
 def arithmetic(trainer: Trainer) -> str:
