@@ -81,11 +81,10 @@ def show_tokens(sequence: dict[str, Tensor], name: Callable[[int], str]) -> str:
     ids, mask, documents = (sequence[key].tolist() for key in ("input_ids", "loss_mask", "document_ids"))
     lines: list[str] = []
     for document, group in groupby(range(len(ids)), key=documents.__getitem__):
-        positions = list(group)
-        learned = sum(mask[i] for i in positions)
-        where = f"positions {positions[0]} to {positions[-1]}"
-        lines.append(f"--- document {document}: {where}, {learned} tokens learned ---")
-        marked = ((name(ids[i]), mask[i]) for i in positions)
+        own = list(group)
+        learned = sum(mask[i] for i in own)
+        lines.append(f"--- document {document}: positions {own[0]} to {own[-1]}, {learned} tokens learned ---")
+        marked = ((name(ids[i]), mask[i]) for i in own)
         shown = ((f"[{text}]" if taught else text) + "\n" * text.endswith("\\n") for text, taught in marked)
         lines.append("".join(shown).rstrip("\n"))
     return "\n".join(lines)
@@ -106,7 +105,6 @@ def list_elements(
     for anchor, depth, token, position_id, _, label, is_learned in zip(*(values[0].tolist() for values in elements)):
         if depth < 0:
             continue
-        assert depth == 0 or token == mask_token_id
         reads = (MASK, "mask_hidden") if depth else (f"'{name(token)}'", at(anchor))
         is_inside = documents[label + 1 : label + 2] == [documents[label]]
         predicts = f"'{name(ids[label + 1])}'" if is_inside else PAST_END

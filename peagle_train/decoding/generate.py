@@ -79,12 +79,8 @@ class Drafter:
     def __init__(self, draft: PEagleDraft, num_slots: int) -> None:
         assert num_slots >= 1
         self.draft, self.num_slots, self.length = draft, num_slots, 0
+        self.token_ids = draft.draft_token_ids  # int64 [Vd]
         self._context: list[KV] | None = None
-
-    @property
-    def token_ids(self) -> Tensor:
-        """int64 [Vd]: the target's ids of the draft vocabulary."""
-        return self.draft.draft_token_ids
 
     @torch.no_grad()
     def propose(self, tokens: Sequence[int], features_nF: Tensor) -> Tensor:
