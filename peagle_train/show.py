@@ -62,9 +62,7 @@ def token_names(tokenizer: Any) -> Callable[[int], str]:
 
 
 def show_sequence(recipe: Recipe, number: int, with_elements: bool = False) -> str:
-    """A sequence's tokens; `with_elements`, also what its elements read and predict. ValueError: no such sequence, or the
-    recipe's data cannot be loaded.
-    """
+    """A sequence's tokens; `with_elements`, also what its elements read and predict. ValueError: see `load_sequence`."""
     sequence, tokenizer, mask_token_id, lines = load_sequence(recipe, number)
     name = token_names(tokenizer)
     lines.append(show_tokens(sequence, name))
@@ -151,10 +149,7 @@ def visible_elements(batch: dict[str, Tensor], window: int | None = None) -> tup
 def draw_batch(
     batch: dict[str, Tensor], words: Sequence[str], is_taught: Sequence[int], title: str, window: int | None = None
 ) -> Any:
-    """A matplotlib figure of what each segment runs and reads.
-
-    batch: CODCollator's, of one sequence. words: its tokens. is_taught: its loss mask.
-    """
+    """A matplotlib figure of what each segment of a batch of one sequence runs and reads. is_taught: its loss mask."""
     plt = load_matplotlib()
     elements, segment_N, visible_NN = visible_elements(batch, window)
     num_depths = batch["supervised_per_depth"].shape[1]

@@ -24,10 +24,13 @@ logger = logging.getLogger(__name__)
 
 
 def run(options: Namespace) -> tuple[str, bool]:
-    """Measure as the command line says; returns the report for a person, and whether every greedy text is right.
-    ValueError: for a user's mistake.
-    """
-    check_options(options)
+    """Measure as the command line says; returns the report for a person, and whether every greedy text is right."""
+    if options.prompt_tokens and STDLIB not in options.prompts:
+        raise ValueError(f"--prompt-tokens is for the prompts {STDLIB} alone: leave it out")
+    if options.engine:
+        vllm.check_vllm(options.temperature, options.dtype)
+    if options.json:
+        options.json.open("a").close()  # an OSError now, not when everything has been measured
     folders = [find_drafter(folder) for folder in (options.checkpoint, *options.compare)]
     folder, recipe = folders[0], _recipe(folders[0])
     path = options.target or (recipe.target.path if recipe else None)
@@ -88,16 +91,6 @@ def run(options: Namespace) -> tuple[str, bool]:
     if options.json:
         write_json(options.json, report)
     return describe(report), is_right
-
-
-def check_options(options: Namespace) -> None:
-    """ValueError for options that do not go together, before anything is loaded."""
-    if options.prompt_tokens and STDLIB not in options.prompts:
-        raise ValueError(f"--prompt-tokens is for the prompts {STDLIB} alone: leave it out")
-    if options.engine:
-        vllm.check_vllm(options.temperature, options.dtype)
-    if options.json:
-        options.json.open("a").close()  # an OSError now, not when everything has been measured
 
 
 def _device(given: str | None) -> torch.device:

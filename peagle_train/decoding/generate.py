@@ -86,8 +86,7 @@ class Drafter:
     def propose(self, tokens: Sequence[int], features_nF: Tensor) -> Tensor:
         """Logits of all slots, [K, Vd], in the drafter's dtype.
 
-        tokens: the n >= 1 tokens that became known since the last call; the last is the bonus token.
-        features_nF: of the token before each of them.
+        tokens: the n >= 1 that became known since the last call, the bonus token last. features_nF: of the tokens before.
         """
         n, K, device = len(tokens), self.num_slots, self.draft.device
         assert features_nF.shape[0] == n >= 1
@@ -149,8 +148,7 @@ def decode(
 ) -> Decoded:
     """Decode speculatively until `max_tokens` tokens or an end token; batch 1.
 
-    target, drafter: without a text yet.
-    choose: see `sampler`.
+    target, drafter: without a text yet. choose: see `sampler`.
     """
     assert prompt and max_tokens >= 1
     features, logits = target.extend(prompt, 1)

@@ -61,10 +61,8 @@ class Case:
 
 
 def load_cases(name: str, tokenizer: Any, limit: int | None = None) -> tuple[list[Case], str]:
-    """The prompts that `name` stands for, and a line about them.
-
-    `name`: `humaneval`, `mt-bench` or a file: .jsonl of `{"text": ...}` (given to the target as it is) or of what
-    `read_prompts` reads (asked through the chat template; without one, questions are given as they are).
+    """The prompts of `humaneval`, `mt-bench` or a file, and a line about them. Files are .jsonl of `{"text": ...}`, given to
+    the target as it is, or of what `read_prompts` reads, asked through the chat template if there is one.
     """
     path = Path(name).expanduser()
     if name not in BENCHMARKS and not path.is_file():
@@ -175,8 +173,7 @@ def measure(
     the results, and how many prompts could not be taken, by reason.
 
     drafts: the first one decodes, the others are replayed on its text; they run in the target's dtype, as in engines.
-    K: slots of the decoding itself, and the most that are replayed.
-    tokenizer: transformers'; needed for chats only.
+    K: slots of the decoding itself, and the most that are replayed. tokenizer: needed for chats only.
     """
     for draft in drafts:
         _check_fit(target, draft, K)
@@ -323,11 +320,8 @@ def ratio_interval(
     seed: int = 0,
     less: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> tuple[float, float] | None:
-    """The 95 % percentile interval of sum(tokens) / sum(passes) over resampled prompts.
-
-    Prompts without a pass are dropped; None for fewer than two others.
-
-    less: another drafter's tokens and passes of the same prompts, resampled together: of the difference.
+    """The 95 % percentile interval of sum(tokens) / sum(passes) over resampled prompts; None for fewer than two that have a
+    pass. `less`: another drafter's tokens and passes of the same prompts, resampled together: of the difference.
     """
     values_P2n = torch.tensor([(tokens, passes), *([less] if less else [])], dtype=torch.float64)
     values_P2n = values_P2n[:, :, (values_P2n[:, 1] > 0).all(0)]

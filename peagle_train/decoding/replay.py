@@ -28,9 +28,7 @@ def slot_logits(
     draft: PEagleDraft, ids: Sequence[int], features_nF: Tensor, first_anchor: int, num_slots: int
 ) -> Iterator[Tensor]:
     """Logits [rows, K, Vd] of all anchors from `first_anchor` to n - 3 in order, some at a time: those whose first slot
-    guesses a token of the text.
-
-    Training's pass under training's visibility, each part's context entering as keys and values.
+    guesses a token of the text. It is training's pass, each part's context entering as keys and values.
     """
     K, n, device, window = num_slots, len(ids), draft.device, draft.config.sliding_window
     position_1n = torch.arange(n, device=device)[None]
@@ -77,10 +75,9 @@ def accepted_slots(draft: PEagleDraft, decoded: Decoded, num_slots: int) -> list
 
 
 def replay(accepted_m: Sequence[int], num_slots: int, max_tokens: int) -> list[tuple[int, int]]:
-    """`Decoded.passes` of drafts of `num_slots` tokens, as in decoding until `max_tokens` are out.
-
-    A pass that crosses `max_tokens` counts whole: the text continues for `num_slots` tokens after it, or ends with an end
-    token before. `accepted_m`: `accepted_slots`, of num_slots or more slots.
+    """`Decoded.passes` of drafts of `num_slots` tokens, as in decoding until `max_tokens` are out. `accepted_m`:
+    `accepted_slots`, of num_slots or more slots. A pass that crosses `max_tokens` counts whole: the text continues for
+    `num_slots` tokens after it, or ends with an end token before.
     """
     passes, i = [], 0
     while i < min(len(accepted_m), max_tokens - 1):

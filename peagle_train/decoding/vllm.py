@@ -14,10 +14,8 @@ from peagle_train.files import one_line
 
 
 class Engine:
-    """vLLM in this process or a child of it, as its own environment variables say.
-
-    dtype: the target's, in which vLLM runs the drafter, too.
-    positions: that prompts, answers and drafts need.
+    """vLLM in this process or a child of it, as its own environment variables say. `dtype`: the target's, in which vLLM
+    runs the drafter, too. `positions`: that prompts, answers and drafts need.
     """
 
     def __init__(self, target: str, drafter: Path, K: int, dtype: str, positions: int, trusted: bool) -> None:

@@ -62,10 +62,7 @@ class DrafterFiles:
 
 
 def load_drafter(folder: str | Path) -> PEagleDraft:
-    """A drafter from a folder in either format, on the CPU, in eval mode, in the dtype of its `fc`.
-
-    ValueError: one line, for a folder that holds no whole P-EAGLE drafter.
-    """
+    """A drafter of either format, on the CPU, in eval mode, in `fc`'s dtype; ValueError if it is no whole P-EAGLE one."""
     files = read_drafter(folder)
     files.check_whole()
     dtype = files.tensors["fc.weight"].dtype
@@ -133,9 +130,8 @@ def _standard_names(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fit(config: PEagleDraftConfig, tensors: dict[str, Tensor]) -> None:
-    """Make `tensors`, in place, those of a PEagleDraft of this config.
-
-    ValueError: tensors are missing, misshapen, unknown or not finite, by name; or the vocabulary mapping is wrong.
+    """Make `tensors`, in place, those of a PEagleDraft of this config. ValueError, by name: they are missing, misshapen,
+    unknown or not finite, or the vocabulary mapping is wrong.
     """
     if "mask_hidden" in tensors:  # [1, 3T] and [3T] exist too; engines flatten it
         tensors["mask_hidden"] = tensors["mask_hidden"].reshape(1, 1, -1)
@@ -184,10 +180,10 @@ def save_drafter(
     state: Mapping[str, Tensor] | None = None,
     extra: dict[str, str] | None = None,
 ) -> None:
-    """Write a drafter's folder as vLLM loads it, whole or not at all, in place of an earlier drafter's.
+    """Write a drafter's folder as vLLM loads it, whole or not at all, in place of an earlier drafter's. ValueError: the
+    folder holds something else. NonFiniteWeights, OSError: see `fill_drafter`.
 
-    state: its whole weights, where they are sharded. extra: further files' texts, by name. ValueError: the folder holds
-    something else. NonFiniteWeights, OSError: see `fill_drafter`.
+    state: its whole weights, where they are sharded. extra: further files' texts, by name.
     """
     folder, weights = Path(folder), draft.state_dict() if state is None else state
     is_used = any(folder.iterdir()) if folder.is_dir() else os.path.lexists(folder)
@@ -197,9 +193,8 @@ def save_drafter(
 
 
 def fill_drafter(folder: Path, config: PEagleDraftConfig, state: Mapping[str, Tensor], extra: dict[str, str]) -> None:
-    """Write `model.safetensors`, `config.json` and the texts of `extra`, by file, into a folder.
-
-    NonFiniteWeights: a weight is not finite. OSError: a file cannot be written.
+    """Write `model.safetensors`, `config.json` and the texts of `extra`, by file, into a folder. NonFiniteWeights: a weight
+    is not finite. OSError: a file cannot be written.
     """
     check_finite(state, "the drafter's")
     config.dtype = state["fc.weight"].dtype

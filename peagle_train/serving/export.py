@@ -80,8 +80,7 @@ def export_drafter(
     licence: str | None = None,
 ) -> list[str]:
     """Write a drafter's folder as engines load it; returns what a user should know. The command's --help says what is what.
-
-    ValueError: one line, for what no engine would load; nothing is written then.
+    ValueError: no engine would load it, and nothing is written.
     """
     is_empty = out.is_dir() and not out.is_symlink() and not any(out.iterdir())
     if os.path.lexists(out) and not is_empty:
@@ -134,9 +133,8 @@ def export_drafter(
 
 
 def push_to_hub(folder: Path, name: str, public: bool = False) -> str:
-    """Upload an exported folder to the hub as the model `name`, made if it does not exist; returns its address.
-
-    ValueError, one line: it is not uploaded, also where the model exists and is public without `public`.
+    """Upload an exported folder to the hub as the model `name`, made if it does not exist; returns its address. ValueError:
+    it is not uploaded, also where the model exists and is public without `public`.
     """
     api = HfApi()
     try:

@@ -75,11 +75,7 @@ def _at(value: Any, *keys: str | int) -> Any:
 
 
 def parse_config(raw: dict[str, Any]) -> PEagleDraftConfig:
-    """The drafter's shape from either format. EAGLE-3 drafters have no mask token: `ptd_token_id` stays None.
-
-    ValueError: the drafter is of another kind than this project's, or a key is missing, of the wrong type, or read
-    differently by vLLM.
-    """
+    """The drafter's shape from either format; of an EAGLE-3 drafter, `ptd_token_id` is None. ValueError: see `_check`."""
     try:
         layers = layers_of(raw)
         _check(raw, layers)

@@ -264,9 +264,7 @@ def new_drafter(
 
 @torch.no_grad()
 def draw_weights(draft: PEagleDraft, seed: int) -> None:
-    """Initial weights from (seed, tensor name), so that they depend neither on the order of creation nor on any
-    generator that others use.
-    """
+    """Initial weights from (seed, tensor name): neither the order of creation nor any other generator matters."""
     norms = {f"{name}.weight" for name, module in draft.named_modules() if isinstance(module, RMSNorm)}
     for name, parameter in draft.named_parameters():
         if name in norms:
