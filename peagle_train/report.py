@@ -137,8 +137,7 @@ def _result(run: Run) -> dict[str, Any]:
 def _table(runs: Sequence[Run], columns: Sequence[dict[str, Any]]) -> str:
     """A column for each run, a row for each key that any has; nothing without keys."""
     keys = dict.fromkeys(key for column in columns for key in column)
-    rows = [["", *(run.name for run in runs)]] if keys else []
-    rows += [[key, *(str(column.get(key, "")) for column in columns)] for key in keys]
+    rows = [["", *(run.name for run in runs)], *([key, *(str(c.get(key, "")) for c in columns)] for key in keys)]
     cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
     return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>" if keys else ""
 

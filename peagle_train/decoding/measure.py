@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,8 @@ class Case:
 
 
 def load_cases(name: str, tokenizer: Any, limit: int | None = None) -> tuple[list[Case], str]:
-    """The prompts of `humaneval`, `mt-bench` or a file, and a line about them. Files are .jsonl of `{"text": ...}`, given to
-    the target as it is, or of what `read_prompts` reads, asked through the chat template if there is one.
+    """The prompts of `humaneval`, `mt-bench` or a file, and a line about them. Files are .jsonl of `{"text": ...}`, given
+    to the target as it is, or of what `read_prompts` reads, asked through the chat template if there is one.
     """
     path = Path(name).expanduser()
     if name not in BENCHMARKS and not path.is_file():
@@ -112,14 +113,10 @@ def stdlib_cases(
         raise ValueError(f"--prompts stdlib needs {needed}: else it may be measured on what it was trained on")
     data = recipe.data
     files = find_all(Data([STDLIB], extensions=data.extensions, exclude=data.exclude))["sources"]
-    encoder = Encoder(data, tokenizer, vocab_size)
-    documents = [
-        (raw.name.removeprefix(f"{STDLIB}/"), made.input_ids.tolist(), made.key)
-        for raw, made in read_documents(files, SourceReport(), encoder)
-    ]
+    read = read_documents(files, SourceReport(), Encoder(data, tokenizer, vocab_size))
+    documents = [(raw.name.removeprefix(f"{STDLIB}/"), made.input_ids.tolist(), made.key) for raw, made in read]
     keys_D32 = np.frombuffer(b"".join(key for _, _, key in documents), np.uint8).reshape(-1, 32)
-    is_out = held_out_documents(keys_D32, data.eval_fraction)
-    held_out = [document for document, is_held_out in zip(documents, is_out) if is_held_out]
+    held_out = [*compress(documents, held_out_documents(keys_D32, data.eval_fraction))]
     long_enough = [(name, ids, key.hex()) for name, ids, key in held_out if len(ids) > prompt_tokens]
     if not long_enough:
         raise ValueError(f"no held-out module has more than {prompt_tokens} tokens: lower --prompt-tokens")
