@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Time and memory of building a BlockMask: counted from the layout, or by create_block_mask, eager and compiled.
 
-    python tools/bench_mask.py [--n 2048,8192,32768,131072] [--repeats 3] [--device cpu] [--json FILE]
+    python tools/bench_mask.py --n 2048,8192,32768,131072 --json FILE
 
 One flat segment of CODCollator: n columns, 8 documents, all supervised, K = 8, r = 0.7 with floor 0.2. Every measurement is
 a process of its own, and the methods take turns, so that what else runs on the machine meets all of them alike; medians are
@@ -10,10 +9,8 @@ shown. All methods must find the same blocks, or the bench fails.
     seconds      of the second call; of eager's first, which takes long enough to be no different
     compile      how much longer the compiled method's first call takes, with empty caches
     peak         growth of peak resident memory over what was there after imports and inputs, in the first call (compiling
-                 included). On CUDA: the most that tensors held, over the inputs
+                 included)
 """
-
-from __future__ import annotations
 
 import argparse
 import hashlib
@@ -24,17 +21,17 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+from measure import MIB, PeakRSS, at_least_one, format_number, integers, run_process, write_json
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from measure import MIB, PeakRSS, at_least_one, format_number, format_table, integers, run_process, write_json
-
-# torch is imported where it is used, so that --help answers at once
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
-
-    from peagle_train.core.visibility import Visibility
+from peagle_train.core.collator import CODCollator
+from peagle_train.core.elements import gather_elements
+from peagle_train.core.flex import block_mask_of
+from peagle_train.core.visibility import Visibility
+from peagle_train.files import aligned
 
 METHODS = ("direct", "eager", "compiled")
 EAGER_LIMIT = 8192
@@ -43,31 +40,20 @@ NUM_DOCUMENTS, NUM_DEPTHS, RATIO, RATIO_MIN = 8, 8, 0.7, 0.2
 MEASURED = ("seconds", "compile_seconds", "peak_bytes")
 
 
-def layout(n: int, device: str) -> Visibility:
-    import torch
-
-    from peagle_train.core.collator import CODCollator
-    from peagle_train.core.elements import gather_elements
-    from peagle_train.core.visibility import Visibility
-
+def layout(n: int) -> Visibility:
     collator = CODCollator(n, num_depths=NUM_DEPTHS, down_sample_ratio=RATIO, down_sample_ratio_min=RATIO_MIN)
     lengths = [len(part) for part in torch.arange(n).tensor_split(NUM_DOCUMENTS)]
     row = {"input_ids": [[0] * m for m in lengths], "loss_mask": [[1] * m for m in lengths]}
     own = gather_elements(collator([row]), slice(0, collator.capacity), mask_token_id=0)
     count = int((own.depth == 0).sum())
-    tables: Any = {name: getattr(own, name).clone().to(device) for name in ("start", "anchor", "depth")}
-    tables |= {"num_depth0": count, "first_rollout": count, "num_context": 0, "num_depths": NUM_DEPTHS}
-    return Visibility(**tables, context_end=torch.zeros(1, dtype=torch.int64, device=device))
+    tables: Any = {"start": own.start, "anchor": own.anchor, "depth": own.depth, "num_depths": NUM_DEPTHS}
+    tables |= {"num_depth0": count, "first_rollout": count, "num_context": 0}
+    return Visibility(**tables, context_end=torch.zeros(1, dtype=torch.int64))
 
 
-def measure(method: str, n: int, device: str) -> dict[str, Any]:
+def measure(method: str, n: int) -> dict[str, Any]:
     """One measurement, in a process of its own."""
-    import torch
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    from peagle_train.core.flex import block_mask_of
-
-    visibility, on_cuda = layout(n, device), device == "cuda"
+    visibility = layout(n)
     evaluate = torch.compile(create_block_mask, dynamic=False) if method == "compiled" else create_block_mask
 
     def build(visibility: Visibility) -> BlockMask:
@@ -75,28 +61,22 @@ def measure(method: str, n: int, device: str) -> dict[str, Any]:
         if method == "direct":
             return found
         B, N = visibility.anchor.shape
-        return evaluate(found.mask_mod, B, None, N, N, device=device)
+        return evaluate(found.mask_mod, B, None, N, N, device="cpu")
 
     def timed() -> tuple[float, BlockMask]:
         began = time.perf_counter()
         mask = build(visibility)
-        if on_cuda:
-            torch.cuda.synchronize()
         return time.perf_counter() - began, mask
 
     if method != "compiled":
-        build(layout(256, device))  # what is loaded on first use is no part of the mask
-    if on_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
+        build(layout(256))  # what is loaded on first use is no part of the mask
     with PeakRSS() as rss:
         first, mask = timed()
-    peak = torch.cuda.max_memory_allocated() - held if on_cuda else rss.peak_bytes
     second = first if method == "eager" else timed()[0]
     return {
         "seconds": second,
         "compile_seconds": first - second if method == "compiled" else None,
-        "peak_bytes": peak,
+        "peak_bytes": rss.peak_bytes,
         "blocks": int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum()),
         "full_blocks": int(mask.full_kv_num_blocks.sum()),
         "elements": visibility.anchor.shape[1],
@@ -107,21 +87,19 @@ def measure(method: str, n: int, device: str) -> dict[str, Any]:
 
 def digest(mask: BlockMask) -> str:
     """Of all tables, without what lies beyond the counts."""
-    import torch
-
     found = hashlib.sha256()
     for name in ("kv", "full_kv", "q", "full_q"):
         counts, indices = getattr(mask, f"{name}_num_blocks"), getattr(mask, f"{name}_indices")
-        is_counted = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
+        is_counted = torch.arange(indices.shape[-1]) < counts[..., None]
         for table in (counts, torch.where(is_counted, indices, -1)):
-            found.update(table.cpu().contiguous().numpy().astype("<i4").tobytes())
+            found.update(table.contiguous().numpy().astype("<i4").tobytes())
     return found.hexdigest()
 
 
-def run_one(method: str, n: int, device: str) -> dict[str, Any]:
+def run_one(method: str, n: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
-        command = [sys.executable, __file__, "--one", method, "--n", str(n), "--device", device, "--json", str(out)]
+        command = [sys.executable, __file__, "--one", method, "--n", str(n), "--json", str(out)]
         # Caches of its own: an earlier process's would hide the compile time.
         died = run_process(command, environment={**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"})
         if died:
@@ -133,30 +111,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=integers, default="2048,8192,32768,131072", help="columns, separated by commas")
     parser.add_argument("--repeats", type=at_least_one, default=3)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", metavar="FILE", help="also write the results here, as a list of objects")
     parser.add_argument("--one", choices=METHODS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        write_json(given.json, measure(given.one, given.n[0], given.device))
+        write_json(given.json, measure(given.one, given.n[0]))
         return
     results: list[dict[str, Any]] = []
     for n in given.n:
         methods = [m for m in METHODS if m != "eager" or n <= EAGER_LIMIT]
-        turns = [[run_one(method, n, given.device) for method in methods] for _ in range(given.repeats)]
+        turns = [[run_one(method, n) for method in methods] for _ in range(given.repeats)]
         assert len({run["digest"] for turn in turns for run in turn}) == 1, f"n = {n}: other blocks by other methods"
         for method, *runs in zip(methods, *turns):
             middle = {k: median([r[k] for r in runs]) for k in MEASURED if runs[0][k] is not None}
             results.append({"method": method, "n": n, **runs[0], **middle})
         if given.json:
             write_json(given.json, results)
-    header = ["method", "n", "elements", "seconds", "compile s", "peak MiB", "blocks", "full"]
-    lines = []
+    lines = [["method", "n", "elements", "seconds", "compile s", "peak MiB", "blocks", "full"]]
     for r in results:
         shown = [format_number(r["seconds"], digits=4), format_number(r["compile_seconds"], digits=1)]
         shown += [format_number(r["peak_bytes"], MIB, 1), f"{r['blocks']:,}", f"{r['full_blocks']:,}"]
         lines.append([r["method"], f"{r['n']:,}", f"{r['elements']:,}", *shown])
-    print(format_table(header, lines))
+    print(aligned(lines, right=True))
 
 
 if __name__ == "__main__":

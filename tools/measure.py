@@ -1,42 +1,39 @@
-"""Measuring helpers of the benches: memory held for backward, peak memory, child processes, tables.
-
-torch is imported where it is needed, so that a parent that only starts processes stays small.
-"""
+"""Measuring helpers of the benches: memory held for backward, peak memory, child processes, results."""
 
 import argparse
 import ctypes
 import datetime
 import functools
 import gc
-import json
 import os
 import platform
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
-if TYPE_CHECKING:
-    from torch import Tensor
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package beside it, installed or not
 
-MIB, GIB = 2**20, 2**30
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import checkpoint
+
+from peagle_train import files
+
+MIB = 2**20
 
 # ---- arguments
 
 
-def integers(text: str, least: int = 1) -> list[int]:
+def integers(text: str) -> list[int]:
     """`8,16` as a list, for argparse's `type`."""
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of integers such as 8,16") from None
-    if min(values) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} holds a number below {least}")
-    return values
+    return [at_least_one(part) for part in text.split(",")]
 
 
 def at_least_one(text: str) -> int:
@@ -99,7 +96,7 @@ class SavedBytes:
     peak_bytes: int
 
     def __init__(
-        self, parameters: Iterable["Tensor"] = (), excluded: Callable[[], Iterable["Tensor"]] = lambda: ()
+        self, parameters: Iterable[Tensor] = (), excluded: Callable[[], Iterable[Tensor]] = lambda: ()
     ) -> None:
         self.peak_bytes = 0
         self._parameters = {_storage_id(p) for p in parameters}
@@ -108,15 +105,12 @@ class SavedBytes:
         self._recomputed: dict[int, tuple[Any, int]] = {}  # storage: (weak reference, bytes)
 
     def __enter__(self) -> "SavedBytes":
-        import torch
-        from torch.utils import checkpoint
-
         tracker = self
 
         class Held:
             """What the graph keeps in a tensor's place; dies with the node's hold on it."""
 
-            def __init__(self, tensor: "Tensor") -> None:
+            def __init__(self, tensor: Tensor) -> None:
                 self.tensor = tensor
                 self.storage = tracker._hold(tensor)
 
@@ -132,7 +126,7 @@ class SavedBytes:
                 super().__init__(*args)
                 pack = self.pack_hook  # type: ignore[has-type]
 
-                def watched_pack(tensor: "Tensor") -> Any:
+                def watched_pack(tensor: Tensor) -> Any:
                     tracker._watch(tensor)
                     return pack(tensor)
 
@@ -147,15 +141,15 @@ class SavedBytes:
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
-    def _counts(self, tensor: "Tensor") -> bool:
+    def _counts(self, tensor: Tensor) -> bool:
         key = _storage_id(tensor)
         return (
-            str(tensor.dtype) != "torch.bool"
+            tensor.dtype != torch.bool
             and key not in self._parameters
             and all(key != _storage_id(t) for t in self._excluded())
         )
 
-    def _hold(self, tensor: "Tensor") -> int | None:
+    def _hold(self, tensor: Tensor) -> int | None:
         if not self._counts(tensor):
             return None
         key = _storage_id(tensor)
@@ -170,9 +164,7 @@ class SavedBytes:
         if self._held[key][0] == 0:
             del self._held[key]
 
-    def _watch(self, tensor: "Tensor") -> None:
-        from torch.multiprocessing.reductions import StorageWeakRef
-
+    def _watch(self, tensor: Tensor) -> None:
         if self._counts(tensor):
             storage = tensor.untyped_storage()
             self._recomputed[_storage_id(tensor)] = StorageWeakRef(storage), storage.nbytes()
@@ -185,7 +177,7 @@ class SavedBytes:
         self.peak_bytes = max(self.peak_bytes, sum(now.values()))
 
 
-def _storage_id(tensor: "Tensor") -> int:
+def _storage_id(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
@@ -225,16 +217,10 @@ def run_process(
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Write at once or not at all, so that a bench that is stopped leaves its last complete results.
-
-    Each object of a list also says on which machine, with which versions and on which day it was measured.
-    """
+    """Write whole or not at all; each object of a list also says where, with which versions and when it was measured."""
     if isinstance(content, list):
         content = [{**row, **where_and_when()} for row in content]
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="ascii")
-    part.replace(path)
+    files.write_json(Path(path), content)
 
 
 @functools.cache
@@ -247,7 +233,7 @@ def where_and_when() -> dict[str, str]:
 
 
 def _processor() -> str:
-    """The processor's name, after the GPUs' if there are any (not through torch, which benches' parents do not import)."""
+    """The processor's name, after the GPUs' if there are any (not through torch, which would take memory of them)."""
     name = platform.machine()
     with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
         name = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), name)
@@ -255,13 +241,6 @@ def _processor() -> str:
         asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         name = ", ".join([*subprocess.check_output(asked, text=True).splitlines(), name])
     return name
-
-
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns right-aligned but the first."""
-    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
-    aligned = [[row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))] for row in [header, *rows]]
-    return "\n".join("  ".join(cells).rstrip() for cells in aligned)
 
 
 def format_number(value: float | None, unit: float = 1, digits: int = 2) -> str:
