@@ -27,7 +27,7 @@ def run_bench(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 def test_a_configuration_is_measured_and_one_that_dies_is_reported(tmp_path, monkeypatch, capsys):
     out = tmp_path / "results.json"
-    shape = "--layers 1 --hidden 32 --vocab 128 --threads 1 --repeats 1 --n 64".split()
+    shape = "--layers 1 --hidden 32 --vocab 128 --repeats 1 --n 64".split()
     assert run_bench(monkeypatch, *shape, "--segments", "4", "--modes", "relay", "--json", str(out)) == 0
     (row,) = json.loads(out.read_text())
     assert row.keys() >= FIELDS and (row["mode"], row["segments"]) == ("relay", 4)
@@ -64,7 +64,7 @@ SIZES = {
     "depths": 2,
     "ratio": 1.0,
 }
-TINY = Settings(**SIZES, boundaries="uniform", threads=1, device="cpu").complete()
+TINY = Settings(**SIZES, boundaries="uniform")
 H, KV, V = 32, 16, 40
 FC = 3 * H * H
 QO = (2 * H * H + H * H, H * H + H * H)  # parameters of q_proj and o_proj, by layer

@@ -68,7 +68,7 @@ SHAPES = {
 def test_what_is_planned_to_be_saved_is_what_autograd_holds(shape):
     settings = dict(SHAPES[shape])
     changes: Any = settings.pop("draft", {})
-    bench = Bench(Settings(hidden=64, vocab=96, device="cpu", **settings).complete())
+    bench = Bench(Settings(hidden=64, vocab=96, **settings))
     if changes:
         config = copy.deepcopy(bench.draft.config)
         for name, value in changes.items():
@@ -275,7 +275,7 @@ def test_a_target_takes_two_flops_a_parameter_that_a_token_goes_through(model, b
 
 @pytest.mark.parametrize("mode, S", [("flat", 1), ("checkpoint", 1), ("relay", 2), ("relay", 7)])
 def test_planned_flops_of_matrices_are_those_that_torch_counts(mode, S):
-    bench = Bench(Settings(layers=3, heads=4, kv_heads=2, hidden=64, vocab=96, device="cpu").complete())
+    bench = Bench(Settings(layers=3, heads=4, kv_heads=2, hidden=64, vocab=96))
     n = 257
     batch, outputs = bench.batch(n, S), bench.target(n)
     with attention_without_kernel(), FlopCounterMode(display=False) as counter:

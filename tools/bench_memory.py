@@ -10,39 +10,35 @@ JSON is that tool's, a list of objects, one a configuration, and in each
                       outputs)
     saved_ratio, peak_ratio    planned over measured
 
-saved_bytes is exact; peak_bytes on a CPU is resident memory, with the C library's holes in it and, the smaller the shapes,
-the more of what a first step loads.
+saved_bytes is exact; peak_bytes is resident memory, with the C library's holes in it and, the smaller the shapes, the more
+of what a first step loads.
 """
 
 import argparse
 import os
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bench_segments import MODES, Bench, Settings, cases_of, run_all
-from measure import MIB, at_least_one, format_number, format_table, integers, write_json
+from measure import MIB, format_number, integers, write_json
 
-if TYPE_CHECKING:
-    from peagle_train.memory import Sizes
+from peagle_train.config import Cod, Data, Output, Recipe, Target, Train
+from peagle_train.files import aligned
+from peagle_train.machine import Device
+from peagle_train.memory import Sizes, largest_pass, plan_memory, saved_bytes
 
 
-def sizes_of_bench(bench: Bench, n: int, mode: str) -> "Sizes":
+def sizes_of_bench(bench: Bench, n: int, mode: str) -> Sizes:
     """The sizes of a bench's steps, whose gradients are there already and whose weights are float32 or wider."""
-    from peagle_train.config import Cod, Data, Output, Recipe, Target, Train
-    from peagle_train.machine import Device
-    from peagle_train.memory import Sizes
-
     s, parameters = bench.settings, list(bench.draft.parameters())
-    train: Any = {"gradient_accumulation_steps": 2, "loss_chunk_rows": s.chunk_rows or 384, "compile": False}
+    train: Any = {"gradient_accumulation_steps": 2, "loss_chunk_rows": 384, "compile": False}
     train |= {"mixed_precision": "bf16" if bench.autocast else "no", "activation_checkpointing": mode == "checkpoint"}
     train |= {"segment_mode": "relay" if mode == "relay" else "recompute"}
     train |= {"dtype": "float64" if s.dtype == "float64" else "float32"}
-    cod: Any = Cod(s.depths, s.ratio, s.ratio_min, boundaries=s.boundaries)  # type: ignore[arg-type]
+    cod: Any = Cod(s.depths, s.ratio, 0.0, boundaries=s.boundaries)  # type: ignore[arg-type]
     return Sizes(
         Recipe(Target("-"), Data(["-"], max_length=n), Output("-"), cod=cod, train=Train(**train)),
         bench.draft.config,
-        Device(bench.device.type, 0),
+        Device("cpu", 0),
         parameters=sum(p.numel() for p in parameters),
         trained=sum(p.numel() for p in parameters if p.requires_grad),
         target_bytes=4,
@@ -51,77 +47,52 @@ def sizes_of_bench(bench: Bench, n: int, mode: str) -> "Sizes":
 
 def planned(bench: Bench, row: dict[str, Any]) -> dict[str, Any]:
     """A configuration's plan, and the plan's ratios to what was measured."""
-    from peagle_train.memory import largest_pass, plan_memory, saved_bytes
-
     sizes = sizes_of_bench(bench, row["n"], row["mode"])
     plan = plan_memory(sizes, row["segments"], all_supervised=True)
     # Resident before the step: all but the relay's buffers, which a bench's step makes.
     before = sum(v for k, v in plan.resident.items() if k not in ("keys, values", "their gradients"))
     before += row["n"] * (sizes.draft.feature_size + sizes.draft.target_hidden_size) * sizes.target_bytes
-    peak = max(plan.phases[name] for name in ("loss", "backward", "embedding")) - before
-    saved = max(saved_bytes(sizes, largest_pass(sizes, row["segments"], all_supervised=True)))
-
-    def ratio(of: int, name: str) -> float | None:
-        return of / row[name] if row[name] else None
-
-    return {
-        "planned_saved_bytes": saved,
-        "planned_peak_bytes": peak,
-        "saved_ratio": ratio(saved, "saved_bytes"),
-        "peak_ratio": ratio(peak, "peak_bytes"),
+    found = {
+        "saved": max(saved_bytes(sizes, largest_pass(sizes, row["segments"], all_supervised=True))),
+        "peak": max(plan.phases[name] for name in ("loss", "backward", "embedding")) - before,
     }
+    ratios = {f"{k}_ratio": v / row[f"{k}_bytes"] if row[f"{k}_bytes"] else None for k, v in found.items()}
+    return {**{f"planned_{k}_bytes": v for k, v in found.items()}, **ratios}
 
 
 def table_of(rows: list[dict[str, Any]]) -> str:
-    header = ["mode", "n", "S", "layers", "saved MiB", "planned", "ratio", "peak MiB", "planned", "ratio"]
-    lines = []
+    lines = [["mode", "n", "S", "layers", "saved MiB", "planned", "ratio", "peak MiB", "planned", "ratio"]]
     for row in rows:
         line = [row["mode"], str(row["n"]), str(row["segments"]), str(row["layers"])]
         for name in ("saved", "peak"):
-            for key in (f"{name}_bytes", f"planned_{name}_bytes"):
-                line.append(format_number(row[key], MIB, 1))
+            line += [format_number(row[key], MIB, 1) for key in (f"{name}_bytes", f"planned_{name}_bytes")]
             line.append(format_number(row[f"{name}_ratio"], 1, 3))
         lines.append(line)
     died = [f"died: {r['mode']} n={r['n']} S={r['segments']}: {r['died']}" for r in rows if r["died"]]
-    return "\n".join([format_table(header, lines), *died])
+    return "\n".join([aligned(lines, right=True), *died])
 
 
-def main() -> int:
-    default = Settings()
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--n", type=integers, default=[1024, 4096], help="tokens of the row, several with commas (1024,4096)")
     add("--segments", type=integers, default=[1, 8], help="numbers of segments, several with commas (1,8)")
     add("--layers", type=integers, default=[1, 4], help="layers of the drafter, several with commas (1,4)")
-    add("--modes", nargs="+", choices=MODES, default=MODES, help="only these")
-    add("--repeats", type=at_least_one, default=1, help="processes of each configuration (1); medians of the peaks")
-    add("--hidden", type=at_least_one, default=default.hidden)
-    add("--vocab", type=at_least_one, default=default.vocab)
-    add("--dtype", choices=("float32", "float64", "bfloat16"), default=default.dtype, help="bfloat16: by autocast")
-    add("--device", default=default.device, help="cpu, cuda, or auto: cuda where there is one")
-    add("--threads", type=int, default=0, help="torch's own choice (0)")
-    add("--timeout", type=float, help="seconds after which a configuration counts as died (none)")
+    add("--dtype", choices=("float32", "float64", "bfloat16"), default="float32", help="bfloat16: by autocast")
     add("--json", help="write the results here")
     arguments = parser.parse_args()
-    cases = cases_of(arguments.n, arguments.segments, arguments.modes)
-    if not cases:
-        parser.error("nothing to run: segments = 1 gives flat and checkpoint, more give recompute and relay")
     # Children, whose allocations above 1 MiB then leave no holes: what is measured is what is needed.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(MIB))
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     rows: list[dict[str, Any]] = []
     for layers in arguments.layers:
-        names = ("hidden", "vocab", "dtype", "device", "threads")
-        given = {name: getattr(arguments, name) for name in names}
-        settings = Settings(layers=layers, **given).complete()
-        measured = run_all(settings, cases, arguments.repeats, arguments.timeout, None)
+        settings = Settings(layers=layers, dtype=arguments.dtype)
+        measured = run_all(settings, cases_of(arguments.n, arguments.segments, MODES), 1, None, None)
         bench = Bench(settings)
         rows += [{**row, **planned(bench, row)} for row in measured]
         if arguments.json:
             write_json(arguments.json, rows)
     print(table_of(rows))
-    return 1 if all(row["died"] for row in rows) else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

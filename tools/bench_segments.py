@@ -7,9 +7,9 @@ reported. Segments = 1 gives `flat` and `checkpoint`, every other number `recomp
 is a list of objects, one a configuration:
 
     mode, n, segments, layers   and every other setting
-    wall_s, cpu_s     of the step, medians; on CUDA wall_s is by events
-    peak_bytes        peak memory over what is resident before the step (model, its gradients, batch, target outputs);
-                      the median of resident memory on a CPU, max_memory_allocated on CUDA. peak_method says which
+    wall_s, cpu_s     of the step, medians
+    peak_bytes        peak of resident memory over what is there before the step (model, its gradients, batch, target
+                      outputs), median
     saved_bytes       the most that autograd holds for backward at any moment, each storage once, parameters and masks
                       not counted; with segments that is the largest segment's. The relay's keys, values and their
                       gradients are not in it but in
@@ -32,51 +32,53 @@ environment takes most of them out of peak_bytes, and makes the steps slower.
 """
 
 import argparse
-import dataclasses
 import json
-import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
+import torch
 from measure import (
     MIB,
     PeakRSS,
     SavedBytes,
     at_least_one,
     format_number,
-    format_table,
     integers,
     release_memory,
     run_process,
     write_json,
 )
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from peagle_train.core.draft import PEagleDraft
-    from peagle_train.core.passes import StepStats, TargetOutputs
-    from peagle_train.core.relay import RelayBuffers
-    from peagle_train.core.visibility import Visibility
+from peagle_train.core import attention_cpu
+from peagle_train.core import draft as draft_module
+from peagle_train.core.collator import CODCollator
+from peagle_train.core.draft import PEagleDraft
+from peagle_train.core.draft_config import PEagleDraftConfig
+from peagle_train.core.passes import StepStats, TargetOutputs
+from peagle_train.core.plan import plan_segments
+from peagle_train.core.recompute import recompute_step
+from peagle_train.core.relay import RelayBuffers, relay_step
+from peagle_train.core.visibility import Visibility
+from peagle_train.files import aligned
 
 MODES = ("flat", "checkpoint", "recompute", "relay")
 WHOLE_MODES = ("flat", "checkpoint")
-ROOT = Path(__file__).resolve().parent.parent
 COUNTED: tuple[str, ...] = ("saved_bytes", "buffer_bytes", "flops", "attention_flops", "head_flops")
 COUNTED += ("rows", "rows_no_grad", "attention_pairs")
 TIMED = ("wall_s", "cpu_s", "peak_bytes")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Settings:
     """What all configurations of a run share, each an option of the command line. 0: chosen from the others."""
 
@@ -88,21 +90,15 @@ class Settings:
     vocab: int = 8192  # of target and drafter
     window: int = 0  # positions that an element sees; all of its document
     depths: int = 8  # K
-    ratio: float = 0.8  # depth d keeps ratio**d, and ratio_min at least
-    ratio_min: float = 0.0
+    ratio: float = 0.8  # depth d keeps ratio**d
     boundaries: str = "balanced"  # or uniform
-    documents: int = 1  # in the sequence, of about equal length
-    supervised_from: float = 0.0  # share of each document that is prompt
-    chunk_rows: int = 0  # elements whose logits exist at a time; the package's own choice
+    supervised_from: float = 0.0  # share of the sequence that is prompt
     dtype: str = "float32"  # float64; bfloat16 by autocast
-    device: str = "auto"  # cpu, cuda
-    threads: int = 0  # torch's own choice
-    seed: int = 0
 
-    def complete(self) -> "Settings":
-        heads = self.heads or max(1, self.hidden // 64)
-        intermediate, kv_heads = self.intermediate or 3 * self.hidden, self.kv_heads or heads
-        return dataclasses.replace(self, intermediate=intermediate, heads=heads, kv_heads=kv_heads)
+    def __post_init__(self) -> None:
+        self.intermediate = self.intermediate or 3 * self.hidden
+        self.heads = self.heads or max(1, self.hidden // 64)
+        self.kv_heads = self.kv_heads or self.heads
 
 
 @dataclass(frozen=True)
@@ -124,18 +120,9 @@ class Bench:
     """A drafter and the steps over it."""
 
     def __init__(self, settings: Settings) -> None:
-        import torch
-
-        from peagle_train.core.draft import PEagleDraft
-        from peagle_train.core.draft_config import PEagleDraftConfig
-
         self.settings = settings
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
-        device = settings.device
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        torch.manual_seed(settings.seed)
-        draft: Any = PEagleDraft(
+        torch.manual_seed(0)
+        draft = PEagleDraft(
             PEagleDraftConfig(
                 vocab_size=settings.vocab,
                 hidden_size=settings.hidden,
@@ -150,133 +137,60 @@ class Bench:
             )
         )
         # As the trainer does it: weights in float32 at least, 16 bits by autocast.
-        self.autocast = settings.dtype in ("bfloat16", "float16")
-        self.dtype = getattr(torch, settings.dtype)
-        self.draft: PEagleDraft = draft.to(self.device, torch.float32 if self.autocast else self.dtype)
+        self.autocast = settings.dtype == "bfloat16"
+        self.draft: PEagleDraft = draft.to(torch.float64 if settings.dtype == "float64" else torch.float32)
         self.draft.lm_head.weight.requires_grad_(False)
 
-    def row(self, n: int) -> dict[str, Any]:
-        """n tokens in `documents` documents of about equal length, the first `supervised_from` of each a prompt."""
-        import torch
-
+    def batch(self, n: int, segments: int) -> dict[str, Tensor]:
+        """One document of n tokens, the first `supervised_from` of them a prompt."""
         s = self.settings
-        generator = torch.Generator().manual_seed(s.seed)
-        edges = [i * n // s.documents for i in range(s.documents + 1)]
-        ids, masks = [], []
-        for start, stop in pairwise(edges):
-            prompt = round((stop - start) * s.supervised_from)
-            ids.append(torch.randint(s.vocab - 1, (stop - start,), generator=generator))
-            masks.append([0] * prompt + [1] * (stop - start - prompt))
+        ids = torch.randint(s.vocab - 1, (n,), generator=torch.Generator().manual_seed(0))
+        mask = (torch.arange(n) >= round(n * s.supervised_from)).long()
         # The key names the draw, so that every mode and every S trains on the very same elements.
-        return {"input_ids": ids, "loss_mask": masks, "row_key": n}
+        row = {"input_ids": ids, "loss_mask": mask, "row_key": n}
+        return CODCollator(n, s.depths, s.ratio, 0.0, segments, s.boundaries)([row])
 
-    def batch(self, n: int, segments: int) -> dict[str, "Tensor"]:
-        from peagle_train.core.collator import CODCollator
-
-        s = self.settings
-        collator = CODCollator(n, s.depths, s.ratio, s.ratio_min, segments, s.boundaries, seed=s.seed)
-        return collator([self.row(n)])
-
-    def target(self, n: int) -> "TargetOutputs":
-        import torch
-
-        from peagle_train.core.passes import TargetOutputs
-
-        generator = torch.Generator().manual_seed(self.settings.seed + 1)
+    def target(self, n: int) -> TargetOutputs:
+        generator = torch.Generator().manual_seed(1)
         H, V = self.settings.hidden, self.settings.vocab
         # Logits of about unit variance, so that the targets are neither uniform nor one-hot.
         features, last_hidden = (torch.randn(1, n, size, generator=generator) for size in (3 * H, H))
         head = torch.randn(V, H, generator=generator) * H**-0.5
-        return TargetOutputs(*(t.to(self.device) for t in (features, last_hidden, head)))
+        return TargetOutputs(features, last_hidden, head)
 
-    def step(
-        self, mode: str, batch: dict[str, "Tensor"], target: "TargetOutputs", buffers: "RelayBuffers | None"
-    ) -> "StepStats":
-        """Forward and backward of everything, from the host's batch on; gradients accumulate."""
-        import torch
-
-        from peagle_train.core.plan import plan_segments
-        from peagle_train.core.recompute import recompute_step
-        from peagle_train.core.relay import relay_step
-
+    def step(self, mode: str, batch: dict[str, Tensor], target: TargetOutputs, buffers: RelayBuffers) -> StepStats:
+        """Forward and backward of everything; gradients accumulate."""
         # Shapes as in the trainer: the same for every segment where something is made and kept for each new one.
-        on_cuda = self.device.type == "cuda"
         window, layers = self.settings.window or None, self.settings.layers
-        static = on_cuda or self.autocast
-        plan = plan_segments(batch, static, pad_context=on_cuda, window=window, layers=layers)
-        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-        arguments: dict[str, Any] = {"plan": plan, "scale": 1.0 / max(1, plan.num_supervised)}
-        if self.settings.chunk_rows:
-            arguments["chunk_rows"] = self.settings.chunk_rows
+        plan = plan_segments(batch, static=self.autocast, pad_context=False, window=window, layers=layers)
+        arguments: dict[str, Any] = {"plan": plan, "scale": 1.0 / max(1, plan.num_supervised), "backward": _backward}
         self.draft.gradient_checkpointing = mode == "checkpoint"
-        casting = torch.autocast(self.device.type, dtype=self.dtype) if self.autocast else nullcontext()
-        with casting:
+        with torch.autocast("cpu", torch.bfloat16) if self.autocast else nullcontext():
             if mode == "relay":
-                return relay_step(self.draft, batch, target, buffers=buffers, backward=self._backward_each, **arguments)
-            return recompute_step(self.draft, batch, target, backward=self._backward, **arguments)
-
-    def _backward(self, loss: "Tensor") -> None:
-        import torch
-
-        with torch.autocast(self.device.type, enabled=False):
-            torch.autograd.backward(loss)
-
-    def _backward_each(self, tensors: Any, gradients: Any) -> None:
-        import torch
-
-        with torch.autocast(self.device.type, enabled=False):
-            torch.autograd.backward(tensors, gradients)
-
-    def warm_up(self, case: Case) -> None:
-        """Load what a first step loads, and make the parameters' gradients."""
-        from peagle_train.core.relay import RelayBuffers
-
-        n = max(16, 2 * self.settings.depths, 4 * self.settings.documents)
-        if self.device.type != "cpu":
-            n = case.n  # kernels are compiled shape by shape
-        self.step(case.mode, self.batch(n, min(case.segments, n)), self.target(n), RelayBuffers())
+                return relay_step(self.draft, batch, target, buffers=buffers, **arguments)
+            return recompute_step(self.draft, batch, target, **arguments)
 
     def time(self, case: Case) -> dict[str, Any]:
         """wall_s, cpu_s, peak_bytes and the loss of one step."""
-        import torch
-
-        from peagle_train.core.relay import RelayBuffers
-
-        self.warm_up(case)
+        n = max(16, 2 * self.settings.depths)  # of a step that loads what a first one loads, and makes gradients
+        self.step(case.mode, self.batch(n, min(case.segments, n)), self.target(n), RelayBuffers())
         batch, target = self.batch(case.n, case.segments), self.target(case.n)
-        if self.device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            release_memory()
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            baseline, cpu = torch.cuda.memory_allocated(), time.process_time()
-            start.record()
+        with PeakRSS() as rss:
+            began, cpu = time.perf_counter(), time.process_time()
             stats = self.step(case.mode, batch, target, RelayBuffers())
-            end.record()
-            torch.cuda.synchronize()
-            wall, cpu = start.elapsed_time(end) / 1e3, time.process_time() - cpu
-            peak, method = torch.cuda.max_memory_allocated() - baseline, "max_memory_allocated"
-        else:
-            with PeakRSS() as rss:
-                began, cpu = time.perf_counter(), time.process_time()
-                stats = self.step(case.mode, batch, target, RelayBuffers())
-                wall, cpu = time.perf_counter() - began, time.process_time() - cpu
-            peak, method = rss.peak_bytes, "VmHWM"
-        where = {"threads": torch.get_num_threads(), "device": str(self.device)}
-        timed = {"wall_s": wall, "cpu_s": cpu, "peak_bytes": peak, "peak_method": method}
-        return {**timed, "loss": float(stats.loss), **where}
+            wall, cpu = time.perf_counter() - began, time.process_time() - cpu
+        timed = {"wall_s": wall, "cpu_s": cpu, "peak_bytes": rss.peak_bytes, "loss": float(stats.loss)}
+        return {**timed, "threads": torch.get_num_threads()}
 
     def count(self, case: Case) -> dict[str, int]:
         """Everything that is the same in every repeat: COUNTED."""
-        from peagle_train.core.relay import RelayBuffers
-
         batch, target = self.batch(case.n, case.segments), self.target(case.n)
         with work_counted(self.draft) as work:
             self.step(case.mode, batch, target, RelayBuffers())
         release_memory()
         buffers = RelayBuffers()
 
-        def buffer_tensors() -> "list[Tensor]":
+        def buffer_tensors() -> list[Tensor]:
             return [t for pair in (*buffers.keys_values, *buffers.gradients) for t in pair]
 
         with attention_without_kernel(), SavedBytes(self.draft.parameters(), buffer_tensors) as saved:
@@ -285,24 +199,24 @@ class Bench:
         return {"saved_bytes": saved.peak_bytes, "buffer_bytes": held, **work}
 
 
+def _backward(*arguments: Any) -> None:
+    with torch.autocast("cpu", enabled=False):
+        torch.autograd.backward(*arguments)
+
+
 @contextmanager
-def work_counted(draft: "PEagleDraft") -> Iterator[dict[str, int]]:
+def work_counted(draft: PEagleDraft) -> Iterator[dict[str, int]]:
     """Count the work of what runs in the block; attention gives zeros meanwhile.
 
     The counter knows nothing of the CPU's flash kernel, and a compiled one does not run under it at all. Attention is
     counted by the pairs instead.
     """
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from peagle_train.core import draft as module
-
     work = dict.fromkeys(("flops", "attention_flops", "head_flops", "rows", "rows_no_grad", "attention_pairs"), 0)
     counter = FlopCounterMode(display=False)
 
     class CountedAttention(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, query: "Tensor", forward_flops: int, *keys_values: "Tensor") -> "Tensor":
+        def forward(ctx: Any, query: Tensor, forward_flops: int, *keys_values: Tensor) -> Tensor:
             ctx.shapes = [query.shape, *(t.shape for t in keys_values)]
             ctx.forward_flops = forward_flops
             work["attention_flops"] += forward_flops
@@ -310,18 +224,18 @@ def work_counted(draft: "PEagleDraft") -> Iterator[dict[str, int]]:
             return query.new_zeros(B, Q, H * D)
 
         @staticmethod
-        def backward(ctx: Any, gradient: "Tensor") -> tuple:
+        def backward(ctx: Any, gradient: Tensor) -> tuple:
             work["attention_flops"] += 2 * ctx.forward_flops
             d_query, *d_keys_values = (gradient.new_zeros(shape) for shape in ctx.shapes)
             return d_query, None, *d_keys_values
 
-    def attend(query: "Tensor", own: Any, context: Any, visibility: "Visibility") -> "Tensor":
+    def attend(query: Tensor, own: Any, context: Any, visibility: Visibility) -> Tensor:
         _, H, Q, D = query.shape
         pairs = visible_pairs(visibility, Q)
         work["attention_pairs"] += pairs
         return CountedAttention.apply(query, 4 * pairs * D * H, *own, *(context or ()))
 
-    original_loss = module.chunked_linear_loss
+    original_loss = draft_module.chunked_linear_loss
 
     def head(*arguments: Any) -> Any:
         before = counter.get_total_flops()
@@ -335,8 +249,8 @@ def work_counted(draft: "PEagleDraft") -> Iterator[dict[str, int]]:
     handle = draft.register_forward_pre_hook(note_rows)
     try:
         with (
-            mock.patch.object(module, "attend", attend),
-            mock.patch.object(module, "chunked_linear_loss", head),
+            mock.patch.object(draft_module, "attend", attend),
+            mock.patch.object(draft_module, "chunked_linear_loss", head),
             counter,
         ):
             yield work
@@ -345,14 +259,12 @@ def work_counted(draft: "PEagleDraft") -> Iterator[dict[str, int]]:
     work["flops"] = counter.get_total_flops() - work["head_flops"] + work["attention_flops"]
 
 
-def visible_pairs(visibility: "Visibility", num_queries: int) -> int:
+def visible_pairs(visibility: Visibility, num_queries: int) -> int:
     """Pairs (query, key) that the last `num_queries` elements of a pass see.
 
     A depth-0 element sees the columns of its document up to its own; a deeper one its own rollout's down to itself,
     too, and rollouts are complete.
     """
-    import torch
-
     first = visibility.anchor.shape[1] - num_queries
     start, anchor, depth = (t[:, first:] for t in (visibility.start, visibility.anchor, visibility.depth))
     return int(torch.where(depth >= 0, anchor - start + 1 + depth, 0).sum())
@@ -361,19 +273,13 @@ def visible_pairs(visibility: "Visibility", num_queries: int) -> int:
 @contextmanager
 def attention_without_kernel() -> Iterator[None]:
     """The package's attention, all that it saves included, with the CPU's kernel giving zeros."""
-    import torch
 
-    from peagle_train.core import attention_cpu
-    from peagle_train.core.visibility import Visibility
-
-    def flash(query: "Tensor", key: "Tensor", value: "Tensor", **_: Any) -> "tuple[Tensor, Tensor]":
+    def flash(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(query.dtype, torch.float32)
         return torch.zeros_like(query), query.new_zeros(query.shape[:3], dtype=wide)
 
-    def flash_backward(
-        _: "Tensor", query: "Tensor", key: "Tensor", value: "Tensor", *__: Any, **___: Any
-    ) -> "tuple[Tensor, Tensor, Tensor]":
-        return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    def flash_backward(_: Tensor, *inputs: Tensor, **__: Any) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros_like(t) for t in inputs[:3])  # query, key, value
 
     with (
         mock.patch.object(attention_cpu, "_flash", flash),
@@ -394,7 +300,7 @@ def run_child(request: str) -> None:
         write_json(content["out"], result)
 
 
-# ---- the parent: starts children, never imports torch
+# ---- the parent: starts children
 
 
 def cases_of(lengths: list[int], segments: list[int], modes: list[str]) -> list[Case]:
@@ -409,15 +315,11 @@ def cases_of(lengths: list[int], segments: list[int], modes: list[str]) -> list[
 
 def run_case(settings: Settings, case: Case, count: bool, timeout: float | None) -> dict[str, Any]:
     """One child: its "timed" and "counted" as far as it came, and "died"."""
-    # Measured is the package beside this file, installed or not.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    if settings.threads:
-        environment["OMP_NUM_THREADS"] = str(settings.threads)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
         request = {"settings": asdict(settings), "case": asdict(case), "count": count, "out": str(out)}
         command = [sys.executable, str(Path(__file__).resolve()), "--child", json.dumps(request)]
-        died = run_process(command, timeout=timeout, environment=environment)
+        died = run_process(command, timeout=timeout)
         result = json.loads(out.read_text()) if out.exists() else {}
     return {"timed": None, "counted": None, **result, "died": died}
 
@@ -429,8 +331,7 @@ def summarize(settings: Settings, case: Case, results: list[dict[str, Any]]) -> 
     return {
         **asdict(case),
         **asdict(settings),
-        **dict.fromkeys(("peak_method", "loss")),
-        **(runs[-1] if runs else {}),
+        **(runs[-1] if runs else {"loss": None}),
         **{name: statistics.median([run[name] for run in runs]) if runs else None for name in TIMED},
         **{name: counted.get(name) for name in COUNTED},
         "repeats": len(runs),
@@ -490,7 +391,7 @@ def table_of(rows: list[dict[str, Any]]) -> str:
         # float32 sums in other orders differ by far less; elements or labels that differ, by more
         if row is same[0] and losses and max(losses) - min(losses) > 1e-3 * abs(max(losses)):
             notes.append(f"BAD: the modes disagree about the loss at n={row['n']}: {min(losses)} to {max(losses)}")
-    return "\n".join([format_table([*header, "no grad", "buffers MiB"], lines), *notes])
+    return "\n".join([aligned([[*header, "no grad", "buffers MiB"], *lines], right=True), *notes])
 
 
 def main() -> int:
@@ -502,7 +403,7 @@ def main() -> int:
     add("--repeats", type=at_least_one, default=3, help="processes of each configuration, interleaved (3)")
     add("--json", help="write the results here, after every process")
     add("--timeout", type=float, help="seconds after which a configuration counts as died (none)")
-    for field in dataclasses.fields(Settings):
+    for field in fields(Settings):
         name = f"--{field.name.replace('_', '-')}"
         add(name, type=type(field.default), default=field.default, help=f"a setting ({field.default})")
     add("--child", help=argparse.SUPPRESS)
@@ -510,9 +411,9 @@ def main() -> int:
     if o.child:
         run_child(o.child)
         return 0
-    settings = Settings(**{field.name: getattr(o, field.name) for field in dataclasses.fields(Settings)}).complete()
-    if min(o.n) < max(settings.depths, settings.documents, *o.segments):
-        parser.error("--n must be at least --depths, --documents and every one of --segments")
+    settings = Settings(**{field.name: getattr(o, field.name) for field in fields(Settings)})
+    if min(o.n) < max(settings.depths, *o.segments):
+        parser.error("--n must be at least --depths and every one of --segments")
     cases = cases_of(o.n, o.segments, o.modes)
     if not cases:
         parser.error("nothing to run: segments = 1 gives flat and checkpoint, more give recompute and relay")
