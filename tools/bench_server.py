@@ -11,9 +11,16 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package beside it, installed or not
 
-from tools.measure import format_table
+import torch
+
+from peagle_train.config import load_recipe
+from peagle_train.data.training_data import load_training_data, make_collator
+from peagle_train.data.vocab import encoder_of
+from peagle_train.files import aligned
+from peagle_train.target_model.frozen import FrozenTarget, TargetBase
+from peagle_train.target_model.server import ServedTarget
 
 
 def main() -> None:
@@ -24,26 +31,17 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=4, help="micro-batches of each turn (default 4)")
     parser.add_argument("--turns", type=int, default=3, help="default 3")
     options = parser.parse_args()
-    import torch
-
-    from peagle_train.config import load_recipe
-    from peagle_train.data.training_data import load_training_data, make_collator
-    from peagle_train.data.vocab import encoder_of
-    from peagle_train.target_model.frozen import FrozenTarget, TargetBase
-    from peagle_train.target_model.server import ServedTarget
-
     recipe = load_recipe(options.recipe, [*options.overrides, f"target.server={options.server}"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     served = ServedTarget(recipe.target, device, recipe.data.max_length)
     frozen = FrozenTarget.from_recipe(recipe.target, device, dtype=str(served.dtype)[6:])
     data = load_training_data(encoder_of(recipe))
     collator, size = make_collator(recipe, 0), recipe.train.batch_size
-    count = len(data.train_rows) // size // (options.turns + 1)
-    if (count := min(options.batches, count)) == 0:
+    count = min(options.batches, len(data.train_rows) // size // (options.turns + 1))
+    if count == 0:
         raise SystemExit(f"{len(data.train_rows)} sequences are too few for {options.turns + 1} turns")
-    every = [
-        collator([data.train_rows[0, i * size + j] for j in range(size)]) for i in range(count * (options.turns + 1))
-    ]
+    firsts = range(0, count * (options.turns + 1) * size, size)
+    every = [collator([data.train_rows[0, first + j] for j in range(size)]) for first in firsts]
     turns = [every[i : i + count] for i in range(0, len(every), count)]
     no_rows = served.head_rows(torch.zeros(0, dtype=torch.int64)).to(device)
 
@@ -55,11 +53,9 @@ def main() -> None:
         return tokens / (time.perf_counter() - started)
 
     rates = [(once(served, turn), once(frozen, turn)) for turn in turns][1:]  # the first turn warms up
-    rows = [
-        [name, *(f"{rate:,.0f}" for rate in each)] for name, each in zip(("vLLM", "here"), zip(*rates), strict=True)
-    ]
-    print(f"{count} batches a turn, tokens/s in each of {options.turns} turns:")
-    print(format_table(["", *(f"turn {i + 1}" for i in range(options.turns))], rows))
+    rows = [["", *(f"turn {i + 1}" for i in range(options.turns))]]
+    rows += [[name, *(f"{rate:,.0f}" for rate in each)] for name, each in zip(("vLLM", "here"), zip(*rates))]
+    print(f"{count} batches a turn, tokens/s in each of {options.turns} turns:\n{aligned(rows, right=True)}")
     print(f"vLLM over here: {statistics.median(a / b for a, b in rates):.2f} (median of turns)")
 
 

