@@ -130,7 +130,7 @@ def test_saved_bytes_of_a_small_graph():
         return torch.where(mask, squared, 0).sum() + head.sum()  # saves the mask
 
     mask = torch.rand(16, 8) > 0.5
-    with measure.SavedBytes([weight]) as saved:
+    with measure.SavedBytes(lambda: [weight]) as saved:
         build(mask).backward()
         assert not saved._held
         build(mask).backward()  # the first one's have been let go
@@ -139,7 +139,7 @@ def test_saved_bytes_of_a_small_graph():
         loss = build(mask) + build(mask)  # at once: a is shared
         loss.backward()
     assert saved.peak_bytes == 512 + 256 + 2 * (512 + 128)
-    with measure.SavedBytes([weight], lambda: [a]) as saved:
+    with measure.SavedBytes(lambda: [weight, a]) as saved:
         build(mask)
     assert saved.peak_bytes == 512 + 128
     big = torch.randn(1024, requires_grad=True)

@@ -34,7 +34,7 @@ from tests.tiny import make_target, write_recipe
 sys.path.insert(0, str(ROOT / "tools"))
 
 from bench_memory import sizes_of_bench
-from bench_segments import Bench, Settings, attention_without_kernel
+from bench_segments import Bench, Settings, attention_without_kernel, buffer_tensors
 from measure import SavedBytes
 
 
@@ -79,8 +79,8 @@ def test_what_is_planned_to_be_saved_is_what_autograd_holds(shape):
     lengths = (131, 256) if "bf16" in shape else (256, 131)  # in turn: of each shape and of each case both are tried
     for (mode, S), n in zip(cases, itertools.cycle(lengths)):
         batch, outputs, buffers = bench.batch(n, S), bench.target(n), RelayBuffers()
-        own = partial(lambda kept: [t for pair in (*kept.keys_values, *kept.gradients) for t in pair], buffers)
-        with attention_without_kernel(), SavedBytes(bench.draft.parameters(), own) as saved:
+        own = partial(lambda kept: [*bench.draft.parameters(), *buffer_tensors(kept)], buffers)
+        with attention_without_kernel(), SavedBytes(own) as saved:
             bench.step(mode, batch, outputs, buffers)
         sizes = sizes_of_bench(bench, n, mode)
         planned = max(saved_bytes(sizes, largest_pass(sizes, S, all_supervised=True)))

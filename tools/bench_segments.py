@@ -190,13 +190,15 @@ class Bench:
         release_memory()
         buffers = RelayBuffers()
 
-        def buffer_tensors() -> list[Tensor]:
-            return [t for pair in (*buffers.keys_values, *buffers.gradients) for t in pair]
-
-        with attention_without_kernel(), SavedBytes(self.draft.parameters(), buffer_tensors) as saved:
+        own = [*self.draft.parameters()]
+        with attention_without_kernel(), SavedBytes(lambda: own + buffer_tensors(buffers)) as saved:
             self.step(case.mode, batch, target, buffers)
-        held = sum(t.untyped_storage().nbytes() for t in buffer_tensors())
+        held = sum(t.untyped_storage().nbytes() for t in buffer_tensors(buffers))
         return {"saved_bytes": saved.peak_bytes, "buffer_bytes": held, **work}
+
+
+def buffer_tensors(buffers: RelayBuffers) -> list[Tensor]:
+    return [t for pair in (*buffers.keys_values, *buffers.gradients) for t in pair]
 
 
 def _backward(*arguments: Any) -> None:

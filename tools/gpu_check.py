@@ -48,19 +48,6 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", help="their numbers, as in 1,2,3 (default: all that there are GPUs for)")
-    parser.add_argument("--gpus", type=int, default=1, help="GPUs to use (default 1; --dry has 2 processes)")
-    parser.add_argument("--dry", action="store_true", help="on a CPU, with tiny shapes; measures nothing")
-    parser.add_argument("--output", type=Path, help="file of the results")
-    parser.add_argument("--rows", help=argparse.SUPPRESS)  # of a stage's own process: where its rows go
-    return parser
-
-
-if __name__ == "__main__":
-    make_parser().parse_args()  # --help and mistakes are answered before torch is imported
-
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -457,7 +444,12 @@ def run_stages(stages: dict[int, float], check: Check, output: Path) -> bool:
 
 
 def main() -> int:
-    parser = make_parser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", help="their numbers, as in 1,2,3 (default: all that there are GPUs for)")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs to use (default 1; --dry has 2 processes)")
+    parser.add_argument("--dry", action="store_true", help="on a CPU, with tiny shapes; measures nothing")
+    parser.add_argument("--output", type=Path, help="file of the results")
+    parser.add_argument("--rows", help=argparse.SUPPRESS)  # of a stage's own process: where its rows go
     arguments = parser.parse_args()
     if arguments.rows:
         STAGES[int(arguments.stages)][0](Check(arguments.dry, arguments.gpus, arguments.rows))

@@ -85,21 +85,14 @@ class SavedBytes:
 
     Every storage counts once, whole, however many tensors and nodes of the graph share it, from the moment it is first
     saved until the last node that saved it lets go. What `torch.utils.checkpoint` computes again (without reentrance)
-    counts too, until it is freed. Parameters, bool tensors (masks) and `excluded` do not count.
-
-    Args:
-        parameters: tensors whose storages are there anyway.
-        excluded: called whenever something is saved; tensors whose storages do not count either (buffers that are
-            accounted for apart, and may be made within the block).
+    counts too, until it is freed. Bool tensors (masks) do not count, nor what `excluded` returns whenever something is
+    saved: tensors that are there anyway, or accounted for apart.
     """
 
     peak_bytes: int
 
-    def __init__(
-        self, parameters: Iterable[Tensor] = (), excluded: Callable[[], Iterable[Tensor]] = lambda: ()
-    ) -> None:
+    def __init__(self, excluded: Callable[[], Iterable[Tensor]] = tuple) -> None:
         self.peak_bytes = 0
-        self._parameters = {_storage_id(p) for p in parameters}
         self._excluded = excluded
         self._held: dict[int, list[int]] = {}  # storage: [nodes that hold it, bytes]
         self._recomputed: dict[int, tuple[Any, int]] = {}  # storage: (weak reference, bytes)
@@ -132,22 +125,16 @@ class SavedBytes:
 
                 self.pack_hook = watched_pack
 
-        with ExitStack() as stack:
-            stack.enter_context(mock.patch.object(checkpoint, "_recomputation_hook", Watched))
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor))
-            self._stack = stack.pop_all()
+        self._stack = ExitStack()
+        self._stack.enter_context(mock.patch.object(checkpoint, "_recomputation_hook", Watched))
+        self._stack.enter_context(torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor))
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
     def _counts(self, tensor: Tensor) -> bool:
-        key = _storage_id(tensor)
-        return (
-            tensor.dtype != torch.bool
-            and key not in self._parameters
-            and all(key != _storage_id(t) for t in self._excluded())
-        )
+        return tensor.dtype != torch.bool and _storage_id(tensor) not in map(_storage_id, self._excluded())
 
     def _hold(self, tensor: Tensor) -> int | None:
         if not self._counts(tensor):
