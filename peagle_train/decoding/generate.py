@@ -77,7 +77,6 @@ class Drafter:
     """A drafter over one growing text, with the keys and values of its real tokens."""
 
     def __init__(self, draft: PEagleDraft, num_slots: int) -> None:
-        assert num_slots >= 1
         self.draft, self.num_slots, self.length = draft, num_slots, 0
         self.token_ids = draft.draft_token_ids  # int64 [Vd]
         self._context: list[KV] | None = None
@@ -131,10 +130,10 @@ class Decoded:
 
     prompt: list[int]
     tokens: list[int]  # at most max_tokens; the last is an end token if there was one
+    features: Tensor  # [prompt + tokens - 1, F]: of every token but the last
     passes: list[tuple[int, int]] = field(default_factory=list)
     """Of each verifying pass: the index in `tokens` of the bonus token that its draft followed, and how many drafted tokens
     were accepted (those after an end token do not count, those after max_tokens do)."""
-    features: Tensor | None = None  # [prompt + tokens - 1, F]: of every token but the last
 
 
 @torch.no_grad()
@@ -150,15 +149,13 @@ def decode(
 
     target, drafter: without a text yet. choose: see `sampler`.
     """
-    assert prompt and max_tokens >= 1
     features, logits = target.extend(prompt, 1)
-    out = Decoded([*prompt], [choose(logits[0])])
-    kept = [features]
-    known, known_features = [*prompt[1:], *out.tokens], features
-    while len(out.tokens) < max_tokens and out.tokens[-1] not in eos:
+    tokens, passes, kept = [choose(logits[0])], list[tuple[int, int]](), [features]
+    known, known_features = [*prompt[1:], *tokens], features
+    while len(tokens) < max_tokens and tokens[-1] not in eos:
         drafted = drafter.token_ids[drafter.propose(known, known_features).argmax(-1)].tolist()
-        bonus_at, length = len(out.tokens) - 1, len(prompt) + len(out.tokens)
-        features, logits = target.extend([out.tokens[-1], *drafted], len(drafted) + 1)
+        bonus_at, length = len(tokens) - 1, len(prompt) + len(tokens)
+        features, logits = target.extend([tokens[-1], *drafted], len(drafted) + 1)
         known = [choose(logits[0])]  # what the target says, one token further than it agrees with the draft
         while len(known) <= len(drafted) and known[-1] == drafted[len(known) - 1]:
             known.append(choose(logits[len(known)]))
@@ -168,8 +165,7 @@ def decode(
         kept.append(known_features)
         ends = [i for i, token in enumerate(known) if token in eos]
         new = known[: ends[0] + 1] if ends else known
-        out.tokens += new
-        out.passes.append((bonus_at, min(accepted, len(new))))
-    del out.tokens[max_tokens:]
-    out.features = torch.cat(kept)[: len(prompt) + len(out.tokens) - 1]
-    return out
+        tokens += new
+        passes.append((bonus_at, min(accepted, len(new))))
+    del tokens[max_tokens:]
+    return Decoded([*prompt], tokens, torch.cat(kept)[: len(prompt) + len(tokens) - 1], passes)

@@ -289,9 +289,8 @@ def compare(results: Sequence[Result], seed: int, other: int = 1) -> dict[str, A
 
 
 def _sets(results: Sequence[Result]) -> dict[str, list[Result]]:
-    sets: dict[str, list[Result]] = {}
-    for result in results:
-        sets.setdefault(result.data_set, []).append(result)
+    names = dict.fromkeys(result.data_set for result in results)
+    sets = {name: [result for result in results if result.data_set == name] for name in names}
     return {**sets, ALL: list(results)} if len(sets) > 1 else sets
 
 
@@ -300,8 +299,7 @@ def _by_prompt(rows: Sequence[Result], drafter: int, k: int) -> list[list[int]]:
     prompts: dict[int, Tensor] = {}
     for row in rows:
         prompts[row.number] = prompts.get(row.number, 0) + torch.tensor(row.counts[drafter][k - 1])
-    by_prompt: list[list[int]] = torch.stack(list(prompts.values()), dim=1).tolist()
-    return by_prompt
+    return torch.stack(list(prompts.values()), dim=1).tolist()
 
 
 def _ratio(above: float, below: float) -> float | None:

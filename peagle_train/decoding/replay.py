@@ -63,7 +63,6 @@ def slot_logits(
 
 def accepted_slots(draft: PEagleDraft, decoded: Decoded, num_slots: int) -> list[int]:
     """[m]: how many of the first slots of the draft after token i guess the text's tokens; none beyond its end."""
-    assert decoded.features is not None
     ids, first, m = [*decoded.prompt, *decoded.tokens], len(decoded.prompt) - 1, len(decoded.tokens) - 1
     if m == 0:
         return []
@@ -91,12 +90,9 @@ def count(passes: Sequence[tuple[int, int]], num_slots: int, apart_m: Sequence[b
     to each pass, none to a pass that drafted the end token); by slot, passes in which its token, and so every one before,
     was accepted.
     """
-    m, counts = len(apart_m), [0] * (2 + num_slots)
-    for i, accepted in passes:
-        if not apart_m[i]:
-            one = [1, min(accepted + 1, m - i), *(int(k < accepted) for k in range(num_slots))]
-            counts = [a + b for a, b in zip(counts, one, strict=True)]
-    return counts
+    kept = [(i, accepted) for i, accepted in passes if not apart_m[i]]
+    tokens = sum(min(accepted + 1, len(apart_m) - i) for i, accepted in kept)
+    return [len(kept), tokens, *(sum(k < accepted for _, accepted in kept) for k in range(num_slots))]
 
 
 def repeats(prompt: Sequence[int], tokens: Sequence[int]) -> list[bool]:

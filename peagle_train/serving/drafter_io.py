@@ -175,10 +175,7 @@ def check_finite(tensors: Mapping[str, Tensor], whose: str) -> None:
 
 
 def save_drafter(
-    folder: str | Path,
-    draft: PEagleDraft,
-    state: Mapping[str, Tensor] | None = None,
-    extra: dict[str, str] | None = None,
+    folder: str | Path, draft: PEagleDraft, state: Mapping[str, Tensor] | None = None, extra: Mapping[str, str] = {}
 ) -> None:
     """Write a drafter's folder as vLLM loads it, whole or not at all, in place of an earlier drafter's. ValueError: the
     folder holds something else. NonFiniteWeights, OSError: see `fill_drafter`.
@@ -189,15 +186,15 @@ def save_drafter(
     is_used = any(folder.iterdir()) if folder.is_dir() else os.path.lexists(folder)
     if is_used and not ((folder / "config.json").is_file() and "ptd_token_id" in read_config(folder)):
         raise ValueError(f"{folder} is something other than a drafter, which would be replaced: give another folder")
-    write_folder(folder, lambda new: fill_drafter(new, draft.config, weights, extra or {}))
+    write_folder(folder, lambda new: fill_drafter(new, draft.config, weights, extra))
 
 
-def fill_drafter(folder: Path, config: PEagleDraftConfig, state: Mapping[str, Tensor], extra: dict[str, str]) -> None:
+def fill_drafter(path: Path, config: PEagleDraftConfig, state: Mapping[str, Tensor], extra: Mapping[str, str]) -> None:
     """Write `model.safetensors`, `config.json` and the texts of `extra`, by file, into a folder. NonFiniteWeights: a weight
     is not finite. OSError: a file cannot be written.
     """
     check_finite(state, "the drafter's")
     config.dtype = state["fc.weight"].dtype
     for name, text in {"config.json": config.to_json_string(), **extra}.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    save_tensors(folder / "model.safetensors", state)
+        (path / name).write_text(text, encoding="utf-8")
+    save_tensors(path / "model.safetensors", state)

@@ -249,7 +249,6 @@ def new_drafter(
     """
     if isinstance(target, (str, Path)):
         target = FrozenTarget.load(str(target))
-    path = target.config._name_or_path
     V = target.vocab_size
     ids = torch.arange(V) if draft_token_ids is None else draft_token_ids.cpu()
     if not ids.numel() or not 0 <= int(ids[0]) <= int(ids[-1]) < V or bool((ids[1:] <= ids[:-1]).any()):
@@ -258,7 +257,7 @@ def new_drafter(
         raise ValueError(f"{', '.join(others)}: for recipes alone; give draft_token_ids")
     given = {**draft, "mask_token_id": mask_token_id, "draft_vocab_size": ids.numel()}
     section, data = read_section(Draft, "draft", given), Data([], max_length=1)  # lengths are the caller's affair
-    recipe = Recipe(Target(path), data, Output(""), section, train=Train(seed=seed))
+    recipe = Recipe(Target(target.config._name_or_path), data, Output(""), section, train=Train(seed=seed))
     return make_draft(recipe, target, mask_token_id, ids)
 
 
