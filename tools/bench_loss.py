@@ -10,14 +10,11 @@ process of its own, repeats interleaved, medians. peak_bytes is the peak beyond 
 import argparse
 import json
 import statistics
-import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from measure import MIB, PeakRSS, at_least_one, format_number, integers, run_process, write_json
+from measure import MIB, PeakRSS, at_least_one, format_number, integers, run_child, write_json
 from torch import Tensor
 
 from peagle_train.core.loss import chunked_linear_loss
@@ -27,7 +24,7 @@ Method = tuple[str, int]
 """Its name, and rows of a chunk."""
 
 
-def one(settings: dict[str, Any], out: Path) -> None:
+def one(settings: dict[str, Any]) -> dict[str, float]:
     """One step of one method, in this process."""
     dtype = getattr(torch, settings["dtype"])
 
@@ -62,7 +59,7 @@ def one(settings: dict[str, Any], out: Path) -> None:
             seconds = time.perf_counter() - began
     # The gradient of the hidden states is made once more before it is accumulated: that is no logits' fault.
     peak_bytes = max(0, peak.peak_bytes - hidden.numel() * hidden.itemsize)
-    write_json(out, {"seconds": seconds, "peak_bytes": peak_bytes, "loss": float(loss.detach())})
+    return {"seconds": seconds, "peak_bytes": peak_bytes, "loss": float(loss.detach())}
 
 
 def main() -> None:
@@ -74,26 +71,23 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=at_least_one, default=3)
     parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--one", nargs=2, metavar=("SETTINGS", "OUT"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        one(json.loads(options.one[0]), Path(options.one[1]))
+    if options.child:
+        write_json(options.child[1], one(json.loads(options.child[0])))
         return
 
     methods: list[Method] = [("naive", 0), *((name, c) for name in ("chunked", "liger") for c in options.chunks)]
     shared = {name: getattr(options, name) for name in ("rows", "vocab", "hidden", "dtype")}
     results: dict[Method, list[dict[str, float]]] = {method: [] for method in methods}
     died: dict[Method, str] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out.json"
-        for name, chunk in methods * options.repeats:
-            if (name, chunk) in died:
-                continue
-            settings = json.dumps({**shared, "method": name, "chunk_rows": chunk})
-            if ended := run_process([sys.executable, __file__, "--one", settings, str(out)]):
+    for name, chunk in methods * options.repeats:
+        if (name, chunk) not in died:
+            found, ended = run_child(__file__, {**shared, "method": name, "chunk_rows": chunk})
+            if ended:
                 died[name, chunk] = ended
             else:
-                results[name, chunk].append(json.loads(out.read_text()))
+                results[name, chunk].append(found)
 
     rows, table = list[dict[str, Any]](), []
     for (name, chunk), runs in results.items():

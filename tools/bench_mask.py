@@ -15,16 +15,12 @@ shown. All methods must find the same blocks, or the bench fails.
 import argparse
 import hashlib
 import json
-import os
-import sys
-import tempfile
 import time
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from measure import MIB, PeakRSS, at_least_one, format_number, integers, run_process, write_json
+from measure import MIB, PeakRSS, at_least_one, format_number, integers, run_child, write_json
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from peagle_train.core.collator import CODCollator
@@ -97,14 +93,10 @@ def digest(mask: BlockMask) -> str:
 
 
 def run_one(method: str, n: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "result.json"
-        command = [sys.executable, __file__, "--one", method, "--n", str(n), "--json", str(out)]
-        # Caches of its own: an earlier process's would hide the compile time.
-        died = run_process(command, environment={**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"})
-        if died:
-            raise SystemExit(f"{method} failed: {died}")
-        return json.loads(out.read_text())
+    found, died = run_child(__file__, {"method": method, "n": n})
+    if died:
+        raise SystemExit(f"{method} failed: {died}")
+    return found
 
 
 def main() -> None:
@@ -112,10 +104,10 @@ def main() -> None:
     parser.add_argument("--n", type=integers, default="2048,8192,32768,131072", help="columns, separated by commas")
     parser.add_argument("--repeats", type=at_least_one, default=3)
     parser.add_argument("--json", metavar="FILE", help="also write the results here, as a list of objects")
-    parser.add_argument("--one", choices=METHODS, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.one:
-        write_json(given.json, measure(given.one, given.n[0]))
+    if given.child:
+        write_json(given.child[1], measure(**json.loads(given.child[0])))
         return
     results: list[dict[str, Any]] = []
     for n in given.n:

@@ -35,12 +35,10 @@ import argparse
 import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -53,7 +51,7 @@ from measure import (
     format_number,
     integers,
     release_memory,
-    run_process,
+    run_child,
     write_json,
 )
 from torch import Tensor
@@ -188,9 +186,7 @@ class Bench:
         with work_counted(self.draft) as work:
             self.step(case.mode, batch, target, RelayBuffers())
         release_memory()
-        buffers = RelayBuffers()
-
-        own = [*self.draft.parameters()]
+        buffers, own = RelayBuffers(), [*self.draft.parameters()]
         with attention_without_kernel(), SavedBytes(lambda: own + buffer_tensors(buffers)) as saved:
             self.step(case.mode, batch, target, buffers)
         held = sum(t.untyped_storage().nbytes() for t in buffer_tensors(buffers))
@@ -248,16 +244,13 @@ def work_counted(draft: PEagleDraft) -> Iterator[dict[str, int]]:
     def note_rows(_: Any, arguments: tuple) -> None:
         work["rows" if torch.is_grad_enabled() else "rows_no_grad"] += arguments[0].numel()
 
-    handle = draft.register_forward_pre_hook(note_rows)
-    try:
-        with (
-            mock.patch.object(draft_module, "attend", attend),
-            mock.patch.object(draft_module, "chunked_linear_loss", head),
-            counter,
-        ):
-            yield work
-    finally:
-        handle.remove()
+    with (
+        draft.register_forward_pre_hook(note_rows),
+        mock.patch.object(draft_module, "attend", attend),
+        mock.patch.object(draft_module, "chunked_linear_loss", head),
+        counter,
+    ):
+        yield work
     work["flops"] = counter.get_total_flops() - work["head_flops"] + work["attention_flops"]
 
 
@@ -291,15 +284,13 @@ def attention_without_kernel() -> Iterator[None]:
         yield
 
 
-def run_child(request: str) -> None:
-    """Write `{"timed": ...}` and, if asked for, `{"timed": ..., "counted": ...}` to the file that the request names."""
-    content = json.loads(request)
-    bench, case = Bench(Settings(**content["settings"])), Case(**content["case"])
-    result: dict[str, Any] = {"timed": bench.time(case)}
-    write_json(content["out"], result)  # at once: should the counting die, the timing stands
-    if content["count"]:
-        result["counted"] = bench.count(case)
-        write_json(content["out"], result)
+def measure(settings: dict[str, Any], case: dict[str, Any], count: bool, out: str) -> None:
+    """Write `{"timed": ...}` and, if asked for, `{"timed": ..., "counted": ...}`."""
+    bench = Bench(Settings(**settings))
+    result: dict[str, Any] = {"timed": bench.time(Case(**case))}
+    write_json(out, result)  # at once: should the counting die, the timing stands
+    if count:
+        write_json(out, {**result, "counted": bench.count(Case(**case))})
 
 
 # ---- the parent: starts children
@@ -313,17 +304,6 @@ def cases_of(lengths: list[int], segments: list[int], modes: list[str]) -> list[
         for mode in MODES
         if mode in modes and (mode in WHOLE_MODES) == (S == 1)
     ]
-
-
-def run_case(settings: Settings, case: Case, count: bool, timeout: float | None) -> dict[str, Any]:
-    """One child: its "timed" and "counted" as far as it came, and "died"."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "result.json"
-        request = {"settings": asdict(settings), "case": asdict(case), "count": count, "out": str(out)}
-        command = [sys.executable, str(Path(__file__).resolve()), "--child", json.dumps(request)]
-        died = run_process(command, timeout=timeout)
-        result = json.loads(out.read_text()) if out.exists() else {}
-    return {"timed": None, "counted": None, **result, "died": died}
 
 
 def summarize(settings: Settings, case: Case, results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -351,7 +331,9 @@ def run_all(
         for case, earlier in results.items():
             if any(r["died"] for r in earlier):
                 continue  # it would again
-            result = run_case(settings, case, repeat == 0, timeout)
+            given = {"settings": asdict(settings), "case": asdict(case), "count": repeat == 0}
+            found, died = run_child(__file__, given, timeout)
+            result = {"timed": None, "counted": None, **found, "died": died}
             earlier.append(result)
             said = f"died: {result['died']}" if result["died"] else f"{result['timed']['wall_s']:.2f} s"
             print(f"[{repeat + 1}/{repeats}] {case}: {said}", file=sys.stderr, flush=True)
@@ -408,10 +390,10 @@ def main() -> int:
     for field in fields(Settings):
         name = f"--{field.name.replace('_', '-')}"
         add(name, type=type(field.default), default=field.default, help=f"a setting ({field.default})")
-    add("--child", help=argparse.SUPPRESS)
+    add("--child", nargs=2, help=argparse.SUPPRESS)
     o = parser.parse_args()
     if o.child:
-        run_child(o.child)
+        measure(**json.loads(o.child[0]), out=o.child[1])
         return 0
     settings = Settings(**{field.name: getattr(o, field.name) for field in fields(Settings)})
     if min(o.n) < max(settings.depths, *o.segments):

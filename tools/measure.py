@@ -5,11 +5,13 @@ import ctypes
 import datetime
 import functools
 import gc
+import json
 import os
 import platform
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from importlib import metadata
@@ -198,6 +200,18 @@ def run_process(
     elif died is None and code:
         died = ": ".join([f"exit {code}", *(line[:300] for line in lines[-1:])])
     return died
+
+
+def run_child(script: str, settings: dict[str, Any], timeout: float | None = None) -> tuple[dict[str, Any], str | None]:
+    """Run `script --child SETTINGS OUT`: what it wrote to OUT, and why it did not do its work, if so. Compilers' caches are
+    its own: an earlier process's would hide what compiling takes.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.json"
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
+        command = [sys.executable, script, "--child", json.dumps(settings), str(out)]
+        died = run_process(command, timeout=timeout, environment=environment)
+        return json.loads(out.read_text()) if out.exists() else {}, died
 
 
 # ---- output

@@ -197,7 +197,8 @@ def measure(
             decoded = decode(CachedTarget(target), Drafter(drafts[0], K), ids, max_tokens + K, choose, eos)
             tokens, repeated = decoded.tokens[:max_tokens], repeats(ids, decoded.tokens)
             apart_m = repeated[1:]  # a pass is repetition if the first token that it drafts is
-            accepted_Dm = [accepted_slots(draft, decoded, K) for draft in drafts]
+            accepted = (accepted_slots(draft, decoded, K) for draft in drafts)
+            counts = [[count(replay(a_m, k, max_tokens), k, apart_m) for k in range(1, K + 1)] for a_m in accepted]
             own = greedy_tokens(target, ids, max_tokens, eos) if temperature == 0 else None
             result = Result(
                 number=number,
@@ -208,10 +209,7 @@ def measure(
                 tokens=tokens,
                 repeated=sum(repeated[: len(tokens)]),
                 passes=[(i, n) for i, n in decoded.passes if i < max_tokens - 1],
-                counts=[
-                    [count(replay(accepted_m, k, max_tokens), k, apart_m) for k in range(1, K + 1)]
-                    for accepted_m in accepted_Dm
-                ],
+                counts=counts,
                 check={"verdict": "none"} if own is None else verdict(target, ids, own, tokens),
             )
             results.append(result)
