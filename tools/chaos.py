@@ -294,10 +294,7 @@ def metrics(output: Path) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Kill a tiny run N times, resume it, compare it with an undisturbed one.",
-        epilog="example: python tools/chaos.py --kills 50 --json chaos.json",
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="stop after N processes were killed (50)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of deaths (0)")
     parser.add_argument("--json", type=Path, help="write the result there, too")
@@ -317,7 +314,6 @@ def main() -> int:
     result |= {"seed": options.seed, "seconds": seconds, "date": date, "versions": versions()}
     print(json.dumps(result, indent=2))
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.json, result)
     return 0 if result["equal"] else 1
 

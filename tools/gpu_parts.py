@@ -171,9 +171,8 @@ class Stepper:
             optimizer.step()
         self.draft.zero_grad()
 
-    def step(self, *batches: Any) -> None:
-        for batch in batches:
-            self.accumulate(batch)
+    def step(self, batch: Any) -> None:
+        self.accumulate(batch)
         self.reduce()
         self.update()
 
