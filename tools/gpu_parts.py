@@ -171,8 +171,9 @@ class Stepper:
             optimizer.step()
         self.draft.zero_grad()
 
-    def step(self, batch: Any) -> None:
-        self.accumulate(batch)
+    def step(self, *batches: Any) -> None:
+        for batch in batches:
+            self.accumulate(batch)
         self.reduce()
         self.update()
 
