@@ -85,7 +85,7 @@ class Drafter:
     def propose(self, tokens: Sequence[int], features_nF: Tensor) -> Tensor:
         """Logits of all slots, [K, Vd], in the drafter's dtype.
 
-        tokens: the n >= 1 that became known since the last call, the bonus token last. features_nF: of the tokens before.
+        tokens: n >= 1, known since the last call, the bonus token last. features_nF: of the token before each of them.
         """
         n, K, device = len(tokens), self.num_slots, self.draft.device
         assert features_nF.shape[0] == n >= 1
