@@ -115,7 +115,7 @@ def _holding(holds: Callable[[Any], bool], words: str) -> within:
     return within(check)
 
 
-MANY = 2**31 - 1  # of what is only counted; what memory or time is taken for has limits of its own, beyond any use
+MANY = 2**31 - 1  # the largest of what is only counted; what takes memory or time has limits of its own
 MAX_ROPE_THETA = 1e15  # beyond it the slowest angles vanish in float32
 Count = Annotated[int, within(ge=1, le=MANY)]
 Share = Annotated[float, within(ge=0, lt=1)]
@@ -296,14 +296,14 @@ class Target:
     cache: FilePath | None = None
     """Folder of `peagle-train cache` to read features from, so that the target need not run; null: run it."""
     cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "float64", "float8_e4m3fn"] = "auto"
-    """Of features in that folder; auto: what the target computes in; float8_e4m3fn: 8 bits and a scale a position."""
+    """What features have in that folder; auto: what the target computes in; float8_e4m3fn: 8 bits, a scale a position."""
     server: list[Text] | Text | None = None
     """URL of a vLLM server that computes the features, or a list of them (see `peagle-train serve-target`)."""
     server_patience: Annotated[float, within(ge=0, le=10**6)] = 600.0
     """Seconds from a server's first failure until the run is saved and stops: time to restart it. A request that takes
     longer (and more than a minute) has failed."""
     prefetch_gib: Annotated[float, within(gt=0, le=10**6)] = 4.0
-    """Host memory a rank for features that are asked of servers ahead of their use (one micro-batch's always are)."""
+    """At most this host memory a rank for features asked of servers ahead of use (one micro-batch's always are)."""
     reuse: Annotated[int, within(ge=1, le=10**4)] = 1
     """R: features are computed once for R passes over the data (of which `train.epochs` counts each), with draws of their
     own. They go block by block: as many sequences as `ring` holds are trained on R times, then the next ones."""
@@ -462,7 +462,7 @@ class Train:
     decay_ratio: Annotated[float, within(gt=0, le=1)] = 0.2
     """Share of the steps in which constant_with_decay falls."""
     average: Share = 0.0
-    """Share of the steps, the last, whose mean weights the final drafter has (checkpoints: the last step's); 0: none."""
+    """Share of the steps, the last ones, whose weights' mean is the final drafter; 0: the last step's are."""
     warmup_ratio: Share = 0.0025
     """Share of the steps in which the learning rate rises."""
     weight_decay: Annotated[float, within(ge=0, le=1)] = 0.0

@@ -17,7 +17,7 @@ import torch
 from peagle_train.cli import main
 from peagle_train.config import Data, parse_sources
 from peagle_train.data.documents import find_all, read_examples
-from peagle_train.data.messages import BAD_IDS, BROKEN, FORMAT, NOTHING
+from peagle_train.data.messages import BAD_IDS, FORMAT, NOTHING, UNREADABLE
 from tests.byte_tokenizer import make_byte_target, make_byte_tokenizer
 from tests.documents import TOKENIZER, Document, load, write_lines
 from tests.tiny import write_recipe
@@ -68,10 +68,10 @@ def ids(tokens: str, **more: str) -> bytes:
 
 # What is in a line, what it is counted as, and a word of what is said about it.
 BAD = [
-    (b'{"text": "broken', BROKEN, "not valid JSON"),
-    (b'{"text": "\xff"}', BROKEN, "not UTF-8"),
-    (b'{"text": "\\ud800"}', BROKEN, "ud800"),
-    (json.dumps({"messages": [{"role": "user", "content": "a\udfffb"}, CHAT[1]]}).encode(), BROKEN, "udfff"),
+    (b'{"text": "broken', UNREADABLE, "not valid JSON"),
+    (b'{"text": "\xff"}', UNREADABLE, "not UTF-8"),
+    (b'{"text": "\\ud800"}', UNREADABLE, "ud800"),
+    (json.dumps({"messages": [{"role": "user", "content": "a\udfffb"}, CHAT[1]]}).encode(), UNREADABLE, "udfff"),
     (b"[1, 2]", FORMAT, "give {"),
     (b'{"question": "?"}', FORMAT, "give {"),
     (b'{"text": null}', FORMAT, "give a string"),
@@ -86,7 +86,7 @@ BAD = [
     (ids("[1, true]"), BAD_IDS, "input_ids[1] is True"),
     (ids("[1.0, 2]"), BAD_IDS, "input_ids[0] is 1.0"),
     (ids("[1, 1" + "0" * 99 + "]"), BAD_IDS, "000...;"),
-    (ids("[1, 1" + "0" * 5000 + "]"), BROKEN, "not valid JSON"),
+    (ids("[1, 1" + "0" * 5000 + "]"), UNREADABLE, "not valid JSON"),
     (ids("[1, 299]"), BAD_IDS, "input_ids[1] is the mask token 299"),
     (ids("[1, 2]", loss_mask="[1]"), FORMAT, "2 input_ids but 1 in loss_mask"),
     (ids("[1, 2]", loss_mask="[0, 2]"), FORMAT, "loss_mask[1] is 2; give 0 or 1"),
@@ -139,7 +139,7 @@ def test_check_data_counts_all_that_is_bad_and_ends_with_2_where_a_run_would_sto
     for allowed, code in (("0", 2), ("2", 2), ("3", 0), ("59%", 2), ("60%", 0)):
         assert main(["check-data", str(recipe), "--workers", "1", f"data.max_bad_rows={allowed}"]) == code
         out = capsys.readouterr().out
-        assert f"2 {BROKEN}, first: {path}, line 2: " in out and f"1 {FORMAT}, first: {path}, line 3: " in out
+        assert f"2 {UNREADABLE}, first: {path}, line 2: " in out and f"1 {FORMAT}, first: {path}, line 3: " in out
         assert "2 documents of 1 files" in out and ("a run would stop" in out) == (code == 2)
     for wrong in ("1.5", "101%", "-1%", "x"):
         assert main(["check-data", str(recipe), f"data.max_bad_rows={wrong}"]) == 2
@@ -153,7 +153,7 @@ def test_a_text_file_that_is_not_utf8_is_a_bad_row_whatever_its_folder_is_called
     (folder / "b.txt").write_text("two")
     documents, report = load(folder, max_bad_rows=1)
     assert [TOKENIZER.decode(d.input_ids) for d in documents] == ["two"]
-    assert report.first_bad == {BROKEN: f"{tmp_path}/d\\udcff\u00fc/a.txt: not UTF-8 (byte 0xff in line 2)"}
+    assert report.first_bad == {UNREADABLE: f"{tmp_path}/d\\udcff\u00fc/a.txt: not UTF-8 (byte 0xff in line 2)"}
     report.describe().encode("utf-8")
 
 
@@ -162,7 +162,7 @@ def test_a_broken_list_of_rows_is_one_bad_row_and_nothing_to_learn_from_is_refus
     path.write_text(json.dumps([{"text": "one"}, {"text": "two"}])[:-1])
     good = write_lines(tmp_path / "r.jsonl", {"text": "good"})
     documents, report = load(path, good, max_bad_rows=1)
-    assert len(documents) == 1 and report.first_bad[BROKEN].startswith(str(path))
+    assert len(documents) == 1 and report.first_bad[UNREADABLE].startswith(str(path))
     path.write_text(json.dumps([{"text": "one"}, 5, {"text": "two"}], indent=2))
     documents, report = load(path, max_bad_rows=1)
     assert len(documents) == 2 and report.first_bad[FORMAT].startswith(f"{path}, row 2: ")

@@ -70,8 +70,8 @@ def main() -> int:
     model = load_model(path, resolve_dtype(recipe.target.dtype, device)).to(device).eval()
     tokenizer = load_tokenizer(path, False)
     ends = set(eos_token_ids(model.config, model.generation_config, tokenizer))
-    encode = Encoder(recipe.data, tokenizer, model.config.vocab_size, mask_token_id=None).encode
-    read = [made for _, made in read_documents(find_all(recipe.data)["sources"], SourceReport(), encode)]
+    encoder = Encoder(recipe.data, tokenizer, model.config.vocab_size)
+    read = [made for _, made in read_documents(find_all(recipe.data)["sources"], SourceReport(), encoder)]
     is_out = held_out_documents(np.stack([np.frombuffer(x.key, np.uint8) for x in read]), recipe.data.eval_fraction)
     long_enough = [x for x, out in zip(read, is_out) if not out and x.input_ids.size > prompt_tokens]
     long_enough.sort(key=lambda x: x.key)

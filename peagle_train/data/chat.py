@@ -162,7 +162,7 @@ class ChatEncoder:
         template are put between bos and eos, as in TRL. ValueError: no usable template. BadRow: the template fails, reads
         no tool calls or rewrites the last turn; nothing to learn from.
         """
-        counts = Counter[str]()
+        counts = Counter[str]()  # apart from `notes`, as a bad row counts nothing
         if conversation.text is None:
             whole, spans = self._render_chat(conversation, counts)
         else:
@@ -170,7 +170,8 @@ class ChatEncoder:
             end = "" if completion.endswith(self._plain_end) else self._plain_end
             whole = self._tokenize(prompt + completion + end)
             spans = [(len(prompt), len(whole.text))]
-        is_inside_n, straddles_n = torch.zeros(2, len(whole.ids), dtype=torch.bool)
+        is_inside_n = torch.zeros(len(whole.ids), dtype=torch.bool)
+        straddles_n = torch.zeros_like(is_inside_n)
         for first, last in spans:
             is_inside_n |= (whole.starts_n >= first) & (whole.ends_n <= last) & (whole.starts_n < last)
             for border in (first, last):

@@ -14,6 +14,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -25,7 +26,16 @@ from tqdm import tqdm
 
 from peagle_train.config import Data
 from peagle_train.data.chat import IDS_ALONE, ChatEncoder, read_template
-from peagle_train.data.messages import BAD_IDS, BROKEN, FORMAT, NOTHING, BadRow, from_json, messages_of, without_null
+from peagle_train.data.messages import (
+    BAD_IDS,
+    FORMAT,
+    NOTHING,
+    UNREADABLE,
+    BadRow,
+    from_json,
+    messages_of,
+    without_null,
+)
 
 FORMS = ("input_ids", "messages", "conversations", "prompt", "text")  # in the order in which they are looked for
 
@@ -82,12 +92,14 @@ class Encoder(Dataset[EncodedBatch | ValueError]):
             how |= {"sampler": batches, "num_workers": self.num_workers}  # the sampler's items go to `__getitem__`
             encoded = DataLoader(self, generator=torch.Generator(), **how)
         pace = 0.1 if sys.stderr.isatty() else 60.0
-        with tqdm(unit=" examples", unit_scale=True, mininterval=pace, disable=not self.num_workers) as bar:
+        bar = tqdm(unit=" examples", unit_scale=True, mininterval=pace) if self.num_workers else None
+        with nullcontext() if bar is None else bar:
             for batch in encoded:
                 if isinstance(batch, ValueError):
                     raise batch
                 yield batch
-                bar.update(len(batch.raws))
+                if bar is not None:
+                    bar.update(len(batch.raws))
 
     def __getitem__(self, raws: list[RawExample]) -> EncodedBatch | ValueError:
         """A batch; a mistake is returned, since a loader's process would add its traceback to the message."""
@@ -197,7 +209,7 @@ def parse(content: Any) -> dict[str, Any]:
             content = from_json(text)
         except ValueError as error:
             what = f"{error.msg}, character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
-            raise BadRow(BROKEN, f"not valid JSON ({what})") from None
+            raise BadRow(UNREADABLE, f"not valid JSON ({what})") from None
     if not isinstance(content, dict):
         raise BadRow(FORMAT, f'give {{"messages": [...]}} or the like instead of {clip(repr(content))}')
     return content
@@ -210,7 +222,7 @@ def decode(data: bytes) -> str:
     except UnicodeDecodeError as error:
         line = 1 + data[: error.start].count(b"\n")
         where = f" in line {line}" if b"\n" in data.strip() else ""
-        raise BadRow(BROKEN, f"not UTF-8 (byte 0x{data[error.start]:02x}{where})") from None
+        raise BadRow(UNREADABLE, f"not UTF-8 (byte 0x{data[error.start]:02x}{where})") from None
 
 
 def clip(text: str) -> str:

@@ -17,7 +17,7 @@ _ROLES = {
 _UNREAD_LOSS_KEYS = ("train", "training", "trainable", "train_detail", "loss", "loss_weight", "mask", "masked")
 """Marks of other formats for what to learn from. Ignoring them would train on what they exclude."""
 
-BROKEN, FORMAT, BAD_IDS = "unreadable text", "wrong format", "bad ids"
+UNREADABLE, FORMAT, BAD_IDS = "unreadable text", "wrong format", "bad ids"
 TEMPLATE, NOTHING = "does not fit the chat template", "nothing to learn from"
 
 
@@ -43,9 +43,9 @@ class Conversation(NamedTuple):
 
 
 def messages_of(row: dict[str, Any], to_ask: bool = False) -> Conversation:
-    """The chat of an example, of whose `messages`, `conversations` and `prompt` the first that it has is read; BadRow:
-    it is in none of the formats, or nothing to learn from. `to_ask`: answers will be generated, so the recorded ones
-    may be empty or missing.
+    """The chat of an example that has `messages`, `conversations` or `prompt`, of which the first is read; BadRow: it is
+    in none of the formats, or nothing to learn from. `to_ask`: answers will be generated, so the recorded ones may be
+    empty or missing.
 
     Tool calls get one shape, {"type": "function", "function": {"name", "arguments"}}; arguments that are a JSON string
     are parsed (servers do so before they render); thoughts appear as reasoning_content and thinking; text parts are

@@ -86,14 +86,17 @@ class PackedRows(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
         epoch, i = index if isinstance(index, tuple) else (None, index)
+        if not -1 <= i < len(self):
+            raise IndexError(f"sequence {i} of {len(self)}")
         if i == EMPTY_ROW:
-            tokens, key = [np.zeros(0, np.int64)] * 3, 0
+            tokens, key = (np.zeros(0, np.int64),) * 3, 0
         else:
             stored = int(self._index[i])
             tokens, key = self._tokens(stored), int(self.layout["row_keys"][stored])
         names = "input_ids", "loss_mask", "document_ids"
-        row = {name: torch.from_numpy(values) for name, values in zip(names, tokens, strict=True)}
-        return {**row, "row_key": key, **({} if epoch is None else {"epoch": epoch})}
+        row: dict[str, Any] = {n: torch.from_numpy(values) for n, values in zip(names, tokens, strict=True)}
+        row["row_key"] = key
+        return row if epoch is None else {**row, "epoch": epoch}
 
     def fingerprint(self) -> str:
         """sha256 over all sequences' keys in order, in hex: the same where and only where the sequences are."""
@@ -108,13 +111,16 @@ class PackedRows(Dataset[dict[str, Any]]):
         limited._index = self._index[np.sort(lowest)]
         return limited
 
-    def _tokens(self, sequence: int) -> list[np.ndarray]:
+    def _tokens(self, sequence: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids, mask and document ids: int64 [n] each."""
         first, last = self.layout["row_offsets"][sequence : sequence + 2].tolist()
         starts, lengths = (self.layout[name][first:last] for name in ("piece_starts", "piece_lengths"))
-        at_n = np.concatenate([np.arange(start, start + length) for start, length in zip(starts, lengths)])
-        stored = [values[at_n].astype(np.int64) for values in (self._store.ids_n, self._store.mask_n)]
-        return [*stored, np.repeat(np.arange(last - first), lengths)]
+        pieces = [slice(start, start + length) for start, length in zip(starts.tolist(), lengths.tolist())]
+        ids, mask = (
+            np.concatenate([values[piece] for piece in pieces], dtype=np.int64)
+            for values in (self._store.ids_n, self._store.mask_n)
+        )
+        return ids, mask, np.repeat(np.arange(last - first), lengths)
 
 
 def pack_table(

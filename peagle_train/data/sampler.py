@@ -41,6 +41,7 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
     block_steps: int = 0  # 0: those of one epoch
 
     def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.world_size
         self.num_steps = self.num_steps or self.steps_per_epoch
         self.block_steps = self.block_steps or self.steps_per_epoch
 

@@ -52,7 +52,9 @@ def choose_mask_token(draft: Draft, data: Data, tokenizer: Any, vocab_size: int)
     """
     if (given := draft.mask_token_id) is not None:
         if given >= vocab_size:
-            raise ValueError(f"draft.mask_token_id is {given}; it must lie in 0..{vocab_size - 1}, the target's ids")
+            raise ValueError(
+                f"draft.mask_token_id is {given}; it must lie in 0..{vocab_size - 1}, the target's vocabulary"
+            )
         return given
     # Rows that pad the embedding table are the only ids that provably never occur in text.
     first_unused = vocab_size if tokenizer is None else max(tokenizer.get_vocab().values(), default=-1) + 1

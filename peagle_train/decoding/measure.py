@@ -89,7 +89,7 @@ def _texts(path: str) -> list[tuple[str, str]]:
     for raw in read_examples([SourceFile(path, path, "jsonl")]):
         try:
             text = parse(raw.content)["text"]
-        except (BadRow, LookupError, TypeError):
+        except (BadRow, LookupError):
             text = None
         if not isinstance(text, str) or not text:
             if not texts:
