@@ -96,10 +96,11 @@ def test_repetition_is_left_out_of_what_is_measured(tmp_path):
 
 def test_own_text_is_the_targets_greedy_text_after_pieces_of_trained_documents_until_it_repeats(tmp_path, monkeypatch):
     recipe = write_stdlib_recipe(tmp_path / "recipe.yaml", make_byte_target(tmp_path / "target"), "unused")
-    out, lengths = tmp_path / "own.jsonl", ["--pieces", "7", "--batch-size", "3", "--prompt-tokens", "12"]
+    (tmp_path / "target" / "generation_config.json").write_text('{"repetition_penalty": 9.0, "do_sample": true}')
+    out, lengths = tmp_path / "new" / "own.jsonl", ["--pieces", "7", "--batch-size", "3", "--prompt-tokens", "12"]
     command = [str(recipe), "target.dtype=float32", "--out", str(out), *lengths, "--max-tokens", "90"]
     monkeypatch.setattr(sys, "argv", ["x", *command])
-    assert own_text.main() == 0
+    own_text.main()
     rows, tokenizer = [json.loads(line) for line in out.open()], make_byte_tokenizer()
     target = FrozenTarget.load(str(tmp_path / "target"), dtype="float32")
     held_out = {case.group for case in stdlib_cases(load_recipe(str(recipe)), tokenizer, BYTES_VOCAB, None, 12, 0)[0]}
@@ -120,3 +121,7 @@ def test_own_text_is_the_targets_greedy_text_after_pieces_of_trained_documents_u
             assert made == whole
     assert cut
     assert len({tuple(row["input_ids"][:12]) for row in rows}) == 7
+    for more, message in ((["data.eval_sources=[stdlib]"], "eval_sources"), (["--prompt-tokens", "999999"], "lower")):
+        monkeypatch.setattr(sys, "argv", ["x", *command, *more])
+        with pytest.raises(ValueError, match=message):
+            own_text.main()

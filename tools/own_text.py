@@ -3,85 +3,101 @@
 
     python tools/own_text.py recipes/smollm2_cpu.yaml --out runs/own_text.jsonl --pieces 1024
 
-Each piece is --prompt-tokens of a document that the recipe trains on, up to a place drawn from the seed and the document's
-key, continued greedily for --max-tokens, or up to an end token, and cut 32 tokens after it begins to repeat itself. All
-documents are cut once, then all twice, ... Rows are `input_ids` and `loss_mask`, every token but the first learned.
+Each piece is --prompt-tokens of a document of data.sources that data.eval_fraction (give the training's) does not hold
+out, up to a place drawn from the seed and the document's key, continued greedily for --max-tokens, or up to an
+end token, and cut 32 tokens after it begins to repeat itself. All documents are cut once, then all twice, ... Rows are
+`input_ids` and `loss_mask`, every token learned.
 """
 
 import argparse
 import json
 import sys
 import time
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
 import torch
 from measure import at_least_one
+from transformers import GenerationConfig
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from peagle_train.config import load_recipe
+from peagle_train.core.cod import seeded
+from peagle_train.data.documents import SourceReport, find_all, read_documents
+from peagle_train.data.packing import held_out_documents
+from peagle_train.data.vocab import encoder_of, eos_token_ids
+from peagle_train.decoding.replay import repeats
+from peagle_train.files import partial_path, put, run_tool
+from peagle_train.target_model.loading import load_model, resolve_dtype
+
 AGAIN = 32
 """Tokens that are kept of a text which repeats itself: what starts a repetition is worth learning."""
 
 
-def cut_pieces(documents: list[tuple[list[int], str]], count: int, length: int, seed: int) -> list[list[int]]:
+def cut_pieces(documents: list[tuple[np.ndarray, str]], count: int, length: int, seed: int) -> list[list[int]]:
     """`count` pieces of `length` tokens: of (ids, key), each longer than that, in an order of no meaning."""
-    from peagle_train.core.cod import seeded
-
     pieces = []
     for number in range(count):
         again, at = divmod(number, len(documents))
         ids, key = documents[at]
         end = int(torch.randint(length, len(ids), (), generator=seeded("own text", seed, key, again)))
-        pieces.append(ids[end - length : end])
+        pieces.append(ids[end - length : end].tolist())
     return pieces
 
 
 def without_repetition(prompt: list[int], tokens: list[int]) -> list[int]:
     """The text up to the first AGAIN tokens that only repeat."""
-    from peagle_train.decoding.replay import repeats
-
     again = repeats(prompt, tokens)
     return tokens[: again.index(True) + AGAIN] if True in again else tokens
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("recipe")
     add("overrides", nargs="*", metavar="section.key=value")
-    add("--out", required=True, metavar="FILE.jsonl")
+    add("--out", required=True, type=Path, metavar="FILE.jsonl")
     add("--pieces", type=at_least_one, default=1024)
     add("--prompt-tokens", type=at_least_one, default=256)
     add("--max-tokens", type=at_least_one, default=128)
     add("--batch-size", type=at_least_one, default=64)
     add("--seed", type=int, default=0)
     options = parser.parse_intermixed_args()
-
-    from peagle_train.config import load_recipe
-    from peagle_train.data.documents import SourceReport, find_all, read_documents
-    from peagle_train.data.encode import Encoder
-    from peagle_train.data.packing import held_out_documents
-    from peagle_train.data.vocab import eos_token_ids, load_tokenizer
-    from peagle_train.target_model.loading import load_model, resolve_dtype
-
-    recipe, prompt_tokens = load_recipe(options.recipe, options.overrides), options.prompt_tokens
-    path, device = recipe.target.path, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(path, resolve_dtype(recipe.target.dtype, device)).to(device).eval()
-    tokenizer = load_tokenizer(path, False)
-    ends = set(eos_token_ids(model.config, model.generation_config, tokenizer))
-    encoder = Encoder(recipe.data, tokenizer, model.config.vocab_size)
-    read = [made for _, made in read_documents(find_all(recipe.data)["sources"], SourceReport(), encoder)]
-    is_out = held_out_documents(np.stack([np.frombuffer(x.key, np.uint8) for x in read]), recipe.data.eval_fraction)
-    long_enough = [x for x, out in zip(read, is_out) if not out and x.input_ids.size > prompt_tokens]
-    long_enough.sort(key=lambda x: x.key)
-    documents = [(x.input_ids.tolist(), x.key.hex()) for x in long_enough]
-    pieces, written, started = cut_pieces(documents, options.pieces, prompt_tokens, options.seed), 0, time.monotonic()
-    with open(options.out, "w", encoding="utf-8") as file:
+    recipe, prompt_tokens, report = (
+        load_recipe(options.recipe, options.overrides),
+        options.prompt_tokens,
+        SourceReport(),
+    )
+    if recipe.data.eval_sources:
+        raise ValueError("data.eval_sources: what is in both is held out, which is not looked at here: remove them")
+    encoder, settings = encoder_of(recipe), recipe.target
+    files = find_all(recipe.data)["sources"]
+    read = [made for _, made in read_documents(files, report, encoder, recipe.data.max_bad_rows)]
+    print(f"data: {report.describe()}")
+    keys_D32 = np.frombuffer(b"".join(x.key for x in read), np.uint8).reshape(-1, 32)
+    trained = compress(read, ~held_out_documents(keys_D32, recipe.data.eval_fraction))
+    documents = sorted(
+        ((x.input_ids, x.key.hex()) for x in trained if x.input_ids.size > prompt_tokens), key=lambda x: x[1]
+    )
+    if not documents:
+        raise ValueError(f"no document to train on has more than {prompt_tokens} tokens: lower --prompt-tokens")
+    pieces = cut_pieces(documents, options.pieces, prompt_tokens, options.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype, how = resolve_dtype(settings.dtype, device), (settings.attn_implementation, settings.trust_remote_code)
+    model = load_model(settings.path, dtype, *how).to(device).eval()
+    ends = eos_token_ids(model.config.get_text_config(), model.generation_config, encoder.tokenizer)
+    # In place of the model's own, whose penalties `generate` would apply to greedy texts, too.
+    model.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=ends or None, pad_token_id=(ends or [0])[0]
+    )
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    written, started = 0, time.monotonic()
+    with partial_path(options.out).open("w", encoding="utf-8") as file:
         for first in range(0, len(pieces), options.batch_size):
             ids_BP = torch.tensor(pieces[first : first + options.batch_size], device=device)
-            how = {"max_new_tokens": options.max_tokens, "do_sample": False, "cache_implementation": "static"}
-            made = model.generate(input_ids=ids_BP, attention_mask=torch.ones_like(ids_BP), **how)
+            # On a CPU a cache of fixed size is several times as fast as one that is copied for each token.
+            how_long = {"max_new_tokens": options.max_tokens, "cache_implementation": "static"}
+            made = model.generate(input_ids=ids_BP, attention_mask=torch.ones_like(ids_BP), **how_long)
             for prompt, tokens in zip(ids_BP.tolist(), made[:, prompt_tokens:].tolist()):
                 end = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
                 ids = prompt + without_repetition(prompt, tokens[: end + 1])
@@ -89,8 +105,8 @@ def main() -> int:
                 file.write(json.dumps({"input_ids": ids, "loss_mask": [1] * len(ids)}) + "\n")
             done, minutes = first + len(ids_BP), (time.monotonic() - started) / 60
             print(f"{done} of {len(pieces)} pieces, {written} tokens, {minutes:.1f} min", flush=True)
-    return 0
+    put(partial_path(options.out), options.out)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool("own_text", main))
