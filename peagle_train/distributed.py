@@ -66,7 +66,9 @@ def check_sharding(asked: str) -> bool:
         raise ValueError(f"train.sharding is none, but the run was launched with an FSDP config: {remedy}")
     for key, value in REFUSED.items() if by_launch else ():
         if os.environ.get(key.upper(), "").lower() == value:
-            raise ValueError(f"the FSDP config has {key}: {value}, unsupported: take recipes/accelerate/fsdp2.yaml")
+            raise ValueError(
+                f"the launch's FSDP config has {key}: {value}, unsupported: take recipes/accelerate/fsdp2.yaml"
+            )
     return by_launch or asked == "fsdp2"
 
 
@@ -132,7 +134,9 @@ def same_on_all_ranks(model: nn.Module, device: torch.device) -> None:
 
 @torch.no_grad()
 def sum_over_ranks(parameters: Iterable[nn.Parameter], also: list[Tensor]) -> None:
-    """Sum gradients (zeros where a rank has none), of a loss divided by all ranks' count, and statistics, in place."""
+    """Add up gradients (zeros where a rank has none) and a few statistics over all ranks, in place, a dtype at a time: a
+    plain sum, as the loss is already divided by the count over all ranks.
+    """
     tensors = list(also)
     for parameter in parameters:
         if parameter.grad is None:  # on one process, too: without a gradient the optimizer would skip this step's decay
@@ -147,7 +151,7 @@ def sum_over_ranks(parameters: Iterable[nn.Parameter], also: list[Tensor]) -> No
 
 
 def counts_over_ranks(counts: list[int], device: torch.device, largest: bool = False) -> Tensor:
-    """int64 tensor of the sum (or the `largest`) of each count over ranks; stays on the device."""
+    """int64 tensor of each count's sum (or its `largest`) over ranks; it stays on the device, and reading it waits."""
     found = torch.tensor(counts, dtype=torch.int64).to(device, non_blocking=True)
     if several():
         dist.all_reduce(found, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)

@@ -48,5 +48,7 @@ class Signals:
 
 
 def leave_to_parent(worker_id: int) -> None:
-    """A loader's `worker_init_fn`: signals to the whole group must not kill it under a parent that finishes its step."""
+    """A loader process's `worker_init_fn`: signals to the whole group (a terminal's ^C, a scheduler's SIGTERM) must not
+    kill it under a parent that is still finishing its step. It ends with its parent.
+    """
     _set_handlers(dict.fromkeys(STOPPING, signal.SIG_IGN))

@@ -46,7 +46,9 @@ def aligned(rows: Sequence[Sequence[str]], right: bool = False) -> str:
 
 
 def told(error: Exception) -> str:
-    """The line about a user's mistake or a full disk. Anything else, as an OSError of no file, is raised again."""
+    """The line about a user's mistake or a full disk. Anything else, such as an OSError that names no file, is raised
+    again.
+    """
     if isinstance(error, ValueError):
         return one_line(error)
     if not isinstance(error, OSError):
@@ -188,7 +190,9 @@ def checksum(content: Any) -> str:
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:
-    """A JSON object but for its sha256, `checksum` of the rest; None if there is no file; ValueError for anything else."""
+    """What was written with its own `checksum` as sha256, which is taken away; None if there is no file; ValueError for
+    anything else.
+    """
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("sha256") == checksum(content):

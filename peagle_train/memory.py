@@ -98,6 +98,7 @@ class MemoryPlan(NamedTuple):
     num_segments: int
     capacity: int
     resident: dict[str, int]  # what is there in every phase, by name
+    outputs: int  # the target's of a batch
     phases: dict[str, int]  # everything together, by phase
     peak: int
 
@@ -268,7 +269,7 @@ def plan_memory(s: Sizes, num_segments: int, all_supervised: bool = False) -> Me
         "embedding": during + late + one.N * H * (c + m) * 2 + one.M * F * c + (largest if again else 0),
         "reduce": base + kept + (s.trained * m if s.device.world_size > 1 and not s.sharded else 0),
     }
-    return MemoryPlan(S, capacity, resident, phases, max(phases.values()))
+    return MemoryPlan(S, capacity, resident, outputs, phases, max(phases.values()))
 
 
 # Sizes, from a recipe and two configs; models are built on the meta device
@@ -295,7 +296,10 @@ def read_target(recipe: Recipe, device: Device) -> FrozenTarget:
 
 
 def read_sizes(recipe: Recipe, device: Device, target: FrozenTarget | None = None) -> Sizes:
-    """The sizes of a recipe that has not been started, of whose target config.json is read; ValueError if it is wrong."""
+    """The sizes of a recipe that has not been started; of the target, only config.json is read.
+
+    ValueError: the target's or the drafter's config is wrong.
+    """
     target = target or read_target(recipe, device)
     start, shaped = read_start(recipe, target)
     draft = make_draft_config(shaped, target, shaped.draft.mask_token_id or 0, start.config if start else None)
@@ -342,7 +346,7 @@ def _target(recipe: Recipe, target: TargetBase, device: Device) -> tuple[int, in
 def _target_forward(config: Any, recipe: Recipe, item: int, attention: str, on_cuda: bool) -> int:
     """Bytes that the target's largest forward needs beside its weights and the outputs that training keeps, from above: one
     layer's activations, attention masks or scores as for packed sequences, and with chunks the keys and values of a
-    document as long as a sequence. `attention`: transformers' name, or our `NAME`.
+    document as long as a sequence. `attention`: transformers' name, or `target_model.attention.NAME`.
     """
     B, L, H, heads = recipe.train.batch_size, recipe.data.max_length, config.hidden_size, config.num_attention_heads
     n = min(recipe.target.chunk_tokens or B * L, B * L)
@@ -434,7 +438,9 @@ def advice(sizes: Sizes) -> str:
 
 @contextmanager
 def memory_explained(recipe: Recipe, where: Callable[[], str]) -> Iterator[None]:
-    """Raise RunStopped, with what to change, for an out-of-memory error inside. `where`: what was done, how to resume."""
+    """Raise RunStopped, with what to change, in place of an out-of-memory error inside. `where`: called only then: what was
+    being done, and how to resume.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:

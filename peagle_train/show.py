@@ -103,6 +103,7 @@ def list_elements(
     for anchor, depth, token, position_id, _, label, is_learned in zip(*(values[0].tolist() for values in elements)):
         if depth < 0:
             continue
+        assert depth == 0 or token == mask_token_id
         reads = (MASK, "mask_hidden") if depth else (f"'{name(token)}'", at(anchor))
         is_inside = documents[label + 1 : label + 2] == [documents[label]]
         predicts = f"'{name(ids[label + 1])}'" if is_inside else PAST_END

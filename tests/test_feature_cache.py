@@ -254,7 +254,7 @@ def test_damage_that_a_start_does_not_see_is_found_by_verify_which_names_the_fil
     train(recipe_in(), tmp_path / "run", f"target.cache={folder}", "train.max_steps=1")
     assert command("cache", "--verify", made) == 0 and command("cache", "--verify", folder) == 2
     assert f"{SHARD} is damaged" in capsys.readouterr().err
-    assert command("cache", "--verify", tmp_path) == 2
+    assert command("cache", "--verify", tmp_path) == 2 and f"{tmp_path} has no cache.json" in capsys.readouterr().err
 
 
 def test_other_rows_another_target_or_another_writer_never_mix_in_one_folder(tmp_path, recipe_in, made):

@@ -43,7 +43,7 @@ def modules():
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "peagle_train":
                     inside = node.module.removeprefix("peagle_train").lstrip(".")
-                    found[name] |= {inside or alias.name for alias in node.names}
+                    found[name] |= {f"{inside}.{alias.name}".lstrip(".") for alias in node.names} | ({inside} - {""})
     return found
 
 

@@ -59,7 +59,12 @@ def one(settings: dict[str, Any]) -> dict[str, float]:
             seconds = time.perf_counter() - began
     # The gradient of the hidden states is made once more before it is accumulated: that is no logits' fault.
     peak_bytes = max(0, peak.peak_bytes - hidden.numel() * hidden.itemsize)
-    return {"seconds": seconds, "peak_bytes": peak_bytes, "loss": float(loss.detach())}
+    return {
+        "seconds": seconds,
+        "peak_bytes": peak_bytes,
+        "loss": float(loss.detach()),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def main() -> None:
@@ -92,10 +97,10 @@ def main() -> None:
     rows, table = list[dict[str, Any]](), []
     for (name, chunk), runs in results.items():
         row: dict[str, Any] = {"method": name, "chunk_rows": chunk or None, **shared, "repeats": options.repeats}
-        for field in ("seconds", "peak_bytes", "loss"):
+        for field in ("seconds", "peak_bytes", "loss", "threads"):
             row[field] = statistics.median(run[field] for run in runs) if runs else None
         for field in ("seconds", "peak_bytes"):
-            base = (rows[0] if rows else row)[field]
+            base = (rows[0] if rows else row)[field]  # naive is first
             row[f"{field}_over_naive"] = row[field] / base if base and runs else None
         row["died"] = died.get((name, chunk))
         rows.append(row)

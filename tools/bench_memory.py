@@ -16,6 +16,7 @@ of what a first step loads.
 
 import argparse
 import os
+import sys
 from typing import Any
 
 from bench_segments import MODES, Bench, Settings, cases_of, run_all
@@ -51,7 +52,7 @@ def planned(bench: Bench, row: dict[str, Any]) -> dict[str, Any]:
     plan = plan_memory(sizes, row["segments"], all_supervised=True)
     # Resident before the step: all but the relay's buffers, which a bench's step makes.
     before = sum(v for k, v in plan.resident.items() if k not in ("keys, values", "their gradients"))
-    before += row["n"] * (sizes.draft.feature_size + sizes.draft.target_hidden_size) * sizes.target_bytes
+    before += plan.outputs
     found = {
         "saved": max(saved_bytes(sizes, largest_pass(sizes, row["segments"], all_supervised=True))),
         "peak": max(plan.phases[name] for name in ("loss", "backward", "embedding")) - before,
@@ -72,7 +73,7 @@ def table_of(rows: list[dict[str, Any]]) -> str:
     return "\n".join([aligned(lines, right=True), *died])
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--n", type=integers, default=[1024, 4096], help="tokens of the row, several with commas (1024,4096)")
@@ -92,7 +93,8 @@ def main() -> None:
         if arguments.json:
             write_json(arguments.json, rows)
     print(table_of(rows))
+    return 1 if all(row["died"] for row in rows) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -314,6 +314,7 @@ def main() -> int:
     result |= {"seed": options.seed, "seconds": seconds, "date": date, "versions": versions()}
     print(json.dumps(result, indent=2))
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.json, result)
     return 0 if result["equal"] else 1
 

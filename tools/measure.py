@@ -35,7 +35,7 @@ MIB = 2**20
 
 def integers(text: str) -> list[int]:
     """`8,16` as a list, for argparse's `type`."""
-    return [at_least_one(part) for part in text.split(",")]
+    return [at_least_one(part.strip()) for part in text.split(",")]
 
 
 def at_least_one(text: str) -> int:

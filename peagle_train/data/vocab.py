@@ -82,7 +82,7 @@ def choose_mask_token(draft: Draft, data: Data, tokenizer: Any, vocab_size: int)
 
 
 def encoder_of(recipe: Recipe, num_workers: int = 0) -> Encoder:
-    """The recipe's encoder, for which only the target's config and tokenizer are read. ValueError: a user's mistake."""
+    """The recipe's encoder, for which of the target only config and tokenizer are read. ValueError: a user's mistake."""
     path, trusted = recipe.target.path, recipe.target.trust_remote_code
     vocab_size, tokenizer = load_config(path, trusted).get_text_config().vocab_size, load_tokenizer(path, trusted)
     mask_token_id = choose_mask_token(recipe.draft, recipe.data, tokenizer, vocab_size)

@@ -74,9 +74,10 @@ def accepted_slots(draft: PEagleDraft, decoded: Decoded, num_slots: int) -> list
 
 
 def replay(accepted_m: Sequence[int], num_slots: int, max_tokens: int) -> list[tuple[int, int]]:
-    """`Decoded.passes` of drafts of `num_slots` tokens, as in decoding until `max_tokens` are out. `accepted_m`:
-    `accepted_slots`, of num_slots or more slots. A pass that crosses `max_tokens` counts whole: the text continues for
-    `num_slots` tokens after it, or ends with an end token before.
+    """`Decoded.passes` of drafts of `num_slots` tokens, as in decoding until `max_tokens` are out.
+
+    A pass that crosses `max_tokens` counts whole: the text continues for `num_slots` tokens after it, or ends with an end
+    token before. `accepted_m`: `accepted_slots`, of num_slots or more slots.
     """
     passes, i = [], 0
     while i < min(len(accepted_m), max_tokens - 1):

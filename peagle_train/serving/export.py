@@ -80,7 +80,8 @@ def export_drafter(
     licence: str | None = None,
 ) -> list[str]:
     """Write a drafter's folder as engines load it; returns what a user should know. The command's --help says what is what.
-    ValueError: no engine would load it, and nothing is written.
+
+    ValueError: one line, for what no engine would load; nothing is written then.
     """
     is_empty = out.is_dir() and not out.is_symlink() and not any(out.iterdir())
     if os.path.lexists(out) and not is_empty:

@@ -159,7 +159,11 @@ def _check(raw: dict[str, Any], layers: dict[str, Any]) -> None:
 def speculators_config(
     config: PEagleDraftConfig, K: int, target: str | None, target_architectures: list[str]
 ) -> dict[str, Any]:
-    """`config.json` in the speculators format; `target`: a hub name or a folder, for which K tokens a step are drafted."""
+    """`config.json` in the speculators format.
+
+    speculative_tokens: K, what `vllm serve` drafts per step.
+    target: the target's hub name or folder.
+    """
     left_out = {*NOT_SAVED, *_OWN_KEYS, *MASK_KEYS, "architectures", "transformers_version", "dtype", "layer_type"}
     layers = {key: value for key, value in config.to_dict().items() if value is not None and key not in left_out}
     layers |= {"fc_norm": True} if config.fc_norm else {}  # where vLLM looks for it

@@ -215,7 +215,9 @@ def copy_layers(draft: PEagleDraft, target: TargetBase, folder: Path) -> None:
             what = f"layers of a {theirs.model_type} target compute something else than the drafter's {mine.layer_type}"
             raise ValueError(f"{what} layers ({', '.join(COPYABLE)} without biases can be copied)")
         if mine.num_attention_heads != theirs.num_attention_heads:
-            raise ValueError(f"the target has {theirs.num_attention_heads} heads, not {mine.num_attention_heads}")
+            raise ValueError(
+                f"the target has {theirs.num_attention_heads} heads, the drafter {mine.num_attention_heads}"
+            )
         found = read_tensors(folder, set(wanted.values()))
         for name, key in wanted.items():
             place = own[name][:, H:] if name in reads_both else own[name]
@@ -225,7 +227,9 @@ def copy_layers(draft: PEagleDraft, target: TargetBase, folder: Path) -> None:
                 raise ValueError(f"the target's {key} has shape {[*found[key].shape]}, the drafter's {[*place.shape]}")
             place.copy_(found[key])
     except ValueError as error:
-        raise ValueError(f"draft.layers_from_target: {error}; remove it, or give the target's shape") from None
+        raise ValueError(
+            f"draft.layers_from_target: {error}; remove it, or give the drafter the target's shape"
+        ) from None
     draft.fc.weight.mul_(0.25)[:, -H:].add_(torch.eye(H, dtype=draft.fc.weight.dtype))
 
 

@@ -67,11 +67,12 @@ def read_index(folder: Path) -> dict[str, Any]:
             return index
         reason = f"is of format {index['version']}, this reads format {VERSION}"
     except FileNotFoundError:
-        reason = "is missing"
+        raise ValueError(
+            f"{folder} has no {INDEX}: give a folder made by {COMMAND} RECIPE --out DIR (--speculators)"
+        ) from None
     except (OSError, ValueError, LookupError, TypeError) as error:
         reason = f"cannot be read ({type(error).__name__}: {one_line(error, 200)})"
-    make = f"make the cache with {COMMAND} RECIPE --out DIR (--speculators) in another folder"
-    raise ValueError(f"target.cache {folder}: {INDEX} {reason}: {make}")
+    raise ValueError(f"{folder}: {INDEX} {reason}: make the cache with {COMMAND} in another folder")
 
 
 def piece_key(ids_n: Tensor) -> Key:
@@ -347,7 +348,9 @@ def _claim(folder: Path, index: dict[str, Any], size: int) -> str:
     words = f"{index['tokens']} tokens in {index['shards']} shards: {size / 2**30:.2f} GiB"
     words += f", {there / 2**30:.2f} GiB there, {free / 2**30:.2f} GiB free"
     if size - there > free:
-        raise ValueError(f"--out {folder} has too little room: {words}; give another, or target.cache_dtype=bfloat16")
+        raise ValueError(
+            f"--out {folder} has too little room: {words}; give another disk, or target.cache_dtype=bfloat16"
+        )
     if old is None:
         write_json(folder / INDEX, index)
     return words

@@ -18,7 +18,10 @@ Features = Callable[[Tensor, Tensor, Way], tuple[Tensor, Tensor]]  # `FrozenTarg
 
 
 def choose_way(name: str, features: Features, way: Way, vocab_size: int) -> Way:
-    """`way`, or one document at a time where packed ones get others. ValueError: not finite, or others in chunks."""
+    """`way`, or one document at a time where packed ones do not get what they get alone. `name`: the target's.
+
+    ValueError: features are not finite, or chunks give others.
+    """
     ids_n = torch.arange(1, 1 + sum(LENGTHS)) % vocab_size
     document_n = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
     position_BL = torch.cat([torch.arange(n) for n in LENGTHS]).view(2, -1)

@@ -84,7 +84,9 @@ class TargetBase(ABC):
     @abstractmethod
     def outputs(self, batch: dict[str, Tensor], head_rows: Tensor) -> TargetOutputs:
         """Features, and last hidden states after the final norm, of a collator's batch, on the device of `head_rows`; where
-        no supervised element reads them (`positions_read`), perhaps zeros. `batch`: on a device it costs a wait.
+        no supervised element reads them (`positions_read`), perhaps zeros.
+
+        batch: on the host; on a device it costs a wait.
         """
 
     def expect(self, batches: Sequence[dict[str, Tensor]]) -> None:
@@ -130,8 +132,9 @@ class FrozenTarget(TargetBase):
                 raise ValueError(f"target {name} has quantised {how}")
         self.vocab_size, self.dtype = self.head.weight.shape[0], self.head.weight.dtype
         self.base, n = model.get_decoder(), self.config.num_hidden_layers
-        stacks = [m for m in self.base.modules() if isinstance(m, nn.ModuleList) and len(m) == n]
-        if self.base is model or not stacks:
+        below = self.base.modules() if isinstance(self.base, nn.Module) and self.base is not model else ()
+        stacks = [m for m in below if isinstance(m, nn.ModuleList) and len(m) == n]
+        if not stacks:
             raise ValueError(f"target {name}: no stack of {n} decoder layers found below a head")
         self.layers: Any = stacks[0]
         self.layer_ids = list(loading.default_layer_ids(len(self.layers)) if layer_ids is None else layer_ids)
@@ -265,8 +268,11 @@ class FrozenTarget(TargetBase):
 
     @torch.no_grad()
     def check(self) -> None:
-        """Run a few tokens; ValueError unless packed documents get the features that they get alone (if need be, one at a
-        time from then on), in chunks, too, and nothing but the head comes between last hidden states and logits.
+        """Run a few tokens and see that features and labels are what training takes them for; ValueError if not.
+
+        A document in a batch of several sequences of several documents must get the features that it gets alone (a target
+        that does not isolate them gets one at a time from then on), chunks must give what the whole gives, and nothing but
+        the head may come between last hidden states and logits.
         """
         name = type(self.model).__name__
         self.way = choose_way(name, self.features, self.way, self.vocab_size)

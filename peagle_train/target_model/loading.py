@@ -61,6 +61,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
     return torch.bfloat16 if fast else torch.float32
 
 
+def attention_asked(name: str | None) -> dict[str, str]:
+    """An argument for transformers; none where none was asked for, which leaves the config.json's own."""
+    return {"attn_implementation": name} if name else {}
+
+
 def load_model(
     path: str,
     dtype: torch.dtype | str,
@@ -76,8 +81,8 @@ def load_model(
         raise ValueError(f"target.path {path} has no .safetensors weights; convert them first")
     if not sys.stderr.isatty():
         disable_progress_bar()
-    given: dict[str, Any] = {"trust_remote_code": trust_remote_code, "attn_implementation": attn_implementation}
-    given |= {"device_map": {"": "disk"} if on_disk else None, "local_files_only": True, "use_safetensors": True}
+    given: dict[str, Any] = {"trust_remote_code": trust_remote_code, "device_map": {"": "disk"} if on_disk else None}
+    given |= {"local_files_only": True, "use_safetensors": True, **attention_asked(attn_implementation)}
     try:
         refuse_unfit(config.get_text_config())
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **given)
@@ -91,13 +96,16 @@ def load_model(
 
 
 def empty_model(settings: Target, dtype: torch.dtype | None = None, kind: str = "cpu") -> Any:
-    """A target on meta, its `dtype` that of a device of this `kind` if None; ValueError, one line, if it has no model."""
+    """A recipe's target on the meta device, without weights; `dtype`: None is what it has on a device of this `kind`.
+
+    ValueError, one line: its config.json is wrong.
+    """
     trusted, attention = settings.trust_remote_code, settings.attn_implementation
     config, chosen = load_config(settings.path, trusted), dtype or resolve_dtype(settings.dtype, torch.device(kind))
     try:
         if chosen == "auto":  # where no config names one, bfloat16, as nearly all have it
             chosen = config.get_text_config().dtype or torch.bfloat16
-        given: dict[str, Any] = {"dtype": chosen, "attn_implementation": attention, "trust_remote_code": trusted}
+        given: dict[str, Any] = {"dtype": chosen, "trust_remote_code": trusted, **attention_asked(attention)}
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, **given)
     except Exception as error:  # whatever a foreign or corrupt file makes the loaders raise
@@ -107,7 +115,10 @@ def empty_model(settings: Target, dtype: torch.dtype | None = None, kind: str = 
 
 def target_fingerprint(folder: str) -> str:
     """sha256 over config.json (without the version of transformers that wrote it) and, of every .safetensors file: name,
-    size, header, and 256 blocks of 4 KiB spread evenly over the rest: cheap, and another training of the same model shows.
+    size, header, and 256 blocks of 4 KiB spread evenly over the rest.
+
+    Cheap on the largest target. Training changes nearly every weight, so that another training of the same model shows;
+    an edit of a few numbers may fall between the blocks.
     """
     total = hashlib.sha256()
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))

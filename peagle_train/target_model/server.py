@@ -249,7 +249,11 @@ def take(path: Path, ids: list[int], patience: float) -> Tensor:
 
 
 def serve_command(recipe: Recipe, port: int, folder: str, python: str, more: Sequence[str] = ()) -> list[str]:
-    """The command that starts a vLLM server of a recipe's features, in a `folder` shared with training. more: for vLLM."""
+    """The words of the command that starts a vLLM server which gives a recipe's features.
+
+    folder: that server and training share, in memory or on a fast disk. python: that of vLLM's environment.
+    more: arguments for vLLM, as --tensor-parallel-size 8.
+    """
     target = recipe.target
     config = load_config(target.path, target.trust_remote_code).get_text_config()
     layers = target.layer_ids or default_layer_ids(config.num_hidden_layers)

@@ -30,7 +30,9 @@ logger = logging.getLogger(__name__)
 
 
 def train(recipe: Recipe, resume: str | None = None) -> str:
-    """Run a recipe, or `resume` (see `open_resume`); returns lines on its drafter. ValueError: a user's mistake."""
+    """Run a recipe; returns lines on where the drafter is and how good it is. `resume`: None for a new run, else as in
+    `open_resume`. ValueError: for a user's mistake, before any training.
+    """
     with memory_explained(recipe, lambda: "out of memory before the first step"):
         return _train(recipe, resume)
 
@@ -52,8 +54,8 @@ def _train(recipe: Recipe, resume: str | None) -> str:
     if log_with := recipe.train.log_with:
         check_tracker(log_with)
     read_template(recipe.data.chat_template)
-    folder = recipe.output.dir if log_with else None
-    accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision, log_with=log_with, project_dir=folder)
+    project_dir = recipe.output.dir if log_with else None
+    accelerator = Accelerator(None, recipe.train.mixed_precision, log_with=log_with, project_dir=project_dir)
     distributed.check_device(accelerator.device)
     distributed.check_launch(accelerator.num_processes)
     if distributed.check_sharding(recipe.train.sharding) and accelerator.num_processes == 1:
@@ -66,6 +68,10 @@ def _train(recipe: Recipe, resume: str | None) -> str:
     start, shaped = read_start(recipe, target)
     distributed.wait_for_all()  # so that all ranks find the mistakes that all of them make at the same time
     encoder = encoder_of(shaped)
+    if encoder.vocab_size != target.vocab_size:
+        raise ValueError(
+            f"the target's config.json has a vocab_size of {encoder.vocab_size}, its head {target.vocab_size}"
+        )
 
     data = load_training_data(encoder, say)
     target.reach = shaped.draft.reach

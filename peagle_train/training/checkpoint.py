@@ -271,8 +271,10 @@ def compare_recipes(old: dict[str, Any], new: dict[str, Any], name: str) -> list
 
 
 def compare_run(checkpoint: Checkpoint, must_match: dict[str, Any], num_steps: int, rate: float) -> list[str]:
-    """A line for each of settings and schedule that is no longer the checkpoint's. ValueError: `must_match`, of this run,
-    is not, or it is after the run's last step. `rate`: of the step after the checkpoint.
+    """A line for each of settings and schedule that is no longer the checkpoint's.
+
+    must_match: of this run. rate: of the step after the checkpoint. ValueError: data, draft vocabulary or target are not
+    the checkpoint's, or it is after the run's last step.
     """
     state, name, notes = checkpoint.state, checkpoint.folder.name, list(checkpoint.notes)
     for what, now in must_match.items():

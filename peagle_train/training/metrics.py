@@ -120,7 +120,9 @@ class Reporter:
                 raise ValueError(f"train.log_with: it did not start: {one_line(error, 200)}") from error
 
     def record(self, kind: str, line: str, **values: Any) -> None:
-        """Write a line of metrics.jsonl, print one for a person, and log the numbers, those of a list by depth."""
+        """Write a line of metrics.jsonl, print one for a person, and log the numbers to the tracker: as `kind/name`, those
+        of a list as `kind/name/depth_d`.
+        """
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, **values}) + "\n")
             file.flush()

@@ -196,8 +196,10 @@ class Trainer:
     # A step
 
     def steps(self) -> Generator[list[Batch], None, None]:
-        """Each optimizer step's micro-batches, on the host: all at once, as supervised elements are counted before the
-        first pass, and those of the next step are read. Features come as far ahead as the target's `expect` lets them.
+        """Each optimizer step's micro-batches, on the host.
+
+        A step's supervised elements are counted before its first pass, so all of its draws are here at once, and those of
+        the next step; features, hundreds of times as large, come as far ahead as the target's `expect` lets them.
         """
         train = self.recipe.train
         how: dict[str, Any] = {"worker_init_fn": leave_to_parent, "pin_memory": self.device.type == "cuda"}
@@ -207,6 +209,7 @@ class Trainer:
         first, last = train.profile_steps if train.profile_steps and self.accelerator.is_main_process else (0, 0)
         profile: Any = None
         self.pace.restart()
+        self.following.clear()
         iterator, following, size = iter(loader), self.following, train.gradient_accumulation_steps
         ahead = max(size, self.target.ahead // train.batch_size)
         try:
