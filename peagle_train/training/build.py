@@ -54,8 +54,8 @@ def _train(recipe: Recipe, resume: str | None) -> str:
     if log_with := recipe.train.log_with:
         check_tracker(log_with)
     read_template(recipe.data.chat_template)
-    project_dir = recipe.output.dir if log_with else None
-    accelerator = Accelerator(None, recipe.train.mixed_precision, log_with=log_with, project_dir=project_dir)
+    project_dir, precision = recipe.output.dir if log_with else None, recipe.train.mixed_precision
+    accelerator = Accelerator(mixed_precision=precision, log_with=log_with, project_dir=project_dir)
     distributed.check_device(accelerator.device)
     distributed.check_launch(accelerator.num_processes)
     if distributed.check_sharding(recipe.train.sharding) and accelerator.num_processes == 1:
