@@ -199,7 +199,7 @@ WRONG: dict[str, tuple[str, Any, str, str]] = {
     "not whole": (SHARD, None, "", f"lacks {SHARD}"),
     "format": (INDEX, lambda _: b'{"version": 0}', "", "is of format 0, this reads format 3"),
     "index": (INDEX, lambda data: data[:-9], "", "cache.json cannot be read"),
-    "no index": (INDEX, None, "", "cache.json is missing"),
+    "no index": (INDEX, None, "", "has no cache.json"),
     "layers": ("", None, "target.layer_ids=[1, 2, 3]", "is of layer_ids [2, 3, 4], the recipe asks for [1, 2, 3]"),
     "dtype": ("", None, "target.dtype=float32", "is of dtype float64, the recipe asks for float32"),
     "cache dtype": ("", None, "target.cache_dtype=bfloat16", "is of cache_dtype float64"),

@@ -125,7 +125,7 @@ absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
 precision() {
     python -c '
 import torch
-from peagle_train.target_model.frozen import resolve_dtype
+from peagle_train.target_model.loading import resolve_dtype
 print("no" if resolve_dtype("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu")) is torch.float32 else "bf16")'
 }
 

@@ -59,7 +59,7 @@ FIELDS = ("features", "last_hidden")  # of a sequence's tokens: bit for bit what
 Key = tuple[int, int]
 
 
-def read_index(folder: Path) -> dict[str, Any]:
+def read_index(folder: Path, given_as: str) -> dict[str, Any]:
     """See `_index`; ValueError for a folder that has none of this version."""
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
@@ -67,12 +67,11 @@ def read_index(folder: Path) -> dict[str, Any]:
             return index
         reason = f"is of format {index['version']}, this reads format {VERSION}"
     except FileNotFoundError:
-        raise ValueError(
-            f"{folder} has no {INDEX}: give a folder made by {COMMAND} RECIPE --out DIR (--speculators)"
-        ) from None
+        make = f"give a folder made by {COMMAND} RECIPE --out DIR (--speculators)"
+        raise ValueError(f"{given_as} {folder} has no {INDEX}: {make}") from None
     except (OSError, ValueError, LookupError, TypeError) as error:
         reason = f"cannot be read ({type(error).__name__}: {one_line(error, 200)})"
-    raise ValueError(f"{folder}: {INDEX} {reason}: make the cache with {COMMAND} in another folder")
+    raise ValueError(f"{given_as} {folder}: {INDEX} {reason}: make the cache with {COMMAND} in another folder")
 
 
 def piece_key(ids_n: Tensor) -> Key:
@@ -100,7 +99,7 @@ class StoredTarget(AbsentTarget):
     def __init__(self, settings: Target, device: torch.device) -> None:
         assert settings.cache is not None
         self.folder = Path(settings.cache)
-        where, index = f"target.cache {self.folder}", read_index(self.folder)
+        where, index = f"target.cache {self.folder}", read_index(self.folder, "target.cache")
         super().__init__(settings)
         if target_fingerprint(settings.path) != index["target"]:
             raise ValueError(f"{where} is of another target than {settings.path} (config or weights differ): {AGAIN}")
@@ -338,7 +337,7 @@ def _index(recipe: Recipe, target: TargetBase, shards: list[Shard], stored: str)
 
 def _claim(folder: Path, index: dict[str, Any], size: int) -> str:
     """Make the folder this cache's; returns what is to do. ValueError if it holds something else, or has no room."""
-    old = read_index(folder) if (folder / INDEX).exists() else None
+    old = read_index(folder, "--out") if (folder / INDEX).exists() else None
     if old is None and any(path != partial_path(folder / INDEX) for path in folder.iterdir()):
         raise ValueError(f"--out {folder} is not empty and holds no cache; give another folder")
     if old is not None and (names := [name for name, value in index.items() if old.get(name) != value]):
@@ -401,7 +400,7 @@ def verify_cache(folder: Path) -> str:
         file = _open_shard(folder, name)
         return _checksum({key: file.get_tensor(key) for key in file.keys()}) == file.metadata().get("sha256")
 
-    names = [*map(shard_name, range(read_index(folder)["shards"]))]
+    names = [*map(shard_name, range(read_index(folder, "--verify")["shards"]))]
     with ThreadPoolExecutor(cores()) as threads:
         for name, well in zip(names, threads.map(is_whole, names), strict=True):
             if not well:
