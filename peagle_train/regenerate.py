@@ -401,7 +401,9 @@ class Local:
             rows = [([self.end_ids[0]] * n + ids, [0] * n + [1] * len(ids)) for n, ids in pads]
             ids_BP, mask_BP = torch.tensor(rows, device=device).unbind(1)
             torch.manual_seed(asks[0][1])  # `generate` draws from the global generator
-            out = self.model.generate(input_ids=ids_BP, attention_mask=mask_BP, max_new_tokens=most)
+            # On a CPU a cache of fixed size is several times as fast as one that is copied for each token.
+            how_fast = {"cache_implementation": "static"} if device.type == "cpu" else {}
+            out = self.model.generate(input_ids=ids_BP, attention_mask=mask_BP, max_new_tokens=most, **how_fast)
             for at, ids in zip(prompts, out[:, P:].tolist()):
                 end = next((i for i, token in enumerate(ids) if token in self.end_ids), None)
                 text = self.tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)

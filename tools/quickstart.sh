@@ -13,7 +13,10 @@ if [ -n "${PEAGLE_CACHE:-}" ]; then
     export PEAGLE_CACHE
 fi
 for argument in "$@"; do # the steps below have to know it, too
-    case $argument in output.dir=*) die 2 "$argument: set PEAGLE_OUTPUT instead" ;; esac
+    case $argument in
+        -h | --help) sed -n '2,5s/^# //p' "${BASH_SOURCE[0]}" && exit ;;
+        output.dir=*) die 2 "$argument: set PEAGLE_OUTPUT instead" ;;
+    esac
 done
 cd "$ROOT"
 
