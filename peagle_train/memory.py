@@ -1,4 +1,4 @@
-"""What a training step needs of a device, and whether it fits: the plan from shapes, S = auto, the probe step.
+"""What a training step needs of a device, and whether it fits: the plan from shapes, and S = auto.
 
 The plan is computed from sizes alone; nothing is loaded or run. A step's phases follow each other, and its peak is the
 largest of them:
@@ -25,16 +25,15 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from peagle_train.config import Recipe
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.core.partition import segment_capacity
 from peagle_train.core.visibility import MASK_BLOCK_BYTES, MASK_CACHE_BYTES, QUERY_BLOCK
-from peagle_train.distributed import check_sharding, clip_gradients, from_all
+from peagle_train.distributed import check_sharding, from_all
 from peagle_train.files import RunStopped, aligned, one_line
-from peagle_train.machine import GIB, Device, available_ram, parse_device, peak_ram, resident_ram
+from peagle_train.machine import GIB, Device, available_ram, parse_device, resident_ram
 from peagle_train.serving.start import make_draft_config, read_start
 from peagle_train.target_model.attention import BLOCK as TARGET_BLOCK
 from peagle_train.target_model.attention import NAME
@@ -449,49 +448,3 @@ def memory_explained(recipe: Recipe, where: Callable[[], str]) -> Iterator[None]
             raise
         line = f"{where()}: {one_line(error).partition('. ')[0][:200]}"
         raise RunStopped(f"{line}; {advice(read_sizes(recipe, this_device()))}") from None
-
-
-def probe_step(trainer: Any) -> str:
-    """Run one step of a `Trainer` on every rank and undo it; returns the line that says what it took on this rank.
-
-    Sequences that are full, supervised throughout and as long as they get need all that any step can need. No weight, no
-    optimizer state, no generator and no file changes. torch.OutOfMemoryError: it does not fit, and nor would the run.
-    """
-    recipe, target, draft, optimizers = trainer.recipe, trainer.target, trainer.draft, trainer.optimizers
-    device, B, L = draft.device, recipe.train.batch_size, recipe.data.max_length
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    ids = torch.randint(target.vocab_size - 1, (L,), generator=torch.Generator().manual_seed(0))
-    ids += ids >= draft.mask_token_id  # which no sequence may hold
-    row: dict[str, Any] = {"input_ids": ids, "loss_mask": torch.ones_like(ids), "row_key": 0, "epoch": 0}
-    if recipe.target.cache:
-        dtype = target.cache_dtype(recipe.target.cache_dtype)
-        row["features"] = torch.zeros(L, draft.config.feature_size, dtype=dtype)
-        row["last_hidden"] = torch.zeros(L, target.hidden_size, dtype=dtype)
-    elif not recipe.target.server:
-        # Sequences of several documents may take a mask of L x L, which a document alone does without.
-        position = torch.cat([torch.arange(L - L // 2), torch.arange(L // 2)])
-        packed = {"input_ids": ids.expand(B, -1), "position_ids": position.expand(B, -1).contiguous()}
-        target.outputs(packed, draft.lm_head.weight)
-    # States, AdamW's two, Muon's one and the average, are there in all later steps; in a resumed run, already.
-    parameters = [(o, p) for o in optimizers for group in o.param_groups for p in group["params"] if not o.state.get(p)]
-    states: list[Tensor] = []
-    for optimizer, parameter in parameters:
-        many = 1 + isinstance(optimizer, torch.optim.AdamW) + (recipe.train.average > 0)
-        states += [torch.zeros_like(parameter) for _ in range(many)]
-    batch = trainer.collator([row] * B)
-    try:
-        trainer.accumulate([batch] * min(2, recipe.train.gradient_accumulation_steps))
-        clip_gradients(trainer.trained, math.inf)
-    finally:
-        del states, batch
-        draft.zero_grad()
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        # What lies outside of the allocator (CUDA's context, other processes), and the most that it ever held.
-        peak = total - free - torch.cuda.memory_reserved(device) + torch.cuda.max_memory_reserved(device)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        peak, total = peak_ram(), available_ram() + resident_ram()
-    return f"fits: peak {peak / GIB:.2f} of {total / GIB:.2f} GiB in a full-length step (train.probe)"

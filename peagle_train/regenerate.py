@@ -56,7 +56,7 @@ class Answer(NamedTuple):
 # What is written (the turns up to the first unfit answer; None where none was fit), why the conversation ended early (None
 # where it did not), a line about that, and how many tokens were generated.
 Result = tuple[dict[str, Any] | None, str | None, str, int]
-Chat = Generator[Ask, Any, Result]  # takes answers
+Chat = Generator[Ask, Answer | None, Result]
 
 
 @dataclass(frozen=True)
@@ -191,6 +191,7 @@ def converse(prompt: Prompt, number: int, model: str, settings: Settings) -> Cha
     for turn, asked in enumerate(prompt.turns):
         context = [{"role": message["role"], "content": message["content"]} for message in [*messages, *asked]]
         answer = yield context, random.Random(f"{settings.seed},{number},{turn}").getrandbits(31)
+        assert answer is not None
         tokens += answer.tokens
         why, detail = fault(answer, settings.keep_truncated), answer.content
         if why is not None:

@@ -17,8 +17,7 @@ from peagle_train.config import Recipe, with_segments
 from peagle_train.core.collator import CODCollator
 from peagle_train.core.elements import Elements, gather_elements
 from peagle_train.core.passes import visibility_of
-from peagle_train.data.training_data import load_training_data, make_collator
-from peagle_train.data.vocab import encoder_of
+from peagle_train.data.training_data import encoder_of, load_training_data, make_collator
 from peagle_train.files import aligned, write_bytes
 from peagle_train.report import load_matplotlib, png_of
 

@@ -1,15 +1,14 @@
 """A small byte-level tokenizer, chat templates in the shapes that models have, and chats in tokens one can read."""
 
 import re
-from collections import Counter
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from peagle_train.data.chat import ChatEncoder
+from peagle_train.data.chat import ChatEncoder, EncodedChat
 from peagle_train.data.messages import messages_of
 
 SPECIAL = (
@@ -118,23 +117,12 @@ def stock(template: str) -> str:
     return re.sub(r"{%-? (end)?generation -?%}", "", template)
 
 
-class EncodedChat(NamedTuple):
-    input_ids: list[int]
-    loss_mask: list[int]
-    counts: Counter[str]  # what was not learned or dropped
-
-
 def encoder(template: str, tokenizer: Any = None, **options: Any) -> ChatEncoder:
     return ChatEncoder(tokenizer or make_tokenizer(), stock(template), **options)
 
 
 def encode(template: str, row: dict[str, Any], tokenizer: Any = None, **options: Any) -> EncodedChat:
-    return encode_by(encoder(template, tokenizer, **options), row)
-
-
-def encode_by(encodes: ChatEncoder, row: dict[str, Any]) -> EncodedChat:
-    counts = Counter[str]()
-    return EncodedChat(*encodes.encode(messages_of(row), counts), counts)
+    return encoder(template, tokenizer, **options).encode(messages_of(row))
 
 
 def chat(*turns: str, **more: Any) -> dict[str, Any]:

@@ -28,7 +28,8 @@ from peagle_train.data.packing import PackedRows
 from peagle_train.data.training_data import load_training_data
 from peagle_train.distributed import check_launch
 from peagle_train.serving.start import make_draft
-from peagle_train.target_model.cache import load_target, write_cache
+from peagle_train.target_model.cache import write_cache
+from peagle_train.training.build import load_target
 from peagle_train.training.checkpoint import Checkpoint, open_resume
 from peagle_train.training.step import Batch
 from peagle_train.training.trainer import Trainer

@@ -3,7 +3,6 @@
 import json
 import pickle
 import random
-from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from peagle_train.data.chat import ChatEncoder, read_template
 from peagle_train.data.messages import FORMAT, NOTHING, TEMPLATE, BadRow, messages_of, without_null
 from tests import chats
-from tests.chats import WORDS, chat, encode, encode_by, encoder, make_tokenizer, marked_mask, readable, stock
+from tests.chats import WORDS, chat, encode, encoder, make_tokenizer, marked_mask, readable, stock
 
 SEA = chat("system: You are short.", "user: What colour is the sea?", "assistant: Blue.")
 GRASS = chat(*(f"{m['role']}: {m['content']}" for m in SEA["messages"]), "user: And the grass?", "assistant: Green.")
@@ -166,7 +165,7 @@ def test_masks_are_those_of_the_same_template_with_marks():
             for row in examples:
                 if row is WEATHER and template != chats.TOOLS:
                     continue  # tool calls, which the template does not read
-                encoded = encode_by(encodes, row)
+                encoded = encodes.encode(messages_of(row))
                 ids, mask = marked_mask(template, row, tokenizer)
                 assert encoded.input_ids == ids
                 # transformers also marks a token that begins in the prompt and ends in the answer; we count it.
@@ -247,7 +246,7 @@ def test_a_prompt_and_a_completion_in_strings_get_bos_and_eos_and_no_template():
 )
 def test_a_template_that_cannot_work_is_one_line_at_the_first_chat(template, options, message):
     with pytest.raises(ValueError) as error:
-        ChatEncoder(make_tokenizer(), template, **options).encode(messages_of(SEA), Counter())
+        ChatEncoder(make_tokenizer(), template, **options).encode(messages_of(SEA))
     assert message in str(error.value) and "\n" not in str(error.value) and not isinstance(error.value, BadRow)
 
 

@@ -121,7 +121,12 @@ def test_own_text_is_the_targets_greedy_text_after_pieces_of_trained_documents_u
             assert made == whole
     assert cut
     assert len({tuple(row["input_ids"][:12]) for row in rows}) == 7
-    for more, message in ((["data.eval_sources=[stdlib]"], "eval_sources"), (["--prompt-tokens", "999999"], "lower")):
+    other = ["--out", str(tmp_path / "other.jsonl")]
+    for more, message in (
+        ([], "exists"),
+        ([*other, "data.eval_sources=[stdlib]"], "eval_sources"),
+        ([*other, "--prompt-tokens", "999999"], "lower"),
+    ):
         monkeypatch.setattr(sys, "argv", ["x", *command, *more])
         with pytest.raises(ValueError, match=message):
             own_text.main()

@@ -16,8 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package b
 import torch
 
 from peagle_train.config import load_recipe
-from peagle_train.data.training_data import load_training_data, make_collator
-from peagle_train.data.vocab import encoder_of
+from peagle_train.data.training_data import encoder_of, load_training_data, make_collator
 from peagle_train.files import aligned
 from peagle_train.target_model.frozen import FrozenTarget, TargetBase
 from peagle_train.target_model.server import ServedTarget

@@ -43,6 +43,14 @@ class TokenizedText(NamedTuple):
     ends_n: Tensor
 
 
+class EncodedChat(NamedTuple):
+    """A chat in tokens."""
+
+    input_ids: list[int]  # n ids
+    loss_mask: list[int]  # 0 or 1 for each: 1 on what the target generates
+    counts: Counter[str]  # what was not learned or dropped; nothing that is 0
+
+
 class ChatTemplate:
     """Renders messages as `apply_chat_template` does for a server, and finds what the target generates in the result.
     `text` is a Jinja template in place of the tokenizer's own; ValueError if there is none or it cannot render a few
@@ -155,14 +163,14 @@ class ChatEncoder:
         """ValueError where there is none that can be used: plain prompts and completions need none."""
         return ChatTemplate(self._given, self._text, self._kwargs)
 
-    def encode(self, conversation: Conversation, notes: Counter[str]) -> tuple[list[int], list[int]]:
-        """Ids and mask of a chat; what is not learned or dropped is counted in `notes`.
+    def encode(self, conversation: Conversation) -> EncodedChat:
+        """Ids and mask of a chat.
 
-        Messages after the last that is learned from are dropped: they teach nothing. A prompt and a completion without a
-        template are put between bos and eos, as in TRL. ValueError: no usable template. BadRow: the template fails, reads
-        no tool calls or rewrites the last turn; nothing to learn from.
+        Messages after the last that is learned from are dropped, and counted: they teach nothing. A prompt and a completion
+        without a template are put between bos and eos, as in TRL. ValueError: no usable template. BadRow: the template
+        fails, reads no tool calls or rewrites the last turn; nothing to learn from.
         """
-        counts = Counter[str]()  # apart from `notes`, as a bad row counts nothing
+        counts = Counter[str]()
         if conversation.text is None:
             whole, spans = self._render_chat(conversation, counts)
         else:
@@ -179,9 +187,8 @@ class ChatEncoder:
         if not is_inside_n.any():
             raise BadRow(NOTHING, f"none of the {len(whole.ids)} tokens is generated after a prompt")
         counts["tokens across the border of a turn, not learned"] = int(straddles_n.sum())
-        notes.update(+counts)
         start = [] if conversation.text is None else self._plain_start
-        return start + whole.ids, [0] * len(start) + is_inside_n.int().tolist()
+        return EncodedChat(start + whole.ids, [0] * len(start) + is_inside_n.int().tolist(), +counts)
 
     def _render_chat(self, conversation: Conversation, counts: Counter[str]) -> tuple[TokenizedText, list[Span]]:
         """The chat's text, and the spans of it that are learned."""

@@ -226,7 +226,7 @@ class SourceReport:
     def check_bad(self, max_bad_rows: int | str, where: str = "") -> None:
         """ValueError if there are too many bad rows."""
         if self.is_too_bad(max_bad_rows):
-            more = f"data.max_bad_rows is {max_bad_rows}: mend them, or skip more, by a count or a share such as 1%"
+            more = f"data.max_bad_rows is {max_bad_rows}: fix them, or allow more: a count, or a share such as 1%"
             raise ValueError(f"{where}{self.describe_bad()}: {more} (peagle-train check-data counts all of them)")
 
 

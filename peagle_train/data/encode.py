@@ -65,7 +65,7 @@ class EncodedBatch:
 
     raws: list[RawExample]  # without their content
     examples: list[EncodedExample | BadRow | None]
-    notes: Counter[str] = field(default_factory=Counter)  # several forms, and what chats had: see `ChatEncoder`
+    notes: Counter[str] = field(default_factory=Counter)  # several forms, and what chats had: see `EncodedChat`
 
 
 @dataclass(eq=False)
@@ -76,7 +76,8 @@ class Encoder(Dataset[EncodedBatch | ValueError]):
     tokenizer: Any  # may be None if all examples are ids
     vocab_size: int  # ids are in 0..vocab_size - 1
     mask_token_id: int = -1  # which no example may hold; -1: no such id
-    num_workers: int = 0  # processes; 1: this one; 0: this one, without a progress bar
+    num_workers: int = 1  # processes; 1: this one
+    progress: bool = False  # show a bar
 
     @cached_property
     def chat(self) -> ChatEncoder:
@@ -92,7 +93,7 @@ class Encoder(Dataset[EncodedBatch | ValueError]):
             how |= {"sampler": batches, "num_workers": self.num_workers}  # the sampler's items go to `__getitem__`
             encoded = DataLoader(self, generator=torch.Generator(), **how)
         pace = 0.1 if sys.stderr.isatty() else 60.0
-        bar = tqdm(unit=" examples", unit_scale=True, mininterval=pace) if self.num_workers else None
+        bar = tqdm(unit=" examples", unit_scale=True, mininterval=pace) if self.progress else None
         with nullcontext() if bar is None else bar:
             for batch in encoded:
                 if isinstance(batch, ValueError):
@@ -152,7 +153,9 @@ class Encoder(Dataset[EncodedBatch | ValueError]):
             if not isinstance(row["text"], str):
                 raise BadRow(FORMAT, f"text is {clip(repr(row['text']))}; give a string")
             return form, row["text"]
-        return form, self.chat.encode(messages_of(row), notes)
+        encoded = self.chat.encode(messages_of(row))
+        notes.update(encoded.counts)
+        return form, (encoded.input_ids, encoded.loss_mask)
 
     def _check(self, form: str, ids: list[Any], mask: list[Any]) -> EncodedExample | BadRow | None:
         """The document, or None if it has no token."""

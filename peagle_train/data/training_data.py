@@ -26,7 +26,7 @@ from peagle_train.data.chat import read_template
 from peagle_train.data.documents import SourceReport, TokenStore, find_all, read_documents
 from peagle_train.data.encode import Encoder, clip
 from peagle_train.data.packing import PackedRows, PackReport, TrainingData, make_data
-from peagle_train.data.vocab import encoder_of
+from peagle_train.data.vocab import choose_mask_token, load_config, load_tokenizer
 from peagle_train.files import alone_in, checksum, read_sealed, sha256_of, write_folder, write_json
 
 INDEX, TRAIN, HELD_OUT = "index.json", "train.safetensors", "held_out.safetensors"
@@ -55,6 +55,20 @@ def load_training_data(encoder: Encoder, say: Callable[[str], object] = print) -
     return made
 
 
+def encoder_of(recipe: Recipe, vocab_size: int | None = None, **how: Any) -> Encoder:
+    """The recipe's encoder; `how`: its other fields. ValueError: a user's mistake.
+
+    vocab_size: the target's; None: as its config.json says, so that of the target only config and tokenizer are read.
+    """
+    path, trusted = recipe.target.path, recipe.target.trust_remote_code
+    tokenizer, size = (
+        load_tokenizer(path, trusted),
+        vocab_size or load_config(path, trusted).get_text_config().vocab_size,
+    )
+    mask_token_id = choose_mask_token(recipe.draft, recipe.data, tokenizer, size)
+    return Encoder(recipe.data, tokenizer, size, mask_token_id, **how)
+
+
 def make_collator(recipe: Recipe, seed: int, device: torch.device | None = None) -> CODCollator:
     """`device`: that the drafter trains on, for its attention's blocks."""
     cod, multiple = recipe.cod, BLOCK_SIZE if device and uses_flex(device) else 1
@@ -66,7 +80,7 @@ def prepare_recipe(recipe: Recipe, folder: Path, num_workers: int = 1) -> Traini
     """Make the folder that `data.prepared` may name; returns what training will read. A finished one is only checked.
     ValueError, one line, for a user's mistake, for a folder of something else, and for sources that have changed.
     """
-    data, encoder = recipe.data, encoder_of(recipe, num_workers)
+    data, encoder = recipe.data, encoder_of(recipe, num_workers=num_workers, progress=True)
     settings, found = settings_of(encoder), find_all(data)
     names = {
         role: [(f.name, f.format, 0 if f.format == "hub" else os.path.getsize(f.path)) for f in files.files]
@@ -100,7 +114,7 @@ def prepare_recipe(recipe: Recipe, folder: Path, num_workers: int = 1) -> Traini
 
 def check_data(recipe: Recipe, num_workers: int) -> bool:
     """Read all examples and print how many cannot be used, by reason, with the first of each; False: a run would stop."""
-    data, encoder, is_good = recipe.data, encoder_of(recipe, num_workers), True
+    data, encoder, is_good = recipe.data, encoder_of(recipe, num_workers=num_workers, progress=True), True
     for role, found in find_all(data).items():
         report = SourceReport()
         for _ in read_documents(found, report, encoder, max_bad_rows="100%"):

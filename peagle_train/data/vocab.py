@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
-from peagle_train.config import Data, Draft, Recipe
+from peagle_train.config import Data, Draft
 from peagle_train.data.chat import ChatTemplate, read_template
 from peagle_train.data.documents import Documents, SourceReport, find_all, read_documents
 from peagle_train.data.encode import Encoder
@@ -79,14 +79,6 @@ def choose_mask_token(draft: Draft, data: Data, tokenizer: Any, vocab_size: int)
     missing = "draft.mask_token_id is missing and no id of the target's vocabulary is provably unused"
     unseen = f"not in its first {_SAMPLE_DOCUMENTS} documents: {shown or 'none'}"
     raise ValueError(f"{missing}: give the id of a token that never occurs in your data nor in prompts; {unseen}")
-
-
-def encoder_of(recipe: Recipe, num_workers: int = 0) -> Encoder:
-    """The recipe's encoder, for which of the target only config and tokenizer are read. ValueError: a user's mistake."""
-    path, trusted = recipe.target.path, recipe.target.trust_remote_code
-    vocab_size, tokenizer = load_config(path, trusted).get_text_config().vocab_size, load_tokenizer(path, trusted)
-    mask_token_id = choose_mask_token(recipe.draft, recipe.data, tokenizer, vocab_size)
-    return Encoder(recipe.data, tokenizer, vocab_size, mask_token_id, num_workers)
 
 
 def eos_token_ids(*sources: Any) -> list[int]:

@@ -18,14 +18,12 @@ T: the target's hidden size, F: feature layers, n: tokens, P: pieces, B: sequenc
 
 import hashlib
 import json
-import logging
 import shutil
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,22 +33,19 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 
-from peagle_train import distributed
 from peagle_train.config import Recipe, Target, as_override, with_segments
 from peagle_train.core.cod import supervised_rows
 from peagle_train.core.elements import positions_read
 from peagle_train.core.passes import TargetOutputs
 from peagle_train.data.packing import TrainingData
-from peagle_train.data.training_data import load_training_data, make_collator
-from peagle_train.data.vocab import encoder_of
+from peagle_train.data.training_data import encoder_of, load_training_data, make_collator
+from peagle_train.distributed import check_device, check_launch, wait_for_all
 from peagle_train.files import alone_in, one_line, partial_path, put, save_tensors, write_json
 from peagle_train.machine import cores
 from peagle_train.target_model.frozen import FP8, AbsentTarget, FrozenTarget, TargetBase, pieces_of
 from peagle_train.target_model.loading import open_tensors, target_fingerprint
 from peagle_train.target_model.server import ServedTarget
 from peagle_train.target_model.speculators_files import SpeculatorsFiles
-
-logger = logging.getLogger(__name__)
 
 INDEX, DOCUMENTS, VERSION = "cache.json", "documents.jsonl", 3
 COMMAND = "peagle-train cache"
@@ -180,27 +175,6 @@ class StoredTarget(AbsentTarget):
         return TargetOutputs(features, last_hidden, head_rows)
 
 
-def load_target(recipe: Recipe, accelerator: Accelerator) -> TargetBase:
-    """The recipe's target, checked."""
-    settings, device, elsewhere = recipe.target, accelerator.device, recipe.target.cache or recipe.target.server
-    sharded = settings.shard and accelerator.num_processes > 1 and not elsewhere
-    if settings.shard and not sharded:
-        why = "its features come from elsewhere" if elsewhere else "there is a single process"
-        logger.warning("target.shard is true, but %s: the target stays whole", why)
-    if settings.cache:
-        return StoredTarget(settings, device)
-    if settings.server:
-        return ServedTarget(settings, device, recipe.data.max_length)
-    if sharded:
-        distributed.world_mesh(device.type)
-    # A sharded target is whole on the host while it is loaded: let that be one at a time.
-    with distributed.one_at_a_time() if sharded else nullcontext():
-        target = FrozenTarget.from_recipe(settings, device, sharded)
-    if settings.check:
-        target.check()
-    return target
-
-
 # Writing
 
 
@@ -230,16 +204,21 @@ def write_cache(recipe: Recipe, out: str | None, speculators: str | None = None,
     folder = Path(out).expanduser()  # of --out=~/x the shell leaves it to us
     accelerator = Accelerator()
     rank, world_size, is_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    distributed.check_device(accelerator.device)
-    distributed.check_launch(world_size)
+    check_device(accelerator.device)
+    check_launch(world_size)
     say: Any = print if is_main else (lambda *_: None)
+    target: TargetBase
     files = None
     if speculators:
         # It runs over a few tokens only: its weights stay on the disk.
-        frozen = FrozenTarget.from_recipe(settings, accelerator.device, on_disk=True)
-        files = SpeculatorsFiles(speculators, frozen, recipe.data.max_length)
-    computed = replace(recipe, target=replace(settings, cache=None))
-    target: TargetBase = files.target if files else load_target(computed, accelerator)
+        target = FrozenTarget.from_recipe(settings, accelerator.device, on_disk=True)
+        files = SpeculatorsFiles(speculators, target, recipe.data.max_length)
+    elif settings.server:
+        target = ServedTarget(settings, accelerator.device, recipe.data.max_length)
+    else:
+        target = FrozenTarget.from_recipe(settings, accelerator.device)
+        if settings.check:
+            target.check()
     target.reach = recipe.draft.reach
     sequences, compute = (files, files.compute) if files else _sequences(recipe, target, accelerator.device, say)
     dtype, as_fp8 = target.cache_dtype(settings.cache_dtype), settings.cache_dtype == FP8
@@ -251,7 +230,7 @@ def write_cache(recipe: Recipe, out: str | None, speculators: str | None = None,
     with alone_in(folder, "writing features") if is_main else nullcontext():
         if is_main:
             say(f"cache: {_claim(folder, index, size)}")
-        distributed.wait_for_all()  # nothing is written into a folder that is refused
+        wait_for_all()  # nothing is written into a folder that is refused
         started, done = time.perf_counter(), 0
         for number in range(rank, len(shards), world_size):
             if not (path := folder / shard_name(number)).exists():
@@ -262,7 +241,7 @@ def write_cache(recipe: Recipe, out: str | None, speculators: str | None = None,
             say(f"cache: shard {number}, {done} tokens here, {done / (time.perf_counter() - started):.0f} tokens/s")
         if files and is_main:
             files.write_documents(folder / DOCUMENTS)
-        distributed.wait_for_all()
+        wait_for_all()
     accelerator.end_training()
     overrides = [as_override("target.cache", str(folder))]
     if recipe.target.reuse > 1:  # the cache has the features of all passes
@@ -274,7 +253,7 @@ def write_cache(recipe: Recipe, out: str | None, speculators: str | None = None,
 
 def _sequences(recipe: Recipe, target: TargetBase, device: torch.device, say: Any) -> tuple[Any, Compute]:
     """The recipe's sequences, and how the target computes some of them."""
-    data = load_training_data(encoder_of(recipe), say)
+    data = load_training_data(encoder_of(recipe, target.vocab_size), say)
     target.check_rows(data)
     # Nothing of the draw is read: also while nobody knows how many segments `auto` will be.
     collator = make_collator(with_segments(recipe, 1), seed=0)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,14 +15,15 @@ from peagle_train.config import Recipe, with_segments
 from peagle_train.core.attention import uses_flex
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.data.chat import read_template
-from peagle_train.data.training_data import load_training_data
-from peagle_train.data.vocab import choose_most_frequent, encoder_of
+from peagle_train.data.training_data import encoder_of, load_training_data
+from peagle_train.data.vocab import choose_most_frequent
 from peagle_train.files import told
 from peagle_train.memory import memory_explained, resolve_segments, sizes_of, this_device
 from peagle_train.serving.drafter_io import DrafterFiles, check_finite
 from peagle_train.serving.start import always_drafted, copy_start, make_draft, read_start
-from peagle_train.target_model.cache import load_target
-from peagle_train.target_model.frozen import TargetBase
+from peagle_train.target_model.cache import StoredTarget
+from peagle_train.target_model.frozen import FrozenTarget, TargetBase
+from peagle_train.target_model.server import ServedTarget
 from peagle_train.training.checkpoint import check_output, describe_summary, open_resume
 from peagle_train.training.metrics import check_tracker
 from peagle_train.training.trainer import Trainer
@@ -67,11 +69,7 @@ def _train(recipe: Recipe, resume: str | None) -> str:
     target = load_target(recipe, accelerator)
     start, shaped = read_start(recipe, target)
     distributed.wait_for_all()  # so that all ranks find the mistakes that all of them make at the same time
-    encoder = encoder_of(shaped)
-    if encoder.vocab_size != target.vocab_size:
-        raise ValueError(
-            f"the target's config.json has a vocab_size of {encoder.vocab_size}, its head {target.vocab_size}"
-        )
+    encoder = encoder_of(shaped, target.vocab_size)
 
     data = load_training_data(encoder, say)
     target.reach = shaped.draft.reach
@@ -92,6 +90,27 @@ def _train(recipe: Recipe, resume: str | None) -> str:
     summary = trainer.run()
     accelerator.end_training()
     return describe_summary(summary, output) if accelerator.is_main_process else ""
+
+
+def load_target(recipe: Recipe, accelerator: Accelerator) -> TargetBase:
+    """The recipe's target, checked."""
+    settings, device, elsewhere = recipe.target, accelerator.device, recipe.target.cache or recipe.target.server
+    sharded = settings.shard and accelerator.num_processes > 1 and not elsewhere
+    if settings.shard and not sharded:
+        why = "its features come from elsewhere" if elsewhere else "there is a single process"
+        logger.warning("target.shard is true, but %s: the target stays whole", why)
+    if settings.cache:
+        return StoredTarget(settings, device)
+    if settings.server:
+        return ServedTarget(settings, device, recipe.data.max_length)
+    if sharded:
+        distributed.world_mesh(device.type)
+    # A sharded target is whole on the host while it is loaded: let that be one at a time.
+    with distributed.one_at_a_time() if sharded else nullcontext():
+        target = FrozenTarget.from_recipe(settings, device, sharded)
+    if settings.check:
+        target.check()
+    return target
 
 
 def _draft(  # type: ignore[no-untyped-def]

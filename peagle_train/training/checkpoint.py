@@ -48,7 +48,7 @@ def versions() -> dict[str, str]:
 
 
 def vocabulary_fingerprint(ids: Tensor) -> str:
-    """sha256 of a draft vocabulary's dtype, length and ids."""
+    """sha256 of a draft vocabulary's dtype, length and ids, as checkpoints have had it: of one row, (1, N)."""
     return hashlib.sha256(f"{ids.dtype},(1, {ids.numel()})".encode() + ids.cpu().numpy().tobytes()).hexdigest()
 
 

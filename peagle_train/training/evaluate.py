@@ -14,7 +14,7 @@ from peagle_train.data.sampler import EMPTY_ROW
 from peagle_train.data.training_data import make_collator
 from peagle_train.distributed import sum_over_ranks
 from peagle_train.target_model.frozen import TargetBase
-from peagle_train.training.metrics import learned
+from peagle_train.training.metrics import summary_of
 from peagle_train.training.step import Batch, BatchRunner, add_up
 
 EVAL_SEED = 0  # of the evaluation's COD draw: the same in every run, so that runs can be compared
@@ -61,7 +61,7 @@ class Evaluator:
                 weighted += self._mass_outside(batch, target.last_hidden)
         stats = add_up(sums, self.runner.device)
         sum_over_ranks([], also=[stats.loss, stats.hits, stats.totals, weighted])
-        values = learned(stats)
+        values = summary_of(stats)
         if self._outside is None:  # a property of the data, not of the drafter
             self._outside = float(weighted) / max(1, sum(values["supervised"]))
         return {**values, "hits": stats.hits.tolist(), "mass_outside": self._outside}

@@ -73,7 +73,7 @@ class Pace:
         return values
 
 
-def learned(stats: StepStats) -> dict[str, Any]:
+def summary_of(stats: StepStats) -> dict[str, Any]:
     """A step's or an evaluation's loss, accuracy by depth and expected accepted length, of sums over all ranks."""
     hits, totals = stats.hits.tolist(), stats.totals.tolist()
     accuracy = accuracies(hits, totals)

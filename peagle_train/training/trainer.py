@@ -33,7 +33,7 @@ from peagle_train.data.training_data import make_collator
 from peagle_train.ending import Signals, leave_to_parent
 from peagle_train.files import NonFiniteWeights, RunStopped, save_tensors, write_bytes, write_json
 from peagle_train.machine import peak_ram
-from peagle_train.memory import memory_explained, probe_step
+from peagle_train.memory import memory_explained
 from peagle_train.serving.drafter_io import check_finite, fill_drafter, read_config, save_drafter
 from peagle_train.serving.formats import parse_config
 from peagle_train.serving.start import SHAPE
@@ -43,6 +43,7 @@ from peagle_train.target_model.ring import Ring, block_steps
 from peagle_train.training import checkpoint as checkpoints
 from peagle_train.training import metrics
 from peagle_train.training.evaluate import Evaluator
+from peagle_train.training.probe import probe_step
 from peagle_train.training.step import Batch, BatchRunner, StepResult, add_up, make_optimizers
 
 
@@ -112,7 +113,8 @@ class Trainer:
             with memory_explained(self.recipe, where), self.signals:
                 probe = self.recipe.train.probe
                 if probe is True or (probe == "auto" and self.device.type == "cuda"):
-                    self.reporter.say(probe_step(self))
+                    parts = self.recipe, self.target, self.draft, self.collator, self.optimizers
+                    self.reporter.say(probe_step(*parts, self.accumulate))
                 return self._run(steps)
         finally:
             self.target.close()
@@ -334,7 +336,7 @@ class Trainer:
         values = {
             "step": self.step,
             "num_steps": self.num_steps,
-            **metrics.learned(result.stats),
+            **metrics.summary_of(result.stats),
             "learning_rate": result.learning_rate,
             "grad_norm": float(result.grad_norm),
             "padding_share": padding_share(result.plans),
@@ -363,7 +365,7 @@ class Trainer:
             last = self.step == self.num_steps
             folder = None if self.step == 0 else "final" if last else "best"
             self.best = {"step": self.step, "expected_accepted_length": length, "folder": folder}
-            if folder:  # written first: after a kill in between, best/ is not taken for what it is not
+            if folder:  # before best/: after a kill in between, a resume disowns best/ and does not trust it
                 self.on_main("best.json", lambda: write_json(self.folder / "best.json", self.best))
             if folder == "best":
                 self._save_drafter(self.folder / folder)
