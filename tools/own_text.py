@@ -25,30 +25,31 @@ from peagle_train.config import load_recipe
 from peagle_train.core.cod import seeded
 from peagle_train.data.documents import SourceReport, find_all, read_documents
 from peagle_train.data.packing import held_out_documents
-from peagle_train.data.vocab import encoder_of, eos_token_ids
+from peagle_train.data.training_data import encoder_of
+from peagle_train.data.vocab import eos_token_ids
 from peagle_train.decoding.replay import repeats
 from peagle_train.files import partial_path, put, run_tool
 from peagle_train.target_model.loading import load_model, resolve_dtype
 
-AGAIN = 32
+KEPT = 32
 """Tokens that are kept of a text which repeats itself: what starts a repetition is worth learning."""
 
 
 def cut_pieces(documents: list[tuple[np.ndarray, str]], count: int, length: int, seed: int) -> list[list[int]]:
-    """`count` pieces of `length` tokens: of (ids, key), each longer than that, in an order of no meaning."""
+    """`count` pieces of `length` tokens: of (ids, key), each longer than that, in any order."""
     pieces = []
     for number in range(count):
-        again, at = divmod(number, len(documents))
+        round_, at = divmod(number, len(documents))
         ids, key = documents[at]
-        end = int(torch.randint(length, len(ids), (), generator=seeded("own text", seed, key, again)))
+        end = int(torch.randint(length, len(ids), (), generator=seeded("own text", seed, key, round_)))
         pieces.append(ids[end - length : end].tolist())
     return pieces
 
 
 def without_repetition(prompt: list[int], tokens: list[int]) -> list[int]:
-    """The text up to the first AGAIN tokens that only repeat."""
+    """The text up to the first KEPT tokens that only repeat."""
     again = repeats(prompt, tokens)
-    return tokens[: again.index(True) + AGAIN] if True in again else tokens
+    return tokens[: again.index(True) + KEPT] if True in again else tokens
 
 
 def main() -> None:
@@ -69,7 +70,11 @@ def main() -> None:
         SourceReport(),
     )
     if recipe.data.eval_sources:
-        raise ValueError("data.eval_sources: what is in both is held out, which is not looked at here: remove them")
+        raise ValueError(
+            "data.eval_sources: what they hold out is not known here: remove them, or give data.eval_fraction"
+        )
+    if options.out.exists():
+        raise ValueError(f"--out {options.out} exists: remove it, or give another")
     encoder, settings = encoder_of(recipe), recipe.target
     files = find_all(recipe.data)["sources"]
     read = [made for _, made in read_documents(files, report, encoder, recipe.data.max_bad_rows)]
@@ -96,8 +101,9 @@ def main() -> None:
         for first in range(0, len(pieces), options.batch_size):
             ids_BP = torch.tensor(pieces[first : first + options.batch_size], device=device)
             # On a CPU a cache of fixed size is several times as fast as one that is copied for each token.
-            how_long = {"max_new_tokens": options.max_tokens, "cache_implementation": "static"}
-            made = model.generate(input_ids=ids_BP, attention_mask=torch.ones_like(ids_BP), **how_long)
+            how_fast = {"cache_implementation": "static"} if device.type == "cpu" else {}
+            mask_BP, most = torch.ones_like(ids_BP), options.max_tokens
+            made = model.generate(input_ids=ids_BP, attention_mask=mask_BP, max_new_tokens=most, **how_fast)
             for prompt, tokens in zip(ids_BP.tolist(), made[:, prompt_tokens:].tolist()):
                 end = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
                 ids = prompt + without_repetition(prompt, tokens[: end + 1])

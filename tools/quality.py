@@ -36,13 +36,6 @@ LEDGER = ROOT / "tools" / "results" / "quality.jsonl"
 DEV_FRACTION = 0.12
 SAMPLE = ["data.sources=[{path: stdlib, weight: 0.09}]", f"data.eval_fraction={DEV_FRACTION}", "data.max_eval_rows=1"]
 """Every drafter learns from the same eleventh of the modules: features of all of them take hours without bfloat16."""
-BASE = [
-    "draft.layers_from_target=false",
-    "cod.max_anchors=null",
-    "cod.down_sample_ratio=0.5",
-    "train.learning_rate=2e-3",
-]
-"""The ledger's base is the recipe as it was when the ledger began; the recipe has learned from it since."""
 K, PROMPT, ANSWER, PIECES = 5, 256, 64, 200
 
 
@@ -143,7 +136,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     name = f"{options.name.replace(' ', '_')}-{options.steps}-{options.seed}"
     length = [f"train.max_steps={options.steps}", "train.eval_steps=null", "train.save_steps=null"]
     fixed = [f"target.cache={features}", f"output.dir={out / name}", f"train.seed={options.seed}", *length]
-    seconds = child(out, name, threads, recipe, *data, *fixed, *BASE, *options.overrides)
+    seconds = child(out, name, threads, recipe, *data, *fixed, *options.overrides)
     commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], text=True, cwd=ROOT).strip()
     words = hashlib.sha256(json.dumps([[t["prompt"], t["tokens"]] for t in texts]).encode()).hexdigest()[:8]
     line = {"name": options.name, "changes": options.overrides, "seed": options.seed, "steps": options.steps}
@@ -192,7 +185,7 @@ def main() -> int:
     add("--steps", type=at_least_one, help="optimizer steps")
     add("--seed", type=int, default=0)
     add("--threads", type=at_least_one, default=1, help="of torch (1)")
-    add("--recipe", default=str(ROOT / "recipes" / "smollm2_cpu.yaml"))
+    add("--recipe", default=str(ROOT / "tools" / "quality.yaml"))
     add("--out", default="runs/quality", metavar="DIR", help="texts, features, runs and logs (runs/quality)")
     add("--ledger", default=str(LEDGER), metavar="FILE")
     add("--table", nargs="?", const="base", metavar="NAME", help="print the ledger, compared with NAME (base)")
