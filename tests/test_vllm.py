@@ -168,7 +168,7 @@ def taught(folder: Path, target: Path, **changes: Any) -> PEagleDraft:
         *frozen.features(batch["input_ids"], batch["position_ids"]), frozen.head_rows(draft.draft_token_ids)
     )
     optimizer = torch.optim.AdamW(draft.parameters(), lr=3e-3)
-    for _ in range(60):
+    for _ in range(150):
         relay_step(draft, batch, outputs, scale=1 / batch["supervised"].sum(), buffers=RelayBuffers())
         optimizer.step()
         optimizer.zero_grad()
