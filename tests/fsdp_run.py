@@ -92,6 +92,10 @@ def alone(case: str) -> dict[str, Tensor]:
 
 
 def run(folder: str) -> None:
+    rank, cpu = dist.get_rank(), torch.device("cpu")
+    assert counts_over_ranks([rank, 7], cpu).tolist() == [1, 14]
+    # A sum in its place would change no gradient: passes over nothing, which only cost time.
+    assert counts_over_ranks([rank, 7], cpu, largest=True).tolist() == [1, 7]
     for mode, case, variant in CASES:
         gradients = sharded(mode, case, variant)
         if dist.get_rank() == 0:

@@ -66,3 +66,12 @@ def test_processes_that_would_train_alone_are_refused_with_the_line_that_works(
     error = capfd.readouterr().err
     assert message in error and "ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2" in error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_one_of_several_processes_ends_at_once_with_its_code_and_with_all_that_it_said(code):
+    script = "import atexit; from peagle_train.files import run_tool; atexit.register(print, 'waited')"
+    done = launch(
+        1, "-c", f"{script}; run_tool('x', lambda: print('done') or {code})", WORLD_SIZE="2", PYTHONUNBUFFERED=""
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (code, "done\n", "")

@@ -197,7 +197,12 @@ SHARD, INDEX = "features-00001.safetensors", "cache.json"
 WRONG: dict[str, tuple[str, Any, str, str]] = {
     "cut": (SHARD, lambda data: data[:-8], "", f"{SHARD} is missing or damaged"),
     "not whole": (SHARD, None, "", f"lacks {SHARD}"),
-    "format": (INDEX, lambda _: b'{"version": 0}', "", "is of format 0, this reads format 3"),
+    "format": (
+        INDEX,  # whole but for its version
+        lambda data: json.dumps({**json.loads(data), "version": 4}).encode(),
+        "",
+        "is of format 4, this reads format 3",
+    ),
     "index": (INDEX, lambda data: data[:-9], "", "cache.json cannot be read"),
     "no index": (INDEX, None, "", "has no cache.json"),
     "layers": ("", None, "target.layer_ids=[1, 2, 3]", "is of layer_ids [2, 3, 4], the recipe asks for [1, 2, 3]"),

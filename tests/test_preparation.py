@@ -63,7 +63,9 @@ def made(tmp_path_factory, target):
     """A recipe, and what two workers prepared for it."""
     folder = tmp_path_factory.mktemp("made")
     recipe = recipe_of(folder, target, sources=write_sources(folder))
+    state = torch.get_rng_state()
     prepare_recipe(recipe, folder / "prepared", num_workers=2)
+    assert torch.equal(torch.get_rng_state(), state), "workers take nothing from the global generator"
     return recipe, folder / "prepared"
 
 
@@ -228,6 +230,14 @@ def test_weights_and_held_out_documents_that_leave_nothing_are_refused(tmp_path,
     for data in ({"sources": [{"path": source, "weight": 1e-9}]}, {"sources": [source], "eval_sources": [source]}):
         with pytest.raises(ValueError, match="nothing to learn from in the 0 documents to train on"):
             read(recipe_of(tmp_path, target, **data))
+
+
+def test_a_weights_share_is_taken_of_what_is_held_out_and_of_what_is_not_alike(tmp_path, target):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"input_ids": [5, 7 + i, 9, 11]}) + "\n" for i in range(200)))
+    sources = [{"path": str(path), "weight": 0.5}]
+    data = read(recipe_of(tmp_path, target, sources=sources, eval_fraction=0.5, pack=False, max_eval_rows=200))
+    assert 30 < len(data.train_rows) < 70 < len(data.eval_rows)
 
 
 def test_the_smallest_data_are_evaluated_unless_the_fraction_is_0(tmp_path, target):

@@ -1,9 +1,12 @@
 """tools/quality.py on a tiny target: what it trains and measures, and what its table makes of a ledger."""
 
+import hashlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -16,6 +19,7 @@ from peagle_train.decoding.replay import repeats
 from peagle_train.serving.drafter_io import load_drafter
 from tests.byte_tokenizer import BYTES_VOCAB, make_byte_target, make_byte_tokenizer, write_stdlib_recipe
 from tests.helpers import ROOT, make_draft
+from tests.tiny import write_recipe, write_rows
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -55,6 +59,9 @@ def test_settings_are_trained_on_one_sample_and_measured_as_decoding_would(
     target = FrozenTarget.load(str(tmp_path / "target"), dtype="float32")
     draft, passes, tokens = load_drafter(tmp_path / "out" / "base-2-0" / "final"), 0, 0
     texts = torch.load(next((tmp_path / "out").glob("texts-*.pt")))
+    tokenizer = make_byte_tokenizer()
+    final = {c.group for c in stdlib_cases(load_recipe(recipe), tokenizer, BYTES_VOCAB, None, quality.PROMPT, 0)[0]}
+    assert final and texts and final.isdisjoint(text["name"] for text in texts)
     for text in texts:
         limits = (len(text["tokens"]) + quality.K, sampler(0.0, torch.Generator()), target.eos_token_ids())
         made = decode(CachedTarget(target), Drafter(draft, quality.K), text["prompt"], *limits)
@@ -89,9 +96,11 @@ def test_gains_are_of_the_base_on_the_same_texts_with_intervals_over_modules_dra
 def test_repetition_is_left_out_of_what_is_measured(tmp_path):
     draft = make_draft(torch.float32)
     draft.save_pretrained(tmp_path)
-    tokens = [*range(20, 30), *[7] * 30, *range(40, 45)]  # 29 of 45 repeat the one before
-    text = {"name": "m", "prompt": [1, 2], "tokens": tokens, "features": torch.randn(46, draft.fc.in_features)}
-    assert quality.measure(tmp_path, [text])["modules"]["m"][2] == 44 - 29
+    for end in ([], [*range(40, 45)]):  # at each token the next one is drafted: at the first of a loop, repetition
+        tokens = [*range(20, 30), *[7] * 30, *end]  # 29 of them repeat the one before
+        features = torch.randn(1 + len(tokens), draft.fc.in_features)
+        text = {"name": "m", "prompt": [1, 2], "tokens": tokens, "features": features}
+        assert quality.measure(tmp_path, [text])["modules"]["m"][2] == len(tokens) - 1 - 29
 
 
 def test_own_text_is_the_targets_greedy_text_after_pieces_of_trained_documents_until_it_repeats(tmp_path, monkeypatch):
@@ -130,3 +139,44 @@ def test_own_text_is_the_targets_greedy_text_after_pieces_of_trained_documents_u
         monkeypatch.setattr(sys, "argv", ["x", *command, *more])
         with pytest.raises(ValueError, match=message):
             own_text.main()
+
+
+def test_pieces_end_at_places_of_their_document_and_of_the_seed_and_more_of_them_begin_with_the_fewer():
+    documents = [(np.arange(100), "a"), (np.arange(1000, 1100), "b")]
+    pieces = own_text.cut_pieces(documents, 60, 10, 0)
+    a, b = [piece[0] for piece in pieces[::2]], [piece[0] - 1000 for piece in pieces[1::2]]
+    assert pieces[::2] == [[*range(start, start + 10)] for start in a] and 0 <= min(a + b) <= max(a + b) < 90
+    assert a != b and min(len({*a}), len({*b})) > 15, "the places of one document say nothing about another's"
+    assert pieces[:7] == own_text.cut_pieces(documents, 7, 10, 0) != own_text.cut_pieces(documents, 7, 10, 1)
+    assert [p[0] for p in own_text.cut_pieces(documents[1:], 30, 10, 0)] == [1000 + start for start in b]
+
+
+def test_own_text_takes_documents_by_their_hash_holds_out_as_training_does_and_ends_with_an_end_token(
+    tmp_path, tiny_target, monkeypatch
+):
+    rows, found = write_rows(tmp_path / "rows.jsonl", [40] * 20), []
+    for line in rows.open():
+        ids = json.loads(line)["input_ids"]
+        key = hashlib.sha256(np.array(ids, "<i8").tobytes() + bytes([0] + [1] * 39)).hexdigest()
+        found.append((key, ids))
+    trained = [ids for key, ids in sorted(found) if int(key[:16], 16) >= 0.3 * 2**64]
+    assert 5 < len(trained) < 20
+
+    target = tmp_path / "target"
+    shutil.copytree(tiny_target, target)
+    recipe = write_recipe(tmp_path, target, rows, tmp_path / "run", data={"eval_fraction": 0.3})
+
+    def made() -> list[list[int]]:
+        out = ["--out", str(tmp_path / "own.jsonl"), "--pieces", "5", "--prompt-tokens", "30", "--max-tokens", "20"]
+        monkeypatch.setattr(sys, "argv", ["x", str(recipe), *out])
+        own_text.main()
+        return [json.loads(line)["input_ids"] for line in (tmp_path / "own.jsonl").open()]
+
+    endless = made()
+    for piece, ids in zip(endless, trained, strict=False):
+        assert piece[:30] in [ids[at : at + 30] for at in range(10)], "document by document, from the lowest hash"
+        assert len(piece) == 50
+    end = endless[0][33]
+    (target / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    ended = [(piece + [end]).index(end, 30) + 1 for piece in endless]
+    assert made() == [piece[:n] for piece, n in zip(endless, ended)] and ended[0] <= 34

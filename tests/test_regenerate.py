@@ -314,6 +314,10 @@ def test_what_was_answered_before_the_server_failed_is_kept_for_the_same_command
         for change in (["--seed", "1"], ["--limit", "6"]):
             assert main([*run, *change]) == 2
             assert "give another --out" in capsys.readouterr().err
+        whole = Path(questions).read_text()
+        Path(questions).write_text(whole.replace("first 0", "other 0"))
+        assert main(run) == 2 and "begun with other prompts" in capsys.readouterr().err, "of the same ids"
+        Path(questions).write_text(whole)
         server.respond = echo
         server.requests.clear()
         assert main(run) == 0
@@ -428,6 +432,12 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused_and_others_of_its
     prompts = write(tmp_path / "p.jsonl", *rows)
     assert main(local(folder, prompts, out, "--temperature", "30", "--keep-truncated", "--max-tokens", "2")) == 0
     assert rows_of(out).keys() == {"1", "59"} and report_of(out)["dropped"] == {"refused": 1}
+
+
+def test_with_a_limit_the_first_prompts_that_can_be_asked_are_asked_and_no_others(folder, tmp_path, out):
+    prompts = write(tmp_path / "p.jsonl", {"id": 0, "prompt": ""}, *[{"id": n, "prompt": "w1"} for n in (1, 2, 3)])
+    assert main(local(folder, prompts, out, "--keep-truncated", "--max-tokens", "2", "--limit", "2")) == 0
+    assert rows_of(out).keys() == {"1", "2"} and report_of(out)["settings"]["count"] == 2
 
 
 def test_targets_that_cannot_be_asked_are_one_line_and_variables_reach_the_template(folder, tmp_path, out, capsys):

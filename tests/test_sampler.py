@@ -70,3 +70,10 @@ def test_resuming_late_costs_one_permutation_and_a_finished_run_has_nothing_left
     assert len(list(late)) == 1
     assert list(StepBatchSampler(5, start_step=3, num_steps=3)) == []
     assert len(list(StepBatchSampler(7, batch_size=2))) == 4, "without num_steps it is one epoch"
+
+
+def test_every_block_that_comes_again_is_mixed_in_a_way_of_its_own():
+    sampler = StepBatchSampler(64, batch_size=1, num_steps=128, reuse=2, block_steps=16)
+    blocks = [[index for ((_, index),) in list(sampler)[first : first + 16]] for first in range(0, 128, 16)]
+    mixes = {tuple(first.index(row) for row in again) for first, again in zip(blocks[::2], blocks[1::2], strict=True)}
+    assert len(mixes) == 4
