@@ -28,6 +28,13 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
+def test_steps_that_are_asked_for_anew_begin_where_the_run_is(tmp_path, tiny_target):
+    recipe = write_recipe(tmp_path, tiny_target, write_rows(tmp_path / "rows.jsonl", LENGTHS), tmp_path / "run")
+    trainer = make_trainer(load_recipe(recipe), Accelerator(cpu=True))
+    first, again = (next(trainer.steps())[0]["row_key"].tolist() for _ in range(2))
+    assert first == again and trainer.following, "what was ahead of the first step is forgotten"
+
+
 @pytest.mark.parametrize(("mode", "num_segments"), [("relay", 6), ("recompute", 6)])
 def test_evaluation_has_no_larger_pass_and_no_larger_tensor_than_training(mode, num_segments, tmp_path, tiny_target):
     rows = write_rows(tmp_path / "rows.jsonl", LENGTHS)
