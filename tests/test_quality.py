@@ -170,7 +170,9 @@ def test_own_text_takes_documents_by_their_hash_holds_out_as_training_does_and_e
         out = ["--out", str(tmp_path / "own.jsonl"), "--pieces", "5", "--prompt-tokens", "30", "--max-tokens", "20"]
         monkeypatch.setattr(sys, "argv", ["x", str(recipe), *out])
         own_text.main()
-        return [json.loads(line)["input_ids"] for line in (tmp_path / "own.jsonl").open()]
+        lines = (tmp_path / "own.jsonl").read_text().splitlines()
+        (tmp_path / "own.jsonl").unlink()
+        return [json.loads(line)["input_ids"] for line in lines]
 
     endless = made()
     for piece, ids in zip(endless, trained, strict=False):
