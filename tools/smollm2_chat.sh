@@ -54,7 +54,7 @@ for name, prompts in (("questions", held_out), ("prompts", [*learned, *read_prom
     Path(sys.argv[1], f"{name}.jsonl").write_text("".join(row(prompt) + "\n" for prompt in prompts))
 EOF
 peagle-train regenerate "$OUTPUT/prompts.jsonl" --out "$OUTPUT/answers.jsonl" --target "$TARGET" --keep-truncated \
-    --limit "${PEAGLE_PROMPTS:-1000}" --max-tokens "${PEAGLE_TOKENS:-512}" --batch-size 32
+    --limit "${PEAGLE_PROMPTS:-1000}" --max-tokens "${PEAGLE_TOKENS:-512}" --batch-size 64
 
 step rows
 peagle-train prepare "${recipe[@]}"
