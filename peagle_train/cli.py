@@ -422,7 +422,7 @@ def _show_row(add: Add, read: Read) -> None:
     first epoch.
     """
     _add_recipe(add)
-    add("--row", type=int, required=True, metavar="N", help="which sequence, from 0")
+    add("--row", type=int, default=0, metavar="N", help="which sequence, from 0 (default 0)")
     add("--elements", action="store_true", help="what elements read and predict, too")
     o = read()
     from peagle_train.show import show_sequence

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from peagle_train.data.documents import SourceFile, read_examples
 from peagle_train.data.encode import RawExample, parse
-from peagle_train.data.messages import BadRow, messages_of
+from peagle_train.data.messages import FORMAT, BadRow, messages_of
 from peagle_train.files import RunStopped, lock, one_line, partial_path, put, put_tensors, write_json
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,8 @@ def read_prompts(name_or_path: str, limit: int | None = None, skipped: Counter[s
             break
     if not ids:
         example = '{"prompt": "What is 2 + 2?"}'
-        raise ValueError(f"{path} has no prompt ({dict(skipped or {})} skipped): give lines such as {example}")
+        counts = ", ".join(f"{n} {why}" for why, n in (skipped or {}).items())
+        raise ValueError(f"{path} has no prompt (skipped: {counts or 'none'}): give lines such as {example}")
 
 
 def find_file(name_or_path: str) -> str:
@@ -135,6 +136,8 @@ def _prompt(raw: RawExample, taken: Container[str]) -> Prompt:
     row, only_questions = parse(raw.content), False
     if "messages" not in row and "conversations" not in row:
         given: Any = row.get("turns", row.get("prompt"))
+        if given is None:
+            raise BadRow(FORMAT, "it has none of messages, conversations, turns and prompt")
         given = [given] if isinstance(given, str) else given
         only_questions = isinstance(given, list) and all(isinstance(text, str) for text in given)
         row = {**row, "messages": [{"role": "user", "content": text} for text in given] if only_questions else given}
@@ -423,6 +426,8 @@ def regenerate(name_or_path: str, limit: int | None, out: Path, backend: Servers
         count += 1
     record = {"prompts": digest.hexdigest(), "count": count, **backend.record, **asdict(settings)}
     partial, report_path = partial_path(out), out.with_name(out.name + ".report.json")
+    if out.exists() and not report_path.exists():
+        raise ValueError(f"--out {out} exists, and this command did not make it: give another --out")
     if out.exists() or (partial.exists() and partial.stat().st_size):
         begun = json.loads(report_path.read_bytes())["settings"] if report_path.exists() else {}
         if changed := [key for key, value in json.loads(json.dumps(record)).items() if begun.get(key) != value]:

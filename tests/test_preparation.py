@@ -136,6 +136,7 @@ def test_an_epoch_holds_each_document_as_often_as_its_source_weighs(tmp_path, ta
     assert texts == [3] * 12 and chats == [1] * 40
     others = len(times) - 12 - 40
     assert 250 < others < 350 and data.report.left_out_by_weight == 600 - others
+    assert "24 of them copies" in data.report.describe()
     assert data.report.documents == sum(times.values()) and torch.equal(counted, data.counts_V)
 
 

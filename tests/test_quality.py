@@ -130,11 +130,13 @@ def test_own_text_is_the_targets_greedy_text_after_pieces_of_trained_documents_u
             assert made == whole
     assert cut
     assert len({tuple(row["input_ids"][:12]) for row in rows}) == 7
-    other = ["--out", str(tmp_path / "other.jsonl")]
+    other, chats = ["--out", str(tmp_path / "other.jsonl")], tmp_path / "chats.jsonl"
+    chats.write_text('{"input_ids": [5, 6, 7, 8], "loss_mask": [0, 0, 1, 1]}\n')
     for more, message in (
         ([], "exists"),
         ([*other, "data.eval_sources=[stdlib]"], "eval_sources"),
         ([*other, "--prompt-tokens", "999999"], "lower"),
+        ([*other, f"data.sources=[{chats}]", "data.exclude=[]"], "regenerate"),
     ):
         monkeypatch.setattr(sys, "argv", ["x", *command, *more])
         with pytest.raises(ValueError, match=message):

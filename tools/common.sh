@@ -71,7 +71,7 @@ enter_environment() {
             echo "$ROOT" >"$made"
         fi
     fi
-    "$VIRTUAL_ENV/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    "$VIRTUAL_ENV/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
         die 2 "$VIRTUAL_ENV has no working Python >= 3.11: activate another environment, or remove it"
     export VIRTUAL_ENV PATH="$VIRTUAL_ENV/bin:$PATH"
     unset PYTHONHOME

@@ -6,7 +6,7 @@
 Each piece is --prompt-tokens of a document of data.sources that data.eval_fraction (give the training's) does not hold
 out, up to a place drawn from the seed and the document's key, continued greedily for --max-tokens, or up to an
 end token, and cut 32 tokens after it begins to repeat itself. All documents are cut once, then all twice, ... Rows are
-`input_ids` and `loss_mask`, every token learned.
+`input_ids` and `loss_mask`, every token learned. For texts alone: chats are answered by `peagle-train regenerate`.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import torch
 from measure import at_least_one
 from transformers import GenerationConfig
 
+from peagle_train.cli import recipe_path
 from peagle_train.config import load_recipe
 from peagle_train.core.cod import seeded
 from peagle_train.data.documents import SourceReport, find_all, read_documents
@@ -55,30 +56,30 @@ def without_repetition(prompt: list[int], tokens: list[int]) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("recipe")
-    add("overrides", nargs="*", metavar="section.key=value")
-    add("--out", required=True, type=Path, metavar="FILE.jsonl")
-    add("--pieces", type=at_least_one, default=1024)
-    add("--prompt-tokens", type=at_least_one, default=256)
-    add("--max-tokens", type=at_least_one, default=128)
-    add("--batch-size", type=at_least_one, default=64)
-    add("--seed", type=int, default=0)
+    add("recipe", type=recipe_path, help="a YAML file, or a name from peagle-train recipes")
+    add("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
+    add("--out", required=True, type=Path, metavar="FILE.jsonl", help="a new file")
+    add("--pieces", type=at_least_one, default=1024, help="how many (default %(default)s)")
+    add("--prompt-tokens", type=at_least_one, default=256, help="of the document (default %(default)s)")
+    add("--max-tokens", type=at_least_one, default=128, help="of the target's (default %(default)s)")
+    add("--batch-size", type=at_least_one, default=64, help="pieces at a time (default %(default)s)")
+    add("--seed", type=int, default=0, help="of the places (default %(default)s)")
     options = parser.parse_intermixed_args()
-    recipe, prompt_tokens, report = (
-        load_recipe(options.recipe, options.overrides),
-        options.prompt_tokens,
-        SourceReport(),
-    )
+    recipe, report = load_recipe(options.recipe, options.overrides), SourceReport()
+    prompt_tokens = options.prompt_tokens
     if recipe.data.eval_sources:
         raise ValueError(
             "data.eval_sources: what they hold out is not known here: remove them, or give data.eval_fraction"
         )
     if options.out.exists():
         raise ValueError(f"--out {options.out} exists: remove it, or give another")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     encoder, settings = encoder_of(recipe), recipe.target
     files = find_all(recipe.data)["sources"]
     read = [made for _, made in read_documents(files, report, encoder, recipe.data.max_bad_rows)]
     print(f"data: {report.describe()}")
+    if not all(x.loss_mask[1:].all() for x in read):
+        raise ValueError("data.sources has chats, or tokens not to be learned: for those, peagle-train regenerate")
     keys_D32 = np.frombuffer(b"".join(x.key for x in read), np.uint8).reshape(-1, 32)
     trained = compress(read, ~held_out_documents(keys_D32, recipe.data.eval_fraction))
     documents = sorted(
@@ -95,7 +96,6 @@ def main() -> None:
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=ends or None, pad_token_id=(ends or [0])[0]
     )
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     written, started = 0, time.monotonic()
     with partial_path(options.out).open("w", encoding="utf-8") as file:
         for first in range(0, len(pieces), options.batch_size):

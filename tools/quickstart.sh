@@ -16,6 +16,8 @@ for argument in "$@"; do # the steps below have to know it, too
     case $argument in
         -h | --help) sed -n '2,5s/^# //p' "${BASH_SOURCE[0]}" && exit ;;
         output.dir=*) die 2 "$argument: set PEAGLE_OUTPUT instead" ;;
+        *=*) ;;
+        *) die 2 "$argument is no override of the recipe, such as train.max_steps=50" ;;
     esac
 done
 cd "$ROOT"

@@ -49,9 +49,12 @@ class PackReport:
     lost_at_splits: int  # drafter rows with a loss that the documents had and the pieces do not
     fill: float  # share of sequences * max_length that is tokens
     left_out_by_weight: int = 0  # documents that are not packed because of their source's weight
+    copies: int = 0  # packed documents that were packed before, because of their source's weight
 
     def describe(self) -> str:
-        text = f"{self.documents} documents in {self.rows} sequences, {self.fill:.1%} full"
+        text = f"{self.documents} documents"
+        text += f" ({self.copies} of them copies by their source's weight)" if self.copies else ""
+        text += f" in {self.rows} sequences, {self.fill:.1%} full"
         text += f", {self.tokens} tokens, {self.supervised} supervised"
         if self.split_documents:
             text += f"; {self.split_documents} documents longer than a sequence were split ({self.pieces} pieces,"
@@ -246,7 +249,8 @@ def make_data(encoder: Encoder, found: dict[str, FoundFiles], folder: Path | Non
         others = f"{int(is_out_D.sum())} of {len(table)} are held out (data.eval_fraction, data.eval_sources)"
         what = f"nothing to learn from in the {report.documents} documents to train on"
         raise ValueError(f"{what}; {others}, others not taken by their source's weight")
-    report = replace(report, left_out_by_weight=int(((times_D == 0) & ~is_out_D).sum()))
+    copies = int((times_D - 1).clip(0).sum())
+    report = replace(report, left_out_by_weight=int(((times_D == 0) & ~is_out_D).sum()), copies=copies)
     eval_rows, eval_report = pack_table(eval_table, eval_times_D, data.max_length, data.pack)
     counts_V = count_supervised(table, times_D, encoder.vocab_size)
     return TrainingData(train_rows, eval_rows, counts_V, report, eval_report, in_both, reports)

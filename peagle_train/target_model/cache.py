@@ -233,10 +233,12 @@ def write_cache(recipe: Recipe, out: str | None, speculators: str | None = None,
         wait_for_all()  # nothing is written into a folder that is refused
         started, done = time.perf_counter(), 0
         for number in range(rank, len(shards), world_size):
-            if not (path := folder / shard_name(number)).exists():
-                tensors = _tensors_of(shards[number], sequences, compute, dtype, as_fp8)
-                save_tensors(partial_path(path), tensors, "sha256", _checksum(tensors))
-                put(partial_path(path), path)
+            if (path := folder / shard_name(number)).exists():
+                say(f"cache: shard {number} was there")
+                continue
+            tensors = _tensors_of(shards[number], sequences, compute, dtype, as_fp8)
+            save_tensors(partial_path(path), tensors, "sha256", _checksum(tensors))
+            put(partial_path(path), path)
             done += sum(piece.needs.numel() for piece in shards[number])
             say(f"cache: shard {number}, {done} tokens here, {done / (time.perf_counter() - started):.0f} tokens/s")
         if files and is_main:
