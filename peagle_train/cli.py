@@ -43,6 +43,10 @@ class Parser(argparse.ArgumentParser):
             from peagle_train.config import load_recipe
 
             o.recipe = load_recipe(o.recipe, o.overrides)
+            if o.recipe.draft.init_from and not self.prog.endswith(" train"):  # a run reads that drafter
+                from peagle_train.serving.start import with_mask_token
+
+                o.recipe = with_mask_token(o.recipe)
         return o
 
     def error(self, message: str) -> NoReturn:

@@ -563,16 +563,19 @@ class Recipe:
 
     def validate(self) -> None:
         """RecipeError unless fields that depend on each other agree."""
-        target, data, draft, train = self.target, self.data, self.draft, self.train
+        target, data, draft, train, cod = self.target, self.data, self.draft, self.train, self.cod
         parse_sources(data.sources)
         rope = draft.rope_scaling
         weighed = any(spec.weight != 1 for spec in parse_sources(data.eval_sources, "data.eval_sources"))
-        is_narrow = draft.window and draft.window < self.cod.num_depths
+        is_narrow = draft.window and draft.window < cod.num_depths
+        is_short, many = data.max_length < cod.num_depths, cod.num_segments != "auto" and cod.segments > data.max_length
         kept, uneven = target.reuse > 1, not train.max_steps and train.epochs % target.reuse
         both = draft.init_from and draft.layers_from_target
         for is_wrong, keys, remedy in (
             (weighed, "data.eval_sources", "remove weight: every document of it is evaluated on once"),
             (is_narrow, "draft.window cod.num_depths", "give at least as many positions"),
+            (is_short, "data.max_length cod.num_depths", "give at least as many tokens"),
+            (many, "cod.num_segments data.max_length", "give at most as many segments"),
             (kept and not target.ring, "target.reuse target.ring", "give the GiB that features may take"),
             (not kept and target.ring, "target.ring target.reuse", "give more passes, or remove it"),
             (kept and target.cache, "target.reuse target.cache", "remove one: the cache has all features"),

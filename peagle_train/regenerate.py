@@ -135,7 +135,7 @@ def find_file(name_or_path: str) -> str:
 def _prompt(raw: RawExample, taken: Container[str]) -> Prompt:
     row, only_questions = parse(raw.content), False
     if "messages" not in row and "conversations" not in row:
-        given: Any = row.get("turns", row.get("prompt"))
+        given: Any = row.get("prompt") if row.get("turns") is None else row["turns"]
         if given is None:
             raise BadRow(FORMAT, "it has none of messages, conversations, turns and prompt")
         given = [given] if isinstance(given, str) else given
@@ -436,10 +436,10 @@ def regenerate(name_or_path: str, limit: int | None, out: Path, backend: Servers
         print(f"{out} is already complete")
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(report_path, {"settings": record})
     done, cut, dropped = set[str](), Counter[str](), Counter[str]()
     with partial.open("a+b") as file:
         lock(file, f"--out {out}", "writing")
+        write_json(report_path, {"settings": record})
         end = file.seek(0)
         for line in file:
             if not line.endswith(b"\n"):  # it was being written when an earlier run was killed

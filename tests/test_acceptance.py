@@ -123,6 +123,14 @@ def test_a_prompt_that_does_not_fit_is_left_out_and_an_end_token_ends_the_text_a
     results, left_out = measure(llama, [tiny_draft()], given, 2, max_tokens=8)
     assert [r.id for r in results] == ["0"]
     assert list(left_out.values()) == [1, 1] and "256 positions" in next(iter(left_out))
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("roles must alternate")
+
+    chat = Case("chat", "first", chat=Prompt("chat", (({"role": "user", "content": "a"},),)))
+    tokenizer = SimpleNamespace(apply_chat_template=fails)
+    results, left_out = measure(llama, [tiny_draft()], [chat, *cases(1)], 2, max_tokens=8, tokenizer=tokenizer)
+    assert len(results) == 1 and left_out == {"the chat template fails (roles must alternate)": 1}
     own = by_hand(llama, cases(1)[0].ids, 12)
     end = own.index(own[7]) + 1
     [result] = measured(llama, cases(1), K=3, max_tokens=12, eos=frozenset([own[7]]))

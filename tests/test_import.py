@@ -89,6 +89,15 @@ def test_a_run_starts_from_a_drafters_weights_shape_and_vocabulary(tmp_path, tin
     assert after["max_position_embeddings"] == 256 and {k: after[k] for k in shape} == shape
 
 
+def test_data_is_prepared_with_the_mask_token_that_the_drafter_brings(tmp_path, tiny_target, tiny_rows):
+    source = drafter(tmp_path / "in")
+    recipe = write_recipe(tmp_path, tiny_target, tiny_rows, tmp_path / "run", draft={"mask_token_id": None})
+    prepared, given = tmp_path / "prepared", [f"draft.init_from={source}"]
+    assert command("prepare", recipe, *given, "--out", prepared) == 0
+    index = json.loads((prepared / "index.json").read_text())
+    assert index["settings"]["draft.mask_token_id"] == MASK
+
+
 def test_a_run_starts_from_an_eagle3_drafter_and_says_what_it_lacks(tmp_path, tiny_target, tiny_rows, capsys):
     source = eagle3(tmp_path / "in", "embed_tokens.weight", "lm_head.weight", "t2d", prefix="model.")
     given = ["draft.num_layers=1", f"draft.mask_token_id={MASK}"]
@@ -135,6 +144,7 @@ MISFITS: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "layer type": ({"layer_type": "qwen3"}, ["draft.layer_type=llama"], "has qwen3: give draft.layer_type=qwen3"),
     "rope": ({}, ["draft.rope_theta=7.0"], "draft.rope_theta is 7.0, but .* has 5000.0"),
     "feature layers": ({"eagle_aux_hidden_state_layer_ids": [1, 3, 4]}, [], r"give target.layer_ids=\[1, 3, 4\]"),
+    "window": ({"sliding_window": 5}, ["cod.num_depths=6"], "cod.num_depths is 6, but the window of .* 5"),
     "nowhere": ({}, ["draft.init_from=/nowhere"], "/nowhere is not a folder"),
     "another width without embeddings": (NARROW, ["draft.num_layers=1"], "has no embed_tokens.weight"),
 }

@@ -183,6 +183,8 @@ def test_fields_that_contradict_each_other_are_both_named(minimal):
     for overrides, *words in (
         ("draft.window=7", "draft.window is 7", "cod.num_depths is 8"),
         ("target.reuse=2", "target.reuse is 2", "target.ring is null"),
+        ("data.max_length=7", "data.max_length is 7", "cod.num_depths is 8"),
+        ("cod.num_segments=11 data.max_length=10", "cod.num_segments is 11", "data.max_length is 10"),
         ("data.eval_sources=[{path:a,weight:2}]".replace(":", ": "), "data.eval_sources is", "remove weight"),
     ):
         given = [overrides] if "{" in overrides else overrides.split()

@@ -129,6 +129,35 @@ from peagle_train.target_model.loading import resolve_dtype
 print("no" if resolve_dtype("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu")) is torch.float32 else "bf16")'
 }
 
+# Arguments have to be overrides of the recipe.
+check_overrides() { # check_overrides ARGUMENT...
+    local argument
+    for argument in "$@"; do
+        case $argument in
+            -h | --help) sed -n '2,/^set/s/^# //p' "$0" && exit ;;
+            output.dir=*) die 2 "$argument: set PEAGLE_OUTPUT instead" ;;
+            *=*) ;;
+            *) die 2 "$argument is no override of the recipe, such as train.max_steps=50" ;;
+        esac
+    done
+}
+
+# What is in a run's folder: sets `resume` to --resume where there is something to resume from or nothing left to do, and
+# removes a run that was stopped before its first checkpoint.
+resume_or_clear() { # resume_or_clear FOLDER
+    resume=()
+    if [ ! -d "$1" ] || [ -z "$(ls -A "$1")" ]; then return; fi
+    [ -e "$1/run.json" ] || # the trainer's mark: nothing but its own files is ever removed
+        die 2 "$1 is not empty and not from a training run: set PEAGLE_OUTPUT to another folder"
+    if compgen -G "$1/checkpoint*" >/dev/null || grep -q '"state": "finished"' "$1/run.json"; then
+        echo "$NAME: $1 holds a run: resuming it"
+        resume=(--resume)
+    else
+        echo "$NAME: $1 holds a run that was stopped before its first checkpoint: removing it, starting again"
+        rm -rf "$1"
+    fi
+}
+
 # accelerate launch on one process, GPU or not. Everything is said: what is not, it takes from the user's own configuration
 # file (and one thread).
 launch() {

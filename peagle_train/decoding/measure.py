@@ -29,6 +29,7 @@ from peagle_train.data.messages import BadRow
 from peagle_train.data.packing import held_out_documents
 from peagle_train.decoding.generate import CachedTarget, Drafter, decode, greedy_tokens, sampler
 from peagle_train.decoding.replay import accepted_slots, count, repeats, replay
+from peagle_train.files import one_line
 from peagle_train.regenerate import BENCHMARKS, Prompt, read_prompts
 from peagle_train.target_model.frozen import FrozenTarget
 
@@ -185,7 +186,11 @@ def measure(
         number = groups.setdefault((case.data_set, case.group), at) if case.group else at
         answers: list[str] = []
         for turn in range(len(case.chat.turns) if case.chat else 1):
-            ids = case.prompt_ids(answers, tokenizer)
+            try:
+                ids = case.prompt_ids(answers, tokenizer)
+            except Exception as error:  # templates raise what they like
+                left_out[f"the chat template fails ({one_line(error, 100)})"] += 1
+                break
             if not ids:
                 left_out["empty prompt"] += 1
                 break

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from peagle_train.core.draft import PEagleDraft
@@ -97,7 +98,7 @@ def read_drafter(folder: str | Path) -> DrafterFiles:
             listed = ", ".join(map(str, sorted(layers))) or "none"
             raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}, but the weights have layers {listed}")
         _fit(config, tensors)
-    except ValueError as error:
+    except (ValueError, SafetensorError) as error:
         raise ValueError(f"{folder}: {error}") from error
     return DrafterFiles(folder, raw, config, list(stored), tensors)
 

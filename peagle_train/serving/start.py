@@ -20,7 +20,8 @@ from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.core.rope import rope_mistake, unused_keys
 from peagle_train.data.vocab import end_of_turn_ids, eos_token_ids
 from peagle_train.files import one_line
-from peagle_train.serving.drafter_io import DrafterFiles, read_drafter
+from peagle_train.serving.drafter_io import DrafterFiles, read_config, read_drafter
+from peagle_train.serving.formats import parse_config
 from peagle_train.target_model.frozen import PLAIN, FrozenTarget, TargetBase
 from peagle_train.target_model.loading import default_layer_ids, read_tensors
 
@@ -65,8 +66,21 @@ def read_start(recipe: Recipe, target: TargetBase) -> tuple[DrafterFiles | None,
             text = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
             remedy = f"give draft.{key}={text}, or another drafter"
             raise RecipeError(f"draft.{key} is {mine}, but {where} has {text}: {remedy}")
-    brought["window"] = recipe.draft.window or config.sliding_window
+    brought["window"] = window = recipe.draft.window or config.sliding_window
+    if window and window < recipe.cod.num_depths:
+        raise RecipeError(f"cod.num_depths is {recipe.cod.num_depths}, but the window of {where} {window}: give fewer")
     return files, replace(recipe, draft=replace(recipe.draft, **brought))
+
+
+def with_mask_token(recipe: Recipe) -> Recipe:
+    """The recipe with the mask token of the drafter that it starts from: it decides which data is bad, also where that
+    drafter is not read.
+    """
+    draft = recipe.draft
+    if draft.init_from is None or draft.mask_token_id is not None:
+        return recipe
+    token = parse_config(read_config(Path(draft.init_from))).ptd_token_id
+    return replace(recipe, draft=replace(draft, mask_token_id=token))
 
 
 @torch.no_grad()

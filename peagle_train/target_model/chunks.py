@@ -32,12 +32,13 @@ def plan_runs(bounds: list[int], way: Way) -> list[list[slice]]:
     """Cut packed sequences, by their `document_bounds`, into runs of at most a chunk, and single documents that are longer.
 
     Returns spans of the N tokens: those of a run are given one after the other, over a cache if they are several. Where
-    documents run one at a time, those of one token, as padding is, are skipped: they have no position that drafts.
+    documents run one at a time, those of one token, as padding is, are skipped (unless it is alone): they have no position
+    that drafts.
     """
     limit = way.chunk_tokens or bounds[-1]
     runs: list[list[slice]] = []
     for start, stop in pairwise(bounds):
-        if way.apart and stop - start == 1:
+        if way.apart and stop - start == 1 < bounds[-1]:
             continue
         if runs and not way.apart and len(runs[-1]) == 1 and stop - runs[-1][0].start <= limit:
             runs[-1] = [slice(runs[-1][0].start, stop)]

@@ -183,6 +183,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             try:
                 write()
+            except BrokenPipeError:  # nobody reads what is printed
+                raise
             except OSError as error:
                 failure = f"{what} could not be written: {error}; {checkpoints.last_checkpoint(self.folder)}"
             except NonFiniteWeights as error:
