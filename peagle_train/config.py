@@ -343,7 +343,7 @@ class Data:
     max_eval_rows: Count | None = 64
     """Evaluate on at most this many sequences; null: on all."""
     max_length: Annotated[int, within(ge=2, le=2**22)] = 2048
-    """Tokens of a sequence; longer documents are split."""
+    """Tokens of a sequence; longer documents are split. At least cod.num_depths."""
     pack: bool = True
     """Several documents to a sequence."""
     prepared: FilePath | None = None
@@ -428,7 +428,8 @@ class Cod:
     Fewer elements a sequence, so more text an hour (speculators' default is 512). null: at all anchors."""
     num_segments: Annotated[int, within(ge=1, le=2**16)] | Literal["auto"] = 1
     """S: forward and backward passes that a sequence is cut into; more of them take less memory. auto: the smallest power
-    of two that fits the device (see train.memory_margin), which checkpoints then name, so that a resumed run keeps it."""
+    of two that fits the device (see train.memory_margin), which checkpoints then name, so that a resumed run keeps it. At
+    most data.max_length."""
     boundaries: Literal["balanced", "uniform"] = "balanced"
     """Segments of equal element counts, or of equal lengths (Algorithm 1 as published)."""
 

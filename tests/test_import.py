@@ -144,7 +144,7 @@ MISFITS: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "layer type": ({"layer_type": "qwen3"}, ["draft.layer_type=llama"], "has qwen3: give draft.layer_type=qwen3"),
     "rope": ({}, ["draft.rope_theta=7.0"], "draft.rope_theta is 7.0, but .* has 5000.0"),
     "feature layers": ({"eagle_aux_hidden_state_layer_ids": [1, 3, 4]}, [], r"give target.layer_ids=\[1, 3, 4\]"),
-    "window": ({"sliding_window": 5}, ["cod.num_depths=6"], "cod.num_depths is 6, but the window of .* 5"),
+    "window": ({"sliding_window": 5}, ["cod.num_depths=6"], "cod.num_depths is 6, but the window of .* is 5"),
     "nowhere": ({}, ["draft.init_from=/nowhere"], "/nowhere is not a folder"),
     "another width without embeddings": (NARROW, ["draft.num_layers=1"], "has no embed_tokens.weight"),
 }

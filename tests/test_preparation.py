@@ -233,7 +233,7 @@ def test_weights_and_held_out_documents_that_leave_nothing_are_refused(tmp_path,
             read(recipe_of(tmp_path, target, **data))
 
 
-def test_a_weights_share_is_taken_of_what_is_held_out_and_of_what_is_not_alike(tmp_path, target):
+def test_which_documents_a_weight_takes_does_not_depend_on_which_are_held_out(tmp_path, target):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"input_ids": [5, 7 + i, 9, 11]}) + "\n" for i in range(200)))
     sources = [{"path": str(path), "weight": 0.5}]

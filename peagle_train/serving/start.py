@@ -68,7 +68,8 @@ def read_start(recipe: Recipe, target: TargetBase) -> tuple[DrafterFiles | None,
             raise RecipeError(f"draft.{key} is {mine}, but {where} has {text}: {remedy}")
     brought["window"] = window = recipe.draft.window or config.sliding_window
     if window and window < recipe.cod.num_depths:
-        raise RecipeError(f"cod.num_depths is {recipe.cod.num_depths}, but the window of {where} {window}: give fewer")
+        given = f"cod.num_depths is {recipe.cod.num_depths}, but the window of {where} is {window}"
+        raise RecipeError(f"{given}: give fewer depths")
     return files, replace(recipe, draft=replace(recipe.draft, **brought))
 
 
@@ -79,7 +80,10 @@ def with_mask_token(recipe: Recipe) -> Recipe:
     draft = recipe.draft
     if draft.init_from is None or draft.mask_token_id is not None:
         return recipe
-    token = parse_config(read_config(Path(draft.init_from))).ptd_token_id
+    try:
+        token = parse_config(read_config(Path(draft.init_from))).ptd_token_id
+    except ValueError as error:
+        raise RecipeError(f"draft.init_from {draft.init_from}: {error}") from error
     return replace(recipe, draft=replace(draft, mask_token_id=token))
 
 

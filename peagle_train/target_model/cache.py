@@ -234,7 +234,7 @@ def write_cache(recipe: Recipe, out: str | None, speculators: str | None = None,
         started, done = time.perf_counter(), 0
         for number in range(rank, len(shards), world_size):
             if (path := folder / shard_name(number)).exists():
-                say(f"cache: shard {number} was there")
+                say(f"cache: shard {number} is there already")
                 continue
             tensors = _tensors_of(shards[number], sequences, compute, dtype, as_fp8)
             save_tensors(partial_path(path), tensors, "sha256", _checksum(tensors))

@@ -32,8 +32,8 @@ def plan_runs(bounds: list[int], way: Way) -> list[list[slice]]:
     """Cut packed sequences, by their `document_bounds`, into runs of at most a chunk, and single documents that are longer.
 
     Returns spans of the N tokens: those of a run are given one after the other, over a cache if they are several. Where
-    documents run one at a time, those of one token, as padding is, are skipped (unless it is alone): they have no position
-    that drafts.
+    documents run one at a time, those of one token, as padding is, are skipped, for they have no position that drafts (but
+    not a text that is one token alone).
     """
     limit = way.chunk_tokens or bounds[-1]
     runs: list[list[slice]] = []
