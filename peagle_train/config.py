@@ -296,14 +296,14 @@ class Target:
     cache: FilePath | None = None
     """Folder of `peagle-train cache` to read features from, so that the target need not run; null: run it."""
     cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "float64", "float8_e4m3fn"] = "auto"
-    """Of the features there. auto: what the target computes in; float8_e4m3fn: 8 bits, and a scale per position."""
+    """Dtype of the features there. auto: what the target computes in; float8_e4m3fn: 8 bits and a scale per position."""
     server: list[Text] | Text | None = None
     """URL of a vLLM server that computes the features, or a list of them (see `peagle-train serve-target`)."""
     server_patience: Annotated[float, within(ge=0, le=10**6)] = 600.0
     """Seconds from a server's first failure until the run is saved and stops: time to restart it. A request that takes
     longer (and more than a minute) has failed."""
     prefetch_gib: Annotated[float, within(gt=0, le=10**6)] = 4.0
-    """At most this host memory a rank for features asked of servers ahead of use (one micro-batch is always requested)."""
+    """Host memory of a rank, at most, for features requested from servers ahead of use (one micro-batch always is)."""
     reuse: Annotated[int, within(ge=1, le=10**4)] = 1
     """R: features are computed once for R passes over the data (of which `train.epochs` counts each), with draws of their
     own. They go block by block: as many sequences as `ring` holds are trained on R times, then the next ones."""

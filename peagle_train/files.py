@@ -64,7 +64,8 @@ def told(error: Exception) -> str:
 def run_tool(name: str, work: Callable[[], int | None], when_stopped: str = "") -> int:
     """Run a command; its exit code is what `work` returns (None: 0). Otherwise one line on stderr, and 2 after a user's
     mistake (see `told`), 1 after `RunStopped`, 130 after an interrupt; the last two with `when_stopped`. Anything else
-    keeps its traceback. One of several processes ends here and at once; where it failed, torchrun then ends the others.
+    keeps its traceback. One of several processes exits here, without the interpreter's teardown; if it failed,
+    torchrun then ends the others.
     """
     several, rank = int(os.environ.get("WORLD_SIZE", "1")) > 1, os.environ.get("RANK", "0")
     for stream in (sys.stdout, sys.stderr):
@@ -74,10 +75,9 @@ def run_tool(name: str, work: Callable[[], int | None], when_stopped: str = "") 
         code = work() or 0
         sys.stdout.flush()
         if several:
+            # Process groups that are still referenced keep gloo's threads; the interpreter's teardown may abort in them.
             sys.stderr.flush()
-            os._exit(
-                code
-            )  # groups that are still referenced have gloo's threads, in which the interpreter's end may abort
+            os._exit(code)
         return code
     except BrokenPipeError:  # whoever reads our output has seen enough, as head has; Python's flush at exit would fail
         os._exit(141)

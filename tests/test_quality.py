@@ -136,7 +136,7 @@ def test_own_text_is_the_targets_greedy_text_after_pieces_of_trained_documents_u
         ([], "exists"),
         ([*other, "data.eval_sources=[stdlib]"], "eval_sources"),
         ([*other, "--prompt-tokens", "999999"], "lower"),
-        ([*other, "--max-tokens", "999999"], "the target takes"),
+        ([*other, "--max-tokens", "999999"], "context of"),
         ([*other, "data.eval_fraction=1e-9"], "holds out no document"),
         ([*other, f"data.sources=[{chats}]", "data.exclude=[]"], "regenerate"),
     ):

@@ -137,7 +137,7 @@ check_overrides() { # check_overrides ARGUMENT...
             -h | --help) sed -n '2,/^set/s/^# //p' "$0" && exit ;;
             output.dir=*) die 2 "$argument: set PEAGLE_OUTPUT instead" ;;
             *=*) ;;
-            *) die 2 "$argument is no override of the recipe, such as train.max_steps=50" ;;
+            *) die 2 "$argument is not an override (section.key=value), such as train.max_steps=50" ;;
         esac
     done
 }
@@ -149,6 +149,8 @@ lock_output() {
     if command -v flock >/dev/null && ! flock -n 9; then die 2 "another $NAME is at work on $OUTPUT"; fi
 }
 
+is_finished() { grep -q '"state": "finished"' "$1/run.json" 2>/dev/null; }
+
 # What is in a run's folder, under lock_output: sets `resume` to --resume where there is something to resume from or nothing
 # left to do, and removes a run that was stopped before its first checkpoint.
 resume_or_clear() { # resume_or_clear FOLDER ARGUMENT...
@@ -156,7 +158,7 @@ resume_or_clear() { # resume_or_clear FOLDER ARGUMENT...
     if [ ! -d "$1" ] || [ -z "$(ls -A "$1")" ]; then return; fi
     [ -e "$1/run.json" ] || # the trainer's mark: nothing but its own files is ever removed
         die 2 "$1 is not empty and not from a training run: set PEAGLE_OUTPUT to another folder"
-    if grep -q '"state": "finished"' "$1/run.json"; then
+    if is_finished "$1"; then
         echo "$NAME: $1 holds a finished run"
         if [ $# -gt 1 ]; then echo "$NAME: not used, as nothing is trained: ${*:2}"; fi
         resume=(--resume)

@@ -6,7 +6,7 @@
 Each piece is --prompt-tokens of a document of data.sources that data.eval_fraction (give the training's) does not hold
 out, up to a place drawn from the seed and the document's key, continued greedily for --max-tokens, or up to an
 end token, and cut 32 tokens after it begins to repeat itself. All documents are cut once, then all twice, ... Rows are
-`input_ids` and `loss_mask`, every token learned. For texts alone: chats are answered by `peagle-train regenerate`.
+`input_ids` and `loss_mask`, every token learned. For plain text only; for chats use `peagle-train regenerate`.
 """
 
 import argparse
@@ -84,8 +84,9 @@ def main() -> None:
         raise ValueError("data.sources has chats, or tokens not to be learned: for those, peagle-train regenerate")
     keys_D32 = np.frombuffer(b"".join(x.key for x in read), np.uint8).reshape(-1, 32)
     is_out_D = held_out_documents(keys_D32, recipe.data.eval_fraction)
-    if recipe.data.eval_fraction and not is_out_D.any():  # training holds one out, by another rule
-        raise ValueError(f"data.eval_fraction {recipe.data.eval_fraction:g} holds out no document: give more")
+    if recipe.data.eval_fraction and not is_out_D.any():
+        held_out = f"data.eval_fraction {recipe.data.eval_fraction:g} holds out no document"
+        raise ValueError(f"{held_out}, so that training would hold out one that is not known here: raise it")
     trained = compress(read, ~is_out_D)
     documents = sorted(
         ((x.input_ids, x.key.hex()) for x in trained if x.input_ids.size > prompt_tokens), key=lambda x: x[1]
@@ -98,7 +99,7 @@ def main() -> None:
     model = load_model(settings.path, dtype, *how).to(device).eval()
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     if prompt_tokens + options.max_tokens > context:
-        raise ValueError(f"--prompt-tokens and --max-tokens: the target takes {context} together")
+        raise ValueError(f"--prompt-tokens plus --max-tokens is more than the target's context of {context} tokens")
     ends = eos_token_ids(model.config.get_text_config(), model.generation_config, encoder.tokenizer)
     # In place of the model's own, whose penalties `generate` would apply to greedy texts, too.
     model.generation_config = GenerationConfig(

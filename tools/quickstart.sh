@@ -23,7 +23,7 @@ install_extra quickstart
 STEP=output
 lock_output
 
-if grep -q '"state": "finished"' "$OUTPUT/run.json" 2>/dev/null; then
+if is_finished "$OUTPUT"; then
     echo "$NAME: already trained; to train again, set PEAGLE_OUTPUT to a new folder or remove $OUTPUT"
     if [ $# -gt 0 ]; then echo "$NAME: not used, as nothing was trained: $*"; fi
     exit 0

@@ -32,13 +32,13 @@ def plan_runs(bounds: list[int], way: Way) -> list[list[slice]]:
     """Cut packed sequences, by their `document_bounds`, into runs of at most a chunk, and single documents that are longer.
 
     Returns spans of the N tokens: those of a run are given one after the other, over a cache if they are several. Where
-    documents run one at a time, those of one token, as padding is, are skipped, for they have no position that drafts (but
-    not a text that is one token alone).
+    documents run one at a time, those of one token (padding is such) are skipped, as they have no position that drafts,
+    unless that token is all there is.
     """
     limit = way.chunk_tokens or bounds[-1]
     runs: list[list[slice]] = []
     for start, stop in pairwise(bounds):
-        if way.apart and stop - start == 1 < bounds[-1]:
+        if way.apart and stop - start == 1 and bounds[-1] > 1:
             continue
         if runs and not way.apart and len(runs[-1]) == 1 and stop - runs[-1][0].start <= limit:
             runs[-1] = [slice(runs[-1][0].start, stop)]
