@@ -59,7 +59,9 @@ def check_output(folder: Path) -> None:
     """ValueError unless a new run can have the output folder, OSError if it cannot be read."""
     if (folder / MARKER).exists() or list_checkpoints(folder):  # a checkpoint is a run too, even if its marker is gone
         raise ValueError(f"output.dir {folder} already holds a run; resume it (--resume), or give another folder")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output.dir {folder} is a file; give a folder")
+    if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"output.dir {folder} is not empty and holds no run; give another folder")
 
 

@@ -367,9 +367,7 @@ class Trainer:
             last = self.step == self.num_steps
             folder = None if self.step == 0 else "final" if last else "best"
             self.best = {"step": self.step, "expected_accepted_length": length, "folder": folder}
-            if (
-                folder
-            ):  # before best/: after a kill in between, a resume sees that best/ is of another step, and ignores it
+            if folder:  # before best/: after a kill in between, a resume sees that best/ is of another step
                 self.on_main("best.json", lambda: write_json(self.folder / "best.json", self.best))
             if folder == "best":
                 self._save_drafter(self.folder / folder)
