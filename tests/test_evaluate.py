@@ -1,6 +1,8 @@
 """Evaluation never needs more memory than training, and covers every held-out row once."""
 
+import errno
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from peagle_train.config import load_recipe
+from peagle_train.files import RunStopped
 from tests.ranks_run import make_trainer
 from tests.tiny import VOCAB, write_recipe, write_rows
 
@@ -33,6 +36,19 @@ def test_steps_that_are_asked_for_anew_begin_where_the_run_is(tmp_path, tiny_tar
     trainer = make_trainer(load_recipe(recipe), Accelerator(cpu=True))
     first, again = (next(trainer.steps())[0]["row_key"].tolist() for _ in range(2))
     assert first == again and trainer.following, "what was ahead of the first step is forgotten"
+
+
+def test_a_reader_that_has_seen_enough_ends_a_run_as_it_ends_any_command_and_a_full_disk_by_a_line(
+    tmp_path, tiny_target
+):
+    recipe = write_recipe(tmp_path, tiny_target, write_rows(tmp_path / "rows.jsonl", LENGTHS), tmp_path / "run")
+    trainer = make_trainer(load_recipe(recipe), Accelerator(cpu=True))
+    for error, ends, said in (
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), BrokenPipeError, "Broken pipe"),
+        (OSError(errno.ENOSPC, "No space left"), RunStopped, "it could not be written.*No space left"),
+    ):
+        with pytest.raises(ends, match=said):
+            trainer.on_main("it", Mock(side_effect=error))
 
 
 @pytest.mark.parametrize(("mode", "num_segments"), [("relay", 6), ("recompute", 6)])

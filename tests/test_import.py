@@ -161,6 +161,11 @@ def test_what_does_not_fit_is_refused_by_name_before_any_training(tmp_path, tiny
     assert re.search(message, last_error(capsys)) and not (tmp_path / "run" / "final").exists()
 
 
+def test_a_window_of_as_many_positions_as_depths_is_wide_enough(tmp_path, tiny_target, tiny_rows):
+    source = drafter(tmp_path / "in", sliding_window=6)
+    assert start(tmp_path, tiny_target, tiny_rows, source, "cod.num_depths=6") == 0
+
+
 # New ones, for a loop of one's own
 
 

@@ -16,6 +16,7 @@ from peagle_train.config import load_recipe
 from peagle_train.decoding.generate import CachedTarget, Drafter, decode, greedy_tokens, sampler
 from peagle_train.decoding.measure import stdlib_cases
 from peagle_train.decoding.replay import repeats
+from peagle_train.files import lock, partial_path
 from peagle_train.serving.drafter_io import load_drafter
 from tests.byte_tokenizer import BYTES_VOCAB, make_byte_target, make_byte_tokenizer, write_stdlib_recipe
 from tests.helpers import ROOT, make_draft
@@ -131,7 +132,7 @@ def test_own_text_is_the_targets_greedy_text_after_pieces_of_trained_documents_u
     assert cut
     assert len({tuple(row["input_ids"][:12]) for row in rows}) == 7
     other, chats = ["--out", str(tmp_path / "other.jsonl")], tmp_path / "chats.jsonl"
-    chats.write_text('{"input_ids": [5, 6, 7, 8], "loss_mask": [0, 0, 1, 1]}\n')
+    chats.write_text('{"input_ids": [5, 6, 7, 8], "loss_mask": [0, 0, 1, 1]}\n{"input_ids": [5, 6, 7, 9]}\n')
     for more, message in (
         ([], "exists"),
         ([*other, "data.eval_sources=[stdlib]"], "eval_sources"),
@@ -185,6 +186,51 @@ def test_own_text_takes_documents_by_their_hash_holds_out_as_training_does_and_e
     end = endless[0][33]
     masked = made(f"draft.mask_token_id={end}", "data.max_bad_rows=100%")
     assert masked and all(end not in piece[30:] for piece in masked)
+    starts = make_draft(torch.float32)
+    starts.config.ptd_token_id = end
+    starts.save_pretrained(tmp_path / "drafter")
+    settings = json.loads((tmp_path / "drafter" / "config.json").read_text())
+    changed = {key: end if key in ("ptd_token_id", "mask_token_id", "pard_token") else x for key, x in settings.items()}
+    (tmp_path / "drafter" / "config.json").write_text(json.dumps(changed))
+    brought = made("draft.mask_token_id=null", f"draft.init_from={tmp_path / 'drafter'}", "data.max_bad_rows=100%")
+    assert brought == masked, "the mask token that a drafter brings"
+    config = json.loads((target / "config.json").read_text())
+    for positions in (49, 50):
+        (target / "config.json").write_text(json.dumps({**config, "max_position_embeddings": positions}))
+        if positions == 49:
+            with pytest.raises(ValueError, match="the target takes 49 together"):
+                made()
+    assert made() == endless
     (target / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
     ended = [(piece + [end]).index(end, 30) + 1 for piece in endless]
     assert made() == [piece[:n] for piece, n in zip(endless, ended)] and ended[0] <= 34
+
+
+def test_own_text_leaves_the_file_of_another_process_alone_and_replaces_what_a_killed_one_left(
+    tmp_path, tiny_target, monkeypatch
+):
+    rows = write_rows(tmp_path / "rows.jsonl", [40] * 20)
+    recipe = write_recipe(tmp_path, tiny_target, rows, tmp_path / "run", data={"eval_fraction": 0.0})
+    out = tmp_path / "new" / "own.jsonl"
+    command = ["x", str(recipe), "--out", str(out), "--pieces", "3", "--prompt-tokens", "30", "--max-tokens", "4"]
+    monkeypatch.setattr(sys, "argv", command)
+    out.parent.mkdir()
+    with partial_path(out).open("a") as file:
+        lock(file, "it", "writing")
+        file.write("theirs\n")
+        file.flush()
+        with pytest.raises(ValueError, match="another process is writing"):
+            own_text.main()
+    assert partial_path(out).read_text() == "theirs\n" and not out.exists()
+
+    with monkeypatch.context() as patch:  # the other process ends while this one loads its model
+        load_model = own_text.load_model
+        patch.setattr(own_text, "load_model", lambda *how: out.write_text("theirs") and load_model(*how))
+        with pytest.raises(ValueError, match="exists"):
+            own_text.main()
+    assert out.read_text() == "theirs"
+    out.unlink()
+
+    own_text.main()
+    assert [len(json.loads(line)["input_ids"]) for line in out.read_text().splitlines()] == [34] * 3
+    assert [*out.parent.iterdir()] == [out]

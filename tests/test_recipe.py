@@ -179,6 +179,15 @@ def test_a_missing_file_is_refused_and_a_byte_order_mark_and_a_section_of_commen
     assert recipe.train.epochs == 1
 
 
+def test_sizes_may_be_as_large_as_those_that_they_depend_on(minimal):
+    for overrides in (
+        "data.max_length=8 cod.num_depths=8 cod.num_segments=8",
+        "cod.num_segments=auto",
+        "draft.window=8 cod.num_depths=8",
+    ):
+        load_recipe(minimal, overrides.split())
+
+
 def test_fields_that_contradict_each_other_are_both_named(minimal):
     for overrides, *words in (
         ("draft.window=7", "draft.window is 7", "cod.num_depths is 8"),

@@ -112,6 +112,8 @@ def test_rows_that_cannot_be_asked_are_counted_by_reason_or_refused(tmp_path):
         assert [p.id for p in read_prompts(path, 2, Counter())] == ["1", "3"]  # a limit counts prompts, not lines
         with pytest.raises(ValueError, match=rf"p\.jsonl, line 2: .*{reason}"):
             list(read_prompts(path))
+    with pytest.raises(ValueError, match="none of messages, conversations, turns and prompt"):
+        list(read_prompts(write(tmp_path / "p.jsonl", {"turns": None, "prompt": None})))
 
 
 def test_prompts_that_are_none_are_one_line_that_shows_what_to_give(tmp_path, monkeypatch):

@@ -27,13 +27,58 @@ def test_what_is_no_override_is_refused_before_anything_is_done(script, argument
     assert not [*tmp_path.iterdir()]
 
 
+def test_every_argument_has_to_be_an_override(tmp_path):
+    for given, code, said in (
+        (["train.epochs=2", "draft.window=9"], 0, "fine"),
+        ([], 0, "fine"),
+        (["train.epochs=2", "draft.window"], 2, "draft.window is no override"),
+        (["train.epochs=2", "output.dir=x"], 2, "PEAGLE_OUTPUT"),
+        (["train.epochs=2", ""], 2, "is no override"),
+    ):
+        ended, output = bash('check_overrides "$@"; echo fine', *given)
+        assert ended == code and said in output
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "smollm2_chat.sh"])
+def test_help_says_what_the_script_does_and_heeds_and_does_nothing(script, tmp_path):
+    env = {"PATH": "/usr/bin:/bin", "PEAGLE_OUTPUT": str(tmp_path / "out")}
+    for option in ("-h", "--help"):
+        done = subprocess.run(["bash", ROOT / "tools" / script, option], env=env, capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr and not [*tmp_path.iterdir()]
+        assert "PEAGLE_OUTPUT: where results go" in done.stdout and "pipefail" not in done.stdout
+        assert "#" not in done.stdout
+
+
+def test_one_script_at_a_time_works_on_a_folder_and_does_not_make_it(tmp_path):
+    def second(folder: str) -> tuple[int, str]:
+        inner = f"NAME=y; source {ROOT}/tools/common.sh; OUTPUT={tmp_path}/new/{folder}; lock_output; echo works"
+        return bash('OUTPUT=$1; lock_output; bash -c "$2"', tmp_path / "new" / "run", inner)
+
+    for _ in range(2):  # a lock ends with its process
+        code, output = second("run")
+        assert code == 2 and f"another y is at work on {tmp_path}/new/run" in output and "works" not in output
+        assert second("other") == (0, "works\n")
+    assert not (tmp_path / "new" / "run").exists(), "an empty folder would be what a run has left"
+
+
 LEFT: dict[str, tuple[dict[str, str], str, bool]] = {
     "nothing": ({}, "resume=.", True),
     "a run before its first checkpoint": ({"run.json": STARTED, "metrics.jsonl": ""}, "removing it", False),
     "a run with checkpoints": ({"run.json": STARTED, "checkpoint-7/x": ""}, "resume=--resume.", True),
     "a finished run": ({"run.json": FINISHED, "final/x": ""}, "resume=--resume.", True),
+    "a finished run's checkpoints": (
+        {"run.json": FINISHED, "checkpoint-7/x": "", "final/x": ""},
+        "a finished run",
+        True,
+    ),
+    "a drafter with checkpoints": (
+        {"run.json": STARTED, "checkpoint-7/x": "", "final/x": ""},
+        "resume=--resume.",
+        True,
+    ),
     "a drafter of a run that did not end": ({"run.json": STARTED, "final/x": ""}, "did not end well", True),
     "somebody else's": ({"thesis.tex": ""}, "not from a training run", True),
+    "somebody else's, hidden": ({".thesis.tex": ""}, "not from a training run", True),
 }
 
 
@@ -46,4 +91,10 @@ def test_a_run_that_was_stopped_resumes_or_begins_again_and_nothing_else_is_remo
     code, output = bash('resume_or_clear "$@"; echo "resume=${resume[*]-}."', tmp_path / "run", "train.epochs=2")
     assert said in output and (tmp_path / "run").exists() == (stays and bool(files))
     assert code == {"did not end well": 1, "not from a training run": 2}.get(said, 0)
-    assert ("train.epochs=2" in output) == (case == "a finished run")
+    assert (": train.epochs=2\n" in output) == case.startswith("a finished run")
+
+
+def test_an_empty_folder_is_begun_in_and_without_arguments_none_are_said_to_be_unused(tmp_path):
+    assert bash('resume=(x); resume_or_clear "$1"; echo "resume=${resume[*]-}."', tmp_path) == (0, "resume=.\n")
+    (tmp_path / "run.json").write_text(FINISHED)
+    assert "not used" not in bash('resume_or_clear "$1"', tmp_path)[1]

@@ -401,6 +401,7 @@ def test_short_documents_share_a_forward_and_long_ones_run_alone_over_a_cache():
     assert plan(bounds, None, apart=True) == [[s] for [s] in spans(*bounds) if s.stop - s.start > 1]
     assert plan(document_bounds(torch.arange(5)[None].expand(2, -1)), 5) == spans(0, 5, 10)
     assert plan([0, 1], None, apart=True) == spans(0, 1), "a text of one token is no padding"
+    assert plan([0, 1, 2], None, apart=True) == []
 
 
 def test_a_cache_that_is_not_read_is_caught_at_the_start():
