@@ -439,6 +439,8 @@ def regenerate(name_or_path: str, limit: int | None, out: Path, backend: Servers
     done, cut, dropped = set[str](), Counter[str](), Counter[str]()
     with partial.open("a+b") as file:
         lock(file, f"--out {out}", "writing")
+        if out.exists():
+            raise ValueError(f"--out {out} has just been made by another process")
         write_json(report_path, {"settings": record})
         end = file.seek(0)
         for line in file:

@@ -17,12 +17,11 @@ def bash(body: str, *arguments: str | Path) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("script", ["quickstart.sh", "smollm2_chat.sh"])
-@pytest.mark.parametrize("argument", ["--print-config", "quick", "output.dir=x"])
+@pytest.mark.parametrize("argument", ["--print-config", "--x=y", "quick", "output.dir=x", "output.dir =x"])
 def test_what_is_no_override_is_refused_before_anything_is_done(script, argument, tmp_path):
-    done = subprocess.run(
-        ["bash", ROOT / "tools" / script, argument], env={"PATH": "/usr/bin:/bin", "PEAGLE_OUTPUT": str(tmp_path / "out")},
-        capture_output=True, text=True,
-    )  # fmt: skip
+    # VIRTUAL_ENV: a script that went on would find no Python.
+    env = {"PATH": "/usr/bin:/bin", "PEAGLE_OUTPUT": str(tmp_path / "out"), "VIRTUAL_ENV": "/none"}
+    done = subprocess.run(["bash", ROOT / "tools" / script, argument], env=env, capture_output=True, text=True)
     assert done.returncode == 2 and argument in done.stderr and not done.stdout
     assert not [*tmp_path.iterdir()]
 
@@ -31,9 +30,9 @@ def test_every_argument_has_to_be_an_override(tmp_path):
     for given, code, said in (
         (["train.epochs=2", "draft.window=9"], 0, "fine"),
         ([], 0, "fine"),
-        (["train.epochs=2", "draft.window"], 2, "draft.window is no override"),
+        (["train.epochs=2", "draft.window"], 2, "draft.window is not an override"),
         (["train.epochs=2", "output.dir=x"], 2, "PEAGLE_OUTPUT"),
-        (["train.epochs=2", ""], 2, "is no override"),
+        (["train.epochs=2", ""], 2, "is not an override"),
     ):
         ended, output = bash('check_overrides "$@"; echo fine', *given)
         assert ended == code and said in output
@@ -59,6 +58,13 @@ def test_one_script_at_a_time_works_on_a_folder_and_does_not_make_it(tmp_path):
         assert code == 2 and f"another y is at work on {tmp_path}/new/run" in output and "works" not in output
         assert second("other") == (0, "works\n")
     assert not (tmp_path / "new" / "run").exists(), "an empty folder would be what a run has left"
+
+
+def test_a_folder_whose_name_looks_like_a_pattern_is_not_taken_for_one(tmp_path):
+    (tmp_path / "run[1]" / "checkpoint-7").mkdir(parents=True)
+    (tmp_path / "run[1]" / "run.json").write_text(STARTED)
+    assert "--resume" in bash('resume_or_clear "$1"; echo "${resume[*]-}"', tmp_path / "run[1]")[1]
+    assert (tmp_path / "run[1]" / "checkpoint-7").is_dir()
 
 
 LEFT: dict[str, tuple[dict[str, str], str, bool]] = {

@@ -133,10 +133,10 @@ print("no" if resolve_dtype("auto", torch.device("cuda" if torch.cuda.is_availab
 check_overrides() { # check_overrides ARGUMENT...
     local argument
     for argument in "$@"; do
-        case $argument in
+        case ${argument//[[:space:]]/} in
             -h | --help) sed -n '2,/^set/s/^# //p' "$0" && exit ;;
             output.dir=*) die 2 "$argument: set PEAGLE_OUTPUT instead" ;;
-            *=*) ;;
+            [!-]*=*) ;;
             *) die 2 "$argument is not an override (section.key=value), such as train.max_steps=50" ;;
         esac
     done
@@ -162,7 +162,7 @@ resume_or_clear() { # resume_or_clear FOLDER ARGUMENT...
         echo "$NAME: $1 holds a finished run"
         if [ $# -gt 1 ]; then echo "$NAME: not used, as nothing is trained: ${*:2}"; fi
         resume=(--resume)
-    elif compgen -G "$1/checkpoint*" >/dev/null; then
+    elif (cd "$1" && compgen -G "checkpoint*") >/dev/null; then # the folder's own name may look like a pattern
         echo "$NAME: $1 holds a run that was stopped: resuming from its last checkpoint"
         resume=(--resume)
     elif [ -e "$1/final" ]; then

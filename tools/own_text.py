@@ -86,7 +86,7 @@ def main() -> None:
     is_out_D = held_out_documents(keys_D32, recipe.data.eval_fraction)
     if recipe.data.eval_fraction and not is_out_D.any():
         held_out = f"data.eval_fraction {recipe.data.eval_fraction:g} holds out no document"
-        raise ValueError(f"{held_out}, so that training would hold out one that is not known here: raise it")
+        raise ValueError(f"{held_out}, so that training may hold out one that is not known here: raise it, or give 0")
     trained = compress(read, ~is_out_D)
     documents = sorted(
         ((x.input_ids, x.key.hex()) for x in trained if x.input_ids.size > prompt_tokens), key=lambda x: x[1]
