@@ -35,10 +35,10 @@ from peagle_train.distributed import check_sharding, from_all
 from peagle_train.files import RunStopped, aligned, one_line
 from peagle_train.machine import GIB, Device, available_ram, parse_device, resident_ram
 from peagle_train.serving.start import make_draft_config, read_start
-from peagle_train.target_model.attention import BLOCK as TARGET_BLOCK
-from peagle_train.target_model.attention import NAME
 from peagle_train.target_model.frozen import FrozenTarget, TargetBase
 from peagle_train.target_model.loading import empty_model
+from peagle_train.target_model.packed import BLOCK as TARGET_BLOCK
+from peagle_train.target_model.packed import NAME
 
 CUDA_CONTEXT = GIB  # CUDA's context, cuBLAS's workspaces, compiled kernels: assumed, not computed
 CPU_EXTRA = 2**27
@@ -345,7 +345,7 @@ def _target(recipe: Recipe, target: TargetBase, device: Device) -> tuple[int, in
 def _target_forward(config: Any, recipe: Recipe, item: int, attention: str, on_cuda: bool) -> int:
     """Bytes that the target's largest forward needs beside its weights and the outputs that training keeps, from above: one
     layer's activations, attention masks or scores as for packed sequences, and with chunks the keys and values of a
-    document as long as a sequence. `attention`: transformers' name, or `target_model.attention.NAME`.
+    document as long as a sequence. `attention`: transformers' name, or `target_model.packed.NAME`.
     """
     B, L, H, heads = recipe.train.batch_size, recipe.data.max_length, config.hidden_size, config.num_attention_heads
     n = min(recipe.target.chunk_tokens or B * L, B * L)

@@ -22,8 +22,8 @@ from transformers import DynamicCache
 
 from peagle_train.core.draft import KV, PEagleDraft
 from peagle_train.core.visibility import Causal
-from peagle_train.target_model.chunks import cache_argument
 from peagle_train.target_model.frozen import FrozenTarget
+from peagle_train.target_model.packed import cache_argument
 
 
 class CachedTarget:

@@ -24,10 +24,8 @@ from peagle_train.data.packing import TrainingData
 from peagle_train.data.vocab import eos_token_ids
 from peagle_train.distributed import counts_over_ranks, shard, whole
 from peagle_train.files import RunStopped
-from peagle_train.target_model import loading
-from peagle_train.target_model.attention import bounds_arguments, bounds_heeded, takes_bounds
-from peagle_train.target_model.check import TOLERANCE, choose_way, relative
-from peagle_train.target_model.chunks import Way, cache_argument, document_bounds, plan_runs
+from peagle_train.target_model import loading, packed
+from peagle_train.target_model.packed import Way
 
 logger = logging.getLogger(__name__)
 FP8 = "float8_e4m3fn"
@@ -141,7 +139,7 @@ class FrozenTarget(TargetBase):
         if not self.layer_ids or self.layer_ids != sorted({*self.layer_ids} & {*range(len(self.layers))}):
             most = len(self.layers) - 1
             raise ValueError(f"target.layer_ids is {self.layer_ids}; give distinct ids of 0..{most}, ascending")
-        self.way = Way(not takes_bounds(model, self.config), chunk_tokens)
+        self.way = Way(not packed.takes_bounds(model, self.config), chunk_tokens)
         """How batches are given to the model; `check` may change it."""
         self.sharded = False
 
@@ -235,8 +233,8 @@ class FrozenTarget(TargetBase):
         way = way or self.way
         B, L = input_ids.shape
         T, F = self.hidden_size, len(self.layer_ids)
-        bounds = document_bounds(position_ids.cpu())
-        runs = plan_runs(bounds, way)
+        bounds = packed.document_bounds(position_ids.cpu())
+        runs = packed.plan_runs(bounds, way)
         idle = 0
         if self.sharded and (way.apart or way.chunk_tokens is not None):  # else each rank has one forward
             num_forwards = sum(map(len, runs))
@@ -253,11 +251,11 @@ class FrozenTarget(TargetBase):
             ids = {"input_ids": ids_1N[:, span], "position_ids": positions_1N[:, span]}
             return self.base(**ids, attention_mask=None, **given).last_hidden_state
 
-        with nullcontext() if way.apart else bounds_heeded(self.config), self.layer_inputs(keep):
+        with nullcontext() if way.apart else packed.bounds_heeded(self.config), self.layer_inputs(keep):
             for run in runs:
-                cache = {cache_argument(self.base): DynamicCache(config=self.config)} if len(run) > 1 else {}
+                cache = {packed.cache_argument(self.base): DynamicCache(config=self.config)} if len(run) > 1 else {}
                 for span in run:
-                    told = {} if way.apart else bounds_arguments(bounds, span, self.device)
+                    told = {} if way.apart else packed.bounds_arguments(bounds, span, self.device)
                     last_1NT[:, span] = forward(span, use_cache=bool(cache), **cache, **told)
         for _ in range(idle):
             forward(slice(0, 1), use_cache=False)
@@ -275,16 +273,16 @@ class FrozenTarget(TargetBase):
         the head may come between last hidden states and logits.
         """
         name = type(self.model).__name__
-        self.way = choose_way(name, self.features, self.way, self.vocab_size)
+        self.way = packed.choose_way(name, self.features, self.way, self.vocab_size)
         ids, positions = torch.arange(1, 7)[None] % self.vocab_size, torch.arange(6)[None]
         _, last = self.features(ids, positions, Way(apart=True))
         self.model.set_output_embeddings(nn.Identity())
         try:
             given = {"input_ids": ids.to(self.device), "position_ids": positions.to(self.device), "use_cache": False}
-            off = relative(self.model(**given).logits.to(last.device), last)
+            off = packed.relative(self.model(**given).logits.to(last.device), last)
         finally:
             self.model.set_output_embeddings(self.head)
-        if off > TOLERANCE:
+        if off > packed.TOLERANCE:
             raise ValueError(f"target {name} changes its logits beside the head ({off:.0%}): labels would be wrong")
 
 

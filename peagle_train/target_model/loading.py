@@ -61,11 +61,6 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
     return torch.bfloat16 if fast else torch.float32
 
 
-def attention_asked(name: str | None) -> dict[str, str]:
-    """An argument for transformers; none where none was asked for, which leaves the config.json's own."""
-    return {"attn_implementation": name} if name else {}
-
-
 def load_model(
     path: str,
     dtype: torch.dtype | str,
@@ -77,15 +72,16 @@ def load_model(
     if trust_remote_code:
         logger.warning("target.trust_remote_code is on: Python code in %s will run", path)
     config = load_config(path, trust_remote_code)
-    if not any(Path(path).glob("*.safetensors")):
-        raise ValueError(f"target.path {path} has no .safetensors weights; convert them first")
     if not sys.stderr.isatty():
         disable_progress_bar()
     given: dict[str, Any] = {"trust_remote_code": trust_remote_code, "device_map": {"": "disk"} if on_disk else None}
-    given |= {"local_files_only": True, "use_safetensors": True, **attention_asked(attn_implementation)}
+    if attn_implementation:  # else what its config.json says
+        given["attn_implementation"] = attn_implementation
     try:
         refuse_unfit(config.get_text_config())
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **given)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, local_files_only=True, use_safetensors=True, **given
+        )
     except Exception as error:  # whatever a foreign or corrupt file makes the loaders raise
         reason = f"{type(error).__name__}: {one_line(error, 300)}"
         raise ValueError(f"target.path {path} cannot be loaded: {reason}") from error
@@ -100,14 +96,15 @@ def empty_model(settings: Target, dtype: torch.dtype | None = None, kind: str = 
 
     ValueError, one line: its config.json is wrong.
     """
-    trusted, attention = settings.trust_remote_code, settings.attn_implementation
-    config, chosen = load_config(settings.path, trusted), dtype or resolve_dtype(settings.dtype, torch.device(kind))
+    config = load_config(settings.path, settings.trust_remote_code)
+    chosen = dtype or resolve_dtype(settings.dtype, torch.device(kind))
     try:
         if chosen == "auto":  # where no config names one, bfloat16, as nearly all have it
             chosen = config.get_text_config().dtype or torch.bfloat16
-        given: dict[str, Any] = {"dtype": chosen, "trust_remote_code": trusted, **attention_asked(attention)}
+        if settings.attn_implementation:
+            config._attn_implementation = settings.attn_implementation
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, **given)
+            return AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=settings.trust_remote_code)
     except Exception as error:  # whatever a foreign or corrupt file makes the loaders raise
         why = f"{type(error).__name__}: {one_line(error, 300)}"
         raise ValueError(f"target.path {settings.path} cannot be read: {why}") from error

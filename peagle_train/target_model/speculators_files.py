@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from peagle_train.files import partial_path, put
-from peagle_train.target_model.check import relative
 from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.target_model.loading import open_tensors
+from peagle_train.target_model.packed import relative
 
 logger = logging.getLogger(__name__)
 
