@@ -22,9 +22,10 @@ import shutil
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import groupby
+from multiprocessing.pool import AsyncResult
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +37,6 @@ from torch.utils.data import ConcatDataset
 from peagle_train.config import Recipe, Target, as_override, with_segments
 from peagle_train.core.cod import supervised_rows
 from peagle_train.core.elements import positions_read
-from peagle_train.core.passes import TargetOutputs
 from peagle_train.data.packing import TrainingData
 from peagle_train.data.training_data import encoder_of, load_training_data, make_collator
 from peagle_train.distributed import check_device, check_launch, wait_for_all
@@ -87,15 +87,16 @@ def shard_name(number: int) -> str:
 
 
 class StoredTarget(AbsentTarget):
-    """A target that answers from `target.cache`, memory-mapped. Batches must be of sequences that `check_rows` has seen, or
-    bring features of their own. ValueError: one line, for a folder that is no whole cache of this target in these settings.
+    """A target that answers from `target.cache`, memory-mapped; with zeros where it has nothing, as for `train.probe`.
+
+    ValueError: one line, for a folder that is no whole cache of this target in these settings.
     """
 
     def __init__(self, settings: Target, device: torch.device) -> None:
         assert settings.cache is not None
         self.folder = Path(settings.cache)
         where, index = f"target.cache {self.folder}", read_index(self.folder, "target.cache")
-        super().__init__(settings)
+        super().__init__(settings, device, 1)
         if target_fingerprint(settings.path) != index["target"]:
             raise ValueError(f"{where} is of another target than {settings.path} (config or weights differ): {AGAIN}")
         for key, asked, has in (
@@ -112,9 +113,6 @@ class StoredTarget(AbsentTarget):
             keys, lengths = file.get_tensor("keys"), file.get_tensor("lengths")
             for key, ends, each in zip(keys.tolist(), lengths.cumsum(0).tolist(), lengths.tolist(), strict=True):
                 self._where[tuple(key)] = file, [slice(end - n, end) for end, n in zip(ends, each, strict=True)]
-        self._pin = device.type == "cuda"  # read into page-locked memory
-        self._reader = ThreadPoolExecutor(1)
-        self._coming: dict[int, tuple[dict[str, Tensor], Future[dict[str, Tensor]]]] = {}  # by the batch's id
 
     def cache_dtype(self, asked: str) -> torch.dtype:
         return super().cache_dtype(self.index["dtype"])
@@ -139,40 +137,24 @@ class StoredTarget(AbsentTarget):
 
     def expect(self, batches: Sequence[dict[str, Tensor]]) -> None:
         for batch in batches[:2]:  # as one is used, the next is read
-            if FIELDS[0] in batch or id(batch) in self._coming:
-                continue
-            shape, T = batch["input_ids"].shape, self.hidden_size
-            # Allocated here: page-locked memory belongs to the device of the thread that asks for it.
-            room = {
-                name: torch.zeros(*shape, width, dtype=self.cache_dtype("auto"), pin_memory=self._pin)
-                for name, width in zip(FIELDS, (len(self.layer_ids) * T, T), strict=True)
-            }
-            self._coming[id(batch)] = batch, self._reader.submit(self.read, batch, room)
+            self.begin(batch)
 
-    def read(self, batch: dict[str, Tensor], room: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Put `FIELDS` of a batch, [B, L, F*T] and [B, L, T], where they are stored, into `room`, which is returned."""
+    def fetch(self, batch: dict[str, Tensor], room: list[Tensor]) -> list[AsyncResult[None]]:
+        return [self.threads.apply_async(self.read, (batch, room))]
+
+    def read(self, batch: dict[str, Tensor], room: list[Tensor]) -> None:
+        """Put what is stored of a batch's features and last hidden states into `room`."""
         for b, documents in enumerate(batch["document_ids"]):
             for part in pieces_of(documents[documents >= 0]):
-                key = piece_key(batch["input_ids"][b, part])
+                if (key := piece_key(batch["input_ids"][b, part])) not in self._where:
+                    continue
                 file, (_, *spans) = self._where[key]
                 has_n = self._has(key)
-                assert has_n.numel() == part.stop - part.start, "two pieces have one key"
-                for bit, name, span in zip((1, 2), FIELDS, spans, strict=True):
-                    values, out = file.get_slice(name)[span], room[name][b, part]
+                for bit, name, span, values_BL in zip((1, 2), FIELDS, spans, room, strict=True):
+                    values, out = file.get_slice(name)[span], values_BL[b, part]
                     if values.dtype == torch.float8_e4m3fn:
                         values = values.float() * file.get_slice("scales")[span][:, None]
                     out[(has_n & bit) > 0] = values.to(out.dtype)
-        return room
-
-    def outputs(self, batch: dict[str, Tensor], head_rows: Tensor) -> TargetOutputs:
-        """What the cache has for the batch, in the dtype in which the target computed."""
-        if id(batch) not in self._coming:
-            self.expect([batch])
-        started = time.perf_counter()
-        known = batch if FIELDS[0] in batch else self._coming.pop(id(batch))[1].result()
-        self.waited += time.perf_counter() - started
-        features, last_hidden = (known[n].to(head_rows.device, head_rows.dtype, non_blocking=True) for n in FIELDS)
-        return TargetOutputs(features, last_hidden, head_rows)
 
 
 # Writing
@@ -256,7 +238,6 @@ def write_cache(recipe: Recipe, out: str | None, speculators: str | None = None,
 def _sequences(recipe: Recipe, target: TargetBase, device: torch.device, say: Any) -> tuple[Any, Compute]:
     """The recipe's sequences, and how the target computes some of them."""
     data = load_training_data(encoder_of(recipe, target.vocab_size), say)
-    target.check_rows(data)
     # Nothing of the draw is read: also while nobody knows how many segments `auto` will be.
     collator = make_collator(with_segments(recipe, 1), seed=0)
     no_rows = target.head_rows(torch.zeros(0, dtype=torch.int64)).to(device)

@@ -5,12 +5,14 @@ hidden state outlives its layer. B: sequences, L: positions, T: hidden size, F: 
 """
 
 import logging
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
+from multiprocessing.pool import AsyncResult, ThreadPool  # its threads are daemons: no exit waits for an answer
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,17 +124,14 @@ class FrozenTarget(TargetBase):
         self.head: Any = model.get_output_embeddings()
         if self.head is None or getattr(self.head, "bias", None) is not None:
             raise ValueError(f"target {name} has no head (it is no causal LM), or one with a bias: unsupported")
-        for what, module in (("head", self.head), ("embeddings", model.get_input_embeddings())):
-            weight: Any = getattr(module, "weight", None)
-            # Other numbers, or a tensor of another class, need a quantiser's code to mean anything.
-            if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in PLAIN:
-                how = f"{what} ({type(module).__name__}): leave them unquantised"
-                raise ValueError(f"target {name} has quantised {how}")
-        self.vocab_size, self.dtype = self.head.weight.shape[0], self.head.weight.dtype
+        weight: Any = getattr(self.head, "weight", None)
+        # Other numbers, or a tensor of another class, need a quantiser's code to mean anything.
+        if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in PLAIN:
+            raise ValueError(f"target {name} has a quantised head: leave it unquantised")
+        self.vocab_size, self.dtype = weight.shape[0], weight.dtype
         self.base, n = model.get_decoder(), self.config.num_hidden_layers
-        below = self.base.modules() if isinstance(self.base, nn.Module) and self.base is not model else ()
-        stacks = [m for m in below if isinstance(m, nn.ModuleList) and len(m) == n]
-        if not stacks:
+        stacks = [m for m in self.base.modules() if isinstance(m, nn.ModuleList) and len(m) == n]
+        if not stacks or self.base is model:
             raise ValueError(f"target {name}: no stack of {n} decoder layers found below a head")
         self.layers: Any = stacks[0]
         self.layer_ids = list(loading.default_layer_ids(len(self.layers)) if layer_ids is None else layer_ids)
@@ -288,15 +287,44 @@ class FrozenTarget(TargetBase):
 
 class AbsentTarget(TargetBase):
     """A target whose layers run elsewhere: what lies around them is read from its .safetensors files, on the CPU, when it
-    is asked for. Subclasses set `dtype`. ValueError: as `FrozenTarget`.
+    is asked for; its outputs are fetched by threads, ahead of time. Subclasses set `dtype`. ValueError: as `FrozenTarget`.
     """
 
-    def __init__(self, settings: Target) -> None:
-        self.settings = settings
+    def __init__(self, settings: Target, device: torch.device, num_threads: int) -> None:
+        self.settings, self.device = settings, device
+        self.threads = ThreadPool(num_threads)
+        # By the batch's id: the batch, room for its features [B, L, F*T] and last hidden states [B, L, T], what fills it.
+        self.coming: dict[int, tuple[dict[str, Tensor], list[Tensor], list[AsyncResult[None]]]] = {}
         model = loading.empty_model(replace(settings, attn_implementation=None), torch.float32)
         self._frozen = FrozenTarget(model, settings.layer_ids)  # on the meta device
         self.config, self.layer_ids = self._frozen.config, self._frozen.layer_ids
         self.vocab_size = self._frozen.vocab_size
+
+    @abstractmethod
+    def fetch(self, batch: dict[str, Tensor], room: list[Tensor]) -> list[AsyncResult[None]]:
+        """Have the threads fill `room`, zeros, with a batch's outputs."""
+
+    def begin(self, batch: dict[str, Tensor]) -> None:
+        """`fetch` a batch, unless that was begun before."""
+        if id(batch) not in self.coming:
+            # Allocated here: page-locked memory belongs to the device of the thread that asks for it.
+            how: dict[str, Any] = {"dtype": self.cache_dtype("auto"), "pin_memory": self.device.type == "cuda"}
+            widths = len(self.layer_ids) * self.hidden_size, self.hidden_size
+            room = [torch.zeros(*batch["input_ids"].shape, width, **how) for width in widths]
+            self.coming[id(batch)] = batch, room, self.fetch(batch, room)
+
+    def outputs(self, batch: dict[str, Tensor], head_rows: Tensor) -> TargetOutputs:
+        self.begin(batch)
+        started = time.perf_counter()
+        _, room, parts = self.coming.pop(id(batch))
+        for part in parts:
+            part.get()
+        self.waited += time.perf_counter() - started
+        features, last_hidden = (each.to(head_rows.device, head_rows.dtype, non_blocking=True) for each in room)
+        return TargetOutputs(features, last_hidden, head_rows)
+
+    def close(self) -> None:
+        self.threads.terminate()
 
     def _stored(self, module: Any) -> dict[str, Tensor]:
         """The parameters of a module of the model, by their names in it."""

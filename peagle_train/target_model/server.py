@@ -19,7 +19,8 @@ import threading
 import time
 import urllib.request
 from collections.abc import Sequence
-from multiprocessing.pool import AsyncResult, ThreadPool  # its threads are daemons: no exit waits for an answer
+from dataclasses import replace
+from multiprocessing.pool import AsyncResult
 from pathlib import Path
 from typing import Any
 
@@ -61,20 +62,16 @@ class ServedTarget(AbsentTarget):
     """
 
     def __init__(self, settings: Target, device: torch.device, max_length: int) -> None:
-        super().__init__(settings)
         assert settings.server
-        self.device = device
         urls = [settings.server] if isinstance(settings.server, str) else settings.server
+        super().__init__(settings, device, REQUESTS * len(urls))
         patience = max(60.0, settings.server_patience)
         self.servers = [_Server(url, self.layer_ids, self.hidden_size, patience) for url in urls]
         if (longest := min(server.max_model_len for server in self.servers)) <= max_length:
             needed = f"data.max_length and a token more are {max_length + 1}"
             raise ValueError(f"target.server takes {longest} tokens; {needed}: {REMEDY}")
-        self._threads = ThreadPool(REQUESTS * len(urls))
         self._turns = itertools.count()
         self._stopping = threading.Event()
-        # by the batch's id: the batch, room for its states, the requests
-        self._coming: dict[int, tuple[dict[str, Tensor], Tensor, list[AsyncResult[None]]]] = {}
         self._failure = ""
         states = self._ask(torch.arange(1, 6))[0]
         self.dtype = states.dtype
@@ -102,41 +99,31 @@ class ServedTarget(AbsentTarget):
     def expect(self, batches: Sequence[dict[str, Tensor]]) -> None:
         for batch in batches:
             size = batch["input_ids"].numel() * self._token_bytes
-            held = sum(room.nbytes for _, room, _ in self._coming.values())
-            if self._coming and held + size > self.settings.prefetch_gib * 2**30:
+            held = sum(each.nbytes for _, room, _ in self.coming.values() for each in room)
+            if self.coming and held + size > self.settings.prefetch_gib * 2**30:
                 return
-            self._begin(batch)
+            self.begin(batch)
 
-    def _begin(self, batch: dict[str, Tensor]) -> None:
-        if id(batch) in self._coming:
-            return
+    def fetch(self, batch: dict[str, Tensor], room: list[Tensor]) -> list[AsyncResult[None]]:
         documents_BL = batch["document_ids"]
         learned = (batch["supervised"] & (batch["depth"] == 0)).long()
         is_supervised = torch.zeros_like(documents_BL).scatter_add_(1, batch["anchor"], learned) > 0
         is_needed = torch.stack(positions_read(is_supervised, documents_BL, self.reach)).any(0)
-        # Allocated here: page-locked memory belongs to the device of the thread that asks for it.
-        shape = *documents_BL.shape, len(self.layer_ids) + 1, self.hidden_size
-        room = torch.zeros(shape, dtype=self.dtype, pin_memory=self.device.type == "cuda")
         parts = []
         for b, documents in enumerate(documents_BL):
             for part in pieces_of(documents[documents >= 0]):
                 if (needed := is_needed[b, part].nonzero()[:, 0]).numel():
                     ids = batch["input_ids"][b, part][: int(needed[-1]) + 1]
-                    parts.append(self._threads.apply_async(self._read, (ids, needed, room[b, part])))
-        self._coming[id(batch)] = batch, room, parts
+                    parts.append(self.threads.apply_async(self._read, (ids, needed, [each[b, part] for each in room])))
+        return parts
 
     def outputs(self, batch: dict[str, Tensor], head_rows: Tensor) -> TargetOutputs:
-        self._begin(batch)
-        started = time.perf_counter()
-        _, room, parts = self._coming.pop(id(batch))
-        for part in parts:
-            part.get()
-        self.waited += time.perf_counter() - started
-        states = room.to(head_rows.device, non_blocking=True)
-        return TargetOutputs(states[:, :, :-1].flatten(2), self._norm(states[:, :, -1]), head_rows)
+        found = super().outputs(batch, head_rows)
+        return replace(found, last_hidden=self._norm(found.last_hidden))
 
-    def _read(self, ids_n: Tensor, needed: Tensor, room: Tensor) -> None:
-        room[needed] = self._ask(ids_n)[0][needed]
+    def _read(self, ids_n: Tensor, needed: Tensor, room: list[Tensor]) -> None:
+        states = self._ask(ids_n)[0][needed]
+        room[0][needed], room[1][needed] = states[:, :-1].flatten(1), states[:, -1]
 
     def _ask(self, ids_n: Tensor) -> tuple[Tensor, int]:
         """The hidden states [n, k + 1, T] of a document, and the greedy token after it; the last ones before the norm.
@@ -166,7 +153,7 @@ class ServedTarget(AbsentTarget):
 
     def close(self) -> None:
         self._stopping.set()
-        self._threads.terminate()
+        super().close()
 
 
 class _Server:

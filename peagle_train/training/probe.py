@@ -35,11 +35,7 @@ def probe_step(
     ids = torch.randint(target.vocab_size - 1, (L,), generator=torch.Generator().manual_seed(0))
     ids += ids >= draft.mask_token_id  # which no sequence may hold
     row: dict[str, Any] = {"input_ids": ids, "loss_mask": torch.ones_like(ids), "row_key": 0, "epoch": 0}
-    if recipe.target.cache:
-        dtype = target.cache_dtype(recipe.target.cache_dtype)
-        row["features"] = torch.zeros(L, draft.config.feature_size, dtype=dtype)
-        row["last_hidden"] = torch.zeros(L, target.hidden_size, dtype=dtype)
-    elif not recipe.target.server:
+    if not recipe.target.cache and not recipe.target.server:
         # Sequences of several documents may take a mask of L x L, which a document alone does without.
         position = torch.cat([torch.arange(L - L // 2), torch.arange(L // 2)])
         packed = {"input_ids": ids.expand(B, -1), "position_ids": position.expand(B, -1).contiguous()}
