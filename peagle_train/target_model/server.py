@@ -40,8 +40,6 @@ from peagle_train.target_model.loading import default_layer_ids
 logger = logging.getLogger(__name__)
 
 REQUESTS = 32  # in flight at a time, to each server
-GREEDY = {"temperature": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-"""Given explicitly: servers would take the missing ones from the target's generation_config.json."""
 REMEDY = "start the server with the command that `peagle-train serve-target RECIPE` prints"
 ON_CPU = "cpu"
 """In the path of what a server on a CPU writes; while it does, vLLM draws wrong tokens there at temperatures above 0."""
@@ -72,7 +70,6 @@ class ServedTarget(AbsentTarget):
             raise ValueError(f"target.server takes {longest} tokens; {needed}: {REMEDY}")
         self._turns = itertools.count()
         self._stopping = threading.Event()
-        self._failure = ""
         states = self._ask(torch.arange(1, 6))[0]
         self.dtype = states.dtype
         if settings.dtype not in ("auto", dtype := str(states.dtype)[6:]):
@@ -88,13 +85,11 @@ class ServedTarget(AbsentTarget):
         for start, _ in itertools.product((1, 100, 1000), self.servers):  # which take turns
             ids = torch.arange(start, start + 7) % self.vocab_size
             states, token = self._ask(ids)
-            if not 0 <= token < self.vocab_size or states.dtype != self.dtype:
-                raise ValueError(f"target.server answers with token {token} and {states.dtype} states: {REMEDY}")
             logits = self.head_weight().float() @ self._norm(states[-1, -1].to(self.device)).float().cpu()
-            if float(logits.max() - logits[token]) > 0.02 * float(logits.abs().max()):  # bfloat16 has near ties
+            off = float(logits.max() - logits[token]) if token < self.vocab_size else math.inf
+            if off > 0.02 * float(logits.abs().max()):  # bfloat16 has near ties
                 tokens = f"token {token}, target.path {self.settings.path} with {int(logits.argmax())}"
-                why = f"it serves another model, or other layers than {self.layer_ids}"
-                raise ValueError(f"target.server answers {ids.tolist()} with {tokens}: {why}: {REMEDY}")
+                raise ValueError(f"target.server answers {ids.tolist()} with {tokens}: another model: {REMEDY}")
 
     def expect(self, batches: Sequence[dict[str, Tensor]]) -> None:
         for batch in batches:
@@ -128,28 +123,23 @@ class ServedTarget(AbsentTarget):
     def _ask(self, ids_n: Tensor) -> tuple[Tensor, int]:
         """The hidden states [n, k + 1, T] of a document, and the greedy token after it; the last ones before the norm.
 
-        TargetLost: no server answered for `target.server_patience` seconds after the first failure, or one answered
-        something else. ValueError: so did a server when it was asked for the first time.
+        TargetLost: no server answered for `target.server_patience` seconds after the first failure. ValueError: one
+        answered something else.
         """
-        until = math.inf
-        while not self._stopping.is_set():
+        until = None
+        while True:
             server = self.servers[next(self._turns) % len(self.servers)]
             try:
                 return server.ask(ids_n)
-            except ValueError as error:
-                if server.has_answered:  # in the middle of a run, which is saved
-                    raise TargetLost(str(error)) from None
-                raise
             except OSError as error:  # among them openai's, see `_Server`
-                self._failure = f"target.server {server.url} gave no answer: {one_line(error)}"
-            if until == math.inf:
+                failure = f"target.server {server.url} gave no answer: {one_line(error)}"
+            if until is None:
                 until = time.monotonic() + self.settings.server_patience
-                logger.warning("%s; asking again", self._failure)
+                logger.warning("%s; asking again", failure)
             elif time.monotonic() > until:
-                break
-            self._stopping.wait(min(2.0, self.settings.server_patience))
-        self._stopping.set()  # the other requests' threads need not try as long
-        raise TargetLost(self._failure or "target.server was closed")
+                self._stopping.set()  # the other requests' threads need not try as long
+            if self._stopping.wait(min(2.0, self.settings.server_patience)):
+                raise TargetLost(failure)
 
     def close(self) -> None:
         self._stopping.set()
@@ -161,7 +151,7 @@ class _Server:
 
     def __init__(self, url: str, layer_ids: list[int], hidden_size: int, patience: float) -> None:
         self.url, self.layer_ids = url.rstrip("/").removesuffix("/v1"), layer_ids
-        self.hidden_size, self.patience, self.has_answered = hidden_size, patience, False
+        self.hidden_size, self.patience = hidden_size, patience
         self.openai, self.client = connect(f"{self.url}/v1", "target.server", max_retries=0, timeout=patience)
         try:
             [model, *_] = self.client.models.list().data
@@ -172,9 +162,11 @@ class _Server:
     def ask(self, ids_n: Tensor) -> tuple[Tensor, int]:
         """See `ServedTarget._ask`; OSError where it gives no answer."""
         ids = ids_n.tolist()
-        more = {"return_token_ids": True, "add_special_tokens": False, **GREEDY}
+        # Greedy, said in full: what is missing, servers take from the target's generation_config.json.
+        greedy = {"temperature": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "max_tokens": 1}
+        more = {"return_token_ids": True, "add_special_tokens": False, "repetition_penalty": 1.0}
         try:
-            reply = self.client.completions.create(model=self.model, prompt=ids, max_tokens=1, extra_body=more)
+            reply = self.client.completions.create(model=self.model, prompt=ids, **greedy, extra_body=more)
         except self.openai.OpenAIError as error:
             code = getattr(error, "status_code", 500)
             if code < 500 and code not in (408, 409, 425, 429):
@@ -182,17 +174,14 @@ class _Server:
                 raise ValueError(f"target.server {self.url} {what}") from None
             raise OSError(one_line(error)) from None
         path = states_path(reply)
-        token = (getattr(reply.choices[0], "token_ids", None) or [-1])[0]
         if path is None:
             raise ValueError(f"target.server {self.url} gives no hidden states: {REMEDY}")
-        if (given := path.parent.name) != (asked := layers_folder(self.layer_ids)):
-            raise ValueError(f"target.server {self.url} gives {given}, the recipe asks for {asked}: {REMEDY}")
         states = take(path, ids, self.patience)
-        if states.shape != (len(ids), len(self.layer_ids) + 1, self.hidden_size):
-            wanted = f"not those of {len(self.layer_ids)} layers and the last: {REMEDY}"
-            raise ValueError(f"target.server {self.url} gives hidden states {tuple(states.shape)}, {wanted}")
-        self.has_answered = True
-        return states, token
+        given = f"{path.parent.name} {[*states.shape]}"
+        asked = f"{layers_folder(self.layer_ids)} {[len(ids), len(self.layer_ids) + 1, self.hidden_size]}"
+        if given != asked:
+            raise ValueError(f"target.server {self.url} gives {given}, the recipe asks for {asked}: {REMEDY}")
+        return states, reply.choices[0].token_ids[0]
 
 
 def layers_folder(layer_ids: Sequence[int]) -> str:
