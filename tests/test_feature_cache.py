@@ -195,15 +195,9 @@ def test_a_write_stopped_anywhere_and_started_again_leaves_the_same_cache(tmp_pa
 SHARD, INDEX = "features-00001.safetensors", "cache.json"
 WRONG: dict[str, tuple[str, Any, str, str]] = {
     "cut": (SHARD, lambda data: data[:-8], "", f"{SHARD} is missing or damaged"),
-    "not whole": (SHARD, None, "", f"lacks {SHARD}"),
-    "format": (
-        INDEX,  # whole but for its version
-        lambda data: json.dumps({**json.loads(data), "version": 4}).encode(),
-        "",
-        "is of format 4, this reads format 3",
-    ),
+    "not whole": (SHARD, None, "", f"{SHARD} is missing or damaged"),
+    "format": (INDEX, lambda data: data.replace(b'"version": 3', b'"version": 4'), "", "is of format 4, this reads"),
     "index": (INDEX, lambda data: data[:-9], "", "cache.json cannot be read"),
-    "no index": (INDEX, None, "", "has no cache.json"),
     "layers": ("", None, "target.layer_ids=[1, 2, 3]", "is of layer_ids [2, 3, 4], the recipe asks for [1, 2, 3]"),
     "dtype": ("", None, "target.dtype=float32", "is of dtype float64, the recipe asks for float32"),
     "cache dtype": ("", None, "target.cache_dtype=bfloat16", "is of cache_dtype float64"),
@@ -258,7 +252,7 @@ def test_damage_that_a_start_does_not_see_is_found_by_verify_which_names_the_fil
     train(recipe_in(), tmp_path / "run", f"target.cache={folder}", "train.max_steps=1")
     assert command("cache", "--verify", made) == 0 and command("cache", "--verify", folder) == 2
     assert f"{SHARD} is damaged" in capsys.readouterr().err
-    assert command("cache", "--verify", tmp_path) == 2 and f"{tmp_path} has no cache.json" in capsys.readouterr().err
+    assert command("cache", "--verify", tmp_path) == 2 and "cache.json cannot be read" in capsys.readouterr().err
 
 
 def test_other_rows_another_target_or_another_writer_never_mix_in_one_folder(tmp_path, recipe_in, made):

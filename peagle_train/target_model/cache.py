@@ -18,6 +18,7 @@ T: the target's hidden size, F: feature layers, n: tokens, P: pieces, B: sequenc
 
 import hashlib
 import json
+import logging
 import shutil
 import struct
 import time
@@ -44,9 +45,10 @@ from peagle_train.files import alone_in, one_line, partial_path, put, save_tenso
 from peagle_train.machine import cores
 from peagle_train.target_model.frozen import FP8, AbsentTarget, FrozenTarget, TargetBase, pieces_of
 from peagle_train.target_model.loading import open_tensors, target_fingerprint
+from peagle_train.target_model.packed import relative
 from peagle_train.target_model.server import ServedTarget
-from peagle_train.target_model.speculators_files import SpeculatorsFiles
 
+logger = logging.getLogger(__name__)
 INDEX, DOCUMENTS, VERSION = "cache.json", "documents.jsonl", 3
 COMMAND = "peagle-train cache"
 AGAIN = f"make the cache again with {COMMAND}, or change the recipe"
@@ -60,13 +62,10 @@ def read_index(folder: Path, given_as: str) -> dict[str, Any]:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         if index["version"] == VERSION:
             return index
-        reason = f"is of format {index['version']}, this reads format {VERSION}"
-    except FileNotFoundError:
-        make = f"give a folder made by {COMMAND} RECIPE --out DIR (--speculators)"
-        raise ValueError(f"{given_as} {folder} has no {INDEX}: {make}") from None
+        why = f"is of format {index['version']}, this reads format {VERSION}"
     except (OSError, ValueError, LookupError, TypeError) as error:
-        reason = f"cannot be read ({type(error).__name__}: {one_line(error, 200)})"
-    raise ValueError(f"{given_as} {folder}: {INDEX} {reason}: make the cache with {COMMAND} in another folder")
+        why = f"cannot be read ({one_line(error, 200)})"
+    raise ValueError(f"{given_as} {folder}: {INDEX} {why}: give a folder of {COMMAND} RECIPE --out DIR (--speculators)")
 
 
 def piece_key(ids_n: Tensor) -> Key:
@@ -109,7 +108,7 @@ class StoredTarget(AbsentTarget):
         self.index, self.dtype = index, getattr(torch, index["computed_in"])
         self._where: dict[Key, tuple[Any, list[slice]]] = {}  # of a piece: the file, and its needs, features and labels
         for name in map(shard_name, range(index["shards"])):
-            file = _open_shard(self.folder, name)
+            file = open_tensors(self.folder / name)
             keys, lengths = file.get_tensor("keys"), file.get_tensor("lengths")
             for key, ends, each in zip(keys.tolist(), lengths.cumsum(0).tolist(), lengths.tolist(), strict=True):
                 self._where[tuple(key)] = file, [slice(end - n, end) for end, n in zip(ends, each, strict=True)]
@@ -158,6 +157,102 @@ class StoredTarget(AbsentTarget):
 
 
 # Writing
+
+
+class SpeculatorsFiles:
+    """Hidden states that speculators (vllm-project) wrote for offline training, as sequences of one document each, in the
+    order of i, of at most `max_length` tokens.
+
+    hs_{i}.safetensors holds `token_ids` [n] and `hidden_states` [n, F + 1, T]: the feature layers and what enters the
+    target's final norm. The loss mask is in the file, or in the data set next to it (Arrow, written by `datasets`): its row
+    i has `loss_mask` [n] and the same tokens as `input_ids`.
+
+    folder: of hs_{i}.safetensors, or the one above its `hidden_states`. target: the one that they are said to be of.
+    ValueError: one line, for files that are something else, and for features that the target does not give.
+    """
+
+    def __init__(self, folder: str, target: FrozenTarget, max_length: int) -> None:
+        root = Path(folder).expanduser()
+        root = root / "hidden_states" if (root / "hidden_states").is_dir() else root
+        numbered = {int(p.stem[3:]): p for p in root.glob("hs_*.safetensors") if p.stem[3:].isdigit()}
+        if not numbered:
+            raise ValueError(f"--speculators {folder} has no hs_NUMBER.safetensors: give the folder that has them")
+        self.target, self.max_length, self.norm = target, max_length, target.final_norm()
+        self.samples = sorted(numbered.items())
+        data_sets = [each for each in (root, root.parent) if (each / "dataset_info.json").is_file()]
+        self.masks: Any = None
+        if data_sets:
+            from datasets import load_from_disk
+
+            self.masks = load_from_disk(str(data_sets[0])).with_format(None)  # it may have been saved as tensors
+        else:
+            what = "without a loss_mask of its own, a file's tokens are all learned from"
+            logger.warning("no data set next to %s: %s", root, what)
+        self._compare()
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """input_ids, loss_mask, document_ids int64 [n], as `PackedRows` gives them, and the file's path."""
+        number, path = self.samples[index]
+        with open_tensors(path) as file:
+            has = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            ids, mask = (file.get_tensor(n) if n in has else torch.empty(0) for n in ("token_ids", "loss_mask"))
+        n, T, V, layers = ids.numel(), self.target.hidden_size, self.target.vocab_size, len(self.target.layer_ids) + 1
+        if "hidden_states_scales" in has:
+            raise ValueError(f"{path} has hidden states in FP8 (hidden_states_scales), unsupported: write 16 bits")
+        if "loss_mask" not in has:
+            mask = torch.ones(n)
+            if self.masks is not None:
+                row = self.masks[number] if number < len(self.masks) else {"input_ids": None}
+                if row["input_ids"] != ids.tolist():
+                    raise ValueError(f"{path}: row {number} of the data set next to it has other tokens")
+                mask = torch.tensor(row["loss_mask"])
+        is_ids = n > 0 and ids.dim() == 1 and not ids.is_floating_point() and 0 <= ids.min() <= ids.max() < V
+        if not (is_ids and has.get("hidden_states") == (n, layers, T) and mask.shape == (n,)):
+            wanted = f"token_ids [n], ids in 0..{V - 1}, hidden_states [n, {layers}, {T}] (of target.layer_ids and what"
+            raise ValueError(f"{path} has {has}; it must have {wanted} enters the final norm), perhaps loss_mask [n]")
+        if n > self.max_length:
+            raise ValueError(f"{path} has {n} tokens, data.max_length is {self.max_length}: raise data.max_length")
+        document_ids = torch.zeros(n, dtype=torch.int64)
+        return {"input_ids": ids.long(), "loss_mask": mask.long(), "document_ids": document_ids, "path": path}
+
+    @torch.no_grad()
+    def compute(self, rows: Iterable[dict[str, Any]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each sample's features [n, F*T] and last hidden states [n, T] after the final norm."""
+        for row in rows:
+            with open_tensors(row["path"]) as file:
+                hidden_nFT = file.get_tensor("hidden_states").to(self.target.device, self.target.dtype)
+            yield hidden_nFT[:, :-1].flatten(1).cpu(), self.norm(hidden_nFT[None, :, -1])[0].cpu()
+
+    def _compare(self) -> None:
+        """ValueError unless the target gives a sample's first features, that of the most tokens of the first 16."""
+        sample = max((self[i] for i in range(min(16, len(self)))), key=lambda sample: sample["input_ids"].numel())
+        ids = sample["input_ids"][None, :32]
+        own = self.target.features(ids, torch.arange(ids.shape[1])[None])
+        part = slice(int(ids.shape[1] > 1), ids.shape[1])  # beside a first token's activations others may not count
+        pairs = zip(next(self.compute([sample])), own, strict=True)
+        off, off_last = (relative(theirs[part], ours[0, part].cpu()) for theirs, ours in pairs)
+        if max(off, off_last) > 0.1:
+            offs = f"features are {off:.0%}, last hidden states after the final norm {off_last:.0%} off the target's"
+            why = f"another target, other layers than target.layer_ids {self.target.layer_ids}, or after that norm already"
+            raise ValueError(f"--speculators: {offs}: {why}")
+
+    def write_documents(self, path: Path) -> None:
+        """The samples with their masks as a .jsonl source. Those with nothing to learn from are dropped, and counted."""
+        dropped = 0
+        with partial_path(path).open("w", encoding="utf-8") as file:
+            for i in range(len(self)):
+                sample = self[i]
+                row = {name: sample[name].tolist() for name in ("input_ids", "loss_mask")}
+                if 1 in row["loss_mask"][1:]:
+                    file.write(json.dumps(row) + "\n")
+                else:
+                    dropped += 1
+        put(partial_path(path), path)
+        if dropped:
+            logger.warning("%d samples with no token to learn from are not in %s", dropped, path)
 
 
 class Piece(NamedTuple):
@@ -216,7 +311,6 @@ def write_cache(recipe: Recipe, out: str | None, speculators: str | None = None,
         started, done = time.perf_counter(), 0
         for number in range(rank, len(shards), world_size):
             if (path := folder / shard_name(number)).exists():
-                say(f"cache: shard {number} is there already")
                 continue
             tensors = _tensors_of(shards[number], sequences, compute, dtype, as_fp8)
             save_tensors(partial_path(path), tensors, "sha256", _checksum(tensors))
@@ -306,11 +400,11 @@ def _claim(folder: Path, index: dict[str, Any], size: int) -> str:
         what = f"of another target, other sequences or other settings ({', '.join(names)} differ)"
         raise ValueError(f"--out {folder} holds the cache {what}: give another folder, or remove it")
     there, free = sum(path.stat().st_size for path in folder.glob("*.safetensors")), shutil.disk_usage(folder).free
-    words = f"{index['tokens']} tokens in {index['shards']} shards: {size / 2**30:.2f} GiB"
-    words += f", {there / 2**30:.2f} GiB there, {free / 2**30:.2f} GiB free"
+    gib = f"{size / 2**30:.2f} GiB, {there / 2**30:.2f} GiB there, {free / 2**30:.2f} GiB free"
+    words = f"{index['tokens']} tokens in {index['shards']} shards: {gib}"
     if size - there > free:
         raise ValueError(
-            f"--out {folder} has too little room: {words}; give another disk, or target.cache_dtype=bfloat16"
+            f"--out {folder} has too little room: {words}: give another disk, or a smaller target.cache_dtype"
         )
     if old is None:
         write_json(folder / INDEX, index)
@@ -349,22 +443,15 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _open_shard(folder: Path, name: str) -> Any:
-    if not (folder / name).exists():
-        raise ValueError(f"{folder} lacks {name}: {COMMAND} with the same recipe and --out writes what is missing")
-    return open_tensors(folder / name)
-
-
 def verify_cache(folder: Path) -> str:
     """Compare what every file of a cache holds with its checksum; ValueError names the first that has another."""
 
-    def is_whole(name: str) -> bool:
-        file = _open_shard(folder, name)
-        return _checksum({key: file.get_tensor(key) for key in file.keys()}) == file.metadata().get("sha256")
+    def check(path: Path) -> None:
+        file = open_tensors(path)
+        if _checksum({key: file.get_tensor(key) for key in file.keys()}) != file.metadata().get("sha256"):
+            raise ValueError(f"--verify: {path} is damaged: remove it and run the same {COMMAND} again")
 
-    names = [*map(shard_name, range(read_index(folder, "--verify")["shards"]))]
+    paths = [folder / shard_name(number) for number in range(read_index(folder, "--verify")["shards"])]
     with ThreadPoolExecutor(cores()) as threads:
-        for name, well in zip(names, threads.map(is_whole, names), strict=True):
-            if not well:
-                raise ValueError(f"--verify {folder}: {name} is damaged: remove it and run the same {COMMAND} again")
-    return f"verified: {len(names)} files of {folder}"
+        list(threads.map(check, paths))
+    return f"verified: {len(paths)} files of {folder}"
