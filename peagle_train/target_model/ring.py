@@ -14,42 +14,38 @@ from torch import Tensor
 from peagle_train.config import Recipe
 from peagle_train.core.cod import hash63
 from peagle_train.core.passes import TargetOutputs
-from peagle_train.files import one_line, put_tensors
+from peagle_train.files import put_tensors
 from peagle_train.target_model.cache import FIELDS
-from peagle_train.target_model.frozen import TargetBase, TargetLost
+from peagle_train.target_model.frozen import TargetBase
 
 SLACK = 8192  # bytes that a file takes at most beside its numbers: its header, and what a disk rounds up
-ELSEWHERE = "give another folder as target.ring_dir"
 Batch = dict[str, Tensor]
 
 
 def block_steps(recipe: Recipe, target: TargetBase, sequences: int) -> int:
     """How many steps of `sequences` each have features that fit in `target.ring`; ValueError if not even one has."""
-    assert recipe.target.ring is not None
-    numbers = recipe.data.max_length * (len(target.layer_ids) + 1) * target.hidden_size
+    ring, numbers = recipe.target.ring, recipe.data.max_length * (len(target.layer_ids) + 1) * target.hidden_size
+    assert ring is not None
     step = sequences * (numbers * target.dtype.itemsize + SLACK)
-    if steps := int(recipe.target.ring * 2**30) // step:
-        return steps
-    needed = f"features of a step's {sequences} sequences take {step / 2**30:.3g}: give that, or a smaller step"
-    raise ValueError(f"target.ring is {recipe.target.ring:g} GiB; {needed}")
+    if ring * 2**30 < step:
+        needed = f"features of a step's {sequences} sequences take {step / 2**30:.3g}: give that, or a smaller step"
+        raise ValueError(f"target.ring is {ring:g} GiB; {needed}")
+    return int(ring * 2**30) // step
 
 
 class Ring:
     """A target's outputs for training's batches, of sequences computed one at a time: the bits of one do not depend on the
-    others. Each rank keeps its own; what an earlier run has left is removed. ValueError: the folder cannot be used.
+    others. Each rank keeps its own; what an earlier run has left is removed. OSError: the folder cannot be used.
     """
 
     def __init__(self, recipe: Recipe, target: TargetBase, rank: int, world_size: int) -> None:
         output = Path(recipe.output.dir)
         root = Path(recipe.target.ring_dir or output) / f"ring-{hash63(str(output.resolve()).encode()):x}"
         self.target, self.folder = target, root / str(rank)
-        try:
-            for old in root.glob("[0-9]*"):
-                if int(old.name) % world_size == rank:  # there may have been more ranks
-                    shutil.rmtree(old)
-            self.folder.mkdir(parents=True)
-        except OSError as error:
-            raise ValueError(f"target.ring cannot be kept in {self.folder}: {one_line(error)}: {ELSEWHERE}") from None
+        for old in root.glob("[0-9]*"):
+            if int(old.name) % world_size == rank:  # there may have been more ranks
+                shutil.rmtree(old)
+        self.folder.mkdir(parents=True)
         self._known = {0}  # sequences that need not be asked for; 0 is one of no tokens
         # By the batch's id: the batch, and those of its sequences that the target is asked for.
         self._coming: dict[int, tuple[Batch, dict[int, Batch]]] = {}
@@ -69,7 +65,7 @@ class Ring:
         self.target.expect([row for batch in batches for row in self._coming[id(batch)][1].values()])
 
     def outputs(self, batch: Batch, head_rows: Tensor) -> TargetOutputs:
-        """See `TargetBase`; zeros at padding. TargetLost: the files cannot be written."""
+        """See `TargetBase`; zeros at padding. OSError: the files cannot be written."""
         if id(batch) not in self._coming:
             self.expect([batch])
         _, rows = self._coming.pop(id(batch))
@@ -86,21 +82,14 @@ class Ring:
                 one = self.target.outputs(rows.get(b) or _alone(batch, b), head_rows)
                 found = [tensor[0, :n].to(self.target.dtype) for tensor in (one.features, one.last_hidden)]
                 if self.keeps and not self._path(key).exists():
-                    self._write(key, found)
+                    put_tensors(self._path(key), dict(zip(FIELDS, found, strict=True)))
+                    self._known.add(key)
             for tensor, part in zip(whole, found, strict=True):
                 tensor[b, :n] = part
             if not self.keeps:
                 self._path(key).unlink(missing_ok=True)
                 self._known.discard(key)
         return TargetOutputs(whole[0], whole[1], head_rows)
-
-    def _write(self, key: int, tensors: list[Tensor]) -> None:
-        try:
-            put_tensors(self._path(key), dict(zip(FIELDS, tensors, strict=True)))
-        except OSError as error:
-            shutil.rmtree(self.folder, ignore_errors=True)  # the checkpoint may need the room
-            raise TargetLost(f"target.ring {self.folder} cannot be written: {one_line(error)}: {ELSEWHERE}") from None
-        self._known.add(key)
 
     def remove(self) -> None:
         """Remove this rank's files; nothing will read them again."""
