@@ -26,12 +26,10 @@ class States:
         self.folder.mkdir(parents=True)
         self.prompts: list[list[int]] = []
         self.faults: list[str] = []
-        self.down, self.gate = False, threading.Event()
-        self.gate.set()
+        self.down = False
         self._numbers, self._turn = count(), threading.Lock()
 
     def __call__(self, body: dict[str, Any]) -> Reply:
-        self.gate.wait()
         with self._turn:
             if "messages" in body:
                 return self.chat(body["messages"])

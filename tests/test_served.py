@@ -144,19 +144,8 @@ def test_what_is_asked_for_ahead_is_bounded_and_what_is_read_makes_room(served):
     assert asked[32].wait(60)
 
 
-def test_what_is_still_queued_when_a_target_is_closed_is_never_asked_and_a_run_closes_its_target(
-    tmp_path, tiny, served, monkeypatch
-):
-    target = served.target()
-    served.states.prompts.clear()
-    served.states.gate.clear()
-    target.expect([batch_of(*range(2, 32)), batch_of(*range(2, 32))])
-    target.close()
-    served.states.gate.set()
-    other, closed = served.target(), []
-    for _ in range(30):  # what is still on its way comes meanwhile
-        other.outputs(batch_of(3), other.head_weight())
-    assert len(served.states.prompts) <= 32 + 1 + 30  # of 60 the 32 that were asked at once, and the other's
+def test_a_run_closes_its_target(tmp_path, tiny, monkeypatch):
+    closed: list[FrozenTarget] = []
     monkeypatch.setattr(FrozenTarget, "close", lambda self: closed.append(self))
     run(tiny(tmp_path, train={"max_steps": 1}))
     assert len(closed) == 1
@@ -172,63 +161,67 @@ def test_features_that_are_kept_for_two_passes_are_asked_for_once(tmp_path, tiny
     assert all(torch.allclose(found[name], tensor, rtol=0, atol=1e-9) for name, tensor in expected.items())
 
 
+def regenerate(folder: Path, states: States, chats: list[list[str]], *more: str) -> int:
+    """The exit code; answers come to rows.jsonl, hidden states to kept."""
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"turns": turns}) + "\n" for turns in chats))
+    with serving(states) as server:
+        where = f"--base-url={server.url}", "--model", MODEL, f"--features={folder / 'kept'}"
+        return command("regenerate", prompts, *where, f"--out={folder / 'rows.jsonl'}", *more)
+
+
 def test_answers_that_are_written_anew_bring_the_features_that_training_reads(tmp_path):
-    target, states, cache = make_chat_target(tmp_path / "target"), tmp_path / "kept", tmp_path / "cache"
-    prompts = tmp_path / "prompts.jsonl"
-    asked = ["w1 w2", "w3 w4 w5"], ["w6", "w9", "w7"], ["w8 w8 w8"]
-    prompts.write_text("".join(json.dumps({"turns": turns}) + "\n" for turns in asked))
-    with serving(States(target, tmp_path / "states")) as server:
-        where = f"--base-url={server.url}", "--model", MODEL, f"--features={states}", f"--out={tmp_path / 'rows.jsonl'}"
-        assert command("regenerate", prompts, *where) == 0
-    found = [load_file(path) for path in states.glob("*.safetensors")]
+    target, cache = make_chat_target(tmp_path / "target"), tmp_path / "cache"
+    chats = [["w1 w2", "w3 w4 w5"], ["w6", "w9", "w7"], ["w8 w8 w8"]]
+    assert regenerate(tmp_path, States(target, tmp_path / "states"), chats) == 0
+    found = [load_file(path) for path in (tmp_path / "kept").glob("*.safetensors")]
     assert len(found) == 4 and not [*(tmp_path / "states").rglob("*.safetensors")]  # without the answer that was cut
     for sample in found:
         ids, learned = sample["token_ids"].tolist(), sample["loss_mask"].tolist()
         assert ids[-3:] == [11, len(ids) - 3, 12] and learned == [0] * (len(ids) - 3) + [1] * 3
     draft = {"mask_token_id": 57, "draft_vocab_size": None}
     recipe = write_recipe(tmp_path, target, cache / "documents.jsonl", tmp_path / "run", draft=draft)
-    assert command("cache", recipe, f"--speculators={states}", f"--out={cache}") == 0
+    assert command("cache", recipe, f"--speculators={tmp_path / 'kept'}", f"--out={cache}") == 0
     run(recipe, f"target.cache={cache}")
     run(recipe, f"output.dir={tmp_path / 'anew'}")
     ours, theirs = (drafter(tmp_path / name / "final") for name in ("run", "anew"))
     assert all(torch.allclose(ours[name], tensor, rtol=0, atol=1e-9) for name, tensor in theirs.items())
 
 
-@pytest.mark.parametrize("temperature", [0, 0.8])
-def test_equal_questions_that_are_answered_together_keep_one_file(temperature, tmp_path):
-    states, prompts = States(make_chat_target(tmp_path / "target"), tmp_path / "states"), tmp_path / "prompts.jsonl"
-    prompts.write_text((json.dumps({"prompt": "w1 w2"}) + "\n") * 23)
-    with serving(states) as server:
-        where = f"--base-url={server.url}", "--model", MODEL, f"--features={tmp_path / 'kept'}"
-        out = f"--out={tmp_path / 'rows.jsonl'}", f"--temperature={temperature}"
-        assert command("regenerate", prompts, *where, *out) == 0
+def test_equal_questions_that_are_answered_together_keep_one_file(tmp_path):
+    states = States(make_chat_target(tmp_path / "target"), tmp_path / "states")
+    assert regenerate(tmp_path, states, [["w1 w2"]] * 23) == 0
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 23
     assert len([*(tmp_path / "kept").glob("*.safetensors")]) == 1
 
 
-@pytest.mark.parametrize("fault", ["draws wrong tokens", "holds layers-2-3-4"])
-def test_answers_that_are_not_the_targets_or_states_of_other_layers_are_refused(fault, tmp_path, capsys):
-    target, prompts, kept = make_chat_target(tmp_path / "target"), tmp_path / "prompts.jsonl", tmp_path / "kept"
-    prompts.write_text(json.dumps({"prompt": "w1 w2"}) + "\n")
-    folder, name = ("states", "layers-1-3-4") if "layers" in fault else ("cpu", "layers-2-3-4")
-    states = States(target, tmp_path / folder, name)
-    kept.mkdir()
-    (kept / "layers.txt").write_text("layers-2-3-4")
-    with serving(states) as server:
-        where = f"--base-url={server.url}", "--model", MODEL, f"--features={kept}", f"--out={tmp_path / 'rows.jsonl'}"
-        assert command("regenerate", prompts, *where) == 2
-    assert fault in capsys.readouterr().err.strip().splitlines()[-1]
-    assert not [*kept.glob("*.safetensors")]
+@pytest.mark.parametrize(
+    ("folder", "name", "message"),
+    [("cpu", "layers-2-3-4", "draws wrong tokens"), ("states", "layers-1-3-4", "holds layers-2-3-4")],
+)
+def test_answers_that_are_not_the_targets_or_states_of_other_layers_are_refused(
+    folder, name, message, tmp_path, capsys
+):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "layers.txt").write_text("layers-2-3-4")
+    assert regenerate(tmp_path, States(make_chat_target(tmp_path / "target"), tmp_path / folder, name), [["w1"]]) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not [*(tmp_path / "kept").glob("*.safetensors")]
 
 
-def test_head_embeddings_and_norm_are_found_in_weights_of_several_files(tmp_path, tiny_target):
+def test_what_lies_around_its_layers_is_read_from_weights_of_several_files(tmp_path, tiny_target):
     model = AutoModelForCausalLM.from_pretrained(tiny_target)
+    torch.nn.init.uniform_(model.model.norm.weight)
     model.save_pretrained(tmp_path / "target", max_shard_size="8KB")
     assert len([*(tmp_path / "target").glob("*.safetensors")]) > 2
+    GenerationConfig(eos_token_id=[5, 7]).save_pretrained(tmp_path / "target")
     with serving(States(tmp_path / "target", tmp_path / "states")) as server:
         target = Served(server.respond, server, tmp_path / "target").target(check=True)  # checks its tokens
     assert torch.equal(target.head_weight(), model.lm_head.weight.double())
     assert torch.equal(target.embedding_rows(), model.get_input_embeddings().weight.double())
+    norm = target.final_norm()
+    assert norm.weight.dtype == target.dtype and torch.equal(norm.weight, model.model.norm.weight.double())
+    assert {5, 7} <= set(target.eos_token_ids())
 
 
 def test_the_bench_reads_the_same_sequences_from_the_server_and_from_the_target_here(
@@ -251,15 +244,3 @@ def test_a_servers_file_that_does_not_get_whole_is_given_up(tmp_path):
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(OSError, match="not whole"):
             take(tmp_path / "1.safetensors", [1], 0.0)
-
-
-def test_a_served_targets_norm_and_end_tokens_are_those_of_its_files(tmp_path, tiny_target):
-    model = AutoModelForCausalLM.from_pretrained(tiny_target)
-    torch.nn.init.uniform_(model.model.norm.weight)
-    model.save_pretrained(tmp_path / "target")
-    GenerationConfig(eos_token_id=[5, 7]).save_pretrained(tmp_path / "target")
-    with serving(States(tmp_path / "target", tmp_path / "states")) as server:
-        target = Served(server.respond, server, tmp_path / "target").target()
-    norm = target.final_norm()
-    assert norm.weight.dtype == target.dtype and torch.equal(norm.weight, model.model.norm.weight.double())
-    assert {5, 7} <= set(target.eos_token_ids())

@@ -93,9 +93,8 @@ class ServedTarget(AbsentTarget):
 
     def expect(self, batches: Sequence[dict[str, Tensor]]) -> None:
         for batch in batches:
-            size = batch["input_ids"].numel() * self._token_bytes
-            held = sum(each.nbytes for _, room, _ in self.coming.values() for each in room)
-            if self.coming and held + size > self.settings.prefetch_gib * 2**30:
+            size = batch["input_ids"].numel() * self._token_bytes  # as that of each that is on its way
+            if self.coming and (len(self.coming) + 1) * size > self.settings.prefetch_gib * 2**30:
                 return
             self.begin(batch)
 
@@ -140,10 +139,6 @@ class ServedTarget(AbsentTarget):
                 self._stopping.set()  # the other requests' threads need not try as long
             if self._stopping.wait(min(2.0, self.settings.server_patience)):
                 raise TargetLost(failure)
-
-    def close(self) -> None:
-        self._stopping.set()
-        super().close()
 
 
 class _Server:
