@@ -23,6 +23,7 @@ from tests.runs import last_error
 from tests.tiny import make_target, write_recipe, write_rows
 
 LENGTHS = [9, 31, 4, 17, 32, 2, 26, 11, 40, 13, 33, 64]
+THEIR_LENGTHS = [9, 31, 4, 17, 32, 1, 2]
 
 
 @pytest.fixture(scope="module")
@@ -124,20 +125,12 @@ def test_features_are_read_one_micro_batch_ahead_however_many_a_step_has(tmp_pat
         assert events[:i].count("read") <= events[:i].count("run") + 2
 
 
-def test_packing_and_batches_may_change_without_a_new_cache(tmp_path, recipe_in):
+def test_packing_batches_and_attention_may_change_without_a_new_cache(tmp_path, recipe_in):
     recipe = recipe_in(train={"max_steps": 4, "batch_size": 2, "offload_features": True})
     folder = cache(recipe, tmp_path / "cache", "data.pack=false", "data.eval_fraction=0.0", "data.max_eval_rows=null")
-    online, cached = train(recipe, tmp_path / "online"), train(recipe, tmp_path / "cached", f"target.cache={folder}")
+    more = f"target.cache={folder}", "target.chunk_tokens=8", "target.attn_implementation=eager"
+    online, cached = train(recipe, tmp_path / "online"), train(recipe, tmp_path / "cached", *more)
     assert all(torch.allclose(online[name], cached[name], rtol=0, atol=1e-9) for name in online)
-
-
-def test_bfloat16_on_disk_is_the_targets_output_rounded(tmp_path, recipe_in, made):
-    half = cache(recipe_in(train={"max_steps": 2}), tmp_path / "half", "target.cache_dtype=bfloat16")
-    full, rounded = (load_file(folder / "features-00000.safetensors")["features"] for folder in (made, half))
-    assert rounded.dtype == torch.bfloat16 and torch.equal(rounded[: len(full)], full[: len(rounded)].bfloat16())
-    # Training may name another attention than the cache was made with.
-    more = f"target.cache={half}", "target.chunk_tokens=8", "target.attn_implementation=eager"
-    train(tmp_path / "recipe.yaml", tmp_path / "run", *more)
 
 
 def test_features_in_fp8_are_the_targets_to_a_sixteenth_and_last_hidden_states_are_as_before(
@@ -161,15 +154,6 @@ def test_features_in_fp8_are_the_targets_to_a_sixteenth_and_last_hidden_states_a
     assert torch.equal(one.embedding_rows(), model.embedding_rows())
     assert torch.equal(one.final_norm()(last), model.final_norm()(last))
     train(recipe, tmp_path / "run", f"target.cache={folder}")
-
-
-def test_features_that_are_not_finite_in_the_caches_dtype_are_refused(tmp_path, rows):
-    huge = make_target(tmp_path / "huge")
-    weights = {n: t * 1e6 if "embed" in n else t for n, t in load_file(huge / "model.safetensors").items()}
-    save_file(weights, huge / "model.safetensors", {"format": "pt"})
-    recipe = write_recipe(tmp_path, huge, rows, tmp_path / "run")
-    with pytest.raises(ValueError, match=r"not all finite in float16: give another target\.cache_dtype"):
-        cache(recipe, tmp_path / "cache", "target.cache_dtype=float16")
 
 
 def test_a_write_stopped_anywhere_and_started_again_leaves_the_same_cache(tmp_path, recipe_in, made, monkeypatch):
@@ -289,20 +273,20 @@ def test_what_does_not_fit_the_disk_is_refused_and_the_rest_may_be_there(tmp_pat
 
 # Hidden states that speculators wrote
 
-THEIR_LENGTHS = [9, 31, 4, 17, 32, 1, 2]
+
+@pytest.fixture(scope="module")
+def their_rows(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", THEIR_LENGTHS, 0.4)
 
 
 @pytest.fixture
-def recipe(tmp_path, tiny_target):
-    settings = {"train": {"max_steps": 2}, "data": {"max_bad_rows": 1}}
-    source = write_rows(tmp_path / "rows.jsonl", THEIR_LENGTHS, 0.4)
-    return write_recipe(tmp_path, tiny_target, source, tmp_path / "run", **settings)
+def recipe(recipe_in, their_rows):
+    return recipe_in(their_rows, train={"max_steps": 2}, data={"max_bad_rows": 1, "eval_fraction": 0.0})
 
 
 @pytest.fixture(scope="module")
-def samples(tmp_path_factory):
-    lines = write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", THEIR_LENGTHS, 0.4).read_text().splitlines()
-    return [json.loads(line) for line in lines]
+def samples(their_rows):
+    return [json.loads(line) for line in their_rows.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -335,8 +319,11 @@ def write_data_set(folder: Path, rows: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("mask", ["in the data set as tensors", "in the files"])
-def test_a_drafter_from_speculators_files_is_the_one_from_the_target(mask, tmp_path, recipe, samples, written, caplog):
-    data, cache = tmp_path / "data", tmp_path / "cache"
+def test_a_drafter_from_speculators_files_is_the_one_from_the_target(
+    mask, tmp_path, recipe, samples, written, caplog, monkeypatch
+):
+    data, cache, targets, final_norm = tmp_path / "data", tmp_path / "cache", [], FrozenTarget.final_norm
+    monkeypatch.setattr(FrozenTarget, "final_norm", lambda self: (targets.append(self), final_norm(self))[1])
     files = copied(written, data / "hidden_states")
     if mask.startswith("in the data set"):
         write_data_set(data, samples)
@@ -348,25 +335,16 @@ def test_a_drafter_from_speculators_files_is_the_one_from_the_target(mask, tmp_p
     documents = [json.loads(line) for line in (cache / "documents.jsonl").read_text().splitlines()]
     assert documents == [row for row in samples if 1 in row["loss_mask"][1:]] != samples
     assert "1 samples with no token to learn from are not in" in caplog.text
+    [target] = targets
+    assert all(parameter.is_meta for parameter in target.model.parameters()), "its weights stay on the disk"
     online, source = train(recipe, tmp_path / "online"), f"data.sources=[{cache / 'documents.jsonl'}]"
     cached = train(recipe, tmp_path / "cached", f"target.cache={cache}", source)
     assert all(torch.allclose(online[name], cached[name], rtol=0, atol=1e-9) for name in online)
 
 
-def test_the_targets_weights_stay_on_the_disk(tmp_path, recipe, written, monkeypatch):
-    models: list[FrozenTarget] = []
-    features = FrozenTarget.features
-    monkeypatch.setattr(FrozenTarget, "features", lambda self, *given: (models.append(self), features(self, *given))[1])
-    assert command("cache", recipe, "--speculators", written, "--out", tmp_path / "cache") == 0
-    [model] = models
-    assert all(parameter.is_meta for parameter in model.model.parameters())
-
-
 MISFITS: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "no ids": ({"token_ids": None}, [], "token_ids"),
-    "no states": ({"hidden_states": None}, [], "hidden_states"),
     "two layers": ({"hidden_states": torch.zeros(31, 3, 16)}, [], "(31, 3, 16)"),
-    "cut": ({"hidden_states": torch.zeros(30, 4, 16)}, [], "(30, 4, 16)"),
     "ids outside": ({"token_ids": torch.full((31,), 61)}, [], "in 0..60"),
     "not finite": ({"hidden_states": torch.full((31, 4, 16), float("nan"))}, [], "not all finite"),
     "FP8": ({"hidden_states_scales": torch.ones(31, 4)}, [], "FP8 (hidden_states_scales)"),
