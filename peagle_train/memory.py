@@ -36,7 +36,7 @@ from peagle_train.files import RunStopped, aligned, one_line
 from peagle_train.machine import GIB, Device, available_ram, parse_device, resident_ram
 from peagle_train.serving.start import make_draft_config, read_start
 from peagle_train.target_model.frozen import FrozenTarget, TargetBase
-from peagle_train.target_model.loading import empty_model
+from peagle_train.target_model.loading import load_model, resolve_dtype
 from peagle_train.target_model.packed import BLOCK as TARGET_BLOCK
 from peagle_train.target_model.packed import NAME
 
@@ -290,8 +290,10 @@ def this_device(device: torch.device | None = None) -> Device:
 
 def read_target(recipe: Recipe, device: Device) -> FrozenTarget:
     """The target without weights, from its config.json; ValueError if that is wrong."""
-    model = empty_model(recipe.target, kind=device.kind)
-    return FrozenTarget(model, recipe.target.layer_ids, recipe.target.chunk_tokens)
+    asked = recipe.target
+    dtype = resolve_dtype(asked.dtype, torch.device(device.kind))
+    model = load_model(asked.path, dtype, asked.attn_implementation, asked.trust_remote_code, "meta")
+    return FrozenTarget(model, asked.layer_ids, asked.chunk_tokens)
 
 
 def read_sizes(recipe: Recipe, device: Device, target: FrozenTarget | None = None) -> Sizes:

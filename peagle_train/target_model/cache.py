@@ -105,7 +105,8 @@ class StoredTarget(AbsentTarget):
         ):
             if asked not in ("auto", has):
                 raise ValueError(f"{where} is of {key} {has}, the recipe asks for {asked}: {AGAIN}")
-        self.index, self.dtype = index, getattr(torch, index["computed_in"])
+        self.index = index
+        self.read_around(getattr(torch, index["computed_in"]))
         self._where: dict[Key, tuple[Any, list[slice]]] = {}  # of a piece: the file, and its needs, features and labels
         for name in map(shard_name, range(index["shards"])):
             file = open_tensors(self.folder / name)
@@ -288,7 +289,7 @@ def write_cache(recipe: Recipe, out: str | None, speculators: str | None = None,
     files = None
     if speculators:
         # It runs over a few tokens only: its weights stay on the disk.
-        target = FrozenTarget.from_recipe(settings, accelerator.device, on_disk=True)
+        target = FrozenTarget.from_recipe(settings, accelerator.device, where="disk")
         files = SpeculatorsFiles(speculators, target, recipe.data.max_length)
     elif settings.server:
         target = ServedTarget(settings, accelerator.device, recipe.data.max_length)

@@ -9,8 +9,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
-from functools import cached_property
 from itertools import accumulate
 from multiprocessing.pool import AsyncResult, ThreadPool  # its threads are daemons: no exit waits for an answer
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache
 
 from peagle_train.config import Target
 from peagle_train.core.passes import TargetOutputs
@@ -45,41 +43,69 @@ class TargetLost(RunStopped):
 
 
 class TargetBase(ABC):
-    """What training reads of a target: a `FrozenTarget`, which computes it, a `StoredTarget`, a `ServedTarget`."""
+    """What training reads of a target: a `FrozenTarget`, which computes it, a `StoredTarget`, a `ServedTarget`.
 
-    config: Any  # transformers' config of its text model
-    layer_ids: list[int]  # the F layers whose *input* is a feature, ascending
-    vocab_size: int
-    dtype: torch.dtype  # of its head and its outputs
+    model: any transformers causal LM with a stack of decoder layers; the body may be quantised, the head not.
+    layer_ids: the layers whose *input* is a feature, ascending; None is `default_layer_ids`.
+
+    ValueError: its labels or features would be wrong (see `refuse_unfit`).
+    """
+
     reach: int | None = None
     """The drafter's, see `positions_read`: what else is needed of a target that is elsewhere than in this process."""
     ahead = 0  # sequences that it wants to know of before their outputs are asked for
     waited = 0.0  # seconds that `outputs` has waited for what comes from elsewhere
 
+    def __init__(self, model: Any, layer_ids: Sequence[int] | None) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.config = model.config.get_text_config()
+        name = type(model).__name__
+        loading.refuse_unfit(self.config)
+        self.head: Any = model.get_output_embeddings()
+        if self.head is None or getattr(self.head, "bias", None) is not None:
+            raise ValueError(f"target {name} has no head (it is no causal LM), or one with a bias: unsupported")
+        weight: Any = getattr(self.head, "weight", None)
+        # Other numbers, or a tensor of another class, need a quantiser's code to mean anything.
+        if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in PLAIN:
+            raise ValueError(f"target {name} has a quantised head: leave it unquantised")
+        self.vocab_size, self.dtype = weight.shape[0], weight.dtype
+        self.base, n = model.get_decoder(), self.config.num_hidden_layers
+        stacks = [m for m in self.base.modules() if isinstance(m, nn.ModuleList) and len(m) == n]
+        if not stacks or self.base is model:
+            raise ValueError(f"target {name}: no stack of {n} decoder layers found below a head")
+        self.layers: Any = stacks[0]
+        self.layer_ids = list(loading.default_layer_ids(len(self.layers)) if layer_ids is None else layer_ids)
+        if not self.layer_ids or self.layer_ids != sorted({*self.layer_ids} & {*range(len(self.layers))}):
+            most = len(self.layers) - 1
+            raise ValueError(f"target.layer_ids is {self.layer_ids}; give distinct ids of 0..{most}, ascending")
+
     @property
     def hidden_size(self) -> int:
         return self.config.hidden_size
 
-    @abstractmethod
     def eos_token_ids(self) -> list[int]:
-        """Tokens that end the target's answers, ascending."""
+        """Tokens that end the target's answers by its config and its generation config, ascending."""
+        return eos_token_ids(self.config, getattr(self.model, "generation_config", None))
 
-    @abstractmethod
     def embedding_rows(self) -> Tensor:
         """[vocabulary, T], the input embeddings. Every rank must call it where the target is sharded."""
+        return whole(self.model.get_input_embeddings().weight.detach())
 
-    @abstractmethod
     def head_weight(self) -> Tensor:
         """[vocabulary, T]; may lie on the CPU."""
+        return self.head.weight.detach()
 
     def head_rows(self, token_ids: Tensor) -> Tensor:
         """[V, T], the head's rows of the given tokens."""
         weight = self.head_weight()
         return weight[token_ids.to(weight.device)]
 
-    @abstractmethod
     def final_norm(self) -> nn.Module:
         """The norm whose output the last hidden states are; ValueError if none is found."""
+        norms = [module for module in self.base.children() if "norm" in type(module).__name__.lower()]
+        if len(norms) != 1:
+            raise ValueError(f"target {type(self.model).__name__} has {len(norms)} norms beside its layers, not one")
+        return norms[0]
 
     @abstractmethod
     def outputs(self, batch: dict[str, Tensor], head_rows: Tensor) -> TargetOutputs:
@@ -107,37 +133,13 @@ class TargetBase(ABC):
 
 
 class FrozenTarget(TargetBase):
-    """A target that computes what is asked of it.
+    """A target that computes what is asked of it (see `TargetBase`).
 
-    model: any transformers causal LM with a stack of decoder layers; the body may be quantised, the head not.
-    layer_ids: the layers whose *input* is a feature, ascending; None is `default_layer_ids`.
     chunk_tokens: give the model at most this many tokens at a time; None: whole batches.
-
-    ValueError: its labels or features would be wrong (see `refuse_unfit`).
     """
 
     def __init__(self, model: Any, layer_ids: Sequence[int] | None = None, chunk_tokens: int | None = None) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self.config = model.config.get_text_config()
-        name = type(model).__name__
-        loading.refuse_unfit(self.config)
-        self.head: Any = model.get_output_embeddings()
-        if self.head is None or getattr(self.head, "bias", None) is not None:
-            raise ValueError(f"target {name} has no head (it is no causal LM), or one with a bias: unsupported")
-        weight: Any = getattr(self.head, "weight", None)
-        # Other numbers, or a tensor of another class, need a quantiser's code to mean anything.
-        if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in PLAIN:
-            raise ValueError(f"target {name} has a quantised head: leave it unquantised")
-        self.vocab_size, self.dtype = weight.shape[0], weight.dtype
-        self.base, n = model.get_decoder(), self.config.num_hidden_layers
-        stacks = [m for m in self.base.modules() if isinstance(m, nn.ModuleList) and len(m) == n]
-        if not stacks or self.base is model:
-            raise ValueError(f"target {name}: no stack of {n} decoder layers found below a head")
-        self.layers: Any = stacks[0]
-        self.layer_ids = list(loading.default_layer_ids(len(self.layers)) if layer_ids is None else layer_ids)
-        if not self.layer_ids or self.layer_ids != sorted({*self.layer_ids} & {*range(len(self.layers))}):
-            most = len(self.layers) - 1
-            raise ValueError(f"target.layer_ids is {self.layer_ids}; give distinct ids of 0..{most}, ascending")
+        super().__init__(model, layer_ids)
         self.way = Way(not packed.takes_bounds(model, self.config), chunk_tokens)
         """How batches are given to the model; `check` may change it."""
         self.sharded = False
@@ -160,7 +162,7 @@ class FrozenTarget(TargetBase):
         device = device or torch.device("cpu")
         model: Any = loading.load_model(path, loading.resolve_dtype(dtype, device), **how)
         # A sharded one moves to the device a layer at a time.
-        target = cls(model if shard or how.get("on_disk") else model.to(device), layer_ids, chunk_tokens)
+        target = cls(model if shard or how.get("where") == "disk" else model.to(device), layer_ids, chunk_tokens)
         if target.way.apart:
             name = type(model).__name__
             logger.warning("target %s knows no bounds of packed documents: it is given one document at a time", name)
@@ -191,23 +193,6 @@ class FrozenTarget(TargetBase):
         """Where token ids go."""
         device: torch.device = self.model.get_input_embeddings().weight.device
         return torch.device("cpu") if device.type == "meta" else device  # its weights lie on the disk
-
-    def embedding_rows(self) -> Tensor:
-        return whole(self.model.get_input_embeddings().weight.detach())
-
-    def head_weight(self) -> Tensor:
-        """On the CPU where the target is sharded."""
-        return self.head.weight.detach()
-
-    def eos_token_ids(self) -> list[int]:
-        """By the target's config and its generation config."""
-        return eos_token_ids(self.config, getattr(self.model, "generation_config", None))
-
-    def final_norm(self) -> nn.Module:
-        norms = [module for module in self.base.children() if "norm" in type(module).__name__.lower()]
-        if len(norms) != 1:
-            raise ValueError(f"target {type(self.model).__name__} has {len(norms)} norms beside its layers, not one")
-        return norms[0]
 
     @contextmanager
     def layer_inputs(self, keep: Callable[[int, Tensor], object]) -> Iterator[None]:
@@ -286,19 +271,25 @@ class FrozenTarget(TargetBase):
 
 
 class AbsentTarget(TargetBase):
-    """A target whose layers run elsewhere: what lies around them is read from its .safetensors files, on the CPU, when it
-    is asked for; its outputs are fetched by threads, ahead of time. Subclasses set `dtype`. ValueError: as `FrozenTarget`.
+    """A target whose layers run elsewhere: its outputs are fetched by threads, ahead of time, and what lies around its
+    layers is read from its .safetensors files, on the CPU. Subclasses call `read_around` when they know its dtype.
     """
 
     def __init__(self, settings: Target, device: torch.device, num_threads: int) -> None:
+        super().__init__(
+            loading.load_model(settings.path, torch.float32, None, settings.trust_remote_code, "meta"),
+            settings.layer_ids,
+        )
         self.settings, self.device = settings, device
         self.threads = ThreadPool(num_threads)
         # By the batch's id: the batch, room for its features [B, L, F*T] and last hidden states [B, L, T], what fills it.
         self.coming: dict[int, tuple[dict[str, Tensor], list[Tensor], list[AsyncResult[None]]]] = {}
-        model = loading.empty_model(replace(settings, attn_implementation=None), torch.float32)
-        self._frozen = FrozenTarget(model, settings.layer_ids)  # on the meta device
-        self.config, self.layer_ids = self._frozen.config, self._frozen.layer_ids
-        self.vocab_size = self._frozen.vocab_size
+
+    def read_around(self, dtype: torch.dtype) -> None:
+        """Read head and final norm, in the target's dtype."""
+        self.dtype = dtype
+        for module in (self.head, self.final_norm()):
+            module.load_state_dict(self._stored(module), assign=True)
 
     @abstractmethod
     def fetch(self, batch: dict[str, Tensor], room: list[Tensor]) -> list[AsyncResult[None]]:
@@ -328,28 +319,10 @@ class AbsentTarget(TargetBase):
 
     def _stored(self, module: Any) -> dict[str, Tensor]:
         """The parameters of a module of the model, by their names in it."""
-        full = {id(parameter): name for name, parameter in self._frozen.model.named_parameters()}
+        full = {id(parameter): name for name, parameter in self.model.named_parameters()}
         names = {name: full[id(parameter)] for name, parameter in module.named_parameters()}
         found = loading.read_tensors(Path(self.settings.path), set(names.values()))
         return {name: found[key].to(self.dtype) for name, key in names.items()}
 
-    def eos_token_ids(self) -> list[int]:
-        path = self.settings.path
-        has_own = (Path(path) / "generation_config.json").is_file()
-        return eos_token_ids(self.config, GenerationConfig.from_pretrained(path) if has_own else None)
-
     def embedding_rows(self) -> Tensor:
-        return self._stored(self._frozen.model.get_input_embeddings())["weight"]
-
-    @cached_property
-    def _head(self) -> Tensor:
-        return self._stored(self._frozen.head)["weight"]
-
-    def head_weight(self) -> Tensor:
-        return self._head
-
-    def final_norm(self) -> nn.Module:
-        norm = self._frozen.final_norm()
-        weights = self._stored(norm)
-        norm.to_empty(device="cpu").load_state_dict(weights)
-        return norm.to(self.dtype).requires_grad_(False)
+        return self._stored(self.model.get_input_embeddings())["weight"]

@@ -5,15 +5,14 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
-from peagle_train.config import Target
 from peagle_train.data.vocab import load_config
 from peagle_train.files import one_line
 
@@ -66,22 +65,32 @@ def load_model(
     dtype: torch.dtype | str,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
-    on_disk: bool = False,
-) -> nn.Module:
-    """A folder's causal LM, on the CPU or `on_disk` (each weight is read when it is used); ValueError if none fits."""
+    where: Literal["cpu", "disk", "meta"] = "cpu",
+) -> Any:
+    """A folder's causal LM: on the CPU, on the disk (each weight is read when it is used), or without weights, of which
+    the folder may then have none. ValueError, one line, if none fits.
+    """
     if trust_remote_code:
         logger.warning("target.trust_remote_code is on: Python code in %s will run", path)
     config = load_config(path, trust_remote_code)
     if not sys.stderr.isatty():
         disable_progress_bar()
-    given: dict[str, Any] = {"trust_remote_code": trust_remote_code, "device_map": {"": "disk"} if on_disk else None}
+    given: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if attn_implementation:  # else what its config.json says
         given["attn_implementation"] = attn_implementation
     try:
         refuse_unfit(config.get_text_config())
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, output_loading_info=True, local_files_only=True, use_safetensors=True, **given
-        )
+        if where == "meta":
+            if dtype == "auto":  # where no config names one, bfloat16, as nearly all have it
+                dtype = config.get_text_config().dtype or torch.bfloat16
+            with torch.device("meta"):
+                empty: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, **given)
+            if (Path(path) / "generation_config.json").is_file():
+                empty.generation_config = GenerationConfig.from_pretrained(path)
+            return empty
+        given |= {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+        given["device_map"] = {"": "disk"} if where == "disk" else None
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **given)
     except Exception as error:  # whatever a foreign or corrupt file makes the loaders raise
         reason = f"{type(error).__name__}: {one_line(error, 300)}"
         raise ValueError(f"target.path {path} cannot be loaded: {reason}") from error
@@ -89,25 +98,6 @@ def load_model(
     if bad := [f"{len(found)} {kind.replace('_', ' ')}" for kind, found in report.items() if found]:
         raise ValueError(f"target.path {path}: its weights do not fit its config ({', '.join(bad)})")
     return model
-
-
-def empty_model(settings: Target, dtype: torch.dtype | None = None, kind: str = "cpu") -> Any:
-    """A recipe's target on the meta device, without weights; `dtype`: None is what it has on a device of this `kind`.
-
-    ValueError, one line: its config.json is wrong.
-    """
-    config = load_config(settings.path, settings.trust_remote_code)
-    chosen = dtype or resolve_dtype(settings.dtype, torch.device(kind))
-    try:
-        if chosen == "auto":  # where no config names one, bfloat16, as nearly all have it
-            chosen = config.get_text_config().dtype or torch.bfloat16
-        if settings.attn_implementation:
-            config._attn_implementation = settings.attn_implementation
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=settings.trust_remote_code)
-    except Exception as error:  # whatever a foreign or corrupt file makes the loaders raise
-        why = f"{type(error).__name__}: {one_line(error, 300)}"
-        raise ValueError(f"target.path {settings.path} cannot be read: {why}") from error
 
 
 def target_fingerprint(folder: str) -> str:

@@ -71,7 +71,7 @@ class ServedTarget(AbsentTarget):
         self._turns = itertools.count()
         self._stopping = threading.Event()
         states = self._ask(torch.arange(1, 6))[0]
-        self.dtype = states.dtype
+        self.read_around(states.dtype)
         if settings.dtype not in ("auto", dtype := str(states.dtype)[6:]):
             raise ValueError(f"target.server computes in {dtype}, target.dtype is {settings.dtype}: {REMEDY}")
         self._token_bytes = (len(self.layer_ids) + 1) * self.hidden_size * self.dtype.itemsize
