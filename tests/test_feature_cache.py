@@ -20,6 +20,7 @@ from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.training.step import BatchRunner
 from tests.helpers import command
 from tests.runs import last_error
+from tests.states_fake import States
 from tests.tiny import make_target, write_recipe, write_rows
 
 LENGTHS = [9, 31, 4, 17, 32, 2, 26, 11, 40, 13, 33, 64]
@@ -292,14 +293,10 @@ def samples(their_rows):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory, tiny_target, samples):
     """Files as speculators leaves them."""
-    model, folder = FrozenTarget.load(str(tiny_target), dtype="float64"), tmp_path_factory.mktemp("written")
-    before: list[torch.Tensor] = []
-    model.model.model.norm.register_forward_pre_hook(lambda _, args: before.append(args[0]))
+    folder, states = tmp_path_factory.mktemp("written"), States(tiny_target, tmp_path_factory.mktemp("states"))
     for i, row in enumerate(samples):
         ids = torch.tensor(row["input_ids"])
-        features, _ = model.features(ids[None], torch.arange(ids.numel())[None])
-        hidden = torch.cat([features[0].view(ids.numel(), 3, 16), before[-1][0][:, None]], dim=1)
-        save_file({"token_ids": ids, "hidden_states": hidden}, folder / f"hs_{i}.safetensors")
+        save_file({"token_ids": ids, "hidden_states": states.states(ids)[0]}, folder / f"hs_{i}.safetensors")
     return folder
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from functools import wraps
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import pytest
@@ -187,7 +187,7 @@ def alone(model: Any, layer_ids: list[int], rows: list[list[int]]) -> tuple[Tens
     return features, last
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, window: int | None = None) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
     """torch's own for one document, with a mask: each position sees the `window` last ones up to itself.
 
     query: [Q, heads, D], of the last positions. key, value: [K, key heads, D], of all positions.
@@ -201,7 +201,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
 
 def varlen(
     query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
-    scale: float | None = None, window_size: tuple[int, int] = (-1, -1)
+    scale: float | None, window_size: tuple[int, int]
 ) -> Tensor:  # fmt: skip
     """torch's varlen_attn, which has no kernel for a CPU, as its documentation describes it."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and window_size[1] == 0
@@ -210,21 +210,6 @@ def varlen(
     window = None if window_size[0] < 0 else window_size[0] + 1
     parts = zip(pairwise(cu_seq_q.tolist()), pairwise(cu_seq_k.tolist()), strict=True)
     return torch.cat([attend(query[a:b], key[c:d], value[c:d], scale, window) for (a, b), (c, d) in parts])
-
-
-def run_packed_attention(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], **given: Any) -> Tensor:
-    """[Q, heads, D] from [Q, heads, D] and [K, key heads, D], as transformers would call it."""
-    states = [x.transpose(0, 1)[None] for x in (query, key, value)]
-    bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-    told = {"documents": tuple(bounds), "bounds": torch.tensor(bounds, dtype=torch.int32)}
-    out, _ = packed_attention(nn.Identity(), *states, None, **told, **given)  # type: ignore[arg-type]
-    return out[0]
-
-
-def random_states(Q: int, K: int, value_D: int = 8) -> list[Tensor]:
-    generator = seeded(0)
-    shapes = (Q, 4, 8), (K, 2, 8), (K, 2, value_D)
-    return [torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in shapes]
 
 
 @pytest.fixture(params=["one by one", "varlen_attn"])
@@ -236,16 +221,18 @@ def kernel(request, monkeypatch):
 
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("window", [None, 1, 65, 500])
-def test_packed_documents_and_chunks_get_what_attention_written_out_gives(window):
-    for lengths in ([1], [97], [1, 65, 1, 1, 131, 2], [64, 128]):
-        states = random_states(sum(lengths), sum(lengths), value_D=5)
-        found = run_packed_attention(*states, lengths, scaling=0.3, sliding_window=window)
-        parts = zip(*(x.split(lengths) for x in states), strict=True)
-        assert torch.allclose(found, torch.cat([attend(*part, 0.3, window) for part in parts]), atol=1e-13)
-    for Q, K in ((1, 2), (1, 131), (65, 131), (130, 131)):  # of the last Q positions, which see those before
-        states = random_states(Q, K)
-        found = run_packed_attention(*states, [Q], sliding_window=window)
-        assert torch.allclose(found, attend(*states, window=window), atol=1e-13)
+def test_packed_documents_and_chunks_get_what_one_document_with_a_mask_gives(window):
+    for lengths, K in (
+        ([1], 1), ([97], 97), ([1, 65, 1, 1, 131, 2], 201), ([64, 128], 192),
+        ([1], 2), ([1], 131), ([65], 131), ([130], 131),  # of the last Q positions, which see those before
+    ):  # fmt: skip
+        Q, generator, bounds = sum(lengths), seeded(0), [0, *accumulate(lengths)]
+        shapes = (Q, 4, 8), (K, 2, 8), (K, 2, 8)
+        states = [torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in shapes]
+        told = {"documents": bounds, "bounds": torch.tensor(bounds, dtype=torch.int32), "sliding_window": window}
+        found, _ = packed_attention(nn.Identity(), *(x.transpose(0, 1)[None] for x in states), None, 0.3, **told)
+        parts = zip(*(x.split(lengths) for x in states), strict=True) if Q == K else [states]
+        assert torch.allclose(found[0], torch.cat([attend(*part, 0.3, window) for part in parts]), atol=1e-13)
 
 
 class Watched(TorchDispatchMode):
