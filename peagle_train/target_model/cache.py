@@ -180,15 +180,15 @@ class SpeculatorsFiles:
             raise ValueError(f"--speculators {folder} has no hs_NUMBER.safetensors: give the folder that has them")
         self.target, self.max_length, self.norm = target, max_length, target.final_norm()
         self.samples = sorted(numbered.items())
-        data_sets = [each for each in (root, root.parent) if (each / "dataset_info.json").is_file()]
         self.masks: Any = None
-        if data_sets:
+        if data_sets := [each for each in (root, root.parent) if (each / "dataset_info.json").is_file()]:
             from datasets import load_from_disk
 
             self.masks = load_from_disk(str(data_sets[0])).with_format(None)  # it may have been saved as tensors
         else:
-            what = "without a loss_mask of its own, a file's tokens are all learned from"
-            logger.warning("no data set next to %s: %s", root, what)
+            logger.warning(
+                "no data set next to %s: without a loss_mask of its own, all of a file is learned from", root
+            )
         self._compare()
 
     def __len__(self) -> int:
@@ -241,19 +241,12 @@ class SpeculatorsFiles:
             raise ValueError(f"--speculators: {offs}: {why}")
 
     def write_documents(self, path: Path) -> None:
-        """The samples with their masks as a .jsonl source. Those with nothing to learn from are dropped, and counted."""
-        dropped = 0
+        """The samples with their masks as a .jsonl source, without those that have nothing to learn from."""
+        samples = (self[i] for i in range(len(self)))
+        rows = ({name: sample[name].tolist() for name in ("input_ids", "loss_mask")} for sample in samples)
         with partial_path(path).open("w", encoding="utf-8") as file:
-            for i in range(len(self)):
-                sample = self[i]
-                row = {name: sample[name].tolist() for name in ("input_ids", "loss_mask")}
-                if 1 in row["loss_mask"][1:]:
-                    file.write(json.dumps(row) + "\n")
-                else:
-                    dropped += 1
+            file.writelines(json.dumps(row) + "\n" for row in rows if 1 in row["loss_mask"][1:])
         put(partial_path(path), path)
-        if dropped:
-            logger.warning("%d samples with no token to learn from are not in %s", dropped, path)
 
 
 class Piece(NamedTuple):
