@@ -135,7 +135,7 @@ def test_packing_batches_and_attention_may_change_without_a_new_cache(tmp_path, 
 
 
 def test_features_in_fp8_are_the_targets_to_a_sixteenth_and_last_hidden_states_are_as_before(
-    tmp_path, tiny_target, recipe_in, rows, made
+    tmp_path, recipe_in, rows, made
 ):
     recipe = recipe_in(train={"max_steps": 2})
     folder = cache(recipe, tmp_path / "cache", "target.cache_dtype=float8_e4m3fn", shard_tokens=10_000)
@@ -150,10 +150,6 @@ def test_features_in_fp8_are_the_targets_to_a_sixteenth_and_last_hidden_states_a
     least = read[1].abs().amax(-1, keepdim=True) / 448 / 2**6  # of FP8's normal numbers, scaled
     bound = torch.maximum(read[1].abs(), least) / 16 * (1 + 1e-6)
     assert read[1].any() and bool(((read[0] - read[1]).abs() <= bound).all()) and not read[0][:, 31:].any()
-    model, last = FrozenTarget.load(str(tiny_target), dtype="float64"), torch.randn(3, 16, dtype=torch.float64)
-    assert one.eos_token_ids() == model.eos_token_ids() and torch.equal(one.head_weight(), model.head_weight())
-    assert torch.equal(one.embedding_rows(), model.embedding_rows())
-    assert torch.equal(one.final_norm()(last), model.final_norm()(last))
     train(recipe, tmp_path / "run", f"target.cache={folder}")
 
 

@@ -21,7 +21,7 @@ from tests.chat_fake import MODEL, FakeServer, serving
 from tests.helpers import command
 from tests.runs import EVALUATED, drafter, last_error, metrics, run, same_tensors
 from tests.states_fake import States
-from tests.tiny import make_target, write_recipe, write_rows
+from tests.tiny import make_target, write_recipe
 from tests.tiny_chat import make_chat_target
 
 CPU = torch.device("cpu")
@@ -225,17 +225,14 @@ def test_what_lies_around_its_layers_is_read_from_weights_of_several_files(tmp_p
 
 
 def test_the_bench_reads_the_same_sequences_from_the_server_and_from_the_target_here(
-    tmp_path, served, monkeypatch, capsys
+    tmp_path, tiny, served, monkeypatch, capsys
 ):
     from tools import bench_server
 
-    rows = write_rows(tmp_path / "rows.jsonl", [30, 32, 29, 31])
-    recipe = write_recipe(tmp_path, served.path, rows, tmp_path / "run")
-    words = f"bench_server.py {recipe} data.max_length=32 --server {served.url} --batches 2 --turns 1"
+    words = f"bench_server.py {tiny(tmp_path)} --server {served.url} --batches 2 --turns 1"
     monkeypatch.setattr("sys.argv", words.split())
     bench_server.main()
-    printed = capsys.readouterr().out
-    assert re.search(r"^vLLM over here: \d", printed, re.MULTILINE), printed
+    assert re.search(r"^vLLM over here: \d", capsys.readouterr().out, re.MULTILINE)
     assert len(served.states.prompts) >= 4  # two turns, the first of them to warm up
 
 
