@@ -97,7 +97,7 @@ def test_targets_with_wrong_labels_or_features_and_layers_that_are_not_the_targe
         with pytest.raises(ValueError, match="layer_ids"):
             FrozenTarget(model, ids)
     model.lm_head.weight = nn.Parameter(torch.zeros(VOCAB, 16, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match="quantised head"):
+    with pytest.raises(ValueError, match="quantised head or embeddings"):
         FrozenTarget(model, [0])
     assert [default_layer_ids(n) for n in (6, 7, 30)] == [
         [2, 3, 4],

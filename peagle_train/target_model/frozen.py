@@ -6,7 +6,6 @@ hidden state outlives its layer. B: sequences, L: positions, T: hidden size, F: 
 
 import logging
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import accumulate
@@ -42,7 +41,7 @@ class TargetLost(RunStopped):
     """Nothing answers for the target any more."""
 
 
-class TargetBase(ABC):
+class TargetBase:
     """What training reads of a target: a `FrozenTarget`, which computes it, a `StoredTarget`, a `ServedTarget`.
 
     model: any transformers causal LM with a stack of decoder layers; the body may be quantised, the head not.
@@ -64,11 +63,12 @@ class TargetBase(ABC):
         self.head: Any = model.get_output_embeddings()
         if self.head is None or getattr(self.head, "bias", None) is not None:
             raise ValueError(f"target {name} has no head (it is no causal LM), or one with a bias: unsupported")
-        weight: Any = getattr(self.head, "weight", None)
-        # Other numbers, or a tensor of another class, need a quantiser's code to mean anything.
-        if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in PLAIN:
-            raise ValueError(f"target {name} has a quantised head: leave it unquantised")
-        self.vocab_size, self.dtype = weight.shape[0], weight.dtype
+        for module in (model.get_input_embeddings(), self.head):
+            weight: Any = getattr(module, "weight", None)
+            # Other numbers, or a tensor of another class, need a quantiser's code to mean anything.
+            if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in PLAIN:
+                raise ValueError(f"target {name} has a quantised head or embeddings: leave both unquantised")
+        self.vocab_size, self.dtype = self.head.weight.shape[0], self.head.weight.dtype
         self.base, n = model.get_decoder(), self.config.num_hidden_layers
         stacks = [m for m in self.base.modules() if isinstance(m, nn.ModuleList) and len(m) == n]
         if not stacks or self.base is model:
@@ -107,25 +107,22 @@ class TargetBase(ABC):
             raise ValueError(f"target {type(self.model).__name__} has {len(norms)} norms beside its layers, not one")
         return norms[0]
 
-    @abstractmethod
     def outputs(self, batch: dict[str, Tensor], head_rows: Tensor) -> TargetOutputs:
         """Features, and last hidden states after the final norm, of a collator's batch, on the device of `head_rows`; where
         no supervised element reads them (`positions_read`), perhaps zeros.
 
         batch: on the host; on a device it costs a wait.
         """
+        raise NotImplementedError
 
     def expect(self, batches: Sequence[dict[str, Tensor]]) -> None:
         """`outputs` will be asked for these very batches soon, in this order: begin to read what they need, if anything."""
-        return
 
     def close(self) -> None:
         """Stop background work. Nothing is asked of the target after this."""
-        return
 
     def check_rows(self, data: TrainingData) -> None:
         """ValueError if there are sequences whose outputs the target cannot give."""
-        return
 
     def cache_dtype(self, asked: str) -> torch.dtype:
         """What features from the disk have, but for the scaled ones of FP8. `asked`: target.cache_dtype."""
@@ -291,9 +288,9 @@ class AbsentTarget(TargetBase):
         for module in (self.head, self.final_norm()):
             module.load_state_dict(self._stored(module), assign=True)
 
-    @abstractmethod
     def fetch(self, batch: dict[str, Tensor], room: list[Tensor]) -> list[AsyncResult[None]]:
         """Have the threads fill `room`, zeros, with a batch's outputs."""
+        raise NotImplementedError
 
     def begin(self, batch: dict[str, Tensor]) -> None:
         """`fetch` a batch, unless that was begun before."""
