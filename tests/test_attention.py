@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from peagle_train.core import attention_cpu
+from peagle_train.core import attention
 from peagle_train.core import visibility as visibility_module
-from peagle_train.core.attention import attend
-from peagle_train.core.attention_cpu import attention_op
+from peagle_train.core.attention import attend, attention_op
 from peagle_train.core.plan import plan_segments
 from peagle_train.core.recompute import recompute_step
 from peagle_train.core.relay import relay_step
@@ -191,7 +190,7 @@ def test_dense_masks_and_those_of_blocks_put_together_are_the_slow_one(name, mon
 
 @pytest.mark.parametrize(("step", "S"), [(relay_step, 1), (recompute_step, 3)])
 def test_in_bfloat16_attention_gets_few_shapes_whatever_the_documents(step, S, monkeypatch):
-    L, shapes, flash = 300, set(), attention_cpu._flash
+    L, shapes, flash = 300, set(), attention._flash
 
     def recorded(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         shapes.add((query.shape, key.shape))
@@ -207,7 +206,7 @@ def test_in_bfloat16_attention_gets_few_shapes_whatever_the_documents(step, S, m
         return len(shapes)
 
     draft = make_draft(dtype=torch.float32)
-    monkeypatch.setattr(attention_cpu, "_flash", recorded)
+    monkeypatch.setattr(attention, "_flash", recorded)
     on_grid = count()
     monkeypatch.setattr(visibility_module, "GRID", 1)
     assert on_grid <= 20 < count()  # ten for each pass size, of which S = 3 has few

@@ -57,7 +57,7 @@ from measure import (
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from peagle_train.core import attention_cpu
+from peagle_train.core import attention
 from peagle_train.core import draft as draft_module
 from peagle_train.core.collator import CODCollator
 from peagle_train.core.draft import PEagleDraft
@@ -277,8 +277,8 @@ def attention_without_kernel() -> Iterator[None]:
         return tuple(torch.zeros_like(t) for t in inputs[:3])  # query, key, value
 
     with (
-        mock.patch.object(attention_cpu, "_flash", flash),
-        mock.patch.object(attention_cpu, "_flash_backward", flash_backward),
+        mock.patch.object(attention, "_flash", flash),
+        mock.patch.object(attention, "_flash_backward", flash_backward),
         mock.patch.object(Visibility, "block_mask", lambda *_: None),
     ):
         yield
