@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from peagle_train.core.block_mask import BLOCK_SIZE, block_tables, visible_pairs
 from peagle_train.core.collator import CODCollator
 from peagle_train.core.elements import gather_elements
-from peagle_train.core.flex import block_mask_of, flex_tables
+from peagle_train.core.flex import BLOCK_SIZE, block_mask_of, block_tables, flex_tables, visible_pairs
 from peagle_train.core.recompute import recompute_step
 from peagle_train.core.relay import relay_step
 from peagle_train.core.visibility import Visibility, first_seen

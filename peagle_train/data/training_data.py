@@ -20,8 +20,8 @@ from safetensors.numpy import load_file, save_file
 
 from peagle_train.config import Recipe
 from peagle_train.core.attention import uses_flex
-from peagle_train.core.block_mask import BLOCK_SIZE
 from peagle_train.core.collator import CODCollator
+from peagle_train.core.flex import BLOCK_SIZE
 from peagle_train.data.chat import read_template
 from peagle_train.data.documents import SourceReport, TokenStore, find_all, read_documents
 from peagle_train.data.encode import Encoder, clip
