@@ -79,7 +79,7 @@ def test_ragged_batches_compile_a_graph_for_each_pass_and_agree_with_eager(
     compiled = run_ragged_batches(backend, mode, seeds, dtype, tolerance, window)
     relay = int(mode == "relay")
     assert compiled.graphs == {"keys and values": relay, "training": 1, "evaluation": relay}
-    assert compiled.recompiles == 0
+    assert compiled.graphs.recompiles == 0
 
 
 def test_a_graph_is_compiled_for_each_size_of_the_static_plans_and_again_with_a_warning_for_another_shape(caplog):
@@ -90,12 +90,12 @@ def test_a_graph_is_compiled_for_each_size_of_the_static_plans_and_again_with_a_
         batch = make_batch([{"input_ids": torch.arange(length) % 47, "loss_mask": mask}], length)
         relay_step(compiled, batch, make_target(batch), chunk_rows=2048)
         sizes |= {segment.num_elements for segment in plan_segments(batch, static=True).segments}
-    assert compiled.graphs["training"] == len(sizes) == 2 and compiled.recompiles == 0
+    assert compiled.graphs["training"] == len(sizes) == 2 and compiled.graphs.recompiles == 0
     assert "compiled again" not in caplog.text
     batch = make_batch([{"input_ids": torch.arange(length) % 47, "loss_mask": mask}] * 2, length)
     relay_step(compiled, batch, make_target(batch), chunk_rows=2048)
-    assert compiled.recompiles > 0
-    assert "compiled again" in caplog.text and "size mismatch at index 0. expected 1, actual 2" in caplog.text
+    assert compiled.graphs.recompiles > 0
+    assert "the training pass was compiled again" in caplog.text
 
 
 def test_a_compiled_run_learns_what_an_eager_one_does_and_recompiles_nothing(tmp_path, tiny):

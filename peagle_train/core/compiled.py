@@ -1,8 +1,7 @@
 """The drafter's passes as compiled graphs: for keys and values alone, with gradients, and for evaluation; one for each of
 the few sizes that a static plan has.
 
-Each has a function of its own, because torch.compile keeps its graphs by function: a first evaluation, or a new size, would
-otherwise count as a recompile of the training step. No batch ever compiles anything again.
+No batch ever compiles anything again.
 """
 
 import logging
@@ -20,19 +19,7 @@ from peagle_train.core.visibility import Visibility
 logger = logging.getLogger(__name__)
 
 
-def _keys_values_pass(draft: PEagleDraft, *arguments: Any) -> DraftOutput:
-    return _call(draft, True, *arguments)
-
-
-def _training_pass(draft: PEagleDraft, *arguments: Any) -> DraftOutput:
-    return _call(draft, False, *arguments)
-
-
-def _evaluation_pass(draft: PEagleDraft, *arguments: Any) -> DraftOutput:
-    return _call(draft, False, *arguments)
-
-
-def _call(
+def _pass(
     draft: PEagleDraft,
     keys_values_only: bool,
     token: Tensor,
@@ -50,14 +37,6 @@ def _call(
     return draft(token, position, features, visibility, context, keys_values_only, skip, labels)
 
 
-def failed_guard(function: Any) -> str:
-    """The guard for which `function` is being compiled again, in torch's words and one line."""
-    from torch._dynamo.utils import guard_failures  # torch has no public place for it
-
-    reasons = guard_failures.get(function.__code__, [])
-    return " ".join(reasons[-1].split()) if reasons else "that TORCH_LOGS=recompiles shows"
-
-
 class Graphs(Counter[str]):
     """Graphs compiled, by name."""
 
@@ -69,7 +48,7 @@ class Graphs(Counter[str]):
         from torch._dynamo.backends.registry import lookup_backend
 
         inner = lookup_backend(backend) if isinstance(backend, str) else backend
-        # Code of its own: torch keeps graphs by code object, so that another one's would be searched, too.
+        # Code of its own: torch keeps graphs by code object, where a first evaluation would be a recompile of the training.
         function = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
         is_compiled = False
 
@@ -78,7 +57,7 @@ class Graphs(Counter[str]):
             self[name] += 1
             if is_compiled:
                 self.recompiles += 1
-                logger.warning("the %s pass was compiled again, because of the guard %s", name, failed_guard(function))
+                logger.warning("the %s pass was compiled again: TORCH_LOGS=recompiles says why", name)
             is_compiled = True
             return inner(graph, inputs)
 
@@ -113,9 +92,6 @@ def compile_layers(draft: PEagleDraft, backend: Any = "inductor") -> Graphs:
     return graphs
 
 
-PASSES = {"keys and values": _keys_values_pass, "training": _training_pass, "evaluation": _evaluation_pass}
-
-
 class CompiledDraft:
     """Stands in for a `PEagleDraft` in `relay_step` and `recompute_step`; parameters stay the drafter's.
 
@@ -127,25 +103,9 @@ class CompiledDraft:
 
     def __init__(self, draft: PEagleDraft, backend: Any = "inductor") -> None:
         self.draft, self.backend = draft, backend
-        self.graphs = Graphs(dict.fromkeys(PASSES, 0))
+        self.config, self.dtype, self.mask_token_id = draft.config, draft.dtype, draft.mask_token_id
+        self.graphs = Graphs(dict.fromkeys(("keys and values", "training", "evaluation"), 0))
         self._passes: dict[tuple[str, int], Callable[..., Any]] = {}
-
-    @property
-    def recompiles(self) -> int:
-        """Graphs compiled beyond the first of each pass and size."""
-        return self.graphs.recompiles
-
-    @property
-    def mask_token_id(self) -> int:
-        return self.draft.mask_token_id
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.draft.dtype
-
-    @property
-    def config(self) -> Any:
-        return self.draft.config
 
     def __call__(
         self,
@@ -158,11 +118,15 @@ class CompiledDraft:
         skip: int = 0,
         labels: Labels | None = None,
     ) -> DraftOutput:
-        name = "keys and values" if keys_values_only else "training" if torch.is_grad_enabled() else "evaluation"
-        v = visibility
-        sizes = (v.num_context, v.num_depth0, v.first_rollout, v.num_depths, v.cut)
+        v, name = visibility, "training" if torch.is_grad_enabled() else "evaluation"
+        if keys_values_only:
+            name = "keys and values"
         tables = (v.start, v.anchor, v.depth, v.context_end)
+        sizes = (v.num_context, v.num_depth0, v.first_rollout, v.num_depths, v.cut)
         key = name, token.shape[1]
         if key not in self._passes:
-            self._passes[key] = self.graphs.compile(PASSES[name], name, self.backend)
-        return self._passes[key](self.draft, token, position, features, tables, sizes, v.flex, context, skip, labels)
+            self._passes[key] = self.graphs.compile(_pass, name, self.backend)
+        run = self._passes[key]
+        return run(
+            self.draft, keys_values_only, token, position, features, tables, sizes, v.flex, context, skip, labels
+        )
