@@ -1,7 +1,6 @@
 """PEagleDraftConfig: a Llama or Qwen3 config with the fields that vLLM's EAGLE-3 loader and this trainer read."""
 
 import json
-import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -9,8 +8,10 @@ from transformers import LlamaConfig
 
 from peagle_train.core.rope import rope_mistake
 
-NOT_SAVED: tuple[str, ...] = ("_name_or_path", "chunk_size_feed_forward", "id2label", "is_encoder_decoder", "label2id")
-NOT_SAVED += ("output_attentions", "output_hidden_states", "problem_type", "return_dict", "pretraining_tp")
+NOT_SAVED = (
+    "_name_or_path chunk_size_feed_forward id2label is_encoder_decoder label2id output_attentions output_hidden_states"
+    " problem_type return_dict pretraining_tp"
+).split()
 """What transformers puts into every config and no reader of a drafter needs."""
 
 ARCHITECTURES = {"llama": "LlamaForCausalLMEagle3", "qwen3": "Eagle3Qwen3ForCausalLM"}
@@ -40,10 +41,10 @@ class PEagleDraftConfig(LlamaConfig):
     target_hidden_size: int | None = None
     """T, the target's; None is the drafter's hidden size."""
     ptd_token_id: int | None = None
-    """The mask token, read by every slot but the first; may be given under any of MASK_KEYS."""
+    """The mask token, read by every slot but the first."""
     mask_token_id: int | None = None
     pard_token: int | None = None
-    """The same under its other names: every reader knows one of the three."""
+    """The same under its other names, of which one is enough: every reader knows one of the three."""
     eagle_aux_hidden_state_layer_ids: list[int] | None = None
     """The layers of the target whose *input* is read, ascending; None is (2, n // 2, n - 3)."""
     num_aux_hidden_states: int | None = None
@@ -63,17 +64,8 @@ class PEagleDraftConfig(LlamaConfig):
     """Follow from the window, of which nothing is read without them: Qwen3's configs and vLLM ask for one each."""
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # Old configs, and vLLM's readers, keep the rope in two top-level keys.
-        theta, scaling = kwargs.pop("rope_theta", None), kwargs.pop("rope_scaling", None)
-        if self.rope_parameters is None and (theta is not None or scaling is not None):
-            rope = dict(scaling or {})
-            rope.setdefault("rope_type", rope.pop("type", "default"))
-            self.rope_parameters = {**rope, "rope_theta": 10000.0 if theta is None else theta}
-        own = {key: getattr(self, key) for key in ("mask_token_id", "pard_token", "ptd_token_id")}
-        named = mask_tokens_in(
-            {**own, **{key: kwargs.pop(key, None) for key in ("dflash_config", "dspark_noise_token_id")}}
-        )
-        self.mask_token_id = self.pard_token = self.ptd_token_id = next(iter(named.values()), None)
+        given = [self.mask_token_id, self.pard_token, self.ptd_token_id]
+        self.mask_token_id = self.pard_token = self.ptd_token_id = next((t for t in given if t is not None), None)
         super().__post_init__(**kwargs)
         has_window = self.sliding_window is not None
         self.use_sliding_window = has_window or None
@@ -92,23 +84,14 @@ class PEagleDraftConfig(LlamaConfig):
         assert self.num_aux_hidden_states is not None and self.target_hidden_size is not None
         return self.num_aux_hidden_states * self.target_hidden_size
 
-    def validate_architecture(self) -> None:
-        """Nothing yet: `check_trainable` says it in the trainer's words."""
-
     def check_trainable(self) -> None:
         """ValueError for what a drafter cannot be trained or served with."""
         assert self.rope_parameters is not None and self.draft_vocab_size is not None
         assert self.head_dim is not None and self.num_key_value_heads is not None
+        self.validate_architecture()  # LlamaConfig's, through which serving reads config.json
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads"
-                f" ({self.num_key_value_heads})"
-            )
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size is {self.hidden_size}, no multiple of num_attention_heads ({self.num_attention_heads}):"
-                " transformers' LlamaConfig, through which serving reads config.json, refuses that even beside a head_dim"
-            )
+            heads = f"num_attention_heads ({self.num_attention_heads})"
+            raise ValueError(f"{heads} must be a multiple of num_key_value_heads ({self.num_key_value_heads})")
         if self.norm_before_fc and self.fc_norm:
             raise ValueError("norm_before_fc and fc_norm are both true, which speculators refuses: give one")
         if self.layer_type == "qwen3" and (self.attention_bias or self.mlp_bias):
@@ -120,12 +103,11 @@ class PEagleDraftConfig(LlamaConfig):
         if self.ptd_token_id is None:
             raise ValueError("mask_token_id is missing; set draft.mask_token_id to a token that never occurs in data")
         if not 0 <= self.ptd_token_id < self.vocab_size:
-            raise ValueError(
-                f"mask_token_id is {self.ptd_token_id}; it must lie in 0..{self.vocab_size - 1}, the target's vocabulary"
-            )
+            allowed = f"0..{self.vocab_size - 1}, the target's vocabulary"
+            raise ValueError(f"mask_token_id is {self.ptd_token_id}; it must lie in {allowed}")
         if not 1 <= self.draft_vocab_size <= self.vocab_size:
             raise ValueError(
-                f"draft_vocab_size is {self.draft_vocab_size}; it must lie in 1..{self.vocab_size}, the target's vocabulary"
+                f"draft_vocab_size is {self.draft_vocab_size}; the target's vocabulary has {self.vocab_size}"
             )
 
     def to_json_string(self, use_diff: bool = True) -> str:
@@ -138,7 +120,3 @@ class PEagleDraftConfig(LlamaConfig):
         content["rope_theta"] = self.rope_parameters["rope_theta"]
         content["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
         return json.dumps(content, indent=2, sort_keys=True) + "\n"
-
-    def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
-        with open(json_file_path, "w", encoding="utf-8") as file:
-            file.write(self.to_json_string(use_diff))
