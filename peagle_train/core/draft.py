@@ -27,7 +27,7 @@ KV = tuple[Tensor, Tensor]
 
 
 class Labels(NamedTuple):
-    """What a pass is trained on; m: supervised elements, V: draft vocabulary, T: the target's hidden size."""
+    """`rows`, then `chunked_linear_loss`'s arguments. m: supervised elements, V: draft vocabulary, T: the target's size."""
 
     rows: Tensor | None
     """int64 [m], the supervised elements among the B * Q of the last layer, flattened; None: all, see `counted`."""
@@ -256,16 +256,8 @@ class PEagleDraft(PreTrainedModel):
         if labels is None:
             return DraftOutput(hidden, keys_values, None, None)
         with nullcontext() if torch.compiler.is_compiling() else record_function("peagle::loss"):
-            loss, hits = chunked_linear_loss(
-                hidden.flatten(0, 1) if labels.rows is None else hidden.flatten(0, 1)[labels.rows],
-                self.lm_head.weight,
-                labels.target_hidden,
-                labels.target_head,
-                labels.loss,
-                labels.chunk_rows,
-                labels.counted,
-                labels.weight,
-            )
+            learned = hidden.flatten(0, 1) if labels.rows is None else hidden.flatten(0, 1)[labels.rows]
+            loss, hits = chunked_linear_loss(learned, self.lm_head.weight, *labels[1:])
         return DraftOutput(hidden, keys_values, loss, hits)
 
     def _fused_features(self, features_BMF: Tensor, depth_BN: Tensor) -> Tensor:

@@ -45,23 +45,12 @@ def chunked_linear_loss(
     """
     if loss not in LOSSES:
         raise ValueError(f"loss is {loss!r}; it must be one of {', '.join(LOSSES)}")
-    with torch.no_grad():
-        compute = hidden.dtype
-        if torch.is_autocast_enabled(hidden.device.type):
-            compute = torch.get_autocast_dtype(hidden.device.type)
-        target_hidden, target_head = target_hidden.to(compute), target_head.to(compute)
+    compute = hidden.dtype
+    if torch.is_autocast_enabled(hidden.device.type):
+        compute = torch.get_autocast_dtype(hidden.device.type)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _ChunkedLinearLoss.apply(
-            hidden.to(compute),
-            head.to(compute),
-            target_hidden,
-            target_head,
-            loss,
-            chunk_rows,
-            counted,
-            weight,
-            torch.is_grad_enabled(),
-        )
+        inputs = [t.to(compute) for t in (hidden, head, target_hidden, target_head)]
+        return _ChunkedLinearLoss.apply(*inputs, loss, chunk_rows, counted, weight, torch.is_grad_enabled())
 
 
 class _ChunkedLinearLoss(torch.autograd.Function):
