@@ -11,6 +11,7 @@ from torch import Tensor
 from peagle_train.core import attention
 from peagle_train.core import visibility as visibility_module
 from peagle_train.core.attention import attend, attention_op
+from peagle_train.core.flex import block_mask_of, flex
 from peagle_train.core.plan import plan_segments
 from peagle_train.core.recompute import recompute_step
 from peagle_train.core.relay import relay_step
@@ -188,28 +189,22 @@ def test_dense_masks_and_those_of_blocks_put_together_are_the_slow_one(name, mon
                 assert keys.start % grid == 0 and (keys.stop % grid == 0 or keys.stop == limit)
 
 
-@pytest.mark.parametrize(("step", "S"), [(relay_step, 1), (recompute_step, 3)])
-def test_in_bfloat16_attention_gets_few_shapes_whatever_the_documents(step, S, monkeypatch):
-    L, shapes, flash = 300, set(), attention._flash
+@pytest.mark.parametrize(("step", "S", "grid"), [(relay_step, 1, 64), (recompute_step, 3, 64), (relay_step, 1, 1)])
+def test_in_bfloat16_attention_gets_few_shapes_whatever_the_documents(step, S, grid, monkeypatch):
+    L, draft, shapes, flash = 300, make_draft(dtype=torch.float32), set(), attention._flash
 
     def recorded(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         shapes.add((query.shape, key.shape))
         return flash(query, key, value, **options)
 
-    def count() -> int:
-        shapes.clear()
-        for seed in range(10):
-            batch = make_batch(make_rows(L, documents=1 + seed % 7, padding=seed % 3, seed=seed), L, S)
-            plan = plan_segments(batch, static=True, pad_context=False)
-            with torch.autocast("cpu", torch.bfloat16):
-                step(draft, batch, make_target(batch, torch.float32), plan=plan, backward=None)
-        return len(shapes)
-
-    draft = make_draft(dtype=torch.float32)
     monkeypatch.setattr(attention, "_flash", recorded)
-    on_grid = count()
-    monkeypatch.setattr(visibility_module, "GRID", 1)
-    assert on_grid <= 20 < count()  # ten for each pass size, of which S = 3 has few
+    monkeypatch.setattr(visibility_module, "GRID", grid)
+    for seed in range(10):
+        batch = make_batch(make_rows(L, documents=1 + seed % 7, padding=seed % 3, seed=seed), L, S)
+        plan = plan_segments(batch, static=True, pad_context=False)
+        with torch.autocast("cpu", torch.bfloat16):
+            step(draft, batch, make_target(batch, torch.float32), plan=plan, backward=None)
+    assert (len(shapes) <= 20) == (grid == 64)  # ten for each pass size, of which S = 3 has few
 
 
 def test_blocks_shrink_where_their_masks_would_be_large(monkeypatch):
@@ -222,16 +217,6 @@ def test_blocks_shrink_where_their_masks_would_be_large(monkeypatch):
         keys = v.num_depth0 + visibility_module.QUERY_BLOCK + v.num_depths
         monkeypatch.setattr(visibility_module, "MASK_BLOCK_BYTES", 2 * keys * fits)
         assert {b.q1 - b.q0 for b in v.blocks(2)[:-1]} == {size}
-
-
-def test_no_mask_is_made_of_context_that_all_queries_of_a_block_see(monkeypatch):
-    tiny_blocks(monkeypatch, 4)
-    p = make_pass([([40], 30)], padding=0)
-    v = p.visibility
-    for block in v.blocks(8):
-        oldest = int(v.anchor[0, block.q0 : block.q1].min())
-        assert block.seen == slice(0, min(oldest + 1, 30)) and p.visible()[0, block.q0 : block.q1, block.seen].all()
-        assert v._hidden(block).shape[-1] < 30
 
 
 def test_masks_are_kept_until_the_cache_is_full(monkeypatch):
@@ -256,9 +241,12 @@ def test_a_block_looks_only_at_keys_near_its_rollouts_inside_its_documents_and_w
         depth0 = [w[1] for w in p.queries[0][block.depth0] if w]
         assert (depth0[0], depth0[-1]) == (min(400 * w[0] for w in real), max(w[1] for w in real))
     tiny_blocks(monkeypatch, 8)
-    for window in (4, 64):
-        for block in make_pass([([300], 150)], ratio=1.0, window=window, padding=0).visibility.blocks(8):
-            assert 0 < sum(part.stop - part.start for part in (block.context, block.depth0)) <= 8 + window
+    for block in make_pass([([300], 150)], ratio=1.0, window=64, padding=0).visibility.blocks(8):
+        assert 0 < sum(part.stop - part.start for part in (block.context, block.depth0)) <= 8 + 64
+    v = make_pass([([40], 30)], padding=0).visibility
+    for block in v.blocks(8):  # and makes no mask of the context that all of its queries see
+        oldest = int(v.anchor[0, block.q0 : block.q1].min())
+        assert block.seen == slice(0, min(oldest + 1, 30)) and v._hidden(block).shape[-1] < 30
 
 
 # Attention
@@ -275,7 +263,7 @@ def test_attention_its_operator_in_graphs_and_their_gradients_are_the_slow_ones(
     expected_gradients = gradients(expected, inputs)
     for found in (
         attend(query, own, context if p.sizes[2] else None, p.visibility),
-        attention_op(query, *own, *context, p.visibility).flatten(2),
+        attention_op(p.visibility, query, *own, *context).flatten(2),
     ):
         assert_close([found, *gradients(found, inputs)], [expected, *expected_gradients])
 
@@ -290,24 +278,8 @@ def test_the_last_layers_queries_may_be_the_last_of_the_pass(size, monkeypatch):
     expected = by_hand(p, last, (key, value), (key[:, :, :0], value[:, :, :0]))
     assert found.shape == (2, p.sizes[1] - 7, 16)
     assert_close([found, *gradients(found, inputs)], [expected, *gradients(expected, inputs)])
-    # The whole pass, on the same tables, is unharmed by having been cut.
-    assert_close([attend(query, (key, value), None, p.visibility)[:, 7:]], [found])
     with pytest.raises(AssertionError, match="straddles"):
         attend(query[:, :, 1:], (key, value), None, make_pass([([7, 12], 0), ([15], 0)]).visibility)
-
-
-def test_attention_in_bfloat16_is_near_the_slow_one_in_float64(monkeypatch):
-    tiny_blocks(monkeypatch, 3)
-    p = make_pass([([14, 26], 20), ([40], 11)])
-    low = tensors(p, 4, 2, D=16, dtype=torch.bfloat16)
-    high = [t.detach().double().requires_grad_() for t in low]
-    found = attend(low[0], (low[1], low[2]), (low[3], low[4]), p.visibility)
-    expected = by_hand(p, high[0], (high[1], high[2]), (high[3], high[4]))
-    assert found.dtype == torch.bfloat16
-    # bfloat16 has 8 bits: a rounding is 1/256, and a few of them follow one another.
-    assert_close([found], [expected], tolerance=0.015)
-    for one, other in zip(gradients(found, low), gradients(expected, high), strict=True):
-        assert one.dtype == torch.bfloat16 and float((one.double() - other).norm() / other.norm()) <= 0.015
 
 
 def test_gradients_of_many_blocks_are_summed_wider_than_bfloat16(monkeypatch):
@@ -324,26 +296,15 @@ def test_gradients_of_many_blocks_are_summed_wider_than_bfloat16(monkeypatch):
     assert d_value[0, 0, 0].tolist() == [500.0] * 4
 
 
-FLEX_ROWS = [([60, 90], 40), ([150], 0)]
-
-
 @pytest.mark.slow
 def test_compiled_flex_on_cpu_gives_what_loops_give():
-    from peagle_train.core.flex import block_mask_of, flex
-
     skip = 37  # one compilation for both: some queries left out, and context
-    p = make_pass(FLEX_ROWS, K=4, cut=skip)
+    p = make_pass([([60, 90], 40), ([150], 0)], K=4, cut=skip)
     query, *rest = (t.detach() for t in tensors(p, 4, 2, D=16, dtype=torch.float32))
     key, value = torch.cat([rest[2], rest[0]], dim=2), torch.cat([rest[3], rest[1]], dim=2)
     block_mask = block_mask_of(p.visibility, skip)
-    blocks = block_mask.to_dense()[:, 0]
-    assert min(blocks.shape[1:]) > 2, "one block would prove nothing"
+    assert min(block_mask.to_dense().shape[2:]) > 2, "one block would prove nothing"
     with torch.no_grad():
         out = flex(query[:, :, skip:], key, value, block_mask).transpose(1, 2).flatten(2)
     expected = by_hand(p, query[:, :, skip:], (rest[0], rest[1]), (rest[2], rest[3]))
     assert_close([out], [expected], tolerance=1e-5)
-    # Blocks are left out exactly where nothing is visible.
-    visible = p.visible()[:, skip:]
-    pad = [-size % 128 for size in (visible.shape[2], visible.shape[1])]
-    tiles = torch.nn.functional.pad(visible, (0, pad[0], 0, pad[1])).unflatten(2, (-1, 128)).unflatten(1, (-1, 128))
-    assert torch.equal(blocks.bool(), tiles.any(4).any(2))

@@ -6,7 +6,7 @@ B: rows, H: query heads, G: key/value heads, R = H / G, N: own elements (queries
 last Q of the N), P: context columns, D: head dim.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ def attend(
         context = (own[0][:, :, :0], own[1][:, :, :0])
     if isinstance(visibility, Visibility) and not uses_flex(query.device):
         attention = attention_op if torch.compiler.is_compiling() else CPUAttention.apply
-        return attention(query, *own, *context, visibility).flatten(2)
+        return attention(visibility, query, *own, *context).flatten(2)
     key, value = (torch.cat(pair, dim=2) for pair in zip(context, own, strict=True))
     if isinstance(visibility, Visibility):
         block_mask = flex.block_mask_of(visibility, own[0].shape[2] - query.shape[2])
@@ -64,11 +64,10 @@ def attend(
 
 
 class CPUAttention(torch.autograd.Function):
-    """[B, Q, H, D]. The visibility keeps its blocks from layer to layer."""
+    """[B, Q, H, D] of query, key, value, the context's key and value; a visibility keeps its blocks from layer to layer."""
 
     @staticmethod
-    def forward(ctx, query, key, value, context_key, context_value, visibility):  # type: ignore[no-untyped-def]
-        inputs = [query, key, value, context_key, context_value]
+    def forward(ctx, visibility, *inputs):  # type: ignore[no-untyped-def]
         out_BQGRD, lse_BQGR = _forward(inputs, visibility)
         ctx.save_for_backward(*inputs, out_BQGRD, lse_BQGR)
         ctx.visibility = visibility
@@ -78,14 +77,11 @@ class CPUAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_BQHD):  # type: ignore[no-untyped-def]
         *inputs, out, lse = ctx.saved_tensors
-        return *_backward(grad_BQHD, inputs, out, lse, ctx.visibility), None
+        return None, *_backward(grad_BQHD, inputs, out, lse, ctx.visibility)
 
 
-def _forward(inputs: list[Tensor], visibility: Visibility) -> tuple[Tensor, Tensor]:
-    """`inputs`: query, key, value, the context's key and value.
-
-    Output [B, Q, G, R, D] and log-sum-exp [B, Q, G, R] (float32 or wider).
-    """
+def _forward(inputs: Sequence[Tensor], visibility: Visibility) -> tuple[Tensor, Tensor]:
+    """Output [B, Q, G, R, D] and log-sum-exp [B, Q, G, R] (float32 or wider)."""
     query, key = inputs[:2]
     B, H, Q, D = query.shape
     G = key.shape[1]
@@ -102,7 +98,7 @@ def _forward(inputs: list[Tensor], visibility: Visibility) -> tuple[Tensor, Tens
 
 
 def _backward(
-    grad_BQHD: Tensor, inputs: list[Tensor], out_BQGRD: Tensor, lse_BQGR: Tensor, visibility: Visibility
+    grad_BQHD: Tensor, inputs: Sequence[Tensor], out_BQGRD: Tensor, lse_BQGR: Tensor, visibility: Visibility
 ) -> list[Tensor]:
     """Gradients of the inputs, contiguous and in their dtypes."""
     query, *keys_values = inputs
@@ -137,7 +133,9 @@ def _backward(
     return [d_query_BGRQD.reshape(B, H, Q, D), *d_keys_values]
 
 
-def _blocks(inputs: list[Tensor], visibility: Visibility) -> Iterator[tuple[QueryBlock, slice, Tensor, Tensor, Tensor]]:
+def _blocks(
+    inputs: Sequence[Tensor], visibility: Visibility
+) -> Iterator[tuple[QueryBlock, slice, Tensor, Tensor, Tensor]]:
     """Each block of the queries that sees anything: its queries as a slice of this call's, its keys, values and mask."""
     query, key, value, context_key, context_value = inputs
     skip = key.shape[2] - query.shape[2]
@@ -172,14 +170,11 @@ def _add_to_visible(block: QueryBlock, d_context: Tensor, d_own: Tensor, d_visib
 # them do not.
 
 
-def attention_op(
-    query: Tensor, key: Tensor, value: Tensor, context_key: Tensor, context_value: Tensor, visibility: Visibility
-) -> Tensor:
+def attention_op(visibility: Visibility, *inputs: Tensor) -> Tensor:
     """As `CPUAttention`; every int of the visibility must be the same for all batches."""
     v = visibility
-    inputs, tables = [query, key, value, context_key, context_value], [v.start, v.anchor, v.depth, v.context_end]
     sizes = [v.num_context, v.num_depth0, v.first_rollout, v.num_depths, v.cut]
-    return _attention(inputs, tables, sizes)[0].flatten(2, 3)
+    return _attention(list(inputs), [v.start, v.anchor, v.depth, v.context_end], sizes)[0].flatten(2, 3)
 
 
 @torch.library.custom_op("peagle_train::attention", mutates_args=())

@@ -20,21 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 def _pass(
-    draft: PEagleDraft,
-    keys_values_only: bool,
-    token: Tensor,
-    position: Tensor,
-    features: Tensor,
-    tables: tuple[Tensor, Tensor, Tensor, Tensor],
-    sizes: tuple[int, int, int, int, int],
-    flex: dict[int, Any],
-    context: list[KV] | None,
-    skip: int,
-    labels: Labels | None,
+    draft: PEagleDraft, tables: Any, token: Tensor, position: Tensor, features: Tensor, *more: Any
 ) -> DraftOutput:
     # Made inside the graph: a Visibility keeps masks, which a graph must not see from outside. Flex's tables come along.
-    visibility = Visibility(*tables, *sizes, flex)
-    return draft(token, position, features, visibility, context, keys_values_only, skip, labels)
+    return draft(token, position, features, Visibility(*tables), *more)
 
 
 class Graphs(Counter[str]):
@@ -121,12 +110,10 @@ class CompiledDraft:
         v, name = visibility, "training" if torch.is_grad_enabled() else "evaluation"
         if keys_values_only:
             name = "keys and values"
-        tables = (v.start, v.anchor, v.depth, v.context_end)
-        sizes = (v.num_context, v.num_depth0, v.first_rollout, v.num_depths, v.cut)
+        tables: tuple[Any, ...] = (v.start, v.anchor, v.depth, v.context_end)
+        tables += (v.num_context, v.num_depth0, v.first_rollout, v.num_depths, v.cut, v.flex)
         key = name, token.shape[1]
         if key not in self._passes:
             self._passes[key] = self.graphs.compile(_pass, name, self.backend)
-        run = self._passes[key]
-        return run(
-            self.draft, keys_values_only, token, position, features, tables, sizes, v.flex, context, skip, labels
-        )
+        more = context, keys_values_only, skip, labels
+        return self._passes[key](self.draft, tables, token, position, features, *more)

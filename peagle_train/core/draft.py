@@ -76,11 +76,8 @@ class Attention(nn.Module):
         super().__init__()
         assert config.head_dim is not None and config.num_key_value_heads is not None
         self.head_dim = config.head_dim
-        bias = config.attention_bias
-        query_size, kv_size = (
-            config.num_attention_heads * self.head_dim,
-            config.num_key_value_heads * self.head_dim,
-        )
+        bias, query_size = config.attention_bias, config.num_attention_heads * self.head_dim
+        kv_size = config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(input_size, query_size, bias=bias)
         self.k_proj = nn.Linear(input_size, kv_size, bias=bias)
         self.v_proj = nn.Linear(input_size, kv_size, bias=bias)
@@ -232,19 +229,15 @@ class PEagleDraft(PreTrainedModel):
         x_BNH = self._fused_features(features, visibility.depth)
         embeds_BNH = self.embed_tokens(token).to(x_BNH.dtype)
         rope = self.rotary_emb(x_BNH, position)  # cos and sin, [B, N, D]
+        if keys_values_only:
+            skip = token.shape[1]
         keys_values: list[KV] = []
         hidden: Tensor | None = x_BNH
         for i, layer in enumerate(self.layers):
-            last = i == len(self.layers) - 1
-            layer_skip = (token.shape[1] if keys_values_only else skip) if last else 0
-            arguments = (
-                hidden,
-                embeds_BNH if i == 0 else None,
-                rope,
-                context[i] if context else None,
-                visibility,
-                layer_skip,
-            )
+            embeds = embeds_BNH if i == 0 else None
+            of_context = context[i] if context else None
+            left_out = skip if i == len(self.layers) - 1 else 0
+            arguments = (hidden, embeds, rope, of_context, visibility, left_out)
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 hidden, key, value = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:

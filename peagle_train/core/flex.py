@@ -25,7 +25,7 @@ SHAPES = 256
 class FlexTables(NamedTuple):
     """All that flex reads of a pass's visibility, for the queries from some element on."""
 
-    rule: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+    rule: tuple[Tensor, ...]
     """int32: the queries' start, anchor, depth [B, Q]; the keys' anchor, depth [B, K]."""
     blocks: tuple[Tensor, ...]
     """`block_tables`'s eight."""
@@ -34,10 +34,8 @@ class FlexTables(NamedTuple):
 def flex_tables(visibility: Visibility, skip: int = 0) -> FlexTables:
     """For the queries from `skip` on, and all context and own keys."""
     queries = (t[:, skip:] for t in (visibility.start, visibility.anchor, visibility.depth))
-    start, anchor, depth, key_anchor, key_depth = (
-        t.to(torch.int32).contiguous() for t in (*queries, *visibility.key_tables())
-    )
-    return FlexTables((start, anchor, depth, key_anchor, key_depth), block_tables(visibility, skip))
+    rule = tuple(t.to(torch.int32).contiguous() for t in (*queries, *visibility.key_tables()))
+    return FlexTables(rule, block_tables(visibility, skip))
 
 
 def flex_tables_of_pass(
@@ -70,9 +68,8 @@ def kernel_options(queries: int, head_dim: int, itemsize: int, capability: tuple
     """flex_attention's, on top of its own defaults. `capability`: of the CUDA device, None where there is none."""
     options: dict[str, Any] = {}
     if queries < BLOCK_SIZE:
-        options["BACKEND"] = (
-            "TRITON"  # its decoding kernel, the default, has no form for this many queries of grouped heads
-        )
+        # Its decoding kernel, the default, has no form for this many queries of grouped heads.
+        options["BACKEND"] = "TRITON"
     if capability == (9, 0) and itemsize == 2 and 64 < head_dim <= 128:
         # The default's backward spills registers wherever a length is no multiple of its blocks.
         blocks = {"BLOCK_M1": 32, "BLOCK_N1": 128, "BLOCK_M2": 128, "BLOCK_N2": 32, "num_warps": 8, "num_stages": 2}
@@ -204,9 +201,8 @@ def _add_depth0_keys(
         enters_BXZ.scatter_add_(2, z_BXq, torch.full_like(z_BXq, -sign, dtype=torch.int32))
     edge = (torch.arange(Z + 1, device=exists_BT.device) * block_size).clamp(max=T)
     keys_BZ = before_BT1[:, edge].diff(dim=1).to(torch.int32)
-    between_BXZ = enters_BXZ.cumsum(
-        2, dtype=torch.int32
-    )  # intervals that begin in this block or before, and end after it
+    # Intervals that begin in this block or before, and end after it.
+    between_BXZ = enters_BXZ.cumsum(2, dtype=torch.int32)
     pairs_BXY[:, :, :Z].add_(between_BXZ.mul_(keys_BZ[:, None]))
 
 
