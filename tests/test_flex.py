@@ -9,7 +9,6 @@ import torch
 import torch.nn.attention.flex_attention as torch_flex
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from peagle_train.core import attention, flex
 from peagle_train.core import plan as core_plan
@@ -92,63 +91,18 @@ def test_flex_is_compiled_for_as_many_shapes_as_come(graphs):
 
 
 @pytest.mark.parametrize(
-    "queries, head_dim, itemsize, capability, expected",
+    "queries, head_dim, itemsize, capability, given",
     [
-        (127, 128, 2, None, {"BACKEND"}),
         (1, 64, 2, (8, 0), {"BACKEND"}),
         (128, 128, 2, (8, 0), set()),
         (128, 256, 2, (9, 0), set()),
         (128, 128, 4, (9, 0), set()),
-        (127, 96, 2, (9, 0), {"BACKEND", "blocks"}),
-        (8576, 128, 2, (9, 0), {"blocks"}),
+        (127, 96, 2, (9, 0), {"BACKEND", "bwd_BLOCK_M1"}),
+        (8576, 128, 2, (9, 0), {"bwd_BLOCK_M1"}),
     ],
 )
 def test_kernel_options_are_given_where_flexs_own_choice_fails_or_spills(
-    queries, head_dim, itemsize, capability, expected
+    queries, head_dim, itemsize, capability, given
 ):
     options = kernel_options(queries, head_dim, itemsize, capability)
-    blocks = dict(
-        bwd_BLOCK_M1=32, bwd_BLOCK_N1=128, bwd_BLOCK_M2=128, bwd_BLOCK_N2=32, bwd_num_warps=8, bwd_num_stages=2
-    )
-    every = {"BACKEND": {"BACKEND": "TRITON"}, "blocks": blocks}
-    assert options == {key: value for name in expected for key, value in every[name].items()}
-
-
-class Operators(TorchDispatchMode):
-    """Counts operators that write something."""
-
-    VIEWS = frozenset(
-        "alias as_strided detach empty empty_like empty_strided expand new_empty permute select slice split squeeze t"
-        " transpose unbind unsqueeze view _reshape_alias _unsafe_view".split()
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += function._overloadpacket.__name__ not in self.VIEWS
-        return function(*args, **(kwargs or {}))
-
-
-def test_an_eager_step_of_four_segments_takes_at_most_5000_operators(monkeypatch):
-    """Counts do not depend on widths: 4 layers, K = 8, 9 chunks of the loss a segment, as rows of 8,192 have on CUDA.
-    There they are fewer, as rms_norm is one kernel, and what the host does for the plan is none.
-    """
-    draft = make_draft(torch.float32, num_hidden_layers=4)
-    draft.lm_head.weight.requires_grad_(False)
-    rows = make_rows(256)
-    batch = make_batch(rows, 256, 4, 8, down_sample_ratio=0.8, down_sample_ratio_min=0.0)
-    plan = plan_segments(batch, static=True, pad_context=True)
-    target = make_target(batch, torch.float32)
-    monkeypatch.setattr(attention, "uses_flex", lambda device: True)
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
-        """In place of flex: three kernels, with the backward's."""
-        return query + (key.mean() + value.mean())
-
-    monkeypatch.setattr(flex, "flex", attend)
-    capacity = plan.segments[0].num_elements
-    with Operators() as operators, torch.autocast("cpu", torch.bfloat16):
-        relay_step(draft, batch, target, plan=plan, scale=0.1, chunk_rows=-(-capacity // 9))
-    assert operators.count <= 5000, operators.count
+    assert options.keys() & {"BACKEND", "bwd_BLOCK_M1"} == given
