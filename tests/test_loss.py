@@ -31,33 +31,40 @@ def make_inputs(
     return Inputs(hidden.requires_grad_(), head.requires_grad_(), target_hidden, target_head)
 
 
-def naive(inputs: Inputs, kind: str) -> tuple[Tensor, list[bool]]:
-    """In the inputs' dtype throughout."""
+def naive(inputs: Inputs, kind: str, share: Tensor | float = 1.0) -> tuple[Tensor, list[bool]]:
+    """In the inputs' dtype throughout; `share`: what each row counts."""
     rows = [
         oracles.row_loss(inputs.head @ h, inputs.target_head @ t, kind)
         for h, t in zip(inputs.hidden, inputs.target_hidden)
     ]
-    return sum((loss for loss, _ in rows), inputs.hidden.new_zeros(())), [hit for _, hit in rows]
+    return (torch.stack([loss for loss, _ in rows]) * share).sum(), [hit for _, hit in rows]
 
 
 def error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
+@pytest.mark.parametrize("all_alike", [True, False])
 @pytest.mark.parametrize("chunk_rows", [1, 7, 23, 1000])
 @pytest.mark.parametrize("kind", LOSSES)
-def test_loss_gradients_and_hits_are_those_of_one_row_at_a_time_with_or_without_grad(kind, chunk_rows):
-    inputs = make_inputs()
-    expected, expected_hits = naive(inputs, kind)
+def test_loss_gradients_and_hits_are_those_of_one_row_at_a_time_with_or_without_grad(kind, chunk_rows, all_alike):
+    inputs, counted, options = make_inputs(), torch.ones(M, dtype=torch.bool), dict[str, Tensor]()
+    share = counted.double()
+    if not all_alike:  # rows that are not counted have no loss, no gradient and no hit
+        counted = torch.arange(M) % 3 != 1
+        weight = torch.rand(M, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        options, share = {"counted": counted, "weight": weight}, weight * counted
+    expected, hits_of_all = naive(inputs, kind, share)
+    expected_hits = [hit and counts for hit, counts in zip(hits_of_all, counted.tolist())]
     expected_grads = torch.autograd.grad(expected * 0.3, inputs[:2])
-    loss, hits = chunked_linear_loss(*inputs, kind, chunk_rows)
+    loss, hits = chunked_linear_loss(*inputs, kind, chunk_rows, **options)
     assert loss.shape == () and loss.dtype == torch.float64
     assert error(loss.detach(), expected.detach()) <= 1e-12
     for found, other in zip(torch.autograd.grad(loss * 0.3, inputs[:2]), expected_grads):
         assert found.dtype == torch.float64 and error(found, other) <= 1e-12
     assert hits.dtype == torch.bool and hits.tolist() == expected_hits and 0 < sum(expected_hits) < M
     with torch.no_grad():
-        alone, hits = chunked_linear_loss(*inputs, kind, chunk_rows)
+        alone, hits = chunked_linear_loss(*inputs, kind, chunk_rows, **options)
     assert torch.equal(alone, loss.detach()) and hits.tolist() == expected_hits and not alone.requires_grad
 
 
@@ -68,14 +75,7 @@ def test_the_losses_are_those_that_are_named_and_kl_is_the_default():
         chunked_linear_loss(*inputs, "mse")
 
 
-def test_kl_is_zero_for_an_equal_drafter_tv_is_half_the_distance_and_lk_lies_between():
-    inputs = make_inputs()
-    equal = inputs._replace(
-        hidden=inputs.target_hidden.clone().requires_grad_(), head=inputs.target_head.clone().requires_grad_()
-    )
-    loss, hits = chunked_linear_loss(*equal)
-    assert abs(loss.item()) <= 1e-13 and hits.all()
-    assert all(float(d.abs().max()) <= 1e-14 for d in torch.autograd.grad(loss, equal[:2]))
+def test_tv_is_half_the_distance_and_lk_lies_between_it_and_kl():
     inputs = make_inputs(rows=1)
     q, p = ((x @ head.T).softmax(-1) for x, head in ((inputs[0], inputs[1]), (inputs[2], inputs[3])))
     kl, tv, lk = (chunked_linear_loss(*inputs, kind)[0].item() for kind in ("kl", "tv", "lk"))
@@ -107,23 +107,6 @@ def test_a_frozen_head_and_the_target_get_no_gradient_and_change_no_other():
     loss, _ = chunked_linear_loss(inputs.hidden.detach(), inputs.head, *inputs[2:])
     loss.backward()
     assert inputs.hidden.grad is None and inputs.head.grad is not None
-
-
-@pytest.mark.parametrize("kind", LOSSES)
-def test_rows_that_are_not_counted_have_no_loss_no_gradient_and_no_hit_and_others_by_their_weight(kind):
-    inputs = make_inputs(rows=100)
-    counted = torch.arange(100) % 3 != 1
-    weight = torch.rand(100, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    assert chunked_linear_loss(*inputs, kind)[1][~counted].any()
-    rows = [oracles.row_loss(inputs.head @ h, inputs.target_head @ t, kind) for h, t in zip(inputs[0], inputs[2])]
-    expected = torch.stack([loss for loss, _ in rows]) @ (weight * counted)
-    loss, hits = chunked_linear_loss(*inputs, kind, chunk_rows=4, counted=counted, weight=weight)
-    assert error(loss.detach(), expected.detach()) <= 1e-12
-    grads = [torch.autograd.grad(one, inputs[:2]) for one in (loss, expected)]
-    assert all(error(*pair) <= 1e-12 for pair in zip(*grads))
-    assert hits.tolist() == [hit and bool(counts) for (_, hit), counts in zip(rows, counted)]
-    nothing, _ = chunked_linear_loss(*inputs, kind, counted=torch.zeros_like(counted))
-    assert nothing.item() == 0 and all((d == 0).all() for d in torch.autograd.grad(nothing, inputs[:2]))
 
 
 def test_every_loss_needs_the_memory_of_kl_and_a_shorter_last_chunk_no_more():
