@@ -170,17 +170,12 @@ def calls_of(module: nn.Module) -> Iterator[list[int]]:
         handle.remove()
 
 
-def golden_mask(case: dict[str, Any]) -> Tensor:
+def golden_arguments(case: dict[str, Any]) -> tuple[int, Tensor, int, float, float, bool]:
     mask = torch.zeros(1, case["seq_length"], dtype=torch.int64)
     for start, stop in case["loss_mask_runs"]:
         mask[0, start:stop] = 1
-    return mask
-
-
-def golden_arguments(case: dict[str, Any]) -> tuple[int, Tensor, int, float, float, bool]:
     ratio, floor = case["down_sample_ratio"], case["down_sample_ratio_min"]
-    zero_out = case.get("filter_position_zero", True)
-    return case["seq_length"], golden_mask(case), case["num_depths"], ratio, floor, zero_out
+    return case["seq_length"], mask, case["num_depths"], ratio, floor, case.get("filter_position_zero", True)
 
 
 def sha256(values: Tensor) -> str:

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, LlamaConfig, Qwen3Config
 
-from peagle_train.core.draft import DraftOutput, Labels, PEagleDraft
+from peagle_train.core.draft import DraftOutput, PEagleDraft
 from peagle_train.core.draft_config import MASK_KEYS, PEagleDraftConfig
 from peagle_train.serving.formats import parse_config
 from tests import oracles
@@ -18,31 +18,16 @@ from tests.helpers import DRAFT_VOCAB, MASK_TOKEN, TARGET_HIDDEN, VOCAB, calls_o
 from tests.test_attention import Pass, make_pass
 
 
-def expected_shapes(config: PEagleDraftConfig) -> dict[str, tuple[int, ...]]:
-    """DESIGN 8, name by name."""
-    H, V, Vd = config.hidden_size, config.vocab_size, config.draft_vocab_size
-    queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    middle, T, D = config.intermediate_size, config.target_hidden_size, config.head_dim
-    features = T * len(config.eagle_aux_hidden_state_layer_ids or [2, 9, 17])
-    shapes: dict[str, tuple[int, ...]] = {"mask_hidden": (1, 1, features), "d2t": (Vd,), "t2d": (V,)}
-    shapes |= {
-        "embed_tokens.weight": (V, H),
-        "fc.weight": (H, features),
-        "norm.weight": (H,),
-        "lm_head.weight": (Vd, H),
-    }
-    shapes |= {"input_norm.weight": (features,)} if config.norm_before_fc else {}
-    shapes |= {f"fc_norm.{i}.weight": (T,) for i in range(features // T) if config.fc_norm}
-    for i in range(config.num_hidden_layers):
-        size = 2 * H if i == 0 else H
-        norms = ["input_layernorm", "post_attention_layernorm", *(["hidden_norm"] if i == 0 else [])]
-        of_layer = {norm: (H,) for norm in norms}
-        of_layer |= {"self_attn.q_proj": (queries, size), "self_attn.o_proj": (H, queries)}
-        of_layer |= {"self_attn.k_proj": (keys, size), "self_attn.v_proj": (keys, size)}
-        of_layer |= {"mlp.gate_proj": (middle, H), "mlp.up_proj": (middle, H), "mlp.down_proj": (H, middle)}
-        of_layer |= {f"self_attn.{a}_norm": (D,) for a in "qk" if config.layer_type == "qwen3"}
-        shapes |= {f"layers.{i}.{name}.weight": shape for name, shape in of_layer.items()}
-    return shapes
+def expected_names(config: PEagleDraftConfig) -> set[str]:
+    """DESIGN 8; the oracle of the forward, which reads them by these names, knows their shapes."""
+    names = "embed_tokens fc norm lm_head layers.0.hidden_norm".split()
+    names += ["input_norm"] if config.norm_before_fc else []
+    names += [f"fc_norm.{i}" for i in range(config.num_aux_hidden_states) if config.fc_norm]
+    of_layer = "input_layernorm post_attention_layernorm mlp.gate_proj mlp.up_proj mlp.down_proj".split()
+    of_layer += [f"self_attn.{letter}_proj" for letter in "qkvo"]
+    of_layer += ["self_attn.q_norm", "self_attn.k_norm"] if config.layer_type == "qwen3" else []
+    names += [f"layers.{i}.{name}" for i in range(config.num_hidden_layers) for name in of_layer]
+    return {"mask_hidden", "d2t", "t2d", *(f"{name}.weight" for name in names)}
 
 
 @pytest.mark.parametrize(
@@ -54,13 +39,14 @@ def expected_shapes(config: PEagleDraftConfig) -> dict[str, tuple[int, ...]]:
         (torch.float32, {"num_hidden_layers": 4, "head_dim": 6, "hidden_size": 20, "num_key_value_heads": 1}),
     ],
 )
-def test_a_saved_drafters_tensors_have_exactly_the_loaders_names_and_shapes_and_load_back(tmp_path, dtype, changes):
+def test_a_saved_drafters_tensors_have_exactly_the_loaders_names_and_load_back(tmp_path, dtype, changes):
     draft = make_draft(dtype, **changes)
     draft.set_draft_vocab(torch.arange(DRAFT_VOCAB) + (torch.arange(DRAFT_VOCAB) > 11) * 9)
     draft.save_pretrained(tmp_path / "one")
     with safe_open(tmp_path / "one" / "model.safetensors", "pt") as file:
         found = {name: file.get_tensor(name) for name in file.keys()}
-    assert {name: tuple(t.shape) for name, t in found.items()} == expected_shapes(draft.config)
+    assert found.keys() == expected_names(draft.config)
+    assert (found["mask_hidden"].shape, found["t2d"].shape) == ((1, 1, draft.config.feature_size), (VOCAB,))
     assert {name for name, p in draft.named_parameters() if p.requires_grad} == found.keys() - {"d2t", "t2d"}
     loaded = PEagleDraft.from_pretrained(tmp_path / "one", dtype=dtype)
     assert loaded.state_dict().keys() == draft.state_dict().keys()
@@ -79,15 +65,18 @@ def test_a_saved_drafters_tensors_have_exactly_the_loaders_names_and_shapes_and_
     [("llama", LlamaConfig, "LlamaForCausalLMEagle3"), ("qwen3", Qwen3Config, "Eagle3Qwen3ForCausalLM")],
 )
 def test_config_json_holds_what_vllms_loader_and_other_readers_read(tmp_path, layer_type, reader, architecture):
-    changes = {"eagle_aux_hidden_state_layer_ids": [2, 9, 17], "norm_before_residual": True, "layer_type": layer_type}
-    make_draft(torch.float32, max_position_embeddings=8192, **changes).save_pretrained(tmp_path)
+    given = {
+        "eagle_aux_hidden_state_layer_ids": [2, 9, 17],
+        "norm_before_residual": True,
+        "max_position_embeddings": 8192,
+    }
+    make_draft(torch.float32, layer_type=layer_type, **given).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     expected = {"model_type": layer_type, "architectures": [architecture], "rope_theta": 5000.0, "rope_scaling": None}
     expected |= dict.fromkeys(("mask_token_id", "pard_token", "ptd_token_id"), MASK_TOKEN)
-    expected |= {"draft_vocab_size": DRAFT_VOCAB, "vocab_size": VOCAB, "target_hidden_size": TARGET_HIDDEN}
+    expected |= {"draft_vocab_size": DRAFT_VOCAB, "vocab_size": VOCAB, "target_hidden_size": TARGET_HIDDEN, **given}
     expected |= {"hidden_size": 16, "head_dim": 8, "num_attention_heads": 4, "num_key_value_heads": 2}
-    expected |= {"num_hidden_layers": 2, "intermediate_size": 24, "max_position_embeddings": 8192}
-    expected |= {"eagle_aux_hidden_state_layer_ids": [2, 9, 17], "norm_before_residual": True}
+    expected |= {"num_hidden_layers": 2, "intermediate_size": 24}
     rope = {"rope_theta": 5000.0, "rope_type": "default"}
     assert {name: config.get(name, "missing") for name in expected} == expected and config["rope_parameters"] == rope
     read = AutoConfig.from_pretrained(tmp_path)
@@ -120,8 +109,6 @@ def test_rope_is_written_in_both_spellings_and_read_from_either(tmp_path, rope):
     for gone in (["rope_parameters"], ["rope_theta", "rope_scaling"]):
         partial = {name: value for name, value in config.items() if name not in gone}
         assert torch.equal(PEagleDraft(PEagleDraftConfig(**partial)).rotary_emb.inv_freq, first)
-    old_key = {"type" if name == "rope_type" else name: value for name, value in rope.items()}
-    assert torch.equal(PEagleDraft(make_config(rope_theta=700.0, rope_scaling=old_key)).rotary_emb.inv_freq, first)
 
 
 def test_any_name_of_the_mask_token_is_enough_and_defaults_are_the_targets():
@@ -174,20 +161,20 @@ def test_a_drafter_that_could_not_be_trained_or_served_is_refused(changes, messa
 # The forward
 
 
-def random_pass(cut: int = 0) -> tuple[Pass, Tensor]:
+def random_pass() -> tuple[Pass, Tensor]:
     """Two rows' elements, of documents of 5 and of 4 + b tokens, and their positions."""
-    p = make_pass([([5, 4], 0), ([5, 5], 0)], ratio=0.9, cut=cut)
+    p = make_pass([([5, 4], 0), ([5, 5], 0)], ratio=0.9)
     v = p.visibility
     return p, v.anchor - v.start + v.depth.clamp(min=0)
 
 
-def run_and_expect(draft: PEagleDraft, skip: int = 0, **options: Any) -> tuple[DraftOutput, list[Tensor]]:
+def run_and_expect(draft: PEagleDraft, **options: Any) -> tuple[DraftOutput, list[Tensor]]:
     """The drafter's output on random inputs, and each row's hidden states by the oracle, on the same parameters."""
-    p, position = random_pass(skip)
+    p, position = random_pass()
     B, N, M, g = *position.shape, p.visibility.num_depth0, seeded(5)
     token = torch.randint(0, VOCAB, (B, N), generator=g)
     features = torch.randn(B, M, draft.config.feature_size, generator=g, dtype=torch.float64)
-    output = draft(token, position, features, p.visibility, skip=skip, **options)
+    output = draft(token, position, features, p.visibility, **options)
     expected = []
     for b, queries in enumerate(p.queries):
         who = [query for query in queries if query]
@@ -223,23 +210,6 @@ def test_the_forward_is_the_slow_one_and_so_are_its_gradients(changes):
     theirs = sum((row * w).sum() for row, w in zip(expected, weights))
     for one, other in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters)):
         assert float((one - other).abs().max()) <= 1e-9 * max(1.0, float(other.abs().max()))
-
-
-def test_labels_give_the_loss_of_the_chosen_rows():
-    draft, skip, g = make_draft(), 4, seeded(7)
-    chosen = [(0, 6), (0, 8), (1, 5), (1, 9)]
-    target_hidden = torch.randn(4, TARGET_HIDDEN, generator=g, dtype=torch.float64)
-    target_head = torch.randn(DRAFT_VOCAB, TARGET_HIDDEN, generator=g, dtype=torch.float64)
-    N = random_pass()[1].shape[1]
-    rows = torch.tensor([b * (N - skip) + i - skip for b, i in chosen])
-    labels = Labels(rows, target_hidden, target_head, "soft_ce", chunk_rows=3)
-    output, expected = run_and_expect(draft, skip, labels=labels)
-    pairs = [
-        oracles.row_loss(draft.lm_head.weight @ expected[b][i], target_head @ t, "soft_ce")
-        for (b, i), t in zip(chosen, target_hidden)
-    ]
-    assert abs(output.loss.item() - sum(loss.item() for loss, _ in pairs)) <= 1e-10
-    assert output.hits.tolist() == [hit for _, hit in pairs] and output.hidden.shape[1] == N - skip
 
 
 def test_keys_values_only_computes_no_query_of_the_last_layer_and_the_same_keys():
@@ -283,12 +253,8 @@ def test_transformers_own_switch_turns_checkpointing_on_which_changes_nothing_an
     once, expected = run()
     getattr(draft, f"{kind}_checkpointing_enable")()
     twice, found = run()
-    assert (once, twice) == (1, 2) and draft.is_gradient_checkpointing
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert (once, twice) == (1, 2) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert draft.eval() and run()[0] == 1
-    assert draft.train() and run()[0] == 2
-    getattr(draft, f"{kind}_checkpointing_disable")()
-    assert run()[0] == 1
 
 
 def test_a_new_drafters_weights_are_all_set_and_its_mask_vector_is_not_zero():
