@@ -53,14 +53,7 @@ ROWS = [([150, 57], 40), ([180], 180)]
         ([([31], 0)], 0, (2, 2), 96, torch.bfloat16, 3e-2),
     ],
 )
-def test_attention_gives_what_loops_give_forward_and_backward(
-    rows: list[tuple[list[int], int]],
-    skip: int,
-    heads: tuple[int, int],
-    head_dim: int,
-    dtype: torch.dtype,
-    tolerance: float,
-) -> None:
+def test_attention_gives_what_loops_give_forward_and_backward(rows, skip, heads, head_dim, dtype, tolerance):
     p = make_pass(rows, K=4, cut=skip)
     v = p.visibility
     v.start, v.anchor, v.depth, v.context_end = (t.to(DEVICE) for t in (v.start, v.anchor, v.depth, v.context_end))
@@ -93,9 +86,8 @@ def test_a_target_on_the_host_gives_what_one_on_the_device_gives_and_what_the_cp
     target = make_target(batch, torch.float32)
     on_host, on_device = (relayed(batch, target, device) for device in ("cpu", DEVICE))
     assert_same(on_host, on_device, 1e-4)
-    exact = outcome_of(
-        recompute_step, make_draft(head_dim=16), make_batch(rows, L, 1, K), make_target(batch), scale=0.1
-    )
+    flat = make_batch(rows, L, 1, K)
+    exact = outcome_of(recompute_step, make_draft(head_dim=16), flat, make_target(batch), scale=0.1)
     assert_same(on_host, exact, 1e-2)
 
 
