@@ -8,7 +8,6 @@ import json
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -135,8 +134,7 @@ class Meter(TorchDispatchMode):
 
 
 def measure(S: int, length: int = 8192, narrow: bool = False, **train: Any) -> dict[str, Any]:
-    """A step's kernels and operators that wait for the device, and bytes: at most held and planned, of the optimizer's
-    states, and of all that is there between steps."""
+    """A step's kernels, operators that wait for the device, and bytes: at most held and planned, and held between steps."""
     check, meter, shape = Check(), Meter(), NARROW if narrow else DRAFTER_8B
     flex.flex = meter.flex
     with FakeTensorMode(allow_non_fake_inputs=True), meter:
@@ -146,15 +144,15 @@ def measure(S: int, length: int = 8192, narrow: bool = False, **train: Any) -> d
             parameter.grad = torch.empty_like(parameter)
         stepper.update()  # makes the optimizer's states
         meter.reset()
-        resident, states = meter.now, 2 * sum(p.nbytes for p in stepper.trained)
+        resident = meter.now
         stepper.step(*[batch] * stepper.recipe.train.gradient_accumulation_steps)
     planned = planned_gib(check, shape, stepper.recipe) * GIB
-    found = {"peak": meter.peak, "planned": planned, "states": states, "resident": resident}
+    found = {"peak": meter.peak, "planned": planned, "resident": resident}
     return {**found, "kernels": meter.kernels.total(), "waits": dict(WAITS)}
 
 
-def compile_passes(length: int, S: int, layers: int = 1, supervised: Sequence[float] = (1.0,), **train: Any) -> Any:
-    """Graphs made, and made again, by a step for each of these shares and by an evaluation."""
+def compile_passes(length: int, S: int, layers: int = 1, **train: Any) -> Any:
+    """Graphs made, and made again, by a step and an evaluation."""
     torch._dynamo.reset()
     call = CompiledDraft.__call__
 
@@ -166,12 +164,11 @@ def compile_passes(length: int, S: int, layers: int = 1, supervised: Sequence[fl
         shape = {**DRAFTER_8B, "num_hidden_layers": layers}
         train = {"compile_backend": "eager", "loss_chunk_rows": 2**20, **train}  # chunks are unrolled
         stepper = Stepper(Check(), shape, length, S, compile=True, **train)
-        batches = [stepper.batch(supervised=share) for share in supervised]
-        plans = [stepper.runner.plan(batch) for batch in batches]
-        for batch in batches:
-            stepper.accumulate(batch)
+        batch = stepper.batch()
+        plan = stepper.runner.plan(batch)
+        stepper.accumulate(batch)
         with torch.no_grad():
-            stepper.runner.run(batches[0], plans[0], None)
+            stepper.runner.run(batch, plan, None)
     graphs = stepper.runner.graphs
     return {**graphs, "recompiles": graphs.recompiles}
 
