@@ -187,10 +187,8 @@ def run_and_expect(draft: PEagleDraft, **options: Any) -> tuple[DraftOutput, lis
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        {"norm_before_residual": True},
         {"num_hidden_layers": 1, "norm_before_residual": True, "num_key_value_heads": 4, "num_aux_hidden_states": 5},
-        {"num_hidden_layers": 4, "num_key_value_heads": 1, "rms_norm_eps": 0.1, "rope_theta": 3.0},
+        {"num_key_value_heads": 1, "rms_norm_eps": 0.1, "rope_theta": 3.0},
         {"hidden_size": 21, "head_dim": 6, "num_attention_heads": 3, "num_key_value_heads": 3},
         {"layer_type": "qwen3", "num_key_value_heads": 4, "fc_norm": True},
         {"norm_before_fc": True, "num_aux_hidden_states": 2},
