@@ -7,7 +7,7 @@ import torch
 
 from peagle_train.decoding.generate import CachedTarget, Decoded, Drafter, decode, sampler
 from peagle_train.decoding.measure import ratio_interval
-from peagle_train.decoding.replay import ANCHORS_AT_A_TIME, accepted_slots, count, repeats, replay
+from peagle_train.decoding.replay import accepted_slots, count, repeats, replay
 from peagle_train.target_model.frozen import FrozenTarget
 from tests.helpers import make_draft, seeded
 from tests.test_generate import PROMPT, tiny_draft
@@ -35,7 +35,7 @@ def agreeing_draft(text: Decoded, window: int | None = None) -> Any:
 
 @pytest.mark.parametrize(("temperature", "window"), [(0.0, None), (0.3, None), (0.0, 4)])
 def test_replay_of_every_k_is_a_decoding_of_its_own(llama, temperature, window):
-    n, K_max = ANCHORS_AT_A_TIME + 3, 4
+    n, K_max = 67, 4
     draft = agreeing_draft(decoded(llama, tiny_draft(), 1, n + K_max, temperature), window)
     runs = {K: decoded(llama, draft, K, n + K_max, temperature) for K in (1, 2, K_max)}
     lengths = []

@@ -99,17 +99,12 @@ class Drafter:
             skip=n - 1,
         )
         # Mask slots are not kept: accepted tokens run again with their real ids and features.
-        self._context = join_context(self._context, output.keys_values, n)
+        new = [(key[:, :, :n], value[:, :, :n]) for key, value in output.keys_values]
+        for layer, (key, value) in enumerate(self._context or []):
+            new[layer] = torch.cat([key, new[layer][0]], dim=2), torch.cat([value, new[layer][1]], dim=2)
+        self._context = new
         self.length += n
         return self.draft.lm_head(output.hidden[0])
-
-
-def join_context(context: list[KV] | None, more: Sequence[KV], n: int) -> list[KV]:
-    """A context's keys and values with the first n of `more` appended, layer by layer."""
-    new = [(k[:, :, :n], v[:, :, :n]) for k, v in more]
-    if context is None:
-        return new
-    return [(torch.cat([k, a], dim=2), torch.cat([v, b], dim=2)) for (k, v), (a, b) in zip(context, new, strict=True)]
 
 
 def sampler(temperature: float, generator: torch.Generator) -> Callable[[Tensor], int]:

@@ -5,70 +5,42 @@ K or on what was drafted before: slot d of the draft at anchor a reads the real 
 nothing else. So one pass over the text gives the draft of every anchor (training's flat pass, all depths), a draft of K
 slots is the first K of each, a guess is accepted where it is the text's token, and what is left is to follow the passes.
 
-m: tokens with a successor (bonus tokens that a pass may follow), K: slots, n: tokens, F: feature size, Vd: draft
-vocabulary.
+m: tokens with a successor (bonus tokens that a pass may follow), K: slots, n: tokens, N: elements, F: feature size, M: real
+tokens that are read, H: the drafter's hidden size.
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from peagle_train.core.draft import KV, PEagleDraft
+from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.elements import make_elements
 from peagle_train.core.passes import visibility_of
-from peagle_train.decoding.generate import Decoded, join_context
+from peagle_train.decoding.generate import Decoded
 
-ANCHORS_AT_A_TIME = 64
 LONGEST_PERIOD, SHORTEST_RUN = 64, 24
+HEAD_ROWS = 512  # as many have logits at a time
 
 
-def slot_logits(
-    draft: PEagleDraft, ids: Sequence[int], features_nF: Tensor, first_anchor: int, num_slots: int
-) -> Iterator[Tensor]:
-    """Logits [rows, K, Vd] of all anchors from `first_anchor` to n - 3 in order, some at a time: those whose first slot
-    guesses a token of the text. It is training's pass, each part's context entering as keys and values.
-    """
-    K, n, device, window = num_slots, len(ids), draft.device, draft.config.sliding_window
-    position_1n = torch.arange(n, device=device)[None]
-    batch = {"input_ids": torch.tensor([ids], device=device), "position_ids": position_1n}
-    context: list[KV] | None = None
-    edges = [0, *range(first_anchor, n - 2, ANCHORS_AT_A_TIME), n - 2]
-    for start, stop in pairwise(edges):
-        if start == stop:
-            continue
-        drafts = start >= first_anchor
-        rollouts = [(a, d) for a in range(start, stop) for d in range(1, K)] if drafts else []
-        who = torch.tensor([[(a, 0) for a in range(start, stop)] + rollouts], device=device)
-        elements = make_elements(batch, who[..., 0], who[..., 1], who[..., 0] >= 0, draft.mask_token_id, window)
-        rows = stop - start
-        context_of = {"num_context": start, "context_end": torch.tensor([start])}
-        visibility = visibility_of(elements, K, M=rows, first_rollout=rows, **context_of)
-        with torch.no_grad():
-            output = draft(
-                elements.token,
-                elements.position,
-                features_nF[None, start:stop].to(device),
-                visibility,
-                context=context,
-                keys_values_only=not drafts,
-            )
-            context = join_context(context, output.keys_values, rows)
-            if drafts:
-                hidden = output.hidden[0]
-                real_R1H, masks_RkH = hidden[:rows, None], hidden[rows:].unflatten(0, (rows, K - 1))
-                yield draft.lm_head(torch.cat([real_R1H, masks_RkH], dim=1))
-
-
+@torch.no_grad()
 def accepted_slots(draft: PEagleDraft, decoded: Decoded, num_slots: int) -> list[int]:
     """[m]: how many of the first slots of the draft after token i guess the text's tokens; none beyond its end."""
     ids, first, m = [*decoded.prompt, *decoded.tokens], len(decoded.prompt) - 1, len(decoded.tokens) - 1
     if m == 0:
         return []
-    logits = slot_logits(draft, ids, decoded.features, first, num_slots)
-    guess_mK = torch.cat([draft.draft_token_ids[logits_RKV.argmax(-1)].cpu() for logits_RKV in logits])
-    at_mK = torch.arange(m)[:, None] + 1 + torch.arange(num_slots)  # the token that slot k after token i guesses
+    K, n, device = num_slots, len(ids), draft.device
+    # Real tokens as far as one that an anchor's first slot guesses, then the mask tokens of each draft.
+    elements = [(a, 0) for a in range(n - 2)] + [(a, d) for a in range(first, n - 2) for d in range(1, K)]
+    anchor_1N, depth_1N = torch.tensor(elements, device=device).T[:, None]
+    batch = {"input_ids": torch.tensor([ids], device=device), "position_ids": torch.arange(n, device=device)[None]}
+    made = make_elements(batch, anchor_1N, depth_1N, depth_1N >= 0, draft.mask_token_id, draft.config.sliding_window)
+    visibility = visibility_of(made, K, M=n - 2, first_rollout=n - 2)
+    features_1MF = decoded.features[None, : n - 2].to(device)
+    hidden_NH = draft(made.token, made.position, features_1MF, visibility).hidden[0]
+    rows = [draft.draft_token_ids[draft.lm_head(part).argmax(-1)] for part in hidden_NH[first:].split(HEAD_ROWS)]
+    real_m, masks = torch.cat(rows).cpu().split([m, m * (K - 1)])
+    guess_mK = torch.cat([real_m[:, None], masks.view(m, K - 1)], dim=1)
+    at_mK = torch.arange(m)[:, None] + 1 + torch.arange(K)  # the token that slot k after token i guesses
     is_right_mK = (guess_mK == torch.tensor(decoded.tokens)[at_mK.clamp(max=m)]) & (at_mK <= m)
     return is_right_mK.cumprod(1).sum(1).tolist()
 
