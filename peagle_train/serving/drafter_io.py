@@ -93,10 +93,6 @@ def read_drafter(folder: str | Path) -> DrafterFiles:
         config = parse_config(raw)
         if config.ptd_token_id is not None:
             config.check_trainable()
-        layers = {int(match[1]) for match in (re.match(r"layers\.(\d+)\.", name) for name in tensors) if match}
-        if layers != {*range(min(config.num_hidden_layers, len(stored)))}:
-            listed = ", ".join(map(str, sorted(layers))) or "none"
-            raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}, but the weights have layers {listed}")
         _fit(config, tensors)
     except (ValueError, SafetensorError) as error:
         raise ValueError(f"{folder}: {error}") from error
@@ -118,13 +114,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _standard_names(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those that are read, by this project's (and vLLM's) names; ValueError where two get the same name."""
+    """Those that are read, by this project's (and vLLM's) names."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         standard = re.sub(r"^midlayer\.", "layers.0.", name.removeprefix("model."))
         standard = "d2t" if standard == "draft_id_to_target_id" else standard
-        if standard in tensors:
-            raise ValueError(f"two of its tensors are {standard}: {name} is one of them")
         if not NOT_READ.fullmatch(standard):
             tensors[standard] = tensor
     return tensors

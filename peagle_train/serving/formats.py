@@ -11,18 +11,15 @@ from peagle_train.files import one_line
 
 EAGLE3, SPECULATORS = "eagle3", "speculators"
 
-MAX_SIZE = 2**24  # above every real size: a config.json with a larger one is damaged, and must not cost memory
-
 _SIZES = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
-    " max_position_embeddings sliding_window"
+    " max_position_embeddings"
 ).split()
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-_LLAMA_KEYS = (
-    "hidden_act rms_norm_eps initializer_range attention_bias mlp_bias bos_token_id eos_token_id".split() + _SIZES[:-1]
-)
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 _OWN_KEYS = ("draft_vocab_size", "target_hidden_size", LAYER_IDS, "norm_before_residual", "norm_before_fc", "fc_norm")
+_KEYS = "hidden_act rms_norm_eps initializer_range attention_bias mlp_bias bos_token_id eos_token_id".split()
+_KEYS += [*_SIZES, *_OWN_KEYS]
 
 
 def format_of(raw: dict[str, Any]) -> str:
@@ -77,83 +74,64 @@ def _at(value: Any, *keys: str | int) -> Any:
 def parse_config(raw: dict[str, Any]) -> PEagleDraftConfig:
     """The drafter's shape from either format; of an EAGLE-3 drafter, `ptd_token_id` is None. ValueError: see `_check`."""
     try:
-        layers = layers_of(raw)
-        _check(raw, layers)
-        fields = {key: layers[key] for key in _LLAMA_KEYS if layers.get(key) is not None}
-        fields |= {key: raw[key] for key in _OWN_KEYS if raw.get(key) is not None}
-        is_heeded = layers.get("use_sliding_window", layers.get("model_type") != "qwen3")
-        has_window = is_heeded and "sliding_attention" in (layers.get("layer_types") or [])
-        fields |= {
+        # Engines read some keys on either level.
+        given = {key: value for key, value in {**raw, **layers_of(raw)}.items() if value is not None}
+        rope = {"rope_theta": given.get("rope_theta", 10000.0), **given.get("rope_scaling", {})}
+        rope = {key: v for key, v in {**rope, **given.get("rope_parameters", {})}.items() if v is not None}
+        rope = {"rope_type": rope.pop("type", "default"), **rope}  # of either spelling
+        _check(given, rope)
+        is_heeded = given.get("use_sliding_window", layer_type_of(raw) != "qwen3")
+        has_window = is_heeded and "sliding_attention" in given.get("layer_types", [])
+        norms_before = given.get("norm_before_fc") or _at(given, "eagle_config", "norm_before_fc")
+        fields = {key: given[key] for key in _KEYS if key in given} | {
+            LAYER_IDS: layer_ids_of(raw),
             "layer_type": layer_type_of(raw),
-            "sliding_window": layers.get("sliding_window") if has_window else None,
-            "rope_parameters": {"rope_theta": 10000.0, **_rope_of(layers)},
+            "norm_before_fc": bool(norms_before),
+            "ptd_token_id": next(iter(mask_tokens_in(given).values()), None),
+            "sliding_window": given.get("sliding_window") if has_window else None,
+            "rope_parameters": rope,
             "pad_token_id": None,
         }
-        mask_token = next(iter(mask_tokens_in(raw).values()), None)
-        fields |= {LAYER_IDS: layer_ids_of(raw), "ptd_token_id": mask_token}
-        # Of these, engines read some where the layers' config is, or in eagle_config.
-        norms = {"norm_before_fc": (_at(raw, "eagle_config", "norm_before_fc"),), "fc_norm": (layers.get("fc_norm"),)}
-        fields |= {key: bool(raw.get(key) or any(others)) for key, others in norms.items()}
         return PEagleDraftConfig(**fields)
     except Exception as error:  # anything: values are a stranger's, and transformers' strict configs have own types
         raise ValueError(f"config.json: {one_line(error)}") from error
 
 
-def _rope_of(layers: dict[str, Any]) -> dict[str, Any]:
-    """The rope of a layers' config, in either spelling; `rope_type` is always present."""
-    merged = {"rope_theta": layers.get("rope_theta")}
-    merged |= (layers.get("rope_scaling") or {}) | (layers.get("rope_parameters") or {})
-    rope = {key: value for key, value in merged.items() if value is not None}
-    return {"rope_type": rope.pop("type", "default"), **rope}
+def _check(given: dict[str, Any], rope: dict[str, Any]) -> None:
+    """ValueError for drafters of other kinds, missing keys, wrong types, and what vLLM would refuse or read differently.
 
-
-def _check(raw: dict[str, Any], layers: dict[str, Any]) -> None:
-    """ValueError for drafters of other kinds, missing keys, wrong types, and what vLLM would refuse or read differently."""
-    kind, model_type = raw.get("speculators_model_type", "peagle"), layer_type_of(raw)
+    given: the keys of both levels, without nulls.
+    """
+    kind, model_type = given.get("speculators_model_type", "peagle"), layer_type_of(given)
     if kind not in ("peagle", "eagle3"):
         raise ValueError(f"speculators_model_type is {kind!r}; peagle and eagle3 are supported")
     if model_type not in ARCHITECTURES:
         raise ValueError(f"its layers' model_type is {model_type!r}; llama and qwen3 are supported")
-    if (kinds := {*(layers.get("layer_types") or [])}) not in (set(), {"full_attention"}, {"sliding_attention"}):
+    if (kinds := {*given.get("layer_types", [])}) not in (set(), {"full_attention"}, {"sliding_attention"}):
         raise ValueError(f"layer_types has {sorted(map(str, kinds))}: all layers must have the same window, or none")
-    if _at(raw, "eagle_config", "use_aux_hidden_state") is False:
-        raise ValueError("eagle_config.use_aux_hidden_state is false: it reads the last layer alone")
     # norm_output is of no matter: it norms what one pass of an EAGLE-3 drafter gives to its next.
-    if raw.get("quantization_config") or layers.get("quantization_config"):
+    if "quantization_config" in given:
         raise ValueError("quantization_config is set: quantised drafters are not supported")
-    if (raw.get("logit_scale") or layers.get("logit_scale") or 1.0) != 1.0:
+    if given.get("logit_scale", 1.0) != 1.0:
         raise ValueError("logit_scale is set: it scales its logits, which is not supported")
-    rope = _rope_of(layers)
-    if layers.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0 or "mrope_section" in rope:
+    if given.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0 or "mrope_section" in rope:
         raise ValueError("its rope is partial or multimodal; a drafter here rotates whole heads by one position")
     # What a Qwen3 config lacks is not derived from what it has, as a Llama's is.
     required = _REQUIRED + (("num_key_value_heads", "head_dim") if model_type == "qwen3" else ())
-    if missing := [key for key in required if layers.get(key) is None]:
+    if missing := [key for key in required if key not in given]:
         raise ValueError(f"{', '.join(missing)} is missing")
-    for part, keys in ((layers, _SIZES), (raw, ("draft_vocab_size", "target_hidden_size"))):
-        for key in keys:
-            value = part.get(key)
-            if value is not None and (type(value) is not int or not 1 <= value < MAX_SIZE):
-                raise ValueError(f"{key} is {value!r}, not a size")
-    masks = mask_tokens_in(raw)
-    if any(type(value) is not int for value in masks.values()) or len(set(map(str, masks.values()))) > 1:
+    for key in (*_SIZES, "sliding_window", "draft_vocab_size", "target_hidden_size"):
+        if key in given and (type(given[key]) is not int or given[key] < 1):
+            raise ValueError(f"{key} is {given[key]!r}, not a size")
+    masks = mask_tokens_in(given)
+    if any(type(value) is not int for value in masks.values()) or len({*masks.values()}) > 1:
         raise ValueError(f"the mask token must be one token id: {', '.join(f'{k} {v!r}' for k, v in masks.items())}")
-    if "sliding_attention" in (layers.get("layer_types") or []) and layers.get("sliding_window") is None:
-        raise ValueError("layer_types has sliding_attention, but there is no sliding_window")
-    theta = rope.get("rope_theta", 1.0)
-    if not isinstance(theta, (int, float)) or not 0 < theta < float("inf"):
-        raise ValueError(f"rope_theta is {theta!r}, not a positive number")
-    if layers.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act is {layers['hidden_act']!r}; vLLM's Llama layers have silu only")
-    ids = layer_ids_of(raw)
-    if ids is not None:
-        are_ids = isinstance(ids, list) and 1 <= len(ids) <= 8 and all(type(i) is int and i >= 0 for i in ids)
-        if not are_ids or sorted({*ids}) != ids:
-            what = "it must name 1 to 8 layers of the target, ascending, in which order vLLM reads them in any case"
-            raise ValueError(f"eagle_aux_hidden_state_layer_ids is {ids}: {what}")
-    count = raw.get("num_aux_hidden_states") or layers.get("num_aux_hidden_states")
-    if count not in (None, len(ids or (2, 0, 0))):
-        raise ValueError(f"num_aux_hidden_states is {count!r}, but eagle_aux_hidden_state_layer_ids is {ids}")
+    if given.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act is {given['hidden_act']!r}; vLLM's Llama layers have silu only")
+    ids = layer_ids_of(given)
+    if ids is not None and not (1 <= len(ids) <= 8 and ids == sorted({*ids}) and ids[0] >= 0):
+        what = "it must name 1 to 8 layers of the target, ascending, in which order vLLM reads them in any case"
+        raise ValueError(f"{LAYER_IDS} is {ids}: {what}")
 
 
 def speculators_config(
