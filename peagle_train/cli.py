@@ -318,7 +318,7 @@ def _export(add: Add, read: Read) -> None:
     add("--format", choices=["eagle3", "speculators"], default="eagle3")
     add("--target", type=Path, metavar="DIR", help="the target's folder; default: the recipe's")
     add("--target-name", metavar="NAME", help="how the files name the target, such as org/my-llm")
-    add("--num-speculative-tokens", type=int, metavar="K", help="to serve with; default: the training's")
+    add("--num-speculative-tokens", type=COUNT, metavar="K", help="to serve with; default: the training's")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
     add("--licence", "--license", metavar="ID", help="the model card's licence field, e.g. apache-2.0")
     add("--push-to-hub", metavar="USER/MODEL", help="upload it to Hugging Face, too, private (after `hf auth login`)")
@@ -344,9 +344,8 @@ def _check(add: Add, read: Read) -> int:
     add("folder", type=Path, metavar="FOLDER", help="a drafter's folder (final, best, checkpoint-N), or a run's")
     add("--target", type=Path, metavar="DIR", help="the target's folder, to check that the two fit")
     o = read()
-    from peagle_train.serving.check import check_folder, is_loadable, table
     from peagle_train.serving.drafter_io import read_config
-    from peagle_train.serving.export import find_drafter
+    from peagle_train.serving.export import check_folder, find_drafter, is_loadable, table
 
     folder = find_drafter(o.folder)
     findings = check_folder(folder, read_config(o.target) if o.target else None)

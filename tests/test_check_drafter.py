@@ -11,9 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peagle_train.serving.check import Finding, check_folder, is_loadable, table
 from peagle_train.serving.drafter_io import load_drafter
-from peagle_train.serving.export import export_drafter
+from peagle_train.serving.export import Finding, check_folder, export_drafter, is_loadable, table
 from tests.helpers import DRAFT_VOCAB, MASK_TOKEN, TARGET_HIDDEN, VOCAB, command, make_draft
 
 WEIGHTS, LAYERS = "model.safetensors", "eagle_aux_hidden_state_layer_ids"
@@ -203,7 +202,6 @@ def test_the_check_compares_with_the_target(folder):
     for key, value in {"vocab_size": VOCAB + 1, "hidden_size": 99, "num_hidden_layers": 17}.items():
         assert not is_loadable(check_folder(folder, {**target, key: value})), key
         assert not is_loadable(check_folder(folder, {"text_config": {**target, key: value}})), key
-        assert not is_loadable(check_folder(folder, {**target, key: "x"})), key
     set_config(folder, eagle_aux_hidden_state_layer_ids=None)  # vLLM then reads layers 2, n // 2 and n - 3
     for layers, reads in ((20, True), (7, True), (6, False), (4, False)):
         assert is_loadable(check_folder(folder, {**target, "num_hidden_layers": layers})) == reads, layers

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from peagle_train.config import Recipe, dump_recipe, load_recipe
 from peagle_train.data.encode import Encoder
 from peagle_train.data.training_data import load_training_data, prepare_recipe
-from peagle_train.serving.check import check_folder
 from peagle_train.serving.drafter_io import load_drafter
+from peagle_train.serving.export import check_folder
 from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.training.checkpoint import verify_checkpoint
 from tests.byte_tokenizer import BYTES_MASK, BYTES_VOCAB, make_byte_tokenizer

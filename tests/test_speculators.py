@@ -12,9 +12,8 @@ from safetensors.torch import load_file
 from peagle_train.core.cod import generate_cod_sample_indices
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.visibility import Visibility, first_seen
-from peagle_train.serving.check import check_folder, is_loadable
 from peagle_train.serving.drafter_io import load_drafter, read_drafter
-from peagle_train.serving.export import export_drafter
+from peagle_train.serving.export import check_folder, export_drafter, is_loadable
 from tests.helpers import make_draft, seeded
 from tests.test_import import start
 from tests.tiny import MASK, VOCAB, make_target, write_rows

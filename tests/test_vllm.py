@@ -22,9 +22,8 @@ from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.passes import TargetOutputs
 from peagle_train.core.relay import RelayBuffers, relay_step
 from peagle_train.decoding.generate import CachedTarget, Drafter, decode, greedy_tokens, sampler
-from peagle_train.serving.check import check_folder, is_loadable
 from peagle_train.serving.drafter_io import load_drafter, save_drafter
-from peagle_train.serving.export import export_drafter
+from peagle_train.serving.export import check_folder, export_drafter, is_loadable
 from peagle_train.serving.start import new_drafter
 from peagle_train.target_model.frozen import FrozenTarget
 from tests.helpers import command, make_draft, seeded

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from peagle_train.config import Recipe, load_recipe
 from peagle_train.data.documents import STDLIB
 from peagle_train.data.vocab import load_tokenizer
 from peagle_train.decoding import vllm
@@ -16,7 +15,7 @@ from peagle_train.decoding.measure import Case, compare, load_cases, measure, st
 from peagle_train.distributed import check_device
 from peagle_train.files import aligned, one_line, write_json
 from peagle_train.serving.drafter_io import load_drafter, read_config
-from peagle_train.serving.export import find_drafter
+from peagle_train.serving.export import find_drafter, recipe_beside
 from peagle_train.serving.formats import speculative_tokens_of
 from peagle_train.target_model.frozen import FrozenTarget
 
@@ -32,7 +31,7 @@ def run(options: Namespace) -> tuple[str, bool]:
     if options.json:
         options.json.open("a").close()  # an OSError now, not when everything has been measured
     folders = [find_drafter(folder) for folder in (options.checkpoint, *options.compare)]
-    folder, recipe = folders[0], _recipe(folders[0])
+    folder, recipe = folders[0], recipe_beside(folders[0])
     path = options.target or (recipe.target.path if recipe else None)
     if path is None or not Path(path).is_dir():
         wrong = f"target {path} is not a folder" if path else f"{folder} has no recipe.yaml that names its target"
@@ -105,15 +104,9 @@ def _device(given: str | None) -> torch.device:
     return torch.device(name)
 
 
-def _recipe(folder: Path) -> Recipe | None:
-    """The recipe beside a drafter; None if there is none."""
-    path = folder / "recipe.yaml"
-    return load_recipe(path) if path.is_file() else None
-
-
 def check_held_out(folders: list[Path]) -> None:
     """ValueError if another drafter may have learned from what the first one's recipe holds out."""
-    recipes = [_recipe(folder) for folder in folders]
+    recipes = [recipe_beside(folder) for folder in folders]
     fractions = [r.data.eval_fraction if r and not r.data.eval_sources else 0.0 for r in recipes]
     if min(fractions) < fractions[0]:
         had = f"a drafter of --compare had data.eval_fraction {min(fractions)}, the first {fractions[0]}"

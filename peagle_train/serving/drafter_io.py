@@ -169,6 +169,11 @@ def check_finite(tensors: Mapping[str, Tensor], whose: str) -> None:
 # Writing
 
 
+def is_used(path: Path) -> bool:
+    """Whether something is there, other than an empty folder."""
+    return any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
+
+
 def save_drafter(
     folder: str | Path, draft: PEagleDraft, state: Mapping[str, Tensor] | None = None, extra: Mapping[str, str] = {}
 ) -> None:
@@ -178,8 +183,7 @@ def save_drafter(
     state: its whole weights, where they are sharded. extra: further files' texts, by name.
     """
     folder, weights = Path(folder), draft.state_dict() if state is None else state
-    is_used = any(folder.iterdir()) if folder.is_dir() else os.path.lexists(folder)
-    if is_used and not ((folder / "config.json").is_file() and "ptd_token_id" in read_config(folder)):
+    if is_used(folder) and not ((folder / "config.json").is_file() and "ptd_token_id" in read_config(folder)):
         raise ValueError(f"{folder} is something other than a drafter, which would be replaced: give another folder")
     write_folder(folder, lambda new: fill_drafter(new, draft.config, weights, extra))
 

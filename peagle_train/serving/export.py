@@ -1,20 +1,199 @@
-"""From a run's checkpoint to a folder that an engine serves: config, weights, model card. All or nothing."""
+"""Whether an engine would load a drafter's folder; from a run's one that it serves: config, weights, model card."""
 
 import json
-import os
 import re
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from peagle_train.config import read_yaml
+from peagle_train.config import Recipe, load_recipe
 from peagle_train.core.draft_config import PEagleDraftConfig
-from peagle_train.files import one_line, write_folder
-from peagle_train.serving.check import Finding, check_folder, is_loadable
-from peagle_train.serving.drafter_io import fill_drafter, read_config, read_drafter
-from peagle_train.serving.formats import EAGLE3, SPECULATORS, speculative_tokens_of, speculators_config, target_name_of
+from peagle_train.files import aligned, one_line, write_folder
+from peagle_train.serving import formats
+from peagle_train.serving.drafter_io import fill_drafter, is_used, read_config, read_drafter
+
+# Check: what `read_drafter` refuses is bad; added is where vLLM reads differently (tests/test_vllm.py asks vLLM itself).
+
+Level = Literal["ok", "warn", "BAD"]
+SERVED = {
+    "llama": ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "LlamaForCausalLM"),
+    "qwen3": ("Eagle3Qwen3ForCausalLM", "Qwen3ForCausalLM"),
+}
+"""By layer type, the architectures under which vLLM's method eagle3 finds a drafter of this kind; the first is written."""
+
+
+class Finding(NamedTuple):
+    """One line of the check's table."""
+
+    level: Level
+    what: str
+    detail: str
+
+
+def is_loadable(findings: list[Finding]) -> bool:
+    return all(finding.level != "BAD" for finding in findings)
+
+
+def table(findings: list[Finding]) -> str:
+    """The findings as lines, then a verdict."""
+    bad, warned = (sum(f.level == level for f in findings) for level in ("BAD", "warn"))
+    return f"{aligned(findings)}\n{'NOT loadable as it is' if bad else 'loadable'}: {bad} errors, {warned} warnings"
+
+
+def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> list[Finding]:
+    """Whether an engine would load a drafter's folder as it was trained; `target`: its config.json, to compare with."""
+    try:
+        files = read_drafter(folder)
+    except ValueError as error:
+        return [Finding("BAD", "drafter", str(error))]
+    raw, config = files.raw, files.config
+    found: list[Finding] = []
+
+    def find(level: Level | bool, what: str, detail: object) -> None:
+        found.append(Finding(level if isinstance(level, str) else "ok" if level else "BAD", what, str(detail)))
+
+    form, dtype = formats.format_of(raw), files.tensors["fc.weight"].dtype
+    shape = f"{config.num_hidden_layers} {config.layer_type} layers"
+    find("ok", "format", f"{form}, {shape}, {dtype}, {config.draft_vocab_size} of {config.vocab_size} tokens")
+    if form == formats.EAGLE3:
+        given, names = (raw.get("architectures") or ["none"])[0], SERVED[config.layer_type]
+        find(given in names, "architectures", given if given in names else f"{given}; vLLM looks for {names[0]}")
+        find(raw.get("model_type") is not None, "model_type", f"{config.layer_type}, as transformers must read it")
+    else:
+        tokens, verifier = formats.speculative_tokens_of(raw), formats.target_name_of(raw)
+        find(tokens is not None, "speculative tokens", tokens)
+        find(verifier is not None, "verifier", verifier or "none: `vllm serve DIR` does not know the target")
+    token, has_mask = config.ptd_token_id, "mask_hidden" not in files.missing
+    if token is None and not has_mask:
+        find("warn", "mask token", "none, and no mask_hidden: an EAGLE-3 drafter, one token a pass")
+    else:
+        find(token is not None and has_mask, "mask token", f"{token}, {'with' if has_mask else 'without'} mask_hidden")
+    if has_mask and not bool(files.tensors["mask_hidden"].any()):
+        find("warn", "mask_hidden", "all zero, so it was never trained")
+    for name in files.missing:
+        if name == "lm_head.weight" and config.draft_vocab_size != config.vocab_size:
+            find("BAD", name, "missing: the target's head does not fit a pruned vocabulary")
+        elif name != "mask_hidden":
+            find("warn", name, "missing: engines take the target's")
+    for name in files.stored:
+        if name.startswith("model.") or name == "draft_id_to_target_id":
+            find("BAD", name, f"vLLM would look for model.{name}; peagle-train import renames it")
+        elif name.startswith("verifier_"):
+            find("BAD", name, "vLLM knows no such tensor; peagle-train import leaves it out")
+    ids = formats.layer_ids_of(raw)
+    count, hint = formats.feature_layers_of(raw), ""
+    if count != config.num_aux_hidden_states:
+        hint = f": vLLM's drafter takes {count} unless num_aux_hidden_states is among the layers' keys, as in an export"
+    find(not hint, "feature layers", f"{'(2, n // 2, n - 3)' if ids is None else ids}{hint}")
+    if config.fc_norm and not formats.layers_of(raw).get("fc_norm"):
+        find("BAD", "fc_norm", "vLLM looks for it in transformer_layer_config, where export puts it")
+    if target is not None:
+        theirs = target.get("text_config", target)
+        for mine, key in ((config.vocab_size, "vocab_size"), (config.target_hidden_size, "hidden_size")):
+            find(mine == theirs.get(key), f"target's {key}", f"{theirs.get(key)}, the drafter was made for {mine}")
+        layers, positions = theirs.get("num_hidden_layers", 0), theirs.get("max_position_embeddings", 0)
+        reads = ids or [2, layers // 2, layers - 3]  # vLLM's default
+        if max(reads) >= layers or reads != sorted({*reads}):
+            find("BAD", "target's layers", f"{layers}, but the drafter reads the inputs of {reads}")
+        if config.max_position_embeddings < positions:
+            find("warn", "target's positions", f"{positions}: contexts beyond the drafter's are not drafted for")
+    return found
+
+
+# Export
+
+
+def recipe_beside(folder: Path) -> Recipe | None:
+    """The recipe.yaml in a drafter's folder; None if it has none."""
+    path = folder / "recipe.yaml"
+    return load_recipe(path) if path.is_file() else None
+
+
+def find_drafter(folder: Path) -> Path:
+    """The drafter's folder: that of a run is its `final/`."""
+    is_run = not (folder / "config.json").exists() and (folder / "final" / "config.json").exists()
+    return folder / "final" if is_run else folder
+
+
+def export_drafter(
+    checkpoint: Path,
+    out: Path,
+    format: str,
+    speculative_tokens: int | None = None,
+    dtype: str | None = None,
+    *,
+    target: Path | None = None,
+    target_name: str | None = None,
+    licence: str | None = None,
+) -> list[str]:
+    """Write a drafter's folder as engines load it; returns what a user should know. The command's --help says what is what.
+
+    ValueError: one line, for what no engine would load; nothing is written then.
+    """
+    if is_used(out):
+        raise ValueError(f"--out {out} is there already and not an empty folder; give another")
+    folder = find_drafter(checkpoint)
+    files = read_drafter(folder)
+    files.check_whole()
+    recipe, notes = recipe_beside(folder), list[str]()
+    path, trained = (recipe.target.path, recipe.cod.num_depths) if recipe else (None, None)
+    if target is None and path is not None and Path(path).is_dir():
+        target = Path(path)
+        notes.append(f"the target is {path}, as the recipe beside the drafter says")
+    elif target is None:
+        what = "no target is known on this machine: nothing was compared with one"
+        notes.append(f"{what} (peagle-train check FOLDER --target DIR does)")
+    if trained and (speculative_tokens or 0) > trained:
+        raise ValueError(f"--num-speculative-tokens is {speculative_tokens}; give at most the training's {trained}")
+    tokens = speculative_tokens or trained or formats.speculative_tokens_of(files.raw)
+    # Engines run elsewhere.
+    name = target_name or (str(target.absolute()) if target else path or formats.target_name_of(files.raw))
+    if format == formats.SPECULATORS and (tokens is None or name is None):
+        what = "give --target DIR or --target-name NAME" if name is None else "give --num-speculative-tokens K"
+        raise ValueError(f"{folder} does not say for which target, or how many tokens, it was trained: {what}")
+    target_config = read_config(target) if target else None
+    tensors, config = files.tensors, files.config
+    if dtype:
+        tensors = {n: t.to(getattr(torch, dtype)) if t.is_floating_point() else t for n, t in tensors.items()}
+    config.dtype = tensors["fc.weight"].dtype
+    texts = {"README.md": _card(config, format, recipe, name, tokens, licence)}
+    if format == formats.SPECULATORS:
+        assert tokens is not None
+        architectures = (target_config or {}).get("architectures") or []
+        content = formats.speculators_config(config, tokens, name, architectures)
+        texts["config.json"] = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    findings: list[Finding] = []
+
+    def fill(temporary: Path) -> None:
+        fill_drafter(temporary, config, tensors, texts)
+        findings.extend(check_folder(temporary, target_config))
+        if not is_loadable(findings):
+            bad = "; ".join(f"{f.what}: {f.detail}" for f in findings if f.level == "BAD")
+            raise ValueError(f"vLLM would not load the drafter as it was trained: {bad}")
+
+    write_folder(out, fill)
+    return notes + [f"{f.what}: {f.detail}" for f in findings if f.level == "warn"]
+
+
+def push_to_hub(folder: Path, name: str, public: bool = False) -> str:
+    """Upload an exported folder to the hub as the model `name`, made if it does not exist; returns its address. ValueError:
+    it is not uploaded, also where the model exists and is public without `public`.
+    """
+    api = HfApi()
+    try:
+        name = api.create_repo(name, private=not public, exist_ok=True).repo_id
+        if not public and not api.model_info(name).private:
+            raise ValueError("it exists and is public; give --public, or another name")
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="P-EAGLE drafter of peagle_train")
+    except Exception as error:  # the hub's client and its transport each raise types of their own
+        raise ValueError(f"{folder} is exported, but not uploaded to {name}: {one_line(error, 300)}") from error
+    return f"{api.endpoint}/{name}"
+
+
+# The model card
 
 SETTINGS = (
     "cod.num_depths cod.down_sample_ratio cod.down_sample_ratio_min data.max_length train.learning_rate draft.init_from"
@@ -48,127 +227,26 @@ apply too.
 """
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """The values of the recipe.yaml in a drafter's folder, by `section.key`; empty if it has none."""
-    path = folder / "recipe.yaml"
-    found = read_yaml(path) if path.is_file() else None
-    sections = found.items() if isinstance(found, dict) else ()
-    return {f"{name}.{k}": v for name, values in sections if isinstance(values, dict) for k, v in values.items()}
-
-
-def find_drafter(folder: Path) -> Path:
-    """The drafter in a checkpoint's or a run's folder (its `final/`); ValueError if there is none."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; give a drafter's, or a run's")
-    for found in (folder, folder / "final"):
-        if (found / "config.json").exists():
-            return found
-    if (folder / "run.json").exists():
-        raise ValueError(f"{folder} is a run without a drafter yet: let it end, or end it with --resume")
-    raise ValueError(f"{folder} is no drafter's folder (no config.json); give a drafter's folder, or a run's")
-
-
-def export_drafter(
-    checkpoint: Path,
-    out: Path,
-    format: str,
-    speculative_tokens: int | None = None,
-    dtype: str | None = None,
-    *,
-    target: Path | None = None,
-    target_name: str | None = None,
-    licence: str | None = None,
-) -> list[str]:
-    """Write a drafter's folder as engines load it; returns what a user should know. The command's --help says what is what.
-
-    ValueError: one line, for what no engine would load; nothing is written then.
-    """
-    is_empty = out.is_dir() and not out.is_symlink() and not any(out.iterdir())
-    if os.path.lexists(out) and not is_empty:
-        raise ValueError(f"--out {out} is there already and not an empty folder; give another")
-    folder = find_drafter(checkpoint)
-    files = read_drafter(folder)
-    files.check_whole()
-    trained_by, notes = read_settings(folder), list[str]()
-    path, trained = trained_by.get("target.path"), trained_by.get("cod.num_depths")
-    if target is None and path is not None and Path(path).is_dir():
-        target = Path(path)
-        notes.append(f"the target is {path}, as the recipe beside the drafter says")
-    elif target is None:
-        where = f"the target {path} is not on this machine" if path else "no target is known"
-        notes.append(f"{where}: nothing was compared with it (peagle-train check FOLDER --target DIR does)")
-    if speculative_tokens is not None and not 1 <= speculative_tokens <= (trained or speculative_tokens):
-        most = trained or "its training's K"
-        raise ValueError(f"--num-speculative-tokens is {speculative_tokens}; give 1 to {most}")
-    tokens = speculative_tokens or trained or speculative_tokens_of(files.raw)
-    # Engines run elsewhere.
-    name = target_name or (str(target.absolute()) if target else path or target_name_of(files.raw))
-    if format == SPECULATORS and (tokens is None or name is None):
-        what = "give --target DIR or --target-name NAME" if name is None else "give --num-speculative-tokens K"
-        raise ValueError(f"{folder} does not say for which target, or how many tokens, it was trained: {what}")
-    target_config = read_config(target) if target else None
-    tensors, config = files.tensors, files.config
-    if dtype:
-        tensors = {n: t.to(getattr(torch, dtype)) if t.is_floating_point() else t for n, t in tensors.items()}
-    config.dtype = tensors["fc.weight"].dtype
-    texts = {"README.md": _card(config, format, trained_by, name, tokens, licence)}
-    if format == SPECULATORS:
-        assert tokens is not None
-        architectures = (target_config or {}).get("architectures") or []
-        content = speculators_config(config, tokens, name, architectures)
-        texts["config.json"] = json.dumps(content, indent=2, sort_keys=True) + "\n"
-    findings: list[Finding] = []
-
-    def fill(temporary: Path) -> None:
-        fill_drafter(temporary, config, tensors, texts)
-        findings.extend(check_folder(temporary, target_config))
-        if not is_loadable(findings):
-            bad = "; ".join(f"{f.what}: {f.detail}" for f in findings if f.level == "BAD")
-            raise ValueError(f"vLLM would not load the drafter as it was trained: {bad}")
-
-    try:
-        write_folder(out, fill)
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written: {error.strerror or error}") from error
-    return notes + [f"{f.what}: {f.detail}" for f in findings if f.level == "warn"]
-
-
-def push_to_hub(folder: Path, name: str, public: bool = False) -> str:
-    """Upload an exported folder to the hub as the model `name`, made if it does not exist; returns its address. ValueError:
-    it is not uploaded, also where the model exists and is public without `public`.
-    """
-    api = HfApi()
-    try:
-        name = api.create_repo(name, private=not public, exist_ok=True).repo_id
-        if not public and not api.model_info(name).private:
-            raise ValueError("it exists and is public; give --public, or another name")
-        api.upload_folder(repo_id=name, folder_path=folder, commit_message="P-EAGLE drafter of peagle_train")
-    except Exception as error:  # the hub's client and its transport each raise types of their own
-        raise ValueError(f"{folder} is exported, but not uploaded to {name}: {one_line(error, 300)}") from error
-    return f"{api.endpoint}/{name}"
-
-
-# The model card
-
-
 def _card(
-    config: PEagleDraftConfig, form: str, recipe: dict[str, Any], target: str | None, K: int | None, licence: str | None
+    config: PEagleDraftConfig, form: str, recipe: Recipe | None, target: str | None, K: int | None, licence: str | None
 ) -> str:
     """The README.md. It says only what the drafter's files say."""
-    sources = [s if isinstance(s, dict) else {"path": s} for s in recipe.get("data.sources") or []]
+    sections = asdict(recipe) if recipe else {}
+    settings = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+    sources = [s if isinstance(s, dict) else {"path": s} for s in settings.get("data.sources", [])]
     rows = {
         "target": target,
         "layers, draft vocabulary": f"{config.num_hidden_layers}, {config.draft_vocab_size} of {config.vocab_size} tokens",
         "K to serve with": K,
-        **{key: recipe.get(key) for key in SETTINGS},
+        **{key: settings.get(key) for key in SETTINGS},
         # Files without their machine's folders.
         "data": ", ".join(Path(s["path"]).name if "path" in s else str(s.get("datasets")) for s in sources) or None,
     }
     command = "vllm serve THIS_FOLDER"
-    if form == EAGLE3:
+    if form == formats.EAGLE3:
         served = {"method": "eagle3", "model": "THIS_FOLDER", "num_speculative_tokens": K or "K"}
-        settings = json.dumps({**served, "parallel_drafting": True})
-        command = f"vllm serve {target or 'TARGET'} --speculative-config \\\n    '{settings}'"
+        drafting = json.dumps({**served, "parallel_drafting": True})
+        command = f"vllm serve {target or 'TARGET'} --speculative-config \\\n    '{drafting}'"
     base = target if re.fullmatch(r"[\w.-]+/[\w.-]+", target or "") else None  # a hub name
     tags = ["speculative-decoding", "eagle3", "p-eagle", "vllm"]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value is not None)
