@@ -4,6 +4,7 @@ Another's drafter brings its shape, its rope and its draft vocabulary; what the 
 EAGLE-3 drafter lacks is the target's or, mask_hidden, random.
 """
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -48,8 +49,6 @@ def read_start(recipe: Recipe, target: TargetBase) -> tuple[DrafterFiles | None,
     theirs, mine = (config.vocab_size, config.target_hidden_size), (target.vocab_size, target.hidden_size)
     if theirs != mine:
         raise RecipeError(f"{where} is for a target of vocabulary and hidden size {theirs}; this target's are {mine}")
-    if config.hidden_size != target.hidden_size and (lacking := [n for n in files.missing if n != "mask_hidden"]):
-        raise RecipeError(f"{where} has no {lacking[0]}, and the target's does not fit width {config.hidden_size}")
     layers = list(config.eagle_aux_hidden_state_layer_ids or default_layer_ids(target.config.num_hidden_layers))
     if layers != target.layer_ids:
         given = f"this run reads {target.layer_ids}: give target.layer_ids={layers}"
@@ -63,13 +62,11 @@ def read_start(recipe: Recipe, target: TargetBase) -> tuple[DrafterFiles | None,
     for key, value in brought.items():
         mine = getattr(recipe.draft, key)
         if mine is not None and mine != value:
-            text = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
-            remedy = f"give draft.{key}={text}, or another drafter"
-            raise RecipeError(f"draft.{key} is {mine}, but {where} has {text}: {remedy}")
+            remedy = f"give draft.{key}={json.dumps(value)}, or another drafter"
+            raise RecipeError(f"draft.{key} is {mine}, but {where} has another: {remedy}")
     brought["window"] = window = recipe.draft.window or config.sliding_window
     if window and window < recipe.cod.num_depths:
-        given = f"cod.num_depths is {recipe.cod.num_depths}, but the window of {where} is {window}"
-        raise RecipeError(f"{given}: give fewer depths")
+        raise RecipeError(f"the window of {where} is {window}: give cod.num_depths of no more")
     return files, replace(recipe, draft=replace(recipe.draft, **brought))
 
 
@@ -80,10 +77,7 @@ def with_mask_token(recipe: Recipe) -> Recipe:
     draft = recipe.draft
     if draft.init_from is None or draft.mask_token_id is not None:
         return recipe
-    try:
-        token = parse_config(read_config(Path(draft.init_from))).ptd_token_id
-    except ValueError as error:
-        raise RecipeError(f"draft.init_from {draft.init_from}: {error}") from error
+    token = parse_config(read_config(Path(draft.init_from))).ptd_token_id
     return replace(recipe, draft=replace(draft, mask_token_id=token))
 
 
@@ -216,38 +210,30 @@ COPYABLE = {"llama": "llama", "mistral": "llama", "qwen3": "qwen3"}
 def copy_layers(draft: PEagleDraft, target: TargetBase, folder: Path) -> None:
     """Copy the target's last layers and its final norm. Layer 0 gets its original's weights for the features; its weights
     for the token embeddings stay random. `fc` starts as the identity on the last feature plus a quarter of its random
-    weights. ValueError where the drafter's layers cannot hold the target's: another family, other heads or shapes, biases,
-    quantised weights.
+    weights. ValueError where the drafter's layers cannot hold the target's.
     """
-    H, own, wanted = draft.config.hidden_size, draft.state_dict(), {"norm.weight": "norm.weight"}
-    theirs, mine = target.config, draft.config
+    H, own, theirs, mine = draft.config.hidden_size, draft.state_dict(), target.config, draft.config
     first = theirs.num_hidden_layers - len(draft.layers)
+    has_biases = getattr(theirs, "attention_bias", False) or getattr(theirs, "mlp_bias", False)
+    is_same = COPYABLE.get(theirs.model_type) == mine.layer_type and theirs.hidden_act == "silu" and not has_biases
+    if not is_same or first < 0 or mine.num_attention_heads != theirs.num_attention_heads:
+        layers = f"{theirs.num_hidden_layers} {theirs.model_type} layers of {theirs.num_attention_heads} heads"
+        wanted = f"{len(draft.layers)} {mine.layer_type} layers of {mine.num_attention_heads} heads"
+        able = f"those of {', '.join(COPYABLE)} without biases can be"
+        raise ValueError(f"draft.layers_from_target: the target's {layers} cannot be copied to {wanted} ({able})")
+    sources = {"norm.weight": "norm.weight"}
     for name in own:
         if name.startswith("layers.") and name != "layers.0.input_layernorm.weight":  # the embeddings' norm
             number, _, rest = name.removeprefix("layers.").partition(".")
-            wanted[name] = f"layers.{first + int(number)}.{rest.replace('hidden_norm', 'input_layernorm')}"
-    reads_both = {f"layers.0.self_attn.{letter}_proj.weight" for letter in "qkv"}
-    try:
-        biases = [getattr(theirs, key, False) for key in ("attention_bias", "mlp_bias")]
-        if any(biases) or COPYABLE.get(theirs.model_type) != mine.layer_type or theirs.hidden_act != "silu":
-            what = f"layers of a {theirs.model_type} target compute something else than the drafter's {mine.layer_type}"
-            raise ValueError(f"{what} layers ({', '.join(COPYABLE)} without biases can be copied)")
-        if mine.num_attention_heads != theirs.num_attention_heads:
-            raise ValueError(
-                f"the target has {theirs.num_attention_heads} heads, the drafter {mine.num_attention_heads}"
-            )
-        found = read_tensors(folder, set(wanted.values()))
-        for name, key in wanted.items():
-            place = own[name][:, H:] if name in reads_both else own[name]
-            if found[key].dtype not in PLAIN:
-                raise ValueError(f"the target's {key} is quantised ({found[key].dtype})")
-            if place.shape != found[key].shape:
-                raise ValueError(f"the target's {key} has shape {[*found[key].shape]}, the drafter's {[*place.shape]}")
-            place.copy_(found[key])
-    except ValueError as error:
-        raise ValueError(
-            f"draft.layers_from_target: {error}; remove it, or give the drafter the target's shape"
-        ) from None
+            sources[name] = f"layers.{first + int(number)}.{rest.replace('hidden_norm', 'input_layernorm')}"
+    found = read_tensors(folder, set(sources.values()))
+    for name, source in sources.items():
+        reads_both = name in [f"layers.0.self_attn.{letter}_proj.weight" for letter in "qkv"]
+        place, tensor = own[name][:, H:] if reads_both else own[name], found[source]
+        if tensor.dtype not in PLAIN or tensor.shape != place.shape:  # quantised, or another shape
+            given = f"the target's {source} is {tensor.dtype} of {[*tensor.shape]}, the drafter's of {[*place.shape]}"
+            raise ValueError(f"draft.layers_from_target: {given}: remove it, or give the drafter the target's shape")
+        place.copy_(tensor)
     draft.fc.weight.mul_(0.25)[:, -H:].add_(torch.eye(H, dtype=draft.fc.weight.dtype))
 
 
