@@ -11,8 +11,8 @@ import torch
 
 from peagle_train.config import Data, dump_recipe, load_recipe
 from peagle_train.data.packing import held_out_documents
-from peagle_train.decoding import vllm
-from peagle_train.decoding.evaluate import check_held_out
+from peagle_train.decoding import evaluate
+from peagle_train.decoding.evaluate import check_held_out, describe_vllm, measure_in_vllm
 from peagle_train.decoding.generate import CachedTarget
 from peagle_train.decoding.measure import (
     ALL,
@@ -142,21 +142,10 @@ def test_a_prompt_that_does_not_fit_is_left_out_and_an_end_token_ends_the_text_a
     assert result.counts[0][-1][1] == end - 1
 
 
-class Engine:
-    """A vLLM that did what it is told to have done."""
-
-    version = "0"
-
-    def __init__(self, did: list[tuple[list[int], list[int]]]) -> None:
-        self.did, self.counted = iter(did), [0, 0, 0]
-
-    def counters(self) -> list[int]:
-        return self.counted
-
-    def complete(self, prompt: list[int], max_tokens: int, eos: frozenset[int]) -> list[int]:
-        tokens, more = next(self.did)
-        self.counted = [a + b for a, b in zip(self.counted, more)]
-        return tokens
+def engine(did: list[tuple[list[int], list[int]]]) -> Any:
+    """A vLLM that did what it is told to have done: texts and counts."""
+    answers = iter(did)
+    return SimpleNamespace(version="0", complete=lambda *_: next(answers))
 
 
 def test_vllm_is_compared_prompt_by_prompt_and_texts_that_differ_are_named(llama):
@@ -165,12 +154,12 @@ def test_vllm_is_compared_prompt_by_prompt_and_texts_that_differ_are_named(llama
     did = [(list(result.tokens), list(count)) for result, count in zip(results, counts)]
     did[1][0][3] += 1
     did[2][1][0] += 1
-    report = vllm.measure(Engine(did), results, 9, frozenset())
+    report = measure_in_vllm(engine(did), results, 9, frozenset())
     assert [(each["id"], each["tokens"]) for each in report["texts_that_differ"]] == [("1", did[1][0])]
     passes = sum(count[0] for count in counts)
     assert report["ours"]["passes"] == passes and report["vllm"]["passes"] == passes + 1
     assert report["ours"]["accepted_length"] == pytest.approx(1 + sum(sum(count[1:]) for count in counts) / passes)
-    assert "2 of 3 texts equal ours" in vllm.describe_vllm(report)[-1]
+    assert "2 of 3 texts equal ours" in describe_vllm(report)[-1]
 
 
 def test_a_text_that_parts_from_the_targets_is_a_tie_only_between_close_logits(llama):
@@ -312,7 +301,6 @@ def test_a_text_that_is_wrong_is_named_and_the_exit_code_is_1(runs, capsys, monk
         ("--json /nowhere/out.json", "/nowhere/out.json"),
         ("--device cuda:99", "--device cuda:99 cannot be used"),
         ("--prompts nonsense", "give a .jsonl file or one of stdlib, humaneval, mt-bench"),
-        ("--prompt-tokens 2", "is for the prompts stdlib alone"),
         ("--prompts stdlib", "eval_fraction"),
         ("--target /nowhere", "/nowhere"),
         ("--prompts TEXTS TEXTS", "two of --prompts are called"),
@@ -346,8 +334,8 @@ def test_a_tie_of_logits_is_said_and_no_failure(runs, monkeypatch, capsys):
 
 
 def test_a_text_of_vllm_that_differs_is_a_failure_in_float32_alone(runs, monkeypatch):
-    monkeypatch.setattr(vllm, "check_vllm", lambda *_: None)
-    monkeypatch.setattr(vllm, "Engine", lambda *_: Engine([([1, 2], [1, 0, 0])]))
+    monkeypatch.setattr(evaluate, "check_vllm", lambda *_: None)
+    monkeypatch.setattr(evaluate, "Engine", lambda *_: engine([([1, 2], [1, 0, 0])]))
     words = ["--prompts", runs / "texts.jsonl", "--limit", "1", "--max-tokens", "9", "--engine", "vllm", "--dtype"]
     assert [command("evaluate", runs / "first", *words, dtype) for dtype in ("float32", "bfloat16")] == [1, 0]
 
@@ -355,5 +343,5 @@ def test_a_text_of_vllm_that_differs_is_a_failure_in_float32_alone(runs, monkeyp
 def test_a_text_of_vllm_that_ends_sooner_or_later_than_ours_differs(llama):
     results = measured(llama, cases(1), max_tokens=9)
     for tokens in (results[0].tokens[:-1], [*results[0].tokens, 1]):
-        report = vllm.measure(Engine([(list(tokens), [1, 0, 0])]), results, 9, frozenset())
+        report = measure_in_vllm(engine([(list(tokens), [1, 0, 0])]), results, 9, frozenset())
         assert [each["tokens"] for each in report["texts_that_differ"]] == [tokens]

@@ -1,7 +1,10 @@
-"""`peagle-train evaluate` without its arguments: load, measure, write the report."""
+"""`peagle-train evaluate` without its arguments: load, measure (in the real vLLM, too, if asked), write the report."""
 
+import importlib.util
 import logging
+import os
 from argparse import Namespace
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,8 +13,7 @@ import torch
 
 from peagle_train.data.documents import STDLIB
 from peagle_train.data.vocab import load_tokenizer
-from peagle_train.decoding import vllm
-from peagle_train.decoding.measure import Case, compare, load_cases, measure, stdlib_cases, summarize
+from peagle_train.decoding.measure import Case, Result, compare, load_cases, measure, stdlib_cases, summarize
 from peagle_train.distributed import check_device
 from peagle_train.files import aligned, one_line, write_json
 from peagle_train.serving.drafter_io import load_drafter, read_config
@@ -24,22 +26,26 @@ logger = logging.getLogger(__name__)
 
 def run(options: Namespace) -> tuple[str, bool]:
     """Measure as the command line says; returns the report for a person, and whether every greedy text is right."""
-    if options.prompt_tokens and STDLIB not in options.prompts:
-        raise ValueError(f"--prompt-tokens is for the prompts {STDLIB} alone: leave it out")
     if options.engine:
-        vllm.check_vllm(options.temperature, options.dtype)
+        check_vllm(options.temperature, options.dtype)
     if options.json:
         options.json.open("a").close()  # an OSError now, not when everything has been measured
     folders = [find_drafter(folder) for folder in (options.checkpoint, *options.compare)]
     folder, recipe = folders[0], recipe_beside(folders[0])
     path = options.target or (recipe.target.path if recipe else None)
     if path is None or not Path(path).is_dir():
-        wrong = f"target {path} is not a folder" if path else f"{folder} has no recipe.yaml that names its target"
-        raise ValueError(f"{wrong}: give --target DIR")
+        raise ValueError(
+            f"the target of {folder}, {path or 'which no recipe.yaml names'}, is not here: give --target DIR"
+        )
     trusted = options.trust_remote_code  # never because a recipe says so: the drafter's author wrote that
     if recipe and recipe.target.trust_remote_code and not trusted:
         logger.warning("%s's recipe trusts code of %s: give --trust-remote-code if you do, too", folder, path)
-    device = _device(options.device)
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.zeros(1, device=name).device
+    except Exception as error:  # whatever a device's runtime raises
+        raise ValueError(f"--device {name} cannot be used ({one_line(error, 200)})") from None
+    check_device(device)
     drafts = [load_drafter(f) for f in folders]
     trained = recipe.cod.num_depths if recipe else speculative_tokens_of(read_config(folder))
     K, seed = options.k or trained or 8, options.seed
@@ -51,7 +57,7 @@ def run(options: Namespace) -> tuple[str, bool]:
     for name in options.prompts:
         if name == STDLIB:
             check_held_out(folders)
-            how = (drafts[0].config.vocab_size, options.limit, options.prompt_tokens or 256, seed)
+            how = (drafts[0].config.vocab_size, options.limit, options.prompt_tokens, seed)
             found, note = stdlib_cases(recipe, tokenizer, *how)
         else:
             found, note = load_cases(name, tokenizer, options.limit)
@@ -84,24 +90,12 @@ def run(options: Namespace) -> tuple[str, bool]:
         del target, drafts  # vLLM needs the memory
         torch.cuda.empty_cache()
         positions = max(len(r.prompt) for r in results) + options.max_tokens + 2 * K
-        engine = vllm.Engine(path, folder, K, dtype, positions, trusted)
-        report["vllm"] = vllm.measure(engine, results, options.max_tokens, eos)
+        engine = Engine(path, folder, K, dtype, positions, trusted)
+        report["vllm"] = measure_in_vllm(engine, results, options.max_tokens, eos)
         is_right &= dtype != "float32" or not report["vllm"]["texts_that_differ"]
     if options.json:
         write_json(options.json, report)
     return describe(report), is_right
-
-
-def _device(given: str | None) -> torch.device:
-    """The device to measure on; ValueError for one that is not here."""
-    name = given or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        check_device(torch.device(name))
-        torch.zeros(1, device=name)
-    except Exception as error:  # whatever a device's runtime raises
-        reason = one_line(error, 200)
-        raise ValueError(f"--device {name} cannot be used ({reason}): give cpu, or leave it out") from None
-    return torch.device(name)
 
 
 def check_held_out(folders: list[Path]) -> None:
@@ -145,7 +139,7 @@ def describe(report: dict[str, Any]) -> str:
                 where = f"{turn['data_set']} {turn['id']}, turn {turn['turn'] + 1}, token {turn['check']['at']}"
                 lines.append(f"  WRONG, and no tie: {where}")
     if "vllm" in report:
-        lines += vllm.describe_vllm(report["vllm"])
+        lines += describe_vllm(report["vllm"])
     return "\n".join(lines)
 
 
@@ -167,3 +161,92 @@ def _interval(interval: tuple[float, float] | None) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else f"{value:{form}}"
+
+
+# The real vLLM, greedily, one prompt at a time, on the prompts that our own decoder had
+
+
+class Engine:
+    """vLLM in this process or a child of it, as its own environment variables say. `dtype`: the target's, in which vLLM
+    runs the drafter, too. `positions`: that prompts, answers and drafts need.
+    """
+
+    def __init__(self, target: str, drafter: Path, K: int, dtype: str, positions: int, trusted: bool) -> None:
+        os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")  # our threads would not survive a fork
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        import vllm
+
+        self.version = vllm.__version__
+        drafting = {"method": "eagle3", "model": str(drafter), "num_speculative_tokens": K, "parallel_drafting": True}
+        how: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trusted, "speculative_config": drafting}
+        how |= {"max_num_seqs": 1, "max_model_len": positions, "enable_prefix_caching": False, "enforce_eager": True}
+        how["max_num_batched_tokens"] = max(8192, positions)  # it drafts from a wrong token where a prompt is cut
+        how["kv_cache_memory_bytes"] = positions + 256 << 20  # 1 MiB a token is more than models of 400B need
+        try:
+            self._llm = vllm.LLM(target, skip_tokenizer_init=True, disable_log_stats=False, **how)
+        except Exception as error:  # of many types, many of its own
+            raise ValueError(f"vLLM does not serve {drafter}: {one_line(error, 300)}") from error
+
+    def complete(self, prompt: Sequence[int], max_tokens: int, eos: Collection[int]) -> tuple[list[int], list[int]]:
+        """The answer, and its counts: verified drafts, then accepted tokens by slot."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(
+            temperature=0, max_tokens=max_tokens, ignore_eos=True, stop_token_ids=sorted(eos), detokenize=False
+        )
+        before = self._counters()
+        [output] = self._llm.generate({"prompt_token_ids": list(prompt)}, sampling, use_tqdm=False)
+        counts = [now - then for then, now in zip(before, self._counters(), strict=True)]
+        return list(output.outputs[0].token_ids), counts
+
+    def _counters(self) -> list[int]:
+        found = {metric.name: metric for metric in self._llm.get_metrics()}
+        accepted = found["vllm:spec_decode_num_accepted_tokens_per_pos"].values
+        return [found["vllm:spec_decode_num_drafts"].value, *accepted]
+
+
+def check_vllm(temperature: float, dtype: str) -> None:
+    """ValueError, one line, for what cannot be measured in vLLM."""
+    if temperature or dtype == "float64":
+        raise ValueError("--engine vllm is greedy and has no float64: leave --temperature and --dtype float64 out")
+    if importlib.util.find_spec("vllm") is None:
+        where = "install peagle-train where vLLM is (on a CPU, from a clone: bash tools/vllm_setup.sh)"
+        raise ValueError(f"--engine vllm needs vLLM in this environment: {where}, and evaluate there")
+
+
+def measure_in_vllm(engine: Engine, results: Sequence[Result], max_tokens: int, eos: Collection[int]) -> dict[str, Any]:
+    """Every prompt in vLLM, for the report: its counts beside our own decoder's `results`, and which texts differ."""
+    differ, vllm, ours = [], list[list[int]](), list[list[int]]()
+    for result in results:
+        tokens, counts = engine.complete(result.prompt, max_tokens, eos)
+        vllm.append(counts)
+        ours.append([len(result.passes), *(sum(n > k for _, n in result.passes) for k in range(len(counts) - 1))])
+        if tokens != result.tokens:
+            differ.append({"data_set": result.data_set, "id": result.id, "turn": result.turn, "tokens": tokens})
+    return {
+        "version": engine.version,
+        "k": len(vllm[0]) - 1,
+        "vllm": _figures(vllm),
+        "ours": _figures(ours),
+        "texts": len(results),
+        "texts_that_differ": differ,
+    }
+
+
+def _figures(counts: Sequence[Sequence[int]]) -> dict[str, Any]:
+    passes, *accepted = map(sum, zip(*counts))
+    shares = [n / passes if passes else 0.0 for n in accepted]
+    return {"passes": passes, "accepted_length": 1 + sum(shares), "accepted_by_position": shares}
+
+
+def describe_vllm(report: dict[str, Any]) -> list[str]:
+    """Lines for a person."""
+    lines = [f"K = {report['k']}, loops included:  accepted length  by position  passes"]
+    for name, key in ((f"vLLM {report['version']}", "vllm"), ("our decoder", "ours")):
+        figures = report[key]
+        positions = " ".join(f"{share:.3f}" for share in figures["accepted_by_position"])
+        lines.append(f"  {name}: {figures['accepted_length']:.3f}  {positions}  {figures['passes']}")
+    differing = len(report["texts_that_differ"])
+    lines.append(f"vLLM: {report['texts'] - differing} of {report['texts']} texts equal ours, token for token")
+    return lines
