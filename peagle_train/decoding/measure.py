@@ -30,7 +30,7 @@ from peagle_train.data.packing import held_out_documents
 from peagle_train.decoding.generate import CachedTarget, Drafter, decode, greedy_tokens, sampler
 from peagle_train.decoding.replay import accepted_slots, count, repeats, replay
 from peagle_train.files import one_line
-from peagle_train.regenerate import BENCHMARKS, Prompt, read_prompts
+from peagle_train.regenerate import Prompt, read_prompts
 from peagle_train.target_model.frozen import FrozenTarget
 
 RESAMPLES, LEVEL = 2000, 0.95
@@ -66,12 +66,8 @@ def load_cases(name: str, tokenizer: Any, limit: int | None = None) -> tuple[lis
     """The prompts of `humaneval`, `mt-bench` or a file, and a line about them. Files are .jsonl of `{"text": ...}`, given
     to the target as it is, or of what `read_prompts` reads, asked through the chat template if there is one.
     """
-    path = Path(name).expanduser()
-    if name not in BENCHMARKS and not path.is_file():
-        names = ", ".join([STDLIB, *BENCHMARKS])
-        raise ValueError(f"prompts {name} is not a file; give a .jsonl file or one of {names}")
-    texts = _texts(str(path)) if name not in BENCHMARKS and path.suffix == ".jsonl" else []
-    kind = "texts"
+    path, kind = Path(name).expanduser(), "texts"
+    texts = _texts(str(path)) if path.suffix == ".jsonl" else []
     if not texts:
         prompts = list(read_prompts(name, limit))
         if getattr(tokenizer, "chat_template", None):
@@ -80,23 +76,20 @@ def load_cases(name: str, tokenizer: Any, limit: int | None = None) -> tuple[lis
             raise ValueError(f"prompts {name}: {odd[0]} is a conversation, and the target has no chat template for it")
         texts = [(p.id, p.turns[0][0]["content"]) for p in prompts]
         kind = "prompts as plain text (the target has no chat template)"
-    cases = [Case(id, path.name, tuple(tokenizer(t, add_special_tokens=True)["input_ids"])) for id, t in texts[:limit]]
+    cases = [Case(id, path.name, tuple(tokenizer(text)["input_ids"])) for id, text in texts[:limit]]
     return cases, f"{path.name}: {len(cases)} {kind}"
 
 
 def _texts(path: str) -> list[tuple[str, str]]:
-    """(number, text) of a .jsonl of `{"text": ...}`; empty if its first example has no text."""
+    """(number, text) of a .jsonl of `{"text": ...}`; empty if its first line has no text."""
     texts: list[tuple[str, str]] = []
     for raw in read_examples([SourceFile(path, path, "jsonl")]):
         try:
-            text = parse(raw.content)["text"]
-        except (BadRow, LookupError):
-            text = None
-        if not isinstance(text, str) or not text:
+            texts.append((str(len(texts) + 1), parse(raw.content)["text"]))
+        except (BadRow, KeyError):
             if not texts:
                 return []
-            raise ValueError(f'{raw.where}: no "text", or an empty one; the lines before have text')
-        texts.append((str(len(texts) + 1), text))
+            raise ValueError(f'{raw.where}: no "text"; the lines before have text') from None
     return texts
 
 
@@ -175,7 +168,7 @@ def measure(
     """
     for draft in drafts:
         _check_fit(target, draft, K)
-        draft.to(target.model.get_input_embeddings().weight.dtype)  # type: ignore[operator]
+        draft.to(target.dtype)  # type: ignore[arg-type]
         draft.rotary_emb = draft.make_rotary(draft.config)  # whose table stays float32
         draft.to(target.device)  # type: ignore[arg-type]
     results: list[Result] = []
