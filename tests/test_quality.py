@@ -14,8 +14,7 @@ from accelerate.state import AcceleratorState
 from peagle_train import FrozenTarget, cli
 from peagle_train.config import load_recipe
 from peagle_train.decoding.generate import CachedTarget, Drafter, decode, greedy_tokens, sampler
-from peagle_train.decoding.measure import stdlib_cases
-from peagle_train.decoding.replay import repeats
+from peagle_train.decoding.measure import repeats, stdlib_cases
 from peagle_train.files import lock, partial_path
 from peagle_train.serving.drafter_io import load_drafter
 from tests.byte_tokenizer import BYTES_VOCAB, make_byte_target, make_byte_tokenizer, write_stdlib_recipe

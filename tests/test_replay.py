@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from peagle_train.decoding.generate import CachedTarget, Decoded, Drafter, decode, sampler
-from peagle_train.decoding.measure import ratio_interval
-from peagle_train.decoding.replay import accepted_slots, count, repeats, replay
+from peagle_train.decoding.measure import accepted_slots, count, ratio_interval, repeats, replay
 from peagle_train.target_model.frozen import FrozenTarget
 from tests.helpers import make_draft, seeded
 from tests.test_generate import PROMPT, tiny_draft

@@ -29,7 +29,7 @@ from peagle_train.data.documents import SourceReport, find_all, read_documents
 from peagle_train.data.packing import held_out_documents
 from peagle_train.data.training_data import encoder_of
 from peagle_train.data.vocab import eos_token_ids
-from peagle_train.decoding.replay import repeats
+from peagle_train.decoding.measure import repeats
 from peagle_train.files import lock, partial_path, put, run_tool
 from peagle_train.serving.start import with_mask_token
 from peagle_train.target_model.loading import load_model, resolve_dtype

@@ -77,7 +77,7 @@ def measure(folder: Path, texts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     from peagle_train import PEagleDraft
     from peagle_train.decoding.generate import Decoded
-    from peagle_train.decoding.replay import accepted_slots, count, repeats, replay
+    from peagle_train.decoding.measure import accepted_slots, count, repeats, replay
 
     draft = PEagleDraft.from_pretrained(folder).eval()
     modules: dict[str, list[int]] = {}

@@ -1,10 +1,15 @@
 """How many drafted tokens really get accepted: from prompts to figures per data set and K, with intervals.
 
 Per prompt one speculative decoding, the drafter as it is served, cache and all; from its text every K, and any other
-drafter, is replayed (`decoding.replay` says why that is exact). Greedy text is checked against the target's own, token for
-token.
+drafter, is replayed. Greedy text is checked against the target's own, token for token.
 
-K: slots, m: output tokens but one, V: the target's vocabulary, R: resamples, n: prompts.
+A replay is exact, and one pass of the drafter: neither the text (`decoding.generate`) nor a slot's logits depend on K or on
+what was drafted before. Slot d of the draft at anchor a reads the real tokens and features up to a, and mask tokens. So
+training's flat pass, all depths, gives the draft of every anchor, a draft of K slots is the first K of each, a guess is
+accepted where it is the text's token, and what is left is to follow the passes.
+
+K: slots, m: tokens with a successor (bonus tokens that a pass may follow), N: elements, M: real tokens that are read, F:
+feature size, H: the drafter's hidden size, V: the target's vocabulary, R: resamples, n: prompts.
 """
 
 import hashlib
@@ -23,17 +28,20 @@ from torch import Tensor
 from peagle_train.config import Data, Recipe
 from peagle_train.core.cod import seeded
 from peagle_train.core.draft import PEagleDraft
+from peagle_train.core.elements import make_elements
+from peagle_train.core.passes import visibility_of
 from peagle_train.data.documents import STDLIB, SourceFile, SourceReport, find_all, read_documents, read_examples
 from peagle_train.data.encode import Encoder, parse
 from peagle_train.data.messages import BadRow
 from peagle_train.data.packing import held_out_documents
-from peagle_train.decoding.generate import CachedTarget, Drafter, decode, greedy_tokens, sampler
-from peagle_train.decoding.replay import accepted_slots, count, repeats, replay
+from peagle_train.decoding.generate import CachedTarget, Decoded, Drafter, decode, greedy_tokens, sampler
 from peagle_train.files import one_line
 from peagle_train.regenerate import Prompt, read_prompts
 from peagle_train.target_model.frozen import FrozenTarget
 
 RESAMPLES, LEVEL = 2000, 0.95
+LONGEST_PERIOD, SHORTEST_RUN = 64, 24
+HEAD_ROWS = 512  # as many have logits at a time
 ALL = "all"  # the name of all data sets together
 TIE_TOLERANCE = {torch.bfloat16: 0.5, torch.float16: 0.1, torch.float32: 1e-3, torch.float64: 1e-9}
 """Logits that lie closer may change places when a target runs several tokens at once and not one by one."""
@@ -244,6 +252,76 @@ def _check_fit(target: FrozenTarget, draft: PEagleDraft, K: int) -> None:
         raise ValueError(f"the drafter is for {made}; this target has {this}: give the target that it was trained for")
     if config.sliding_window is not None and config.sliding_window < K:
         raise ValueError(f"the drafter's window is {config.sliding_window} positions, but K is {K}: give fewer as --k")
+
+
+# Replay
+
+
+@torch.no_grad()
+def accepted_slots(draft: PEagleDraft, decoded: Decoded, num_slots: int) -> list[int]:
+    """[m]: how many of the first slots of the draft after token i guess the text's tokens; none beyond its end."""
+    ids, first, m = [*decoded.prompt, *decoded.tokens], len(decoded.prompt) - 1, len(decoded.tokens) - 1
+    if m == 0:
+        return []
+    K, n, device = num_slots, len(ids), draft.device
+    # Real tokens as far as one that an anchor's first slot guesses, then the mask tokens of each draft.
+    elements = [(a, 0) for a in range(n - 2)] + [(a, d) for a in range(first, n - 2) for d in range(1, K)]
+    anchor_1N, depth_1N = torch.tensor(elements, device=device).T[:, None]
+    batch = {"input_ids": torch.tensor([ids], device=device), "position_ids": torch.arange(n, device=device)[None]}
+    made = make_elements(batch, anchor_1N, depth_1N, depth_1N >= 0, draft.mask_token_id, draft.config.sliding_window)
+    visibility = visibility_of(made, K, M=n - 2, first_rollout=n - 2)
+    features_1MF = decoded.features[None, : n - 2].to(device)
+    hidden_NH = draft(made.token, made.position, features_1MF, visibility).hidden[0]
+    rows = [draft.draft_token_ids[draft.lm_head(part).argmax(-1)] for part in hidden_NH[first:].split(HEAD_ROWS)]
+    real_m, masks = torch.cat(rows).cpu().split([m, m * (K - 1)])
+    guess_mK = torch.cat([real_m[:, None], masks.view(m, K - 1)], dim=1)
+    at_mK = torch.arange(m)[:, None] + 1 + torch.arange(K)  # the token that slot k after token i guesses
+    is_right_mK = (guess_mK == torch.tensor(decoded.tokens)[at_mK.clamp(max=m)]) & (at_mK <= m)
+    return is_right_mK.cumprod(1).sum(1).tolist()
+
+
+def replay(accepted_m: Sequence[int], num_slots: int, max_tokens: int) -> list[tuple[int, int]]:
+    """`Decoded.passes` of drafts of `num_slots` tokens, as in decoding until `max_tokens` are out.
+
+    A pass that crosses `max_tokens` counts whole: the text continues for `num_slots` tokens after it, or ends with an end
+    token before. `accepted_m`: `accepted_slots`, of num_slots or more slots.
+    """
+    passes, i = [], 0
+    while i < min(len(accepted_m), max_tokens - 1):
+        passes.append((i, min(accepted_m[i], num_slots)))
+        i += passes[-1][1] + 1
+    return passes
+
+
+def count(passes: Sequence[tuple[int, int]], num_slots: int, apart_m: Sequence[bool]) -> list[int]:
+    """Counts [2 + K] of the passes that are not left apart: passes; tokens (accepted ones, and the one that the target adds
+    to each pass, none to a pass that drafted the end token); by slot, passes in which its token, and so every one before,
+    was accepted.
+    """
+    kept = [(i, accepted) for i, accepted in passes if not apart_m[i]]
+    tokens = sum(min(accepted + 1, len(apart_m) - i) for i, accepted in kept)
+    return [len(kept), tokens, *(sum(k < accepted for _, accepted in kept) for k in range(num_slots))]
+
+
+def repeats(prompt: Sequence[int], tokens: Sequence[int]) -> list[bool]:
+    """Which tokens only repeat: [n] for `tokens`.
+
+    A token is a repetition if it lies in a stretch of at least max(24, 2p) tokens that each equal the one p places before,
+    for some period p of at most 64. So a text's first period is no repetition, and a loop is one from its second on. The
+    places before may lie in the prompt, the stretch does not.
+    """
+    text, start = [*prompt, *tokens], len(prompt)
+    found = [False] * len(tokens)
+    for period in range(1, LONGEST_PERIOD + 1):
+        needed, run = max(SHORTEST_RUN, 2 * period), 0
+        for i in range(start, len(text) + 1):
+            if i < len(text) and i >= period and text[i] == text[i - period]:
+                run += 1
+                continue
+            if run >= needed:
+                found[i - start - run : i - start] = [True] * run
+            run = 0
+    return found
 
 
 # Figures
