@@ -4,8 +4,8 @@ import json
 import os
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from peagle_train.serving.drafter_io import load_drafter
 from peagle_train.serving.export import check_folder, export_drafter
 from tests.helpers import command, make_draft
-from tests.runs import run
+from tests.runs import run, same_tensors
 from tests.tiny import VOCAB, make_target, write_recipe
 
 
@@ -35,8 +35,7 @@ def trained(tmp_path_factory, target, tiny_rows):
 
 
 def same_weights(one: Path, other: Path) -> bool:
-    first, second = load_drafter(one).state_dict(), load_drafter(other).state_dict()
-    return first.keys() == second.keys() and all(torch.equal(t, second[n]) for n, t in first.items())
+    return same_tensors(load_drafter(one).state_dict(), load_drafter(other).state_dict())
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -91,7 +90,8 @@ def test_options_name_the_target_the_dtype_k_and_the_licence(tmp_path, trained, 
     for name, t in load_file(out / "model.safetensors").items():
         assert torch.equal(t, wide[name].bfloat16() if wide[name].is_floating_point() else wide[name])
     card = (out / "README.md").read_text()
-    assert "license: apache-2.0" in card and "base_model: org/my-llm" in card
+    for part in ("license: apache-2.0", "base_model: org/my-llm", "| K to serve with | 3 |"):
+        assert part in card
     # The recipe of another drafter that lies beside is not taken, and a target is named whole.
     shutil.copytree(trained / "final", tmp_path / "mine")
     (tmp_path / "mine" / "recipe.yaml").rename(tmp_path / "recipe.yaml")
@@ -129,38 +129,23 @@ def test_a_mistake_is_one_line_and_nothing_is_written_or_overwritten_but_an_empt
 
 
 def test_an_export_is_uploaded_privately_unless_public_is_given(tmp_path, trained, monkeypatch, capsys):
-    made: dict[str, bool] = {}
-    uploads: list[tuple[str, Path]] = []
+    def push(out: str, is_private: bool, *more: str) -> list[Any]:
+        """The calls of the hub for one export; the last is an upload if it was made."""
+        hub = Mock(endpoint="https://hub", **{"create_repo.return_value.repo_id": "me/drafter"})
+        hub.model_info.return_value.private = is_private
+        hub.upload_folder.side_effect = OSError("nobody answers") if out == "lost" else None
+        monkeypatch.setattr("peagle_train.serving.export.HfApi", lambda: hub)
+        codes.append(command("export", trained, "--out", tmp_path / out, "--push-to-hub", "drafter", *more))
+        assert hub.create_repo.call_args == call("drafter", private="--public" not in more, exist_ok=True)
+        return [(c.kwargs["repo_id"], c.kwargs["folder_path"]) for c in hub.upload_folder.call_args_list]
 
-    class Hub:
-        endpoint = "https://hub"
-
-        def create_repo(self, name: str, private: bool, exist_ok: bool) -> Any:
-            assert exist_ok
-            made.setdefault(name, private)
-            return SimpleNamespace(repo_id=f"me/{name}")
-
-        def model_info(self, name: str) -> Any:
-            return SimpleNamespace(private=made[name.removeprefix("me/")])
-
-        def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
-            if len(uploads) == 2:
-                raise OSError("nobody answers")
-            uploads.append((repo_id, folder_path))
-
-    def push(out: str, *more: str) -> int:
-        return command("export", trained, "--out", tmp_path / out, "--push-to-hub", "drafter", *more)
-
-    monkeypatch.setattr("peagle_train.serving.export.HfApi", Hub)
-    assert push("one") == 0 and "uploaded to https://hub/me/drafter" in capsys.readouterr().out
-    assert made == {"drafter": True} and uploads == [("me/drafter", tmp_path / "one")]
-    made["drafter"] = False  # its owner made it public
-    assert push("two") == 2 and "--public" in capsys.readouterr().err.splitlines()[-1] and len(uploads) == 1
-    assert push("three", "--public") == 0 and uploads[1:] == [("me/drafter", tmp_path / "three")]
-    assert push("four", "--public") == 2 and "not uploaded" in capsys.readouterr().err and (tmp_path / "four").is_dir()
-
-
-def test_the_card_names_the_k_that_was_asked_for(tmp_path, trained):
-    export_drafter(trained, tmp_path / "out", "eagle3", speculative_tokens=3)
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "| K to serve with | 3 |" in card and '"num_speculative_tokens": 3' in card
+    codes: list[int] = []
+    assert push("one", True) == [("me/drafter", tmp_path / "one")]
+    assert "uploaded to https://hub/me/drafter" in capsys.readouterr().out
+    assert push("two", False) == []  # it exists, and its owner made it public
+    assert "--public" in capsys.readouterr().err.splitlines()[-1]
+    assert push("three", False, "--public") == [("me/drafter", tmp_path / "three")]
+    assert (
+        push("lost", False, "--public") and "not uploaded" in capsys.readouterr().err and (tmp_path / "lost").is_dir()
+    )
+    assert codes == [0, 2, 0, 2]
