@@ -95,7 +95,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any] | dict[str, Any], str]] = {
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
     "no weights": (lambda f: (f / WEIGHTS).rename(f / "pytorch_model.bin"), "pickled"),
     "a stray file": (lambda f: save_file({"exp_avg": torch.ones(2)}, f / "optimizer.safetensors"), "exp_avg"),
-    "no folder": (lambda f: f.rename(f.with_name("elsewhere")), "is not a folder"),
+    "no folder": (lambda f: f.rename(f.with_name("elsewhere")), "cannot be read"),
     # drafters of other kinds, which engines may serve
     "rope partial": ({"partial_rotary_factor": 0.5}, "rope is partial"),
     "norm before fc": ({"norm_before_fc": True}, "input_norm.weight"),
@@ -127,14 +127,14 @@ def test_a_broken_folder_is_named_by_the_check_refused_by_reading_and_never_expo
     assert {path.name for path in folder.parent.iterdir()} <= {"drafter", "elsewhere"}
 
 
-def test_what_may_lack_or_was_never_trained_is_warned_of(folder):
+def test_what_may_lack_is_warned_of(folder):
     def warned(*words: str) -> bool:
         findings = check_folder(folder)
         return is_loadable(findings) and all(w in line for w, line in zip(words, found(findings, "warn"), strict=True))
 
     assert warned()
-    set_tensors(folder, mask_hidden=torch.zeros(1, 1, 3 * TARGET_HIDDEN), embed_tokens__weight=None)
-    assert warned("never trained", "the target's")
+    set_tensors(folder, embed_tokens__weight=None)
+    assert warned("the target's")
     set_tensors(folder, mask_hidden=None)
     assert any("mask_hidden" in line for line in found(check_folder(folder), "BAD"))
     set_masks(folder, None)

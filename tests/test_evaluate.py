@@ -1,6 +1,7 @@
 """Evaluation never needs more memory than training, and covers every held-out row once."""
 
 import errno
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from peagle_train.config import load_recipe
 from peagle_train.files import RunStopped
+from peagle_train.training.trainer import Trainer
 from tests.ranks_run import make_trainer
 from tests.tiny import VOCAB, write_recipe, write_rows
 
@@ -31,9 +33,14 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
+def trainer_of(folder: Path, target: Path, **sections: Any) -> Trainer:
+    rows = write_rows(folder / "rows.jsonl", LENGTHS)
+    recipe = load_recipe(write_recipe(folder, target, rows, folder / "run", **sections))
+    return make_trainer(recipe, Accelerator(cpu=True))
+
+
 def test_steps_that_are_asked_for_anew_begin_where_the_run_is(tmp_path, tiny_target):
-    recipe = write_recipe(tmp_path, tiny_target, write_rows(tmp_path / "rows.jsonl", LENGTHS), tmp_path / "run")
-    trainer = make_trainer(load_recipe(recipe), Accelerator(cpu=True))
+    trainer = trainer_of(tmp_path, tiny_target)
     first, again = (next(trainer.steps())[0]["row_key"].tolist() for _ in range(2))
     assert first == again and trainer.following, "what was ahead of the first step is forgotten"
 
@@ -41,8 +48,7 @@ def test_steps_that_are_asked_for_anew_begin_where_the_run_is(tmp_path, tiny_tar
 def test_a_reader_that_has_seen_enough_ends_a_run_as_it_ends_any_command_and_a_full_disk_by_a_line(
     tmp_path, tiny_target
 ):
-    recipe = write_recipe(tmp_path, tiny_target, write_rows(tmp_path / "rows.jsonl", LENGTHS), tmp_path / "run")
-    trainer = make_trainer(load_recipe(recipe), Accelerator(cpu=True))
+    trainer = trainer_of(tmp_path, tiny_target)
     for error, ends, said in (
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), BrokenPipeError, "Broken pipe"),
         (OSError(errno.ENOSPC, "No space left"), RunStopped, "it could not be written.*No space left"),
@@ -51,14 +57,11 @@ def test_a_reader_that_has_seen_enough_ends_a_run_as_it_ends_any_command_and_a_f
             trainer.on_main("it", Mock(side_effect=error))
 
 
-@pytest.mark.parametrize(("mode", "num_segments"), [("relay", 6), ("recompute", 6)])
-def test_evaluation_has_no_larger_pass_and_no_larger_tensor_than_training(mode, num_segments, tmp_path, tiny_target):
-    rows = write_rows(tmp_path / "rows.jsonl", LENGTHS)
+@pytest.mark.parametrize("mode", ["relay", "recompute"])
+def test_evaluation_has_no_larger_pass_and_no_larger_tensor_than_training(mode, tmp_path, tiny_target):
     held_out = write_rows(tmp_path / "held_out.jsonl", LENGTHS, seed=1)
     data = {"eval_sources": [str(held_out)], "max_length": 64}
-    sections = {"cod": {"num_segments": num_segments}, "data": data, "train": {"segment_mode": mode}}
-    recipe = write_recipe(tmp_path, tiny_target, rows, tmp_path / "run", **sections)
-    trainer = make_trainer(load_recipe(recipe), Accelerator(cpu=True))
+    trainer = trainer_of(tmp_path, tiny_target, cod={"num_segments": 6}, data=data, train={"segment_mode": mode})
     passes: list[tuple[int, int]] = []  # elements and context columns of each forward of the drafter
     forward = trainer.draft.forward
 
@@ -80,5 +83,5 @@ def test_evaluation_has_no_larger_pass_and_no_larger_tensor_than_training(mode, 
     assert max(columns for _, columns in passes) <= max(columns for _, columns in trained)
     # The target's logits of a row's labels: its mass outside the draft vocabulary is computed from chunks of them.
     assert evaluating.numel <= max(training.numel, 64 * VOCAB)
-    if num_segments > 1 and mode == "relay":
+    if mode == "relay":
         assert most < 64

@@ -1,6 +1,7 @@
 """Drafting as served against drafting as trained, slot by slot; speculative output against the target's own."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,6 @@ from peagle_train.decoding.generate import CachedTarget, Drafter, decode, greedy
 from peagle_train.target_model.frozen import FrozenTarget
 from tests.helpers import make_batch, make_draft, make_rows, make_target, seeded
 from tests.tiny import MASK, VOCAB
-from tests.tiny import make_target as make_llama
 
 
 def trained_logits(draft: Any, row: dict[str, Any], target: TargetOutputs, K: int) -> dict[tuple[int, int], Tensor]:
@@ -79,8 +79,8 @@ def test_every_slot_after_any_acceptance_is_the_training_row(changes, dtype, tol
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> FrozenTarget:
-    return FrozenTarget.load(str(make_llama(tmp_path_factory.mktemp("target"))), dtype="float64")
+def llama(tiny_target: Path) -> FrozenTarget:
+    return FrozenTarget.load(str(tiny_target), dtype="float64")
 
 
 def tiny_draft(dtype: torch.dtype = torch.float64, seed: int = 7, ids: Tensor | None = None, **changes: Any) -> Any:

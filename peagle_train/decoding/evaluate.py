@@ -18,7 +18,7 @@ from peagle_train.distributed import check_device
 from peagle_train.files import aligned, one_line, write_json
 from peagle_train.serving.drafter_io import load_drafter, read_config
 from peagle_train.serving.export import find_drafter, recipe_beside
-from peagle_train.serving.formats import speculative_tokens_of
+from peagle_train.serving.formats import served_as
 from peagle_train.target_model.frozen import FrozenTarget
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def run(options: Namespace) -> tuple[str, bool]:
         raise ValueError(f"--device {name} cannot be used ({one_line(error, 200)})") from None
     check_device(device)
     drafts = [load_drafter(f) for f in folders]
-    trained = recipe.cod.num_depths if recipe else speculative_tokens_of(read_config(folder))
+    trained = recipe.cod.num_depths if recipe else served_as(read_config(folder))[0]
     K, seed = options.k or trained or 8, options.seed
     # before the target, which may take minutes to load
     tokenizer = load_tokenizer(path, trusted)

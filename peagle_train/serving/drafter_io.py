@@ -51,9 +51,8 @@ class DrafterFiles:
     @property
     def draft_token_ids(self) -> Tensor:
         """int64 [Vd]: the target's ids of the draft vocabulary, ascending."""
-        assert self.config.draft_vocab_size is not None
-        ids = torch.arange(self.config.draft_vocab_size)
-        return ids + self.tensors["d2t"] if "d2t" in self.tensors else ids
+        is_drafted_V = self.tensors.get("t2d", torch.ones(self.config.vocab_size))
+        return is_drafted_V.nonzero()[:, 0]
 
     def check_whole(self) -> None:
         """ValueError for what is no whole P-EAGLE drafter, but an EAGLE-3 one."""
@@ -101,13 +100,11 @@ def read_drafter(folder: str | Path) -> DrafterFiles:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a model's folder, a drafter's or a target's; ValueError if it cannot be read."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; give a model's folder on this machine")
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read ({one_line(error)}); give a model's folder") from None
+        raise ValueError(f"{path} cannot be read ({one_line(error)}); give a model's folder on this machine") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} is a {type(raw).__name__}, not a mapping")
     return raw

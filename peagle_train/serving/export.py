@@ -10,7 +10,6 @@ import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from peagle_train.config import Recipe, load_recipe
-from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.files import aligned, one_line, write_folder
 from peagle_train.serving import formats
 from peagle_train.serving.drafter_io import fill_drafter, is_used, read_config, read_drafter
@@ -63,7 +62,7 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
         find(given in names, "architectures", given if given in names else f"{given}; vLLM looks for {names[0]}")
         find(raw.get("model_type") is not None, "model_type", f"{config.layer_type}, as transformers must read it")
     else:
-        tokens, verifier = formats.speculative_tokens_of(raw), formats.target_name_of(raw)
+        tokens, verifier = formats.served_as(raw)
         find(tokens is not None, "speculative tokens", tokens)
         find(verifier is not None, "verifier", verifier or "none: `vllm serve DIR` does not know the target")
     token, has_mask = config.ptd_token_id, "mask_hidden" not in files.missing
@@ -71,8 +70,6 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
         find("warn", "mask token", "none, and no mask_hidden: an EAGLE-3 drafter, one token a pass")
     else:
         find(token is not None and has_mask, "mask token", f"{token}, {'with' if has_mask else 'without'} mask_hidden")
-    if has_mask and not bool(files.tensors["mask_hidden"].any()):
-        find("warn", "mask_hidden", "all zero, so it was never trained")
     for name in files.missing:
         if name == "lm_head.weight" and config.draft_vocab_size != config.vocab_size:
             find("BAD", name, "missing: the target's head does not fit a pruned vocabulary")
@@ -148,9 +145,9 @@ def export_drafter(
         notes.append(f"{what} (peagle-train check FOLDER --target DIR does)")
     if trained and (speculative_tokens or 0) > trained:
         raise ValueError(f"--num-speculative-tokens is {speculative_tokens}; give at most the training's {trained}")
-    tokens = speculative_tokens or trained or formats.speculative_tokens_of(files.raw)
-    # Engines run elsewhere.
-    name = target_name or (str(target.absolute()) if target else path or formats.target_name_of(files.raw))
+    served_k, served_name = formats.served_as(files.raw)
+    tokens = speculative_tokens or trained or served_k
+    name = target_name or (str(target.absolute()) if target else path or served_name)  # engines run elsewhere
     if format == formats.SPECULATORS and (tokens is None or name is None):
         what = "give --target DIR or --target-name NAME" if name is None else "give --num-speculative-tokens K"
         raise ValueError(f"{folder} does not say for which target, or how many tokens, it was trained: {what}")
@@ -159,7 +156,7 @@ def export_drafter(
     if dtype:
         tensors = {n: t.to(getattr(torch, dtype)) if t.is_floating_point() else t for n, t in tensors.items()}
     config.dtype = tensors["fc.weight"].dtype
-    texts = {"README.md": _card(config, format, recipe, name, tokens, licence)}
+    texts = {"README.md": _card(format, recipe, name, tokens, licence)}
     if format == formats.SPECULATORS:
         assert tokens is not None
         architectures = (target_config or {}).get("architectures") or []
@@ -227,16 +224,13 @@ apply too.
 """
 
 
-def _card(
-    config: PEagleDraftConfig, form: str, recipe: Recipe | None, target: str | None, K: int | None, licence: str | None
-) -> str:
+def _card(form: str, recipe: Recipe | None, target: str | None, K: int | None, licence: str | None) -> str:
     """The README.md. It says only what the drafter's files say."""
     sections = asdict(recipe) if recipe else {}
     settings = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
     sources = [s if isinstance(s, dict) else {"path": s} for s in settings.get("data.sources", [])]
     rows = {
         "target": target,
-        "layers, draft vocabulary": f"{config.num_hidden_layers}, {config.draft_vocab_size} of {config.vocab_size} tokens",
         "K to serve with": K,
         **{key: settings.get(key) for key in SETTINGS},
         # Files without their machine's folders.

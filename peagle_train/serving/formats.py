@@ -27,16 +27,11 @@ def format_of(raw: dict[str, Any]) -> str:
     return SPECULATORS if "speculators_model_type" in raw else EAGLE3
 
 
-def speculative_tokens_of(raw: dict[str, Any]) -> int | None:
-    """K in a speculators config.json; None if there is none."""
+def served_as(raw: dict[str, Any]) -> tuple[int | None, str | None]:
+    """K, and the target's name or folder, in a speculators config.json; None where there is none."""
     tokens = _at(raw, "speculators_config", "proposal_methods", 0, "speculative_tokens")
-    return tokens if type(tokens) is int and tokens >= 1 else None
-
-
-def target_name_of(raw: dict[str, Any]) -> str | None:
-    """The target's name or folder in a speculators config.json; None if there is none."""
     name = _at(raw, "speculators_config", "verifier", "name_or_path")
-    return name if isinstance(name, str) else None
+    return tokens if type(tokens) is int and tokens >= 1 else None, name if isinstance(name, str) else None
 
 
 def layers_of(raw: dict[str, Any]) -> dict[str, Any]:
