@@ -60,7 +60,7 @@ def test_settings_are_trained_on_one_sample_and_measured_as_decoding_would(
     draft, passes, tokens = load_drafter(tmp_path / "out" / "base-2-0" / "final"), 0, 0
     texts = torch.load(next((tmp_path / "out").glob("texts-*.pt")))
     tokenizer = make_byte_tokenizer()
-    final = {c.group for c in stdlib_cases(load_recipe(recipe), tokenizer, BYTES_VOCAB, None, quality.PROMPT, 0)[0]}
+    final = {c.group for c in stdlib_cases([load_recipe(recipe)], tokenizer, BYTES_VOCAB, None, quality.PROMPT, 0)[0]}
     assert final and texts and final.isdisjoint(text["name"] for text in texts)
     for text in texts:
         limits = (len(text["tokens"]) + quality.K, sampler(0.0, torch.Generator()), target.eos_token_ids())
@@ -112,7 +112,7 @@ def test_own_text_is_the_targets_greedy_text_after_pieces_of_trained_documents_u
     own_text.main()
     rows, tokenizer = [json.loads(line) for line in out.open()], make_byte_tokenizer()
     target = FrozenTarget.load(str(tmp_path / "target"), dtype="float32")
-    held_out = {case.group for case in stdlib_cases(load_recipe(str(recipe)), tokenizer, BYTES_VOCAB, None, 12, 0)[0]}
+    held_out = {case.group for case in stdlib_cases([load_recipe(str(recipe))], tokenizer, BYTES_VOCAB, None, 12, 0)[0]}
     library = Path(json.__file__).parent.parent
     trained = [p.read_bytes().decode() for p in library.glob("s[et]*.py") if p.name not in held_out | {"statistics.py"}]
     assert len(rows) == 7 and trained and held_out

@@ -56,9 +56,9 @@ def write_texts(path: Path, recipe_path: str) -> None:
     target = FrozenTarget.load(recipe.target.path, dtype="float32")
     tokenizer, texts = load_tokenizer(recipe.target.path, False), list[dict[str, Any]]()
     held_out = (target.vocab_size, None, PROMPT, 0)
-    final = {case.group for case in stdlib_cases(recipe, tokenizer, *held_out)[0]}
+    final = {case.group for case in stdlib_cases([recipe], tokenizer, *held_out)[0]}
     wider = replace(recipe, data=replace(recipe.data, eval_fraction=DEV_FRACTION))
-    cases, _ = stdlib_cases(wider, tokenizer, target.vocab_size, PIECES, PROMPT, 0)
+    cases, _ = stdlib_cases([wider], tokenizer, target.vocab_size, PIECES, PROMPT, 0)
     for case in cases:
         if case.group in final:
             continue

@@ -102,23 +102,24 @@ def _texts(path: str) -> list[tuple[str, str]]:
 
 
 def stdlib_cases(
-    recipe: Recipe | None, tokenizer: Any, vocab_size: int, limit: int | None, prompt_tokens: int, seed: int
+    recipes: Sequence[Recipe | None], tokenizer: Any, vocab_size: int, limit: int | None, prompt_tokens: int, seed: int
 ) -> tuple[list[Case], str]:
-    """Pieces of standard-library modules that the recipe's split holds out, and a line about them.
+    """Pieces of standard-library modules that all drafters' recipes hold out, and a line about them.
 
-    The split is by the document's key alone, so it is the training run's if `data.eval_fraction` is. The piece ends at a
-    place drawn from the seed and the key; documents come in an order drawn likewise, all with their first piece, then, up
-    to `limit` pieces, with their second, third, ...
+    The split is by the document's key alone, so it is the training run's if `data.eval_fraction` is, and a smaller share's
+    documents are among a larger's. The piece ends at a place drawn from the seed and the key; documents come in an order
+    drawn likewise, all with their first piece, then, up to `limit` pieces, with their second, third, ...
     """
-    if recipe is None or recipe.data.eval_sources or recipe.data.eval_fraction == 0:
-        needed = "the recipe.yaml beside the drafter, with documents held out by data.eval_fraction"
+    fraction = min(r.data.eval_fraction if r and not r.data.eval_sources else 0.0 for r in recipes)
+    if fraction == 0 or recipes[0] is None:
+        needed = "the recipe.yaml beside each drafter, with documents held out by data.eval_fraction"
         raise ValueError(f"--prompts stdlib needs {needed}: else it may be measured on what it was trained on")
-    data = recipe.data
+    data = recipes[0].data
     files = find_all(Data([STDLIB], extensions=data.extensions, exclude=data.exclude))["sources"]
     read = read_documents(files, SourceReport(), Encoder(data, tokenizer, vocab_size))
     documents = [(raw.name.removeprefix(f"{STDLIB}/"), made.input_ids.tolist(), made.key) for raw, made in read]
     keys_D32 = np.frombuffer(b"".join(key for _, _, key in documents), np.uint8).reshape(-1, 32)
-    held_out = [*compress(documents, held_out_documents(keys_D32, data.eval_fraction))]
+    held_out = [*compress(documents, held_out_documents(keys_D32, fraction))]
     long_enough = [(name, ids, key.hex()) for name, ids, key in held_out if len(ids) > prompt_tokens]
     if not long_enough:
         raise ValueError(f"no held-out module has more than {prompt_tokens} tokens: lower --prompt-tokens")
