@@ -90,8 +90,6 @@ def read_drafter(folder: str | Path) -> DrafterFiles:
             what = f"perhaps a whole model ({raw.get('architectures')}), no drafter of this kind"
             raise ValueError(f"fc.weight is missing: {what}; give a drafter's folder")
         config = parse_config(raw)
-        if config.ptd_token_id is not None:
-            config.check_trainable()
         _fit(config, tensors)
     except (ValueError, SafetensorError) as error:
         raise ValueError(f"{folder}: {error}") from error

@@ -11,15 +11,13 @@ from peagle_train.files import one_line
 
 EAGLE3, SPECULATORS = "eagle3", "speculators"
 
-_SIZES = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
-    " max_position_embeddings"
-).split()
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 _OWN_KEYS = ("draft_vocab_size", "target_hidden_size", LAYER_IDS, "norm_before_residual", "norm_before_fc", "fc_norm")
-_KEYS = "hidden_act rms_norm_eps initializer_range attention_bias mlp_bias bos_token_id eos_token_id".split()
-_KEYS += [*_SIZES, *_OWN_KEYS]
+_LLAMA_KEYS = (
+    "intermediate_size num_key_value_heads head_dim max_position_embeddings hidden_act rms_norm_eps initializer_range"
+    " attention_bias mlp_bias bos_token_id eos_token_id"
+).split()
 
 
 def format_of(raw: dict[str, Any]) -> str:
@@ -78,7 +76,7 @@ def parse_config(raw: dict[str, Any]) -> PEagleDraftConfig:
         is_heeded = given.get("use_sliding_window", layer_type_of(raw) != "qwen3")
         has_window = is_heeded and "sliding_attention" in given.get("layer_types", [])
         norms_before = given.get("norm_before_fc") or _at(given, "eagle_config", "norm_before_fc")
-        fields = {key: given[key] for key in _KEYS if key in given} | {
+        fields = {key: given[key] for key in (*_REQUIRED, *_OWN_KEYS, *_LLAMA_KEYS) if key in given} | {
             LAYER_IDS: layer_ids_of(raw),
             "layer_type": layer_type_of(raw),
             "norm_before_fc": bool(norms_before),
@@ -87,7 +85,10 @@ def parse_config(raw: dict[str, Any]) -> PEagleDraftConfig:
             "rope_parameters": rope,
             "pad_token_id": None,
         }
-        return PEagleDraftConfig(**fields)
+        config = PEagleDraftConfig(**fields)
+        if config.ptd_token_id is not None:
+            config.check_trainable()
+        return config
     except Exception as error:  # anything: values are a stranger's, and transformers' strict configs have own types
         raise ValueError(f"config.json: {one_line(error)}") from error
 
@@ -115,9 +116,6 @@ def _check(given: dict[str, Any], rope: dict[str, Any]) -> None:
     required = _REQUIRED + (("num_key_value_heads", "head_dim") if model_type == "qwen3" else ())
     if missing := [key for key in required if key not in given]:
         raise ValueError(f"{', '.join(missing)} is missing")
-    for key in (*_SIZES, "sliding_window", "draft_vocab_size", "target_hidden_size"):
-        if key in given and (type(given[key]) is not int or given[key] < 1):
-            raise ValueError(f"{key} is {given[key]!r}, not a size")
     masks = mask_tokens_in(given)
     if any(type(value) is not int for value in masks.values()) or len({*masks.values()}) > 1:
         raise ValueError(f"the mask token must be one token id: {', '.join(f'{k} {v!r}' for k, v in masks.items())}")
