@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peagle_train.config import Recipe, load_recipe
-    from peagle_train.core.cod import generate_cod_sample_indices
+    from peagle_train.core.cod import (
+        assign_cod_segments,
+        balanced_boundaries,
+        generate_cod_sample_indices,
+        segment_capacity,
+    )
     from peagle_train.core.collator import CODCollator
     from peagle_train.core.compiled import CompiledDraft
     from peagle_train.core.draft import PEagleDraft
     from peagle_train.core.draft_config import PEagleDraftConfig
     from peagle_train.core.loss import chunked_linear_loss
-    from peagle_train.core.partition import assign_cod_segments, balanced_boundaries, segment_capacity
     from peagle_train.core.passes import TargetOutputs
     from peagle_train.core.recompute import recompute_step
     from peagle_train.core.relay import RelayBuffers, relay_step
@@ -32,8 +36,8 @@ _HOMES = {
     "Recipe": "config",
     "RelayBuffers": "core.relay",
     "TargetOutputs": "core.passes",
-    "assign_cod_segments": "core.partition",
-    "balanced_boundaries": "core.partition",
+    "assign_cod_segments": "core.cod",
+    "balanced_boundaries": "core.cod",
     "chunked_linear_loss": "core.loss",
     "generate_cod_sample_indices": "core.cod",
     "load_recipe": "config",
@@ -41,7 +45,7 @@ _HOMES = {
     "recompute_step": "core.recompute",
     "relay_step": "core.relay",
     "save_drafter": "serving.drafter_io",
-    "segment_capacity": "core.partition",
+    "segment_capacity": "core.cod",
 }
 
 __all__ = sorted(_HOMES)

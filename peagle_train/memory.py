@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 import torch
 
 from peagle_train.config import Recipe
+from peagle_train.core.cod import segment_capacity
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
-from peagle_train.core.partition import segment_capacity
 from peagle_train.core.visibility import MASK_BLOCK_BYTES, MASK_CACHE_BYTES, QUERY_BLOCK
 from peagle_train.distributed import check_sharding, from_all
 from peagle_train.files import RunStopped, aligned, one_line

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from peagle_train import memory
 from peagle_train.config import Recipe
-from peagle_train.core.partition import max_elements
+from peagle_train.core.cod import segment_capacity
 from peagle_train.files import aligned
 from peagle_train.machine import GIB, GPUS, Device
 from peagle_train.target_model.frozen import FrozenTarget
@@ -50,7 +50,8 @@ def target_flops(target: FrozenTarget, length: int) -> tuple[float, float]:
 def draft_flops(s: memory.Sizes, num_segments: int) -> tuple[float, float]:
     """Of matrices, padding included, and of attention, in the forward and backward of a sequence that is all learned."""
     train, cod, L, S = s.recipe.train, s.recipe.cod, s.recipe.data.max_length, num_segments
-    elements = max_elements(L, cod.num_depths, cod.down_sample_ratio, cod.down_sample_ratio_min, cod.max_anchors)
+    draw = L, cod.num_depths, cod.down_sample_ratio, cod.down_sample_ratio_min
+    elements = segment_capacity(*draw, num_segments=1, max_anchors=cod.max_anchors)
     one, C = memory.largest_pass(s, S, all_supervised=True), memory.capacity_of(s, S)
     passes, rows, M = elements / C, float(elements), float(L)
     if train.pads_passes(s.device.kind):

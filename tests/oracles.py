@@ -25,48 +25,12 @@ def drafter_rows(documents: Sequence[int]) -> list[int]:
     return [p for p in range(last) if documents[p] >= 0 and documents[p] == documents[p + 1]]
 
 
-def keep_size(n_valid: int, d: int, r: float, r_min: float) -> int:
-    return int(max(0, n_valid - d) * max(r**d, r_min))
-
-
 def choose(pool: list[int], size: int, generator: torch.Generator) -> list[int]:
     """`size` of the pool by one permutation of it, sorted; a smaller pool is taken whole, without a draw."""
     if len(pool) < size:
         return pool
     order = torch.randperm(len(pool), generator=generator).tolist()
     return sorted(pool[i] for i in order[:size])
-
-
-def choose_starts(supervised: list[int], max_anchors: int | None, generator: torch.Generator) -> list[int]:
-    """Where rollouts may start: `max_anchors` of the supervised positions, or all where there are no more."""
-    if max_anchors is None or len(supervised) <= max_anchors:
-        return supervised
-    return choose(supervised, max_anchors, generator)
-
-
-def draw(
-    n: int,
-    mask: Sequence[int],
-    K: int,
-    r: float,
-    r_min: float,
-    generator: torch.Generator,
-    zero_out: bool = True,
-    max_anchors: int | None = None,
-) -> list[Element]:
-    """The elements of one sequence of n shifted rows."""
-    starts = choose_starts([p for p in range(n) if mask[p]], max_anchors, generator)
-    elements = [(p, 0) for p in range(n)]
-    survivors: list[int] = []
-    for d in range(1, K):
-        size = keep_size(len(starts), d, r, r_min)
-        if size == 0:
-            break
-        candidates = starts if d == 1 else [(p + 1) % n for p in survivors]
-        pool = [p for p in candidates if mask[p] and not (zero_out and p == 0)]
-        survivors = choose(pool, size, generator)
-        elements += [(p - d, d) for p in survivors]
-    return elements
 
 
 def draw_packed(
@@ -82,11 +46,13 @@ def draw_packed(
     rows = drafter_rows(documents)
     supervised = [p for p in rows if mask[p + 1]]
     firsts = [p for p in rows if p == 0 or documents[p - 1] != documents[p]]
-    starts = choose_starts(supervised, max_anchors, generator)
+    starts = supervised
+    if max_anchors is not None and max_anchors < len(supervised):
+        starts = choose(supervised, max_anchors, generator)
     pool = [p for p in starts if p not in firsts]
     elements = [(p, 0) for p in rows]
     for d in range(1, K):
-        size = keep_size(len(starts), d, r, r_min)
+        size = int(max(0, len(starts) - d) * max(r**d, r_min))
         if size == 0:
             break
         survivors = choose(pool, size, generator)
@@ -106,10 +72,6 @@ def first_column(element: Element) -> int:
 
 def segment_of(element: Element, bounds: Sequence[int]) -> int:
     return max(s for s in range(len(bounds) - 1) if bounds[s] <= first_column(element))
-
-
-def most_elements(L: int, K: int, r: float, r_min: float) -> int:
-    return L + sum(keep_size(L, d, r, r_min) for d in range(1, K))
 
 
 def cut_greedily(elements: Iterable[Element], L: int, num_segments: int, capacity: int) -> list[int]:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from peagle_train.core.cod import segment_capacity
 from peagle_train.core.collator import CODCollator
-from peagle_train.core.partition import segment_capacity
 from tests import oracles
 from tests.helpers import ENVIRONMENT, elements_of, make_rows, seeded
 
@@ -335,7 +335,6 @@ def test_a_row_that_is_wrong_says_what_is_wrong(row, message):
 
 def test_a_collator_that_cannot_be_is_refused():
     for options, message in (
-        ({"max_length": 7}, r"max_length is 7; it must be at least num_depths \(8\)"),
         ({"num_segments": 0}, "num_segments is 0; it must lie in 1..24"),
         ({"num_segments": 25}, "num_segments is 25; it must lie in 1..24"),
         ({"boundaries": "even"}, "boundaries is 'even'"),

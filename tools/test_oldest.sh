@@ -24,4 +24,4 @@ cd "$ROOT"
 # subprocesses of the tests find their commands here, too
 export VIRTUAL_ENV=$venv PATH="$venv/bin:$PATH" OMP_NUM_THREADS=1
 python -m pytest -n "$(cores)" --dist loadfile --no-loadscope-reorder \
-    tests/test_{cod,collator,partition,segments,attention,block_mask,loss,relay,compile,flex,fake_cuda,draft,resume}.py
+    tests/test_{cod,collator,segments,attention,block_mask,loss,relay,compile,flex,fake_cuda,draft,resume}.py

@@ -1,23 +1,37 @@
-"""COD: which (anchor, depth) elements of a sequence are trained on (P-EAGLE, arXiv:2602.01469, section 3).
+"""COD: which (anchor, depth) elements of a sequence are trained on, and the segments that they are cut into (P-EAGLE,
+arXiv:2602.01469, section 3 and Algorithm 1).
 
 An element (anchor a, depth d) is the drafter's slot d of the draft that starts after token a + 1. Depth 0 is every
 position; each deeper level keeps a random share of the chains that the level above kept, so that a sequence of n tokens
 costs n * sum(r**d) elements instead of n * K.
 
-Knows nothing of models, batches or segments.
+Boundaries B_0 = 0 < ... < B_S = L are columns. A depth-0 element belongs to the segment that its anchor lies in; every
+deeper element follows its depth-1 ancestor, whose position is anchor + 1. So whole rollouts stay together, and column p
+brings at most one depth-0 element and the K - 1 elements of the rollout that starts at anchor p - 1.
+
+Knows nothing of models or batches. L: columns of a row, S: segments, C: capacity of a segment in elements, K: depths.
 """
 
 import hashlib
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Boundaries = Literal["balanced", "uniform"]
 
 
 def keep_counts(n_valid: int, num_depths: int, down_sample_ratio: float, down_sample_ratio_min: float) -> list[int]:
     """How many elements each depth >= 1 keeps at most: `int(max(0, n_valid - d) * max(r**d, r_min))`.
 
-    The list ends before the first depth that keeps none: sampling stops there.
+    The list ends before the first depth that keeps none: sampling stops there. ValueError: an argument out of range.
     """
+    if num_depths < 1:
+        raise ValueError(f"num_depths is {num_depths}; it must be at least 1")
+    if not 0 < down_sample_ratio <= 1:
+        raise ValueError(f"down_sample_ratio is {down_sample_ratio}; it must lie in (0, 1]")
+    if not 0 <= down_sample_ratio_min <= 1:
+        raise ValueError(f"down_sample_ratio_min is {down_sample_ratio_min}; it must lie in [0, 1]")
     counts: list[int] = []
     for d in range(1, num_depths):
         count = int(max(0, n_valid - d) * max(down_sample_ratio**d, down_sample_ratio_min))
@@ -42,7 +56,7 @@ def generate_cod_sample_indices(
     Works on *shifted* rows: row p reads token x_{p+1} and is supervised where `loss_mask[p]` is 1.
 
     Args:
-        seq_length: number of rows, >= 1.
+        seq_length: number of rows.
         loss_mask: [seq_length] or [1, seq_length], 0/1 of any dtype.
         num_depths: K, >= 1; depths 0..K-1.
         down_sample_ratio: r in (0, 1]; depth d keeps a share r**d.
@@ -58,42 +72,33 @@ def generate_cod_sample_indices(
     Raises:
         ValueError: on an argument out of range or a mask of another length.
     """
-    check_cod_arguments(num_depths, down_sample_ratio, down_sample_ratio_min, max_anchors)
-    if seq_length < 1:
-        raise ValueError(f"seq_length is {seq_length}; a sequence has at least 1 row")
-    if loss_mask.dim() == 2 and loss_mask.shape[0] == 1:
-        loss_mask = loss_mask[0]
-    if loss_mask.shape != (seq_length,):
-        raise ValueError(
-            f"loss_mask has shape {tuple(loss_mask.shape)}; expected ({seq_length},) or (1, {seq_length}) for"
-            f" seq_length {seq_length}"
-        )
-    is_supervised_P = loss_mask != 0
-    is_first_P = torch.zeros_like(is_supervised_P)
-    is_first_P[0] = filter_position_zero
+    if loss_mask.numel() != seq_length:
+        raise ValueError(f"loss_mask has shape {tuple(loss_mask.shape)}, but seq_length is {seq_length}")
+    is_supervised_P = loss_mask.flatten() != 0
+    in_pool_P = is_supervised_P.clone()
+    in_pool_P[:1] &= not filter_position_zero
     depth0 = torch.arange(seq_length, device=loss_mask.device)
     ratios = (num_depths, down_sample_ratio, down_sample_ratio_min)
-    return _draw(depth0, is_supervised_P, is_first_P, ratios, max_anchors, generator)
+    return _draw(depth0, is_supervised_P, in_pool_P, ratios, max_anchors, generator)
 
 
 def _draw(
     depth0: Tensor,
     is_supervised_P: Tensor,
-    is_first_P: Tensor,
+    in_pool_P: Tensor,
     ratios: tuple[int, float, float],
     max_anchors: int | None,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
     """The depth-0 anchors, then for each depth a random subset of the chains that can still grow.
 
-    A position in `is_first_P` is in no pool: its anchor would lie before its document. It still counts as valid, and is
-    drawn among the starts, as in the reference, which lets it in at depth 1.
+    A supervised position outside `in_pool_P` is in no pool: its anchor would lie before its document. It still counts as
+    valid, and is drawn among the starts, as in the reference, which lets it in at depth 1.
     """
     starts = torch.nonzero(is_supervised_P).flatten()
     if max_anchors is not None and starts.numel() > max_anchors:
         order = torch.randperm(starts.numel(), generator=generator, device=starts.device)
         starts = starts[order[:max_anchors]].sort().values
-    in_pool_P = is_supervised_P & ~is_first_P
     pool = starts[in_pool_P[starts]]
     anchors, depths = [depth0], [torch.zeros_like(depth0)]
     for d, count in enumerate(keep_counts(starts.numel(), *ratios), start=1):
@@ -122,8 +127,7 @@ def sample_packed_row(
 
     Column p is a row of the drafter when p and p + 1 belong to the same document, supervised when
     `loss_mask_L[p + 1]` is 1. Anchors and positions are columns. A lone document, padded or not, gets exactly
-    `generate_cod_sample_indices` of its own rows. The first row of a document is in no pool of depth >= 1: its anchor
-    would lie in the document before.
+    `generate_cod_sample_indices` of its own rows: every document's first row takes the place of position 0.
 
     Args:
         loss_mask_L: [L] 0/1, unshifted: 1 on the assistant's tokens.
@@ -132,18 +136,13 @@ def sample_packed_row(
     Returns:
         `(anchor, depth)`, int64 [T], depth-major.
     """
-    length = loss_mask_L.shape[0]
-    if length < 2:
-        empty = torch.zeros(0, dtype=torch.int64, device=loss_mask_L.device)
-        return empty, empty.clone()
-    is_row_L = drafter_rows(document_ids_L)
     is_supervised_L = supervised_rows(loss_mask_L, document_ids_L)
-    is_first_L = is_row_L.clone()
-    is_first_L[1:] &= document_ids_L[1:] != document_ids_L[:-1]
-
-    # Every document's first row takes the place of position 0.
+    in_pool_L = is_supervised_L.clone()
+    in_pool_L[:1] = False
+    in_pool_L[1:] &= document_ids_L[1:] == document_ids_L[:-1]
+    depth0 = torch.nonzero(drafter_rows(document_ids_L)).flatten()
     ratios = (num_depths, down_sample_ratio, down_sample_ratio_min)
-    return _draw(torch.nonzero(is_row_L).flatten(), is_supervised_L, is_first_L, ratios, max_anchors, generator)
+    return _draw(depth0, is_supervised_L, in_pool_L, ratios, max_anchors, generator)
 
 
 def drafter_rows(document_ids: Tensor) -> Tensor:
@@ -160,18 +159,76 @@ def supervised_rows(loss_mask: Tensor, document_ids: Tensor) -> Tensor:
     return is_supervised
 
 
-def check_cod_arguments(
-    num_depths: int, down_sample_ratio: float, down_sample_ratio_min: float, max_anchors: int | None
-) -> None:
-    """ValueError unless num_depths >= 1, 0 < down_sample_ratio <= 1, 0 <= down_sample_ratio_min <= 1, max_anchors >= 1."""
-    if num_depths < 1:
-        raise ValueError(f"num_depths is {num_depths}; it must be at least 1")
-    if not 0 < down_sample_ratio <= 1:
-        raise ValueError(f"down_sample_ratio is {down_sample_ratio}; it must lie in (0, 1]")
-    if not 0 <= down_sample_ratio_min <= 1:
-        raise ValueError(f"down_sample_ratio_min is {down_sample_ratio_min}; it must lie in [0, 1]")
-    if max_anchors is not None and max_anchors < 1:
-        raise ValueError(f"max_anchors is {max_anchors}; it must be at least 1, or None for all anchors")
+def assign_cod_segments(anchor_pos: Tensor, depth: Tensor, seq_length: int, num_segments: int) -> Tensor:
+    """Algorithm 1 with uniform boundaries: `clamp((anchor + (depth > 0)) * S // L, 0, S - 1)`.
+
+    Args:
+        anchor_pos, depth: int64, same shape, as `generate_cod_sample_indices` returns them.
+        seq_length: L >= 1.
+        num_segments: S >= 1; where S > L some segments stay empty.
+
+    Returns:
+        int64, shape of `anchor_pos`, in 0..S-1.
+    """
+    return ((anchor_pos + (depth > 0)) * num_segments // seq_length).clamp(0, num_segments - 1)
+
+
+def segment_capacity(
+    seq_length: int,
+    num_depths: int,
+    down_sample_ratio: float,
+    down_sample_ratio_min: float,
+    num_segments: int,
+    boundaries: Boundaries = "balanced",
+    max_anchors: int | None = None,
+) -> int:
+    """C, elements per segment, known before any data is read: no segment of any row ever holds more.
+
+    One segment: T_max = L + sum_d int((n - d) * max(r**d, r_min)), n being L, or `max_anchors` where that is less.
+    balanced: the least C with S * (C - (K - 1)) >= T_max; a segment closed by `balanced_boundaries` holds more than
+    C - K elements, since no column brings more than K. uniform: w columns bring at most w elements of each depth.
+    ValueError: an argument out of range.
+    """
+    if not 1 <= num_segments <= seq_length:
+        raise ValueError(f"num_segments is {num_segments}; it must lie in 1..{seq_length}, the columns of a row")
+    if boundaries not in ("balanced", "uniform"):
+        raise ValueError(f"boundaries is {boundaries!r}; it must be balanced or uniform")
+    starts = seq_length if max_anchors is None else min(seq_length, max_anchors)
+    per_depth = [seq_length, *keep_counts(starts, num_depths, down_sample_ratio, down_sample_ratio_min)]
+    if num_segments == 1:
+        return sum(per_depth)
+    if boundaries == "uniform":
+        width = -(-seq_length // num_segments)
+        return sum(min(width, count) for count in per_depth)
+    return -(-sum(per_depth) // num_segments) + num_depths - 1
+
+
+def balanced_boundaries(anchor: Tensor, depth: Tensor, seq_length: int, num_segments: int, capacity: int) -> Tensor:
+    """Cut a row's columns greedily so that every segment holds as many elements as fit into `capacity`.
+
+    Segments fill from the left; what remains at the end is empty (its boundary is L) and costs nothing to train.
+
+    Args:
+        anchor, depth: int64 [T], the row's elements in any order.
+        seq_length: L. num_segments: S. capacity: C, of `segment_capacity`.
+
+    Returns:
+        int64 [S + 1], ascending, first 0, last L.
+    """
+    count_L = torch.bincount(anchor + (depth > 0), minlength=seq_length)
+    before_L = torch.cat([torch.zeros(1, dtype=torch.int64), count_L.cumsum(0)])  # elements left of column p
+    bounds = [0]
+    for _ in range(num_segments):
+        # The largest column p with before[p] - before[start] <= C: S binary searches, no loop over elements.
+        limit = before_L[bounds[-1]] + capacity
+        bounds.append(int(torch.searchsorted(before_L, limit, right=True)) - 1)
+    assert bounds[-1] == seq_length, f"{num_segments} segments of {capacity} do not hold {int(before_L[-1])} elements"
+    return torch.tensor(bounds)
+
+
+def segments_of(anchor: Tensor, depth: Tensor, boundaries: Tensor) -> Tensor:
+    """int64 [T]: A[anchor] at depth 0, A[anchor + 1] deeper, A[p] = max{s : B_s <= p < B_{s+1}}."""
+    return torch.searchsorted(boundaries, anchor + (depth > 0), right=True) - 1
 
 
 def seeded(*words: object) -> torch.Generator:

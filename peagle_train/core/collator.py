@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peagle_train.core.cod import check_cod_arguments, hash63, sample_packed_row, seeded
-from peagle_train.core.partition import (
+from peagle_train.core.cod import (
     Boundaries,
     assign_cod_segments,
     balanced_boundaries,
-    check_boundaries,
-    check_num_segments,
+    hash63,
+    sample_packed_row,
+    seeded,
     segment_capacity,
     segments_of,
 )
@@ -58,7 +58,7 @@ class CODCollator:
     The draw of a row depends on (seed, epoch, row key) alone, never on the batch, the worker or the rank.
 
     Args:
-        max_length: L >= num_depths. Longer rows are a ValueError: the data set splits rows, the collator never does.
+        max_length: L. Longer rows are a ValueError: the data set splits rows, the collator never does.
         num_depths, down_sample_ratio, down_sample_ratio_min: see `generate_cod_sample_indices`.
         num_segments: S in 1..max_length.
         boundaries: "balanced" (cut by element count) or "uniform" (Algorithm 1 as published).
@@ -81,11 +81,6 @@ class CODCollator:
         capacity_multiple: int = 1,
         max_anchors: int | None = None,
     ) -> None:
-        check_cod_arguments(num_depths, down_sample_ratio, down_sample_ratio_min, max_anchors)
-        if max_length < num_depths:
-            raise ValueError(f"max_length is {max_length}; it must be at least num_depths ({num_depths})")
-        check_num_segments(num_segments, max_length)
-        check_boundaries(boundaries)
         self.max_length = max_length
         self.num_depths = num_depths
         self.down_sample_ratio = down_sample_ratio
