@@ -6,7 +6,7 @@ row, N = S * C, K: depths.
 
 import logging
 from collections.abc import Mapping, Sequence
-from numbers import Number
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,9 +26,9 @@ from peagle_train.core.cod import (
 logger = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
-_KNOWN = ("features", "last_hidden")
 
 
+@dataclass(eq=False)
 class CODCollator:
     """Turn rows into one batch whose shapes and dtypes never change.
 
@@ -68,32 +68,21 @@ class CODCollator:
         max_anchors: rollouts start at no more than this many anchors of a row, drawn for each epoch; None: at all.
     """
 
-    def __init__(
-        self,
-        max_length: int,
-        num_depths: int = 8,
-        down_sample_ratio: float = 0.7,
-        down_sample_ratio_min: float = 0.2,
-        num_segments: int = 1,
-        boundaries: Boundaries = "balanced",
-        seed: int = 0,
-        pad_token_id: int = 0,
-        capacity_multiple: int = 1,
-        max_anchors: int | None = None,
-    ) -> None:
-        self.max_length = max_length
-        self.num_depths = num_depths
-        self.down_sample_ratio = down_sample_ratio
-        self.down_sample_ratio_min = down_sample_ratio_min
-        self.num_segments = num_segments
-        self.boundaries = boundaries
-        self.seed = seed
-        self.pad_token_id = pad_token_id
-        self.max_anchors = max_anchors
-        capacity = segment_capacity(
-            max_length, num_depths, down_sample_ratio, down_sample_ratio_min, num_segments, boundaries, max_anchors
-        )
-        self.capacity = -(-capacity // capacity_multiple) * capacity_multiple
+    max_length: int
+    num_depths: int = 8
+    down_sample_ratio: float = 0.7
+    down_sample_ratio_min: float = 0.2
+    num_segments: int = 1
+    boundaries: Boundaries = "balanced"
+    seed: int = 0
+    pad_token_id: int = 0
+    capacity_multiple: int = 1
+    max_anchors: int | None = None
+
+    def __post_init__(self) -> None:
+        self._draw = (self.num_depths, self.down_sample_ratio, self.down_sample_ratio_min)
+        C = segment_capacity(self.max_length, *self._draw, self.num_segments, self.boundaries, self.max_anchors)
+        self.capacity = -(-C // self.capacity_multiple) * self.capacity_multiple
         # Shared memory: set_epoch reaches workers that live on (persistent_workers), and what others saw is kept.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._first_key = torch.zeros(2, dtype=torch.int64).share_memory_()
@@ -109,8 +98,6 @@ class CODCollator:
         self._first_key[1] &= 2
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        if len(rows) == 0:
-            raise ValueError("CODCollator was given no rows; a batch has at least 1")
         collated = [self._collate_row(row) for row in rows]
         batch = {name: torch.stack([row[name] for row in collated]) for name in collated[0]}
         if not any("epoch" in row for row in rows):
@@ -132,35 +119,30 @@ class CODCollator:
 
     def _collate_row(self, row: Row) -> dict[str, Tensor]:
         ids_n, mask_n, documents_n = _read_row(row)
-        length = ids_n.numel()
-        if length > self.max_length:
+        length, L = ids_n.numel(), self.max_length
+        if length > L:
             raise ValueError(
-                f"row {row.get('row_key', '?')} has {length} tokens but max_length is {self.max_length}: split rows in"
-                " the data set, or raise max_length"
+                f"row {row.get('row_key', '?')} has {length} tokens but max_length is {L}: split rows in the data set, or"
+                " raise max_length"
             )
-        key = _row_key(row.get("row_key"), ids_n)
+        key = row.get("row_key")
+        if key is None:
+            key = hash63(ids_n.numpy().tobytes())
+        elif isinstance(key, str):
+            key = hash63(key.encode())
 
         def padded(values_n: Tensor, fill: int) -> Tensor:
-            out_L = torch.full((self.max_length,), fill, dtype=torch.int64)
-            out_L[:length] = values_n
-            return out_L
+            return torch.cat([values_n, values_n.new_full((L - length, *values_n.shape[1:]), fill)])
 
-        documents_L = padded(documents_n, -1)
+        documents_L, position_L = _number_documents(padded(documents_n, -1))
         mask_L = padded(mask_n, 0)
-        anchor_T, depth_T = sample_packed_row(
-            mask_L,
-            documents_L,
-            self.num_depths,
-            self.down_sample_ratio,
-            self.down_sample_ratio_min,
-            seeded(self.seed, int(row.get("epoch", self.epoch)), key),
-            self.max_anchors,
-        )
+        generator = seeded(self.seed, int(row.get("epoch", self.epoch)), int(key))
+        anchor_T, depth_T = sample_packed_row(mask_L, documents_L, *self._draw, generator, self.max_anchors)
         segment_T = self._segments(anchor_T, depth_T)
         supervised_T = (depth_T > 0) | (mask_L[anchor_T + 1] != 0)
 
         # One integer that sorts by segment, then depth-0 before rollouts, then anchor, then depth.
-        order_key_T = (segment_T * 2 + (depth_T > 0)) * self.max_length + anchor_T
+        order_key_T = (segment_T * 2 + (depth_T > 0)) * L + anchor_T
         order_T = (order_key_T * self.num_depths + depth_T).argsort()
         counts_S = torch.bincount(segment_T, minlength=self.num_segments)
         assert int(counts_S.max()) <= self.capacity, "a segment holds more elements than its static capacity"
@@ -168,23 +150,26 @@ class CODCollator:
         first_S = counts_S.cumsum(0) - counts_S
         slot_T = sorted_segment_T * self.capacity + torch.arange(order_T.numel()) - first_S[sorted_segment_T]
 
-        def placed(values_T: Tensor, fill: int | bool, dtype: torch.dtype) -> Tensor:
-            out_N = torch.full((self.num_segments * self.capacity,), fill, dtype=dtype)
+        def placed(values_T: Tensor, fill: int) -> Tensor:
+            out_N = values_T.new_full((self.num_segments * self.capacity,), fill)
             out_N[slot_T] = values_T[order_T]
             return out_N
 
-        known = {name: _padded_floats(name, row[name], length, self.max_length) for name in _KNOWN if name in row}
+        known = {name: row[name] for name in ("features", "last_hidden") if name in row}
+        for name, values in known.items():
+            if values.shape[0] != length:
+                raise ValueError(f"a row has {length} input_ids but {values.shape[0]} in {name}; they must match")
         return {
-            **known,
+            **{name: padded(values, 0) for name, values in known.items()},
             "input_ids": padded(ids_n, self.pad_token_id),
-            "position_ids": _positions(documents_L),
+            "position_ids": position_L,
             "document_ids": documents_L,
-            "anchor": placed(anchor_T, 0, torch.int64),
-            "depth": placed(depth_T, -1, torch.int64),
+            "anchor": placed(anchor_T, 0),
+            "depth": placed(depth_T, -1),
             "segment_ids": torch.arange(self.num_segments).repeat_interleave(self.capacity),
-            "supervised": placed(supervised_T, False, torch.bool),
+            "supervised": placed(supervised_T, False),
             "supervised_per_depth": torch.bincount(depth_T[supervised_T], minlength=self.num_depths),
-            "row_key": torch.tensor(key, dtype=torch.int64),
+            "row_key": torch.tensor(int(key)),
         }
 
     def _segments(self, anchor_T: Tensor, depth_T: Tensor) -> Tensor:
@@ -195,7 +180,7 @@ class CODCollator:
 
 
 def _read_row(row: Row) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, mask and run-numbered documents of a row, each int64 [n]; ValueError names what is wrong."""
+    """Ids, mask and documents of a row, each [n], ids and documents int64; ValueError names what is wrong."""
     mask_name = "labels" if "labels" in row and "loss_mask" not in row else "loss_mask"
     for name in ("input_ids", mask_name):
         if name not in row:
@@ -203,87 +188,51 @@ def _read_row(row: Row) -> tuple[Tensor, Tensor, Tensor]:
             raise ValueError(
                 f"a row has no {name!r}; {has} (a Trainer removes some unless remove_unused_columns=False)"
             )
-    optional = [name for name in ("attention_mask", "document_ids") if row.get(name) is not None]
-    is_nested = _is_nested(row["input_ids"])
-    if is_nested and "document_ids" in optional:
-        raise ValueError("a row gives several documents (nested input_ids) and document_ids: give one of the two")
-    lengths: list[int] = []
+    first = row["input_ids"][:1]
+    is_nested = isinstance(first, (list, tuple)) and any(torch.as_tensor(part).dim() for part in first)
     given: dict[str, Tensor] = {}
-    for name in ("input_ids", mask_name, *optional):
-        values = row[name] if is_nested else [row[name]]
-        if is_nested and not (_is_nested(values) and len(values) == len(row["input_ids"])):
-            raise ValueError(f"a row gives several documents (nested input_ids): {name} must be nested alike")
-        parts = [_integers(name, part) for part in values]
-        lengths = lengths or [part.numel() for part in parts]
-        for part, length in zip(parts, lengths, strict=True):
-            if part.numel() != length:
-                raise ValueError(f"a row has {length} input_ids but {part.numel()} in {name}; they must match")
-        given[name] = torch.cat(parts)
-    ids_n, mask_n, attended_n = given["input_ids"], given[mask_name], given.get("attention_mask")
+    lengths: list[int] = []
+    for name in ("input_ids", mask_name, "attention_mask", "document_ids"):
+        if row.get(name) is not None:
+            parts = [_integers(name, part) for part in (row[name] if is_nested else [row[name]])]
+            found = [part.numel() for part in parts]
+            lengths = lengths or found
+            if found != lengths:
+                raise ValueError(f"a row has {lengths} input_ids but {found} in {name}: one for each, by document")
+            given[name] = torch.cat(parts)
+    ids_n, mask_n = given["input_ids"], given[mask_name]
     if mask_name == "labels":
-        learned_n = mask_n != -100
-        if (learned_n & (mask_n != ids_n)).any():
+        is_learned_n = mask_n != -100
+        if (is_learned_n & (mask_n != ids_n)).any():
             raise ValueError("labels differ from input_ids: give the same ids, unshifted, or -100")
-        mask_n = learned_n.long()
+        mask_n = is_learned_n.long()
+    if ((mask_n != 0) & (mask_n != 1)).any():
+        raise ValueError("loss_mask holds values other than 0 and 1")
     documents_n = given.get("document_ids")
     if documents_n is None:
         documents_n = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    for name, values_n in ((mask_name, mask_n), ("attention_mask", attended_n)):
-        if values_n is not None and ((values_n != 0) & (values_n != 1)).any():
-            raise ValueError(f"{name} holds values other than 0 and 1")
-    if attended_n is not None:
-        documents_n = documents_n.masked_fill(attended_n == 0, -1)
-    return ids_n, mask_n, _number_runs(documents_n)
-
-
-def _is_nested(values: Any) -> bool:
-    if not isinstance(values, (list, tuple)) or len(values) == 0:
-        return False
-    is_scalar_tensor = isinstance(values[0], Tensor) and values[0].dim() == 0
-    return not is_scalar_tensor and not isinstance(values[0], Number)  # numpy's ints are Numbers, too
+    if "attention_mask" in given:
+        documents_n = documents_n.masked_fill(given["attention_mask"] == 0, -1)
+    return ids_n, mask_n, documents_n
 
 
 def _integers(name: str, values: Any) -> Tensor:
     tensor = torch.as_tensor(values)
     if tensor.numel() == 0:
         tensor = tensor.to(torch.int64)
-    if tensor.dim() != 1 or tensor.is_floating_point() or tensor.is_complex():
-        raise ValueError(f"{name} must be a flat list of ints, not {tensor.dtype} of shape {tuple(tensor.shape)}")
+    if tensor.dim() != 1 or tensor.is_floating_point():
+        is_now = f"not {tensor.dtype} of shape {tuple(tensor.shape)}"
+        raise ValueError(f"{name} must be a list of ints, or as many such lists as input_ids has, {is_now}")
     return tensor.to("cpu", torch.int64)
 
 
-def _padded_floats(name: str, values: Tensor, length: int, max_length: int) -> Tensor:
-    if values.shape[0] != length:
-        raise ValueError(f"a row has {length} input_ids but {values.shape[0]} in {name}; they must match")
-    out = values.new_zeros(max_length, *values.shape[1:])
-    out[:length] = values
-    return out
-
-
-def _number_runs(documents_n: Tensor) -> Tensor:
-    """Documents numbered 0, 1, ... by runs of equal ids, so that an id used twice names two documents; negative: -1."""
-    if documents_n.numel() == 0:
-        return documents_n
-    is_token_n = documents_n >= 0
-    starts_n = is_token_n.clone()
-    starts_n[1:] &= documents_n[1:] != documents_n[:-1]
-    return torch.where(is_token_n, starts_n.cumsum(0) - 1, -1)
-
-
-def _positions(documents_L: Tensor) -> Tensor:
-    column_L = torch.arange(documents_L.numel())
-    starts_L = torch.ones_like(documents_L, dtype=torch.bool)
-    starts_L[1:] = documents_L[1:] != documents_L[:-1]
-    start_L = torch.where(starts_L, column_L, 0).cummax(0).values
-    return torch.where(documents_L >= 0, column_L - start_L, 0)
-
-
-def _row_key(given: Any, ids_n: Tensor) -> int:
-    if given is None:
-        return hash63(ids_n.numpy().tobytes())
-    if isinstance(given, str):
-        return hash63(given.encode())
-    key = int(given)
-    if not -(2**63) <= key < 2**63:
-        raise ValueError(f"row_key is {key}; it must fit into 64 bits")
-    return key
+def _number_documents(given_L: Tensor) -> tuple[Tensor, Tensor]:
+    """Documents numbered 0, 1, ... by runs of equal ids, so that an id used twice names two documents, and positions
+    within them; ids below 0 are padding: document -1, position 0.
+    """
+    is_token_L, column_L = given_L >= 0, torch.arange(given_L.numel())
+    is_start_L = torch.ones_like(is_token_L)
+    is_start_L[1:] = given_L[1:] != given_L[:-1]
+    number_L = (is_start_L & is_token_L).cumsum(0) - 1
+    start_L = torch.where(is_start_L, column_L, 0).cummax(0).values
+    return torch.where(is_token_L, number_L, -1), torch.where(is_token_L, column_L - start_L, 0)
