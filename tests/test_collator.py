@@ -1,6 +1,5 @@
 """The collator: exact batches, fixed shapes, and draws that nothing but (seed, epoch, row) decides."""
 
-import logging
 import math
 import subprocess
 import sys
@@ -212,43 +211,6 @@ def test_zeros_of_an_attention_mask_are_padding_on_either_side(left, right):
     assert sorted((a - left, d) for a, d in elements_of(batch, 0)) == sorted(elements_of(plain, 0))
     assert batch["document_ids"][0].tolist() == [-1] * left + [0] * 11 + [-1] * (24 - left - 11)
     assert batch["position_ids"][0, left : left + 11].tolist() == list(range(11))
-
-
-WARNED = "set_epoch before each pass"
-
-
-@pytest.mark.parametrize(("num_workers", "shuffle"), [(0, False), (2, True)])
-def test_a_forgotten_set_epoch_is_warned_about_once(tmp_path, num_workers, shuffle):
-    # A file, which workers that are forked for each pass write into, too.
-    log, logger = tmp_path / "log", logging.getLogger("peagle_train.core.collator")
-    handler = logging.FileHandler(log)
-    logger.addHandler(handler)
-    try:
-        collator, context = new_collator(), "fork" if num_workers else None
-        options: dict[str, Any] = {"num_workers": num_workers, "multiprocessing_context": context}
-        loader = DataLoader(ROWS, 2, shuffle, generator=seeded(0), collate_fn=collator, **options)
-        for epoch in range(2):
-            collator.set_epoch(epoch)
-            list(loader)
-        assert log.read_text() == ""
-        for _ in range(2):
-            list(loader)
-        assert log.read_text().count(WARNED) == 1
-        collator.set_epoch(4)
-        for _ in range(2):
-            list(loader)
-        assert log.read_text().count(WARNED) == 1, "once is enough"
-    finally:
-        logger.removeHandler(handler)
-        handler.close()
-
-
-def test_rows_that_know_their_epoch_may_come_again(caplog):
-    collator = new_collator()
-    for _ in range(3):
-        collator([{**row, "epoch": 2} for row in ROWS])
-    collator([ROWS[0], ROWS[0]])  # twice in one batch is no second pass
-    assert WARNED not in caplog.text
 
 
 def test_a_missing_row_key_is_a_hash_of_the_ids_and_a_string_is_hashed():

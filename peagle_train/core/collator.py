@@ -4,7 +4,6 @@ Imports torch alone. B: rows of a batch, L: columns (max_length), S: segments, C
 row, N = S * C, K: depths.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +21,6 @@ from peagle_train.core.cod import (
     segment_capacity,
     segments_of,
 )
-
-logger = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
 
@@ -83,10 +80,8 @@ class CODCollator:
         self._draw = (self.num_depths, self.down_sample_ratio, self.down_sample_ratio_min)
         C = segment_capacity(self.max_length, *self._draw, self.num_segments, self.boundaries, self.max_anchors)
         self.capacity = -(-C // self.capacity_multiple) * self.capacity_multiple
-        # Shared memory: set_epoch reaches workers that live on (persistent_workers), and what others saw is kept.
+        # Shared memory: set_epoch reaches workers that live on (persistent_workers).
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
-        self._first_key = torch.zeros(2, dtype=torch.int64).share_memory_()
-        """[key of the epoch's first row; 0: none yet, 1: known, 2: warned about]"""
 
     @property
     def epoch(self) -> int:
@@ -95,27 +90,10 @@ class CODCollator:
     def set_epoch(self, epoch: int) -> None:
         """Rows collated from now on draw for this epoch. Call it before iterating over the DataLoader."""
         self._epoch.fill_(epoch)
-        self._first_key[1] &= 2
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         collated = [self._collate_row(row) for row in rows]
-        batch = {name: torch.stack([row[name] for row in collated]) for name in collated[0]}
-        if not any("epoch" in row for row in rows):
-            self._notice_second_pass(batch["row_key"])
-        return batch
-
-    def _notice_second_pass(self, key_B: Tensor) -> None:
-        """Warn, once, where the epoch's first row comes again: `set_epoch` was forgotten."""
-        first_key, state = self._first_key.tolist()
-        if state == 0:
-            self._first_key[:] = torch.tensor([int(key_B[0]), 1])
-        elif state == 1 and bool((key_B == first_key).any()):
-            self._first_key[1] = 2
-            logger.warning(
-                "row %d came again in epoch %d and was drawn as before: call the collator's set_epoch before each pass",
-                first_key,
-                self.epoch,
-            )
+        return {name: torch.stack([row[name] for row in collated]) for name in collated[0]}
 
     def _collate_row(self, row: Row) -> dict[str, Tensor]:
         ids_n, mask_n, documents_n = _read_row(row)
