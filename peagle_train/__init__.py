@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from peagle_train.core.draft import PEagleDraft
     from peagle_train.core.draft_config import PEagleDraftConfig
     from peagle_train.core.loss import chunked_linear_loss
-    from peagle_train.core.passes import TargetOutputs
-    from peagle_train.core.recompute import recompute_step
+    from peagle_train.core.passes import TargetOutputs, recompute_step
     from peagle_train.core.relay import RelayBuffers, relay_step
     from peagle_train.serving.drafter_io import save_drafter
     from peagle_train.serving.start import new_drafter
@@ -42,7 +41,7 @@ _HOMES = {
     "generate_cod_sample_indices": "core.cod",
     "load_recipe": "config",
     "new_drafter": "serving.start",
-    "recompute_step": "core.recompute",
+    "recompute_step": "core.passes",
     "relay_step": "core.relay",
     "save_drafter": "serving.drafter_io",
     "segment_capacity": "core.cod",

@@ -10,9 +10,8 @@ from torch import Tensor
 from peagle_train.core.collator import CODCollator
 from peagle_train.core.compiled import compile_layers
 from peagle_train.core.draft import PEagleDraft
-from peagle_train.core.passes import TargetOutputs
+from peagle_train.core.passes import TargetOutputs, recompute_step
 from peagle_train.core.plan import plan_segments
-from peagle_train.core.recompute import recompute_step
 from peagle_train.core.relay import context_chunks, relay_step
 from peagle_train.distributed import counts_over_ranks, shard
 from peagle_train.serving.start import draw_weights

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from peagle_train.core.cod import supervised_rows
 from peagle_train.core.elements import positions_read
-from peagle_train.core.passes import StepStats, TargetOutputs
-from peagle_train.core.recompute import recompute_step
+from peagle_train.core.passes import StepStats, TargetOutputs, recompute_step
 from peagle_train.core.relay import relay_step
 from tests import oracles
 from tests.helpers import DRAFT_VOCAB, TARGET_HIDDEN, make_draft, make_rows

@@ -12,8 +12,8 @@ from peagle_train.core import attention
 from peagle_train.core import visibility as visibility_module
 from peagle_train.core.attention import attend, attention_op
 from peagle_train.core.flex import block_mask_of, flex
+from peagle_train.core.passes import recompute_step
 from peagle_train.core.plan import plan_segments
-from peagle_train.core.recompute import recompute_step
 from peagle_train.core.relay import relay_step
 from peagle_train.core.visibility import Visibility, first_seen
 from tests import oracles

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from peagle_train.core.flex import BLOCK_SIZE, block_mask_of, block_tables, flex_tables, visible_pairs
-from peagle_train.core.recompute import recompute_step
+from peagle_train.core.passes import recompute_step
 from peagle_train.core.relay import relay_step
 from peagle_train.core.visibility import Visibility
 from tests.helpers import make_batch, make_draft, make_rows, make_target, seeded

@@ -9,8 +9,8 @@ import torch
 
 from peagle_train.core import plan
 from peagle_train.core.compiled import CompiledDraft
+from peagle_train.core.passes import recompute_step
 from peagle_train.core.plan import plan_segments
-from peagle_train.core.recompute import recompute_step
 from peagle_train.core.relay import RelayBuffers, relay_step
 from tests.helpers import K, L, assert_same, make_batch, make_draft, make_rows, make_target, outcome_of
 from tests.runs import drafter, run

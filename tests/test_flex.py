@@ -12,8 +12,8 @@ from peagle_train.core import attention, flex
 from peagle_train.core import plan as core_plan
 from peagle_train.core.compiled import CompiledDraft
 from peagle_train.core.flex import kernel_options
+from peagle_train.core.passes import recompute_step
 from peagle_train.core.plan import plan_segments
-from peagle_train.core.recompute import recompute_step
 from peagle_train.core.relay import RelayBuffers, relay_step
 from tests.helpers import make_batch, make_draft, make_rows, make_target, outcome_of, relative_error
 

@@ -15,9 +15,8 @@ from peagle_train.__main__ import main
 from peagle_train.core.attention import attend
 from peagle_train.core.compiled import CompiledDraft
 from peagle_train.core.loss import chunked_linear_loss
-from peagle_train.core.passes import TargetOutputs
+from peagle_train.core.passes import TargetOutputs, recompute_step
 from peagle_train.core.plan import plan_segments
-from peagle_train.core.recompute import recompute_step
 from peagle_train.core.relay import RelayBuffers, relay_step
 from peagle_train.target_model.frozen import FrozenTarget
 from tests.helpers import (

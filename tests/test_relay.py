@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from peagle_train.core.passes import recompute_step
 from peagle_train.core.plan import plan_segments
-from peagle_train.core.recompute import recompute_step
 from peagle_train.core.relay import RelayBuffers, context_chunks, relay_step
 from tests.helpers import (
     K,

@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peagle_train.core.passes import TargetOutputs
+from peagle_train.core.passes import TargetOutputs, recompute_step
 from peagle_train.core.plan import padding_share, plan_segments
-from peagle_train.core.recompute import recompute_step
 from peagle_train.core.relay import context_chunks, relay_step
 from tests import oracles
 from tests.helpers import (
@@ -213,8 +212,7 @@ def test_a_plan_says_what_its_segments_hold(S, boundaries, window, layers):
         assert (segment.num_depth0, segment.first_rollout) == (max(counts), min(counts))
         assert segment.context_end.tolist() == [max((a for _, a, _ in ones), default=-1) + 1 for ones in earlier]
         assert segment.anchors == slice(min(a for _, a, _ in everyone), max(a for _, a, _ in everyone) + 1)
-        assert all(segment.labels.start <= a + d + 1 < segment.labels.stop for _, a, d in everyone)
-        start, P = plan.context(segment.context_end, segment.reads_from)
+        start, _, P = plan.context(segment.context_end, segment.reads_from)
         lengths = []
         for b in range(3):
             read = [key for key in earlier[b] if key in needed[b]]
@@ -244,7 +242,7 @@ def test_of_a_long_sequence_whose_end_is_learned_little_more_than_the_windows_re
     first = n - learned - 1 - layers * (window - 1)
     assert run[first : n - 1].all() and not run[:first].any() and run.sum() <= 0.1 * n
     plan = plan_segments(batch, window=window, layers=layers)
-    assert all(plan.context(s.context_end, s.reads_from)[1] < window for s in plan.segments)
+    assert all(plan.context(s.context_end, s.reads_from).columns < window for s in plan.segments)
     assert all(first <= chunk.start for chunk in context_chunks(plan))
 
 
@@ -374,14 +372,18 @@ def test_what_does_not_fit_the_drafter_or_the_batch_is_refused(step):
         ("last_hidden", last_hidden[..., 1:]),
         ("head", right.head[1:]),
     ]:
-        with pytest.raises(ValueError, match=f"the target's {name} ha"):
+        with pytest.raises(ValueError, match=f"the target's {name} has"):
             step(draft, batch, replace(right, **{name: wrong}))
     step(make_draft(sliding_window=K), batch, right, backward=None)
     with pytest.raises(ValueError, match=f"sliding_window is {K - 1}"):
         step(make_draft(sliding_window=K - 1), batch, right)
     padded_with_the_mask = make_batch(rows, L, 3, K, pad_token_id=MASK_TOKEN)
     step(draft, padded_with_the_mask, right, backward=None)
-    for token, word in ((VOCAB, f"token {VOCAB}; .* 0..{VOCAB - 1}"), (-3, "token -3"), (MASK_TOKEN, "the mask token")):
+    for token, word in (
+        (VOCAB, f"to {VOCAB}; .* 0..{VOCAB - 1}"),
+        (-3, "input_ids are -3"),
+        (MASK_TOKEN, "the mask token"),
+    ):
         rows[1]["input_ids"][7] = token
         with pytest.raises(ValueError, match=word):
             step(draft, make_batch(rows, L, 3, K), right)

@@ -62,9 +62,8 @@ from peagle_train.core import draft as draft_module
 from peagle_train.core.collator import CODCollator
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
-from peagle_train.core.passes import StepStats, TargetOutputs
+from peagle_train.core.passes import StepStats, TargetOutputs, recompute_step
 from peagle_train.core.plan import plan_segments
-from peagle_train.core.recompute import recompute_step
 from peagle_train.core.relay import RelayBuffers, relay_step
 from peagle_train.core.visibility import Visibility
 from peagle_train.files import aligned

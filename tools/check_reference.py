@@ -20,8 +20,7 @@ from torch import Tensor
 
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
-from peagle_train.core.passes import TargetOutputs
-from peagle_train.core.recompute import recompute_step
+from peagle_train.core.passes import TargetOutputs, recompute_step
 
 TOLERANCE = 1e-5
 

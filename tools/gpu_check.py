@@ -58,9 +58,8 @@ from peagle_train.core.attention import attend
 from peagle_train.core.elements import Elements, gather_elements
 from peagle_train.core.flex import block_mask_of
 from peagle_train.core.flex import flex as attend_by_flex
-from peagle_train.core.passes import TargetOutputs, visibility_of
+from peagle_train.core.passes import TargetOutputs, recompute_step, visibility_of
 from peagle_train.core.plan import plan_segments
-from peagle_train.core.recompute import recompute_step
 from peagle_train.core.visibility import Visibility
 from peagle_train.machine import GIB
 from peagle_train.target_model.frozen import FrozenTarget
@@ -259,8 +258,8 @@ def second_segment(check: Check, batch: dict[str, Tensor]) -> tuple[Visibility, 
     segment = plan.segments[1]
     own = Elements(*(t.to(check.device) for t in gather_elements(batch, segment.columns, mask_token_id=0)))
     pairs = int((own.anchor - own.start + 1 + own.depth)[own.depth >= 0].sum())
-    sizes = {"M": segment.num_depth0, "first_rollout": segment.first_rollout, "num_context": plan.row_length}
-    return visibility_of(own, DEPTHS, **sizes, context_end=segment.context_end), pairs
+    context = plan.context(segment.context_end, segment.reads_from)
+    return visibility_of(own, DEPTHS, segment.num_depth0, segment.first_rollout, context=context), pairs
 
 
 def target(check: Check) -> None:

@@ -1,9 +1,11 @@
-"""What relay and recompute share: one batch's passes through the drafter, each prepared and run in the same way.
+"""What relay and recompute share: one batch's passes through the drafter, each prepared and run in the same way; and
+recompute, the plain step, in which each segment's forward runs its own elements plus every earlier depth-0 element again.
 
 B: sequences, L: positions, N: elements of a pass, n: own elements of a segment, M: leading slots that may hold depth-0
 elements, P: context positions, T: the target's hidden size, V: draft vocabulary, K: depths.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +17,7 @@ from peagle_train.core.compiled import CompiledDraft
 from peagle_train.core.draft import KV, DraftOutput, Labels, PEagleDraft
 from peagle_train.core.elements import Elements, context_elements, gather_elements
 from peagle_train.core.loss import Loss
-from peagle_train.core.plan import Plan, Segment, plan_segments
+from peagle_train.core.plan import Context, Plan, Segment, plan_segments
 from peagle_train.core.visibility import Visibility
 
 
@@ -49,10 +51,12 @@ class Passes:
     Args:
         draft: the drafter (plain, sharded by FSDP2's `fully_shard`, or a `CompiledDraft`).
         batch: `CODCollator`'s, on the drafter's device.
-        target: features and last hidden states of the same rows; ValueError where their shapes are not those of the batch.
+        target: features and last hidden states of the same rows.
         plan: `plan_segments` of the batch while it was still on the host; None computes it here.
         loss, chunk_rows: see `chunked_linear_loss`.
         depth_decay: g; an element's loss is multiplied by g**depth.
+
+    ValueError: the target's shapes are not those of batch and drafter, or the drafter cannot take the batch.
     """
 
     def __init__(
@@ -71,13 +75,7 @@ class Passes:
         static = isinstance(draft, CompiledDraft)
         self.plan = plan = plan or plan_segments(batch, static, window=self.window, layers=layers)
         assert plan.window == self.window, "the plan is of another drafter"
-        if self.window is not None and self.window < plan.num_depths:
-            raise ValueError(
-                f"the drafter's sliding_window is {self.window}, the batch's num_depths {plan.num_depths}: give at least as"
-                " many positions"
-            )
-        check_target(draft, batch, target, plan)
-        check_tokens(draft, plan)
+        self._check_inputs()
         self.device = batch["anchor"].device
         wide = torch.promote_types(draft.dtype, torch.float32)
         self.stats = StepStats(
@@ -85,6 +83,31 @@ class Passes:
             torch.zeros(plan.num_depths, dtype=torch.int64, device=self.device),
             plan.supervised_per_depth,
         )
+
+    def _check_inputs(self) -> None:
+        config, plan, target, (B, L) = self.draft.config, self.plan, self.target, self.batch["input_ids"].shape
+        if self.window is not None and self.window < plan.num_depths:
+            raise ValueError(f"sliding_window is {self.window}, less than the batch's num_depths, {plan.num_depths}")
+        T = target.head.shape[-1]
+        shapes = {
+            "head": (config.draft_vocab_size, T),
+            "features": (B, L, config.feature_size),
+            "last_hidden": (B, L, T),
+        }
+        for name, shape in shapes.items():
+            found = tuple(getattr(target, name).shape)
+            if name != "head" and plan.columns_read <= found[1] <= L:  # padding may be left out
+                shape = (B, found[1], shape[2])
+            if found != shape:
+                raise ValueError(f"the target's {name} has shape {found}; this batch and drafter need {shape}")
+        ids, V = plan.token_ids, config.vocab_size
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < V:
+            raise ValueError(
+                f"input_ids are {int(ids.min())} to {int(ids.max())}; the drafter's vocabulary is 0..{V - 1}"
+            )
+        if (ids == self.draft.mask_token_id).any():
+            what = f"input_ids hold the mask token, {self.draft.mask_token_id}"
+            raise ValueError(f"{what}: give mask_token_id one that never occurs in data")
 
     def learning(self) -> list[Segment]:
         """The segments that own a supervised element."""
@@ -112,12 +135,11 @@ class Passes:
         features = self.target.features[:, columns].to(self.device, non_blocking=True)
         index_BM = (elements.anchor[:, : visibility.num_depth0] - columns.start).clamp(0, features.shape[1] - 1)
         features = features.gather(1, index_BM[:, :, None].expand(-1, -1, features.shape[2]))
-        skip = visibility.cut
         if attention.uses_flex(self.device):
             from peagle_train.core.flex import flex_tables_of_pass
 
             layers = self.draft.config.num_hidden_layers
-            visibility.flex = flex_tables_of_pass(visibility, layers, keys_values_only, skip)
+            visibility.flex = flex_tables_of_pass(visibility, layers, keys_values_only, visibility.cut)
         return self.draft(
             elements.token,
             elements.position,
@@ -125,7 +147,7 @@ class Passes:
             visibility,
             context=context,
             keys_values_only=keys_values_only,
-            skip=skip,
+            skip=visibility.cut,
             labels=labels,
         )
 
@@ -134,20 +156,18 @@ class Passes:
 
         In a static plan of all elements, and which of them count: shapes that do not depend on the data.
         """
-        hidden = self.target.last_hidden[:, segment.labels].to(self.device, non_blocking=True)
-        column_Bn = (own.label - segment.labels.start).clamp(0, hidden.shape[1] - 1)
-        B, n = column_Bn.shape
-        head, loss, chunk_rows = self.target.head, self.loss, self.chunk_rows
-        weight = None
-        if self.depth_decay != 1:
-            weight = torch.pow(self.depth_decay, own.depth.flatten().to(self.stats.loss.dtype))
+        columns = slice(segment.anchors.start + 1, segment.anchors.stop + self.plan.num_depths)
+        hidden = self.target.last_hidden[:, columns].to(self.device, non_blocking=True)
+        row_N = torch.arange(own.label.shape[0], device=self.device).repeat_interleave(own.label.shape[1])
+        column_N = (own.label - columns.start).clamp(0, hidden.shape[1] - 1).flatten()
+        depth_N, rows, counted = own.depth.flatten(), None, None
         if self.plan.static:
-            row_B1 = torch.arange(B, device=self.device)[:, None]
-            hidden = hidden[row_B1, column_Bn].flatten(0, 1)
-            return Labels(None, hidden, head, loss, chunk_rows, own.supervised.flatten(), weight)
-        rows = segment.supervised.to(self.device, non_blocking=True)
-        weight = None if weight is None else weight[rows]
-        return Labels(rows, hidden[rows // n, column_Bn.flatten()[rows]], head, loss, chunk_rows, None, weight)
+            counted = own.supervised.flatten()
+        else:
+            rows = segment.supervised.to(self.device, non_blocking=True)
+            row_N, column_N, depth_N = row_N[rows], column_N[rows], depth_N[rows]
+        weight = None if self.depth_decay == 1 else self.depth_decay ** depth_N.to(self.stats.loss.dtype)
+        return Labels(rows, hidden[row_N, column_N], self.target.head, self.loss, self.chunk_rows, counted, weight)
 
     def learn(
         self,
@@ -182,24 +202,18 @@ class Passes:
 
 
 def visibility_of(
-    elements: Elements,
-    num_depths: int,
-    M: int,
-    first_rollout: int,
-    cut: int = 0,
-    num_context: int = 0,
-    context_first: Tensor | None = None,
-    context_end: Tensor | None = None,
+    elements: Elements, num_depths: int, M: int, first_rollout: int, cut: int = 0, context: Context | None = None
 ) -> Visibility:
-    """context_first, context_end: int64 [B], each row's context is the columns between; None: 0."""
-    device, none = elements.anchor.device, elements.anchor.new_zeros(elements.anchor.shape[0])
-    first_B, end_B = (none if t is None else t.to(device, non_blocking=True) for t in (context_first, context_end))
+    """Columns are counted from each row's first one of the context; see `Visibility` for the rest."""
+    first_B = end_B = elements.anchor.new_zeros(elements.anchor.shape[0])
+    if context is not None:
+        first_B, end_B = (t.to(first_B.device, non_blocking=True) for t in (context.first, context.end))
     return Visibility(
         start=(elements.start - first_B[:, None]).clamp(min=0),
         anchor=elements.anchor - first_B[:, None],
         depth=elements.depth,
         context_end=end_B - first_B,
-        num_context=num_context,
+        num_context=context.columns if context else 0,
         num_depth0=M,
         first_rollout=first_rollout,
         num_depths=num_depths,
@@ -207,37 +221,50 @@ def visibility_of(
     )
 
 
-def check_target(
-    draft: PEagleDraft | CompiledDraft, batch: dict[str, Tensor], target: TargetOutputs, plan: Plan
-) -> None:
-    """ValueError where the target's shapes are not those of batch and drafter."""
-    config, head = draft.config, target.head
-    B, L = batch["input_ids"].shape
-    if head.dim() != 2 or head.shape[0] != config.draft_vocab_size:
-        raise ValueError(
-            f"the target's head has shape {tuple(head.shape)}; the drafter's vocabulary needs"
-            f" {config.draft_vocab_size} rows"
-        )
-    widths = (
-        ("features", target.features, config.feature_size),
-        ("last_hidden", target.last_hidden, head.shape[1]),
-    )
-    for name, tensor, width in widths:
-        fits = tensor.dim() == 3 and (tensor.shape[0], tensor.shape[2]) == (B, width)
-        if not fits or not plan.columns_read <= tensor.shape[1] <= L:
-            raise ValueError(
-                f"the target's {name} have shape {tuple(tensor.shape)}; this batch needs ({B}, {L}, {width}), where the"
-                f" second may be as small as {plan.columns_read}, padding left out"
-            )
+def recompute_step(
+    draft: PEagleDraft | CompiledDraft,
+    batch: dict[str, Tensor],
+    target: TargetOutputs,
+    *,
+    scale: float | Tensor = 1.0,
+    loss: Loss = "kl",
+    chunk_rows: int = 384,
+    depth_decay: float = 1.0,
+    plan: Plan | None = None,
+    backward: Callable[[Tensor], None] | None = torch.autograd.backward,
+    min_passes: int = 0,
+) -> StepStats:
+    """Forward and backward over every segment of a batch, as Algorithm 1 publishes it; parameters' gradients accumulate.
 
+    Exact, and the oracle of the relay, which computes the same without running anything twice. With one segment this is the
+    flat pass. Arguments and errors as in `Passes`, and:
 
-def check_tokens(draft: PEagleDraft | CompiledDraft, plan: Plan) -> None:
-    """ValueError for ids that the drafter has no embedding for, or its mask token; they are on the host."""
-    ids, vocab_size = plan.token_ids, draft.config.vocab_size
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-        wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
-        raise ValueError(f"input_ids hold token {wrong}; the drafter's vocabulary is 0..{vocab_size - 1}")
-    if (ids == draft.mask_token_id).any():
-        raise ValueError(
-            f"input_ids hold the mask token, {draft.mask_token_id}: give mask_token_id one that never occurs in data"
-        )
+    Args:
+        scale: multiplies the loss before backward: one over the optimizer step's supervised elements.
+        backward: called with each segment's scaled loss; None evaluates only.
+        min_passes: run at least this many, the surplus on padding (sharded ranks must agree on the number).
+    """
+    passes = Passes(draft, batch, target, plan, loss, chunk_rows, depth_decay)
+    plan, segments = passes.plan, passes.learning()
+    for segment in segments:
+        own = elements = passes.own(segment)
+        first, end, P = plan.context(segment.context_end, segment.reads_from, draft.config.num_hidden_layers)
+        if P:
+            earlier = passes.context_elements(first, P)
+            # Rows whose segment starts further left than P own some of these columns themselves.
+            is_earlier = earlier.anchor < end.to(passes.device, non_blocking=True)[:, None]
+            earlier = earlier._replace(depth=torch.where(is_earlier, earlier.depth, -1))
+            elements = Elements(*(torch.cat(pair, dim=1) for pair in zip(earlier, own, strict=True)))
+        M, first_rollout = P + segment.num_depth0, P + segment.first_rollout
+        visibility = visibility_of(elements, plan.num_depths, M, first_rollout, cut=P)
+        columns = slice(min(int(first.min()), segment.anchors.start), segment.anchors.stop)
+        of_segment = passes.learn(elements, own, columns, visibility, segment).loss
+        del visibility  # masks that the backward does without
+        if backward is not None:
+            assert of_segment is not None
+            backward(of_segment * scale)
+    for _ in range(min_passes - len(segments)):
+        nothing = passes.idle()
+        if backward is not None:
+            backward(nothing)
+    return passes.stats

@@ -7,6 +7,7 @@ D * (N - 1) columns back. B: rows, L: columns, S: segments, C: capacity, n: own 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,17 @@ SIZES = 8
 """A static plan's passes have at most this many sizes: a graph is compiled for each one that occurs."""
 SIZE_STEP = 128
 """They are multiples of this, flex attention's block, but for the capacity itself."""
+
+
+class Context(NamedTuple):
+    """Columns whose depth-0 elements a pass reads: in each row `columns` from `first` on, those before `end`."""
+
+    first: Tensor
+    """int64 [B]"""
+    end: Tensor
+    """int64 [B]"""
+    columns: int
+    """P"""
 
 
 @dataclass
@@ -38,8 +50,6 @@ class Segment:
     """int64 [m]: own supervised elements, as b * n + i."""
     anchors: slice
     """Columns that hold every own anchor."""
-    labels: slice
-    """Columns that hold every own label."""
 
     @property
     def num_elements(self) -> int:
@@ -60,7 +70,7 @@ class Plan:
     capacity: int
     """C"""
     columns_read: int
-    """Columns that elements read: features and last hidden states must reach at least so far."""
+    """Features and last hidden states must reach at least so far: to the last supervised element's label."""
     read: Tensor
     """bool [L]: columns that segments to their right read in some row, through all layers."""
     token_ids: Tensor
@@ -87,8 +97,8 @@ class Plan:
         most = layers * (self.window - 1)
         return min(-(-most // GRID) * GRID if self.static else most, self.row_length)
 
-    def context(self, end: Tensor, reads_from: Tensor, layers: int = 1) -> tuple[Tensor, int]:
-        """(first column of each row, int64 [B]; number of columns P) of the context of a pass.
+    def context(self, end: Tensor, reads_from: Tensor, layers: int = 1) -> Context:
+        """The context of a pass.
 
         Args:
             end: int64 [B], the context ends before it. reads_from: int64 [B], nothing before it is read.
@@ -98,7 +108,7 @@ class Plan:
         if self.static:
             P = -(-P // GRID) * GRID
         P = self.most_context(layers) if self.pad_context else min(P, self.most_context(layers))
-        return (end - P).clamp(min=0), P
+        return Context((end - P).clamp(min=0), end, P)
 
 
 def padding_share(plans: Sequence[Plan]) -> float:
@@ -173,7 +183,6 @@ def plan_segments(
             stop = first + size
         own_anchor, own_depth = anchor_BSC[:, s, first:stop], depth_BSC[:, s, first:stop]
         real_anchor = own_anchor[own_depth >= 0]
-        last_position = int((own_anchor + own_depth)[own_depth >= 0].max())
         num_depth0_B = (own_depth == 0).sum(-1)
         segments.append(
             Segment(
@@ -184,22 +193,19 @@ def plan_segments(
                 reads_from=reads_from_BS[:, s],
                 supervised=supervised_BSC[:, s, first:stop].flatten().nonzero().flatten(),
                 anchors=slice(int(real_anchor.min()), int(real_anchor.max()) + 1),
-                labels=slice(int(real_anchor.min()) + 1, min(last_position + 2, L)),
             )
         )
-    per_depth = torch.bincount(depth[supervised], minlength=num_depths)
-    columns_read = max((s.labels.stop for s in segments), default=0)
-    token_ids = ids[documents >= 0]
+    labels = (anchor + depth + 1)[supervised]
     return Plan(
         segments=segments,
-        num_supervised=int(supervised.sum()),
-        supervised_per_depth=per_depth,
+        num_supervised=labels.numel(),
+        supervised_per_depth=torch.bincount(depth[supervised], minlength=num_depths),
         num_elements=sum(int((depth[:, s.columns] >= 0).sum()) for s in segments),
         row_length=L,
         capacity=capacity,
-        columns_read=columns_read,
+        columns_read=int(labels.max()) + 1 if labels.numel() else 0,
         read=read_BL.any(0),
-        token_ids=token_ids,
+        token_ids=ids[documents >= 0],
         window=window,
         static=static,
         pad_context=pad_context and num_segments > 1,

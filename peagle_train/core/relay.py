@@ -9,8 +9,8 @@ segment needs of its past nothing but those keys and values, and owes the past n
         propagated are the segment's loss and <K_own, dK_own> + <V_own, dV_own>, where dK_own, dV_own are what the
         segments to the right have handed back; the leaves' gradients are handed on to the left.
 
-Every element runs with grad exactly once, and activations of one segment exist at a time. Algorithm 1 (recompute.py) is the
-oracle. B: rows, L: columns, P: context columns, W: the most of them in any pass, G: key/value heads, D: head dim.
+Every element runs with grad exactly once, and activations of one segment exist at a time. `recompute_step` is the oracle.
+B: rows, L: columns, P: context columns, W: the most of them in any pass, G: key/value heads, D: head dim.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.core.elements import Elements
 from peagle_train.core.loss import Loss
 from peagle_train.core.passes import Passes, StepStats, TargetOutputs, visibility_of
-from peagle_train.core.plan import Plan
+from peagle_train.core.plan import Context, Plan
 from peagle_train.core.visibility import GRID
 
 Backward = Callable[[Sequence[Tensor], Sequence[Tensor | None]], None]
@@ -68,9 +68,11 @@ class RelayBuffers:
         self.gradients = [(zeros(most_context, wide), zeros(most_context, wide)) for _ in range(layers)]
         self._made_for = wanted
 
-    def context(self, first: Tensor, columns: int) -> list[KV]:
-        """`columns` columns from `first`, int64 [B] on the host, on: views, but for several rows that may differ."""
-        starts = first.tolist()
+    def context(self, context: Context) -> list[KV] | None:
+        """Of these columns: views, but for several rows that may differ; None of no column."""
+        starts, columns = context.first.tolist(), context.columns
+        if columns == 0:
+            return None
 
         def cut(tensor: Tensor) -> Tensor:
             if len(starts) == 1 or columns == tensor.shape[2]:
@@ -156,7 +158,7 @@ def relay_step(
     segments = passes.learning() if backward is None else plan.segments
     contexts = [plan.context(s.context_end, s.reads_from) for s in segments]
     buffers.first = None
-    if any(P for _, P in contexts):
+    if any(context.columns for context in contexts):
         like = torch.empty(0, dtype=compute_dtype(draft, passes.device), device=passes.device)
         B, L = batch["input_ids"].shape
         buffers.prepare(draft.config, B, L, plan.most_context(), like)
@@ -170,26 +172,18 @@ def relay_step(
             passes.idle()
     torch.clear_autocast_cache()  # weights cast without grad in pass A must not serve pass B
 
-    for segment, (first, P) in zip(reversed(segments), reversed(contexts), strict=True):
+    for segment, context in zip(reversed(segments), reversed(contexts), strict=True):
         own = passes.own(segment)
-        visibility = visibility_of(
-            own,
-            plan.num_depths,
-            segment.num_depth0,
-            first_rollout=segment.first_rollout,
-            num_context=P,
-            context_first=first,
-            context_end=segment.context_end,
-        )
-        context = buffers.context(first, P) if P else None
-        if context and backward is not None:
-            context = buffers.leaves(context)
+        visibility = visibility_of(own, plan.num_depths, segment.num_depth0, segment.first_rollout, context=context)
+        read = buffers.context(context)
+        if read and backward is not None:
+            read = buffers.leaves(read)
         has_labels = segment.supervised.numel() > 0
         # Sharded ranks and compiled drafters run every pass in full, whether it has something to learn or not.
         if has_labels or min_passes is not None or plan.static:
-            output = passes.learn(own, own, segment.anchors, visibility, segment, context)
+            output = passes.learn(own, own, segment.anchors, visibility, segment, read)
         else:
-            output = passes.run(own, segment.anchors, visibility, context=context, keys_values_only=True)
+            output = passes.run(own, segment.anchors, visibility, context=read, keys_values_only=True)
         if backward is None:
             continue
         tensors: list[Tensor] = []
@@ -204,9 +198,9 @@ def relay_step(
                 tensors += pair
                 gradients += owed
             del pair, owed
-        if P:
-            buffers.move(first)
-        del output, context, visibility
+        if context.columns:
+            buffers.move(context.first)
+        del output, read, visibility
         backward(tensors, gradients)
         del tensors, gradients
     for _ in range(least_b - len(segments)):
@@ -246,19 +240,9 @@ def compute_dtype(draft: PEagleDraft | CompiledDraft, device: torch.device) -> t
 def _run_context(passes: Passes, buffers: RelayBuffers, columns: slice, reads_from: int) -> None:
     """Pass A over some columns, which read columns from `reads_from` on: write their keys and values into the buffers."""
     n, B = columns.stop - columns.start, passes.batch["input_ids"].shape[0]
-    end = torch.full((B,), columns.start)
-    elements = passes.context_elements(end, n)
-    first, P = passes.plan.context(end, torch.full((B,), reads_from))
-    visibility = visibility_of(
-        elements,
-        passes.plan.num_depths,
-        n,
-        first_rollout=n,
-        num_context=P,
-        context_first=first,
-        context_end=end,
-    )
-    context = buffers.context(first, P) if P else None
-    output = passes.run(elements, columns, visibility, context=context, keys_values_only=True)
+    context = passes.plan.context(torch.full((B,), columns.start), torch.full((B,), reads_from))
+    elements = passes.context_elements(context.end, n)
+    visibility = visibility_of(elements, passes.plan.num_depths, n, first_rollout=n, context=context)
+    output = passes.run(elements, columns, visibility, context=buffers.context(context), keys_values_only=True)
     for (k, v), (key, value) in zip(buffers.keys_values, output.keys_values, strict=True):
         k[:, :, columns], v[:, :, columns] = key, value

@@ -12,9 +12,8 @@ from torch.profiler import record_function
 from peagle_train.config import Recipe, Train
 from peagle_train.core.compiled import CompiledDraft, Graphs, compile_layers
 from peagle_train.core.draft import PEagleDraft
-from peagle_train.core.passes import StepStats, TargetOutputs
+from peagle_train.core.passes import StepStats, TargetOutputs, recompute_step
 from peagle_train.core.plan import Plan, plan_segments
-from peagle_train.core.recompute import recompute_step
 from peagle_train.core.relay import RelayBuffers, context_chunks, relay_step
 from peagle_train.distributed import counts_over_ranks
 from peagle_train.target_model.cache import FIELDS
