@@ -14,6 +14,7 @@ B: rows, L: columns, P: context columns, W: the most of them in any pass, G: key
 """
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -21,7 +22,6 @@ from torch.profiler import record_function
 
 from peagle_train.core.compiled import CompiledDraft
 from peagle_train.core.draft import KV, PEagleDraft
-from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.core.elements import Elements
 from peagle_train.core.loss import Loss
 from peagle_train.core.passes import Passes, StepStats, TargetOutputs, visibility_of
@@ -45,57 +45,53 @@ class RelayBuffers:
         """int64 [B], on the host: the column of the gradients' first slot; None where none are owed yet."""
         self._made_for: object = None
 
-    def prepare(self, config: PEagleDraftConfig, batch_size: int, length: int, most_context: int, like: Tensor) -> None:
-        """Allocate for rows of `length` columns in the dtype and on the device of `like`, unless that is here already.
+    def prepare(self, passes: Passes) -> None:
+        """Allocate what these passes need, unless it is here already.
 
         Zeroed for each batch: columns that it does not write are masked out, but no mask hides an earlier batch's nan.
         """
-        assert config.num_key_value_heads is not None and config.head_dim is not None
-        heads, head_dim, layers = config.num_key_value_heads, config.head_dim, config.num_hidden_layers
-        wanted = (layers, batch_size, heads, length, most_context, head_dim, like.dtype, like.device)
-        if self._made_for == wanted:
-            for pair in self.keys_values + self.gradients:
-                for tensor in pair:
-                    tensor.zero_()
-            return
-        self.keys_values, self.gradients = [], []  # let go of the old ones first
-        wide = torch.promote_types(like.dtype, torch.float32)
+        config, device, (B, L) = passes.draft.config, passes.device, passes.batch["input_ids"].shape
+        heads, head_dim, W = config.num_key_value_heads, config.head_dim, passes.plan.most_context()
+        assert heads is not None and head_dim is not None
+        dtype = compute_dtype(passes.draft, device)
+        wanted = (config.num_hidden_layers, B, heads, L, W, head_dim, dtype, device)
 
-        def zeros(columns: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(batch_size, heads, columns, head_dim, dtype=dtype, device=like.device)
+        def pairs(columns: int, dtype: torch.dtype) -> list[KV]:
+            made = [torch.empty(B, heads, columns, head_dim, dtype=dtype, device=device) for _ in range(2 * wanted[0])]
+            return list(zip(made[::2], made[1::2]))
 
-        self.keys_values = [(zeros(length, like.dtype), zeros(length, like.dtype)) for _ in range(layers)]
-        self.gradients = [(zeros(most_context, wide), zeros(most_context, wide)) for _ in range(layers)]
-        self._made_for = wanted
+        if self._made_for != wanted:
+            self.keys_values, self.gradients = [], []  # let go of the old ones first
+            self.keys_values, self.gradients = pairs(L, dtype), pairs(W, torch.promote_types(dtype, torch.float32))
+            self._made_for = wanted
+        for tensor in chain(*self.keys_values, *self.gradients):
+            tensor.zero_()
 
-    def context(self, context: Context) -> list[KV] | None:
-        """Of these columns: views, but for several rows that may differ; None of no column."""
+    def context(self, context: Context, with_gradients: bool) -> list[KV] | None:
+        """Keys and values of these columns: views, but for several rows that may differ; None of no column. With gradients,
+        leaves: what they get is added to the buffers the moment it is known, then freed.
+        """
         starts, columns = context.first.tolist(), context.columns
-        if columns == 0:
-            return None
 
-        def cut(tensor: Tensor) -> Tensor:
+        def cut(tensor: Tensor, gradient: Tensor) -> Tensor:
             if len(starts) == 1 or columns == tensor.shape[2]:
-                return tensor[:, :, starts[0] : starts[0] + columns]
-            return torch.stack([row[:, start : start + columns] for row, start in zip(tensor, starts, strict=True)])
+                out = tensor[:, :, starts[0] : starts[0] + columns]
+            else:
+                rows = zip(tensor, starts, strict=True)
+                out = torch.stack([row[:, start : start + columns] for row, start in rows])
 
-        return [(cut(k), cut(v)) for k, v in self.keys_values]
+            def hand_back(leaf: Tensor) -> None:
+                assert leaf.grad is not None
+                gradient[:, :, :columns] += leaf.grad
+                leaf.grad = None
 
-    def leaves(self, context: list[KV]) -> list[KV]:
-        """As `context`, but leaves whose gradients are added to the buffers the moment they are known, then freed."""
-
-        def leaf(value: Tensor, gradient: Tensor) -> Tensor:
-            out = value.detach().requires_grad_()
-
-            def hand_back(tensor: Tensor) -> None:
-                assert tensor.grad is not None
-                gradient[:, :, : tensor.shape[2]] += tensor.grad
-                tensor.grad = None
-
-            out.register_post_accumulate_grad_hook(hand_back)
+            if with_gradients:
+                out = out.detach().requires_grad_()
+                out.register_post_accumulate_grad_hook(hand_back)
             return out
 
-        return [(leaf(k, dk), leaf(v, dv)) for (k, v), (dk, dv) in zip(context, self.gradients, strict=True)]
+        pairs = zip(self.keys_values, self.gradients, strict=True)
+        return [(cut(k, dk), cut(v, dv)) for (k, v), (dk, dv) in pairs] if columns else None
 
     def owed(self, own: Elements) -> list[KV]:
         """What segments to the right owe these elements' keys and values: [B, G, n, D], zero where depth is not 0."""
@@ -119,13 +115,11 @@ class RelayBuffers:
         """
         shifts = [0] * first.numel() if self.first is None else (self.first - first).tolist()
         self.first = first
-        for tensor in (t for pair in self.gradients for t in pair):
+        for tensor in chain(*self.gradients):
             for row_GWD, shift in zip(tensor, shifts, strict=True):
                 if shift:
-                    W = row_GWD.shape[1]
-                    left, right = min(max(-shift, 0), W), min(max(shift, 0), W)
-                    kept = row_GWD[:, left : W - right].clone()
-                    row_GWD.zero_()[:, right : W - left] = kept
+                    is_new = slice(shift) if shift > 0 else slice(shift, None)
+                    row_GWD.copy_(row_GWD.roll(shift, dims=1))[:, is_new] = 0
 
 
 def relay_step(
@@ -159,9 +153,7 @@ def relay_step(
     contexts = [plan.context(s.context_end, s.reads_from) for s in segments]
     buffers.first = None
     if any(context.columns for context in contexts):
-        like = torch.empty(0, dtype=compute_dtype(draft, passes.device), device=passes.device)
-        B, L = batch["input_ids"].shape
-        buffers.prepare(draft.config, B, L, plan.most_context(), like)
+        buffers.prepare(passes)
     chunks = context_chunks(plan)
     least_a, least_b = min_passes or (0, 0)
 
@@ -175,9 +167,7 @@ def relay_step(
     for segment, context in zip(reversed(segments), reversed(contexts), strict=True):
         own = passes.own(segment)
         visibility = visibility_of(own, plan.num_depths, segment.num_depth0, segment.first_rollout, context=context)
-        read = buffers.context(context)
-        if read and backward is not None:
-            read = buffers.leaves(read)
+        read = buffers.context(context, with_gradients=backward is not None)
         has_labels = segment.supervised.numel() > 0
         # Sharded ranks and compiled drafters run every pass in full, whether it has something to learn or not.
         if has_labels or min_passes is not None or plan.static:
@@ -243,6 +233,7 @@ def _run_context(passes: Passes, buffers: RelayBuffers, columns: slice, reads_fr
     context = passes.plan.context(torch.full((B,), columns.start), torch.full((B,), reads_from))
     elements = passes.context_elements(context.end, n)
     visibility = visibility_of(elements, passes.plan.num_depths, n, first_rollout=n, context=context)
-    output = passes.run(elements, columns, visibility, context=buffers.context(context), keys_values_only=True)
+    read = buffers.context(context, with_gradients=False)
+    output = passes.run(elements, columns, visibility, context=read, keys_values_only=True)
     for (k, v), (key, value) in zip(buffers.keys_values, output.keys_values, strict=True):
         k[:, :, columns], v[:, :, columns] = key, value
