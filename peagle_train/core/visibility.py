@@ -94,7 +94,7 @@ class Visibility:
     num_depths: int
     cut: int = 0
     flex: dict[int, Any] = field(default_factory=dict)
-    _blocks: list[QueryBlock] | None = None
+    _blocks: list[QueryBlock] = field(default_factory=list)
     _masks: dict[int, Tensor] = field(default_factory=dict)
 
     def key_tables(self) -> tuple[Tensor, Tensor]:
@@ -116,11 +116,8 @@ class Visibility:
 
     def blocks(self, itemsize: int) -> list[QueryBlock]:
         """Cut the queries into blocks, each with the key ranges that it can see. CPU only: it reads the tables."""
-        if self._blocks is None:
-            self._blocks = self._plan_blocks(itemsize)
-        return self._blocks
-
-    def _plan_blocks(self, itemsize: int) -> list[QueryBlock]:
+        if self._blocks:
+            return self._blocks
         B, N = self.anchor.shape
         keys = self.num_context + self.num_depth0 + QUERY_BLOCK + self.num_depths
         size = max(1, min(QUERY_BLOCK, MASK_BLOCK_BYTES // (B * keys * itemsize)))
@@ -134,8 +131,7 @@ class Visibility:
         is_depth0_BM = self.depth[:, : self.num_depth0] == 0
         anchor_BM = self.anchor[:, : self.num_depth0]
         nowhere = torch.iinfo(torch.int64).max
-        blocks = []
-        for q0, q1 in zip(starts, [*starts[1:], N], strict=True):
+        for q0, q1 in pairwise([*starts, N]):
             real = self.depth[:, q0:q1] >= 0
             lo = int(torch.where(real, self.start[:, q0:q1], nowhere).min())
             hi = int(torch.where(real, self.anchor[:, q0:q1], -1).max()) + 1
@@ -149,8 +145,8 @@ class Visibility:
             first = max(context.start, int(self.start[:, q0:q1].max()))
             end = min(context.stop, int(self.anchor[:, q0:q1].min()) + 1, int(self.context_end.min()))
             seen = slice(first, end) if first < end and bool(real.all()) else slice(context.stop, context.stop)
-            blocks.append(QueryBlock(q0, q1, context, depth0, rollout, seen))
-        return blocks
+            self._blocks.append(QueryBlock(q0, q1, context, depth0, rollout, seen))
+        return self._blocks
 
     def block_mask(self, index: int, dtype: torch.dtype) -> Tensor:
         """The additive mask of block `index`: 0 where the query sees the key, -inf elsewhere, [B, 1, q, k] in `dtype`.
@@ -158,12 +154,16 @@ class Visibility:
         Keys are the block's three slices, in order.
         """
         block = self.blocks(dtype.itemsize)[index]
-        if index not in self._masks:
+        hidden = self._masks.get(index)
+        if hidden is None:
             hidden = self._hidden(block)
-            if sum(m.numel() for m in self._masks.values()) + hidden.numel() > MASK_CACHE_BYTES:
-                return _additive(block, hidden, dtype)
-            self._masks[index] = hidden
-        return _additive(block, self._masks[index], dtype)
+            if sum(m.numel() for m in self._masks.values()) + hidden.numel() <= MASK_CACHE_BYTES:
+                self._masks[index] = hidden
+        left, seen = block.seen.start - block.context.start, block.seen.stop - block.seen.start
+        mask = torch.zeros(*hidden.shape[:-1], seen + hidden.shape[-1], dtype=dtype)
+        mask[..., :left].masked_fill_(hidden[..., :left], float("-inf"))
+        mask[..., left + seen :].masked_fill_(hidden[..., left:], float("-inf"))
+        return mask
 
     def _hidden(self, block: QueryBlock) -> Tensor:
         """bool [B, 1, q, k]: the keys that a query does not see; those that all of them see are left out."""
@@ -187,11 +187,3 @@ def _on_grid(start: int, stop: int, limit: int, grid: int) -> slice:
     if start >= stop:
         return slice(0, 0)
     return slice(start // grid * grid, min(-(-stop // grid) * grid, limit))
-
-
-def _additive(block: QueryBlock, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    left, seen = block.seen.start - block.context.start, block.seen.stop - block.seen.start
-    mask = torch.zeros(*hidden.shape[:-1], seen + hidden.shape[-1], dtype=dtype)
-    mask[..., :left].masked_fill_(hidden[..., :left], float("-inf"))
-    mask[..., left + seen :].masked_fill_(hidden[..., left:], float("-inf"))
-    return mask
