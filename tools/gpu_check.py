@@ -59,7 +59,7 @@ from peagle_train.core.elements import Elements, gather_elements
 from peagle_train.core.flex import block_mask_of
 from peagle_train.core.flex import flex as attend_by_flex
 from peagle_train.core.passes import TargetOutputs, recompute_step, visibility_of
-from peagle_train.core.plan import plan_segments
+from peagle_train.core.plan import padding_share, plan_segments
 from peagle_train.core.visibility import Visibility
 from peagle_train.machine import GIB
 from peagle_train.target_model.frozen import FrozenTarget
@@ -178,7 +178,7 @@ def _step_of(check: Check, S: int, compiled: bool, supervised: float, with_targe
     row |= {**measured(one.accumulate, batch), "planned_gib": planned_gib(check, shape, one.recipe)}
     row["optimizer_ms"] = 1e3 * seconds_of(one.update)
     plan = one.runner.plan(batch)
-    row["slots_over_elements"] = plan.num_slots / plan.num_elements
+    row["slots_over_elements"] = 1 / (1 - padding_share([plan]))
     if not check.dry:
         flops = model_flops(shape, batch)
         row |= {"tflop": flops / 1e12, "mfu": flops / DATASHEET / row["ms"] * 1e3}

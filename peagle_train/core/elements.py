@@ -37,14 +37,8 @@ def gather_elements(
     batch: dict[str, Tensor], columns: slice, mask_token_id: int, window: int | None = None
 ) -> Elements:
     """The elements in `columns` of the flat batch (a segment is a slice of it)."""
-    return make_elements(
-        batch,
-        batch["anchor"][:, columns],
-        batch["depth"][:, columns],
-        batch["supervised"][:, columns],
-        mask_token_id,
-        window,
-    )
+    anchor, depth, supervised = (batch[name][:, columns] for name in ("anchor", "depth", "supervised"))
+    return make_elements(batch, anchor, depth, supervised, mask_token_id, window)
 
 
 def context_elements(batch: dict[str, Tensor], column: Tensor, window: int | None = None) -> Elements:

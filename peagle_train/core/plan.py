@@ -85,11 +85,6 @@ class Plan:
         """K"""
         return self.supervised_per_depth.numel()
 
-    @property
-    def num_slots(self) -> int:
-        """Of all segments and rows: elements and padding."""
-        return sum(s.num_elements * s.context_end.numel() for s in self.segments)
-
     def most_context(self, layers: int = 1) -> int:
         """Columns that a pass's context has at most, in any batch: what `layers` layers can reach."""
         if self.window is None:
@@ -113,7 +108,7 @@ class Plan:
 
 def padding_share(plans: Sequence[Plan]) -> float:
     """Share of the slots of these plans' passes that hold no element."""
-    slots = sum(plan.num_slots for plan in plans)
+    slots = sum(s.num_elements * s.context_end.numel() for plan in plans for s in plan.segments)
     return 1 - sum(plan.num_elements for plan in plans) / slots if slots else 0.0
 
 

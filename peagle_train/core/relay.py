@@ -53,7 +53,9 @@ class RelayBuffers:
         config, device, (B, L) = passes.draft.config, passes.device, passes.batch["input_ids"].shape
         heads, head_dim, W = config.num_key_value_heads, config.head_dim, passes.plan.most_context()
         assert heads is not None and head_dim is not None
-        dtype = compute_dtype(passes.draft, device)
+        dtype = passes.draft.dtype
+        if torch.is_autocast_enabled(device.type) and dtype != torch.float64:  # which it leaves as it is
+            dtype = torch.get_autocast_dtype(device.type)
         wanted = (config.num_hidden_layers, B, heads, L, W, head_dim, dtype, device)
 
         def pairs(columns: int, dtype: torch.dtype) -> list[KV]:
@@ -219,12 +221,6 @@ def context_chunks(plan: Plan) -> list[slice]:
         size = max(s.num_elements for s in plan.segments)
         chunks = [slice(start, min(start + size, end)) for start in range(first, end, size)]
     return [chunk for chunk in chunks if plan.read[chunk].any()]
-
-
-def compute_dtype(draft: PEagleDraft | CompiledDraft, device: torch.device) -> torch.dtype:
-    """The dtype of the drafter's keys and values: autocast's where that is on, which leaves float64 as it is."""
-    autocast = torch.is_autocast_enabled(device.type) and draft.dtype != torch.float64
-    return torch.get_autocast_dtype(device.type) if autocast else draft.dtype
 
 
 def _run_context(passes: Passes, buffers: RelayBuffers, columns: slice, reads_from: int) -> None:
