@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 Element = tuple[int, int]
@@ -17,6 +18,17 @@ Who = tuple[int, int, int]
 
 
 # Rows and draws (DESIGN 3)
+
+
+@st.composite
+def packed_rows(draw: st.DrawFn, most: int, vocab: int) -> dict[str, list[int]]:
+    """Documents of at most `most` tokens together, of ids below `vocab`."""
+    lengths = draw(st.lists(st.integers(1, most), max_size=5).filter(lambda n: sum(n) <= most))
+    n = sum(lengths)
+    mask = draw(st.lists(st.integers(0, 1), min_size=n, max_size=n) | st.just([1] * n) | st.just([0] * n))
+    ids = draw(st.lists(st.integers(0, vocab - 1), min_size=n, max_size=n))
+    documents = [i for i, length in enumerate(lengths) for _ in range(length)]
+    return {"input_ids": ids, "loss_mask": mask, "document_ids": documents}
 
 
 def drafter_rows(documents: Sequence[int]) -> list[int]:

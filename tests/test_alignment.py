@@ -60,14 +60,6 @@ def word_after(column: int) -> str | None:
     return WORDS[column + 1] if inside else None
 
 
-def test_the_table_follows_from_the_contract():
-    for (a, d), read, feature, position, predicted, trained in TABLE:
-        assert (read, feature) == ((WORDS[a + 1], WORDS[a]) if d == 0 else ("<mask>", "<mask>"))
-        assert position == a - DOCUMENTS.index(DOCUMENTS[a]) + d
-        assert predicted == word_after(a + d + 1)
-        assert trained == (MASK[a + d + 1] == 1)
-
-
 def handed_to_the_drafter(
     step: Callable[..., StepStats], batch: dict[str, Tensor]
 ) -> dict[tuple[int, int], tuple[str, str, int, str | None, bool]]:

@@ -1,12 +1,9 @@
-"""COD draws and Algorithm 1's segments: the reference's bit for bit, packed rows, and capacities that always hold."""
+"""COD draws, the reference's bit for bit; segments and capacities of a row. Any packed rows: test_collator."""
 
 import hashlib
-from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from peagle_train.core.cod import (
@@ -16,9 +13,7 @@ from peagle_train.core.cod import (
     generate_cod_sample_indices,
     sample_packed_row,
     segment_capacity,
-    segments_of,
 )
-from tests import oracles
 from tests.helpers import GOLDEN_DRAWS, RANDOM_DRAWS, golden_arguments, pairs, seeded, sha256
 
 
@@ -96,53 +91,6 @@ def test_a_lone_document_gets_the_references_draw_of_its_rows_padded_or_not(n, p
         padded_mask = torch.cat([mask, torch.zeros(padding, dtype=torch.int64)])
         found = sample_packed_row(padded_mask, packed([n], padding), K, ratio, floor, seeded(17))
         assert torch.equal(found[0], reference[0]) and torch.equal(found[1], reference[1])
-
-
-@st.composite
-def packed_rows(draw: st.DrawFn) -> Any:
-    lengths = draw(st.lists(st.integers(1, 12), max_size=6))
-    mask = draw(st.lists(st.integers(0, 1), min_size=sum(lengths), max_size=sum(lengths)) | st.just([1] * sum(lengths)))
-    padding = draw(st.integers(0, 4))
-    return packed(lengths, padding), torch.tensor(mask + [0] * padding)
-
-
-@given(
-    row=packed_rows(),
-    K=st.integers(1, 8),
-    ratio=st.sampled_from([0.3, 0.5, 0.8, 1.0]),
-    floor=st.sampled_from([0.0, 0.2, 1.0]),
-    seed=st.integers(0, 2**31),
-    most=st.none() | st.integers(1, 40),
-    share=st.floats(0, 1),
-)
-@settings(max_examples=150, deadline=None)
-def test_any_packed_rows_draw_is_the_slow_one_and_fits_into_the_static_capacity_however_it_is_cut(
-    row, K, ratio, floor, seed, most, share
-):
-    documents, mask = row
-    generator, slow = seeded(seed), seeded(seed)
-    anchor, depth = sample_packed_row(mask, documents, K, ratio, floor, generator, most)
-    assert pairs(anchor, depth) == oracles.draw_packed(mask.tolist(), documents.tolist(), K, ratio, floor, slow, most)
-    assert anchor.dtype == depth.dtype == torch.int64 and torch.equal(generator.get_state(), slow.get_state())
-
-    L = max(1, documents.numel())
-    S = 1 + round(share * (L - 1))
-    order = torch.randperm(anchor.numel(), generator=generator)
-    anchor, depth = anchor[order], depth[order]
-    assert anchor.numel() <= segment_capacity(L, K, ratio, floor, 1, max_anchors=most)
-    uniform = assign_cod_segments(anchor, depth, L, S)
-    bounds = torch.tensor([-(-s * L // S) for s in range(S + 1)])  # column p is in segment p * S // L
-    assert torch.equal(uniform, segments_of(anchor, depth, bounds))
-    assert uniform.tolist() == [oracles.segment_of(e, bounds.tolist()) for e in pairs(anchor, depth)]
-    assert uniform.bincount(minlength=S).max() <= segment_capacity(L, K, ratio, floor, S, "uniform", most)
-
-    C = segment_capacity(L, K, ratio, floor, S, "balanced", most)
-    bounds = balanced_boundaries(anchor, depth, L, S, C)
-    assert bounds.tolist() == oracles.cut_greedily(pairs(anchor, depth), L, S, C)
-    assert bounds.shape == (S + 1,) and bounds[0] == 0 and bounds[-1] == L
-    balanced = segments_of(anchor, depth, bounds)
-    assert balanced.tolist() == [oracles.segment_of(e, bounds.tolist()) for e in pairs(anchor, depth)]
-    assert balanced.bincount(minlength=S).max() <= C
 
 
 def test_the_capacities_of_a_row_are_the_formulas():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peagle_train.core.passes import TargetOutputs, recompute_step
 from peagle_train.core.plan import padding_share, plan_segments
-from peagle_train.core.relay import context_chunks, relay_step
+from peagle_train.core.relay import relay_step
 from tests import oracles
 from tests.helpers import (
     MASK_TOKEN,
@@ -75,18 +75,8 @@ def test_relay_and_algorithm_1_give_what_the_flat_pass_gives_with_a_static_plan_
         assert_same(outcome_of(step, draft, batch, target, scale=0.1, chunk_rows=7, plan=made), expected)
 
 
-@st.composite
-def packed_rows(draw: st.DrawFn) -> dict[str, Any]:
-    lengths = draw(st.lists(st.integers(1, 14), max_size=4).filter(lambda n: sum(n) <= 26))
-    n = sum(lengths)
-    mask = draw(st.lists(st.integers(0, 1), min_size=n, max_size=n) | st.just([1] * n) | st.just([0] * n))
-    ids = draw(st.lists(st.integers(0, MASK_TOKEN - 1), min_size=n, max_size=n))
-    documents = [i for i, length in enumerate(lengths) for _ in range(length)]
-    return {"input_ids": ids, "loss_mask": mask, "document_ids": documents}
-
-
 @given(
-    rows=st.lists(packed_rows(), min_size=1, max_size=3),
+    rows=st.lists(oracles.packed_rows(26, MASK_TOKEN), min_size=1, max_size=3),
     S=st.integers(1, 26),
     depths=st.integers(1, 6),
     ratio=st.sampled_from([0.5, 0.8, 1.0]),
@@ -169,8 +159,7 @@ def test_static_plans_have_eight_sizes_at_most_and_hold_every_element(S):
         batch = make_batch([{"input_ids": [1] * n, "loss_mask": [0] * (n - supervised) + [1] * supervised}], n, S, 8)
         plan = plan_segments(batch, static=True)
         sizes |= {s.num_elements for s in plan.segments}
-        held = sum(int((batch["depth"][:, s.columns] >= 0).sum()) for s in plan.segments)
-        assert held == (int((batch["depth"] >= 0).sum()) if supervised else 0)
+        assert plan.num_elements == (int((batch["depth"] >= 0).sum()) if supervised else 0)
     assert len(sizes) == 1 if S == 9 else 1 < len(sizes) <= 8
 
 
@@ -180,8 +169,6 @@ def test_static_plans_have_eight_sizes_at_most_and_hold_every_element(S):
         (1, "balanced", None, 2),
         (4, "balanced", K, 1),
         (9, "balanced", K + 1, 2),
-        (37, "balanced", None, 1),
-        (4, "uniform", K + 1, 2),
         (9, "uniform", None, 1),
         (37, "uniform", K, 2),
     ],
@@ -205,13 +192,8 @@ def test_a_plan_says_what_its_segments_hold(S, boundaries, window, layers):
     for s, segment in found.items():
         first = min(i for b in range(3) for i, one in enumerate(held[b][s]) if one in needed[b])
         own = [held[b][s][first:] for b in range(3)]
-        counts = [sum(d == 0 for *_, d in elements) for elements in own]
         earlier = [[one for t in range(s) for one in held[b][t] if one[2] == 0] for b in range(3)]
-        everyone = [one for elements in own for one in elements]
         assert segment.columns == slice(s * C + first, s * C + first + max(map(len, own)))
-        assert (segment.num_depth0, segment.first_rollout) == (max(counts), min(counts))
-        assert segment.context_end.tolist() == [max((a for _, a, _ in ones), default=-1) + 1 for ones in earlier]
-        assert segment.anchors == slice(min(a for _, a, _ in everyone), max(a for _, a, _ in everyone) + 1)
         start, _, P = plan.context(segment.context_end, segment.reads_from)
         lengths = []
         for b in range(3):
@@ -241,9 +223,6 @@ def test_of_a_long_sequence_whose_end_is_learned_little_more_than_the_windows_re
     step(draft, batch, target)
     first = n - learned - 1 - layers * (window - 1)
     assert run[first : n - 1].all() and not run[:first].any() and run.sum() <= 0.1 * n
-    plan = plan_segments(batch, window=window, layers=layers)
-    assert all(plan.context(s.context_end, s.reads_from).columns < window for s in plan.segments)
-    assert all(first <= chunk.start for chunk in context_chunks(plan))
 
 
 def test_algorithm_1_leaves_segments_without_labels_out_and_runs_the_context_of_the_others_again():
@@ -295,17 +274,6 @@ def test_a_batch_with_nothing_supervised_has_loss_zero_and_no_gradient(step, S):
         assert idle.untouched == [] and all((g == 0).all() for g in idle.gradients.values())
 
 
-def test_idle_passes_change_nothing():
-    draft, batch = make_draft(), make_batch(make_rows(L, documents=2, batch_size=2), L, 3, K)
-    target = make_target(batch)
-    expected = outcome_of(recompute_step, draft, batch, target)
-    for least, run in ((7, 7), (2, 3)):  # what is needed runs, whatever the minimum
-        with calls_of(draft) as passes:
-            found = outcome_of(recompute_step, draft, batch, target, min_passes=least)
-        assert len(passes) == run and (passes[-1] == 1) == (least > 3)
-        assert_same(found, expected, 0)
-
-
 @pytest.mark.parametrize("step", STEPS)
 def test_what_the_target_says_of_columns_that_nothing_reads_changes_nothing(step):
     """Padding columns, each document's last features, and the hidden states behind unsupervised elements."""
@@ -345,14 +313,6 @@ def test_under_bfloat16_autocast_segments_are_as_near_to_float64_as_the_flat_pas
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_a_step_counts_by_the_batchs_own_depths_whichever_were_drawn(step):
-    draft, batch = make_draft(), make_batch([{"input_ids": [1, 2, 3], "loss_mask": [0, 1, 1]}], L, 3, K)
-    assert int(batch["depth"].max()) == 0
-    stats = step(draft, batch, make_target(batch), backward=None)
-    assert stats.totals.tolist() == batch["supervised_per_depth"][0].tolist() and len(stats.hits) == K
-
-
-@pytest.mark.parametrize("step", STEPS)
 def test_what_does_not_fit_the_drafter_or_the_batch_is_refused(step):
     draft, rows = make_draft(), make_rows(L, batch_size=2, padding=4)
     batch = make_batch(rows, L, 3, K)
@@ -363,11 +323,8 @@ def test_what_does_not_fit_the_drafter_or_the_batch_is_refused(step):
     features, last_hidden = right.features, right.last_hidden
     for name, wrong in [
         ("features", features[:, : longest - 1]),
-        ("features", features[:1]),
         ("features", features.repeat(1, 2, 1)),
         ("features", features[0]),
-        ("features", features[..., 1:]),
-        ("last_hidden", last_hidden[:, : longest - 1]),
         ("last_hidden", last_hidden.repeat(2, 1, 1)),
         ("last_hidden", last_hidden[..., 1:]),
         ("head", right.head[1:]),
