@@ -17,32 +17,22 @@ from peagle_train.core.cod import (
 from tests.helpers import GOLDEN_DRAWS, RANDOM_DRAWS, golden_arguments, pairs, seeded, sha256
 
 
-@pytest.mark.parametrize("case", GOLDEN_DRAWS, ids=lambda case: f"seed{case['seed']}")
-def test_the_reference_draws_are_reproduced_bit_for_bit_from_the_global_generator_or_a_given_one(case):
-    assert len(GOLDEN_DRAWS) == 13 and sum("anchor" in case for case in GOLDEN_DRAWS) == 9
-    torch.manual_seed(case["seed"])
-    drawn = generate_cod_sample_indices(*golden_arguments(case))
-    before = torch.get_rng_state()
-    for anchor, depth in (drawn, generate_cod_sample_indices(*golden_arguments(case), generator=seeded(case["seed"]))):
-        assert (anchor.dtype, depth.dtype, anchor.shape) == (torch.int64, torch.int64, (case["total"],))
-        assert (sha256(anchor), sha256(depth)) == (case["anchor_sha256"], case["depth_sha256"])
-        if "anchor" in case:
-            assert (anchor.tolist(), depth.tolist()) == (case["anchor"], case["depth"])
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_draws_of_random_arguments_their_segments_and_the_generators_state_after_them_are_the_references():
-    assert len(RANDOM_DRAWS) == 300 and any(case["num_segments"] > case["seq_length"] for case in RANDOM_DRAWS)
+def test_draws_their_segments_and_the_generators_state_after_them_are_the_references_bit_for_bit():
+    assert (len(GOLDEN_DRAWS), len(RANDOM_DRAWS)) == (13, 300)
+    assert any(case["num_segments"] > case["seq_length"] for case in RANDOM_DRAWS)
     for case in GOLDEN_DRAWS + RANDOM_DRAWS:
         generator = seeded(case["seed"])
         anchor, depth = generate_cod_sample_indices(*golden_arguments(case), generator=generator)
         segment = assign_cod_segments(anchor, depth, case["seq_length"], case["num_segments"])
-        assert segment.dtype == torch.int64
+        assert anchor.dtype == depth.dtype == segment.dtype == torch.int64
         found = sha256(anchor), sha256(depth), sha256(segment)
         assert found == (case["anchor_sha256"], case["depth_sha256"], case["segment_sha256"]), case
         if "rng_state" in case:
             state = hashlib.sha256(generator.get_state().numpy().tobytes()).digest()[:8]
             assert int.from_bytes(state, "little") == case["rng_state"], case
+        torch.manual_seed(case["seed"])  # without a generator, torch's own
+        drawn = generate_cod_sample_indices(*golden_arguments(case))
+        assert torch.equal(drawn[0], anchor) and torch.equal(drawn[1], depth)
 
 
 def test_4096_supervised_rows_give_the_published_numbers_of_elements_by_default():
