@@ -9,7 +9,6 @@ from torch import Tensor
 from peagle_train.core.cod import (
     assign_cod_segments,
     balanced_boundaries,
-    drafter_rows,
     generate_cod_sample_indices,
     sample_packed_row,
     segment_capacity,
@@ -96,16 +95,6 @@ def test_the_capacities_of_a_row_are_the_formulas():
     assert segment_capacity(16, 1, 0.7, 0.2, 4) == segment_capacity(16, 1, 0.7, 0.2, 4, "uniform") == 4
 
 
-def test_a_capacity_that_is_too_small_is_noticed_and_wrong_numbers_and_kinds_of_segments_are_named():
+def test_a_capacity_that_is_too_small_is_noticed():
     with pytest.raises(AssertionError, match="do not hold"):
         balanced_boundaries(torch.arange(20), torch.zeros(20), 20, 2, 9)
-    for S in (0, 9):
-        with pytest.raises(ValueError, match=f"num_segments is {S}; it must lie in 1..8"):
-            segment_capacity(8, 4, 0.7, 0.2, S)
-    with pytest.raises(ValueError, match="boundaries is 'equal'; it must be balanced or uniform"):
-        segment_capacity(8, 4, 0.7, 0.2, 2, "equal")
-
-
-def test_drafter_rows_are_the_columns_whose_right_neighbour_is_of_their_document():
-    documents = torch.tensor([[0, 0, 0, 1, 2, 2, -1, -1], [5, 5, 3, 3, 5, 5, 5, 5]])
-    assert drafter_rows(documents).int().tolist() == [[1, 1, 0, 0, 1, 0, 0, 0], [1, 0, 1, 0, 1, 1, 1, 0]]

@@ -254,8 +254,9 @@ def test_a_row_that_is_wrong_says_what_is_wrong(row, message):
 
 def test_a_collator_that_cannot_be_is_refused():
     for options, message in (
+        ({"num_segments": 0}, "num_segments is 0; it must lie in 1..24"),
         ({"num_segments": 25}, "num_segments is 25; it must lie in 1..24"),
-        ({"boundaries": "even"}, "boundaries is 'even'"),
+        ({"boundaries": "even"}, "boundaries is 'even'; it must be balanced or uniform"),
         ({"num_depths": 0}, "num_depths is 0"),
     ):
         with pytest.raises(ValueError, match=message):
