@@ -181,6 +181,7 @@ GONE: dict[str, tuple[list[Any], str]] = {
     "train.muon_learning_rate": ([2e-3], "Muon's steps are of the size of AdamW's, at train.learning_rate"),
     "draft.embeddings_from_target": ([True], "embeddings are the target's where the drafter has its width"),
     "draft.lm_head_from_target": ([True], "the head is the target's where the drafter has its width"),
+    "train.average": ([0.0], "the mean of the last steps' weights was no better than the last step's"),
     "train.compile_mode": (["default"], "set TORCHINDUCTOR_MAX_AUTOTUNE=1 in the environment"),
     "target.device_map": ([None], "take target.shard or target.server"),
 }
@@ -462,8 +463,6 @@ class Train:
     """How the learning rate falls after the warm-up; constant_with_decay: linearly to 0 at the end of the run only."""
     decay_ratio: Annotated[float, within(gt=0, le=1)] = 0.2
     """Share of the steps in which constant_with_decay falls."""
-    average: Share = 0.0
-    """Share of the steps, the last ones, whose weights' mean is the final drafter; 0: the last step's are."""
     warmup_ratio: Share = 0.0025
     """Share of the steps in which the learning rate rises."""
     weight_decay: Annotated[float, within(ge=0, le=1)] = 0.0

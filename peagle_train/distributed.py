@@ -223,8 +223,5 @@ def load_full(
             states.setdefault(name, {})[kind] = value.clone()
         # torch makes a step at rate 0 here, to have a state that it can fill; the weights come after it
         groups = dcp.get_optimizer_state_dict(model, optimizers)["param_groups"]
-        if any("average" in state for state in states.values()):  # the trainer's, which torch does not make
-            for state, parameter in ((o.state[p], p) for o in optimizers for p in o.state):
-                state["average"] = torch.zeros_like(parameter)
         dcp.set_optimizer_state_dict(model, optimizers, {"state": states, "param_groups": groups}, options=options)
     dcp.set_model_state_dict(model, dict(weights), options=options)

@@ -224,7 +224,7 @@ def plan_memory(s: Sizes, num_segments: int, all_supervised: bool = False) -> Me
         "drafter weights": s.parameters * m // ranks + gathered + 8 * V + s.draft.vocab_size,
         # Sharded ones stay whole until the step's last pass reduces them.
         "gradients": s.trained * m // (1 if again else ranks),
-        "optimizer": ((2 + (train.average > 0)) * s.trained - by_muon) * m // ranks,
+        "optimizer": (2 * s.trained - by_muon) * m // ranks,
         "keys, values": L * of_column * c if relay else 0,
         "their gradients": most_context(s) * of_column * m if relay else 0,
         ("CUDA context" if s.on_cuda else "libraries"): CUDA_CONTEXT if s.on_cuda else CPU_EXTRA,

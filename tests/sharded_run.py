@@ -98,8 +98,6 @@ def stepped(
         assert norm > 10 and type(norm) is Tensor
         for optimizer in optimizers:
             optimizer.step()
-            for parameter, state in optimizer.state.items():  # as train.average has it
-                state["average"] = state.get("average", 0) + parameter.detach() / 8
     return draft, optimizers
 
 

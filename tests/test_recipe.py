@@ -216,6 +216,7 @@ def test_keys_of_before_are_ignored_where_they_change_nothing_and_refused_with_a
         ("draft.embeddings_from_target", "true", "false"),
         ("draft.lm_head_from_target", "true", "false"),
         ("train.muon_learning_rate", "0.002", "0.02"),
+        ("train.average", "0.0", "0.2"),
         ("draft.vocab_from", "null", "x"),
         ("target.device_map", "null", "auto"),
         ("data.max_documents", "null", "7"),

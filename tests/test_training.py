@@ -153,18 +153,6 @@ def test_muon_follows_the_schedule_from_its_first_step_whose_rate_is_0_on(train)
     assert all(torch.equal(muon[name], weight) for name, weight in adamw.items())
 
 
-def test_the_final_drafter_is_the_mean_of_the_last_steps_weights(train):
-    settings = {"max_steps": 5, "save_steps": 1, "average": 0.6, "weight_decay": 0.1}
-    data = {"eval_fraction": 0.3}
-    plain, averaged = train("plain", data=data, train={**settings, "average": 0.0}), train(data=data, train=settings)
-    steps = [drafter(folder) for folder in (plain / "checkpoint-3", plain / "checkpoint-4", plain / "final")]
-    for name, weight in drafter(averaged / "final").items():
-        mean = sum(step[name].double() for step in steps) / 3
-        assert torch.allclose(weight.double(), mean, rtol=0, atol=1e-14), name
-    losses, theirs = ([line["loss"] for line in lines(output, "eval")] for output in (averaged, plain))
-    assert len(losses) == 2 and losses[0] == theirs[0] and losses[1] != theirs[1]
-
-
 @pytest.mark.parametrize("name", ["train", "cache"])
 def test_a_device_that_is_neither_a_cpu_nor_a_gpu_is_refused_before_anything_is_loaded(
     name, tmp_path, tiny_rows, monkeypatch, capsys

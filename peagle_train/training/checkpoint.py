@@ -3,8 +3,8 @@
     run.json                             whose folder this is, and how far the run came
     checkpoint-<step>/
         config.json, model.safetensors   the drafter as vLLM loads it, in the dtype it is trained in
-        optimizer.state                  AdamW's exp_avg, exp_avg_sq and step, Muon's momentum_buffer and
-                                         train.average's average, as KIND.PARAMETER
+        optimizer.state                  AdamW's exp_avg, exp_avg_sq and step, Muon's momentum_buffer, as
+                                         KIND.PARAMETER
         state.json                       step, position in the data, best, fingerprints, versions, recipe
         recipe.yaml                      the resolved recipe, for people
         manifest.json                    size and sha256 of all of the above

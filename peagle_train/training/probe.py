@@ -40,12 +40,11 @@ def probe_step(
         position = torch.cat([torch.arange(L - L // 2), torch.arange(L // 2)])
         packed = {"input_ids": ids.expand(B, -1), "position_ids": position.expand(B, -1).contiguous()}
         target.outputs(packed, draft.lm_head.weight)
-    # States, AdamW's two, Muon's one and the average, are there in all later steps; in a resumed run, already.
+    # States, AdamW's two and Muon's one, are there in all later steps; in a resumed run, already.
     parameters = [(o, p) for o in optimizers for group in o.param_groups for p in group["params"] if not o.state.get(p)]
     states: list[Tensor] = []
     for optimizer, parameter in parameters:
-        many = 1 + isinstance(optimizer, torch.optim.AdamW) + (recipe.train.average > 0)
-        states += [torch.zeros_like(parameter) for _ in range(many)]
+        states += [torch.zeros_like(parameter) for _ in range(1 + isinstance(optimizer, torch.optim.AdamW))]
     batch = collator([row] * B)
     try:
         accumulate([batch] * min(2, recipe.train.gradient_accumulation_steps))

@@ -90,7 +90,7 @@ class Trainer:
         self.following: deque[Batch] = deque()
         """Micro-batches after those of this step: at least the next one's, more where the target wants to know of them."""
         # What a checkpoint saves beside weights and moments, and `restore` puts back:
-        self.step, self.saved_step, self.bad_in_a_row, self.averaged, self.evaluated = 0, -1, 0, 0, 0
+        self.step, self.saved_step, self.bad_in_a_row, self.evaluated = 0, -1, 0, 0
         self.before: dict[str, Any] | None = None
         self.best: dict[str, Any] | None = None
         self.resumed: checkpoints.Checkpoint | None = None
@@ -161,13 +161,7 @@ class Trainer:
     def _finish(self) -> dict[str, Any]:
         seconds = self.seconds()
         summary = {"state": "finished", "drafter": "final", "steps": self.step, "train_seconds": seconds}
-        title = "held-out after training"
-        if self.recipe.train.average and self.averaged:
-            title += f", the mean of {self.averaged} steps' weights"
-            if self.recipe.target.server:  # it may be lost now, and the last step's weights with it
-                self.save_checkpoint()
-            self._average(lambda weight, mean: weight.copy_(mean))
-        after = self.evaluate(title)
+        after = self.evaluate("held-out after training")
         self._save_drafter(self.folder / "final")
         if self.runner.ring:
             self.runner.ring.remove()
@@ -267,7 +261,7 @@ class Trainer:
         # The step's one wait for the device: a non-finite step must not reach the weights.
         is_finite = torch.isfinite(norm) & torch.isfinite(stats.loss)
         applied, stop = map(bool, torch.cat([is_finite.long()[None], asked]).tolist())
-        rate, train = self.rate_after(self.step), self.recipe.train
+        rate = self.rate_after(self.step)
         with record_function("peagle::optimizer"):
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
@@ -275,26 +269,12 @@ class Trainer:
                 if applied:
                     optimizer.step()
             self.draft.zero_grad()
-            if self.step < self.num_steps - round(train.average * self.num_steps):
-                self.averaged = 0  # perhaps not yet: a run that was to be shorter may have begun
-            elif applied and train.average:
-                self.averaged += 1
-                self._average(lambda weight, mean: mean.lerp_(weight, 1 / self.averaged))
         self.step += 1
         self.bad_in_a_row = 0 if applied else self.bad_in_a_row + 1
         if applied:
             self.recent.append(torch.stack([stats.hits, stats.totals]))
         self.pace.step(batches)
         return StepResult(stats, plans, norm, rate, applied, stop)
-
-    @torch.no_grad()
-    def _average(self, function: Callable[[Tensor, Tensor], object]) -> None:
-        """Call a function of each trained weight and its mean, which lies beside the optimizers' moments."""
-        for optimizer in self.optimizers:
-            for weight, state in optimizer.state.items():
-                if "average" not in state:
-                    state["average"] = torch.zeros_like(weight)
-                function(weight, state["average"])
 
     def rate_after(self, step: int) -> float:
         """The learning rate of the step after `step`: a warm-up, then `train.schedule`, to 0 at the end or constant."""
@@ -391,7 +371,6 @@ class Trainer:
             "num_steps": self.num_steps,
             "learning_rates": [self.rate_after(self.step)],
             "bad_steps_in_a_row": self.bad_in_a_row,
-            "averaged": self.averaged,
             "evaluated": self.evaluated,
             "train_seconds": self.seconds(),
             "before": self.before,
@@ -441,8 +420,7 @@ class Trainer:
         check_finite(weights, f"--resume: {folder}'s")
         distributed.load_full(self.draft, self.optimizers, weights, moments)
         self.step = self.saved_step = self.sampler.start_step = state["step"]
-        self.bad_in_a_row, self.averaged = state["bad_steps_in_a_row"], state.get("averaged", 0)
-        self.evaluated = state.get("evaluated", self.step)
+        self.bad_in_a_row, self.evaluated = state["bad_steps_in_a_row"], state.get("evaluated", self.step)
         self.before, self.best, self.seconds_before = state["before"], state["best"], state["train_seconds"]
         self.resumed = checkpoint
         return notes
