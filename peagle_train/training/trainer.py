@@ -32,7 +32,7 @@ from peagle_train.data.sampler import StepBatchSampler
 from peagle_train.data.training_data import make_collator
 from peagle_train.ending import Signals, leave_to_parent
 from peagle_train.files import NonFiniteWeights, RunStopped, save_tensors, write_bytes, write_json
-from peagle_train.machine import peak_ram
+from peagle_train.machine import GIB, peak_ram
 from peagle_train.memory import memory_explained
 from peagle_train.serving.drafter_io import check_finite, fill_drafter, read_config, save_drafter
 from peagle_train.serving.formats import parse_config
@@ -43,7 +43,6 @@ from peagle_train.target_model.ring import Ring, block_steps
 from peagle_train.training import checkpoint as checkpoints
 from peagle_train.training import metrics
 from peagle_train.training.evaluate import Evaluator
-from peagle_train.training.probe import probe_step
 from peagle_train.training.step import Batch, BatchRunner, StepResult, add_up, make_optimizers
 
 
@@ -113,8 +112,7 @@ class Trainer:
             with memory_explained(self.recipe, where), self.signals:
                 probe = self.recipe.train.probe
                 if probe is True or (probe == "auto" and self.device.type == "cuda"):
-                    parts = self.recipe, self.target, self.draft, self.collator, self.optimizers
-                    self.reporter.say(probe_step(*parts, self.accumulate))
+                    self.reporter.say(self.probe())
                 return self._run(steps)
         finally:
             self.target.close()
@@ -190,6 +188,43 @@ class Trainer:
     def seconds(self) -> float:
         """Spent in training, over all of the run's parts."""
         return self.seconds_before + time.perf_counter() - self.started
+
+    def peak_memory(self) -> int:
+        """Bytes: of the device's, since the probe, or of RAM, since the process began."""
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else peak_ram()
+
+    def probe(self) -> str:
+        """Run one step on every rank and undo it; returns the line that says what it took on this rank.
+
+        Sequences that are full, supervised throughout and as long as they get need all that any step can need. No weight,
+        optimizer state, generator or file changes. torch.OutOfMemoryError: it does not fit, and nor would the run.
+        """
+        recipe, target, draft = self.recipe, self.target, self.draft
+        B, L = recipe.train.batch_size, recipe.data.max_length
+        ids = torch.randint(target.vocab_size - 1, (L,), generator=torch.Generator().manual_seed(0))
+        ids += ids >= draft.mask_token_id  # which no sequence may hold
+        row: dict[str, Any] = {"input_ids": ids, "loss_mask": torch.ones_like(ids), "row_key": 0, "epoch": 0}
+        if not (recipe.target.cache or recipe.target.server):
+            # Sequences of several documents may take a mask of L x L, which a document alone does without.
+            position = torch.cat([torch.arange(L - L // 2), torch.arange(L // 2)])
+            packed = {"input_ids": ids.expand(B, -1), "position_ids": position.expand(B, -1).contiguous()}
+            target.outputs(packed, draft.lm_head.weight)
+        # States, AdamW's two and Muon's one, are there in all later steps; in a resumed run, already.
+        states: list[Tensor] = []
+        for optimizer in self.optimizers:
+            stateless = [p for group in optimizer.param_groups for p in group["params"] if not optimizer.state.get(p)]
+            for _ in range(1 + isinstance(optimizer, torch.optim.AdamW)):
+                states += map(torch.zeros_like, stateless)
+        batch = self.collator([row] * B)
+        self.accumulate([batch] * min(2, recipe.train.gradient_accumulation_steps))
+        distributed.clip_gradients(self.trained, math.inf)
+        del states, batch
+        draft.zero_grad()
+        line = f"fits: peak {self.peak_memory() / GIB:.2f} GiB in a full-length step (train.probe)"
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return line
 
     # A step
 
@@ -314,7 +349,6 @@ class Trainer:
             self.evaluate(f"held-out at step {self.step}")
 
     def _log(self, result: StepResult) -> None:
-        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else peak_ram()
         values = {
             "step": self.step,
             "num_steps": self.num_steps,
@@ -322,7 +356,7 @@ class Trainer:
             "learning_rate": result.learning_rate,
             "grad_norm": float(result.grad_norm),
             "padding_share": padding_share(result.plans),
-            "peak_memory_bytes": peak,
+            "peak_memory_bytes": self.peak_memory(),
             **self.pace.numbers(self.num_steps - self.step),
             "recompiles": None if self.runner.graphs is None else self.runner.graphs.recompiles,
             "seconds": time.perf_counter() - self.reporter.start_time,
