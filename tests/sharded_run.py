@@ -25,8 +25,7 @@ from peagle_train.distributed import (
     world_mesh,
 )
 from peagle_train.target_model.frozen import FrozenTarget
-from peagle_train.training.evaluate import mass_outside
-from peagle_train.training.step import make_optimizers
+from peagle_train.training.step import make_optimizers, mass_outside
 from tests.fsdp_run import make_draft
 from tests.ranks_run import make_trainer
 

@@ -16,7 +16,7 @@ from peagle_train.config import Target
 from peagle_train.core.collator import CODCollator
 from peagle_train.target_model.frozen import FrozenTarget, TargetLost
 from peagle_train.target_model.server import ServedTarget, take
-from peagle_train.training.evaluate import Evaluator
+from peagle_train.training.step import Evaluator
 from tests.chat_fake import MODEL, FakeServer, serving
 from tests.helpers import command
 from tests.runs import EVALUATED, drafter, last_error, metrics, run, same_tensors

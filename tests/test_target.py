@@ -23,7 +23,7 @@ from peagle_train.target_model.packed import (
     plan_runs,
     varlen_serves,
 )
-from peagle_train.training.evaluate import mass_outside
+from peagle_train.training.step import mass_outside
 from tests.helpers import seeded
 from tests.tiny import VOCAB, make_target
 

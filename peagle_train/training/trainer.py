@@ -42,8 +42,7 @@ from peagle_train.target_model.loading import target_fingerprint
 from peagle_train.target_model.ring import Ring, block_steps
 from peagle_train.training import checkpoint as checkpoints
 from peagle_train.training import metrics
-from peagle_train.training.evaluate import Evaluator
-from peagle_train.training.step import Batch, BatchRunner, StepResult, add_up, make_optimizers
+from peagle_train.training.step import Batch, BatchRunner, Evaluator, StepResult, add_up, make_optimizers
 
 
 class Trainer:
