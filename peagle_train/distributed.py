@@ -99,7 +99,7 @@ def wait_for_all() -> None:
     from_all(None)
 
 
-def agree(values: dict[str, str]) -> None:
+def agree(values: dict[str, Any]) -> None:
     """Wait for all ranks; ValueError where a value, by the words for it, is not that of rank 0."""
     for what, value in from_all(values)[0].items():
         if value != values[what]:

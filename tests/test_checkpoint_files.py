@@ -94,7 +94,7 @@ def test_a_checkpoint_of_another_format_or_under_another_steps_name_is_refused(t
         assert described == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     assert set(manifest["files"]) == set(ROLES)
     folder = folder.rename(tmp_path / "checkpoint-8")
-    for changes in ({}, {"step": 8, "format": 1}, {"step": 8, "files": {}}):  # format 1 is that of version 0.1.0
+    for changes in ({}, {"step": 8, "format": 1}):  # format 1 is that of version 0.1.0
         (folder / files.MANIFEST).write_text(json.dumps({**manifest, **changes}))
         with pytest.raises(ValueError, match="format 2"):
             files.verify_checkpoint(folder)

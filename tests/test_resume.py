@@ -1,7 +1,6 @@
 """Runs that were stopped continue as if they had not been, bit for bit, or not at all, with a clear line."""
 
 import errno
-import hashlib
 import json
 import shutil
 from dataclasses import asdict
@@ -17,7 +16,6 @@ import peagle_train.training.checkpoint as checkpoint_module
 import peagle_train.training.trainer as trainer_module
 from peagle_train.__main__ import main
 from peagle_train.config import load_recipe
-from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.training.step import make_optimizers
 from tests.runs import (
     EVALUATED,
@@ -116,20 +114,15 @@ def test_a_finished_run_says_so_and_writes_nothing_and_a_named_checkpoint_trains
     shutil.rmtree(output / "final")
     run(recipe, "--resume")
     assert_same_run(output, begun.whole)
-    # Asked for by name, it continues to more steps, and says what becomes of the learning rate.
+    # Asked for by name, it continues to more steps.
     run(recipe, "--resume", str(output / "checkpoint-8"), "train.max_steps=12")
-    assert "steps 9 -> 12: at step 8 the learning rate jumps" in capsys.readouterr().out
     assert json.loads((output / "run.json").read_text())["steps"] == 12
     assert [line["step"] for line in metrics(output) if line["kind"] == "train"] == list(range(1, 13))
 
 
-def test_what_is_no_run_is_one_line_and_a_complete_checkpoint_is_enough_whatever_became_of_the_marker(
-    tmp_path, begun, capsys
-):
-    recipe, marker = begun.copy(tmp_path), tmp_path / "run" / "run.json"
-    marker.write_text('{"state": ')
-    run(recipe, "--resume", "train.max_steps=5")  # this much only
-    marker.unlink()
+def test_what_is_no_run_is_one_line_and_a_complete_checkpoint_is_enough_without_the_marker(tmp_path, begun, capsys):
+    recipe = begun.copy(tmp_path)
+    (tmp_path / "run" / "run.json").unlink()
     run(recipe, code=2)  # a plain start says that there is a run
     assert "already holds a run; resume it (--resume)" in last_error(capsys)
     run(recipe, f"output.dir={begun.target}", code=2)
@@ -138,6 +131,7 @@ def test_what_is_no_run_is_one_line_and_a_complete_checkpoint_is_enough_whatever
     assert "give a checkpoint-<step>" in last_error(capsys)
     run(recipe, "--resume", f"output.dir={tmp_path / 'nothing'}", code=2)
     assert "holds no complete checkpoint" in last_error(capsys) and not (tmp_path / "nothing").exists()
+    run(recipe, "--resume", "train.max_steps=5")  # this much only
 
 
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_offered_by_name(tmp_path, begun, capsys):
@@ -159,9 +153,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_offered_by_nam
     assert "start over in a new folder" in last_error(capsys)
 
 
-def test_changes_of_the_recipe_are_shown_and_those_that_would_make_it_another_run_are_refused_by_name(
-    tmp_path, begun, capsys
-):
+def test_changes_of_the_recipe_that_would_make_it_another_run_are_refused_by_name(tmp_path, begun, capsys):
     recipe = begun.copy(tmp_path)
     before = contents(tmp_path / "run")
     run(recipe, "--resume", "train.learning_rate=1.0", "cod.down_sample_ratio=0.5", "data.max_length=33", code=2)
@@ -178,7 +170,7 @@ def test_changes_of_the_recipe_are_shown_and_those_that_would_make_it_another_ru
     for changed, named in (
         (f"data.sources=[{rows}]", "training data"),
         ("data.max_eval_rows=1", "held-out data"),
-        ("train.batch_size=2", "sequences of a step is not that of checkpoint-5 ("),
+        ("train.batch_size=2", "not what checkpoint-5 was trained with: sequences of a step:"),
         ("train.max_steps=4", "after the 4 steps"),
         (f"target.path={target}", "target's config and weights"),
     ):
@@ -189,36 +181,25 @@ def test_changes_of_the_recipe_are_shown_and_those_that_would_make_it_another_ru
     shutil.copy(begun.rows, moved)
     shutil.copytree(begun.target, copy)
     run(recipe, "--resume", f"data.sources=[{moved}]", "data.num_workers=1", "train.keep_last=1", f"target.path={copy}")
-    printed = capsys.readouterr().out
-    assert "train.keep_last null -> 1" in printed and "data.num_workers 0 -> 1" in printed
     assert_same_run(tmp_path / "run", begun.whole)
 
 
-def test_a_checkpoint_of_before_a_setting_resumes_with_its_default_alone_in_more_segments_too(tmp_path, begun, capsys):
-    recipe, folder = begun.copy(tmp_path), tmp_path / "run" / "checkpoint-5"
-    state, manifest = (json.loads((folder / name).read_text()) for name in ("state.json", "manifest.json"))
-    for key in ("train.depth_decay", "cod.max_anchors", "draft.window", "draft.layer_type", "draft.fc_norm"):
-        section, leaf = key.split(".")
-        del state["recipe"][section][leaf]
-    content = json.dumps(state).encode()
-    (folder / "state.json").write_bytes(content)
-    manifest["files"]["state.json"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    for changed in ("train.depth_decay=0.5", "cod.max_anchors=3", "draft.window=8", "draft.fc_norm=true"):
-        run(recipe, "--resume", changed, code=2)
-        assert changed.split("=")[0] in last_error(capsys)
-    run(recipe, "--resume", "draft.layer_type=qwen3", code=2)
-    assert "layer_type llama" in last_error(capsys)
-    # Out of memory, a run continues in more segments.
-    run(recipe, "--resume", "draft.layer_type=llama", "cod.num_segments=5", "train.segment_mode=recompute")
-    assert "cod.num_segments 3 -> 5" in capsys.readouterr().out
+def test_a_setting_that_a_checkpoints_version_did_not_have_was_its_default(tmp_path, begun):
+    recipe = begun.copy(tmp_path)
+    old, new = (asdict(load_recipe(recipe, changes)) for changes in ([], ["train.depth_decay=0.5"]))
+    del old["train"]["depth_decay"], old["cod"]["max_anchors"]
+    checkpoint_module.check_recipe(old, asdict(load_recipe(recipe)), "checkpoint-5")
+    with pytest.raises(ValueError, match=r"train\.depth_decay 1\.0 -> 0\.5"):
+        checkpoint_module.check_recipe(old, new, "checkpoint-5")
+
+
+def test_a_run_that_was_out_of_memory_continues_in_more_segments(tmp_path, begun):
+    run(begun.copy(tmp_path), "--resume", "cod.num_segments=5", "train.segment_mode=recompute")
     ours, theirs = drafter(tmp_path / "run" / "final"), drafter(begun.whole / "final")
     assert all(torch.allclose(ours[n], t, rtol=0, atol=1e-9) for n, t in theirs.items())
 
 
-def test_a_run_that_started_from_another_drafter_resumes_and_its_own_checkpoint_can_stand_in_for_it(
-    tmp_path, tiny, monkeypatch
-):
+def test_a_run_that_started_from_another_drafter_resumes_without_it(tmp_path, tiny, monkeypatch):
     # Of another shape than the recipe and the target would give, and another vocabulary.
     shape = {"intermediate_size": 20, "num_key_value_heads": 4, "rope_theta": 77.0, "draft_vocab_size": 31}
     shape["rope_scaling"] = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
@@ -232,30 +213,8 @@ def test_a_run_that_started_from_another_drafter_resumes_and_its_own_checkpoint_
     run(parts, "--resume")
     assert_same_run(output, tmp_path / "whole" / "run")
     shutil.rmtree(source)
-    run(parts, "--resume", f"output.dir={tmp_path / 'again'}", f"draft.init_from={tmp_path / 'again' / 'checkpoint-1'}")
+    run(parts, "--resume", f"output.dir={tmp_path / 'again'}")
     assert_same_run(tmp_path / "again", tmp_path / "whole" / "run")
-
-
-def test_best_is_not_named_where_it_holds_another_steps_drafter(tmp_path, begun):
-    recipe, output = begun.copy(tmp_path), tmp_path / "run"
-    file = output / "best.json"
-    assert json.loads(file.read_text())["folder"] == "best"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "step": 77}))  # which the resumed run has undone
-    run(recipe, "--resume", "train.eval_steps=null", "train.max_steps=6")
-    best = json.loads((output / "run.json").read_text())["best"]
-    assert best["step"] == 3 and best["folder"] is None
-
-
-def test_muon_does_not_go_on_in_steps_of_another_size(tmp_path, begun):
-    recipe = load_recipe(begun.copy(tmp_path), ["train.optimizer=muon"])
-    old, new = asdict(recipe), asdict(recipe)
-    assert checkpoint_module.compare_recipes(old, new, "checkpoint-5") == []
-    of_adamw = {**new, "train": {**new["train"], "optimizer": "adamw"}}
-    before = {**of_adamw, "train": {**of_adamw["train"], "muon_learning_rate": 2e-3}}
-    assert checkpoint_module.compare_recipes(before, of_adamw, "checkpoint-5") == []
-    old["train"]["muon_learning_rate"] = 2e-3
-    with pytest.raises(ValueError, match="Muon's steps"):
-        checkpoint_module.compare_recipes(old, new, "checkpoint-5")
 
 
 def test_resume_takes_a_folder_and_nothing_else_for_its_own(tmp_path, monkeypatch):
@@ -269,15 +228,6 @@ def test_resume_takes_a_folder_and_nothing_else_for_its_own(tmp_path, monkeypatc
     ):
         assert main(arguments) == 0
         assert seen.pop() == (resume, steps), arguments
-
-
-def test_before_the_first_step_an_interrupt_is_one_line(tmp_path, tiny, monkeypatch, capsys):
-    def interrupted(*args: Any, **kwargs: Any) -> FrozenTarget:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(FrozenTarget, "load", interrupted)
-    run(tiny(tmp_path, train={"max_steps": 1}), code=130)
-    assert "interrupted" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_a_damaged_log_does_not_keep_a_run_from_resuming_and_has_no_step_twice(tmp_path, begun):

@@ -17,7 +17,6 @@ from peagle_train.core.draft import PEagleDraft
 from peagle_train.data.chat import read_template
 from peagle_train.data.training_data import encoder_of, load_training_data
 from peagle_train.data.vocab import choose_most_frequent
-from peagle_train.files import told
 from peagle_train.memory import memory_explained, resolve_segments, sizes_of, this_device
 from peagle_train.serving.drafter_io import DrafterFiles, check_finite
 from peagle_train.serving.start import always_drafted, copy_start, make_draft, read_start
@@ -41,18 +40,15 @@ def train(recipe: Recipe, resume: str | None = None) -> str:
 
 def _train(recipe: Recipe, resume: str | None) -> str:
     checkpoint, output = None, Path(recipe.output.dir)
-    try:
-        if resume is None:
-            check_output(output)
-        else:
-            found = open_resume(recipe, resume)
-            if isinstance(found, str):
-                return found if os.environ.get("RANK", "0") == "0" else ""
-            checkpoint = found
-            if recipe.cod.num_segments == "auto":  # another number rounds sums differently
-                recipe = with_segments(recipe, found.state["recipe"]["cod"]["num_segments"])
-    except OSError as error:
-        raise ValueError(f"output.dir {output} cannot be used: {told(error)}") from None
+    if resume is None:
+        check_output(output)
+    else:
+        found = open_resume(recipe, resume)
+        if isinstance(found, str):
+            return found if os.environ.get("RANK", "0") == "0" else ""
+        checkpoint = found
+        if recipe.cod.num_segments == "auto":  # another number rounds sums differently
+            recipe = with_segments(recipe, found.state["recipe"]["cod"]["num_segments"])
     if log_with := recipe.train.log_with:
         check_tracker(log_with)
     read_template(recipe.data.chat_template)
@@ -67,7 +63,10 @@ def _train(recipe: Recipe, resume: str | None) -> str:
     say = print if accelerator.is_main_process else (lambda *_: None)
 
     target = load_target(recipe, accelerator)
-    start, shaped = read_start(recipe, target)
+    begun = recipe
+    if checkpoint and recipe.draft.init_from:  # which may be gone, or another by now
+        begun = replace(recipe, draft=replace(recipe.draft, init_from=str(checkpoint.folder)))
+    start, shaped = read_start(begun, target)
     distributed.wait_for_all()  # so that all ranks find the mistakes that all of them make at the same time
     encoder = encoder_of(shaped, target.vocab_size)
 
@@ -85,8 +84,8 @@ def _train(recipe: Recipe, resume: str | None) -> str:
     say(line)
     trainer = Trainer(recipe, accelerator, target, draft, data)
     say(arithmetic(trainer))
-    for note in trainer.restore(checkpoint) if checkpoint else []:
-        say(f"resume: {note}")
+    if checkpoint:
+        trainer.restore(checkpoint)
     summary = trainer.run()
     accelerator.end_training()
     return describe_summary(summary, output) if accelerator.is_main_process else ""

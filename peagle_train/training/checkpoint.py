@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 MARKER, MANIFEST = "run.json", "manifest.json"
 FORMAT = 2
-REQUIRED = {"model.safetensors", "optimizer.state", "state.json"}
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 
 
@@ -59,8 +58,6 @@ def check_output(folder: Path) -> None:
     """ValueError unless a new run can have the output folder, OSError if it cannot be read."""
     if (folder / MARKER).exists() or list_checkpoints(folder):  # a checkpoint is a run too, even if its marker is gone
         raise ValueError(f"output.dir {folder} already holds a run; resume it (--resume), or give another folder")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output.dir {folder} is a file; give a folder")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"output.dir {folder} is not empty and holds no run; give another folder")
 
@@ -71,15 +68,6 @@ def lock_output(folder: Path) -> IO[str]:
     # POSIX's, not flock: loader processes inherit a flock, and keep it for seconds after their run was killed.
     lock(file, f"output.dir {folder}", "training", fcntl.lockf)
     return file
-
-
-def read_marker(folder: Path) -> dict[str, Any]:
-    """An output folder's `run.json`; {} if it is missing or broken."""
-    try:
-        marker = json.loads((folder / MARKER).read_bytes())
-        return marker if isinstance(marker, dict) and "state" in marker else {}
-    except (OSError, ValueError, TypeError):
-        return {}
 
 
 def describe_summary(summary: dict[str, Any], folder: Path) -> str:
@@ -145,7 +133,7 @@ def verify_checkpoint(folder: Path) -> None:
     try:
         manifest = json.loads(path.read_bytes())
         files = dict(manifest["files"])
-        is_ours = manifest["format"] == FORMAT and manifest["step"] == step_of(folder) and files.keys() >= REQUIRED
+        is_ours = manifest["format"] == FORMAT and manifest["step"] == step_of(folder)
         is_ours = is_ours and all(_describe(path := folder / name) == files[name] for name in files)
     except (OSError, ValueError, LookupError, TypeError, RecursionError):  # of a manifest of any content
         is_ours = False
@@ -162,17 +150,16 @@ def prune(output: Path, keep_last: int | None, keep_every: int | None) -> None:
 
 def remove_later(output: Path, step: int) -> list[int]:
     """Remove checkpoints after `step`, which a run that resumes there makes again: they must not be found."""
-    later = sorted(s for path in output.iterdir() if (s := step_of(path)) > step)
-    for s in reversed(later):
-        _remove(output / f"checkpoint-{s}")
-    return later
+    later = [path for path in list_checkpoints(output) if step_of(path) > step]
+    for path in later:
+        _remove(path)
+    return sorted(map(step_of, later))
 
 
 def clean_up(output: Path) -> None:
-    """Remove what a killed run left half-written, half-removed or half-replaced: a run that resumes writes it again."""
-    for path in output.glob(".*"):
-        if path.suffix in (".partial", ".deleted", ".old") and not path.is_file():
-            try_removing(path)
+    """Remove checkpoints that a killed run left half-written or half-removed."""
+    for path in output.glob(".checkpoint-*"):
+        try_removing(path)
 
 
 def _remove(path: Path) -> None:
@@ -185,11 +172,9 @@ def _remove(path: Path) -> None:
 
 def keep_lines(path: Path, count: int) -> int:
     """Cut a file of lines to its first `count`, whatever is in them; returns how many there are."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith(b"\n")][:count]
-    if len(kept) < len(lines):
-        write_bytes(path, b"".join(kept))
-    return len(kept)
+    lines = path.read_bytes().splitlines(keepends=True)[:count] if path.exists() else []
+    write_bytes(path, b"".join(lines))
+    return len(lines)
 
 
 # Resuming
@@ -205,10 +190,10 @@ MAY_CHANGE += """
     train.gradient_accumulation_steps target.attn_implementation target.chunk_tokens target.cache target.cache_dtype
     target.shard target.server
 
-    train.epochs train.max_steps target.path draft.draft_vocab_size draft.layer_type
+    train.epochs train.max_steps target.path
 """.split()
 """Keys that may change when a run resumes: those that change no number, those that round sums differently, and (data's and
-the last) those of which `compare_run` and `Trainer.restore` look at what is made of them."""
+the last) those of which `Trainer.restore` looks at what is made of them."""
 
 
 class Checkpoint(NamedTuple):
@@ -216,7 +201,6 @@ class Checkpoint(NamedTuple):
 
     folder: Path
     state: dict[str, Any]  # its state.json
-    notes: list[str]  # changes of the recipe, for the user
 
 
 def open_resume(recipe: Recipe, given: str) -> Checkpoint | str:
@@ -226,9 +210,10 @@ def open_resume(recipe: Recipe, given: str) -> Checkpoint | str:
     nothing to resume from, it is damaged, or the recipe differs where it must not. OSError: a folder cannot be read.
     """
     output, chosen = Path(recipe.output.dir), Path(given).expanduser()
-    marker, complete = read_marker(output), list_checkpoints(output)
+    marker = json.loads((output / MARKER).read_bytes()) if (output / MARKER).exists() else {}
+    complete = list_checkpoints(output)
     names = ", ".join(map(str, complete))
-    if given != "" and chosen.resolve() != output.resolve():
+    if given:
         folder = output / chosen.name
         if folder not in complete or chosen.resolve() != folder.resolve():  # either may be a link, to a bigger disk
             there, elsewhere = f"of output.dir {output} (there: {names or 'none'})", f"output.dir={chosen.parent}"
@@ -248,47 +233,19 @@ def open_resume(recipe: Recipe, given: str) -> Checkpoint | str:
         way_out = f"resume with --resume {before[0]}" if before else "start over in a new folder"
         raise ValueError(f"--resume: {error}: {way_out}") from None
     state = json.loads((folder / "state.json").read_bytes())
-    return Checkpoint(folder, state, compare_recipes(state["recipe"], asdict(recipe), folder.name))
+    check_recipe(state["recipe"], asdict(recipe), folder.name)
+    return Checkpoint(folder, state)
 
 
-def compare_recipes(old: dict[str, Any], new: dict[str, Any], name: str) -> list[str]:
-    """A line for every setting that differs; ValueError, naming all of them, for those that must not."""
-    lines, refused, sections = list[str](), list[str](), get_type_hints(Recipe)
+def check_recipe(old: dict[str, Any], new: dict[str, Any], name: str) -> None:
+    """ValueError, naming all of them, for settings that differ where they must not."""
+    refused, sections = list[str](), get_type_hints(Recipe)
     for section, values in new.items():
         for leaf, value in values.items():
-            key = f"{section}.{leaf}"
             # A setting that the checkpoint's version did not have was, in effect, its default.
             before = old.get(section, {}).get(leaf, getattr(sections[section], leaf, value))
-            change = f"{key} {json.dumps(before)} -> {json.dumps(value)}"
-            if key == "cod.num_segments" and value == "auto":
-                lines.append(f"{key} auto stays {before}")
-            elif before != value:
-                (lines if key in MAY_CHANGE else refused).append(change)
-    if "muon_learning_rate" in old["train"] and old["train"]["optimizer"] == "muon":
-        refused.append("Muon's steps, which had another size then")
+            if f"{section}.{leaf}" not in MAY_CHANGE and before != value:
+                refused.append(f"{section}.{leaf} {json.dumps(before)} -> {json.dumps(value)}")
     if refused:
         what = f"{name} was trained with other settings: {', '.join(refused)}"
         raise ValueError(f"--resume: {what}: give the old ones, or start a new run in another output.dir")
-    return lines
-
-
-def compare_run(checkpoint: Checkpoint, must_match: dict[str, Any], num_steps: int, rate: float) -> list[str]:
-    """A line for each of settings and schedule that is no longer the checkpoint's.
-
-    must_match: of this run. rate: of the step after the checkpoint. ValueError: data, draft vocabulary or target are not
-    the checkpoint's, or it is after the run's last step.
-    """
-    state, name, notes = checkpoint.state, checkpoint.folder.name, list(checkpoint.notes)
-    for what, now in must_match.items():
-        if (then := state["must_match"][what]) != now:
-            numbers = f" ({then}, now {now})" if isinstance(now, int) else ""
-            remedy = "give the same data, target and batch size x accumulation x processes, or another output.dir"
-            raise ValueError(f"--resume: {what} is not that of {name}{numbers}: {remedy}")
-    if num_steps < state["step"]:
-        what = f"{name} is after the {num_steps} steps that the recipe asks for"
-        raise ValueError(f"--resume: {what}: raise train.max_steps or train.epochs, or resume from an earlier one")
-    if num_steps != state["num_steps"]:
-        old = state["learning_rates"][0]
-        change = f"stays {rate:.3e}" if old == rate else f"jumps from {old:.3e} to {rate:.3e}, with the schedule"
-        notes.append(f"steps {state['num_steps']} -> {num_steps}: at step {state['step']} the learning rate {change}")
-    return notes

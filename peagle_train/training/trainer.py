@@ -34,9 +34,7 @@ from peagle_train.ending import Signals, leave_to_parent
 from peagle_train.files import NonFiniteWeights, RunStopped, save_tensors, write_bytes, write_json
 from peagle_train.machine import GIB, peak_ram
 from peagle_train.memory import memory_explained
-from peagle_train.serving.drafter_io import check_finite, fill_drafter, read_config, save_drafter
-from peagle_train.serving.formats import parse_config
-from peagle_train.serving.start import SHAPE
+from peagle_train.serving.drafter_io import check_finite, fill_drafter, save_drafter
 from peagle_train.target_model.frozen import TargetBase, TargetLost
 from peagle_train.target_model.loading import target_fingerprint
 from peagle_train.target_model.ring import Ring, block_steps
@@ -53,16 +51,27 @@ class Trainer:
     def __init__(
         self, recipe: Recipe, accelerator: Accelerator, target: TargetBase, draft: PEagleDraft, data: TrainingData
     ) -> None:
-        self.target_fingerprint = target_fingerprint(recipe.target.path)  # now, while it is what was loaded
-        # Reading and tokenizing may have taken one rank minutes longer than another: no collective before this.
-        same = {"recipe": dump_recipe(recipe), "target": self.target_fingerprint}
-        same |= {"draft vocabulary": str(draft.draft_token_ids.tolist())}
-        rows = {"training": data.train_rows, "held-out": data.eval_rows}
-        distributed.agree(same | {f"set of {what} data": found.fingerprint() for what, found in rows.items()})
         self.recipe, self.accelerator, self.target, self.draft, self.data = recipe, accelerator, target, draft, data
         self.folder = Path(recipe.output.dir)
         self.device, self.world_size = accelerator.device, accelerator.num_processes
         train, rank = recipe.train, accelerator.process_index
+        sizes = len(data.train_rows), train.batch_size, train.gradient_accumulation_steps
+        self.sampler = StepBatchSampler(*sizes, rank, self.world_size, train.seed, reuse=recipe.target.reuse)
+        if recipe.target.reuse > 1:
+            fitting = block_steps(recipe, target, self.sampler.global_batch_size)
+            self.sampler.block_steps = min(fitting, self.sampler.steps_per_epoch)
+        self.num_steps = self.sampler.num_steps = train.max_steps or train.epochs * self.sampler.steps_per_epoch
+        self.must_match = {
+            "training data": [len(data.train_rows), data.train_rows.fingerprint()],
+            "held-out data": [len(data.eval_rows), data.eval_rows.fingerprint()],
+            "sequences of a step": self.sampler.global_batch_size,
+            "draft vocabulary": checkpoints.vocabulary_fingerprint(draft.draft_token_ids),
+            "target's config and weights": target_fingerprint(recipe.target.path),  # now, while it is what was loaded
+            **({"steps that target.ring holds": self.sampler.block_steps} if recipe.target.reuse > 1 else {}),
+        }
+        """What has to be the same on all ranks, and when a run resumes, by the words for it."""
+        # Reading and tokenizing may have taken one rank minutes longer than another: no collective before this.
+        distributed.agree({"recipe": dump_recipe(recipe), **self.must_match})
         # No DDP around the drafter: gradients are summed once a step (sum_over_ranks), so a rank may run any number of
         # passes. (DDP's reducer would also hold a second copy of the gradients, and can deadlock at exit on gloo.)
         if distributed.check_sharding(train.sharding) and self.world_size > 1:
@@ -75,12 +84,6 @@ class Trainer:
         self.runner = BatchRunner(recipe, accelerator, target, draft)
         self.evaluator = Evaluator(self.runner, data.eval_rows)
         self.collator = make_collator(recipe, train.seed, self.device)
-        sizes = len(data.train_rows), train.batch_size, train.gradient_accumulation_steps
-        self.sampler = StepBatchSampler(*sizes, rank, self.world_size, train.seed, reuse=recipe.target.reuse)
-        if recipe.target.reuse > 1:
-            fitting = block_steps(recipe, target, self.sampler.global_batch_size)
-            self.sampler.block_steps = min(fitting, self.sampler.steps_per_epoch)
-        self.num_steps = self.sampler.num_steps = train.max_steps or train.epochs * self.sampler.steps_per_epoch
         self.reporter = metrics.Reporter(self.folder, accelerator)
         self.pace, self.signals = metrics.Pace(self.world_size), Signals()
         self.recent: deque[Tensor] = deque(maxlen=metrics.SMOOTHED)
@@ -92,19 +95,20 @@ class Trainer:
         self.before: dict[str, Any] | None = None
         self.best: dict[str, Any] | None = None
         self.resumed: checkpoints.Checkpoint | None = None
+        self.lock: IO[str] | None = None
         self.seconds_before, self.started = 0.0, time.perf_counter()
 
     # The run
 
     def run(self) -> dict[str, Any]:
-        """Train, evaluating before and after; returns the summary that is also written to `run.json`. ValueError: the
-        output folder cannot be used. RunStopped: the run had to stop, with a line on why and how to resume.
+        """Train, evaluating before and after; returns the summary that is also written to `run.json`. RunStopped: the run
+        had to stop, with a line on why and how to resume.
         """
 
         def where() -> str:
             return f"out of memory in step {self.step + 1} of {self.num_steps} ({checkpoints.last_checkpoint(self.folder)})"
 
-        lock = self._take_output()
+        self.on_main(f"output.dir {self.folder}", self._take_output)
         self.reporter.start(asdict(self.recipe))
         steps = self.steps()
         try:
@@ -116,8 +120,8 @@ class Trainer:
         finally:
             self.target.close()
             steps.close()  # ends its loader processes, which answer to no signal
-            if lock is not None:
-                lock.close()
+            if self.lock:
+                self.lock.close()
 
     def _run(self, steps: Generator[list[Batch], None, None]) -> dict[str, Any]:
         if self.recipe.target.reuse > 1:
@@ -169,7 +173,7 @@ class Trainer:
         return summary
 
     def on_main(self, what: str, write: Callable[[], object]) -> None:
-        """Let the main process write something; RunStopped on every rank if that does not work."""
+        """Let the main process write something; RunStopped on every rank if it cannot be written, or was refused."""
         failure = ""
         if self.accelerator.is_main_process:
             try:
@@ -181,6 +185,8 @@ class Trainer:
             except NonFiniteWeights as error:
                 why = f"the run diverged at train.learning_rate {self.recipe.train.learning_rate:g}: start with a lower one"
                 failure = f"{what} could not be written: {error}: {why}"
+            except ValueError as error:
+                failure = str(error)
         if failure := distributed.from_all(failure)[0]:
             raise RunStopped(failure)
 
@@ -380,8 +386,6 @@ class Trainer:
             last = self.step == self.num_steps
             folder = None if self.step == 0 else "final" if last else "best"
             self.best = {"step": self.step, "expected_accepted_length": length, "folder": folder}
-            if folder:  # before best/: after a kill in between, a resume sees that best/ is of another step
-                self.on_main("best.json", lambda: write_json(self.folder / "best.json", self.best))
             if folder == "best":
                 self._save_drafter(self.folder / folder)
         return values
@@ -401,15 +405,13 @@ class Trainer:
         weights, moments = distributed.full_weights(self.draft), distributed.full_moments(self.draft, self.optimizers)
         state = {
             "step": self.step,
-            "num_steps": self.num_steps,
-            "learning_rates": [self.rate_after(self.step)],
             "bad_steps_in_a_row": self.bad_in_a_row,
             "evaluated": self.evaluated,
             "train_seconds": self.seconds(),
             "before": self.before,
             "best": self.best,
             "lines": {"metrics.jsonl": self.reporter.lines},
-            "must_match": self._must_match(),
+            "must_match": self.must_match,
             "versions": checkpoints.versions(),
             "recipe": asdict(self.recipe),
         }
@@ -427,28 +429,17 @@ class Trainer:
         self.saved_step = self.step
         return path
 
-    def _must_match(self) -> dict[str, Any]:
-        """What a run that resumes must find unchanged, by the words for it."""
-        rows, held_out = self.data.train_rows, self.data.eval_rows
-        return {
-            "training data": [len(rows), rows.fingerprint()],
-            "held-out data": [len(held_out), held_out.fingerprint()],
-            "sequences of a step": self.sampler.global_batch_size,
-            "draft vocabulary": checkpoints.vocabulary_fingerprint(self.draft.draft_token_ids),
-            "target's config and weights": self.target_fingerprint,
-            **({"steps that target.ring holds": self.sampler.block_steps} if self.recipe.target.reuse > 1 else {}),
-        }
-
-    def restore(self, checkpoint: checkpoints.Checkpoint) -> list[str]:
-        """Make this new trainer the one that was saved, or ValueError; changes no file. Returns lines for the user."""
-        state, folder = checkpoint.state, checkpoint.folder
-        rate = self.rate_after(state["step"])
-        notes = checkpoints.compare_run(checkpoint, self._must_match(), self.num_steps, rate)
-        theirs, ours = parse_config(read_config(folder)), self.draft.config
-        for key in (*SHAPE, *"num_hidden_layers sliding_window rope_parameters rms_norm_eps ptd_token_id".split()):
-            if (then := getattr(theirs, key)) != (now := getattr(ours, key)):
-                remedy = "give it in the recipe's draft section, or start a new run in another output.dir"
-                raise ValueError(f"--resume: {folder.name}'s drafter has {key} {then}, this run's {now}: {remedy}")
+    def restore(self, checkpoint: checkpoints.Checkpoint) -> None:
+        """Make this new trainer the one that was saved; changes no file. ValueError: data, draft vocabulary or target are
+        not the checkpoint's, or it is after the run's last step.
+        """
+        folder, state = checkpoint
+        if others := [what for what, now in self.must_match.items() if state["must_match"][what] != now]:
+            remedy = "give the same data, target and batch size x accumulation x processes, or another output.dir"
+            raise ValueError(f"--resume: not what {folder.name} was trained with: {', '.join(others)}: {remedy}")
+        if self.num_steps < state["step"]:
+            what = f"{folder.name} is after the {self.num_steps} steps that the recipe asks for"
+            raise ValueError(f"--resume: {what}: raise train.max_steps or train.epochs, or resume from an earlier one")
         weights, moments = (load_file(folder / name) for name in ("model.safetensors", "optimizer.state"))
         check_finite(weights, f"--resume: {folder}'s")
         distributed.load_full(self.draft, self.optimizers, weights, moments)
@@ -456,39 +447,19 @@ class Trainer:
         self.bad_in_a_row, self.evaluated = state["bad_steps_in_a_row"], state.get("evaluated", self.step)
         self.before, self.best, self.seconds_before = state["before"], state["best"], state["train_seconds"]
         self.resumed = checkpoint
-        return notes
 
-    def _take_output(self) -> IO[str] | None:
-        """Make the output folder the run's, as its checkpoint left it; returns its lock. ValueError on every rank."""
-        failure, lock = "", None
-        if self.accelerator.is_main_process:
-            about = {"data": {"packing": asdict(self.data.report), "max_length": self.recipe.data.max_length}}
-            try:
-                if self.resumed is None:
-                    checkpoints.check_output(self.folder)
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                lock = checkpoints.lock_output(self.folder)
-                if self.resumed is not None:
-                    self._put_back(self.resumed)
-                write_json(self.folder / checkpoints.MARKER, {"state": "started"})
-                write_bytes(self.folder / "recipe.yaml", dump_recipe(self.recipe).encode())
-                write_json(self.folder / metrics.ABOUT, about)
-            except ValueError as error:
-                failure = str(error)
-            except OSError as error:
-                failure = f"output.dir {self.folder} cannot be written: {error}"
-        if failure := distributed.from_all(failure)[0]:
-            raise ValueError(failure)
-        return lock
-
-    def _put_back(self, checkpoint: checkpoints.Checkpoint) -> None:
-        """Undo what an output folder got after the checkpoint, and log it."""
-        say = self.reporter.say
-        checkpoints.clean_up(self.folder)
-        if later := checkpoints.remove_later(self.folder, self.step):
-            say(f"resume: checkpoints of later steps ({', '.join(map(str, later))}) were removed")
-        self.reporter.lines = checkpoints.keep_lines(self.reporter.path, checkpoint.state["lines"]["metrics.jsonl"])
-        kept = self.folder / "best.json"
-        if self.best and not (kept.exists() and json.loads(kept.read_bytes()) == self.best):
-            self.best["folder"] = None  # best/ is of a step that was undone
-        say(f"resume: continuing after step {self.step}, from {checkpoint.folder}")
+    def _take_output(self) -> None:
+        """Lock the output folder and make it the run's, as its checkpoint left it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = checkpoints.lock_output(self.folder)
+        if self.resumed:
+            checkpoints.clean_up(self.folder)
+            if later := checkpoints.remove_later(self.folder, self.step):
+                self.reporter.say(f"resume: checkpoints of later steps ({', '.join(map(str, later))}) were removed")
+            lines = self.resumed.state["lines"]["metrics.jsonl"]
+            self.reporter.lines = checkpoints.keep_lines(self.reporter.path, lines)
+            self.reporter.say(f"resume: continuing after step {self.step}, from {self.resumed.folder}")
+        about = {"data": {"packing": asdict(self.data.report), "max_length": self.recipe.data.max_length}}
+        write_json(self.folder / checkpoints.MARKER, {"state": "started"})
+        write_bytes(self.folder / "recipe.yaml", dump_recipe(self.recipe).encode())
+        write_json(self.folder / metrics.ABOUT, about)
