@@ -14,7 +14,6 @@ from peagle_train import distributed
 from peagle_train.config import Recipe, with_segments
 from peagle_train.core.attention import uses_flex
 from peagle_train.core.draft import PEagleDraft
-from peagle_train.data.chat import read_template
 from peagle_train.data.training_data import encoder_of, load_training_data
 from peagle_train.data.vocab import choose_most_frequent
 from peagle_train.memory import memory_explained, resolve_segments, sizes_of, this_device
@@ -51,13 +50,11 @@ def _train(recipe: Recipe, resume: str | None) -> str:
             recipe = with_segments(recipe, found.state["recipe"]["cod"]["num_segments"])
     if log_with := recipe.train.log_with:
         check_tracker(log_with)
-    read_template(recipe.data.chat_template)
     project_dir, precision = recipe.output.dir if log_with else None, recipe.train.mixed_precision
     accelerator = Accelerator(mixed_precision=precision, log_with=log_with, project_dir=project_dir)
     distributed.check_device(accelerator.device)
     distributed.check_launch(accelerator.num_processes)
-    if distributed.check_sharding(recipe.train.sharding) and accelerator.num_processes == 1:
-        logger.warning("FSDP2 was asked for, but there is a single process: the drafter stays whole")
+    distributed.check_sharding(recipe.train.sharding)
     if uses_flex(accelerator.device) and recipe.train.mixed_precision == "no":
         logger.warning("train.mixed_precision is no: on CUDA attention is an order of magnitude slower than in bf16")
     say = print if accelerator.is_main_process else (lambda *_: None)
@@ -93,15 +90,12 @@ def _train(recipe: Recipe, resume: str | None) -> str:
 
 def load_target(recipe: Recipe, accelerator: Accelerator) -> TargetBase:
     """The recipe's target, checked."""
-    settings, device, elsewhere = recipe.target, accelerator.device, recipe.target.cache or recipe.target.server
-    sharded = settings.shard and accelerator.num_processes > 1 and not elsewhere
-    if settings.shard and not sharded:
-        why = "its features come from elsewhere" if elsewhere else "there is a single process"
-        logger.warning("target.shard is true, but %s: the target stays whole", why)
+    settings, device = recipe.target, accelerator.device
     if settings.cache:
         return StoredTarget(settings, device)
     if settings.server:
         return ServedTarget(settings, device, recipe.data.max_length)
+    sharded = settings.shard and accelerator.num_processes > 1
     if sharded:
         distributed.world_mesh(device.type)
     # A sharded target is whole on the host while it is loaded: let that be one at a time.

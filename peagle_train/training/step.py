@@ -3,7 +3,7 @@
 B: sequences, L: positions, m: positions of several sequences, T: the target's hidden size, V: the target's vocabulary.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -29,15 +29,6 @@ from peagle_train.training.metrics import summary_of
 
 Batch = dict[str, Tensor]
 EVAL_SEED = 0  # of the evaluation's COD draw: the same in every run, so that runs can be compared
-
-
-class StepResult(NamedTuple):
-    stats: StepStats  # over all ranks and micro-batches
-    plans: list[Plan]
-    grad_norm: Tensor  # scalar, before clipping
-    learning_rate: float
-    applied: bool  # False: loss or gradient was not finite, and weights and moments are unchanged
-    stop: bool  # some rank was asked to stop
 
 
 class BatchRunner:

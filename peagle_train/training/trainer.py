@@ -40,7 +40,7 @@ from peagle_train.target_model.loading import target_fingerprint
 from peagle_train.target_model.ring import Ring, block_steps
 from peagle_train.training import checkpoint as checkpoints
 from peagle_train.training import metrics
-from peagle_train.training.step import Batch, BatchRunner, Evaluator, StepResult, add_up, make_optimizers
+from peagle_train.training.step import Batch, BatchRunner, Evaluator, add_up, make_optimizers
 
 
 class Trainer:
@@ -133,28 +133,23 @@ class Trainer:
             return self._loop(steps)
         except TargetLost as lost:
             if self.world_size > 1:  # the others are in the middle of their step
-                raise RunStopped(f"{lost}; {checkpoints.last_checkpoint(self.folder)}") from None
+                raise
             self.draft.zero_grad()
             raise RunStopped(f"{lost}; --resume continues from {self.save_checkpoint().name}") from None
 
     def _loop(self, steps: Generator[list[Batch], None, None]) -> dict[str, Any]:
         self._evaluate_if_due()  # the target may have been lost before it could be
-        train, agreed = self.recipe.train, False
+        save_steps, agreed = self.recipe.train.save_steps, False
         # One process obeys its signal at once; several, when all of them know.
         while not (self.signals.stop if self.world_size == 1 else agreed):
             batches = next(steps, None)
             if batches is None:
                 return self._finish()
-            result = self.take_step(batches)
-            agreed, last = result.stop, self.step == self.num_steps
-            if not result.applied:
-                self._skip(batches)
-            elif self.step % train.log_steps == 0 or self.step == 1 or last:
-                self._log(result)
+            agreed = self.take_step(batches)
             with self.pace.paused():
                 self._evaluate_if_due()
                 # After the evaluation, so that a run that resumes here need not repeat it.
-                if train.save_steps and self.step % train.save_steps == 0 and not last:
+                if save_steps and self.step % save_steps == 0 and self.step < self.num_steps:
                     self.save_checkpoint()
         path = self.save_checkpoint()
         return self._write_marker({"state": "stopped", "steps": self.step, "checkpoint": path.name})
@@ -293,8 +288,8 @@ class Trainer:
             distributed.sum_over_ranks(unreduced, also=[stats.loss, stats.hits, stats.totals])
         return stats, plans, sums[1:]
 
-    def take_step(self, batches: list[Batch]) -> StepResult:
-        """One optimizer step; it is not applied if its loss or gradient is not finite."""
+    def take_step(self, batches: list[Batch]) -> bool:
+        """One optimizer step, logged; not applied if it is not finite. Returns whether some rank was asked to stop."""
         stats, plans, asked = self.accumulate(batches)
         limit = self.recipe.train.max_grad_norm
         norm = distributed.clip_gradients(self.trained, math.inf if limit is None else limit)
@@ -311,10 +306,14 @@ class Trainer:
             self.draft.zero_grad()
         self.step += 1
         self.bad_in_a_row = 0 if applied else self.bad_in_a_row + 1
-        if applied:
-            self.recent.append(torch.stack([stats.hits, stats.totals]))
         self.pace.step(batches)
-        return StepResult(stats, plans, norm, rate, applied, stop)
+        if not applied:
+            self._skip(batches)
+            return stop
+        self.recent.append(torch.stack([stats.hits, stats.totals]))
+        if self.step % self.recipe.train.log_steps == 0 or self.step in (1, self.num_steps):
+            self._log(stats, plans, float(norm), rate)
+        return stop
 
     def rate_after(self, step: int) -> float:
         """The learning rate of the step after `step`: a warm-up, then `train.schedule`, to 0 at the end or constant."""
@@ -353,14 +352,14 @@ class Trainer:
         if every and self.step % every == 0 and self.step not in (self.evaluated, self.num_steps):
             self.evaluate(f"held-out at step {self.step}")
 
-    def _log(self, result: StepResult) -> None:
+    def _log(self, stats: StepStats, plans: list[Plan], grad_norm: float, learning_rate: float) -> None:
         values = {
             "step": self.step,
             "num_steps": self.num_steps,
-            **metrics.summary_of(result.stats),
-            "learning_rate": result.learning_rate,
-            "grad_norm": float(result.grad_norm),
-            "padding_share": padding_share(result.plans),
+            **metrics.summary_of(stats),
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
+            "padding_share": padding_share(plans),
             "peak_memory_bytes": self.peak_memory(),
             **self.pace.numbers(self.num_steps - self.step),
             "recompiles": None if self.runner.graphs is None else self.runner.graphs.recompiles,
