@@ -8,16 +8,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from peagle_train import distributed
 from peagle_train.config import Recipe, with_segments
 from peagle_train.core.attention import uses_flex
-from peagle_train.core.draft import PEagleDraft
 from peagle_train.data.training_data import encoder_of, load_training_data
 from peagle_train.data.vocab import choose_most_frequent
 from peagle_train.memory import memory_explained, resolve_segments, sizes_of, this_device
-from peagle_train.serving.drafter_io import DrafterFiles, check_finite
+from peagle_train.serving.drafter_io import check_finite
 from peagle_train.serving.start import always_drafted, copy_start, make_draft, read_start
 from peagle_train.target_model.cache import StoredTarget
 from peagle_train.target_model.frozen import FrozenTarget, TargetBase
@@ -71,7 +69,14 @@ def _train(recipe: Recipe, resume: str | None) -> str:
     target.reach = shaped.draft.reach
     target.check_rows(data)
 
-    draft = _draft(shaped, target, encoder.tokenizer, encoder.mask_token_id, data.counts_V, start, say)
+    if start:
+        draft_ids = start.draft_token_ids
+    else:
+        always = always_drafted(encoder.tokenizer, target, encoder.mask_token_id, recipe.data)
+        draft_ids = choose_most_frequent(data.counts_V, shaped.draft.draft_vocab_size or target.vocab_size, always)
+    share = int(data.counts_V[draft_ids].sum()) / int(data.counts_V.sum())
+    say(f"draft vocabulary: {draft_ids.numel()} of {target.vocab_size} tokens, {share:.2%} of the supervised ones")
+    draft = make_draft(shaped, target, encoder.mask_token_id, draft_ids, start.config if start else None)
     if start and checkpoint is None:
         copy_start(start, draft, target, say)
     check_finite(draft.state_dict(), "the new drafter's")  # those of the target are its own, too
@@ -106,35 +111,16 @@ def load_target(recipe: Recipe, accelerator: Accelerator) -> TargetBase:
     return target
 
 
-def _draft(  # type: ignore[no-untyped-def]
-    recipe: Recipe, target: TargetBase, tokenizer, mask_token_id: int, counts_V: Tensor, start: DrafterFiles | None, say
-) -> PEagleDraft:
-    """A new drafter, of another one's shape if it starts from one; its vocabulary by frequency, or that one's."""
-    always = always_drafted(tokenizer, target, mask_token_id, recipe.data)
-    if start:
-        draft_ids = start.draft_token_ids
-    else:
-        draft_ids = choose_most_frequent(counts_V, recipe.draft.draft_vocab_size or target.vocab_size, always)
-    share = int(counts_V[draft_ids].sum()) / int(counts_V.sum())
-    say(f"draft vocabulary: {draft_ids.numel()} of {target.vocab_size} tokens, {share:.2%} of the supervised ones")
-    sized = replace(recipe, draft=replace(recipe.draft, draft_vocab_size=draft_ids.numel()))
-    return make_draft(sized, target, mask_token_id, draft_ids, start.config if start else None)
-
-
 def arithmetic(trainer: Trainer) -> str:
     """The run's sizes, derived from the recipe and the data."""
-    collator, train = trainer.collator, trainer.recipe.train
-    parameters = list(trainer.draft.parameters())
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    frozen = sum(p.numel() for p in parameters) - trained
-    processes = trainer.accelerator.num_processes
-    settings, block = trainer.recipe.target, trainer.sampler.block_steps
-    once = f"; features once for {settings.reuse} passes, {block} steps at a time" if settings.reuse > 1 else ""
+    collator, sampler, train = trainer.collator, trainer.sampler, trainer.recipe.train
+    trained = sum(p.numel() for p in trainer.trained)
+    frozen = sum(p.numel() for p in trainer.draft.parameters()) - trained
     mode = train.segment_mode if collator.num_segments > 1 else "flat"
     return f"""\
 segments: {collator.num_segments} of at most {collator.capacity} elements ({collator.boundaries}, {mode})
-steps: {trainer.num_steps} of {trainer.sampler.global_batch_size} sequences ({processes} processes x {train.batch_size} x \
-{train.gradient_accumulation_steps}), {trainer.sampler.steps_per_epoch} an epoch{once}
+steps: {trainer.num_steps} of {sampler.global_batch_size} sequences ({sampler.world_size} processes x {train.batch_size} x \
+{train.gradient_accumulation_steps}), {sampler.steps_per_epoch} an epoch
 parameters: {trained:,} trained, {frozen:,} frozen ({train.dtype}, autocast {train.mixed_precision}); target in \
 {str(trainer.runner.head_rows.dtype)[6:]}, layers {trainer.target.layer_ids}, on {trainer.device} with \
 {torch.get_num_threads()} threads"""

@@ -149,15 +149,12 @@ def make_optimizers(draft: nn.Module, train: Train) -> list[torch.optim.Optimize
 @torch.no_grad()
 def mass_outside(target: TargetBase, last_hidden_mT: Tensor, draft_ids: Tensor, chunk: int = 8192) -> Tensor:
     """[m]: the probability that the target gives tokens that the drafter cannot draft; from chunks of the vocabulary."""
-    head_VT, device = target.head_weight(), last_hidden_mT.device
-    is_draft_V = torch.zeros(head_VT.shape[0], dtype=torch.bool, device=device)
-    is_draft_V[draft_ids.to(device)] = True
-    inside, total = [], []
-    for head, drafted in zip(head_VT.split(chunk), is_draft_V.split(chunk), strict=True):
-        logits = (last_hidden_mT @ head.to(device).T).float()
-        total.append(logits.logsumexp(-1))
-        inside.append(logits.masked_fill(~drafted, float("-inf")).logsumexp(-1))
-    return -torch.expm1(torch.stack(inside).logsumexp(0) - torch.stack(total).logsumexp(0)).clamp(max=0)
+
+    def log_sum(head: Tensor) -> Tensor:
+        parts = [last_hidden_mT @ rows.to(last_hidden_mT.device).T for rows in head.split(chunk)]
+        return torch.stack([part.float().logsumexp(-1) for part in parts]).logsumexp(0)
+
+    return -torch.expm1(log_sum(target.head_rows(draft_ids)) - log_sum(target.head_weight())).clamp(max=0)
 
 
 class Evaluator:

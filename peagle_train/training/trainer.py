@@ -74,11 +74,10 @@ class Trainer:
         distributed.agree({"recipe": dump_recipe(recipe), **self.must_match})
         # No DDP around the drafter: gradients are summed once a step (sum_over_ranks), so a rank may run any number of
         # passes. (DDP's reducer would also hold a second copy of the gradients, and can deadlock at exit on gloo.)
-        if distributed.check_sharding(train.sharding) and self.world_size > 1:
-            distributed.same_on_all_ranks(draft, self.device)
+        sharded = distributed.check_sharding(train.sharding) and self.world_size > 1
+        distributed.same_on_all_ranks(draft if sharded else draft.to(self.device), self.device)
+        if sharded:
             distributed.shard(draft, draft.layers, self.device, train.mixed_precision == "bf16")
-        else:
-            distributed.same_on_all_ranks(draft.to(self.device), self.device)
         self.trained = [p for p in draft.parameters() if p.requires_grad]
         self.optimizers = make_optimizers(draft, train)
         self.runner = BatchRunner(recipe, accelerator, target, draft)
@@ -242,7 +241,6 @@ class Trainer:
         first, last = train.profile_steps if train.profile_steps and self.accelerator.is_main_process else (0, 0)
         profile: Any = None
         self.pace.restart()
-        self.following.clear()
         iterator, following, size = iter(loader), self.following, train.gradient_accumulation_steps
         ahead = max(size, self.target.ahead // train.batch_size)
         try:
