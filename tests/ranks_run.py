@@ -2,10 +2,10 @@
 
 python tests/ranks_run.py GROUPS.json
 
-A group is [number of ranks, jobs]. A job is ["run", RECIPE, override or option ...], ["gradients", FOLDER] (fsdp_run.py),
-["sharded", RECIPE, TARGET_FOLDER ...] (sharded_run.py), or, as the last one, ["cache", RECIPE, FOLDER] or
-["main", WHERE, RECIPE, override ...]: the command line, with one part that fails on rank 1. Prints for each group the exit
-code of the first rank that failed (else 0), and what all of them wrote to stderr.
+A group is [number of ranks, jobs]. A job is ["run", RECIPE, override or option ...], ["sharded", RECIPE, TARGET_FOLDER ...]
+(sharded_run.py), or, as the last one, ["cache", RECIPE, FOLDER] or ["main", WHERE, RECIPE, override ...]: the command line,
+with one part that fails on rank 1. Prints for each group the exit code of the first rank that failed (else 0), and what all
+of them wrote to stderr.
 """
 
 import json
@@ -14,12 +14,13 @@ import signal
 import socket
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
 from peagle_train.__main__ import main as command_line
 from peagle_train.config import Recipe, load_recipe
@@ -44,36 +45,25 @@ def make_trainer(recipe: Recipe, accelerator: Accelerator) -> Trainer:
     return Trainer(recipe, accelerator, target, draft, data)
 
 
-def run(accelerator: Accelerator, recipe_path: str, *arguments: str) -> None:
-    """A whole run; a signal to the last rank stops it after `--stop-after=STEP`, and `--resume` resumes it."""
-    options = [argument for argument in arguments if argument.startswith("--")]
-    recipe = load_recipe(recipe_path, [argument for argument in arguments if argument not in options])
-    checkpoint = open_resume(recipe, "") if "--resume" in options else None
+def run(recipe_path: str, *arguments: str) -> None:
+    """A whole run; `--stop`: a signal to the last rank stops it after its first step, `--resume`: it goes on from there."""
+    recipe = load_recipe(recipe_path, [argument for argument in arguments if not argument.startswith("--")])
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(cpu=True, mixed_precision=recipe.train.mixed_precision)
     trainer = make_trainer(recipe, accelerator)
-    if checkpoint is not None:
+    if "--resume" in arguments:
+        checkpoint = open_resume(recipe, "")
         assert isinstance(checkpoint, Checkpoint), checkpoint
         trainer.restore(checkpoint)
-    for option in options:
-        if option.startswith("--stop-after=") and accelerator.process_index == accelerator.num_processes - 1:
-            stop_after(trainer, int(option.partition("=")[2]))
-    stops = any(option.startswith("--stop-after=") for option in options)
-    assert trainer.run()["state"] == ("stopped" if stops else "finished")  # on every rank
-
-
-def stop_after(trainer: Trainer, step: int) -> None:
-    accumulate = trainer.accumulate
+    accumulate, stops = trainer.accumulate, "--stop" in arguments
 
     def signalled(batches: list[Batch]) -> Any:
-        if trainer.step + 1 == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
         return accumulate(batches)
 
-    trainer.accumulate = signalled  # type: ignore[method-assign]
-
-
-def cache(recipe_path: str, folder: str) -> None:
-    """Features on disk, into a folder in which some are missing."""
-    write_cache(load_recipe(recipe_path), folder, shard_mib=0.02)
+    if stops and accelerator.process_index == accelerator.num_processes - 1:
+        trainer.accumulate = signalled  # type: ignore[method-assign]
+    assert trainer.run()["state"] == ("stopped" if stops else "finished")  # on every rank
 
 
 def failing_command_line(where: str, *arguments: str) -> int:
@@ -90,23 +80,24 @@ def failing_command_line(where: str, *arguments: str) -> int:
     return command_line(list(arguments))
 
 
-def work(jobs: list[list[str]]) -> int:
-    from tests import fsdp_run, sharded_run
+def work(rank: int, jobs: list[list[str]], stderr: int) -> None:
+    from tests import sharded_run
 
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    os.dup2(stderr, 2)
     if jobs[0][0] == "main":
-        return failing_command_line(*jobs[0][1:])
+        sys.exit(failing_command_line(*jobs[0][1:]))
     accelerator = Accelerator()
     check_launch(accelerator.num_processes)
     for kind, *arguments in jobs:
         if kind == "run":
-            run(accelerator, *arguments)
+            run(*arguments)
         elif kind == "cache":
-            cache(*arguments)  # its end is that of the ranks
-            return 0
+            write_cache(load_recipe(arguments[0]), arguments[1], shard_mib=0.02)  # its end is that of the ranks
+            return
         else:
-            {"gradients": fsdp_run.run, "sharded": sharded_run.run}[kind](*arguments)
+            sharded_run.run(*arguments)
     accelerator.end_training()
-    return 0
 
 
 def go_through(processes: int, jobs: list[list[str]]) -> tuple[int, str]:
@@ -115,30 +106,14 @@ def go_through(processes: int, jobs: list[list[str]]) -> tuple[int, str]:
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_PORT": port}
     os.environ.update(shared, MASTER_ADDR="127.0.0.1", ACCELERATE_USE_CPU="true")
-    said = tempfile.TemporaryFile("w+")
-    pids, failed = set(), 0
-    for rank in range(processes):
-        pid = os.fork()
-        if pid == 0:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-            os.dup2(said.fileno(), 2)
-            code = 1
-            try:
-                code = work(jobs)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        pids.add(pid)
-    while pids:
-        pid, status = os.wait()
-        pids.discard(pid)
-        failed = failed or os.waitstatus_to_exitcode(status)
-        for other in pids if status else ():
-            os.kill(other, signal.SIGTERM)  # as torchrun does
-    said.seek(0)
-    return failed, said.read()
+    code = 0
+    with tempfile.TemporaryFile("w+") as said:
+        try:
+            start_processes(work, (jobs, said.fileno()), processes, start_method="fork")
+        except ProcessExitedException as error:  # the others got a SIGTERM, as from torchrun
+            code = error.exit_code
+        said.seek(0)
+        return code, said.read()
 
 
 if __name__ == "__main__":

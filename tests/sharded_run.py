@@ -15,6 +15,7 @@ from peagle_train.config import Train, load_recipe
 from peagle_train.distributed import (
     agree,
     clip_gradients,
+    counts_over_ranks,
     from_all,
     full_moments,
     full_weights,
@@ -26,7 +27,7 @@ from peagle_train.distributed import (
 )
 from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.training.step import make_optimizers, mass_outside
-from tests.fsdp_run import make_draft
+from tests.helpers import make_draft
 from tests.ranks_run import make_trainer
 
 CPU = torch.device("cpu")
@@ -67,27 +68,23 @@ def check_target(folder: str, rank: int, chunk_tokens: int | None) -> None:
 def gradients_of(draft: Any, step: int) -> None:
     """The same on all ranks, sharded or not."""
     for i, parameter in enumerate(draft.parameters()):
-        full = torch.randn(
-            parameter.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(100 * step + i)
-        )
+        generator = torch.Generator().manual_seed(100 * step + i)
+        full = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+        if isinstance(parameter, DTensor):
+            full = distribute_tensor(full, parameter.device_mesh, parameter.placements)
         if parameter.requires_grad:
-            parameter.grad = like(full, parameter)
-
-
-def like(full: Tensor, parameter: Any) -> Tensor:
-    if not isinstance(parameter, DTensor):
-        return full
-    return distribute_tensor(full, parameter.device_mesh, parameter.placements)
+            parameter.grad = full
 
 
 def stepped(
     name: Any, sharded: bool, steps: range, state: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
 ) -> Any:
-    draft = make_draft()
+    draft = make_draft(layer_type="qwen3", fc_norm=True)
     draft.lm_head.weight.requires_grad_(False)
     if sharded:
         shard(draft, draft.layers, CPU)
     optimizers = make_optimizers(draft, Train(optimizer=name, weight_decay=0.1, learning_rate=0.1))
+    assert optimizers[0].defaults["fused"]  # nothing beside its states, as the plan of memory takes it
     assert full_moments(draft, optimizers) == {}
     if state is not None:
         load_full(draft, optimizers, *state)
@@ -159,6 +156,9 @@ def check_agreement(rank: int, folder: Path) -> None:
 def run(recipe_path: str, *target_folders: str) -> None:
     rank = dist.get_rank()
     world_mesh("cpu")
+    assert counts_over_ranks([rank, 7], CPU).tolist() == [3, 21]
+    # A sum in its place would change no gradient: passes over nothing, which only cost time.
+    assert counts_over_ranks([rank, 7], CPU, largest=True).tolist() == [2, 7]
     check_reductions(recipe_path)
     for folder, chunk_tokens in zip(target_folders, (None, 3), strict=True):
         check_target(folder, rank, chunk_tokens)

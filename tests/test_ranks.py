@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from peagle_train.config import load_recipe
 from peagle_train.target_model.cache import write_cache
-from tests import fsdp_run
 from tests.ranks_run import run
 from tests.test_distributed import LENGTHS, launch
 from tests.tiny import make_target, write_recipe, write_rows
@@ -25,20 +23,21 @@ pytestmark = pytest.mark.slow
 # 6 micro-batches a step are 6, 3 or 2 a process; 11 rows leave an epoch's last step incomplete, and ranks with nothing.
 MICRO_BATCHES = 6
 CASES: dict[str, dict[str, dict[str, Any]]] = {
-    "relay": {"data": {"pack": False}},
-    "recompute": {"data": {"pack": False}, "train": {"segment_mode": "recompute", "activation_checkpointing": True}},
+    "relay": {"draft": {"layer_type": "qwen3", "fc_norm": True}},
+    "recompute": {"train": {"segment_mode": "recompute", "activation_checkpointing": True}},
     "packed": {  # two epochs, of a step each, of which the second reads its features from the ring
         "data": {"max_length": 48},
         "target": {"reuse": 2, "ring": 0.01},
         "train": {"batch_size": 2, "offload_features": True, "probe": True},
     },
-    "nothing to learn": {"data": {"pack": False}, "train": {"max_grad_norm": None}},
+    "nothing to learn": {"train": {"max_grad_norm": None}},
+    "bf16": {"train": {"dtype": "float32", "mixed_precision": "bf16"}},
 }
 RUNS = [
-    ("relay", 2, "none"), ("recompute", 2, "fsdp2"), ("packed", 3, "none"), ("nothing to learn", 2, "none"),
-    ("relay", 3, "fsdp2"),
+    ("relay", 2, "none"), ("relay", 3, "fsdp2"), ("recompute", 2, "fsdp2"), ("packed", 3, "none"),
+    ("nothing to learn", 3, "none"), ("nothing to learn", 2, "fsdp2"), ("bf16", 2, "fsdp2"),
 ]  # fmt: skip
-COMPILED = RUNS[0]
+COMPILED = ("relay", 3, "fsdp2")
 # Stopped after step 1 by a signal to one of the ranks, then resumed on others: (processes, sharding) twice.
 MOVES = [((1, "none"), (2, "fsdp2")), ((2, "fsdp2"), (3, "none"))]
 
@@ -53,10 +52,9 @@ def write_case(folder: Path, target: Path, name: str) -> Path:
         lines[2:] = [{"input_ids": ids, "loss_mask": [0, 1] + [0] * (len(ids) - 2)}]
         rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     held_out = write_rows(folder / "held_out.jsonl", [30, 7, 12, 2], seed=9)
-    sections = {section: dict(values) for section, values in CASES[name].items()}
-    sections["train"] = {"max_steps": 3, "eval_steps": 2, "learning_rate": 1e-3, **sections.get("train", {})}
-    sections["data"] = {"eval_sources": [str(held_out)], **sections["data"]}
-    return write_recipe(folder, target, rows, folder / "run", **sections)
+    train = {"max_steps": 3, "eval_steps": 2, "learning_rate": 1e-3, **CASES[name].get("train", {})}
+    data = {"eval_sources": [str(held_out)], "pack": name == "packed", **CASES[name].get("data", {})}
+    return write_recipe(folder, target, rows, folder / "run", **{**CASES[name], "train": train, "data": data})
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +64,12 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     target = make_target(folder / "target")
     recipes = {name: write_case(folder / name, target, name) for name in CASES}
     out: dict[Any, Any] = {"folder": folder}
-    jobs: dict[int, list[list[str]]] = {1: [], 2: [["gradients", str(folder)]], 3: [sharded_job(folder)]}
+    jobs: dict[int, list[list[str]]] = {1: [], 2: [], 3: [sharded_job(folder)]}
 
     def add(key: Any, case: str, processes: int, sharding: str, *options: str) -> None:
         out[key] = folder / case / re.sub(r"\W+", "-", str(key))
-        settings = [
-            f"output.dir={out[key]}",
-            f"train.sharding={sharding}",
-            f"target.shard={processes == 3 and case != 'packed'}".lower(),
-        ]
+        settings = [f"output.dir={out[key]}", f"train.sharding={sharding}"]
+        settings.append(f"target.shard={processes == 3 and case != 'packed'}".lower())
         settings.append(f"train.gradient_accumulation_steps={MICRO_BATCHES // processes}")
         if key == COMPILED:
             settings += ["train.compile=true", "train.compile_backend=aot_eager"]
@@ -82,26 +77,23 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
 
     for case, processes, sharding in [*((case, 1, "none") for case in CASES), *RUNS]:
         add((case, processes, sharding), case, processes, sharding)
-    for move in MOVES:
-        add(move, "relay", *move[0], "--stop-after=1")
-        add(move, "relay", *move[1], "--resume")
-    accelerator = Accelerator(cpu=True)
-    jobs[2].append(cache_job(folder, recipes["relay"]))
+    for first, then in MOVES:
+        add((first, then), "relay", *first, "--stop")
+        add((first, then), "relay", *then, "--resume")
     for _, *arguments in jobs[1]:
-        run(accelerator, *arguments)
-    mistakes = {"data": "data.num_workers=1", "config": "train.epochs=0"}
-    failing = [
-        [2, [["main", where, str(recipes["relay"]), f"output.dir={folder / 'failing' / where}", setting]]]
-        for where, setting in mistakes.items()
-    ]
+        run(*arguments)
+    jobs[2].append(cache_job(folder, recipes["relay"]))
+    groups: list[Any] = [[2, jobs[2]], [3, jobs[3]]]
+    for where, mistake in (("data", "data.num_workers=1"), ("config", "train.epochs=0")):
+        groups.append([2, [["main", where, str(recipes["relay"]), f"output.dir={folder / where}", mistake]]])
     path = folder / "groups.json"
-    path.write_text(json.dumps([[2, jobs[2]], [3, jobs[3]], *failing]))
+    path.write_text(json.dumps(groups))
     result = launch(1, "tests/ranks_run.py", str(path))
     assert result.returncode == 0, result.stderr[-3000:]
-    *trained, data, config = json.loads(result.stdout.splitlines()[-1])
+    *trained, out["data"], out["config"] = json.loads(result.stdout.splitlines()[-1])
     for code, said in trained:
         assert code == 0, said[-3000:]
-    return {**out, "data": data, "config": config}
+    return out
 
 
 def sharded_job(folder: Path) -> list[str]:
@@ -130,20 +122,13 @@ def test_two_processes_finish_the_features_that_one_has_begun(outputs):
     assert begun == whole
 
 
-@pytest.mark.parametrize("mode, case, variant", fsdp_run.CASES)
-def test_sharded_ranks_with_different_segments_give_one_processs_gradients(mode, case, variant, outputs):
-    ours, theirs = load_file(outputs["folder"] / f"{mode} {case} {variant}"), fsdp_run.alone(case)
-    assert ours.keys() == theirs.keys()
-    for name, gradient in theirs.items():
-        error = (ours[name] - gradient).abs().max() / gradient.abs().max()
-        assert error < (0.05 if "bf16" in variant else 1e-10), (name, float(error))
-
-
 @pytest.mark.parametrize("case, processes, sharding", RUNS)
 def test_several_processes_train_and_evaluate_as_one_does(case, processes, sharding, outputs):
-    assert_same_run(outputs[case, processes, sharding], outputs[case, 1, "none"])
-    text = (outputs[case, processes, sharding] / "metrics.jsonl").read_text()
-    assert ('"recompiles": 0' in text) == ((case, processes, sharding) == COMPILED)
+    assert_same_run(outputs[case, processes, sharding], outputs[case, 1, "none"], rounded=case == "bf16")
+    lines = map(json.loads, (outputs[case, processes, sharding] / "metrics.jsonl").read_text().splitlines())
+    recompiles = {line["recompiles"] for line in lines if line["kind"] == "train"}
+    # 1: a layer's pass in an evaluation may have the shapes of one in pass A. No step compiles anything again.
+    assert recompiles in ({0}, {1}) if (case, processes, sharding) == COMPILED else recompiles == {None}
 
 
 @pytest.mark.parametrize("move", MOVES)
@@ -151,18 +136,19 @@ def test_a_run_resumes_with_other_numbers_of_processes_and_another_sharding(move
     assert_same_run(outputs[move], outputs["relay", 1, "none"])
 
 
-def assert_same_run(together: Path, alone: Path) -> None:
+def assert_same_run(together: Path, alone: Path, rounded: bool = False) -> None:
     ours, theirs = ([json.loads(s) for s in (f / "metrics.jsonl").read_text().splitlines()] for f in (together, alone))
     assert [r["kind"] for r in ours] == [r["kind"] for r in theirs] and len(ours) == 3 + 3
+    exact = {"supervised"} if rounded else {"accuracy", "supervised", "hits", "expected_accepted_length"}
     for own, expected in zip(ours, theirs):
         for key in {"loss", "grad_norm", "mass_outside"} & expected.keys():
-            assert own[key] == pytest.approx(expected[key], rel=1e-9), (own["step"], key)
-        for key in {"accuracy", "supervised", "hits", "expected_accepted_length"} & expected.keys():
+            assert own[key] == pytest.approx(expected[key], rel=0.05 if rounded else 1e-9), (own["step"], key)
+        for key in exact & expected.keys():
             assert own[key] == expected[key], (own["step"], key)
     weights, expected_weights = (load_file(f / "final" / "model.safetensors") for f in (together, alone))
     assert list(weights) == list(expected_weights)
     for name, value in expected_weights.items():
-        assert torch.allclose(weights[name], value, rtol=0, atol=1e-8), name
+        assert torch.allclose(weights[name], value, rtol=0, atol=1e-3 if rounded else 1e-8), name
 
 
 def lines_of(text: str) -> list[str]:
