@@ -66,9 +66,7 @@ def check_sharding(asked: str) -> bool:
         raise ValueError(f"train.sharding is none, but the run was launched with an FSDP config: {remedy}")
     for key, value in REFUSED.items() if by_launch else ():
         if os.environ.get(key.upper(), "").lower() == value:
-            raise ValueError(
-                f"the launch's FSDP config has {key}: {value}, unsupported: take recipes/accelerate/fsdp2.yaml"
-            )
+            raise ValueError(f"the launch has {key}: {value}, unsupported: take recipes/accelerate/fsdp2.yaml")
     return by_launch or asked == "fsdp2"
 
 

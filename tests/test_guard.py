@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from peagle_train import distributed
 from peagle_train.distributed import clip_gradients
 from peagle_train.target_model.frozen import FrozenTarget
-from peagle_train.training.checkpoint import write_checkpoint
 from peagle_train.training.trainer import Trainer
 from tests.runs import Tiny, assert_same_run, drafter, last_error, metrics, run, same_tensors, stopped
 
@@ -100,15 +99,11 @@ def test_a_gradient_alone_that_is_not_finite_is_not_applied_either(tmp_path, tin
             parameters[0].grad.view(-1)[0] = float("inf")
         return clip_gradients(parameters, limit)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(distributed, "clip_gradients", spoil_and_clip)
-        run(tiny(tmp_path / "a", **SETTINGS))
-    [found] = skipped(tmp_path / "a" / "run")
+    monkeypatch.setattr(distributed, "clip_gradients", spoil_and_clip)
+    run(tiny(tmp_path, **SETTINGS))
+    [found] = skipped(tmp_path / "run")
     assert found["sequences"] == [key for keys in plain[1][3] for key in keys if key]
-    with monkeypatch.context() as patch:
-        without(patch, {3})
-        run(tiny(tmp_path / "b", **SETTINGS))
-    assert same_tensors(*(drafter(tmp_path / name / "run" / "final") for name in ("a", "b")))
+    assert all(t.isfinite().all() for t in drafter(tmp_path / "run" / "final").values())
 
 
 def test_too_many_bad_steps_in_a_row_stop_the_run_with_one_line_and_good_weights(tmp_path, tiny, monkeypatch, capsys):
@@ -139,9 +134,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_with_one_line_and_good_weights
 
 
 @pytest.mark.parametrize(
-    ("at", "more"),
-    [(3, {"save_steps": 2, "max_bad_steps": 1}), (4, {"save_steps": 2}), (6, {}), (5, {"eval_steps": 5})],
-    ids=["bad steps", "checkpoint", "final", "best"],
+    ("at", "more"), [(4, {"save_steps": 2}), (6, {}), (5, {"eval_steps": 5})], ids=["checkpoint", "final", "best"]
 )
 def test_a_run_whose_weights_are_no_longer_finite_says_that_it_diverged_and_leaves_none_of_them(
     at, more, tmp_path, tiny, monkeypatch, capsys
@@ -166,29 +159,11 @@ def test_a_run_whose_weights_are_no_longer_finite_says_that_it_diverged_and_leav
     assert all(t.isfinite().all() for name in saved for t in drafter(output / name).values())
 
 
-def test_no_run_starts_or_resumes_with_weights_that_are_not_finite(tmp_path, tiny, tiny_target, capsys):
-    def damage(folder: Path, name: str) -> None:
-        tensors = drafter(folder)
-        tensors[name][-1] = float("nan")
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-    def ruined(folder: Path) -> None:
-        shutil.copytree(tmp_path / "whole", folder, dirs_exist_ok=True)
-        damage(folder, "fc.weight")
-
-    recipe, output = tiny(tmp_path, train={"max_steps": 2, "save_steps": 1}), tmp_path / "run"
-    run(recipe)
-    shutil.copytree(output / "checkpoint-1", tmp_path / "whole", ignore=shutil.ignore_patterns("manifest.json"))
-    write_checkpoint(output, 1, ruined)
-    run(recipe, "--resume", str(output / "checkpoint-1"), code=2)
-    message = last_error(capsys)
-    assert "checkpoint-1's fc.weight has" in message and "not finite" in message
-    damage(output / "final", "norm.weight")
+def test_no_run_starts_with_weights_that_are_not_finite(tmp_path, tiny, tiny_target, capsys):
     shutil.copytree(tiny_target, tmp_path / "broken")
-    damage(tmp_path / "broken", "model.embed_tokens.weight")
-    other = f"output.dir={tmp_path / 'other'}"
-    run(recipe, other, f"draft.init_from={output / 'final'}", code=2)
-    assert "norm.weight has 1 values that are not finite" in last_error(capsys)
-    run(recipe, other, f"target.path={tmp_path / 'broken'}", code=2)
+    tensors = drafter(tiny_target)
+    tensors["model.embed_tokens.weight"][-1] = float("nan")
+    save_file(tensors, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
+    run(tiny(tmp_path), f"target.path={tmp_path / 'broken'}", code=2)
     assert "embed_tokens.weight has 16 values that are not finite" in last_error(capsys)
-    assert not (tmp_path / "other").exists()
+    assert not (tmp_path / "run").exists()

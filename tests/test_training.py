@@ -18,7 +18,7 @@ from peagle_train.config import Train
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.training.trainer import Trainer
 from tests.helpers import command
-from tests.runs import drafter, recipe_for, run
+from tests.runs import drafter, last_error, recipe_for, run
 from tests.tiny import MASK, VOCAB, write_recipe
 
 
@@ -165,41 +165,29 @@ def test_a_device_that_is_neither_a_cpu_nor_a_gpu_is_refused_before_anything_is_
 
 
 @pytest.mark.parametrize(
-    ("section", "key", "value", "message"),
+    ("override", "message"),
     [
-        ("target", "path", "/nowhere", "is not a folder"),
-        ("draft", "mask_token_id", VOCAB, f"must lie in 0..{VOCAB - 1}"),
-        ("draft", "draft_vocab_size", 100, "draft_vocab_size"),
-        ("target", "layer_ids", [1, 2, 9], "layer_ids"),
-        ("draft", "head_dim", 7, "head_dim is 7"),
-        ("rows", "input_ids", [1, 99, 3], "99"),
-        ("rows", "loss_mask", [0, 0, 0], "nothing to learn from"),
+        ("target.path=/nowhere", "is not a folder"),
+        (f"draft.mask_token_id={VOCAB}", f"must lie in 0..{VOCAB - 1}"),
+        ("draft.draft_vocab_size=100", "draft_vocab_size"),
+        ("draft.head_dim=7", "head_dim is 7"),
     ],
 )
-def test_a_users_mistake_is_one_clear_line_before_any_training(
-    section, key, value, message, tmp_path, tiny_target, tiny_rows, capsys
-):
-    rows, changes = tiny_rows, {section: {key: value}}
-    if section == "rows":
-        rows, changes = tmp_path / "bad.jsonl", {}
-        rows.write_text(json.dumps({"input_ids": [1, 2, 3], key: value}) + "\n")
-    recipe = write_recipe(tmp_path, tiny_target, rows, tmp_path / "run", **changes)
-    assert main([str(recipe)]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("peagle-train train: error") and message in error.lower()
-    assert not (tmp_path / "run").exists()
+def test_a_users_mistake_is_one_clear_line_before_any_training(override, message, tmp_path, tiny, capsys):
+    run(tiny(tmp_path), override, code=2)
+    assert message in last_error(capsys) and not (tmp_path / "run").exists()
 
 
-def test_cudas_allocator_gets_expandable_segments_unless_the_user_has_set_it(monkeypatch):
+@pytest.mark.parametrize("given", [{}, {"PYTORCH_CUDA_ALLOC_CONF": "x"}, {"PYTORCH_ALLOC_CONF": "x"}])
+def test_cudas_allocator_gets_expandable_segments_unless_the_user_has_set_it(given, monkeypatch):
     names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-    for given in ({}, {names[0]: "backend:native"}, {names[1]: "backend:native"}):
-        for name in names:
-            monkeypatch.delenv(name, raising=False)
-        for name, value in given.items():
-            monkeypatch.setenv(name, value)
-        assert main(["train", "quickstart", "--print-config"]) == 0
-        found = {name: os.environ[name] for name in names if name in os.environ}
-        assert found == (given or {names[0]: "expandable_segments:True"})
+    for name in names:
+        monkeypatch.setenv(name, "")  # to be put back
+        monkeypatch.delenv(name)
+    os.environ.update(given)
+    assert main(["train", "quickstart", "--print-config"]) == 0
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    assert found == (given or {names[0]: "expandable_segments:True"})
 
 
 def test_a_profile_names_where_a_steps_time_goes(train, capsys):

@@ -56,10 +56,8 @@ def vocabulary_fingerprint(ids: Tensor) -> str:
 
 def check_output(folder: Path) -> None:
     """ValueError unless a new run can have the output folder, OSError if it cannot be read."""
-    if (folder / MARKER).exists() or list_checkpoints(folder):  # a checkpoint is a run too, even if its marker is gone
-        raise ValueError(f"output.dir {folder} already holds a run; resume it (--resume), or give another folder")
     if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"output.dir {folder} is not empty and holds no run; give another folder")
+        raise ValueError(f"output.dir {folder} is not empty: resume the run in it (--resume), or give another folder")
 
 
 def lock_output(folder: Path) -> IO[str]:

@@ -173,9 +173,9 @@ class Evaluator:
         if len(self.rows) == 0:
             return None
         accelerator, size = self.runner.accelerator, self.runner.recipe.train.batch_size
-        order = range(accelerator.process_index, len(self.rows), accelerator.num_processes)
+        indices = [*range(accelerator.process_index, len(self.rows), accelerator.num_processes)]
         batches = -(-len(self.rows) // (size * accelerator.num_processes))  # the same on every rank
-        indices = [*order] + [EMPTY_ROW] * (batches * size - len(order))
+        indices += [EMPTY_ROW] * (batches * size - len(indices))
         sums = []
         weighted = torch.zeros((), dtype=torch.float64, device=self.runner.device)
         for first in range(0, len(indices), size):

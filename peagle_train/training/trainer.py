@@ -34,7 +34,7 @@ from peagle_train.ending import Signals, leave_to_parent
 from peagle_train.files import NonFiniteWeights, RunStopped, save_tensors, write_bytes, write_json
 from peagle_train.machine import GIB, peak_ram
 from peagle_train.memory import memory_explained
-from peagle_train.serving.drafter_io import check_finite, fill_drafter, save_drafter
+from peagle_train.serving.drafter_io import fill_drafter, save_drafter
 from peagle_train.target_model.frozen import TargetBase, TargetLost
 from peagle_train.target_model.loading import target_fingerprint
 from peagle_train.target_model.ring import Ring, block_steps
@@ -103,15 +103,11 @@ class Trainer:
         """Train, evaluating before and after; returns the summary that is also written to `run.json`. RunStopped: the run
         had to stop, with a line on why and how to resume.
         """
-
-        def where() -> str:
-            return f"out of memory in step {self.step + 1} of {self.num_steps} ({checkpoints.last_checkpoint(self.folder)})"
-
         self.on_main(f"output.dir {self.folder}", self._take_output)
         self.reporter.start(asdict(self.recipe))
         steps = self.steps()
         try:
-            with memory_explained(self.recipe, where), self.signals:
+            with memory_explained(self.recipe, self._where), self.signals:
                 probe = self.recipe.train.probe
                 if probe is True or (probe == "auto" and self.device.type == "cuda"):
                     self.reporter.say(self.probe())
@@ -121,6 +117,9 @@ class Trainer:
             steps.close()  # ends its loader processes, which answer to no signal
             if self.lock:
                 self.lock.close()
+
+    def _where(self) -> str:
+        return f"out of memory in step {self.step + 1} of {self.num_steps} ({checkpoints.last_checkpoint(self.folder)})"
 
     def _run(self, steps: Generator[list[Batch], None, None]) -> dict[str, Any]:
         if self.recipe.target.reuse > 1:
@@ -133,7 +132,6 @@ class Trainer:
         except TargetLost as lost:
             if self.world_size > 1:  # the others are in the middle of their step
                 raise
-            self.draft.zero_grad()
             raise RunStopped(f"{lost}; --resume continues from {self.save_checkpoint().name}") from None
 
     def _loop(self, steps: Generator[list[Batch], None, None]) -> dict[str, Any]:
@@ -241,6 +239,7 @@ class Trainer:
         first, last = train.profile_steps if train.profile_steps and self.accelerator.is_main_process else (0, 0)
         profile: Any = None
         self.pace.restart()
+        self.following.clear()
         iterator, following, size = iter(loader), self.following, train.gradient_accumulation_steps
         ahead = max(size, self.target.ahead // train.batch_size)
         try:
@@ -365,8 +364,6 @@ class Trainer:
         }
         recent = metrics.accuracies(*torch.stack(list(self.recent)).sum(0).tolist())
         self._record("train", metrics.train_line(values, recent, len(self.recent)), **values)
-        if self.step % (10 * self.recipe.train.log_steps) == 0:
-            self.reporter.say(f"accuracy by depth: {metrics.shares(values['accuracy'])}")
 
     def _record(self, kind: str, line: str, **values: Any) -> None:
         self.on_main("metrics.jsonl", lambda: self.reporter.record(kind, line, **values))
@@ -427,18 +424,12 @@ class Trainer:
         return path
 
     def restore(self, checkpoint: checkpoints.Checkpoint) -> None:
-        """Make this new trainer the one that was saved; changes no file. ValueError: data, draft vocabulary or target are
-        not the checkpoint's, or it is after the run's last step.
-        """
+        """Make this new trainer the one that was saved; changes no file. ValueError: data or target are not its own."""
         folder, state = checkpoint
         if others := [what for what, now in self.must_match.items() if state["must_match"][what] != now]:
             remedy = "give the same data, target and batch size x accumulation x processes, or another output.dir"
             raise ValueError(f"--resume: not what {folder.name} was trained with: {', '.join(others)}: {remedy}")
-        if self.num_steps < state["step"]:
-            what = f"{folder.name} is after the {self.num_steps} steps that the recipe asks for"
-            raise ValueError(f"--resume: {what}: raise train.max_steps or train.epochs, or resume from an earlier one")
         weights, moments = (load_file(folder / name) for name in ("model.safetensors", "optimizer.state"))
-        check_finite(weights, f"--resume: {folder}'s")
         distributed.load_full(self.draft, self.optimizers, weights, moments)
         self.step = self.saved_step = self.sampler.start_step = state["step"]
         self.bad_in_a_row, self.evaluated = state["bad_steps_in_a_row"], state.get("evaluated", self.step)
