@@ -1,6 +1,5 @@
 """A job of ranks_run.py: what sharding must not change, asserted on every rank, in float64 on CPU."""
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from peagle_train.config import Train, load_recipe
 from peagle_train.distributed import (
@@ -113,25 +111,12 @@ def check_state(rank: int, name: str, tolerance: float) -> None:
                 assert torch.allclose(ours[key], value, rtol=0, atol=tolerance), (first, second, key)
 
 
-class Operations(TorchDispatchMode):
-    """Counts the collectives inside, by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if str(function).startswith("c10d"):
-            self.counts[str(function)] += 1
-        return function(*args, **(kwargs or {}))
-
-
 def check_reductions(recipe_path: str) -> None:
     """Gradients are reduced once a step, however many passes and micro-batches there are; nothing stays whole."""
     trainer = make_trainer(load_recipe(recipe_path, ["train.sharding=fsdp2"]), Accelerator())
-    with Operations() as operations:
+    with torch.profiler.profile() as profile:
         trainer.accumulate(next(trainer.steps()))
-    counts = operations.counts
+    counts = {event.key: event.count for event in profile.key_averages() if event.key.startswith("c10d::")}
     groups = len(trainer.draft.layers) + 1
     assert sum(n for op, n in counts.items() if "reduce_scatter" in op) == groups, counts
     # Forward and backward of at least two passes in each of two micro-batches.

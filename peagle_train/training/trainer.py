@@ -126,7 +126,7 @@ class Trainer:
             self.runner.ring = Ring(self.recipe, self.target, self.accelerator.process_index, self.world_size)
         if self.resumed is None:
             self.before = self.evaluate("held-out before training")
-        self.started = time.perf_counter()
+        self.started = time.perf_counter() - self.seconds_before
         try:
             return self._loop(steps)
         except TargetLost as lost:
@@ -152,7 +152,7 @@ class Trainer:
         return self._write_marker({"state": "stopped", "steps": self.step, "checkpoint": path.name})
 
     def _finish(self) -> dict[str, Any]:
-        seconds = self.seconds()
+        seconds = time.perf_counter() - self.started
         summary = {"state": "finished", "drafter": "final", "steps": self.step, "train_seconds": seconds}
         after = self.evaluate("held-out after training")
         self._save_drafter(self.folder / "final")
@@ -181,10 +181,6 @@ class Trainer:
                 failure = str(error)
         if failure := distributed.from_all(failure)[0]:
             raise RunStopped(failure)
-
-    def seconds(self) -> float:
-        """Spent in training, over all of the run's parts."""
-        return self.seconds_before + time.perf_counter() - self.started
 
     def peak_memory(self) -> int:
         """Bytes: of the device's, since the probe, or of RAM, since the process began."""
@@ -401,7 +397,7 @@ class Trainer:
             "step": self.step,
             "bad_steps_in_a_row": self.bad_in_a_row,
             "evaluated": self.evaluated,
-            "train_seconds": self.seconds(),
+            "train_seconds": time.perf_counter() - self.started,
             "before": self.before,
             "best": self.best,
             "lines": {"metrics.jsonl": self.reporter.lines},
