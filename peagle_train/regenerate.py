@@ -11,23 +11,29 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, distribution
 from itertools import islice
+from multiprocessing.pool import ThreadPool  # its threads are daemons: an interrupted run does not wait for answers
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Lock, Thread
+from threading import Lock, local
 from typing import Any, NamedTuple
 
+import torch
 from tqdm import tqdm
+from transformers import GenerationConfig
 
+from peagle_train.core.cod import hash63
 from peagle_train.data.documents import SourceFile, read_examples
 from peagle_train.data.encode import RawExample, parse
 from peagle_train.data.messages import FORMAT, BadRow, messages_of
+from peagle_train.data.vocab import eos_token_ids, load_tokenizer
 from peagle_train.files import RunStopped, lock, one_line, partial_path, put, put_tensors, write_json
+from peagle_train.target_model.loading import load_model, resolve_dtype
+from peagle_train.target_model.server import ON_CPU, REMEDY, connect, states_path, take
 
 logger = logging.getLogger(__name__)
 
@@ -48,15 +54,9 @@ class Answer(NamedTuple):
 
     content: str  # where it was refused, why
     finish_reason: str | None = "stop"  # the server's: stop, length, ...; refused where it would not answer
-    reasoning: str | None = None  # where the server tells it apart
+    reasoning: str = ""  # where the server tells it apart
     tokens: int = 0  # generated ones; 0 where the server does not say
     states: Path | None = None  # the file of its hidden states, see `Servers`
-
-
-# What is written (the turns up to the first unfit answer; None where none was fit), why the conversation ended early (None
-# where it did not), a line about that, and how many tokens were generated.
-Result = tuple[dict[str, Any] | None, str | None, str, int]
-Chat = Generator[Ask, Answer | None, Result]
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,13 @@ class Settings:
     template_kwargs: dict[str, Any]
     features: str | None = None  # folder that answers' hidden states are kept in
 
-    def leaving_room(self, context: int, who: str) -> "Settings":
+    def leaving_room(self, context: int) -> "Settings":
         """With max_tokens where none was given: 2048, or half of the context (tokens of prompt and answer that the target
         takes) if that is less. ValueError if max_tokens is as many.
         """
         if self.max_tokens >= context:
-            raise ValueError(f"--max-tokens: got {self.max_tokens}; {who} takes {context}, the prompt's included")
-        most = self.max_tokens or min(MAX_TOKENS, context // 2)
-        if not self.max_tokens and most < MAX_TOKENS:
-            logger.warning("--max-tokens is %d: half of the %d that %s takes", most, context, who)
-        return replace(self, max_tokens=most)
+            raise ValueError(f"--max-tokens: got {self.max_tokens}; the target takes {context}, the prompt's included")
+        return replace(self, max_tokens=self.max_tokens or min(MAX_TOKENS, context // 2))
 
 
 class Prompt(NamedTuple):
@@ -90,13 +87,26 @@ class Prompt(NamedTuple):
     turns: tuple[tuple[Message, ...], ...]  # what precedes each answer: the messages since the answer before it
 
 
-def read_prompts(name_or_path: str, limit: int | None = None, skipped: Counter[str] | None = None) -> Iterator[Prompt]:
+@dataclass
+class Conversation:
+    """What a prompt leads to, up to its first unfit answer."""
+
+    prompt: Prompt
+    number: int  # its place among the prompts
+    messages: list[Message] = field(default_factory=list)
+    finish_reasons: list[str | None] = field(default_factory=list)
+    cut: str | None = None  # why it ended early
+    detail: str = ""  # the unfit answer
+    tokens: int = 0  # generated ones
+
+
+def read_prompts(name_or_path: str, limit: int | None = None, skipped: Counter[str] | None = None) -> list[Prompt]:
     """The prompts of a benchmark or of a .jsonl, .jsonl.gz or .json file, whose rows have `messages`, `conversations`
     (ShareGPT), `turns` (a list of questions, as in MT-Bench) or `prompt` (text, or a list of messages), and an id in one of
     ID_KEYS. Rows that cannot be asked are counted in `skipped` by reason, the first of each logged. ValueError, one line,
     for what cannot be read; without `skipped` for such rows, too.
     """
-    path, ids = find_file(name_or_path), set[str]()
+    path, prompts, ids = find_file(name_or_path), list[Prompt](), set[str]()
     for raw in read_examples([SourceFile(path, path, "json" if path.endswith(".json") else "jsonl")]):
         try:
             prompt = _prompt(raw, ids)
@@ -108,13 +118,14 @@ def read_prompts(name_or_path: str, limit: int | None = None, skipped: Counter[s
             skipped[error.reason] += 1
             continue
         ids.add(prompt.id)
-        yield prompt
-        if len(ids) == limit:
+        prompts.append(prompt)
+        if len(prompts) == limit:
             break
-    if not ids:
+    if not prompts:
         example = '{"prompt": "What is 2 + 2?"}'
         counts = ", ".join(f"{n} {why}" for why, n in (skipped or {}).items())
         raise ValueError(f"{path} has no prompt (skipped: {counts or 'none'}): give lines such as {example}")
+    return prompts
 
 
 def find_file(name_or_path: str) -> str:
@@ -164,10 +175,7 @@ def fault(answer: Answer, keep_truncated: bool = False) -> str | None:
     """Why an answer is unfit for training, in a word or two; None for a good one."""
     if answer.finish_reason == "refused":
         return "refused"
-    text = answer.content + (answer.reasoning or "")
-    if text != text.encode(errors="replace").decode():
-        return "lone surrogate"
-    if is_loop(answer.content) or is_loop(answer.reasoning or ""):
+    if is_loop(answer.content) or is_loop(answer.reasoning):
         return "loop"
     if answer.finish_reason == "length" and not keep_truncated:
         return "truncated"
@@ -187,46 +195,31 @@ def is_loop(text: str) -> bool:
     return any(tail[period:] == tail[:-period] for period, tail in tails)
 
 
-def converse(prompt: Prompt, number: int, model: str, settings: Settings) -> Chat:
-    """The conversation that a prompt leads to, up to its first unfit answer. `number` is its place among the prompts."""
-    messages, finish_reasons = list[Message](), list[str | None]()
-    why, detail, tokens = None, "", 0
-    for turn, asked in enumerate(prompt.turns):
-        context = [{"role": message["role"], "content": message["content"]} for message in [*messages, *asked]]
-        answer = yield context, random.Random(f"{settings.seed},{number},{turn}").getrandbits(31)
-        assert answer is not None
-        tokens += answer.tokens
-        why, detail = fault(answer, settings.keep_truncated), answer.content
-        if why is not None:
-            if answer.states:
-                answer.states.unlink(missing_ok=True)
-            break
-        thoughts = {"reasoning_content": answer.reasoning} if answer.reasoning else {}
-        messages += [*asked, {"role": "assistant", "content": answer.content, **thoughts}]
-        finish_reasons.append(answer.finish_reason)
-        if answer.finish_reason == "length":  # kept: but no answer to a later question would follow from it
-            why = None if turn == len(prompt.turns) - 1 else "truncated"
-            break
-    # Training renders a row with its own variables of the template, so that it reads what the target has read.
-    variables = {"chat_template_kwargs": settings.template_kwargs} if settings.template_kwargs else {}
-    generated = {"model": model, "finish_reasons": finish_reasons, "cut": why}
-    row = {"id": prompt.id, "messages": messages, **variables, "generated": generated}
-    return row if finish_reasons else None, why, f"prompt {prompt.id} is {why}: {detail}", tokens
-
-
-def converse_together(chats: Sequence[Chat], ask: Callable[[list[Ask]], list[Answer]]) -> list[Result]:
-    """The chats' results, in the order in which they end; all turns of a number are asked for together."""
-    results, answers = list[Result](), list[Answer | None]([None] * len(chats))  # None starts a chat
-    while chats:
-        asks, asked = list[Ask](), list[Chat]()
-        for chat, answer in zip(chats, answers):
-            try:
-                asks.append(chat.send(answer))
-                asked.append(chat)
-            except StopIteration as end:
-                results.append(end.value)
-        chats, answers = asked, [*ask(asks)] if asks else []
-    return results
+def converse(
+    chats: list[Conversation], settings: Settings, ask: Callable[[list[Ask]], list[Answer]]
+) -> list[Conversation]:
+    """The conversations, each had to its end; all turns of a number are asked for together."""
+    for turn in range(max(len(chat.prompt.turns) for chat in chats)):
+        going = [chat for chat in chats if chat.cut is None and turn < len(chat.prompt.turns)]
+        asks = list[Ask]()
+        for chat in going:
+            before = [*chat.messages, *chat.prompt.turns[turn]]
+            context = [{"role": message["role"], "content": message["content"]} for message in before]
+            asks.append((context, random.Random(f"{settings.seed},{chat.number},{turn}").getrandbits(31)))
+        for chat, answer in zip(going, ask(asks)):
+            chat.tokens += answer.tokens
+            chat.cut, chat.detail = fault(answer, settings.keep_truncated), answer.content
+            if chat.cut is not None:
+                if answer.states:
+                    answer.states.unlink(missing_ok=True)
+                continue
+            thoughts = {"reasoning_content": answer.reasoning} if answer.reasoning else {}
+            said = {"role": "assistant", "content": answer.content, **thoughts}
+            chat.messages += [*chat.prompt.turns[turn], said]
+            chat.finish_reasons.append(answer.finish_reason)
+            if answer.finish_reason == "length" and turn < len(chat.prompt.turns) - 1:
+                chat.cut = "truncated"  # kept: but no answer to a later question would follow from it
+    return chats
 
 
 class Servers:
@@ -235,9 +228,7 @@ class Servers:
     """
 
     def __init__(self, urls: Sequence[str], model: str, settings: Settings, concurrency: int, retries: int) -> None:
-        from peagle_train.target_model.server import connect
-
-        key, context = os.environ.get("OPENAI_API_KEY", "").strip() or "none", (ENDLESS, "")
+        key, context = os.environ.get("OPENAI_API_KEY", "").strip() or "none", ENDLESS
         self.model, self.concurrency, self.clients = model, concurrency, list[Any]()
         for url in urls:
             self.openai, client = connect(url, "--base-url", key, timeout=3600.0, max_retries=retries)
@@ -250,54 +241,39 @@ class Servers:
             if model not in entries:
                 raise ValueError(f"{url} has no model {model!a}; it has {', '.join([*entries][:5]) or 'none'}")
             self.clients.append(client)
-            context = min(context, (getattr(entries[model], "max_model_len", None) or ENDLESS, url))  # as vLLM names it
-        self.settings = settings = settings.leaving_room(*context)
+            context = min(context, getattr(entries[model], "max_model_len", None) or ENDLESS)  # as vLLM names it
+        self.settings = settings = settings.leaving_room(context)
+        # Servers would take what is not given from the target's generation_config.json.
         how = {"temperature": settings.temperature, "top_p": settings.top_p, "max_tokens": settings.max_tokens}
-        self.sampling: dict[str, Any] = {**how, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-        # Servers would take these from the target's generation_config.json. They are not in OpenAI's own API.
-        self.more: dict[str, Any] = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+        how |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+        self.sampling: dict[str, Any] = {**how, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
         if settings.template_kwargs:
-            self.more["chat_template_kwargs"] = settings.template_kwargs
+            self.sampling["chat_template_kwargs"] = settings.template_kwargs
         if settings.features:
             Path(settings.features).mkdir(parents=True, exist_ok=True)
-            self.more |= {"return_token_ids": True, "kv_transfer_params": {"include_output_tokens": True}}
+            self.sampling |= {"return_token_ids": True, "kv_transfer_params": {"include_output_tokens": True}}
         self._keeping = Lock()  # equal conversations have one file
-        self.record: dict[str, Any] = {"backend": "server", "model": model, "sampling": self.sampling | self.more}
+        self.record: dict[str, Any] = {"backend": "server", "model": model, "sampling": self.sampling}
 
-    def conversations(self, chats: Iterable[Chat]) -> Generator[Result, None, None]:
-        """Results as they come. All turns of a chat go to the same server, whose cache has what came before. RunStopped: a
-        server gave no answer, after all retries.
+    def conversations(self, chats: Iterable[Conversation]) -> Iterator[Conversation]:
+        """Each as it ends. All turns of one go to the same server, whose cache has what came before. RunStopped: a server
+        gave no answer, after all retries.
         """
-        remaining, turn, results = iter(chats), Lock(), SimpleQueue[Result | BaseException | None]()
+        thread, clients = local(), self.clients * self.concurrency
 
-        def work(client: Any) -> None:
-            try:
-                while True:
-                    with turn:
-                        chat = next(remaining, None)
-                    if chat is None:
-                        break
-                    results.put(converse_together([chat], lambda asks: [self._answer(client, *asks[0])])[0])
-                results.put(None)
-            except BaseException as error:
-                results.put(error)
+        def begin() -> None:
+            thread.client = clients.pop()
 
-        for client in self.clients * self.concurrency:
-            Thread(target=work, args=(client,), daemon=True).start()  # an interrupted run does not wait for answers
-        try:
-            for _ in self.clients * self.concurrency:  # each thread's last result is None
-                while (result := results.get()) is not None:
-                    if isinstance(result, BaseException):
-                        raise result
-                    yield result
-        finally:
-            with turn:
-                remaining = iter(())  # no thread takes another one
+        def work(chat: Conversation) -> Conversation:
+            return converse([chat], self.settings, lambda asks: [self._answer(thread.client, *ask) for ask in asks])[0]
+
+        with ThreadPool(len(clients), begin) as pool:
+            yield from pool.imap_unordered(work, chats)
 
     def _answer(self, client: Any, messages: list[Message], seed: int) -> Answer:
         create = client.chat.completions.create
         try:
-            reply = create(model=self.model, messages=messages, seed=seed, **self.sampling, extra_body=self.more)
+            reply = create(model=self.model, messages=messages, seed=seed, extra_body=self.sampling)
         except self.openai.OpenAIError as error:
             if getattr(error, "status_code", None) in (400, 413, 422):
                 return Answer(one_line(error, 300), "refused")
@@ -305,7 +281,7 @@ class Servers:
         message = reply.choices[0].message
         tokens = reply.usage.completion_tokens if reply.usage else 0
         # vLLM renamed the field; older ones and SGLang say reasoning_content.
-        reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
+        reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None) or ""
         states = self._keep(reply) if self.settings.features else None
         return Answer(message.content or "", reply.choices[0].finish_reason, reasoning, tokens, states)
 
@@ -313,11 +289,6 @@ class Servers:
         """Keep ids and hidden states of prompt and answer, as `SpeculatorsFiles` reads them; RunStopped if none come.
         ValueError: they are of other layers than those in the folder, or the server, on a CPU, draws wrong tokens.
         """
-        import torch
-
-        from peagle_train.core.cod import hash63
-        from peagle_train.target_model.server import ON_CPU, REMEDY, states_path, take
-
         path = states_path(reply)
         if path is None:
             raise ValueError(f"--features: the server gives no hidden states: {REMEDY}")
@@ -335,7 +306,7 @@ class Servers:
             with self._keeping:
                 if not mark.exists():
                     mark.write_text(name)
-                elif (before := mark.read_text()) != name:
+                if (before := mark.read_text()) != name:
                     differ = f"{kept.parent} holds {before}, the server gives {name}"
                     raise ValueError(f"--features: {differ}: give another folder")
                 put_tensors(kept, {"token_ids": ids, "loss_mask": mask, "hidden_states": states})
@@ -348,12 +319,6 @@ class Local:
     """A model in this process, asked in batches through transformers' `generate`. ValueError: it cannot be asked."""
 
     def __init__(self, path: str, settings: Settings, dtype: str, batch_size: int, trust_remote_code: bool) -> None:
-        import torch
-        from transformers import GenerationConfig
-
-        from peagle_train.data.vocab import eos_token_ids, load_tokenizer
-        from peagle_train.target_model.loading import load_model, resolve_dtype
-
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model: Any = load_model(path, resolve_dtype(dtype, device), trust_remote_code=trust_remote_code).to(device)
         tokenizer = load_tokenizer(path, trust_remote_code)
@@ -364,7 +329,7 @@ class Local:
         if not self.end_ids:
             raise ValueError("the target names no end token (eos_token_id), so its answers would never end")
         self.context = getattr(text_config, "max_position_embeddings", None) or ENDLESS
-        self.settings = settings = settings.leaving_room(self.context, f"target {path}")
+        self.settings = settings = settings.leaving_room(self.context)
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
         sampling: dict[str, Any] = {"do_sample": settings.temperature > 0, "repetition_penalty": 1.0}
         if settings.temperature > 0:
@@ -374,18 +339,16 @@ class Local:
         self.record: dict[str, Any] = {"backend": "local", "model": Path(path).resolve().name}
         self.record |= {"dtype": str(model.dtype), "sampling": sampling}
 
-    def conversations(self, chats: Iterable[Chat]) -> Generator[Result, None, None]:
-        """Results as they come. The chats of a batch go from turn to turn together."""
+    def conversations(self, chats: Iterable[Conversation]) -> Iterator[Conversation]:
+        """Each as its batch ends. The conversations of a batch go from turn to turn together."""
         remaining = iter(chats)
         while batch := list(islice(remaining, self.batch_size)):
-            yield from converse_together(batch, self._answers)
+            yield from converse(batch, self.settings, self._answers)
 
     def _answers(self, asks: Sequence[Ask]) -> list[Answer]:
         """An answer to each, generated together; chats that the template or the context does not take are refused. B:
         chats that are generated, P: tokens of the longest one.
         """
-        import torch
-
         answers, prompts = dict[int, Answer](), dict[int, list[int]]()
         how, most, device = self.settings.template_kwargs, self.settings.max_tokens, self.model.device
         for at, (messages, _) in enumerate(asks):
@@ -420,17 +383,16 @@ def regenerate(name_or_path: str, limit: int | None, out: Path, backend: Servers
     """Ask the prompts of `read_prompts`; write OUT, a row for each that got an answer, and OUT.report.json. What was
     answered is kept. ValueError: a user's mistake. RunStopped: the server stopped answering.
     """
-    settings, digest, count, skipped = backend.settings, sha256(), 0, Counter[str]()
-    for prompt in read_prompts(name_or_path, limit, skipped):  # and again as they are asked: memory holds only ids
-        digest.update(json.dumps(prompt).encode())
-        count += 1
-    record = {"prompts": digest.hexdigest(), "count": count, **backend.record, **asdict(settings)}
+    settings, skipped = backend.settings, Counter[str]()
+    prompts = read_prompts(name_or_path, limit, skipped)
+    count, digest = len(prompts), sha256("".join(map(json.dumps, prompts)).encode()).hexdigest()
+    record = {"prompts": digest, "count": count, **backend.record, **asdict(settings)}
     partial, report_path = partial_path(out), out.with_name(out.name + ".report.json")
     if out.exists() and not report_path.exists():
         raise ValueError(f"--out {out} exists, and this command did not make it: give another --out")
     if out.exists() or (partial.exists() and partial.stat().st_size):
         begun = json.loads(report_path.read_bytes())["settings"] if report_path.exists() else {}
-        if changed := [key for key, value in json.loads(json.dumps(record)).items() if begun.get(key) != value]:
+        if changed := [key for key, value in record.items() if begun.get(key) != value]:
             raise ValueError(f"--out {out} was begun with other {', '.join(changed)}: give another --out, or remove it")
     if out.exists():
         print(f"{out} is already complete")
@@ -439,8 +401,6 @@ def regenerate(name_or_path: str, limit: int | None, out: Path, backend: Servers
     done, cut, dropped = set[str](), Counter[str](), Counter[str]()
     with partial.open("a+b") as file:
         lock(file, f"--out {out}", "writing")
-        if out.exists():
-            raise ValueError(f"--out {out} has just been made by another process")
         write_json(report_path, {"settings": record})
         end = file.seek(0)
         for line in file:
@@ -454,24 +414,24 @@ def regenerate(name_or_path: str, limit: int | None, out: Path, backend: Servers
                 cut[reason] += 1
         if rows := len(done):
             print(f"resuming after {rows} of {count} prompts in {partial}")
-        # A copy of `skipped`, so that nothing is logged again.
-        model, numbered = backend.record["model"], enumerate(read_prompts(name_or_path, limit, skipped.copy()))
-        chats = (converse(prompt, n, model, settings) for n, prompt in numbered if prompt.id not in done)
+        chats = (Conversation(prompt, n) for n, prompt in enumerate(prompts) if prompt.id not in done)
+        # Training renders a row with its own variables of the template, so that it reads what the target has read.
+        variables = {"chat_template_kwargs": settings.template_kwargs} if settings.template_kwargs else {}
         pace, tokens, started = 0.1 if sys.stderr.isatty() else 60.0, 0, time.monotonic()
-        with (
-            tqdm(total=count, initial=rows, unit="prompt", mininterval=pace, smoothing=0) as bar,
-            closing(backend.conversations(chats)) as results,
-        ):
-            for row, why, detail, generated in results:
-                tokens += generated
+        with tqdm(total=count, initial=rows, unit="prompt", mininterval=pace, smoothing=0) as bar:
+            for chat in backend.conversations(chats):
+                tokens += chat.tokens
                 bar.set_postfix_str(f"{tokens / (time.monotonic() - started):,.0f} tokens/s", refresh=False)
                 bar.update()
+                why, id = chat.cut, chat.prompt.id
                 if why == "refused" and not cut[why] + dropped[why]:
-                    print(detail)
+                    print(f"prompt {id} is refused: {chat.detail}")
                 if why is not None:
-                    (cut if row else dropped)[why] += 1
-                if row is not None:
+                    (cut if chat.messages else dropped)[why] += 1
+                if chat.messages:
                     rows += 1
+                    generated = {"model": record["model"], "finish_reasons": chat.finish_reasons, "cut": why}
+                    row = {"id": id, "messages": chat.messages, **variables, "generated": generated}
                     file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
                     file.flush()
     counts = {"cut": cut, "dropped": dropped, "skipped": skipped}

@@ -77,7 +77,7 @@ def load_cases(name: str, tokenizer: Any, limit: int | None = None) -> tuple[lis
     path, kind = Path(name).expanduser(), "texts"
     texts = _texts(str(path)) if path.suffix == ".jsonl" else []
     if not texts:
-        prompts = list(read_prompts(name, limit))
+        prompts = read_prompts(name, limit)
         if getattr(tokenizer, "chat_template", None):
             return [Case(p.id, path.name, chat=p) for p in prompts], f"{path.name}: {len(prompts)} chats"
         if odd := [p.id for p in prompts if [len(turn) for turn in p.turns] != [1]]:
