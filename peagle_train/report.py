@@ -49,33 +49,36 @@ class Run:
     about: Line  # about.json
     recipe: dict[str, dict[str, Any]]
 
-    @property
-    def seconds(self) -> float:
-        """Training time over all parts of the run: `seconds` starts at 0 again in each."""
-        return sum(b - a if b >= a else b for a, b in pairwise([0.0, *(line["seconds"] for line in self.train)]))
-
 
 def write_report(folders: Sequence[Path], out: Path) -> None:
     """Write the page. ValueError for a folder without a run, or without matplotlib."""
     runs = [read_run(folder) for folder in folders]
-    content = page(runs, draw(runs))
+    title = html.escape(", ".join(run.name for run in runs))
+    image = f'<img alt="curves" src="data:image/png;base64,{base64.b64encode(draw(runs)).decode()}">'
+    recipes = (f"<summary>{html.escape(r.name)}</summary><pre>{html.escape(dump_yaml(r.recipe))}</pre>" for r in runs)
+    sections = {
+        "Result": _table(runs, [_result(run) for run in runs]),
+        "Curves": f"<p>Lines: training. Circles: held out.</p>{image}",
+        "Data": _table(runs, [run.about.get("data", {}).get("packing", {}) for run in runs]),
+        "Settings that differ": _table(runs, differing_keys(runs)),
+        "Recipes": "".join(f"<details>{recipe}</details>" for recipe in recipes),
+    }
+    body = "".join(f"<h2>{name}</h2>{content}" for name, content in sections.items() if content)
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{CSS}</style>'
+    page = f'<!doctype html><html lang="en"><head>{head}</head><body><h1>{title}</h1>{body}</body></html>\n'
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(out, content.encode())
+    write_bytes(out, page.encode())
 
 
 def read_run(folder: Path) -> Run:
     """ValueError unless the folder holds a run with at least one number. An unfinished last line is ignored."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
-        why = "has no metrics.jsonl" if folder.is_dir() else "does not exist"
-        raise ValueError(f"{folder} holds no run: it {why}; give a recipe's output.dir")
+        raise ValueError(f"{folder} holds no run: there is no {path.name} in it; give a recipe's output.dir")
     lines: dict[str, list[Line]] = {"train": [], "eval": [], "skipped": []}
-    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        try:
-            line = json.loads(text)
-            lines[line["kind"]].append(line)
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}, line {number} is damaged") from None
+    for text in path.read_bytes().split(b"\n")[:-1]:
+        line = json.loads(text)
+        lines[line["kind"]].append(line)
     if not lines["train"] and not lines["eval"]:
         raise ValueError(f"{path} holds no numbers yet")
     files = [folder / name for name in (MARKER, ABOUT)]
@@ -89,26 +92,6 @@ def differing_keys(runs: Sequence[Run]) -> list[dict[str, Any]]:
     keys = sorted({key for one in flat for key in one})
     different = [key for key in keys if any(one.get(key) != flat[0].get(key) for one in flat)]
     return [{key: one.get(key) for key in different} for one in flat]
-
-
-# The page
-
-
-def page(runs: Sequence[Run], figure: bytes) -> str:
-    """The page's HTML. `figure`: a PNG."""
-    title = html.escape(", ".join(run.name for run in runs))
-    image = f'<img alt="curves" src="data:image/png;base64,{base64.b64encode(figure).decode()}">'
-    recipes = (f"<summary>{html.escape(r.name)}</summary><pre>{html.escape(dump_yaml(r.recipe))}</pre>" for r in runs)
-    sections = {
-        "Result": _table(runs, [_result(run) for run in runs]),
-        "Curves": f"<p>Lines: training. Circles: held out.</p>{image}",
-        "Data": _table(runs, [run.about.get("data", {}).get("packing", {}) for run in runs]),
-        "Settings that differ": _table(runs, differing_keys(runs)),
-        "Recipes": "".join(f"<details>{recipe}</details>" for recipe in recipes),
-    }
-    body = "".join(f"<h2>{name}</h2>{content}" for name, content in sections.items() if content)
-    head = f'<meta charset="utf-8"><title>{title}</title><style>{CSS}</style>'
-    return f'<!doctype html><html lang="en"><head>{head}</head><body><h1>{title}</h1>{body}</body></html>\n'
 
 
 def _result(run: Run) -> dict[str, Any]:
@@ -125,9 +108,10 @@ def _result(run: Run) -> dict[str, Any]:
         found["accuracy by depth, held out"] = " ".join(f"{share:.2f}" for share in last["accuracy"])
         found["target mass outside the draft vocabulary"] = f"{last['mass_outside']:.2%}"
     if run.train:
+        seconds = [0.0, *(line["seconds"] for line in run.train)]  # which start at 0 again where a run was resumed
         found |= {
             "steps in all": run.train[-1]["num_steps"],
-            "time": duration(run.seconds),
+            "time": duration(sum(b - a if b >= a else b for a, b in pairwise(seconds))),
             "tokens/s, median": f"{median(line['tokens_per_second'] for line in run.train):,.0f}",
             "peak memory": f"{max(line['peak_memory_bytes'] for line in run.train) / 2**30:.2f} GiB",
         }
@@ -140,9 +124,6 @@ def _table(runs: Sequence[Run], columns: Sequence[dict[str, Any]]) -> str:
     rows = [["", *(run.name for run in runs)], *([key, *(str(c.get(key, "")) for c in columns)] for key in keys)]
     cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
     return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>" if keys else ""
-
-
-# The figure
 
 
 def draw(runs: Sequence[Run]) -> bytes:
@@ -163,7 +144,9 @@ def draw(runs: Sequence[Run]) -> bytes:
             axes.set(title=title, xlabel="step")
     if len(runs) > 1:
         figure.legend(loc="outside lower center", ncols=4)
-    return png_of(figure)
+    data = io.BytesIO()
+    figure.savefig(data, format="png", bbox_inches="tight")
+    return data.getvalue()
 
 
 def load_matplotlib() -> Any:
@@ -177,11 +160,3 @@ def load_matplotlib() -> Any:
 
     pyplot.style.use("seaborn-v0_8-whitegrid")
     return pyplot
-
-
-def png_of(figure: Any) -> bytes:
-    """The figure as a PNG; the figure is closed."""
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=100, bbox_inches="tight", pad_inches=0.12)
-    load_matplotlib().close(figure)
-    return data.getvalue()

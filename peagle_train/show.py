@@ -4,8 +4,8 @@ Sequences come from `load_training_data`, elements from the collator and `gather
 N: elements of a sequence.
 """
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from peagle_train.core.collator import CODCollator
 from peagle_train.core.elements import Elements, gather_elements
 from peagle_train.core.passes import visibility_of
 from peagle_train.data.training_data import encoder_of, load_training_data, make_collator
-from peagle_train.files import aligned, write_bytes
-from peagle_train.report import load_matplotlib, png_of
+from peagle_train.files import aligned
+from peagle_train.report import load_matplotlib
 
 MASK, PAST_END = "<mask>", "(past the end)"
 HEADER = ("anchor", "depth", "position id", "token", "features at", "predicts", "the target's label at", "learned")
@@ -42,19 +42,14 @@ def load_sequence(recipe: Recipe, number: int) -> tuple[dict[str, Any], Any, int
     return sequence, encoder.tokenizer, encoder.mask_token_id, lines
 
 
-def token_names(tokenizer: Any) -> Callable[[int], str]:
-    """Text of token ids as decoded alone, anything unprintable escaped; without a tokenizer, the ids."""
-
-    @cache
-    def name(token: int) -> str:
-        if tokenizer is None:
-            return f"<{token}>"
-        text = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if not text or "\ufffd" in text:  # part of a character: as the vocabulary writes it
-            text = f"<{tokenizer.convert_ids_to_tokens(token)}>"
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-    return name
+def token_name(tokenizer: Any, token: int) -> str:
+    """A token's text as decoded alone, anything unprintable escaped; without a tokenizer, its id."""
+    if tokenizer is None:
+        return f"<{token}>"
+    text = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if not text or "\ufffd" in text:  # part of a character: as the vocabulary writes it
+        text = f"<{tokenizer.convert_ids_to_tokens(token)}>"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 # As text
@@ -63,7 +58,7 @@ def token_names(tokenizer: Any) -> Callable[[int], str]:
 def show_sequence(recipe: Recipe, number: int, with_elements: bool = False) -> str:
     """A sequence's tokens; `with_elements`, also what its elements read and predict. ValueError: see `load_sequence`."""
     sequence, tokenizer, mask_token_id, lines = load_sequence(recipe, number)
-    name = token_names(tokenizer)
+    name = partial(token_name, tokenizer)
     lines.append(show_tokens(sequence, name))
     if with_elements:
         collator = make_collator(with_segments(recipe, 1), recipe.train.seed)  # segments change no element
@@ -113,25 +108,6 @@ def list_elements(
 # As a picture
 
 
-def write_picture(recipe: Recipe, number: int, out: Path) -> str:
-    """Draw the flat batch of a recipe's training sequence; returns its title. ValueError: matplotlib is missing,
-    cod.num_segments is auto, or no such sequence.
-    """
-    load_matplotlib()  # its absence is reported before anything is read
-    if recipe.cod.num_segments == "auto":
-        raise ValueError("cod.num_segments is auto: give the number, as in cod.num_segments=4")
-    collator = make_collator(recipe, recipe.train.seed)
-    sequence, tokenizer, _, (*_, title) = load_sequence(recipe, number)
-    words = list(map(token_names(tokenizer), sequence["input_ids"].tolist()))
-    title += f"; K = {collator.num_depths}, S = {collator.num_segments}"
-    if recipe.draft.window:
-        title += f", window {recipe.draft.window}"
-    figure = draw_batch(collator([sequence]), words, list(sequence["loss_mask"]), title, recipe.draft.window)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(out, png_of(figure))
-    return title
-
-
 def visible_elements(batch: dict[str, Tensor], window: int | None = None) -> tuple[Elements, Tensor, Tensor]:
     """Of a batch of one sequence: elements, their segments int64 [N], and who sees whom, bool [N, N] (queries, keys)."""
     num_depths = batch["supervised_per_depth"].shape[1]
@@ -146,13 +122,19 @@ def visible_elements(batch: dict[str, Tensor], window: int | None = None) -> tup
     return elements, flat["segment_ids"][0], visible_NN
 
 
-def draw_batch(
-    batch: dict[str, Tensor], words: Sequence[str], is_taught: Sequence[int], title: str, window: int | None = None
-) -> Any:
-    """A matplotlib figure of what each segment of a batch of one sequence runs and reads. is_taught: its loss mask."""
-    plt = load_matplotlib()
+def write_picture(recipe: Recipe, number: int, out: Path) -> str:
+    """Draw what each segment of a training sequence's flat batch runs and reads; returns the picture's title. ValueError:
+    matplotlib is missing, cod.num_segments is auto, or see `load_sequence` and `visible_elements`.
+    """
+    plt = load_matplotlib()  # its absence is reported before anything is read
+    if recipe.cod.num_segments == "auto":
+        raise ValueError("cod.num_segments is auto: give the number, as in cod.num_segments=4")
+    collator, window = make_collator(recipe, recipe.train.seed), recipe.draft.window
+    sequence, tokenizer, _, (*_, title) = load_sequence(recipe, number)
+    num_depths, tokens = collator.num_depths, sequence["input_ids"].numel()
+    title += f"; K = {num_depths}, S = {collator.num_segments}{f', window {window}' if window else ''}"
+    batch = collator([sequence])
     elements, segment_N, visible_NN = visible_elements(batch, window)
-    num_depths = batch["supervised_per_depth"].shape[1]
     documents, anchor_N, depth_N = batch["document_ids"][0], elements.anchor[0], elements.depth[0]
     of_depth = plt.colormaps["viridis"](torch.linspace(0.02, 0.88, num_depths).numpy())
     colours = [
@@ -162,7 +144,6 @@ def draw_batch(
     used = sorted(set(segment_N.tolist()))
     figure, grid = plt.subplots(len(used), figsize=(12.6, 6.6), layout="constrained", squeeze=False)
     figure.suptitle(f"{title}\n", x=0.01, ha="left")
-    tokens = int((documents >= 0).sum())
     starts = (documents[1:tokens] != documents[: tokens - 1]).nonzero().flatten() + 1
     for axes, s in zip(grid.flat, used):
         own_N = segment_N == s
@@ -178,11 +159,14 @@ def draw_batch(
     grid[0, 0].set_title("What each segment runs (colours) and reads (grey)")
     axes.set_xlabel("position: anchor + depth (bold: learned tokens)")
     if tokens <= LABELLED:
-        axes.set_xticks(range(tokens), [word[:10] for word in words], rotation=90, fontsize=8)
-        for label, taught in zip(axes.get_xticklabels(), is_taught):
+        words = [token_name(tokenizer, token)[:10] for token in sequence["input_ids"].tolist()]
+        axes.set_xticks(range(tokens), words, rotation=90, fontsize=8)
+        for label, taught in zip(axes.get_xticklabels(), sequence["loss_mask"]):
             label.set_fontweight("bold" if taught else "normal")
     names = ["depth 0 (by document)", *(f"depth {d}" for d in range(1, num_depths)), "another segment's, read"]
     shades = [DOCUMENTS[0], *of_depth[1:], GREY]
     handles = [plt.Rectangle((0, 0), 1, 1, color=shade) for shade in shades]
     figure.legend(handles, names, loc="outside lower center", ncols=8)
-    return figure
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, format="png", bbox_inches="tight")
+    return title

@@ -1,5 +1,6 @@
 """A sequence in readable tokens and a batch as a picture: what is shown is what is trained."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from peagle_train.core.collator import CODCollator
-from peagle_train.show import MASK, PAST_END, list_elements, show_tokens, token_names, visible_elements
+from peagle_train.show import MASK, PAST_END, list_elements, show_tokens, token_name, visible_elements
 from tests.chats import make_tokenizer
 from tests.helpers import command, make_batch, make_rows
 from tests.oracles import who_sees_whom
@@ -62,7 +63,7 @@ def as_shown(element: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def test_elements_are_shown_as_the_contract_has_them_and_tokens_by_document_with_the_learned_ones_in_brackets():
     collator = CODCollator(16, NUM_DEPTHS, down_sample_ratio=1.0)
-    name, table, seen = token_names(word_tokenizer()), set(map(as_shown, TABLE)), set()
+    name, table, seen = partial(token_name, word_tokenizer()), set(map(as_shown, TABLE)), set()
     for epoch in range(30):
         shown = list_elements({**SEQUENCE, "epoch": epoch}, collator, MASK_TOKEN, name)
         assert {e for e in table if e[1] == 0} <= set(shown) <= table, "no other element, and depth 0 is never dropped"
@@ -79,13 +80,13 @@ def test_elements_are_shown_as_the_contract_has_them_and_tokens_by_document_with
 
 def test_names_of_tokens_have_no_line_breaks_no_control_characters_and_nothing_lost():
     tokenizer = make_tokenizer()
-    name = token_names(tokenizer)
+    name = partial(token_name, tokenizer)
     text = "Hi the\n\tsea \x1b[31m \u00e9\u4f60<|im_end|>"
     shown = [name(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
     assert "".join(shown[:5]) == r"Hi the\n\tsea"
     assert r"\x1b" in "".join(shown) and not any(c in "".join(shown) for c in "\n\t\x1b")
     assert "".join(shown).endswith("<|im_end|>") and "\ufffd" not in "".join(shown)
-    assert token_names(None)(7) == "<7>"
+    assert token_name(None, 7) == "<7>"
 
 
 @pytest.fixture
