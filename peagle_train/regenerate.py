@@ -146,7 +146,7 @@ def find_file(name_or_path: str) -> str:
 def _prompt(raw: RawExample, taken: Container[str]) -> Prompt:
     row, only_questions = parse(raw.content), False
     if "messages" not in row and "conversations" not in row:
-        given: Any = row.get("prompt") if row.get("turns") is None else row["turns"]
+        given: Any = row.get("turns", row.get("prompt"))
         if given is None:
             raise BadRow(FORMAT, "it has none of messages, conversations, turns and prompt")
         given = [given] if isinstance(given, str) else given
@@ -388,52 +388,43 @@ def regenerate(name_or_path: str, limit: int | None, out: Path, backend: Servers
     count, digest = len(prompts), sha256("".join(map(json.dumps, prompts)).encode()).hexdigest()
     record = {"prompts": digest, "count": count, **backend.record, **asdict(settings)}
     partial, report_path = partial_path(out), out.with_name(out.name + ".report.json")
-    if out.exists() and not report_path.exists():
-        raise ValueError(f"--out {out} exists, and this command did not make it: give another --out")
     if out.exists() or (partial.exists() and partial.stat().st_size):
         begun = json.loads(report_path.read_bytes())["settings"] if report_path.exists() else {}
         if changed := [key for key, value in record.items() if begun.get(key) != value]:
-            raise ValueError(f"--out {out} was begun with other {', '.join(changed)}: give another --out, or remove it")
+            raise ValueError(f"--out {out} was made with other {', '.join(changed)}: give another --out, or remove it")
     if out.exists():
         print(f"{out} is already complete")
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    done, cut, dropped = set[str](), Counter[str](), Counter[str]()
     with partial.open("a+b") as file:
         lock(file, f"--out {out}", "writing")
         write_json(report_path, {"settings": record})
-        end = file.seek(0)
-        for line in file:
-            if not line.endswith(b"\n"):  # it was being written when an earlier run was killed
-                file.truncate(end)
-                break
-            end += len(line)
-            earlier = json.loads(line)
-            done.add(earlier["id"])
-            if (reason := earlier["generated"]["cut"]) is not None:
-                cut[reason] += 1
-        if rows := len(done):
-            print(f"resuming after {rows} of {count} prompts in {partial}")
+        file.seek(0)
+        *whole, rest = file.read().split(b"\n")
+        file.truncate(file.tell() - len(rest))  # it was being written when an earlier run was killed
+        done = {row["id"]: row["generated"]["cut"] for row in map(json.loads, whole)}
+        written, dropped = Counter(done.values()), Counter[str | None]()  # by why they ended early; None: they did not
+        if done:
+            print(f"resuming after {len(done)} of {count} prompts in {partial}")
         chats = (Conversation(prompt, n) for n, prompt in enumerate(prompts) if prompt.id not in done)
         # Training renders a row with its own variables of the template, so that it reads what the target has read.
         variables = {"chat_template_kwargs": settings.template_kwargs} if settings.template_kwargs else {}
         pace, tokens, started = 0.1 if sys.stderr.isatty() else 60.0, 0, time.monotonic()
-        with tqdm(total=count, initial=rows, unit="prompt", mininterval=pace, smoothing=0) as bar:
+        with tqdm(total=count, initial=len(done), unit="prompt", mininterval=pace, smoothing=0) as bar:
             for chat in backend.conversations(chats):
                 tokens += chat.tokens
                 bar.set_postfix_str(f"{tokens / (time.monotonic() - started):,.0f} tokens/s", refresh=False)
                 bar.update()
                 why, id = chat.cut, chat.prompt.id
-                if why == "refused" and not cut[why] + dropped[why]:
+                if why == "refused" and not written[why] + dropped[why]:
                     print(f"prompt {id} is refused: {chat.detail}")
-                if why is not None:
-                    (cut if chat.messages else dropped)[why] += 1
+                (written if chat.messages else dropped)[why] += 1
                 if chat.messages:
-                    rows += 1
                     generated = {"model": record["model"], "finish_reasons": chat.finish_reasons, "cut": why}
                     row = {"id": id, "messages": chat.messages, **variables, "generated": generated}
                     file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
                     file.flush()
+    rows, cut = written.total(), Counter({why: n for why, n in written.items() if why is not None})
     counts = {"cut": cut, "dropped": dropped, "skipped": skipped}
     said = [f"{rows} of {count} prompts written"]
     for what, reasons in counts.items():

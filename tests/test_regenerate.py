@@ -81,7 +81,6 @@ def test_every_form_of_a_row_gives_its_questions(tmp_path):
         ({"prompt": "a"}, "1", ((user("a"),),)),
         ({"prompt": [SYSTEM, user("a")], "id": 0}, "0", ((SYSTEM, user("a")),)),
         ({"question_id": 81, "turns": ["a", "b"]}, "81", ((user("a"),), (user("b"),))),
-        ({"turns": None, "prompt": "a"}, "1", ((user("a"),),)),
         ({"messages": [SYSTEM, user("a"), assistant(""), user("c")]}, "1", ((SYSTEM, user("a")), (user("c"),))),
         ({"conversations": shared, "system": "be brief"}, "1", ((SYSTEM, user("a")),)),
         ({"messages": [{"role": "user", "content": parts}]}, "1", ((user("a\nb"),),)),
@@ -304,12 +303,12 @@ def test_what_was_answered_before_the_server_failed_is_kept_for_the_same_command
     assert main(run) == 1 and not busy and not out.exists()
     assert "the same command resumes" in capsys.readouterr().err.splitlines()[-1]
     report = report_of(out)
-    refused(*command(server, questions, Path(questions)), why="this command did not make it")
+    refused(*command(server, questions, Path(questions)), why="give another --out")
     for change in (["--seed", "1"], ["--limit", "6"]):
         refused(*run, *change, why="give another --out")
     whole = Path(questions).read_text()
     Path(questions).write_text(whole.replace("first 0", "other 0"))
-    refused(*run, why="begun with other prompts")  # of the same ids
+    refused(*run, why="made with other prompts")  # of the same ids
     assert report_of(out) == report
     Path(questions).write_text(whole)
     server.respond = echo
