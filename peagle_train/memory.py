@@ -274,16 +274,13 @@ def plan_memory(s: Sizes, num_segments: int, all_supervised: bool = False) -> Me
 # Sizes, from a recipe and two configs; models are built on the meta device
 
 
-def this_device(device: torch.device | None = None) -> Device:
-    """The device that this process trains on. A CPU's RAM is shared by the processes of a machine."""
+def this_device() -> Device:
+    """The device that this process trains on: CUDA's current one, or the CPU, whose RAM a machine's processes share."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if device is None:
-        on_cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true"
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_cuda else torch.device("cpu")
-    if device.type == "cuda":
+    if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true":
+        free, _ = torch.cuda.mem_get_info()
         # What other processes hold is not ours, what our own allocator has reserved is.
-        free, _ = torch.cuda.mem_get_info(device)
-        return Device("cuda", free + torch.cuda.memory_reserved(device), world_size)
+        return Device("cuda", free + torch.cuda.memory_reserved(), world_size)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return Device("cpu", available_ram() // local + resident_ram(), world_size)
 
@@ -444,9 +441,6 @@ def memory_explained(recipe: Recipe, where: Callable[[], str]) -> Iterator[None]
     """
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
-        is_device = isinstance(error, (torch.OutOfMemoryError, MemoryError))  # or the host's allocator in torch
-        if isinstance(error, RunStopped) or not (is_device or "DefaultCPUAllocator" in str(error)):
-            raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
         line = f"{where()}: {one_line(error).partition('. ')[0][:200]}"
         raise RunStopped(f"{line}; {advice(read_sizes(recipe, this_device()))}") from None

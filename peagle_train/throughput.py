@@ -83,12 +83,9 @@ def plan_throughput(recipe: Recipe, gpu: str, count: int, tokens: int) -> str:
     beside = memory.read_sizes(recipe, device, target)
     alone, draft = replace(beside, target_weights=0, target_forward=0), beside.draft
 
-    def fitting(sizes: memory.Sizes, ranks: int, sharded: bool) -> memory.MemoryPlan | None:
-        there = Device("cuda", budget, ranks)
-        return memory.choose_segments(replace(sizes, device=there, sharded=sharded and ranks > 1))
-
     def fits(sharded: bool) -> str:
-        found = fitting(alone, ranks, sharded)
+        there = replace(alone, device=Device("cuda", budget, ranks), sharded=sharded and ranks > 1)
+        found = memory.choose_segments(there)
         return f"S = {found.num_segments}, {found.peak / GIB:.0f} GiB" if found else "does not fit"
 
     chosen = memory.choose_segments(alone)
@@ -105,7 +102,7 @@ def plan_throughput(recipe: Recipe, gpu: str, count: int, tokens: int) -> str:
     splits = {n: min(n * fresh, (count - n) * train) for n in range(least, count)}
     best = max(splits, key=lambda n: splits[n], default=0)
     ways = {f"{n} server + {count - n} training{'*' * (n == best)}": pace for n, pace in splits.items()}
-    no = "" if fitting(beside, count, alone.sharded) else ": too little memory"
+    no = "" if memory.choose_segments(beside) else ": too little memory"
     ways[f"{count} with the target beside the drafter{no}"] = count / (1 / fresh + 1 / train)
     ways |= {f"{count} writing target.cache": count * serve, f"{count} training from it": count * train}
     by_way = [["GPUs", "tokens/s", "hours an epoch"]]

@@ -198,7 +198,7 @@ def test_a_probe_changes_no_number_of_a_run_or_of_a_resumed_one(tmp_path, write,
 
 def test_auto_becomes_the_number_that_fits_and_stays_it_when_the_run_resumes(tmp_path, write, monkeypatch, capsys):
     def have(budget: int) -> None:
-        monkeypatch.setattr("peagle_train.training.build.this_device", lambda _: Device("cpu", budget))
+        monkeypatch.setattr("peagle_train.training.build.this_device", lambda: Device("cpu", budget))
 
     sections: dict[str, Any] = {"cod": {"num_segments": "auto"}, "train": {"max_steps": 2, "save_steps": 1}}
     folder, recipe = tmp_path / "one" / "run", write(**sections)
@@ -223,7 +223,7 @@ def test_a_full_device_ends_a_run_in_a_line_that_says_what_to_change(fitting, wr
     recipe = write(cod={"num_segments": 2}, train={"max_steps": 3})
     peak = plan_memory(read_sizes(load_recipe(recipe), Device("cpu", 0)), fitting).peak if fitting else 0
     for module in ("peagle_train.training.build", "peagle_train.memory"):
-        monkeypatch.setattr(f"{module}.this_device", lambda *_: Device("cpu", int(peak / 0.9) + 2))
+        monkeypatch.setattr(f"{module}.this_device", lambda: Device("cpu", int(peak / 0.9) + 2))
     monkeypatch.setattr(Trainer, "accumulate", full)
     assert main([recipe]) == 1
     out, error = capsys.readouterr()

@@ -81,7 +81,7 @@ def _train(recipe: Recipe, resume: str | None) -> str:
         copy_start(start, draft, target, say)
     check_finite(draft.state_dict(), "the new drafter's")  # those of the target are its own, too
 
-    S, line = resolve_segments(sizes_of(recipe, target, draft.config, this_device(accelerator.device)))
+    S, line = resolve_segments(sizes_of(recipe, target, draft.config, this_device()))
     recipe = with_segments(recipe, S)
     say(line)
     trainer = Trainer(recipe, accelerator, target, draft, data)
