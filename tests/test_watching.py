@@ -15,10 +15,10 @@ from accelerate.tracking import GeneralTracker
 import peagle_train.training.build as build
 from peagle_train.__main__ import main
 from peagle_train.core.collator import CODCollator
-from peagle_train.report import _result, differing_keys, read_run
+from peagle_train.report import differing_keys, read_run
 from peagle_train.training.metrics import Pace, duration, train_line
 from tests.helpers import command
-from tests.runs import EVALUATED, Tiny, run
+from tests.runs import EVALUATED, run
 from tests.tiny import write_recipe
 
 BATCH = CODCollator(16, num_depths=3)([{"input_ids": list(range(12)), "loss_mask": [0] * 5 + [1] * 7}])
@@ -53,23 +53,16 @@ def test_a_step_line_fits_120_characters_and_durations_are_for_people():
 class Recording(GeneralTracker):
     """A tracker in Accelerate's own terms that keeps what it is told, and may fail."""
 
-    name, requires_logging_directory = "recording", False
+    name, requires_logging_directory, tracker = "recording", False, None
 
-    def __init__(self, fails_at: int | None = None) -> None:
+    def __init__(self, fails_at: int | None) -> None:
         super().__init__()
-        self.config: dict[str, Any] = {}
-        self.logged: list[tuple[int, dict[str, Any]]] = []
-        self.fails_at, self.finished = fails_at, False
-
-    @property
-    def tracker(self) -> "Recording":
-        return self
+        self.logged, self.fails_at, self.finished = list[tuple[int, dict[str, Any]]](), fails_at, False
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
         self.config = values
 
-    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        assert step is not None
+    def log(self, values: dict[str, Any], step: int, **kwargs: Any) -> None:
         if step == self.fails_at:
             raise ConnectionError("the service\nis gone")
         self.logged.append((step, values))
@@ -78,41 +71,27 @@ class Recording(GeneralTracker):
         self.finished = True
 
 
-@pytest.fixture
-def run_with(tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Train a tiny run of 4 steps whose accelerator has a given tracker; returns the output folder."""
-
-    def go(tracker: Recording) -> Path:
-        monkeypatch.setattr(build, "Accelerator", lambda **kwargs: Accelerator(**{**kwargs, "log_with": tracker}))
-        run(tiny(tmp_path, data=EVALUATED, train={"max_steps": 4}))
-        return tmp_path / "run"
-
-    return go
-
-
-def test_a_tracker_gets_the_recipe_and_every_number_of_every_line(run_with):
-    tracker = Recording()
-    output = run_with(tracker)
+@pytest.mark.parametrize("fails_at", [None, 2])
+def test_a_tracker_gets_the_recipe_and_every_number_and_costs_a_warning_where_it_fails(
+    fails_at, tmp_path, tiny, monkeypatch, caplog
+):
+    tracker = Recording(fails_at)
+    monkeypatch.setattr(build, "Accelerator", lambda **kwargs: Accelerator(**{**kwargs, "log_with": tracker}))
+    run(tiny(tmp_path, data=EVALUATED, train={"max_steps": 4}))
+    output = tmp_path / "run"
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert [step for step, _ in tracker.logged] == [line["step"] for line in lines] == [0, 1, 2, 3, 4, 4]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 4]
+    assert [step for step, _ in tracker.logged] == ([0, 1] if fails_at else [0, 1, 2, 3, 4, 4])
     assert tracker.config["train.learning_rate"] == 1e-2 and tracker.config["draft.init_from"] == "null"
     assert tracker.logged[1][1]["train/loss"] == lines[1]["loss"]
     assert tracker.logged[0][1]["eval/accuracy/depth_3"] == lines[0]["accuracy"][3]
-    assert tracker.finished
-    about = json.loads((output / "about.json").read_text())
-    assert 0 < about["data"]["packing"]["documents"] < 10
+    warnings = [r.getMessage() for r in caplog.records if "train.log_with" in r.getMessage()]
+    assert tracker.finished != bool(fails_at) and len(warnings) == bool(fails_at)
+    assert all("the service is gone" in warning for warning in warnings)
     # what the report reads of it
     found = read_run(output)
+    assert 0 < found.about["data"]["packing"]["documents"] < 10
     assert len(found.train) == 4 and len(found.eval) == 2 and found.summary["state"] == "finished"
-
-
-def test_a_tracker_that_fails_costs_a_warning_and_no_number(run_with, caplog):
-    tracker = Recording(fails_at=2)
-    output = run_with(tracker)
-    assert [step for step, _ in tracker.logged] == [0, 1]
-    warnings = [r.getMessage() for r in caplog.records if "train.log_with" in r.getMessage()]
-    assert len(warnings) == 1 and "the service is gone" in warnings[0] and "\n" not in warnings[0]
-    assert len((output / "metrics.jsonl").read_text().splitlines()) == 6
 
 
 def test_a_tracker_that_is_not_installed_is_one_line_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
@@ -129,38 +108,29 @@ def test_a_tracker_that_is_not_installed_is_one_line_before_anything_is_loaded(t
 # ---- the report
 
 
-def write_run(folder: Path, seconds: list[float], cut: bool = False, **setting: Any) -> Path:
+def write_run(folder: Path, *seconds: float, **setting: Any) -> Path:
     folder.mkdir(parents=True)
-    recipe = write_recipe(folder, folder, folder, folder, **setting)
-    assert recipe.name == "recipe.yaml"
-    shared = {"loss": 2.0, "accuracy": [0.5, 0.25], "expected_accepted_length": 1.6, "supervised": [4, 0]}
-    lines: list[dict[str, Any]] = [{"kind": "eval", "step": 0, **shared, "hits": [2, 0], "mass_outside": 0.1}]
+    write_recipe(folder, folder, folder, folder, **setting)
+    shared = {"loss": 2.0, "accuracy": [0.5, 0.25], "expected_accepted_length": 1.6, "mass_outside": 0.1}
+    speed = {"tokens_per_second": 9.0, "loader_wait_share": 0.0, "peak_memory_bytes": 2**30, "grad_norm": 1.0}
+    lines: list[dict[str, Any]] = [{"kind": "eval", "step": 0, **shared}]
     for step, second in enumerate(seconds, start=1):
-        speed = {"tokens_per_second": 9.0, "loader_wait_share": 0.0, "peak_memory_bytes": 2**30, "recompiles": None}
-        rest = {"num_steps": len(seconds), "learning_rate": 1.0, "grad_norm": 1.0, "seconds": second}
-        lines.append({"kind": "train", "step": step, **shared, **speed, **rest})
+        lines.append({"kind": "train", "step": step, "num_steps": 9, "seconds": second, **shared, **speed})
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / "metrics.jsonl").write_text(text + ('{"kind": "tr' if cut else ""))
+    (folder / "metrics.jsonl").write_text(text + '{"kind": "tr')  # it runs
     return folder
 
 
-def test_runs_are_read_and_compared_and_damage_is_one_line(tmp_path):
-    times = {"x": [10.0, 20.0, 5.0, 15.0], "y": [1.0]}  # the first was resumed
-    folders = [write_run(tmp_path / a, times[a], cut=True, cod={"num_segments": s}) for a, s in (("x", 2), ("y", 5))]
-    runs = [read_run(folder) for folder in folders]
-    assert _result(runs[0])["time"] == "0:00:35" and len(runs[0].train) == 4 and runs[0].about == {}
-    assert [values["cod.num_segments"] for values in differing_keys(runs)] == [2, 5]
+def test_runs_are_read_compared_and_shown_on_a_page_that_needs_no_other_file(tmp_path):
+    pytest.importorskip("matplotlib")
+    first = write_run(tmp_path / "<b>", 10.0, 20.0, 5.0, 15.0, cod={"num_segments": 2})  # it was resumed
+    folders, out = [first, write_run(tmp_path / "c", 1.0, cod={"num_segments": 5})], tmp_path / "page" / "r.html"
+    assert [values["cod.num_segments"] for values in differing_keys([*map(read_run, folders)])] == [2, 5]
     with pytest.raises(ValueError, match="holds no run"):
         read_run(tmp_path)
-
-
-def test_the_page_needs_no_other_file_and_shows_names_as_text(tmp_path):
-    pytest.importorskip("matplotlib")
-    folders = [write_run(tmp_path / "<b>", [1.0]), write_run(tmp_path / "c", [float(i) for i in range(1, 40)])]
-    out = tmp_path / "page" / "r.html"
     assert command("report", *folders, "--out", out) == 0
     page = out.read_text()
-    assert "&lt;b&gt;" in page and "<b>" not in page
+    assert "0:00:35" in page and "&lt;b&gt;" in page and "<b>" not in page
     assert not re.findall(r'(?:src|href)="(?!data:)', page) and page.count("data:image/png") == 1
     assert list(out.parent.iterdir()) == [out]
 
@@ -169,7 +139,7 @@ def test_without_matplotlib_a_picture_is_one_line_that_says_what_to_install(tmp_
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    run = write_run(tmp_path / "run", [1.0])
+    run = write_run(tmp_path / "run", 1.0)
     for name, argument in (("report", run), ("show-batch", run / "recipe.yaml")):
         assert command(name, argument, "--out", tmp_path / "o") == 2
         error = capsys.readouterr().err
