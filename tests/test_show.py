@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
 
 from peagle_train.core.collator import CODCollator
 from peagle_train.show import MASK, PAST_END, list_elements, show_tokens, token_name, visible_elements
@@ -48,12 +46,6 @@ TABLE = [
 ]
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*WORDS, MASK])}, unk_token=MASK))
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
 def as_shown(element: tuple[Any, ...]) -> tuple[Any, ...]:
     anchor, depth, position_id, reads, feature, label, predicts, learned = element
     reads, predicts = (text if text in (MASK, PAST_END) else f"'{text}'" for text in (reads, predicts))
@@ -63,7 +55,7 @@ def as_shown(element: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def test_elements_are_shown_as_the_contract_has_them_and_tokens_by_document_with_the_learned_ones_in_brackets():
     collator = CODCollator(16, NUM_DEPTHS, down_sample_ratio=1.0)
-    name, table, seen = partial(token_name, word_tokenizer()), set(map(as_shown, TABLE)), set()
+    name, table, seen = [*WORDS, MASK].__getitem__, set(map(as_shown, TABLE)), set()
     for epoch in range(30):
         shown = list_elements({**SEQUENCE, "epoch": epoch}, collator, MASK_TOKEN, name)
         assert {e for e in table if e[1] == 0} <= set(shown) <= table, "no other element, and depth 0 is never dropped"
@@ -103,16 +95,14 @@ def test_the_tool_shows_a_sequence_of_a_recipe_and_what_its_elements_read(recipe
         assert [cell.strip() for cell in line.split("  ") if cell.strip()][:3] == ["11", "0", "11"]
 
 
-def test_mistakes_are_one_line_with_exit_code_2(tmp_path, recipe, capsys):
+def test_mistakes_are_one_line_with_exit_code_2(recipe, capsys):
     pytest.importorskip("matplotlib")
-    for tool, arguments, message in (
-        ("show-row", ["--row", "1"], "give 0 to 0"),
+    for tool, more, message in (
         ("show-row", ["--row", "-1"], "give 0 to 0"),
-        ("show-row", ["--row", "0", f"target.path={tmp_path}"], "has no config.json"),
         ("show-batch", ["--row", "1"], "give 0 to 0"),
         ("show-batch", ["cod.num_segments=auto"], "cod.num_segments is auto"),
     ):
-        assert command(tool, recipe, *arguments) == 2, arguments
+        assert command(tool, recipe, *more) == 2
         *_, last = capsys.readouterr().err.splitlines()
         assert last.startswith(f"peagle-train {tool}: error: ") and message in last
 
