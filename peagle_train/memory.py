@@ -326,9 +326,8 @@ def _target(recipe: Recipe, target: TargetBase, device: Device) -> tuple[int, in
     model, config = target.model, target.model.config
     total = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     item = next(p.element_size() for p in model.parameters() if p.is_floating_point())
-    quantization = getattr(config, "quantization_config", None)
-    if next(model.parameters()).is_meta and quantization is not None:  # estimated from its bits or method
-        stored = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    stored = getattr(config, "quantization_config", None)
+    if next(model.parameters()).is_meta and stored:  # estimated from its bits or method
         bits = stored.get("bits") or {"fp8": 8, "finegrained_fp8": 8}.get(str(stored.get("quant_method")), 16)
         total = math.ceil(total * min(16, int(bits) + 0.5) / 16)
     if settings.shard and device.world_size > 1:

@@ -9,7 +9,6 @@ import logging
 import os
 import random
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -55,7 +54,6 @@ class Answer(NamedTuple):
     content: str  # where it was refused, why
     finish_reason: str | None = "stop"  # the server's: stop, length, ...; refused where it would not answer
     reasoning: str = ""  # where the server tells it apart
-    tokens: int = 0  # generated ones; 0 where the server does not say
     states: Path | None = None  # the file of its hidden states, see `Servers`
 
 
@@ -97,7 +95,6 @@ class Conversation:
     finish_reasons: list[str | None] = field(default_factory=list)
     cut: str | None = None  # why it ended early
     detail: str = ""  # the unfit answer
-    tokens: int = 0  # generated ones
 
 
 def read_prompts(name_or_path: str, limit: int | None = None, skipped: Counter[str] | None = None) -> list[Prompt]:
@@ -207,7 +204,6 @@ def converse(
             context = [{"role": message["role"], "content": message["content"]} for message in before]
             asks.append((context, random.Random(f"{settings.seed},{chat.number},{turn}").getrandbits(31)))
         for chat, answer in zip(going, ask(asks)):
-            chat.tokens += answer.tokens
             chat.cut, chat.detail = fault(answer, settings.keep_truncated), answer.content
             if chat.cut is not None:
                 if answer.states:
@@ -279,11 +275,10 @@ class Servers:
                 return Answer(one_line(error, 300), "refused")
             raise RunStopped(f"{client.base_url} gave no answer: {one_line(error, 300)}") from None
         message = reply.choices[0].message
-        tokens = reply.usage.completion_tokens if reply.usage else 0
         # vLLM renamed the field; older ones and SGLang say reasoning_content.
         reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None) or ""
         states = self._keep(reply) if self.settings.features else None
-        return Answer(message.content or "", reply.choices[0].finish_reason, reasoning, tokens, states)
+        return Answer(message.content or "", reply.choices[0].finish_reason, reasoning, states)
 
     def _keep(self, reply: Any) -> Path:
         """Keep ids and hidden states of prompt and answer, as `SpeculatorsFiles` reads them; RunStopped if none come.
@@ -374,8 +369,7 @@ class Local:
             for at, ids in zip(prompts, out[:, P:].tolist()):
                 end = next((i for i, token in enumerate(ids) if token in self.end_ids), None)
                 text = self.tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-                made = len(ids) if end is None else end + 1
-                answers[at] = Answer(text, "length" if end is None else "stop", tokens=made)
+                answers[at] = Answer(text, "length" if end is None else "stop")
         return [answers[at] for at in range(len(asks))]
 
 
@@ -409,11 +403,9 @@ def regenerate(name_or_path: str, limit: int | None, out: Path, backend: Servers
         chats = (Conversation(prompt, n) for n, prompt in enumerate(prompts) if prompt.id not in done)
         # Training renders a row with its own variables of the template, so that it reads what the target has read.
         variables = {"chat_template_kwargs": settings.template_kwargs} if settings.template_kwargs else {}
-        pace, tokens, started = 0.1 if sys.stderr.isatty() else 60.0, 0, time.monotonic()
+        pace = 0.1 if sys.stderr.isatty() else 60.0
         with tqdm(total=count, initial=len(done), unit="prompt", mininterval=pace, smoothing=0) as bar:
             for chat in backend.conversations(chats):
-                tokens += chat.tokens
-                bar.set_postfix_str(f"{tokens / (time.monotonic() - started):,.0f} tokens/s", refresh=False)
                 bar.update()
                 why, id = chat.cut, chat.prompt.id
                 if why == "refused" and not written[why] + dropped[why]:
