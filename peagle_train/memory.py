@@ -38,7 +38,6 @@ from peagle_train.serving.start import make_draft_config, read_start
 from peagle_train.target_model.frozen import FrozenTarget, TargetBase
 from peagle_train.target_model.loading import load_model, resolve_dtype
 from peagle_train.target_model.packed import BLOCK as TARGET_BLOCK
-from peagle_train.target_model.packed import NAME
 
 CUDA_CONTEXT = GIB  # CUDA's context, cuBLAS's workspaces, compiled kernels: assumed, not computed
 CPU_EXTRA = 2**27
@@ -335,15 +334,13 @@ def _target(recipe: Recipe, target: TargetBase, device: Device) -> tuple[int, in
         layer = (total - 2 * head) // len(target.layers)  # whole while it runs, and the next one after it
         total = (total - head) // device.world_size + 2 * max(layer, head)
     attention = settings.attn_implementation or config._attn_implementation or "eager"
-    if attention == "sdpa" and not target.way.apart:
-        attention = NAME
     return total, _target_forward(target.config, recipe, item, attention, device.kind == "cuda"), item
 
 
 def _target_forward(config: Any, recipe: Recipe, item: int, attention: str, on_cuda: bool) -> int:
     """Bytes that the target's largest forward needs beside its weights and the outputs that training keeps, from above: one
     layer's activations, attention masks or scores as for packed sequences, and with chunks the keys and values of a
-    document as long as a sequence. `attention`: transformers' name, or `target_model.packed.NAME`.
+    document as long as a sequence. `attention`: transformers' name; sdpa is taken for our own way to call it.
     """
     B, L, H, heads = recipe.train.batch_size, recipe.data.max_length, config.hidden_size, config.num_attention_heads
     n = min(recipe.target.chunk_tokens or B * L, B * L)
@@ -354,19 +351,17 @@ def _target_forward(config: Any, recipe: Recipe, item: int, attention: str, on_c
     width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
     mlp = n * item * (experts * (3 * width + 2 * H) if experts else 3 * config.intermediate_size)
     attending = n * item * (3 * A + 4 * G)
-    norm = n * H * 8  # in float32, twice
     mask = 0
     if attention == "eager":
         scores = L * n if chunked else B * L * L
         mask = scores * item
         attending += scores * heads * (item + max(item, 4))
-    elif attention in ("sdpa", NAME):
-        # A bool mask, and the additive one that kernels make of it; a block of queries' at most if it is ours.
-        mask = TARGET_BLOCK * L if attention == NAME else n * L if chunked else B * L * L
+    elif attention == "sdpa":  # a bool mask of a block of queries, and the additive one that kernels make of it
+        mask = TARGET_BLOCK * L
         attending += mask * item
-    if A > G and (attention == "eager" or (on_cuda and attention == NAME)):
+    if A > G and (attention == "eager" or (on_cuda and attention == "sdpa")):
         attending += 2 * (L if chunked else n) * A * item  # heads of keys and values repeated
-    total = 3 * n * H * item + mask + max(mlp, attending, norm)
+    total = 3 * n * H * item + mask + max(mlp, attending)
     if chunked:
         kinds = getattr(config, "layer_types", None) or []
         window = min(L, (getattr(config, "sliding_window", None) or L) + n)

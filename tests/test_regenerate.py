@@ -212,16 +212,10 @@ def test_unfit_answers_end_their_conversations_and_are_counted_by_reason(server,
     assert report_of(tmp_path / "kept.jsonl")["dropped"] == {**odd, "empty": 2}
 
 
-def test_without_max_tokens_an_answer_may_take_half_of_the_least_context_that_servers_name(server, questions, out):
-    with serving() as other:
-        server.models[0]["max_model_len"], other.models[0]["max_model_len"] = 64, 37
-        assert main(command(server, questions, out, "--base-url", other.url)) == 0
-    assert {body["max_tokens"] for body in server.requests + other.requests} == {18}
-    assert report_of(out)["settings"]["max_tokens"] == 18
-
-
 def test_each_of_several_servers_has_as_many_conversations_in_flight_as_it_may_and_keeps_them(server, tmp_path, out):
-    """No answer comes before 17 are asked of each; who answers changes nothing, and everything is asked once."""
+    """No answer comes before 17 are asked of each; who answers changes nothing, and everything is asked once. Without
+    --max-tokens an answer may take half of the least context that servers name.
+    """
     prompts = write(tmp_path / "p.jsonl", *[{"id": i, "turns": [f"{i} a", f"{i} b"]} for i in range(34)])
 
     def together(full: threading.Barrier, body: dict[str, Any]) -> Reply:
@@ -230,21 +224,15 @@ def test_each_of_several_servers_has_as_many_conversations_in_flight_as_it_may_a
         return echo(body)
 
     with serving(partial(together, threading.Barrier(17))) as other:
+        server.models[0]["max_model_len"], other.models[0]["max_model_len"] = 37, 64
         server.respond = partial(together, threading.Barrier(17))
         assert main(command(server, prompts, out, "--base-url", other.url, "--concurrency", "17")) == 0
     firsts = [{texts[0] for texts in asked(one)} for one in (server, other)]
     assert [len(one.requests) for one in (server, other)] == [34, 34] and not firsts[0] & firsts[1]
+    assert {body["max_tokens"] for body in server.requests + other.requests} == {18}
     server.respond = echo
     assert main(command(server, prompts, tmp_path / "alone.jsonl")) == 0
     assert rows_of(out) == rows_of(tmp_path / "alone.jsonl") and report_of(out) == report_of(tmp_path / "alone.jsonl")
-
-
-INTERRUPTIBLE = """
-import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
-from peagle_train.cli import main
-sys.exit(main(["regenerate", *sys.argv[1:]]))
-"""
 
 
 @pytest.mark.parametrize("sent, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
@@ -264,8 +252,9 @@ def test_a_run_that_is_killed_or_interrupted_ends_at_once_resumes_and_has_each_p
         return echo(body)
 
     server.respond = stop
-    line = [sys.executable, "-c", INTERRUPTIBLE, *run]
-    process = subprocess.Popen(line, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    line = [sys.executable, "-m", "peagle_train", "regenerate", *run]
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background ignores it
+    process = subprocess.Popen(line, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, preexec_fn=heeding)
     last = process.communicate(timeout=120)[1].splitlines()[-1]
     assert process.returncode == code and not out.exists()
     assert code < 0 or "regenerate: stopped" in last

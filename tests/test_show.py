@@ -95,18 +95,6 @@ def test_the_tool_shows_a_sequence_of_a_recipe_and_what_its_elements_read(recipe
         assert [cell.strip() for cell in line.split("  ") if cell.strip()][:3] == ["11", "0", "11"]
 
 
-def test_mistakes_are_one_line_with_exit_code_2(recipe, capsys):
-    pytest.importorskip("matplotlib")
-    for tool, more, message in (
-        ("show-row", ["--row", "-1"], "give 0 to 0"),
-        ("show-batch", ["--row", "1"], "give 0 to 0"),
-        ("show-batch", ["cod.num_segments=auto"], "cod.num_segments is auto"),
-    ):
-        assert command(tool, recipe, *more) == 2
-        *_, last = capsys.readouterr().err.splitlines()
-        assert last.startswith(f"peagle-train {tool}: error: ") and message in last
-
-
 @pytest.mark.parametrize(("S", "documents", "window"), [(1, 1, None), (3, 2, 5), (7, 3, 8)])
 def test_the_picture_shows_what_the_oracle_sees(S, documents, window):
     batch = make_batch(make_rows(37, documents=documents), 37, S)
@@ -118,8 +106,16 @@ def test_the_picture_shows_what_the_oracle_sees(S, documents, window):
     assert segment_N.tolist() == sorted(segment_N.tolist())
 
 
-def test_a_picture_is_drawn_of_a_sequence(tmp_path, recipe):
+def test_a_picture_is_drawn_of_a_sequence_and_mistakes_are_one_line(tmp_path, recipe, capsys):
     pytest.importorskip("matplotlib")
     out = tmp_path / "new" / "batch.png"
     assert command("show-batch", recipe, "--out", out) == 0
     assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size < 150 * 1024
+    for tool, *more, message in (
+        ("show-row", "--row", "-1", "give 0 to 0"),
+        ("show-batch", "--row", "1", "give 0 to 0"),
+        ("show-batch", "cod.num_segments=auto", "cod.num_segments is auto"),
+    ):
+        assert command(tool, recipe, *more) == 2
+        *_, last = capsys.readouterr().err.splitlines()
+        assert last.startswith(f"peagle-train {tool}: error: ") and message in last
