@@ -416,7 +416,7 @@ def _report(add: Add, read: Read) -> None:
     add("runs", nargs="+", type=Path, metavar="RUN", help="output folders of runs")
     add("--out", type=Path, default=Path("report.html"), metavar="FILE.html", help="default report.html")
     o = read()
-    from peagle_train.report import write_report
+    from peagle_train.show import write_report
 
     write_report([folder.expanduser() for folder in o.runs], o.out)
     print(o.out)

@@ -15,7 +15,7 @@ MODULES = [found.name for found in pkgutil.walk_packages(peagle_train.__path__, 
 ELSEWHERE = ("__main__", "vllm_connector")  # which vLLM imports: test_server.py
 FLOORS = [
     "core", "files machine", "config distributed ending", "data", "target_model", "serving", "memory",
-    "training regenerate throughput", "decoding", "report", "show", "cli", "__main__",
+    "training regenerate throughput", "decoding", "show", "cli", "__main__",
 ]  # fmt: skip
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
 

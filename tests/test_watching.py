@@ -15,7 +15,7 @@ from accelerate.tracking import GeneralTracker
 import peagle_train.training.build as build
 from peagle_train.__main__ import main
 from peagle_train.core.collator import CODCollator
-from peagle_train.report import differing_keys, read_run
+from peagle_train.show import differing_keys, read_run
 from peagle_train.training.metrics import Pace, duration, train_line
 from tests.helpers import command
 from tests.runs import EVALUATED, run
