@@ -24,6 +24,7 @@ from peagle_train.config import Recipe, dump_yaml, read_yaml, with_segments
 from peagle_train.core.collator import CODCollator
 from peagle_train.core.elements import Elements, gather_elements
 from peagle_train.core.passes import visibility_of
+from peagle_train.data.encode import Encoder
 from peagle_train.data.training_data import encoder_of, load_training_data, make_collator
 from peagle_train.files import aligned, write_bytes
 from peagle_train.training.checkpoint import MARKER
@@ -182,19 +183,18 @@ def load_matplotlib() -> Any:
 # Sequences
 
 
-def load_sequence(recipe: Recipe, number: int) -> tuple[dict[str, Any], Any, int, list[str]]:
-    """Sequence `number` of a recipe's training data, the tokenizer, the mask token, and lines about the data. ValueError:
-    no such sequence, or the recipe's data cannot be loaded.
+def load_sequence(recipe: Recipe, number: int) -> tuple[dict[str, Any], Encoder, str]:
+    """Sequence `number` of a recipe's training data, its encoder, and a line about it; prints those about the data.
+    ValueError: no such sequence, or the recipe's data cannot be loaded.
     """
-    encoder, lines = encoder_of(recipe), list[str]()
-    rows = load_training_data(encoder, lines.append).train_rows
+    encoder = encoder_of(recipe)
+    rows = load_training_data(encoder).train_rows
     if not 0 <= number < len(rows):
         raise ValueError(f"--row {number}: there are {len(rows)} training sequences; give 0 to {len(rows) - 1}")
     sequence = rows[0, number]
     tokens, learned = sequence["input_ids"].numel(), int(sequence["loss_mask"].sum())
     title = f"sequence {number} of {len(rows)} training sequences: {tokens} tokens, {learned} of them learned, "
-    lines.append(f"{title}{sequence['document_ids'].unique().numel()} documents")
-    return sequence, encoder.tokenizer, encoder.mask_token_id, lines
+    return sequence, encoder, f"{title}{sequence['document_ids'].unique().numel()} documents"
 
 
 def token_name(tokenizer: Any, token: int) -> str:
@@ -209,13 +209,13 @@ def token_name(tokenizer: Any, token: int) -> str:
 
 def show_sequence(recipe: Recipe, number: int, with_elements: bool = False) -> str:
     """A sequence's tokens; `with_elements`, also what its elements read and predict. ValueError: see `load_sequence`."""
-    sequence, tokenizer, mask_token_id, lines = load_sequence(recipe, number)
-    name = partial(token_name, tokenizer)
-    lines.append(show_tokens(sequence, name))
+    sequence, encoder, title = load_sequence(recipe, number)
+    name = partial(token_name, encoder.tokenizer)
+    lines = [title, show_tokens(sequence, name)]
     if with_elements:
         collator = make_collator(with_segments(recipe, 1), recipe.train.seed)  # segments change no element
         lines.append(f"--- elements drawn in epoch 0, of {recipe.cod.num_depths} depths ---")
-        elements = list_elements(sequence, collator, mask_token_id, name)
+        elements = list_elements(sequence, collator, encoder.mask_token_id, name)
         lines.append(aligned([HEADER, *([str(cell) for cell in element] for element in elements)]))
     return "\n".join(lines)
 
@@ -279,7 +279,7 @@ def write_picture(recipe: Recipe, number: int, out: Path) -> str:
     if recipe.cod.num_segments == "auto":
         raise ValueError("cod.num_segments is auto: give the number, as in cod.num_segments=4")
     collator, window = make_collator(recipe, recipe.train.seed), recipe.draft.window
-    sequence, tokenizer, _, (*_, title) = load_sequence(recipe, number)
+    sequence, encoder, title = load_sequence(recipe, number)
     num_depths, tokens = collator.num_depths, sequence["input_ids"].numel()
     title += f"; K = {num_depths}, S = {collator.num_segments}{f', window {window}' if window else ''}"
     batch = collator([sequence])
@@ -308,7 +308,7 @@ def write_picture(recipe: Recipe, number: int, out: Path) -> str:
     grid[0, 0].set_title("What each segment runs (colours) and reads (grey)")
     axes.set_xlabel("position: anchor + depth (bold: learned tokens)")
     if tokens <= LABELLED:
-        words = [token_name(tokenizer, token)[:10] for token in sequence["input_ids"].tolist()]
+        words = [token_name(encoder.tokenizer, token)[:10] for token in sequence["input_ids"].tolist()]
         axes.set_xticks(range(tokens), words, rotation=90, fontsize=8)
         for label, taught in zip(axes.get_xticklabels(), sequence["loss_mask"]):
             label.set_fontweight("bold" if taught else "normal")

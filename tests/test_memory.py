@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch.utils.flop_counter import FlopCounterMode
 
 from peagle_train import memory as planning
@@ -28,26 +27,13 @@ from peagle_train.throughput import draft_flops, plan_throughput, target_flops
 from peagle_train.training.trainer import Trainer
 from tests.helpers import ROOT
 from tests.runs import assert_same_run, run, stopped
-from tests.tiny import make_target, write_recipe
+from tests.tiny import make_target
 
 sys.path.insert(0, str(ROOT / "tools"))
 
 from bench_memory import sizes_of_bench
 from bench_segments import Bench, Settings, attention_without_kernel, buffer_tensors
 from measure import SavedBytes
-
-
-@pytest.fixture
-def write(tmp_path, tiny_target, tiny_rows):
-    """Writes a recipe of a folder's name; its run goes to `run` in there."""
-
-    def written(name: str = "one", target: Path = tiny_target, **sections: dict[str, Any]) -> str:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        (tmp_path / name).mkdir(exist_ok=True)
-        return str(write_recipe(tmp_path / name, target, tiny_rows, tmp_path / name / "run", **sections))
-
-    return written
-
 
 # ---- the arithmetic
 
@@ -143,25 +129,26 @@ def test_a_device_is_read_as_it_is_written():
 # ---- the command line
 
 
-def test_a_plan_needs_no_data_no_weights_and_no_output(tmp_path, tiny_target, write, capsys):
+def test_a_plan_needs_no_data_no_weights_and_no_output(tmp_path, tiny_target, tiny, capsys):
     (tmp_path / "config.json").write_text((tiny_target / "config.json").read_text())
-    recipe = write(target=tmp_path, data={"sources": ["none.jsonl"]})
-    assert main(["plan", recipe, "--on", "cuda:8x2"]) == 0
+    plan = ["plan", str(tiny(tmp_path, data={"sources": ["none.jsonl"]})), f"target.path={tmp_path}"]
+    assert main([*plan, "--on", "cuda:8x2"]) == 0
     table = capsys.readouterr().out
     assert "2 processes, 8.0 GiB of CUDA memory each" in table and "  3*  " in table and "backward" in table
-    assert not (tmp_path / "one" / "run").exists()
-    assert main(["plan", recipe]) == 0
+    assert not (tmp_path / "run").exists()
+    assert main(plan) == 0
     assert "of RAM each" in capsys.readouterr().out
-    assert main(["plan", recipe, "--on", "8"]) == 2
-    assert main(["plan", recipe, "target.layer_ids=[1, 2, 9]"]) == 2
+    assert main([*plan, "--on", "8"]) == 2
+    assert main([*plan, "target.layer_ids=[1, 2, 9]"]) == 2
     assert "0..5" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_the_plan_has_a_mask_of_tokens_by_tokens_where_the_target_makes_one(tmp_path, write):
+def test_the_plan_has_a_mask_of_tokens_by_tokens_where_the_target_makes_one(tmp_path, tiny):
     L = 65536
-    recipe = write(target=make_target(tmp_path / "target", max_position_embeddings=L), data={"max_length": L})
+    target = make_target(tmp_path / "target", max_position_embeddings=L)
     for attention in ("", "sdpa", "eager"):
-        asked = load_recipe(recipe, [f"target.attn_implementation={attention}"])
+        how = [f"target.path={target}", f"target.attn_implementation={attention}"]
+        asked = load_recipe(tiny(tmp_path, data={"max_length": L}), how)
         forward = read_sizes(asked, parse_device("cuda:80")).target_forward
         assert forward > L * L if attention == "eager" else forward < L * L / 8
 
@@ -176,12 +163,12 @@ def test_the_plan_has_a_mask_of_tokens_by_tokens_where_the_target_makes_one(tmp_
         (3, {"segment_mode": "recompute", "activation_checkpointing": True}),
     ],
 )
-def test_a_probe_changes_no_number_of_a_run_or_of_a_resumed_one(S, train, tmp_path, write, monkeypatch, capsys):
+def test_a_probe_changes_no_number_of_a_run_or_of_a_resumed_one(S, train, tmp_path, tiny, monkeypatch, capsys):
     sections = {"data": {"eval_fraction": 0.2}, "cod": {"num_segments": S}}
     train = {"max_steps": 3, **train}
-    run(write("without", **sections, train=train))
+    run(tiny(tmp_path / "without", **sections, train=train))
     assert "fits: peak" not in capsys.readouterr().out
-    probed = write("probed", **sections, train={"probe": True, **train})
+    probed = tiny(tmp_path / "probed", **sections, train={"probe": True, **train})
     stopped(probed, 1, monkeypatch)
     assert "fits: peak" in capsys.readouterr().out
     run(probed, "--resume")
@@ -189,36 +176,36 @@ def test_a_probe_changes_no_number_of_a_run_or_of_a_resumed_one(S, train, tmp_pa
     assert_same_run(tmp_path / "probed" / "run", tmp_path / "without" / "run")
 
 
-def test_auto_becomes_the_number_that_fits_and_stays_it_when_the_run_resumes(tmp_path, write, monkeypatch, capsys):
+def test_auto_becomes_the_number_that_fits_and_stays_it_when_the_run_resumes(tmp_path, tiny, monkeypatch, capsys):
     def have(budget: int) -> None:
         monkeypatch.setattr("peagle_train.training.build.this_device", lambda: Device("cpu", budget))
 
     sections: dict[str, Any] = {"cod": {"num_segments": "auto"}, "train": {"max_steps": 2, "save_steps": 1}}
-    folder, recipe = tmp_path / "one" / "run", write(**sections)
+    folder, recipe = tmp_path / "run", tiny(tmp_path, **sections)
     have(int(plan_memory(read_sizes(load_recipe(recipe), Device("cpu", 0)), 4).peak / 0.9) + 2)
-    assert main([recipe]) == 0
+    run(recipe)
     assert "cod.num_segments: auto is 4:" in capsys.readouterr().out
     assert load_recipe(folder / "recipe.yaml").cod.num_segments == 4
     assert load_recipe(folder / "checkpoint-1" / "recipe.yaml").cod.num_segments == 4
     have(2**50)
-    assert main([write(**sections), "--resume", str(folder / "checkpoint-1"), "train.max_steps=3"]) == 0
+    run(recipe, "--resume", str(folder / "checkpoint-1"), "train.max_steps=3")
     assert load_recipe(folder / "recipe.yaml").cod.num_segments == 4
     have(1)
-    assert main([write("other", **sections)]) == 2
+    run(tiny(tmp_path / "other", **sections), code=2)
     assert "no number up to 64 fits" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fitting", [4, None])
-def test_a_full_device_ends_a_run_in_a_line_that_says_what_to_change(fitting, write, monkeypatch, capsys):
+def test_a_full_device_ends_a_run_in_a_line_that_says_what_to_change(fitting, tmp_path, tiny, monkeypatch, capsys):
     def full(self: Trainer, batches: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB")
 
-    recipe = write(cod={"num_segments": 2}, train={"max_steps": 3})
+    recipe = tiny(tmp_path, cod={"num_segments": 2}, train={"max_steps": 3})
     peak = plan_memory(read_sizes(load_recipe(recipe), Device("cpu", 0)), fitting).peak if fitting else 0
     for module in ("peagle_train.training.build", "peagle_train.memory"):
         monkeypatch.setattr(f"{module}.this_device", lambda: Device("cpu", int(peak / 0.9) + 2))
     monkeypatch.setattr(Trainer, "accumulate", full)
-    assert main([recipe]) == 1
+    run(recipe, code=1)
     out, error = capsys.readouterr()
     words = "set cod.num_segments=4" if fitting else "more segments would not help: try"
     assert "out of memory in step 1 of 3" in error and "Traceback" not in error
