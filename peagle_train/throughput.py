@@ -109,8 +109,6 @@ def plan_throughput(recipe: Recipe, gpu: str, count: int, tokens: int) -> str:
     by_way += [[way, f"{pace:,.0f}", f"{tokens / pace / 3600:,.1f}"] for way, pace in ways.items()]
 
     ranks, token = count - best, (draft.feature_size + draft.target_hidden_size) * beside.target_bytes
-    ahead = ranks * max(recipe.target.prefetch_gib * GIB, recipe.train.batch_size * L * token)
-    loaded = beside.parameters * beside.m + 2 * draft.vocab_size * draft.target_hidden_size * beside.target_bytes
     return f"""\
 throughput from FLOPs, not measured: {count} {gpu} at an assumed {PEAK_SHARE:.0%} of {teraflops} TFLOP/s (bfloat16, dense)
 {L:,} tokens a sequence, all of them learned, S = {S}; {tokens:,} tokens an epoch, target.reuse {reuse}
@@ -120,6 +118,4 @@ throughput from FLOPs, not measured: {count} {gpu} at an assumed {PEAK_SHARE:.0%
 
 drafter of {beside.parameters / 1e9:.2f} billion parameters on {ranks} {gpu}:
   DDP {fits(sharded=False)}; FSDP2 {fits(sharded=True)}
-features, at most: {token / 1024:g} KiB a token, {tokens * token / 1e12:.2f} TB an epoch, {ahead / GIB:.0f} GiB in flight
-host memory, at most: {(2 * ahead + ranks * loaded) / GIB:.0f} GiB (features in flight, as many in the server's folder,
-  {loaded / GIB:.1f} GiB of weights a process at its start)"""
+features, at most: {token / 1024:g} KiB a token, {tokens * token / 1e12:.2f} TB an epoch"""
