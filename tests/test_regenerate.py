@@ -21,12 +21,12 @@ from peagle_train import cli
 from peagle_train.files import lock, partial_path
 from peagle_train.regenerate import Prompt, is_loop, read_prompts
 from tests.chat_fake import MODEL, FakeServer, Reply, completion, echo, serving
+from tests.documents import write_lines
 from tests.helpers import ENVIRONMENT
 from tests.tiny_chat import END, TURN, make_chat_target
 
 QUESTIONS = [{"id": f"q{i}", "turns": [f"first {i}", f"second {i}"][: 1 + i % 2]} for i in range(7)]
 """10 answers."""
-SYSTEM = {"role": "system", "content": "be brief"}
 FINE = completion("fine")
 
 
@@ -34,17 +34,11 @@ def main(arguments: list[str]) -> int:
     return cli.main(["regenerate", *arguments])
 
 
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
+def user(text: str, role: str = "user") -> dict[str, str]:
+    return {"role": role, "content": text}
 
 
-def assistant(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
-
-
-def write(path: Path, *rows: Any) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+assistant, SYSTEM = partial(user, role="assistant"), user("be brief", role="system")
 
 
 def rows_of(out: Path) -> dict[str, dict[str, Any]]:
@@ -61,8 +55,8 @@ def report_of(out: Path) -> dict[str, Any]:
     return json.loads((out.parent / f"{out.name}.report.json").read_text())
 
 
-def command(server: FakeServer, prompts: str, out: Path, *more: str) -> list[str]:
-    return [prompts, "--out", str(out), "--base-url", server.url, "--model", MODEL, "--retries", "1", *more]
+def command(server: FakeServer, prompts: Path, out: Path, *more: str) -> list[str]:
+    return [str(prompts), "--out", str(out), "--base-url", server.url, "--model", MODEL, "--retries", "1", *more]
 
 
 def asked(server: FakeServer) -> list[list[str]]:
@@ -84,9 +78,9 @@ def test_every_form_of_a_row_gives_its_questions(tmp_path):
         ({"conversations": shared, "system": "be brief"}, "1", ((SYSTEM, user("a")),)),
         ({"messages": [{"role": "user", "content": parts}]}, "1", ((user("a\nb"),),)),
     ):
-        assert read_prompts(write(tmp_path / "p.jsonl", row)) == [Prompt(*expected)]
+        assert read_prompts(str(write_lines(tmp_path / "p.jsonl", row))) == [Prompt(*expected)]
     rows = [{"prompt": "a", "id": 1}, {"prompt": "c", "id": 1}]
-    (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(Path(write(tmp_path / "p.jsonl", *rows)).read_bytes()))
+    (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(write_lines(tmp_path / "p.jsonl", *rows).read_bytes()))
     (tmp_path / "p.json").write_text(json.dumps(rows))
     for name in ("p.jsonl.gz", "p.json"):
         assert [prompt.id for prompt in read_prompts(str(tmp_path / name))] == ["1", "1 (line 2)"]
@@ -103,7 +97,8 @@ def test_rows_that_cannot_be_asked_are_counted_by_reason_or_refused(tmp_path):
         ({"prompt": "a\ud800"}, "unreadable text"),
         ([], "wrong format"),
     ):
-        path = write(tmp_path / "p.jsonl", {"prompt": "fine"}, row, {"prompt": "too"}, {"prompt": "late"})
+        rows = {"prompt": "fine"}, row, {"prompt": "too"}, {"prompt": "late"}
+        path = str(write_lines(tmp_path / "p.jsonl", *rows))
         skipped: Counter[str] = Counter()
         assert [p.id for p in read_prompts(path, 2, skipped)] == ["1", "3"]  # a limit counts prompts, not lines
         assert skipped == {reason.partition(":")[0]: 1}
@@ -153,7 +148,7 @@ def out(tmp_path):
 
 @pytest.fixture
 def questions(tmp_path):
-    return write(tmp_path / "p.jsonl", *QUESTIONS)
+    return write_lines(tmp_path / "p.jsonl", *QUESTIONS)
 
 
 def test_each_answer_is_the_context_of_the_next_question_and_sampling_is_sent_in_full(server, tmp_path, out):
@@ -161,7 +156,7 @@ def test_each_answer_is_the_context_of_the_next_question_and_sampling_is_sent_in
     replies = {"a": completion("A", reasoning_content="hm"), "b": completion("B", reasoning="so")}
     server.respond = lambda body: replies.get(texts_of(body)[-1], FINE)
     more = "--seed", "3", "--chat-template-kwargs", '{"think": false}'
-    assert main(command(server, write(tmp_path / "p.jsonl", row), out, *more)) == 0
+    assert main(command(server, write_lines(tmp_path / "p.jsonl", row), out, *more)) == 0
     assert asked(server)[2] == ["be brief", "a", "A", "b", "B", "c"]
     bodies = server.requests
     assert all(set(m) == {"role", "content"} for body in bodies for m in body["messages"])
@@ -192,7 +187,7 @@ UNFIT = {
 
 def test_unfit_answers_end_their_conversations_and_are_counted_by_reason(server, tmp_path, out, capsys):
     turns = [[name] for name in ("a", *UNFIT)] + [["a", "loop", "b"], ["cut", "a"], ["a", "cut"], ["a", "long"]]
-    prompts = write(tmp_path / "p.jsonl", *[{"id": "-".join(t), "turns": t} for t in turns], {"messages": []})
+    prompts = write_lines(tmp_path / "p.jsonl", *[{"id": "-".join(t), "turns": t} for t in turns], {"messages": []})
     server.respond = lambda body: UNFIT.get(texts_of(body)[-1], FINE)
     assert main(command(server, prompts, out)) == 0
     assert "b" not in [texts[-1] for texts in asked(server)]
@@ -216,7 +211,7 @@ def test_each_of_several_servers_has_as_many_conversations_in_flight_as_it_may_a
     """No answer comes before 17 are asked of each; who answers changes nothing, and everything is asked once. Without
     --max-tokens an answer may take half of the least context that servers name.
     """
-    prompts = write(tmp_path / "p.jsonl", *[{"id": i, "turns": [f"{i} a", f"{i} b"]} for i in range(34)])
+    prompts = write_lines(tmp_path / "p.jsonl", *[{"id": i, "turns": [f"{i} a", f"{i} b"]} for i in range(34)])
 
     def together(full: threading.Barrier, body: dict[str, Any]) -> Reply:
         if len(body["messages"]) == 1:
@@ -286,14 +281,14 @@ def test_what_was_answered_before_the_server_failed_is_kept_for_the_same_command
     assert main(run) == 1 and not busy and not out.exists()
     assert "the same command resumes" in capsys.readouterr().err.splitlines()[-1]
     report = report_of(out)
-    refused(*command(server, questions, Path(questions)), why="give another --out")
+    refused(*command(server, questions, questions), why="give another --out")
     for change in (["--seed", "1"], ["--limit", "6"]):
         refused(*run, *change, why="give another --out")
-    whole = Path(questions).read_text()
-    Path(questions).write_text(whole.replace("first 0", "other 0"))
+    whole = questions.read_text()
+    questions.write_text(whole.replace("first 0", "other 0"))
     refused(*run, why="made with other prompts")  # of the same ids
     assert report_of(out) == report
-    Path(questions).write_text(whole)
+    questions.write_text(whole)
     server.respond = echo
     server.requests.clear()
     assert main(run) == 0 and "resuming after 4 of 7" in capsys.readouterr().out
@@ -345,8 +340,8 @@ def folder(tmp_path_factory):
     return make_chat_target(tmp_path_factory.mktemp("target"))
 
 
-def local(folder: Path, prompts: str, out: Path, *more: str) -> list[str]:
-    return [prompts, "--out", str(out), "--target", str(folder), "--dtype", "float64", *more]
+def local(folder: Path, prompts: Path, out: Path, *more: str) -> list[str]:
+    return [str(prompts), "--out", str(out), "--target", str(folder), "--dtype", "float64", *more]
 
 
 LONG = "w2 w3 w4 w5 w6 w7 w8 w9 w10 w11 w12"
@@ -372,7 +367,7 @@ def slow_answers(folder: Path, turns: list[str], max_tokens: int) -> tuple[list[
 
 
 def test_greedy_answers_are_the_likeliest_tokens_although_they_are_generated_in_batches(folder, tmp_path, out):
-    prompts = write(tmp_path / "p.jsonl", *[{"id": i, "turns": turns} for i, turns in enumerate(CHATS)])
+    prompts = write_lines(tmp_path / "p.jsonl", *[{"id": i, "turns": turns} for i, turns in enumerate(CHATS)])
     more = ("--temperature", "0", "--max-tokens", "9", "--batch-size", "4", "--keep-truncated")
     assert main(local(folder, prompts, out, *more)) == 0
     written = rows_of(out)
@@ -387,7 +382,7 @@ def test_greedy_answers_are_the_likeliest_tokens_although_they_are_generated_in_
 
 def test_sampled_answers_follow_temperature_top_p_and_seed_and_not_the_targets_own_settings(folder, tmp_path):
     """The target's generation config asks for top_k = 2 and a repetition penalty of 5."""
-    prompts = write(tmp_path / "same.jsonl", *[{"prompt": "w1 w2"}] * 40)
+    prompts = write_lines(tmp_path / "same.jsonl", *[{"prompt": "w1 w2"}] * 40)
 
     def first_words(name: str, *more: str) -> list[str]:
         run = local(folder, prompts, tmp_path / name, "--max-tokens", "1", "--keep-truncated", "--temperature", *more)
@@ -404,13 +399,13 @@ def test_sampled_answers_follow_temperature_top_p_and_seed_and_not_the_targets_o
 
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused_and_others_of_its_batch_are_not(folder, tmp_path, out):
     rows = [{"id": n, "prompt": "w1 " * n} for n in (1, 59, 60)]  # and 3 tokens of the template, 2 of the answer, of 64
-    prompts = write(tmp_path / "p.jsonl", *rows)
+    prompts = write_lines(tmp_path / "p.jsonl", *rows)
     assert main(local(folder, prompts, out, "--temperature", "30", "--keep-truncated", "--max-tokens", "2")) == 0
     assert rows_of(out).keys() == {"1", "59"} and report_of(out)["dropped"] == {"refused": 1}
 
 
 def test_targets_that_cannot_be_asked_are_one_line_and_variables_reach_the_template(folder, tmp_path, out, capsys):
-    target, prompts = tmp_path / "target", write(tmp_path / "p.jsonl", *[{"prompt": "w1"}] * 3)
+    target, prompts = tmp_path / "target", write_lines(tmp_path / "p.jsonl", *[{"prompt": "w1"}] * 3)
     shutil.copytree(folder, target)
     template = target / "chat_template.jinja"
     template.write_text("{{ raise_exception(who) }}")
