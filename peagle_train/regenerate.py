@@ -349,14 +349,11 @@ class Local:
         for at, (messages, _) in enumerate(asks):
             try:
                 ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **how)
-            except Exception as error:  # templates raise what they like
-                answers[at] = Answer(f"the chat template fails: {one_line(error, 200)}", "refused")
-                continue
-            if len(ids) + most <= self.context:
+                if len(ids) + most > self.context:
+                    raise ValueError(f"{len(ids)} tokens and --max-tokens are more than the target's {self.context}")
                 prompts[at] = ids
-            else:
-                why = f"its {len(ids)} tokens and --max-tokens are more than the {self.context} that the target takes"
-                answers[at] = Answer(why, "refused")
+            except Exception as error:  # templates raise what they like
+                answers[at] = Answer(one_line(error, 200), "refused")
         if prompts:
             P = max(map(len, prompts.values()))
             pads = [(P - len(ids), ids) for ids in prompts.values()]

@@ -49,7 +49,7 @@ pre { background: #f5f7f8; padding: .8em 1em; overflow-x: auto; } summary { curs
 MASK, PAST_END = "<mask>", "(past the end)"
 HEADER = ("anchor", "depth", "position id", "token", "features at", "predicts", "the target's label at", "learned")
 MAX_ELEMENTS, LABELLED = 4096, 72  # more than a picture can show; up to this many positions have labels
-DOCUMENTS, GREY, DARK = ("#a9c9ea", "#f6c592", "#b5dcae", "#d9b8e3"), "#c9ced4", "#20262d"
+DOCUMENTS, GREY = ("#a9c9ea", "#f6c592", "#b5dcae", "#d9b8e3"), "#c9ced4"
 
 
 # Runs
@@ -284,24 +284,21 @@ def write_picture(recipe: Recipe, number: int, out: Path) -> str:
     title += f"; K = {num_depths}, S = {collator.num_segments}{f', window {window}' if window else ''}"
     batch = collator([sequence])
     elements, segment_N, visible_NN = visible_elements(batch, window)
-    documents, anchor_N, depth_N = batch["document_ids"][0], elements.anchor[0], elements.depth[0]
+    anchor_N, depth_N = elements.anchor[0], elements.depth[0]
     of_depth = plt.colormaps["viridis"](torch.linspace(0.02, 0.88, num_depths).numpy())
     colours = [
         of_depth[depth] if depth else DOCUMENTS[document % len(DOCUMENTS)]
-        for depth, document in zip(depth_N.tolist(), documents[anchor_N].tolist())
+        for depth, document in zip(depth_N.tolist(), batch["document_ids"][0, anchor_N].tolist())
     ]
     used = sorted(set(segment_N.tolist()))
     figure, grid = plt.subplots(len(used), figsize=(12.6, 6.6), layout="constrained", squeeze=False)
     figure.suptitle(f"{title}\n", x=0.01, ha="left")
-    starts = (documents[1:tokens] != documents[: tokens - 1]).nonzero().flatten() + 1
     for axes, s in zip(grid.flat, used):
         own_N = segment_N == s
         drawn = (own_N | visible_NN[own_N].any(0)).nonzero().flatten().tolist()
         bottoms = (depth_N[drawn] - 0.42).tolist()
         shades = [colours[n] if own_N[n] else GREY for n in drawn]
         axes.bar((anchor_N + depth_N)[drawn].tolist(), height=0.84, width=0.9, bottom=bottoms, color=shades)
-        for start in starts.tolist():
-            axes.axvline(start - 0.5, color=DARK, linewidth=0.8, linestyle="--")
         axes.set(xlim=(-0.6, tokens - 0.4), ylim=(-0.6, num_depths - 0.4), xticks=[], yticks=range(num_depths))
         axes.set(ylabel=f"segment {s}\ndepth" if len(used) <= 8 else str(s))
         axes.grid(False)
