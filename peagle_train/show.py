@@ -92,7 +92,7 @@ def read_run(folder: Path) -> Run:
     """ValueError unless the folder holds a run with at least one number. An unfinished last line is ignored."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
-        raise ValueError(f"{folder} holds no run: there is no {path.name} in it; give a recipe's output.dir")
+        raise ValueError(f"{folder} holds no run: there is no {path.name}; give a recipe's output.dir")
     lines: dict[str, list[Line]] = {"train": [], "eval": [], "skipped": []}
     for text in path.read_bytes().split(b"\n")[:-1]:
         line = json.loads(text)

@@ -97,7 +97,6 @@ WRONG = {
     "train": "required: recipe",
     "regenerate p.jsonl --out o.jsonl --target t --model m": "--target alone",
     "train quickstart --dry-run --on cuda:79": "peagle-train plan RECIPE",
-    "report none": "none holds no run: it does not exist",
     "report .": "metrics.jsonl; give a recipe's output.dir",
     **{f"{name} --nonsense": f"peagle-train {name}: error: " for name in COMMANDS},
 }
