@@ -281,7 +281,9 @@ def write_picture(recipe: Recipe, number: int, out: Path) -> str:
     collator, window = make_collator(recipe, recipe.train.seed), recipe.draft.window
     sequence, encoder, title = load_sequence(recipe, number)
     num_depths, tokens = collator.num_depths, sequence["input_ids"].numel()
-    title += f"; K = {num_depths}, S = {collator.num_segments}{f', window {window}' if window else ''}"
+    title += f"; K = {num_depths}, S = {collator.num_segments}"
+    if window:
+        title += f", window {window}"
     batch = collator([sequence])
     elements, segment_N, visible_NN = visible_elements(batch, window)
     anchor_N, depth_N = elements.anchor[0], elements.depth[0]

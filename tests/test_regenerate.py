@@ -38,7 +38,8 @@ def user(text: str, role: str = "user") -> dict[str, str]:
     return {"role": role, "content": text}
 
 
-assistant, SYSTEM = partial(user, role="assistant"), user("be brief", role="system")
+assistant = partial(user, role="assistant")
+SYSTEM = user("be brief", role="system")
 
 
 def rows_of(out: Path) -> dict[str, dict[str, Any]]:
