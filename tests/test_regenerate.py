@@ -205,7 +205,8 @@ def test_unfit_answers_end_their_conversations_and_are_counted_by_reason(server,
     kept = {id: texts_of(row) for id, row in rows_of(tmp_path / "kept.jsonl").items()}
     half = ["cut", "half a"]
     assert kept == {**written, "cut": half, "cut-a": half, "a-cut": [*fine, *half]}
-    assert report_of(tmp_path / "kept.jsonl")["dropped"] == {**odd, "empty": 2}
+    kept_report = report_of(tmp_path / "kept.jsonl")
+    assert kept_report["dropped"] == {**odd, "empty": 2} and kept_report["cut"] == report["cut"]
 
 
 def test_each_of_several_servers_has_as_many_conversations_in_flight_as_it_may_and_keeps_them(server, tmp_path, out):
@@ -272,7 +273,7 @@ def test_what_was_answered_before_the_server_failed_is_kept_for_the_same_command
     def failing(body: dict[str, Any]) -> Reply:
         if busy:
             return busy.pop()
-        return (500, b"") if texts_of(body)[-1] == "first 4" else echo(body)
+        return {"second 1": completion(""), "first 4": (500, b"")}.get(texts_of(body)[-1]) or echo(body)
 
     def refused(*run: str, why: str) -> None:
         assert main([*run]) == 2 and why in capsys.readouterr().err
@@ -294,6 +295,7 @@ def test_what_was_answered_before_the_server_failed_is_kept_for_the_same_command
     server.requests.clear()
     assert main(run) == 0 and "resuming after 4 of 7" in capsys.readouterr().out
     assert {texts[0] for texts in asked(server)} == {"first 4", "first 5", "first 6"}
+    assert report_of(out)["cut"] == {"empty": 1} and report_of(out)["rows"] == 7
     server.requests.clear()
     assert main(run) == 0 and "already complete" in capsys.readouterr().out and not server.requests
 
