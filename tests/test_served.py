@@ -69,7 +69,6 @@ def test_a_server_lost_during_an_evaluation_leaves_a_checkpoint_from_which_the_r
             run(recipe, *there, code=1)
         message = last_error(capsys)
         assert "gave no answer" in message and f"--resume continues from checkpoint-{lost}" in message
-        assert lost == 2 or same_tensors(drafter(output / "checkpoint-3"), drafter(plain / "final"))  # not the mean
         served.states.down = False
         run(recipe, *there, "--resume")
         assert same_tensors(drafter(output / "final"), drafter(whole / "final"))
