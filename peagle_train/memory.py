@@ -435,6 +435,9 @@ def memory_explained(recipe: Recipe, where: Callable[[], str]) -> Iterator[None]
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        is_device = isinstance(error, (torch.OutOfMemoryError, MemoryError))  # or torch's allocator of RAM
+        if not (is_device or "DefaultCPUAllocator" in str(error)):
+            raise
         line = f"{where()}: {one_line(error).partition('. ')[0][:200]}"
         raise RunStopped(f"{line}; {advice(read_sizes(recipe, this_device()))}") from None

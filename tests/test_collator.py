@@ -258,6 +258,7 @@ def test_a_collator_that_cannot_be_is_refused():
         ({"num_segments": 25}, "num_segments is 25; it must lie in 1..24"),
         ({"boundaries": "even"}, "boundaries is 'even'; it must be balanced or uniform"),
         ({"num_depths": 0}, "num_depths is 0"),
+        ({"max_anchors": 0}, "max_anchors is 0"),
     ):
         with pytest.raises(ValueError, match=message):
             CODCollator(**{"max_length": 24, **options})

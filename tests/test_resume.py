@@ -128,7 +128,9 @@ def test_what_is_no_run_is_one_line_and_a_complete_checkpoint_is_enough_without_
     assert "give a checkpoint-<step>" in last_error(capsys)
     run(recipe, "--resume", f"output.dir={tmp_path / 'nothing'}", code=2)
     assert "holds no complete checkpoint" in last_error(capsys) and not (tmp_path / "nothing").exists()
-    run(recipe, "--resume", "train.max_steps=5")  # this much only
+    run(recipe, "--resume", "train.max_steps=4", code=2)
+    assert "checkpoint-5 is after the 4 steps" in last_error(capsys)
+    run(recipe, "--resume", str(tmp_path / "run"), "train.max_steps=5")  # this much only
 
 
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_offered_by_name(tmp_path, begun, capsys):

@@ -88,6 +88,10 @@ def test_patience_begins_with_the_first_failure_and_a_restarted_servers_empty_fo
         patch.setattr(threading.Event, "wait", lambda self, most=None: wait(self, most and 0.001))
         served.states.faults = ["down"] * 5
         patient.outputs(batch_of(7), head)
+    for fault in ("gone", "other ids", "a layer less"):  # in the middle of a run, which is saved
+        served.states.faults = [fault]
+        with pytest.raises(TargetLost):
+            target.outputs(batch_of(7), head)
     served.states.down = True
     for length in (7, 9):  # after it was lost, too
         with pytest.raises(TargetLost, match=r"gave no answer.*500"):

@@ -193,6 +193,8 @@ def segment_capacity(
         raise ValueError(f"num_segments is {num_segments}; it must lie in 1..{seq_length}, the columns of a row")
     if boundaries not in ("balanced", "uniform"):
         raise ValueError(f"boundaries is {boundaries!r}; it must be balanced or uniform")
+    if max_anchors is not None and max_anchors < 1:
+        raise ValueError(f"max_anchors is {max_anchors}; it must be at least 1, or None for all anchors")
     starts = seq_length if max_anchors is None else min(seq_length, max_anchors)
     per_depth = [seq_length, *keep_counts(starts, num_depths, down_sample_ratio, down_sample_ratio_min)]
     if num_segments == 1:

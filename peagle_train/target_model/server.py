@@ -112,7 +112,10 @@ class ServedTarget(AbsentTarget):
         return parts
 
     def outputs(self, batch: dict[str, Tensor], head_rows: Tensor) -> TargetOutputs:
-        found = super().outputs(batch, head_rows)
+        try:
+            found = super().outputs(batch, head_rows)
+        except ValueError as error:  # restarted with another model: what was learned is saved, as where it is lost
+            raise TargetLost(str(error)) from None
         return replace(found, last_hidden=self._norm(found.last_hidden))
 
     def _read(self, ids_n: Tensor, needed: Tensor, room: list[Tensor]) -> None:

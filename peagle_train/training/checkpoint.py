@@ -204,14 +204,14 @@ class Checkpoint(NamedTuple):
 def open_resume(recipe: Recipe, given: str) -> Checkpoint | str:
     """The checkpoint to resume from, or what to print because the run has finished. Changes nothing.
 
-    `given`: "" for the newest checkpoint in the new recipe's output.dir, or a checkpoint's folder. ValueError: there is
+    `given`: "" or output.dir for the newest checkpoint there, or a checkpoint's folder. ValueError: there is
     nothing to resume from, it is damaged, or the recipe differs where it must not. OSError: a folder cannot be read.
     """
     output, chosen = Path(recipe.output.dir), Path(given).expanduser()
     marker = json.loads((output / MARKER).read_bytes()) if (output / MARKER).exists() else {}
     complete = list_checkpoints(output)
     names = ", ".join(map(str, complete))
-    if given:
+    if given and chosen.resolve() != output.resolve():
         folder = output / chosen.name
         if folder not in complete or chosen.resolve() != folder.resolve():  # either may be a link, to a bigger disk
             there, elsewhere = f"of output.dir {output} (there: {names or 'none'})", f"output.dir={chosen.parent}"

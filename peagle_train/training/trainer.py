@@ -32,7 +32,7 @@ from peagle_train.data.sampler import StepBatchSampler
 from peagle_train.data.training_data import make_collator
 from peagle_train.ending import Signals, leave_to_parent
 from peagle_train.files import NonFiniteWeights, RunStopped, save_tensors, write_bytes, write_json
-from peagle_train.machine import GIB, peak_ram
+from peagle_train.machine import GIB, available_ram, peak_ram, resident_ram
 from peagle_train.memory import memory_explained
 from peagle_train.serving.drafter_io import fill_drafter, save_drafter
 from peagle_train.target_model.frozen import TargetBase, TargetLost
@@ -193,7 +193,9 @@ class Trainer:
         optimizer state, generator or file changes. torch.OutOfMemoryError: it does not fit, and nor would the run.
         """
         recipe, target, draft = self.recipe, self.target, self.draft
-        B, L = recipe.train.batch_size, recipe.data.max_length
+        B, L, on_cuda = recipe.train.batch_size, recipe.data.max_length, self.device.type == "cuda"
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
         ids = torch.randint(target.vocab_size - 1, (L,), generator=torch.Generator().manual_seed(0))
         ids += ids >= draft.mask_token_id  # which no sequence may hold
         row: dict[str, Any] = {"input_ids": ids, "loss_mask": torch.ones_like(ids), "row_key": 0, "epoch": 0}
@@ -213,11 +215,15 @@ class Trainer:
         distributed.clip_gradients(self.trained, math.inf)
         del states, batch
         draft.zero_grad()
-        line = f"fits: peak {self.peak_memory() / GIB:.2f} GiB in a full-length step (train.probe)"
-        if self.device.type == "cuda":
+        peak, total = peak_ram(), available_ram() + resident_ram()
+        if on_cuda:
+            free, total = torch.cuda.mem_get_info(self.device)
+            # What lies outside of the allocator (CUDA's context, other processes), and the most that it ever held.
+            held, most = torch.cuda.memory_reserved(self.device), torch.cuda.max_memory_reserved(self.device)
+            peak = total - free - held + most
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
-        return line
+        return f"fits: peak {peak / GIB:.2f} of {total / GIB:.2f} GiB in a full-length step (train.probe)"
 
     # A step
 
@@ -420,11 +426,16 @@ class Trainer:
         return path
 
     def restore(self, checkpoint: checkpoints.Checkpoint) -> None:
-        """Make this new trainer the one that was saved; changes no file. ValueError: data or target are not its own."""
+        """Make this new trainer the one that was saved; changes no file. ValueError: data or target are not its own, or it
+        is after the run's last step.
+        """
         folder, state = checkpoint
         if others := [what for what, now in self.must_match.items() if state["must_match"][what] != now]:
             remedy = "give the same data, target and batch size x accumulation x processes, or another output.dir"
             raise ValueError(f"--resume: not what {folder.name} was trained with: {', '.join(others)}: {remedy}")
+        if self.num_steps < state["step"]:
+            what = f"{folder.name} is after the {self.num_steps} steps that the recipe asks for"
+            raise ValueError(f"--resume: {what}: raise train.max_steps or train.epochs, or resume from an earlier one")
         weights, moments = (load_file(folder / name) for name in ("model.safetensors", "optimizer.state"))
         distributed.load_full(self.draft, self.optimizers, weights, moments)
         self.step = self.saved_step = self.sampler.start_step = state["step"]
@@ -434,6 +445,8 @@ class Trainer:
 
     def _take_output(self) -> None:
         """Lock the output folder and make it the run's, as its checkpoint left it."""
+        if not self.resumed:  # again: another run may have begun there, and ended, while this one read its data
+            checkpoints.check_output(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = checkpoints.lock_output(self.folder)
         if self.resumed:
