@@ -1,4 +1,4 @@
-"""How commands end, files and folders that are written whole or not at all, and one process at a time in a folder.
+"""How commands and runs end, files and folders that are written whole or not at all, and one process at a time in a folder.
 
 Needs the standard library alone: the command line imports it first.
 """
@@ -12,12 +12,14 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import IO, Any
 
 logger = logging.getLogger(__name__)
@@ -102,6 +104,50 @@ def run_tool(name: str, work: Callable[[], int | None], when_stopped: str = "") 
     if several:
         os._exit(code)  # nothing at exit may wait for the other ranks
     return code
+
+
+# How a signal, N, ends a training run: after its step and a checkpoint, or at once with the exit code 128 + N.
+
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+ECHO_SECONDS = 5.0
+"""Under torchrun, a second signal this soon after the first is taken for its copy: torchrun passes on a SIGTERM that its
+processes have already got if it was sent to their whole group, or job."""
+
+
+class Signals:
+    """While entered, SIGTERM and SIGINT ask for a checkpoint and the end, answered between two steps: the handler may run
+    in the middle of any line, a save included. A second one ends the process at once (see `ECHO_SECONDS`).
+    """
+
+    def __init__(self) -> None:
+        self.stop = False
+        self._stopped_at = 0.0
+
+    def __enter__(self) -> "Signals":
+        self._before = {number: signal.signal(number, self._on_signal) for number in STOPPING}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        # os.write, not print: a print that this very handler interrupted would raise
+        if not self.stop:
+            self.stop, self._stopped_at = True, time.monotonic()
+            after = "stopping as soon as the work is safe; a second one ends at once"
+            os.write(2, f"peagle-train: {signal.Signals(number).name}: {after}\n".encode())
+        elif "TORCHELASTIC_RUN_ID" not in os.environ or time.monotonic() - self._stopped_at >= ECHO_SECONDS:
+            os.write(2, b"peagle-train: a second signal: ending at once, nothing more is saved\n")
+            os._exit(128 + number)
+
+
+def leave_to_parent(worker_id: int) -> None:
+    """A loader process's `worker_init_fn`: signals to the whole group (a terminal's ^C, a scheduler's SIGTERM) must not
+    kill it under a parent that is still finishing its step. It ends with its parent.
+    """
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 # Whole or not at all: written beside its place, synced, renamed to it.

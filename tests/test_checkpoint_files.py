@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import peagle_train.training.checkpoint as files
-from peagle_train.ending import ECHO_SECONDS, Signals
+from peagle_train.files import ECHO_SECONDS, Signals
 from tests.runs import in_child
 
 ROLES = ("config.json", "model.safetensors", "optimizer.state", "state.json", "recipe.yaml")

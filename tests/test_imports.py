@@ -14,7 +14,7 @@ HOUSE = Path(peagle_train.__file__).parent
 MODULES = [found.name for found in pkgutil.walk_packages(peagle_train.__path__, "peagle_train.")]
 ELSEWHERE = ("__main__", "vllm_connector")  # which vLLM imports: test_server.py
 FLOORS = [
-    "core", "files machine", "config distributed ending", "data", "target_model", "serving", "memory",
+    "core", "files machine", "config distributed", "data", "target_model", "serving", "memory",
     "training regenerate throughput", "decoding", "show", "cli", "__main__",
 ]  # fmt: skip
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}

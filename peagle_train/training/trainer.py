@@ -30,8 +30,15 @@ from peagle_train.core.plan import Plan, padding_share
 from peagle_train.data.packing import TrainingData
 from peagle_train.data.sampler import StepBatchSampler
 from peagle_train.data.training_data import make_collator
-from peagle_train.ending import Signals, leave_to_parent
-from peagle_train.files import NonFiniteWeights, RunStopped, save_tensors, write_bytes, write_json
+from peagle_train.files import (
+    NonFiniteWeights,
+    RunStopped,
+    Signals,
+    leave_to_parent,
+    save_tensors,
+    write_bytes,
+    write_json,
+)
 from peagle_train.machine import GIB, available_ram, peak_ram, resident_ram
 from peagle_train.memory import memory_explained
 from peagle_train.serving.drafter_io import fill_drafter, save_drafter
