@@ -1,7 +1,7 @@
 # Sourced by the scripts beside it, which set -euo pipefail and NAME (how they call themselves) first.
 # shellcheck shell=bash
 
-unset CDPATH # with it, cd prints
+unset CDPATH PYTHONHOME # with CDPATH, cd prints
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 STEP=arguments
 
@@ -49,74 +49,46 @@ find_python() {
     die 2 "no Python >= 3.11 with venv runs here: install python3.11 (and python3.11-venv)"
 }
 
-# Use the active environment, or make .venv. What we make holds a file from its first moment on and another one from
-# its last: half-made ones are redone, and one that somebody else made is used, never removed.
-enter_environment() {
-    local python making="$ROOT/.venv/.peagle-making" made="$ROOT/.venv/.peagle-made"
-    if [ -z "${VIRTUAL_ENV:-}" ]; then
-        VIRTUAL_ENV=$ROOT/.venv
-        # the scripts inside a venv know its path, so one that was moved along with the repository is of no use
-        if [ -e "$making" ]; then
-            if [ "$(cat "$made" 2>/dev/null)" != "$ROOT" ] || ! python_works "$VIRTUAL_ENV/bin/python"; then
-                echo "$NAME: removing an unfinished .venv"
-                rm -rf "$VIRTUAL_ENV"
-            fi
-        fi
-        if [ ! -e "$VIRTUAL_ENV" ]; then
-            python=$(find_python)
-            echo "$NAME: making .venv with $("$python" --version)"
-            mkdir "$VIRTUAL_ENV"
-            : >"$making"
-            "$python" -m venv "$VIRTUAL_ENV"
-            echo "$ROOT" >"$made"
-        fi
+# Use the environment in FOLDER, else the active one, else .venv. Of these, FOLDER and .venv are made where they are not there.
+enter_environment() { # enter_environment [FOLDER]
+    local own=${1:-} python
+    if [ -z "$own" ] && [ -z "${VIRTUAL_ENV:-}" ]; then own=$ROOT/.venv; fi
+    # one that is half made, or was made without pip, gets whole
+    if [ -n "$own" ] && ! "$own/bin/python" -m pip --version >/dev/null 2>&1; then
+        python=$(find_python)
+        echo "$NAME: making $own with $("$python" --version)"
+        "$python" -m venv "$own"
     fi
+    export VIRTUAL_ENV=${own:-$VIRTUAL_ENV}
     "$VIRTUAL_ENV/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
         die 2 "$VIRTUAL_ENV has no working Python >= 3.11: activate another environment, or remove it"
-    export VIRTUAL_ENV PATH="$VIRTUAL_ENV/bin:$PATH"
-    unset PYTHONHOME
+    export PATH="$VIRTUAL_ENV/bin:$PATH"
 }
 
-# Where the environment's peagle-train is installed from, if it is an editable install.
-installed_from() {
-    (cd / && python -c '
-import json, urllib.parse, urllib.request
-from importlib.metadata import distribution
-url = json.loads(distribution("peagle-train").read_text("direct_url.json"))["url"]
-print(urllib.request.url2pathname(urllib.parse.urlparse(url).path))') 2>/dev/null || true
+# What is written down of an installation. Another clone may have been installed into the same environment since.
+installed() {
+    echo "$* $(cksum <"$ROOT/pyproject.toml") $(cd / && python -c 'import peagle_train; print(peagle_train.__file__)' 2>/dev/null)"
 }
 
-# Install the package with an extra, unless exactly that was done before: a second run needs no network.
-install_extra() {
-    local stamp="$VIRTUAL_ENV/.peagle-installed-$1" wanted
-    wanted=$(python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())' \
-        <"$ROOT/pyproject.toml")
-    wanted="$wanted $1 $ROOT"
-    # another clone may have been installed into the same environment since
-    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && [ "$(installed_from)" = "$ROOT" ]; then
+# Let pip install its arguments, unless exactly that was done before: a second run needs no network.
+install() { # install ARGUMENT...
+    local stamp="$VIRTUAL_ENV/.peagle-installed"
+    if grep -qxF -- "$(installed "$@")" "$stamp" 2>/dev/null; then
         echo "$NAME: already installed in $VIRTUAL_ENV"
         return
     fi
-    rm -f "$stamp"
-    echo "$NAME: pip install -e $ROOT[$1] into $VIRTUAL_ENV"
-    python -m pip install --quiet --disable-pip-version-check -e "${ROOT}[$1]"
-    echo "$wanted" >"$stamp"
+    echo "$NAME: pip install $* into $VIRTUAL_ENV"
+    python -m pip install --quiet --disable-pip-version-check "$@" || return
+    installed "$@" >>"$stamp"
 }
 
 # install_beside PACKAGE FOLDER: it and the project's tests into an environment of their own, without the packages that it
 # brings for another build of torch (transformers fails on importing them). Exit code 3 where it cannot be had.
 install_beside() {
-    local stamp="$2/.peagle-beside"
-    [ -e "$stamp" ] || "$(find_python)" -m venv "$2" # one that is half made gets whole, too
-    export VIRTUAL_ENV=$2 PATH="$2/bin:$PATH"
-    if [ "$(cat "$stamp" 2>/dev/null)" != "$1" ]; then
-        echo "$NAME: pip install $1 into $2, some minutes and GB"
-        python -m pip install --quiet --disable-pip-version-check "$1" -e "${ROOT}[test]" ||
-            die 3 "no $1 for $(uname -sm) and $(python --version) here (see above): it wants a CPU build of torch, which PyTorch's own index has, too"
-        python -m pip uninstall --quiet -y torchvision torchaudio torchcodec
-        echo "$1" >"$stamp"
-    fi
-    install_extra test
+    enter_environment "$2"
+    install "$1" -e "${ROOT}[test]" ||
+        die 3 "no $1 for $(uname -sm) and $(python --version) here (see above): it wants a CPU build of torch, which PyTorch's own index has, too"
+    python -m pip uninstall -qq -y torchvision torchaudio torchcodec
 }
 
 absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
@@ -140,6 +112,23 @@ check_overrides() { # check_overrides ARGUMENT...
             *) die 2 "$argument is not an override (section.key=value), such as train.max_steps=50" ;;
         esac
     done
+}
+
+# The first steps of a script that trains: its arguments are overrides, and $OUTPUT is where results go, its own alone.
+begin() { # begin ARGUMENT...
+    check_overrides "$@"
+    OUTPUT=$(absolute "${PEAGLE_OUTPUT:-$ROOT/runs/$NAME}")
+    if [ -n "${PEAGLE_CACHE:-}" ]; then
+        PEAGLE_CACHE=$(absolute "$PEAGLE_CACHE")
+        export PEAGLE_CACHE
+    fi
+    cd "$ROOT"
+    step environment
+    enter_environment
+    step install
+    install -e "${ROOT}[quickstart]"
+    STEP=output
+    lock_output
 }
 
 # A run that is going looks like one that was killed; only this lock on $OUTPUT, which the trainer inherits, tells them apart.
@@ -178,5 +167,5 @@ resume_or_clear() { # resume_or_clear FOLDER ARGUMENT...
 launch() {
     local options=(--quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no)
     if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then options+=(--cpu); fi
-    accelerate launch "${options[@]}" "$@"
+    python -m accelerate.commands.launch "${options[@]}" "$@"
 }

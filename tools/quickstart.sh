@@ -7,21 +7,7 @@ NAME=quickstart
 # shellcheck source=tools/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-OUTPUT=$(absolute "${PEAGLE_OUTPUT:-$ROOT/runs/quickstart}")
-if [ -n "${PEAGLE_CACHE:-}" ]; then
-    PEAGLE_CACHE=$(absolute "$PEAGLE_CACHE")
-    export PEAGLE_CACHE
-fi
-check_overrides "$@"
-cd "$ROOT"
-
-step environment
-enter_environment
-step install
-install_extra quickstart
-
-STEP=output
-lock_output
+begin "$@"
 
 if is_finished "$OUTPUT"; then
     echo "$NAME: already trained; to train again, set PEAGLE_OUTPUT to a new folder or remove $OUTPUT"

