@@ -16,36 +16,25 @@ from bench_segments import Bench, Case, Settings
 FIELDS = {"mode", "n", "segments", "layers", "wall_s", "cpu_s", "saved_bytes", "peak_bytes", "flops", "rows"}
 
 
-def run_bench(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """The tool as it is called, in this process (each configuration runs in one of its own); its exit code."""
-    monkeypatch.setattr(sys, "argv", ["bench_segments.py", *arguments])
-    return bench_segments.main()
-
-
-# ---- the tool as it is called
-
-
 def test_a_configuration_is_measured_and_one_that_dies_is_reported(tmp_path, monkeypatch, capsys):
     out = tmp_path / "results.json"
-    shape = "--layers 1 --hidden 32 --vocab 128 --repeats 1 --n 64".split()
-    assert run_bench(monkeypatch, *shape, "--segments", "4", "--modes", "relay", "--json", str(out)) == 0
+
+    def run_bench(*arguments: str) -> int:
+        shape = "--layers 1 --hidden 32 --vocab 128 --repeats 1 --n 64 --json".split()
+        monkeypatch.setattr(sys, "argv", ["bench_segments.py", *shape, str(out), *arguments])
+        return bench_segments.main()
+
+    assert run_bench("--segments", "4", "--modes", "relay") == 0
     (row,) = json.loads(out.read_text())
     assert row.keys() >= FIELDS and (row["mode"], row["segments"]) == ("relay", 4)
     assert row["died"] is None and row["n"] == 64 and row["layers"] == 1
     assert all(row[name] > 0 for name in FIELDS - {"mode", "peak_bytes"}) and row["peak_bytes"] >= 0
     assert row["rows"] > row["rows_no_grad"] > 0
-    text = capsys.readouterr().out
-    assert "relay" in text and "BAD" not in text
-    assert run_bench(monkeypatch, *shape, "--segments", "1", "--timeout", "0.01", "--json", str(out)) == 1
+    assert 0.85 < row["saved_ratio"] < 1.15 and row["planned_peak_bytes"] > 0
+    assert "relay" in capsys.readouterr().out
+    assert run_bench("--segments", "1", "--timeout", "0.01") == 1
     assert [row["died"] for row in json.loads(out.read_text())] == ["took more than 0.01 s"] * 2
     assert "died: flat n=64 S=1: took more than 0.01 s" in capsys.readouterr().out
-    for arguments, message in (
-        (["--n", "4"], "--n must be"),
-        (["--segments", "8", "--modes", "flat"], "nothing to run"),
-    ):
-        with pytest.raises(SystemExit) as end:
-            run_bench(monkeypatch, *arguments)
-        assert end.value.code == 2 and message in capsys.readouterr().err
 
 
 # ---- rows and flops, by hand
@@ -65,7 +54,7 @@ SIZES = {
     "ratio": 1.0,
 }
 TINY = Settings(**SIZES, boundaries="uniform")
-H, KV, V = 32, 16, 40
+H, KV = 32, 16
 FC = 3 * H * H
 QO = (2 * H * H + H * H, H * H + H * H)  # parameters of q_proj and o_proj, by layer
 K_V = (2 * H * 2 * KV, H * 2 * KV)
@@ -88,31 +77,21 @@ def bench() -> Bench:
     return Bench(TINY)
 
 
-def count(bench: Bench, mode: str, segments: int) -> dict:
-    return bench.count(Case(mode, 4, segments))
-
-
 def test_work_of_the_flat_pass(bench):
-    counted = count(bench, "flat", 1)
+    counted = bench.count(Case("flat", 4, 1))
     pairs = 2 * (1 + 2 + 3 + 2 + 3)  # two layers
     assert (counted["rows"], counted["rows_no_grad"]) == (5, 0)
-    assert counted["attention_pairs"] == pairs
-    assert counted["attention_flops"] == 12 * pairs * H
     assert counted["flops"] == both_ways(5, 3, 5) + 12 * pairs * H
-    # Two heads' logits and one gradient; a row's p * (log p - log q) may be a matmul, too.
-    assert 5 * 3 * 2 * V * H <= counted["head_flops"] <= 5 * (3 * 2 * V * H + 2 * V)
     assert counted["buffer_bytes"] == 0
 
 
 def test_work_of_the_relay(bench):
-    counted = count(bench, "relay", 2)
+    counted = bench.count(Case("relay", 4, 2))
     # Pass A: columns 0 and 1, through the first layer and the second's keys and values.
     pairs_a, pairs_b = 1 + 2, 2 * (1 + 2 + 3 + 2 + 3)
     assert (counted["rows"], counted["rows_no_grad"]) == (5, 2)
-    assert counted["attention_pairs"] == pairs_a + pairs_b
     matmuls = forward(2, 2, 0) + both_ways(3, 2, 3) + both_ways(2, 1, 2)
     assert counted["flops"] == matmuls + 4 * pairs_a * H + 12 * pairs_b * H
-    assert counted["head_flops"] == count(bench, "flat", 1)["head_flops"]
     assert counted["buffer_bytes"] == 2 * 4 * 4 * KV * 4  # layers; k, v and their gradients; columns; width; float32
 
 

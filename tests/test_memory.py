@@ -31,8 +31,7 @@ from tests.tiny import make_target
 
 sys.path.insert(0, str(ROOT / "tools"))
 
-from bench_memory import sizes_of_bench
-from bench_segments import Bench, Settings, attention_without_kernel, buffer_tensors
+from bench_segments import Bench, Settings, attention_without_kernel, buffer_tensors, sizes_of_bench
 from measure import SavedBytes
 
 # ---- the arithmetic

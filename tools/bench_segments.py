@@ -14,25 +14,23 @@ is a list of objects, one a configuration:
                       not counted; with segments that is the largest segment's. The relay's keys, values and their
                       gradients are not in it but in
     buffer_bytes      (0 for the others)
-    flops             of the drafter: matmuls and attention, forward and backward, without the head;
-    attention_flops   the attention in it, by visible (query, key) pairs: 4 * pairs * head dim * heads forward, twice
-                      that backward, whatever a kernel really goes over;
-    head_flops        the loss: both heads' matmuls. Not in flops
+    planned_saved_bytes, planned_peak_bytes, saved_ratio, peak_ratio
+                      what the plan (peagle_train/memory.py) says of the two, and planned over measured
+    flops             of the drafter: matmuls and attention, forward and backward, without the heads; attention by visible
+                      (query, key) pairs: 4 * pairs * head dim * heads forward, twice that backward, whatever a kernel
+                      really goes over
     rows              elements that passes run with grad, padding between them included; a checkpoint's second run
                       counts in flops only
     rows_no_grad      elements that passes run without (relay's pass A)
-    attention_pairs   pairs seen: with grad and without, once a layer
-    loss              summed over the supervised elements: equal for all modes of the same n
     died              null, or why the process ended early; figures it did not come to are null
 
-flops and saved_bytes come from steps of their own after the first timed one, without the attention's kernel.
+flops and saved_bytes come from steps of their own, without the attention's kernel: they are exact.
 
 Resident memory holds the C library's holes, too, which differ from run to run. MALLOC_MMAP_THRESHOLD_=1048576 in the
-environment takes most of them out of peak_bytes, and makes the steps slower.
+environment takes most of them out of peak_bytes, and makes the steps slower. The smaller the shapes, the more of
+peak_bytes is what a first step loads.
 """
 
-import argparse
-import json
 import statistics
 import sys
 import time
@@ -43,20 +41,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from measure import (
-    MIB,
-    PeakRSS,
-    SavedBytes,
-    at_least_one,
-    format_number,
-    integers,
-    release_memory,
-    run_child,
-    write_json,
-)
+from measure import MIB, PeakRSS, Runs, SavedBytes, format_number, read_options, run_in_turns, write_json
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from peagle_train.config import Cod, Data, Output, Recipe, Target, Train
 from peagle_train.core import attention
 from peagle_train.core import draft as draft_module
 from peagle_train.core.collator import CODCollator
@@ -66,12 +55,13 @@ from peagle_train.core.passes import StepStats, TargetOutputs, recompute_step
 from peagle_train.core.plan import plan_segments
 from peagle_train.core.relay import RelayBuffers, relay_step
 from peagle_train.core.visibility import Visibility
-from peagle_train.files import aligned
+from peagle_train.files import aligned, run_tool
+from peagle_train.machine import Device
+from peagle_train.memory import Sizes, largest_pass, plan_memory, saved_bytes
 
 MODES = ("flat", "checkpoint", "recompute", "relay")
 WHOLE_MODES = ("flat", "checkpoint")
-COUNTED: tuple[str, ...] = ("saved_bytes", "buffer_bytes", "flops", "attention_flops", "head_flops")
-COUNTED += ("rows", "rows_no_grad", "attention_pairs")
+COUNTED = ("saved_bytes", "buffer_bytes", "flops", "rows", "rows_no_grad")
 TIMED = ("wall_s", "cpu_s", "peak_bytes")
 
 
@@ -168,23 +158,21 @@ class Bench:
             return recompute_step(self.draft, batch, target, **arguments)
 
     def time(self, case: Case) -> dict[str, Any]:
-        """wall_s, cpu_s, peak_bytes and the loss of one step."""
+        """TIMED, of one step."""
         n = max(16, 2 * self.settings.depths)  # of a step that loads what a first one loads, and makes gradients
         self.step(case.mode, self.batch(n, min(case.segments, n)), self.target(n), RelayBuffers())
         batch, target = self.batch(case.n, case.segments), self.target(case.n)
         with PeakRSS() as rss:
             began, cpu = time.perf_counter(), time.process_time()
-            stats = self.step(case.mode, batch, target, RelayBuffers())
+            self.step(case.mode, batch, target, RelayBuffers())
             wall, cpu = time.perf_counter() - began, time.process_time() - cpu
-        timed = {"wall_s": wall, "cpu_s": cpu, "peak_bytes": rss.peak_bytes, "loss": float(stats.loss)}
-        return {**timed, "threads": torch.get_num_threads()}
+        return {"wall_s": wall, "cpu_s": cpu, "peak_bytes": rss.peak_bytes}
 
     def count(self, case: Case) -> dict[str, int]:
-        """Everything that is the same in every repeat: COUNTED."""
+        """COUNTED: what is the same in every repeat."""
         batch, target = self.batch(case.n, case.segments), self.target(case.n)
-        with work_counted(self.draft) as work:
+        with attention_without_kernel(), work_counted(self.draft) as work:
             self.step(case.mode, batch, target, RelayBuffers())
-        release_memory()
         buffers, own = RelayBuffers(), [*self.draft.parameters()]
         with attention_without_kernel(), SavedBytes(lambda: own + buffer_tensors(buffers)) as saved:
             self.step(case.mode, batch, target, buffers)
@@ -203,41 +191,27 @@ def _backward(*arguments: Any) -> None:
 
 @contextmanager
 def work_counted(draft: PEagleDraft) -> Iterator[dict[str, int]]:
-    """Count the work of what runs in the block; attention gives zeros meanwhile.
-
-    The counter knows nothing of the CPU's flash kernel, and a compiled one does not run under it at all. Attention is
-    counted by the pairs instead.
-    """
-    work = dict.fromkeys(("flops", "attention_flops", "head_flops", "rows", "rows_no_grad", "attention_pairs"), 0)
+    """Count the work of what runs in the block: attention by its pairs, as the counter does not know its kernels."""
+    work = dict.fromkeys(("flops", "rows", "rows_no_grad"), 0)
     counter = FlopCounterMode(display=False)
+    attend, loss = draft_module.attend, draft_module.chunked_linear_loss
 
-    class CountedAttention(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, query: Tensor, forward_flops: int, *keys_values: Tensor) -> Tensor:
-            ctx.shapes = [query.shape, *(t.shape for t in keys_values)]
-            ctx.forward_flops = forward_flops
-            work["attention_flops"] += forward_flops
-            B, H, Q, D = query.shape
-            return query.new_zeros(B, Q, H * D)
+    def add(flops: int) -> None:
+        work["flops"] += flops
 
-        @staticmethod
-        def backward(ctx: Any, gradient: Tensor) -> tuple:
-            work["attention_flops"] += 2 * ctx.forward_flops
-            d_query, *d_keys_values = (gradient.new_zeros(shape) for shape in ctx.shapes)
-            return d_query, None, *d_keys_values
-
-    def attend(query: Tensor, own: Any, context: Any, visibility: Visibility) -> Tensor:
+    def counted_attend(query: Tensor, own: Any, context: Any, visibility: Visibility) -> Tensor:
+        out = attend(query, own, context, visibility)
         _, H, Q, D = query.shape
-        pairs = visible_pairs(visibility, Q)
-        work["attention_pairs"] += pairs
-        return CountedAttention.apply(query, 4 * pairs * D * H, *own, *(context or ()))
+        flops = 4 * visible_pairs(visibility, Q) * D * H
+        add(flops)
+        if out.requires_grad:
+            out.register_hook(lambda _: add(2 * flops))
+        return out
 
-    original_loss = draft_module.chunked_linear_loss
-
-    def head(*arguments: Any) -> Any:
+    def uncounted_loss(*arguments: Any) -> Any:
         before = counter.get_total_flops()
-        out = original_loss(*arguments)  # with all its matmuls: the backward only scales
-        work["head_flops"] += counter.get_total_flops() - before
+        out = loss(*arguments)  # with all its matmuls: the backward only scales
+        add(before - counter.get_total_flops())
         return out
 
     def note_rows(_: Any, arguments: tuple) -> None:
@@ -245,12 +219,12 @@ def work_counted(draft: PEagleDraft) -> Iterator[dict[str, int]]:
 
     with (
         draft.register_forward_pre_hook(note_rows),
-        mock.patch.object(draft_module, "attend", attend),
-        mock.patch.object(draft_module, "chunked_linear_loss", head),
+        mock.patch.object(draft_module, "attend", counted_attend),
+        mock.patch.object(draft_module, "chunked_linear_loss", uncounted_loss),
         counter,
     ):
         yield work
-    work["flops"] = counter.get_total_flops() - work["head_flops"] + work["attention_flops"]
+    add(counter.get_total_flops())
 
 
 def visible_pairs(visibility: Visibility, num_queries: int) -> int:
@@ -283,13 +257,43 @@ def attention_without_kernel() -> Iterator[None]:
         yield
 
 
-def measure(settings: dict[str, Any], case: dict[str, Any], count: bool, out: str) -> None:
-    """Write `{"timed": ...}` and, if asked for, `{"timed": ..., "counted": ...}`."""
+def measure(settings: dict[str, Any], case: dict[str, Any], count: bool = False) -> dict[str, Any]:
     bench = Bench(Settings(**settings))
-    result: dict[str, Any] = {"timed": bench.time(Case(**case))}
-    write_json(out, result)  # at once: should the counting die, the timing stands
-    if count:
-        write_json(out, {**result, "counted": bench.count(Case(**case))})
+    return bench.count(Case(**case)) if count else bench.time(Case(**case))
+
+
+# ---- the plan
+
+
+def sizes_of_bench(bench: Bench, n: int, mode: str) -> Sizes:
+    """The sizes of a bench's steps, whose gradients are there already and whose weights are float32 or wider."""
+    s, parameters = bench.settings, list(bench.draft.parameters())
+    train: Any = {"gradient_accumulation_steps": 2, "loss_chunk_rows": 384, "compile": False}
+    train |= {"mixed_precision": "bf16" if bench.autocast else "no", "activation_checkpointing": mode == "checkpoint"}
+    train |= {"segment_mode": "relay" if mode == "relay" else "recompute"}
+    train |= {"dtype": "float64" if s.dtype == "float64" else "float32"}
+    cod: Any = Cod(s.depths, s.ratio, 0.0, boundaries=s.boundaries)  # type: ignore[arg-type]
+    return Sizes(
+        Recipe(Target("-"), Data(["-"], max_length=n), Output("-"), cod=cod, train=Train(**train)),
+        bench.draft.config,
+        Device("cpu", 0),
+        parameters=sum(p.numel() for p in parameters),
+        trained=sum(p.numel() for p in parameters if p.requires_grad),
+        target_bytes=4,
+    )
+
+
+def planned(bench: Bench, case: Case) -> dict[str, float]:
+    """What the plan says of saved_bytes and peak_bytes."""
+    sizes = sizes_of_bench(bench, case.n, case.mode)
+    plan = plan_memory(sizes, case.segments, all_supervised=True)
+    # Resident before the step: all but the relay's buffers, which a bench's step makes.
+    before = sum(v for k, v in plan.resident.items() if k not in ("keys, values", "their gradients"))
+    before += plan.outputs
+    return {
+        "saved": max(saved_bytes(sizes, largest_pass(sizes, case.segments, all_supervised=True))),
+        "peak": max(plan.phases[name] for name in ("loss", "backward", "embedding")) - before,
+    }
 
 
 # ---- the parent: starts children
@@ -305,48 +309,23 @@ def cases_of(lengths: list[int], segments: list[int], modes: list[str]) -> list[
     ]
 
 
-def summarize(settings: Settings, case: Case, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """One object of the JSON out of a configuration's repeats."""
-    runs = [r["timed"] for r in results if r["timed"]]
-    counted = next((r["counted"] for r in results if r["counted"]), {})
-    return {
-        **asdict(case),
-        **asdict(settings),
-        **(runs[-1] if runs else {"loss": None}),
-        **{name: statistics.median([run[name] for run in runs]) if runs else None for name in TIMED},
-        **{name: counted.get(name) for name in COUNTED},
-        "repeats": len(runs),
-        "died": next((r["died"] for r in results if r["died"]), None),
-    }
+def summarize(bench: Bench, case: Case, plan: dict[str, float], timed: Runs, counted: Runs) -> dict[str, Any]:
+    """One object of the JSON."""
+    runs, counts = timed[0], next(iter(counted[0]), {})
+    row = {**asdict(case), **asdict(bench.settings), "threads": torch.get_num_threads()}
+    row |= {name: statistics.median(run[name] for run in runs) if runs else None for name in TIMED}
+    row |= {name: counts.get(name) for name in COUNTED}
+    for name, size in plan.items():
+        row |= {f"planned_{name}_bytes": size, f"{name}_ratio": over(size, row[f"{name}_bytes"])}
+    return row | {"repeats": len(runs), "died": timed[1] or counted[1]}
 
 
-def run_all(
-    settings: Settings, cases: list[Case], repeats: int, timeout: float | None, json_path: str | None
-) -> list[dict[str, Any]]:
-    """All repeats of all cases, interleaved, so that a slow minute of the machine does not fall on one mode alone."""
-    results: dict[Case, list[dict[str, Any]]] = {case: [] for case in cases}
-    rows: list[dict[str, Any]] = []
-    for repeat in range(repeats):
-        for case, earlier in results.items():
-            if any(r["died"] for r in earlier):
-                continue  # it would again
-            given = {"settings": asdict(settings), "case": asdict(case), "count": repeat == 0}
-            found, died = run_child(__file__, given, timeout)
-            result = {"timed": None, "counted": None, **found, "died": died}
-            earlier.append(result)
-            said = f"died: {result['died']}" if result["died"] else f"{result['timed']['wall_s']:.2f} s"
-            print(f"[{repeat + 1}/{repeats}] {case}: {said}", file=sys.stderr, flush=True)
-            rows = [summarize(settings, c, r) for c, r in results.items() if r]
-            if json_path:
-                write_json(json_path, rows)
-    return rows
-
-
-# ---- output
+def over(value: float | None, base: float | None) -> float | None:
+    return value / base if value is not None and base else None
 
 
 def table_of(rows: list[dict[str, Any]]) -> str:
-    """One block of lines for each n; "/flat": ratios to flat at the same n."""
+    """One block of lines for each n; "/flat": ratios to flat at the same n; "plan": planned over measured."""
     columns = (
         ("wall s", "wall_s", 1, 2),
         ("cpu s", "cpu_s", 1, 2),
@@ -358,53 +337,36 @@ def table_of(rows: list[dict[str, Any]]) -> str:
     header = ["mode", "n", "S"]
     for title, *_ in columns:
         header += [title, "/flat"]
-    lines, notes = [], []
+    lines = [[*header, "no grad", "buffers MiB", "peak plan", "saved plan"]]
     for row in sorted(rows, key=lambda r: r["n"]):
-        same = [r for r in rows if r["n"] == row["n"]]
-        base = next((r for r in same if r["mode"] == "flat"), {})
+        base = next((r for r in rows if (r["mode"], r["n"]) == ("flat", row["n"])), {})
         line = [row["mode"], str(row["n"]), str(row["segments"])]
         for _, name, unit, digits in columns:
-            is_known = row[name] is not None and base.get(name)
-            ratio = row[name] / base[name] if is_known else None
-            line += [format_number(row[name], unit, digits), format_number(ratio, 1, 3)]
-        lines.append([*line, format_number(row["rows_no_grad"], 1, 0), format_number(row["buffer_bytes"], MIB, 1)])
-        if row["died"]:
-            notes.append(f"died: {row['mode']} n={row['n']} S={row['segments']}: {row['died']}")
-        losses = [r["loss"] for r in same if r["loss"] is not None]
-        # float32 sums in other orders differ by far less; elements or labels that differ, by more
-        if row is same[0] and losses and max(losses) - min(losses) > 1e-3 * abs(max(losses)):
-            notes.append(f"BAD: the modes disagree about the loss at n={row['n']}: {min(losses)} to {max(losses)}")
-    return "\n".join([aligned([[*header, "no grad", "buffers MiB"], *lines], right=True), *notes])
+            line += [format_number(row[name], unit, digits), format_number(over(row[name], base.get(name)), 1, 3)]
+        line += [format_number(row["rows_no_grad"], 1, 0), format_number(row["buffer_bytes"], MIB, 1)]
+        lines.append([*line, format_number(row["peak_ratio"]), format_number(row["saved_ratio"])])
+    died = [f"died: {Case(r['mode'], r['n'], r['segments'])}: {r['died']}" for r in rows if r["died"]]
+    return "\n".join([aligned(lines, right=True), *died])
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--n", type=integers, default=[2048, 4096], help="tokens of the sequence, several with commas (2048,4096)")
-    add("--segments", type=integers, default=[1, 8], help="numbers of segments, several with commas (1,8)")
-    add("--modes", nargs="+", choices=MODES, default=MODES, help="only these")
-    add("--repeats", type=at_least_one, default=3, help="processes of each configuration, interleaved (3)")
-    add("--json", help="write the results here, after every process")
-    add("--timeout", type=float, help="seconds after which a configuration counts as died (none)")
-    for field in fields(Settings):
-        name = f"--{field.name.replace('_', '-')}"
-        add(name, type=type(field.default), default=field.default, help=f"a setting ({field.default})")
-    add("--child", nargs=2, help=argparse.SUPPRESS)
-    o = parser.parse_args()
-    if o.child:
-        measure(**json.loads(o.child[0]), out=o.child[1])
-        return 0
-    settings = Settings(**{field.name: getattr(o, field.name) for field in fields(Settings)})
-    if min(o.n) < max(settings.depths, *o.segments):
-        parser.error("--n must be at least --depths and every one of --segments")
-    cases = cases_of(o.n, o.segments, o.modes)
-    if not cases:
-        parser.error("nothing to run: segments = 1 gives flat and checkpoint, more give recompute and relay")
-    rows = run_all(settings, cases, o.repeats, o.timeout, o.json)
-    print(", ".join(f"{name} {value}" for name, value in asdict(settings).items()))
+    shape = {field.name: field.default for field in fields(Settings)}
+    how = {"modes": ",".join(MODES), "repeats": 3, "timeout": 86400.0}
+    options = read_options(__doc__, measure, n=[2048, 4096], segments=[1, 8], **how, **shape)
+    bench = Bench(Settings(**{name: getattr(options, name) for name in shape}))
+    cases = cases_of(options.n, options.segments, options.modes.split(","))
+    plans = [planned(bench, case) for case in cases]
+    given = {str(case): {"settings": asdict(bench.settings), "case": asdict(case)} for case in cases}
+    timed = run_in_turns(__file__, given, options.repeats, options.timeout)
+    to_count = {name: {**settings, "count": True} for name, settings in given.items() if timed[name][1] is None}
+    counted = run_in_turns(__file__, to_count, 1, options.timeout)
+    rows = [summarize(bench, c, plan, timed[str(c)], counted.get(str(c), ([], None))) for c, plan in zip(cases, plans)]
+    if options.json:
+        write_json(options.json, rows)
+    print(", ".join(f"{name} {value}" for name, value in asdict(bench.settings).items()))
     print(table_of(rows))
     return 1 if all(row["died"] for row in rows) else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool("bench_segments", main))

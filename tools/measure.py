@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from importlib import metadata
@@ -43,6 +44,23 @@ def at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no integer of at least 1")
     return int(text)
+
+
+def read_options(about: str | None, one: Callable[..., Any], **defaults: Any) -> argparse.Namespace:
+    """A bench's command line: an option for each default, of the default's type, and --json. In a child (`run_child`),
+    call `one` with its settings instead, write down what it returns, and end.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in defaults.items():
+        kind = {list: integers, int: at_least_one}.get(type(default), type(default))
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help="default: %(default)s")
+    parser.add_argument("--json", metavar="FILE", help="also write the results here")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        write_json(options.child[1], one(**json.loads(options.child[0])))
+        sys.exit()
+    return options
 
 
 # ---- memory of this process
@@ -96,21 +114,11 @@ class SavedBytes:
     def __init__(self, excluded: Callable[[], Iterable[Tensor]] = tuple) -> None:
         self.peak_bytes = 0
         self._excluded = excluded
-        self._held: dict[int, list[int]] = {}  # storage: [nodes that hold it, bytes]
+        self._held: weakref.WeakSet[_Held] = weakref.WeakSet()
         self._recomputed: dict[int, tuple[Any, int]] = {}  # storage: (weak reference, bytes)
 
     def __enter__(self) -> "SavedBytes":
         tracker = self
-
-        class Held:
-            """What the graph keeps in a tensor's place; dies with the node's hold on it."""
-
-            def __init__(self, tensor: Tensor) -> None:
-                self.tensor = tensor
-                self.storage = tracker._hold(tensor)
-
-            def __del__(self) -> None:
-                tracker._let_go(self.storage)
 
         # Within a checkpointed region torch's own hooks stand in front of ours: in the forward they keep nothing, in
         # the backward what they keep lives until it has been used, which a weak reference to its storage tells.
@@ -129,7 +137,7 @@ class SavedBytes:
 
         self._stack = ExitStack()
         self._stack.enter_context(mock.patch.object(checkpoint, "_recomputation_hook", Watched))
-        self._stack.enter_context(torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor))
+        self._stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._hold, lambda held: held.tensor))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -138,20 +146,12 @@ class SavedBytes:
     def _counts(self, tensor: Tensor) -> bool:
         return tensor.dtype != torch.bool and _storage_id(tensor) not in map(_storage_id, self._excluded())
 
-    def _hold(self, tensor: Tensor) -> int | None:
-        if not self._counts(tensor):
-            return None
-        key = _storage_id(tensor)
-        self._held.setdefault(key, [0, tensor.untyped_storage().nbytes()])[0] += 1
-        self._note()
-        return key
-
-    def _let_go(self, key: int | None) -> None:
-        if key is None:
-            return
-        self._held[key][0] -= 1
-        if self._held[key][0] == 0:
-            del self._held[key]
+    def _hold(self, tensor: Tensor) -> "_Held":
+        held = _Held(tensor)
+        if self._counts(tensor):
+            self._held.add(held)
+            self._note()
+        return held
 
     def _watch(self, tensor: Tensor) -> None:
         if self._counts(tensor):
@@ -162,8 +162,16 @@ class SavedBytes:
     def _note(self) -> None:
         # The sum grows nowhere but here, so its maximum is seen without looking at any other moment.
         self._recomputed = {k: (ref, size) for k, (ref, size) in self._recomputed.items() if not ref.expired()}
-        now = {k: size for k, (_, size) in self._recomputed.items()} | {k: size for k, (_, size) in self._held.items()}
+        now = {k: size for k, (_, size) in self._recomputed.items()}
+        now |= {_storage_id(held.tensor): held.tensor.untyped_storage().nbytes() for held in self._held}
         self.peak_bytes = max(self.peak_bytes, sum(now.values()))
+
+
+class _Held:
+    """What the graph keeps in a tensor's place; dies with the node's hold on it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 def _storage_id(tensor: Tensor) -> int:
@@ -212,6 +220,26 @@ def run_child(script: str, settings: dict[str, Any], timeout: float | None = Non
         command = [sys.executable, script, "--child", json.dumps(settings), str(out)]
         died = run_process(command, timeout=timeout, environment=environment)
         return json.loads(out.read_text()) if out.exists() else {}, died
+
+
+Runs = tuple[list[dict[str, Any]], str | None]
+"""What the runs of a case found, and why one of them died."""
+
+
+def run_in_turns(
+    script: str, cases: dict[str, dict[str, Any]], repeats: int, timeout: float | None = None
+) -> dict[str, Runs]:
+    """Run every case, settings by name, `repeats` times, each time in a process of its own and all of them in turns, so
+    that a slow minute of the machine does not fall on one alone. A case that has died is not run again.
+    """
+    found: dict[str, Runs] = {name: ([], None) for name in cases}
+    for turn in range(repeats):
+        for name, (runs, earlier) in found.items():
+            if earlier is None:
+                result, died = run_child(script, cases[name], timeout)
+                found[name] = (runs if died else [*runs, result]), died
+                print(f"[{turn + 1}/{repeats}] {name}: {died or 'done'}", file=sys.stderr, flush=True)
+    return found
 
 
 # ---- output
