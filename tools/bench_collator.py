@@ -5,13 +5,12 @@
 Rows of one supervised document and packed rows of 8, in 8 segments, medians of --repeats.
 """
 
-import argparse
 import statistics
 import time
 from typing import Any
 
 import torch
-from measure import at_least_one, format_number, integers, write_json
+from measure import format_number, read_options, write_json
 
 from peagle_train.core.collator import CODCollator
 from peagle_train.files import aligned
@@ -41,11 +40,7 @@ def measure(length: int, documents: int, repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=integers, default="2048,8192,32768,131072", help="tokens of a row")
-    parser.add_argument("--repeats", type=at_least_one, default=7)
-    parser.add_argument("--json", metavar="FILE")
-    options = parser.parse_args()
+    options = read_options(__doc__, measure, lengths=[2048, 8192, 32768, 131072], repeats=7)
     results = [measure(n, documents, options.repeats) for n in options.lengths for documents in (1, 8)]
     header = ["length", "documents", "rows/s", "tokens/s", "elements/s", "ns/element"]
     table = [

@@ -12,15 +12,13 @@ shown. All methods must find the same blocks, or the bench fails.
                  included)
 """
 
-import argparse
 import hashlib
-import json
 import time
 from statistics import median
 from typing import Any
 
 import torch
-from measure import MIB, PeakRSS, at_least_one, format_number, integers, run_child, write_json
+from measure import MIB, PeakRSS, format_number, read_options, run_in_turns, write_json
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from peagle_train.core.collator import CODCollator
@@ -92,33 +90,21 @@ def digest(mask: BlockMask) -> str:
     return found.hexdigest()
 
 
-def run_one(method: str, n: int) -> dict[str, Any]:
-    found, died = run_child(__file__, {"method": method, "n": n})
-    if died:
-        raise SystemExit(f"{method} failed: {died}")
-    return found
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=integers, default="2048,8192,32768,131072", help="columns, separated by commas")
-    parser.add_argument("--repeats", type=at_least_one, default=3)
-    parser.add_argument("--json", metavar="FILE", help="also write the results here, as a list of objects")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.child:
-        write_json(given.child[1], measure(**json.loads(given.child[0])))
-        return
+    options = read_options(__doc__, measure, n=[2048, 8192, 32768, 131072], repeats=3)
     results: list[dict[str, Any]] = []
-    for n in given.n:
-        methods = [m for m in METHODS if m != "eager" or n <= EAGER_LIMIT]
-        turns = [[run_one(method, n) for method in methods] for _ in range(given.repeats)]
-        assert len({run["digest"] for turn in turns for run in turn}) == 1, f"n = {n}: other blocks by other methods"
-        for method, *runs in zip(methods, *turns):
+    for n in options.n:
+        cases = {f"{m} n={n}": {"method": m, "n": n} for m in METHODS if m != "eager" or n <= EAGER_LIMIT}
+        found = run_in_turns(__file__, cases, options.repeats)
+        if dead := [f"{name}: {died}" for name, (_, died) in found.items() if died]:
+            raise SystemExit("\n".join(dead))
+        digests = {run["digest"] for runs, _ in found.values() for run in runs}
+        assert len(digests) == 1, f"n = {n}: other blocks by other methods"
+        for name, (runs, _) in found.items():
             middle = {k: median([r[k] for r in runs]) for k in MEASURED if runs[0][k] is not None}
-            results.append({"method": method, "n": n, **runs[0], **middle})
-        if given.json:
-            write_json(given.json, results)
+            results.append({**cases[name], **runs[0], **middle})
+        if options.json:
+            write_json(options.json, results)
     lines = [["method", "n", "elements", "seconds", "compile s", "peak MiB", "blocks", "full"]]
     for r in results:
         shown = [format_number(r["seconds"], digits=4), format_number(r["compile_seconds"], digits=1)]
