@@ -1,13 +1,10 @@
 """Write docs/keys.md: every key of a recipe with its type, default, limits and meaning, as peagle_train/config.py has them.
 
-python tools/document_keys.py            # writes the page
-python tools/document_keys.py --check    # exit code 1 if the page is not what would be written
+python tools/document_keys.py
 """
 
-import argparse
 import ast
 import re
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -90,19 +87,5 @@ def _yaml(value: ast.expr) -> str:
     return re.sub(r"\b(None|True|False)\b", lambda found: words[found[0]], ast.unparse(value)).replace("'", "")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing, compare")
-    options = parser.parse_args()
-    text = page(CONFIG.read_text(encoding="utf-8"))
-    if not options.check:
-        PAGE.write_text(text, encoding="utf-8")
-        return 0
-    if PAGE.exists() and PAGE.read_text(encoding="utf-8") == text:
-        return 0
-    print(f"{PAGE.name} is not what peagle_train/config.py says: run python tools/document_keys.py", file=sys.stderr)
-    return 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    PAGE.write_text(page(CONFIG.read_text(encoding="utf-8")), encoding="utf-8")
