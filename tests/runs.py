@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from peagle_train.__main__ import main
 from peagle_train.training.trainer import Trainer
 from tests.tiny import write_recipe
+from tools.chaos import metrics
 
 LENGTHS = [9, 31, 4, 17, 32, 2, 26, 11, 40, 13]
-TIMES = {"tokens_per_second", "peak_memory_bytes", "loader_wait_share", "seconds", "seconds_left"}
 EVALUATED = {"eval_fraction": 0.3}
 
 
@@ -61,11 +61,6 @@ def drafter(folder: Path) -> dict[str, torch.Tensor]:
 
 def same_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], t) for name, t in theirs.items())
-
-
-def metrics(output: Path) -> list[dict[str, Any]]:
-    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
 def assert_same_run(ours: Path, whole: Path) -> None:

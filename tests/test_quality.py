@@ -15,7 +15,6 @@ from peagle_train import FrozenTarget, cli
 from peagle_train.config import load_recipe
 from peagle_train.decoding.generate import CachedTarget, Drafter, decode, greedy_tokens, sampler
 from peagle_train.decoding.measure import repeats, stdlib_cases
-from peagle_train.files import lock, partial_path
 from peagle_train.serving.drafter_io import load_drafter
 from tests.byte_tokenizer import BYTES_VOCAB, make_byte_target, make_byte_tokenizer, write_stdlib_recipe
 from tests.helpers import ROOT, make_draft
@@ -203,33 +202,3 @@ def test_own_text_takes_documents_by_their_hash_holds_out_as_training_does_and_e
     (target / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
     ended = [(piece + [end]).index(end, 30) + 1 for piece in endless]
     assert made() == [piece[:n] for piece, n in zip(endless, ended)] and ended[0] <= 34
-
-
-def test_own_text_leaves_the_file_of_another_process_alone_and_replaces_what_a_killed_one_left(
-    tmp_path, tiny_target, monkeypatch
-):
-    rows = write_rows(tmp_path / "rows.jsonl", [40] * 20)
-    recipe = write_recipe(tmp_path, tiny_target, rows, tmp_path / "run", data={"eval_fraction": 0.0})
-    out = tmp_path / "new" / "own.jsonl"
-    command = ["x", str(recipe), "--out", str(out), "--pieces", "3", "--prompt-tokens", "30", "--max-tokens", "4"]
-    monkeypatch.setattr(sys, "argv", command)
-    out.parent.mkdir()
-    with partial_path(out).open("a") as file:
-        lock(file, "it", "writing")
-        file.write("theirs\n")
-        file.flush()
-        with pytest.raises(ValueError, match="another process is writing"):
-            own_text.main()
-    assert partial_path(out).read_text() == "theirs\n" and not out.exists()
-
-    with monkeypatch.context() as patch:  # the other process ends while this one loads its model
-        load_model = own_text.load_model
-        patch.setattr(own_text, "load_model", lambda *how: out.write_text("theirs") and load_model(*how))
-        with pytest.raises(ValueError, match="exists"):
-            own_text.main()
-    assert out.read_text() == "theirs"
-    out.unlink()
-
-    own_text.main()
-    assert [len(json.loads(line)["input_ids"]) for line in out.read_text().splitlines()] == [34] * 3
-    assert [*out.parent.iterdir()] == [out]

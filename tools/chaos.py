@@ -28,7 +28,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -46,31 +45,18 @@ TIMES = {"tokens_per_second", "peak_memory_bytes", "loader_wait_share", "seconds
 
 def make_inputs(folder: Path) -> None:
     """A random target, rows of random ids and a recipe with everything that a resume has to put back."""
-    import torch
-    import yaml
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from tests.tiny import make_target, write_recipe, write_rows
 
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 6, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=61, max_position_embeddings=256, **shape))
-    model.save_pretrained(folder / "target")
-    rng = random.Random(0)
-    with (folder / "rows.jsonl").open("w") as file:
-        for length in (9, 31, 4, 17, 32, 2, 26, 11, 40, 13, 29, 8):
-            ids = [rng.randrange(60) for _ in range(length)]
-            file.write(json.dumps({"input_ids": ids, "loss_mask": [0] + [1] * (length - 1)}) + "\n")
-    data = {"sources": [str(folder / "rows.jsonl")], "max_length": 32, "eval_fraction": 0.3, "num_workers": 1}
-    # wild, so that the best drafter is neither the first nor the last
-    train = {"max_steps": STEPS, "gradient_accumulation_steps": 2, "learning_rate": 0.3}
-    recipe = {
-        "target": {"path": str(folder / "target"), "dtype": "float32"},
-        "data": {**data, "pack": False},
-        "draft": {"num_layers": 1, "draft_vocab_size": 40, "mask_token_id": 60},
-        "cod": {"num_depths": 4, "num_segments": 2},
+    rows = write_rows(folder / "rows.jsonl", [9, 31, 4, 17, 32, 2, 26, 11, 40, 13, 29, 8])
+    train = {"dtype": "float32", "max_steps": STEPS, "gradient_accumulation_steps": 2}
+    train |= {"learning_rate": 0.3}  # wild, so that the best drafter is neither the first nor the last
+    sections = {
+        "target": {"dtype": "float32"},
+        "data": {"eval_fraction": 0.3, "num_workers": 1, "pack": False},
+        "draft": {"num_layers": 1},
         "train": {**train, "log_steps": 1, "eval_steps": 7, "save_steps": 2, "keep_last": 3, "keep_every": 20},
-        "output": {"dir": "given as an override"},
     }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    write_recipe(folder, make_target(folder / "target"), rows, folder / "given as an override", **sections)
 
 
 # A life: the trainer, with a death built in
@@ -304,17 +290,14 @@ def main() -> int:
 
     os.environ.update(SURROUNDINGS)
     import peagle_train.training.build  # noqa: F401  (what every life would import)
-    from peagle_train.files import write_json
-    from peagle_train.training.checkpoint import versions
+    from tools.measure import where_and_when, write_json
 
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="peagle-chaos-") as folder:
         result = Chaos(Path(folder), options.kills, options.seed).run()
-    seconds, date = round(time.perf_counter() - started, 1), datetime.now(UTC).strftime("%Y-%m-%d")
-    result |= {"seed": options.seed, "seconds": seconds, "date": date, "versions": versions()}
+    result |= {"seed": options.seed, "seconds": round(time.perf_counter() - started, 1), **where_and_when()}
     print(json.dumps(result, indent=2))
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.json, result)
     return 0 if result["equal"] else 1
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.core.passes import TargetOutputs, recompute_step
+from peagle_train.files import run_tool
 
 TOLERANCE = 1e-5
 
@@ -110,11 +111,7 @@ def relative_error(ours: Tensor, reference: Tensor) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", help="a .safetensors dump laid out like tests/golden/draft_2layer.safetensors")
-    try:
-        errors = check(parser.parse_args().file)
-    except (ValueError, KeyError) as error:
-        print(f"check_reference: {error}", file=sys.stderr)
-        return 2
+    errors = check(parser.parse_args().file)
     for name, error in errors.items():
         print(f"{'ok ' if error <= TOLERANCE else 'BAD'}  {error:9.2e}  {name}")
     worst = max(errors.values())
@@ -123,4 +120,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool("check_reference", main))

@@ -30,7 +30,7 @@ from peagle_train.data.packing import held_out_documents
 from peagle_train.data.training_data import encoder_of
 from peagle_train.data.vocab import eos_token_ids
 from peagle_train.decoding.measure import repeats
-from peagle_train.files import lock, partial_path, put, run_tool
+from peagle_train.files import run_tool, write_bytes
 from peagle_train.serving.start import with_mask_token
 from peagle_train.target_model.loading import load_model, resolve_dtype
 
@@ -70,9 +70,7 @@ def main() -> None:
     recipe, report = with_mask_token(load_recipe(options.recipe, options.overrides)), SourceReport()
     prompt_tokens = options.prompt_tokens
     if recipe.data.eval_sources:
-        raise ValueError(
-            "data.eval_sources: what they hold out is not known here: remove them, or give data.eval_fraction"
-        )
+        raise ValueError("data.eval_sources hold out what is not known here: remove them, or give data.eval_fraction")
     if options.out.exists():
         raise ValueError(f"--out {options.out} exists: remove it, or give another")
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -108,27 +106,21 @@ def main() -> None:
         pad_token_id=(ends or [0])[0],
         suppress_tokens=[encoder.mask_token_id],  # which no row may hold
     )
-    written, started = 0, time.monotonic()
-    with partial_path(options.out).open("a", encoding="utf-8") as file:
-        lock(file, f"--out {options.out}", "writing")
-        if options.out.exists():  # another process has made it since
-            raise ValueError(f"--out {options.out} exists: remove it, or give another")
-        file.truncate(0)
-        for first in range(0, len(pieces), options.batch_size):
-            ids_BP = torch.tensor(pieces[first : first + options.batch_size], device=device)
-            # On a CPU a cache of fixed size is several times as fast as one that is copied for each token.
-            how_fast = {"cache_implementation": "static"} if device.type == "cpu" else {}
-            mask_BP, most = torch.ones_like(ids_BP), options.max_tokens
-            made = model.generate(input_ids=ids_BP, attention_mask=mask_BP, max_new_tokens=most, **how_fast)
-            for prompt, tokens in zip(ids_BP.tolist(), made[:, prompt_tokens:].tolist()):
-                end = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
-                ids = prompt + without_repetition(prompt, tokens[: end + 1])
-                written += len(ids)
-                file.write(json.dumps({"input_ids": ids, "loss_mask": [1] * len(ids)}) + "\n")
-            done, minutes = first + len(ids_BP), (time.monotonic() - started) / 60
-            print(f"{done} of {len(pieces)} pieces, {written} tokens, {minutes:.1f} min", flush=True)
-        file.flush()
-        put(partial_path(options.out), options.out)
+    rows, written, started = list[str](), 0, time.monotonic()
+    for first in range(0, len(pieces), options.batch_size):
+        ids_BP = torch.tensor(pieces[first : first + options.batch_size], device=device)
+        # On a CPU a cache of fixed size is several times as fast as one that is copied for each token.
+        how_fast = {"cache_implementation": "static"} if device.type == "cpu" else {}
+        mask_BP, most = torch.ones_like(ids_BP), options.max_tokens
+        made = model.generate(input_ids=ids_BP, attention_mask=mask_BP, max_new_tokens=most, **how_fast)
+        for prompt, tokens in zip(ids_BP.tolist(), made[:, prompt_tokens:].tolist()):
+            end = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
+            ids = prompt + without_repetition(prompt, tokens[: end + 1])
+            written += len(ids)
+            rows.append(json.dumps({"input_ids": ids, "loss_mask": [1] * len(ids)}) + "\n")
+        minutes = (time.monotonic() - started) / 60
+        print(f"{len(rows)} of {len(pieces)} pieces, {written} tokens, {minutes:.1f} min", flush=True)
+    write_bytes(options.out, "".join(rows).encode())
 
 
 if __name__ == "__main__":
