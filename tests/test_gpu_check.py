@@ -11,8 +11,7 @@ import torch
 
 from peagle_train.core.collator import CODCollator
 from tests.helpers import ROOT
-from tools import gpu_check
-from tools.gpu_check import STAGES, run_stages
+from tools.gpu_check import ONE_GPU, STAGES, run_stages
 from tools.gpu_parts import DRAFTER_8B, Check, make_batch, make_recipe, model_flops, shape_of
 
 MISSING_THERE = ("datasets", "pydantic")
@@ -59,8 +58,5 @@ def test_operations_of_three_tokens_are_those_counted_by_hand():
     assert model_flops(shape, batch) == 6 * 46 * 3 + 4 * 12 * 2 + 6 * 10 * 3 + 12 * 2 * 5
 
 
-def test_the_table_at_the_top_is_that_of_the_stages_and_one_gpu_takes_less_than_nine_minutes():
-    assert gpu_check.__doc__ is not None
-    rows = re.findall(r"^\| +(\d+) (\w+) +\| +(\d+) s \|", gpu_check.__doc__, flags=re.MULTILINE)
-    assert rows == [(str(n), function.__name__, str(seconds)) for n, (function, seconds) in STAGES.items()]
-    assert sum(seconds for n, (_, seconds) in STAGES.items() if n <= gpu_check.ONE_GPU) < 9 * 60
+def test_the_stages_for_one_gpu_take_less_than_nine_minutes():
+    assert sum(seconds for n, (_, seconds) in STAGES.items() if n <= ONE_GPU) < 9 * 60

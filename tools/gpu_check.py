@@ -5,19 +5,6 @@
     python tools/gpu_check.py --gpus 8                            and the stages for several
     python tools/gpu_check.py --dry                               all of it on a CPU, tiny: shows that the script works
 
-| stage | at most | what it shows |
-|---|---|---|
-|  1 versions  |  25 s | device, versions, compiler, cuDNN, the rate of a large bfloat16 matrix product |
-|  2 tests     |  75 s | pytest -m gpu |
-|  3 correct   |  50 s | bfloat16 gradients against float64: 1 and 3 documents, relay, recompute, compiled; no waits |
-|  4 step      | 170 s | the drafter's step at 8k by segments: ms, MFU, peak against the plan; with the target |
-|  5 kernels   |  40 s | where a step's time on the device goes: its 20 longest kernels |
-|  6 flex      |  40 s | flex attention alone, with the project's kernel options and others |
-|  7 target    |  40 s | an 8B target's features: 8k packed, 32k in chunks |
-|  8 longest   |  55 s | the longest sequence in 79 GiB: relay, flat, recompute |
-|  9 ranks     | 120 s | --gpus N: gradients of N ranks against one, replicated and sharded (FSDP2), compiled and eager |
-| 10 large     | 180 s | --gpus N: a drafter of a 70B target on N ranks: ms, tokens per second, each rank's peak |
-
 Stages run in this order, each in a process of its own. If one fails or takes too long, its last line and what it measured
 before are kept, and the next one runs. After each stage the results so far are written (to tools/results/gpu.json, of
 --dry to a temporary file) and one line is printed. Exit status 1 if a stage failed.
@@ -97,6 +84,7 @@ ROOM = 79
 
 
 def versions(check: Check) -> None:
+    """Device, versions, compiler, cuDNN, the rate of a large bfloat16 matrix product."""
     names = {name: sys.modules[name].__version__ for name in ("torch", "transformers", "accelerate")}
     compiler = shutil.which(os.environ.get("CC", "gcc")) or shutil.which("clang")
     headers = (Path(sysconfig.get_path("include")) / "Python.h").is_file()
@@ -118,6 +106,7 @@ def versions(check: Check) -> None:
 
 
 def tests(check: Check) -> None:
+    """Pytest -m gpu."""
     files = [
         str(path) for path in sorted((ROOT / "tests").glob("*.py")) if "mark.gpu" in path.read_text(encoding="utf-8")
     ]
@@ -130,7 +119,10 @@ def tests(check: Check) -> None:
 
 
 def correct(check: Check) -> None:
-    """By the distance of all gradients to those of the flat pass in float64 on the CPU."""
+    """bfloat16 gradients against float64: 1 and 3 documents, relay, recompute, compiled; no waits.
+
+    By the distance of all gradients to those of the flat pass in float64 on the CPU.
+    """
     shape, length = check.pick((NARROW, 1024), (TINY, 48))
     for documents in check.pick((1, 3), (3,)):
         exact = copy.deepcopy(make_draft(check, shape, length)).to("cpu", torch.float64)
@@ -160,7 +152,10 @@ def correct(check: Check) -> None:
 
 
 def step(check: Check) -> None:
-    """Cases are (S, compiled, supervised); what matters most comes first, should time run out."""
+    """The drafter's step at 8k by segments: ms, MFU, peak against the plan; with the target.
+
+    Cases are (S, compiled, supervised); what matters most comes first, should time run out.
+    """
     cases = [(4, True, 1.0), (4, False, 1.0), (1, True, 1.0), (16, True, 1.0), (1, False, 1.0), (4, True, 0.5)]
     cases += [(2, True, 0.5), (1, True, 0.5), (2, True, 1.0), (8, True, 1.0), (16, False, 1.0), (2, False, 1.0)]
     for i, case in enumerate(cases[: check.pick(len(cases), 2)]):
@@ -193,6 +188,7 @@ def _step_of(check: Check, S: int, compiled: bool, supervised: float, with_targe
 
 
 def kernels(check: Check) -> None:
+    """Where a step's time on the device goes: its 20 longest kernels."""
     shape, length = check.pick((DRAFTER_8B, 8192), (TINY, 64))
     for compiled in check.pick((True, False), (False,)):
         one = Stepper(check, shape, length, 4, compile=compiled)
@@ -215,7 +211,10 @@ FLEX_BLOCKS = ((), (32, 128, 128, 32), (64, 64, 64, 64), (64, 128, 128, 64))
 
 
 def flex(check: Check) -> None:
-    """The second segment of 4 and of 2 at 8k: 8,576 and 17,152 elements, after 8,192 columns of context."""
+    """Flex attention alone, with the project's kernel options and others.
+
+    The second segment of 4 and of 2 at 8k: 8,576 and 17,152 elements, after 8,192 columns of context.
+    """
     shape, length = check.pick((DRAFTER_8B, 8192), (TINY, 64))
     A, G, D = (shape[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     make = partial(torch.randn, device=check.device, dtype=torch.bfloat16, requires_grad=True)
@@ -263,6 +262,7 @@ def second_segment(check: Check, batch: dict[str, Tensor]) -> tuple[Visibility, 
 
 
 def target(check: Check) -> None:
+    """An 8B target's features: 8k packed, 32k in chunks."""
     shape = check.pick(DRAFTER_8B, TINY)
     model = make_target(check, shape, check.device, check.pick(36, 6)).model
     for length, documents, chunk in check.pick([(8192, 3, None), (8192, 1, None), (32768, 1, 2048)], [(48, 3, 16)]):
@@ -277,7 +277,10 @@ def target(check: Check) -> None:
 
 
 def longest(check: Check) -> None:
-    """From what the plan says fits: on while it does, or back until it does."""
+    """The longest sequence in 79 GiB: relay, flat, recompute.
+
+    From what the plan says fits: on while it does, or back until it does.
+    """
     shape = check.pick(DRAFTER_8B, TINY)
     lengths = check.pick([1024 * n for n in (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)], [32, 64])
     if not check.dry:
@@ -315,10 +318,12 @@ VARIANTS = (("fsdp2", True), ("none", True), ("fsdp2", False), ("none", False))
 
 
 def ranks(check: Check) -> None:
+    """Gradients of N ranks against one, replicated and sharded (FSDP2), compiled and eager."""
     on_ranks(check, _gradients_of_ranks)
 
 
 def large(check: Check) -> None:
+    """A drafter of a 70B target on N ranks: ms, tokens per second, each rank's peak."""
     on_ranks(check, _steps_of_ranks)
 
 
@@ -402,7 +407,6 @@ STAGES: dict[int, tuple[Callable[[Check], None], int]] = {
     9: (ranks, 120),
     10: (large, 180),
 }
-"""With the seconds after which each is ended."""
 ONE_GPU = 8
 """Stages after this one need several."""
 
@@ -443,7 +447,12 @@ def run_stages(stages: dict[int, float], check: Check, output: Path) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    stages = [
+        f"{number:2} {stage.__name__:9} {seconds:3} s  {(stage.__doc__ or '').splitlines()[0]}"
+        for number, (stage, seconds) in STAGES.items()
+    ]
+    about = "\n".join([__doc__ or "", "Stages, and the seconds after which each is ended:", *stages])
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", help="their numbers, as in 1,2,3 (default: all that there are GPUs for)")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs to use (default 1; --dry has 2 processes)")
     parser.add_argument("--dry", action="store_true", help="on a CPU, with tiny shapes; measures nothing")
