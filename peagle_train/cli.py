@@ -46,16 +46,9 @@ class Parser(argparse.ArgumentParser):
         return o
 
     def error(self, message: str) -> NoReturn:
-        from peagle_train.config import key_for
-
-        word = message.removeprefix("unrecognized arguments: --").partition(" ")[0].partition("=")[0]
-        if word == "dry-run":
-            raise ValueError("--dry-run is a command of its own: peagle-train plan RECIPE")
-        meant = key_for(word.replace("-", "_"))
-        if meant and any(action.dest == "overrides" for action in self._actions):
-            how = f"use {meant}" if " " in meant else f"settings are section.key=value, without dashes: {meant}"
-            raise ValueError(f"--{word} is no option; {how}")
-        raise ValueError(f"{message} ({self.prog} --help says what is allowed)")
+        takes_settings = any(action.dest == "overrides" for action in self._actions)
+        how = "settings are section.key=value, without dashes; " if takes_settings else ""
+        raise ValueError(f"{message} ({how}{self.prog} --help says what is allowed)")
 
 
 def number(low: float, high: float = math.inf, kind: type = int) -> Callable[[str], Any]:

@@ -39,11 +39,6 @@ assert not heavy, heavy
         assert f"  {name} " in overview and "--help" in page and (name == "train" or f"peagle-train {name}" in page)
 
 
-def test_the_version_is_printed(capsys):
-    assert main(["--version"]) == 0
-    assert re.fullmatch(r"peagle-train \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
-
-
 def test_a_command_whose_reader_has_seen_enough_ends_without_a_traceback():
     read, write = os.pipe()
     os.close(read)  # as `| head` does
@@ -53,7 +48,9 @@ def test_a_command_whose_reader_has_seen_enough_ends_without_a_traceback():
     assert result.returncode == 141 and not result.stderr
 
 
-def test_recipes_are_listed_and_one_that_is_printed_can_be_used(tmp_path, capsys):
+def test_the_version_is_printed_recipes_are_listed_and_one_that_is_printed_can_be_used(tmp_path, capsys):
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"peagle-train \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
     assert main(["recipes"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert {"quickstart", "qwen3_8b_8k"} <= set(listed)
@@ -96,7 +93,7 @@ WRONG = {
     "evaluate x --prompts stdlib --temperature nan": "--temperature: got nan",
     "train": "required: recipe",
     "regenerate p.jsonl --out o.jsonl --target t --model m": "--target alone",
-    "train quickstart --dry-run --on cuda:79": "peagle-train plan RECIPE",
+    "train quickstart --lr 1": "--lr 1 (settings are section.key=value, without dashes",
     "report .": "metrics.jsonl; give a recipe's output.dir",
     **{f"{name} --nonsense": f"peagle-train {name}: error: " for name in COMMANDS},
 }
