@@ -24,7 +24,7 @@ from peagle_train.files import run_tool
 from peagle_train.machine import GPUS, cores
 
 Add = Callable[..., Any]
-Read = Callable[[], argparse.Namespace]
+Read = Callable[..., argparse.Namespace]
 """An argparse parser's `add_argument`, and what parses: each command gets the two."""
 
 
@@ -36,13 +36,19 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=f"peagle-train {name}", description=details, formatter_class=how)
         self.given = given
 
-    def read(self) -> argparse.Namespace:
-        """The arguments; `recipe` is read, with its overrides."""
+    def read(self, for_data: bool = False) -> argparse.Namespace:
+        """The arguments; `recipe` is read, with its overrides. `for_data`: it has the mask token of the drafter that it
+        starts from, which decides what data is bad.
+        """
         o = self.parse_intermixed_args(self.given)
         if getattr(o, "recipe", None):
             from peagle_train.config import load_recipe
 
             o.recipe = load_recipe(o.recipe, o.overrides)
+            if for_data:
+                from peagle_train.serving.start import with_mask_token
+
+                o.recipe = with_mask_token(o.recipe)
         return o
 
     def error(self, message: str) -> NoReturn:
@@ -91,16 +97,6 @@ def recipe_path(given: str) -> str:
 def _add_recipe(add: Add, nargs: str | None = None) -> None:
     add("recipe", nargs=nargs, type=recipe_path, help="a YAML file, or a name from peagle-train recipes")
     add("overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the recipe's")
-
-
-def _read_for_data(read: Read) -> argparse.Namespace:
-    """The arguments; the recipe has the mask token of the drafter that it starts from, which decides what data is bad."""
-    o = read()
-    if o.recipe and o.recipe.draft.init_from:
-        from peagle_train.serving.start import with_mask_token
-
-        o.recipe = with_mask_token(o.recipe)
-    return o
 
 
 def _train(add: Add, read: Read) -> None:
@@ -174,7 +170,7 @@ def _prepare(add: Add, read: Read) -> None:
     _add_recipe(add)
     add("--out", metavar="DIR", help="the folder to make (default: the recipe's data.prepared)")
     add("--workers", type=COUNT, metavar="N", help="processes that tokenize (default: all cores)")
-    o = _read_for_data(read)
+    o = read(for_data=True)
     from peagle_train.config import as_override
     from peagle_train.data.training_data import prepare_recipe
 
@@ -193,7 +189,7 @@ def _check_data(add: Add, read: Read) -> int:
     """
     _add_recipe(add)
     add("--workers", type=COUNT, metavar="N", help="processes that tokenize (default: all cores)")
-    o = _read_for_data(read)
+    o = read(for_data=True)
     from peagle_train.data.training_data import check_data
 
     return 0 if check_data(o.recipe, o.workers or cores()) else 2
@@ -212,7 +208,7 @@ def _cache(add: Add, read: Read) -> None:
     add("--out", metavar="DIR", help="where to write; default: the recipe's target.cache")
     add("--speculators", metavar="DIR", help="take hs_*.safetensors that speculators left here; the target is not run")
     add("--verify", type=Path, metavar="DIR", help="compare a cache's files with their checksums, and stop")
-    o = _read_for_data(read)
+    o = read(for_data=True)
     from peagle_train.target_model.cache import verify_cache, write_cache
 
     if o.verify:
@@ -426,7 +422,7 @@ def _show_row(add: Add, read: Read) -> None:
     _add_recipe(add)
     add("--row", type=int, default=0, metavar="N", help="which sequence, from 0 (default 0)")
     add("--elements", action="store_true", help="what elements read and predict, too")
-    o = _read_for_data(read)
+    o = read(for_data=True)
     from peagle_train.show import show_sequence
 
     print(show_sequence(o.recipe, o.row, o.elements))
@@ -443,7 +439,7 @@ def _show_batch(add: Add, read: Read) -> None:
     _add_recipe(add)
     add("--row", type=int, default=0, metavar="N", help="which sequence, from 0 (default 0)")
     add("--out", type=Path, default=Path("batch.png"), metavar="FILE.png", help="default batch.png")
-    o = _read_for_data(read)
+    o = read(for_data=True)
     from peagle_train.show import write_picture
 
     print(f"{o.out}: {write_picture(o.recipe, o.row, o.out)}")

@@ -73,14 +73,10 @@ def run_tool(name: str, work: Callable[[], int | None], when_stopped: str = "") 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # half a surrogate pair, a letter that the terminal lacks
             stream.reconfigure(errors="backslashreplace")
+    text = ""
     try:
         code = work() or 0
         sys.stdout.flush()
-        if several:
-            # Process groups that are still referenced keep gloo's threads; the interpreter's teardown may abort in them.
-            sys.stderr.flush()
-            os._exit(code)
-        return code
     except BrokenPipeError:  # whoever reads our output has seen enough, as head has; Python's flush at exit would fail
         os._exit(141)
     except RunStopped as error:
@@ -96,13 +92,17 @@ def run_tool(name: str, work: Callable[[], int | None], when_stopped: str = "") 
             text, code = traceback.format_exc().rstrip(), 1
             if re.search(r"[Cc]onnection (closed|reset)|remote process exited", str(error)):
                 text = f"{name}: error: {one_line(error, 300)}: if another rank has failed, its message is above"
-    if several and code != 1 and rank != "0":
+    if several and text and code != 1 and rank != "0":
         time.sleep(3)  # all ranks make a user's mistake, as a rule: rank 0 reports it, and torchrun ends the others
     with suppress(OSError):  # a full disk
         sys.stdout.flush()
-    print(f"{text} (rank {rank})" if several else text, file=sys.stderr, flush=True)
+    if text:
+        print(f"{text} (rank {rank})" if several else text, file=sys.stderr)
     if several:
-        os._exit(code)  # nothing at exit may wait for the other ranks
+        # Process groups that are still referenced keep gloo's threads; the interpreter's teardown may abort in them, and
+        # after an error nothing at exit may wait for the other ranks.
+        sys.stderr.flush()
+        os._exit(code)
     return code
 
 

@@ -247,16 +247,8 @@ def test_no_value_changes_on_its_way_out_and_in_for_this_reader_and_the_usual_on
 
 
 PATHS = [
-    "/with space/x",
-    "it's",
-    "a,b [c] {d}",
-    "#x: y",
-    "12",
-    "a~b",
-    'q"$HOME`',
-    "\u00e9 \u4e2d \U0001f600",
-    "w " * 99,
-]
+    "/with space/x", "it's", "a,b [c] {d}", "#x: y", "12", "a~b", 'q"$HOME`', "\u00e9 \u4e2d \U0001f600", "w " * 99,
+]  # fmt: skip
 SET = {
     "target.path": PATHS,
     "data.sources": [[path] for path in PATHS],

@@ -17,25 +17,16 @@ def bash(body: str, *arguments: str | Path) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("script", ["quickstart.sh", "smollm2_chat.sh"])
-@pytest.mark.parametrize("argument", ["--print-config", "--x=y", "quick", "output.dir=x", "output.dir =x"])
+@pytest.mark.parametrize("argument", ["--print-config", "--x=y", "quick", "output.dir=x", "output.dir =x", ""])
 def test_what_is_no_override_is_refused_before_anything_is_done(script, argument, tmp_path):
     # VIRTUAL_ENV: a script that went on would find no Python.
     env = {"PATH": "/usr/bin:/bin", "PEAGLE_OUTPUT": str(tmp_path / "out"), "VIRTUAL_ENV": "/none"}
-    done = subprocess.run(["bash", ROOT / "tools" / script, argument], env=env, capture_output=True, text=True)
-    assert done.returncode == 2 and argument in done.stderr and not done.stdout
+    words = ["bash", ROOT / "tools" / script, "train.epochs=2", argument]
+    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    said = "PEAGLE_OUTPUT" if argument.startswith("output") else f"{argument} is not an override"
+    assert done.returncode == 2 and said in done.stderr and not done.stdout
     assert not [*tmp_path.iterdir()]
-
-
-def test_every_argument_has_to_be_an_override(tmp_path):
-    for given, code, said in (
-        (["train.epochs=2", "draft.window=9"], 0, "fine"),
-        ([], 0, "fine"),
-        (["train.epochs=2", "draft.window"], 2, "draft.window is not an override"),
-        (["train.epochs=2", "output.dir=x"], 2, "PEAGLE_OUTPUT"),
-        (["train.epochs=2", ""], 2, "is not an override"),
-    ):
-        ended, output = bash('check_overrides "$@"; echo fine', *given)
-        assert ended == code and said in output
+    assert bash('check_overrides "$@"', "train.epochs=2", "draft.window=9") == (0, "")
 
 
 @pytest.mark.parametrize("script", ["quickstart.sh", "smollm2_chat.sh"])
@@ -72,11 +63,7 @@ LEFT: dict[str, tuple[dict[str, str], str, bool]] = {
     "a run before its first checkpoint": ({"run.json": STARTED, "metrics.jsonl": ""}, "removing it", False),
     "a run with checkpoints": ({"run.json": STARTED, "checkpoint-7/x": ""}, "resume=--resume.", True),
     "a finished run": ({"run.json": FINISHED, "final/x": ""}, "resume=--resume.", True),
-    "a finished run's checkpoints": (
-        {"run.json": FINISHED, "checkpoint-7/x": "", "final/x": ""},
-        "a finished run",
-        True,
-    ),
+    "a finished run's checkpoints": ({"run.json": FINISHED, "checkpoint-7/x": ""}, "a finished run", True),
     "a drafter with checkpoints": (
         {"run.json": STARTED, "checkpoint-7/x": "", "final/x": ""},
         "resume=--resume.",
