@@ -125,12 +125,8 @@ def test_a_wrong_value_or_name_is_named_with_what_is_allowed(minimal, override):
 
 
 FOREIGN = {
-    "output_dir": "output.dir",
     "per_device_train_batch_size": "train.batch_size",
     "micro_batch_size": "train.batch_size",
-    "base_model": "target.path",
-    "num_train_epochs": "train.epochs",
-    "report_to": "train.log_with",
     "push_to_hub": "peagle-train export --push-to-hub NAME",
     "lr": "train.learning_rate",
 }

@@ -262,13 +262,9 @@ def where_and_when() -> dict[str, str]:
 
 
 def _processor() -> str:
-    """The processor's name, after the GPUs' if there are any (not through torch, which would take memory of them)."""
     name = platform.machine()
     with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
         name = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), name)
-    with suppress(OSError, subprocess.CalledProcessError):
-        asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        name = ", ".join([*subprocess.check_output(asked, text=True).splitlines(), name])
     return name
 
 
