@@ -253,12 +253,7 @@ def _regenerate(add: Add, read: Read) -> None:
     """
     add("prompts", metavar="PROMPTS")
     add("--out", required=True, type=Path, metavar="FILE.jsonl", help="rows of messages, as they come")
-    add(
-        "--base-url",
-        action="append",
-        metavar="URL",
-        help="http://HOST:PORT/v1; may be repeated; needs the package openai",
-    )
+    add("--base-url", action="append", metavar="URL", help="http://HOST:PORT/v1; may be repeated; needs openai")
     add("--model", metavar="NAME", help="what those servers call the target")
     add("--target", metavar="DIR", help="instead of a server: a Hugging Face folder, run here by transformers")
     add("--features", metavar="DIR", help="also keep hidden states here; needs servers of `peagle-train serve-target`")

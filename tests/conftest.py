@@ -4,10 +4,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from tests.runs import Begun, Tiny
+from typing import Any
 
 # Before anything imports transformers or tokenizers: both read these once, at import.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -60,7 +57,7 @@ def tiny_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny(tiny_target: Path, tiny_rows: Path) -> "Tiny":
+def tiny(tiny_target: Path, tiny_rows: Path) -> Any:
     """Writes a recipe for that target and those rows: folder, sections."""
     from tests.runs import recipe_for
 
@@ -68,7 +65,7 @@ def tiny(tiny_target: Path, tiny_rows: Path) -> "Tiny":
 
 
 @pytest.fixture(scope="session")
-def begun(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path, tiny_rows: Path) -> "Begun":
+def begun(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path, tiny_rows: Path) -> Any:
     from tests.runs import Begun
 
     return Begun(tmp_path_factory.mktemp("begun"), tiny_target, tiny_rows)
