@@ -280,25 +280,21 @@ def _in_batches(examples: Iterable[RawExample]) -> Iterator[list[RawExample]]:
         yield batch
 
 
-class TokenStore:
-    """Token ids (int32 [n]) and loss masks (uint8 [n]) of all documents side by side: in memory, or mapped from files,
-    which are mapped again in a process that the store is sent to, not copied.
-    """
+class TokenStore(NamedTuple):
+    """All documents side by side, in memory or mapped from files."""
 
-    def __init__(self, ids_n: np.ndarray, mask_n: np.ndarray, path: Path | None = None) -> None:
-        self.ids_n, self.mask_n, self.path = ids_n, mask_n, path
-
-    @classmethod
-    def open(cls, path: Path) -> "TokenStore":
-        ids, mask = token_files(path)
-        return cls(np.memmap(ids, np.int32, "r"), np.memmap(mask, np.uint8, "r"), path)
-
-    def __reduce__(self) -> Any:
-        return (TokenStore, (self.ids_n, self.mask_n)) if self.path is None else (TokenStore.open, (self.path,))
+    ids_n: np.ndarray  # int32
+    mask_n: np.ndarray  # uint8: their loss masks
 
 
 def token_files(path: Path) -> list[Path]:
     return [path.with_name(f"{path.name}-{what}.bin") for what in ("ids", "mask")]
+
+
+def open_tokens(path: Path) -> TokenStore:
+    """The `token_files(path)`, mapped into memory."""
+    ids, mask = token_files(path)
+    return TokenStore(np.memmap(ids, np.int32, "r"), np.memmap(mask, np.uint8, "r"))
 
 
 @dataclass(frozen=True)
@@ -333,6 +329,6 @@ def store_documents(kept: Iterable[tuple[RawExample, EncodedExample]], path: Pat
         if path is None:
             store = TokenStore(np.frombuffer(ids.getvalue(), np.int32), np.frombuffer(mask.getvalue(), np.uint8))
     if path is not None:
-        store = TokenStore.open(path)
+        store = open_tokens(path)
     keys_D32 = np.frombuffer(keys, np.uint8).reshape(-1, 32)
     return Documents(store, np.array(lengths, np.int64), np.array(sources, np.int64), keys_D32)

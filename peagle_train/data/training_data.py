@@ -23,7 +23,7 @@ from peagle_train.core.attention import uses_flex
 from peagle_train.core.collator import CODCollator
 from peagle_train.core.flex import BLOCK_SIZE
 from peagle_train.data.chat import read_template
-from peagle_train.data.documents import SourceReport, TokenStore, find_all, read_documents
+from peagle_train.data.documents import SourceReport, find_all, open_tokens, read_documents
 from peagle_train.data.encode import Encoder, clip
 from peagle_train.data.packing import PackedRows, PackReport, TrainingData, make_data
 from peagle_train.data.vocab import choose_mask_token, load_config, load_tokenizer
@@ -168,7 +168,7 @@ def open_prepared(folder: Path, settings: dict[str, Any], max_bad_rows: int | st
             if not (folder / name).is_file() or sha256_of(folder / name) != written:
                 remedy = "remove the folder and prepare it again"
                 raise ValueError(f"data.prepared {folder}: {name} is missing or was changed: {remedy}")
-    stores = {role: TokenStore.open(folder / role) for role in reports}
+    stores = {role: open_tokens(folder / role) for role in reports}
     train = load_file(folder / TRAIN)
     counts_V = torch.from_numpy(train.pop("counts_V"))
     eval_rows = PackedRows(stores.get("eval_sources", stores["sources"]), load_file(folder / HELD_OUT))
