@@ -178,7 +178,7 @@ def _prepare(add: Add, read: Read) -> None:
     if out is None:
         raise ValueError("no folder given: --out DIR, or data.prepared in the recipe")
     made = prepare_recipe(o.recipe, Path(out).expanduser(), num_workers=o.workers or cores())
-    print("\n".join(made.describe()))
+    print("\n".join(made.lines))
     print(f"prepared: {out}: give {as_override('data.prepared', out)} to train on it")
 
 

@@ -19,6 +19,7 @@ from peagle_train.serving.drafter_io import load_drafter
 from peagle_train.serving.export import check_folder
 from peagle_train.training.checkpoint import verify_checkpoint
 from tests.byte_tokenizer import BYTES_MASK, BYTES_VOCAB, make_byte_tokenizer
+from tests.documents import load
 from tests.runs import run
 from tests.tiny import MASK, VOCAB, make_target, write_recipe, write_rows
 
@@ -91,7 +92,7 @@ def test_every_line_is_a_document_or_counted_with_a_reason_and_without_leave_the
     if made is None:
         assert not has_leave
         return
-    report = made.source_reports["sources"]
+    report = load(source, mask_token_id=BYTES_MASK, max_bad_rows=99)[1]
     left_out, bad = sum(report.left_out.values()), sum(report.bad_rows.values())
     assert sum(bool(line.strip()) for line in content) == report.documents + left_out + bad, (content, report)
     assert all(f"{source}, line " in report.first_bad[reason] for reason in report.bad_rows)

@@ -83,8 +83,7 @@ def assert_same(first: TrainingData, second: TrainingData) -> None:
         for i in range(max(len(one), len(other))):
             assert repr(one[3, i]) == repr(other[3, i])
     assert torch.equal(first.counts_V, second.counts_V)
-    assert (first.report, first.eval_report, first.in_both) == (second.report, second.eval_report, second.in_both)
-    assert first.source_reports == second.source_reports
+    assert (first.report, first.lines) == (second.report, second.lines)
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -98,8 +97,7 @@ def test_prepared_sequences_are_those_made_on_the_fly_bit_by_bit(made):
     now, then = read(recipe, lines=said_now), read(recipe, folder, said_then)
     assert_same(now, then)
     assert said_then[1:] == said_now and "checksums verified" in said_then[0]
-    report = now.source_reports["sources"]
-    assert report.bad_rows == {"wrong format": 1} and report.left_out["duplicate documents"] == 2
+    assert "2 duplicate documents skipped, skipped 1 bad rows: 1 wrong format (first: " in now.lines[0]
     assert len(now.eval_rows) == 4 and now.report.split_documents > 0
     umask = os.umask(0)
     os.umask(umask)
@@ -113,7 +111,7 @@ def test_every_setting_means_the_same_in_both_ways(data, tmp_path, target, monke
     prepare_recipe(recipe, tmp_path / "prepared")
     now = read(recipe)
     assert_same(now, read(recipe, tmp_path / "prepared"))
-    assert (now.in_both > 0) == ("eval_sources" in data) == ("eval_sources" in now.source_reports)
+    assert any("in data.eval_sources too: not trained on" in line for line in now.lines) == ("eval_sources" in data)
 
 
 def test_an_epoch_holds_each_document_as_often_as_its_source_weighs(tmp_path, target):
@@ -131,8 +129,8 @@ def test_an_epoch_holds_each_document_as_often_as_its_source_weighs(tmp_path, ta
     chats = [count for ids, count in times.items() if decode(ids).startswith("<|im_start|>")]
     assert texts == [3] * 12 and chats == [1] * 40
     others = len(times) - 12 - 40
-    assert 250 < others < 350 and data.report.left_out_by_weight == 600 - others
-    assert "24 of them copies" in data.report.describe()
+    assert 250 < others < 350
+    assert f"data: sources' weights skip {600 - others} documents and add 24 copies of others" in data.lines
     assert data.report.documents == sum(times.values()) and torch.equal(counted, data.counts_V)
 
 
@@ -160,12 +158,6 @@ def test_prepared_data_of_other_settings_is_refused_with_the_key_and_both_values
     used.backend_tokenizer.enable_padding()
     used.backend_tokenizer.enable_truncation(3)
     load_training_data(Encoder(recipe.data, used, BYTES_VOCAB, MASK))  # how it was called last does not matter
-    stricter = load_recipe(folder.parent / "recipe.yaml", ["data.max_bad_rows=0"])
-    with pytest.raises(ValueError, match=r"skipped 1 bad rows: 1 wrong format .*data.max_bad_rows is 0"):
-        read(stricter, folder)
-    assert_same(
-        read(made[0], folder), read(load_recipe(folder.parent / "recipe.yaml", ["data.max_bad_rows=9"]), folder)
-    )
 
 
 def test_a_finished_folder_is_checked_and_refused_when_its_sources_have_changed(tmp_path, target, capsys):

@@ -6,9 +6,9 @@ A *document* is an example's tokens, a *piece* is a part of one that fits a sequ
 
 import hashlib
 from bisect import bisect_left, insort
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -48,19 +48,13 @@ class PackReport:
     supervised: int  # drafter rows with a loss: tokens with mask 1, without the first of each piece
     lost_at_splits: int  # drafter rows with a loss that the documents had and the pieces do not
     fill: float  # share of sequences * max_length that is tokens
-    left_out_by_weight: int = 0  # documents that are not packed because of their source's weight
-    copies: int = 0  # packed documents that were packed before, because of their source's weight
 
     def describe(self) -> str:
-        text = f"{self.documents} documents"
-        text += f" ({self.copies} of them copies by their source's weight)" if self.copies else ""
-        text += f" in {self.rows} sequences, {self.fill:.1%} full"
+        text = f"{self.documents} documents in {self.rows} sequences, {self.fill:.1%} full"
         text += f", {self.tokens} tokens, {self.supervised} supervised"
         if self.split_documents:
             text += f"; {self.split_documents} documents longer than a sequence were split ({self.pieces} pieces,"
             text += f" {self.lost_at_splits} supervised tokens lost at the cuts)"
-        if self.left_out_by_weight:
-            text += f"; {self.left_out_by_weight} documents skipped by their source's weight"
         return text
 
 
@@ -191,41 +185,28 @@ def _best_fit_decreasing(length_P: np.ndarray, capacity: int) -> list[list[int]]
     return sequences
 
 
-@dataclass(frozen=True)
-class TrainingData:
+class TrainingData(NamedTuple):
     """Sequences to train on and sequences to evaluate on."""
 
     train_rows: PackedRows  # every sequence of an epoch
-    eval_rows: PackedRows  # at most data.max_eval_rows; may be empty
+    eval_rows: PackedRows  # may be empty
     counts_V: Tensor  # int64 [V]: how often each of the target's tokens is supervised in train_rows
     report: PackReport  # of train_rows
-    eval_report: PackReport  # of all held-out sequences, those beyond data.max_eval_rows included
-    in_both: int  # documents of data.sources that are in data.eval_sources, too, and not trained on
-    source_reports: dict[str, SourceReport]  # what was read for `sources`, and for `eval_sources` if there are any
-
-    def describe(self) -> list[str]:
-        """What was read, skipped and packed, in lines."""
-        lines = [f"data: {report.describe()}" for report in self.source_reports.values()]
-        if self.in_both:
-            lines.append(f"data: {self.in_both} documents of data.sources are in data.eval_sources too: not trained on")
-        lines.append(f"train: {self.report.describe()}")
-        if self.eval_report.rows:
-            is_limited = len(self.eval_rows) < self.eval_report.rows
-            used = f"; {len(self.eval_rows)} sequences used" if is_limited else ""
-            lines.append(f"held out: {self.eval_report.describe()}{used}")
-        return lines
+    lines: list[str]  # what was read, skipped and packed
 
 
 def make_data(encoder: Encoder, found: dict[str, FoundFiles], folder: Path | None = None) -> TrainingData:
     """Read the documents of each role, split them into those to train on and those to evaluate on, and pack both.
     `folder` is where to keep all tokens; None: in memory. ValueError, one line: see `read_documents`; nothing to learn.
     """
-    data, tables, reports = encoder.data, {}, {}
+    data, tables, lines = encoder.data, {}, list[str]()
     for role, files in found.items():
-        reports[role] = SourceReport()
-        kept = read_documents(files, reports[role], encoder, data.max_bad_rows)
-        tables[role] = store_documents(kept, folder and folder / role)
-    table, in_both = tables["sources"], 0
+        read = SourceReport()
+        tables[role] = store_documents(
+            read_documents(files, read, encoder, data.max_bad_rows), folder and folder / role
+        )
+        lines.append(f"data: {read.describe()}")
+    table = tables["sources"]
     # Weight 2.25 is twice, and a third time for the quarter of the documents that their keys choose (by other bytes than
     # those that hold documents out).
     weights_D = np.array([source.weight for source in parse_sources(data.sources)])[table.sources_D]
@@ -235,7 +216,8 @@ def make_data(encoder: Encoder, found: dict[str, FoundFiles], folder: Path | Non
         eval_times_D = np.ones(len(eval_table), np.int64)
         held_out = {key.tobytes() for key in eval_table.keys_D32}
         is_out_D = np.array([key.tobytes() in held_out for key in table.keys_D32], dtype=bool)
-        in_both = int(is_out_D.sum())
+        if in_both := int(is_out_D.sum()):
+            lines.append(f"data: {in_both} documents of data.sources are in data.eval_sources too: not trained on")
     else:
         is_out_D = held_out_documents(table.keys_D32, data.eval_fraction)
         usable = np.flatnonzero((times_D > 0) & (table.lengths_D > 1))
@@ -243,14 +225,17 @@ def make_data(encoder: Encoder, found: dict[str, FoundFiles], folder: Path | Non
             # Small data are evaluated, too: on the document that a larger fraction would hold out first.
             is_out_D[min(usable, key=lambda d: table.keys_D32[d].tobytes())] = True
         eval_table, eval_times_D = table, is_out_D.astype(np.int64)
+    if (weights_D != 1).any():
+        times = times_D[~is_out_D]
+        skipped, copies = int((times == 0).sum()), int((times - 1).clip(0).sum())
+        lines.append(f"data: sources' weights skip {skipped} documents and add {copies} copies of others")
     times_D[is_out_D] = 0
     train_rows, report = pack_table(table, times_D, data.max_length, data.pack)
     if report.supervised == 0:
         others = f"{int(is_out_D.sum())} of {len(table)} are held out (data.eval_fraction, data.eval_sources)"
         what = f"nothing to learn from in the {report.documents} documents to train on"
         raise ValueError(f"{what}; {others}, others not taken by their source's weight")
-    copies = int((times_D - 1).clip(0).sum())
-    report = replace(report, left_out_by_weight=int(((times_D == 0) & ~is_out_D).sum()), copies=copies)
     eval_rows, eval_report = pack_table(eval_table, eval_times_D, data.max_length, data.pack)
+    lines += [f"train: {report.describe()}"] + [f"held out: {eval_report.describe()}"] * (len(eval_rows) > 0)
     counts_V = count_supervised(table, times_D, encoder.vocab_size)
-    return TrainingData(train_rows, eval_rows, counts_V, report, eval_report, in_both, reports)
+    return TrainingData(train_rows, eval_rows, counts_V, report, lines)

@@ -4,7 +4,7 @@ A prepared folder is whole or not there:
     sources-ids.bin, sources-mask.bin   tokens of all documents, see `TokenStore`; also eval_sources-...
     train.safetensors                   where the sequences' tokens are, see `PackedRows`, and counts_V
     held_out.safetensors                the same of the held-out sequences
-    index.json                          the settings it was made with, the sums of the files and its own, the reports
+    index.json                          the settings it was made with, the sums of the files and its own, what is said of it
 """
 
 import json
@@ -30,7 +30,7 @@ from peagle_train.data.vocab import choose_mask_token, load_config, load_tokeniz
 from peagle_train.files import alone_in, checksum, read_sealed, sha256_of, write_folder, write_json
 
 INDEX, TRAIN, HELD_OUT = "index.json", "train.safetensors", "held_out.safetensors"
-FORMAT = 6  # raised whenever the same recipe and files give other bytes
+FORMAT = 7  # raised whenever the same recipe and files give other bytes
 _DATA_KEYS = ("sources extensions exclude eval_sources eval_fraction max_length pack template_kwargs").split()
 """Of the recipe's data section, what decides the sequences. (max_bad_rows only decides whether there are any.)"""
 
@@ -42,17 +42,19 @@ def load_training_data(encoder: Encoder, say: Callable[[str], object] = print) -
     """
     data = encoder.data
     if data.prepared is not None:
-        made = open_prepared(Path(data.prepared), settings_of(encoder), data.max_bad_rows)
+        made = open_prepared(Path(data.prepared), settings_of(encoder))
         say(f"data: as prepared in {data.prepared}, checksums verified")
     else:
         read_template(data.chat_template)  # a mistake even where no example is a chat
         made = make_data(encoder, find_all(data))
-    made = replace(made, eval_rows=made.eval_rows.limit(data.max_eval_rows))
-    for line in made.describe():
+    for line in made.lines:
         say(line)
-    if data.eval_fraction > 0 and not made.eval_report.rows:
+    eval_rows = made.eval_rows.limit(data.max_eval_rows)
+    if len(eval_rows) < len(made.eval_rows):
+        say(f"held out: {len(eval_rows)} of these sequences are evaluated on (data.max_eval_rows)")
+    if data.eval_fraction > 0 and not len(eval_rows):
         say("no evaluation: a single document can be learned from, and is; give more, or data.eval_sources")
-    return made
+    return made._replace(eval_rows=eval_rows)
 
 
 def encoder_of(recipe: Recipe, vocab_size: int | None = None, **how: Any) -> Encoder:
@@ -89,7 +91,7 @@ def prepare_recipe(recipe: Recipe, folder: Path, num_workers: int = 1) -> Traini
     settings["names and sizes of the sources' files"] = checksum(names)
     if (folder / INDEX).exists():
         print(f"{folder} is finished: checking it (named data sets are compared by their names only)")
-        return open_prepared(folder, settings, data.max_bad_rows)
+        return open_prepared(folder, settings)
 
     def fill(partial: Path) -> None:
         made = make_data(encoder, found, partial)
@@ -98,10 +100,8 @@ def prepare_recipe(recipe: Recipe, folder: Path, num_workers: int = 1) -> Traini
         index = {
             "settings": settings,
             "files": {path.name: sha256_of(path) for path in sorted(partial.iterdir())},
-            "source_reports": {role: vars(report) for role, report in made.source_reports.items()},
             "report": asdict(made.report),
-            "eval_report": asdict(made.eval_report),
-            "in_both": made.in_both,
+            "lines": made.lines,
         }
         write_json(partial / INDEX, {**index, "sha256": checksum(index)})
 
@@ -109,7 +109,7 @@ def prepare_recipe(recipe: Recipe, folder: Path, num_workers: int = 1) -> Traini
         if any(folder.iterdir()):
             raise ValueError(f"--out {folder} is not empty and holds no prepared data; give another folder")
         write_folder(folder, fill)
-    return open_prepared(folder, settings, data.max_bad_rows)
+    return open_prepared(folder, settings)
 
 
 def check_data(recipe: Recipe, num_workers: int) -> bool:
@@ -149,7 +149,7 @@ def settings_of(encoder: Encoder) -> dict[str, Any]:
     return dict(json.loads(json.dumps(settings)))  # as it is read back
 
 
-def open_prepared(folder: Path, settings: dict[str, Any], max_bad_rows: int | str) -> TrainingData:
+def open_prepared(folder: Path, settings: dict[str, Any]) -> TrainingData:
     """The sequences of a prepared folder; the same as if they were made now, but mapped from their files. ValueError, one
     line, for a folder that is not finished, was made for other settings, or whose files were changed.
     """
@@ -160,17 +160,15 @@ def open_prepared(folder: Path, settings: dict[str, Any], max_bad_rows: int | st
         if now != (then := index["settings"].get(key)):
             change = f"{key} {clip(json.dumps(then))}, while it is {clip(json.dumps(now))} now"
             raise ValueError(f"data.prepared {folder} was made with {change}: change that, or prepare anew elsewhere")
-    reports = {role: SourceReport(**report) for role, report in index["source_reports"].items()}
-    for report in reports.values():
-        report.check_bad(max_bad_rows, f"data.prepared {folder} skipped ")
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # one process of a machine is enough: if it fails, all end
         for name, written in index["files"].items():
             if not (folder / name).is_file() or sha256_of(folder / name) != written:
                 remedy = "remove the folder and prepare it again"
                 raise ValueError(f"data.prepared {folder}: {name} is missing or was changed: {remedy}")
-    stores = {role: open_tokens(folder / role) for role in reports}
-    train = load_file(folder / TRAIN)
+    train, held_out = load_file(folder / TRAIN), load_file(folder / HELD_OUT)
     counts_V = torch.from_numpy(train.pop("counts_V"))
-    eval_rows = PackedRows(stores.get("eval_sources", stores["sources"]), load_file(folder / HELD_OUT))
-    packed = PackReport(**index["report"]), PackReport(**index["eval_report"])
-    return TrainingData(PackedRows(stores["sources"], train), eval_rows, counts_V, *packed, index["in_both"], reports)
+    eval_role = "eval_sources" if settings["data.eval_sources"] else "sources"
+    train_rows, eval_rows = (
+        PackedRows(open_tokens(folder / role), layout) for role, layout in (("sources", train), (eval_role, held_out))
+    )
+    return TrainingData(train_rows, eval_rows, counts_V, PackReport(**index["report"]), index["lines"])
