@@ -182,7 +182,7 @@ def _prepare(add: Add, read: Read) -> None:
     print(f"prepared: {out}: give {as_override('data.prepared', out)} to train on it")
 
 
-def _check_data(add: Add, read: Read) -> int:
+def _check_data(add: Add, read: Read) -> None:
     """Count the examples of a recipe that cannot be used, by reason, with the first line of each.
 
     Reads everything, whatever data.max_bad_rows says. Exit code 2: a run would stop at it.
@@ -192,7 +192,7 @@ def _check_data(add: Add, read: Read) -> int:
     o = read(for_data=True)
     from peagle_train.data.training_data import check_data
 
-    return 0 if check_data(o.recipe, o.workers or cores()) else 2
+    check_data(o.recipe, o.workers or cores())
 
 
 def _cache(add: Add, read: Read) -> None:

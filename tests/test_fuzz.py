@@ -93,7 +93,7 @@ def test_every_line_is_a_document_or_counted_with_a_reason_and_without_leave_the
         assert not has_leave
         return
     report = load(source, mask_token_id=BYTES_MASK, max_bad_rows=99)[1]
-    left_out, bad = sum(report.left_out.values()), sum(report.bad_rows.values())
+    left_out, bad = sum(n for what, n in report.notes.items() if "documents" in what), sum(report.bad_rows.values())
     assert sum(bool(line.strip()) for line in content) == report.documents + left_out + bad, (content, report)
     assert all(f"{source}, line " in report.first_bad[reason] for reason in report.bad_rows)
     for i in range(len(made.train_rows)):

@@ -32,7 +32,7 @@ EXAMPLE_FORMATS = {f".{name}": name for name in ("jsonl", "json", "parquet", "ar
 EXAMPLE_FORMATS |= {".jsonl.gz": "jsonl", ".json.gz": "json"}
 """Files of examples by how their names end; any other file is one text."""
 _NOT_LIBRARY = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
-_BATCH_CHARACTERS, _BATCH_EXAMPLES = 1_000_000, 256
+_BATCH_BYTES, _BATCH_EXAMPLES = 1_000_000, 256
 
 
 class SourceFile(NamedTuple):
@@ -108,9 +108,9 @@ def _files_of(number: int, spec: SourceSpec, data: Data, skipped: Counter[str]) 
     for item in sorted(item.replace(os.sep, "/") for item in below):
         name = f"{prefix}/{item}" if prefix else item
         if not item.endswith(extensions):
-            skipped["files of other types"] += 1
+            skipped["files of other types skipped"] += 1
         elif any(fnmatch.fnmatchcase(text, pattern) for text in (item, name) for pattern in data.exclude):
-            skipped["excluded files"] += 1
+            skipped["excluded files skipped"] += 1
         else:
             kinds = (kind for ending, kind in EXAMPLE_FORMATS.items() if item.endswith(ending))
             yield SourceFile(os.path.join(root, item), name, next(kinds, "text"), number, spec)
@@ -124,7 +124,7 @@ def _walk(root: str, skipped: Counter[str], not_in: Sequence[str] = ()) -> Itera
 
     for folder, subfolders, names in os.walk(root, onerror=fail):
         subfolders[:] = [name for name in subfolders if name not in not_in]
-        skipped.update("linked folders" for name in subfolders if os.path.islink(os.path.join(folder, name)))
+        skipped.update("linked folders skipped" for name in subfolders if os.path.islink(os.path.join(folder, name)))
         yield from (os.path.relpath(os.path.join(folder, name), root) for name in names)
 
 
@@ -133,14 +133,13 @@ def read_examples(files: Sequence[SourceFile]) -> Iterator[RawExample]:
     for file in files:
         path = file.path.encode("utf-8", "backslashreplace").decode()
         if file.format == "text":
-            yield RawExample(file.source, path, file.name, b"".join(_lines(file)), "text")
+            yield RawExample(file.source, path, file.name, b"".join(_lines(file)), is_text=True)
             continue
-        is_table = file.format not in ("jsonl", "json")
-        contents = _lines(file) if file.format == "jsonl" else _table_rows(file) if is_table else _json_items(file)
-        unit, kind = "line" if file.format == "jsonl" else "row", "table" if is_table else "line"
-        for number, content in enumerate(contents, start=1):
+        read: Any = {"jsonl": _lines, "json": _json_items}.get(file.format, _table_rows)
+        unit = "line" if file.format == "jsonl" else "row"
+        for number, content in enumerate(read(file), start=1):
             if not isinstance(content, bytes) or content.strip():
-                yield RawExample(file.source, f"{path}, {unit} {number}", f"{file.name}:{number}", content, kind)
+                yield RawExample(file.source, f"{path}, {unit} {number}", f"{file.name}:{number}", content)
 
 
 def _lines(file: SourceFile) -> Iterator[bytes]:
@@ -191,14 +190,14 @@ class SourceReport:
     """What was read, and what was skipped."""
 
     files: int = 0  # found
+    examples: int = 0  # read
     documents: int = 0  # kept, as are those of the next three
     tokens: int = 0
     supervised: int = 0  # drafter rows with a loss: tokens with mask 1, without the first of each document
     forms: Counter[str] = field(default_factory=Counter)  # by the form of their example
-    left_out: Counter[str] = field(default_factory=Counter)  # files of other types, empty and duplicate documents, ...
+    notes: Counter[str] = field(default_factory=Counter)  # what was skipped but bad rows, and see `EncodedChat`
     bad_rows: Counter[str] = field(default_factory=Counter)  # examples that cannot be trained on, by reason
     first_bad: dict[str, str] = field(default_factory=dict)  # of each reason: file and line, and what is wrong with it
-    notes: Counter[str] = field(default_factory=Counter)  # see `EncodedBatch`; duplicates are counted too
 
     def describe(self) -> str:
         """One line: what was kept, then every count of what was not."""
@@ -206,28 +205,21 @@ class SourceReport:
         text = f"{self.documents} documents of {self.files} files"
         text += f" ({forms})" if set(self.forms) - {"file"} else ""
         text += f", {self.tokens} tokens, {self.supervised} supervised"
-        text += "".join(f", {count} {what} skipped" for what, count in sorted(self.left_out.items()) if count)
-        text += f", skipped {self.describe_bad()}" if self.bad_rows else ""
-        return text + "".join(f", {count} {what}" for what, count in sorted(self.notes.items()) if count)
+        text += "".join(f", {count} {what}" for what, count in sorted(self.notes.items()))
+        return text + (f", skipped {self._describe_bad()}" if self.bad_rows else "")
 
-    def describe_bad(self) -> str:
-        """The bad rows, by reason, with the first of each."""
+    def _describe_bad(self) -> str:
         counts = [f"{count} {reason} (first: {self.first_bad[reason]})" for reason, count in self.bad_rows.items()]
-        return f"{sum(self.bad_rows.values())} bad rows: {'; '.join(counts)}"
+        return f"{self.bad_rows.total()} bad rows: {'; '.join(counts)}"
 
-    def is_too_bad(self, max_bad_rows: int | str) -> bool:
-        """Whether there are more bad rows than that: a count or, as in "1%", a share of all examples so far."""
-        bad = sum(self.bad_rows.values())
-        if isinstance(max_bad_rows, int):
-            return bad > max_bad_rows
-        unused = sum(self.left_out.get(f"{kind} documents", 0) for kind in ("empty", "duplicate"))
-        return bad > Fraction(max_bad_rows[:-1]) / 100 * (bad + self.documents + unused)
-
-    def check_bad(self, max_bad_rows: int | str, where: str = "") -> None:
-        """ValueError if there are too many bad rows."""
-        if self.is_too_bad(max_bad_rows):
+    def check_bad(self, max_bad_rows: int | str) -> None:
+        """ValueError if there are more bad rows than that: a count or, as in "1%", a share of all examples so far."""
+        allowed: Any = max_bad_rows
+        if isinstance(max_bad_rows, str):
+            allowed = Fraction(max_bad_rows[:-1]) / 100 * self.examples
+        if self.bad_rows.total() > allowed:
             more = f"data.max_bad_rows is {max_bad_rows}: fix them, or allow more: a count, or a share such as 1%"
-            raise ValueError(f"{where}{self.describe_bad()}: {more} (peagle-train check-data counts all of them)")
+            raise ValueError(f"{self._describe_bad()}: {more} (peagle-train check-data counts all of them)")
 
 
 def read_documents(
@@ -239,27 +231,27 @@ def read_documents(
     token in it stays text. Examples have one of the forms of encode.py. ValueError, one line, for a file that cannot be
     read, more than `max_bad_rows` bad rows, or nothing to learn from.
     """
-    report.files, report.left_out = len(found.files), found.skipped.copy()
+    report.files, report.notes = len(found.files), found.skipped.copy()
     keys = set[bytes]()
-    for batch in encoder.encode(_in_batches(read_examples(found.files))):
-        report.notes.update(batch.notes)
-        for raw, example in zip(batch.raws, batch.examples, strict=True):
-            if example is None:
-                report.left_out["empty documents"] += 1
-            elif isinstance(example, BadRow):
-                report.bad_rows[example.reason] += 1
-                report.first_bad.setdefault(example.reason, f"{raw.where}: {one_line(example.detail)}")
-                if isinstance(max_bad_rows, int):
-                    report.check_bad(max_bad_rows)
-            elif example.key in keys:
-                report.left_out["duplicate documents"] += 1
-            else:
-                keys.add(example.key)
-                report.documents += 1
-                report.forms[example.form] += 1
-                report.tokens += example.input_ids.size
-                report.supervised += int(example.loss_mask[1:].sum())
-                yield raw, example
+    for raw, example in encoder.encode(_in_batches(read_examples(found.files))):
+        report.examples += 1
+        if example is None:
+            report.notes["empty documents skipped"] += 1
+        elif isinstance(example, BadRow):
+            report.bad_rows[example.reason] += 1
+            report.first_bad.setdefault(example.reason, f"{raw.where}: {one_line(example.detail)}")
+            if isinstance(max_bad_rows, int):
+                report.check_bad(max_bad_rows)
+        elif example.key in keys:
+            report.notes["duplicate documents skipped"] += 1
+        else:
+            keys.add(example.key)
+            report.documents += 1
+            report.forms[example.form] += 1
+            report.notes.update(example.notes)
+            report.tokens += example.input_ids.size
+            report.supervised += int(example.loss_mask[1:].sum())
+            yield raw, example
     report.check_bad(max_bad_rows)
     if not report.supervised:
         raise ValueError(f"the data sources hold nothing to learn from: {report.describe()}; see data.sources")
@@ -271,9 +263,8 @@ def _in_batches(examples: Iterable[RawExample]) -> Iterator[list[RawExample]]:
     size = 0
     for example in examples:
         batch.append(example)
-        is_bytes = isinstance(example.content, bytes)
-        size += 1 + len(example.content) if is_bytes else _BATCH_CHARACTERS // _BATCH_EXAMPLES
-        if size >= _BATCH_CHARACTERS:
+        size += len(example.content)  # of a table's row: its columns, next to nothing
+        if size >= _BATCH_BYTES or len(batch) == _BATCH_EXAMPLES:
             yield batch
             batch, size = [], 0
     if batch:

@@ -14,8 +14,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from peagle_train.config import Data
-from peagle_train.data.chat import IDS_ALONE, ChatEncoder, read_template
+from peagle_train.data.chat import IDS_ALONE, ChatEncoder, EncodedChat, read_template
 from peagle_train.data.messages import (
     BAD_IDS,
     FORMAT,
@@ -36,6 +35,7 @@ from peagle_train.data.messages import (
     messages_of,
     without_null,
 )
+from peagle_train.files import one_line
 
 FORMS = ("input_ids", "messages", "conversations", "prompt", "text")  # in the order in which they are looked for
 
@@ -46,30 +46,26 @@ class RawExample(NamedTuple):
     source: int  # of the sources of the recipe
     where: str  # file and line, for messages: printable, whatever the file's name is
     name: str  # the same on every machine
-    content: Any  # bytes of a line of JSON or of a whole text, or an example's values
-    kind: str  # text (a whole file), line (of JSON) or table (null stands for a missing field)
+    content: Any  # bytes of a line of JSON or of a whole text; or a table's row, where null stands for a missing field
+    is_text: bool = False  # a whole file
 
 
-class EncodedExample(NamedTuple):
-    """An example of n >= 1 tokens."""
+@dataclass(frozen=True)
+class EncodedExample:
+    """An example of n >= 1 tokens. (A loader would make tensors of the arrays in a tuple, each with a file handle.)"""
 
     form: str  # one of FORMS, or `file`: a whole text file
-    input_ids: np.ndarray  # int32 [n]; an array, which travels between processes without a file handle
+    input_ids: np.ndarray  # int32 [n]
     loss_mask: np.ndarray  # uint8 [n], 0 or 1
     key: bytes  # sha256 of ids and mask: the same on every machine
+    notes: Counter[str] | None  # of a chat: see `EncodedChat`
 
 
-@dataclass
-class EncodedBatch:
-    """What became of a batch of examples, in their order; None stands for an example without a token."""
-
-    raws: list[RawExample]  # without their content
-    examples: list[EncodedExample | BadRow | None]
-    notes: Counter[str] = field(default_factory=Counter)  # several forms, and what chats had: see `EncodedChat`
+Encoded = EncodedExample | BadRow | None  # None: an example without a token
 
 
 @dataclass(eq=False)
-class Encoder(Dataset[EncodedBatch | ValueError]):
+class Encoder(Dataset[list[tuple[RawExample, Encoded]] | ValueError]):
     """Turns batches of raw examples into ids and masks."""
 
     data: Data
@@ -83,9 +79,11 @@ class Encoder(Dataset[EncodedBatch | ValueError]):
     def chat(self) -> ChatEncoder:
         return ChatEncoder(self.tokenizer, read_template(self.data.chat_template), self.data.template_kwargs)
 
-    def encode(self, batches: Iterable[list[RawExample]]) -> Iterator[EncodedBatch]:
-        """Each batch in turn, a bounded number of them in flight. ValueError, one line, for a user's mistake."""
-        encoded: Iterable[EncodedBatch | ValueError] = map(self.__getitem__, batches)
+    def encode(self, batches: Iterable[list[RawExample]]) -> Iterator[tuple[RawExample, Encoded]]:
+        """Each example, without its content, and what became of it; a bounded number of batches is in flight. ValueError,
+        one line, for a user's mistake.
+        """
+        encoded: Iterable[list[tuple[RawExample, Encoded]] | ValueError] = map(self.__getitem__, batches)
         if self.num_workers > 1:
             os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
             # a fork would copy the tokenizers' threads in whatever state they are
@@ -93,71 +91,63 @@ class Encoder(Dataset[EncodedBatch | ValueError]):
             how |= {"sampler": batches, "num_workers": self.num_workers}  # the sampler's items go to `__getitem__`
             encoded = DataLoader(self, generator=torch.Generator(), **how)
         pace = 0.1 if sys.stderr.isatty() else 60.0
-        bar = tqdm(unit=" examples", unit_scale=True, mininterval=pace) if self.progress else None
-        with nullcontext() if bar is None else bar:
+        with tqdm(unit=" examples", unit_scale=True, mininterval=pace, disable=not self.progress) as bar:
             for batch in encoded:
                 if isinstance(batch, ValueError):
                     raise batch
-                yield batch
-                if bar is not None:
-                    bar.update(len(batch.raws))
+                yield from batch
+                bar.update(len(batch))
 
-    def __getitem__(self, raws: list[RawExample]) -> EncodedBatch | ValueError:
+    def __getitem__(self, raws: list[RawExample]) -> list[tuple[RawExample, Encoded]] | ValueError:
         """A batch; a mistake is returned, since a loader's process would add its traceback to the message."""
         try:
-            return self._encode(raws)
+            return [(raw._replace(content=None), made) for raw, made in zip(raws, self._encode(raws), strict=True)]
         except ValueError as error:
             return error
 
-    def _encode(self, raws: list[RawExample]) -> EncodedBatch:
-        batch = EncodedBatch([raw._replace(content=None) for raw in raws], [None] * len(raws))
+    def _encode(self, raws: list[RawExample]) -> list[Encoded]:
+        made: list[Encoded] = [None] * len(raws)
         texts: dict[int, tuple[str, str]] = {}
         for i, raw in enumerate(raws):
             try:
-                form, content = self._read(raw, batch.notes)
+                form, content = self._read(raw)
                 if isinstance(content, str):
                     texts[i] = form, content
                 else:
-                    batch.examples[i] = self._check(form, *content)
+                    made[i] = self._check(form, *content)
             except BadRow as error:
-                batch.examples[i] = error
+                made[i] = error
             except RecursionError:
-                batch.examples[i] = BadRow(FORMAT, "values are nested too deeply")
+                made[i] = BadRow(FORMAT, "values are nested too deeply")
         if texts and self.tokenizer is None:
             raise ValueError(f"{raws[min(texts)].where} is text, which takes a tokenizer; without one give input_ids")
         if texts:
             # Text that spells a special token must not become that token.
             tokenized = self.tokenizer([text for _, text in texts.values()], split_special_tokens=True, **IDS_ALONE)
             for (i, (form, _)), ids in zip(texts.items(), tokenized["input_ids"], strict=True):
-                batch.examples[i] = self._check(form, ids, _all_but_first(ids))
-        return batch
+                made[i] = self._check(form, ids, _all_but_first(ids))
+        return made
 
-    def _read(self, raw: RawExample, notes: Counter[str]) -> tuple[str, str | tuple[list[Any], list[Any]]]:
+    def _read(self, raw: RawExample) -> tuple[str, str | tuple[list[Any], list[Any]] | EncodedChat]:
         """The example's form, and its text that is still to be tokenized, or its ids and mask."""
-        if raw.kind == "text":
+        if raw.is_text:
             return "file", decode(raw.content)
         row = parse(raw.content)
-        if raw.kind == "table":
-            as_given = ("input_ids", "loss_mask")  # long, and without fields
-            row = {k: v if k in as_given else without_null(v) for k, v in row.items() if v is not None}
         # A prompt without a completion is a form only if there is nothing else.
-        forms = [form for form in FORMS if form in row and (form != "prompt" or "completion" in row)]
-        form = next(iter(forms), "prompt")
+        found = (form for form in FORMS if form in row and (form != "prompt" or "completion" in row))
+        form = next(found, "prompt")
         if form not in row:
             wanted = "input_ids, messages, conversations, prompt and completion, or text"
-            raise BadRow(FORMAT, f"give {{...}} with {wanted}, instead of the keys {clip(', '.join(map(str, row)))}")
-        notes[f"examples of several forms read as the first of {', '.join(FORMS)}"] += len(forms) > 1
+            raise BadRow(FORMAT, f"give {{...}} with {wanted}, instead of the keys {one_line(', '.join(row), 60)}")
         if form == "input_ids":
             return form, _ids_of(row)
         if form == "text":
             if not isinstance(row["text"], str):
-                raise BadRow(FORMAT, f"text is {clip(repr(row['text']))}; give a string")
+                raise BadRow(FORMAT, f"text is {_shown(row['text'])}; give a string")
             return form, row["text"]
-        encoded = self.chat.encode(messages_of(row))
-        notes.update(encoded.counts)
-        return form, (encoded.input_ids, encoded.loss_mask)
+        return form, self.chat.encode(messages_of(row))
 
-    def _check(self, form: str, ids: list[Any], mask: list[Any]) -> EncodedExample | BadRow | None:
+    def _check(self, form: str, ids: list[Any], mask: list[Any], notes: Counter[str] | None = None) -> Encoded:
         """The document, or None if it has no token."""
         if len(mask) != len(ids):
             return BadRow(FORMAT, f"{len(ids)} input_ids but {len(mask)} in loss_mask; they must match")
@@ -165,18 +155,18 @@ class Encoder(Dataset[EncodedBatch | ValueError]):
             return None
         if (at := _first_outside(ids, self.vocab_size)) is not None:
             allowed = f"integers in 0..{self.vocab_size - 1}, the target's vocabulary"
-            return BadRow(BAD_IDS, f"input_ids[{at}] is {clip(repr(ids[at]))}; ids are {allowed}")
+            return BadRow(BAD_IDS, f"input_ids[{at}] is {_shown(ids[at])}; ids are {allowed}")
         if self.mask_token_id in ids:
             at = ids.index(self.mask_token_id)
             what = f"the mask token {self.mask_token_id}, which must never occur in the data"
             return BadRow(BAD_IDS, f"input_ids[{at}] is {what}: set draft.mask_token_id to an unused token")
         if (at := _first_outside(mask, 2)) is not None:
-            return BadRow(FORMAT, f"loss_mask[{at}] is {clip(repr(mask[at]))}; give 0 or 1")
+            return BadRow(FORMAT, f"loss_mask[{at}] is {_shown(mask[at])}; give 0 or 1")
         if form != "file" and 1 not in mask[1:]:
             return BadRow(NOTHING, f"no token of {len(ids)} has loss_mask 1 after the first")
         ids_n, mask_n = np.array(ids, dtype=np.int32), np.array(mask, dtype=np.uint8)
         content = ids_n.astype("<i8").tobytes() + mask_n.tobytes()
-        return EncodedExample(form, ids_n, mask_n, hashlib.sha256(content).digest())
+        return EncodedExample(form, ids_n, mask_n, hashlib.sha256(content).digest(), notes)
 
 
 def _first_outside(values: list[Any], end: int) -> int | None:
@@ -194,18 +184,18 @@ def _all_but_first(ids: list[Any]) -> list[int]:
 def _ids_of(row: dict[str, Any]) -> tuple[list[Any], list[Any]]:
     ids = row["input_ids"]
     if not isinstance(ids, list):
-        raise BadRow(FORMAT, f'give {{"input_ids": [...], "loss_mask": [...]}}; input_ids is {clip(repr(ids))}')
+        raise BadRow(FORMAT, f'give {{"input_ids": [...], "loss_mask": [...]}}; input_ids is {_shown(ids)}')
     # In other formats these say which tokens count: ignoring them would train on what they exclude.
     if misread := [key for key in ("labels", "attention_mask", "assistant_mask", "assistant_masks") if key in row]:
         raise BadRow(FORMAT, f"{misread[0]} is not read: remove it, and give loss_mask instead")
     mask = row.get("loss_mask", _all_but_first(ids))
     if not isinstance(mask, list):
-        raise BadRow(FORMAT, f"loss_mask is {clip(repr(mask))}; give a list of 0 and 1, or omit it")
+        raise BadRow(FORMAT, f"loss_mask is {_shown(mask)}; give a list of 0 and 1, or omit it")
     return ids, mask
 
 
 def parse(content: Any) -> dict[str, Any]:
-    """The mapping in a line of JSON, or a table's; BadRow for anything else."""
+    """The mapping in a line of JSON, or a table's row, without its null fields; BadRow for anything else."""
     if isinstance(content, bytes):
         text = decode(content)
         try:
@@ -213,21 +203,21 @@ def parse(content: Any) -> dict[str, Any]:
         except ValueError as error:
             what = f"{error.msg}, character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
             raise BadRow(UNREADABLE, f"not valid JSON ({what})") from None
+    elif isinstance(content, dict):
+        as_given = ("input_ids", "loss_mask")  # long, and without fields
+        content = {k: v if k in as_given else without_null(v) for k, v in content.items() if v is not None}
     if not isinstance(content, dict):
-        raise BadRow(FORMAT, f'give {{"messages": [...]}} or the like instead of {clip(repr(content))}')
+        raise BadRow(FORMAT, f'give {{"messages": [...]}} or the like instead of {_shown(content)}')
     return content
 
 
 def decode(data: bytes) -> str:
-    """A text in UTF-8, without a byte order mark; BadRow, with the line of several, for anything else."""
+    """A text in UTF-8, without a byte order mark; BadRow for anything else."""
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        line = 1 + data[: error.start].count(b"\n")
-        where = f" in line {line}" if b"\n" in data.strip() else ""
-        raise BadRow(UNREADABLE, f"not UTF-8 (byte 0x{data[error.start]:02x}{where})") from None
+        raise BadRow(UNREADABLE, f"not UTF-8 (byte {error.start} is 0x{data[error.start]:02x})") from None
 
 
-def clip(text: str) -> str:
-    """`text` in one short printable line."""
-    return ascii(text)[1:-1] if len(text) <= 60 else ascii(text[:57])[1:-1] + "..."
+def _shown(value: Any) -> str:
+    return one_line(ascii(value), 60)

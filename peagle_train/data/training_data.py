@@ -9,9 +9,8 @@ A prepared folder is whole or not there:
 
 import json
 import os
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,10 @@ from peagle_train.core.collator import CODCollator
 from peagle_train.core.flex import BLOCK_SIZE
 from peagle_train.data.chat import read_template
 from peagle_train.data.documents import SourceReport, find_all, open_tokens, read_documents
-from peagle_train.data.encode import Encoder, clip
+from peagle_train.data.encode import Encoder
 from peagle_train.data.packing import PackedRows, PackReport, TrainingData, make_data
 from peagle_train.data.vocab import choose_mask_token, load_config, load_tokenizer
-from peagle_train.files import alone_in, checksum, read_sealed, sha256_of, write_folder, write_json
+from peagle_train.files import alone_in, checksum, one_line, read_sealed, sha256_of, write_folder, write_json
 
 INDEX, TRAIN, HELD_OUT = "index.json", "train.safetensors", "held_out.safetensors"
 FORMAT = 7  # raised whenever the same recipe and files give other bytes
@@ -112,20 +111,16 @@ def prepare_recipe(recipe: Recipe, folder: Path, num_workers: int = 1) -> Traini
     return open_prepared(folder, settings)
 
 
-def check_data(recipe: Recipe, num_workers: int) -> bool:
-    """Read all examples and print how many cannot be used, by reason, with the first of each; False: a run would stop."""
-    data, encoder, is_good = recipe.data, encoder_of(recipe, num_workers=num_workers, progress=True), True
-    for role, found in find_all(data).items():
-        report = SourceReport()
-        for _ in read_documents(found, report, encoder, max_bad_rows="100%"):
+def check_data(recipe: Recipe, num_workers: int) -> None:
+    """Read everything and print what cannot be used, by reason, with the first of each. ValueError: a run would stop."""
+    encoder, reports = encoder_of(recipe, num_workers=num_workers, progress=True), list[SourceReport]()
+    for role, found in find_all(recipe.data).items():
+        reports.append(SourceReport())
+        for _ in read_documents(found, reports[-1], encoder, max_bad_rows="100%"):
             pass
-        print(f"data.{role}: {replace(report, bad_rows=Counter()).describe()}")
-        for reason, count in report.bad_rows.most_common():
-            print(f"{count:8} {reason}, first: {report.first_bad[reason]}")
-        if report.is_too_bad(data.max_bad_rows):
-            is_good = False
-            print(f"a run would stop: data.max_bad_rows is {data.max_bad_rows}, and {report.bad_rows.total()} are bad")
-    return is_good
+        print(f"data.{role}: {reports[-1].describe()}")
+    for report in reports:
+        report.check_bad(recipe.data.max_bad_rows)
 
 
 def settings_of(encoder: Encoder) -> dict[str, Any]:
@@ -158,7 +153,7 @@ def open_prepared(folder: Path, settings: dict[str, Any]) -> TrainingData:
         raise ValueError(f"data.prepared {folder} holds no prepared data; peagle-train prepare makes it")
     for key, now in settings.items():
         if now != (then := index["settings"].get(key)):
-            change = f"{key} {clip(json.dumps(then))}, while it is {clip(json.dumps(now))} now"
+            change = f"{key} {one_line(json.dumps(then), 60)}, while it is {one_line(json.dumps(now), 60)} now"
             raise ValueError(f"data.prepared {folder} was made with {change}: change that, or prepare anew elsewhere")
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # one process of a machine is enough: if it fails, all end
         for name, written in index["files"].items():
