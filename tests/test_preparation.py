@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 from peagle_train.config import Recipe, load_recipe
 from peagle_train.core.cod import drafter_rows
 from peagle_train.data.encode import Encoder
-from peagle_train.data.packing import PackedRows, TrainingData, held_out_documents
+from peagle_train.data.packing import PackedRows, TrainingData, count_supervised, held_out_documents
 from peagle_train.data.training_data import load_training_data, prepare_recipe
-from peagle_train.data.vocab import count_supervised
 from tests.byte_tokenizer import BYTES_VOCAB, make_byte_tokenizer
 from tests.chats import chat
 from tests.documents import Document, pack_documents, table_of, write_lines

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peagle_train.config import load_recipe
-from peagle_train.data.sampler import EMPTY_ROW, StepBatchSampler
+from peagle_train.data.packing import EMPTY_ROW
+from peagle_train.data.training_data import StepBatchSampler
 from peagle_train.target_model.cache import write_cache
 from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.target_model.ring import Ring, block_steps

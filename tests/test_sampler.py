@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peagle_train.data.sampler import EMPTY_ROW, StepBatchSampler, epoch_order
+from peagle_train.data.packing import EMPTY_ROW
+from peagle_train.data.training_data import StepBatchSampler, epoch_order
 
 
 def slow_oracle(

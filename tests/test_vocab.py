@@ -9,15 +9,9 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from peagle_train.config import Data, Draft
-from peagle_train.data.vocab import (
-    choose_mask_token,
-    choose_most_frequent,
-    end_of_turn_ids,
-    eos_token_ids,
-)
+from peagle_train.data.vocab import choose_mask_token, choose_most_frequent, end_of_turn_ids, eos_token_ids
 from peagle_train.serving.start import always_drafted
 from peagle_train.target_model.frozen import FrozenTarget
-from tests.documents import write_lines
 from tests.tiny import VOCAB
 from tests.tiny_chat import END, TEMPLATE, make_chat_target, make_tokenizer
 
@@ -39,30 +33,23 @@ def word_tokenizer(*special: str) -> PreTrainedTokenizerFast:
 
 
 def test_the_mask_token_is_the_first_id_after_all_that_the_tokenizer_knows_or_one_that_it_reserves():
-    tokenizer, nowhere = word_tokenizer("<end>", "<|reserved_7|>"), Data(["/nowhere"])
+    tokenizer = word_tokenizer("<end>", "<|reserved_7|>")
     first_unused = max(tokenizer.get_vocab().values()) + 1
-    assert choose_mask_token(Draft(), nowhere, tokenizer, first_unused + 1) == first_unused
-    assert choose_mask_token(Draft(), nowhere, tokenizer, first_unused) == tokenizer.get_vocab()["<|reserved_7|>"]
-    assert choose_mask_token(Draft(mask_token_id=1), nowhere, tokenizer, first_unused) == 1
+    assert choose_mask_token(Draft(), tokenizer, first_unused + 1) == first_unused
+    assert choose_mask_token(Draft(), tokenizer, first_unused) == tokenizer.get_vocab()["<|reserved_7|>"]
+    assert choose_mask_token(Draft(mask_token_id=1), tokenizer, first_unused) == 1
+    with pytest.raises(ValueError, match=r"draft\.mask_token_id is 5; it must lie in 0\.\.4"):
+        choose_mask_token(Draft(mask_token_id=5), tokenizer, 5)
 
 
-def test_without_a_certain_mask_token_the_error_names_special_tokens_that_the_data_lack_then_others(tmp_path):
-    tokenizer = word_tokenizer("<used>", "<fim>", "<bos>", "<eos>", "<pad>", "<end>")
+def test_without_a_certain_mask_token_the_error_names_special_tokens_that_texts_do_not_begin_or_end_with():
+    tokenizer = word_tokenizer("<fim>", "<bos>", "<eos>", "<pad>", "<end>")
     tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = "<bos>", "<eos>", "<pad>"
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<end>{% endfor %}"
-    used, fim, *ends = (tokenizer.get_vocab()[f"<{name}>"] for name in ("used", "fim", "bos", "eos", "pad", "end"))
-    vocab_size = max(tokenizer.get_vocab().values()) + 1
-    rows = {"input_ids": [0, used, 1]}, {"input_ids": "bad"}, {"input_ids": [0, 1, 0]}
-    data = Data([str(write_lines(tmp_path / "r.jsonl", *rows))])
-    for known, first in ((tokenizer, f"{fim} (<fim>), "), (None, f"{vocab_size - 1}")):
-        with pytest.raises(ValueError, match=r"draft\.mask_token_id is missing") as caught:
-            choose_mask_token(Draft(), data, known, vocab_size)
-        shown = str(caught.value).rpartition(": ")[2]
-        named = [int(word.split()[0]) for word in shown.split(", ")]
-        assert shown.startswith(first) or known is None
-        unfit = {0, 1, used, *(ends if known else [])}
-        assert set(named) <= set(range(vocab_size)) - unfit and "\n" not in str(caught.value)
-        assert len(named) == min(6, vocab_size - len(unfit))
+    for known, shown in ((tokenizer, f"{tokenizer.get_vocab()['<fim>']} (<fim>)"), (None, "none")):
+        with pytest.raises(ValueError, match=r"draft\.mask_token_id is missing .* may be free: ") as caught:
+            choose_mask_token(Draft(), known, max(tokenizer.get_vocab().values()) + 1)
+        assert str(caught.value).endswith(f": {shown}")
 
 
 # What ends an answer.

@@ -19,8 +19,9 @@ from peagle_train.config import parse_sources
 from peagle_train.core.cod import hash63
 from peagle_train.data.documents import Documents, FoundFiles, SourceReport, TokenStore, read_documents, store_documents
 from peagle_train.data.encode import Encoder
-from peagle_train.data.sampler import EMPTY_ROW
-from peagle_train.data.vocab import count_supervised
+
+EMPTY_ROW = -1  # the index of no sequence, which has no tokens
+_CHUNK_TOKENS = 2**20
 
 
 def held_out_documents(keys_D32: np.ndarray, eval_fraction: float) -> np.ndarray:
@@ -183,6 +184,17 @@ def _best_fit_decreasing(length_P: np.ndarray, capacity: int) -> list[list[int]]
         if space > 0:
             sequences_with[space].append(sequence)
     return sequences
+
+
+def count_supervised(documents: Documents, times_D: np.ndarray, vocab_size: int) -> Tensor:
+    """int64 [V]: how often each token occurs with a loss mask of 1, documents counted as often as `times_D` says."""
+    store, starts_D, counts_V = documents.store, documents.starts_D, np.zeros(vocab_size, np.int64)
+    for first in range(0, store.ids_n.size, _CHUNK_TOKENS):
+        ids_n = store.ids_n[first : first + _CHUNK_TOKENS]
+        document_n = np.searchsorted(starts_D, np.arange(first, first + ids_n.size), side="right") - 1
+        weights_n = store.mask_n[first : first + _CHUNK_TOKENS] * times_D[document_n]
+        counts_V += np.bincount(ids_n, weights_n, vocab_size).astype(np.int64)  # float64 is exact up to 2**53
+    return torch.from_numpy(counts_V)
 
 
 class TrainingData(NamedTuple):

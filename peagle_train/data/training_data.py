@@ -1,4 +1,5 @@
-"""What a run learns from: its recipe's sequences, made now or prepared once for many runs, and their collator.
+"""What a run learns from: its recipe's sequences, made now or prepared once for many runs, their collator, and which of
+them a rank trains on in which step.
 
 A prepared folder is whole or not there:
     sources-ids.bin, sources-mask.bin   tokens of all documents, see `TokenStore`; also eval_sources-...
@@ -9,22 +10,25 @@ A prepared folder is whole or not there:
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.numpy import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Sampler
 
 from peagle_train.config import Recipe
 from peagle_train.core.attention import uses_flex
+from peagle_train.core.cod import seeded
 from peagle_train.core.collator import CODCollator
 from peagle_train.core.flex import BLOCK_SIZE
 from peagle_train.data.chat import read_template
 from peagle_train.data.documents import SourceReport, find_all, open_tokens, read_documents
 from peagle_train.data.encode import Encoder
-from peagle_train.data.packing import PackedRows, PackReport, TrainingData, make_data
+from peagle_train.data.packing import EMPTY_ROW, PackedRows, PackReport, TrainingData, make_data
 from peagle_train.data.vocab import choose_mask_token, load_config, load_tokenizer
 from peagle_train.files import alone_in, checksum, one_line, read_sealed, sha256_of, write_folder, write_json
 
@@ -62,11 +66,9 @@ def encoder_of(recipe: Recipe, vocab_size: int | None = None, **how: Any) -> Enc
     vocab_size: the target's; None: as its config.json says, so that of the target only config and tokenizer are read.
     """
     path, trusted = recipe.target.path, recipe.target.trust_remote_code
-    tokenizer, size = (
-        load_tokenizer(path, trusted),
-        vocab_size or load_config(path, trusted).get_text_config().vocab_size,
-    )
-    mask_token_id = choose_mask_token(recipe.draft, recipe.data, tokenizer, size)
+    tokenizer = load_tokenizer(path, trusted)
+    size = vocab_size or load_config(path, trusted).get_text_config().vocab_size
+    mask_token_id = choose_mask_token(recipe.draft, tokenizer, size)
     return Encoder(recipe.data, tokenizer, size, mask_token_id, **how)
 
 
@@ -75,6 +77,87 @@ def make_collator(recipe: Recipe, seed: int, device: torch.device | None = None)
     cod, multiple = recipe.cod, BLOCK_SIZE if device and uses_flex(device) else 1
     sizes = recipe.data.max_length, cod.num_depths, cod.down_sample_ratio, cod.down_sample_ratio_min, cod.segments
     return CODCollator(*sizes, cod.boundaries, seed, capacity_multiple=multiple, max_anchors=cod.max_anchors)
+
+
+@dataclass(eq=False)
+class StepBatchSampler(Sampler[list[tuple[int, int]]]):
+    """Micro-batches of one rank, lists of `(epoch, index)`, `accumulation` of them for every optimizer step.
+
+    Epoch e visits every sequence once, in an order drawn from (seed, e). A step takes the next batch_size *
+    accumulation * world_size sequences: number j of them belongs to micro-batch j // (world_size * batch_size) of
+    rank j // batch_size % world_size, so that one process with twice the accumulation trains on the same sequences
+    as two processes. The last step of an epoch is filled up with `EMPTY_ROW`: nothing is repeated or skipped.
+
+    With `reuse` R, R epochs go together, in the order of the first of them cut into blocks of `block_steps` steps: each
+    block is visited R times, once for each epoch, before the next one. Every visit but the first mixes the block's steps
+    anew, but a sequence keeps its place j in a step, and so its rank.
+
+    A `DataLoader`'s `batch_sampler`, which has divided the sequences among the ranks: do not let Accelerate prepare that
+    loader.
+    """
+
+    num_rows: int
+    batch_size: int = 1
+    accumulation: int = 1
+    rank: int = 0
+    world_size: int = 1
+    seed: int = 0
+    start_step: int = 0  # done already
+    num_steps: int = 0  # optimizer steps of the whole run; 0: those of one epoch
+    reuse: int = 1
+    block_steps: int = 0  # 0: those of one epoch
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.world_size
+        self.num_steps = self.num_steps or self.steps_per_epoch
+        self.block_steps = self.block_steps or self.steps_per_epoch
+
+    @property
+    def global_batch_size(self) -> int:
+        """Sequences of an optimizer step over all ranks."""
+        return self.batch_size * self.accumulation * self.world_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.num_rows // self.global_batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        made, table = None, torch.empty(0)
+        for step in range(self.start_step, self.num_steps):
+            visit, at = self._visit(step)
+            if visit != made:
+                made, table = visit, self._sequences(*visit)
+            for micro_batch in range(self.accumulation):
+                first = (micro_batch * self.world_size + self.rank) * self.batch_size
+                yield [(visit[0], index) for index in table[at, first : first + self.batch_size].tolist()]
+
+    def comes_again(self, step: int) -> bool:
+        """Whether a step (counted from 0) is not in the last visit to its block."""
+        return self._visit(step)[0][0] % self.reuse < self.reuse - 1
+
+    def _visit(self, step: int) -> tuple[tuple[int, int, int], int]:
+        """A step's visit (its epoch, the block's first step in the order, the block's number of steps), and place there."""
+        group, in_group = divmod(step, self.reuse * self.steps_per_epoch)
+        first = in_group // (self.reuse * self.block_steps) * self.block_steps
+        steps = min(self.block_steps, self.steps_per_epoch - first)
+        number, at = divmod(in_group - self.reuse * first, steps)
+        return (group * self.reuse + number, first, steps), at
+
+    def _sequences(self, epoch: int, first: int, steps: int) -> Tensor:
+        """int64 [steps, global batch]: those of a visit."""
+        group, number = divmod(epoch, self.reuse)
+        table = torch.full((steps, self.global_batch_size), EMPTY_ROW)
+        rows = epoch_order(self.num_rows, self.seed, group)[first * self.global_batch_size :][: table.numel()]
+        table.view(-1)[: rows.numel()] = rows
+        if number > 0:
+            draw = torch.rand(table.shape, generator=seeded("block order", self.seed, epoch, first))
+            table = table.gather(0, draw.argsort(stable=True, dim=0))
+        return table
+
+
+def epoch_order(num_rows: int, seed: int, epoch: int) -> Tensor:
+    """int64 [num_rows]: the order in which an epoch visits the sequences."""
+    return torch.randperm(num_rows, generator=seeded("row order", seed, epoch))
 
 
 def prepare_recipe(recipe: Recipe, folder: Path, num_workers: int = 1) -> TrainingData:

@@ -18,8 +18,7 @@ from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.passes import StepStats, TargetOutputs, recompute_step
 from peagle_train.core.plan import Plan, plan_segments
 from peagle_train.core.relay import RelayBuffers, context_chunks, relay_step
-from peagle_train.data.packing import PackedRows
-from peagle_train.data.sampler import EMPTY_ROW
+from peagle_train.data.packing import EMPTY_ROW, PackedRows
 from peagle_train.data.training_data import make_collator
 from peagle_train.distributed import counts_over_ranks, sum_over_ranks
 from peagle_train.target_model.cache import FIELDS

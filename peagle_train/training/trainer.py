@@ -28,8 +28,7 @@ from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.passes import StepStats
 from peagle_train.core.plan import Plan, padding_share
 from peagle_train.data.packing import TrainingData
-from peagle_train.data.sampler import StepBatchSampler
-from peagle_train.data.training_data import make_collator
+from peagle_train.data.training_data import StepBatchSampler, make_collator
 from peagle_train.files import (
     NonFiniteWeights,
     RunStopped,
