@@ -29,12 +29,11 @@ def load_documents(
     sources: list[Any], tokenizer: Any, vocab_size: int, mask_token_id: int = -1, **data: Any
 ) -> tuple[list[Document], SourceReport]:
     """The documents of `sources`, with other keys of the recipe's section in `data`."""
-    section, report = Data(sources, **data), SourceReport()
-    encoder = Encoder(section, tokenizer, vocab_size, mask_token_id)
-    found = find_all(section)["sources"]
+    section = Data(sources, **data)
+    encoder, report = Encoder(section, tokenizer, vocab_size, mask_token_id), find_all(section)["sources"]
     documents = [
         Document(torch.from_numpy(made.input_ids).long(), torch.from_numpy(made.loss_mask), raw.name, made.key.hex())
-        for raw, made in read_documents(found, report, encoder, section.max_bad_rows)
+        for raw, made in read_documents(report, encoder)
     ]
     return documents, report
 

@@ -25,7 +25,7 @@ from transformers import GenerationConfig
 from peagle_train.cli import recipe_path
 from peagle_train.config import load_recipe
 from peagle_train.core.cod import seeded
-from peagle_train.data.documents import SourceReport, find_all, read_documents
+from peagle_train.data.documents import find_all, read_documents
 from peagle_train.data.packing import held_out_documents
 from peagle_train.data.training_data import encoder_of
 from peagle_train.data.vocab import eos_token_ids
@@ -67,7 +67,7 @@ def main() -> None:
     add("--batch-size", type=at_least_one, default=64, help="pieces at a time (default %(default)s)")
     add("--seed", type=int, default=0, help="decides the places (default %(default)s)")
     options = parser.parse_intermixed_args()
-    recipe, report = with_mask_token(load_recipe(options.recipe, options.overrides)), SourceReport()
+    recipe = with_mask_token(load_recipe(options.recipe, options.overrides))
     prompt_tokens = options.prompt_tokens
     if recipe.data.eval_sources:
         raise ValueError("data.eval_sources hold out what is not known here: remove them, or give data.eval_fraction")
@@ -75,8 +75,8 @@ def main() -> None:
         raise ValueError(f"--out {options.out} exists: remove it, or give another")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     encoder, settings = encoder_of(recipe), recipe.target
-    files = find_all(recipe.data)["sources"]
-    read = [made for _, made in read_documents(files, report, encoder, recipe.data.max_bad_rows)]
+    report = find_all(recipe.data)["sources"]
+    read = [made for _, made in read_documents(report, encoder)]
     print(f"data: {report.describe()}")
     if not all(x.loss_mask[1:].all() for x in read):
         raise ValueError("data.sources has chats, or tokens not to be learned: for those, peagle-train regenerate")

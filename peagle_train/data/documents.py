@@ -45,12 +45,46 @@ class SourceFile(NamedTuple):
     spec: SourceSpec = SourceSpec()  # that source: split and name of a data set
 
 
-class FoundFiles(NamedTuple):
-    files: list[SourceFile]  # in the order of the sources, within one by the path below it
-    skipped: Counter[str]  # files that are not read, by reason
+@dataclass
+class SourceReport:
+    """What was read, and what was skipped."""
+
+    files: list[SourceFile] = field(
+        default_factory=list
+    )  # in the order of the sources, within one by the path below it
+    examples: int = 0  # read
+    documents: int = 0  # kept, as are those of the next three
+    tokens: int = 0
+    supervised: int = 0  # drafter rows with a loss: tokens with mask 1, without the first of each document
+    forms: Counter[str] = field(default_factory=Counter)  # by the form of their example
+    notes: Counter[str] = field(default_factory=Counter)  # what was skipped but bad rows, and see `EncodedChat`
+    bad_rows: Counter[str] = field(default_factory=Counter)  # examples that cannot be trained on, by reason
+    first_bad: dict[str, str] = field(default_factory=dict)  # of each reason: file and line, and what is wrong with it
+
+    def describe(self) -> str:
+        """One line: what was kept, then every count of what was not."""
+        forms = ", ".join(f"{count} {form}" for form, count in self.forms.items())
+        text = f"{self.documents} documents of {len(self.files)} files"
+        text += f" ({forms})" if set(self.forms) - {"file"} else ""
+        text += f", {self.tokens} tokens, {self.supervised} supervised"
+        text += "".join(f", {count} {what}" for what, count in sorted(self.notes.items()))
+        return text + (f", skipped {self._describe_bad()}" if self.bad_rows else "")
+
+    def _describe_bad(self) -> str:
+        counts = [f"{count} {reason} (first: {self.first_bad[reason]})" for reason, count in self.bad_rows.items()]
+        return f"{self.bad_rows.total()} bad rows: {'; '.join(counts)}"
+
+    def check_bad(self, max_bad_rows: int | str) -> None:
+        """ValueError if there are more bad rows than that: a count or, as in "1%", a share of all examples so far."""
+        allowed: Any = max_bad_rows
+        if isinstance(max_bad_rows, str):
+            allowed = Fraction(max_bad_rows[:-1]) / 100 * self.examples
+        if self.bad_rows.total() > allowed:
+            more = f"data.max_bad_rows is {max_bad_rows}: fix them, or allow more: a count, or a share such as 1%"
+            raise ValueError(f"{self._describe_bad()}: {more} (peagle-train check-data counts all of them)")
 
 
-def find_all(data: Data) -> dict[str, FoundFiles]:
+def find_all(data: Data) -> dict[str, SourceReport]:
     """The files of each role in the order in which they are read: `eval_sources`, if there are any, and `sources`.
 
     Sources are files, folders, globs, `stdlib` and names of data sets. Folders are searched, at any depth, for
@@ -60,18 +94,18 @@ def find_all(data: Data) -> dict[str, FoundFiles]:
     """
     found = {}
     for role, items in (("eval_sources", data.eval_sources), ("sources", data.sources)):
-        files, skipped = list[SourceFile](), Counter[str]()
+        report = SourceReport()
         for number, spec in enumerate(parse_sources(items, f"data.{role}")):
-            not_read = Counter[str]()
-            its_files = list(_files_of(number, spec, data, not_read))
-            if not its_files:
-                counts = ", ".join(f"{count} {what}" for what, count in not_read.items()) or "none at all"
+            skipped = Counter[str]()
+            files = list(_files_of(number, spec, data, skipped))
+            if not files:
+                counts = ", ".join(f"{count} {what}" for what, count in skipped.items()) or "none at all"
                 keys = f"data.exclude or data.extensions ({' '.join(data.extensions)})"
                 raise ValueError(f"data source {spec.describe()} has no file to read ({counts}): change {keys}")
-            files += its_files
-            skipped += not_read
+            report.files += files
+            report.notes += skipped
         if items:
-            found[role] = FoundFiles(files, skipped)
+            found[role] = report
     return found
 
 
@@ -79,34 +113,30 @@ def _files_of(number: int, spec: SourceSpec, data: Data, skipped: Counter[str]) 
     if spec.path is None:
         yield SourceFile(str(spec.datasets), spec.describe(), "hub", number, spec)
         return
-    path = os.path.expanduser(spec.path)
-    base = os.path.basename(os.path.abspath(path))
-    root, prefix, below, extensions = path, base, [base], tuple(data.extensions)
+    root, extensions = os.path.expanduser(spec.path), tuple(data.extensions)
     if spec.path == STDLIB:
-        root, prefix, extensions = sysconfig.get_paths()["stdlib"], STDLIB, (".py",)
+        root, extensions = sysconfig.get_paths()["stdlib"], (".py",)
         below = list(_walk(root, skipped, _NOT_LIBRARY))
-    elif os.path.isdir(path):
-        below = list(_walk(path, skipped))
+    elif os.path.isdir(root):
+        below = list(_walk(root, skipped))
         if "dataset_dict.json" in below:
             raise ValueError(f"data source {spec.path} is a data set of several splits: give the folder of one of them")
         if {"state.json", "dataset_info.json"} <= {*below}:  # a saved data set: not what `datasets` caches beside it
-            state = json.loads(Path(path, "state.json").read_bytes())
+            state = json.loads(Path(root, "state.json").read_bytes())
             below = [file["filename"] for file in state["_data_files"]]
     else:
         extensions = (*extensions, *TEXT_EXTENSIONS, *EXAMPLE_FORMATS)
-        if os.path.isfile(path):
-            root, prefix = os.path.dirname(path), ""
-        elif glob.has_magic(path):
-            while glob.has_magic(root):
-                root = os.path.dirname(root)
-            prefix = os.path.basename(os.path.abspath(root))
-            matches = filter(os.path.isfile, glob.glob(path, recursive=True))
-            below = [os.path.relpath(match, root or os.curdir) for match in matches]
-        else:
+        matches = [root] if os.path.isfile(root) else [*filter(os.path.isfile, glob.glob(root, recursive=True))]
+        if not matches and not glob.has_magic(root):
             wanted = f"a file, a folder, a glob, {STDLIB} or {HUB}NAME (a data set)"
             raise ValueError(f"data source {spec.path} does not exist; give {wanted}")
-    for item in sorted(item.replace(os.sep, "/") for item in below):
-        name = f"{prefix}/{item}" if prefix else item
+        root = os.path.dirname(root)
+        while glob.has_magic(root):
+            root = os.path.dirname(root)
+        below = [os.path.relpath(match, root or os.curdir) for match in matches]
+    prefix = STDLIB if spec.path == STDLIB else os.path.basename(os.path.abspath(root))
+    for item in sorted(below):
+        name = f"{prefix}/{item}"
         if not item.endswith(extensions):
             skipped["files of other types skipped"] += 1
         elif any(fnmatch.fnmatchcase(text, pattern) for text in (item, name) for pattern in data.exclude):
@@ -185,55 +215,15 @@ def _table_rows(file: SourceFile) -> Iterator[dict[str, Any]]:
         raise ValueError(f"cannot read {file.path} ({file.format}): {what}") from error
 
 
-@dataclass
-class SourceReport:
-    """What was read, and what was skipped."""
-
-    files: int = 0  # found
-    examples: int = 0  # read
-    documents: int = 0  # kept, as are those of the next three
-    tokens: int = 0
-    supervised: int = 0  # drafter rows with a loss: tokens with mask 1, without the first of each document
-    forms: Counter[str] = field(default_factory=Counter)  # by the form of their example
-    notes: Counter[str] = field(default_factory=Counter)  # what was skipped but bad rows, and see `EncodedChat`
-    bad_rows: Counter[str] = field(default_factory=Counter)  # examples that cannot be trained on, by reason
-    first_bad: dict[str, str] = field(default_factory=dict)  # of each reason: file and line, and what is wrong with it
-
-    def describe(self) -> str:
-        """One line: what was kept, then every count of what was not."""
-        forms = ", ".join(f"{count} {form}" for form, count in self.forms.items())
-        text = f"{self.documents} documents of {self.files} files"
-        text += f" ({forms})" if set(self.forms) - {"file"} else ""
-        text += f", {self.tokens} tokens, {self.supervised} supervised"
-        text += "".join(f", {count} {what}" for what, count in sorted(self.notes.items()))
-        return text + (f", skipped {self._describe_bad()}" if self.bad_rows else "")
-
-    def _describe_bad(self) -> str:
-        counts = [f"{count} {reason} (first: {self.first_bad[reason]})" for reason, count in self.bad_rows.items()]
-        return f"{self.bad_rows.total()} bad rows: {'; '.join(counts)}"
-
-    def check_bad(self, max_bad_rows: int | str) -> None:
-        """ValueError if there are more bad rows than that: a count or, as in "1%", a share of all examples so far."""
-        allowed: Any = max_bad_rows
-        if isinstance(max_bad_rows, str):
-            allowed = Fraction(max_bad_rows[:-1]) / 100 * self.examples
-        if self.bad_rows.total() > allowed:
-            more = f"data.max_bad_rows is {max_bad_rows}: fix them, or allow more: a count, or a share such as 1%"
-            raise ValueError(f"{self._describe_bad()}: {more} (peagle-train check-data counts all of them)")
-
-
-def read_documents(
-    found: FoundFiles, report: SourceReport, encoder: Encoder, max_bad_rows: int | str = 0
-) -> Iterator[tuple[RawExample, EncodedExample]]:
-    """Each document once, in order; everything else is counted in `report`.
+def read_documents(report: SourceReport, encoder: Encoder) -> Iterator[tuple[RawExample, EncodedExample]]:
+    """Each document of the report's files once, in order; everything else is counted in it.
 
     A text file is a document with every token but the first supervised, without bos and eos; what looks like a special
     token in it stays text. Examples have one of the forms of encode.py. ValueError, one line, for a file that cannot be
-    read, more than `max_bad_rows` bad rows, or nothing to learn from.
+    read, more than data.max_bad_rows, or nothing to learn from.
     """
-    report.files, report.notes = len(found.files), found.skipped.copy()
-    keys = set[bytes]()
-    for raw, example in encoder.encode(_in_batches(read_examples(found.files))):
+    keys, max_bad_rows = set[bytes](), encoder.data.max_bad_rows
+    for raw, example in encoder.encode(_in_batches(read_examples(report.files))):
         report.examples += 1
         if example is None:
             report.notes["empty documents skipped"] += 1

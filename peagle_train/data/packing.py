@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from peagle_train.config import parse_sources
 from peagle_train.core.cod import hash63
-from peagle_train.data.documents import Documents, FoundFiles, SourceReport, TokenStore, read_documents, store_documents
+from peagle_train.data.documents import Documents, SourceReport, TokenStore, read_documents, store_documents
 from peagle_train.data.encode import Encoder
 
 EMPTY_ROW = -1  # the index of no sequence, which has no tokens
@@ -207,17 +207,14 @@ class TrainingData(NamedTuple):
     lines: list[str]  # what was read, skipped and packed
 
 
-def make_data(encoder: Encoder, found: dict[str, FoundFiles], folder: Path | None = None) -> TrainingData:
+def make_data(encoder: Encoder, found: dict[str, SourceReport], folder: Path | None = None) -> TrainingData:
     """Read the documents of each role, split them into those to train on and those to evaluate on, and pack both.
     `folder` is where to keep all tokens; None: in memory. ValueError, one line: see `read_documents`; nothing to learn.
     """
     data, tables, lines = encoder.data, {}, list[str]()
-    for role, files in found.items():
-        read = SourceReport()
-        tables[role] = store_documents(
-            read_documents(files, read, encoder, data.max_bad_rows), folder and folder / role
-        )
-        lines.append(f"data: {read.describe()}")
+    for role, report in found.items():
+        tables[role] = store_documents(read_documents(report, encoder), folder and folder / role)
+        lines.append(f"data: {report.describe()}")
     table = tables["sources"]
     # Weight 2.25 is twice, and a third time for the quarter of the documents that their keys choose (by other bytes than
     # those that hold documents out).
@@ -242,12 +239,12 @@ def make_data(encoder: Encoder, found: dict[str, FoundFiles], folder: Path | Non
         skipped, copies = int((times == 0).sum()), int((times - 1).clip(0).sum())
         lines.append(f"data: sources' weights skip {skipped} documents and add {copies} copies of others")
     times_D[is_out_D] = 0
-    train_rows, report = pack_table(table, times_D, data.max_length, data.pack)
-    if report.supervised == 0:
+    train_rows, packed = pack_table(table, times_D, data.max_length, data.pack)
+    if packed.supervised == 0:
         others = f"{int(is_out_D.sum())} of {len(table)} are held out (data.eval_fraction, data.eval_sources)"
-        what = f"nothing to learn from in the {report.documents} documents to train on"
+        what = f"nothing to learn from in the {packed.documents} documents to train on"
         raise ValueError(f"{what}; {others}, others not taken by their source's weight")
     eval_rows, eval_report = pack_table(eval_table, eval_times_D, data.max_length, data.pack)
-    lines += [f"train: {report.describe()}"] + [f"held out: {eval_report.describe()}"] * (len(eval_rows) > 0)
+    lines += [f"train: {packed.describe()}"] + [f"held out: {eval_report.describe()}"] * (len(eval_rows) > 0)
     counts_V = count_supervised(table, times_D, encoder.vocab_size)
-    return TrainingData(train_rows, eval_rows, counts_V, report, lines)
+    return TrainingData(train_rows, eval_rows, counts_V, packed, lines)

@@ -11,7 +11,7 @@ A prepared folder is whole or not there:
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from peagle_train.core.cod import seeded
 from peagle_train.core.collator import CODCollator
 from peagle_train.core.flex import BLOCK_SIZE
 from peagle_train.data.chat import read_template
-from peagle_train.data.documents import SourceReport, find_all, open_tokens, read_documents
+from peagle_train.data.documents import find_all, open_tokens, read_documents
 from peagle_train.data.encode import Encoder
 from peagle_train.data.packing import EMPTY_ROW, PackedRows, PackReport, TrainingData, make_data
 from peagle_train.data.vocab import choose_mask_token, load_config, load_tokenizer
@@ -167,8 +167,8 @@ def prepare_recipe(recipe: Recipe, folder: Path, num_workers: int = 1) -> Traini
     data, encoder = recipe.data, encoder_of(recipe, num_workers=num_workers, progress=True)
     settings, found = settings_of(encoder), find_all(data)
     names = {
-        role: [(f.name, f.format, 0 if f.format == "hub" else os.path.getsize(f.path)) for f in files.files]
-        for role, files in found.items()
+        role: [(f.name, f.format, 0 if f.format == "hub" else os.path.getsize(f.path)) for f in report.files]
+        for role, report in found.items()
     }
     settings["names and sizes of the sources' files"] = checksum(names)
     if (folder / INDEX).exists():
@@ -196,13 +196,13 @@ def prepare_recipe(recipe: Recipe, folder: Path, num_workers: int = 1) -> Traini
 
 def check_data(recipe: Recipe, num_workers: int) -> None:
     """Read everything and print what cannot be used, by reason, with the first of each. ValueError: a run would stop."""
-    encoder, reports = encoder_of(recipe, num_workers=num_workers, progress=True), list[SourceReport]()
-    for role, found in find_all(recipe.data).items():
-        reports.append(SourceReport())
-        for _ in read_documents(found, reports[-1], encoder, max_bad_rows="100%"):
+    encoder, found = encoder_of(recipe, num_workers=num_workers, progress=True), find_all(recipe.data)
+    encoder.data = replace(recipe.data, max_bad_rows="100%")
+    for role, report in found.items():
+        for _ in read_documents(report, encoder):
             pass
-        print(f"data.{role}: {reports[-1].describe()}")
-    for report in reports:
+        print(f"data.{role}: {report.describe()}")
+    for report in found.values():
         report.check_bad(recipe.data.max_bad_rows)
 
 

@@ -30,7 +30,7 @@ from peagle_train.core.cod import seeded
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.elements import make_elements
 from peagle_train.core.passes import visibility_of
-from peagle_train.data.documents import STDLIB, SourceFile, SourceReport, find_all, read_documents, read_examples
+from peagle_train.data.documents import STDLIB, SourceFile, find_all, read_documents, read_examples
 from peagle_train.data.encode import Encoder, parse
 from peagle_train.data.messages import BadRow
 from peagle_train.data.packing import held_out_documents
@@ -115,8 +115,8 @@ def stdlib_cases(
         needed = "the recipe.yaml beside each drafter, with documents held out by data.eval_fraction"
         raise ValueError(f"--prompts stdlib needs {needed}: else it may be measured on what it was trained on")
     data = recipes[0].data
-    files = find_all(Data([STDLIB], extensions=data.extensions, exclude=data.exclude))["sources"]
-    read = read_documents(files, SourceReport(), Encoder(data, tokenizer, vocab_size))
+    modules = find_all(Data([STDLIB], extensions=data.extensions, exclude=data.exclude))["sources"]
+    read = read_documents(modules, Encoder(data, tokenizer, vocab_size))
     documents = [(raw.name.removeprefix(f"{STDLIB}/"), made.input_ids.tolist(), made.key) for raw, made in read]
     keys_D32 = np.frombuffer(b"".join(key for _, _, key in documents), np.uint8).reshape(-1, 32)
     held_out = [*compress(documents, held_out_documents(keys_D32, fraction))]
@@ -132,8 +132,8 @@ def stdlib_cases(
         end = int(torch.randint(prompt_tokens, len(ids), (), generator=generator))
         piece = tuple(ids[end - prompt_tokens : end])
         cases.append(Case(f"{name}, piece {cut + 1}" if cut else name, STDLIB, piece, group=name))
-    modules, short = min(len(cases), len(long_enough)), len(held_out) - len(long_enough)
-    pieces = f"{len(cases)} pieces of {prompt_tokens} tokens, of {modules} of the {len(held_out)} held-out modules"
+    used, short = min(len(cases), len(long_enough)), len(held_out) - len(long_enough)
+    pieces = f"{len(cases)} pieces of {prompt_tokens} tokens, of {used} of the {len(held_out)} held-out modules"
     return cases, f"{STDLIB}: {pieces}; {short} are shorter"
 
 
