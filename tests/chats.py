@@ -36,11 +36,10 @@ def make_tokenizer(trim_offsets: bool = True, stripping: bool = False) -> PreTra
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    lines = [word for word in WORDS] + [f"x {word}" for word in WORDS]
-    tokenizer.train_from_iterator([line for line in lines for _ in range(3)] + ["\n\n"] * 9, trainer)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, show_progress=False)
+    lines = [*WORDS, *(f"x {word}" for word in WORDS)]
+    tokenizer.train_from_iterator([*lines * 3, *["\n\n"] * 9], trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, rstrip=stripping) for token in SPECIAL])
     tokenizer.add_tokens([AddedToken(token, special=False) for token in ADDED])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", bos_token="<bos>")
@@ -89,10 +88,6 @@ REASONING = (
     "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
     "{% endif %}"
 )
-TOOLS = REASONING.replace(
-    "{% if loop.index0 > ns.last_user %}<think>\n{{ m.reasoning_content | default('') }}\n</think>\n\n{% endif %}", ""
-)
-assert TOOLS != REASONING
 # A token more at the end of the whole chat, as in Phi 3.
 CHAT_END = CHATML[: CHATML.rindex("{% endif %}")] + "{% else %}<|endoftext|>{% endif %}"
 # The last turn ends in another token than earlier ones do, as in gpt-oss.
@@ -140,22 +135,12 @@ def readable(encoded: EncodedChat, tokenizer: Any = None) -> str:
     return " ".join(words)
 
 
-def marked_mask(
-    template: str, row: dict[str, Any], tokenizer: Any = None, **kwargs: Any
-) -> tuple[list[int], list[int]]:
+def marked_mask(template: str, row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[int]]:
     """Ids and mask by another route: tokens that overlap what is marked in the template, as transformers renders it (whose
     own mask, before 5.24, went on to the end of the text where a mark ended in a space that the tokenizer drops).
     """
-    tokenizer = tokenizer or make_tokenizer()
-    chat = messages_of(row)
-    [text], [spans] = render_jinja_template(
-        conversations=[chat.messages],
-        tools=chat.tools,
-        chat_template=template,
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
-        **kwargs,
-    )
+    chat, how = messages_of(row), {"chat_template": template, "return_assistant_tokens_mask": True}
+    [text], [spans] = render_jinja_template([chat.messages], tools=chat.tools, **how, **tokenizer.special_tokens_map)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     mask = [int(any(begin < e and end > b for b, e in spans)) for begin, end in encoded["offset_mapping"]]
     return encoded["input_ids"], mask

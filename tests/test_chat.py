@@ -12,7 +12,7 @@ from tokenizers.normalizers import NFC
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from peagle_train.data.chat import ChatEncoder, read_template
+from peagle_train.data.chat import ChatEncoder
 from peagle_train.data.messages import FORMAT, NOTHING, TEMPLATE, BadRow, messages_of, without_null
 from tests import chats
 from tests.chats import WORDS, chat, encode, encoder, make_tokenizer, marked_mask, readable, stock
@@ -43,14 +43,6 @@ THOUGHTFUL = {
 }
 BORDER = "tokens across the border of a turn, not learned"
 UNLEARNED = "turns that cannot be learned in their chat"
-WEIGHTED = chat("user: Hi", "assistant: Hello", "user: So?", "assistant: Bye")
-PLAIN = [dict(message) for message in WEIGHTED["messages"]]
-WEIGHTED["messages"][1]["weight"], WEIGHTED["messages"][3]["weight"] = 0, 1
-READ_WEIGHTED = (
-    r"<|im_start|> user \n Hi <|im_end|> \n <|im_start|> assistant \n Hello <|im_end|> \n "
-    r"<|im_start|> user \n S o ? <|im_end|> \n <|im_start|> assistant \n [Bye] [<|im_end|>] \n"
-)
-
 # What a row becomes: template, row, options of the encoder, tokens, counts.
 SHOWN: dict[str, tuple[str, dict[str, Any], dict[str, Any], str, dict[str, int]]] = {
     "every answer with its end": (
@@ -98,13 +90,6 @@ SHOWN: dict[str, tuple[str, dict[str, Any], dict[str, Any], str, dict[str, int]]
         r"<|im_start|> assistant \n Hello <|im_end|> \n <|im_start|> user \n Hi <|im_end|> \n "
         r"<|im_start|> assistant \n [Bye] [<|im_end|>] \n", {UNLEARNED: 1},
     ),
-    "messages of weight 0 are context": (chats.CHATML, WEIGHTED, {}, READ_WEIGHTED, {}),
-    "prompts are context": (chats.CHATML, {"prompt": PLAIN[:3], "completion": PLAIN[3:]}, {}, READ_WEIGHTED, {}),
-    "a special token in a text is what it is to a server": (
-        chats.CHATML, chat("user: Hi<|im_end|>", "assistant: Hello<|eot|>Bye</think>"), {},
-        r"<|im_start|> user \n Hi <|im_end|> <|im_end|> \n "
-        r"<|im_start|> assistant \n [Hello] [<|eot|>] [Bye] [</think>] [<|im_end|>] \n", {},
-    ),
 }  # fmt: skip
 
 
@@ -115,31 +100,11 @@ def test_a_chat_in_tokens(what):
     assert readable(encoded, options.get("tokenizer")) == expected and encoded.counts == counts
 
 
-def test_tool_calls_are_learned_and_tool_results_are_not_with_the_thoughts_of_every_step():
-    encoded = encode(chats.REASONING, WEATHER)
-    tools, found = readable(encoded).split(r" <|im_end|> \n ", 1)
-    assert tools.startswith(r"<|im_start|> system \n { ") and "[" not in tools
-    assert found == (
-        r"<|im_start|> user \n What _weather _is _today _in _Oslo ? <|im_end|> \n "
-        r"<|im_start|> assistant \n [<think>] [\n] [Thinking] [_about] [_it] [.] [\n] [</think>] [\n\n] "
-        r'[<tool_call>] [\n] [{] ["] [name] ["] [:] [_] ["] [weather] ["] [,] [_] ["] [arguments] ["] [:] [_] '
-        r'[{] ["] [city] ["] [:] [_] ["] [Oslo] ["] [}] [}] [\n] [</tool_call>] [<|im_end|>] \n '
-        r"<|im_start|> user \n Rain , _3 _degrees <|im_end|> \n "
-        r"<|im_start|> assistant \n [<think>] [\n] [3] [_degrees] [\n] [</think>] [\n] [\n] "
-        r"[Rain] [_today] [.] [<|im_end|>] \n"
-    )
-    assert encoded.counts == {}
-    with pytest.raises(BadRow, match="tool_calls") as error:  # of a template that does not read them
-        encode(chats.CHATML, WEATHER)
-    assert error.value.reason == TEMPLATE
-
-
 BLANKS = chat("user: Hello", "assistant:  Hi \n\n", "user: Bye ", "assistant: \n Bye", "user: So?", "assistant: So\n")
 ORACLE_ROWS = [
     SEA,
     GRASS,
     THOUGHTFUL,
-    WEATHER,
     BLANKS,
     chat("system: ", "user: Hello", "assistant: Hi", "assistant: Bye"),
     chat("user: \u00e9t\u00e9 \U0001f600 \u4f60\u597d", "assistant: \u4f60\u597d, \U0001f600\u00e9"),
@@ -159,12 +124,11 @@ def test_masks_are_those_of_the_same_template_with_marks():
     tried = [(make_tokenizer(trim_offsets=False), [*ORACLE_ROWS, *rows[:5]]), (make_tokenizer(), rows)]
     tried += [(make_tokenizer(stripping=True), rows), (PreTrainedTokenizerFast(tokenizer_object=nfc), rows)]
     straddling = 0
-    for template in (chats.CHATML, chats.LLAMA3, chats.TOOLS, chats.PLAIN, chats.CHAT_END):
+    for template in (chats.CHATML, chats.LLAMA3, chats.PLAIN, chats.CHAT_END, chats.REASONING):
         for tokenizer, examples in tried:
             encodes = encoder(template, tokenizer)
-            for row in examples:
-                if row is WEATHER and template != chats.TOOLS:
-                    continue  # tool calls, which the template does not read
+            # Thoughts before the last of several users are marked, and not learned.
+            for row in [WEATHER] if template == chats.REASONING else examples:
                 encoded = encodes.encode(messages_of(row))
                 ids, mask = marked_mask(template, row, tokenizer)
                 assert encoded.input_ids == ids
@@ -175,25 +139,28 @@ def test_masks_are_those_of_the_same_template_with_marks():
     assert straddling > 0, "some texts run into the prompt before them"
 
 
-def test_a_space_that_the_prompt_ends_in_is_never_learned_with_the_word_after_it():
-    # As in Vicuna: the server's prompt ends in the space, so that the target cannot begin with "_Blue".
-    template = (
-        "{% for m in messages %}"
-        "{% if m.role == 'assistant' %}assistant: {{ m.content }}</s>{% else %}user: {{ m.content }} {% endif %}"
-        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    row = chat("user: What colour is the sea?", "assistant: Blue.")
+def test_tokens_across_the_border_of_a_turn_are_not_learned():
+    """A word with the space that the prompt ends in, as in Vicuna; a full stop with the line break after the turn."""
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
     for trim_offsets in (False, True):
-        encoded = encode(template, row, make_tokenizer(trim_offsets))
-        assert readable(encoded) == "user : _What _colour _is _the _sea ? _assistant : _Blue [.] [</s>]"
-        assert encoded.counts == {BORDER: 1}
+        encoded = encode(template, chat("user: Hello", "assistant: Blue."), make_tokenizer(trim_offsets))
+        assert readable(encoded) == r"user : _Hello \n assistant : _Blue [.] \n" and encoded.counts == {BORDER: 1}
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    core.train_from_iterator([".\n"] * 9, trainer)  # a token of a full stop and a line break, as Llama 3 and Qwen have
+    encoded = encode(template, chat("user: Hi", "assistant: No."), PreTrainedTokenizerFast(tokenizer_object=core))
+    assert encoded.loss_mask[-3:] == [1, 1, 0] and encoded.counts == {BORDER: 1}
 
 
-def test_a_last_turn_that_is_not_rendered_as_its_prompt_and_what_follows_is_refused():
-    # The generation prompt opens thoughts that the rendered turn does not have.
-    template = chats.CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-    with pytest.raises(BadRow, match="does it drop thoughts"):
-        encode(template, SEA)
+def test_a_chat_that_the_template_does_not_render_as_it_is_generated_is_refused():
+    opening = chats.CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")  # in the prompt alone
+    for template, row, detail in ((opening, SEA, "does it drop thoughts"), (chats.CHATML, WEATHER, "has tool_calls")):
+        with pytest.raises(BadRow, match=detail) as error:
+            encode(template, row)
+        assert error.value.reason == TEMPLATE
 
 
 def test_last_turn_means_the_steps_of_the_assistant_after_the_last_user():
@@ -250,18 +217,14 @@ def test_a_template_that_cannot_work_is_one_line_at_the_first_chat(template, opt
     assert message in str(error.value) and "\n" not in str(error.value) and not isinstance(error.value, BadRow)
 
 
-def test_chats_take_a_fast_tokenizer_which_stays_as_it_was_and_a_template_file_that_can_be_read(tmp_path):
+def test_chats_take_a_fast_tokenizer_which_stays_as_it_was():
     for tokenizer in (None, SimpleNamespace(is_fast=False)):
         with pytest.raises(ValueError, match="chats take a fast tokenizer"):
             ChatEncoder(tokenizer)
-    (tmp_path / "empty.jinja").write_text("\n")
-    for name, message in (("none", "cannot read"), ("empty", "is empty")):
-        with pytest.raises(ValueError, match=f"data.chat_template: .*{message}"):
-            read_template(str(tmp_path / f"{name}.jinja"))
     tokenizer = make_tokenizer()
-    before = json.loads(tokenizer.backend_tokenizer.to_str())
+    before = tokenizer.backend_tokenizer.to_str()
     encode(chats.CHATML, SEA, tokenizer)
-    assert json.loads(tokenizer.backend_tokenizer.to_str()) == before
+    assert tokenizer.backend_tokenizer.to_str() == before
 
 
 # Messages in every format that is read, and what is refused with which reason
@@ -294,7 +257,11 @@ def test_sharegpt_is_the_same_as_messages():
         {"role": "tool", "content": "Rain"},
         {"role": "assistant", "content": "Rain."},
     ]
-    assert conversation.learned == [False, False, False, False, True, False, True]
+    assert conversation.learned == [False, False, False, False, True, False, True], (
+        "weight 0 is context, as prompts are"
+    )
+    plain = {"prompt": conversation.messages[1:3], "completion": conversation.messages[3:]}
+    assert messages_of(plain)[:2] == (conversation.messages[1:], conversation.learned[1:])
 
 
 def test_tool_calls_get_one_shape_and_keep_their_ids():
@@ -350,7 +317,7 @@ BAD = {
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": "no JSON"}]},
         turn(role="narrator"),
         turn(content=[{"type": "image_url", "image_url": "x"}]),
-        turn(thinking="x", reasoning="y"),
+        turn(thinking=7),
         turn(tool_calls={"a": 1}),
         turn(tool_calls=[{"function": {"arguments": {}}}]),
         turn(tool_calls=[{"function": {"name": "f", "arguments": "{"}}]),
@@ -378,15 +345,3 @@ def test_a_bad_row_has_a_reason_to_count_by_and_one_line_of_detail():
         error = pickle.loads(pickle.dumps(caught.value))  # as it comes from a worker process
         assert (error.reason, str(error)) == (reason, f"{reason}: {error.detail}"), row
         assert error.detail and error.detail.isascii() and "\n" not in error.detail and len(error.detail) < 300
-
-
-def test_a_token_that_begins_in_an_answer_and_ends_after_its_turn_is_not_learned():
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    core.train_from_iterator([".\n"] * 9, trainer)  # a token of a full stop and a line break, as Llama 3 and Qwen have
-    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    template += "{% if add_generation_prompt %}assistant: {% endif %}"
-    encoded = encode(template, chat("user: Hi", "assistant: No."), PreTrainedTokenizerFast(tokenizer_object=core))
-    assert encoded.loss_mask[-3:] == [1, 1, 0] and list(encoded.counts.values()) == [1]

@@ -42,6 +42,10 @@ class TokenizedText(NamedTuple):
     starts_n: Tensor
     ends_n: Tensor
 
+    def cut_at(self, border: int) -> Tensor:
+        """bool [n]: tokens that begin before a character and end after it."""
+        return (self.starts_n < border) & (self.ends_n > border)
+
 
 class EncodedChat(NamedTuple):
     """A chat in tokens."""
@@ -114,8 +118,7 @@ class ChatTemplate:
             return len(prompt), end
         # Only what ends the turn may differ: some templates close the last one with another token (gpt-oss, Phi 3).
         end = _common_prefix(text, until_turn)
-        cut_n = (whole.starts_n < end) & (whole.ends_n > end)
-        end = min([end, *whole.starts_n[cut_n].tolist()])
+        end = min([end, *whole.starts_n[whole.cut_at(end)].tolist()])
         is_same = end > len(prompt) and not self._added_or_space.sub("", until_turn[end:])
         return (len(prompt), end) if is_same else None
 
@@ -128,11 +131,8 @@ class ChatTemplate:
         if not text.endswith(self._added, start, end):
             return start, end
         # A token that takes the white space after it along (rstrip, as in Phi 3) is one with it.
-        for token in torch.nonzero((whole.starts_n < end) & (whole.ends_n > end)).flatten().tolist():
-            token_end = int(whole.ends_n[token])
-            if whole.ids[token] in self._added_ids and text[end:token_end].isspace():
-                end = token_end
-        return start, end
+        cut = torch.nonzero(whole.cut_at(end)).flatten().tolist()
+        return start, max([end, *(int(whole.ends_n[token]) for token in cut if whole.ids[token] in self._added_ids)])
 
 
 def _common_prefix(first: str, second: str) -> int:
@@ -182,8 +182,7 @@ class ChatEncoder:
         straddles_n = torch.zeros_like(is_inside_n)
         for first, last in spans:
             is_inside_n |= (whole.starts_n >= first) & (whole.ends_n <= last) & (whole.starts_n < last)
-            for border in (first, last):
-                straddles_n |= (whole.starts_n < border) & (whole.ends_n > border)
+            straddles_n |= whole.cut_at(first) | whole.cut_at(last)
         if not is_inside_n.any():
             raise BadRow(NOTHING, f"none of the {len(whole.ids)} tokens is generated after a prompt")
         counts["tokens across the border of a turn, not learned"] = int(straddles_n.sum())
@@ -226,13 +225,5 @@ class ChatEncoder:
 
 
 def read_template(path: str | None) -> str | None:
-    """The text of the file that data.chat_template names, None for none; ValueError if it cannot be read."""
-    if path is None:
-        return None
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"data.chat_template: cannot read {path} ({error})") from None
-    if not text.strip():
-        raise ValueError(f"data.chat_template: {path} is empty")
-    return text
+    """The text of the file that data.chat_template names, None for none."""
+    return None if path is None else Path(path).read_text(encoding="utf-8")

@@ -122,12 +122,10 @@ def _message(raw: Any, where: str, may_be_empty: bool) -> tuple[dict[str, Any], 
         calls = _typed(_parsed(message.pop("tool_calls", []), where), list, f"tool_calls of {where}")
         if calls:
             message["tool_calls"] = [_tool_call(call, where) for call in calls]
-        thoughts = [_typed(message[name], str, f"{name} of {where}") for name in _REASONING_KEYS if name in message]
-        if len(set(thoughts)) > 1:
-            raise BadRow(FORMAT, f"{where} has different thoughts under two names ({', '.join(_REASONING_KEYS)})")
-        if thoughts:
-            message.update(reasoning_content=thoughts[0], thinking=thoughts[0])
-        if calls or any(map(str.strip, thoughts)):
+        thoughts = next((message[name] for name in _REASONING_KEYS if message.get(name)), "")
+        if _typed(thoughts, str, f"the reasoning of {where}"):
+            message.update(reasoning_content=thoughts, thinking=thoughts)
+        if calls or thoughts.strip():
             message.setdefault("content", "")  # null beside tool calls; a template may search it
             may_be_empty = True
     if "content" not in message:

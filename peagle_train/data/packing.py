@@ -70,27 +70,21 @@ class PackedRows(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, store: TokenStore, layout: dict[str, np.ndarray]) -> None:
-        """`layout`: where in the store the tokens are, all int64: piece_starts, piece_lengths [pieces]; row_offsets
-        [sequences + 1], each one's pieces; row_keys [sequences], their content's, hashed here if they are missing.
+        """`layout`: where in the store the tokens are, all int64: piece_starts, piece_lengths [pieces]; row_firsts,
+        row_ends [sequences], each one's pieces; row_keys [sequences], their content's, hashed here if they are missing.
         """
         self._store, self.layout = store, layout
-        self._index = np.arange(layout["row_offsets"].size - 1)
         if "row_keys" not in layout:
-            contents = (b"".join(v.astype("<i8").tobytes() for v in self._tokens(i)) for i in self._index.tolist())
+            contents = (b"".join(v.astype("<i8").tobytes() for v in self._tokens(i)) for i in range(len(self)))
             self.layout = {**layout, "row_keys": np.array([*map(hash63, contents)], dtype=np.int64)}
 
     def __len__(self) -> int:
-        return self._index.size
+        return self.layout["row_firsts"].size
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
         epoch, i = index if isinstance(index, tuple) else (None, index)
-        if not -1 <= i < len(self):
-            raise IndexError(f"sequence {i} of {len(self)}")
-        if i == EMPTY_ROW:
-            tokens, key = (np.zeros(0, np.int64),) * 3, 0
-        else:
-            stored = int(self._index[i])
-            tokens, key = self._tokens(stored), int(self.layout["row_keys"][stored])
+        empty = (np.zeros(0, np.int64),) * 3
+        tokens, key = (empty, 0) if i == EMPTY_ROW else (self._tokens(i), int(self.layout["row_keys"][i]))
         names = "input_ids", "loss_mask", "document_ids"
         row: dict[str, Any] = {n: torch.from_numpy(values) for n, values in zip(names, tokens, strict=True)}
         row["row_key"] = key
@@ -98,20 +92,19 @@ class PackedRows(Dataset[dict[str, Any]]):
 
     def fingerprint(self) -> str:
         """sha256 over all sequences' keys in order, in hex: the same where and only where the sequences are."""
-        return hashlib.sha256(self.layout["row_keys"][self._index].astype("<i8").tobytes()).hexdigest()
+        return hashlib.sha256(self.layout["row_keys"].astype("<i8").tobytes()).hexdigest()
 
     def limit(self, max_rows: int | None) -> "PackedRows":
         """At most `max_rows` of these sequences, in their order, without a copy: those of the lowest keys, since the first
         are no fair sample (packing sorts by length).
         """
-        limited = PackedRows(self._store, self.layout)
-        lowest = np.argsort(self.layout["row_keys"][self._index], kind="stable")[:max_rows]
-        limited._index = self._index[np.sort(lowest)]
-        return limited
+        chosen = np.sort(np.argsort(self.layout["row_keys"], kind="stable")[:max_rows])
+        layout = {n: v[chosen] if n.startswith("row") else v for n, v in self.layout.items()}
+        return PackedRows(self._store, layout)
 
     def _tokens(self, sequence: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids, mask and document ids: int64 [n] each."""
-        first, last = self.layout["row_offsets"][sequence : sequence + 2].tolist()
+        first, last = (int(self.layout[name][sequence]) for name in ("row_firsts", "row_ends"))
         starts, lengths = (self.layout[name][first:last] for name in ("piece_starts", "piece_lengths"))
         pieces = [slice(start, start + length) for start, length in zip(starts.tolist(), lengths.tolist())]
         ids, mask = (
@@ -140,11 +133,9 @@ def pack_table(
     length_P = np.minimum(table.lengths_D[document_P] - offset_P, max_length)
     sequences = _best_fit_decreasing(length_P, max_length) if pack else [[piece] for piece in range(length_P.size)]
     placed = np.array([piece for sequence in sequences for piece in sequence], dtype=np.int64)
-    layout = {
-        "piece_starts": start_P[placed],
-        "piece_lengths": length_P[placed],
-        "row_offsets": np.cumsum([0, *map(len, sequences)], dtype=np.int64),
-    }
+    offsets = np.cumsum([0, *map(len, sequences)], dtype=np.int64)
+    layout = {"piece_starts": start_P[placed], "piece_lengths": length_P[placed]}
+    layout |= {"row_firsts": offsets[:-1], "row_ends": offsets[1:]}
     tokens, firsts_P = int(length_P.sum()), mask_n[start_P].astype(np.int64)
     learned_D = np.add.reduceat(mask_n, table.starts_D, dtype=np.int64) if len(table) else times_D
     report = PackReport(
@@ -164,25 +155,24 @@ def _best_fit_decreasing(length_P: np.ndarray, capacity: int) -> list[list[int]]
     """Pieces by sequence: the longest first, each where the least space remains."""
     sequences: list[list[int]] = []
     spaces: list[int] = []  # ascending: the amounts of space that any sequence has left
-    sequences_with: dict[int, list[int]] = {}  # those sequences, by space
+    sequences_with: dict[int, list[list[int]]] = {}  # those sequences, by space
     order = np.argsort(-length_P, kind="stable")
     for piece, length in zip(order.tolist(), length_P[order].tolist()):
         at = bisect_left(spaces, length)
         if at == len(spaces):
-            sequence, space = len(sequences), capacity
-            sequences.append([])
+            sequence, space = list[int](), capacity
+            sequences.append(sequence)
         else:
             space = spaces[at]
             sequence = sequences_with[space].pop()
             if not sequences_with[space]:
                 del sequences_with[space], spaces[at]
-        sequences[sequence].append(piece)
+        sequence.append(piece)
         space -= length
-        if space > 0 and space not in sequences_with:
+        if space not in sequences_with:
             insort(spaces, space)
             sequences_with[space] = []
-        if space > 0:
-            sequences_with[space].append(sequence)
+        sequences_with[space].append(sequence)
     return sequences
 
 

@@ -48,7 +48,6 @@ def load_training_data(encoder: Encoder, say: Callable[[str], object] = print) -
         made = open_prepared(Path(data.prepared), settings_of(encoder))
         say(f"data: as prepared in {data.prepared}, checksums verified")
     else:
-        read_template(data.chat_template)  # a mistake even where no example is a chat
         made = make_data(encoder, find_all(data))
     for line in made.lines:
         say(line)
