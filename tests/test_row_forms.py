@@ -16,6 +16,7 @@ import pytest
 from peagle_train.cli import main
 from peagle_train.config import Data, parse_sources
 from peagle_train.data.documents import find_all, read_examples
+from peagle_train.data.encode import parse
 from peagle_train.data.messages import BAD_IDS, FORMAT, NOTHING, UNREADABLE
 from tests.byte_tokenizer import make_byte_target, make_byte_tokenizer
 from tests.documents import TOKENIZER, Document, load, write_lines
@@ -25,38 +26,29 @@ CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hel
 SHAREGPT = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
 
 
-def learned(document: Document) -> str:
-    return TOKENIZER.decode(document.input_ids[document.loss_mask == 1])
-
-
 TEXT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>\n"
 
 
-def test_a_row_of_each_form_becomes_the_ids_and_the_mask_that_it_means(tmp_path):
-    for row, text, what_is_learned in (
-        ({"messages": CHAT}, TEXT, "hello<|im_end|>"),
-        ({"conversations": SHAREGPT}, TEXT, "hello<|im_end|>"),
-        ({"prompt": CHAT[:1], "completion": CHAT[1:]}, TEXT, "hello<|im_end|>"),
-        ({"prompt": "2 + 2 =", "completion": " 4"}, "2 + 2 = 4<|im_end|>", " 4<|im_end|>"),
-        ({"text": "plain"}, "plain", "lain"),
-        ({"input_ids": [65, 66, 67], "loss_mask": [0, 0, 1]}, "bcd", "d"),
+def test_a_row_is_read_in_the_first_form_that_it_has_as_the_ids_and_the_mask_that_it_means(tmp_path):
+    prompts, texts = {"prompt": CHAT[:1], "completion": CHAT[1:]}, {"prompt": "2 + 2 =", "completion": " 4"}
+    all_but_ids = {"text": "a", **texts, "conversations": SHAREGPT, "messages": CHAT}
+    for row, form, text, what_is_learned in (
+        ({"messages": CHAT}, "messages", TEXT, "hello<|im_end|>"),
+        ({"conversations": SHAREGPT}, "conversations", TEXT, "hello<|im_end|>"),
+        (prompts, "prompt", TEXT, "hello<|im_end|>"),
+        (texts, "prompt", "2 + 2 = 4<|im_end|>", " 4<|im_end|>"),
+        ({"text": "plain"}, "text", "plain", "lain"),
+        ({"input_ids": [65, 66, 67], "loss_mask": [0, 0, 1]}, "input_ids", "bcd", "d"),
+        ({**all_but_ids, "input_ids": [65, 66]}, "input_ids", "bc", "c"),
+        (all_but_ids, "messages", TEXT, "hello<|im_end|>"),
+        ({"text": "plain", "prompt": "no completion"}, "text", "plain", "lain"),
     ):
         (read,), report = load(write_lines(tmp_path / "r.jsonl", row))
-        assert TOKENIZER.decode(read.input_ids) == text and learned(read) == what_is_learned, row
-        assert report.forms == {next(iter(row)): 1}
-    same = [{"messages": CHAT}, {"text": "plain"}, {"conversations": SHAREGPT}]
-    rows = [*same, {"prompt": CHAT[:1], "completion": CHAT[1:]}]
-    documents, report = load(write_lines(tmp_path / "r.jsonl", *rows))
+        assert TOKENIZER.decode(read.input_ids) == text and report.forms == {form: 1}, row
+        assert TOKENIZER.decode(read.input_ids[read.loss_mask == 1]) == what_is_learned
+    documents, report = load(write_lines(tmp_path / "r.jsonl", {"messages": CHAT}, {"text": "plain"}, prompts))
     assert names(documents) == [f"{tmp_path.name}/r.jsonl:1", f"{tmp_path.name}/r.jsonl:2"]
-    assert report.notes["duplicate documents skipped"] == 2 and "(1 messages, 1 text)" in report.describe()
-
-
-def test_a_row_with_several_forms_is_read_as_the_first_of_them(tmp_path):
-    everything = {"text": "a", "prompt": "b", "completion": "c", "conversations": SHAREGPT, "messages": CHAT}
-    rows = [{**everything, "input_ids": [7, 8]}, everything]
-    rows += [{"text": "only this", "prompt": "no completion"}, {"text": "tt", "prompt": "pp", "completion": "cc"}]
-    documents, _ = load(write_lines(tmp_path / "r.jsonl", *rows))
-    assert [learned(d)[-16:] for d in documents] == [")", "hello<|im_end|>", "nly this", "cc<|im_end|>"]
+    assert report.notes == {"duplicate documents skipped": 1} and "(1 messages, 1 text)" in report.describe()
 
 
 def ids(tokens: str, **more: str) -> bytes:
@@ -116,31 +108,23 @@ def test_bad_rows_are_counted_by_reason_with_the_line_of_the_first_or_stop_with_
 
 
 def test_a_share_of_bad_rows_is_of_all_examples_and_is_known_when_all_are_read(tmp_path):
-    for good, bad, share, is_fine in (
-        (99, 1, "1%", True), (98, 1, "1%", False), (71, 29, "29%", True), (70, 29, "29%", False), (1, 1, "0%", False),
-        (199, 1, "0.5%", True), (1, 7, "100%", True),
-    ):  # fmt: skip
-        path = write_lines(tmp_path / "r.jsonl", *[b"{"] * bad, *({"text": f"row {i}"} for i in range(good)))
-        if is_fine:
-            documents, report = load(path, max_bad_rows=share)
-            assert len(documents) == good and sum(report.bad_rows.values()) == bad
-        else:
-            with pytest.raises(ValueError, match=f"{bad} bad rows: .*data.max_bad_rows is {share}"):
-                load(path, max_bad_rows=share)
+    for good, bad, share in ((99, 1, "1%"), (71, 29, "29%"), (199, 1, "0.5%")):
+        rows = [*[b"{"] * bad, *({"text": f"row {i}"} for i in range(good))]
+        documents, report = load(write_lines(tmp_path / "r.jsonl", *rows), max_bad_rows=share)
+        assert (len(documents), report.bad_rows.total()) == (good, bad)
+        with pytest.raises(ValueError, match=f"{bad} bad rows: .*data.max_bad_rows is {share}"):
+            load(write_lines(tmp_path / "r.jsonl", *rows[:-1]), max_bad_rows=share)
 
 
 def test_check_data_counts_all_that_is_bad_and_ends_with_2_where_a_run_would_stop(tmp_path, capsys):
     target = make_byte_target(tmp_path / "target")
     path = write_lines(tmp_path / "r.jsonl", {"text": "good"}, b"{", {"text": 5}, b"[", {"text": "fine"})
     recipe = write_recipe(tmp_path, target, path, tmp_path / "run", draft={"mask_token_id": 299})
-    for allowed, code in (("0", 2), ("2", 2), ("3", 0), ("59%", 2), ("60%", 0)):
+    for allowed, code in (("2", 2), ("3", 0), ("59%", 2)):
         assert main(["check-data", str(recipe), "--workers", "1", f"data.max_bad_rows={allowed}"]) == code
         out, err = capsys.readouterr()
         assert f"2 {UNREADABLE} (first: {path}, line 2: " in out and f"1 {FORMAT} (first: {path}, line 3: " in out
         assert "2 documents of 1 files" in out and (f"data.max_bad_rows is {allowed}" in err) == (code == 2)
-    for wrong in ("1.5", "101%", "-1%", "x"):
-        assert main(["check-data", str(recipe), f"data.max_bad_rows={wrong}"]) == 2
-        assert "data.max_bad_rows: got " in capsys.readouterr().err
 
 
 def test_a_text_file_that_is_not_utf8_is_a_bad_row_whatever_its_folder_is_called(tmp_path):
@@ -155,9 +139,8 @@ def test_a_text_file_that_is_not_utf8_is_a_bad_row_whatever_its_folder_is_called
 
 
 def test_a_broken_list_of_rows_is_one_bad_row_and_nothing_to_learn_from_is_refused(tmp_path):
-    path = tmp_path / "list.json"
+    path, good = tmp_path / "list.json", write_lines(tmp_path / "r.jsonl", {"text": "good"})
     path.write_text(json.dumps([{"text": "one"}, {"text": "two"}])[:-1])
-    good = write_lines(tmp_path / "r.jsonl", {"text": "good"})
     documents, report = load(path, good, max_bad_rows=1)
     assert len(documents) == 1 and report.first_bad[UNREADABLE].startswith(str(path))
     path.write_text(json.dumps([{"text": "one"}, 5, {"text": "two"}], indent=2))
@@ -218,8 +201,8 @@ def test_parquet_arrow_saved_and_named_data_sets_hold_what_the_same_jsonl_holds(
 
 def test_a_null_column_of_a_table_is_a_field_that_is_not_there_and_tables_may_be_empty(tmp_path):
     rows = [{"messages": CHAT}, {"text": "plain"}, {"input_ids": [1, 2, 3]}, {}]
-    names = ("messages", "text", "input_ids", "loss_mask")
-    table = datasets.Dataset.from_list([{name: row.get(name) for name in names} for row in rows])
+    columns = ("messages", "text", "input_ids", "loss_mask")
+    table = datasets.Dataset.from_list([{name: row.get(name) for name in columns} for row in rows])
     table.to_parquet(tmp_path / "r.parquet")
     documents, report = load(tmp_path / "r.parquet", max_bad_rows=1)
     assert report.forms == {"messages": 1, "text": 1, "input_ids": 1}
@@ -239,44 +222,22 @@ def test_a_source_with_a_mistake_is_one_clear_line():
     for source, expected in (
         ({"path": "a", "datasets": "b"}, "data.sources[0] has both of path and datasets"),
         ({"weight": 2}, "data.sources[0] has neither of path and datasets"),
-        ({"path": "a", "wieght": 2}, "data.sources[0].wieght is not a key; did you mean data.sources[0].weight?"),
         ({"path": "a", "weight": 0}, "data.sources[0].weight: got 0 (int); it should be greater than 0"),
         ({"path": "a", "split": "test"}, "data.sources[0] has split or name"),
-        ("hf:", "data.sources[0].datasets: got '' (str); give a non-empty string"),
     ):
         with pytest.raises(ValueError) as caught:
             parse_sources([source])
         assert str(caught.value).startswith(expected)
 
 
-TOOL_TEMPLATE = (
-    "{{ tools | tojson }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{{ m.tool_calls | tojson if m.tool_calls }}<|im_end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def tool_row(name: str, arguments: dict[str, Any], properties: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
-    tool = {"name": name, "parameters": {"type": "object", "properties": properties}}
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
-    return {"messages": messages, "tools": [{"type": "function", "function": tool}], "chat_template_kwargs": kwargs}
-
-
-def test_tool_calls_and_schemas_of_a_table_have_no_fields_of_other_rows(tmp_path):
+def test_rows_of_a_table_have_no_fields_of_other_rows(tmp_path):
     rows = [
-        tool_row("weather", {"city": "Paris"}, {"city": {"type": "string"}}, think=True),
-        tool_row("add", {"n": 1, "m": [{"a": 2}, {"b": [None]}]}, {"n": {"type": "integer", "minimum": 0}}, brief=True),
+        {"tools": [{"name": "weather", "properties": {"city": {"type": "string"}}}]},
+        {"tools": [{"name": "add", "properties": {"n": {"minimum": 0}, "m": [{"a": 2}, {"b": [None]}]}}]},
     ]
-    (tmp_path / "tools.jinja").write_text(TOOL_TEMPLATE)
-    encoder = {"chat_template": str(tmp_path / "tools.jinja")}
-    expected, _ = load(write_lines(tmp_path / "r.jsonl", *rows), **encoder)
-    table = datasets.Dataset.from_list(rows)  # which has the fields of all rows in each, or this shows nothing
-    assert table[0]["chat_template_kwargs"] == {"think": True, "brief": None}
-    table.to_parquet(tmp_path / "r.parquet")
-    documents, _ = load(tmp_path / "r.parquet", **encoder)
-    assert [TOKENIZER.decode(d.input_ids) for d in documents] == [TOKENIZER.decode(d.input_ids) for d in expected]
-    assert '"arguments": {"city": "Paris"}' in TOKENIZER.decode(documents[0].input_ids)
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "r.parquet")
+    files = find_all(Data([str(tmp_path / "r.parquet")]))["sources"].files
+    assert [parse(example.content) for example in read_examples(files)] == rows
 
 
 @pytest.mark.parametrize("template", [None, "{{ raise_exception('never') }}"])
@@ -292,9 +253,9 @@ def test_plain_prompts_and_completions_need_no_chat_template_and_chats_do(templa
 # Files and folders: what is read, in which order, and what is left out
 
 
-def write(path: Path, text: str | bytes = "text") -> Path:
+def write(path: Path, text: str = "text") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    path.write_text(text, newline="")
     return path
 
 
@@ -328,8 +289,7 @@ def test_order_and_names_do_not_depend_on_where_the_folder_lies(tmp_path):
         for i in order:
             write(root / "corpus" / ["b/x.txt", "a.txt", "b/a/y.txt"][i], f"text {i}")
         write_lines(root / "corpus" / "b.jsonl", {"input_ids": [1, 2]}, {"input_ids": [3, 4]})
-        documents, _ = load(root / "corpus")
-        results.append([(d.name, d.key) for d in documents])
+        results.append([(d.name, d.key) for d in load(root / "corpus")[0]])
     assert results[0] == results[1]
     expected = ["a.txt", "b.jsonl:1", "b.jsonl:2", "b/a/y.txt", "b/x.txt"]
     assert [name for name, _ in results[0]] == [f"corpus/{name}" for name in expected]
@@ -346,26 +306,20 @@ def test_globs_folders_and_files_may_be_mixed(tmp_path, monkeypatch):
     assert names(load("~/src")[0]) == ["src/[x].txt", "src/a.py", "src/sub/b.py"]
 
 
-def test_exclude_patterns_match_below_the_source(tmp_path):
-    write(tmp_path / "d" / "a.txt", "one")
-    write(tmp_path / "d" / "sub" / "b.txt", "two")
-    for pattern, left in (("sub/*", "d/a.txt"), ("d/sub/*", "d/a.txt"), ("a.*", "d/sub/b.txt")):
+def test_what_is_left_out_is_counted_by_patterns_below_the_source_and_types_and_content(tmp_path):
+    texts = {"a.txt": "one", "b.txt": "one", "c.txt": "", "d.rst": "x", "e.txt": "e", "sub/x.txt": "two"}
+    for name, text in texts.items():
+        write(tmp_path / "d" / name, text)
+    os.symlink(tmp_path, tmp_path / "d" / "link")
+    for pattern in ("sub/*", "d/sub/*", "x.txt", "*x.*"):
         documents, report = load(tmp_path / "d", exclude=[pattern])
-        assert (names(documents), report.notes["excluded files skipped"]) == ([left], 1)
-    with pytest.raises(ValueError, match=r"has no file to read .*2 excluded files"):
-        load(tmp_path / "d", exclude=["*.txt"])
-
-
-def test_everything_left_out_is_counted_and_told(tmp_path):
-    folder = tmp_path / "d"
-    for name, text in {"a.txt": "one", "b.txt": "one", "c.txt": "", "d.rst": "x", "e.txt": "e", "x.txt": "two"}.items():
-        write(folder / name, text)
-    os.symlink(tmp_path, folder / "link")
-    documents, report = load(folder, exclude=["x*"])
+        is_out = pattern != "x.txt"  # a pattern of the whole path below the source
+        assert names(documents) == ["d/a.txt", "d/e.txt", "d/sub/x.txt"][: 3 - is_out]
+        assert report.notes["excluded files skipped"] == is_out
     told = report.describe()
     for part in ("2 documents of 4 files", "1 empty", "1 duplicate", "1 excluded", "1 files of other", "1 linked"):
         assert part in told
-    assert "\n" not in told and names(documents) == ["d/a.txt", "d/e.txt"]
+    assert "\n" not in told
 
 
 def test_sources_that_name_nothing_are_refused(tmp_path):
@@ -385,9 +339,9 @@ def test_sources_that_name_nothing_are_refused(tmp_path):
 
 
 def test_a_gzipped_file_is_read_and_unreadable_files_and_folders_are_refused(tmp_path, monkeypatch):
-    path = write(tmp_path / "x.jsonl.gz", gzip.compress(b'{"text": "a"}\n{"text": "b"}\n'))
-    files = find_all(Data([str(path)]))["sources"].files
-    assert [json.loads(example.content) for example in read_examples(files)] == [{"text": "a"}, {"text": "b"}]
+    path = tmp_path / "x.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "aa"}\n{"text": "bb"}\n'))
+    assert [TOKENIZER.decode(d.input_ids) for d in load(path)[0]] == ["aa", "bb"]
     path.write_bytes(path.read_bytes()[:-9])
     os.symlink(tmp_path / "gone", write(tmp_path / "d" / "a.txt").parent / "b.txt")
     write(tmp_path / "e" / "closed" / "a.txt")
