@@ -32,7 +32,7 @@ EXAMPLE_FORMATS = {f".{name}": name for name in ("jsonl", "json", "parquet", "ar
 EXAMPLE_FORMATS |= {".jsonl.gz": "jsonl", ".json.gz": "json"}
 """Files of examples by how their names end; any other file is one text."""
 _NOT_LIBRARY = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
-_BATCH_BYTES, _BATCH_EXAMPLES = 1_000_000, 256
+_TABLE_ROWS = 256  # in memory at a time
 
 
 class SourceFile(NamedTuple):
@@ -194,7 +194,7 @@ def _json_items(file: SourceFile) -> list[bytes]:
 
 
 def _table_rows(file: SourceFile) -> Iterator[dict[str, Any]]:
-    """Rows of Parquet and Arrow files and of data sets, as mappings, a few hundred in memory at a time."""
+    """Rows of Parquet and Arrow files and of data sets, as mappings."""
     try:
         import datasets  # takes seconds, and most runs read no table
 
@@ -204,10 +204,10 @@ def _table_rows(file: SourceFile) -> Iterator[dict[str, Any]]:
         else:
             # Streaming reads the file itself; without it `datasets` would first copy it to its cache. Given a size, it
             # does not take that of the first row group, which is 0 in a parquet file without rows.
-            how = {"batch_size": _BATCH_EXAMPLES} if file.format == "parquet" else {}
+            how = {"batch_size": _TABLE_ROWS} if file.format == "parquet" else {}
             path = glob.escape(file.path)
             table = datasets.load_dataset(file.format, data_files=path, split="train", streaming=True, **how)
-        for batch in table.iter(batch_size=_BATCH_EXAMPLES):
+        for batch in table.iter(batch_size=_TABLE_ROWS):
             for values in zip(*batch.values(), strict=True):
                 yield dict(zip(batch, values, strict=True))
     except Exception as error:  # pyarrow, datasets and the hub's client each raise types of their own
@@ -223,7 +223,7 @@ def read_documents(report: SourceReport, encoder: Encoder) -> Iterator[tuple[Raw
     read, more than data.max_bad_rows, or nothing to learn from.
     """
     keys, max_bad_rows = set[bytes](), encoder.data.max_bad_rows
-    for raw, example in encoder.encode(_in_batches(read_examples(report.files))):
+    for raw, example in encoder.encode(read_examples(report.files)):
         report.examples += 1
         if example is None:
             report.notes["empty documents skipped"] += 1
@@ -245,20 +245,6 @@ def read_documents(report: SourceReport, encoder: Encoder) -> Iterator[tuple[Raw
     report.check_bad(max_bad_rows)
     if not report.supervised:
         raise ValueError(f"the data sources hold nothing to learn from: {report.describe()}; see data.sources")
-
-
-def _in_batches(examples: Iterable[RawExample]) -> Iterator[list[RawExample]]:
-    """Groups that are worth tokenizing at once. They depend on the examples alone."""
-    batch: list[RawExample] = []
-    size = 0
-    for example in examples:
-        batch.append(example)
-        size += len(example.content)  # of a table's row: its columns, next to nothing
-        if size >= _BATCH_BYTES or len(batch) == _BATCH_EXAMPLES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 class TokenStore(NamedTuple):

@@ -1,11 +1,6 @@
 """From raw examples to checked token ids with their loss masks. Each example is a document, a bad row, or empty.
 
-The form of an example is the first of these whose keys it has, whatever else is in it:
-    input_ids [, loss_mask]             ids as they are
-    messages                            a chat
-    conversations                       a chat (ShareGPT)
-    prompt and completion               a chat of two parts, or two plain texts
-    text                                a text, every token but the first learned from
+Its form is the first of FORMS whose keys it has, whatever else is in it; docs/data.md says what each of them means.
 """
 
 import hashlib
@@ -16,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +34,7 @@ from peagle_train.data.messages import (
 from peagle_train.files import one_line
 
 FORMS = ("input_ids", "messages", "conversations", "prompt", "text")  # in the order in which they are looked for
+BATCH = 64  # examples that are tokenized at once
 
 
 class RawExample(NamedTuple):
@@ -79,10 +76,11 @@ class Encoder(Dataset[list[tuple[RawExample, Encoded]] | ValueError]):
     def chat(self) -> ChatEncoder:
         return ChatEncoder(self.tokenizer, read_template(self.data.chat_template), self.data.template_kwargs)
 
-    def encode(self, batches: Iterable[list[RawExample]]) -> Iterator[tuple[RawExample, Encoded]]:
-        """Each example, without its content, and what became of it; a bounded number of batches is in flight. ValueError,
-        one line, for a user's mistake.
+    def encode(self, examples: Iterator[RawExample]) -> Iterator[tuple[RawExample, Encoded]]:
+        """Each example, without its content, and what became of it; a bounded number of them is in flight. ValueError, one
+        line, for a user's mistake.
         """
+        batches = iter(lambda: list(islice(examples, BATCH)), [])
         encoded: Iterable[list[tuple[RawExample, Encoded]] | ValueError] = map(self.__getitem__, batches)
         if self.num_workers > 1:
             os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
