@@ -105,34 +105,30 @@ class ChatTemplate:
             raise BadRow(TEMPLATE, f"{type(error).__name__}: {one_line(error, 200)}") from None
 
     def generated(self, whole: TokenizedText, prompt: str, until_turn: str) -> Span | None:
-        """The span of a turn as the target generates it; None if the whole chat does not hold it in that form. `prompt`
-        renders all messages before the turn, with the generation prompt; `until_turn` those up to it and itself.
+        """The span of a turn as the target generates it, with its end-of-turn token: the last added token, if nothing but
+        white space follows it; without one it ends before its trailing white space. None if the whole chat does not hold
+        it in that form. `prompt` renders all messages before the turn, with the generation prompt; `until_turn` those up
+        to it and itself.
         """
-        text = whole.text
+        text, start = whole.text, len(prompt)
         if not text.startswith(prompt) or not until_turn.startswith(prompt):
             return None
         if text.startswith(until_turn):
             end = len(until_turn)
-            if end == len(text) and self._chat_end and text.endswith(self._chat_end):
+            if end == len(text) and text.endswith(self._chat_end):
                 end -= len(self._chat_end)
-            return len(prompt), end
-        # Only what ends the turn may differ: some templates close the last one with another token (gpt-oss, Phi 3).
-        end = _common_prefix(text, until_turn)
-        end = min([end, *whole.starts_n[whole.cut_at(end)].tolist()])
-        is_same = end > len(prompt) and not self._added_or_space.sub("", until_turn[end:])
-        return (len(prompt), end) if is_same else None
-
-    def with_its_end(self, whole: TokenizedText, span: Span) -> Span:
-        """The span up to and including the end-of-turn token: the last added token, if nothing but white space follows
-        it. Without one it ends before its trailing white space.
-        """
-        text, (start, end) = whole.text, span
+        else:
+            # Only what ends the turn may differ: some templates close the last one with another token (gpt-oss, Phi 3).
+            end = _common_prefix(text, until_turn)
+            end = min([end, *whole.starts_n[whole.cut_at(end)].tolist()])
+            if end <= start or self._added_or_space.sub("", until_turn[end:]):
+                return None
         end = start + len(text[start:end].rstrip())
-        if not text.endswith(self._added, start, end):
-            return start, end
-        # A token that takes the white space after it along (rstrip, as in Phi 3) is one with it.
-        cut = torch.nonzero(whole.cut_at(end)).flatten().tolist()
-        return start, max([end, *(int(whole.ends_n[token]) for token in cut if whole.ids[token] in self._added_ids)])
+        if text.endswith(self._added, start, end):
+            # A token that takes the white space after it along (rstrip, as in Phi 3) is one with it.
+            cut = torch.nonzero(whole.cut_at(end)).flatten().tolist()
+            end = max([end, *(int(whole.ends_n[token]) for token in cut if whole.ids[token] in self._added_ids)])
+        return start, end
 
 
 def _common_prefix(first: str, second: str) -> int:
@@ -216,7 +212,7 @@ class ChatEncoder:
             spans = {i: span for i, span in spans.items() if i > max(users, default=last - 1)}
         counts["messages after the last learned one, dropped"] = len(conversation.messages) - last - 1
         counts["turns that cannot be learned in their chat"] = sum(conversation.learned) - len(spans)
-        return whole, [template.with_its_end(whole, span) for span in spans.values()]
+        return whole, [*spans.values()]
 
     def _tokenize(self, text: str) -> TokenizedText:
         encoded = self._tokenizer(text, return_offsets_mapping=True, **IDS_ALONE)
