@@ -25,23 +25,17 @@ class Document(NamedTuple):
     key: str = "0" * 64
 
 
-def load_documents(
-    sources: list[Any], tokenizer: Any, vocab_size: int, mask_token_id: int = -1, **data: Any
+def load(
+    *sources: Any, tokenizer: Any = TOKENIZER, mask_token_id: int = -1, **data: Any
 ) -> tuple[list[Document], SourceReport]:
-    """The documents of `sources`, with other keys of the recipe's section in `data`."""
-    section = Data(sources, **data)
-    encoder, report = Encoder(section, tokenizer, vocab_size, mask_token_id), find_all(section)["sources"]
+    """The documents of `sources`, in bytes, with other keys of the recipe's section in `data`."""
+    section = Data([str(source) if isinstance(source, Path) else source for source in sources], **data)
+    encoder, report = Encoder(section, tokenizer, BYTES_VOCAB, mask_token_id), find_all(section)["sources"]
     documents = [
         Document(torch.from_numpy(made.input_ids).long(), torch.from_numpy(made.loss_mask), raw.name, made.key.hex())
         for raw, made in read_documents(report, encoder)
     ]
     return documents, report
-
-
-def load(*sources: Any, **options: Any) -> tuple[list[Document], SourceReport]:
-    """The documents of files and folders, in bytes."""
-    options = {"tokenizer": TOKENIZER, "vocab_size": BYTES_VOCAB, **options}
-    return load_documents([str(source) if isinstance(source, Path) else source for source in sources], **options)
 
 
 def write_lines(path: Path, *lines: Any) -> Path:

@@ -36,7 +36,7 @@ from peagle_train.decoding.measure import (
 from peagle_train.regenerate import Prompt
 from peagle_train.target_model.frozen import FrozenTarget
 from tests.byte_tokenizer import BYTES_VOCAB, make_byte_tokenizer
-from tests.documents import load_documents, table_of
+from tests.documents import load, table_of
 from tests.helpers import command, make_draft, seeded
 from tests.test_generate import PROMPT, by_hand, tiny_draft
 from tests.tiny import MASK, VOCAB, write_recipe, write_rows
@@ -301,7 +301,7 @@ def test_stdlib_prompts_are_held_out_seeded_and_from_the_recipes_own_split():
     def pieces(limit: int | None = None, seed: int = 0) -> tuple[list[Case], str]:
         return stdlib_cases(recipes, tokenizer, BYTES_VOCAB, limit, n, seed)
 
-    documents, _ = load_documents(["stdlib"], tokenizer, BYTES_VOCAB, exclude=recipe.data.exclude)
+    documents, _ = load("stdlib", exclude=recipe.data.exclude)
     is_out = held_out_documents(table_of(documents).keys_D32, 0.7).tolist()
     held_out = {d.name: d.input_ids.tolist() for d, out in zip(documents, is_out) if out}
     found, said = pieces()

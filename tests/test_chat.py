@@ -66,24 +66,11 @@ SHOWN: dict[str, tuple[str, dict[str, Any], dict[str, Any], str, dict[str, int]]
         r"<|im_start|> user \n Why ? <|im_end|> \n "
         r"<|im_start|> assistant \n <think> \n\n </think> \n \n [Light] [.] [<|im_end|>] \n", {},
     ),
-    "without it the target generates the marks itself": (
-        chats.REASONING, WHY, {},
-        r"<|im_start|> user \n Why ? <|im_end|> \n "
-        r"<|im_start|> assistant \n [<think>] [\n\n] [</think>] [\n] [\n] [Light] [.] [<|im_end|>] \n", {},
-    ),
-    "a token after the whole chat that no earlier turn has": (
-        chats.CHAT_END, HELLO, {},
-        r"<|im_start|> user \n Hello <|im_end|> \n <|im_start|> assistant \n [Hi] [<|im_end|>] \n <|endoftext|>", {},
-    ),
     "end tokens that differ in the last turn": (
         chats.LAST_END, chat("user: Hello", "assistant: Hi", "user: Bye", "assistant: Bye"), {},
         "<|im_start|> user <|channel|> Hello <|im_end|> <|im_start|> assistant <|channel|> [Hi] <|im_end|> "
         "<|im_start|> user <|channel|> Bye <|im_end|> <|im_start|> assistant <|channel|> [Bye] [<|return|>]",
         {},
-    ),
-    "an end token that takes the newline after it along": (  # none of its own: it is part of that token
-        chats.CHATML, HELLO, {"tokenizer": make_tokenizer(stripping=True)},
-        r"<|im_start|> user \n Hello <|im_end|> <|im_start|> assistant \n [Hi] [<|im_end|>]", {},
     ),
     "a chat that the assistant opens is learned from its second turn": (
         chats.CHATML, chat("assistant: Hello", "user: Hi", "assistant: Bye"), {},
