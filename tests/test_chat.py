@@ -62,7 +62,8 @@ SHOWN: dict[str, tuple[str, dict[str, Any], dict[str, Any], str, dict[str, int]]
         r"[<think>] [\n] [Thinking] [_more] [\n] [</think>] [\n] [\n] [Light] [.] [<|im_end|>] \n", {UNLEARNED: 1},
     ),
     "thoughts that the generation prompt opens and closes are prompt": (
-        chats.REASONING, WHY, {"template_kwargs": {"enable_thinking": False}},
+        chats.REASONING, {**WHY, "chat_template_kwargs": {"enable_thinking": False}},
+        {"template_kwargs": {"enable_thinking": True}},
         r"<|im_start|> user \n Why ? <|im_end|> \n "
         r"<|im_start|> assistant \n <think> \n\n </think> \n \n [Light] [.] [<|im_end|>] \n", {},
     ),
@@ -71,6 +72,10 @@ SHOWN: dict[str, tuple[str, dict[str, Any], dict[str, Any], str, dict[str, int]]
         "<|im_start|> user <|channel|> Hello <|im_end|> <|im_start|> assistant <|channel|> [Hi] <|im_end|> "
         "<|im_start|> user <|channel|> Bye <|im_end|> <|im_start|> assistant <|channel|> [Bye] [<|return|>]",
         {},
+    ),
+    "an end token that takes the newline after it along": (  # none of its own: it is part of that token
+        chats.CHATML, HELLO, {"tokenizer": make_tokenizer(stripping=True)},
+        r"<|im_start|> user \n Hello <|im_end|> <|im_start|> assistant \n [Hi] [<|im_end|>]", {},
     ),
     "a chat that the assistant opens is learned from its second turn": (
         chats.CHATML, chat("assistant: Hello", "user: Hi", "assistant: Bye"), {},
