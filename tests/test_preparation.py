@@ -89,6 +89,7 @@ def test_prepared_sequences_are_those_made_on_the_fly_bit_by_bit(made):
     assert said_then[1:] == said_now and "checksums verified" in said_then[0]
     assert "2 duplicate documents skipped, skipped 1 bad rows: 1 wrong format (first: " in now.lines[0]
     assert len(now.eval_rows) == 4 and now.report.split_documents > 0
+    assert "held out: 4 of these sequences are evaluated on (data.max_eval_rows)" in said_now
     umask = os.umask(0)
     os.umask(umask)
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~umask}, "others may read them"
