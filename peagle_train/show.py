@@ -124,7 +124,6 @@ def _result(run: Run) -> dict[str, Any]:
         for name, key in (("accepted length", "expected_accepted_length"), ("loss", "loss")):
             found[f"{name}, held out"] = f"{first[key]:.3f} -> {last[key]:.3f} (step {last['step']})"
         found["accuracy by depth, held out"] = " ".join(f"{share:.2f}" for share in last["accuracy"])
-        found["target mass outside the draft vocabulary"] = f"{last['mass_outside']:.2%}"
     if run.train:
         seconds = [0.0, *(line["seconds"] for line in run.train)]  # which start at 0 again where a run was resumed
         found |= {

@@ -24,7 +24,7 @@ from peagle_train.distributed import (
     world_mesh,
 )
 from peagle_train.target_model.frozen import FrozenTarget
-from peagle_train.training.step import make_optimizers, mass_outside
+from peagle_train.training.step import make_optimizers
 from tests.helpers import make_draft
 from tests.ranks_run import make_trainer
 
@@ -58,8 +58,6 @@ def check_target(folder: str, rank: int, chunk_tokens: int | None) -> None:
     some = torch.tensor([0, 59, 7])
     assert torch.equal(sharded.head_rows(some), whole.head_rows(some))
     assert torch.equal(sharded.embedding_rows(), whole.embedding_rows())
-    _, last = whole.features(*rows(rank, 0))
-    assert torch.equal(mass_outside(sharded, last[0], some, chunk=7), mass_outside(whole, last[0], some, chunk=7))
     assert sharded.vocab_size == whole.vocab_size and sharded.device == whole.device
 
 

@@ -244,7 +244,6 @@ def test_empty_rows_and_documents_of_one_token_have_no_elements(boundaries):
         ({"input_ids": [1, 2]}, "a row has no 'loss_mask'; it has 'input_ids'"),
         ({}, "a row has no 'input_ids'; it has no fields .*remove_unused_columns=False"),
         ({"input_ids": [1, 2, 3], "labels": [2, 3, -100]}, "labels differ from input_ids: .* unshifted"),
-        (ROW | {"features": torch.ones(8, 3)}, "a row has 7 input_ids but 8 in features"),
     ],
 )
 def test_a_row_that_is_wrong_says_what_is_wrong(row, message):

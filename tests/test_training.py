@@ -56,7 +56,6 @@ def test_a_run_leaves_a_drafter_its_recipe_its_metrics_and_a_summary(train, caps
     assert {"loss", "accuracy", "expected_accepted_length", "tokens_per_second", "peak_memory_bytes"} <= set(steps[0])
     evals = lines(output, "eval")
     assert evals[0]["step"] == 0 and evals[-1]["step"] == summary["steps"] and evals[1]["step"] == 3
-    assert 0 < evals[0]["mass_outside"] < 1
     assert (output / "recipe.yaml").read_text() == (output / "final" / "recipe.yaml").read_text()
 
 

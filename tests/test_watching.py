@@ -111,7 +111,7 @@ def test_a_tracker_that_is_not_installed_is_one_line_before_anything_is_loaded(t
 def write_run(folder: Path, *seconds: float, **setting: Any) -> Path:
     folder.mkdir(parents=True)
     write_recipe(folder, folder, folder, folder, **setting)
-    shared = {"loss": 2.0, "accuracy": [0.5, 0.25], "expected_accepted_length": 1.6, "mass_outside": 0.1}
+    shared = {"loss": 2.0, "accuracy": [0.5, 0.25], "expected_accepted_length": 1.6}
     speed = {"tokens_per_second": 9.0, "loader_wait_share": 0.0, "peak_memory_bytes": 2**30, "grad_norm": 1.0}
     lines: list[dict[str, Any]] = [{"kind": "eval", "step": 0, **shared}]
     for step, second in enumerate(seconds, start=1):

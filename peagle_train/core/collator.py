@@ -37,8 +37,6 @@ class CODCollator:
         document_ids (optional): one int for each id, equal for neighbours of one document, negative for padding.
         row_key (optional): int or str that names the row; without it, a hash of its ids.
         epoch (optional): overrides `set_epoch`, for samplers that know it.
-        features, last_hidden (optional, floats [n, ...]): the target's, where they are known; the batch then holds them as
-            [B, L, ...], in their dtype, zeros on padding.
 
     A batch is a plain dict of tensors:
         input_ids    int64 [B, L]  unshifted, padded with pad_token_id
@@ -110,7 +108,7 @@ class CODCollator:
             key = hash63(key.encode())
 
         def padded(values_n: Tensor, fill: int) -> Tensor:
-            return torch.cat([values_n, values_n.new_full((L - length, *values_n.shape[1:]), fill)])
+            return torch.cat([values_n, values_n.new_full((L - length,), fill)])
 
         documents_L, position_L = _number_documents(padded(documents_n, -1))
         mask_L = padded(mask_n, 0)
@@ -133,12 +131,7 @@ class CODCollator:
             out_N[slot_T] = values_T[order_T]
             return out_N
 
-        known = {name: row[name] for name in ("features", "last_hidden") if name in row}
-        for name, values in known.items():
-            if values.shape[0] != length:
-                raise ValueError(f"a row has {length} input_ids but {values.shape[0]} in {name}; they must match")
         return {
-            **{name: padded(values, 0) for name, values in known.items()},
             "input_ids": padded(ids_n, self.pad_token_id),
             "position_ids": position_L,
             "document_ids": documents_L,

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from peagle_train import distributed
 from peagle_train.config import Recipe, with_segments
 from peagle_train.core.attention import uses_flex
+from peagle_train.data.chat import read_template
 from peagle_train.data.training_data import encoder_of, load_training_data
 from peagle_train.data.vocab import choose_most_frequent
 from peagle_train.memory import memory_explained, resolve_segments, sizes_of, this_device
@@ -48,6 +49,7 @@ def _train(recipe: Recipe, resume: str | None) -> str:
             recipe = with_segments(recipe, found.state["recipe"]["cod"]["num_segments"])
     if log_with := recipe.train.log_with:
         check_tracker(log_with)
+    read_template(recipe.data.chat_template)  # a wrong path is told now, not after the target is loaded
     project_dir, precision = recipe.output.dir if log_with else None, recipe.train.mixed_precision
     accelerator = Accelerator(mixed_precision=precision, log_with=log_with, project_dir=project_dir)
     distributed.check_device(accelerator.device)

@@ -159,7 +159,7 @@ def train_line(values: dict[str, Any], accuracy: Sequence[float], steps: int) ->
 def eval_line(title: str, values: dict[str, Any]) -> str:
     return (
         f"{title}: expected accepted length {values['expected_accepted_length']:.3f}  loss {values['loss']:.4f}"
-        f"  acc {shares(values['accuracy'])}  target mass outside the draft vocabulary {values['mass_outside']:.2%}"
+        f"  acc {shares(values['accuracy'])}"
     )
 
 

@@ -21,7 +21,6 @@ from peagle_train.core.relay import RelayBuffers, context_chunks, relay_step
 from peagle_train.data.packing import EMPTY_ROW, PackedRows
 from peagle_train.data.training_data import make_collator
 from peagle_train.distributed import counts_over_ranks, sum_over_ranks
-from peagle_train.target_model.cache import FIELDS
 from peagle_train.target_model.frozen import TargetBase
 from peagle_train.target_model.ring import Ring
 from peagle_train.training.metrics import summary_of
@@ -57,10 +56,11 @@ class BatchRunner:
         pads = {"static": train.pads_passes(kind), "pad_context": train.pads_context(kind)}
         return plan_segments(batch, **pads, window=config.sliding_window, layers=config.num_hidden_layers)
 
-    def run_target(self, batch: Batch, ring: Ring | None = None) -> TargetOutputs:
+    def _run_target(self, batch: Batch, is_training: bool) -> TargetOutputs:
         """The target's outputs for a batch on the host; on the device, unless `offload_features`."""
+        source = self.ring if self.ring and is_training else self.target
         with record_function("peagle::target"):
-            target = (ring or self.target).outputs(batch, self.head_rows)
+            target = source.outputs(batch, self.head_rows)
         if self.recipe.train.offload_features and self.device.type == "cuda":
             # Page-locked, or every segment's piece would wait for its copy back.
             target.features, target.last_hidden = (
@@ -70,17 +70,13 @@ class BatchRunner:
             torch.cuda.current_stream(self.device).synchronize()  # the host cuts pieces out of them
         return target
 
-    def run(
-        self, batch: Batch, plan: Plan, scale: Tensor | None, is_last: bool = True, target: TargetOutputs | None = None
-    ) -> StepStats:
+    def run(self, batch: Batch, plan: Plan, scale: Tensor | None, is_last: bool = True) -> StepStats:
         """Run one micro-batch, which is on the host, and return its sums. With `scale`, also accumulate gradients of
         `loss * scale`; a sharded drafter's are reduced once a step, in the last pass of the batch that `is_last`.
-        `target`: the batch's `run_target`, if the caller has it already.
         """
         train, is_training = self.recipe.train, scale is not None
-        if target is None:
-            target = self.run_target(batch, self.ring)
-        on_device = {n: t.to(self.device, non_blocking=True) for n, t in batch.items() if n not in FIELDS}
+        target = self._run_target(batch, is_training)
+        on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         arguments: dict[str, Any] = {"loss": train.loss, "depth_decay": train.depth_decay, "plan": plan}
         arguments |= {"chunk_rows": train.chunk_rows(self.device.type), "scale": 1.0 if scale is None else scale}
         if self.sharded:
@@ -145,17 +141,6 @@ def make_optimizers(draft: nn.Module, train: Train) -> list[torch.optim.Optimize
 # Evaluation
 
 
-@torch.no_grad()
-def mass_outside(target: TargetBase, last_hidden_mT: Tensor, draft_ids: Tensor, chunk: int = 8192) -> Tensor:
-    """[m]: the probability that the target gives tokens that the drafter cannot draft; from chunks of the vocabulary."""
-
-    def log_sum(head: Tensor) -> Tensor:
-        parts = [last_hidden_mT @ rows.to(last_hidden_mT.device).T for rows in head.split(chunk)]
-        return torch.stack([part.float().logsumexp(-1) for part in parts]).logsumexp(0)
-
-    return -torch.expm1(log_sum(target.head_rows(draft_ids)) - log_sum(target.head_weight())).clamp(max=0)
-
-
 class Evaluator:
     """Evaluates a drafter on held-out sequences, of which each rank takes its share, under a fixed draw; in the segments of
     training, so that it needs no more memory.
@@ -164,7 +149,6 @@ class Evaluator:
     def __init__(self, runner: BatchRunner, rows: PackedRows) -> None:
         self.runner, self.rows = runner, rows
         self.collator = make_collator(runner.recipe, EVAL_SEED, runner.device)
-        self._outside: float | None = None
 
     @torch.no_grad()
     def __call__(self) -> dict[str, Any] | None:
@@ -176,30 +160,9 @@ class Evaluator:
         batches = -(-len(self.rows) // (size * accelerator.num_processes))  # the same on every rank
         indices += [EMPTY_ROW] * (batches * size - len(indices))
         sums = []
-        weighted = torch.zeros((), dtype=torch.float64, device=self.runner.device)
         for first in range(0, len(indices), size):
             batch = self.collator([self.rows[0, i] for i in indices[first : first + size]])
-            target = self.runner.run_target(batch)
-            sums.append(self.runner.run(batch, self.runner.plan(batch), scale=None, target=target))
-            if self._outside is None:
-                weighted += self._mass_outside(batch, target.last_hidden)
+            sums.append(self.runner.run(batch, self.runner.plan(batch), scale=None))
         stats = add_up(sums, self.runner.device)
-        sum_over_ranks([], also=[stats.loss, stats.hits, stats.totals, weighted])
-        values = summary_of(stats)
-        if self._outside is None:  # a property of the data, not of the drafter
-            self._outside = float(weighted) / max(1, sum(values["supervised"]))
-        return {**values, "hits": stats.hits.tolist(), "mass_outside": self._outside}
-
-    def _mass_outside(self, batch: Batch, last_hidden_BLT: Tensor) -> Tensor:
-        """Sum over the batch's supervised elements of the target's mass outside the draft vocabulary."""
-        target, device = self.runner.target, self.runner.device
-        B, L = batch["input_ids"].shape
-        label = (batch["anchor"] + batch["depth"] + 1).clamp(0, L - 1)
-        # How many supervised elements have their label at each position.
-        count_BL = torch.zeros(B, L, dtype=torch.int64).scatter_add_(1, label, batch["supervised"].long())
-        used_BL = count_BL > 0
-        if self.runner.draft.config.draft_vocab_size == target.vocab_size or not bool(used_BL.any()):
-            return torch.zeros((), dtype=torch.float64, device=device)
-        chosen_mT = last_hidden_BLT[used_BL.to(last_hidden_BLT.device)].to(device)
-        mass = [mass_outside(target, part, self.runner.draft.draft_token_ids) for part in chosen_mT.split(256)]
-        return (torch.cat(mass).double() * count_BL[used_BL].to(device)).sum()
+        sum_over_ranks([], also=[stats.loss, stats.hits, stats.totals])
+        return {**summary_of(stats), "hits": stats.hits.tolist()}
