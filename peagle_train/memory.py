@@ -20,11 +20,12 @@ master weights and in whatever is computed in float32 or wider.
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import parse_flag_from_env
 
 from peagle_train.config import Recipe
 from peagle_train.core.cod import segment_capacity
@@ -276,7 +277,7 @@ def plan_memory(s: Sizes, num_segments: int, all_supervised: bool = False) -> Me
 def this_device() -> Device:
     """The device that this process trains on: CUDA's current one, or the CPU, whose RAM a machine's processes share."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true":
+    if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         free, _ = torch.cuda.mem_get_info()
         # What other processes hold is not ours, what our own allocator has reserved is.
         return Device("cuda", free + torch.cuda.memory_reserved(), world_size)
@@ -440,4 +441,6 @@ def memory_explained(recipe: Recipe, where: Callable[[], str]) -> Iterator[None]
         if not (is_device or "DefaultCPUAllocator" in str(error)):
             raise
         line = f"{where()}: {one_line(error).partition('. ')[0][:200]}"
-        raise RunStopped(f"{line}; {advice(read_sizes(recipe, this_device()))}") from None
+        with suppress(ValueError, OSError):  # what the recipe names may be gone by now
+            line += f"; {advice(read_sizes(recipe, this_device()))}"
+        raise RunStopped(line) from None

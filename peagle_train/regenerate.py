@@ -143,7 +143,8 @@ def find_file(name_or_path: str) -> str:
 def _prompt(raw: RawExample, taken: Container[str]) -> Prompt:
     row, only_questions = parse(raw.content), False
     if "messages" not in row and "conversations" not in row:
-        given: Any = row.get("turns", row.get("prompt"))
+        # A table's rows have both, one of them null.
+        given: Any = row.get("prompt") if row.get("turns") is None else row["turns"]
         if given is None:
             raise BadRow(FORMAT, "it has none of messages, conversations, turns and prompt")
         given = [given] if isinstance(given, str) else given

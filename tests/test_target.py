@@ -226,7 +226,9 @@ def test_packed_documents_and_chunks_get_what_one_document_with_a_mask_gives(win
         shapes = (Q, 4, 8), (K, 2, 8), (K, 2, 8)
         states = [torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in shapes]
         told = {"documents": bounds, "bounds": torch.tensor(bounds, dtype=torch.int32), "sliding_window": window}
-        found, _ = packed_attention(nn.Identity(), *(x.transpose(0, 1)[None] for x in states), None, 0.3, **told)
+        layer = nn.Identity()
+        layer.config = LlamaConfig()  # type: ignore[assignment]
+        found, _ = packed_attention(layer, *(x.transpose(0, 1)[None] for x in states), None, 0.3, **told)
         parts = zip(*(x.split(lengths) for x in states), strict=True) if Q == K else [states]
         assert torch.allclose(found[0], torch.cat([attend(*part, 0.3, window) for part in parts]), atol=1e-13)
 

@@ -161,6 +161,8 @@ def _read_row(row: Row) -> tuple[Tensor, Tensor, Tensor]:
             )
     first = row["input_ids"][:1]
     is_nested = isinstance(first, (list, tuple)) and any(torch.as_tensor(part).dim() for part in first)
+    if is_nested and row.get("document_ids") is not None:
+        raise ValueError("a row gives several documents (nested input_ids) and document_ids: give one of the two")
     given: dict[str, Tensor] = {}
     lengths: list[int] = []
     for name in ("input_ids", mask_name, "attention_mask", "document_ids"):

@@ -221,5 +221,8 @@ class ChatEncoder:
 
 
 def read_template(path: str | None) -> str | None:
-    """The text of the file that data.chat_template names, None for none."""
-    return None if path is None else Path(path).read_text(encoding="utf-8")
+    """The text of the file that data.chat_template names, None for none; ValueError if it cannot be read."""
+    try:
+        return None if path is None else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"data.chat_template: cannot read {path} ({error})") from None

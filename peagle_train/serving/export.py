@@ -2,14 +2,13 @@
 
 import json
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from peagle_train.config import Recipe, load_recipe
+from peagle_train.config import Recipe, load_recipe, read_yaml
 from peagle_train.files import aligned, one_line, write_folder
 from peagle_train.serving import formats
 from peagle_train.serving.drafter_io import fill_drafter, is_used, read_config, read_drafter
@@ -109,9 +108,20 @@ def recipe_beside(folder: Path) -> Recipe | None:
     return load_recipe(path) if path.is_file() else None
 
 
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The values of the recipe.yaml in a drafter's folder, by `section.key`, those of keys that are gone, too; {} if it has
+    none.
+    """
+    path = folder / "recipe.yaml"
+    sections = read_yaml(path) if path.is_file() else {}
+    return {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+
+
 def find_drafter(folder: Path) -> Path:
-    """The drafter's folder: that of a run is its `final/`."""
-    is_run = not (folder / "config.json").exists() and (folder / "final" / "config.json").exists()
+    """The drafter's folder: that of a run is its `final/`. ValueError: the run has none yet."""
+    is_run = not (folder / "config.json").exists() and (folder / "run.json").exists()
+    if is_run and not (folder / "final" / "config.json").exists():
+        raise ValueError(f"{folder} is a run without a drafter yet: let it end, or end it with --resume")
     return folder / "final" if is_run else folder
 
 
@@ -135,8 +145,8 @@ def export_drafter(
     folder = find_drafter(checkpoint)
     files = read_drafter(folder)
     files.check_whole()
-    recipe, notes = recipe_beside(folder), list[str]()
-    path, trained = (recipe.target.path, recipe.cod.num_depths) if recipe else (None, None)
+    settings, notes = read_settings(folder), list[str]()
+    path, trained = settings.get("target.path"), settings.get("cod.num_depths")
     if target is None and path is not None and Path(path).is_dir():
         target = Path(path)
         notes.append(f"the target is {path}, as the recipe beside the drafter says")
@@ -156,7 +166,7 @@ def export_drafter(
     if dtype:
         tensors = {n: t.to(getattr(torch, dtype)) if t.is_floating_point() else t for n, t in tensors.items()}
     config.dtype = tensors["fc.weight"].dtype
-    texts = {"README.md": _card(format, recipe, name, tokens, licence)}
+    texts = {"README.md": _card(format, settings, name, tokens, licence)}
     if format == formats.SPECULATORS:
         assert tokens is not None
         architectures = (target_config or {}).get("architectures") or []
@@ -224,10 +234,8 @@ apply too.
 """
 
 
-def _card(form: str, recipe: Recipe | None, target: str | None, K: int | None, licence: str | None) -> str:
+def _card(form: str, settings: dict[str, Any], target: str | None, K: int | None, licence: str | None) -> str:
     """The README.md. It says only what the drafter's files say."""
-    sections = asdict(recipe) if recipe else {}
-    settings = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
     sources = [s if isinstance(s, dict) else {"path": s} for s in settings.get("data.sources", [])]
     rows = {
         "target": target,

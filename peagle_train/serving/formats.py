@@ -11,7 +11,13 @@ from peagle_train.files import one_line
 
 EAGLE3, SPECULATORS = "eagle3", "speculators"
 
+MAX_SIZE = 2**24  # above every real size: a config.json with a larger one is damaged, and must not cost memory
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+_SIZES = (
+    *_REQUIRED,
+    *"num_key_value_heads head_dim intermediate_size max_position_embeddings sliding_window".split(),
+    *"draft_vocab_size target_hidden_size".split(),
+)
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 _OWN_KEYS = ("draft_vocab_size", "target_hidden_size", LAYER_IDS, "norm_before_residual", "norm_before_fc", "fc_norm")
 _LLAMA_KEYS = (
@@ -105,6 +111,10 @@ def _check(given: dict[str, Any], rope: dict[str, Any]) -> None:
         raise ValueError(f"its layers' model_type is {model_type!r}; llama and qwen3 are supported")
     if (kinds := {*given.get("layer_types", [])}) not in (set(), {"full_attention"}, {"sliding_attention"}):
         raise ValueError(f"layer_types has {sorted(map(str, kinds))}: all layers must have the same window, or none")
+    if kinds == {"sliding_attention"} and "sliding_window" not in given:
+        raise ValueError("layer_types has sliding_attention, but there is no sliding_window")
+    if _at(given, "eagle_config", "use_aux_hidden_state") is False:
+        raise ValueError("eagle_config.use_aux_hidden_state is false: it reads the last layer alone")
     # norm_output is of no matter: it norms what one pass of an EAGLE-3 drafter gives to its next.
     if "quantization_config" in given:
         raise ValueError("quantization_config is set: quantised drafters are not supported")
@@ -116,13 +126,20 @@ def _check(given: dict[str, Any], rope: dict[str, Any]) -> None:
     required = _REQUIRED + (("num_key_value_heads", "head_dim") if model_type == "qwen3" else ())
     if missing := [key for key in required if key not in given]:
         raise ValueError(f"{', '.join(missing)} is missing")
+    for key in _SIZES:
+        if key in given and not (type(given[key]) is int and 1 <= given[key] < MAX_SIZE):
+            raise ValueError(f"{key} is {given[key]!r}, not a size")
+    theta = rope["rope_theta"]
+    if not isinstance(theta, (int, float)) or not 0 < theta < float("inf"):
+        raise ValueError(f"rope_theta is {theta!r}, not a positive number")
     masks = mask_tokens_in(given)
     if any(type(value) is not int for value in masks.values()) or len({*masks.values()}) > 1:
         raise ValueError(f"the mask token must be one token id: {', '.join(f'{k} {v!r}' for k, v in masks.items())}")
     if given.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act is {given['hidden_act']!r}; vLLM's Llama layers have silu only")
     ids = layer_ids_of(given)
-    if ids is not None and not (1 <= len(ids) <= 8 and ids == sorted({*ids}) and ids[0] >= 0):
+    are_ids = ids is None or all(type(layer) is int and layer >= 0 for layer in ids)
+    if ids is not None and not (are_ids and 1 <= len(ids) <= 8 and ids == sorted({*ids})):
         what = "it must name 1 to 8 layers of the target, ascending, in which order vLLM reads them in any case"
         raise ValueError(f"{LAYER_IDS} is {ids}: {what}")
 

@@ -181,10 +181,13 @@ class SpeculatorsFiles:
         self.target, self.max_length, self.norm = target, max_length, target.final_norm()
         self.samples = sorted(numbered.items())
         self.masks: Any = None
-        if data_sets := [each for each in (root, root.parent) if (each / "dataset_info.json").is_file()]:
+        if data_sets := [each for each in (root, root.parent) if (each / "state.json").is_file()]:
             from datasets import load_from_disk
 
             self.masks = load_from_disk(str(data_sets[0])).with_format(None)  # it may have been saved as tensors
+            if not {"input_ids", "loss_mask"} <= {*self.masks.column_names}:
+                has = self.masks.column_names
+                raise ValueError(f"the data set {data_sets[0]} has {has}, but not input_ids and loss_mask")
         else:
             logger.warning(
                 "no data set next to %s: without a loss_mask of its own, all of a file is learned from", root

@@ -127,9 +127,12 @@ def packed_attention(
     sliding_window: how many positions are seen, the query's own included.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    unknown = [given.get(name) for name in ("position_bias", "softcap", "s_aux")]
-    if bounds is None or documents is None or not causal or any(x is not None for x in (attention_mask, *unknown)):
-        why = "was not told the bounds of documents, or has a mask, bias, cap or sinks"
+    is_masked = any(x is not None for x in (attention_mask, *map(given.get, ("position_bias", "softcap", "s_aux"))))
+    kinds: Any = getattr(module.config, "layer_types", None)
+    # The window may be in the mask alone, as Qwen2-MoE's is.
+    lost = bool(kinds) and kinds[module.layer_idx] == "sliding_attention" and not sliding_window
+    if bounds is None or documents is None or not causal or lost or is_masked:
+        why = "was not told the bounds of documents or its window, or has a mask, bias, cap or sinks"
         raise ValueError(f"{type(module).__name__} {why}: with target.check true, it gets one document at a time")
     if not varlen_serves(query_1hQD.device.type, query_1hQD.dtype, query_1hQD.shape[3], value_1gKD.shape[3]):
         out_1hQD = _one_by_one(query_1hQD, key_1gKD, value_1gKD, documents, scaling, sliding_window)

@@ -14,9 +14,9 @@ from torch import Tensor
 from peagle_train.config import Recipe
 from peagle_train.core.cod import hash63
 from peagle_train.core.passes import TargetOutputs
-from peagle_train.files import put_tensors
+from peagle_train.files import one_line, put_tensors
 from peagle_train.target_model.cache import FIELDS
-from peagle_train.target_model.frozen import TargetBase
+from peagle_train.target_model.frozen import TargetBase, TargetLost
 
 SLACK = 8192  # bytes that a file takes at most beside its numbers: its header, and what a disk rounds up
 Batch = dict[str, Tensor]
@@ -65,7 +65,7 @@ class Ring:
         self.target.expect([row for batch in batches for row in self._coming[id(batch)][1].values()])
 
     def outputs(self, batch: Batch, head_rows: Tensor) -> TargetOutputs:
-        """See `TargetBase`; zeros at padding. OSError: the files cannot be written."""
+        """See `TargetBase`; zeros at padding. TargetLost: the files cannot be written."""
         if id(batch) not in self._coming:
             self.expect([batch])
         _, rows = self._coming.pop(id(batch))
@@ -82,14 +82,22 @@ class Ring:
                 one = self.target.outputs(rows.get(b) or _alone(batch, b), head_rows)
                 found = [tensor[0, :n].to(self.target.dtype) for tensor in (one.features, one.last_hidden)]
                 if self.keeps and not self._path(key).exists():
-                    put_tensors(self._path(key), dict(zip(FIELDS, found, strict=True)))
-                    self._known.add(key)
+                    self._write(key, found)
             for tensor, part in zip(whole, found, strict=True):
                 tensor[b, :n] = part
             if not self.keeps:
                 self._path(key).unlink(missing_ok=True)
                 self._known.discard(key)
         return TargetOutputs(whole[0], whole[1], head_rows)
+
+    def _write(self, key: int, tensors: list[Tensor]) -> None:
+        try:
+            put_tensors(self._path(key), dict(zip(FIELDS, tensors, strict=True)))
+        except OSError as error:
+            shutil.rmtree(self.folder, ignore_errors=True)  # the checkpoint may need the room
+            remedy = "give another folder as target.ring_dir"
+            raise TargetLost(f"target.ring {self.folder} cannot be written: {one_line(error)}: {remedy}") from None
+        self._known.add(key)
 
     def remove(self) -> None:
         """Remove this rank's files; nothing will read them again."""

@@ -54,15 +54,17 @@ def _train(recipe: Recipe, resume: str | None) -> str:
     accelerator = Accelerator(mixed_precision=precision, log_with=log_with, project_dir=project_dir)
     distributed.check_device(accelerator.device)
     distributed.check_launch(accelerator.num_processes)
-    distributed.check_sharding(recipe.train.sharding)
+    if distributed.check_sharding(recipe.train.sharding) and accelerator.num_processes == 1:
+        logger.warning("FSDP2 was asked for, but there is a single process: the drafter stays whole")
     if uses_flex(accelerator.device) and recipe.train.mixed_precision == "no":
         logger.warning("train.mixed_precision is no: on CUDA attention is an order of magnitude slower than in bf16")
     say = print if accelerator.is_main_process else (lambda *_: None)
 
     target = load_target(recipe, accelerator)
     begun = recipe
-    if checkpoint and recipe.draft.init_from:  # which may be gone, or another by now
-        begun = replace(recipe, draft=replace(recipe.draft, init_from=str(checkpoint.folder)))
+    if checkpoint:  # what the drafter is like is in the checkpoint: what it started from may be gone, or another by now
+        started_from = checkpoint.state["recipe"]["draft"]["init_from"] and str(checkpoint.folder)
+        begun = replace(recipe, draft=replace(recipe.draft, init_from=started_from))
     start, shaped = read_start(begun, target)
     distributed.wait_for_all()  # so that all ranks find the mistakes that all of them make at the same time
     encoder = encoder_of(shaped, target.vocab_size)
@@ -103,6 +105,8 @@ def load_target(recipe: Recipe, accelerator: Accelerator) -> TargetBase:
     if settings.server:
         return ServedTarget(settings, device, recipe.data.max_length)
     sharded = settings.shard and accelerator.num_processes > 1
+    if settings.shard and not sharded:
+        logger.warning("target.shard is true, but there is a single process: the target stays whole")
     if sharded:
         distributed.world_mesh(device.type)
     # A sharded target is whole on the host while it is loaded: let that be one at a time.

@@ -21,6 +21,7 @@ import os
 import platform
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import IO, Any, NamedTuple, get_type_hints
@@ -208,8 +209,9 @@ def open_resume(recipe: Recipe, given: str) -> Checkpoint | str:
     nothing to resume from, it is damaged, or the recipe differs where it must not. OSError: a folder cannot be read.
     """
     output, chosen = Path(recipe.output.dir), Path(given).expanduser()
-    marker = json.loads((output / MARKER).read_bytes()) if (output / MARKER).exists() else {}
-    complete = list_checkpoints(output)
+    marker, complete = dict[str, Any](), list_checkpoints(output)
+    with suppress(FileNotFoundError, ValueError):  # missing or damaged: a complete checkpoint is enough
+        marker = json.loads((output / MARKER).read_bytes())
     names = ", ".join(map(str, complete))
     if given and chosen.resolve() != output.resolve():
         folder = output / chosen.name

@@ -106,8 +106,8 @@ class Trainer:
     # The run
 
     def run(self) -> dict[str, Any]:
-        """Train, evaluating before and after; returns the summary that is also written to `run.json`. RunStopped: the run
-        had to stop, with a line on why and how to resume.
+        """Train, evaluating before and after; returns the summary that is also written to `run.json`. ValueError: the
+        output folder is another's. RunStopped: the run had to stop, with a line on why and how to resume.
         """
         self.on_main(f"output.dir {self.folder}", self._take_output)
         self.reporter.start(asdict(self.recipe))
@@ -137,7 +137,7 @@ class Trainer:
             return self._loop(steps)
         except TargetLost as lost:
             if self.world_size > 1:  # the others are in the middle of their step
-                raise
+                raise RunStopped(f"{lost}; {checkpoints.last_checkpoint(self.folder)}") from None
             raise RunStopped(f"{lost}; --resume continues from {self.save_checkpoint().name}") from None
 
     def _loop(self, steps: Generator[list[Batch], None, None]) -> dict[str, Any]:
@@ -171,22 +171,23 @@ class Trainer:
         return summary
 
     def on_main(self, what: str, write: Callable[[], object]) -> None:
-        """Let the main process write something; RunStopped on every rank if it cannot be written, or was refused."""
-        failure = ""
+        """Let the main process write something; on every rank RunStopped if it cannot be written, ValueError if refused."""
+        failure: Exception | None = None
         if self.accelerator.is_main_process:
             try:
                 write()
             except BrokenPipeError:  # nobody reads what is printed
                 raise
             except OSError as error:
-                failure = f"{what} could not be written: {error}; {checkpoints.last_checkpoint(self.folder)}"
+                last = checkpoints.last_checkpoint(self.folder)
+                failure = RunStopped(f"{what} could not be written: {error}; {last}")
             except NonFiniteWeights as error:
                 why = f"the run diverged at train.learning_rate {self.recipe.train.learning_rate:g}: start with a lower one"
-                failure = f"{what} could not be written: {error}: {why}"
+                failure = RunStopped(f"{what} could not be written: {error}: {why}")
             except ValueError as error:
-                failure = str(error)
+                failure = error
         if failure := distributed.from_all(failure)[0]:
-            raise RunStopped(failure)
+            raise failure
 
     def peak_memory(self) -> int:
         """Bytes: of the device's, since the probe, or of RAM, since the process began."""
@@ -437,7 +438,9 @@ class Trainer:
         """
         folder, state = checkpoint
         if others := [what for what, now in self.must_match.items() if state["must_match"][what] != now]:
-            remedy = "give the same data, target and batch size x accumulation x processes, or another output.dir"
+            remedy = (
+                "give the same data, target, draft and batch size x accumulation x processes, or another output.dir"
+            )
             raise ValueError(f"--resume: not what {folder.name} was trained with: {', '.join(others)}: {remedy}")
         if self.num_steps < state["step"]:
             what = f"{folder.name} is after the {self.num_steps} steps that the recipe asks for"
