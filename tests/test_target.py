@@ -27,35 +27,27 @@ from tests.helpers import seeded
 from tests.tiny import VOCAB, make_target
 
 
-@pytest.fixture(scope="module")
-def target(tiny_target):
-    return FrozenTarget.load(str(tiny_target), dtype="float64")
-
-
-def ids_of(n: int) -> Tensor:
-    return torch.randint(0, VOCAB, (1, n), generator=seeded(0))
-
-
 @pytest.mark.parametrize("layer_ids", [None, [0], [1, 2, 4, 5]])
 def test_features_are_the_streams_entering_the_layers_and_the_last_hidden_state_is_after_the_norm(
     tiny_target, layer_ids
 ):
     target = FrozenTarget.load(str(tiny_target), dtype="float64", layer_ids=layer_ids)
-    ids = ids_of(13)
-    features, last = target.features(ids, torch.arange(13)[None])
+    ids, positions = packed([[13]])
+    features, last = target.features(ids, positions)
     states = target.model(input_ids=ids, output_hidden_states=True).hidden_states
     assert torch.equal(features, torch.cat([states[i] for i in layer_ids or [2, 3, 4]], dim=-1))
     assert torch.equal(last, states[-1])  # transformers' last entry is after the final norm
     assert target.final_norm() is target.model.model.norm
 
 
-def test_head_rows_times_last_hidden_are_the_models_own_logits_without_all_of_which_features_come(target):
+def test_head_rows_times_last_hidden_are_the_models_own_logits_without_all_of_which_features_come(tiny_target):
     def fail(*_: Any) -> None:
         raise AssertionError("the head ran")
 
-    ids = ids_of(9)
+    target = FrozenTarget.load(str(tiny_target), dtype="float64")
+    ids, positions = packed([[9]])
     handle = target.head.register_forward_pre_hook(fail)
-    _, last = target.features(ids, torch.arange(9)[None])
+    _, last = target.features(ids, positions)
     target.check()
     handle.remove()
     assert all(not layer._forward_pre_hooks for layer in target.layers)
@@ -77,14 +69,13 @@ def test_weights_that_are_damaged_and_logits_that_are_changed_after_the_head_are
 
 
 def test_targets_with_wrong_labels_or_features_and_layers_that_are_not_the_targets_are_refused():
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": VOCAB}
     for layers, changes, message in (
         (6, {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope type 'dynamic'"),
         (6, {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         (6, {"layer_types": ["linear_attention"] * 6}, "state runs across packed documents"),
         (4, {}, "too few for the default feature layers"),
     ):
-        model: Any = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **shape))
+        model: Any = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_hidden_layers": layers}))
         for name, value in changes.items():
             setattr(model.config, name, value)
         with pytest.raises(ValueError, match=message):
@@ -95,11 +86,8 @@ def test_targets_with_wrong_labels_or_features_and_layers_that_are_not_the_targe
     model.lm_head.weight = nn.Parameter(torch.zeros(VOCAB, 16, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match="quantised head or embeddings"):
         FrozenTarget(model, [0])
-    assert [default_layer_ids(n) for n in (6, 7, 30)] == [
-        [2, 3, 4],
-        [2, 3, 4],
-        [2, 15, 27],
-    ]  # vLLM's, if they are three
+    # vLLM's, if they are three
+    assert [default_layer_ids(n) for n in (6, 7, 30)] == [[2, 3, 4], [2, 3, 4], [2, 15, 27]]
 
 
 def test_folders_that_hold_no_target_are_refused_in_one_line(tiny_target, tmp_path):
@@ -320,35 +308,25 @@ def test_packed_documents_whole_or_in_chunks_get_what_they_get_alone(name):
                 assert torch.allclose(ours[read], expected[read], atol=atol), (rows, way)
 
 
-def spans(*bounds: int) -> list[list[slice]]:
-    return [[slice(*pair)] for pair in pairwise(bounds)]
-
-
 def test_short_documents_share_a_forward_and_long_ones_run_alone_over_a_cache():
-    def plan(bounds: list[int], chunk_tokens: int | None, apart: bool = False) -> list[list[slice]]:
-        return plan_runs(bounds, Way(apart, chunk_tokens))
+    def plan(bounds: list[int], chunk_tokens: int | None, apart: bool = False) -> list[list[int]]:
+        """Where each run's spans begin, and its end."""
+        return [[run[0].start, *(span.stop for span in run)] for run in plan_runs(bounds, Way(apart, chunk_tokens))]
 
     bounds = document_bounds(packed([[3, 2, 1, 9, 1, 4, 4, 1, 4]])[1])
     assert bounds == [0, 3, 5, 6, 15, 16, 20, 24, 25, 29]
-    long = [slice(6, 10), slice(10, 14), slice(14, 15)]
-    assert plan(bounds, 4) == [*spans(0, 3, 6), long, *spans(15, 16, 20, 24, 25, 29)]
-    assert plan(bounds, 9) == spans(0, 6, 15, 24, 29)
-    assert plan(bounds, None) == spans(0, 29)
     assert document_bounds(torch.zeros(2, 3, dtype=torch.int64)) == [*range(7)]
-    assert plan(bounds, None, apart=True) == [[s] for [s] in spans(*bounds) if s.stop - s.start > 1]
-    assert plan(document_bounds(torch.arange(5)[None].expand(2, -1)), 5) == spans(0, 5, 10)
-    assert plan([0, 1], None, apart=True) == spans(0, 1), "a text of one token is no padding"
-    assert plan([0, 1, 2], None, apart=True) == []
+    assert plan(bounds, 4) == [[0, 3], [3, 6], [6, 10, 14, 15], [15, 16], [16, 20], [20, 24], [24, 25], [25, 29]]
+    assert plan(bounds, 9) == [[0, 6], [6, 15], [15, 24], [24, 29]]
+    assert plan(bounds, None) == [[0, 29]]
+    assert plan(bounds, None, apart=True) == [[0, 3], [3, 5], [6, 15], [16, 20], [20, 24], [25, 29]]
+    assert plan([0, 1], None, apart=True) == [[0, 1]], "a text of one token is no padding"
 
 
 def test_a_cache_that_is_not_read_is_caught_at_the_start():
     target = make("llama", chunk_tokens=8)
-    original = target.base.forward
-
-    def forgetful(cache: Any = None, **given: Any) -> Any:
-        return original(**given)
-
-    target.base.forward = forgetful  # type: ignore[method-assign]
+    forward = target.base.forward
+    target.base.forward = lambda cache=None, **given: forward(**given)
     with pytest.raises(ValueError, match="gives other features in chunks"):
         target.check()
 
