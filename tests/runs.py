@@ -22,11 +22,7 @@ LENGTHS = [9, 31, 4, 17, 32, 2, 26, 11, 40, 13]
 EVALUATED = {"eval_fraction": 0.3}
 
 
-Tiny = Callable[..., Path]
-"""The fixture `tiny`: `recipe_for` with the session's target and rows."""
-
-
-def recipe_for(folder: Path, target: Path, rows: Path, **sections: dict[str, Any]) -> Path:
+def recipe_for(folder: Path, target: Path, rows: Path, /, **sections: dict[str, Any]) -> Path:
     folder.mkdir(exist_ok=True)
     return write_recipe(folder, target, rows, folder / "run", **sections)
 
@@ -36,8 +32,8 @@ def run(recipe: Path, *arguments: str, code: int = 0) -> None:
     assert main([str(recipe), *arguments]) == code
 
 
-def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the next run get a SIGTERM after a step."""
+def stopped(recipe: Path, step: int, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """A run that gets a SIGTERM after a step."""
     take_step = Trainer.take_step
 
     def step_and_stop(self: Trainer, batches: Any) -> Any:
@@ -46,12 +42,8 @@ def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return result
 
-    monkeypatch.setattr(Trainer, "take_step", step_and_stop)
-
-
-def stopped(recipe: Path, step: int, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     with monkeypatch.context() as patch:
-        stop_after(step, patch)
+        patch.setattr(Trainer, "take_step", step_and_stop)
         run(recipe, *arguments)
 
 
@@ -59,8 +51,22 @@ def drafter(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def same_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], t) for name, t in theirs.items())
+def same_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], atol: float = 0.0) -> bool:
+    """Whether names, shapes and, to `atol`, numbers are the same."""
+    if ours.keys() != theirs.keys() or any(ours[name].shape != t.shape for name, t in theirs.items()):
+        return False
+    return all(torch.allclose(ours[name], t, rtol=0, atol=atol) for name, t in theirs.items())
+
+
+def lines(output: Path, kind: str) -> list[dict[str, Any]]:
+    """Of a run's metrics.jsonl."""
+    found = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return [line for line in found if line["kind"] == kind]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Of all files in a folder and below."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def assert_same_run(ours: Path, whole: Path) -> None:

@@ -113,17 +113,6 @@ def test_the_newest_checkpoints_and_those_of_every_nth_step_are_kept(last, every
     assert len(list(tmp_path.iterdir())) == len(kept) + 4
 
 
-def test_a_full_disk_is_an_error_that_leaves_nothing_behind(tmp_path):
-    def full(folder: Path) -> None:
-        fill(folder)
-        raise OSError("No space left on device")
-
-    files.write_checkpoint(tmp_path, 1, fill)
-    with pytest.raises(OSError, match="No space"):
-        files.write_checkpoint(tmp_path, 2, full)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
-
-
 def test_a_folder_in_which_a_process_trains_is_refused_to_others(tmp_path):
     def refused() -> None:
         with pytest.raises(ValueError, match="in use"):

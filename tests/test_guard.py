@@ -1,7 +1,6 @@
 """A step that is not finite is not applied: its sequences are logged and the run continues, unless there are too many."""
 
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from peagle_train import distributed
 from peagle_train.distributed import clip_gradients
 from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.training.trainer import Trainer
-from tests.runs import Tiny, assert_same_run, drafter, last_error, metrics, run, same_tensors, stopped
+from tests.runs import assert_same_run, drafter, last_error, lines, run, same_tensors, stopped
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, is_bad: Any, value: float = float("inf"), what: str = "features") -> None:
@@ -40,10 +39,6 @@ def without(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     monkeypatch.setattr(torch.optim.AdamW, "step", step_or_not)
 
 
-def skipped(folder: Path) -> list[dict[str, Any]]:
-    return [line for line in metrics(folder) if line["kind"] == "skipped"]
-
-
 SETTINGS: dict[str, Any] = {
     "train": {"max_steps": 6, "batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 3},
     "data": {"pack": False},
@@ -51,7 +46,7 @@ SETTINGS: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory, tiny: Tiny) -> Any:
+def plain(tmp_path_factory, tiny):
     """An undisturbed run's final drafter, and each step's keys by micro-batch."""
     folder, seen, real = tmp_path_factory.mktemp("plain"), {}, Trainer.take_step
 
@@ -84,10 +79,9 @@ def test_a_poisoned_sequence_costs_its_step_and_nothing_else_and_a_resumed_run_t
         run(tiny(tmp_path / "without", **settings))
     ours, theirs = (drafter(tmp_path / name / "run" / "final") for name in ("poisoned", "without"))
     assert same_tensors(ours, theirs) and not same_tensors(ours, plain[0])
-    lines = metrics(tmp_path / "poisoned" / "run")
-    found = {line["step"]: line["sequences"] for line in skipped(tmp_path / "poisoned" / "run")}
+    found = {line["step"]: line["sequences"] for line in lines(tmp_path / "poisoned" / "run", "skipped")}
     assert found == {s: [k for keys in plain[1][s] for k in keys if k] for s in steps}
-    assert {x["step"] for x in lines if x["kind"] == "train"} == set(range(1, 7)) - steps
+    assert {line["step"] for line in lines(tmp_path / "poisoned" / "run", "train")} == set(range(1, 7)) - steps
 
 
 def test_a_gradient_alone_that_is_not_finite_is_not_applied_either(tmp_path, tiny, plain, monkeypatch):
@@ -101,7 +95,7 @@ def test_a_gradient_alone_that_is_not_finite_is_not_applied_either(tmp_path, tin
 
     monkeypatch.setattr(distributed, "clip_gradients", spoil_and_clip)
     run(tiny(tmp_path, **SETTINGS))
-    [found] = skipped(tmp_path / "run")
+    [found] = lines(tmp_path / "run", "skipped")
     assert found["sequences"] == [key for keys in plain[1][3] for key in keys if key]
     assert all(t.isfinite().all() for t in drafter(tmp_path / "run" / "final").values())
 
@@ -128,9 +122,9 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_with_one_line_and_good_weights
         run(recipe, "--resume", code=1)  # counts from 0: two more are allowed
         assert "step 7/7" in last_error(capsys)
     run(recipe, "--resume", str(output / "checkpoint-5"))
-    assert [x["step"] for x in metrics(output) if x["kind"] == "train"] == [1, 3, 6, 7]
+    assert [line["step"] for line in lines(output, "train")] == [1, 3, 6, 7]
     run(recipe, "--resume", str(output / "checkpoint-3"))
-    assert [x["step"] for x in metrics(output) if x["kind"] == "train"] == [1, 3, 4, 5, 6, 7]
+    assert [line["step"] for line in lines(output, "train")] == [1, 3, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize(

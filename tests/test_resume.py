@@ -4,11 +4,9 @@ import errno
 import json
 import shutil
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 import peagle_train.training.build as build
@@ -16,24 +14,8 @@ import peagle_train.training.checkpoint as checkpoint_module
 import peagle_train.training.trainer as trainer_module
 from peagle_train.__main__ import main
 from peagle_train.config import load_recipe
-from tests.runs import (
-    EVALUATED,
-    LENGTHS,
-    assert_same_run,
-    drafter,
-    last_error,
-    metrics,
-    recipe_for,
-    run,
-    same_tensors,
-    stopped,
-)
+from tests.runs import EVALUATED, assert_same_run, contents, drafter, last_error, lines, run, same_tensors, stopped
 from tests.tiny import write_rows
-
-
-def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
 @pytest.mark.parametrize("more", [{"schedule": "cosine"}, {"optimizer": "muon"}], ids=["adamw", "muon"])
@@ -86,16 +68,17 @@ def test_a_file_that_cannot_be_written_ends_the_run_with_one_line_and_the_last_c
         raise OSError(errno.ENOSPC, "No space left on device")
 
     recipe, output = begun.copy(tmp_path), tmp_path / "run"
-    for module, function, what, resumed in (
-        (checkpoint_module, "write_checkpoint", "checkpoint-6 could not be written", "checkpoint-5"),
-        (trainer_module, "save_drafter", "final could not be written", "checkpoint-8"),
+    for function, what, resumed in (
+        ("save_tensors", "checkpoint-6 could not be written", "checkpoint-5"),  # its drafter is written before
+        ("save_drafter", "final could not be written", "checkpoint-8"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(module, function, full)
+            patch.setattr(trainer_module, function, full)
             run(recipe, "--resume", code=1)
         message = last_error(capsys)
         assert what in message and "No space left" in message
         assert f"the last checkpoint is {output / resumed}: the same command with --resume" in message
+        assert not [*output.glob(".checkpoint-*")]
     run(recipe, "--resume")
     assert_same_run(output, begun.whole)
 
@@ -116,7 +99,7 @@ def test_a_finished_run_says_so_and_writes_nothing_and_a_named_checkpoint_trains
     # Asked for by name, it continues to more steps.
     run(recipe, "--resume", str(output / "checkpoint-8"), "train.max_steps=12")
     assert json.loads((output / "run.json").read_text())["steps"] == 12
-    assert [line["step"] for line in metrics(output) if line["kind"] == "train"] == list(range(1, 13))
+    assert [line["step"] for line in lines(output, "train")] == list(range(1, 13))
 
 
 def test_what_is_no_run_is_one_line_and_a_complete_checkpoint_is_enough_without_the_marker(tmp_path, begun, capsys):
@@ -154,7 +137,7 @@ def test_changes_of_the_recipe_that_would_make_it_another_run_are_refused_by_nam
     message = last_error(capsys)
     for change in ("train.learning_rate 0.01 -> 1.0", "cod.down_sample_ratio 0.7 -> 0.5", "data.max_length 32 -> 33"):
         assert change in message
-    rows = write_rows(tmp_path / "other.jsonl", LENGTHS, prompt=0.3, seed=1)
+    rows = write_rows(tmp_path / "other.jsonl", [9, 31, 4, 17])
     target = tmp_path / "target"
     shutil.copytree(begun.target, target)
     weights = load_file(target / "model.safetensors")
@@ -187,8 +170,7 @@ def test_a_setting_that_a_checkpoints_version_did_not_have_was_its_default(tmp_p
 
 def test_a_run_that_was_out_of_memory_continues_in_more_segments(tmp_path, begun):
     run(begun.copy(tmp_path), "--resume", "cod.num_segments=5", "train.segment_mode=recompute")
-    ours, theirs = drafter(tmp_path / "run" / "final"), drafter(begun.whole / "final")
-    assert all(torch.allclose(ours[n], t, rtol=0, atol=1e-9) for n, t in theirs.items())
+    assert same_tensors(drafter(tmp_path / "run" / "final"), drafter(begun.whole / "final"), 1e-9)
 
 
 def test_a_run_that_started_from_another_drafter_resumes_without_it(tmp_path, tiny, monkeypatch):
@@ -209,8 +191,8 @@ def test_a_run_that_started_from_another_drafter_resumes_without_it(tmp_path, ti
     assert_same_run(tmp_path / "again", tmp_path / "whole" / "run")
 
 
-def test_resume_takes_a_folder_and_nothing_else_for_its_own(tmp_path, monkeypatch):
-    recipe, seen = str(recipe_for(tmp_path, tmp_path, tmp_path)), []
+def test_resume_takes_a_folder_and_nothing_else_for_its_own(tmp_path, tiny, monkeypatch):
+    recipe, seen = str(tiny(tmp_path)), []
     monkeypatch.setattr(build, "train", lambda made, resume: seen.append((resume, made.train.max_steps)) or "")
     for arguments, resume, steps in (
         ([recipe], None, None),
@@ -226,6 +208,6 @@ def test_a_damaged_log_does_not_keep_a_run_from_resuming_and_has_no_step_twice(t
     recipe, path = begun.copy(tmp_path), tmp_path / "run" / "metrics.jsonl"
     path.write_bytes(b"\xff" + path.read_bytes()[1:] + b"half")
     run(recipe, "--resume")
-    first, *lines = path.read_bytes().splitlines()
+    first, *others = path.read_bytes().splitlines()
     assert first[:1] == b"\xff"
-    assert [line["step"] for line in map(json.loads, lines) if line["kind"] == "train"] == list(range(1, 10))
+    assert [line["step"] for line in map(json.loads, others) if line["kind"] == "train"] == list(range(1, 10))
