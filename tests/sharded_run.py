@@ -27,6 +27,7 @@ from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.training.step import make_optimizers
 from tests.helpers import make_draft
 from tests.ranks_run import make_trainer
+from tests.runs import same_tensors
 
 CPU = torch.device("cpu")
 
@@ -55,10 +56,8 @@ def check_target(folder: str, rank: int, chunk_tokens: int | None) -> None:
     local = sum(p.to_local().numel() for p in sharded.base.parameters())  # type: ignore[attr-defined]
     total = sum(p.numel() for p in whole.base.parameters())
     assert local < 0.7 * total, (local, total)  # and not whole again after the forward
-    some = torch.tensor([0, 59, 7])
-    assert torch.equal(sharded.head_rows(some), whole.head_rows(some))
+    assert torch.equal(sharded.head_weight(), whole.head_weight())
     assert torch.equal(sharded.embedding_rows(), whole.embedding_rows())
-    assert sharded.vocab_size == whole.vocab_size and sharded.device == whole.device
 
 
 def gradients_of(draft: Any, step: int) -> None:
@@ -72,14 +71,12 @@ def gradients_of(draft: Any, step: int) -> None:
             parameter.grad = full
 
 
-def stepped(
-    name: Any, sharded: bool, steps: range, state: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
-) -> Any:
+def stepped(sharded: bool, steps: range, state: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None) -> Any:
     draft = make_draft(layer_type="qwen3", fc_norm=True)
     draft.lm_head.weight.requires_grad_(False)
     if sharded:
         shard(draft, draft.layers, CPU)
-    optimizers = make_optimizers(draft, Train(optimizer=name, weight_decay=0.1, learning_rate=0.1))
+    optimizers = make_optimizers(draft, Train(optimizer="muon", weight_decay=0.1, learning_rate=0.1))
     assert optimizers[0].defaults["fused"]  # nothing beside its states, as the plan of memory takes it
     assert full_moments(draft, optimizers) == {}
     if state is not None:
@@ -93,31 +90,31 @@ def stepped(
     return draft, optimizers
 
 
-def check_state(rank: int, name: str, tolerance: float) -> None:
-    plain = stepped(name, False, range(5))
+def check_state(rank: int) -> None:
+    """Muon's, which orthogonalises in bfloat16. AdamW's: whole runs move it in test_ranks.py."""
+    plain = stepped(False, range(5))
     expected = full_weights(plain[0]), full_moments(*plain)
     assert (len(expected[1]) > 20) == (rank == 0)
     for first, second in ((False, True), (True, False)):
-        draft, optimizers = stepped(name, first, range(2))
+        draft, optimizers = stepped(first, range(2))
         saved = full_weights(draft), full_moments(draft, optimizers)
         assert bool(saved[0]) == bool(saved[1]) == (rank == 0)
-        draft, optimizers = stepped(name, second, range(2, 5), from_all(saved)[0])
+        draft, optimizers = stepped(second, range(2, 5), from_all(saved)[0])
         again = full_weights(draft), full_moments(draft, optimizers)
         for ours, theirs in zip(again, expected, strict=True):
-            assert set(theirs) == set(ours)
-            for key, value in theirs.items():
-                assert torch.allclose(ours[key], value, rtol=0, atol=tolerance), (first, second, key)
+            assert same_tensors(ours, theirs, 0.01), (first, second)
 
 
 def check_reductions(recipe_path: str) -> None:
     """Gradients are reduced once a step, however many passes and micro-batches there are; nothing stays whole."""
-    trainer = make_trainer(load_recipe(recipe_path, ["train.sharding=fsdp2"]), Accelerator())
+    settings = ["train.sharding=fsdp2", "train.gradient_accumulation_steps=4"]
+    trainer = make_trainer(load_recipe(recipe_path, settings), Accelerator())
     with torch.profiler.profile() as profile:
         trainer.accumulate(next(trainer.steps()))
     counts = {event.key: event.count for event in profile.key_averages() if event.key.startswith("c10d::")}
     groups = len(trainer.draft.layers) + 1
     assert sum(n for op, n in counts.items() if "reduce_scatter" in op) == groups, counts
-    # Forward and backward of at least two passes in each of two micro-batches.
+    # Forward and backward of each of four micro-batches, in some of several passes.
     assert sum(n for op, n in counts.items() if "allgather" in op) >= 8 * groups, counts
     trainer.evaluator()
     assert all(isinstance(parameter, DTensor) for parameter in trainer.draft.parameters())
@@ -146,6 +143,5 @@ def run(recipe_path: str, *target_folders: str) -> None:
     for folder, chunk_tokens in zip(target_folders, (None, 3), strict=True):
         check_target(folder, rank, chunk_tokens)
     check_agreement(rank, Path(recipe_path).parent)
-    check_state(rank, "adamw", 1e-13)
-    check_state(rank, "muon", 0.01)  # it orthogonalises in bfloat16
+    check_state(rank)
     wait_for_all()

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from peagle_train.config import load_recipe
 from peagle_train.target_model.cache import write_cache
 from tests.ranks_run import run
-from tests.test_distributed import LENGTHS, launch
+from tests.runs import LENGTHS, contents, drafter, same_tensors
+from tests.test_distributed import launch
 from tests.tiny import make_target, write_recipe, write_rows
 
 pytestmark = pytest.mark.slow
@@ -33,6 +32,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "nothing to learn": {"train": {"max_grad_norm": None}},
     "bf16": {"train": {"dtype": "float32", "mixed_precision": "bf16"}},
 }
+
 RUNS = [
     ("relay", 2, "none"), ("relay", 3, "fsdp2"), ("recompute", 2, "fsdp2"), ("packed", 3, "none"),
     ("nothing to learn", 3, "none"), ("nothing to learn", 2, "fsdp2"), ("bf16", 2, "fsdp2"),
@@ -44,7 +44,7 @@ MOVES = [((1, "none"), (2, "fsdp2")), ((2, "fsdp2"), (3, "none"))]
 
 def write_case(folder: Path, target: Path, name: str) -> Path:
     folder.mkdir()
-    rows = write_rows(folder / "rows.jsonl", LENGTHS, prompt=0.3)
+    rows = write_rows(folder / "rows.jsonl", [*LENGTHS, 5], prompt=0.3)
     if name == "nothing to learn":  # but in two documents: whole micro-batches, and one step, have nothing supervised
         lines = [json.loads(line) for line in rows.read_text().splitlines()]
         ids = [token for line in lines[2:] for token in line["input_ids"]] * 2
@@ -64,7 +64,8 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     target = make_target(folder / "target")
     recipes = {name: write_case(folder / name, target, name) for name in CASES}
     out: dict[Any, Any] = {"folder": folder}
-    jobs: dict[int, list[list[str]]] = {1: [], 2: [], 3: [sharded_job(folder)]}
+    tied = make_target(folder / "tied", tie_word_embeddings=True)
+    jobs: dict[int, list[list[str]]] = {1: [], 2: [], 3: [["sharded", *map(str, (recipes["relay"], target, tied))]]}
 
     def add(key: Any, case: str, processes: int, sharding: str, *options: str) -> None:
         out[key] = folder / case / re.sub(r"\W+", "-", str(key))
@@ -96,16 +97,6 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     return out
 
 
-def sharded_job(folder: Path) -> list[str]:
-    """What it asserts is in sharded_run.py."""
-    targets = [make_target(folder / "untied"), make_target(folder / "tied", tie_word_embeddings=True)]
-    rows = write_rows(folder / "rows.jsonl", [30, 32, 28, 31, 32, 29])
-    held_out = write_rows(folder / "held_out.jsonl", [30, 32], seed=1)
-    train, data = {"gradient_accumulation_steps": 2}, {"eval_sources": [str(held_out)]}
-    recipe = write_recipe(folder, targets[0], rows, folder / "run", train=train, data=data)
-    return ["sharded", str(recipe), *map(str, targets)]
-
-
 def cache_job(folder: Path, recipe: Path) -> list[str]:
     """Features on disk, made whole, and beside that begun: all shards but two are missing."""
     write_cache(load_recipe(recipe), str(folder / "whole"), shard_mib=0.02)
@@ -118,8 +109,7 @@ def cache_job(folder: Path, recipe: Path) -> list[str]:
 
 
 def test_two_processes_finish_the_features_that_one_has_begun(outputs):
-    begun, whole = ({p.name: p.read_bytes() for p in (outputs["folder"] / n).iterdir()} for n in ("begun", "whole"))
-    assert begun == whole
+    assert contents(outputs["folder"] / "begun") == contents(outputs["folder"] / "whole")
 
 
 @pytest.mark.parametrize("case, processes, sharding", RUNS)
@@ -145,10 +135,7 @@ def assert_same_run(together: Path, alone: Path, rounded: bool = False) -> None:
             assert own[key] == pytest.approx(expected[key], rel=0.05 if rounded else 1e-9), (own["step"], key)
         for key in exact & expected.keys():
             assert own[key] == expected[key], (own["step"], key)
-    weights, expected_weights = (load_file(f / "final" / "model.safetensors") for f in (together, alone))
-    assert list(weights) == list(expected_weights)
-    for name, value in expected_weights.items():
-        assert torch.allclose(weights[name], value, rtol=0, atol=1e-3 if rounded else 1e-8), name
+    assert same_tensors(drafter(together / "final"), drafter(alone / "final"), 1e-3 if rounded else 1e-8)
 
 
 def lines_of(text: str) -> list[str]:
@@ -168,6 +155,4 @@ def test_a_mistake_of_all_ranks_is_told_once_by_rank_0(outputs):
     code, said = outputs["config"]
     # rank 1 gets a SIGTERM, perhaps before it fails
     (line,) = [line for line in said.splitlines() if "SIGTERM" not in line]
-    assert (
-        code == 2 and line.startswith("peagle-train train: error: ") and "train.epochs" in line and "(rank 0)" in line
-    )
+    assert code == 2 and "train.epochs" in line and "(rank 0)" in line
