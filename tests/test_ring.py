@@ -9,6 +9,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 from hypothesis import given, settings
@@ -38,10 +39,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe_in(folder: Path, target: Path, rows: Path, **train: Any) -> Path:
     held_out = write_rows(folder.parent / "held_out.jsonl", [30, 7], seed=9)
     data = {"max_length": L, "pack": False, "eval_sources": [str(held_out)]}
-    recipe = recipe_for(folder, target, rows, data=data, train={"epochs": 4, "learning_rate": 1e-3, **train})
-    text = recipe.read_text().replace("target:\n", f"target:\n  reuse: 2\n  ring: {SIZE / 2**30}\n")
-    recipe.write_text(text)
-    return recipe
+    train = {"epochs": 4, "learning_rate": 1e-3, **train}
+    return recipe_for(folder, target, rows, data=data, train=train, target={"reuse": 2, "ring": SIZE / 2**30})
 
 
 def held(folder: Path) -> int:
@@ -84,24 +83,19 @@ def test_each_block_is_visited_by_all_epochs_of_a_group_in_turn_and_a_sequence_s
 def test_training_with_it_is_training_without_bit_for_bit_and_the_target_runs_once_a_sequence(
     weight, tmp_path, tiny_target, rows, monkeypatch
 ):
-    features, calls = FrozenTarget.features, []
-
-    def counted(self: FrozenTarget, *arguments: Any) -> Any:
-        calls.append(1)
-        return features(self, *arguments)
-
-    monkeypatch.setattr(FrozenTarget, "features", counted)
+    features = create_autospec(FrozenTarget.features, side_effect=FrozenTarget.features)
+    monkeypatch.setattr(FrozenTarget, "features", features)
     more = [f"data.sources=[{{path: {rows}, weight: {weight}}}]", f"train.eval_steps={7 * weight}"]
     more += ["target.check=false", "train.epochs=2"]
     run(recipe_in(tmp_path / "ring", tiny_target, rows), *more)
     evaluations = 1 + 22 // 7 + 1
-    computed = len(calls) - 2 * evaluations
+    computed = features.call_count - 2 * evaluations
     assert computed == len(LENGTHS) if weight == 1 else computed < 2 * 2 * len(LENGTHS)
     assert not [*(tmp_path / "ring" / "run").glob("ring*")]
     monkeypatch.setattr(Ring, "outputs", lambda self, batch, head_rows: self.target.outputs(batch, head_rows))
-    calls.clear()
+    features.reset_mock()
     run(recipe_in(tmp_path / "anew", tiny_target, rows), *more)
-    assert len(calls) == weight * 2 * len(LENGTHS) + 2 * evaluations
+    assert features.call_count == weight * 2 * len(LENGTHS) + 2 * evaluations
     assert_same_run(tmp_path / "ring" / "run", tmp_path / "anew" / "run")
 
 
