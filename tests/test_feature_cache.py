@@ -19,7 +19,7 @@ from peagle_train.target_model.cache import StoredTarget, write_cache
 from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.training.step import BatchRunner
 from tests.helpers import command
-from tests.runs import last_error
+from tests.runs import contents, drafter, last_error, metrics, run, same_tensors
 from tests.states_fake import States
 from tests.tiny import make_target, write_recipe, write_rows
 
@@ -56,18 +56,9 @@ def made(tmp_path_factory, tiny_target, rows):
     return cache(write_recipe(folder, tiny_target, rows, folder / "run", data={"eval_fraction": 0.3}), folder / "cache")
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def train(recipe: Path, run: Path, *overrides: str) -> dict[str, torch.Tensor]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    assert main([str(recipe), f"output.dir={run}", *overrides]) == 0
-    return load_file(run / "final" / "model.safetensors")
-
-
-def no_forward(*_, **__):
-    raise AssertionError("the target was loaded")
+def train(recipe: Path, output: Path, *overrides: str) -> dict[str, torch.Tensor]:
+    run(recipe, f"output.dir={output}", *overrides)
+    return drafter(output / "final")
 
 
 @pytest.mark.parametrize("command", ["cache", "prepare --workers 1"])
@@ -92,7 +83,7 @@ def test_training_from_a_cache_gives_the_weights_of_training_without_whatever_is
     recipe = recipe_in(data=data, draft={"window": window}, train=train_)
     folder = cache(recipe, tmp_path / "cache", "cod.num_segments=auto")
     online = train(recipe, tmp_path / "online", "train.batch_size=1")
-    monkeypatch.setattr(FrozenTarget, "load", no_forward)
+    monkeypatch.delattr(FrozenTarget, "load")
     read, filled = StoredTarget.read, []
 
     def read_and_fill(self, batch, room):
@@ -105,11 +96,8 @@ def test_training_from_a_cache_gives_the_weights_of_training_without_whatever_is
     cached = train(recipe, tmp_path / "cached", f"target.cache={folder}", "train.batch_size=1")
     monkeypatch.setattr(StoredTarget, "read", read_and_fill)
     other_values = train(recipe, tmp_path / "filled", f"target.cache={folder}", "train.batch_size=1")
-    assert min(filled) > 0 and online.keys() == cached.keys() and len(online) > 20
-    assert all(torch.equal(online[name], t) and torch.equal(other_values[name], t) for name, t in cached.items())
-    first, second = ((tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("online", "cached"))
-    for a, b in zip(map(json.loads, first), map(json.loads, second), strict=True):
-        assert all(a.get(name) == b.get(name) for name in ("loss", "accuracy"))
+    assert min(filled) > 0 and same_tensors(online, cached) and same_tensors(other_values, cached)
+    assert metrics(tmp_path / "online") == metrics(tmp_path / "cached")
     assert command("cache", "--verify", folder) == 0
 
 
@@ -117,9 +105,9 @@ def test_features_are_read_one_micro_batch_ahead_however_many_a_step_has(tmp_pat
     settings = {"max_steps": 3, "gradient_accumulation_steps": 4}
     recipe = recipe_in(train=settings, data={"pack": False, "eval_fraction": 0.0})
     folder, events = cache(recipe, tmp_path / "cache"), []
-    read, run = StoredTarget.read, BatchRunner.run
+    read, run_batch = StoredTarget.read, BatchRunner.run
     monkeypatch.setattr(StoredTarget, "read", lambda *given: (events.append("read"), read(*given))[1])
-    monkeypatch.setattr(BatchRunner, "run", lambda *given, **more: (run(*given, **more), events.append("run"))[0])
+    monkeypatch.setattr(BatchRunner, "run", lambda *given, **more: (run_batch(*given, **more), events.append("run"))[0])
     train(recipe, tmp_path / "run", f"target.cache={folder}")
     assert events.count("read") == events.count("run") == 12
     for i in range(len(events)):
@@ -130,8 +118,7 @@ def test_packing_batches_and_attention_may_change_without_a_new_cache(tmp_path, 
     recipe = recipe_in(train={"max_steps": 4, "batch_size": 2, "offload_features": True})
     folder = cache(recipe, tmp_path / "cache", "data.pack=false", "data.eval_fraction=0.0", "data.max_eval_rows=null")
     more = f"target.cache={folder}", "target.chunk_tokens=8", "target.attn_implementation=eager"
-    online, cached = train(recipe, tmp_path / "online"), train(recipe, tmp_path / "cached", *more)
-    assert all(torch.allclose(online[name], cached[name], rtol=0, atol=1e-9) for name in online)
+    assert same_tensors(train(recipe, tmp_path / "cached", *more), train(recipe, tmp_path / "online"), 1e-9)
 
 
 def test_features_in_fp8_are_the_targets_to_a_sixteenth_and_last_hidden_states_are_as_before(
@@ -197,7 +184,7 @@ def test_a_cache_that_does_not_match_is_one_clear_line_before_any_training(case,
         (folder / name).unlink()
     if case == "another target":  # of the same shape
         override = override.format(other=make_target(tmp_path / "other", initializer_range=0.2))
-    assert main([str(recipe_in()), f"target.cache={folder}", *filter(None, [override])]) == 2
+    run(recipe_in(), f"target.cache={folder}", *filter(None, [override]), code=2)
     error = last_error(capsys)
     assert message in error and not (tmp_path / "run").exists()
 
@@ -219,8 +206,7 @@ def test_a_recipe_that_reads_more_than_the_cache_holds_is_refused_in_one_line(tm
     recipe = recipe_in(sparse, draft={"window": 5})
     folder = cache(recipe, tmp_path / "cache")
     for more in ("draft.window=6", "draft.window=null", "draft.num_layers=3", f"data.sources=[{rows}]"):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        assert main([str(recipe), f"target.cache={folder}", "train.max_steps=1", more]) == 2
+        run(recipe, f"target.cache={folder}", "train.max_steps=1", more, code=2)
         error = last_error(capsys)
         assert "or positions of them" in error and "peagle-train cache" in error and not (tmp_path / "run").exists()
 
@@ -330,8 +316,7 @@ def test_a_drafter_from_speculators_files_is_the_one_from_the_target(
     [target] = targets
     assert all(parameter.is_meta for parameter in target.model.parameters()), "its weights stay on the disk"
     online, source = train(recipe, tmp_path / "online"), f"data.sources=[{cache / 'documents.jsonl'}]"
-    cached = train(recipe, tmp_path / "cached", f"target.cache={cache}", source)
-    assert all(torch.allclose(online[name], cached[name], rtol=0, atol=1e-9) for name in online)
+    assert same_tensors(train(recipe, tmp_path / "cached", f"target.cache={cache}", source), online, 1e-9)
 
 
 MISFITS: dict[str, tuple[dict[str, Any], list[str], str]] = {
@@ -359,5 +344,5 @@ def test_a_data_set_of_other_tokens_and_files_that_are_no_cache_are_refused(tmp_
     write_data_set(tmp_path / "data", samples[1:] + samples[:1])
     assert command("cache", recipe, "--speculators", files, "--out", tmp_path / "cache") == 2
     assert "row 0 of the data set next to it has other tokens" in capsys.readouterr().err
-    assert main([str(recipe), f"target.cache={written}"]) == 2
-    assert "--speculators" in capsys.readouterr().err
+    run(recipe, f"target.cache={written}", code=2)
+    assert "--speculators" in last_error(capsys)

@@ -19,7 +19,7 @@ from peagle_train.target_model.server import ServedTarget, take
 from peagle_train.training.step import Evaluator
 from tests.chat_fake import MODEL, FakeServer, serving
 from tests.helpers import command
-from tests.runs import EVALUATED, drafter, last_error, metrics, run, same_tensors
+from tests.runs import EVALUATED, assert_same_run, drafter, last_error, run, same_tensors
 from tests.states_fake import States
 from tests.tiny import make_target, write_recipe
 from tests.tiny_chat import make_chat_target
@@ -71,11 +71,7 @@ def test_a_server_lost_during_an_evaluation_leaves_a_checkpoint_from_which_the_r
         assert "gave no answer" in message and f"--resume continues from checkpoint-{lost}" in message
         served.states.down = False
         run(recipe, *there, "--resume")
-        assert same_tensors(drafter(output / "final"), drafter(whole / "final"))
-        ours, theirs = (json.loads((folder / "run.json").read_text()) for folder in (output, whole))
-        assert all(ours[key] == theirs[key] for key in ("before", "after", "best"))
-        ours, theirs = ({(x["step"], x["kind"]): x for x in metrics(folder)} for folder in (output, whole))
-        assert ours == theirs
+        assert_same_run(output, whole)
 
 
 def test_patience_begins_with_the_first_failure_and_a_restarted_servers_empty_folder_is_one(served, monkeypatch):
@@ -159,8 +155,7 @@ def test_features_that_are_kept_for_two_passes_are_asked_for_once(tmp_path, tiny
     assert len(served.states.prompts) == 11 + 3 + 1  # pieces of documents, the check's, and the question for the dtype
     assert not [*served.states.folder.iterdir()]
     run(recipe, *kept)
-    found, expected = (drafter(tmp_path / name / "final") for name in ("served", "run"))
-    assert all(torch.allclose(found[name], tensor, rtol=0, atol=1e-9) for name, tensor in expected.items())
+    assert same_tensors(drafter(tmp_path / "served" / "final"), drafter(tmp_path / "run" / "final"), 1e-9)
 
 
 def regenerate(folder: Path, states: States, chats: list[list[str]], *more: str) -> int:
@@ -186,8 +181,7 @@ def test_answers_that_are_written_anew_bring_the_features_that_training_reads(tm
     assert command("cache", recipe, f"--speculators={tmp_path / 'kept'}", f"--out={cache}") == 0
     run(recipe, f"target.cache={cache}")
     run(recipe, f"output.dir={tmp_path / 'anew'}")
-    ours, theirs = (drafter(tmp_path / name / "final") for name in ("run", "anew"))
-    assert all(torch.allclose(ours[name], tensor, rtol=0, atol=1e-9) for name, tensor in theirs.items())
+    assert same_tensors(drafter(tmp_path / "run" / "final"), drafter(tmp_path / "anew" / "final"), 1e-9)
 
 
 def test_equal_questions_that_are_answered_together_keep_one_file(tmp_path):
