@@ -62,10 +62,3 @@ def tiny(tiny_target: Path, tiny_rows: Path) -> Any:
     from tests.runs import recipe_for
 
     return lambda folder, **sections: recipe_for(folder, tiny_target, tiny_rows, **sections)
-
-
-@pytest.fixture(scope="session")
-def begun(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path, tiny_rows: Path) -> Any:
-    from tests.runs import Begun
-
-    return Begun(tmp_path_factory.mktemp("begun"), tiny_target, tiny_rows)

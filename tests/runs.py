@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -101,21 +100,3 @@ def in_child(function: Callable[[], object]) -> int:
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-class Begun:
-    """A run of 9 steps with checkpoints 2, 4, 6, 8, whole, and the same stopped after step 5 (checkpoints 2, 4, 5)."""
-
-    def __init__(self, folder: Path, target: Path, rows: Path) -> None:
-        self.target, self.rows = target, rows
-        self.settings = {"data": EVALUATED, "train": {"max_steps": 9, "save_steps": 2, "eval_steps": 3}}
-        run(recipe_for(folder / "whole", target, rows, **self.settings))
-        with pytest.MonkeyPatch.context() as patch:
-            stopped(recipe_for(folder / "stopped", target, rows, **self.settings), 5, patch)
-        self.whole, self.stopped = folder / "whole" / "run", folder / "stopped" / "run"
-
-    def copy(self, folder: Path) -> Path:
-        """The recipe of a copy of the stopped run in folder / "run"."""
-        folder.mkdir(exist_ok=True)
-        shutil.copytree(self.stopped, folder / "run")
-        return recipe_for(folder, self.target, self.rows, **self.settings)

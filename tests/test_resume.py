@@ -4,6 +4,8 @@ import errno
 import json
 import shutil
 from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,24 @@ from peagle_train.__main__ import main
 from peagle_train.config import load_recipe
 from tests.runs import EVALUATED, assert_same_run, contents, drafter, last_error, lines, run, same_tensors, stopped
 from tests.tiny import write_rows
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, tiny):
+    """`whole`: a run with checkpoints 2, 4, 6, 8. `copy` gives the recipe of a copy of the same run in folder / "run",
+    stopped after step 5 (checkpoints 2, 4, 5).
+    """
+    begun = tmp_path_factory.mktemp("begun")
+    settings = {"data": EVALUATED, "train": {"max_steps": 9, "save_steps": 2, "eval_steps": 3}}
+    run(tiny(begun / "whole", **settings))
+    with pytest.MonkeyPatch.context() as patch:
+        stopped(tiny(begun / "stopped", **settings), 5, patch)
+
+    def copy(folder: Path) -> Path:
+        shutil.copytree(begun / "stopped" / "run", folder / "run")
+        return tiny(folder, **settings)
+
+    return SimpleNamespace(whole=begun / "whole" / "run", copy=copy)
 
 
 @pytest.mark.parametrize("more", [{"schedule": "cosine"}, {"optimizer": "muon"}], ids=["adamw", "muon"])
@@ -130,7 +150,9 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_offered_by_nam
     assert "start over in a new folder" in last_error(capsys)
 
 
-def test_changes_of_the_recipe_that_would_make_it_another_run_are_refused_by_name(tmp_path, begun, capsys):
+def test_changes_of_the_recipe_that_would_make_it_another_run_are_refused_by_name(
+    tmp_path, begun, tiny_target, tiny_rows, capsys
+):
     recipe = begun.copy(tmp_path)
     before = contents(tmp_path / "run")
     run(recipe, "--resume", "train.learning_rate=1.0", "cod.down_sample_ratio=0.5", "data.max_length=33", code=2)
@@ -139,7 +161,7 @@ def test_changes_of_the_recipe_that_would_make_it_another_run_are_refused_by_nam
         assert change in message
     rows = write_rows(tmp_path / "other.jsonl", [9, 31, 4, 17])
     target = tmp_path / "target"
-    shutil.copytree(begun.target, target)
+    shutil.copytree(tiny_target, target)
     weights = load_file(target / "model.safetensors")
     weights["model.layers.0.mlp.down_proj.weight"] *= 3  # not the head
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
@@ -153,8 +175,8 @@ def test_changes_of_the_recipe_that_would_make_it_another_run_are_refused_by_nam
         assert named in last_error(capsys)
     assert contents(tmp_path / "run") == before
     moved, copy = tmp_path / "moved.jsonl", tmp_path / "copy"
-    shutil.copy(begun.rows, moved)
-    shutil.copytree(begun.target, copy)
+    shutil.copy(tiny_rows, moved)
+    shutil.copytree(tiny_target, copy)
     run(recipe, "--resume", f"data.sources=[{moved}]", "data.num_workers=1", "train.keep_last=1", f"target.path={copy}")
     assert_same_run(tmp_path / "run", begun.whole)
 
