@@ -189,26 +189,24 @@ def test_a_cache_that_does_not_match_is_one_clear_line_before_any_training(case,
     assert message in error and not (tmp_path / "run").exists()
 
 
-def test_only_positions_that_the_drafters_layers_can_reach_are_stored(tmp_path, recipe_in):
+def test_positions_that_the_drafters_layers_cannot_reach_are_not_stored_and_a_recipe_that_reads_them_is_refused(
+    tmp_path, recipe_in, rows, capsys
+):
     g = torch.Generator().manual_seed(0)
     row = {"input_ids": torch.randint(60, (400,), generator=g).tolist(), "loss_mask": [0] * 396 + [1, 0, 1, 0]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     settings = {"data": {"max_length": 401, "eval_fraction": 0.0}, "draft": {"window": 9, "num_layers": 3}}
     recipe = recipe_in(tmp_path / "rows.jsonl", **settings)
-    found = load_file(cache(recipe, tmp_path / "cache") / "features-00000.safetensors")
+    folder = cache(recipe, tmp_path / "cache")
+    found = load_file(folder / "features-00000.safetensors")
     # Tokens 396 and 398 are read by rows 395 and 397, the first of which reaches back by 3 * 8.
     assert found["features"].shape == (397 - 371 + 1, 48) and found["last_hidden"].shape == (2, 16)
-    train(recipe, tmp_path / "run", f"target.cache={tmp_path / 'cache'}", "train.max_steps=1", "draft.window=7")
-
-
-def test_a_recipe_that_reads_more_than_the_cache_holds_is_refused_in_one_line(tmp_path, recipe_in, rows, capsys):
-    sparse = write_rows(tmp_path / "sparse.jsonl", LENGTHS, prompt=0.8)
-    recipe = recipe_in(sparse, draft={"window": 5})
-    folder = cache(recipe, tmp_path / "cache")
-    for more in ("draft.window=6", "draft.window=null", "draft.num_layers=3", f"data.sources=[{rows}]"):
-        run(recipe, f"target.cache={folder}", "train.max_steps=1", more, code=2)
+    more = f"target.cache={folder}", "train.max_steps=1"
+    for reads in ("draft.window=10", "draft.window=null", "draft.num_layers=4", f"data.sources=[{rows}]"):
+        run(recipe, *more, reads, code=2)
         error = last_error(capsys)
         assert "or positions of them" in error and "peagle-train cache" in error and not (tmp_path / "run").exists()
+    train(recipe, tmp_path / "run", *more, "draft.window=7")
 
 
 def test_damage_that_a_start_does_not_see_is_found_by_verify_which_names_the_file(tmp_path, recipe_in, made, capsys):

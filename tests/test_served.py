@@ -191,18 +191,17 @@ def test_equal_questions_that_are_answered_together_keep_one_file(tmp_path):
     assert len([*(tmp_path / "kept").glob("*.safetensors")]) == 1
 
 
-@pytest.mark.parametrize(
-    ("folder", "name", "message"),
-    [("cpu", "layers-2-3-4", "draws wrong tokens"), ("states", "layers-1-3-4", "holds layers-2-3-4")],
-)
-def test_answers_that_are_not_the_targets_or_states_of_other_layers_are_refused(
-    folder, name, message, tmp_path, capsys
-):
-    (tmp_path / "kept").mkdir()
-    (tmp_path / "kept" / "layers.txt").write_text("layers-2-3-4")
-    assert regenerate(tmp_path, States(make_chat_target(tmp_path / "target"), tmp_path / folder, name), [["w1"]]) == 2
-    assert message in capsys.readouterr().err.strip().splitlines()[-1]
-    assert not [*(tmp_path / "kept").glob("*.safetensors")]
+def test_answers_that_are_not_the_targets_or_states_of_other_layers_are_refused(tmp_path, capsys):
+    target, kept = make_chat_target(tmp_path / "target"), tmp_path / "kept"
+    kept.mkdir()
+    (kept / "layers.txt").write_text("layers-2-3-4")
+    for folder, name, message in (
+        ("cpu", "layers-2-3-4", "draws wrong tokens"),
+        ("states", "layers-1-3-4", "holds layers-2-3-4"),
+    ):
+        assert regenerate(tmp_path, States(target, tmp_path / folder, name), [["w1"]]) == 2
+        assert message in capsys.readouterr().err.strip().splitlines()[-1]
+        assert [path.name for path in kept.iterdir()] == ["layers.txt"]
 
 
 def test_what_lies_around_its_layers_is_read_from_weights_of_several_files(tmp_path, tiny_target):
