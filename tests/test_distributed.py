@@ -32,19 +32,18 @@ def test_the_command_line_on_two_processes_prints_once_and_ends_with_one_process
     assert ours == theirs and len(ours) >= 2
 
 
-@pytest.mark.parametrize(
-    ("environment", "message"),
-    [
-        ({"WORLD_SIZE": "2", "RANK": "0"}, "launched as 2 processes"),
-        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}, "launched as several processes"),
-    ],
-    ids=["strangers", "single"],
-)
+LAUNCHES = {
+    "launched as 2 processes": {"WORLD_SIZE": "2", "RANK": "0"},
+    "launched as several processes": {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+}
+
+
+@pytest.mark.parametrize("message", LAUNCHES)
 def test_processes_that_would_train_alone_are_refused_with_the_line_that_works(
-    environment, message, tmp_path, tiny, monkeypatch, capfd
+    message, tmp_path, tiny, monkeypatch, capfd
 ):
     recipe = tiny(tmp_path)
-    for name, value in environment.items():
+    for name, value in LAUNCHES[message].items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     assert in_child(lambda: sys.exit(main([str(recipe)]))) != 0

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,21 +12,20 @@ from accelerate.state import PartialState
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from peagle_train.__main__ import main
 from peagle_train.config import Train
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.training.trainer import Trainer
 from tests.helpers import command
-from tests.runs import drafter, last_error, lines, recipe_for, run, same_tensors
+from tests.runs import drafter, last_error, lines, run, same_tensors
 from tests.tiny import MASK, VOCAB
 
 
 @pytest.fixture
-def train(tmp_path: Path, tiny_target: Path, tiny_rows: Path) -> Callable[..., Path]:
+def train(tmp_path, tiny):
     """Train a tiny recipe with these sections in a folder of this name; returns the output folder."""
 
     def go(name: str = "a", **sections: dict[str, Any]) -> Path:
-        run(recipe_for(tmp_path / name, tiny_target, tiny_rows, **sections))
+        run(tiny(tmp_path / name, **sections))
         return tmp_path / name / "run"
 
     return go
@@ -154,18 +152,18 @@ def test_a_device_that_is_neither_a_cpu_nor_a_gpu_is_refused_before_anything_is_
         assert "mps" in line and "ACCELERATE_USE_CPU=true" in line and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("target.path=/nowhere", "is not a folder"),
-        (f"draft.mask_token_id={VOCAB}", f"must lie in 0..{VOCAB - 1}"),
-        ("draft.draft_vocab_size=100", "draft_vocab_size"),
-        ("draft.head_dim=7", "head_dim is 7"),
-    ],
-)
-def test_a_users_mistake_is_one_clear_line_before_any_training(override, message, tmp_path, tiny, capsys):
+MISTAKES = {
+    "target.path=/nowhere": "is not a folder",
+    f"draft.mask_token_id={VOCAB}": f"must lie in 0..{VOCAB - 1}",
+    "draft.draft_vocab_size=100": "draft_vocab_size",
+    "draft.head_dim=7": "head_dim is 7",
+}
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_a_users_mistake_is_one_clear_line_before_any_training(override, tmp_path, tiny, capsys):
     run(tiny(tmp_path), override, code=2)
-    assert message in last_error(capsys) and not (tmp_path / "run").exists()
+    assert MISTAKES[override] in last_error(capsys) and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("given", [{}, {"PYTORCH_CUDA_ALLOC_CONF": "x"}, {"PYTORCH_ALLOC_CONF": "x"}])
@@ -175,7 +173,7 @@ def test_cudas_allocator_gets_expandable_segments_unless_the_user_has_set_it(giv
         monkeypatch.setenv(name, "")  # to be put back
         monkeypatch.delenv(name)
     os.environ.update(given)
-    assert main(["train", "quickstart", "--print-config"]) == 0
+    assert command("train", "quickstart", "--print-config") == 0
     found = {name: os.environ[name] for name in names if name in os.environ}
     assert found == (given or {names[0]: "expandable_segments:True"})
 
