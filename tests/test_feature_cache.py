@@ -19,31 +19,20 @@ from peagle_train.target_model.cache import StoredTarget, write_cache
 from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.training.step import BatchRunner
 from tests.helpers import command
-from tests.runs import contents, drafter, last_error, metrics, run, same_tensors
+from tests.runs import EVALUATED, LENGTHS, contents, drafter, last_error, metrics, run, same_tensors
 from tests.states_fake import States
-from tests.tiny import make_target, write_recipe, write_rows
+from tests.tiny import make_target, write_rows
 
-LENGTHS = [9, 31, 4, 17, 32, 2, 26, 11, 40, 13, 33, 64]
 THEIR_LENGTHS = [9, 31, 4, 17, 32, 1, 2]
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", LENGTHS, prompt=0.3)
-
-
 @pytest.fixture
-def recipe_in(tiny_target, rows, tmp_path):
+def recipe_in(tiny, tmp_path):
     """Writes a recipe."""
-
-    def written(source: Path = rows, **sections: dict[str, Any]) -> Path:
-        sections["data"] = {"eval_fraction": 0.3, **sections.get("data", {})}
-        return write_recipe(tmp_path, tiny_target, source, tmp_path / "run", **sections)
-
-    return written
+    return lambda **sections: tiny(tmp_path, **{"data": EVALUATED, **sections})
 
 
-def cache(recipe: Path, out: Path, *overrides: str, shard_tokens: int = 40) -> Path:
+def cache(recipe: Path, out: Path, *overrides: str, shard_tokens: int = 24) -> Path:
     """Written with shards of about this many tokens of a float64 target of width 16."""
     AcceleratorState._reset_state(reset_partial_state=True)
     write_cache(load_recipe(recipe, overrides), str(out), shard_mib=shard_tokens * 512 / 2**20)
@@ -51,9 +40,9 @@ def cache(recipe: Path, out: Path, *overrides: str, shard_tokens: int = 40) -> P
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, tiny_target, rows):
+def made(tmp_path_factory, tiny):
     folder = tmp_path_factory.mktemp("made")
-    return cache(write_recipe(folder, tiny_target, rows, folder / "run", data={"eval_fraction": 0.3}), folder / "cache")
+    return cache(tiny(folder, data=EVALUATED), folder / "cache")
 
 
 def train(recipe: Path, output: Path, *overrides: str) -> dict[str, torch.Tensor]:
@@ -74,11 +63,11 @@ def test_a_full_disk_is_one_line(command, tmp_path, recipe_in, capsys):
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_training_from_a_cache_gives_the_weights_of_training_without_whatever_is_not_stored(
-    window, tmp_path, recipe_in, rows, monkeypatch
+    window, tmp_path, recipe_in, tiny_rows, monkeypatch
 ):
     # Two sources with the same ids and other masks, which share their pieces.
     other = write_rows(tmp_path / "other.jsonl", LENGTHS, prompt=0.9)
-    data = {"sources": [str(rows), str(other)], "eval_fraction": 0.2, "num_workers": 2 if window else 0}
+    data = {"sources": [str(tiny_rows), str(other)], "eval_fraction": 0.2, "num_workers": 2 if window else 0}
     train_ = {"batch_size": 2, "max_steps": 6, "eval_steps": 3}
     recipe = recipe_in(data=data, draft={"window": window}, train=train_)
     folder = cache(recipe, tmp_path / "cache", "cod.num_segments=auto")
@@ -122,14 +111,14 @@ def test_packing_batches_and_attention_may_change_without_a_new_cache(tmp_path, 
 
 
 def test_features_in_fp8_are_the_targets_to_a_sixteenth_and_last_hidden_states_are_as_before(
-    tmp_path, recipe_in, rows, made
+    tmp_path, recipe_in, tiny_rows, made
 ):
     recipe = recipe_in(train={"max_steps": 2})
     folder = cache(recipe, tmp_path / "cache", "target.cache_dtype=float8_e4m3fn", shard_tokens=10_000)
     stored = load_file(folder / "features-00000.safetensors")
     last_hidden = torch.cat([load_file(path)["last_hidden"] for path in sorted(made.glob("features-*"))])
     assert stored["features"].dtype == torch.float8_e4m3fn and torch.equal(stored["last_hidden"], last_hidden)
-    ids = torch.tensor([[*json.loads(rows.read_text().splitlines()[1])["input_ids"], 0, 0, 0]])
+    ids = torch.tensor([[*json.loads(tiny_rows.read_text().splitlines()[1])["input_ids"], 0, 0, 0]])
     batch, read = {"input_ids": ids, "document_ids": torch.tensor([[0] * 31 + [-1] * 3])}, []
     for where in (folder, made):
         one = StoredTarget(load_recipe(recipe, [f"target.cache={where}"]).target, torch.device("cpu"))
@@ -142,7 +131,7 @@ def test_features_in_fp8_are_the_targets_to_a_sixteenth_and_last_hidden_states_a
 
 def test_a_write_stopped_anywhere_and_started_again_leaves_the_same_cache(tmp_path, recipe_in, made, monkeypatch):
     recipe, replace, calls = recipe_in(), os.replace, []
-    assert len(contents(made)) == 6
+    assert len(contents(made)) == 7
 
     def failing(*arguments):
         calls.append(arguments)
@@ -190,19 +179,19 @@ def test_a_cache_that_does_not_match_is_one_clear_line_before_any_training(case,
 
 
 def test_positions_that_the_drafters_layers_cannot_reach_are_not_stored_and_a_recipe_that_reads_them_is_refused(
-    tmp_path, recipe_in, rows, capsys
+    tmp_path, recipe_in, tiny_rows, capsys
 ):
     g = torch.Generator().manual_seed(0)
     row = {"input_ids": torch.randint(60, (400,), generator=g).tolist(), "loss_mask": [0] * 396 + [1, 0, 1, 0]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
-    settings = {"data": {"max_length": 401, "eval_fraction": 0.0}, "draft": {"window": 9, "num_layers": 3}}
-    recipe = recipe_in(tmp_path / "rows.jsonl", **settings)
+    data = {"sources": [str(tmp_path / "rows.jsonl")], "max_length": 401, "eval_fraction": 0.0}
+    recipe = recipe_in(data=data, draft={"window": 9, "num_layers": 3})
     folder = cache(recipe, tmp_path / "cache")
     found = load_file(folder / "features-00000.safetensors")
     # Tokens 396 and 398 are read by rows 395 and 397, the first of which reaches back by 3 * 8.
     assert found["features"].shape == (397 - 371 + 1, 48) and found["last_hidden"].shape == (2, 16)
     more = f"target.cache={folder}", "train.max_steps=1"
-    for reads in ("draft.window=10", "draft.window=null", "draft.num_layers=4", f"data.sources=[{rows}]"):
+    for reads in ("draft.window=10", "draft.window=null", "draft.num_layers=4", f"data.sources=[{tiny_rows}]"):
         run(recipe, *more, reads, code=2)
         error = last_error(capsys)
         assert "or positions of them" in error and "peagle-train cache" in error and not (tmp_path / "run").exists()
@@ -246,7 +235,7 @@ def test_other_rows_another_target_or_another_writer_never_mix_in_one_folder(tmp
 def test_what_does_not_fit_the_disk_is_refused_and_the_rest_may_be_there(tmp_path, recipe_in, monkeypatch, made):
     usage = shutil.disk_usage(tmp_path)._replace(free=9999)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(ValueError, match=r"has too little room: 282 tokens"):
+    with pytest.raises(ValueError, match=r"has too little room: 185 tokens"):
         cache(recipe_in(), tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
     cache(tmp_path / "recipe.yaml", Path(shutil.copytree(made, tmp_path / "cache")))
@@ -262,7 +251,8 @@ def their_rows(tmp_path_factory):
 
 @pytest.fixture
 def recipe(recipe_in, their_rows):
-    return recipe_in(their_rows, train={"max_steps": 2}, data={"max_bad_rows": 1, "eval_fraction": 0.0})
+    data = {"sources": [str(their_rows)], "max_bad_rows": 1, "eval_fraction": 0.0}
+    return recipe_in(train={"max_steps": 2}, data=data)
 
 
 @pytest.fixture(scope="module")
