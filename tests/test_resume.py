@@ -224,12 +224,3 @@ def test_resume_takes_a_folder_and_nothing_else_for_its_own(tmp_path, tiny, monk
     ):
         assert main(arguments) == 0
         assert seen.pop() == (resume, steps), arguments
-
-
-def test_a_damaged_log_does_not_keep_a_run_from_resuming_and_has_no_step_twice(tmp_path, begun):
-    recipe, path = begun.copy(tmp_path), tmp_path / "run" / "metrics.jsonl"
-    path.write_bytes(b"\xff" + path.read_bytes()[1:] + b"half")
-    run(recipe, "--resume")
-    first, *others = path.read_bytes().splitlines()
-    assert first[:1] == b"\xff"
-    assert [line["step"] for line in map(json.loads, others) if line["kind"] == "train"] == list(range(1, 10))

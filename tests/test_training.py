@@ -34,10 +34,15 @@ def train(tmp_path, tiny):
 def test_a_run_leaves_a_drafter_its_recipe_its_metrics_and_a_summary(train, capsys):
     output = train(data={"eval_fraction": 0.3}, train={"epochs": 2, "eval_steps": 3})
     printed = capsys.readouterr().out
-    for word in ("segments:", "steps:", "parameters:", f"drafter: {output / 'final'}", "held-out before training"):
+    for word in (
+        "segments:",
+        "steps:",
+        "parameters:",
+        f"drafter: {output / 'final'}",
+        "held-out before training",
+        "(last 2 steps)",
+    ):
         assert word in printed
-    step_lines = [line for line in printed.splitlines() if line.startswith("step ")]
-    assert all(len(line) <= 120 for line in step_lines) and "(last 2 steps)" in step_lines[1]
     config = json.loads((output / "final" / "config.json").read_text())
     assert config["model_type"] == "llama" and config["architectures"] == ["LlamaForCausalLMEagle3"]
     assert config["ptd_token_id"] == MASK and config["draft_vocab_size"] == 40
@@ -168,14 +173,11 @@ def test_a_users_mistake_is_one_clear_line_before_any_training(override, tmp_pat
 
 @pytest.mark.parametrize("given", [{}, {"PYTORCH_CUDA_ALLOC_CONF": "x"}, {"PYTORCH_ALLOC_CONF": "x"}])
 def test_cudas_allocator_gets_expandable_segments_unless_the_user_has_set_it(given, monkeypatch):
-    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-    for name in names:
-        monkeypatch.setenv(name, "")  # to be put back
-        monkeypatch.delenv(name)
-    os.environ.update(given)
+    others = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
+    monkeypatch.setattr(os, "environ", {**others, **given})
     assert command("train", "quickstart", "--print-config") == 0
-    found = {name: os.environ[name] for name in names if name in os.environ}
-    assert found == (given or {names[0]: "expandable_segments:True"})
+    found = {name: value for name, value in os.environ.items() if name.endswith("ALLOC_CONF")}
+    assert found == (given or {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"})
 
 
 def test_a_profile_names_where_a_steps_time_goes(train, capsys):
