@@ -1,6 +1,7 @@
 """A step that is not finite is not applied: its sequences are logged and the run continues, unless there are too many."""
 
 import shutil
+from itertools import count
 from typing import Any
 
 import pytest
@@ -30,11 +31,10 @@ def poison(monkeypatch: pytest.MonkeyPatch, is_bad: Any, value: float = float("i
 
 def without(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """The oracle: the optimizer has no such steps, but the schedule and the data move on."""
-    taken, step = [0], torch.optim.AdamW.step
+    step, real = count(1), torch.optim.AdamW.step
 
     def step_or_not(self: torch.optim.AdamW, *arguments: Any, **options: Any) -> Any:
-        taken[0] += 1
-        return None if taken[0] in steps else step(self, *arguments, **options)
+        return None if next(step) in steps else real(self, *arguments, **options)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step_or_not)
 
@@ -85,11 +85,10 @@ def test_a_poisoned_sequence_costs_its_step_and_nothing_else_and_a_resumed_run_t
 
 
 def test_a_gradient_alone_that_is_not_finite_is_not_applied_either(tmp_path, tiny, plain, monkeypatch):
-    calls = []
+    step = count(1)
 
     def spoil_and_clip(parameters: Any, limit: float) -> torch.Tensor:
-        calls.append(1)
-        if len(calls) == 3:
+        if next(step) == 3:
             parameters[0].grad.view(-1)[0] = float("inf")
         return clip_gradients(parameters, limit)
 
@@ -133,12 +132,11 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_with_one_line_and_good_weights
 def test_a_run_whose_weights_are_no_longer_finite_says_that_it_diverged_and_leaves_none_of_them(
     at, more, tmp_path, tiny, monkeypatch, capsys
 ):
-    real, calls = torch.optim.AdamW.step, []
+    real, step = torch.optim.AdamW.step, count(1)
 
     def overflow(self: torch.optim.AdamW, *arguments: Any, **options: Any) -> Any:
         result = real(self, *arguments, **options)
-        calls.append(1)
-        if len(calls) == at:
+        if next(step) == at:
             with torch.no_grad():
                 max((p for group in self.param_groups for p in group["params"]), key=torch.numel)[:] = float("inf")
         return result

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 from accelerate.state import AcceleratorState
 
 from peagle_train.__main__ import main
@@ -27,26 +26,18 @@ class Fast(PreTrainedTokenizerFast):
 """
 
 
-@pytest.fixture
-def payload(tmp_path, monkeypatch):
-    """A target with code of its own, and the file that the code makes."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    target, marker = make_byte_target(tmp_path / "target"), tmp_path / "marker"
-    (target / "payload.py").write_text(PAYLOAD.format(marker=str(marker)))
-    add_code(target / "config.json", {"AutoConfig": "payload.Config", "AutoModelForCausalLM": "payload.Model"})
-    return target, marker
-
-
 def add_code(config: Path, classes: dict[str, Any]) -> None:
     config.write_text(json.dumps({**json.loads(config.read_text()), "auto_map": classes}))
 
 
-def test_a_drafters_recipe_cannot_have_code_of_its_target_run(tmp_path, payload, capfd, caplog):
-    target, marker = payload
+def test_a_drafters_recipe_cannot_have_code_of_its_target_run(tmp_path, monkeypatch, capfd, caplog):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    target, marker = make_byte_target(tmp_path / "target"), tmp_path / "marker"
+    (target / "payload.py").write_text(PAYLOAD.format(marker=str(marker)))
+    add_code(target / "config.json", {"AutoConfig": "payload.Config", "AutoModelForCausalLM": "payload.Model"})
     recipe = str(write_stdlib_recipe(tmp_path / "mine.yaml", target, str(tmp_path / "run")))
     drafter, prompts = str(tmp_path / "run" / "final"), tmp_path / "prompts.jsonl"
     prompts.write_text('{"text": "def f(x):"}')
-    AcceleratorState._reset_state(reset_partial_state=True)
     assert main([recipe, "target.trust_remote_code=true"]) == 0
     assert marker.exists() and "trust_remote_code: true" in (tmp_path / "run" / "final" / "recipe.yaml").read_text()
     marker.unlink()
