@@ -13,7 +13,7 @@ import pytest
 from peagle_train.config import load_recipe
 from peagle_train.target_model.cache import write_cache
 from tests.ranks_run import run
-from tests.runs import LENGTHS, contents, drafter, same_tensors
+from tests.runs import LENGTHS, contents, drafter, lines, metrics, same_tensors
 from tests.test_distributed import launch
 from tests.tiny import make_target, write_recipe, write_rows
 
@@ -46,11 +46,11 @@ def write_case(folder: Path, target: Path, name: str) -> Path:
     folder.mkdir()
     rows = write_rows(folder / "rows.jsonl", [*LENGTHS, 5], prompt=0.3)
     if name == "nothing to learn":  # but in two documents: whole micro-batches, and one step, have nothing supervised
-        lines = [json.loads(line) for line in rows.read_text().splitlines()]
-        ids = [token for line in lines[2:] for token in line["input_ids"]] * 2
+        documents = [json.loads(line) for line in rows.read_text().splitlines()]
+        ids = [token for document in documents[2:] for token in document["input_ids"]] * 2
         # cut to rows of which only the first has something
-        lines[2:] = [{"input_ids": ids, "loss_mask": [0, 1] + [0] * (len(ids) - 2)}]
-        rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        documents[2:] = [{"input_ids": ids, "loss_mask": [0, 1] + [0] * (len(ids) - 2)}]
+        rows.write_text("".join(json.dumps(document) + "\n" for document in documents))
     held_out = write_rows(folder / "held_out.jsonl", [30, 7, 12, 2], seed=9)
     train = {"max_steps": 3, "eval_steps": 2, "learning_rate": 1e-3, **CASES[name].get("train", {})}
     data = {"eval_sources": [str(held_out)], "pack": name == "packed", **CASES[name].get("data", {})}
@@ -115,8 +115,7 @@ def test_two_processes_finish_the_features_that_one_has_begun(outputs):
 @pytest.mark.parametrize("case, processes, sharding", RUNS)
 def test_several_processes_train_and_evaluate_as_one_does(case, processes, sharding, outputs):
     assert_same_run(outputs[case, processes, sharding], outputs[case, 1, "none"], rounded=case == "bf16")
-    lines = map(json.loads, (outputs[case, processes, sharding] / "metrics.jsonl").read_text().splitlines())
-    recompiles = {line["recompiles"] for line in lines if line["kind"] == "train"}
+    recompiles = {line["recompiles"] for line in lines(outputs[case, processes, sharding], "train")}
     # 1: a layer's pass in an evaluation may have the shapes of one in pass A. No step compiles anything again.
     assert recompiles in ({0}, {1}) if (case, processes, sharding) == COMPILED else recompiles == {None}
 
@@ -127,7 +126,7 @@ def test_a_run_resumes_with_other_numbers_of_processes_and_another_sharding(move
 
 
 def assert_same_run(together: Path, alone: Path, rounded: bool = False) -> None:
-    ours, theirs = ([json.loads(s) for s in (f / "metrics.jsonl").read_text().splitlines()] for f in (together, alone))
+    ours, theirs = metrics(together), metrics(alone)
     assert [r["kind"] for r in ours] == [r["kind"] for r in theirs] and len(ours) == 3 + 3
     exact = {"supervised"} if rounded else {"accuracy", "supervised", "hits", "expected_accepted_length"}
     for own, expected in zip(ours, theirs):
