@@ -51,24 +51,14 @@ def test_one_script_at_a_time_works_on_a_folder_and_does_not_make_it(tmp_path):
     assert not (tmp_path / "new" / "run").exists(), "an empty folder would be what a run has left"
 
 
-def test_a_folder_whose_name_looks_like_a_pattern_is_not_taken_for_one(tmp_path):
-    (tmp_path / "run[1]" / "checkpoint-7").mkdir(parents=True)
-    (tmp_path / "run[1]" / "run.json").write_text(STARTED)
-    assert "--resume" in bash('resume_or_clear "$1"; echo "${resume[*]-}"', tmp_path / "run[1]")[1]
-    assert (tmp_path / "run[1]" / "checkpoint-7").is_dir()
-
-
+SAVED = {"run.json": STARTED, "checkpoint-7/x": ""}
 LEFT: dict[str, tuple[dict[str, str], str, bool]] = {
     "nothing": ({}, "resume=.", True),
     "a run before its first checkpoint": ({"run.json": STARTED, "metrics.jsonl": ""}, "removing it", False),
-    "a run with checkpoints": ({"run.json": STARTED, "checkpoint-7/x": ""}, "resume=--resume.", True),
+    "a run with checkpoints": (SAVED, "resume=--resume.", True),
     "a finished run": ({"run.json": FINISHED, "final/x": ""}, "resume=--resume.", True),
     "a finished run's checkpoints": ({"run.json": FINISHED, "checkpoint-7/x": ""}, "a finished run", True),
-    "a drafter with checkpoints": (
-        {"run.json": STARTED, "checkpoint-7/x": "", "final/x": ""},
-        "resume=--resume.",
-        True,
-    ),
+    "a drafter with checkpoints": ({**SAVED, "final/x": ""}, "resume=--resume.", True),
     "a drafter of a run that did not end": ({"run.json": STARTED, "final/x": ""}, "did not end well", True),
     "somebody else's": ({"thesis.tex": ""}, "not from a training run", True),
     "somebody else's, hidden": ({".thesis.tex": ""}, "not from a training run", True),
@@ -77,17 +67,15 @@ LEFT: dict[str, tuple[dict[str, str], str, bool]] = {
 
 @pytest.mark.parametrize("case", LEFT)
 def test_a_run_that_was_stopped_resumes_or_begins_again_and_nothing_else_is_removed(case, tmp_path):
-    files, said, stays = LEFT[case]
+    (files, said, stays), folder = LEFT[case], tmp_path / "run[1]"  # a name that looks like a pattern
     for name, content in files.items():
-        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "run" / name).write_text(content)
-    code, output = bash('resume_or_clear "$@"; echo "resume=${resume[*]-}."', tmp_path / "run", "train.epochs=2")
-    assert said in output and (tmp_path / "run").exists() == (stays and bool(files))
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    code, output = bash('resume_or_clear "$@"; echo "resume=${resume[*]-}."', folder, "train.epochs=2")
+    assert said in output and folder.exists() == (stays and bool(files))
     assert code == {"did not end well": 1, "not from a training run": 2}.get(said, 0)
     assert (": train.epochs=2\n" in output) == case.startswith("a finished run")
 
 
-def test_an_empty_folder_is_begun_in_and_without_arguments_none_are_said_to_be_unused(tmp_path):
+def test_an_empty_folder_is_begun_in(tmp_path):
     assert bash('resume=(x); resume_or_clear "$1"; echo "resume=${resume[*]-}."', tmp_path) == (0, "resume=.\n")
-    (tmp_path / "run.json").write_text(FINISHED)
-    assert "not used" not in bash('resume_or_clear "$1"', tmp_path)[1]
