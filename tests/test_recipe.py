@@ -86,15 +86,11 @@ def test_an_override_is_read_as_people_mean_it(minimal, monkeypatch):
 WRONG = {
     "train.epochs=null": "got null; it should be",
     "data.pack=yes": "got 'yes' (str); it should be a valid boolean",
-    "train.epochs=true": "got true (bool); it should be a valid integer",
     "train.epochs=0": "got 0 (int); it should be greater than or equal to 1",
     "train.learning_rate=.nan": "got nan (float); it should be a finite number",
     "train.loss=mse": "got 'mse' (str); it should be 'kl', 'soft_ce', 'hard_ce', 'tv' or 'lk'",
-    "train.compile=maybe": "got 'maybe' (str); it should be a valid boolean, or it should be 'auto'",
     "cod.num_segments=0": "got 0 (int); it should be greater than or equal to 1, or it should be 'auto'",
-    "output.dir=2024": "got 2024 (int); it should be a valid string",
     "output.dir='  '": "got '  ' (str); give a non-empty string",
-    "data.exclude=a": "got 'a' (str); it should be a valid list",
     "data.sources=[]": "give a non-empty list",
     "data.extensions=[py]": "got ['py'] (list); give a list such as [.py, .jsonl], with the dots",
     "target.layer_ids=[0, 1, true]": "got true (bool); it should be a valid integer",
@@ -103,6 +99,10 @@ WRONG = {
         f"target.layer_ids={ids}": "give 1 to 8 strictly increasing integers >= 0"
         for ids in ("[]", "[0, 1, 2, 3, 4, 5, 6, 7, 8]", "[1, 1, 2]", "[3, 2, 1]", "[-1, 0, 1]")
     },
+    "data.sources=[{path: a, datasets: b}]": "data.sources[0] has both of path and datasets",
+    "data.sources=[{weight: 2}]": "data.sources[0] has neither of path and datasets",
+    "data.sources=[{path: a, weight: 0}]": "data.sources[0].weight: got 0 (int); it should be greater than 0",
+    "data.sources=[{path: a, split: test}]": "data.sources[0] has split or name",
     "train.learning_rte=1": "did you mean train.learning_rate?",
     "train.max_length=9": "did you mean data.max_length?",  # the right name in the wrong section
     "trian.epochs=2": "did you mean train?",
@@ -111,7 +111,6 @@ WRONG = {
     "draft.rope_scaling={}": "rope_type is missing; give one of default, linear, llama3, yarn",
     "draft.rope_scaling={rope_type: dynamic, factor: 2}": "rope_type is 'dynamic'; give one of",
     "draft.rope_scaling={rope_type: linear, factor: 2.0, foo: 1}": "has 'foo', which rope type linear does not have",
-    "draft.rope_scaling={rope_type: linear}": "factor is missing; rope type linear takes factor",
     "draft.rope_scaling={rope_type: linear, factor: two}": "factor is 'two'; give a number of at least 1",
 }
 
@@ -237,33 +236,31 @@ nested = st.recursive(
 
 @settings(max_examples=20, deadline=None)
 @given(nested)
-def test_no_value_changes_on_its_way_out_and_in_for_this_reader_and_the_usual_one(value):
+def test_no_value_changes_on_its_way_out_and_in_for_this_reader_and_the_usual_one_and_a_shell(value):
     text = dump_yaml(value)
     assert text.isascii() and parse_yaml(text, "test") == yaml.safe_load(text) == value
+    [pasted] = shlex.split(as_override("a.b", value))
+    assert parse_yaml(pasted.removeprefix("a.b="), "test") == value
 
 
-PATHS = [
-    "/with space/x", "it's", "a,b [c] {d}", "#x: y", "12", "a~b", 'q"$HOME`', "\u00e9 \u4e2d \U0001f600", "w " * 99,
-]  # fmt: skip
-SET = {
-    "target.path": PATHS,
-    "data.sources": [[path] for path in PATHS],
-    "target.layer_ids": [[0, 3, 5]],
-    "draft.rope_scaling": [{"rope_type": "linear", "factor": 10.0}],
-    "data.eval_sources": [["stdlib", {"path": "chats.jsonl"}, {"datasets": "a/b", "split": "test"}]],
-    "train.adam_epsilon": [1e-12],
-    "train.max_grad_norm": [None],
+KEPT = {
+    "target.path": "a,b [c] {d}",
+    "data.sources": ["/with space/x", "it's", "#x: y", "a~b", 'q"$HOME`', "\u00e9 \u4e2d \U0001f600", "w " * 99],
+    "target.layer_ids": [0, 3, 5],
+    "draft.rope_scaling": {"rope_type": "linear", "factor": 10.0},
+    "data.eval_sources": ["stdlib", {"path": "chats.jsonl"}, {"datasets": "a/b", "split": "test"}],
+    "train.adam_epsilon": 1e-12,
+    "train.max_grad_norm": None,
+    "output.dir": "12",
 }
 
 
-@pytest.mark.parametrize("key", SET)
-def test_a_value_is_kept_by_an_override_that_is_printed_and_pasted_and_by_a_dump(key, minimal, write):
-    for value in SET[key]:
-        [pasted] = shlex.split(as_override(key, value))
-        recipe, (section, leaf) = load_recipe(minimal, [pasted]), key.split(".")
+def test_a_recipe_is_kept_by_overrides_that_are_printed_and_pasted_and_by_a_dump(minimal, write):
+    recipe = load_recipe(minimal, shlex.split(" ".join(map(as_override, KEPT, KEPT.values()))))
+    for key, value in KEPT.items():
+        section, leaf = key.split(".")
         assert getattr(getattr(recipe, section), leaf) == value
-        assert load_recipe(write(dump_recipe(recipe))) == recipe
-        write(MINIMAL)
+    assert load_recipe(write(dump_recipe(recipe))) == recipe
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from peagle_train.cli import main
-from peagle_train.config import Data, parse_sources
+from peagle_train.config import Data
 from peagle_train.data.documents import find_all, read_examples
 from peagle_train.data.encode import parse
 from peagle_train.data.messages import BAD_IDS, FORMAT, NOTHING, UNREADABLE
@@ -216,18 +216,6 @@ def test_a_null_column_of_a_table_is_a_field_that_is_not_there_and_tables_may_be
     for name, count in (("no_group.parquet", 0), ("first.parquet", 2)):
         documents, report = load(tmp_path / name, good)
         assert len(documents) == count + 1 and len(report.files) == 2, name
-
-
-def test_a_source_with_a_mistake_is_one_clear_line():
-    for source, expected in (
-        ({"path": "a", "datasets": "b"}, "data.sources[0] has both of path and datasets"),
-        ({"weight": 2}, "data.sources[0] has neither of path and datasets"),
-        ({"path": "a", "weight": 0}, "data.sources[0].weight: got 0 (int); it should be greater than 0"),
-        ({"path": "a", "split": "test"}, "data.sources[0] has split or name"),
-    ):
-        with pytest.raises(ValueError) as caught:
-            parse_sources([source])
-        assert str(caught.value).startswith(expected)
 
 
 def test_rows_of_a_table_have_no_fields_of_other_rows(tmp_path):
