@@ -1,9 +1,7 @@
 """Sequences: packed without losing a token, prepared in a folder that is whole or not there, refused where it misfits."""
 
-import fcntl
 import hashlib
 import json
-import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -90,9 +88,6 @@ def test_prepared_sequences_are_those_made_on_the_fly_bit_by_bit(made):
     assert "2 duplicate documents skipped, skipped 1 bad rows: 1 wrong format (first: " in now.lines[0]
     assert len(now.eval_rows) == 4 and now.report.split_documents > 0
     assert "held out: 4 of these sequences are evaluated on (data.max_eval_rows)" in said_now
-    umask = os.umask(0)
-    os.umask(umask)
-    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~umask}, "others may read them"
 
 
 @pytest.mark.parametrize("data", [{"pack": False}, {"eval_fraction": 0.0}, {"eval_sources": ["chats.jsonl"]}])
@@ -105,24 +100,25 @@ def test_every_setting_means_the_same_in_both_ways(data, tmp_path, target, monke
     assert any("in data.eval_sources too: not trained on" in line for line in now.lines) == ("eval_sources" in data)
 
 
-def test_an_epoch_holds_each_document_as_often_as_its_source_weighs(tmp_path, target):
-    sources = write_sources(tmp_path)
-    weighed = [{"path": sources[0], "weight": 3}, sources[1]["path"], {"path": sources[2], "weight": 0.5}]
-    data = read(recipe_of(tmp_path, target, sources=weighed, eval_fraction=0.0, max_length=2048))
-    times, counted = Counter[tuple[int, ...]](), torch.zeros(BYTES_VOCAB, dtype=torch.int64)
-    for i in range(len(data.train_rows)):
-        row = data.train_rows[i]
-        for ids in row["input_ids"].split(row["document_ids"].bincount().tolist()):
-            times[tuple(ids.tolist())] += 1
-        counted += torch.bincount(row["input_ids"][row["loss_mask"] == 1], minlength=BYTES_VOCAB)
-    decode = make_byte_tokenizer().decode
-    texts = [count for ids, count in times.items() if decode(ids).startswith("text")]
-    chats = [count for ids, count in times.items() if decode(ids).startswith("<|im_start|>")]
-    assert texts == [3] * 12 and chats == [1] * 40
-    others = len(times) - 12 - 40
-    assert 250 < others < 350
-    assert f"data: sources' weights skip {600 - others} documents and add 24 copies of others" in data.lines
-    assert data.report.documents == sum(times.values()) and torch.equal(counted, data.counts_V)
+def test_an_epoch_holds_each_document_as_often_as_its_source_weighs_whichever_are_held_out(tmp_path, target):
+    sources = []
+    for source, weight in enumerate((3, 1, 0.5)):
+        rows = ({"input_ids": [source, i, 7, 8, 9]} for i in range(200))
+        path = write_lines(tmp_path / f"{source}.jsonl", *rows)
+        sources.append({"path": str(path), "weight": weight})
+    data = read(recipe_of(tmp_path, target, sources=sources, eval_fraction=0.5, max_eval_rows=None))
+    pieces, counted = Counter(pieces_of(data.train_rows)), torch.zeros(BYTES_VOCAB, dtype=torch.int64)
+    for (ids, mask), times in pieces.items():
+        counted += times * torch.bincount(torch.tensor(ids)[torch.tensor(mask) == 1], minlength=BYTES_VOCAB)
+    times = [[n for (ids, _), n in pieces.items() if ids[0] == source] for source in range(3)]
+    assert [{*each} for each in times] == [{3}, {1}, {1}]
+    assert all(70 < len(each) < 130 for each in times[:2]) and 30 < len(times[2]) < 70
+    held_out = Counter(pieces_of(data.eval_rows))
+    assert {*held_out.values()} == {1} and 250 < len(held_out) < 350 and not held_out & pieces
+    skipped = 600 - len(held_out) - sum(map(len, times))
+    copies = 2 * len(times[0])
+    assert f"data: sources' weights skip {skipped} documents and add {copies} copies of others" in data.lines
+    assert data.report.documents == pieces.total() and torch.equal(counted, data.counts_V)
 
 
 def test_prepared_data_of_other_settings_is_refused_with_the_key_and_both_values(made):
@@ -177,12 +173,6 @@ def test_a_preparation_that_ends_early_leaves_nothing_and_the_next_one_starts_ov
     (tmp_path / "other" / "thesis.tex").touch()
     with pytest.raises(ValueError, match="is not empty and holds no prepared data"):
         prepare_recipe(recipe, tmp_path / "other")
-    (tmp_path / "q").mkdir()
-    handle = os.open(tmp_path / "q", os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    with pytest.raises(ValueError, match="another process is preparing there"):
-        prepare_recipe(recipe, tmp_path / "q")
-    os.close(handle)
 
 
 def test_weights_and_held_out_documents_that_leave_nothing_are_refused(tmp_path, target):
@@ -191,13 +181,6 @@ def test_weights_and_held_out_documents_that_leave_nothing_are_refused(tmp_path,
     for data in ({"sources": [{"path": source, "weight": 1e-9}]}, {"sources": [source], "eval_sources": [source]}):
         with pytest.raises(ValueError, match="nothing to learn from in the 0 documents to train on"):
             read(recipe_of(tmp_path, target, **data))
-
-
-def test_which_documents_a_weight_takes_does_not_depend_on_which_are_held_out(tmp_path, target):
-    path = write_lines(tmp_path / "rows.jsonl", *({"input_ids": [5, 7 + i, 9, 11]} for i in range(200)))
-    sources = [{"path": str(path), "weight": 0.5}]
-    data = read(recipe_of(tmp_path, target, sources=sources, eval_fraction=0.5, pack=False, max_eval_rows=200))
-    assert 30 < len(data.train_rows) < 70 < len(data.eval_rows)
 
 
 def test_the_smallest_data_are_evaluated_unless_the_fraction_is_0(tmp_path, target):
