@@ -1,7 +1,6 @@
 """Chats: the formats that are read, and what is learned, typed out token by token, for templates as models have them."""
 
 import json
-import pickle
 import random
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from peagle_train.data.chat import ChatEncoder
-from peagle_train.data.messages import FORMAT, NOTHING, TEMPLATE, BadRow, messages_of, without_null
+from peagle_train.data.messages import NOTHING, TEMPLATE, BadRow, messages_of
 from tests import chats
 from tests.chats import WORDS, chat, encode, encoder, make_tokenizer, marked_mask, readable, stock
 
@@ -45,14 +44,6 @@ BORDER = "tokens across the border of a turn, not learned"
 UNLEARNED = "turns that cannot be learned in their chat"
 # What a row becomes: template, row, options of the encoder, tokens, counts.
 SHOWN: dict[str, tuple[str, dict[str, Any], dict[str, Any], str, dict[str, int]]] = {
-    "every answer with its end": (
-        chats.CHATML, GRASS, {},
-        r"<|im_start|> system \n You _are _short . <|im_end|> \n "
-        r"<|im_start|> user \n What _colour _is _the _sea ? <|im_end|> \n "
-        r"<|im_start|> assistant \n [Blue] [.] [<|im_end|>] \n "
-        r"<|im_start|> user \n And _the _grass ? <|im_end|> \n "
-        r"<|im_start|> assistant \n [Green] [.] [<|im_end|>] \n", {},
-    ),
     "earlier thoughts are dropped, so that the last turn is learned with its own": (
         chats.REASONING, THOUGHTFUL, {},
         r"<|im_start|> user \n What _colour _is _the _sea ? <|im_end|> \n "
@@ -94,9 +85,7 @@ def test_a_chat_in_tokens(what):
 
 BLANKS = chat("user: Hello", "assistant:  Hi \n\n", "user: Bye ", "assistant: \n Bye", "user: So?", "assistant: So\n")
 ORACLE_ROWS = [
-    SEA,
     GRASS,
-    THOUGHTFUL,
     BLANKS,
     chat("system: ", "user: Hello", "assistant: Hi", "assistant: Bye"),
     chat("user: \u00e9t\u00e9 \U0001f600 \u4f60\u597d", "assistant: \u4f60\u597d, \U0001f600\u00e9"),
@@ -175,10 +164,8 @@ def test_messages_after_the_last_learned_one_are_dropped_and_counted():
 
 def test_a_prompt_and_a_completion_in_strings_get_bos_and_eos_and_no_template():
     core = make_tokenizer().backend_tokenizer
-    encoded = encode(chats.CHATML, {"prompt": "What colour is the sea?", "completion": " Blue."})
-    assert readable(encoded) == "What _colour _is _the _sea ? [_Blue] [.] [<|endoftext|>]"
     closed = {"prompt": "What colour is the sea?", "completion": " Blue.<|endoftext|>"}
-    assert encode(chats.CHATML, closed).input_ids == encoded.input_ids
+    assert readable(encode(chats.CHATML, closed)) == "What _colour _is _the _sea ? [_Blue] [.] [<|endoftext|>]"
     with_bos = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
     bos = [("<bos>", with_bos.convert_tokens_to_ids("<bos>"))]
     with_bos.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=bos)
@@ -219,7 +206,7 @@ def test_chats_take_a_fast_tokenizer_which_stays_as_it_was():
     assert tokenizer.backend_tokenizer.to_str() == before
 
 
-# Messages in every format that is read, and what is refused with which reason
+# Messages in every format that is read
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Bye"}
 A_CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
@@ -282,7 +269,7 @@ def test_thoughts_are_there_under_the_names_that_templates_read():
         assert alone.learned == [False, True]
 
 
-def test_parts_are_joined_and_null_fields_left_out_but_arguments_keep_theirs_unless_a_table_made_them():
+def test_parts_are_joined_and_null_fields_left_out_but_arguments_keep_theirs():
     parts = [{"type": "text", "text": "Hi"}, "So?"]
     assert [answered(content=parts[:n])["content"] for n in (1, 2)] == ["Hi", "Hi\nSo?"]
     call = {"function": {"name": "weather", "arguments": {"city": None}}}
@@ -291,49 +278,3 @@ def test_parts_are_joined_and_null_fields_left_out_but_arguments_keep_theirs_unl
     first, second = messages_of(row).messages
     assert first == USER and json.dumps(row) == before, "the given row stays as it was"
     assert second["tool_calls"][0]["function"]["arguments"] == {"city": None}
-    assert without_null({"a": None, "b": [{"c": None}, None, {"d": [None]}]}) == {"b": [{}, None, {"d": [None]}]}
-
-
-def turn(**changes: Any) -> dict[str, Any]:
-    return {"messages": [USER, {**ANSWER, **changes}]}
-
-
-BAD = {
-    FORMAT: [
-        {"messages": None},
-        {"messages": [{"role": "user", "content": None}, ANSWER]},
-        {"messages": [USER, {"role": "assistant"}]},
-        {"prompt": "Hi"},
-        {"prompt": "Hi", "completion": [ANSWER]},
-        {"conversations": [{"from": "human", "value": "Hi"}], "system": 7},
-        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": "no JSON"}]},
-        turn(role="narrator"),
-        turn(content=[{"type": "image_url", "image_url": "x"}]),
-        turn(thinking=7),
-        turn(tool_calls={"a": 1}),
-        turn(tool_calls=[{"function": {"arguments": {}}}]),
-        turn(tool_calls=[{"function": {"name": "f", "arguments": "{"}}]),
-        {**turn(), "tools": [1]},
-        {**turn(), "chat_template_kwargs": [1]},
-        turn(weight=0.5),
-        turn(train=True),
-    ],
-    NOTHING: [
-        turn(content=" \n"),
-        turn(content="", tool_calls=[]),
-        turn(weight=0),
-        {"messages": [{"role": "user", "content": "\t"}, ANSWER]},
-        {"messages": [USER]},
-        {"prompt": "Hi", "completion": ""},
-        {"prompt": [USER, ANSWER], "completion": [USER]},
-    ],
-}
-
-
-def test_a_bad_row_has_a_reason_to_count_by_and_one_line_of_detail():
-    for reason, row in [(reason, row) for reason, rows in BAD.items() for row in rows]:
-        with pytest.raises(BadRow) as caught:
-            messages_of(row)
-        error = pickle.loads(pickle.dumps(caught.value))  # as it comes from a worker process
-        assert (error.reason, str(error)) == (reason, f"{reason}: {error.detail}"), row
-        assert error.detail and error.detail.isascii() and "\n" not in error.detail and len(error.detail) < 300

@@ -19,10 +19,11 @@ from peagle_train.data.documents import find_all, read_examples
 from peagle_train.data.encode import parse
 from peagle_train.data.messages import BAD_IDS, FORMAT, NOTHING, UNREADABLE
 from tests.byte_tokenizer import make_byte_target, make_byte_tokenizer
+from tests.chats import chat
 from tests.documents import TOKENIZER, Document, load, write_lines
 from tests.tiny import write_recipe
 
-CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+CHAT = chat("user: hi", "assistant: hello")["messages"]
 SHAREGPT = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
 
 
@@ -55,6 +56,37 @@ def ids(tokens: str, **more: str) -> bytes:
     return ", ".join([f'{{"input_ids": {tokens}', *(f'"{key}": {each}' for key, each in more.items())]).encode() + b"}"
 
 
+def answered(**changes: Any) -> dict[str, Any]:
+    return {"messages": [CHAT[0], {**CHAT[1], **changes}]}
+
+
+BAD_CHATS = {
+    FORMAT: [
+        {"messages": [{"role": "user", "content": None}, CHAT[1]]},
+        {"messages": [CHAT[0], {"role": "assistant"}]},
+        {"prompt": "Hi", "completion": CHAT[1:]},
+        {"conversations": SHAREGPT[:1], "system": 7},
+        {"conversations": [SHAREGPT[0], {"from": "function_call", "value": "no JSON"}]},
+        answered(content=[{"type": "image_url", "image_url": "x"}]),
+        answered(thinking=7),
+        answered(tool_calls={"a": 1}),
+        answered(tool_calls=[{"function": {"arguments": {}}}]),
+        answered(tool_calls=[{"function": {"name": "f", "arguments": "{"}}]),
+        {**answered(), "tools": [1]},
+        {**answered(), "chat_template_kwargs": [1]},
+        answered(weight=0.5),
+        answered(train=True),
+    ],
+    NOTHING: [
+        answered(content=" \n"),
+        answered(content="", tool_calls=[]),
+        answered(weight=0),
+        chat("user: \t", "assistant: hello"),
+        {"messages": CHAT[:1]},
+        {"prompt": "Hi", "completion": ""},
+        {"prompt": CHAT, "completion": CHAT[:1]},
+    ],
+}
 # What is in a line, what it is counted as, and a word of what is said about it.
 BAD = [
     (b'{"text": "broken', UNREADABLE, "not valid JSON"),
@@ -81,6 +113,7 @@ BAD = [
     (ids("[1, 2]", loss_mask="[0, 2]"), FORMAT, "loss_mask[1] is 2; give 0 or 1"),
     (ids("[1, 2]", loss_mask="null"), FORMAT, "loss_mask is None"),
     (ids("[1, 2]", labels="[-100, 2]"), FORMAT, "labels is not read"),
+    *((json.dumps(row).encode(), reason, "") for reason, rows in BAD_CHATS.items() for row in rows),
 ]
 LIMITS = {"mask_token_id": 299}
 
