@@ -6,15 +6,12 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tests.chats import CHATML, stock
 from tests.tiny import make_target
 
 BYTES_VOCAB = 300
 """Ids of a target that goes with it; those from 259 on are never produced."""
 BYTES_MASK = BYTES_VOCAB - 1
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def make_byte_tokenizer(folder: Path | None = None) -> PreTrainedTokenizerFast:
@@ -24,7 +21,7 @@ def make_byte_tokenizer(folder: Path | None = None) -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(["<|end|>", "<|im_start|>", "<|im_end|>"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", chat_template=CHATML)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", chat_template=stock(CHATML))
     if folder is not None:
         tokenizer.save_pretrained(folder)
     return tokenizer
