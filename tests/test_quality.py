@@ -17,6 +17,7 @@ from peagle_train.decoding.generate import CachedTarget, Drafter, decode, greedy
 from peagle_train.decoding.measure import repeats, stdlib_cases
 from peagle_train.serving.drafter_io import load_drafter
 from tests.byte_tokenizer import BYTES_VOCAB, make_byte_target, make_byte_tokenizer, write_stdlib_recipe
+from tests.documents import write_lines
 from tests.helpers import ROOT, make_draft
 from tests.tiny import write_recipe, write_rows
 
@@ -102,44 +103,6 @@ def test_repetition_is_left_out_of_what_is_measured(tmp_path):
         assert quality.measure(tmp_path, [text])["modules"]["m"][2] == len(tokens) - 1 - 29
 
 
-def test_own_text_is_the_targets_greedy_text_after_pieces_of_trained_documents_until_it_repeats(tmp_path, monkeypatch):
-    recipe = write_stdlib_recipe(tmp_path / "recipe.yaml", make_byte_target(tmp_path / "target"), "unused")
-    (tmp_path / "target" / "generation_config.json").write_text('{"repetition_penalty": 9.0, "do_sample": true}')
-    out, lengths = tmp_path / "new" / "own.jsonl", ["--pieces", "7", "--batch-size", "3", "--prompt-tokens", "12"]
-    command = [str(recipe), "target.dtype=float32", "--out", str(out), *lengths, "--max-tokens", "90"]
-    monkeypatch.setattr(sys, "argv", ["x", *command])
-    own_text.main()
-    rows = [json.loads(line) for line in out.open()]
-    target = FrozenTarget.load(str(tmp_path / "target"), dtype="float32")
-    assert len(rows) == 7
-    cut = 0
-    for row in rows:
-        prompt, made = row["input_ids"][:12], row["input_ids"][12:]
-        assert row["loss_mask"] == [1] * (12 + len(made))
-        whole = greedy_tokens(target, prompt, 90, target.eos_token_ids())
-        assert made == whole[: len(made)]
-        if again := [at for at, is_again in enumerate(repeats(prompt, whole)) if is_again]:
-            assert len(made) == min(len(whole), again[0] + 32)
-            cut += len(made) < len(whole)
-        else:
-            assert made == whole
-    assert cut
-    assert len({tuple(row["input_ids"][:12]) for row in rows}) == 7
-    other, chats = ["--out", str(tmp_path / "other.jsonl")], tmp_path / "chats.jsonl"
-    chats.write_text('{"input_ids": [5, 6, 7, 8], "loss_mask": [0, 0, 1, 1]}\n{"input_ids": [5, 6, 7, 9]}\n')
-    for more, message in (
-        ([], "exists"),
-        ([*other, "data.eval_sources=[stdlib]"], "eval_sources"),
-        ([*other, "--prompt-tokens", "999999"], "lower"),
-        ([*other, "--max-tokens", "999999"], "context of"),
-        ([*other, "data.eval_fraction=1e-9"], "holds out no document"),
-        ([*other, f"data.sources=[{chats}]", "data.exclude=[]"], "regenerate"),
-    ):
-        monkeypatch.setattr(sys, "argv", ["x", *command, *more])
-        with pytest.raises(ValueError, match=message):
-            own_text.main()
-
-
 def test_pieces_end_at_places_of_their_document_and_of_the_seed_and_more_of_them_begin_with_the_fewer():
     documents = [(np.arange(100), "a"), (np.arange(1000, 1100), "b")]
     pieces = own_text.cut_pieces(documents, 60, 10, 0)
@@ -150,7 +113,7 @@ def test_pieces_end_at_places_of_their_document_and_of_the_seed_and_more_of_them
     assert [p[0] for p in own_text.cut_pieces(documents[1:], 30, 10, 0)] == [1000 + start for start in b]
 
 
-def test_own_text_takes_documents_by_their_hash_holds_out_as_training_does_and_ends_with_an_end_token(
+def test_own_text_is_the_targets_until_it_ends_or_repeats_after_pieces_of_documents_to_train_on_in_order_of_their_hash(
     tmp_path, tiny_target, monkeypatch
 ):
     rows, found = write_rows(tmp_path / "rows.jsonl", [40] * 20), []
@@ -159,27 +122,51 @@ def test_own_text_takes_documents_by_their_hash_holds_out_as_training_does_and_e
         key = hashlib.sha256(np.array(ids, "<i8").tobytes() + bytes([0] + [1] * 39)).hexdigest()
         found.append((key, ids))
     trained = [ids for key, ids in sorted(found) if int(key[:16], 16) >= 0.3 * 2**64]
-    assert 5 < len(trained) < 20
+    assert 7 < len(trained) < 20
 
-    target = tmp_path / "target"
-    shutil.copytree(tiny_target, target)
-    recipe = write_recipe(tmp_path, target, rows, tmp_path / "run", data={"eval_fraction": 0.3})
+    folder = Path(shutil.copytree(tiny_target, tmp_path / "target"))
+    (folder / "generation_config.json").write_text('{"repetition_penalty": 9.0, "do_sample": true}')
+    target = FrozenTarget.load(str(folder), dtype="float64")
+    recipe = write_recipe(tmp_path, folder, rows, tmp_path / "run", data={"eval_fraction": 0.3})
+    out, options = (
+        tmp_path / "new" / "own.jsonl",
+        "--pieces 7 --batch-size 3 --prompt-tokens 30 --max-tokens 90".split(),
+    )
 
     def made(*more: str) -> list[list[int]]:
-        out = ["--out", str(tmp_path / "own.jsonl"), "--pieces", "5", "--prompt-tokens", "30", "--max-tokens", "20"]
-        monkeypatch.setattr(sys, "argv", ["x", str(recipe), *more, *out])
+        monkeypatch.setattr(sys, "argv", ["x", str(recipe), "--out", str(out), *options, *more])
         own_text.main()
-        lines = (tmp_path / "own.jsonl").read_text().splitlines()
-        (tmp_path / "own.jsonl").unlink()
-        return [json.loads(line)["input_ids"] for line in lines]
+        found = [json.loads(line) for line in out.read_text().splitlines()]
+        assert all(row["loss_mask"] == [1] * len(row["input_ids"]) for row in found)
+        out.unlink()
+        return [row["input_ids"] for row in found]
 
-    endless = made()
-    for piece, ids in zip(endless, trained, strict=False):
-        assert piece[:30] in [ids[at : at + 30] for at in range(10)], "document by document, from the lowest hash"
-        assert len(piece) == 50
-    end = endless[0][33]
+    texts, cut = made(), 0
+    assert len(texts) == 7
+    for piece, ids in zip(texts, trained, strict=False):
+        prompt = piece[:30]
+        assert prompt in [ids[at : at + 30] for at in range(10)], "document by document, from the lowest hash"
+        whole = greedy_tokens(target, prompt, 90, target.eos_token_ids())
+        again = [at for at, is_again in enumerate(repeats(prompt, whole)) if is_again]
+        kept = again[0] + 32 if again else 90
+        assert piece[30:] == whole[:kept]
+        cut += kept < len(whole)
+    assert cut
+    end = texts[0][33]
     masked = made(f"draft.mask_token_id={end}", "data.max_bad_rows=100%")
     assert masked and all(end not in piece[30:] for piece in masked)
-    (target / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
-    ended = [(piece + [end]).index(end, 30) + 1 for piece in endless]
-    assert made() == [piece[:n] for piece, n in zip(endless, ended)] and ended[0] <= 34
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    ended = [(piece + [end]).index(end, 30) + 1 for piece in texts]
+    assert made() == [piece[:n] for piece, n in zip(texts, ended)] and ended[0] <= 34
+
+    chats = write_lines(tmp_path / "chats.jsonl", {"input_ids": [5, 6, 7, 8], "loss_mask": [0, 0, 1, 1]})
+    for more, message in (
+        (["--out", str(chats)], "exists"),
+        (["data.eval_sources=[stdlib]"], "eval_sources"),
+        (["--prompt-tokens", "999999"], "lower"),
+        (["--max-tokens", "999999"], "context of"),
+        (["data.eval_fraction=1e-9"], "holds out no document"),
+        ([f"data.sources=[{chats}]"], "regenerate"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            made(*more)
