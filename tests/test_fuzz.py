@@ -12,16 +12,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from peagle_train.config import load_recipe
+from peagle_train.config import Data, load_recipe
 from peagle_train.data.encode import Encoder
 from peagle_train.data.training_data import load_training_data, prepare_recipe
 from peagle_train.serving.drafter_io import load_drafter
 from peagle_train.serving.export import check_folder
 from peagle_train.training.checkpoint import verify_checkpoint
-from tests.byte_tokenizer import BYTES_MASK, BYTES_VOCAB, make_byte_tokenizer
-from tests.documents import load
+from tests.byte_tokenizer import BYTES_MASK, BYTES_VOCAB
+from tests.documents import TOKENIZER, load
 from tests.runs import run
-from tests.tiny import MASK, VOCAB, make_target, write_recipe, write_rows
+from tests.tiny import MASK, VOCAB, write_recipe, write_rows
 
 
 def many(examples: int) -> settings:
@@ -69,26 +69,18 @@ lines = st.one_of(
 )
 
 
-@pytest.fixture(scope="module")
-def bytes_target(tmp_path_factory):
-    target = make_target(tmp_path_factory.mktemp("target"), vocab_size=BYTES_VOCAB)
-    return target, make_byte_tokenizer(target)
-
-
 @given(st.lists(lines, min_size=1, max_size=6), st.booleans())
 @many(60)
 def test_every_line_is_a_document_or_counted_with_a_reason_and_without_leave_the_first_stops(
-    tmp_path_factory, bytes_target, content, has_leave
+    tmp_path_factory, content, has_leave
 ):
-    (target, tokenizer), folder = bytes_target, tmp_path_factory.mktemp("rows")
-    source = folder / "rows.jsonl"
+    source = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     content = [b'{"input_ids": [7, 8, 9, 10]}'] * has_leave + content
     source.write_bytes(b"\n".join(content) + b"\n")
-    sections = {"draft": {"mask_token_id": BYTES_MASK}, "data": {"max_bad_rows": 99 if has_leave else 0}}
-    recipe, said = load_recipe(write_recipe(folder, target, source, folder / "out", **sections)), list[str]()
-    made = None
+    data = Data([str(source)], eval_fraction=0.0, max_length=32, max_bad_rows=99 if has_leave else 0)
+    made, said = None, list[str]()
     with one_line_at_most():
-        made = load_training_data(Encoder(recipe.data, tokenizer, BYTES_VOCAB, BYTES_MASK), said.append)
+        made = load_training_data(Encoder(data, TOKENIZER, BYTES_VOCAB, BYTES_MASK), said.append)
     if made is None:
         assert not has_leave
         return
