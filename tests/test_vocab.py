@@ -1,6 +1,5 @@
 """The draft vocabulary: the most frequent supervised tokens, or another drafter's, in the form that engines read."""
 
-import logging
 from types import SimpleNamespace
 
 import pytest
@@ -65,25 +64,23 @@ def test_end_tokens_of_configs_tokenizer_and_chat_template_are_always_drafted(tm
     assert END not in always_drafted(make_tokenizer(), target, END)
 
 
-def test_the_end_of_a_turn_is_read_off_the_chat_template(caplog):
-    tokenizer = make_tokenizer(eos_token="w7")
-    assert end_of_turn_ids(tokenizer) == [END]
-    for template in (TEMPLATE.replace("<end>", "w9"), TEMPLATE.replace("<end>", ""), None):
-        tokenizer.chat_template = template  # a word, nothing, no template
-        assert end_of_turn_ids(tokenizer) == []
-    assert caplog.text == "" and end_of_turn_ids(None) == []
-    tokenizer.chat_template = "{{ raise_exception('never') }}"
-    with caplog.at_level(logging.WARNING):
-        assert end_of_turn_ids(tokenizer) == []
-    assert "the end of a turn is not known" in caplog.text
-
-
-def test_the_end_of_a_turn_is_that_of_the_recipes_own_template(tmp_path):
+def test_the_end_of_a_turn_is_read_off_the_chat_template_the_recipes_own_before_the_tokenizers(tmp_path, caplog):
     tokenizer = make_tokenizer(eos_token="w7", extra_special_tokens=["w8"])
     (tmp_path / "own.jinja").write_text(TEMPLATE.replace("<end>", "{{ finish }}"))
-    data = Data(sources=["x"], chat_template=str(tmp_path / "own.jinja"), template_kwargs={"finish": "w8"})
-    assert end_of_turn_ids(tokenizer, data) == [8] and end_of_turn_ids(tokenizer, Data(sources=["x"])) == [END]
-    tokenizer.chat_template = None
-    assert end_of_turn_ids(tokenizer, data) == [8] and end_of_turn_ids(None, data) == []
+    own = Data(["x"], chat_template=str(tmp_path / "own.jinja"), template_kwargs={"finish": "w8"})
+    for template, data, expected in (
+        (TEMPLATE, None, [END]),
+        (TEMPLATE, Data(["x"]), [END]),
+        (TEMPLATE, own, [8]),
+        (None, own, [8]),
+        (None, None, []),
+        (TEMPLATE.replace("<end>", "w9"), None, []),  # a word
+        (TEMPLATE.replace("<end>", ""), None, []),
+    ):
+        tokenizer.chat_template = template
+        assert end_of_turn_ids(tokenizer, data) == expected
+    assert end_of_turn_ids(None, own) == [] and caplog.text == ""
     target = SimpleNamespace(vocab_size=VOCAB, eos_token_ids=lambda: [])
-    assert 8 in always_drafted(tokenizer, target, 1, data)
+    assert 8 in always_drafted(tokenizer, target, 1, own)
+    tokenizer.chat_template = "{{ raise_exception('never') }}"
+    assert end_of_turn_ids(tokenizer) == [] and "the end of a turn is not known" in caplog.text
