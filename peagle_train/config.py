@@ -205,7 +205,7 @@ def read_section(cls: type, name: str, values: Mapping[Any, Any]) -> Any:
         read = _model(cls).model_validate(values)
     except ValidationError as error:
         first, leaf = error.errors()[0], error.errors()[0]["loc"][0]
-        key = f"{name}[{leaf}]" if isinstance(leaf, int) else f"{name}.{leaf}"
+        key = f"{name}[{leaf}]" if isinstance(leaf, int) else f"{name}.{_plain(leaf)}"
         if first["type"] in ("extra_forbidden", "invalid_key"):
             names = [f.name for f in fields(cls)]
             close = difflib.get_close_matches(str(leaf), names, n=1)
@@ -231,6 +231,11 @@ def _model(cls: type) -> Any:
     is_needed = {spec.name: spec.default is spec.default_factory is MISSING for spec in fields(cls)}
     parts: dict[str, Any] = {key: (hints[key], ... if needed else None) for key, needed in is_needed.items()}
     return create_model(cls.__name__, __config__={"strict": True, "extra": "forbid", "allow_inf_nan": False}, **parts)
+
+
+def _plain(key: Any) -> str:
+    """A key that anyone may have written, in ASCII on one line."""
+    return str(key).encode("unicode_escape").decode()[:80]
 
 
 def _show(value: Any) -> str:
@@ -615,7 +620,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         if name not in sections:
             close = difflib.get_close_matches(str(name), sections, n=1)
             near = [f"; did you mean {key}?" for key in (key_for(str(name)), *close) if key]
-            raise RecipeError(f"{name} is not a section; there are {', '.join(sections)}{''.join(near[:1])}")
+            raise RecipeError(f"{_plain(name)} is not a section; there are {', '.join(sections)}{''.join(near[:1])}")
         if given.setdefault(name, {}) is None:  # as a section reads whose every line is commented out
             given[name] = {}
         if not isinstance(given[name], dict):
