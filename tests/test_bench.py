@@ -25,7 +25,7 @@ def test_a_configuration_is_measured_and_one_that_dies_is_reported(tmp_path, mon
 
     assert run_bench("--segments", "4", "--modes", "relay") == 0
     (row,) = json.loads(out.read_text())
-    assert row.keys() >= FIELDS and (row["mode"], row["segments"]) == ("relay", 4)
+    assert (row["mode"], row["segments"]) == ("relay", 4)
     assert row["died"] is None and row["n"] == 64 and row["layers"] == 1
     assert all(row[name] > 0 for name in FIELDS - {"mode", "peak_bytes"}) and row["peak_bytes"] >= 0
     assert row["rows"] > row["rows_no_grad"] > 0
