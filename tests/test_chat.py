@@ -228,17 +228,12 @@ def test_sharegpt_is_the_same_as_messages():
     ]
     conversation = messages_of({"system": "Be brief", "conversations": turns})
     assert conversation.messages == [
-        {"role": "system", "content": "Be brief"},
-        USER,
-        ANSWER,
-        {"role": "user", "content": "Weather?"},
+        *chat("system: Be brief", "user: Hi", "assistant: Bye", "user: Weather?")["messages"],
         {"role": "assistant", "content": "", "tool_calls": [A_CALL]},
-        {"role": "tool", "content": "Rain"},
-        {"role": "assistant", "content": "Rain."},
+        *chat("tool: Rain", "assistant: Rain.")["messages"],
     ]
-    assert conversation.learned == [False, False, False, False, True, False, True], (
-        "weight 0 is context, as prompts are"
-    )
+    learned = [False, False, False, False, True, False, True]  # weight 0 is context, as prompts are
+    assert conversation.learned == learned
     plain = {"prompt": conversation.messages[1:3], "completion": conversation.messages[3:]}
     assert messages_of(plain)[:2] == (conversation.messages[1:], conversation.learned[1:])
 
