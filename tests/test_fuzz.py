@@ -133,21 +133,18 @@ READERS: dict[str, Callable[[Path, Path], list[Any]]] = {
 
 
 def damage(path: Path, data: st.DataObject) -> None:
-    whole = bytearray(path.read_bytes())
-    kind = data.draw(st.sampled_from(["gone", "empty", "cut", "bit", "more", "other", "folder", "zeros"]), label="kind")
-    if kind == "bit" and whole:
-        whole[data.draw(st.integers(0, len(whole) - 1), label="at")] ^= 1 << data.draw(st.integers(0, 7), label="bit")
-    odd = st.sampled_from([b"{}", b"[]", b"null", b"3", b'"x"', b"\xff", b"[" * 9999])
-    made = {
-        "cut": lambda: whole[: data.draw(st.integers(0, max(0, len(whole) - 1)), label="length")],
-        "other": lambda: data.draw(odd, label="text"),
-        "empty": bytes, "more": lambda: whole + b"\n{}", "zeros": lambda: bytes(len(whole)), "bit": lambda: whole,
-    }  # fmt: skip
+    whole = path.read_bytes()
+    at, bit = data.draw(st.integers(0, max(0, len(whole) - 1)), label="at"), data.draw(st.integers(0, 7), label="bit")
+    odd = data.draw(st.sampled_from([b"{}", b"[]", b"null", b"3", b'"x"', b"\xff", b"[" * 9999]), label="odd")
+    flipped = bytes(byte ^ 1 << bit for byte in whole[at : at + 1])
+    made = {"empty": b"", "cut": whole[:at], "bit": whole[:at] + flipped + whole[at + 1 :], "more": whole + b"\n{}"}
+    made |= {"other": odd, "zeros": bytes(len(whole))}
+    kind = data.draw(st.sampled_from(["gone", "folder", *made]), label="kind")
     path.unlink()
     if kind == "folder":
         path.mkdir()
     elif kind != "gone":
-        path.write_bytes(bytes(made[kind]()))
+        path.write_bytes(made[kind])
 
 
 @pytest.mark.slow
