@@ -111,22 +111,20 @@ def sharding_under(asked: str, *options: str) -> bool:
         return check_sharding(asked)
 
 
-def test_the_fsdp_config_shards_and_the_others_do_not_unless_the_recipe_says_so():
+def test_the_fsdp_config_shards_and_the_others_do_not_unless_the_recipe_says_so_and_what_it_would_not_get_is_refused():
     assert sharding_under("auto", *config("fsdp2")) and not sharding_under("auto", *config("ddp"))
     assert sharding_under("fsdp2", *config("ddp")) and not sharding_under("none", *config("ddp"))
-    with pytest.raises(ValueError, match=r"train\.sharding is none"):
-        sharding_under("none", *config("fsdp2"))
-
-
-def test_what_an_fsdp_launch_may_ask_for_and_would_not_get_is_refused():
-    for option in (
-        "fsdp_version=1", "fsdp_offload_params=true", "fsdp_reshard_after_forward=false",
-        "fsdp_activation_checkpointing=true", "fsdp_cpu_ram_efficient_loading=true",
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=option.replace("=", ": ")):
-            sharding_under("auto", *config("fsdp2"), f"--{option}")
-    with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading"):  # a default where no config is given
-        sharding_under("auto", "--use_fsdp", "--fsdp_version=2", "--num_processes=2")
+    by_default = "--use_fsdp", "--fsdp_version=2", "--num_processes=2"
+    for asked, options, refused in (
+        ("none", config("fsdp2"), r"train\.sharding is none"),
+        ("auto", by_default, "fsdp_cpu_ram_efficient_loading: true"),
+        ("auto", [*config("fsdp2"), "--fsdp_version=1"], "fsdp_version: 1"),
+        ("auto", [*config("fsdp2"), "--fsdp_offload_params=true"], "fsdp_offload_params: true"),
+        ("auto", [*config("fsdp2"), "--fsdp_reshard_after_forward=false"], "fsdp_reshard_after_forward: false"),
+        ("auto", [*config("fsdp2"), "--fsdp_activation_checkpointing=true"], "fsdp_activation_checkpointing: true"),
+    ):
+        with pytest.raises(ValueError, match=refused):
+            sharding_under(asked, *options)
 
 
 # Loops, and how mistakes are told
