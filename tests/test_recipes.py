@@ -1,6 +1,5 @@
 """recipes/: every one plans what its head says, launch configs and loops run as they stand."""
 
-import json
 import os
 import re
 import runpy
@@ -147,7 +146,6 @@ def test_a_loop_of_ones_own_learns_and_leaves_a_drafter(name, tiny_target, tmp_p
     head = AutoModelForCausalLM.from_pretrained(tiny_target).lm_head.weight
     # not bit for bit: where the processor multiplies in bfloat16, that is what a target is loaded in
     assert torch.allclose(drafter.lm_head.weight, head.float(), rtol=2**-8)
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["LlamaForCausalLMEagle3"]
 
 
 def test_an_error_that_names_no_file_is_no_users_mistake_and_a_folder_in_the_place_of_a_file_is_named(tmp_path):
