@@ -6,6 +6,7 @@ only when a recipe is read: without it, recipes can be built in Python.
 
 import difflib
 import functools
+import json
 import os
 import re
 import shlex
@@ -85,9 +86,12 @@ def dump_yaml(value: Any) -> str:
 
 def as_override(key: str, value: Any) -> str:
     """What a person types into a shell to get `key` the value; `parse_yaml` reads it back."""
-    text = str(yaml.dump([value], Dumper=StrictDumper, default_flow_style=True, width=float("inf"), allow_unicode=True))
+    # Letters stay as they are, but YAML folds what breaks a line in any script.
+    letters = json.dumps(value, ensure_ascii=False).isprintable()
+    dumped = yaml.dump([value], Dumper=StrictDumper, default_flow_style=True, width=float("inf"), allow_unicode=letters)
+    text = str(dumped).strip()[1:-1]
     # of a list's element, as a word alone has an end-of-document mark
-    return shlex.quote(f"{key}={text.strip()[1:-1]}")
+    return shlex.quote(f"{key}={text}")
 
 
 # What a field's hint may ask for

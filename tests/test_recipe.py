@@ -7,7 +7,7 @@ from typing import get_type_hints
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from peagle_train.config import (
@@ -225,14 +225,13 @@ nested = st.recursive(
 
 
 @settings(max_examples=20, deadline=None)
-@given(nested, texts.filter(str.isprintable))
-def test_no_value_changes_on_its_way_out_and_in_for_this_reader_and_the_usual_one_nor_a_path_through_a_shell(
-    value, path
-):
+@given(nested)
+@example({"\x85": "\u2028"})
+def test_no_value_changes_on_its_way_out_and_in_for_this_reader_and_the_usual_one_and_a_shell(value):
     text = dump_yaml(value)
     assert text.isascii() and parse_yaml(text, "test") == yaml.safe_load(text) == value
-    [pasted] = shlex.split(as_override("a.b", [path]))
-    assert parse_yaml(pasted.removeprefix("a.b="), "test") == [path]
+    [pasted] = shlex.split(as_override("a.b", value))
+    assert parse_yaml(pasted.removeprefix("a.b="), "test") == value
 
 
 KEPT = {
