@@ -209,11 +209,13 @@ def command(name: str, *arguments: object) -> int:
 
 
 class LiveBytes(TorchDispatchMode):
-    """`peak`: the most that all tensors made within the block held together at any moment, each storage once."""
+    """`peak`: the most that all tensors made within the block held together at any moment, each storage once; `largest`:
+    the most of one of them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak = self.held = 0
+        self.peak = self.held = self.largest = 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -224,6 +226,7 @@ class LiveBytes(TorchDispatchMode):
             if storage is not None and storage._cdata not in known | self._known:
                 self._known.add(storage._cdata)
                 self.held += storage.nbytes()
+                self.largest = max(self.largest, storage.nbytes())
                 weakref.finalize(storage, self._let_go, storage._cdata, storage.nbytes())
         self.peak = max(self.peak, self.held)
         return out
