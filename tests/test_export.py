@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, call
@@ -14,23 +13,16 @@ from safetensors.torch import load_file
 from peagle_train.serving.drafter_io import load_drafter
 from peagle_train.serving.export import check_folder, export_drafter
 from tests.helpers import command, make_draft
-from tests.runs import run, same_tensors
-from tests.tiny import VOCAB, make_target, write_recipe
+from tests.runs import EVALUATED, run, same_tensors
+from tests.tiny import VOCAB, make_target
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory):
-    return make_target(tmp_path_factory.mktemp("models") / "target")
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, target, tiny_rows):
+def trained(tmp_path_factory, tiny):
     """A finished run with a checkpoint."""
     train = {"max_steps": 4, "save_steps": 2, "eval_steps": 2, "dtype": "float32"}
-    sections = {"target": {"layer_ids": [0, 1, 2, 3, 5]}, "data": {"eval_fraction": 0.3}, "train": train}
-    folder = tmp_path_factory.mktemp("run")
-    draft = {"layer_type": "qwen3", "fc_norm": True}
-    run(write_recipe(folder, target, tiny_rows, folder / "run", draft=draft, **sections))
+    draft, folder = {"layer_type": "qwen3", "fc_norm": True}, tmp_path_factory.mktemp("run")
+    run(tiny(folder, data=EVALUATED, draft=draft, train=train), "target.layer_ids=[0, 1, 2, 3, 5]")
     return folder / "run"
 
 
@@ -43,7 +35,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("which", "format"), [("", "eagle3"), ("final", "speculators"), ("checkpoint-2", "eagle3")])
-def test_an_export_holds_the_checkpoints_weights_and_its_card(tmp_path, trained, target, format, which):
+def test_an_export_holds_the_checkpoints_weights_and_its_card(tmp_path, trained, tiny_target, format, which):
     out = tmp_path / "out"
     notes, umask = export_drafter(trained / which, out, format), os.umask(0)
     os.umask(umask)
@@ -54,7 +46,7 @@ def test_an_export_holds_the_checkpoints_weights_and_its_card(tmp_path, trained,
     card = (out / "README.md").read_text()
     for part in (
         "license: unknown\ntags:",
-        f"| target | {target} |",
+        f"| target | {tiny_target} |",
         "| data | rows.jsonl |",
         "| cod.num_depths | 4 |",
         "| cod.down_sample_ratio | 0.7 |",
@@ -64,7 +56,7 @@ def test_an_export_holds_the_checkpoints_weights_and_its_card(tmp_path, trained,
     assert {finding.level for finding in check_folder(out)} == {"ok"} and len(notes) == 1
 
 
-def test_an_export_of_an_export_is_the_same_drafter_in_either_direction(tmp_path, trained, target):
+def test_an_export_of_an_export_is_the_same_drafter_in_either_direction(tmp_path, trained, tiny_target):
     for first, second in (("eagle3", "speculators"), ("speculators", "eagle3")):
         export_drafter(trained, tmp_path / first, first)
         again = tmp_path / f"{first}-{second}"
@@ -75,11 +67,11 @@ def test_an_export_of_an_export_is_the_same_drafter_in_either_direction(tmp_path
         "algorithm": "peagle",
         "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 4}],
         "default_proposal_method": "greedy",
-        "verifier": {"name_or_path": str(target), "architectures": ["LlamaForCausalLM"]},
+        "verifier": {"name_or_path": str(tiny_target), "architectures": ["LlamaForCausalLM"]},
     }
 
 
-def test_options_name_the_target_the_dtype_k_and_the_licence(tmp_path, trained, target, monkeypatch):
+def test_options_name_the_target_the_dtype_k_and_the_licence(tmp_path, trained, tiny_target, monkeypatch):
     out, named = tmp_path / "out", {"target_name": "org/my-llm", "licence": "apache-2.0", "dtype": "bfloat16"}
     export_drafter(trained, out, "speculators", speculative_tokens=3, **named)
     config = config_of(out)["speculators_config"]
@@ -91,16 +83,12 @@ def test_options_name_the_target_the_dtype_k_and_the_licence(tmp_path, trained, 
     card = (out / "README.md").read_text()
     for part in ("license: apache-2.0", "base_model: org/my-llm", "| K to serve with | 3 |"):
         assert part in card
-    # The recipe of another drafter that lies beside is not taken, and a target is named whole.
-    shutil.copytree(trained / "final", tmp_path / "mine")
-    (tmp_path / "mine" / "recipe.yaml").rename(tmp_path / "recipe.yaml")
-    monkeypatch.chdir(target.parent)
-    export_drafter(tmp_path / "mine", tmp_path / "other", "speculators", 3, target=Path("target"))
-    assert "rows.jsonl" not in (tmp_path / "other" / "README.md").read_text()
-    assert config_of(tmp_path / "other")["speculators_config"]["verifier"]["name_or_path"] == str(target)
+    monkeypatch.chdir(tiny_target.parent)
+    export_drafter(trained, tmp_path / "other", "speculators", target=Path(tiny_target.name))  # is named whole
+    assert config_of(tmp_path / "other")["speculators_config"]["verifier"]["name_or_path"] == str(tiny_target)
 
 
-def test_a_mistake_is_one_line_and_nothing_is_written_or_overwritten_but_an_empty_folder(tmp_path, trained, target):
+def test_a_mistake_is_one_line_and_nothing_is_written_or_overwritten_but_an_empty_folder(tmp_path, trained):
     other, bare, out = make_target(tmp_path / "other", vocab_size=VOCAB + 3), tmp_path / "bare", tmp_path / "out"
     draft = make_draft(torch.float32)
     draft.norm.weight.data[3] = 1e5  # float16 ends at 65,504
