@@ -1,6 +1,5 @@
 """What is planned: memory, against what autograd holds and in runs; FLOPs, by hand, as published and as torch counts."""
 
-import copy
 import itertools
 import json
 import re
@@ -54,10 +53,7 @@ def test_what_is_planned_to_be_saved_is_what_autograd_holds(shape):
     changes: Any = settings.pop("draft", {})
     bench = Bench(Settings(hidden=64, vocab=96, **settings))
     if changes:
-        config = copy.deepcopy(bench.draft.config)
-        for name, value in changes.items():
-            setattr(config, name, value)
-        bench.draft = PEagleDraft(config)
+        bench.draft = PEagleDraft(PEagleDraftConfig(**{**bench.draft.config.to_dict(), **changes}))
         bench.draft.lm_head.weight.requires_grad_(False)
     cases = [("flat", 1), ("checkpoint", 1), ("relay", 2), ("relay", 7), ("recompute", 2)]
     lengths = (131, 256) if "bf16" in shape else (256, 131)  # in turn: of each shape and of each case both are tried
@@ -207,10 +203,8 @@ def test_a_full_device_ends_a_run_in_a_line_that_says_what_to_change(fitting, tm
     run(recipe, code=1)
     out, error = capsys.readouterr()
     words = "set cod.num_segments=4" if fitting else "more segments would not help: try"
-    assert "out of memory in step 1 of 3" in error and "Traceback" not in error
-    assert words in error.splitlines()[-1] and (
-        fitting or words in out
-    )  # a run that is planned to take too much says so
+    assert "out of memory in step 1 of 3" in error and "Traceback" not in error and words in error.splitlines()[-1]
+    assert fitting or words in out, "a run that is planned to take too much says so"
 
 
 # ---- FLOPs, and what is made of them for a machine of GPUs
