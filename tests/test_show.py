@@ -8,60 +8,37 @@ import torch
 
 from peagle_train.core.collator import CODCollator
 from peagle_train.show import MASK, PAST_END, list_elements, show_tokens, token_name, visible_elements
+from tests import test_alignment as alignment
 from tests.chats import make_tokenizer
 from tests.helpers import command, make_batch, make_rows
 from tests.oracles import who_sees_whom
 from tests.tiny import write_recipe, write_rows
 
-# Two documents; the assistant's words are in capitals.
-WORDS = ["name", "a", "colour", "DARK", "SEA", "BLUE", "END", "bye", "SO", "LONG"]
+WORDS = alignment.WORDS[:-1]  # without padding
 SEQUENCE = {
     "input_ids": torch.arange(10),
-    "loss_mask": torch.tensor([0, 0, 0, 1, 1, 1, 1, 0, 1, 1]),
-    "document_ids": torch.tensor([0, 0, 0, 0, 0, 0, 0, 1, 1, 1]),
+    "loss_mask": torch.tensor(alignment.MASK[:-1]),
+    "document_ids": torch.tensor(alignment.DOCUMENTS[:-1]),
 }
-MASK_TOKEN, NUM_DEPTHS = 10, 4
-
-# Of every element that can be drawn: anchor, depth, position id, token read, position of its features, position of the
-# target's distribution, the token that follows that one in its document, learned.
-TABLE = [
-    (0, 0, 0, "a", 0, 1, "colour", "no"),
-    (1, 0, 1, "colour", 1, 2, "DARK", "no"),
-    (1, 1, 2, MASK, None, 3, "SEA", "yes"),
-    (1, 2, 3, MASK, None, 4, "BLUE", "yes"),
-    (1, 3, 4, MASK, None, 5, "END", "yes"),
-    (2, 0, 2, "DARK", 2, 3, "SEA", "yes"),
-    (2, 1, 3, MASK, None, 4, "BLUE", "yes"),
-    (2, 2, 4, MASK, None, 5, "END", "yes"),
-    (2, 3, 5, MASK, None, 6, PAST_END, "yes"),
-    (3, 0, 3, "SEA", 3, 4, "BLUE", "yes"),
-    (3, 1, 4, MASK, None, 5, "END", "yes"),
-    (3, 2, 5, MASK, None, 6, PAST_END, "yes"),
-    (4, 0, 4, "BLUE", 4, 5, "END", "yes"),
-    (4, 1, 5, MASK, None, 6, PAST_END, "yes"),
-    (5, 0, 5, "END", 5, 6, PAST_END, "yes"),
-    (7, 0, 0, "SO", 7, 8, "LONG", "yes"),
-    (7, 1, 1, MASK, None, 9, PAST_END, "yes"),
-    (8, 0, 1, "LONG", 8, 9, PAST_END, "yes"),
-]
 
 
-def as_shown(element: tuple[Any, ...]) -> tuple[Any, ...]:
-    anchor, depth, position_id, reads, feature, label, predicts, learned = element
-    reads, predicts = (text if text in (MASK, PAST_END) else f"'{text}'" for text in (reads, predicts))
-    features = "mask_hidden" if feature is None else f"{feature} '{WORDS[feature]}'"
-    return (anchor, depth, position_id, reads, features, predicts, f"{label} '{WORDS[label]}'", learned)
+def as_shown(
+    who: tuple[int, int], reads: str, feature: str, position_id: int, predicts: str | None, learned: bool
+) -> tuple[Any, ...]:
+    (anchor, depth), label = who, sum(who) + 1
+    given = (MASK, "mask_hidden") if depth else (f"'{reads}'", f"{anchor} '{feature}'")
+    then = f"'{predicts}'" if predicts else PAST_END
+    return (*who, position_id, *given, then, f"{label} '{WORDS[label]}'", "yes" if learned else "no")
 
 
 def test_elements_are_shown_as_the_contract_has_them_and_tokens_by_document_with_the_learned_ones_in_brackets():
-    collator = CODCollator(16, NUM_DEPTHS, down_sample_ratio=1.0)
-    name, table, seen = [*WORDS, MASK].__getitem__, set(map(as_shown, TABLE)), set()
+    collator, name, seen = CODCollator(16, num_depths=4, down_sample_ratio=1.0), [*WORDS, MASK].__getitem__, set()
     for epoch in range(30):
-        shown = list_elements({**SEQUENCE, "epoch": epoch}, collator, MASK_TOKEN, name)
-        assert {e for e in table if e[1] == 0} <= set(shown) <= table, "no other element, and depth 0 is never dropped"
+        shown = list_elements({**SEQUENCE, "epoch": epoch}, collator, len(WORDS), name)
         assert shown == sorted(shown)
         seen.update(shown)
-    assert seen == table
+    elements = {element[0] for element in alignment.TABLE}  # of those that can be drawn
+    assert {row for row in seen if row[:2] in elements} == {as_shown(*element) for element in alignment.TABLE}
     assert show_tokens(SEQUENCE, name).splitlines() == [
         "--- document 0: positions 0 to 6, 4 tokens learned ---",
         "nameacolour[DARK][SEA][BLUE][END]",
