@@ -16,7 +16,7 @@ import peagle_train.training.build as build
 from peagle_train.__main__ import main
 from peagle_train.core.collator import CODCollator
 from peagle_train.show import differing_keys, read_run
-from peagle_train.training.metrics import Pace, duration, train_line
+from peagle_train.training.metrics import Pace
 from tests.helpers import command
 from tests.runs import EVALUATED, run
 from tests.tiny import write_recipe
@@ -37,14 +37,6 @@ def test_a_window_counts_tokens_and_waiting_of_all_ranks_and_no_pause(monkeypatc
                 now[0] += 3600
         values = pace.numbers(steps_left=10)
         assert values == {"tokens_per_second": 2 * 4 * 12 / 2.0, "loader_wait_share": 0.25, "seconds_left": 5.0}
-
-
-def test_a_step_line_fits_120_characters_and_durations_are_for_people():
-    assert [duration(s) for s in (0.4, 187, 90061)] == ["0:00:00", "0:03:07", "1 day, 1:01:01"]
-    values = {"step": 99_999, "num_steps": 100_000, "loss": 11.80412, "tokens_per_second": 123_456.7}
-    values |= {"seconds_left": 90061, "peak_memory_bytes": 139.2 * 2**30, "loader_wait_share": 0.123}
-    line = train_line(values, [0.8, 0.5], 100)
-    assert len(line) <= 120 and "accepted 2.200 (last 100 steps)" in line and "left 1 day, 1:01:01" in line
 
 
 # ---- trackers
