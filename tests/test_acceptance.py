@@ -121,15 +121,14 @@ def test_turns_are_asked_one_after_the_other_with_the_targets_own_answers(llama)
 
 
 def test_a_prompt_that_does_not_fit_is_left_out_and_an_end_token_ends_the_text_and_its_passes(llama):
-    given = [Case("long", "first", tuple([5] * 250)), Case("none", "first"), *cases(1)]
-    results, left_out = measure(llama, [tiny_draft()], given, 2, max_tokens=8)
-    assert [r.id for r in results] == ["0"]
-    assert list(left_out.values()) == [1, 1] and "256 positions" in next(iter(left_out))
-    chat = Case("chat", "first", chat=Prompt("chat", (({"role": "user", "content": "a"},),) * 2))
+    chat = Prompt(
+        "chat", (({"role": "user", "content": "a"},),) * 2
+    )  # its second would follow an answer that is not there
+    given = [Case("long", "first", (5,) * 250), Case("none", "first"), Case("chat", "first", chat=chat), *cases(1)]
     tokenizer = Mock(apply_chat_template=Mock(side_effect=RuntimeError("roles must\nalternate")))
-    results, left_out = measure(llama, [tiny_draft()], [chat, *cases(1)], 2, max_tokens=8, tokenizer=tokenizer)
-    # its other question would follow an answer that is not there
-    assert len(results) == 1 and left_out == {"the chat template fails (roles must alternate)": 1}
+    results, left_out = measure(llama, [tiny_draft()], given, 2, max_tokens=8, tokenizer=tokenizer)
+    assert [r.id for r in results] == ["0"] and [*left_out.values()] == [1, 1, 1]
+    assert all(part in reason for part, reason in zip(("256 positions", "empty", "(roles must alternate)"), left_out))
     own = by_hand(llama, cases(1)[0].ids, 12)
     end = own.index(own[7]) + 1
     [result] = measured(llama, cases(1), K=3, max_tokens=12, eos=frozenset([own[7]]))
@@ -184,21 +183,19 @@ def test_a_drafter_of_another_target_and_more_slots_than_a_drafters_window_holds
 # replay
 
 
-def decoded(llama: FrozenTarget, draft: Any, K: int, n: int, temperature: float = 0.0) -> Decoded:
-    return decode(CachedTarget(llama), Drafter(draft, K), PROMPT, n, sampler(temperature, seeded(0)))
+@pytest.mark.parametrize(
+    "prompt, temperature, window", [(PROMPT, 0.0, None), (PROMPT, 0.3, None), (PROMPT, 0.0, 4), ([14], 0.0, None)]
+)
+def test_replay_of_every_k_is_a_decoding_of_its_own(llama, prompt, temperature, window):
+    n, K_max, lengths = 67, 4, []
 
+    def decoded(draft: Any, K: int) -> Decoded:
+        return decode(CachedTarget(llama), Drafter(draft, K), prompt, n + K_max, sampler(temperature, seeded(0)))
 
-def agreeing_draft(text: Decoded, window: int | None = None) -> Any:
-    """A drafter that is right now and then: it only knows the text's two commonest tokens."""
-    return tiny_draft(ids=torch.tensor(text.tokens).bincount().topk(2).indices.sort().values, sliding_window=window)
-
-
-@pytest.mark.parametrize(("temperature", "window"), [(0.0, None), (0.3, None), (0.0, 4)])
-def test_replay_of_every_k_is_a_decoding_of_its_own(llama, temperature, window):
-    n, K_max = 67, 4
-    draft = agreeing_draft(decoded(llama, tiny_draft(), 1, n + K_max, temperature), window)
-    runs = {K: decoded(llama, draft, K, n + K_max, temperature) for K in (1, 2, K_max)}
-    lengths = []
+    # It is right now and then, as it only knows the text's two commonest tokens.
+    known = torch.tensor(decoded(tiny_draft(), 1).tokens).bincount().topk(2).indices.sort().values
+    draft = tiny_draft(ids=known, sliding_window=window)
+    runs = {K: decoded(draft, K) for K in (1, 2, K_max)}
     for text in (runs[1], runs[K_max]):
         accepted = accepted_slots(draft, text, K_max)
         for K, run in runs.items():
@@ -208,20 +205,6 @@ def test_replay_of_every_k_is_a_decoding_of_its_own(llama, temperature, window):
             lengths.append(sum(a + 1 for _, a in passes) / len(passes))
     # neither hopeless nor perfect, and not in the first slot alone
     assert 1.1 < lengths[0] < lengths[1] <= lengths[2] < 2
-
-
-@pytest.mark.parametrize("prompt", [PROMPT, PROMPT[:1]], ids=["prompt", "one token"])
-def test_accepted_slots_are_those_of_drafts_made_one_by_one(llama, prompt):
-    K, draft = 3, tiny_draft()
-    text = decode(CachedTarget(llama), Drafter(draft, K), prompt, 12, sampler(0.8, seeded(4)))
-    ids, found = [*text.prompt, *text.tokens], accepted_slots(draft, text, K)
-    assert len(found) == 11
-    for i, accepted in enumerate(found):
-        known = len(prompt) + i + 1
-        logits = Drafter(draft, K).propose(ids[1:known], text.features[: known - 1])
-        guesses = draft.draft_token_ids[logits.argmax(-1)].tolist()
-        right = [guess == token for guess, token in zip(guesses, ids[known:])]
-        assert accepted == [*right, False].index(False)
 
 
 def test_passes_begin_before_max_tokens_and_are_counted_whole_by_slot_without_repetition():
