@@ -17,16 +17,13 @@ from tests.helpers import DRAFT_VOCAB, MASK_TOKEN, TARGET_HIDDEN, VOCAB, command
 from tests.runs import same_tensors
 
 WEIGHTS, LAYERS = "model.safetensors", "eagle_aux_hidden_state_layer_ids"
-
-
-def ids() -> Tensor:
-    return torch.arange(DRAFT_VOCAB) + (torch.arange(DRAFT_VOCAB) > 11) * 9
+IDS = torch.arange(DRAFT_VOCAB) + (torch.arange(DRAFT_VOCAB) > 11) * 9
 
 
 @pytest.fixture
 def folder(tmp_path):
     draft = make_draft(torch.float32, eagle_aux_hidden_state_layer_ids=[2, 9, 17], hidden_size=TARGET_HIDDEN)
-    draft.set_draft_vocab(ids())
+    draft.set_draft_vocab(IDS)
     draft.save_pretrained(tmp_path / "drafter")
     return tmp_path / "drafter"
 
@@ -79,7 +76,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any] | dict[str, Any], str]] = {
     "d2t beyond": (lambda f: fill(f, "d2t", -1, VOCAB - DRAFT_VOCAB + 1), f"token {VOCAB}, outside of the vocabulary"),
     "d2t twice": (lambda f: fill(f, "d2t", 5, 1), "to a token twice, or out of order"),
     "d2t beside the full vocabulary": (lambda f: set_full(f, d2t=torch.zeros(VOCAB).long()), "d2t is no tensor"),
-    "d2t holds ids": (lambda f: set_tensors(f, d2t=ids()), "offsets are wanted"),
+    "d2t holds ids": (lambda f: set_tensors(f, d2t=IDS), "offsets are wanted"),
     "mask beyond": (lambda f: set_masks(f, VOCAB), f"{VOCAB}"),
     "two masks": ({"mask_token_id": 3}, f"mask_token_id 3, pard_token {MASK_TOKEN}"),
     "mask is text": (lambda f: set_masks(f, "<mask>"), "one token id"),

@@ -25,8 +25,6 @@ from tests.documents import write_lines
 from tests.helpers import ENVIRONMENT
 from tests.tiny_chat import END, TURN, make_chat_target
 
-QUESTIONS = [{"id": f"q{i}", "turns": [f"first {i}", f"second {i}"][: 1 + i % 2]} for i in range(7)]
-"""10 answers."""
 FINE = completion("fine")
 
 
@@ -145,7 +143,9 @@ def out(tmp_path):
 
 @pytest.fixture
 def questions(tmp_path):
-    return write_lines(tmp_path / "p.jsonl", *QUESTIONS)
+    """7 prompts of 10 answers."""
+    rows = ({"id": f"q{i}", "turns": [f"first {i}", f"second {i}"][: 1 + i % 2]} for i in range(7))
+    return write_lines(tmp_path / "p.jsonl", *rows)
 
 
 def test_each_answer_is_the_context_of_the_next_question_and_sampling_is_sent_in_full(server, tmp_path, out):

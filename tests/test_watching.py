@@ -128,8 +128,6 @@ def test_runs_are_read_compared_and_shown_on_a_page_that_needs_no_other_file(tmp
 
 
 def test_without_matplotlib_a_picture_is_one_line_that_says_what_to_install(tmp_path, monkeypatch, capsys):
-    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
-        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     run = write_run(tmp_path / "run", 1.0)
     for name, argument in (("report", run), ("show-batch", run / "recipe.yaml")):
