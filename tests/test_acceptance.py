@@ -198,6 +198,9 @@ def test_replay_of_every_k_is_a_decoding_of_its_own(llama, prompt, temperature, 
     runs = {K: decoded(draft, K) for K in (1, 2, K_max)}
     for text in (runs[1], runs[K_max]):
         accepted = accepted_slots(draft, text, K_max)
+        for m in range(1, 30):  # nothing is accepted beyond a text's end
+            cut = Decoded(prompt, text.tokens[: m + 1], text.features[: len(prompt) + m])
+            assert accepted_slots(draft, cut, K_max) == [min(n, m - i) for i, n in enumerate(accepted[:m])]
         for K, run in runs.items():
             assert run.tokens == text.tokens
             passes = replay(accepted, K, n)
