@@ -87,7 +87,7 @@ def tiny_draft(dtype: torch.dtype = torch.float64, seed: int = 7, ids: Tensor | 
     """Of random ids of the target unless `ids` are given."""
     ids = torch.randperm(VOCAB, generator=seeded(seed))[:41].sort().values if ids is None else ids
     shape = {"vocab_size": VOCAB, "target_hidden_size": 16, "ptd_token_id": MASK, "draft_vocab_size": len(ids)}
-    draft = make_draft(dtype, **shape, **changes)
+    draft = make_draft(dtype, **{**shape, **changes})
     draft.set_draft_vocab(ids)
     return draft
 

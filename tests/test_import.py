@@ -21,35 +21,31 @@ from peagle_train.serving.export import export_drafter
 from peagle_train.serving.start import make_draft_config
 from peagle_train.target_model.cache import write_cache
 from peagle_train.target_model.frozen import FrozenTarget
-from tests.helpers import command, make_draft
+from tests.helpers import command
 from tests.runs import last_error, same_tensors
+from tests.test_check_drafter import set_config
+from tests.test_generate import tiny_draft
 from tests.tiny import MASK, VOCAB, make_target, write_recipe
 
 DRAFTED = 30
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCAB, "ptd_token_id": MASK, "draft_vocab_size": DRAFTED, "target_hidden_size": 16,
-    "eagle_aux_hidden_state_layer_ids": [2, 3, 4], "rms_norm_eps": 0.01, "intermediate_size": 20,
-}  # fmt: skip
 
 
 def drafter(folder: Path, **changes: Any) -> Path:
     """A P-EAGLE drafter for the tiny target with a shape and a vocabulary of its own."""
-    draft = make_draft(torch.float32, **{**SHAPE, **changes})
-    if draft.config.draft_vocab_size == DRAFTED:
-        draft.set_draft_vocab(torch.arange(DRAFTED) * 2 + 1)
+    own = {"eagle_aux_hidden_state_layer_ids": [2, 3, 4], "rms_norm_eps": 0.01, "intermediate_size": 20}
+    draft = tiny_draft(torch.float32, ids=torch.arange(DRAFTED) * 2 + 1, **{**own, **changes})
     draft.save_pretrained(folder)
     return folder
 
 
-def eagle3(folder: Path, *gone: str, prefix: str = "", **changes: Any) -> Path:
-    """The same as an EAGLE-3 drafter: midlayer names, no mask token, and without the tensors `gone`."""
-    drafter(folder, num_hidden_layers=1, **changes)
-    config = json.loads((folder / "config.json").read_text())
-    left_out = ("mask_token_id", "ptd_token_id", "pard_token", "eagle_aux_hidden_state_layer_ids")
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in left_out}))
+def eagle3(folder: Path) -> Path:
+    """The same as an EAGLE-3 drafter: midlayer names, no mask token, and without what may be the target's."""
+    drafter(folder, num_hidden_layers=1)
+    set_config(folder, mask_token_id=None, ptd_token_id=None, pard_token=None, eagle_aux_hidden_state_layer_ids=None)
     tensors = load_file(folder / "model.safetensors")
-    kept = {name: tensor for name, tensor in tensors.items() if name not in ("mask_hidden", *gone)}
-    renamed = {prefix + name.replace("layers.0.", "midlayer."): tensor for name, tensor in kept.items()}
+    for name in ("mask_hidden", "embed_tokens.weight", "lm_head.weight", "t2d"):
+        del tensors[name]
+    renamed = {"model." + name.replace("layers.0.", "midlayer."): tensor for name, tensor in tensors.items()}
     save_file(renamed, folder / "model.safetensors")
     return folder
 
@@ -96,7 +92,7 @@ def test_data_is_prepared_with_the_mask_token_that_the_drafter_brings(tmp_path, 
 
 @pytest.mark.parametrize("features", ["computed", "cached"])
 def test_a_run_starts_from_an_eagle3_drafter_and_says_what_it_lacks(tmp_path, tiny_target, tiny_rows, features, capsys):
-    source = eagle3(tmp_path / "in", "embed_tokens.weight", "lm_head.weight", "t2d", prefix="model.")
+    source = eagle3(tmp_path / "in")
     given = ["draft.num_layers=1", f"draft.mask_token_id={MASK}"]
     if features == "cached":
         recipe = write_recipe(tmp_path, tiny_target, tiny_rows, tmp_path / "run", target={"dtype": "float32"})
