@@ -1,4 +1,4 @@
-"""A trainer without its run: evaluation never needs more memory than training; steps asked for anew; a reader that left."""
+"""A trainer without its run: evaluation never needs more memory than training; a reader that left."""
 
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,6 @@ def trainer_of(folder: Path, target: Path, **sections: Any) -> Trainer:
     rows = write_rows(folder / "rows.jsonl", LENGTHS)
     recipe = load_recipe(write_recipe(folder, target, rows, folder / "run", **sections))
     return make_trainer(recipe, Accelerator(cpu=True))
-
-
-def test_steps_that_are_asked_for_anew_begin_where_the_run_is(tmp_path, tiny_target):
-    trainer = trainer_of(tmp_path, tiny_target)
-    first, again = (next(trainer.steps())[0]["row_key"].tolist() for _ in range(2))
-    assert first == again and trainer.following, "what was ahead of the first step is forgotten"
 
 
 def test_a_reader_that_has_seen_enough_ends_a_run_as_it_ends_any_command(tmp_path, tiny_target):

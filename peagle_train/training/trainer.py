@@ -248,7 +248,6 @@ class Trainer:
         first, last = train.profile_steps if train.profile_steps and self.accelerator.is_main_process else (0, 0)
         profile: Any = None
         self.pace.restart()
-        self.following.clear()
         iterator, following, size = iter(loader), self.following, train.gradient_accumulation_steps
         ahead = max(size, self.target.ahead // train.batch_size)
         try:
