@@ -271,20 +271,16 @@ def test_what_was_answered_before_the_server_failed_is_kept_for_the_same_command
             return busy.pop()
         return {"second 1": completion(""), "first 4": (500, b"")}.get(texts_of(body)[-1]) or echo(body)
 
-    def refused(*run: str, why: str) -> None:
-        assert main([*run]) == 2 and why in capsys.readouterr().err
-
     server.respond = failing
     run = command(server, questions, out, "--concurrency", "1")
     assert main(run) == 1 and not busy and not out.exists()
     assert "the same command resumes" in capsys.readouterr().err.splitlines()[-1]
     report = report_of(out)
-    refused(*command(server, questions, questions), why="give another --out")
-    for change in (["--seed", "1"], ["--limit", "6"]):
-        refused(*run, *change, why="give another --out")
+    for other in (command(server, questions, questions), [*run, "--seed", "1"], [*run, "--limit", "6"]):
+        assert main(other) == 2 and "give another --out" in capsys.readouterr().err
     whole = questions.read_text()
-    questions.write_text(whole.replace("first 0", "other 0"))
-    refused(*run, why="made with other prompts")  # of the same ids
+    questions.write_text(whole.replace("first 0", "other 0"))  # of the same ids
+    assert main(run) == 2 and "made with other prompts" in capsys.readouterr().err
     assert report_of(out) == report
     questions.write_text(whole)
     server.respond = echo
