@@ -116,22 +116,18 @@ def test_a_mistake_is_one_line_and_nothing_is_written_or_overwritten_but_an_empt
 
 
 def test_an_export_is_uploaded_privately_unless_public_is_given(tmp_path, trained, monkeypatch, capsys):
-    def push(out: str, is_private: bool, *more: str) -> list[Any]:
-        """The calls of the hub for one export; the last is an upload if it was made."""
+    for out, is_private, more, code, uploads, said in (
+        ("one", True, [], 0, 1, "uploaded to https://hub/me/drafter"),
+        ("two", False, [], 2, 0, "--public"),  # it exists, and its owner made it public
+        ("three", False, ["--public"], 0, 1, "uploaded to"),
+        ("lost", False, ["--public"], 2, 1, "not uploaded"),
+    ):
         hub = Mock(endpoint="https://hub", **{"create_repo.return_value.repo_id": "me/drafter"})
         hub.model_info.return_value.private = is_private
         hub.upload_folder.side_effect = OSError("nobody answers") if out == "lost" else None
-        monkeypatch.setattr("peagle_train.serving.export.HfApi", lambda: hub)
-        codes.append(command("export", trained, "--out", tmp_path / out, "--push-to-hub", "drafter", *more))
-        assert hub.create_repo.call_args == call("drafter", private="--public" not in more, exist_ok=True)
-        return [(c.kwargs["repo_id"], c.kwargs["folder_path"]) for c in hub.upload_folder.call_args_list]
-
-    codes: list[int] = []
-    assert push("one", True) == [("me/drafter", tmp_path / "one")]
-    assert "uploaded to https://hub/me/drafter" in capsys.readouterr().out
-    assert push("two", False) == []  # it exists, and its owner made it public
-    assert "--public" in capsys.readouterr().err.splitlines()[-1]
-    assert push("three", False, "--public") == [("me/drafter", tmp_path / "three")]
-    assert push("lost", False, "--public") and (tmp_path / "lost").is_dir()
-    assert "not uploaded" in capsys.readouterr().err
-    assert codes == [0, 2, 0, 2]
+        monkeypatch.setattr("peagle_train.serving.export.HfApi", Mock(return_value=hub))
+        assert command("export", trained, "--out", tmp_path / out, "--push-to-hub", "drafter", *more) == code
+        assert hub.create_repo.call_args == call("drafter", private=not more, exist_ok=True)
+        calls = [(c.kwargs["repo_id"], c.kwargs["folder_path"]) for c in hub.upload_folder.call_args_list]
+        assert calls == [("me/drafter", tmp_path / out)] * uploads
+        assert said in "".join(capsys.readouterr()) and (tmp_path / out).is_dir()
