@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
 from peagle_train import memory as planning
@@ -24,9 +25,10 @@ from peagle_train.machine import GIB, Device, parse_device
 from peagle_train.memory import Sizes, capacity_of, largest_pass, plan_memory, read_sizes, resolve_segments, saved_bytes
 from peagle_train.throughput import draft_flops, plan_throughput, target_flops
 from peagle_train.training.trainer import Trainer
-from tests.helpers import ROOT
+from tests.helpers import ROOT, LiveBytes, calls_of
+from tests.ranks_run import make_trainer
 from tests.runs import assert_same_run, run, stopped
-from tests.tiny import make_target
+from tests.tiny import VOCAB, make_target, write_rows
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -205,6 +207,26 @@ def test_a_full_device_ends_a_run_in_a_line_that_says_what_to_change(fitting, tm
     words = "set cod.num_segments=4" if fitting else "more segments would not help: try"
     assert "out of memory in step 1 of 3" in error and "Traceback" not in error and words in error.splitlines()[-1]
     assert fitting or words in out, "a run that is planned to take too much says so"
+
+
+@pytest.mark.parametrize("mode", ["relay", "recompute"])
+def test_evaluation_has_no_larger_pass_or_tensor_than_training_and_holds_no_more(mode, tmp_path, tiny):
+    lengths = [64, 60, 3, 33, 64]
+    rows, held_out = (str(write_rows(tmp_path / f"{seed}.jsonl", lengths, seed=seed)) for seed in (0, 1))
+    data = {"sources": [rows], "eval_sources": [held_out], "max_length": 64}
+    recipe = load_recipe(tiny(tmp_path, cod={"num_segments": 6}, data=data, train={"segment_mode": mode}))
+    trainer = make_trainer(recipe, Accelerator(cpu=True))
+    with calls_of(trainer.draft) as trained, LiveBytes() as training:
+        for batches in trainer.steps():
+            trainer.accumulate(batches)
+    with calls_of(trainer.draft) as passes, LiveBytes() as evaluating:
+        values = trainer.evaluator()
+    assert values is not None and sum(values["supervised"]) > 0
+    # The draws differ, so that a segment may hold some more elements of one than of the other, up to the capacity.
+    assert max(passes) <= max(trainer.collator.capacity, *trained) and len(passes) <= len(trained)
+    assert evaluating.peak <= training.peak and evaluating.largest <= training.largest
+    if mode == "relay":
+        assert max(passes) < 64
 
 
 # ---- FLOPs, and what is made of them for a machine of GPUs

@@ -7,6 +7,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from accelerate import Accelerator
@@ -17,6 +18,7 @@ from peagle_train.__main__ import main
 from peagle_train.core.collator import CODCollator
 from peagle_train.show import differing_keys, read_run
 from peagle_train.training.metrics import Pace
+from peagle_train.training.trainer import Trainer
 from tests.helpers import command
 from tests.runs import EVALUATED, run
 from tests.tiny import write_recipe
@@ -37,6 +39,11 @@ def test_a_window_counts_tokens_and_waiting_of_all_ranks_and_no_pause(monkeypatc
                 now[0] += 3600
         values = pace.numbers(steps_left=10)
         assert values == {"tokens_per_second": 2 * 4 * 12 / 2.0, "loader_wait_share": 0.25, "seconds_left": 5.0}
+
+
+def test_a_reader_that_has_seen_enough_ends_a_run_as_it_ends_any_command():
+    with pytest.raises(BrokenPipeError):
+        Trainer.on_main(Mock(), "metrics.jsonl", Mock(side_effect=BrokenPipeError))
 
 
 # ---- trackers
