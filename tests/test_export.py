@@ -83,6 +83,8 @@ def test_options_name_the_target_the_dtype_k_and_the_licence(tmp_path, trained, 
     card = (out / "README.md").read_text()
     for part in ("license: apache-2.0", "base_model: org/my-llm", "| K to serve with | 3 |"):
         assert part in card
+    recipe = trained / "final" / "recipe.yaml"
+    recipe.write_text(recipe.read_text() + "  gone: 1\n")  # a key of an earlier version
     monkeypatch.chdir(tiny_target.parent)
     export_drafter(trained, tmp_path / "other", "speculators", target=Path(tiny_target.name))  # is named whole
     assert config_of(tmp_path / "other")["speculators_config"]["verifier"]["name_or_path"] == str(tiny_target)

@@ -28,7 +28,7 @@ from peagle_train.training.trainer import Trainer
 from tests.helpers import ROOT, LiveBytes, calls_of
 from tests.ranks_run import make_trainer
 from tests.runs import assert_same_run, run, stopped
-from tests.tiny import VOCAB, make_target, write_rows
+from tests.tiny import make_target, write_rows
 
 sys.path.insert(0, str(ROOT / "tools"))
 

@@ -93,7 +93,7 @@ def test_rows_that_cannot_be_asked_are_counted_by_reason_or_refused(tmp_path):
         ({"turns": []}, "no question"),
         ([], "wrong format"),
     ):
-        rows = {"prompt": "fine"}, row, {"prompt": "too"}, {"prompt": "late"}
+        rows = {"prompt": "fine", "turns": None}, row, {"prompt": "too"}, {"prompt": "late"}
         path = str(write_lines(tmp_path / "p.jsonl", *rows))
         skipped: Counter[str] = Counter()
         assert [p.id for p in read_prompts(path, 2, skipped)] == ["1", "3"]  # a limit counts prompts, not lines

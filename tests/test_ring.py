@@ -1,6 +1,7 @@
 """Features that are used several times: computed once, the same training bit for bit, never more of them than allowed. On
 several processes: test_ranks.py."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from peagle_train.config import load_recipe
 from peagle_train.data.packing import EMPTY_ROW
 from peagle_train.data.training_data import StepBatchSampler
+from peagle_train.files import put_tensors
 from peagle_train.target_model.cache import write_cache
 from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.target_model.ring import Ring, block_steps
@@ -138,6 +140,17 @@ def test_its_size_is_never_passed_not_even_where_a_killed_run_resumes_which_ends
     run(recipe, "--resume", *more)
     assert ROW < max(sizes) <= SIZE and not [*ring.iterdir()]
     assert_same_run(output, tmp_path / "whole" / "run")
+
+
+def test_a_disk_that_fills_up_ends_a_run_with_a_checkpoint(tmp_path, tiny_target, rows, monkeypatch, capsys):
+    recipe = recipe_in(tmp_path / "full", tiny_target, rows, max_steps=3)
+    with monkeypatch.context() as patch:
+        full = OSError(errno.ENOSPC, "No space left on device")
+        patch.setattr("peagle_train.target_model.ring.put_tensors", create_autospec(put_tensors, side_effect=full))
+        run(recipe, code=1)
+    message = last_error(capsys)
+    assert "target.ring" in message and "No space left" in message and "--resume continues" in message
+    run(recipe, "--resume")
 
 
 def test_a_block_has_as_many_steps_as_fit_and_what_cannot_be_is_one_line(tmp_path, tiny_target, rows, capsys):

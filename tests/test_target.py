@@ -272,6 +272,14 @@ def test_a_model_that_does_not_heed_bounds_gets_one_document_at_a_time_from_the_
         target.features(*packed(ROWS), Way(apart=False))
 
 
+def test_a_sliding_layer_that_does_not_tell_its_window_is_refused():
+    windows = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 4}
+    layer, states = nn.Identity(), torch.zeros(1, 2, 6, 8)
+    layer.config, layer.layer_idx = LlamaConfig(num_hidden_layers=2, **windows), 1  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="its window"):
+        packed_attention(layer, states, states, states, None, documents=[0, 6], bounds=torch.tensor([0, 6]))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_documents_whole_or_in_chunks_get_what_they_get_alone(name):
     target = make(name, chunk_tokens=8)

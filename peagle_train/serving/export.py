@@ -119,10 +119,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def find_drafter(folder: Path) -> Path:
     """The drafter's folder: that of a run is its `final/`. ValueError: the run has none yet."""
-    is_run = not (folder / "config.json").exists() and (folder / "run.json").exists()
-    if is_run and not (folder / "final" / "config.json").exists():
+    found = [path for path in (folder, folder / "final") if (path / "config.json").exists()]
+    if not found and (folder / "run.json").exists():
         raise ValueError(f"{folder} is a run without a drafter yet: let it end, or end it with --resume")
-    return folder / "final" if is_run else folder
+    return found[0] if found else folder
 
 
 def export_drafter(
