@@ -1,6 +1,6 @@
 """How commands and runs end, files and folders that are written whole or not at all, and one process at a time in a folder.
 
-Needs the standard library alone: the command line imports it first.
+Imports the standard library alone until tensors are saved: the command line imports it first.
 """
 
 import errno
@@ -253,6 +253,26 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
     raise ValueError(f"{path} is not what was written: remove its folder, and make it again")
 
 
+def save_tensors(path: Path, tensors: Mapping[str, Any], name: str = "format", value: str = "pt") -> None:
+    """Write a safetensors file; OSError where that fails. Its metadata are one pair: of several the order varies."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file  # torch, which a command's --help does without
+
+    plain = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
+    try:
+        save_file(plain, path, metadata={name: value})
+    except SafetensorError as error:
+        raise OSError(errno.EIO, one_line(error), str(path)) from None
+
+
+def put_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
+    """`save_tensors`, whole or not at all, for its owner alone (`put` sets modes, which only one thread at a time may)."""
+    partial = partial_path(path)
+    save_tensors(partial, tensors)
+    _sync(partial)
+    os.replace(partial, path)
+
+
 # One process at a time.
 
 
@@ -280,23 +300,3 @@ def alone_in(folder: Path, doing: str) -> Iterator[None]:
                 folder.rmdir()
     finally:
         os.close(handle)
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Any], name: str = "format", value: str = "pt") -> None:
-    """Write a safetensors file; OSError where that fails. Its metadata are one pair: of several the order varies."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file  # torch, which a command's --help does without
-
-    plain = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
-    try:
-        save_file(plain, path, metadata={name: value})
-    except SafetensorError as error:
-        raise OSError(errno.EIO, one_line(error), str(path)) from None
-
-
-def put_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
-    """`save_tensors`, whole or not at all, for its owner alone (`put` sets modes, which only one thread at a time may)."""
-    partial = partial_path(path)
-    save_tensors(partial, tensors)
-    _sync(partial)
-    os.replace(partial, path)

@@ -173,6 +173,9 @@ def fault(answer: Answer, keep_truncated: bool = False) -> str | None:
     """Why an answer is unfit for training, in a word or two; None for a good one."""
     if answer.finish_reason == "refused":
         return "refused"
+    text = answer.content + answer.reasoning
+    if text != text.encode(errors="replace").decode():
+        return "lone surrogate"
     if is_loop(answer.content) or is_loop(answer.reasoning):
         return "loop"
     if answer.finish_reason == "length" and not keep_truncated:

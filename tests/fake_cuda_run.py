@@ -1,6 +1,6 @@
 """The trainer's step on a CUDA device that is not there, over tensors without data; tests/fake_cuda.cpp must be preloaded.
 
-Arguments: configurations, JSON objects of `compile_passes`'s arguments, "measure", and those of `measure`'s. Prints what
+Arguments: configurations, JSON objects of `CompiledDraft`'s arguments, "measure", and those of `measure`'s. Prints what
 is returned for each. Operators count, not what they do inside.
 """
 

@@ -1,4 +1,4 @@
-"""Slow, obvious answers to compare the package with, written from DESIGN.md: loops over elements, nothing shared.
+"""Slow, obvious answers to compare the package with, written from the contract (docs/concepts.md, docs/serving.md): loops over elements, nothing shared.
 
 An element is a pair (anchor, depth); a document is its number at every column, -1 on padding. Nothing here imports
 peagle_train.
@@ -17,7 +17,7 @@ Who = tuple[int, int, int]
 """Document, anchor and depth of an element."""
 
 
-# Rows and draws (DESIGN 3)
+# Rows and draws
 
 
 @st.composite
@@ -73,7 +73,7 @@ def draw_packed(
     return elements
 
 
-# Segments (DESIGN 4)
+# Segments
 
 
 def first_column(element: Element) -> int:
@@ -108,7 +108,7 @@ def flat_order(elements: Iterable[Element], bounds: Sequence[int]) -> list[list[
     return [sorted(group, key=lambda e: (e[1] > 0, e[0], e[1])) for group in groups]
 
 
-# The alignment contract (DESIGN 2)
+# The alignment contract
 
 
 def positions(documents: Sequence[int]) -> list[int]:
@@ -186,7 +186,7 @@ def drafter(
     features: Sequence[Tensor | None],
     visible: Tensor,
 ) -> Tensor:
-    """[n, H] after the last norm: the drafter of DESIGN 8 over n elements of one row, no features for a mask slot."""
+    """[n, H] after the last norm: the drafter as EAGLE-3 defines it over n elements of one row, no features for a mask slot."""
 
     def heads(x: Tensor) -> Tensor:
         return torch.stack(x.split(config.head_dim, dim=-1))
@@ -218,7 +218,7 @@ def drafter(
     return rms_norm(x, weights["norm.weight"], eps)
 
 
-# The loss (DESIGN 6)
+# The loss
 
 
 def row_loss(logits: Tensor, target_logits: Tensor, kind: str) -> tuple[Tensor, bool]:

@@ -87,6 +87,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any] | dict[str, Any], str]] = {
     "a layer too many": ({"num_hidden_layers": 1}, "layers.1.input_layernorm.weight is no tensor"),
     "no heads": ({"num_attention_heads": 0}, "config.json: "),
     "a size in words": ({"hidden_size": "x"}, "hidden_size"),
+    "layers without end": ({"num_hidden_layers": 10**7}, "tensors"),
     "a size beyond any": ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
     "a theta in words": ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "rope_theta"),
     "gelu": ({"hidden_act": "gelu"}, "hidden_act"),

@@ -19,7 +19,7 @@ from tests.test_attention import Pass, make_pass
 
 
 def expected_names(config: PEagleDraftConfig) -> set[str]:
-    """DESIGN 8; the oracle of the forward, which reads them by these names, knows their shapes."""
+    """As EAGLE-3 names them; the oracle of the forward, which reads them by these names, knows their shapes."""
     names = "embed_tokens fc norm lm_head layers.0.hidden_norm".split()
     names += ["input_norm"] if config.norm_before_fc else []
     names += [f"fc_norm.{i}" for i in range(config.num_aux_hidden_states) if config.fc_norm]

@@ -213,6 +213,16 @@ def test_a_run_that_started_from_another_drafter_resumes_without_it(tmp_path, ti
     assert_same_run(tmp_path / "again", tmp_path / "whole" / "run")
 
 
+def test_best_is_not_named_where_it_holds_another_steps_drafter(tmp_path, begun):
+    recipe, output = begun.copy(tmp_path), tmp_path / "run"
+    file = output / "best.json"
+    assert json.loads(file.read_text())["folder"] == "best"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "step": 77}))  # which the resumed run has undone
+    run(recipe, "--resume", "train.eval_steps=null", "train.max_steps=6")
+    best = json.loads((output / "run.json").read_text())["best"]
+    assert best["step"] == 3 and best["folder"] is None
+
+
 def test_resume_takes_a_folder_and_nothing_else_for_its_own(tmp_path, tiny, monkeypatch):
     recipe, seen = str(tiny(tmp_path)), []
     monkeypatch.setattr(build, "train", lambda made, resume: seen.append((resume, made.train.max_steps)) or "")

@@ -1,4 +1,4 @@
-"""PEagleDraft: the drafter, in the tensor names that vLLM's EAGLE-3 loader expects (DESIGN: on disk).
+"""PEagleDraft: the drafter, in the tensor names that vLLM's EAGLE-3 loader expects.
 
 Layer 0 reads [token embedding, features] (2H wide); the layers above are plain Llama or Qwen3 layers; `lm_head` maps to the
 draft vocabulary. B: rows, N: elements of a pass, M: leading slots that hold depth-0 elements, Q: queries of the last layer,

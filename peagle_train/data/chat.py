@@ -222,7 +222,12 @@ class ChatEncoder:
 
 def read_template(path: str | None) -> str | None:
     """The text of the file that data.chat_template names, None for none; ValueError if it cannot be read."""
+    if path is None:
+        return None
     try:
-        return None if path is None else Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"data.chat_template: cannot read {path} ({error})") from None
+    if not text.strip():
+        raise ValueError(f"data.chat_template: {path} is empty")
+    return text

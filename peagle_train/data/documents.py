@@ -114,6 +114,7 @@ def _files_of(number: int, spec: SourceSpec, data: Data, skipped: Counter[str]) 
         yield SourceFile(str(spec.datasets), spec.describe(), "hub", number, spec)
         return
     root, extensions = os.path.expanduser(spec.path), tuple(data.extensions)
+    is_file = os.path.isfile(root)
     if spec.path == STDLIB:
         root, extensions = sysconfig.get_paths()["stdlib"], (".py",)
         below = list(_walk(root, skipped, _NOT_LIBRARY))
@@ -126,7 +127,7 @@ def _files_of(number: int, spec: SourceSpec, data: Data, skipped: Counter[str]) 
             below = [file["filename"] for file in state["_data_files"]]
     else:
         extensions = (*extensions, *TEXT_EXTENSIONS, *EXAMPLE_FORMATS)
-        matches = [root] if os.path.isfile(root) else [*filter(os.path.isfile, glob.glob(root, recursive=True))]
+        matches = [root] if is_file else [*filter(os.path.isfile, glob.glob(root, recursive=True))]
         if not matches and not glob.has_magic(root):
             wanted = f"a file, a folder, a glob, {STDLIB} or {HUB}NAME (a data set)"
             raise ValueError(f"data source {spec.path} does not exist; give {wanted}")
@@ -134,9 +135,9 @@ def _files_of(number: int, spec: SourceSpec, data: Data, skipped: Counter[str]) 
         while glob.has_magic(root):
             root = os.path.dirname(root)
         below = [os.path.relpath(match, root or os.curdir) for match in matches]
-    prefix = STDLIB if spec.path == STDLIB else os.path.basename(os.path.abspath(root))
+    prefix = f"{STDLIB if spec.path == STDLIB else os.path.basename(os.path.abspath(root))}/"
     for item in sorted(below):
-        name = f"{prefix}/{item}"
+        name = item if is_file else prefix + item  # wherever the file lies
         if not item.endswith(extensions):
             skipped["files of other types skipped"] += 1
         elif any(fnmatch.fnmatchcase(text, pattern) for text in (item, name) for pattern in data.exclude):

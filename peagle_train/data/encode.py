@@ -34,7 +34,7 @@ from peagle_train.data.messages import (
 from peagle_train.files import one_line
 
 FORMS = ("input_ids", "messages", "conversations", "prompt", "text")  # in the order in which they are looked for
-BATCH = 16  # examples that are tokenized at once: whole texts, four batches to a process
+BATCH = 16  # examples tokenized at once; few, as a text file is one, and each process holds `prefetch_factor` batches
 
 
 class RawExample(NamedTuple):

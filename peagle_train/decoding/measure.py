@@ -32,7 +32,7 @@ from peagle_train.core.elements import make_elements
 from peagle_train.core.passes import visibility_of
 from peagle_train.data.documents import STDLIB, SourceFile, find_all, read_documents, read_examples
 from peagle_train.data.encode import Encoder, parse
-from peagle_train.data.messages import BadRow
+from peagle_train.data.messages import FORMAT, BadRow
 from peagle_train.data.packing import held_out_documents
 from peagle_train.decoding.generate import CachedTarget, Decoded, Drafter, decode, greedy_tokens, sampler
 from peagle_train.files import one_line
@@ -93,7 +93,10 @@ def _texts(path: str) -> list[tuple[str, str]]:
     texts: list[tuple[str, str]] = []
     for raw in read_examples([SourceFile(path, path, "jsonl")]):
         try:
-            texts.append((str(len(texts) + 1), parse(raw.content)["text"]))
+            text = parse(raw.content)["text"]
+            if not isinstance(text, str):
+                raise BadRow(FORMAT, "text is no text")
+            texts.append((str(len(texts) + 1), text))
         except (BadRow, KeyError):
             if not texts:
                 return []

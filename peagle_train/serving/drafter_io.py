@@ -90,6 +90,8 @@ def read_drafter(folder: str | Path) -> DrafterFiles:
             what = f"perhaps a whole model ({raw.get('architectures')}), no drafter of this kind"
             raise ValueError(f"fc.weight is missing: {what}; give a drafter's folder")
         config = parse_config(raw)
+        if config.num_hidden_layers > len(tensors):  # that many are built, to compare shapes with
+            raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}, but there are {len(tensors)} tensors")
         _fit(config, tensors)
     except (ValueError, SafetensorError) as error:
         raise ValueError(f"{folder}: {error}") from error
@@ -109,11 +111,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _standard_names(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those that are read, by this project's (and vLLM's) names."""
+    """Those that are read, by this project's (and vLLM's) names; ValueError where two get the same name."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         standard = re.sub(r"^midlayer\.", "layers.0.", name.removeprefix("model."))
         standard = "d2t" if standard == "draft_id_to_target_id" else standard
+        if standard in tensors:
+            raise ValueError(f"two of its tensors are {standard}: {name} is one of them")
         if not NOT_READ.fullmatch(standard):
             tensors[standard] = tensor
     return tensors

@@ -1,4 +1,4 @@
-"""Whether an engine would load a drafter's folder; from a run's one that it serves: config, weights, model card."""
+"""Drafters' folders for engines: would one load it, and making one that it does (config, weights, model card)."""
 
 import json
 import re
@@ -113,8 +113,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
     none.
     """
     path = folder / "recipe.yaml"
-    sections = read_yaml(path) if path.is_file() else {}
-    return {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+    found = read_yaml(path) if path.is_file() else None
+    sections = found.items() if isinstance(found, dict) else ()
+    return {f"{name}.{key}": x for name, each in sections if isinstance(each, dict) for key, x in each.items()}
 
 
 def find_drafter(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""A drafter's `config.json` in the two formats that engines read, to and from PEagleDraftConfig (DESIGN: on disk).
+"""A drafter's `config.json` in the two formats that engines read, to and from PEagleDraftConfig.
 
 `eagle3`: a flat Llama or Qwen3 config, for vLLM's `--speculative-config`. `speculators`: the layers' config is nested, and
 the target and K are in it, for `vllm serve DIR`.

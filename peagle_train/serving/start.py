@@ -49,6 +49,8 @@ def read_start(recipe: Recipe, target: TargetBase) -> tuple[DrafterFiles | None,
     theirs, mine = (config.vocab_size, config.target_hidden_size), (target.vocab_size, target.hidden_size)
     if theirs != mine:
         raise RecipeError(f"{where} is for a target of vocabulary and hidden size {theirs}; this target's are {mine}")
+    if config.hidden_size != target.hidden_size and (lacking := [n for n in files.missing if n != "mask_hidden"]):
+        raise RecipeError(f"{where} has no {lacking[0]}, and the target's does not fit width {config.hidden_size}")
     layers = list(config.eagle_aux_hidden_state_layer_ids or default_layer_ids(target.config.num_hidden_layers))
     if layers != target.layer_ids:
         given = f"this run reads {target.layer_ids}: give target.layer_ids={layers}"
@@ -77,7 +79,10 @@ def with_mask_token(recipe: Recipe) -> Recipe:
     draft = recipe.draft
     if draft.init_from is None or draft.mask_token_id is not None:
         return recipe
-    token = parse_config(read_config(Path(draft.init_from))).ptd_token_id
+    try:
+        token = parse_config(read_config(Path(draft.init_from))).ptd_token_id
+    except ValueError as error:
+        raise RecipeError(f"draft.init_from {draft.init_from}: {error}") from error
     return replace(recipe, draft=replace(draft, mask_token_id=token))
 
 

@@ -157,7 +157,7 @@ class StoredTarget(AbsentTarget):
                     out[(has_n & bit) > 0] = values.to(out.dtype)
 
 
-# Writing
+# What speculators wrote
 
 
 class SpeculatorsFiles:
@@ -250,6 +250,9 @@ class SpeculatorsFiles:
         with partial_path(path).open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows if 1 in row["loss_mask"][1:])
         put(partial_path(path), path)
+
+
+# Writing
 
 
 class Piece(NamedTuple):

@@ -215,7 +215,7 @@ def take(path: Path, ids: list[int], patience: float) -> Tensor:
     lock.unlink(missing_ok=True)
     path.unlink(missing_ok=True)
     if tensors["token_ids"].tolist() != ids:
-        raise ValueError(f"target.server wrote {path} for other tokens than it was asked for")
+        raise ValueError(f"the server wrote {path} for other tokens than it was asked for")
     return tensors["hidden_states"]
 
 

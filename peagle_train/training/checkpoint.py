@@ -156,9 +156,10 @@ def remove_later(output: Path, step: int) -> list[int]:
 
 
 def clean_up(output: Path) -> None:
-    """Remove checkpoints that a killed run left half-written or half-removed."""
-    for path in output.glob(".checkpoint-*"):
-        try_removing(path)
+    """Remove what a killed run left half-written, half-removed or half-replaced: a run that resumes writes it again."""
+    for path in output.glob(".*"):
+        if path.suffix in (".partial", ".deleted", ".old") and path.is_dir():
+            try_removing(path)
 
 
 def _remove(path: Path) -> None:

@@ -1,7 +1,4 @@
-"""What a step is made of: target and drafter over a micro-batch, and the optimizers; and evaluation, of the same parts.
-
-B: sequences, L: positions, m: positions of several sequences, T: the target's hidden size, V: the target's vocabulary.
-"""
+"""What a step is made of: target and drafter over a micro-batch, and the optimizers; and evaluation, of the same parts."""
 
 from typing import Any
 

@@ -50,7 +50,7 @@ from peagle_train.training.step import Batch, BatchRunner, Evaluator, add_up, ma
 
 
 class Trainer:
-    """One run. `run` does everything; the methods after it are its parts, in the order in which they happen.
+    """One run. `run` does everything; the methods after it are its parts.
     target: frozen, on the accelerator's device. draft: on the CPU; prepared here.
     """
 
@@ -388,6 +388,8 @@ class Trainer:
             last = self.step == self.num_steps
             folder = None if self.step == 0 else "final" if last else "best"
             self.best = {"step": self.step, "expected_accepted_length": length, "folder": folder}
+            if folder:  # before best/: after a kill in between, a resume sees that best/ is of another step
+                self.on_main("best.json", lambda: write_json(self.folder / "best.json", self.best))
             if folder == "best":
                 self._save_drafter(self.folder / folder)
         return values
@@ -461,10 +463,13 @@ class Trainer:
             checkpoints.clean_up(self.folder)
             if later := checkpoints.remove_later(self.folder, self.step):
                 self.reporter.say(f"resume: checkpoints of later steps ({', '.join(map(str, later))}) were removed")
+            kept = self.folder / "best.json"
+            if self.best and not (kept.exists() and json.loads(kept.read_bytes()) == self.best):
+                self.best["folder"] = None  # best/ is of a step that was undone, or of another folder's run
             lines = self.resumed.state["lines"]["metrics.jsonl"]
             self.reporter.lines = checkpoints.keep_lines(self.reporter.path, lines)
             self.reporter.say(f"resume: continuing after step {self.step}, from {self.resumed.folder}")
-        about = {"data": {"packing": asdict(self.data.report), "max_length": self.recipe.data.max_length}}
+        about = {"data": {"packing": asdict(self.data.report)}}
         write_json(self.folder / checkpoints.MARKER, {"state": "started"})
         write_bytes(self.folder / "recipe.yaml", dump_recipe(self.recipe).encode())
         write_json(self.folder / metrics.ABOUT, about)
