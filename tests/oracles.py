@@ -1,4 +1,4 @@
-"""Slow, obvious answers to compare the package with, written from the contract (docs/concepts.md, docs/serving.md): loops over elements, nothing shared.
+"""Slow, obvious answers to compare with, from the contract (docs/concepts.md): loops over elements, nothing shared.
 
 An element is a pair (anchor, depth); a document is its number at every column, -1 on padding. Nothing here imports
 peagle_train.
@@ -186,7 +186,7 @@ def drafter(
     features: Sequence[Tensor | None],
     visible: Tensor,
 ) -> Tensor:
-    """[n, H] after the last norm: the drafter as EAGLE-3 defines it over n elements of one row, no features for a mask slot."""
+    """[n, H] after the last norm: an EAGLE-3 drafter over n elements of one row, no features for a mask slot."""
 
     def heads(x: Tensor) -> Tensor:
         return torch.stack(x.split(config.head_dim, dim=-1))
