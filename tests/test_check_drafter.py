@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peagle_train.serving.drafter_io import load_drafter
+from peagle_train.serving.drafter_io import load_drafter, read_config
 from peagle_train.serving.export import Finding, check_folder, export_drafter, is_loadable, table
+from peagle_train.serving.formats import parse_config
 from tests.helpers import DRAFT_VOCAB, MASK_TOKEN, TARGET_HIDDEN, VOCAB, command, make_draft
 from tests.runs import same_tensors
 
@@ -83,6 +84,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any] | dict[str, Any], str]] = {
     "two feature layers": ({LAYERS: [2, 9]}, "fc.weight"),
     "no feature layer": ({LAYERS: [-1, 2, 3]}, "1 to 8 layers"),
     "layers out of order": ({LAYERS: [9, 2, 17]}, "ascending"),
+    "a layer twice": ({LAYERS: [2, 9, 9]}, "ascending"),
     "rope dynamic": ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "dynamic"),
     "a layer too many": ({"num_hidden_layers": 1}, "layers.1.input_layernorm.weight is no tensor"),
     "no heads": ({"num_attention_heads": 0}, "config.json: "),
@@ -131,6 +133,18 @@ def test_a_broken_folder_is_named_by_the_check_refused_by_reading_and_never_expo
             refusing()
         assert message in str(caught.value) and "\n" not in str(caught.value), str(caught.value)
     assert {path.name for path in folder.parent.iterdir()} <= {"drafter", "elsewhere"}
+
+
+def test_a_window_is_one_unless_it_is_switched_off_and_a_qwen3s_only_where_it_is_switched_on(folder):
+    raw = read_config(folder) | {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9}
+    for changes, window in (
+        ({}, 9),
+        ({"use_sliding_window": False}, None),
+        ({"model_type": "qwen3"}, None),
+        ({"model_type": "qwen3", "use_sliding_window": True}, 9),
+    ):
+        given = {key: value for key, value in raw.items() if key != "use_sliding_window"} | changes
+        assert parse_config(given).sliding_window == window, changes
 
 
 def test_what_may_lack_is_warned_of(folder):

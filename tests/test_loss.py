@@ -68,6 +68,16 @@ def test_loss_gradients_and_hits_are_those_of_one_row_at_a_time_with_or_without_
     assert torch.equal(alone, loss.detach()) and hits.tolist() == expected_hits and not alone.requires_grad
 
 
+@pytest.mark.parametrize("kind", LOSSES)
+def test_rows_that_are_not_counted_are_no_hits_and_if_none_is_there_is_no_loss_and_no_gradient(kind):
+    inputs, counted = make_inputs(rows=100), torch.arange(100) % 3 != 1
+    hits_of_all = torch.tensor(naive(inputs, kind)[1])
+    assert hits_of_all[counted].any() and hits_of_all[~counted].any()
+    assert torch.equal(chunked_linear_loss(*inputs, kind, counted=counted)[1], hits_of_all & counted)
+    nothing, _ = chunked_linear_loss(*inputs, kind, counted=torch.zeros_like(counted))
+    assert nothing.item() == 0 and all((d == 0).all() for d in torch.autograd.grad(nothing, inputs[:2]))
+
+
 def test_kl_is_the_default_tv_is_half_the_distance_lk_lies_between_and_others_are_refused():
     inputs = make_inputs(rows=1)
     q, p = ((x @ head.T).softmax(-1) for x, head in ((inputs[0], inputs[1]), (inputs[2], inputs[3])))

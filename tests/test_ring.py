@@ -142,6 +142,18 @@ def test_its_size_is_never_passed_not_even_where_a_killed_run_resumes_which_ends
     assert_same_run(output, tmp_path / "whole" / "run")
 
 
+def test_its_size_is_not_passed_in_a_second_block_of_the_same_process(tmp_path, tiny_target, rows, monkeypatch):
+    ring, sizes, replace = tmp_path / "fast", list[int](), os.replace
+
+    def measured(partial: Path, path: Path) -> None:
+        sizes.append(held(ring))
+        replace(partial, path)
+
+    monkeypatch.setattr(os, "replace", measured)
+    run(recipe_in(tmp_path / "run", tiny_target, rows, max_steps=14), f"target.ring_dir={ring}")
+    assert ROW < max(sizes) <= SIZE
+
+
 def test_a_disk_that_fills_up_ends_a_run_with_a_checkpoint(tmp_path, tiny_target, rows, monkeypatch, capsys):
     recipe = recipe_in(tmp_path / "full", tiny_target, rows, max_steps=3)
     with monkeypatch.context() as patch:

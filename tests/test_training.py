@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from peagle_train.config import Train
 from peagle_train.core.draft import PEagleDraft
+from peagle_train.training.step import make_optimizers
 from peagle_train.training.trainer import Trainer
-from tests.helpers import command
+from tests.helpers import command, make_draft
 from tests.runs import drafter, last_error, lines, run, same_tensors
 from tests.tiny import MASK, VOCAB
 
@@ -123,6 +124,19 @@ def test_a_rate_warms_up_and_then_falls_to_0_or_stays(train):
     assert rates("cosine") == pytest.approx([0.0, 0.5, 1.0, 0.933013, 0.75, 0.5, 0.25, 0.066987], abs=1e-6)
     output = train(train={**settings, "max_steps": 8, "max_grad_norm": 1e-9, "schedule": "linear"})
     assert [line["learning_rate"] for line in lines(output, "train")] == pytest.approx([0.0, 0.5, *sixths])
+
+
+def test_weight_decay_shrinks_matrices_and_no_embeddings_norms_or_mask_hidden():
+    draft = make_draft()
+    before = {name: parameter.detach().clone() for name, parameter in draft.named_parameters()}
+    for parameter in draft.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # so that decay alone moves anything
+    for optimizer in make_optimizers(draft, Train(learning_rate=0.5, weight_decay=0.25)):
+        optimizer.step()
+    for name, parameter in draft.named_parameters():
+        is_spared = name in ("embed_tokens.weight", "mask_hidden") or "norm" in name
+        expected = before[name] * (1.0 if is_spared else 1 - 0.5 * 0.25)
+        torch.testing.assert_close(parameter.detach(), expected, msg=name)
 
 
 def test_muons_steps_have_the_size_of_adamws_in_the_matrices_of_layers_and_fc_and_adamw_moves_the_rest(train):
