@@ -22,10 +22,10 @@ die() { # die CODE MESSAGE
     exit "$1"
 }
 
-# Cores that this process may use: its affinity and, in a container, its share of time.
+# Cores that this process may use: its affinity and, in a container, its share of time; nproc alone would heed OMP_NUM_THREADS.
 cores() {
     local count quota period
-    count=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+    count=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
     if read -r quota period 2>/dev/null </sys/fs/cgroup/cpu.max && [ "$quota" != max ]; then
         quota=$(((quota + period - 1) / period))
         [ "$quota" -ge "$count" ] || count=$quota
