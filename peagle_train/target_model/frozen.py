@@ -6,6 +6,7 @@ hidden state outlives its layer. B: sequences, L: positions, T: hidden size, F: 
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import accumulate
@@ -41,7 +42,7 @@ class TargetLost(RunStopped):
     """Nothing answers for the target any more."""
 
 
-class TargetBase:
+class TargetBase(ABC):
     """What training reads of a target: a `FrozenTarget`, which computes it, a `StoredTarget`, a `ServedTarget`.
 
     model: any transformers causal LM with a stack of decoder layers; the body may be quantised, the head not.
@@ -107,13 +108,13 @@ class TargetBase:
             raise ValueError(f"target {type(self.model).__name__} has {len(norms)} norms beside its layers, not one")
         return norms[0]
 
+    @abstractmethod
     def outputs(self, batch: dict[str, Tensor], head_rows: Tensor) -> TargetOutputs:
         """Features, and last hidden states after the final norm, of a collator's batch, on the device of `head_rows`; where
         no supervised element reads them (`positions_read`), perhaps zeros.
 
         batch: on the host; on a device it costs a wait.
         """
-        raise NotImplementedError
 
     def expect(self, batches: Sequence[dict[str, Tensor]]) -> None:
         """`outputs` will be asked for these very batches soon, in this order: begin to read what they need, if anything."""
@@ -288,9 +289,9 @@ class AbsentTarget(TargetBase):
         for module in (self.head, self.final_norm()):
             module.load_state_dict(self._stored(module), assign=True)
 
+    @abstractmethod
     def fetch(self, batch: dict[str, Tensor], room: list[Tensor]) -> list[AsyncResult[None]]:
         """Have the threads fill `room`, zeros, with a batch's outputs."""
-        raise NotImplementedError
 
     def begin(self, batch: dict[str, Tensor]) -> None:
         """`fetch` a batch, unless that was begun before."""
