@@ -102,7 +102,7 @@ def agree(values: dict[str, Any]) -> None:
     for what, value in from_all(values)[0].items():
         if value != values[what]:
             remedy = "give the same recipe, files and target on every machine"
-            raise ValueError(f"this process has another {what} than rank 0: {remedy}")
+            raise ValueError(f"{what}: not the same in this process as on rank 0: {remedy}")
 
 
 @contextmanager

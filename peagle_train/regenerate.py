@@ -384,7 +384,10 @@ def regenerate(name_or_path: str, limit: int | None, out: Path, backend: Servers
     record = {"prompts": digest, "count": count, **backend.record, **asdict(settings)}
     partial, report_path = partial_path(out), out.with_name(out.name + ".report.json")
     if out.exists() or (partial.exists() and partial.stat().st_size):
-        begun = json.loads(report_path.read_bytes())["settings"] if report_path.exists() else {}
+        try:
+            begun = json.loads(report_path.read_bytes())["settings"]
+        except (OSError, ValueError, LookupError, TypeError):
+            raise ValueError(f"--out {out} exists, and this command did not make it: give another --out") from None
         if changed := [key for key, value in record.items() if begun.get(key) != value]:
             raise ValueError(f"--out {out} was made with other {', '.join(changed)}: give another --out, or remove it")
     if out.exists():

@@ -94,9 +94,12 @@ def read_run(folder: Path) -> Run:
     if not path.is_file():
         raise ValueError(f"{folder} holds no run: there is no {path.name}; give a recipe's output.dir")
     lines: dict[str, list[Line]] = {"train": [], "eval": [], "skipped": []}
-    for text in path.read_bytes().split(b"\n")[:-1]:
-        line = json.loads(text)
-        lines[line["kind"]].append(line)
+    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            line = json.loads(text)
+            lines[line["kind"]].append(line)
+        except (ValueError, LookupError, TypeError):
+            raise ValueError(f"{path}, line {number} is damaged: {text[:80]!a}") from None
     if not lines["train"] and not lines["eval"]:
         raise ValueError(f"{path} holds no numbers yet")
     files = [folder / name for name in (MARKER, ABOUT)]

@@ -232,8 +232,8 @@ def test_empty_rows_and_documents_of_one_token_have_no_elements(boundaries):
     ("row", "message"),
     [
         ({"input_ids": [1] * 25, "loss_mask": [1] * 25, "row_key": 8}, "row 8 has 25 tokens but max_length is 24"),
-        ({"input_ids": [1, 2, 3], "loss_mask": [1, 1]}, r"a row has \[3\] input_ids but \[2\] in loss_mask"),
-        ({"input_ids": [[1, 2], [3]], "loss_mask": [[0], [1, 1]]}, r"\[2, 1\] input_ids but \[1, 2\] in loss_mask"),
+        ({"input_ids": [1, 2, 3], "loss_mask": [1, 1]}, r"lengths \[3\], its loss_mask \[2\]"),
+        ({"input_ids": [[1, 2], [3]], "loss_mask": [[0], [1, 1]]}, r"lengths \[2, 1\], its loss_mask \[1, 2\]"),
         (
             {"input_ids": [[1]], "labels": [[1]], "attention_mask": [1]},
             "attention_mask must be a list of ints, or as many",

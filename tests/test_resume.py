@@ -16,6 +16,7 @@ import peagle_train.training.checkpoint as checkpoint_module
 import peagle_train.training.trainer as trainer_module
 from peagle_train.__main__ import main
 from peagle_train.config import load_recipe
+from peagle_train.training.checkpoint import check_recipe
 from tests.runs import EVALUATED, assert_same_run, contents, drafter, last_error, lines, run, same_tensors, stopped
 from tests.tiny import write_rows
 
@@ -159,6 +160,9 @@ def test_changes_of_the_recipe_that_would_make_it_another_run_are_refused_by_nam
     message = last_error(capsys)
     for change in ("train.learning_rate 0.01 -> 1.0", "cod.down_sample_ratio 0.7 -> 0.5", "data.max_length 32 -> 33"):
         assert change in message
+    with pytest.raises(ValueError, match=r"train\.average 0\.2, which is gone"):  # of an earlier version's run
+        check_recipe({"train": {"average": 0.2}}, {"train": {}}, "checkpoint-5")
+    check_recipe({"train": {"average": 0.0}}, {"train": {}}, "checkpoint-5")
     rows = write_rows(tmp_path / "other.jsonl", [9, 31, 4, 17])
     target = tmp_path / "target"
     shutil.copytree(tiny_target, target)

@@ -171,7 +171,7 @@ def _read_row(row: Row) -> tuple[Tensor, Tensor, Tensor]:
             found = [part.numel() for part in parts]
             lengths = lengths or found
             if found != lengths:
-                raise ValueError(f"a row has {lengths} input_ids but {found} in {name}: one for each, by document")
+                raise ValueError(f"a row's input_ids have lengths {lengths}, its {name} {found}: they must match")
             given[name] = torch.cat(parts)
     ids_n, mask_n = given["input_ids"], given[mask_name]
     if mask_name == "labels":

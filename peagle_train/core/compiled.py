@@ -1,7 +1,7 @@
 """The drafter's passes as compiled graphs: for keys and values alone, with gradients, and for evaluation; one for each of
 the few sizes that a static plan has.
 
-No batch ever compiles anything again.
+No batch should compile anything again.
 """
 
 import logging

@@ -38,14 +38,12 @@ def flex_tables(visibility: Visibility, skip: int = 0) -> FlexTables:
     return FlexTables(rule, block_tables(visibility, skip))
 
 
-def flex_tables_of_pass(
-    visibility: Visibility, layers: int, keys_values_only: bool, skip: int
-) -> dict[int, FlexTables]:
-    """Those of all `layers` of a pass, by the number of queries left out; the last layer's queries begin at `skip`."""
+def flex_tables_of_pass(visibility: Visibility, layers: int, keys_values_only: bool) -> dict[int, FlexTables]:
+    """Those of all `layers` of a pass, by the number of queries left out: the last layer's begin at the cut."""
     skips = {0} if layers > 1 else set()
     if not keys_values_only:
-        skips.add(skip)
-    return {s: flex_tables(visibility, s) for s in sorted(skips)}
+        skips.add(visibility.cut)
+    return {skip: flex_tables(visibility, skip) for skip in skips}
 
 
 def block_mask_of(visibility: Visibility, skip: int = 0) -> BlockMask:

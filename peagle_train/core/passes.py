@@ -138,7 +138,7 @@ class Passes:
         features = features.gather(1, index_BM[:, :, None].expand(-1, -1, features.shape[2]))
         if attention.uses_flex(self.device):
             layers = self.draft.config.num_hidden_layers
-            visibility.flex = flex_tables_of_pass(visibility, layers, keys_values_only, visibility.cut)
+            visibility.flex = flex_tables_of_pass(visibility, layers, keys_values_only)
         return self.draft(
             elements.token,
             elements.position,

@@ -132,7 +132,7 @@ def _files_of(number: int, spec: SourceSpec, data: Data, skipped: Counter[str]) 
             wanted = f"a file, a folder, a glob, {STDLIB} or {HUB}NAME (a data set)"
             raise ValueError(f"data source {spec.path} does not exist; give {wanted}")
         root = os.path.dirname(root)
-        while glob.has_magic(root):
+        while not is_file and glob.has_magic(root):
             root = os.path.dirname(root)
         below = [os.path.relpath(match, root or os.curdir) for match in matches]
     prefix = f"{STDLIB if spec.path == STDLIB else os.path.basename(os.path.abspath(root))}/"

@@ -136,7 +136,7 @@ class Encoder(Dataset[list[tuple[RawExample, Encoded]] | ValueError]):
         form = next(found, "prompt")
         if form not in row:
             wanted = "input_ids, messages, conversations, prompt and completion, or text"
-            raise BadRow(FORMAT, f"give {{...}} with {wanted}, instead of the keys {one_line(', '.join(row), 60)}")
+            raise BadRow(FORMAT, f"give {{...}} with {wanted}, instead of the keys {_shown(', '.join(row))}")
         if form == "input_ids":
             return form, _ids_of(row)
         if form == "text":

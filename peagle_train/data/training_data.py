@@ -55,7 +55,9 @@ def load_training_data(encoder: Encoder, say: Callable[[str], object] = print) -
     if len(eval_rows) < len(made.eval_rows):
         say(f"held out: {len(eval_rows)} of these sequences are evaluated on (data.max_eval_rows)")
     if data.eval_fraction > 0 and not len(eval_rows):
-        say("no evaluation: a single document can be learned from, and is; give more, or data.eval_sources")
+        say(
+            "no evaluation: only one document can be learned from, and it is trained on: give more, or data.eval_sources"
+        )
     return made._replace(eval_rows=eval_rows)
 
 

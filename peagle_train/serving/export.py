@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from peagle_train.config import Recipe, load_recipe, read_yaml
+from peagle_train.config import Recipe, RecipeError, load_recipe, read_yaml
 from peagle_train.files import aligned, one_line, write_folder
 from peagle_train.serving import formats
 from peagle_train.serving.drafter_io import fill_drafter, is_used, read_config, read_drafter
@@ -103,9 +103,12 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
 
 
 def recipe_beside(folder: Path) -> Recipe | None:
-    """The recipe.yaml in a drafter's folder; None if it has none."""
+    """The recipe.yaml in a drafter's folder; None if it has none. RecipeError, with its path, for one of other keys."""
     path = folder / "recipe.yaml"
-    return load_recipe(path) if path.is_file() else None
+    try:
+        return load_recipe(path) if path.is_file() else None
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def read_start(recipe: Recipe, target: TargetBase) -> tuple[DrafterFiles | None,
             raise RecipeError(f"draft.{key} is {mine}, but {where} has another: {remedy}")
     brought["window"] = window = recipe.draft.window or config.sliding_window
     if window and window < recipe.cod.num_depths:
-        raise RecipeError(f"the window of {where} is {window}: give cod.num_depths of no more")
+        raise RecipeError(f"the window of {where} is {window}: give a cod.num_depths of at most that")
     return files, replace(recipe, draft=replace(recipe.draft, **brought))
 
 

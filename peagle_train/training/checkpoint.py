@@ -32,7 +32,7 @@ import transformers
 from torch import Tensor
 
 import peagle_train
-from peagle_train.config import Data, Recipe
+from peagle_train.config import GONE, Data, Recipe
 from peagle_train.files import lock, remove_tree, sha256_of, try_removing, write_bytes, write_folder
 
 logger = logging.getLogger(__name__)
@@ -223,8 +223,8 @@ def open_resume(recipe: Recipe, given: str) -> Checkpoint | str:
         more = f"\nto train for more steps: --resume CHECKPOINT (there: {names})" if names else ""
         return f"{output} holds a finished run: nothing to do\n{describe_summary(marker, output)}{more}"
     elif not complete:
-        remedy = "train.save_steps makes them): start the run without --resume, in a new folder"
-        raise ValueError(f"--resume: output.dir {output} holds no complete checkpoint ({remedy}")
+        remedy = "start the run without --resume, in a new folder (train.save_steps makes checkpoints)"
+        raise ValueError(f"--resume: output.dir {output} holds no complete checkpoint: {remedy}")
     else:
         folder = complete[0]
     try:
@@ -247,6 +247,9 @@ def check_recipe(old: dict[str, Any], new: dict[str, Any], name: str) -> None:
             before = old.get(section, {}).get(leaf, getattr(sections[section], leaf, value))
             if f"{section}.{leaf}" not in MAY_CHANGE and before != value:
                 refused.append(f"{section}.{leaf} {json.dumps(before)} -> {json.dumps(value)}")
+        for leaf, before in old.get(section, {}).items():
+            if before not in GONE.get(f"{section}.{leaf}", ([before], ""))[0]:
+                refused.append(f"{section}.{leaf} {json.dumps(before)}, which is gone")
     if refused:
         what = f"{name} was trained with other settings: {', '.join(refused)}"
         raise ValueError(f"--resume: {what}: give the old ones, or start a new run in another output.dir")

@@ -72,6 +72,7 @@ class Trainer:
             "held-out data": [len(data.eval_rows), data.eval_rows.fingerprint()],
             "sequences of a step": self.sampler.global_batch_size,
             "draft vocabulary": checkpoints.vocabulary_fingerprint(draft.draft_token_ids),
+            "mask token": draft.mask_token_id,
             "target's config and weights": target_fingerprint(recipe.target.path),  # now, while it is what was loaded
             **({"steps that target.ring holds": self.sampler.block_steps} if recipe.target.reuse > 1 else {}),
         }
@@ -438,7 +439,7 @@ class Trainer:
         is after the run's last step.
         """
         folder, state = checkpoint
-        if others := [what for what, now in self.must_match.items() if state["must_match"][what] != now]:
+        if others := [what for what, now in self.must_match.items() if state["must_match"].get(what, now) != now]:
             remedy = (
                 "give the same data, target, draft and batch size x accumulation x processes, or another output.dir"
             )
