@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, LlamaConfig, Qwen3Config
 
 from peagle_train.core.draft import DraftOutput, PEagleDraft
-from peagle_train.core.draft_config import MASK_KEYS, PEagleDraftConfig
+from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.serving.formats import parse_config
 from tests import oracles
 from tests.helpers import DRAFT_VOCAB, MASK_TOKEN, TARGET_HIDDEN, VOCAB, calls_of, make_config, make_draft, seeded
@@ -112,7 +112,13 @@ def test_rope_is_written_in_both_spellings_and_read_from_either(tmp_path, rope):
 
 
 def test_any_name_of_the_mask_token_is_enough_and_defaults_are_the_targets():
-    for key in MASK_KEYS:
+    for key in (
+        "dflash_config.mask_token_id",
+        "mask_token_id",
+        "dspark_noise_token_id",
+        "pard_token",
+        "ptd_token_id",
+    ):  # vLLM's
         given = {"dflash_config": {"mask_token_id": 3}} if "." in key else {key: 3}
         config = parse_config(
             {"vocab_size": 20, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, **given}

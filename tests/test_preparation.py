@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peagle_train.config import Recipe, load_recipe
-from peagle_train.core.cod import drafter_rows
 from peagle_train.data.encode import Encoder
 from peagle_train.data.packing import PackedRows, TrainingData, count_supervised, held_out_documents
 from peagle_train.data.training_data import load_training_data, prepare_recipe
+from tests import oracles
 from tests.byte_tokenizer import BYTES_MASK, BYTES_VOCAB, make_byte_target, make_byte_tokenizer
 from tests.chats import chat
 from tests.documents import Document, pack_documents, table_of, write_lines
@@ -269,8 +269,8 @@ def test_packing_loses_nothing_and_fills_rows_as_a_slow_packer_does(masks, max_l
 
     supervised = 0  # counted as section 3 of the contract counts it
     for row in all_rows(rows):
-        is_row = drafter_rows(row["document_ids"]).tolist()
-        supervised += sum(row["loss_mask"][p + 1].item() for p in range(len(is_row)) if is_row[p])
+        rows_of_the_drafter = oracles.drafter_rows(row["document_ids"].tolist())
+        supervised += sum(row["loss_mask"][p + 1].item() for p in rows_of_the_drafter)
     assert report.supervised == supervised
     assert report.lost_at_splits == sum(sum(mask[1:]) for mask in masks) - supervised
     assert (report.documents, report.pieces, report.rows) == (len(masks), len(expected), len(rows))
