@@ -64,6 +64,12 @@ def test_arguments_out_of_range_are_named(arguments, message):
         generate_cod_sample_indices(*arguments)
 
 
+@pytest.mark.parametrize("max_anchors", [0, -1])
+def test_a_number_of_anchors_out_of_range_is_named_by_a_draw_too(max_anchors):
+    with pytest.raises(ValueError, match="max_anchors"):
+        generate_cod_sample_indices(9, torch.ones(9), max_anchors=max_anchors)
+
+
 # Packed rows
 
 

@@ -307,6 +307,25 @@ def test_a_drafter_from_speculators_files_is_the_one_from_the_target(
     assert same_tensors(train(recipe, tmp_path / "cached", f"target.cache={cache}", source), online, 1e-9)
 
 
+def test_samples_with_nothing_to_learn_from_are_counted_where_they_are_left_out(
+    tmp_path, recipe, samples, written, caplog
+):
+    files = copied(written, tmp_path / "data" / "hidden_states")
+    write_data_set(tmp_path / "data", samples)
+    assert command("cache", recipe, "--speculators", files, "--out", tmp_path / "cache") == 0
+    left_out = sum(1 not in row["loss_mask"][1:] for row in samples)
+    assert left_out > 0 and f"{left_out} samples with no token to learn from" in caplog.text
+
+
+@pytest.mark.parametrize("key", ["target", "shards", "computed_in"])
+def test_an_index_without_a_key_is_one_clear_line(key, tmp_path, recipe_in, made, capsys):
+    folder = Path(shutil.copytree(made, tmp_path / "cache"))
+    index = json.loads((folder / INDEX).read_text())
+    (folder / INDEX).write_text(json.dumps({name: value for name, value in index.items() if name != key}))
+    run(recipe_in(), f"target.cache={folder}", code=2)
+    assert "cache.json" in last_error(capsys)
+
+
 MISFITS: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "no ids": ({"token_ids": None}, [], "token_ids"),
     "two layers": ({"hidden_states": torch.zeros(31, 3, 16)}, [], "(31, 3, 16)"),

@@ -137,6 +137,13 @@ def test_what_is_no_run_is_one_line_and_a_complete_checkpoint_is_enough_without_
     run(recipe, "--resume", str(tmp_path / "run"), "train.max_steps=5")  # this much only
 
 
+@pytest.mark.parametrize("marker", ["null", "[]", "3", '{"state": "finished"}'])
+def test_a_marker_that_is_no_runs_is_as_none_and_the_checkpoint_is_enough(marker, tmp_path, begun):
+    recipe = begun.copy(tmp_path)
+    (tmp_path / "run" / "run.json").write_text(marker)
+    run(recipe, "--resume", "train.max_steps=5")
+
+
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_offered_by_name(tmp_path, begun, capsys):
     recipe, output = begun.copy(tmp_path), tmp_path / "run"
     damaged = output / "checkpoint-5" / "state.json"
