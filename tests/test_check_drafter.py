@@ -104,6 +104,12 @@ BROKEN: dict[str, tuple[Callable[[Path], Any] | dict[str, Any], str]] = {
     ),
     # drafters of other kinds, which engines may serve
     "rope partial": ({"partial_rotary_factor": 0.5}, "rope is partial"),
+    "rope of several positions": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
+        "multimodal",
+    ),
+    "logits scaled": ({"logit_scale": 0.5}, "logit_scale"),
+    "qwen3 of heads to guess": ({"model_type": "qwen3", "num_key_value_heads": None}, "num_key_value_heads is missing"),
     "norm before fc": ({"norm_before_fc": True}, "input_norm.weight"),
     "both norms": ({"eagle_config": {"norm_before_fc": True}, "fc_norm": True}, "both true"),
     "windows of no size": ({"layer_types": ["sliding_attention"] * 2, "sliding_window": None}, "no sliding_window"),

@@ -124,6 +124,7 @@ def test_an_epoch_holds_each_document_as_often_as_its_source_weighs_whichever_ar
 def test_prepared_data_of_other_settings_is_refused_with_the_key_and_both_values(made):
     recipe, folder = made
     others = {"max_length": 65, "sources": ["elsewhere"], "pack": False, "exclude": ["x*"], "extensions": [".x"]}
+    others |= {"template_kwargs": {"enable_thinking": True}, "eval_sources": ["elsewhere"]}
     for key, value in {**others, "eval_fraction": 0.125}.items():
         changed = replace(recipe, data=replace(recipe.data, **{key: value}))
         with pytest.raises(ValueError, match=f"was made with data.{key} .*while it is"):
