@@ -56,6 +56,6 @@ class Device:
 def parse_device(text: str) -> Device:
     """`cuda:79`, `cpu:16` (GiB for each process), `cuda:79x8` (8 processes); ValueError for anything else."""
     found = re.fullmatch(r"(cuda|cpu):(\d+(?:\.\d+)?)(?:x([1-9]\d*))?", text)
-    if not found:
+    if not found or float(found[2]) == 0:
         raise ValueError(f"--on {text}: give KIND:GIB or KIND:GIBxPROCESSES, as in cuda:79, cpu:16 or cuda:79x8")
     return Device(found[1], int(float(found[2]) * GIB), int(found[3] or 1))

@@ -72,7 +72,7 @@ def generate_cod_sample_indices(
     Raises:
         ValueError: on an argument out of range or a mask of another length.
     """
-    if loss_mask.numel() != seq_length:
+    if loss_mask.shape not in ((seq_length,), (1, seq_length)):
         raise ValueError(f"loss_mask has shape {tuple(loss_mask.shape)}, but seq_length is {seq_length}")
     is_supervised_P = loss_mask.flatten() != 0
     in_pool_P = is_supervised_P.clone()
@@ -95,6 +95,8 @@ def _draw(
     A supervised position outside `in_pool_P` is in no pool: its anchor would lie before its document. It still counts as
     valid, and is drawn among the starts, as in the reference, which lets it in at depth 1.
     """
+    if max_anchors is not None and max_anchors < 1:
+        raise ValueError(f"max_anchors is {max_anchors}; it must be at least 1, or None for all anchors")
     starts = torch.nonzero(is_supervised_P).flatten()
     if max_anchors is not None and starts.numel() > max_anchors:
         order = torch.randperm(starts.numel(), generator=generator, device=starts.device)

@@ -90,6 +90,8 @@ class CODCollator:
         self._epoch.fill_(epoch)
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        if len(rows) == 0:
+            raise ValueError("CODCollator was given no rows; a batch has at least 1")
         collated = [self._collate_row(row) for row in rows]
         return {name: torch.stack([row[name] for row in collated]) for name in collated[0]}
 
@@ -152,9 +154,9 @@ class CODCollator:
 
 def _read_row(row: Row) -> tuple[Tensor, Tensor, Tensor]:
     """Ids, mask and documents of a row, each [n], ids and documents int64; ValueError names what is wrong."""
-    mask_name = "labels" if "labels" in row and "loss_mask" not in row else "loss_mask"
+    mask_name = "labels" if "labels" in row and row.get("loss_mask") is None else "loss_mask"
     for name in ("input_ids", mask_name):
-        if name not in row:
+        if row.get(name) is None:
             has = f"it has {', '.join(map(repr, row)) or 'no fields'}"
             raise ValueError(
                 f"a row has no {name!r}; {has} (a Trainer removes some unless remove_unused_columns=False)"
@@ -179,8 +181,9 @@ def _read_row(row: Row) -> tuple[Tensor, Tensor, Tensor]:
         if (is_learned_n & (mask_n != ids_n)).any():
             raise ValueError("labels differ from input_ids: give the same ids, unshifted, or -100")
         mask_n = is_learned_n.long()
-    if ((mask_n != 0) & (mask_n != 1)).any():
-        raise ValueError("loss_mask holds values other than 0 and 1")
+    for name, values_n in ((mask_name, mask_n), ("attention_mask", given.get("attention_mask"))):
+        if values_n is not None and ((values_n != 0) & (values_n != 1)).any():
+            raise ValueError(f"{name} holds values other than 0 and 1")
     documents_n = given.get("document_ids")
     if documents_n is None:
         documents_n = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))

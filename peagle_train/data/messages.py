@@ -122,10 +122,12 @@ def _message(raw: Any, where: str, may_be_empty: bool) -> tuple[dict[str, Any], 
         calls = _typed(_parsed(message.pop("tool_calls", []), where), list, f"tool_calls of {where}")
         if calls:
             message["tool_calls"] = [_tool_call(call, where) for call in calls]
-        thoughts = next((message[name] for name in _REASONING_KEYS if message.get(name)), "")
-        if _typed(thoughts, str, f"the reasoning of {where}"):
-            message.update(reasoning_content=thoughts, thinking=thoughts)
-        if calls or thoughts.strip():
+        thoughts = [_typed(message[name], str, f"{name} of {where}") for name in _REASONING_KEYS if name in message]
+        if len(set(thoughts) - {""}) > 1:
+            raise BadRow(FORMAT, f"{where} has different thoughts under two names ({', '.join(_REASONING_KEYS)})")
+        if thought := max(thoughts, key=len, default=""):
+            message.update(reasoning_content=thought, thinking=thought)
+        if calls or thought.strip():
             message.setdefault("content", "")  # null beside tool calls; a template may search it
             may_be_empty = True
     if "content" not in message:

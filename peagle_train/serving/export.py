@@ -125,7 +125,7 @@ def find_drafter(folder: Path) -> Path:
     """The drafter's folder: that of a run is its `final/`. ValueError: the run has none yet."""
     found = [path for path in (folder, folder / "final") if (path / "config.json").exists()]
     if not found and (folder / "run.json").exists():
-        raise ValueError(f"{folder} is a run without a drafter yet: let it end, or end it with --resume")
+        raise ValueError(f"{folder} is a run without a drafter yet: let it end, or give one of its checkpoints")
     return found[0] if found else folder
 
 

@@ -61,7 +61,8 @@ def read_index(folder: Path, given_as: str) -> dict[str, Any]:
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         if index["version"] == VERSION:
-            return index
+            names = "target", "layer_ids", "dtype", "computed_in", "max_length"
+            return {**index, **{name: index[name] for name in names}, "shards": int(index["shards"])}
         why = f"is of format {index['version']}, this reads format {VERSION}"
     except (OSError, ValueError, LookupError, TypeError) as error:
         why = f"cannot be read ({one_line(error, 200)})"
@@ -244,12 +245,18 @@ class SpeculatorsFiles:
             raise ValueError(f"--speculators: {offs}: {why}")
 
     def write_documents(self, path: Path) -> None:
-        """The samples with their masks as a .jsonl source, without those that have nothing to learn from."""
-        samples = (self[i] for i in range(len(self)))
-        rows = ({name: sample[name].tolist() for name in ("input_ids", "loss_mask")} for sample in samples)
+        """The samples with their masks as a .jsonl source. Those with nothing to learn from are dropped, and counted."""
+        dropped = 0
         with partial_path(path).open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows if 1 in row["loss_mask"][1:])
+            for sample in (self[i] for i in range(len(self))):
+                row = {name: sample[name].tolist() for name in ("input_ids", "loss_mask")}
+                if 1 in row["loss_mask"][1:]:
+                    file.write(json.dumps(row) + "\n")
+                else:
+                    dropped += 1
         put(partial_path(path), path)
+        if dropped:
+            logger.warning("%d samples with no token to learn from are not in %s", dropped, path)
 
 
 # Writing

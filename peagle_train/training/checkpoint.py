@@ -57,6 +57,9 @@ def vocabulary_fingerprint(ids: Tensor) -> str:
 
 def check_output(folder: Path) -> None:
     """ValueError unless a new run can have the output folder, OSError if it cannot be read."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ValueError(f"output.dir {folder} cannot be made or written: {there} is no folder, or none of yours")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"output.dir {folder} is not empty: resume the run in it (--resume), or give another folder")
 
@@ -211,8 +214,8 @@ def open_resume(recipe: Recipe, given: str) -> Checkpoint | str:
     """
     output, chosen = Path(recipe.output.dir), Path(given).expanduser()
     marker, complete = dict[str, Any](), list_checkpoints(output)
-    with suppress(FileNotFoundError, ValueError):  # missing or damaged: a complete checkpoint is enough
-        marker = json.loads((output / MARKER).read_bytes())
+    with suppress(FileNotFoundError, ValueError, TypeError):  # missing or damaged: a complete checkpoint is enough
+        marker = {"state": "started", "drafter": "final", **json.loads((output / MARKER).read_bytes())}
     names = ", ".join(map(str, complete))
     if given and chosen.resolve() != output.resolve():
         folder = output / chosen.name

@@ -9,6 +9,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -464,8 +465,10 @@ class Trainer:
             checkpoints.clean_up(self.folder)
             if later := checkpoints.remove_later(self.folder, self.step):
                 self.reporter.say(f"resume: checkpoints of later steps ({', '.join(map(str, later))}) were removed")
-            kept = self.folder / "best.json"
-            if self.best and not (kept.exists() and json.loads(kept.read_bytes()) == self.best):
+            kept = None
+            with suppress(OSError, ValueError):
+                kept = json.loads((self.folder / "best.json").read_bytes())
+            if self.best and kept != self.best:
                 self.best["folder"] = None  # best/ is of a step that was undone, or of another folder's run
             lines = self.resumed.state["lines"]["metrics.jsonl"]
             self.reporter.lines = checkpoints.keep_lines(self.reporter.path, lines)
