@@ -39,6 +39,12 @@ def test_help_says_what_the_script_does_and_heeds_and_does_nothing(script, tmp_p
         assert "#" not in done.stdout
 
 
+def test_a_file_in_the_place_of_the_output_is_refused_before_anything_is_installed(tmp_path):
+    (tmp_path / "out").write_text("")
+    code, output = bash(f"PEAGLE_OUTPUT={tmp_path}/out VIRTUAL_ENV=/none; begin")
+    assert code == 2 and "out is a file" in output and "environment" not in output
+
+
 def test_one_script_at_a_time_works_on_a_folder_and_does_not_make_it(tmp_path):
     def second(folder: str) -> tuple[int, str]:
         inner = f"NAME=y; source {ROOT}/tools/common.sh; OUTPUT={tmp_path}/new/{folder}; lock_output; echo works"

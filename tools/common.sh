@@ -118,6 +118,7 @@ check_overrides() { # check_overrides ARGUMENT...
 begin() { # begin ARGUMENT...
     check_overrides "$@"
     OUTPUT=$(absolute "${PEAGLE_OUTPUT:-$ROOT/runs/$NAME}")
+    if [ -e "$OUTPUT" ] && [ ! -d "$OUTPUT" ]; then die 2 "$OUTPUT is a file: set PEAGLE_OUTPUT to a folder"; fi
     if [ -n "${PEAGLE_CACHE:-}" ]; then
         PEAGLE_CACHE=$(absolute "$PEAGLE_CACHE")
         export PEAGLE_CACHE
