@@ -36,19 +36,17 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=f"peagle-train {name}", description=details, formatter_class=how)
         self.given = given
 
-    def read(self, for_data: bool = False) -> argparse.Namespace:
-        """The arguments; `recipe` is read, with its overrides. `for_data`: it has the mask token of the drafter that it
-        starts from, which decides what data is bad.
-        """
+    def read(self, started: bool = False) -> argparse.Namespace:
+        """The arguments; `recipe` is read, with its overrides. `started`: see `with_start`."""
         o = self.parse_intermixed_args(self.given)
         if getattr(o, "recipe", None):
             from peagle_train.config import load_recipe
 
             o.recipe = load_recipe(o.recipe, o.overrides)
-            if for_data:
-                from peagle_train.serving.start import with_mask_token
+            if started:
+                from peagle_train.serving.start import with_start
 
-                o.recipe = with_mask_token(o.recipe)
+                o.recipe = with_start(o.recipe)
         return o
 
     def error(self, message: str) -> NoReturn:
@@ -170,7 +168,7 @@ def _prepare(add: Add, read: Read) -> None:
     _add_recipe(add)
     add("--out", metavar="DIR", help="the folder to make (default: the recipe's data.prepared)")
     add("--workers", type=COUNT, metavar="N", help="processes that tokenize (default: all cores)")
-    o = read(for_data=True)
+    o = read(started=True)
     from peagle_train.config import as_override
     from peagle_train.data.training_data import prepare_recipe
 
@@ -189,7 +187,7 @@ def _check_data(add: Add, read: Read) -> None:
     """
     _add_recipe(add)
     add("--workers", type=COUNT, metavar="N", help="processes that tokenize (default: all cores)")
-    o = read(for_data=True)
+    o = read(started=True)
     from peagle_train.data.training_data import check_data
 
     check_data(o.recipe, o.workers or cores())
@@ -208,7 +206,7 @@ def _cache(add: Add, read: Read) -> None:
     add("--out", metavar="DIR", help="where to write; default: the recipe's target.cache")
     add("--speculators", metavar="DIR", help="take hs_*.safetensors that speculators left here; the target is not run")
     add("--verify", type=Path, metavar="DIR", help="compare a cache's files with their checksums, and stop")
-    o = read(for_data=True)
+    o = read(started=True)
     from peagle_train.target_model.cache import verify_cache, write_cache
 
     if o.verify:
@@ -417,7 +415,7 @@ def _show_row(add: Add, read: Read) -> None:
     _add_recipe(add)
     add("--row", type=int, default=0, metavar="N", help="which sequence, from 0 (default 0)")
     add("--elements", action="store_true", help="what elements read and predict, too")
-    o = read(for_data=True)
+    o = read(started=True)
     from peagle_train.show import show_sequence
 
     print(show_sequence(o.recipe, o.row, o.elements))
@@ -434,7 +432,7 @@ def _show_batch(add: Add, read: Read) -> None:
     _add_recipe(add)
     add("--row", type=int, default=0, metavar="N", help="which sequence, from 0 (default 0)")
     add("--out", type=Path, default=Path("batch.png"), metavar="FILE.png", help="default batch.png")
-    o = read(for_data=True)
+    o = read(started=True)
     from peagle_train.show import write_picture
 
     print(f"{o.out}: {write_picture(o.recipe, o.row, o.out)}")

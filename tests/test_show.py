@@ -12,6 +12,7 @@ from tests import test_alignment as alignment
 from tests.chats import make_tokenizer
 from tests.helpers import command, make_batch, make_rows
 from tests.oracles import who_sees_whom
+from tests.test_generate import tiny_draft
 from tests.tiny import write_recipe, write_rows
 
 WORDS = alignment.WORDS[:-1]  # without padding
@@ -88,6 +89,9 @@ def test_a_picture_is_drawn_of_a_sequence_and_mistakes_are_one_line(tmp_path, re
     out = tmp_path / "new" / "batch.png"
     assert command("show-batch", recipe, "--out", out) == 0
     assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size < 150 * 1024
+    tiny_draft(sliding_window=5).save_pretrained(tmp_path / "drafter")
+    assert command("show-batch", recipe, "--out", out, f"draft.init_from={tmp_path / 'drafter'}") == 0
+    assert "S = 3, window 5" in capsys.readouterr().out
     for tool, *more, message in (
         ("show-row", "--row", "-1", "give 0 to 0"),
         ("show-batch", "--row", "1", "give 0 to 0"),

@@ -31,7 +31,7 @@ from peagle_train.data.training_data import encoder_of
 from peagle_train.data.vocab import eos_token_ids
 from peagle_train.decoding.measure import repeats
 from peagle_train.files import run_tool, write_bytes
-from peagle_train.serving.start import with_mask_token
+from peagle_train.serving.start import with_start
 from peagle_train.target_model.loading import load_model, resolve_dtype
 
 KEPT = 32
@@ -67,7 +67,7 @@ def main() -> None:
     add("--batch-size", type=at_least_one, default=64, help="pieces at a time (default %(default)s)")
     add("--seed", type=int, default=0, help="decides the places (default %(default)s)")
     options = parser.parse_intermixed_args()
-    recipe = with_mask_token(load_recipe(options.recipe, options.overrides))
+    recipe = with_start(load_recipe(options.recipe, options.overrides))
     prompt_tokens = options.prompt_tokens
     if recipe.data.eval_sources:
         raise ValueError("data.eval_sources hold out what is not known here: remove them, or give data.eval_fraction")

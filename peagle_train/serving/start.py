@@ -72,18 +72,19 @@ def read_start(recipe: Recipe, target: TargetBase) -> tuple[DrafterFiles | None,
     return files, replace(recipe, draft=replace(recipe.draft, **brought))
 
 
-def with_mask_token(recipe: Recipe) -> Recipe:
-    """The recipe with the mask token of the drafter that it starts from: it decides which data is bad, also where that
-    drafter is not read.
+def with_start(recipe: Recipe) -> Recipe:
+    """The recipe with the mask token and the window of the drafter that it starts from, of which config.json alone is read:
+    they decide which data is bad, which features are kept and which elements see each other.
     """
     draft = recipe.draft
-    if draft.init_from is None or draft.mask_token_id is not None:
+    if draft.init_from is None:
         return recipe
     try:
-        token = parse_config(read_config(Path(draft.init_from))).ptd_token_id
+        config = parse_config(read_config(Path(draft.init_from)))
     except ValueError as error:
         raise RecipeError(f"draft.init_from {draft.init_from}: {error}") from error
-    return replace(recipe, draft=replace(draft, mask_token_id=token))
+    token = config.ptd_token_id if draft.mask_token_id is None else draft.mask_token_id
+    return replace(recipe, draft=replace(draft, mask_token_id=token, window=draft.window or config.sliding_window))
 
 
 @torch.no_grad()
