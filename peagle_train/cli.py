@@ -132,7 +132,7 @@ def _close_resume(arguments: list[str]) -> list[str]:
     return closed
 
 
-def _plan(add: Add, read: Read) -> None:
+def _plan(add: Add, read: Read) -> int:
     """Print the memory that a run would need and, for a machine of GPUs, how fast it would be. Nothing is loaded.
 
     peagle-train plan recipes/qwen3_8b_32k.yaml --on cuda:79x8
@@ -140,6 +140,8 @@ def _plan(add: Add, read: Read) -> None:
 
     --gpu adds tokens a second of the target and of training, counted in FLOPs, how many GPUs a server of the target should
     get, what features take, and whether the drafter fits under DDP and under FSDP2.
+
+    Exit code 2: no number of segments fits (0 with --gpu, where the target may have GPUs of its own).
     """
     _add_recipe(add)
     add("--on", metavar="KIND:GIB[xN]", help="N processes on other devices, as in cuda:79x8 or cpu:16")
@@ -153,11 +155,13 @@ def _plan(add: Add, read: Read) -> None:
         raise ValueError("give --gpu for a machine of --gpus GPUs, or --on for other devices")
     if o.gpu:
         o.on = f"cuda:{GPUS[o.gpu][0]}x{o.gpus}"
-    print(plan_table(o.recipe, o.on))
+    table, fits = plan_table(o.recipe, o.on)
+    print(table)
     if o.gpu:
         from peagle_train.throughput import plan_throughput
 
         print("\n" + plan_throughput(o.recipe, o.gpu, o.gpus, o.tokens))
+    return 0 if fits or o.gpu else 2
 
 
 def _prepare(add: Add, read: Read) -> None:

@@ -126,7 +126,7 @@ Share = Annotated[float, within(ge=0, lt=1)]
 Text = Annotated[str, _holding(lambda text: text.strip() != "", "a non-empty string")]
 FilePath = Annotated[Text, within(os.path.expanduser)]
 _PERCENT = re.compile(r"(100|[0-9]{1,2}(\.[0-9]{1,6})?)%")
-Percent = Annotated[str, _holding(_PERCENT.fullmatch, "a count, or a share such as 1%")]
+Percent = Annotated[str, _holding(_PERCENT.fullmatch, "a count, or a share of at most 100%, as in 1%")]
 Plain = dict[str, Any]
 Sources = list[Text | dict[str, Any]]
 SomeSources = Annotated[Sources, _holding(len, "a non-empty list of files, folders, globs or the word stdlib")]

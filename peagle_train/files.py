@@ -289,8 +289,11 @@ def lock(file: int | IO[Any], where: str, doing: str, how: Callable[[Any, int], 
 @contextmanager
 def alone_in(folder: Path, doing: str) -> Iterator[None]:
     """Create the folder given as `--out` and hold its lock (see `lock`); an empty one is removed again."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise ValueError(f"--out {folder} cannot be made or opened: {error.strerror}") from None
     try:
         lock(handle, f"--out {folder}", doing)
         try:

@@ -10,13 +10,19 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped,unused-ignore]
 
 GIB = 2**30
+CGROUP = Path("/sys/fs/cgroup")
 GPUS = {"a100": (79, 312), "h100": (79, 989), "h200": (139, 989), "b200": (178, 2250)}
 """GiB that a process sees, and TFLOP/s in dense bfloat16, by the makers' data sheets (SXM, 80, 80, 141 and 180 GB)."""
 
 
 def cores() -> int:
-    """Cores that this process may use; on macOS, all of the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: by its affinity, and by its control group's share of time; on macOS, all."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = map(int, (CGROUP / "cpu.max").read_text().split())
+        return min(count, -(-quota // period))
+    except (OSError, ValueError):  # as in `available_ram`
+        return count
 
 
 def peak_ram() -> int:
@@ -33,7 +39,7 @@ def available_ram() -> int:
     """Bytes that processes can still get: of the machine, or of the control group if that allows less."""
     available = psutil.virtual_memory().available
     try:
-        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
         return min(available, max(0, limit - used))
     except (OSError, ValueError):  # no control group, one of another kind, or one without a limit
         return available

@@ -31,6 +31,7 @@ from peagle_train.config import Recipe
 from peagle_train.core.cod import segment_capacity
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
+from peagle_train.core.flex import BLOCK_SIZE
 from peagle_train.core.visibility import MASK_BLOCK_BYTES, MASK_CACHE_BYTES, QUERY_BLOCK
 from peagle_train.distributed import check_sharding, from_all
 from peagle_train.files import RunStopped, aligned, one_line
@@ -43,7 +44,6 @@ from peagle_train.target_model.packed import BLOCK as TARGET_BLOCK
 CUDA_CONTEXT = GIB  # CUDA's context, cuBLAS's workspaces, compiled kernels: assumed, not computed
 CPU_EXTRA = 2**27
 """What libraries keep beside tensors (oneDNN's kernels and scratch, the allocator's holes): assumed, not computed."""
-BLOCK = 128  # flex_attention's
 CANDIDATES = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -107,7 +107,7 @@ def capacity_of(s: Sizes, num_segments: int) -> int:
     cod = s.recipe.cod
     draw = s.recipe.data.max_length, cod.num_depths, cod.down_sample_ratio, cod.down_sample_ratio_min
     C = segment_capacity(*draw, num_segments, cod.boundaries, cod.max_anchors)
-    return -(-C // BLOCK) * BLOCK if s.on_cuda else C
+    return -(-C // BLOCK_SIZE) * BLOCK_SIZE if s.on_cuda else C
 
 
 def most_context(s: Sizes, layers: int = 1) -> int:
@@ -199,7 +199,7 @@ def _masks(s: Sizes, one: Pass) -> int:
         keys = one.context + one.M + QUERY_BLOCK * B
         hidden = min(QUERY_BLOCK * keys, MASK_BLOCK_BYTES // s.c)
         return hidden * (s.c + 2) + min(MASK_CACHE_BYTES, one.N // B * keys)
-    blocks = -(-one.Q // B // BLOCK) * -(-s.keys(one) // B // BLOCK) * B
+    blocks = -(-one.Q // B // BLOCK_SIZE) * -(-s.keys(one) // B // BLOCK_SIZE) * B
     return blocks * (4 * 4 + 24) + s.keys(one) * 8 * 5
 
 
@@ -374,8 +374,10 @@ def _target_forward(config: Any, recipe: Recipe, item: int, attention: str, on_c
 # The table, the choice of S, and what to change
 
 
-def plan_table(recipe: Recipe, on: str | None = None) -> str:
-    """The table of memory by number of segments, and which one fits, on this machine or `on` another (`parse_device`)."""
+def plan_table(recipe: Recipe, on: str | None = None) -> tuple[str, bool]:
+    """The table of memory by number of segments, with which one fits, on this machine or `on` another (`parse_device`);
+    and whether any does.
+    """
     device = parse_device(on) if on else this_device()
     sizes, asked, margin = read_sizes(recipe, device), recipe.cod.num_segments, recipe.train.memory_margin
     numbers = sorted({*CANDIDATES, *([] if asked == "auto" else [asked])})
@@ -393,7 +395,7 @@ def plan_table(recipe: Recipe, on: str | None = None) -> str:
         lines.append(f"cod.num_segments=auto would be {fitting.num_segments}: the fewest that fit into {room}")
     else:
         lines.append(f"no number of segments up to {plans[-1].num_segments} fits into {room}: {advice(sizes)}")
-    return "\n".join(lines)
+    return "\n".join(lines), fitting is not None
 
 
 def choose_segments(sizes: Sizes, candidates: Iterable[int] = CANDIDATES) -> MemoryPlan | None:

@@ -21,7 +21,7 @@ from peagle_train.config import Cod, Data, Output, Recipe, Target, Train, load_r
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.core.relay import RelayBuffers
-from peagle_train.machine import GIB, Device, parse_device
+from peagle_train.machine import GIB, Device, available_ram, cores, parse_device
 from peagle_train.memory import Sizes, capacity_of, largest_pass, plan_memory, read_sizes, resolve_segments, saved_bytes
 from peagle_train.throughput import draft_flops, plan_throughput, target_flops
 from peagle_train.training.trainer import Trainer
@@ -123,6 +123,17 @@ def test_a_device_is_read_as_it_is_written():
             parse_device(wrong)
 
 
+def test_a_control_group_may_allow_less_than_the_machine_has(tmp_path, monkeypatch):
+    everything = cores()
+    monkeypatch.setattr("peagle_train.machine.CGROUP", tmp_path)
+    for quota, expected in (("max 100000", everything), ("150000 100000", min(2, everything)), ("50000 100000", 1)):
+        (tmp_path / "cpu.max").write_text(quota)
+        assert cores() == expected
+    for name, count in (("memory.max", 2000), ("memory.current", 500)):
+        (tmp_path / name).write_text(str(count))
+    assert available_ram() == 1500
+
+
 # ---- the command line
 
 
@@ -135,6 +146,8 @@ def test_a_plan_needs_no_data_no_weights_and_no_output(tmp_path, tiny_target, ti
     assert not (tmp_path / "run").exists()
     assert main(plan) == 0
     assert "of RAM each" in capsys.readouterr().out
+    assert main([*plan, "--on", "cpu:0.1"]) == 2
+    assert "no number of segments up to 32 fits" in capsys.readouterr().out
     assert main([*plan, "--on", "8"]) == 2
     assert main([*plan, "target.layer_ids=[1, 2, 9]"]) == 2
     assert "0..5" in capsys.readouterr().err.splitlines()[-1]

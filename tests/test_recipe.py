@@ -91,6 +91,7 @@ WRONG = {
     "train.loss=mse": "got 'mse' (str); it should be 'kl', 'soft_ce', 'hard_ce', 'tv' or 'lk'",
     "cod.num_segments=0": "got 0 (int); it should be greater than or equal to 1, or it should be 'auto'",
     "output.dir='  '": "got '  ' (str); give a non-empty string",
+    "data.max_bad_rows=200%": "give a count, or a share of at most 100%, as in 1%",
     "data.sources=[]": "give a non-empty list",
     "data.extensions=[py]": "got ['py'] (list); give a list such as [.py, .jsonl], with the dots",
     "target.layer_ids=[0, 1, true]": "got true (bool); it should be a valid integer",

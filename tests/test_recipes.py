@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from peagle_train.config import Recipe, load_recipe
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.distributed import check_sharding
-from peagle_train.files import told, write_bytes
+from peagle_train.files import alone_in, told, write_bytes
 from peagle_train.machine import GIB, parse_device
 from peagle_train.memory import choose_segments, plan_table, read_sizes
 from tests.helpers import ROOT, command
@@ -55,7 +55,7 @@ def test_every_recipe_is_tested():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_can_be_planned_and_one_for_a_gpu_says_at_its_head_what_it_needs_and_how_to_use_it(path, tmp_path):
     recipe, model = of_model(path, tmp_path), MODELS[path.stem]
-    table = plan_table(recipe, "cuda:79" if model in OF_A_GPU else "cpu:16")
+    table, _ = plan_table(recipe, "cuda:79" if model in OF_A_GPU else "cpu:16")
     assert "cod.num_segments=auto would be" in table and "backward" in table
     if model not in OF_A_GPU:
         return
@@ -157,3 +157,6 @@ def test_an_error_that_names_no_file_is_no_users_mistake_and_a_folder_in_the_pla
     with pytest.raises(OSError) as error:
         write_bytes(tmp_path / "page", b"x")
     assert told(error.value) == f"Is a directory: '{tmp_path / 'page'}'"
+    write_bytes(tmp_path / "file", b"x")
+    with pytest.raises(ValueError, match=r"--out .*file cannot be made"), alone_in(tmp_path / "file", "preparing"):
+        pass
