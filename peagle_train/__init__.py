@@ -3,7 +3,7 @@
 Names are looked up on first use, so that importing the package costs nothing and the collator brings only torch.
 """
 
-# ruff: noqa: F401 (what is imported for type checkers is what `_HOMES` names)
+# ruff: noqa: F401 (what is imported for type checkers is what `_MODULES` names)
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -26,26 +26,21 @@ if TYPE_CHECKING:
     from peagle_train.serving.start import new_drafter
     from peagle_train.target_model.frozen import FrozenTarget
 
-_HOMES = {
-    "CODCollator": "core.collator",
-    "CompiledDraft": "core.compiled",
-    "FrozenTarget": "target_model.frozen",
-    "PEagleDraft": "core.draft",
-    "PEagleDraftConfig": "core.draft_config",
-    "Recipe": "config",
-    "RelayBuffers": "core.relay",
-    "TargetOutputs": "core.passes",
-    "assign_cod_segments": "core.cod",
-    "balanced_boundaries": "core.cod",
-    "chunked_linear_loss": "core.loss",
-    "generate_cod_sample_indices": "core.cod",
-    "load_recipe": "config",
-    "new_drafter": "serving.start",
-    "recompute_step": "core.passes",
-    "relay_step": "core.relay",
-    "save_drafter": "serving.drafter_io",
-    "segment_capacity": "core.cod",
+_MODULES = {
+    "config": "Recipe load_recipe",
+    "core.cod": "assign_cod_segments balanced_boundaries generate_cod_sample_indices segment_capacity",
+    "core.collator": "CODCollator",
+    "core.compiled": "CompiledDraft",
+    "core.draft": "PEagleDraft",
+    "core.draft_config": "PEagleDraftConfig",
+    "core.loss": "chunked_linear_loss",
+    "core.passes": "TargetOutputs recompute_step",
+    "core.relay": "RelayBuffers relay_step",
+    "serving.drafter_io": "save_drafter",
+    "serving.start": "new_drafter",
+    "target_model.frozen": "FrozenTarget",
 }
+_HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 __all__ = sorted(_HOMES)
 __version__ = "0.1.0"

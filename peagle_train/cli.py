@@ -14,7 +14,6 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -70,10 +69,7 @@ def number(low: float, high: float = math.inf, kind: type = int) -> Callable[[st
 
 
 def json_object(text: str) -> dict[str, Any]:
-    with suppress(ValueError):
-        if isinstance(value := json.loads(text), dict):
-            return value
-    raise argparse.ArgumentTypeError('give a JSON object, as {"enable_thinking": false}')
+    return dict(json.loads(text))
 
 
 COUNT = number(1)
@@ -122,14 +118,17 @@ def _train(add: Add, read: Read) -> None:
             print(summary)
 
 
-def _close_resume(arguments: list[str]) -> list[str]:
+def _is_trains(word: str) -> bool:
+    """Whether a word is `train`'s recipe or an override, by its look."""
+    return "=" in word or word.endswith((".yaml", ".yml")) or word in shipped_recipes()
+
+
+def _close_resume(words: list[str]) -> list[str]:
     """`--resume` followed by a recipe or an override has no DIR: argparse would take either for one."""
-    closed = list(arguments)
-    for i, (option, given) in enumerate(pairwise(arguments)):
-        is_recipe = given.endswith((".yaml", ".yml")) or given in shipped_recipes()
-        if option == "--resume" and ("=" in given or is_recipe) and not os.path.isdir(given):
-            closed[i] = "--resume="
-    return closed
+    for i, (option, after) in enumerate(pairwise(words)):
+        if option == "--resume" and _is_trains(after) and not os.path.isdir(after):
+            return [*words[:i], "--resume=", *words[i + 1 :]]
+    return words
 
 
 def _plan(add: Add, read: Read) -> int:
@@ -485,8 +484,7 @@ def main(arguments: list[str] | None = None) -> int:
     name, *rest = given if first in COMMANDS else ("train", *given)
 
     def work() -> int | None:
-        is_recipe = first.startswith("-") or "=" in first or first.endswith((".yaml", ".yml"))
-        if first not in COMMANDS and not is_recipe and not os.path.exists(recipe_path(first)):
+        if not (first in COMMANDS or first.startswith("-") or _is_trains(first) or os.path.exists(first)):
             meant = difflib.get_close_matches(first, [*COMMANDS, *shipped_recipes()], n=1) or ["--help"]
             raise ValueError(f"no command or recipe is called {first!a}; did you mean peagle-train {meant[0]}?")
         logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
