@@ -12,11 +12,11 @@ import re
 import runpy
 import shlex
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple, get_type_hints
+from typing import get_type_hints
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
@@ -48,23 +48,14 @@ SHORTER |= {name: ["--workers", "1"] for name in ("prepare", "check-data")}
 """Added to a command, so that a random target does not talk for minutes and no processes have to start."""
 
 
-class Command(NamedTuple):
-    """One command of a page."""
-
-    page: str
-    words: tuple[str, ...]
-    why_not: str | None  # what it needs that tests do not have; None: it is run
-
-
-def commands(page: str) -> Iterator[Command]:
-    for block in BLOCK.finditer(TEXTS[page]):
-        lines = block["text"].replace("\\\n", " ").splitlines()
-        yield from (
-            Command(page, tuple(words), block["why"]) for x in lines if (words := shlex.split(x, comments=True))
-        )
-
-
-ALL = [command for page in PAGES for command in commands(page)]
+ALL = [
+    (page, words, block["why"])
+    for page in PAGES
+    for block in BLOCK.finditer(TEXTS[page])
+    for line in block["text"].replace("\\\n", " ").splitlines()
+    if (words := shlex.split(line, comments=True))
+]
+"""Of each command of a page: the page, its words, and what it needs that tests do not have; None: it is run."""
 
 
 @pytest.fixture
@@ -127,12 +118,12 @@ def form_of(words: Sequence[str]) -> tuple[str, ...]:
 
 @pytest.mark.slow
 def test_the_commands_of_the_pages_run_as_they_stand(here, capsys):
-    shown: dict[tuple[str, ...], Command] = {}
-    for command in ALL:
-        if command.why_not is None:
-            shown.pop(form_of(command.words), None)
-            shown[form_of(command.words)] = command
-    for number, (page, words, _) in enumerate(shown.values()):
+    shown: dict[tuple[str, ...], tuple[str, list[str]]] = {}
+    for page, words, why_not in ALL:
+        if why_not is None:
+            shown.pop(form_of(words), None)
+            shown[form_of(words)] = page, words
+    for number, (page, words) in enumerate(shown.values()):
         output = "runs/killed" if "--resume" in words else f"runs/{number}"
         recipe = write_stdlib_recipe(here / f"recipe{number}.yaml", here / "models" / "my-llm", output)
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -141,9 +132,9 @@ def test_the_commands_of_the_pages_run_as_they_stand(here, capsys):
 
 
 def test_there_are_commands_and_what_is_not_run_says_why():
-    assert len(ALL) > 25 and {c.page for c in ALL} > {"README.md", "docs/data.md", "docs/serving.md"}
-    assert all(command.why_not in (None, *REASONS) for command in ALL)
-    run_here = [command.words for command in ALL if command.why_not is None]
+    assert len(ALL) > 25 and {page for page, *_ in ALL} > {"README.md", "docs/data.md", "docs/serving.md"}
+    assert all(why_not in (None, *REASONS) for *_, why_not in ALL)
+    run_here = [words for _, words, why_not in ALL if why_not is None]
     assert len(run_here) > len(ALL) / 2
     for words in run_here:  # without a shell: a word of its own would be an argument
         assert not any(re.search(r"^\d*[|;&<>]|[$`]|;$", word) for word in words), words

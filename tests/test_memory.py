@@ -115,14 +115,6 @@ def test_the_fewest_segments_that_fit_are_chosen_and_ranks_take_the_number_of_th
         resolve_segments(of(2**40, 0.1))
 
 
-def test_a_device_is_read_as_it_is_written():
-    assert parse_device("cuda:79x8") == Device("cuda", 79 * GIB, 8)
-    assert parse_device("cpu:0.5") == Device("cpu", GIB // 2, 1)
-    for wrong in ("cuda", "cuda:", "tpu:8", "cuda:8x0", "cuda:-1", "cuda:8x"):
-        with pytest.raises(ValueError, match="give KIND:GIB"):
-            parse_device(wrong)
-
-
 def test_a_control_group_may_allow_less_than_the_machine_has(tmp_path, monkeypatch):
     everything = cores()
     monkeypatch.setattr("peagle_train.machine.CGROUP", tmp_path)
@@ -148,7 +140,8 @@ def test_a_plan_needs_no_data_no_weights_and_no_output(tmp_path, tiny_target, ti
     assert "of RAM each" in capsys.readouterr().out
     assert main([*plan, "--on", "cpu:0.1"]) == 2
     assert "no number of segments up to 32 fits" in capsys.readouterr().out
-    assert main([*plan, "--on", "8"]) == 2
+    for wrong in ("8", "cuda:", "tpu:8", "cuda:8x0", "cuda:-1"):
+        assert main([*plan, "--on", wrong]) == 2 and "give KIND:GIB" in capsys.readouterr().err
     assert main([*plan, "target.layer_ids=[1, 2, 9]"]) == 2
     assert "0..5" in capsys.readouterr().err.splitlines()[-1]
 
@@ -166,16 +159,9 @@ def test_the_plan_has_a_mask_of_tokens_by_tokens_where_the_target_makes_one(tmp_
 # ---- runs
 
 
-@pytest.mark.parametrize(
-    "S, train",
-    [
-        (1, {"gradient_accumulation_steps": 2, "batch_size": 2}),
-        (3, {"segment_mode": "recompute", "activation_checkpointing": True}),
-    ],
-)
-def test_a_probe_changes_no_number_of_a_run_or_of_a_resumed_one(S, train, tmp_path, tiny, monkeypatch, capsys):
-    sections = {"data": {"eval_fraction": 0.2}, "cod": {"num_segments": S}}
-    train = {"max_steps": 3, **train}
+def test_a_probe_changes_no_number_of_a_run_or_of_a_resumed_one(tmp_path, tiny, monkeypatch, capsys):
+    sections = {"data": {"eval_fraction": 0.2}, "cod": {"num_segments": 3}}
+    train = {"max_steps": 3, "gradient_accumulation_steps": 2, "batch_size": 2}
     run(tiny(tmp_path / "without", **sections, train=train))
     assert "fits: peak" not in capsys.readouterr().out
     probed = tiny(tmp_path / "probed", **sections, train={"probe": True, **train})
@@ -287,9 +273,8 @@ def test_planned_flops_of_matrices_are_those_that_torch_counts(mode, S):
     assert planned == pytest.approx(counted, rel=0.07)  # a layer's last matrix is not computed again
 
 
-@pytest.mark.parametrize("reuse", [1, 3])
-def test_a_machine_is_split_where_both_sides_are_equally_fast(tmp_path, reuse):
-    kept = f"target.reuse={reuse}", f"target.ring={900 if reuse > 1 else 'null'}", "train.max_steps=9"
+def test_a_machine_is_split_where_both_sides_are_equally_fast(tmp_path):
+    reuse, kept = 3, ("target.reuse=3", "target.ring=900", "train.max_steps=9")
     recipe = recipe_for("llama-3.3-70b", tmp_path, "data.max_length=32768", *kept)
     text = plan_throughput(recipe, "h200", 8, 5 * 10**8)
     serve, train = (

@@ -3,7 +3,6 @@
 import os
 import re
 import runpy
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from accelerate.utils import patch_environment
 from accelerate.utils.launch import prepare_multi_gpu_env
 from transformers import AutoModelForCausalLM
 
-from peagle_train.config import Recipe, load_recipe
+from peagle_train.config import load_recipe
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.distributed import check_sharding
 from peagle_train.files import alone_in, told, write_bytes
@@ -41,12 +40,6 @@ OF_A_GPU = {  # billions of parameters as the makers count them, the first and l
 }
 
 
-def of_model(path: Path, folder: Path) -> Recipe:
-    """The recipe with a target folder that holds nothing but its model's config."""
-    (folder / "config.json").write_text((ROOT / "tests" / "configs" / f"{MODELS[path.stem]}.json").read_text())
-    return load_recipe(path, [f"target.path={folder}"])
-
-
 def test_every_recipe_is_tested():
     assert {path.stem for path in RECIPES} == set(MODELS)
     assert {path.stem for path in (ROOT / "tests" / "configs").glob("*.json")} == set(MODELS.values())
@@ -54,7 +47,9 @@ def test_every_recipe_is_tested():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_can_be_planned_and_one_for_a_gpu_says_at_its_head_what_it_needs_and_how_to_use_it(path, tmp_path):
-    recipe, model = of_model(path, tmp_path), MODELS[path.stem]
+    model = MODELS[path.stem]
+    (tmp_path / "config.json").write_text((ROOT / "tests" / "configs" / f"{model}.json").read_text())
+    recipe = load_recipe(path, [f"target.path={tmp_path}"])
     table, _ = plan_table(recipe, "cuda:79" if model in OF_A_GPU else "cpu:16")
     assert "cod.num_segments=auto would be" in table and "backward" in table
     if model not in OF_A_GPU:
