@@ -5,6 +5,7 @@ visible pair and query number, and 10 backwards. A document fills its sequence. 
 assumed; communication, loading and waiting are not counted. L: tokens of a sequence, S: segments, C: slots of one.
 """
 
+import math
 from dataclasses import replace
 
 from peagle_train import memory
@@ -48,16 +49,13 @@ def target_flops(target: FrozenTarget, length: int) -> tuple[float, float]:
 
 
 def draft_flops(s: memory.Sizes, num_segments: int) -> tuple[float, float]:
-    """Of matrices, padding included, and of attention, in the forward and backward of a sequence that is all learned."""
+    """Of matrices in padded passes, and of attention, in the forward and backward of a sequence that is all learned."""
     train, cod, L, S = s.recipe.train, s.recipe.cod, s.recipe.data.max_length, num_segments
     draw = L, cod.num_depths, cod.down_sample_ratio, cod.down_sample_ratio_min
     elements = segment_capacity(*draw, num_segments=1, max_anchors=cod.max_anchors)
-    one, C = memory.largest_pass(s, S, all_supervised=True), memory.capacity_of(s, S)
-    passes, rows, M = elements / C, float(elements), float(L)
-    if train.pads_passes(s.device.kind):
-        passes = S if cod.boundaries == "uniform" else min(S, -(-elements // max(1, C - cod.num_depths + 1)))
-        rows, M = (passes * n / train.batch_size for n in (one.Q, one.M))
-    N, Q = (passes * n / train.batch_size for n in (one.N, one.Q))
+    one, C = memory.largest_pass(s, S), memory.capacity_of(s, S)
+    passes = S if cod.boundaries == "uniform" else min(S, -(-elements // max(1, C - cod.num_depths + 1)))
+    N, Q, M = (passes * n / train.batch_size for n in (one.N, one.Q, one.M))
 
     last = s.draft.num_hidden_layers - 1
     width = s.draft.hidden_size * (1 if last else 2)
@@ -66,12 +64,13 @@ def draft_flops(s: memory.Sizes, num_segments: int) -> tuple[float, float]:
     again = 1 if train.activation_checkpointing else 0
     layers = (6 + 2 * again) * (N * of_all + Q * (s.all_layers - of_all))
     attention = (14 + 4 * again) * seen * ((last + 1) * elements + last * (N - Q))
-    if S > 1 and train.segment_mode == "relay":  # pass A, over all segments but the last
-        layers += 2 * M * (1 - 1 / passes) * of_all
+    if S > 1 and train.segment_mode == "relay":  # pass A, over all segments but the last: see `context_chunks`
+        run = min(L, C)
+        layers += 2 * math.ceil(L * (1 - 1 / S) / run) * run * of_all
         attention += 4 * seen * L * (1 - 1 / passes) * last
     H, T = s.draft.hidden_size, s.draft.target_hidden_size
     heads = H * (6 if s.recipe.draft.trains_head(H == T) else 4) + 2 * T
-    return layers + 4 * M * s.fc_weights + rows * s.draft.draft_vocab_size * heads, attention
+    return layers + 4 * M * s.fc_weights + Q * s.draft.draft_vocab_size * heads, attention
 
 
 def plan_throughput(recipe: Recipe, gpu: str, count: int, tokens: int) -> str:
