@@ -27,18 +27,17 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils import parse_flag_from_env
 
-from peagle_train.config import Recipe
-from peagle_train.core.cod import segment_capacity
+from peagle_train.config import Recipe, with_segments
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.core.flex import BLOCK_SIZE
 from peagle_train.core.visibility import MASK_BLOCK_BYTES, MASK_CACHE_BYTES, QUERY_BLOCK
+from peagle_train.data.training_data import make_collator
 from peagle_train.distributed import check_sharding, from_all
 from peagle_train.files import RunStopped, aligned, one_line
 from peagle_train.machine import GIB, Device, available_ram, parse_device, resident_ram
 from peagle_train.serving.start import make_draft_config, read_start
 from peagle_train.target_model.frozen import FrozenTarget, TargetBase
-from peagle_train.target_model.loading import load_model, resolve_dtype
 from peagle_train.target_model.packed import BLOCK as TARGET_BLOCK
 
 CUDA_CONTEXT = GIB  # CUDA's context, cuBLAS's workspaces, compiled kernels: assumed, not computed
@@ -104,10 +103,7 @@ class MemoryPlan(NamedTuple):
 
 def capacity_of(s: Sizes, num_segments: int) -> int:
     """C: elements of a sequence's segment."""
-    cod = s.recipe.cod
-    draw = s.recipe.data.max_length, cod.num_depths, cod.down_sample_ratio, cod.down_sample_ratio_min
-    C = segment_capacity(*draw, num_segments, cod.boundaries, cod.max_anchors)
-    return -(-C // BLOCK_SIZE) * BLOCK_SIZE if s.on_cuda else C
+    return make_collator(with_segments(s.recipe, num_segments), 0, torch.device(s.device.kind)).capacity
 
 
 def most_context(s: Sizes, layers: int = 1) -> int:
@@ -287,17 +283,11 @@ def this_device() -> Device:
 
 def read_target(recipe: Recipe, device: Device) -> FrozenTarget:
     """The target without weights, from its config.json; ValueError if that is wrong."""
-    asked = recipe.target
-    dtype = resolve_dtype(asked.dtype, torch.device(device.kind))
-    model = load_model(asked.path, dtype, asked.attn_implementation, asked.trust_remote_code, "meta")
-    return FrozenTarget(model, asked.layer_ids, asked.chunk_tokens)
+    return FrozenTarget.from_recipe(recipe.target, torch.device(device.kind), where="meta")
 
 
 def read_sizes(recipe: Recipe, device: Device, target: FrozenTarget | None = None) -> Sizes:
-    """The sizes of a recipe that has not been started; of the target, only config.json is read.
-
-    ValueError: the target's or the drafter's config is wrong.
-    """
+    """The sizes of a recipe that has not been started; ValueError where the target's or the drafter's config is wrong."""
     target = target or read_target(recipe, device)
     start, shaped = read_start(recipe, target)
     draft = make_draft_config(shaped, target, shaped.draft.mask_token_id or 0, start.config if start else None)

@@ -9,8 +9,8 @@ import math
 from dataclasses import replace
 
 from peagle_train import memory
-from peagle_train.config import Recipe
-from peagle_train.core.cod import segment_capacity
+from peagle_train.config import Recipe, with_segments
+from peagle_train.data.training_data import make_collator
 from peagle_train.files import aligned
 from peagle_train.machine import GIB, GPUS, Device
 from peagle_train.target_model.frozen import FrozenTarget
@@ -51,8 +51,7 @@ def target_flops(target: FrozenTarget, length: int) -> tuple[float, float]:
 def draft_flops(s: memory.Sizes, num_segments: int) -> tuple[float, float]:
     """Of matrices in padded passes, and of attention, in the forward and backward of a sequence that is all learned."""
     train, cod, L, S = s.recipe.train, s.recipe.cod, s.recipe.data.max_length, num_segments
-    draw = L, cod.num_depths, cod.down_sample_ratio, cod.down_sample_ratio_min
-    elements = segment_capacity(*draw, num_segments=1, max_anchors=cod.max_anchors)
+    elements = make_collator(with_segments(s.recipe, 1), seed=0).capacity
     one, C = memory.largest_pass(s, S), memory.capacity_of(s, S)
     passes = S if cod.boundaries == "uniform" else min(S, -(-elements // max(1, C - cod.num_depths + 1)))
     N, Q, M = (passes * n / train.batch_size for n in (one.N, one.Q, one.M))

@@ -160,7 +160,7 @@ class FrozenTarget(TargetBase):
         device = device or torch.device("cpu")
         model: Any = loading.load_model(path, loading.resolve_dtype(dtype, device), **how)
         # A sharded one moves to the device a layer at a time.
-        target = cls(model if shard or how.get("where") == "disk" else model.to(device), layer_ids, chunk_tokens)
+        target = cls(model if shard or "where" in how else model.to(device), layer_ids, chunk_tokens)
         if target.way.apart:
             name = type(model).__name__
             logger.warning("target %s knows no bounds of packed documents: it is given one document at a time", name)
