@@ -256,8 +256,9 @@ def _regenerate(add: Add, read: Read) -> None:
     add("--out", required=True, type=Path, metavar="FILE.jsonl", help="rows of messages, as they come")
     add("--base-url", action="append", metavar="URL", help="http://HOST:PORT/v1; may be repeated; needs openai")
     add("--model", metavar="NAME", help="what those servers call the target")
-    add("--target", metavar="DIR", help="instead of a server: a Hugging Face folder, run here by transformers")
-    add("--features", metavar="DIR", help="also keep hidden states here; needs servers of `peagle-train serve-target`")
+    home = os.path.expanduser  # of --target=~/x the shell leaves it to us
+    add("--target", type=home, metavar="DIR", help="instead of a server: a Hugging Face folder, run by transformers")
+    add("--features", type=home, metavar="DIR", help="also keep hidden states here; needs servers of serve-target")
     add("--temperature", type=number(0, 100, float), default=0.8, help="0: the likeliest token (default 0.8)")
     add("--top-p", type=number(1e-9, 1, float), default=1.0, metavar="P", help="default 1")
     add("--max-tokens", type=COUNT, default=0, help="of an answer; default 2048, or half of the context if less")
@@ -277,16 +278,15 @@ def _regenerate(add: Add, read: Read) -> None:
     if (o.base_url is None) == (o.target is None) or bool(o.base_url) != bool(o.model) or (o.features and o.target):
         raise ValueError("give --base-url and --model (also --features) for a server, or --target alone for one here")
     how = o.temperature, o.top_p, o.max_tokens, o.seed, o.keep_truncated, o.chat_template_kwargs
-    settings = Settings(*how, o.features and os.path.expanduser(o.features))
+    settings = Settings(*how, o.features)
     backend: Local | Servers
     if o.target is not None:
-        backend = Local(os.path.expanduser(o.target), settings, o.dtype, o.batch_size, o.trust_remote_code)
+        backend = Local(o.target, settings, o.dtype, o.batch_size, o.trust_remote_code)
     else:
         backend = Servers(o.base_url, o.model, settings, o.concurrency, o.retries)
     regenerate(o.prompts, o.limit, o.out, backend)
     if o.features:
-        where = shlex.quote(str(settings.features))
-        print(f"their features: peagle-train cache RECIPE --speculators {where} --out CACHE")
+        print(f"their features: peagle-train cache RECIPE --speculators {shlex.quote(o.features)} --out CACHE")
 
 
 def _export(add: Add, read: Read) -> None:
@@ -403,7 +403,7 @@ def _report(add: Add, read: Read) -> None:
     o = read()
     from peagle_train.show import write_report
 
-    write_report([folder.expanduser() for folder in o.runs], o.out)
+    write_report(o.runs, o.out)
     print(o.out)
 
 

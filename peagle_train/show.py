@@ -22,7 +22,7 @@ from torch import Tensor
 
 from peagle_train.config import Recipe, dump_yaml, read_yaml, with_segments
 from peagle_train.core.collator import CODCollator
-from peagle_train.core.elements import Elements, gather_elements
+from peagle_train.core.elements import gather_elements
 from peagle_train.core.passes import visibility_of
 from peagle_train.data.encode import Encoder
 from peagle_train.data.training_data import encoder_of, load_training_data, make_collator
@@ -94,12 +94,8 @@ def read_run(folder: Path) -> Run:
     if not path.is_file():
         raise ValueError(f"{folder} holds no run: there is no {path.name}; give a recipe's output.dir")
     lines: dict[str, list[Line]] = {"train": [], "eval": [], "skipped": []}
-    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        try:
-            line = json.loads(text)
-            lines[line["kind"]].append(line)
-        except (ValueError, LookupError, TypeError):
-            raise ValueError(f"{path}, line {number} is damaged: {text[:80]!a}") from None
+    for line in map(json.loads, path.read_bytes().split(b"\n")[:-1]):
+        lines[line["kind"]].append(line)
     if not lines["train"] and not lines["eval"]:
         raise ValueError(f"{path} holds no numbers yet")
     files = [folder / name for name in (MARKER, ABOUT)]
@@ -251,7 +247,6 @@ def list_elements(
     for anchor, depth, token, position_id, _, label, is_learned in zip(*(values[0].tolist() for values in elements)):
         if depth < 0:
             continue
-        assert depth == 0 or token == mask_token_id
         reads = (MASK, "mask_hidden") if depth else (f"'{name(token)}'", at(anchor))
         is_inside = documents[label + 1 : label + 2] == [documents[label]]
         predicts = f"'{name(ids[label + 1])}'" if is_inside else PAST_END
@@ -259,18 +254,19 @@ def list_elements(
     return sorted(rows)
 
 
-def visible_elements(batch: dict[str, Tensor], window: int | None = None) -> tuple[Elements, Tensor, Tensor]:
-    """Of a batch of one sequence: elements, their segments int64 [N], and who sees whom, bool [N, N] (queries, keys)."""
-    num_depths = batch["supervised_per_depth"].shape[1]
-    real = (batch["depth"][0] >= 0).nonzero().flatten()
-    if not 0 < real.numel() <= MAX_ELEMENTS:
-        what = f"the sequence has {real.numel()} elements; a picture shows 1 to {MAX_ELEMENTS}"
+def visible_elements(batch: dict[str, Tensor], window: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of a batch of one sequence: its elements' anchors, depths and segments, int64 [N], and who sees whom, bool [N, N]
+    (queries, keys).
+    """
+    is_real = batch["depth"][0] >= 0
+    if not 0 < (count := int(is_real.sum())) <= MAX_ELEMENTS:
+        what = f"the sequence has {count} elements; a picture shows 1 to {MAX_ELEMENTS}"
         raise ValueError(f"{what}: change data.max_length, as in data.max_length=64")
-    flat = {**batch, **{name: batch[name][:, real] for name in ("anchor", "depth", "supervised", "segment_ids")}}
-    elements = gather_elements(flat, slice(None), 0, window)
+    num_depths, slots = batch["supervised_per_depth"].shape[1], is_real.numel()
     # no order is assumed: any slot may hold a depth-0 element or a deeper one
-    visible_NN = visibility_of(elements, num_depths, M=real.numel(), first_rollout=0).dense()[0]
-    return elements, flat["segment_ids"][0], visible_NN
+    visibility = visibility_of(gather_elements(batch, slice(None), 0, window), num_depths, M=slots, first_rollout=0)
+    anchor_N, depth_N, segment_N = (batch[name][0, is_real] for name in ("anchor", "depth", "segment_ids"))
+    return anchor_N, depth_N, segment_N, visibility.dense()[0][is_real][:, is_real]
 
 
 def write_picture(recipe: Recipe, number: int, out: Path) -> str:
@@ -287,8 +283,7 @@ def write_picture(recipe: Recipe, number: int, out: Path) -> str:
     if window:
         title += f", window {window}"
     batch = collator([sequence])
-    elements, segment_N, visible_NN = visible_elements(batch, window)
-    anchor_N, depth_N = elements.anchor[0], elements.depth[0]
+    anchor_N, depth_N, segment_N, visible_NN = visible_elements(batch, window)
     of_depth = plt.colormaps["viridis"](torch.linspace(0.02, 0.88, num_depths).numpy())
     colours = [
         of_depth[depth] if depth else DOCUMENTS[document % len(DOCUMENTS)]

@@ -76,9 +76,8 @@ def test_the_tool_shows_a_sequence_of_a_recipe_and_what_its_elements_read(recipe
 @pytest.mark.parametrize(("S", "documents", "window"), [(1, 1, None), (3, 2, 5), (7, 3, 8)])
 def test_the_picture_shows_what_the_oracle_sees(S, documents, window):
     batch = make_batch(make_rows(37, documents=documents), 37, S)
-    elements, segment_N, visible_NN = visible_elements(batch, window)
-    anchors = elements.anchor[0].tolist()
-    who = list(zip(batch["document_ids"][0, anchors].tolist(), anchors, elements.depth[0].tolist()))
+    anchor_N, depth_N, segment_N, visible_NN = visible_elements(batch, window)
+    who = list(zip(batch["document_ids"][0, anchor_N].tolist(), anchor_N.tolist(), depth_N.tolist()))
     assert len(who) == int((batch["depth"] >= 0).sum()) == segment_N.numel()
     assert torch.equal(visible_NN, who_sees_whom(who, who, window))
     assert segment_N.tolist() == sorted(segment_N.tolist())
