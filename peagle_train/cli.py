@@ -5,7 +5,6 @@ help for what else it returns.
 """
 
 import argparse
-import difflib
 import inspect
 import json
 import logging
@@ -485,8 +484,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def work() -> int | None:
         if not (first in COMMANDS or first.startswith("-") or _is_trains(first) or os.path.exists(first)):
-            meant = difflib.get_close_matches(first, [*COMMANDS, *shipped_recipes()], n=1) or ["--help"]
-            raise ValueError(f"no command or recipe is called {first!a}; did you mean peagle-train {meant[0]}?")
+            raise ValueError(f"no command or recipe is called {first!a}; there are {', '.join(COMMANDS)}")
         logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
         parser = Parser(name, _close_resume(rest) if name == "train" else rest)
         return COMMANDS[name](parser.add_argument, parser.read)

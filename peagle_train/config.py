@@ -622,9 +622,8 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         changes.setdefault(name, {})[leaf] = parse_yaml(text, f"override {key.strip()}")
     for name in [*given, *changes]:
         if name not in sections:
-            close = difflib.get_close_matches(str(name), sections, n=1)
-            near = [f"; did you mean {key}?" for key in (key_for(str(name)), *close) if key]
-            raise RecipeError(f"{_plain(name)} is not a section; there are {', '.join(sections)}{''.join(near[:1])}")
+            near = f"; did you mean {theirs}?" if (theirs := key_for(str(name))) else ""
+            raise RecipeError(f"{_plain(name)} is not a section; there are {', '.join(sections)}{near}")
         if given.setdefault(name, {}) is None:  # as a section reads whose every line is commented out
             given[name] = {}
         if not isinstance(given[name], dict):

@@ -80,9 +80,7 @@ def test_a_command_that_is_interrupted_says_one_line_and_exits_with_130(monkeypa
 
 
 WRONG = {
-    "plann x.yaml": "did you mean peagle-train plan?",
-    "trian x.yaml": "did you mean peagle-train train?",
-    "showrow x.yaml": "did you mean peagle-train show-row?",
+    "plann x.yaml": "no command or recipe is called 'plann'; there are train, plan, ",
     "prepare quickstart --workers 0": "--workers: got 0",
     "evaluate x --prompts stdlib --temperature nan": "--temperature: got nan",
     "train": "required: recipe",

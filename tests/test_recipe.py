@@ -100,7 +100,7 @@ WRONG = {
     "data.sources=[{path: a, split: test}]": "data.sources[0] has split or name",
     "train.learning_rte=1": "did you mean train.learning_rate?",
     "train.max_length=9": "did you mean data.max_length?",  # the right name in the wrong section
-    "trian.epochs=2": "did you mean train?",
+    "trian.epochs=2": "trian is not a section; there are target, data, output, draft, cod, train",
     "draft.rope_scaling.factor=2": "did you mean draft.rope_scaling?",
     "train.push_to_hub=1": "did you mean peagle-train export --push-to-hub NAME?",  # as another trainer calls it
     "lr=1": "give section.key=value, as in train.learning_rate",
