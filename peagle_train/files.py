@@ -280,7 +280,7 @@ def lock(file: int | IO[Any], where: str, doing: str, how: Callable[[Any, int], 
     """Lock an open file or folder until it is closed; ValueError if another process is `doing` something there."""
     try:
         how(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):  # POSIX has either
         raise ValueError(f"{where} is in use: another process is {doing} there; wait, or give another path") from None
     except OSError as error:  # some network file systems lock nothing
         logger.warning("%s cannot be locked (%s): make sure that no other process is %s there", where, error, doing)

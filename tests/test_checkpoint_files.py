@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -114,9 +115,14 @@ def test_the_newest_checkpoints_and_those_of_every_nth_step_are_kept(last, every
 
 
 def test_a_folder_in_which_a_process_trains_is_refused_to_others(tmp_path):
+    files.write_checkpoint(tmp_path, 7, fill)
+    recipe: Any = SimpleNamespace(output=SimpleNamespace(dir=tmp_path))
+
     def refused() -> None:
         with pytest.raises(ValueError, match="in use"):
             files.lock_output(tmp_path)
+        with pytest.raises(ValueError, match="in use"):  # long before, when it finds out where to resume
+            files.open_resume(recipe, "")
 
     with files.lock_output(tmp_path):
         assert in_child(refused) == 0

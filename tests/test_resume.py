@@ -114,6 +114,8 @@ def test_a_finished_run_says_so_and_writes_nothing_and_a_named_checkpoint_trains
     printed = capsys.readouterr().out
     assert "finished run: nothing to do" in printed and contents(output) == before
     assert str(output / "checkpoint-8") in printed
+    run(recipe, "--resume", "train.learning_rate=1.0", code=2)
+    assert "trained with other settings: train.learning_rate 0.01 -> 1.0" in last_error(capsys)
     shutil.rmtree(output / "final")
     run(recipe, "--resume")
     assert_same_run(output, begun.whole)
@@ -132,7 +134,9 @@ def test_what_is_no_run_is_one_line_and_a_complete_checkpoint_is_enough_without_
     assert "give a checkpoint-<step>" in last_error(capsys)
     run(recipe, "--resume", f"output.dir={tmp_path / 'nothing'}", code=2)
     assert "holds no complete checkpoint" in last_error(capsys) and not (tmp_path / "nothing").exists()
-    run(recipe, "--resume", "train.max_steps=4", code=2)
+    run(recipe, "--resume", "train.max_steps=4", "target.path=/nowhere", code=2)  # told before the target is loaded
+    assert "checkpoint-5 is after the 4 steps" in last_error(capsys)
+    run(recipe, "--resume", "train.max_steps=null", "train.epochs=1", code=2)
     assert "checkpoint-5 is after the 4 steps" in last_error(capsys)
     run(recipe, "--resume", str(tmp_path / "run"), "train.max_steps=5")  # this much only
 

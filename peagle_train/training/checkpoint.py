@@ -32,7 +32,7 @@ import transformers
 from torch import Tensor
 
 import peagle_train
-from peagle_train.config import GONE, Data, Recipe
+from peagle_train.config import GONE, Data, Recipe, read_yaml
 from peagle_train.files import lock, remove_tree, sha256_of, try_removing, write_bytes, write_folder
 
 logger = logging.getLogger(__name__)
@@ -64,11 +64,11 @@ def check_output(folder: Path) -> None:
         raise ValueError(f"output.dir {folder} is not empty: resume the run in it (--resume), or give another folder")
 
 
-def lock_output(folder: Path) -> IO[str]:
+def lock_output(folder: Path, how: Callable[[Any, int], object] = fcntl.lockf) -> IO[str]:
     """Keep other processes out of the folder until the returned file is closed; ValueError if one is in it."""
     file = (folder / ".lock").open("a+")
     # POSIX's, not flock: loader processes inherit a flock, and keep it for seconds after their run was killed.
-    lock(file, f"output.dir {folder}", "training", fcntl.lockf)
+    lock(file, f"output.dir {folder}", "training", how)
     return file
 
 
@@ -223,6 +223,7 @@ def open_resume(recipe: Recipe, given: str) -> Checkpoint | str:
             there, elsewhere = f"of output.dir {output} (there: {names or 'none'})", f"output.dir={chosen.parent}"
             raise ValueError(f"--resume {chosen}: give a checkpoint-<step> {there}; for one elsewhere, set {elsewhere}")
     elif marker.get("state") == "finished" and (output / marker["drafter"] / "model.safetensors").is_file():
+        check_recipe(read_yaml(output / marker["drafter"] / "recipe.yaml"), asdict(recipe), str(output))
         more = f"\nto train for more steps: --resume CHECKPOINT (there: {names})" if names else ""
         return f"{output} holds a finished run: nothing to do\n{describe_summary(marker, output)}{more}"
     elif not complete:
@@ -230,6 +231,8 @@ def open_resume(recipe: Recipe, given: str) -> Checkpoint | str:
         raise ValueError(f"--resume: output.dir {output} holds no complete checkpoint: {remedy}")
     else:
         folder = complete[0]
+    # By every rank, before any of them loads the target: a test alone, so that they do not keep each other out.
+    lock_output(output, lambda file, _: os.lockf(file.fileno(), os.F_TEST, 0)).close()
     try:
         verify_checkpoint(folder)
     except ValueError as error:
@@ -238,7 +241,15 @@ def open_resume(recipe: Recipe, given: str) -> Checkpoint | str:
         raise ValueError(f"--resume: {error}: {way_out}") from None
     state = json.loads((folder / "state.json").read_bytes())
     check_recipe(state["recipe"], asdict(recipe), folder.name)
+    check_steps(folder, recipe.train.max_steps or step_of(folder))
     return Checkpoint(folder, state)
+
+
+def check_steps(folder: Path, num_steps: int) -> None:
+    """ValueError if a checkpoint is after the run's last step."""
+    if num_steps < step_of(folder):
+        what = f"{folder.name} is after the {num_steps} steps that the recipe asks for"
+        raise ValueError(f"--resume: {what}: raise train.max_steps or train.epochs, or resume from an earlier one")
 
 
 def check_recipe(old: dict[str, Any], new: dict[str, Any], name: str) -> None:

@@ -445,9 +445,7 @@ class Trainer:
                 "give the same data, target, draft and batch size x accumulation x processes, or another output.dir"
             )
             raise ValueError(f"--resume: not what {folder.name} was trained with: {', '.join(others)}: {remedy}")
-        if self.num_steps < state["step"]:
-            what = f"{folder.name} is after the {self.num_steps} steps that the recipe asks for"
-            raise ValueError(f"--resume: {what}: raise train.max_steps or train.epochs, or resume from an earlier one")
+        checkpoints.check_steps(folder, self.num_steps)
         weights, moments = (load_file(folder / name) for name in ("model.safetensors", "optimizer.state"))
         distributed.load_full(self.draft, self.optimizers, weights, moments)
         self.step = self.saved_step = self.sampler.start_step = state["step"]
