@@ -110,10 +110,6 @@ class Passes:
             what = f"input_ids hold the mask token, {self.draft.mask_token_id}"
             raise ValueError(f"{what}: give mask_token_id one that never occurs in data")
 
-    def learning(self) -> list[Segment]:
-        """The segments that own a supervised element."""
-        return [s for s in self.plan.segments if s.supervised.numel()]
-
     def own(self, segment: Segment) -> Elements:
         return gather_elements(self.batch, segment.columns, self.draft.mask_token_id, self.window)
 
@@ -244,7 +240,7 @@ def recompute_step(
         min_passes: run at least this many, the surplus on padding (sharded ranks must agree on the number).
     """
     passes = Passes(draft, batch, target, plan, loss, chunk_rows, depth_decay)
-    plan, segments = passes.plan, passes.learning()
+    plan, segments = passes.plan, passes.plan.learning
     for segment in segments:
         own = elements = passes.own(segment)
         first, end, P = plan.context(segment.context_end, segment.reads_from, draft.config.num_hidden_layers)

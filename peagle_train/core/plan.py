@@ -85,6 +85,11 @@ class Plan:
         """K"""
         return self.supervised_per_depth.numel()
 
+    @property
+    def learning(self) -> list[Segment]:
+        """The segments that own a supervised element."""
+        return [s for s in self.segments if s.supervised.numel()]
+
     def most_context(self, layers: int = 1) -> int:
         """Columns that a pass's context has at most, in any batch: what `layers` layers can reach."""
         if self.window is None:

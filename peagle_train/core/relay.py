@@ -151,7 +151,7 @@ def relay_step(
     """
     passes = Passes(draft, batch, target, plan, loss, chunk_rows, depth_decay)
     plan, buffers = passes.plan, buffers or RelayBuffers()
-    segments = passes.learning() if backward is None else plan.segments
+    segments = plan.learning if backward is None else plan.segments
     contexts = [plan.context(s.context_end, s.reads_from) for s in segments]
     buffers.first = None
     if any(context.columns for context in contexts):

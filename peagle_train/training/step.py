@@ -78,7 +78,7 @@ class BatchRunner:
         arguments |= {"chunk_rows": train.chunk_rows(self.device.type), "scale": 1.0 if scale is None else scale}
         if self.sharded:
             # Every rank takes part in every all-gather: as many passes everywhere as the rank runs that needs most.
-            needed = plan.segments if self.relay else [s for s in plan.segments if s.supervised.numel()]
+            needed = plan.segments if self.relay else plan.learning
             chunks = context_chunks(plan) if self.relay else []
             at_least = int(is_last and is_training)
             passes = [len(chunks), max(len(needed), at_least)]
