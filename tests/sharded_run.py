@@ -116,7 +116,7 @@ def check_reductions(recipe_path: str) -> None:
     assert sum(n for op, n in counts.items() if "reduce_scatter" in op) == groups, counts
     # Forward and backward of each of four micro-batches, in some of several passes.
     assert sum(n for op, n in counts.items() if "allgather" in op) >= 8 * groups, counts
-    trainer.evaluator()
+    trainer.runner.evaluate(trainer.data.eval_rows)
     assert all(isinstance(parameter, DTensor) for parameter in trainer.draft.parameters())
 
 

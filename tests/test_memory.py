@@ -219,8 +219,8 @@ def test_evaluation_has_no_larger_pass_or_tensor_than_training_and_holds_no_more
         for batches in trainer.steps():
             trainer.accumulate(batches)
     with calls_of(trainer.draft) as passes, LiveBytes() as evaluating:
-        values = trainer.evaluator()
-    assert values is not None and sum(values["supervised"]) > 0
+        values = trainer.runner.evaluate(trainer.data.eval_rows)
+    assert sum(values["supervised"]) > 0
     # The draws differ, so that a segment may hold some more elements of one than of the other, up to the capacity.
     assert max(passes) <= max(trainer.collator.capacity, *trained) and len(passes) <= len(trained)
     assert evaluating.peak <= training.peak and evaluating.largest <= training.largest

@@ -16,7 +16,7 @@ from peagle_train.config import Target
 from peagle_train.core.collator import CODCollator
 from peagle_train.target_model.frozen import FrozenTarget, TargetLost
 from peagle_train.target_model.server import ServedTarget, take
-from peagle_train.training.step import Evaluator
+from peagle_train.training.step import BatchRunner
 from tests.chat_fake import MODEL, FakeServer, serving
 from tests.helpers import command
 from tests.runs import EVALUATED, assert_same_run, drafter, last_error, run, same_tensors
@@ -54,18 +54,18 @@ def test_a_server_lost_during_an_evaluation_leaves_a_checkpoint_from_which_the_r
 ):
     there = f"target.server={served.url}", "target.server_patience=0"
     sections: dict[str, Any] = {"data": EVALUATED, "train": {"max_steps": 3, "eval_steps": 2}}
-    whole, evaluate = tmp_path / "whole" / "run", Evaluator.__call__
+    whole, evaluate = tmp_path / "whole" / "run", BatchRunner.evaluate
     run(tiny(tmp_path / "whole", **sections), *there)
     for lost in (2, 3):  # in the middle, at the end
         recipe, output, calls = tiny(tmp_path / str(lost), **sections), tmp_path / str(lost) / "run", []
 
-        def failing(self):
+        def failing(self, rows):
             calls.append(self)  # noqa: B023
             served.states.down = len(calls) == lost  # noqa: B023
-            return evaluate(self)
+            return evaluate(self, rows)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Evaluator, "__call__", failing)
+            patch.setattr(BatchRunner, "evaluate", failing)
             run(recipe, *there, code=1)
         message = last_error(capsys)
         assert "gave no answer" in message and f"--resume continues from checkpoint-{lost}" in message

@@ -157,14 +157,8 @@ def train_line(values: dict[str, Any], accuracy: Sequence[float], steps: int) ->
 
 
 def eval_line(title: str, values: dict[str, Any]) -> str:
-    return (
-        f"{title}: expected accepted length {values['expected_accepted_length']:.3f}  loss {values['loss']:.4f}"
-        f"  acc {shares(values['accuracy'])}"
-    )
-
-
-def shares(accuracy: Sequence[float]) -> str:
-    return " ".join(f"{share:.2f}" for share in accuracy)
+    length, accuracy = values["expected_accepted_length"], " ".join(f"{share:.2f}" for share in values["accuracy"])
+    return f"{title}: expected accepted length {length:.3f}  loss {values['loss']:.4f}  acc {accuracy}"
 
 
 def duration(seconds: float) -> str:

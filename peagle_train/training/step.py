@@ -1,4 +1,4 @@
-"""What a step is made of: target and drafter over a micro-batch, and the optimizers; and evaluation, of the same parts."""
+"""What a step and an evaluation are made of: target and drafter over a micro-batch; and the optimizers."""
 
 from typing import Any
 
@@ -102,6 +102,24 @@ class BatchRunner:
         with torch.autocast(self.device.type, enabled=False), record_function("peagle::backward"):
             torch.autograd.backward(tensors, gradients)
 
+    @torch.no_grad()
+    def evaluate(self, rows: PackedRows) -> dict[str, Any]:
+        """Loss, per-depth accuracy, expected accepted length of held-out sequences, of which each rank takes its share,
+        under a fixed draw; in the segments of training, so that it needs no more memory.
+        """
+        accelerator, size = self.accelerator, self.recipe.train.batch_size
+        collator = make_collator(self.recipe, EVAL_SEED, self.device)
+        indices = [*range(accelerator.process_index, len(rows), accelerator.num_processes)]
+        batches = -(-len(rows) // (size * accelerator.num_processes))  # the same on every rank
+        indices += [EMPTY_ROW] * (batches * size - len(indices))
+        sums = []
+        for first in range(0, len(indices), size):
+            batch = collator([rows[0, i] for i in indices[first : first + size]])
+            sums.append(self.run(batch, self.plan(batch), scale=None))
+        stats = add_up(sums, self.device)
+        sum_over_ranks([], also=[stats.loss, stats.hits, stats.totals])
+        return {**summary_of(stats), "hits": stats.hits.tolist()}
+
 
 def add_up(parts: list[StepStats], device: torch.device) -> StepStats:
     """The sums of several micro-batches as one, on the device."""
@@ -133,33 +151,3 @@ def make_optimizers(draft: nn.Module, train: Train) -> list[torch.optim.Optimize
         return [adamw]
     how: dict[str, Any] = {"weight_decay": train.muon_weight_decay, "adjust_lr_fn": "match_rms_adamw"}
     return [adamw, torch.optim.Muon(matrices, lr=train.learning_rate, **how)]
-
-
-# Evaluation
-
-
-class Evaluator:
-    """Evaluates a drafter on held-out sequences, of which each rank takes its share, under a fixed draw; in the segments of
-    training, so that it needs no more memory.
-    """
-
-    def __init__(self, runner: BatchRunner, rows: PackedRows) -> None:
-        self.runner, self.rows = runner, rows
-        self.collator = make_collator(runner.recipe, EVAL_SEED, runner.device)
-
-    @torch.no_grad()
-    def __call__(self) -> dict[str, Any] | None:
-        """Loss, per-depth accuracy, expected accepted length over all ranks; None without held-out data."""
-        if len(self.rows) == 0:
-            return None
-        accelerator, size = self.runner.accelerator, self.runner.recipe.train.batch_size
-        indices = [*range(accelerator.process_index, len(self.rows), accelerator.num_processes)]
-        batches = -(-len(self.rows) // (size * accelerator.num_processes))  # the same on every rank
-        indices += [EMPTY_ROW] * (batches * size - len(indices))
-        sums = []
-        for first in range(0, len(indices), size):
-            batch = self.collator([self.rows[0, i] for i in indices[first : first + size]])
-            sums.append(self.runner.run(batch, self.runner.plan(batch), scale=None))
-        stats = add_up(sums, self.runner.device)
-        sum_over_ranks([], also=[stats.loss, stats.hits, stats.totals])
-        return {**summary_of(stats), "hits": stats.hits.tolist()}

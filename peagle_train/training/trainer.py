@@ -47,7 +47,7 @@ from peagle_train.target_model.loading import target_fingerprint
 from peagle_train.target_model.ring import Ring, block_steps
 from peagle_train.training import checkpoint as checkpoints
 from peagle_train.training import metrics
-from peagle_train.training.step import Batch, BatchRunner, Evaluator, add_up, make_optimizers
+from peagle_train.training.step import Batch, BatchRunner, add_up, make_optimizers
 
 
 class Trainer:
@@ -89,7 +89,6 @@ class Trainer:
         self.trained = [p for p in draft.parameters() if p.requires_grad]
         self.optimizers = make_optimizers(draft, train)
         self.runner = BatchRunner(recipe, accelerator, target, draft)
-        self.evaluator = Evaluator(self.runner, data.eval_rows)
         self.collator = make_collator(recipe, train.seed, self.device)
         self.reporter = metrics.Reporter(self.folder, accelerator)
         self.pace, self.signals = metrics.Pace(self.world_size), Signals()
@@ -143,21 +142,23 @@ class Trainer:
             raise RunStopped(f"{lost}; --resume continues from {self.save_checkpoint().name}") from None
 
     def _loop(self, steps: Generator[list[Batch], None, None]) -> dict[str, Any]:
-        self._evaluate_if_due()  # the target may have been lost before it could be
-        save_steps, agreed = self.recipe.train.save_steps, False
-        # One process obeys its signal at once; several, when all of them know.
-        while not (self.signals.stop if self.world_size == 1 else agreed):
+        eval_steps, save_steps, agreed = self.recipe.train.eval_steps, self.recipe.train.save_steps, False
+        while True:
+            with self.pace.paused():
+                # Where a run resumes, too: the target may have been lost before it could be.
+                if eval_steps and self.step % eval_steps == 0 and self.step not in (self.evaluated, self.num_steps):
+                    self.evaluate(f"held-out at step {self.step}")
+                # After the evaluation, so that a run that resumes here need not repeat it.
+                if save_steps and self.step % save_steps == 0 and 0 < self.step < self.num_steps:
+                    self.save_checkpoint()
+            # One process obeys its signal at once; several, when all of them know.
+            if self.signals.stop if self.world_size == 1 else agreed:
+                path = self.save_checkpoint()
+                return self._write_marker({"state": "stopped", "steps": self.step, "checkpoint": path.name})
             batches = next(steps, None)
             if batches is None:
                 return self._finish()
             agreed = self.take_step(batches)
-            with self.pace.paused():
-                self._evaluate_if_due()
-                # After the evaluation, so that a run that resumes here need not repeat it.
-                if save_steps and self.step % save_steps == 0 and self.step < self.num_steps:
-                    self.save_checkpoint()
-        path = self.save_checkpoint()
-        return self._write_marker({"state": "stopped", "steps": self.step, "checkpoint": path.name})
 
     def _finish(self) -> dict[str, Any]:
         seconds = time.perf_counter() - self.started
@@ -190,10 +191,6 @@ class Trainer:
                 failure = error
         if failure := distributed.from_all(failure)[0]:
             raise failure
-
-    def peak_memory(self) -> int:
-        """Bytes: of the device's, since the probe, or of RAM, since the process began."""
-        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else peak_ram()
 
     def probe(self) -> str:
         """Run one step on every rank and undo it; returns the line that says what it took on this rank.
@@ -354,12 +351,9 @@ class Trainer:
 
     # Logging, evaluation, saving
 
-    def _evaluate_if_due(self) -> None:
-        every = self.recipe.train.eval_steps
-        if every and self.step % every == 0 and self.step not in (self.evaluated, self.num_steps):
-            self.evaluate(f"held-out at step {self.step}")
-
     def _log(self, stats: StepStats, plans: list[Plan], grad_norm: float, learning_rate: float) -> None:
+        # Of the device's memory, since the probe, or of RAM, since the process began.
+        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else peak_ram()
         values = {
             "step": self.step,
             "num_steps": self.num_steps,
@@ -367,7 +361,7 @@ class Trainer:
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
             "padding_share": padding_share(plans),
-            "peak_memory_bytes": self.peak_memory(),
+            "peak_memory_bytes": peak,
             **self.pace.numbers(self.num_steps - self.step),
             "recompiles": None if self.runner.graphs is None else self.runner.graphs.recompiles,
             "seconds": time.perf_counter() - self.reporter.start_time,
@@ -379,11 +373,11 @@ class Trainer:
         self.on_main("metrics.jsonl", lambda: self.reporter.record(kind, line, **values))
 
     def evaluate(self, title: str) -> dict[str, Any] | None:
-        """What the `Evaluator` gives, logged; the best weights so far are kept."""
-        values = self.evaluator()
-        self.evaluated = self.step
-        if values is None:
+        """What `BatchRunner.evaluate` gives, logged, and None without held-out data; the best weights so far are kept."""
+        if len(self.data.eval_rows) == 0:
             return None
+        values = self.runner.evaluate(self.data.eval_rows)
+        self.evaluated = self.step
         self._record("eval", metrics.eval_line(title, values), step=self.step, **values)
         length = values["expected_accepted_length"]
         if self.best is None or length > self.best["expected_accepted_length"]:
@@ -471,7 +465,6 @@ class Trainer:
             lines = self.resumed.state["lines"]["metrics.jsonl"]
             self.reporter.lines = checkpoints.keep_lines(self.reporter.path, lines)
             self.reporter.say(f"resume: continuing after step {self.step}, from {self.resumed.folder}")
-        about = {"data": {"packing": asdict(self.data.report)}}
         write_json(self.folder / checkpoints.MARKER, {"state": "started"})
         write_bytes(self.folder / "recipe.yaml", dump_recipe(self.recipe).encode())
-        write_json(self.folder / metrics.ABOUT, about)
+        write_json(self.folder / metrics.ABOUT, {"data": {"packing": asdict(self.data.report)}})
