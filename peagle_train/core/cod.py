@@ -21,8 +21,11 @@ from torch import Tensor
 Boundaries = Literal["balanced", "uniform"]
 
 
-def keep_counts(n_valid: int, num_depths: int, down_sample_ratio: float, down_sample_ratio_min: float) -> list[int]:
-    """How many elements each depth >= 1 keeps at most: `int(max(0, n_valid - d) * max(r**d, r_min))`.
+def keep_counts(
+    n_valid: int, num_depths: int, down_sample_ratio: float, down_sample_ratio_min: float, max_anchors: int | None
+) -> list[int]:
+    """How many elements each depth >= 1 keeps at most: `int(max(0, n - d) * max(r**d, r_min))`, n being `n_valid`, or
+    `max_anchors` where that is less.
 
     The list ends before the first depth that keeps none: sampling stops there. ValueError: an argument out of range.
     """
@@ -32,6 +35,10 @@ def keep_counts(n_valid: int, num_depths: int, down_sample_ratio: float, down_sa
         raise ValueError(f"down_sample_ratio is {down_sample_ratio}; it must lie in (0, 1]")
     if not 0 <= down_sample_ratio_min <= 1:
         raise ValueError(f"down_sample_ratio_min is {down_sample_ratio_min}; it must lie in [0, 1]")
+    if max_anchors is not None:
+        if max_anchors < 1:
+            raise ValueError(f"max_anchors is {max_anchors}; it must be at least 1, or None for all anchors")
+        n_valid = min(n_valid, max_anchors)
     counts: list[int] = []
     for d in range(1, num_depths):
         count = int(max(0, n_valid - d) * max(down_sample_ratio**d, down_sample_ratio_min))
@@ -95,15 +102,14 @@ def _draw(
     A supervised position outside `in_pool_P` is in no pool: its anchor would lie before its document. It still counts as
     valid, and is drawn among the starts, as in the reference, which lets it in at depth 1.
     """
-    if max_anchors is not None and max_anchors < 1:
-        raise ValueError(f"max_anchors is {max_anchors}; it must be at least 1, or None for all anchors")
     starts = torch.nonzero(is_supervised_P).flatten()
+    counts = keep_counts(starts.numel(), *ratios, max_anchors)
     if max_anchors is not None and starts.numel() > max_anchors:
         order = torch.randperm(starts.numel(), generator=generator, device=starts.device)
         starts = starts[order[:max_anchors]].sort().values
     pool = starts[in_pool_P[starts]]
     anchors, depths = [depth0], [torch.zeros_like(depth0)]
-    for d, count in enumerate(keep_counts(starts.numel(), *ratios), start=1):
+    for d, count in enumerate(counts, start=1):
         kept = pool
         if pool.numel() >= count:  # else all of it, and the generator does not move: so the reference draws
             order = torch.randperm(pool.numel(), generator=generator, device=pool.device)
@@ -195,10 +201,8 @@ def segment_capacity(
         raise ValueError(f"num_segments is {num_segments}; it must lie in 1..{seq_length}, the columns of a row")
     if boundaries not in ("balanced", "uniform"):
         raise ValueError(f"boundaries is {boundaries!r}; it must be balanced or uniform")
-    if max_anchors is not None and max_anchors < 1:
-        raise ValueError(f"max_anchors is {max_anchors}; it must be at least 1, or None for all anchors")
-    starts = seq_length if max_anchors is None else min(seq_length, max_anchors)
-    per_depth = [seq_length, *keep_counts(starts, num_depths, down_sample_ratio, down_sample_ratio_min)]
+    ratios = (num_depths, down_sample_ratio, down_sample_ratio_min)
+    per_depth = [seq_length, *keep_counts(seq_length, *ratios, max_anchors)]
     if num_segments == 1:
         return sum(per_depth)
     if boundaries == "uniform":

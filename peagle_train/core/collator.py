@@ -116,7 +116,11 @@ class CODCollator:
         mask_L = padded(mask_n, 0)
         generator = seeded(self.seed, int(row.get("epoch", self.epoch)), int(key))
         anchor_T, depth_T = sample_packed_row(mask_L, documents_L, *self._draw, generator, self.max_anchors)
-        segment_T = self._segments(anchor_T, depth_T)
+        if self.boundaries == "uniform":
+            segment_T = assign_cod_segments(anchor_T, depth_T, L, self.num_segments)
+        else:
+            bounds = balanced_boundaries(anchor_T, depth_T, L, self.num_segments, self.capacity)
+            segment_T = segments_of(anchor_T, depth_T, bounds)
         supervised_T = (depth_T > 0) | (mask_L[anchor_T + 1] != 0)
 
         # One integer that sorts by segment, then depth-0 before rollouts, then anchor, then depth.
@@ -144,12 +148,6 @@ class CODCollator:
             "supervised_per_depth": torch.bincount(depth_T[supervised_T], minlength=self.num_depths),
             "row_key": torch.tensor(int(key)),
         }
-
-    def _segments(self, anchor_T: Tensor, depth_T: Tensor) -> Tensor:
-        if self.boundaries == "uniform":
-            return assign_cod_segments(anchor_T, depth_T, self.max_length, self.num_segments)
-        bounds = balanced_boundaries(anchor_T, depth_T, self.max_length, self.num_segments, self.capacity)
-        return segments_of(anchor_T, depth_T, bounds)
 
 
 def _read_row(row: Row) -> tuple[Tensor, Tensor, Tensor]:

@@ -38,14 +38,6 @@ def flex_tables(visibility: Visibility, skip: int = 0) -> FlexTables:
     return FlexTables(rule, block_tables(visibility, skip))
 
 
-def flex_tables_of_pass(visibility: Visibility, layers: int, keys_values_only: bool) -> dict[int, FlexTables]:
-    """Those of all `layers` of a pass, by the number of queries left out: the last layer's begin at the cut."""
-    skips = {0} if layers > 1 else set()
-    if not keys_values_only:
-        skips.add(visibility.cut)
-    return {skip: flex_tables(visibility, skip) for skip in skips}
-
-
 def block_mask_of(visibility: Visibility, skip: int = 0) -> BlockMask:
     """The BlockMask over Q = N - skip queries and K = P + N keys, around the pass's tables where they are made already."""
     tables = visibility.flex.get(skip) or flex_tables(visibility, skip)

@@ -16,7 +16,7 @@ from peagle_train.core import attention
 from peagle_train.core.compiled import CompiledDraft
 from peagle_train.core.draft import KV, DraftOutput, Labels, PEagleDraft
 from peagle_train.core.elements import Elements, context_elements, gather_elements
-from peagle_train.core.flex import flex_tables_of_pass
+from peagle_train.core.flex import flex_tables
 from peagle_train.core.loss import Loss
 from peagle_train.core.plan import Context, Plan, Segment, plan_segments
 from peagle_train.core.visibility import Visibility
@@ -133,8 +133,10 @@ class Passes:
         index_BM = (elements.anchor[:, : visibility.num_depth0] - columns.start).clamp(0, features.shape[1] - 1)
         features = features.gather(1, index_BM[:, :, None].expand(-1, -1, features.shape[2]))
         if attention.uses_flex(self.device):
-            layers = self.draft.config.num_hidden_layers
-            visibility.flex = flex_tables_of_pass(visibility, layers, keys_values_only)
+            skips = {0} if self.draft.config.num_hidden_layers > 1 else set()
+            if not keys_values_only:
+                skips.add(visibility.cut)  # where the last layer's queries begin
+            visibility.flex = {skip: flex_tables(visibility, skip) for skip in skips}
         return self.draft(
             elements.token,
             elements.position,
