@@ -53,10 +53,6 @@ class Graphs(Counter[str]):
         return torch.compile(function, fullgraph=True, dynamic=False, backend=counted)
 
 
-def _layer_pass(layer: Layer, *arguments: Any) -> tuple[Tensor | None, Tensor, Tensor]:
-    return Layer.forward(layer, *arguments)
-
-
 def compile_layers(draft: PEagleDraft, backend: Any = "inductor") -> Graphs:
     """Compile each layer by itself, in place, for drafters that FSDP2 shards: its hooks around a layer's forward, which
     gather the weights, stay outside of the graph. Arguments as `CompiledDraft`'s.
@@ -68,9 +64,9 @@ def compile_layers(draft: PEagleDraft, backend: Any = "inductor") -> Graphs:
 
         def forward(x_BNH: Tensor, embeds: Tensor | None, rope: Any, context: Any, visibility: Any, skip: int) -> Any:
             # A graph for each kind of pass, idle ones on a single element among them.
-            kind = torch.is_grad_enabled(), tuple(x_BNH.shape), context is None, skip
+            kind = torch.is_grad_enabled(), tuple(x_BNH.shape), context is None, skip, visibility.first_rollout
             if kind not in functions:
-                functions[kind] = graphs.compile(_layer_pass, f"layer {index}'s {kind}", backend)
+                functions[kind] = graphs.compile(Layer.forward, f"layer {index}'s {kind}", backend)
             return functions[kind](layer, x_BNH, embeds, rope, context, visibility, skip)
 
         return forward
