@@ -55,7 +55,7 @@ def assert_same_blocks(found: BlockMask, expected: BlockMask) -> None:
     assert found.BLOCK_SIZE == expected.BLOCK_SIZE
 
 
-def check(visibility: Visibility, skip: int = 0, block_size: int = BLOCK_SIZE) -> BlockMask:
+def check(visibility: Visibility, skip: int = 0, block_size: int = BLOCK_SIZE) -> None:
     pairs = visible_pairs(visibility, skip, block_size)
     assert pairs.dtype == torch.int32
     assert torch.equal(pairs.long(), counted_pairs(visibility, skip, block_size))
@@ -63,15 +63,14 @@ def check(visibility: Visibility, skip: int = 0, block_size: int = BLOCK_SIZE) -
     tables = block_tables(visibility, skip, block_size)
     found = BlockMask(expected.seq_lengths, *tables, BLOCK_SIZE=(block_size, block_size), mask_mod=expected.mask_mod)
     assert_same_blocks(found, expected)
-    return found
 
 
 # ---- layouts
 
 
-def flat(lengths: list[int], rows: int = 1) -> Visibility:
+def flat(lengths: list[int], rows: int = 1, K: int = 5) -> Visibility:
     """Packed documents in one segment."""
-    return make_pass([(lengths, 0)] * rows, K=5, ratio=1.0, padding=0).visibility
+    return make_pass([(lengths, 0)] * rows, K=K, ratio=1.0, padding=0).visibility
 
 
 def loosened(v: Visibility, seed: int) -> Visibility:
@@ -99,16 +98,13 @@ def test_every_table_is_create_block_masks_whatever_the_layout(name):
             check(visibility, N - 1, block_size)
 
 
-@pytest.mark.parametrize("elements", [1, 2, 127, 128, 129, 257])
-def test_lengths_at_and_around_the_block_agree(elements):
-    column, zero = torch.arange(elements)[None], torch.zeros(1, elements, dtype=torch.int64)
-    mask = check(Visibility(zero, column, zero, zero[:, 0], 0, elements, elements, num_depths=8))
-    assert mask.seq_lengths == (elements, elements) and mask.shape == (1, 1, elements, elements)
+AT_AND_AROUND_THE_BLOCK = [([elements + 1], 1) for elements in (1, 2, 127, 128, 129, 257)]
+AWKWARD = [([2], 5), ([3], 5), ([3, 1, 1, 2], 5), ([129, 1], 5), ([40, 300, 7, 53], 5)]
 
 
-@pytest.mark.parametrize("lengths", [[2], [3], [3, 1, 1, 2], [129, 1], [40, 300, 7, 53]])
-def test_packed_documents_of_awkward_lengths_agree_in_several_rows_and_with_queries_left_out(lengths):
-    visibility = flat(lengths, rows=2)
+@pytest.mark.parametrize(("lengths", "K"), AT_AND_AROUND_THE_BLOCK + AWKWARD)
+def test_packed_documents_of_any_length_agree_in_several_rows_and_with_queries_left_out(lengths, K):
+    visibility = flat(lengths, rows=2, K=K)
     for skip in {0, 1, 128, 129} & {*range(visibility.anchor.shape[1])}:
         check(visibility, skip)
 

@@ -57,17 +57,13 @@ def test_a_mask_may_be_flat_or_one_row_and_of_any_dtype(dtype):
         ((5, torch.ones(5), 8, float("nan")), "down_sample_ratio is nan"),
         ((5, torch.ones(5), 8, 0.7, -0.1), "down_sample_ratio_min is -0.1"),
         ((5, torch.ones(5), 8, 0.7, 1.5), "down_sample_ratio_min is 1.5"),
+        ((9, torch.ones(9), 8, 0.7, 0.2, True, None, 0), "max_anchors is 0"),
+        ((9, torch.ones(9), 8, 0.7, 0.2, True, None, -1), "max_anchors is -1"),
     ],
 )
 def test_arguments_out_of_range_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         generate_cod_sample_indices(*arguments)
-
-
-@pytest.mark.parametrize("max_anchors", [0, -1])
-def test_a_number_of_anchors_out_of_range_is_named_by_a_draw_too(max_anchors):
-    with pytest.raises(ValueError, match="max_anchors"):
-        generate_cod_sample_indices(9, torch.ones(9), max_anchors=max_anchors)
 
 
 # Packed rows

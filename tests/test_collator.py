@@ -263,6 +263,10 @@ def test_empty_rows_and_documents_of_one_token_have_no_elements(boundaries):
         ({"input_ids": [1, 2]}, "a row has no 'loss_mask'; it has 'input_ids'"),
         ({}, "a row has no 'input_ids'; it has no fields .*remove_unused_columns=False"),
         ({"input_ids": [1, 2, 3], "labels": [2, 3, -100]}, "labels differ from input_ids: .* unshifted"),
+        (  # it would be read as one document
+            {"input_ids": [1, 2, 3], "loss_mask": [1] * 3, "attention_mask": [1, 1, 2]},
+            "attention_mask holds values other than 0 and 1",
+        ),
     ],
 )
 def test_a_row_that_is_wrong_says_what_is_wrong(row, message):
@@ -270,18 +274,9 @@ def test_a_row_that_is_wrong_says_what_is_wrong(row, message):
         new_collator()([ROWS[0], row])
 
 
-def test_an_attention_mask_that_numbers_documents_is_refused_and_never_read_as_one_document():
-    row = {"input_ids": [1, 2, 3, 4], "loss_mask": [1] * 4, "attention_mask": [1, 1, 2, 2]}
-    with pytest.raises(ValueError, match="attention_mask holds values other than 0 and 1"):
-        new_collator()([row])
-
-
-def test_a_batch_of_no_rows_is_refused_in_words():
+def test_a_collator_that_cannot_be_and_a_batch_of_no_rows_are_refused():
     with pytest.raises(ValueError, match="no rows"):
         new_collator()([])
-
-
-def test_a_collator_that_cannot_be_is_refused():
     for options, message in (
         ({"num_segments": 0}, "num_segments is 0; it must lie in 1..24"),
         ({"num_segments": 25}, "num_segments is 25; it must lie in 1..24"),
