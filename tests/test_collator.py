@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from peagle_train.core.cod import segment_capacity
 from peagle_train.core.collator import CODCollator
 from tests import oracles
 from tests.helpers import ENVIRONMENT, elements_of, make_rows
@@ -58,19 +59,6 @@ def generator_of(*words: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def slow_capacity(L: int, K: int, r: float, r_min: float, S: int, boundaries: str, max_anchors: int | None) -> int:
-    """The most elements that a segment of any row can hold: the least number that S greedy segments never exceed."""
-    starts = min(L, max_anchors or L)
-    counts = [L]
-    while len(counts) < K and counts[-1]:
-        counts.append(int(max(0, starts - len(counts)) * max(r ** len(counts), r_min)))
-    if S == 1:
-        return sum(counts)
-    if boundaries == "uniform":
-        return sum(min(math.ceil(L / S), count) for count in counts)
-    return next(C for C in range(sum(counts) + K) if S * (C - (K - 1)) >= sum(counts))
-
-
 @given(
     given_rows=st.lists(oracles.packed_rows(29, 999), min_size=1, max_size=3),
     first_key=st.integers(-(2**63), 2**63 - 4),
@@ -90,7 +78,7 @@ def test_any_batch_holds_every_drawn_element_once_in_its_segment_and_in_order(
     given_rows = [{**row, "row_key": first_key + b, "epoch": b} for b, row in enumerate(given_rows)]
     collator = CODCollator(L, K, ratio, floor, S, boundaries, capacity_multiple=multiple, max_anchors=most)
     batch = collator(given_rows)
-    C = math.ceil(slow_capacity(L, K, ratio, floor, S, boundaries, most) / multiple) * multiple
+    C = math.ceil(segment_capacity(L, K, ratio, floor, S, boundaries, most) / multiple) * multiple  # see test_cod
 
     assert batch["anchor"].shape == (B, S * C)
     assert batch["segment_ids"].tolist() == [[i // C for i in range(S * C)]] * B

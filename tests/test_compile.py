@@ -1,6 +1,5 @@
 """Compiled passes: one graph each, whatever the data, and the same numbers as eager ones."""
 
-import json
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,7 @@ from peagle_train.core.passes import recompute_step
 from peagle_train.core.plan import plan_segments
 from peagle_train.core.relay import RelayBuffers, relay_step
 from tests.helpers import K, L, assert_same, make_batch, make_draft, make_rows, make_target, outcome_of
-from tests.runs import drafter, run
+from tests.runs import drafter, lines, run, same_tensors
 from tests.tiny import write_rows
 
 
@@ -68,8 +67,7 @@ def test_a_compiled_run_learns_what_an_eager_one_does_and_recompiles_nothing(tmp
     for name, compiled in (("eager", False), ("compiled", True)):
         train = {"max_steps": 3, "eval_steps": 2, "compile": compiled, "compile_backend": "aot_eager"}
         run(tiny(tmp_path / name, data=data, train=train, draft={"num_layers": 1}))
-        metrics = [json.loads(line) for line in (tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()]
-        assert all(m["recompiles"] == (0 if compiled else None) for m in metrics if m["kind"] == "train")
+        steps = lines(tmp_path / name / "run", "train")
+        assert [step["recompiles"] for step in steps] == [0 if compiled else None] * 3
     ours, theirs = (drafter(tmp_path / name / "run" / "final") for name in ("compiled", "eager"))
-    for name, value in theirs.items():
-        assert torch.allclose(ours[name], value, rtol=0, atol=1e-8), name
+    assert same_tensors(ours, theirs, 1e-8)

@@ -12,11 +12,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import peagle_train.training.build as build
-import peagle_train.training.checkpoint as checkpoint_module
 import peagle_train.training.trainer as trainer_module
 from peagle_train.__main__ import main
 from peagle_train.config import load_recipe
-from peagle_train.training.checkpoint import check_recipe
+from peagle_train.training.checkpoint import check_recipe, open_resume
 from tests.runs import EVALUATED, assert_same_run, contents, drafter, last_error, lines, run, same_tensors, stopped
 from tests.tiny import write_rows
 
@@ -127,7 +126,9 @@ def test_a_finished_run_says_so_and_writes_nothing_and_a_named_checkpoint_trains
 
 def test_what_is_no_run_is_one_line_and_a_complete_checkpoint_is_enough_without_the_marker(tmp_path, begun, capsys):
     recipe = begun.copy(tmp_path)
-    (tmp_path / "run" / "run.json").write_text("")  # as a disk may leave it
+    for marker in ("null", "[]", "3", '{"state": "finished"}', ""):  # the last as a disk may leave it
+        (tmp_path / "run" / "run.json").write_text(marker)
+        assert open_resume(load_recipe(recipe), "").folder.name == "checkpoint-5"
     run(recipe, code=2)  # a plain start says that there is a run
     assert "is not empty: resume the run in it (--resume)" in last_error(capsys)
     run(recipe, "--resume", str(tmp_path / "elsewhere"), code=2)
@@ -139,13 +140,6 @@ def test_what_is_no_run_is_one_line_and_a_complete_checkpoint_is_enough_without_
     run(recipe, "--resume", "train.max_steps=null", "train.epochs=1", code=2)
     assert "checkpoint-5 is after the 4 steps" in last_error(capsys)
     run(recipe, "--resume", str(tmp_path / "run"), "train.max_steps=5")  # this much only
-
-
-@pytest.mark.parametrize("marker", ["null", "[]", "3", '{"state": "finished"}'])
-def test_a_marker_that_is_no_runs_is_as_none_and_the_checkpoint_is_enough(marker, tmp_path, begun):
-    recipe = begun.copy(tmp_path)
-    (tmp_path / "run" / "run.json").write_text(marker)
-    run(recipe, "--resume", "train.max_steps=5")
 
 
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_offered_by_name(tmp_path, begun, capsys):
@@ -171,9 +165,6 @@ def test_changes_of_the_recipe_that_would_make_it_another_run_are_refused_by_nam
     message = last_error(capsys)
     for change in ("train.learning_rate 0.01 -> 1.0", "cod.down_sample_ratio 0.7 -> 0.5", "data.max_length 32 -> 33"):
         assert change in message
-    with pytest.raises(ValueError, match=r"train\.average 0\.2, which is gone"):  # of an earlier version's run
-        check_recipe({"train": {"average": 0.2}}, {"train": {}}, "checkpoint-5")
-    check_recipe({"train": {"average": 0.0}}, {"train": {}}, "checkpoint-5")
     rows = write_rows(tmp_path / "other.jsonl", [9, 31, 4, 17])
     target = tmp_path / "target"
     shutil.copytree(tiny_target, target)
@@ -196,13 +187,18 @@ def test_changes_of_the_recipe_that_would_make_it_another_run_are_refused_by_nam
     assert_same_run(tmp_path / "run", begun.whole)
 
 
-def test_a_setting_that_a_checkpoints_version_did_not_have_was_its_default(tmp_path, begun):
-    recipe = begun.copy(tmp_path)
-    old, new = (asdict(load_recipe(recipe, changes)) for changes in ([], ["train.depth_decay=0.5"]))
+def test_a_setting_that_a_checkpoints_version_did_not_have_was_its_default_and_one_that_is_gone_counts(tmp_path, tiny):
+    recipe = tiny(tmp_path)
+    same, changed = (asdict(load_recipe(recipe, changes)) for changes in ([], ["train.depth_decay=0.5"]))
+    old = asdict(load_recipe(recipe))
     del old["train"]["depth_decay"], old["cod"]["max_anchors"]
-    checkpoint_module.check_recipe(old, asdict(load_recipe(recipe)), "checkpoint-5")
+    old["train"]["average"] = 0.0
+    check_recipe(old, same, "checkpoint-5")
     with pytest.raises(ValueError, match=r"train\.depth_decay 1\.0 -> 0\.5"):
-        checkpoint_module.check_recipe(old, new, "checkpoint-5")
+        check_recipe(old, changed, "checkpoint-5")
+    old["train"]["average"] = 0.2
+    with pytest.raises(ValueError, match=r"train\.average 0\.2, which is gone"):
+        check_recipe(old, same, "checkpoint-5")
 
 
 def test_a_run_that_was_out_of_memory_continues_in_more_segments(tmp_path, begun):
