@@ -186,10 +186,6 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def pairs(anchor: Tensor, depth: Tensor) -> list[tuple[int, int]]:
-    return list(zip(anchor.tolist(), depth.tolist(), strict=True))
-
-
 def make_package(folder: Path, package: str, file: str, content: bytes) -> None:
     """An installed distribution that would fail if it were imported."""
     info = folder / f"{package.replace('-', '_')}-1.0.dist-info"

@@ -74,16 +74,14 @@ def test_a_file_that_is_cut_changed_or_missing_is_seen(role, tmp_path):
     files.verify_checkpoint(folder)
     path = folder / role
     content = path.read_bytes()
-    spoiled = [content[:-1], content[: len(content) // 2], b""]
-    spoiled += [content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :] for at in range(len(content))]
-    for wrong in spoiled:
-        path.write_bytes(wrong)
+    changed = [content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :] for at in range(len(content))]
+    for wrong in [content[:-1], b"", *changed, None]:
+        path.unlink()
+        if wrong is not None:
+            path.write_bytes(wrong)
         # what is wrong with the manifest may look like the fault of a file that it lists
         with pytest.raises(ValueError, match="checkpoint-7" if role == files.MANIFEST else role):
             files.verify_checkpoint(folder)
-    path.unlink()
-    with pytest.raises(ValueError, match=role):
-        files.verify_checkpoint(folder)
 
 
 def test_a_checkpoint_of_another_format_or_under_another_steps_name_is_refused(tmp_path):

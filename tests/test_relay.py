@@ -52,6 +52,10 @@ def test_a_prompt_is_run_for_its_keys_and_values_and_nothing_else():
         found = outcome_of(relay_step, draft, batch, target, backward=None)
     assert last == passes[-4:] == own[:3:-1]
     assert torch.equal(found.loss, expected.loss) and found.hits == expected.hits
+    # Algorithm 1: these segments alone, each with all that lies left of it again, which the last layer leaves out.
+    with calls_of(last_q) as last, calls_of(draft) as passes:
+        outcome_of(recompute_step, draft, batch, target, plan=plan)
+    assert passes == [n + first for n, first in zip(own[4:], (16, 20, 24, 28))] and last == own[4:]
 
 
 @pytest.mark.parametrize(

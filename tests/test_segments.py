@@ -225,17 +225,6 @@ def test_of_a_long_sequence_whose_end_is_learned_little_more_than_the_windows_re
     assert run[first : n - 1].all() and not run[:first].any() and run.sum() <= 0.1 * n
 
 
-def test_algorithm_1_leaves_segments_without_labels_out_and_runs_the_context_of_the_others_again():
-    rows = [{"input_ids": [1] * 32, "loss_mask": [0] * 17 + [1] * 15}]
-    batch = make_batch(rows, 32, 8, K, boundaries="uniform")
-    draft, plan = make_draft(), plan_segments(batch)
-    with calls_of(draft) as passes, calls_of(draft.layers[-1].self_attn.q_proj) as queries:
-        outcome_of(recompute_step, draft, batch, make_target(batch), plan=plan)
-    own = [s.num_elements for s in plan.segments[4:]]
-    assert passes == [n + first for n, first in zip(own, (16, 20, 24, 28))]
-    assert queries == own  # the last layer leaves the context out
-
-
 # What goes in and comes out
 
 

@@ -174,7 +174,6 @@ def test_a_device_that_is_neither_a_cpu_nor_a_gpu_is_refused_before_anything_is_
 MISTAKES = {
     "target.path=/nowhere": "is not a folder",
     f"draft.mask_token_id={VOCAB}": f"must lie in 0..{VOCAB - 1}",
-    "draft.draft_vocab_size=100": "draft_vocab_size",
     "draft.head_dim=7": "head_dim is 7",
 }
 

@@ -78,14 +78,12 @@ def describe_summary(summary: dict[str, Any], folder: Path) -> str:
         where, how = folder / summary["checkpoint"], "the same command with --resume continues from there"
         return f"stopped at step {summary['steps']}, saved as {where}: {how}"
     text = f"drafter: {folder / summary['drafter']} ({summary['steps']} steps in {summary['train_seconds']:.0f} s)"
-    before, after, best = summary["before"], summary["after"], summary["best"]
+    before, after, best, length = summary["before"], summary["after"], summary["best"], "expected_accepted_length"
     if after:
-        lengths = (f"{values['expected_accepted_length']:.3f}" for values in (before, after))
-        text += "\nheld-out expected accepted length: {} before, {} after training".format(*lengths)
+        text += f"\nheld-out expected accepted length: {before[length]:.3f} before, {after[length]:.3f} after training"
         text += f" (loss {before['loss']:.3f} -> {after['loss']:.3f})"
     if best and best["folder"] == "best":
-        length = best["expected_accepted_length"]
-        text += f"\nthe best was at step {best['step']} ({length:.3f}): {folder / 'best'}"
+        text += f"\nthe best was at step {best['step']} ({best[length]:.3f}): {folder / 'best'}"
     return text
 
 

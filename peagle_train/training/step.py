@@ -80,8 +80,7 @@ class BatchRunner:
             # Every rank takes part in every all-gather: as many passes everywhere as the rank runs that needs most.
             needed = plan.segments if self.relay else plan.learning
             chunks = context_chunks(plan) if self.relay else []
-            at_least = int(is_last and is_training)
-            passes = [len(chunks), max(len(needed), at_least)]
+            passes = [len(chunks), max(len(needed), int(is_last and is_training))]
             most_a, most_b = counts_over_ranks(passes, self.device, largest=True).tolist()
             arguments["min_passes"] = (most_a, most_b) if self.relay else most_b
             self._backwards_to_come = most_b if is_last else None
@@ -95,7 +94,7 @@ class BatchRunner:
             return recompute_step(self.runs, on_device, target, backward=learn, **arguments)
 
     def _backward(self, tensors: Any, gradients: Any) -> None:
-        if self.sharded and self._backwards_to_come is not None:
+        if self._backwards_to_come is not None:
             self._backwards_to_come -= 1
             if self._backwards_to_come == 0:
                 self.draft.set_requires_gradient_sync(True)  # type: ignore[operator]
