@@ -6,7 +6,7 @@ elements, P: context positions, T: the target's hidden size, V: draft vocabulary
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 
 import torch
 from torch import Tensor
@@ -46,35 +46,31 @@ class StepStats:
     """int64 [K], on the host: supervised elements by depth."""
 
 
+@dataclass
 class Passes:
     """The passes of one batch.
-
-    Args:
-        draft: the drafter (plain, sharded by FSDP2's `fully_shard`, or a `CompiledDraft`).
-        batch: `CODCollator`'s, on the drafter's device.
-        target: features and last hidden states of the same rows.
-        plan: `plan_segments` of the batch while it was still on the host; None computes it here.
-        loss, chunk_rows: see `chunked_linear_loss`.
-        depth_decay: g; an element's loss is multiplied by g**depth.
 
     ValueError: the target's shapes are not those of batch and drafter, or the drafter cannot take the batch.
     """
 
-    def __init__(
-        self,
-        draft: PEagleDraft | CompiledDraft,
-        batch: dict[str, Tensor],
-        target: TargetOutputs,
-        plan: Plan | None,
-        loss: Loss,
-        chunk_rows: int,
-        depth_decay: float,
-    ) -> None:
-        self.draft, self.batch, self.target, self.loss, self.chunk_rows = draft, batch, target, loss, chunk_rows
-        self.depth_decay = depth_decay
+    draft: PEagleDraft | CompiledDraft
+    """Plain, sharded by FSDP2's `fully_shard`, or compiled."""
+    batch: dict[str, Tensor]
+    """`CODCollator`'s, on the drafter's device."""
+    target: TargetOutputs
+    given_plan: InitVar[Plan | None]
+    """`plan_segments` of the batch while it was still on the host; None computes it here."""
+    loss: Loss
+    chunk_rows: int
+    """Both as in `chunked_linear_loss`."""
+    depth_decay: float
+    """g: an element's loss is multiplied by g**depth."""
+
+    def __post_init__(self, given_plan: Plan | None) -> None:
+        draft, batch = self.draft, self.batch
         self.window, layers = draft.config.sliding_window, draft.config.num_hidden_layers
         static = isinstance(draft, CompiledDraft)
-        self.plan = plan = plan or plan_segments(batch, static, window=self.window, layers=layers)
+        self.plan = plan = given_plan or plan_segments(batch, static, window=self.window, layers=layers)
         assert plan.window == self.window, "the plan is of another drafter"
         self._check_inputs()
         self.device = batch["anchor"].device
