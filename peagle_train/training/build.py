@@ -54,8 +54,9 @@ def _train(recipe: Recipe, resume: str | None) -> str:
     accelerator = Accelerator(mixed_precision=precision, log_with=log_with, project_dir=project_dir)
     distributed.check_device(accelerator.device)
     distributed.check_launch(accelerator.num_processes)
-    if distributed.check_sharding(recipe.train.sharding) and accelerator.num_processes == 1:
-        logger.warning("FSDP2 was asked for, but there is a single process: the drafter stays whole")
+    asked = distributed.check_sharding(recipe.train.sharding) or recipe.target.shard
+    if asked and accelerator.num_processes == 1:
+        logger.warning("FSDP2 or target.shard was asked for, but there is a single process: nothing is sharded")
     if uses_flex(accelerator.device) and recipe.train.mixed_precision == "no":
         logger.warning("train.mixed_precision is no: on CUDA attention is an order of magnitude slower than in bf16")
     say = print if accelerator.is_main_process else (lambda *_: None)
@@ -105,8 +106,6 @@ def load_target(recipe: Recipe, accelerator: Accelerator) -> TargetBase:
     if settings.server:
         return ServedTarget(settings, device, recipe.data.max_length)
     sharded = settings.shard and accelerator.num_processes > 1
-    if settings.shard and not sharded:
-        logger.warning("target.shard is true, but there is a single process: the target stays whole")
     if sharded:
         distributed.world_mesh(device.type)
     # A sharded target is whole on the host while it is loaded: let that be one at a time.
