@@ -378,7 +378,7 @@ def _evaluate(add: Add, read: Read) -> int:
     add("--k", type=COUNT, metavar="K", help="largest K (default: the recipe's num_depths, or an export's K)")
     add("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32", "float64"])
     add("--device", help="default: cuda if there is one, else cpu")
-    add("--prompt-tokens", type=COUNT, default=256, metavar="N", help="for stdlib (default 256)")
+    add("--prompt-tokens", type=COUNT, metavar="N", help="for stdlib (default 256)")
     add("--seed", type=int, default=0, help="of cuts, sampling and intervals")
     add("--engine", choices=["vllm"], help="measure in vLLM too, beside our own decoder (see above)")
     add("--json", type=Path, metavar="FILE", help="write everything, every prompt included")

@@ -130,7 +130,7 @@ def find_file(name_or_path: str) -> str:
     if name_or_path not in BENCHMARKS:
         path = os.path.expanduser(name_or_path)
         if not os.path.isfile(path):
-            raise ValueError(f"prompts {path} is not a file; give a .jsonl file or one of {', '.join(BENCHMARKS)}")
+            raise ValueError(f"no file {path}: give a .jsonl file, {', '.join(BENCHMARKS)} or (evaluate) stdlib")
         return path
     package, ending = BENCHMARKS[name_or_path]
     with suppress(PackageNotFoundError):

@@ -359,7 +359,8 @@ def test_a_wrong_text_is_named_and_the_exit_code_is_1_but_a_tie_of_logits_is_no_
     [
         ("--json /nowhere/out.json", "/nowhere/out.json"),
         ("--device cuda:99", "--device cuda:99 cannot be used"),
-        ("--prompts nonsense", "give a .jsonl file or one of humaneval, mt-bench"),
+        ("--prompts nonsense", "give a .jsonl file, humaneval, mt-bench or (evaluate) stdlib"),
+        ("--prompt-tokens 9", "--prompt-tokens goes with --prompts stdlib"),
         ("--prompts stdlib", "eval_fraction"),
         ("--target /nowhere", "/nowhere"),
         ("--prompts TEXTS TEXTS", "two of --prompts are called"),

@@ -28,6 +28,8 @@ def run(options: Namespace) -> tuple[str, bool]:
     """Measure as the command line says; returns the report for a person, and whether every greedy text is right."""
     if options.engine:
         check_vllm(options.temperature, options.dtype)
+    if options.prompt_tokens and STDLIB not in options.prompts:
+        raise ValueError("--prompt-tokens goes with --prompts stdlib: other prompts are taken whole")
     if options.json:
         options.json.open("a").close()  # an OSError now, not when everything has been measured
     folders = [find_drafter(folder) for folder in (options.checkpoint, *options.compare)]
@@ -57,7 +59,7 @@ def run(options: Namespace) -> tuple[str, bool]:
     cases, notes = list[Case](), list[str]()
     for name in options.prompts:
         if name == STDLIB:
-            how = (drafts[0].config.vocab_size, options.limit, options.prompt_tokens, seed)
+            how = (drafts[0].config.vocab_size, options.limit, options.prompt_tokens or 256, seed)
             found, note = stdlib_cases([recipe_beside(f) for f in folders], tokenizer, *how)
         else:
             found, note = load_cases(name, tokenizer, options.limit)
