@@ -14,8 +14,11 @@ NOT_SAVED = (
 ).split()
 """What transformers puts into every config and no reader of a drafter needs."""
 
-ARCHITECTURES = {"llama": "LlamaForCausalLMEagle3", "qwen3": "Eagle3Qwen3ForCausalLM"}
-"""By layer type, the name under which vLLM's method eagle3 loads such a drafter."""
+ARCHITECTURES = {
+    "llama": ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "LlamaForCausalLM"),
+    "qwen3": ("Eagle3Qwen3ForCausalLM", "Qwen3ForCausalLM"),
+}
+"""By layer type, the names under which vLLM's method eagle3 loads such a drafter; the first is written."""
 
 MASK_KEYS = ("dflash_config.mask_token_id", "mask_token_id", "dspark_noise_token_id", "pard_token", "ptd_token_id")
 """The mask token's names in a config.json, in the order in which vLLM looks for it; other kinds of drafters have the first
@@ -76,7 +79,7 @@ class PEagleDraftConfig(LlamaConfig):
             self.target_hidden_size = self.hidden_size
         if self.num_aux_hidden_states is None:
             self.num_aux_hidden_states = len(self.eagle_aux_hidden_state_layer_ids or (2, 0, 0))
-        self.architectures = [ARCHITECTURES[self.layer_type]]
+        self.architectures = [ARCHITECTURES[self.layer_type][0]]
 
     @property
     def feature_size(self) -> int:
@@ -114,7 +117,7 @@ class PEagleDraftConfig(LlamaConfig):
         """All that a reader may need, nothing left to a default that may change; rope in both spellings."""
         content = {k: v for k, v in self.to_dict().items() if v is not None and k not in NOT_SAVED}
         # Of these, save_pretrained writes the class's own, unknown to vLLM.
-        content |= {"architectures": [ARCHITECTURES[self.layer_type]], "model_type": self.layer_type}
+        content |= {"architectures": [ARCHITECTURES[self.layer_type][0]], "model_type": self.layer_type}
         assert self.rope_parameters is not None
         rope = {k: v for k, v in self.rope_parameters.items() if k != "rope_theta"}
         content["rope_theta"] = self.rope_parameters["rope_theta"]

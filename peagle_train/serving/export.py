@@ -9,6 +9,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from peagle_train.config import Recipe, RecipeError, load_recipe, read_yaml
+from peagle_train.core.draft_config import ARCHITECTURES
 from peagle_train.files import aligned, one_line, write_folder
 from peagle_train.serving import formats
 from peagle_train.serving.drafter_io import fill_drafter, is_used, read_config, read_drafter
@@ -16,11 +17,6 @@ from peagle_train.serving.drafter_io import fill_drafter, is_used, read_config, 
 # Check: what `read_drafter` refuses is bad; added is where vLLM reads differently (tests/test_vllm.py asks vLLM itself).
 
 Level = Literal["ok", "warn", "BAD"]
-SERVED = {
-    "llama": ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "LlamaForCausalLM"),
-    "qwen3": ("Eagle3Qwen3ForCausalLM", "Qwen3ForCausalLM"),
-}
-"""By layer type, the architectures under which vLLM's method eagle3 finds a drafter of this kind; the first is written."""
 
 
 class Finding(NamedTuple):
@@ -57,7 +53,7 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
     shape = f"{config.num_hidden_layers} {config.layer_type} layers"
     find("ok", "format", f"{form}, {shape}, {dtype}, {config.draft_vocab_size} of {config.vocab_size} tokens")
     if form == formats.EAGLE3:
-        given, names = (raw.get("architectures") or ["none"])[0], SERVED[config.layer_type]
+        given, names = (raw.get("architectures") or ["none"])[0], ARCHITECTURES[config.layer_type]
         find(given in names, "architectures", given if given in names else f"{given}; vLLM looks for {names[0]}")
         find(raw.get("model_type") is not None, "model_type", f"{config.layer_type}, as transformers must read it")
     else:
