@@ -3,8 +3,6 @@
 Loaded by vLLM (`kv_connector_module_path`), in its process; nothing of this project imports it.
 """
 
-import fcntl
-import os
 from functools import partial
 
 import torch
@@ -13,15 +11,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connecto
     PendingSave,
     extract_from_kv_cache,
 )
-
-
-class Copied:
-    """Stands in for the event of a copy from a device: on a CPU there is none to wait for."""
-
-    def synchronize(self) -> None: ...
-
-    def query(self) -> bool:
-        return True
 
 
 class CPUHiddenStatesConnector(ExampleHiddenStatesConnector):
@@ -34,12 +23,10 @@ class CPUHiddenStatesConnector(ExampleHiddenStatesConnector):
         blocks = torch.tensor(pending.block_ids)[:, None] * self._block_size
         slots = (blocks + torch.arange(self._block_size)).flatten()
         states = extract_from_kv_cache(self._kv_cache, slots, len(pending.token_ids)).contiguous()
-        lock = self._lock_fds.pop(pending.req_id, None)  # held since the request came; closed when the file is whole
-        if lock is None and self.use_lock:
-            lock = os.open(f"{pending.filename}.lock", os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock = self._lock_fds.pop(pending.req_id)  # held since the request came; closed when the file is whole
         tensors = {"hidden_states": states, "token_ids": pending.token_ids.clone()}
-        future = self._executor.submit(self._write_tensors, tensors, Copied(), pending.filename, lock)
-        self._req_copy_events[pending.req_id] = Copied()
+        copied = torch.cpu.Event()  # which has always happened
+        future = self._executor.submit(self._write_tensors, tensors, copied, pending.filename, lock)
+        self._req_copy_events[pending.req_id] = copied
         self._req_futures[pending.req_id] = future
         future.add_done_callback(partial(self._on_write_done, pending.req_id))
