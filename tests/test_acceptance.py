@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,22 +134,20 @@ def test_a_prompt_that_does_not_fit_is_left_out_and_an_end_token_ends_the_text_a
     assert result.counts[0][-1][1] == end - 1
 
 
-def engine(did: Iterator[tuple[list[int], list[int]]]) -> Any:
-    """A vLLM that did what it is told to have done: texts and counts."""
-    return SimpleNamespace(version="0", complete=lambda *_: next(did))
+def engine(texts: list[list[int]], counts: list[int]) -> Any:
+    """A vLLM that did what it is told to have done."""
+    return SimpleNamespace(version="0", complete=Mock(side_effect=texts), counts=lambda: counts)
 
 
 def test_vllm_is_compared_prompt_by_prompt_and_texts_that_differ_are_named(llama):
     results = measured(llama, cases(3), max_tokens=9)
-    counts = [[len(r.passes), *(sum(a > k for _, a in r.passes) for k in range(2))] for r in results]
-    did = [(list(result.tokens), list(count)) for result, count in zip(results, counts)]
-    did[1][0].pop()
-    did[2][1][0] += 1
-    report = measure_in_vllm(engine(iter(did)), results, 9, frozenset())
-    assert [(each["id"], each["tokens"]) for each in report["texts_that_differ"]] == [("1", did[1][0])]
-    passes = sum(count[0] for count in counts)
-    assert report["ours"]["passes"] == passes and report["vllm"]["passes"] == passes + 1
-    assert report["ours"]["accepted_length"] == pytest.approx(1 + sum(sum(count[1:]) for count in counts) / passes)
+    accepted, texts = [n for r in results for _, n in r.passes], [list(r.tokens) for r in results]
+    texts[1].pop()
+    report = measure_in_vllm(engine(texts, [len(accepted) + 1, 3, 1]), results, 9, frozenset())
+    assert [(each["id"], each["tokens"]) for each in report["texts_that_differ"]] == [("1", texts[1])]
+    assert report["ours"]["passes"] == len(accepted) and report["vllm"]["passes"] == len(accepted) + 1
+    assert report["ours"]["accepted_length"] == pytest.approx(1 + sum(accepted) / len(accepted))
+    assert report["vllm"]["accepted_by_position"] == [3 / (len(accepted) + 1), 1 / (len(accepted) + 1)]
     assert "2 of 3 texts equal ours" in describe_vllm(report)[-1]
 
 
@@ -377,6 +374,6 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(runs, capsys, changes, mess
 
 def test_a_text_of_vllm_that_differs_is_a_failure_in_float32_alone(runs, monkeypatch):
     monkeypatch.setattr(evaluate, "check_vllm", lambda *_: None)
-    monkeypatch.setattr(evaluate, "Engine", lambda *_: engine(iter([([1, 2], [1, 0, 0])])))
+    monkeypatch.setattr(evaluate, "Engine", lambda *_: engine([[1, 2]], [1, 0, 0]))
     words = "--limit", 1, "--engine", "vllm", "--dtype"
     assert [evaluated(runs, *words, dtype) for dtype in ("float32", "bfloat16")] == [1, 0]

@@ -181,19 +181,18 @@ class Engine:
         except Exception as error:  # of many types, many of its own
             raise ValueError(f"vLLM does not serve {drafter}: {one_line(error, 300)}") from error
 
-    def complete(self, prompt: Sequence[int], max_tokens: int, eos: Collection[int]) -> tuple[list[int], list[int]]:
-        """The answer, and its counts: verified drafts, then accepted tokens by slot."""
+    def complete(self, prompt: Sequence[int], max_tokens: int, eos: Collection[int]) -> list[int]:
+        """The answer's tokens."""
         from vllm import SamplingParams
 
         sampling = SamplingParams(
             temperature=0, max_tokens=max_tokens, ignore_eos=True, stop_token_ids=sorted(eos), detokenize=False
         )
-        before = self._counters()
         [output] = self._llm.generate({"prompt_token_ids": list(prompt)}, sampling, use_tqdm=False)
-        counts = [now - then for then, now in zip(before, self._counters(), strict=True)]
-        return list(output.outputs[0].token_ids), counts
+        return list(output.outputs[0].token_ids)
 
-    def _counters(self) -> list[int]:
+    def counts(self) -> list[int]:
+        """Of all answers: verified drafts, then accepted tokens by slot."""
         found = {metric.name: metric for metric in self._llm.get_metrics()}
         accepted = found["vllm:spec_decode_num_accepted_tokens_per_pos"].values
         return [found["vllm:spec_decode_num_drafts"].value, *accepted]
@@ -210,16 +209,17 @@ def check_vllm(temperature: float, dtype: str) -> None:
 
 def measure_in_vllm(engine: Engine, results: Sequence[Result], max_tokens: int, eos: Collection[int]) -> dict[str, Any]:
     """Every prompt in vLLM, for the report: its counts beside our own decoder's `results`, and which texts differ."""
-    differ, vllm, ours = [], list[list[int]](), list[list[int]]()
+    differ = []
     for result in results:
-        tokens, counts = engine.complete(result.prompt, max_tokens, eos)
-        vllm.append(counts)
-        ours.append([len(result.passes), *(sum(n > k for _, n in result.passes) for k in range(len(counts) - 1))])
+        tokens = engine.complete(result.prompt, max_tokens, eos)
         if tokens != result.tokens:
             differ.append({"data_set": result.data_set, "id": result.id, "turn": result.turn, "tokens": tokens})
+    vllm, accepted = engine.counts(), [n for result in results for _, n in result.passes]
+    K = len(vllm) - 1
+    ours = [len(accepted), *(sum(n > k for n in accepted) for k in range(K))]
     return {
         "version": engine.version,
-        "k": len(vllm[0]) - 1,
+        "k": K,
         "vllm": _figures(vllm),
         "ours": _figures(ours),
         "texts": len(results),
@@ -227,8 +227,8 @@ def measure_in_vllm(engine: Engine, results: Sequence[Result], max_tokens: int, 
     }
 
 
-def _figures(counts: Sequence[Sequence[int]]) -> dict[str, Any]:
-    passes, *accepted = map(sum, zip(*counts))
+def _figures(counts: Sequence[int]) -> dict[str, Any]:
+    passes, *accepted = counts
     shares = [n / passes if passes else 0.0 for n in accepted]
     return {"passes": passes, "accepted_length": 1 + sum(shares), "accepted_by_position": shares}
 
