@@ -128,7 +128,7 @@ MISFITS: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "residual": ({"norm_before_residual": True}, [], "give draft.norm_before_residual=true"),
     "layer type": ({"layer_type": "qwen3"}, ["draft.layer_type=llama"], 'give draft.layer_type="qwen3"'),
     "rope": ({}, ["draft.rope_theta=7.0"], "draft.rope_theta is 7.0, .* give draft.rope_theta=5000.0"),
-    "feature layers": ({"eagle_aux_hidden_state_layer_ids": [1, 3, 4]}, [], r"give target.layer_ids=\[1, 3, 4\]"),
+    "feature layers": ({"eagle_aux_hidden_state_layer_ids": [1, 3, 4]}, [], r"target.layer_ids=\[1, 3, 4\]"),
     "window": ({"sliding_window": 5}, ["cod.num_depths=6"], "window of .* is 5: give a cod.num_depths of at most that"),
     "nowhere": ({}, ["draft.init_from=/nowhere"], "/nowhere/config.json cannot be read"),
 }

@@ -37,6 +37,7 @@ from peagle_train.data.packing import held_out_documents
 from peagle_train.decoding.generate import CachedTarget, Decoded, Drafter, decode, greedy_tokens, sampler
 from peagle_train.files import one_line
 from peagle_train.regenerate import Prompt, read_prompts
+from peagle_train.serving.drafter_io import check_fit
 from peagle_train.target_model.frozen import FrozenTarget
 
 RESAMPLES, LEVEL = 2000, 0.95
@@ -179,7 +180,9 @@ def measure(
     K: slots of the decoding itself, and the most that are replayed. tokenizer: needed for chats only.
     """
     for draft in drafts:
-        _check_fit(target, draft, K)
+        check_fit(draft.config, target, "the drafter")
+        if (window := draft.config.sliding_window) is not None and window < K:
+            raise ValueError(f"the drafter's window is {window} positions, but K is {K}: give fewer as --k")
         draft.to(target.dtype)  # type: ignore[arg-type]
         draft.rotary_emb = draft.make_rotary(draft.config)  # whose table stays float32
         draft.to(target.device)  # type: ignore[arg-type]
@@ -244,18 +247,6 @@ def verdict(target: FrozenTarget, prompt: list[int], own: list[int], output: lis
     gap = float(logits_V.max() - torch.minimum(logits_V[output[at]], logits_V[own[at]]))
     tolerance = TIE_TOLERANCE[hidden.dtype]
     return {"verdict": "tie" if gap <= tolerance else "bug", "at": at, "gap": gap, "tolerance": tolerance}
-
-
-def _check_fit(target: FrozenTarget, draft: PEagleDraft, K: int) -> None:
-    """ValueError if a drafter was made for another target, or its window is too short to replay K slots."""
-    config, layers = draft.config, list(draft.config.eagle_aux_hidden_state_layer_ids or target.layer_ids)
-    fits = config.vocab_size <= target.vocab_size and config.target_hidden_size == target.hidden_size
-    if not fits or layers != target.layer_ids:
-        made = f"{config.vocab_size} tokens and hidden size {config.target_hidden_size}, read at layers {layers}"
-        this = f"{target.vocab_size} and {target.hidden_size}, read at {target.layer_ids}"
-        raise ValueError(f"the drafter is for {made}; this target has {this}: give the target that it was trained for")
-    if config.sliding_window is not None and config.sliding_window < K:
-        raise ValueError(f"the drafter's window is {config.sliding_window} positions, but K is {K}: give fewer as --k")
 
 
 # Replay

@@ -22,8 +22,8 @@ from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.files import NonFiniteWeights, one_line, save_tensors, write_folder
 from peagle_train.serving.formats import parse_config
-from peagle_train.target_model.frozen import PLAIN
-from peagle_train.target_model.loading import stored_tensors
+from peagle_train.target_model.frozen import PLAIN, TargetBase
+from peagle_train.target_model.loading import default_layer_ids, stored_tensors
 
 MAY_LACK = ("mask_hidden", "embed_tokens.weight", "lm_head.weight")
 """What an EAGLE-3 drafter may lack: the first is P-EAGLE's, the others are the target's then."""
@@ -96,6 +96,17 @@ def read_drafter(folder: str | Path) -> DrafterFiles:
     except (ValueError, SafetensorError) as error:
         raise ValueError(f"{folder}: {error}") from error
     return DrafterFiles(folder, raw, config, list(stored), tensors)
+
+
+def check_fit(config: PEagleDraftConfig, target: TargetBase, which: str) -> None:
+    """ValueError if the drafter, called `which`, is for another target, or reads other layers than `target` gives."""
+    theirs, mine = (config.vocab_size, config.target_hidden_size), (target.vocab_size, target.hidden_size)
+    if theirs != mine:
+        raise ValueError(f"{which} is for a target of vocabulary and hidden size {theirs}; this target's are {mine}")
+    layers = list(config.eagle_aux_hidden_state_layer_ids or default_layer_ids(target.config.num_hidden_layers))
+    if layers != target.layer_ids:
+        given = f"{target.layer_ids} are read here (in a recipe: target.layer_ids={layers})"
+        raise ValueError(f"{which} reads layers {layers} of its target, but {given}")
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -21,10 +21,10 @@ from peagle_train.core.draft_config import PEagleDraftConfig
 from peagle_train.core.rope import rope_mistake, unused_keys
 from peagle_train.data.vocab import end_of_turn_ids, eos_token_ids
 from peagle_train.files import one_line
-from peagle_train.serving.drafter_io import DrafterFiles, read_config, read_drafter
+from peagle_train.serving.drafter_io import DrafterFiles, check_fit, read_config, read_drafter
 from peagle_train.serving.formats import parse_config
 from peagle_train.target_model.frozen import PLAIN, FrozenTarget, TargetBase
-from peagle_train.target_model.loading import default_layer_ids, read_tensors
+from peagle_train.target_model.loading import read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -46,15 +46,9 @@ def read_start(recipe: Recipe, target: TargetBase) -> tuple[DrafterFiles | None,
         return None, recipe
     files = read_drafter(recipe.draft.init_from)
     config, where = files.config, f"draft.init_from {recipe.draft.init_from}"
-    theirs, mine = (config.vocab_size, config.target_hidden_size), (target.vocab_size, target.hidden_size)
-    if theirs != mine:
-        raise RecipeError(f"{where} is for a target of vocabulary and hidden size {theirs}; this target's are {mine}")
+    check_fit(config, target, where)
     if config.hidden_size != target.hidden_size and (lacking := [n for n in files.missing if n != "mask_hidden"]):
         raise RecipeError(f"{where} has no {lacking[0]}, and the target's does not fit width {config.hidden_size}")
-    layers = list(config.eagle_aux_hidden_state_layer_ids or default_layer_ids(target.config.num_hidden_layers))
-    if layers != target.layer_ids:
-        given = f"this run reads {target.layer_ids}: give target.layer_ids={layers}"
-        raise RecipeError(f"{where} reads layers {layers} of its target, {given}")
     rope = dict(config.rope_parameters or {})
     brought = {key: getattr(config, key) for key in SHAPE}
     brought |= {"num_layers": config.num_hidden_layers, "rope_theta": rope.pop("rope_theta", None)}
