@@ -36,10 +36,8 @@ def run(options: Namespace) -> tuple[str, bool]:
     folder, recipe = folders[0], recipe_beside(folders[0])
     path = options.target or (recipe.target.path if recipe else None)
     if path is None or not Path(path).is_dir():
-        why = (
-            f"the target {path} is not a folder here" if path else "no recipe.yaml beside the drafter names its target"
-        )
-        raise ValueError(f"{why}: give --target DIR")
+        given = path or "no recipe.yaml beside the drafter names it"
+        raise ValueError(f"the target's folder is not known here ({given}): give --target DIR")
     trusted = options.trust_remote_code  # never because a recipe says so: the drafter's author wrote that
     if recipe and recipe.target.trust_remote_code and not trusted:
         logger.warning("%s's recipe trusts code of %s: give --trust-remote-code if you do, too", folder, path)
