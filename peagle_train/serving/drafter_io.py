@@ -122,15 +122,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _standard_names(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those that are read, by this project's (and vLLM's) names; ValueError where two get the same name."""
+    """Those that are read, by this project's (and vLLM's) names."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         standard = re.sub(r"^midlayer\.", "layers.0.", name.removeprefix("model."))
-        standard = "d2t" if standard == "draft_id_to_target_id" else standard
-        if standard in tensors:
-            raise ValueError(f"two of its tensors are {standard}: {name} is one of them")
         if not NOT_READ.fullmatch(standard):
-            tensors[standard] = tensor
+            tensors["d2t" if standard == "draft_id_to_target_id" else standard] = tensor
     return tensors
 
 
@@ -161,11 +158,9 @@ def _fit(config: PEagleDraftConfig, tensors: dict[str, Tensor]) -> None:
     if "d2t" not in tensors:
         return
     ids = tensors["d2t"].long() + torch.arange(Vd)
-    wanted = "(offsets are wanted: id - index)"
-    if (outside := ids[(ids < 0) | (ids >= V)]).numel():
-        raise ValueError(f"d2t maps to token {int(outside[0])}, outside of the vocabulary 0..{V - 1} {wanted}")
-    if bool((ids[1:] <= ids[:-1]).any()):
-        raise ValueError(f"d2t maps to a token twice, or out of order {wanted}")
+    if ids[0] < 0 or ids[-1] >= V or bool((ids[1:] <= ids[:-1]).any()):
+        what = f"distinct tokens of the vocabulary 0..{V - 1}, ascending"
+        raise ValueError(f"d2t must map to {what}, by offsets (id - index); it maps to {ids[0]}..{ids[-1]}")
     tensors["d2t"], tensors["t2d"] = ids - torch.arange(Vd), torch.isin(torch.arange(V), ids)
 
 
