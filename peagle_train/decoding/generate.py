@@ -57,8 +57,7 @@ class CachedTarget:
     def crop(self, length: int) -> None:
         """Remove all but the first `length` tokens."""
         assert 0 <= length <= self.length
-        if length < self.length:
-            self._cache.crop(length - self.length)
+        self._cache.crop(length - self.length)
         self.length = length
 
 
