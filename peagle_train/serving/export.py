@@ -71,10 +71,8 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
         elif name != "mask_hidden":
             find("warn", name, "missing: engines take the target's")
     for name in files.stored:
-        if name.startswith("model.") or name == "draft_id_to_target_id":
-            find("BAD", name, f"vLLM would look for model.{name}; peagle-train import renames it")
-        elif name.startswith("verifier_"):
-            find("BAD", name, "vLLM knows no such tensor; peagle-train import leaves it out")
+        if re.match(r"model\.|draft_id_to_target_id|verifier_", name):
+            find("BAD", name, "vLLM knows no such tensor; peagle-train import renames it, or leaves it out")
     ids = formats.layer_ids_of(raw)
     count, hint = formats.feature_layers_of(raw), ""
     if count != config.num_aux_hidden_states:

@@ -11,7 +11,6 @@ from peagle_train.files import one_line
 
 EAGLE3, SPECULATORS = "eagle3", "speculators"
 
-MAX_SIZE = 2**24  # above every real size: a config.json with a larger one is damaged, and must not cost memory
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 _SIZES = (
     *_REQUIRED,
@@ -127,7 +126,8 @@ def _check(given: dict[str, Any], rope: dict[str, Any]) -> None:
     if missing := [key for key in required if key not in given]:
         raise ValueError(f"{', '.join(missing)} is missing")
     for key in _SIZES:
-        if key in given and not (type(given[key]) is int and 1 <= given[key] < MAX_SIZE):
+        # A larger one than any real one is damage, and must not cost memory.
+        if key in given and not (type(given[key]) is int and 1 <= given[key] < 2**24):
             raise ValueError(f"{key} is {given[key]!r}, not a size")
     theta = rope["rope_theta"]
     if not isinstance(theta, (int, float)) or not 0 < theta < float("inf"):
@@ -137,9 +137,8 @@ def _check(given: dict[str, Any], rope: dict[str, Any]) -> None:
         raise ValueError(f"the mask token must be one token id: {', '.join(f'{k} {v!r}' for k, v in masks.items())}")
     if given.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act is {given['hidden_act']!r}; vLLM's Llama layers have silu only")
-    ids = layer_ids_of(given)
-    are_ids = ids is None or all(type(layer) is int and layer >= 0 for layer in ids)
-    if ids is not None and not (are_ids and 1 <= len(ids) <= 8 and ids == sorted({*ids})):
+    ids = layer_ids_of(given) or [0]
+    if not all(type(layer) is int and layer >= 0 for layer in ids) or len(ids) > 8 or ids != sorted({*ids}):
         what = "it must name 1 to 8 layers of the target, ascending, in which order vLLM reads them in any case"
         raise ValueError(f"{LAYER_IDS} is {ids}: {what}")
 
@@ -147,11 +146,7 @@ def _check(given: dict[str, Any], rope: dict[str, Any]) -> None:
 def speculators_config(
     config: PEagleDraftConfig, K: int, target: str | None, target_architectures: list[str]
 ) -> dict[str, Any]:
-    """`config.json` in the speculators format.
-
-    speculative_tokens: K, what `vllm serve` drafts per step.
-    target: the target's hub name or folder.
-    """
+    """`config.json` in the speculators format. K: what `vllm serve` drafts per step. target: its hub name or folder."""
     left_out = {*NOT_SAVED, *_OWN_KEYS, *MASK_KEYS, "architectures", "transformers_version", "dtype", "layer_type"}
     layers = {key: value for key, value in config.to_dict().items() if value is not None and key not in left_out}
     layers |= {"fc_norm": True} if config.fc_norm else {}  # where vLLM looks for it
