@@ -1,16 +1,14 @@
 """`peagle-train export` and `check`: what a checkpoint becomes, what its card says, nothing overwritten or half there."""
 
-import json
 import os
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock, call
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from peagle_train.serving.drafter_io import load_drafter
+from peagle_train.serving.drafter_io import load_drafter, read_config
 from peagle_train.serving.export import check_folder, export_drafter
 from tests.helpers import command, make_draft
 from tests.runs import EVALUATED, run, same_tensors
@@ -28,10 +26,6 @@ def trained(tmp_path_factory, tiny):
 
 def same_weights(one: Path, other: Path) -> bool:
     return same_tensors(load_drafter(one).state_dict(), load_drafter(other).state_dict())
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())
 
 
 @pytest.mark.parametrize(("which", "format"), [("", "eagle3"), ("final", "speculators"), ("checkpoint-2", "eagle3")])
@@ -62,8 +56,8 @@ def test_an_export_of_an_export_is_the_same_drafter_in_either_direction(tmp_path
         again = tmp_path / f"{first}-{second}"
         export_drafter(tmp_path / first, again, second, speculative_tokens=4, target_name="org/target")
         assert same_weights(tmp_path / first, again)
-    assert config_of(tmp_path / "eagle3") == config_of(tmp_path / "speculators-eagle3")
-    assert config_of(tmp_path / "speculators")["speculators_config"] == {
+    assert read_config(tmp_path / "eagle3") == read_config(tmp_path / "speculators-eagle3")
+    assert read_config(tmp_path / "speculators")["speculators_config"] == {
         "algorithm": "peagle",
         "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 4}],
         "default_proposal_method": "greedy",
@@ -74,8 +68,8 @@ def test_an_export_of_an_export_is_the_same_drafter_in_either_direction(tmp_path
 def test_options_name_the_target_the_dtype_k_and_the_licence(tmp_path, trained, tiny_target, monkeypatch):
     out, named = tmp_path / "out", {"target_name": "org/my-llm", "licence": "apache-2.0", "dtype": "bfloat16"}
     export_drafter(trained, out, "speculators", speculative_tokens=3, **named)
-    config = config_of(out)["speculators_config"]
-    assert config["verifier"]["name_or_path"] == "org/my-llm" and config_of(out)["dtype"] == "bfloat16"
+    config = read_config(out)["speculators_config"]
+    assert config["verifier"]["name_or_path"] == "org/my-llm" and read_config(out)["dtype"] == "bfloat16"
     assert config["proposal_methods"][0]["speculative_tokens"] == 3
     wide = load_file(trained / "final" / "model.safetensors")
     for name, t in load_file(out / "model.safetensors").items():
@@ -87,7 +81,7 @@ def test_options_name_the_target_the_dtype_k_and_the_licence(tmp_path, trained, 
     recipe.write_text(recipe.read_text() + "  gone: 1\n")  # a key of an earlier version
     monkeypatch.chdir(tiny_target.parent)
     export_drafter(trained, tmp_path / "other", "speculators", target=Path(tiny_target.name))  # is named whole
-    assert config_of(tmp_path / "other")["speculators_config"]["verifier"]["name_or_path"] == str(tiny_target)
+    assert read_config(tmp_path / "other")["speculators_config"]["verifier"]["name_or_path"] == str(tiny_target)
 
 
 def test_a_mistake_is_one_line_and_nothing_is_written_or_overwritten_but_an_empty_folder(tmp_path, trained):
