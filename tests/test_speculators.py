@@ -12,15 +12,19 @@ from safetensors.torch import load_file
 from peagle_train.core.cod import generate_cod_sample_indices
 from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.visibility import Visibility, first_seen
-from peagle_train.serving.drafter_io import load_drafter, read_drafter
+from peagle_train.serving.drafter_io import load_drafter, read_config, read_drafter
 from peagle_train.serving.export import check_folder, export_drafter, is_loadable
-from tests.helpers import make_draft, seeded
+from tests.helpers import seeded
+from tests.test_generate import tiny_draft
 from tests.test_import import start
 from tests.tiny import MASK, VOCAB, make_target, write_rows
 
 pytestmark = [pytest.mark.speculators, pytest.mark.slow]
 
-N, K, HIDDEN, DRAFTED = 23, 5, 16, 40
+N, K, HIDDEN = 23, 5, 16
+LAYERS = "eagle_aux_hidden_state_layer_ids"
+IDS = torch.arange(1, VOCAB, 2)  # another drafter's vocabulary, and the same as flags
+T2D = torch.zeros(VOCAB, dtype=torch.bool).index_fill_(0, IDS, True)
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +34,7 @@ def target(tmp_path_factory):
 
 def made(folder: Path, target: Path, **changes: Any) -> tuple[PEagleDraft, Path]:
     """A drafter for the tiny target, and its export in the speculators format."""
-    shape = {"vocab_size": VOCAB, "ptd_token_id": MASK, "draft_vocab_size": DRAFTED, "target_hidden_size": HIDDEN}
-    draft = make_draft(torch.float32, **{**shape, "eagle_aux_hidden_state_layer_ids": [2, 3, 4], **changes})
-    if draft.config.draft_vocab_size == DRAFTED:
-        draft.set_draft_vocab(torch.arange(DRAFTED) + (torch.arange(DRAFTED) > 7) * 11)
+    draft = tiny_draft(torch.float32, **{LAYERS: [2, 3, 4], **changes})
     draft.save_pretrained(folder / "trained")
     export_drafter(folder / "trained", folder / "out", "speculators", target=target, speculative_tokens=K)
     return draft, folder / "out"
@@ -58,10 +59,10 @@ def read_by_speculators(folder: Path) -> Any:
         {},
         {"num_hidden_layers": 1, "norm_before_residual": True},
         {"num_hidden_layers": 3, "num_key_value_heads": 1, "rms_norm_eps": 0.1, "rope_theta": 50.0},
-        {"draft_vocab_size": VOCAB},
-        {"layer_type": "qwen3", "eagle_aux_hidden_state_layer_ids": [0, 1, 2, 4, 5]},
-        {"eagle_aux_hidden_state_layer_ids": [5], "norm_before_fc": True},
-        {"eagle_aux_hidden_state_layer_ids": [1, 5], "fc_norm": True},
+        {"ids": torch.arange(VOCAB)},
+        {"layer_type": "qwen3", LAYERS: [0, 1, 2, 4, 5]},
+        {LAYERS: [5], "norm_before_fc": True},
+        {LAYERS: [1, 5], "fc_norm": True},
         {"sliding_window": K + 1},
         {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
     ],
@@ -121,8 +122,7 @@ def test_its_own_checkpoint_comes_back_through_import_bit_for_bit(tmp_path, targ
     with torch.no_grad():
         theirs.fc.weight.add_(1.0)  # as if it had been trained on there
     theirs.save_pretrained(tmp_path / "theirs")
-    written = json.loads((tmp_path / "theirs" / "config.json").read_text())
-    assert written["speculators_version"] and is_loadable(check_folder(tmp_path / "theirs"))
+    assert read_config(tmp_path / "theirs")["speculators_version"] and is_loadable(check_folder(tmp_path / "theirs"))
     export_drafter(tmp_path / "theirs", tmp_path / "back", "eagle3")
     back = load_drafter(tmp_path / "back")
     for name, tensor in draft.state_dict().items():
@@ -137,11 +137,9 @@ def their_default(folder: Path, target: Path, full_attention: list[int]) -> Any:
     from speculators.models.peagle.core import PEagleDraftModel
     from speculators.train.cli import create_transformer_layer_config
 
-    ids = torch.arange(1, VOCAB, 2)
-    t2d = torch.zeros(VOCAB, dtype=torch.bool).index_fill_(0, ids, True)
     layers = create_transformer_layer_config(str(target), 2, "qwen3", None, 2048, full_attention)
     model = PEagleDraftModel.from_training_args(
-        layers, t2d, ids - torch.arange(ids.numel()), draft_vocab_size=ids.numel(), mask_token_id=MASK, num_depths=K,
+        layers, T2D, IDS - torch.arange(len(IDS)), draft_vocab_size=len(IDS), mask_token_id=MASK, num_depths=K,
         verifier_name_or_path=str(target), target_layer_ids=[0, 1, 3, 4, 5], draft_attn_impl="eager",
     )  # fmt: skip
     with torch.no_grad():
@@ -160,8 +158,8 @@ def test_its_default_drafter_is_imported_starts_a_run_and_goes_back_the_same(tmp
     before, after = load_file(tmp_path / "theirs" / "model.safetensors"), back.state_dict()
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor), name
-    old, new = (json.loads((tmp_path / n / "config.json").read_text()) for n in ("theirs", "back"))
-    for key in ("draft_vocab_size", "mask_token_id", "norm_before_residual", "eagle_aux_hidden_state_layer_ids"):
+    old, new = (read_config(tmp_path / name) for name in ("theirs", "back"))
+    for key in ("draft_vocab_size", "mask_token_id", "norm_before_residual", LAYERS):
         assert old[key] == new[key], key
     for key in ("sliding_window", "use_sliding_window", "layer_types") if not full_attention else ():
         assert old["transformer_layer_config"][key] == new["transformer_layer_config"][key], key
@@ -182,12 +180,10 @@ def test_an_eagle3_checkpoint_of_its_own_is_read_and_named_as_that(tmp_path, tar
     from speculators.proposals.greedy import GreedyTokenProposalConfig
     from transformers import LlamaConfig
 
-    ids = torch.arange(1, VOCAB, 2)
-    t2d = torch.zeros(VOCAB, dtype=torch.bool).index_fill_(0, ids, True)
     layers = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 24, "num_hidden_layers": 1}
     config = Eagle3SpeculatorConfig(
         transformer_layer_config=LlamaConfig(**layers, num_attention_heads=4, num_key_value_heads=2),
-        draft_vocab_size=ids.numel(),
+        draft_vocab_size=len(IDS),
         norm_before_residual=True,
         norm_before_fc=True,
         norm_output=True,  # their default of these two
@@ -200,13 +196,13 @@ def test_an_eagle3_checkpoint_of_its_own_is_read_and_named_as_that(tmp_path, tar
         ),
     )
     model = Eagle3DraftModel(config)
-    model.load_vocab_mappings(t2d, ids - torch.arange(ids.numel()))
+    model.load_vocab_mappings(T2D, IDS - torch.arange(len(IDS)))
     model.load_verifier_weights()
     model.save_pretrained(tmp_path / "theirs")
     with pytest.raises(ValueError, match="mask_hidden, a mask token"):
         export_drafter(tmp_path / "theirs", tmp_path / "back", "eagle3")
     files, stored = read_drafter(tmp_path / "theirs"), load_file(tmp_path / "theirs" / "model.safetensors")
-    assert files.config.norm_before_residual and torch.equal(files.draft_token_ids, ids)
+    assert files.config.norm_before_residual and torch.equal(files.draft_token_ids, IDS)
     assert files.tensors.keys() == stored.keys()
     for name, tensor in stored.items():
         assert torch.equal(files.tensors[name], tensor), name
