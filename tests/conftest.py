@@ -49,6 +49,14 @@ def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def llama(tiny_target: Path) -> Any:
+    """That target, loaded."""
+    from peagle_train.target_model.frozen import FrozenTarget
+
+    return FrozenTarget.load(str(tiny_target), dtype="float64")
+
+
+@pytest.fixture(scope="session")
 def tiny_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.runs import LENGTHS
     from tests.tiny import write_rows

@@ -43,11 +43,6 @@ from tests.tiny import MASK, VOCAB, write_recipe, write_rows
 from tests.tiny_chat import END, TURN, make_tokenizer
 
 
-@pytest.fixture(scope="module")
-def llama(tiny_target: Path) -> FrozenTarget:
-    return FrozenTarget.load(str(tiny_target), dtype="float64")
-
-
 def cases(n: int, data_set: str = "first", seed: int = 0) -> list[Case]:
     ids = torch.randint(0, MASK, (n, 6), generator=seeded(seed)).tolist()
     return [Case(str(i), data_set, tuple(row)) for i, row in enumerate(ids)]
@@ -119,9 +114,8 @@ def test_turns_are_asked_one_after_the_other_with_the_targets_own_answers(llama)
 
 
 def test_a_prompt_that_does_not_fit_is_left_out_and_an_end_token_ends_the_text_and_its_passes(llama):
-    chat = Prompt(
-        "chat", (({"role": "user", "content": "a"},),) * 2
-    )  # its second would follow an answer that is not there
+    # Its second turn would follow an answer that is not there.
+    chat = Prompt("chat", (({"role": "user", "content": "a"},),) * 2)
     given = [Case("long", "first", (5,) * 250), Case("none", "first"), Case("chat", "first", chat=chat), *cases(1)]
     tokenizer = Mock(apply_chat_template=Mock(side_effect=RuntimeError("roles must\nalternate")))
     results, left_out = measure(llama, [tiny_draft()], given, 2, max_tokens=8, tokenizer=tokenizer)

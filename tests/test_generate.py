@@ -1,7 +1,6 @@
 """Drafting as served against drafting as trained, slot by slot; speculative output against the target's own."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,11 +75,6 @@ def test_every_slot_after_any_acceptance_is_the_training_row(changes, dtype, tol
 
 
 # a tiny target
-
-
-@pytest.fixture(scope="module")
-def llama(tiny_target: Path) -> FrozenTarget:
-    return FrozenTarget.load(str(tiny_target), dtype="float64")
 
 
 def tiny_draft(dtype: torch.dtype = torch.float64, seed: int = 7, ids: Tensor | None = None, **changes: Any) -> Any:
