@@ -156,9 +156,6 @@ def export_drafter(
     served_k, served_name = formats.served_as(files.raw)
     tokens = speculative_tokens or trained or served_k
     name = target_name or (str(target.absolute()) if target else path or served_name)  # engines run elsewhere
-    if format == formats.SPECULATORS and (tokens is None or name is None):
-        what = "give --target DIR or --target-name NAME" if name is None else "give --num-speculative-tokens K"
-        raise ValueError(f"{folder} does not say for which target, or how many tokens, it was trained: {what}")
     target_config = read_config(target) if target else None
     tensors, config = files.tensors, files.config
     if dtype:
@@ -166,7 +163,9 @@ def export_drafter(
     config.dtype = tensors["fc.weight"].dtype
     texts = {"README.md": _card(format, settings, name, tokens, licence)}
     if format == formats.SPECULATORS:
-        assert tokens is not None
+        if tokens is None or name is None:
+            what = "give --target DIR or --target-name NAME" if name is None else "give --num-speculative-tokens K"
+            raise ValueError(f"{folder} does not say for which target, or how many tokens, it was trained: {what}")
         architectures = (target_config or {}).get("architectures") or []
         content = formats.speculators_config(config, tokens, name, architectures)
         texts["config.json"] = json.dumps(content, indent=2, sort_keys=True) + "\n"
@@ -200,11 +199,6 @@ def push_to_hub(folder: Path, name: str, public: bool = False) -> str:
 
 # The model card
 
-SETTINGS = (
-    "cod.num_depths cod.down_sample_ratio cod.down_sample_ratio_min data.max_length train.learning_rate draft.init_from"
-).split()
-"""Of the recipe, what the card has beside its data."""
-
 CARD = """---
 {{ card_data }}
 ---
@@ -235,10 +229,12 @@ apply too.
 def _card(form: str, settings: dict[str, Any], target: str | None, K: int | None, licence: str | None) -> str:
     """The README.md. It says only what the drafter's files say."""
     sources = [s if isinstance(s, dict) else {"path": s} for s in settings.get("data.sources", [])]
+    depths = "num_depths", "down_sample_ratio", "down_sample_ratio_min"
     rows = {
         "target": target,
         "K to serve with": K,
-        **{key: settings.get(key) for key in SETTINGS},
+        **{f"cod.{key}": settings.get(f"cod.{key}") for key in depths},
+        **{key: settings.get(key) for key in ("data.max_length", "train.learning_rate", "draft.init_from")},
         # Files without their machine's folders.
         "data": ", ".join(Path(s["path"]).name if "path" in s else str(s.get("datasets")) for s in sources) or None,
     }
