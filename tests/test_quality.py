@@ -128,10 +128,8 @@ def test_own_text_is_the_targets_until_it_ends_or_repeats_after_pieces_of_docume
     (folder / "generation_config.json").write_text('{"repetition_penalty": 9.0, "do_sample": true}')
     target = FrozenTarget.load(str(folder), dtype="float64")
     recipe = write_recipe(tmp_path, folder, rows, tmp_path / "run", data={"eval_fraction": 0.3})
-    out, options = (
-        tmp_path / "new" / "own.jsonl",
-        "--pieces 7 --batch-size 3 --prompt-tokens 30 --max-tokens 90".split(),
-    )
+    out = tmp_path / "new" / "own.jsonl"
+    options = "--pieces 7 --batch-size 3 --prompt-tokens 30 --max-tokens 90".split()
 
     def made(*more: str) -> list[list[int]]:
         monkeypatch.setattr(sys, "argv", ["x", str(recipe), "--out", str(out), *options, *more])

@@ -27,7 +27,7 @@ from peagle_train.serving.export import check_folder, export_drafter, is_loadabl
 from peagle_train.serving.start import new_drafter
 from peagle_train.target_model.frozen import FrozenTarget
 from tests.helpers import command, make_draft, seeded
-from tests.test_check_drafter import set_config, set_tensors, tensor
+from tests.test_check_drafter import set_config, set_masks, set_tensors, tensor
 from tests.tiny import MASK, VOCAB, make_target
 from tests.tiny_chat import make_tokenizer
 
@@ -118,9 +118,9 @@ def frozen_for(draft: PEagleDraft, target: Path) -> FrozenTarget:
     return FrozenTarget.load(str(target), dtype="float32", layer_ids=draft.config.eagle_aux_hidden_state_layer_ids)
 
 
-def by_ours(target: FrozenTarget, draft: PEagleDraft, K: int) -> Decoding:
-    """Prompt by prompt."""
-    result = Decoding([], [], 0, [0] * K)
+def by_ours(folder: Path, draft: PEagleDraft, K: int) -> Decoding:
+    """Prompt by prompt. folder: the target's."""
+    target, result = frozen_for(draft, folder), Decoding([], [], 0, [0] * K)
     for prompt in PROMPTS:
         drafter = Recorded(draft, K)
         drafter.drafts = []
@@ -218,8 +218,7 @@ def speculative(folder: Path, K: int) -> dict[str, Any]:
 def test_texts_drafts_and_counts_are_our_decoders_in_both_formats(tmp_path, target, vllm_drafts, shape):
     K = DRAFTS.get(shape.rpartition(", ")[2], TRAINED_K)
     draft = taught(tmp_path / "trained", target, **SHAPES[shape])
-    frozen = frozen_for(draft, target)
-    ours = by_ours(frozen, draft, K)
+    ours = by_ours(target, draft, K)
     assert 0 < ours.accepted[-1] < ours.num_drafts and len(ours.texts[0]) == TOKENS
     for format in ("eagle3", "speculators"):
         out = tmp_path / format
@@ -231,10 +230,9 @@ def test_texts_drafts_and_counts_are_our_decoders_in_both_formats(tmp_path, targ
 
 
 def test_what_a_loop_of_ones_own_saves_is_served_as_it_is(tmp_path, target, vllm_drafts):
-    frozen = FrozenTarget.load(str(target), dtype="float32")
-    draft = new_drafter(frozen, MASK, torch.arange(DRAFTED), num_layers=2)
+    draft = new_drafter(target, MASK, torch.arange(DRAFTED), num_layers=2)
     save_drafter(tmp_path / "out", draft)
-    assert by_vllm(vllm_drafts, target, speculative(tmp_path / "out", TRAINED_K)) == by_ours(frozen, draft, TRAINED_K)
+    assert by_vllm(vllm_drafts, target, speculative(tmp_path / "out", TRAINED_K)) == by_ours(target, draft, TRAINED_K)
 
 
 BROKEN: dict[str, Callable[[Path], None]] = {
@@ -250,7 +248,7 @@ BROKEN: dict[str, Callable[[Path], None]] = {
     "missing": lambda f: set_tensors(f, fc__weight=None),
     "misnamed": lambda f: set_tensors(f, norm__weight=None, norms__weight=tensor(f, "norm.weight")),
     "a shape": lambda f: set_tensors(f, norm__weight=torch.ones(HIDDEN + 1)),
-    "mask id beyond the vocabulary": lambda f: set_config(f, mask_token_id=VOCAB, ptd_token_id=VOCAB, pard_token=VOCAB),
+    "mask id beyond the vocabulary": lambda f: set_masks(f, VOCAB),
     "another architecture": lambda f: set_config(f, architectures=["LlamaForCausalLMEagle2"]),
     "no mask_hidden": lambda f: set_tensors(f, mask_hidden=None),
     "two feature layers": lambda f: set_config(f, eagle_aux_hidden_state_layer_ids=[1, 2]),
@@ -273,9 +271,7 @@ def test_what_the_check_refuses_vllm_refuses_or_drafts_other_tokens_from(tmp_pat
     except Exception as error:
         print(f"{case}: refused, {type(error).__name__} {str(error)[:200]}")
         return
-    draft = load_drafter(drafter)
-    frozen = frozen_for(draft, target)
-    assert theirs.drafts != by_ours(frozen, draft, TRAINED_K).drafts
+    assert theirs.drafts != by_ours(target, load_drafter(drafter), TRAINED_K).drafts
     print(f"{case}: other drafts")
 
 
@@ -286,13 +282,12 @@ def test_other_peoples_names_that_the_check_takes_load_and_draft_the_same(tmp_pa
     del tensors["t2d"], tensors["embed_tokens.weight"]  # which are the target's then
     tensors = {name.replace("layers.0.", "midlayer."): each for name, each in tensors.items()}
     save_file({**tensors, "midlayer.self_attn.rotary_emb.inv_freq": torch.ones(16)}, other / "model.safetensors")
-    set_config(other, mask_token_id=None, ptd_token_id=None, pard_token=None, dflash_config={"mask_token_id": MASK})
-    set_config(other, architectures=["LlamaForCausalLM"])
+    set_masks(other, None)
+    set_config(other, dflash_config={"mask_token_id": MASK}, architectures=["LlamaForCausalLM"])
     assert is_loadable(check_folder(other))
     draft = load_drafter(drafter)
-    frozen = frozen_for(draft, target)
-    draft.embed_tokens.weight.data.copy_(frozen.embedding_rows())
-    assert by_vllm(vllm_drafts, target, speculative(other, TRAINED_K)) == by_ours(frozen, draft, TRAINED_K)
+    draft.embed_tokens.weight.data.copy_(frozen_for(draft, target).embedding_rows())
+    assert by_vllm(vllm_drafts, target, speculative(other, TRAINED_K)) == by_ours(target, draft, TRAINED_K)
 
 
 def test_evaluate_has_vllms_figures_beside_ours(tmp_path, target, drafter, vllm_drafts, capsys):
