@@ -81,21 +81,12 @@ def with_start(recipe: Recipe) -> Recipe:
     return replace(recipe, draft=replace(draft, mask_token_id=token, window=draft.window or config.sliding_window))
 
 
-@torch.no_grad()
-def copy_start(files: DrafterFiles, draft: PEagleDraft, target: TargetBase, say: Callable[[str], object]) -> None:
-    """Copy a drafter's weights into a new one of its shape; what it lacks is the target's. Says what came from where."""
-    state, notes = draft.state_dict(), list[str]()
-    for name, tensor in files.tensors.items():
-        if name not in ("d2t", "t2d"):
-            state[name].copy_(tensor)
-    for name in files.missing:
-        if name == "mask_hidden":
-            notes.append("it has no mask_hidden (an EAGLE-3 drafter's), which starts random")
-        else:
-            rows = target.embedding_rows() if "embed" in name else target.head_rows(files.draft_token_ids)
-            state[name].copy_(rows)
-            notes.append(f"it has no {name.removesuffix('.weight')}: the target's")
-    say(f"started from {files.folder}" + "".join(f"; {note}" for note in notes))
+def copy_start(files: DrafterFiles, draft: PEagleDraft, say: Callable[[str], object]) -> None:
+    """Copy a drafter's weights into one that `make_draft` has made like it; says what it lacks, which stays as it is."""
+    draft.load_state_dict(files.tensors, strict=False)
+    kept = {"mask_hidden": "random", "embed_tokens.weight": "the target's", "lm_head.weight": "the target's"}
+    notes = [f"; it has no {name.removesuffix('.weight')}: {kept[name]}" for name in files.missing]
+    say(f"started from {files.folder}{''.join(notes)}")
 
 
 # A new drafter

@@ -83,7 +83,7 @@ def _train(recipe: Recipe, resume: str | None) -> str:
     say(f"draft vocabulary: {draft_ids.numel()} of {target.vocab_size} tokens, {share:.2%} of the supervised ones")
     draft = make_draft(shaped, target, encoder.mask_token_id, draft_ids, start.config if start else None)
     if start and checkpoint is None:
-        copy_start(start, draft, target, say)
+        copy_start(start, draft, say)
     check_finite(draft.state_dict(), "the new drafter's")  # those of the target are its own, too
 
     S, line = resolve_segments(sizes_of(recipe, target, draft.config, this_device()))
