@@ -16,14 +16,14 @@ from peagle_train import new_drafter, save_drafter
 from peagle_train.__main__ import main as train_main
 from peagle_train.config import load_recipe
 from peagle_train.core.visibility import Causal
-from peagle_train.serving.drafter_io import load_drafter
+from peagle_train.serving.drafter_io import MAY_LACK, load_drafter
 from peagle_train.serving.export import export_drafter
 from peagle_train.serving.start import make_draft_config
 from peagle_train.target_model.cache import write_cache
 from peagle_train.target_model.frozen import FrozenTarget
 from tests.helpers import command
 from tests.runs import last_error, same_tensors
-from tests.test_check_drafter import set_config
+from tests.test_check_drafter import set_config, set_masks
 from tests.test_generate import tiny_draft
 from tests.tiny import MASK, VOCAB, make_target, write_recipe
 
@@ -41,20 +41,18 @@ def drafter(folder: Path, **changes: Any) -> Path:
 def eagle3(folder: Path) -> Path:
     """The same as an EAGLE-3 drafter: midlayer names, no mask token, and without what may be the target's."""
     drafter(folder, num_hidden_layers=1)
-    set_config(folder, mask_token_id=None, ptd_token_id=None, pard_token=None, eagle_aux_hidden_state_layer_ids=None)
-    tensors = load_file(folder / "model.safetensors")
-    for name in ("mask_hidden", "embed_tokens.weight", "lm_head.weight", "t2d"):
-        del tensors[name]
-    renamed = {"model." + name.replace("layers.0.", "midlayer."): tensor for name, tensor in tensors.items()}
+    set_masks(folder, None)
+    set_config(folder, eagle_aux_hidden_state_layer_ids=None)
+    own = {name: t for name, t in load_file(folder / "model.safetensors").items() if name not in (*MAY_LACK, "t2d")}
+    renamed = {"model." + name.replace("layers.0.", "midlayer."): tensor for name, tensor in own.items()}
     save_file(renamed, folder / "model.safetensors")
     return folder
 
 
-def start(folder: Path, target: Path, rows: Path, source: Path, *overrides: str, **sections: dict[str, Any]) -> int:
+def start(folder: Path, target: Path, rows: Path, source: Path, *overrides: str) -> int:
     """Run one step that changes next to nothing."""
-    sections = {"target": {"dtype": "float32"}, **sections}
-    sections["train"] = {"max_steps": 1, "dtype": "float32", "learning_rate": 1e-12, **sections.get("train", {})}
-    recipe = write_recipe(folder, target, rows, folder / "run", **sections)
+    train = {"max_steps": 1, "dtype": "float32", "learning_rate": 1e-12}
+    recipe = write_recipe(folder, target, rows, folder / "run", target={"dtype": "float32"}, train=train)
     return train_main([str(recipe), "draft.draft_vocab_size=null", f"draft.init_from={source}", *overrides])
 
 
@@ -72,8 +70,7 @@ def test_a_run_starts_from_a_drafters_weights_shape_and_vocabulary(tmp_path, tin
     assert start(tmp_path, tiny_target, tiny_rows, tmp_path / "in", "draft.norm_before_residual=true", *norms) == 0
     assert f"started from {tmp_path / 'in'}" in capsys.readouterr().out
     one, other = load_drafter(source), load_drafter(tmp_path / "run" / "final")
-    for name, tensor in one.state_dict().items():
-        assert torch.allclose(tensor, other.state_dict()[name], rtol=0, atol=1e-6), name
+    assert same_tensors(other.state_dict(), one.state_dict(), 1e-6)
     before, after = (json.loads(d.config.to_json_string()) for d in (one, other))
     differ = {key for key in before | after if before.get(key) != after.get(key)}
     # The longest context is the target's; the rest is the imported drafter's.

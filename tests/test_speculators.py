@@ -15,6 +15,8 @@ from peagle_train.core.visibility import Visibility, first_seen
 from peagle_train.serving.drafter_io import load_drafter, read_config, read_drafter
 from peagle_train.serving.export import check_folder, export_drafter, is_loadable
 from tests.helpers import seeded
+from tests.runs import same_tensors
+from tests.test_draft import LLAMA3
 from tests.test_generate import tiny_draft
 from tests.test_import import start
 from tests.tiny import MASK, VOCAB, make_target, write_rows
@@ -64,14 +66,12 @@ def read_by_speculators(folder: Path) -> Any:
         {LAYERS: [5], "norm_before_fc": True},
         {LAYERS: [1, 5], "fc_norm": True},
         {"sliding_window": K + 1},
-        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, **LLAMA3, "original_max_position_embeddings": 16}},
     ],
     ids=str,
 )
 @torch.no_grad()
 def test_its_forward_gives_our_logits_for_every_element(tmp_path, target, changes):
-    if "rope_scaling" in changes:
-        changes["rope_scaling"]["original_max_position_embeddings"] = 16
     draft, folder = made(tmp_path, target, **changes)
     theirs = read_by_speculators(folder)
     g = seeded(3)
@@ -156,8 +156,7 @@ def test_its_default_drafter_is_imported_starts_a_run_and_goes_back_the_same(tmp
     export_drafter(tmp_path / "in", tmp_path / "back", "speculators", target=target, speculative_tokens=K)
     back = read_by_speculators(tmp_path / "back")
     before, after = load_file(tmp_path / "theirs" / "model.safetensors"), back.state_dict()
-    for name, tensor in before.items():
-        assert torch.equal(after[name], tensor), name
+    assert same_tensors({name: after[name] for name in before}, before)
     old, new = (read_config(tmp_path / name) for name in ("theirs", "back"))
     for key in ("draft_vocab_size", "mask_token_id", "norm_before_residual", LAYERS):
         assert old[key] == new[key], key
@@ -167,9 +166,8 @@ def test_its_default_drafter_is_imported_starts_a_run_and_goes_back_the_same(tmp
     assert is_loadable(check_folder(tmp_path / "back"))
     rows = write_rows(tmp_path / "rows.jsonl", [9, 31, 4], prompt=0.3)
     assert start(tmp_path, target, rows, tmp_path / "theirs", "target.layer_ids=[0, 1, 3, 4, 5]") == 0
-    trained = load_drafter(tmp_path / "run" / "final").state_dict()
-    for name, tensor in load_drafter(tmp_path / "in").state_dict().items():
-        assert torch.allclose(trained[name], tensor, rtol=0, atol=1e-6), name
+    trained, given = (load_drafter(tmp_path / name).state_dict() for name in ("run/final", "in"))
+    assert same_tensors(trained, given, 1e-6)
 
 
 def test_an_eagle3_checkpoint_of_its_own_is_read_and_named_as_that(tmp_path, target):
@@ -203,9 +201,7 @@ def test_an_eagle3_checkpoint_of_its_own_is_read_and_named_as_that(tmp_path, tar
         export_drafter(tmp_path / "theirs", tmp_path / "back", "eagle3")
     files, stored = read_drafter(tmp_path / "theirs"), load_file(tmp_path / "theirs" / "model.safetensors")
     assert files.config.norm_before_residual and torch.equal(files.draft_token_ids, IDS)
-    assert files.tensors.keys() == stored.keys()
-    for name, tensor in stored.items():
-        assert torch.equal(files.tensors[name], tensor), name
+    assert same_tensors(files.tensors, stored)
 
 
 def test_draws_with_few_anchors_are_those_of_their_sampler():
