@@ -18,6 +18,7 @@ from tests.helpers import DRAFT_VOCAB, MASK_TOKEN, TARGET_HIDDEN, VOCAB, command
 from tests.runs import same_tensors
 
 WEIGHTS, LAYERS = "model.safetensors", "eagle_aux_hidden_state_layer_ids"
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
 IDS = torch.arange(DRAFT_VOCAB) + (torch.arange(DRAFT_VOCAB) > 11) * 9
 
 
@@ -86,12 +87,12 @@ BROKEN: dict[str, tuple[Callable[[Path], Any] | dict[str, Any], str]] = {
     "two feature layers": ({LAYERS: [2, 9]}, "fc.weight"),
     "no feature layer": ({LAYERS: [-1, 2, 3]}, "1 to 8 layers"),
     "a layer twice": ({LAYERS: [2, 9, 9]}, "ascending"),
-    "rope dynamic": ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "dynamic"),
+    "rope dynamic": ({"rope_parameters": {**ROPE, "rope_type": "dynamic"}}, "dynamic"),
     "a layer too many": ({"num_hidden_layers": 1}, "layers.1.input_layernorm.weight is no tensor"),
     "a size in words": ({"hidden_size": "x"}, "hidden_size"),
     "layers without end": ({"num_hidden_layers": 10**7}, "tensors"),
     "a size beyond any": ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
-    "a theta in words": ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "rope_theta"),
+    "a theta in words": ({"rope_parameters": {**ROPE, "rope_theta": "x"}}, "rope_theta"),
     "gelu": ({"hidden_act": "gelu"}, "hidden_act"),
     "no shape": ({"hidden_size": None}, "hidden_size"),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
@@ -104,10 +105,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any] | dict[str, Any], str]] = {
     ),
     # drafters of other kinds, which engines may serve
     "rope partial": ({"partial_rotary_factor": 0.5}, "rope is partial"),
-    "rope of several positions": (
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
-        "multimodal",
-    ),
+    "rope of several positions": ({"rope_parameters": {**ROPE, "mrope_section": [2, 1, 1]}}, "multimodal"),
     "logits scaled": ({"logit_scale": 0.5}, "logit_scale"),
     "qwen3 of heads to guess": ({"model_type": "qwen3", "num_key_value_heads": None}, "num_key_value_heads is missing"),
     "norm before fc": ({"norm_before_fc": True}, "input_norm.weight"),
