@@ -40,7 +40,6 @@ class DrafterFiles:
     folder: Path
     raw: dict[str, Any]  # config.json as it is
     config: PEagleDraftConfig
-    stored: list[str]  # the tensors' names in the files
     tensors: dict[str, Tensor]  # under this project's names, shapes checked
 
     @property
@@ -71,7 +70,6 @@ def load_drafter(folder: str | Path) -> PEagleDraft:
     # copies: the file's own are mapped into memory
     state = {n: t.to(dtype if t.is_floating_point() else t.dtype, copy=True) for n, t in files.tensors.items()}
     draft.load_state_dict(state, assign=True)
-    draft.config.dtype = dtype
     # The rotary table is in no file, and only right if made on a real device.
     draft.rotary_emb = PEagleDraft.make_rotary(files.config)
     return draft.eval()
@@ -95,7 +93,7 @@ def read_drafter(folder: str | Path) -> DrafterFiles:
         _fit(config, tensors)
     except (ValueError, SafetensorError) as error:
         raise ValueError(f"{folder}: {error}") from error
-    return DrafterFiles(folder, raw, config, list(stored), tensors)
+    return DrafterFiles(folder, raw, config, tensors)
 
 
 def check_fit(config: PEagleDraftConfig, target: TargetBase, which: str) -> None:

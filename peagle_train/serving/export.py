@@ -13,6 +13,7 @@ from peagle_train.core.draft_config import ARCHITECTURES
 from peagle_train.files import aligned, one_line, write_folder
 from peagle_train.serving import formats
 from peagle_train.serving.drafter_io import fill_drafter, is_used, read_config, read_drafter
+from peagle_train.target_model.loading import stored_tensors
 
 # Check: what `read_drafter` refuses is bad; added is where vLLM reads differently (tests/test_vllm.py asks vLLM itself).
 
@@ -70,7 +71,7 @@ def check_folder(folder: str | Path, target: dict[str, Any] | None = None) -> li
             find("BAD", name, "missing: the target's head does not fit a pruned vocabulary")
         elif name != "mask_hidden":
             find("warn", name, "missing: engines take the target's")
-    for name in files.stored:
+    for name in stored_tensors(files.folder):
         if re.match(r"model\.|draft_id_to_target_id|verifier_", name):
             find("BAD", name, "vLLM knows no such tensor; peagle-train import renames it, or leaves it out")
     ids = formats.layer_ids_of(raw)
