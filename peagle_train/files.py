@@ -152,6 +152,9 @@ def leave_to_parent(worker_id: int) -> None:
 
 # Whole or not at all: written beside its place, synced, renamed to it.
 
+UMASK = os.umask(0)  # read once, as that sets it, for all threads
+os.umask(UMASK)
+
 
 def partial_path(path: Path) -> Path:
     """Where to write what will be `path`: always the same name, so that a killed run's leftover is overwritten."""
@@ -161,11 +164,8 @@ def partial_path(path: Path) -> Path:
 def put(partial: Path, path: Path) -> None:
     """Rename a finished file or folder to `path`, in place of what is there; it is on disk when this returns."""
     is_folder = partial.is_dir()
-    umask = os.umask(0)
-    os.umask(umask)
     for part in [*(partial.iterdir() if is_folder else []), partial]:
-        # The mode that any new file or folder gets: safetensors and mkdtemp make theirs for their owner alone.
-        part.chmod((0o777 if part.is_dir() else 0o666) & ~umask)
+        part.chmod((0o777 if part.is_dir() else 0o666) & ~UMASK)  # safetensors makes files for their owner alone
         _sync(part)
     old = path.with_name(f".{path.name}.old")
     if is_folder and os.path.lexists(path):
@@ -266,9 +266,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Any], name: str = "format", v
 
 
 def put_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
-    """`save_tensors`, whole or not at all, for its owner alone (`put` sets modes, which only one thread at a time may)."""
+    """`save_tensors`, whole or not at all; without `put`'s wait for the folder, as there are many files."""
     partial = partial_path(path)
     save_tensors(partial, tensors)
+    partial.chmod(0o666 & ~UMASK)
     _sync(partial)
     os.replace(partial, path)
 

@@ -18,7 +18,7 @@ from tests.tiny_chat import END, make_tokenizer
 class States:
     """`respond` of a `FakeServer`, in the target's own numbers, in float64.
 
-    `faults`: what goes wrong with the next requests, in order: down, gone (404), no lock, other ids, a layer less.
+    `faults`: what goes wrong with the next requests, in order: down, busy, gone (404), no lock, other ids, a layer less.
     """
 
     def __init__(self, target: Path, folder: Path, name: str = "layers-2-3-4") -> None:
@@ -36,8 +36,8 @@ class States:
             ids = body["prompt"]
             self.prompts.append(ids)
             fault = self.faults.pop(0) if self.faults else "down" if self.down else ""
-            if fault in ("down", "gone"):
-                return 500 if fault == "down" else 404, b"{}"
+            if status := {"down": 500, "busy": 429, "gone": 404}.get(fault):
+                return status, b"{}"
             path = self.folder / f"{next(self._numbers)}.safetensors"
             if fault != "no lock":
                 token = self.write(path, ids[::-1] if fault == "other ids" else ids, int(fault == "a layer less"))

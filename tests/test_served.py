@@ -77,13 +77,19 @@ def test_a_server_lost_during_an_evaluation_leaves_a_checkpoint_from_which_the_r
 def test_patience_begins_with_the_first_failure_and_a_restarted_servers_empty_folder_is_one(served, monkeypatch):
     target, patient = served.target(server_patience=0), served.target(server_patience=1000)
     head, wait = target.head_rows(torch.arange(5)), threading.Event.wait
-    for fault in ("down", "no lock"):
+    for fault in ("down", "busy", "no lock"):
         served.states.faults = [fault]
         target.outputs(batch_of(7), head)
     with monkeypatch.context() as patch:  # as long as it has patience it waits, here a moment, and asks again
         patch.setattr(threading.Event, "wait", lambda self, most=None: wait(self, most and 0.001))
         served.states.faults = ["down"] * 5
         patient.outputs(batch_of(7), head)
+        with serving(
+            lambda _: (500, b"{}")
+        ) as broken:  # servers take turns: what one does not answer, the next one does
+            broken.models = served.server.models
+            served.target(server=[served.url, broken.url]).outputs(batch_of(7, 9, 11), head)
+            assert broken.requests
     for fault in ("gone", "other ids", "a layer less"):  # in the middle of a run, which is saved
         served.states.faults = [fault]
         with pytest.raises(TargetLost):
@@ -188,7 +194,8 @@ def test_equal_questions_that_are_answered_together_keep_one_file(tmp_path):
     states = States(make_chat_target(tmp_path / "target"), tmp_path / "states")
     assert regenerate(tmp_path, states, [["w1 w2"]] * 23) == 0
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 23
-    assert len([*(tmp_path / "kept").glob("*.safetensors")]) == 1
+    (kept,) = (tmp_path / "kept").glob("*.safetensors")
+    assert kept.stat().st_mode == (tmp_path / "rows.jsonl").stat().st_mode, "readable to whom other files are"
 
 
 def test_answers_that_are_not_the_targets_or_states_of_other_layers_are_refused(tmp_path, capsys):

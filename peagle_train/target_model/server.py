@@ -167,7 +167,7 @@ class _Server:
             reply = self.client.completions.create(model=self.model, prompt=ids, **greedy, extra_body=more)
         except self.openai.OpenAIError as error:
             code = getattr(error, "status_code", 500)
-            if code < 500 and code not in (408, 409, 425, 429):
+            if code < 500 and code != 429:
                 what = f"refuses a prompt of {len(ids)} tokens: {one_line(error)}"
                 raise ValueError(f"target.server {self.url} {what}") from None
             raise OSError(one_line(error)) from None
