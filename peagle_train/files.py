@@ -92,8 +92,8 @@ def run_tool(name: str, work: Callable[[], int | None], when_stopped: str = "") 
             text, code = traceback.format_exc().rstrip(), 1
             if re.search(r"[Cc]onnection (closed|reset)|remote process exited", str(error)):
                 text = f"{name}: error: {one_line(error, 300)}: if another rank has failed, its message is above"
-    if several and text and code != 1 and rank != "0":
-        time.sleep(3)  # all ranks make a user's mistake, as a rule: rank 0 reports it, and torchrun ends the others
+    if several and text and rank != "0":
+        time.sleep(3)  # all ranks fail alike, as a rule: rank 0 reports it, and torchrun ends the others
     with suppress(OSError):  # a full disk
         sys.stdout.flush()
     if text:

@@ -4,8 +4,8 @@ python tests/ranks_run.py GROUPS.json
 
 A group is [number of ranks, jobs]. A job is ["run", RECIPE, override or option ...], ["sharded", RECIPE, TARGET_FOLDER ...]
 (sharded_run.py), or, as the last one, ["cache", RECIPE, FOLDER] or ["main", WHERE, RECIPE, override ...]: the command line,
-with one part that fails on rank 1. Prints for each group the exit code of the first rank that failed (else 0), and what all
-of them wrote to stderr.
+with "data" that fails on rank 1, or a "server" that both lose. Prints for each group the exit code of the first rank that
+failed (else 0), and what all of them wrote to stderr.
 """
 
 import json
@@ -30,6 +30,7 @@ from peagle_train.data.training_data import load_training_data
 from peagle_train.distributed import check_launch
 from peagle_train.serving.start import make_draft
 from peagle_train.target_model.cache import write_cache
+from peagle_train.target_model.frozen import TargetLost
 from peagle_train.training.build import load_target
 from peagle_train.training.checkpoint import Checkpoint, open_resume
 from peagle_train.training.step import Batch
@@ -67,15 +68,15 @@ def run(recipe_path: str, *arguments: str) -> None:
 
 
 def failing_command_line(where: str, *arguments: str) -> int:
-    if where == "data" and os.environ["RANK"] == "1":
-        read, calls = PackedRows.__getitem__, []
+    read, calls = PackedRows.__getitem__, []
 
-        def read_or_fail(rows: PackedRows, index: Any) -> Any:
-            calls.append(index)
-            if len(calls) >= 4:
-                raise OSError("the disk is gone")
-            return read(rows, index)
+    def read_or_fail(rows: PackedRows, index: Any) -> Any:
+        calls.append(index)
+        if len(calls) >= 4:
+            raise OSError("the disk is gone") if where == "data" else TargetLost("the server is gone")
+        return read(rows, index)
 
+    if where == "server" or (where == "data" and os.environ["RANK"] == "1"):
         PackedRows.__getitem__ = read_or_fail  # type: ignore[method-assign]
     return command_line(list(arguments))
 

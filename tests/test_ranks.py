@@ -85,13 +85,14 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
         run(*arguments)
     jobs[2].append(cache_job(folder, recipes["relay"]))
     groups: list[Any] = [[2, jobs[2]], [3, jobs[3]]]
-    for where, mistake in (("data", "data.num_workers=1"), ("config", "train.epochs=0")):
+    mistakes = {"data": "data.num_workers=1", "config": "train.epochs=0", "server": "train.max_steps=1"}
+    for where, mistake in mistakes.items():
         groups.append([2, [["main", where, str(recipes["relay"]), f"output.dir={folder / where}", mistake]]])
     path = folder / "groups.json"
     path.write_text(json.dumps(groups))
     result = launch(1, "tests/ranks_run.py", str(path))
     assert result.returncode == 0, result.stderr[-3000:]
-    *trained, out["data"], out["config"] = json.loads(result.stdout.splitlines()[-1])
+    *trained, out["data"], out["config"], out["server"] = json.loads(result.stdout.splitlines()[-1])
     for code, said in trained:
         assert code == 0, said[-3000:]
     return out
@@ -149,8 +150,8 @@ def test_data_that_fails_on_one_rank_is_the_only_traceback_and_ends_the_other(ou
     assert all(line.startswith("peagle-train") for line in rest) and len(rest) <= 2
 
 
-def test_a_mistake_of_all_ranks_is_told_once_by_rank_0(outputs):
-    code, said = outputs["config"]
+@pytest.mark.parametrize("where, code, what", [("config", 2, "train.epochs"), ("server", 1, "the server is gone")])
+def test_what_fails_on_all_ranks_is_told_once_by_rank_0(where, code, what, outputs):
     # rank 1 gets a SIGTERM, perhaps before it fails
-    (line,) = [line for line in said.splitlines() if "SIGTERM" not in line]
-    assert code == 2 and "train.epochs" in line and "(rank 0)" in line
+    (line,) = [line for line in lines_of(outputs[where][1]) if "SIGTERM" not in line]
+    assert outputs[where][0] == code and what in line and "(rank 0)" in line
