@@ -108,12 +108,10 @@ def agree(values: dict[str, Any]) -> None:
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
     """The processes of a machine run what is inside one after the other; all ranks enter and leave together."""
-    turn = int(os.environ.get("LOCAL_RANK", "0"))
-    turns = max(from_all(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    for _ in range(turn):
-        wait_for_all()
-    yield
-    for _ in range(turns - turn):
+    own, turns = int(os.environ.get("LOCAL_RANK", "0")), max(from_all(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    for turn in range(turns):
+        if turn == own:
+            yield
         wait_for_all()
 
 

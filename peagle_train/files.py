@@ -119,9 +119,8 @@ class Signals:
     in the middle of any line, a save included. A second one ends the process at once (see `ECHO_SECONDS`).
     """
 
-    def __init__(self) -> None:
-        self.stop = False
-        self._stopped_at = 0.0
+    stop = False
+    _stopped_at = 0.0
 
     def __enter__(self) -> "Signals":
         self._before = {number: signal.signal(number, self._on_signal) for number in STOPPING}

@@ -70,6 +70,7 @@ class TargetBase(ABC):
             if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in PLAIN:
                 raise ValueError(f"target {name} has a quantised head or embeddings: leave both unquantised")
         self.vocab_size, self.dtype = self.head.weight.shape[0], self.head.weight.dtype
+        self.hidden_size: int = self.config.hidden_size
         self.base, n = model.get_decoder(), self.config.num_hidden_layers
         stacks = [m for m in self.base.modules() if isinstance(m, nn.ModuleList) and len(m) == n]
         if not stacks or self.base is model:
@@ -79,10 +80,6 @@ class TargetBase(ABC):
         if not self.layer_ids or self.layer_ids != sorted({*self.layer_ids} & {*range(len(self.layers))}):
             most = len(self.layers) - 1
             raise ValueError(f"target.layer_ids is {self.layer_ids}; give distinct ids of 0..{most}, ascending")
-
-    @property
-    def hidden_size(self) -> int:
-        return self.config.hidden_size
 
     def eos_token_ids(self) -> list[int]:
         """Tokens that end the target's answers by its config and its generation config, ascending."""

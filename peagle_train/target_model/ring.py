@@ -46,7 +46,6 @@ class Ring:
             if int(old.name) % world_size == rank:  # there may have been more ranks
                 shutil.rmtree(old)
         self.folder.mkdir(parents=True)
-        self._known = {0}  # sequences that need not be asked for; 0 is one of no tokens
         # By the batch's id: the batch, and those of its sequences that the target is asked for.
         self._coming: dict[int, tuple[Batch, dict[int, Batch]]] = {}
         self.keeps = True  # whether the sequences of the next batch will come again
@@ -58,10 +57,10 @@ class Ring:
         """See `TargetBase`."""
         for batch in batches:
             if id(batch) not in self._coming:
-                keys = batch["row_key"].tolist()
-                rows = {b: _alone(batch, b) for b, key in enumerate(keys) if key not in self._known}
-                self._coming[id(batch)] = batch, rows
-                self._known.update(keys)
+                asked = {key for other, _ in self._coming.values() for key in other["row_key"].tolist()}
+                keys = [*enumerate(batch["row_key"].tolist())]  # 0 is that of a sequence of no tokens
+                new = [b for b, key in keys if key and key not in asked and not self._path(key).exists()]
+                self._coming[id(batch)] = batch, {b: _alone(batch, b) for b in new}
         self.target.expect([row for batch in batches for row in self._coming[id(batch)][1].values()])
 
     def outputs(self, batch: Batch, head_rows: Tensor) -> TargetOutputs:
@@ -87,7 +86,6 @@ class Ring:
                 tensor[b, :n] = part
             if not self.keeps:
                 self._path(key).unlink(missing_ok=True)
-                self._known.discard(key)
         return TargetOutputs(whole[0], whole[1], head_rows)
 
     def _write(self, key: int, tensors: list[Tensor]) -> None:
@@ -97,7 +95,6 @@ class Ring:
             shutil.rmtree(self.folder, ignore_errors=True)  # the checkpoint may need the room
             remedy = "give another folder as target.ring_dir"
             raise TargetLost(f"target.ring {self.folder} cannot be written: {one_line(error)}: {remedy}") from None
-        self._known.add(key)
 
     def remove(self) -> None:
         """Remove this rank's files; nothing will read them again."""
