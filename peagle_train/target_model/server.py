@@ -63,12 +63,12 @@ class ServedTarget(AbsentTarget):
         assert settings.server
         urls = [settings.server] if isinstance(settings.server, str) else settings.server
         super().__init__(settings, device, REQUESTS * len(urls))
-        patience = max(60.0, settings.server_patience)
-        self.servers = [_Server(url, self.layer_ids, self.hidden_size, patience) for url in urls]
+        self.patience = max(60.0, settings.server_patience)  # seconds that a request or its file may take
+        self.servers = [_Server(url, self.patience) for url in urls]
         if (longest := min(server.max_model_len for server in self.servers)) <= max_length:
             needed = f"data.max_length and a token more are {max_length + 1}"
             raise ValueError(f"target.server takes {longest} tokens; {needed}: {REMEDY}")
-        self._turns = itertools.count()
+        self._turns = itertools.cycle(self.servers)
         self._stopping = threading.Event()
         states = self._ask(torch.arange(1, 6))[0]
         self.read_around(states.dtype)
@@ -130,10 +130,10 @@ class ServedTarget(AbsentTarget):
         """
         until = None
         while True:
-            server = self.servers[next(self._turns) % len(self.servers)]
+            server = next(self._turns)
             try:
-                return server.ask(ids_n)
-            except OSError as error:  # among them openai's, see `_Server`
+                return self._ask_once(server, ids_n.tolist())
+            except OSError as error:
                 failure = f"target.server {server.url} gave no answer: {one_line(error)}"
             if until is None:
                 until = time.monotonic() + self.settings.server_patience
@@ -143,43 +143,41 @@ class ServedTarget(AbsentTarget):
             if self._stopping.wait(min(2.0, self.settings.server_patience)):
                 raise TargetLost(failure)
 
+    def _ask_once(self, server: "_Server", ids: list[int]) -> tuple[Tensor, int]:
+        """See `_ask`; OSError where the server gives no answer."""
+        # Greedy, said in full: what is missing, servers take from the target's generation_config.json.
+        greedy = {"temperature": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "max_tokens": 1}
+        more = {"return_token_ids": True, "add_special_tokens": False, "repetition_penalty": 1.0}
+        try:
+            reply = server.client.completions.create(model=server.model, prompt=ids, **greedy, extra_body=more)
+        except server.openai.OpenAIError as error:
+            code = getattr(error, "status_code", 500)
+            if code < 500 and code != 429:
+                what = f"refuses a prompt of {len(ids)} tokens: {one_line(error)}"
+                raise ValueError(f"target.server {server.url} {what}") from None
+            raise OSError(one_line(error)) from None
+        path = states_path(reply)
+        if path is None:
+            raise ValueError(f"target.server {server.url} gives no hidden states: {REMEDY}")
+        states = take(path, ids, self.patience)
+        given = f"{path.parent.name} {[*states.shape]}"
+        asked = f"{layers_folder(self.layer_ids)} {[len(ids), len(self.layer_ids) + 1, self.hidden_size]}"
+        if given != asked:
+            raise ValueError(f"target.server {server.url} gives {given}, the recipe asks for {asked}: {REMEDY}")
+        return states, reply.choices[0].token_ids[0]
+
 
 class _Server:
-    """One vLLM server. `patience`: seconds that a request or its file may take."""
+    """A client of a vLLM server, and which model that serves."""
 
-    def __init__(self, url: str, layer_ids: list[int], hidden_size: int, patience: float) -> None:
-        self.url, self.layer_ids = url.rstrip("/").removesuffix("/v1"), layer_ids
-        self.hidden_size, self.patience = hidden_size, patience
+    def __init__(self, url: str, patience: float) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
         self.openai, self.client = connect(f"{self.url}/v1", "target.server", max_retries=0, timeout=patience)
         try:
             [model, *_] = self.client.models.list().data
         except (self.openai.OpenAIError, ValueError) as error:
             raise ValueError(f"target.server {url} does not answer: {one_line(error)}; {REMEDY}") from None
         self.model, self.max_model_len = model.id, int(getattr(model, "max_model_len", 0))
-
-    def ask(self, ids_n: Tensor) -> tuple[Tensor, int]:
-        """See `ServedTarget._ask`; OSError where it gives no answer."""
-        ids = ids_n.tolist()
-        # Greedy, said in full: what is missing, servers take from the target's generation_config.json.
-        greedy = {"temperature": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "max_tokens": 1}
-        more = {"return_token_ids": True, "add_special_tokens": False, "repetition_penalty": 1.0}
-        try:
-            reply = self.client.completions.create(model=self.model, prompt=ids, **greedy, extra_body=more)
-        except self.openai.OpenAIError as error:
-            code = getattr(error, "status_code", 500)
-            if code < 500 and code != 429:
-                what = f"refuses a prompt of {len(ids)} tokens: {one_line(error)}"
-                raise ValueError(f"target.server {self.url} {what}") from None
-            raise OSError(one_line(error)) from None
-        path = states_path(reply)
-        if path is None:
-            raise ValueError(f"target.server {self.url} gives no hidden states: {REMEDY}")
-        states = take(path, ids, self.patience)
-        given = f"{path.parent.name} {[*states.shape]}"
-        asked = f"{layers_folder(self.layer_ids)} {[len(ids), len(self.layer_ids) + 1, self.hidden_size]}"
-        if given != asked:
-            raise ValueError(f"target.server {self.url} gives {given}, the recipe asks for {asked}: {REMEDY}")
-        return states, reply.choices[0].token_ids[0]
 
 
 def layers_folder(layer_ids: Sequence[int]) -> str:
