@@ -21,7 +21,6 @@ import json
 import logging
 import shutil
 import struct
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -176,11 +175,10 @@ class SpeculatorsFiles:
     def __init__(self, folder: str, target: FrozenTarget, max_length: int) -> None:
         root = Path(folder).expanduser()
         root = root / "hidden_states" if (root / "hidden_states").is_dir() else root
-        numbered = {int(p.stem[3:]): p for p in root.glob("hs_*.safetensors") if p.stem[3:].isdigit()}
-        if not numbered:
+        self.samples = sorted((int(p.stem[3:]), p) for p in root.glob("hs_*.safetensors") if p.stem[3:].isdigit())
+        if not self.samples:
             raise ValueError(f"--speculators {folder} has no hs_NUMBER.safetensors: give the folder that has them")
         self.target, self.max_length, self.norm = target, max_length, target.final_norm()
-        self.samples = sorted(numbered.items())
         self.masks: Any = None
         if data_sets := [each for each in (root, root.parent) if (each / "state.json").is_file()]:
             from datasets import load_from_disk
@@ -190,9 +188,7 @@ class SpeculatorsFiles:
                 has = self.masks.column_names
                 raise ValueError(f"the data set {data_sets[0]} has {has}, but not input_ids and loss_mask")
         else:
-            logger.warning(
-                "no data set next to %s: without a loss_mask of its own, all of a file is learned from", root
-            )
+            logger.warning("no data set next to %s: all of a file without a loss_mask is learned from", root)
         self._compare()
 
     def __len__(self) -> int:
@@ -275,10 +271,9 @@ Compute = Callable[[list[dict[str, Any]]], Iterable[tuple[Tensor, Tensor]]]
 
 
 def write_cache(recipe: Recipe, out: str | None, speculators: str | None = None, shard_mib: float = 512) -> str:
-    """Fill `out` and return the line that says how to train from it, on the main process. Run again, it writes what is
-    missing. ValueError: for a user's mistake.
-
-    speculators: a folder for `SpeculatorsFiles`; the target is not run over the recipe's sequences then.
+    """Fill `out`, with the features of the recipe's sequences or with what a folder for `SpeculatorsFiles` has, and return
+    the line that says how to train from it, on the main process. Run again, it writes what is missing. ValueError: for a
+    user's mistake.
     """
     settings = recipe.target
     if out is None:
@@ -315,15 +310,13 @@ def write_cache(recipe: Recipe, out: str | None, speculators: str | None = None,
         if is_main:
             say(f"cache: {_claim(folder, index, size)}")
         wait_for_all()  # nothing is written into a folder that is refused
-        started, done = time.perf_counter(), 0
         for number in range(rank, len(shards), world_size):
             if (path := folder / shard_name(number)).exists():
                 continue
             tensors = _tensors_of(shards[number], sequences, compute, dtype, as_fp8)
             save_tensors(partial_path(path), tensors, "sha256", _checksum(tensors))
             put(partial_path(path), path)
-            done += sum(piece.needs.numel() for piece in shards[number])
-            say(f"cache: shard {number}, {done} tokens here, {done / (time.perf_counter() - started):.0f} tokens/s")
+            say(f"cache: shard {number + 1} of {len(shards)}")
         if files and is_main:
             files.write_documents(folder / DOCUMENTS)
         wait_for_all()
@@ -410,9 +403,7 @@ def _claim(folder: Path, index: dict[str, Any], size: int) -> str:
     gib = f"{size / 2**30:.2f} GiB, {there / 2**30:.2f} GiB there, {free / 2**30:.2f} GiB free"
     words = f"{index['tokens']} tokens in {index['shards']} shards: {gib}"
     if size - there > free:
-        raise ValueError(
-            f"--out {folder} has too little room: {words}: give another disk, or a smaller target.cache_dtype"
-        )
+        raise ValueError(f"--out {folder} has too little room: {words}: give another disk or target.cache_dtype")
     if old is None:
         write_json(folder / INDEX, index)
     return words

@@ -107,10 +107,8 @@ class TargetBase(ABC):
 
     @abstractmethod
     def outputs(self, batch: dict[str, Tensor], head_rows: Tensor) -> TargetOutputs:
-        """Features, and last hidden states after the final norm, of a collator's batch, on the device of `head_rows`; where
-        no supervised element reads them (`positions_read`), perhaps zeros.
-
-        batch: on the host; on a device it costs a wait.
+        """Features, and last hidden states after the final norm, of a collator's batch on the host (on a device it costs a
+        wait), on the device of `head_rows`; where no supervised element reads them (`positions_read`), perhaps zeros.
         """
 
     def expect(self, batches: Sequence[dict[str, Tensor]]) -> None:
@@ -128,10 +126,7 @@ class TargetBase(ABC):
 
 
 class FrozenTarget(TargetBase):
-    """A target that computes what is asked of it (see `TargetBase`).
-
-    chunk_tokens: give the model at most this many tokens at a time; None: whole batches.
-    """
+    """A target that computes what is asked of it, at most `chunk_tokens` tokens at a time; None: whole batches."""
 
     def __init__(self, model: Any, layer_ids: Sequence[int] | None = None, chunk_tokens: int | None = None) -> None:
         super().__init__(model, layer_ids)
