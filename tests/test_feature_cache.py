@@ -155,6 +155,7 @@ WRONG: dict[str, tuple[str, Any, str, str]] = {
     "not whole": (SHARD, None, "", f"{SHARD} is missing or damaged"),
     "format": (INDEX, lambda data: data.replace(b'"version": 3', b'"version": 4'), "", "is of format 4, this reads"),
     "index": (INDEX, lambda data: data[:-9], "", "cache.json cannot be read"),
+    "index lacks a key": (INDEX, lambda data: data.replace(b'"shards"', b'""'), "", "cache.json cannot be read"),
     "layers": ("", None, "target.layer_ids=[1, 2, 3]", "is of layer_ids [2, 3, 4], the recipe asks for [1, 2, 3]"),
     "dtype": ("", None, "target.dtype=float32", "is of dtype float64, the recipe asks for float32"),
     "cache dtype": ("", None, "target.cache_dtype=bfloat16", "is of cache_dtype float64"),
@@ -287,7 +288,7 @@ def write_data_set(folder: Path, rows: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("mask", ["in the data set as tensors", "in the files"])
 def test_a_drafter_from_speculators_files_is_the_one_from_the_target(
-    mask, tmp_path, recipe, samples, written, monkeypatch
+    mask, tmp_path, recipe, samples, written, monkeypatch, caplog
 ):
     data, cache, targets, final_norm = tmp_path / "data", tmp_path / "cache", [], FrozenTarget.final_norm
     monkeypatch.setattr(FrozenTarget, "final_norm", lambda self: (targets.append(self), final_norm(self))[1])
@@ -301,29 +302,11 @@ def test_a_drafter_from_speculators_files_is_the_one_from_the_target(
     assert command("cache", recipe, "--speculators", data, "--out", cache) == 0
     documents = [json.loads(line) for line in (cache / "documents.jsonl").read_text().splitlines()]
     assert documents == [row for row in samples if 1 in row["loss_mask"][1:]] != samples
+    assert f"{len(samples) - len(documents)} samples with no token to learn from" in caplog.text
     [target] = targets
     assert all(parameter.is_meta for parameter in target.model.parameters()), "its weights stay on the disk"
     online, source = train(recipe, tmp_path / "online"), f"data.sources=[{cache / 'documents.jsonl'}]"
     assert same_tensors(train(recipe, tmp_path / "cached", f"target.cache={cache}", source), online, 1e-9)
-
-
-def test_samples_with_nothing_to_learn_from_are_counted_where_they_are_left_out(
-    tmp_path, recipe, samples, written, caplog
-):
-    files = copied(written, tmp_path / "data" / "hidden_states")
-    write_data_set(tmp_path / "data", samples)
-    assert command("cache", recipe, "--speculators", files, "--out", tmp_path / "cache") == 0
-    left_out = sum(1 not in row["loss_mask"][1:] for row in samples)
-    assert left_out > 0 and f"{left_out} samples with no token to learn from" in caplog.text
-
-
-@pytest.mark.parametrize("key", ["target", "shards", "computed_in"])
-def test_an_index_without_a_key_is_one_clear_line(key, tmp_path, recipe_in, made, capsys):
-    folder = Path(shutil.copytree(made, tmp_path / "cache"))
-    index = json.loads((folder / INDEX).read_text())
-    (folder / INDEX).write_text(json.dumps({name: value for name, value in index.items() if name != key}))
-    run(recipe_in(), f"target.cache={folder}", code=2)
-    assert "cache.json" in last_error(capsys)
 
 
 MISFITS: dict[str, tuple[dict[str, Any], list[str], str]] = {

@@ -1,23 +1,72 @@
-"""Two and three processes, data-parallel and sharded (FSDP2), on CPU: the run of one process on the same global batch; and
-a rank that fails, which ends the run at once with its own message.
+"""Two and three processes, data-parallel and sharded (FSDP2), on CPU: the run of one process on the same global batch; a
+rank that fails, which ends the run at once with its own message; the command line, and launches that lie.
 """
 
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from peagle_train.__main__ import main
 from peagle_train.config import load_recipe
 from peagle_train.target_model.cache import write_cache
-from tests.ranks_run import run
-from tests.runs import LENGTHS, contents, drafter, lines, metrics, same_tensors
-from tests.test_distributed import launch
+from tests import ranks_run
+from tests.helpers import ENVIRONMENT, ROOT
+from tests.runs import EVALUATED, LENGTHS, contents, drafter, in_child, lines, metrics, run, same_tensors
 from tests.tiny import make_target, write_recipe, write_rows
 
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
+
+
+def launch(processes: int, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    env = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true", **environment}
+    return subprocess.run([*command, *arguments], env=env, cwd=ROOT, capture_output=True, text=True, timeout=900)
+
+
+def test_the_command_line_on_two_processes_prints_once_and_ends_with_one_processs_weights(tmp_path, tiny, capsys):
+    recipe = tiny(tmp_path, data=EVALUATED, train={"max_steps": 2})
+    sharded = ["train.sharding=fsdp2", "target.shard=true"]
+    two = launch(2, "-m", "peagle_train", str(recipe), f"output.dir={tmp_path / 'two'}", *sharded)
+    assert two.returncode == 0, two.stdout + two.stderr
+    run(recipe, "train.gradient_accumulation_steps=2")
+    assert same_tensors(drafter(tmp_path / "two" / "final"), drafter(tmp_path / "run" / "final"), 1e-8)
+    ours, theirs = (
+        [line for line in text.splitlines() if line.startswith("held-out")]
+        for text in (two.stdout, capsys.readouterr().out)
+    )
+    assert ours == theirs and len(ours) >= 2
+
+
+@pytest.mark.parametrize("asked, environment", [("2", ("WORLD_SIZE", "2")), ("several", ("MASTER_ADDR", "127.0.0.1"))])
+def test_processes_that_would_train_alone_are_refused_with_the_line_that_works(
+    asked, environment, tmp_path, tiny, monkeypatch, capfd
+):
+    recipe = tiny(tmp_path)
+    monkeypatch.setenv(*environment)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    assert in_child(lambda: sys.exit(main([str(recipe)]))) != 0
+    error, how = capfd.readouterr().err, "ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2"
+    assert f"launched as {asked} processes" in error and how in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_one_of_several_processes_ends_at_once_with_its_code_and_with_all_that_it_said(code):
+    script = "import atexit; from peagle_train.files import run_tool; atexit.register(print, 'waited')"
+    script += f"; run_tool('x', lambda: print('done') or {code})"
+    done = launch(1, "-c", script, WORLD_SIZE="2", PYTHONUNBUFFERED="")
+    assert (done.returncode, done.stdout, done.stderr) == (code, "done\n", "")
+
+
+# Whole runs
 
 # 6 micro-batches a step are 6, 3 or 2 a process; 11 rows leave an epoch's last step incomplete, and ranks with nothing.
 MICRO_BATCHES = 6
@@ -82,7 +131,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
         add((first, then), "relay", *first, "--stop")
         add((first, then), "relay", *then, "--resume")
     for _, *arguments in jobs[1]:
-        run(*arguments)
+        ranks_run.run(*arguments)
     jobs[2].append(cache_job(folder, recipes["relay"]))
     groups: list[Any] = [[2, jobs[2]], [3, jobs[3]]]
     mistakes = {"data": "data.num_workers=1", "config": "train.epochs=0", "server": "train.max_steps=1"}
@@ -109,10 +158,12 @@ def cache_job(folder: Path, recipe: Path) -> list[str]:
     return ["cache", str(recipe), str(folder / "begun")]
 
 
+@slow
 def test_two_processes_finish_the_features_that_one_has_begun(outputs):
     assert contents(outputs["folder"] / "begun") == contents(outputs["folder"] / "whole")
 
 
+@slow
 @pytest.mark.parametrize("case, processes, sharding", RUNS)
 def test_several_processes_train_and_evaluate_as_one_does(case, processes, sharding, outputs):
     assert_same_run(outputs[case, processes, sharding], outputs[case, 1, "none"], rounded=case == "bf16")
@@ -120,6 +171,7 @@ def test_several_processes_train_and_evaluate_as_one_does(case, processes, shard
     assert recompiles == ({0} if (case, processes, sharding) == COMPILED else {None})
 
 
+@slow
 @pytest.mark.parametrize("move", MOVES)
 def test_a_run_resumes_with_other_numbers_of_processes_and_another_sharding(move, outputs):
     assert_same_run(outputs[move], outputs["relay", 1, "none"])
@@ -143,6 +195,7 @@ def lines_of(text: str) -> list[str]:
     return [line for line in text.splitlines() if not logged.match(line)]
 
 
+@slow
 def test_data_that_fails_on_one_rank_is_the_only_traceback_and_ends_the_other(outputs):
     code, lines = outputs["data"][0], lines_of(outputs["data"][1])
     assert code == 1 and lines[0].startswith("Traceback")
@@ -150,6 +203,7 @@ def test_data_that_fails_on_one_rank_is_the_only_traceback_and_ends_the_other(ou
     assert all(line.startswith("peagle-train") for line in rest) and len(rest) <= 2
 
 
+@slow
 @pytest.mark.parametrize("where, code, what", [("config", 2, "train.epochs"), ("server", 1, "the server is gone")])
 def test_what_fails_on_all_ranks_is_told_once_by_rank_0(where, code, what, outputs):
     # rank 1 gets a SIGTERM, perhaps before it fails

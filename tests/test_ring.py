@@ -54,6 +54,20 @@ def held(folder: Path) -> int:
     return total
 
 
+@pytest.fixture
+def sizes(tmp_path, monkeypatch):
+    """How much the ring in tmp_path / "fast" held before each of its renames."""
+    found, replace, ring = list[int](), os.replace, tmp_path / "fast"
+
+    def measured(partial: Path, path: Path) -> None:
+        if ring in Path(path).parents:
+            found.append(held(ring))
+        replace(partial, path)
+
+    monkeypatch.setattr(os, "replace", measured)
+    return found
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 23), *[st.integers(1, 3)] * 4, st.integers(1, 5), st.data())
 def test_each_block_is_visited_by_all_epochs_of_a_group_in_turn_and_a_sequence_stays_on_its_rank(
@@ -109,7 +123,7 @@ def test_a_cache_of_a_recipe_with_a_ring_says_how_to_train_without_one(tmp_path,
 
 @pytest.mark.slow
 def test_its_size_is_never_passed_not_even_where_a_killed_run_resumes_which_ends_as_if_it_had_not_been_killed(
-    tmp_path, tiny_target, rows, monkeypatch
+    tmp_path, tiny_target, rows, monkeypatch, sizes
 ):
     run(recipe_in(tmp_path / "whole", tiny_target, rows, save_steps=3, max_steps=14))
     recipe = recipe_in(tmp_path / "parts", tiny_target, rows, save_steps=3, max_steps=14)
@@ -127,14 +141,6 @@ def test_its_size_is_never_passed_not_even_where_a_killed_run_resumes_which_ends
     for stale in (folder / f"{1:016x}.safetensors", folder / ".x.partial", folder.with_name("1") / "y.safetensors"):
         stale.parent.mkdir(exist_ok=True)
         stale.write_bytes(bytes(SIZE))
-    sizes, replace = [], os.replace
-
-    def measured(partial: Path, path: Path) -> None:
-        if ring in Path(path).parents:
-            sizes.append(held(ring))
-        replace(partial, path)
-
-    monkeypatch.setattr(os, "replace", measured)
     stopped(recipe, 10, monkeypatch, "--resume", *more)
     assert held(ring) <= SIZE
     run(recipe, "--resume", *more)
@@ -142,15 +148,8 @@ def test_its_size_is_never_passed_not_even_where_a_killed_run_resumes_which_ends
     assert_same_run(output, tmp_path / "whole" / "run")
 
 
-def test_its_size_is_not_passed_in_a_second_block_of_the_same_process(tmp_path, tiny_target, rows, monkeypatch):
-    ring, sizes, replace = tmp_path / "fast", list[int](), os.replace
-
-    def measured(partial: Path, path: Path) -> None:
-        sizes.append(held(ring))
-        replace(partial, path)
-
-    monkeypatch.setattr(os, "replace", measured)
-    run(recipe_in(tmp_path / "run", tiny_target, rows, max_steps=14), f"target.ring_dir={ring}")
+def test_its_size_is_not_passed_in_a_second_block_of_the_same_process(tmp_path, tiny_target, rows, sizes):
+    run(recipe_in(tmp_path / "run", tiny_target, rows, max_steps=14), f"target.ring_dir={tmp_path / 'fast'}")
     assert ROW < max(sizes) <= SIZE
 
 
