@@ -43,8 +43,7 @@ def check_launch(num_processes: int) -> None:
 def check_device(device: torch.device) -> None:
     """ValueError for a kind of device that attention was never run on."""
     if device.type not in ("cpu", "cuda"):
-        allowed = "only cpu and cuda are supported: set ACCELERATE_USE_CPU=true to run on the CPU"
-        raise ValueError(f"the device is {device.type}; {allowed}")
+        raise ValueError(f"the device is {device.type}, which is not supported: set ACCELERATE_USE_CPU=true")
 
 
 REFUSED = {
@@ -101,8 +100,7 @@ def agree(values: dict[str, Any]) -> None:
     """Wait for all ranks; ValueError where a value, by the words for it, is not that of rank 0."""
     for what, value in from_all(values)[0].items():
         if value != values[what]:
-            remedy = "give the same recipe, files and target on every machine"
-            raise ValueError(f"{what}: not the same in this process as on rank 0: {remedy}")
+            raise ValueError(f"{what}: not the same as on rank 0: give all machines the same recipe, files and target")
 
 
 @contextmanager

@@ -104,7 +104,7 @@ def test_what_is_not_the_recipes_target_is_one_line_at_the_start(served, tmp_pat
     other = str(make_target(tmp_path / "other", intermediate_size=20))
     for fault, max_length, settings, message in (
         ("", 32, {"layer_ids": [1, 2, 3]}, r"gives layers-2-3-4 \[5, 4, 16\], the recipe asks for layers-1-2-3"),
-        ("", 33, {}, "takes 33 tokens; data.max_length and a token more are 34"),
+        ("", 33, {}, r"takes 33 tokens; data.max_length \+ 1 is 34"),
         ("", 32, {"path": other, "check": True}, "another model"),
         ("", 32, {"dtype": "bfloat16"}, "computes in float64"),
         ("", 32, {"server": "http://127.0.0.1:1"}, "does not answer"),

@@ -78,8 +78,7 @@ class TargetBase(ABC):
         self.layers: Any = stacks[0]
         self.layer_ids = list(loading.default_layer_ids(len(self.layers)) if layer_ids is None else layer_ids)
         if not self.layer_ids or self.layer_ids != sorted({*self.layer_ids} & {*range(len(self.layers))}):
-            most = len(self.layers) - 1
-            raise ValueError(f"target.layer_ids is {self.layer_ids}; give distinct ids of 0..{most}, ascending")
+            raise ValueError(f"target.layer_ids is {self.layer_ids}; give distinct ids of 0..{n - 1}, ascending")
 
     def eos_token_ids(self) -> list[int]:
         """Tokens that end the target's answers by its config and its generation config, ascending."""
@@ -147,7 +146,8 @@ class FrozenTarget(TargetBase):
         **how: Any,
     ) -> "FrozenTarget":
         """Load a Hugging Face folder; ValueError, one line, for a folder that is none. `how`: for `loading.load_model`.
-        shard: over all ranks, by FSDP2; `world_mesh` must have been called before.
+        shard: over all ranks, by FSDP2; `world_mesh` must have been called before. From then on every rank must call
+        `features` and `embedding_rows` as often as the others.
         """
         device = device or torch.device("cpu")
         model: Any = loading.load_model(path, loading.resolve_dtype(dtype, device), **how)
@@ -157,7 +157,7 @@ class FrozenTarget(TargetBase):
             name = type(model).__name__
             logger.warning("target %s knows no bounds of packed documents: it is given one document at a time", name)
         if shard:
-            target.shard(device)
+            target._shard(device)
         return target
 
     @classmethod
@@ -167,10 +167,8 @@ class FrozenTarget(TargetBase):
         given = {name: getattr(target, name) for name in names} | changes
         return cls.load(target.path, device=device, shard=shard, **given)
 
-    def shard(self, device: torch.device) -> None:
-        """Shard all but the head, which stays whole and on the CPU, over all ranks, on the device. From then on every rank
-        must call `features` and `embedding_rows` as often as the others.
-        """
+    def _shard(self, device: torch.device) -> None:
+        """All but the head, which stays whole and on the CPU."""
         if not all(parameter.is_floating_point() for parameter in self.model.parameters()):
             raise ValueError(f"target.shard is true, but target {type(self.model).__name__} is quantised: unsupported")
         self.sharded = True

@@ -222,8 +222,9 @@ def choose_way(
 
     expected = run(Way(apart=True), ids_n)
     if not all(bool(values.isfinite().all()) for both in expected for values in both):
-        why = "its weights are damaged, or target.dtype is too narrow"
-        raise ValueError(f"target {name} gives features or last hidden states that are not finite: {why}")
+        raise ValueError(
+            f"target {name} gives features that are not finite: damaged weights, or target.dtype is narrow"
+        )
 
     def error(way: Way) -> float:
         """How far packed documents are off what they give alone, or off themselves beside other documents.
@@ -249,8 +250,7 @@ def choose_way(
         if not why:
             return one
         if not one.apart:
-            what = "does not heed the bounds of packed documents"
-            logger.warning("target %s %s (%s): one document at a time, right but slower", name, what, why)
+            logger.warning("target %s does not keep packed documents apart (%s): one at a time, slower", name, why)
     raise ValueError(f"target {name} gives other features in chunks ({why}): set target.chunk_tokens to null")
 
 

@@ -66,8 +66,7 @@ class ServedTarget(AbsentTarget):
         self.patience = max(60.0, settings.server_patience)  # seconds that a request or its file may take
         self.servers = [_Server(url, self.patience) for url in urls]
         if (longest := min(server.max_model_len for server in self.servers)) <= max_length:
-            needed = f"data.max_length and a token more are {max_length + 1}"
-            raise ValueError(f"target.server takes {longest} tokens; {needed}: {REMEDY}")
+            raise ValueError(f"target.server takes {longest} tokens; data.max_length + 1 is {max_length + 1}: {REMEDY}")
         self._turns = itertools.cycle(self.servers)
         self._stopping = threading.Event()
         states = self._ask(torch.arange(1, 6))[0]
@@ -153,8 +152,7 @@ class ServedTarget(AbsentTarget):
         except server.openai.OpenAIError as error:
             code = getattr(error, "status_code", 500)
             if code < 500 and code != 429:
-                what = f"refuses a prompt of {len(ids)} tokens: {one_line(error)}"
-                raise ValueError(f"target.server {server.url} {what}") from None
+                raise ValueError(f"target.server {server.url} refuses {len(ids)} tokens: {one_line(error)}") from None
             raise OSError(one_line(error)) from None
         path = states_path(reply)
         if path is None:
