@@ -48,9 +48,7 @@ def aligned(rows: Sequence[Sequence[str]], right: bool = False) -> str:
 
 
 def told(error: Exception) -> str:
-    """The line about a user's mistake or a full disk. Anything else, such as an OSError that names no file, is raised
-    again.
-    """
+    """The line about a user's mistake or a full disk; anything else, as an OSError that names no file, is raised again."""
     if isinstance(error, ValueError):
         return one_line(error)
     if not isinstance(error, OSError):
@@ -238,9 +236,7 @@ def checksum(content: Any) -> str:
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:
-    """What was written with its own `checksum` as sha256, which is taken away; None if there is no file; ValueError for
-    anything else.
-    """
+    """What was written with its `checksum` as sha256, without that; None if there is no file; ValueError otherwise."""
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("sha256") == checksum(content):

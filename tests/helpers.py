@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import socket
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -195,6 +196,12 @@ def make_package(folder: Path, package: str, file: str, content: bytes) -> None:
     (folder / file).parent.mkdir(parents=True)
     (folder / file).write_bytes(content)
     (folder / file.split("/")[0] / "__init__.py").write_text("raise RuntimeError('imported')")
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def command(name: str, *arguments: object) -> int:

@@ -11,7 +11,6 @@ failed (else 0), and what all of them wrote to stderr.
 import json
 import os
 import signal
-import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -35,6 +34,7 @@ from peagle_train.training.build import load_target
 from peagle_train.training.checkpoint import Checkpoint, open_resume
 from peagle_train.training.step import Batch
 from peagle_train.training.trainer import Trainer
+from tests.helpers import free_port
 
 
 def make_trainer(recipe: Recipe, accelerator: Accelerator) -> Trainer:
@@ -102,10 +102,7 @@ def work(rank: int, jobs: list[list[str]], stderr: int) -> None:
 
 
 def go_through(processes: int, jobs: list[list[str]]) -> tuple[int, str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_PORT": port}
+    shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_PORT": str(free_port())}
     os.environ.update(shared, MASTER_ADDR="127.0.0.1", ACCELERATE_USE_CPU="true")
     code = 0
     with tempfile.TemporaryFile("w+") as said:

@@ -1,28 +1,18 @@
 """A job of ranks_run.py: what sharding must not change, asserted on every rank, in float64 on CPU."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from peagle_train import distributed
 from peagle_train.config import Train, load_recipe
-from peagle_train.distributed import (
-    agree,
-    clip_gradients,
-    counts_over_ranks,
-    from_all,
-    full_moments,
-    full_weights,
-    load_full,
-    one_at_a_time,
-    shard,
-    wait_for_all,
-    world_mesh,
-)
 from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.training.step import make_optimizers
 from tests.helpers import make_draft
@@ -47,7 +37,7 @@ def rows(rank: int, call: int) -> tuple[Tensor, Tensor]:
 def check_target(folder: str, rank: int, chunk_tokens: int | None) -> None:
     """With chunks, ranks have different numbers of forwards."""
     whole = load(folder)
-    with one_at_a_time():
+    with distributed.one_at_a_time():
         sharded = load(folder, shard=True, chunk_tokens=chunk_tokens)
     sharded.check()
     for call in range(3):
@@ -75,15 +65,15 @@ def stepped(sharded: bool, steps: range, state: tuple[dict[str, Tensor], dict[st
     draft = make_draft(layer_type="qwen3", fc_norm=True)
     draft.lm_head.weight.requires_grad_(False)
     if sharded:
-        shard(draft, draft.layers, CPU)
+        distributed.shard(draft, draft.layers, CPU)
     optimizers = make_optimizers(draft, Train(optimizer="muon", weight_decay=0.1, learning_rate=0.1))
     assert optimizers[0].defaults["fused"]  # nothing beside its states, as the plan of memory takes it
-    assert full_moments(draft, optimizers) == {}
+    assert distributed.full_moments(draft, optimizers) == {}
     if state is not None:
-        load_full(draft, optimizers, *state)
+        distributed.load_full(draft, optimizers, *state)
     for step in steps:
         gradients_of(draft, step)
-        norm = clip_gradients([p for p in draft.parameters() if p.requires_grad], 1.0)
+        norm = distributed.clip_gradients([p for p in draft.parameters() if p.requires_grad], 1.0)
         assert norm > 10 and type(norm) is Tensor
         for optimizer in optimizers:
             optimizer.step()
@@ -93,14 +83,14 @@ def stepped(sharded: bool, steps: range, state: tuple[dict[str, Tensor], dict[st
 def check_state(rank: int) -> None:
     """Muon's, which orthogonalises in bfloat16. AdamW's: whole runs move it in test_ranks.py."""
     plain = stepped(False, range(5))
-    expected = full_weights(plain[0]), full_moments(*plain)
+    expected = distributed.full_weights(plain[0]), distributed.full_moments(*plain)
     assert (len(expected[1]) > 20) == (rank == 0)
     for first, second in ((False, True), (True, False)):
         draft, optimizers = stepped(first, range(2))
-        saved = full_weights(draft), full_moments(draft, optimizers)
+        saved = distributed.full_weights(draft), distributed.full_moments(draft, optimizers)
         assert bool(saved[0]) == bool(saved[1]) == (rank == 0)
-        draft, optimizers = stepped(second, range(2, 5), from_all(saved)[0])
-        again = full_weights(draft), full_moments(draft, optimizers)
+        draft, optimizers = stepped(second, range(2, 5), distributed.from_all(saved)[0])
+        again = distributed.full_weights(draft), distributed.full_moments(draft, optimizers)
         for ours, theirs in zip(again, expected, strict=True):
             assert same_tensors(ours, theirs, 0.01), (first, second)
 
@@ -121,27 +111,23 @@ def check_reductions(recipe_path: str) -> None:
 
 
 def check_agreement(rank: int, folder: Path) -> None:
-    agree({"recipe": "a", "set of data": "b"})
-    try:
-        agree({"recipe": "a", "set of data": "b" if rank < 2 else "c"})
-    except ValueError as error:
-        assert rank == 2 and str(error).startswith("set of data: not the same")
-    else:
-        assert rank < 2
-    with one_at_a_time(), (folder / "turns").open("a") as file:
+    distributed.agree({"recipe": "a", "set of data": "b"})
+    with pytest.raises(ValueError, match="set of data: not the same") if rank == 2 else nullcontext():
+        distributed.agree({"recipe": "a", "set of data": "b" if rank < 2 else "c"})
+    with distributed.one_at_a_time(), (folder / "turns").open("a") as file:
         file.write(str(rank))
     assert (folder / "turns").read_text() == "012"
 
 
 def run(recipe_path: str, *target_folders: str) -> None:
     rank = dist.get_rank()
-    world_mesh("cpu")
-    assert counts_over_ranks([rank, 7], CPU).tolist() == [3, 21]
+    distributed.world_mesh("cpu")
+    assert distributed.counts_over_ranks([rank, 7], CPU).tolist() == [3, 21]
     # A sum in its place would change no gradient: passes over nothing, which only cost time.
-    assert counts_over_ranks([rank, 7], CPU, largest=True).tolist() == [2, 7]
+    assert distributed.counts_over_ranks([rank, 7], CPU, largest=True).tolist() == [2, 7]
     check_reductions(recipe_path)
     for folder, chunk_tokens in zip(target_folders, (None, 3), strict=True):
         check_target(folder, rank, chunk_tokens)
     check_agreement(rank, Path(recipe_path).parent)
     check_state(rank)
-    wait_for_all()
+    distributed.wait_for_all()

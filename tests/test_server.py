@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,7 +23,7 @@ from peagle_train.config import Target
 from peagle_train.core.collator import CODCollator
 from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.target_model.server import ServedTarget
-from tests.helpers import ENVIRONMENT, command
+from tests.helpers import ENVIRONMENT, command, free_port
 from tests.runs import run
 from tests.tiny import write_recipe, write_rows
 from tests.tiny_chat import make_chat_target
@@ -38,12 +37,6 @@ pytestmark = [
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
 CPU = torch.device("cpu")
 COMMAND = "import sys; from peagle_train.cli import main; sys.exit(main())"
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 @contextmanager
