@@ -46,8 +46,7 @@ class Ring:
             if int(old.name) % world_size == rank:  # there may have been more ranks
                 shutil.rmtree(old)
         self.folder.mkdir(parents=True)
-        # By the batch's id: the batch, and those of its sequences that the target is asked for.
-        self._coming: dict[int, tuple[Batch, dict[int, Batch]]] = {}
+        self._asked: dict[int, Batch] = {}  # sequences that the target is asked for, by their keys
         self.keeps = True  # whether the sequences of the next batch will come again
 
     def _path(self, key: int) -> Path:
@@ -56,31 +55,27 @@ class Ring:
     def expect(self, batches: Sequence[Batch]) -> None:
         """See `TargetBase`."""
         for batch in batches:
-            if id(batch) not in self._coming:
-                asked = {key for other, _ in self._coming.values() for key in other["row_key"].tolist()}
-                keys = [*enumerate(batch["row_key"].tolist())]  # 0 is that of a sequence of no tokens
-                new = [b for b, key in keys if key and key not in asked and not self._path(key).exists()]
-                self._coming[id(batch)] = batch, {b: _alone(batch, b) for b in new}
-        self.target.expect([row for batch in batches for row in self._coming[id(batch)][1].values()])
+            for b, key in enumerate(batch["row_key"].tolist()):
+                if key and key not in self._asked and not self._path(key).exists():  # 0: a sequence of no tokens
+                    self._asked[key] = _alone(batch, b)
+        self.target.expect([*self._asked.values()])
 
     def outputs(self, batch: Batch, head_rows: Tensor) -> TargetOutputs:
         """See `TargetBase`; zeros at padding. TargetLost: the files cannot be written."""
-        if id(batch) not in self._coming:
-            self.expect([batch])
-        _, rows = self._coming.pop(id(batch))
         shape, T, F = batch["input_ids"].shape, self.target.hidden_size, len(self.target.layer_ids)
         whole = [torch.zeros(*shape, w, dtype=self.target.dtype, device=head_rows.device) for w in (F * T, T)]
         for b, key in enumerate(batch["row_key"].tolist()):
             n = int((batch["document_ids"][b] >= 0).sum())
             if n == 0:
                 continue
-            if b not in rows and self._path(key).exists():
+            if self._path(key).exists():
                 stored = load_file(self._path(key))
                 found = [stored[name] for name in FIELDS]
-            else:  # perhaps not even where it was known: it comes twice, in a block or at the end of one
-                one = self.target.outputs(rows.get(b) or _alone(batch, b), head_rows)
+            else:  # asked for, unless it comes a second time at the end of a block
+                row = self._asked.pop(key) if key in self._asked else _alone(batch, b)
+                one = self.target.outputs(row, head_rows)
                 found = [tensor[0, :n].to(self.target.dtype) for tensor in (one.features, one.last_hidden)]
-                if self.keeps and not self._path(key).exists():
+                if self.keeps:
                     self._write(key, found)
             for tensor, part in zip(whole, found, strict=True):
                 tensor[b, :n] = part
