@@ -22,10 +22,6 @@ from tests.runs import same_tensors
 CPU = torch.device("cpu")
 
 
-def load(folder: str, **arguments: Any) -> FrozenTarget:
-    return FrozenTarget.load(folder, dtype="float64", device=CPU, **arguments)
-
-
 def rows(rank: int, call: int) -> tuple[Tensor, Tensor]:
     """Packed rows of a length of the rank's own: one, or several documents, or padding alone."""
     n = 5 + 7 * rank + call
@@ -36,9 +32,9 @@ def rows(rank: int, call: int) -> tuple[Tensor, Tensor]:
 
 def check_target(folder: str, rank: int, chunk_tokens: int | None) -> None:
     """With chunks, ranks have different numbers of forwards."""
-    whole = load(folder)
+    whole = FrozenTarget.load(folder, dtype="float64")
     with distributed.one_at_a_time():
-        sharded = load(folder, shard=True, chunk_tokens=chunk_tokens)
+        sharded = FrozenTarget.load(folder, dtype="float64", shard=True, chunk_tokens=chunk_tokens)
     sharded.check()
     for call in range(3):
         for ours, theirs in zip(sharded.features(*rows(rank, call)), whole.features(*rows(rank, call)), strict=True):

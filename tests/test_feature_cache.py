@@ -309,16 +309,13 @@ def test_a_drafter_from_speculators_files_is_the_one_from_the_target(
     assert same_tensors(train(recipe, tmp_path / "cached", f"target.cache={cache}", source), online, 1e-9)
 
 
+LAST_NAN = torch.tensor([0.0, 0.0, 0.0, float("nan")])[:, None]
 MISFITS: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "no ids": ({"token_ids": None}, [], "token_ids"),
     "two layers": ({"hidden_states": torch.zeros(31, 3, 16)}, [], "(31, 3, 16)"),
     "ids outside": ({"token_ids": torch.full((31,), 61)}, [], "in 0..60"),
     "not finite": ({"hidden_states": torch.full((31, 4, 16), float("nan"))}, [], "not all finite"),
-    "last hidden states not finite": (
-        {"hidden_states": torch.zeros(31, 4, 16).index_fill_(1, torch.tensor([3]), float("nan"))},
-        [],
-        "not all finite",
-    ),
+    "last hidden states not finite": ({"hidden_states": LAST_NAN.expand(31, 4, 16)}, [], "not all finite"),
     "FP8": ({"hidden_states_scales": torch.ones(31, 4)}, [], "FP8 (hidden_states_scales)"),
     "mask": ({"loss_mask": torch.ones(30, dtype=torch.int64)}, [], "loss_mask"),
     "other layers": ({}, ["target.layer_ids=[0, 1, 2]"], "layer"),

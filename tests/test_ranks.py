@@ -23,18 +23,16 @@ from tests.tiny import make_target, write_recipe, write_rows
 slow = pytest.mark.slow
 
 
-def launch(processes: int, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    env = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true", **environment}
-    return subprocess.run([*command, *arguments], env=env, cwd=ROOT, capture_output=True, text=True, timeout=900)
+def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command, env = [sys.executable, *arguments], {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true", **environment}
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 
 def test_the_command_line_on_two_processes_prints_once_and_ends_with_one_processs_weights(tmp_path, tiny, capsys):
     recipe = tiny(tmp_path, data=EVALUATED, train={"max_steps": 2})
-    sharded = ["train.sharding=fsdp2", "target.shard=true"]
-    two = launch(2, "-m", "peagle_train", str(recipe), f"output.dir={tmp_path / 'two'}", *sharded)
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2 -m peagle_train".split()
+    sharded = "train.sharding=fsdp2", "target.shard=true"
+    two = launch(*torchrun, str(recipe), f"output.dir={tmp_path / 'two'}", *sharded)
     assert two.returncode == 0, two.stdout + two.stderr
     run(recipe, "train.gradient_accumulation_steps=2")
     assert same_tensors(drafter(tmp_path / "two" / "final"), drafter(tmp_path / "run" / "final"), 1e-8)
@@ -62,7 +60,7 @@ def test_processes_that_would_train_alone_are_refused_with_the_line_that_works(
 def test_one_of_several_processes_ends_at_once_with_its_code_and_with_all_that_it_said(code):
     script = "import atexit; from peagle_train.files import run_tool; atexit.register(print, 'waited')"
     script += f"; run_tool('x', lambda: print('done') or {code})"
-    done = launch(1, "-c", script, WORLD_SIZE="2", PYTHONUNBUFFERED="")
+    done = launch("-c", script, WORLD_SIZE="2", PYTHONUNBUFFERED="")
     assert (done.returncode, done.stdout, done.stderr) == (code, "done\n", "")
 
 
@@ -139,7 +137,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
         groups.append([2, [["main", where, str(recipes["relay"]), f"output.dir={folder / where}", mistake]]])
     path = folder / "groups.json"
     path.write_text(json.dumps(groups))
-    result = launch(1, "tests/ranks_run.py", str(path))
+    result = launch("tests/ranks_run.py", str(path))
     assert result.returncode == 0, result.stderr[-3000:]
     *trained, out["data"], out["config"], out["server"] = json.loads(result.stdout.splitlines()[-1])
     for code, said in trained:
