@@ -74,7 +74,7 @@ def check_sharding(asked: str) -> bool:
 
 def several() -> bool:
     """Whether there are several processes that have met."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 @lru_cache

@@ -87,7 +87,6 @@ def shard_name(number: int) -> str:
 
 class StoredTarget(AbsentTarget):
     """A target that answers from `target.cache`, memory-mapped; with zeros where it has nothing, as for `train.probe`.
-
     ValueError: one line, for a folder that is no whole cache of this target in these settings.
     """
 
@@ -161,15 +160,14 @@ class StoredTarget(AbsentTarget):
 
 
 class SpeculatorsFiles:
-    """Hidden states that speculators (vllm-project) wrote for offline training, as sequences of one document each, in the
-    order of i, of at most `max_length` tokens.
+    """Hidden states that speculators (vllm-project) wrote for offline training of this target, as sequences of one document
+    each, in the order of i, of at most `max_length` tokens. ValueError: one line, for anything else.
 
     hs_{i}.safetensors holds `token_ids` [n] and `hidden_states` [n, F + 1, T]: the feature layers and what enters the
     target's final norm. The loss mask is in the file, or in the data set next to it (Arrow, written by `datasets`): its row
     i has `loss_mask` [n] and the same tokens as `input_ids`.
 
-    folder: of hs_{i}.safetensors, or the one above its `hidden_states`. target: the one that they are said to be of.
-    ValueError: one line, for files that are something else, and for features that the target does not give.
+    folder: of hs_{i}.safetensors, or the one above its `hidden_states`.
     """
 
     def __init__(self, folder: str, target: FrozenTarget, max_length: int) -> None:

@@ -154,8 +154,7 @@ class FrozenTarget(TargetBase):
         # A sharded one moves to the device a layer at a time.
         target = cls(model if shard or "where" in how else model.to(device), layer_ids, chunk_tokens)
         if target.way.apart:
-            name = type(model).__name__
-            logger.warning("target %s knows no bounds of packed documents: it is given one document at a time", name)
+            logger.warning("target %s knows no packed documents: it is given one at a time", type(model).__name__)
         if shard:
             target._shard(device)
         return target
@@ -238,11 +237,8 @@ class FrozenTarget(TargetBase):
 
     @torch.no_grad()
     def check(self) -> None:
-        """Run a few tokens and see that features and labels are what training takes them for; ValueError if not.
-
-        A document in a batch of several sequences of several documents must get the features that it gets alone (a target
-        that does not isolate them gets one at a time from then on), chunks must give what the whole gives, and nothing but
-        the head may come between last hidden states and logits.
+        """Run a few tokens and see that features are what training takes them for (`packed.choose_way`) and that nothing
+        but the head comes between last hidden states and logits, which labels are made of; ValueError if not.
         """
         name = type(self.model).__name__
         self.way = packed.choose_way(name, self.features, self.way, self.vocab_size)

@@ -123,9 +123,7 @@ class ServedTarget(AbsentTarget):
 
     def _ask(self, ids_n: Tensor) -> tuple[Tensor, int]:
         """The hidden states [n, k + 1, T] of a document, and the greedy token after it; the last ones before the norm.
-
-        TargetLost: no server answered for `target.server_patience` seconds after the first failure. ValueError: one
-        answered something else.
+        TargetLost: no server answered for `target.server_patience` seconds. ValueError: one answered something else.
         """
         until = None
         while True:
