@@ -43,7 +43,7 @@ def check_launch(num_processes: int) -> None:
 def check_device(device: torch.device) -> None:
     """ValueError for a kind of device that attention was never run on."""
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"the device is {device.type}, which is not supported: set ACCELERATE_USE_CPU=true")
+        raise ValueError(f"the device is {device.type}, neither cpu nor cuda: set ACCELERATE_USE_CPU=true")
 
 
 REFUSED = {

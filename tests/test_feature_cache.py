@@ -18,7 +18,7 @@ from peagle_train.files import alone_in
 from peagle_train.target_model.cache import StoredTarget, write_cache
 from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.training.step import BatchRunner
-from tests.helpers import command
+from tests.helpers import command, seeded
 from tests.runs import EVALUATED, LENGTHS, contents, drafter, last_error, metrics, run, same_tensors
 from tests.states_fake import States
 from tests.tiny import make_target, write_rows
@@ -182,8 +182,7 @@ def test_a_cache_that_does_not_match_is_one_clear_line_before_any_training(case,
 def test_positions_that_the_drafters_layers_cannot_reach_are_not_stored_and_a_recipe_that_reads_them_is_refused(
     tmp_path, recipe_in, tiny_rows, capsys
 ):
-    g = torch.Generator().manual_seed(0)
-    row = {"input_ids": torch.randint(60, (400,), generator=g).tolist(), "loss_mask": [0] * 396 + [1, 0, 1, 0]}
+    row = {"input_ids": torch.randint(60, (400,), generator=seeded(0)).tolist(), "loss_mask": [0] * 396 + [1, 0, 1, 0]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     data = {"sources": [str(tmp_path / "rows.jsonl")], "max_length": 401, "eval_fraction": 0.0}
     recipe = recipe_in(data=data, draft={"window": 9, "num_layers": 3})

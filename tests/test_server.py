@@ -23,7 +23,7 @@ from peagle_train.config import Target
 from peagle_train.core.collator import CODCollator
 from peagle_train.target_model.frozen import FrozenTarget
 from peagle_train.target_model.server import ServedTarget
-from tests.helpers import ENVIRONMENT, command, free_port
+from tests.helpers import ENVIRONMENT, command, free_port, seeded
 from tests.runs import run
 from tests.tiny import write_recipe, write_rows
 from tests.tiny_chat import make_chat_target
@@ -99,15 +99,10 @@ def test_its_features_are_the_frozen_targets_and_its_files_are_removed(base, ser
     assert served.layer_ids == frozen.layer_ids and served.dtype == torch.float32
     assert torch.equal(served.head_weight(), frozen.head_weight())
     assert torch.equal(served.embedding_rows(), frozen.embedding_rows())
-    g = torch.Generator().manual_seed(0)
-    rows = [
-        {
-            "input_ids": [torch.randint(0, 60, (n,), generator=g).tolist() for n in row],
-            "loss_mask": [[1] * n for n in row],
-        }
-        for row in ((17, 1, 9), (32,))
-    ]
-    batch = CODCollator(32, num_depths=4)(rows)
+    ids = torch.randint(0, 60, (59,), generator=seeded(0)).tolist()
+    rows = [ids[:17], ids[17:18], ids[18:27]], [ids[27:]]
+    masked = [{"input_ids": row, "loss_mask": [[1] * len(document) for document in row]} for row in rows]
+    batch = CODCollator(32, num_depths=4)(masked)
     documents, head = batch["document_ids"], frozen.head_rows(torch.arange(7))
     is_row = (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] >= 0)
     ours, theirs = served.outputs(batch, head), frozen.outputs(batch, head)
