@@ -346,9 +346,7 @@ def test_on_a_gpu_the_kernel_serves_and_nothing_waits_for_it(name, chunk_tokens)
         assert (ours.cpu() - expected).norm() < 0.03 * expected.norm()
 
 
-@pytest.mark.parametrize(
-    ("stored", "asked"), [("wte.weight", "transformer.wte.weight"), ("m.e.w", "e.w"), ("e.w", "e.w")]
-)
+@pytest.mark.parametrize("stored, asked", [("wte.weight", "transformer.wte.weight"), ("m.e.w", "e.w"), ("e.w", "e.w")])
 def test_a_tensor_is_found_whichever_side_has_the_models_prefix(stored, asked, tmp_path):
     save_file({stored: torch.arange(3.0), f"{stored}x": torch.zeros(3)}, tmp_path / "model.safetensors")
     assert read_tensors(tmp_path, {asked})[asked].tolist() == [0, 1, 2]

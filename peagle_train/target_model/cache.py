@@ -195,9 +195,9 @@ class SpeculatorsFiles:
     def __getitem__(self, index: int) -> dict[str, Any]:
         """input_ids, loss_mask, document_ids int64 [n], as `PackedRows` gives them, and the file's path."""
         number, path = self.samples[index]
-        with open_tensors(path) as file:
-            has = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-            ids, mask = (file.get_tensor(n) if n in has else torch.empty(0) for n in ("token_ids", "loss_mask"))
+        file = open_tensors(path)
+        has = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        ids, mask = (file.get_tensor(n) if n in has else torch.empty(0) for n in ("token_ids", "loss_mask"))
         n, T, V, layers = ids.numel(), self.target.hidden_size, self.target.vocab_size, len(self.target.layer_ids) + 1
         if "hidden_states_scales" in has:
             raise ValueError(f"{path} has hidden states in FP8 (hidden_states_scales), unsupported: write 16 bits")
@@ -221,8 +221,7 @@ class SpeculatorsFiles:
     def compute(self, rows: Iterable[dict[str, Any]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Each sample's features [n, F*T] and last hidden states [n, T] after the final norm."""
         for row in rows:
-            with open_tensors(row["path"]) as file:
-                hidden_nFT = file.get_tensor("hidden_states").to(self.target.device, self.target.dtype)
+            hidden_nFT = open_tensors(row["path"]).get_tensor("hidden_states").to(self.target.device, self.target.dtype)
             yield hidden_nFT[:, :-1].flatten(1).cpu(), self.norm(hidden_nFT[None, :, -1])[0].cpu()
 
     def _compare(self) -> None:

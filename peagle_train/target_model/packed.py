@@ -203,9 +203,7 @@ def _attend(q_1hQD: Tensor, k_1gKD: Tensor, v_1gKD: Tensor, scale: float | None,
 # The check
 
 
-def choose_way(
-    name: str, features: Callable[[Tensor, Tensor, Way], tuple[Tensor, Tensor]], way: Way, vocab_size: int
-) -> Way:
+def choose_way(name: str, features: Callable[..., tuple[Tensor, Tensor]], way: Way, vocab_size: int) -> Way:
     """`way`, or one document at a time where packed ones do not get what they get alone, of a few tokens that are run.
 
     name: the target's. features: `FrozenTarget.features`. ValueError: they are not finite, or chunks give others.
