@@ -145,7 +145,7 @@ def test_bad_rows_are_counted_by_reason_with_the_line_of_the_first_or_stop_with_
     assert f"{len(BAD)} bad rows: " in told and "\n" not in told
     for reason, count in report.bad_rows.items():
         assert f"{count} {reason} (first: {path}, line {first[reason]}: " in told
-    with pytest.raises(ValueError, match=f"{len(BAD)} bad rows: .*data.max_bad_rows is {len(BAD) - 1}"):
+    with pytest.raises(ValueError, match=f"{len(BAD)} bad rows, but data.max_bad_rows is {len(BAD) - 1}: "):
         load(path, max_bad_rows=len(BAD) - 1, **LIMITS)
 
 
@@ -154,7 +154,7 @@ def test_a_share_of_bad_rows_is_of_all_examples_and_is_known_when_all_are_read(t
         rows = [*[b"{"] * bad, *({"text": f"row {i}"} for i in range(good))]
         documents, report = load(write_lines(tmp_path / "r.jsonl", *rows), max_bad_rows=share)
         assert (len(documents), report.bad_rows.total()) == (good, bad)
-        with pytest.raises(ValueError, match=f"{bad} bad rows: .*data.max_bad_rows is {share}"):
+        with pytest.raises(ValueError, match=f"{bad} bad rows, but data.max_bad_rows is {share}: "):
             load(write_lines(tmp_path / "r.jsonl", *rows[:-1]), max_bad_rows=share)
 
 
@@ -167,6 +167,14 @@ def test_check_data_counts_all_that_is_bad_and_ends_with_2_where_a_run_would_sto
         out, err = capsys.readouterr()
         assert f"2 {UNREADABLE} (first: {path}, line 2: " in out and f"1 {FORMAT} (first: {path}, line 3: " in out
         assert "2 documents of 1 files" in out and (f"data.max_bad_rows is {allowed}" in err) == (code == 2)
+        assert str(path) not in err, "what is printed is not said again"
+    write_lines(path, b"{", {"text": 5})
+    for allowed, cause in (
+        ("0", "data.sources: 2 bad rows, but data.max_bad_rows is 0"),
+        ("2", "nothing to learn from"),
+    ):
+        assert main(["check-data", str(recipe), "--workers", "1", f"data.max_bad_rows={allowed}"]) == 2
+        assert cause in capsys.readouterr().err
 
 
 def test_a_text_file_that_is_not_utf8_is_a_bad_row_whatever_its_folder_is_called(tmp_path):
@@ -189,7 +197,7 @@ def test_a_broken_list_of_rows_is_one_bad_row_and_nothing_to_learn_from_is_refus
     documents, report = load(path, max_bad_rows=1)
     assert len(documents) == 2 and report.first_bad[FORMAT].startswith(f"{path}, row 2: ")
     for lines, told in (([b"{", b"["], "2 bad rows: 2 unreadable"), ([{"input_ids": []}], "1 empty documents")):
-        with pytest.raises(ValueError, match=rf"nothing to learn from: 0 documents of 1 files, .* {told}"):
+        with pytest.raises(ValueError, match=rf"nothing to learn from.*: 0 documents of 1 files, .* {told}"):
             load(write_lines(tmp_path / "e.jsonl", *lines), max_bad_rows=9)
 
 
@@ -352,8 +360,11 @@ def test_sources_that_name_nothing_are_refused(tmp_path):
     write(tmp_path / "d" / "a.rst")
     write(tmp_path / "x.bin")
     (tmp_path / "empty").mkdir()
+    write(tmp_path / "saved" / "dataset_info.json", "{}")
+    write(tmp_path / "saved" / "state.json", "{}")
     for source, expected in {
         tmp_path / "empty": r"has no file to read \(none at all\)",
+        tmp_path / "saved": r"has no file to read \(none at all\)",
         tmp_path / "none.txt": "does not exist",
         tmp_path / "*.nothing": "has no file to read",
         tmp_path / "d": r"has no file to read \(.*1 files of other types.*\.py \.txt \.md",

@@ -49,9 +49,7 @@ class SourceFile(NamedTuple):
 class SourceReport:
     """What was read, and what was skipped."""
 
-    files: list[SourceFile] = field(
-        default_factory=list
-    )  # in the order of the sources, within one by the path below it
+    files: list[SourceFile] = field(default_factory=list)  # by source, then by the path below it
     examples: int = 0  # read
     documents: int = 0  # kept, as are those of the next three
     tokens: int = 0
@@ -68,20 +66,19 @@ class SourceReport:
         text += f" ({forms})" if set(self.forms) - {"file"} else ""
         text += f", {self.tokens} tokens, {self.supervised} supervised"
         text += "".join(f", {count} {what}" for what, count in sorted(self.notes.items()))
-        return text + (f", skipped {self._describe_bad()}" if self.bad_rows else "")
+        bad = [f"{count} {reason} (first: {self.first_bad[reason]})" for reason, count in self.bad_rows.items()]
+        return text + (f", skipped {self.bad_rows.total()} bad rows: {'; '.join(bad)}" if bad else "")
 
-    def _describe_bad(self) -> str:
-        counts = [f"{count} {reason} (first: {self.first_bad[reason]})" for reason, count in self.bad_rows.items()]
-        return f"{self.bad_rows.total()} bad rows: {'; '.join(counts)}"
-
-    def check_bad(self, max_bad_rows: int | str) -> None:
-        """ValueError if there are more bad rows than that: a count or, as in "1%", a share of all examples so far."""
+    def mistake(self, max_bad_rows: int | str) -> str | None:
+        """Why a run would stop, if it would: more bad rows than that (a count or, as in "1%", a share of all examples), or
+        nothing to learn from.
+        """
         allowed: Any = max_bad_rows
         if isinstance(max_bad_rows, str):
             allowed = Fraction(max_bad_rows[:-1]) / 100 * self.examples
-        if self.bad_rows.total() > allowed:
-            more = f"data.max_bad_rows is {max_bad_rows}: fix them, or allow more: a count, or a share such as 1%"
-            raise ValueError(f"{self._describe_bad()}: {more} (peagle-train check-data counts all of them)")
+        if (bad := self.bad_rows.total()) > allowed:
+            return f"{bad} bad rows, but data.max_bad_rows is {max_bad_rows}: fix them, or allow more (as in 9, or 1%)"
+        return None if self.supervised else "nothing to learn from in the data sources"
 
 
 def find_all(data: Data) -> dict[str, SourceReport]:
@@ -124,7 +121,7 @@ def _files_of(number: int, spec: SourceSpec, data: Data, skipped: Counter[str]) 
             raise ValueError(f"data source {spec.path} is a data set of several splits: give the folder of one of them")
         if {"state.json", "dataset_info.json"} <= {*below}:  # a saved data set: not what `datasets` caches beside it
             state = json.loads(Path(root, "state.json").read_bytes())
-            below = [file["filename"] for file in state["_data_files"]]
+            below = [file["filename"] for file in state.get("_data_files", [])]
     else:
         extensions = (*extensions, *TEXT_EXTENSIONS, *EXAMPLE_FORMATS)
         matches = [root] if is_file else [*filter(os.path.isfile, glob.glob(root, recursive=True))]
@@ -216,12 +213,14 @@ def _table_rows(file: SourceFile) -> Iterator[dict[str, Any]]:
         raise ValueError(f"cannot read {file.path} ({file.format}): {what}") from error
 
 
-def read_documents(report: SourceReport, encoder: Encoder) -> Iterator[tuple[RawExample, EncodedExample]]:
+def read_documents(
+    report: SourceReport, encoder: Encoder, stops: bool = True
+) -> Iterator[tuple[RawExample, EncodedExample]]:
     """Each document of the report's files once, in order; everything else is counted in it.
 
     A text file is a document with every token but the first supervised, without bos and eos; what looks like a special
     token in it stays text. Examples have one of the forms of encode.py. ValueError, one line, for a file that cannot be
-    read, more than data.max_bad_rows, or nothing to learn from.
+    read and, with `stops`, for the report's `mistake`.
     """
     keys, max_bad_rows = set[bytes](), encoder.data.max_bad_rows
     for raw, example in encoder.encode(read_examples(report.files)):
@@ -231,8 +230,8 @@ def read_documents(report: SourceReport, encoder: Encoder) -> Iterator[tuple[Raw
         elif isinstance(example, BadRow):
             report.bad_rows[example.reason] += 1
             report.first_bad.setdefault(example.reason, f"{raw.where}: {one_line(example.detail)}")
-            if isinstance(max_bad_rows, int):
-                report.check_bad(max_bad_rows)
+            if stops and isinstance(max_bad_rows, int) and report.bad_rows.total() > max_bad_rows:
+                break
         elif example.key in keys:
             report.notes["duplicate documents skipped"] += 1
         else:
@@ -243,9 +242,8 @@ def read_documents(report: SourceReport, encoder: Encoder) -> Iterator[tuple[Raw
             report.tokens += example.input_ids.size
             report.supervised += int(example.loss_mask[1:].sum())
             yield raw, example
-    report.check_bad(max_bad_rows)
-    if not report.supervised:
-        raise ValueError(f"the data sources hold nothing to learn from: {report.describe()}; see data.sources")
+    if stops and (mistake := report.mistake(max_bad_rows)):
+        raise ValueError(f"{mistake}: {report.describe()} (peagle-train check-data counts all that is bad)")
 
 
 class TokenStore(NamedTuple):

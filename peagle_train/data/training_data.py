@@ -11,7 +11,7 @@ A prepared folder is whole or not there:
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -198,13 +198,13 @@ def prepare_recipe(recipe: Recipe, folder: Path, num_workers: int = 1) -> Traini
 def check_data(recipe: Recipe, num_workers: int) -> None:
     """Read everything and print what cannot be used, by reason, with the first of each. ValueError: a run would stop."""
     encoder, found = encoder_of(recipe, num_workers=num_workers, progress=True), find_all(recipe.data)
-    encoder.data = replace(recipe.data, max_bad_rows="100%")
     for role, report in found.items():
-        for _ in read_documents(report, encoder):
+        for _ in read_documents(report, encoder, stops=False):
             pass
         print(f"data.{role}: {report.describe()}")
-    for report in found.values():
-        report.check_bad(recipe.data.max_bad_rows)
+    for role, report in found.items():
+        if mistake := report.mistake(recipe.data.max_bad_rows):
+            raise ValueError(f"data.{role}: {mistake}")
 
 
 def settings_of(encoder: Encoder) -> dict[str, Any]:
