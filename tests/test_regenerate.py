@@ -178,6 +178,7 @@ UNFIT = {
     "nothing": completion("", "length"),
     "empty": completion(" \n", reasoning="hm"),
     "call": completion("call", "tool_calls"),
+    "half": completion("\ud83d"),
     "long": (400, b'{"message": "too long"}'),
 }
 
@@ -193,10 +194,10 @@ def test_unfit_answers_end_their_conversations_and_are_counted_by_reason(server,
     fine = ["a", "fine"]
     written = {id: texts_of(row) for id, row in rows_of(out).items()}
     assert written == {"a": fine, "a-loop-b": fine, "a-cut": fine, "a-long": fine}
-    report, odd = report_of(out), {"finish_reason tool_calls": 1, "refused": 1, "loop": 3}
+    report, odd = report_of(out), {"finish_reason tool_calls": 1, "lone surrogate": 1, "refused": 1, "loop": 3}
     assert report["cut"] == {"loop": 1, "refused": 1, "truncated": 1} and report["skipped"] == {"no question": 1}
     assert report["dropped"] == {**odd, "empty": 1, "truncated": 3} and report["rows"] == 4
-    assert "4 of 13" in printed and "9 dropped (1 empty, 1 finish_reason tool_calls, 3 loop" in printed
+    assert "4 of 14" in printed and "10 dropped (1 empty, 1 finish_reason tool_calls, 1 lone surrogate, 3 l" in printed
     assert printed.count("too long") == 1
     kept = {id: texts_of(row) for id, row in rows_of(tmp_path / "kept.jsonl").items()}
     half = ["cut", "half a"]
