@@ -185,6 +185,13 @@ def test_weights_and_held_out_documents_that_leave_nothing_are_refused(tmp_path,
             read(recipe_of(tmp_path, target, **data))
 
 
+def test_a_draft_vocabulary_larger_than_the_targets_is_told_before_anything_is_read(tmp_path, target):
+    recipe = recipe_of(tmp_path, target, sources=["gone"])
+    recipe.draft.draft_vocab_size = BYTES_VOCAB + 1
+    with pytest.raises(ValueError, match="draft_vocab_size is 301; the target's vocabulary has 300"):
+        prepare_recipe(recipe, tmp_path / "p")
+
+
 def test_the_smallest_data_are_evaluated_unless_the_fraction_is_0(tmp_path, target):
     """On the document that comes first by its key; a lone one is learned from."""
     for count, fraction, held_out in ((2, 1e-9, 1), (7, 1e-9, 1), (7, 0.0, 0), (1, 1e-9, 0)):

@@ -69,6 +69,8 @@ def encoder_of(recipe: Recipe, vocab_size: int | None = None, **how: Any) -> Enc
     path, trusted = recipe.target.path, recipe.target.trust_remote_code
     tokenizer = load_tokenizer(path, trusted)
     size = vocab_size or load_config(path, trusted).get_text_config().vocab_size
+    if (drafted := recipe.draft.draft_vocab_size or 1) > size:
+        raise ValueError(f"draft.draft_vocab_size is {drafted}; the target's vocabulary has {size}")
     mask_token_id = choose_mask_token(recipe.draft, tokenizer, size)
     return Encoder(recipe.data, tokenizer, size, mask_token_id, **how)
 
