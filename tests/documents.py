@@ -52,7 +52,7 @@ def table_of(documents: Sequence[Document]) -> Documents:
     lengths_D = np.array([document.input_ids.numel() for document in documents], np.int64)
     keys = bytes.fromhex("".join(document.key for document in documents))
     keys_D32 = np.frombuffer(keys, np.uint8).reshape(-1, 32)
-    return Documents(TokenStore(ids_n, mask_n), lengths_D, np.zeros_like(lengths_D), keys_D32)
+    return Documents(TokenStore(ids_n, mask_n), lengths_D, np.ones(lengths_D.size), keys_D32)
 
 
 def pack_documents(documents: Sequence[Document], max_length: int, pack: bool = True) -> tuple[PackedRows, PackReport]:

@@ -41,8 +41,7 @@ class SourceFile(NamedTuple):
     path: str  # where it is, in the user's own words
     name: str  # `source/path/below/it`: the same on every machine
     format: str = "text"  # text, jsonl, json, parquet, arrow or hub (a name)
-    source: int = 0  # which of the sources names it
-    spec: SourceSpec = SourceSpec()  # that source: split and name of a data set
+    spec: SourceSpec = SourceSpec()  # the source that names it: its weight, a data set's split and name
 
 
 @dataclass
@@ -92,9 +91,9 @@ def find_all(data: Data) -> dict[str, SourceReport]:
     found = {}
     for role, items in (("eval_sources", data.eval_sources), ("sources", data.sources)):
         report = SourceReport()
-        for number, spec in enumerate(parse_sources(items, f"data.{role}")):
+        for spec in parse_sources(items, f"data.{role}"):
             skipped = Counter[str]()
-            files = list(_files_of(number, spec, data, skipped))
+            files = list(_files_of(spec, data, skipped))
             if not files:
                 counts = ", ".join(f"{count} {what}" for what, count in skipped.items()) or "none at all"
                 keys = f"data.exclude or data.extensions ({' '.join(data.extensions)})"
@@ -106,9 +105,9 @@ def find_all(data: Data) -> dict[str, SourceReport]:
     return found
 
 
-def _files_of(number: int, spec: SourceSpec, data: Data, skipped: Counter[str]) -> Iterator[SourceFile]:
+def _files_of(spec: SourceSpec, data: Data, skipped: Counter[str]) -> Iterator[SourceFile]:
     if spec.path is None:
-        yield SourceFile(str(spec.datasets), spec.describe(), "hub", number, spec)
+        yield SourceFile(str(spec.datasets), spec.describe(), "hub", spec)
         return
     root, extensions = os.path.expanduser(spec.path), tuple(data.extensions)
     is_file = os.path.isfile(root)
@@ -141,7 +140,7 @@ def _files_of(number: int, spec: SourceSpec, data: Data, skipped: Counter[str]) 
             skipped["excluded files skipped"] += 1
         else:
             kinds = (kind for ending, kind in EXAMPLE_FORMATS.items() if item.endswith(ending))
-            yield SourceFile(os.path.join(root, item), name, next(kinds, "text"), number, spec)
+            yield SourceFile(os.path.join(root, item), name, next(kinds, "text"), spec)
 
 
 def _walk(root: str, skipped: Counter[str], not_in: Sequence[str] = ()) -> Iterator[str]:
@@ -161,13 +160,13 @@ def read_examples(files: Sequence[SourceFile]) -> Iterator[RawExample]:
     for file in files:
         path = file.path.encode("utf-8", "backslashreplace").decode()
         if file.format == "text":
-            yield RawExample(file.source, path, file.name, b"".join(_lines(file)), is_text=True)
+            yield RawExample(file.spec.weight, path, file.name, b"".join(_lines(file)), is_text=True)
             continue
         read: Any = {"jsonl": _lines, "json": _json_items}.get(file.format, _table_rows)
         unit = "line" if file.format == "jsonl" else "row"
         for number, content in enumerate(read(file), start=1):
             if not isinstance(content, bytes) or content.strip():
-                yield RawExample(file.source, f"{path}, {unit} {number}", f"{file.name}:{number}", content)
+                yield RawExample(file.spec.weight, f"{path}, {unit} {number}", f"{file.name}:{number}", content)
 
 
 def _lines(file: SourceFile) -> Iterator[bytes]:
@@ -269,7 +268,7 @@ class Documents:
 
     store: TokenStore
     lengths_D: np.ndarray  # int64, each >= 1
-    sources_D: np.ndarray  # int64: which source of the recipe
+    weights_D: np.ndarray  # float64: their sources'
     keys_D32: np.ndarray  # uint8: sha256 of ids and mask
 
     @property
@@ -283,18 +282,18 @@ class Documents:
 
 def store_documents(kept: Iterable[tuple[RawExample, EncodedExample]], path: Path | None = None) -> Documents:
     """Put documents side by side, in memory or in `token_files(path)`."""
-    lengths, sources, keys = list[int](), list[int](), bytearray()
+    lengths, weights, keys = list[int](), list[float](), bytearray()
     streams: Any = (io.BytesIO(), io.BytesIO()) if path is None else [f.open("wb") for f in token_files(path)]
     with streams[0] as ids, streams[1] as mask:
         for raw, example in kept:
             ids.write(example.input_ids.tobytes())
             mask.write(example.loss_mask.tobytes())
             lengths.append(example.input_ids.size)
-            sources.append(raw.source)
+            weights.append(raw.weight)
             keys += example.key
         if path is None:
             store = TokenStore(np.frombuffer(ids.getvalue(), np.int32), np.frombuffer(mask.getvalue(), np.uint8))
     if path is not None:
         store = open_tokens(path)
     keys_D32 = np.frombuffer(keys, np.uint8).reshape(-1, 32)
-    return Documents(store, np.array(lengths, np.int64), np.array(sources, np.int64), keys_D32)
+    return Documents(store, np.array(lengths, np.int64), np.array(weights, np.float64), keys_D32)

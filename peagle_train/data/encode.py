@@ -40,7 +40,7 @@ BATCH = 16  # examples tokenized at once; few, as a text file is one, and each p
 class RawExample(NamedTuple):
     """An example as its file has it."""
 
-    source: int  # of the sources of the recipe
+    weight: float  # its source's
     where: str  # file and line, for messages: printable, whatever the file's name is
     name: str  # the same on every machine
     content: Any  # bytes of a line of JSON or of a whole text; or a table's row, where null stands for a missing field

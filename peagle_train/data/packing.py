@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from peagle_train.config import parse_sources
 from peagle_train.core.cod import hash63
 from peagle_train.data.documents import Documents, SourceReport, TokenStore, read_documents, store_documents
 from peagle_train.data.encode import Encoder
@@ -208,8 +207,7 @@ def make_data(encoder: Encoder, found: dict[str, SourceReport], folder: Path | N
     table = tables["sources"]
     # Weight 2.25 is twice, and a third time for the quarter of the documents that their keys choose (by other bytes than
     # those that hold documents out).
-    weights_D = np.array([source.weight for source in parse_sources(data.sources)])[table.sources_D]
-    times_D = weights_D.astype(np.int64) + _lies_below(table.keys_D32[:, 8:16], weights_D % 1)
+    times_D = table.weights_D.astype(np.int64) + _lies_below(table.keys_D32[:, 8:16], table.weights_D % 1)
     if "eval_sources" in tables:
         eval_table = tables["eval_sources"]
         eval_times_D = np.ones(len(eval_table), np.int64)
@@ -224,7 +222,7 @@ def make_data(encoder: Encoder, found: dict[str, SourceReport], folder: Path | N
             # Small data are evaluated, too: on the document that a larger fraction would hold out first.
             is_out_D[min(usable, key=lambda d: table.keys_D32[d].tobytes())] = True
         eval_table, eval_times_D = table, is_out_D.astype(np.int64)
-    if (weights_D != 1).any():
+    if (table.weights_D != 1).any():
         times = times_D[~is_out_D]
         skipped, copies = int((times == 0).sum()), int((times - 1).clip(0).sum())
         lines.append(f"data: sources' weights skip {skipped} documents and add {copies} copies of others")
