@@ -183,7 +183,7 @@ def test_a_prompt_and_a_completion_in_strings_get_bos_and_eos_and_no_template():
 @pytest.mark.parametrize(
     ("template", "options", "message"),
     [
-        (None, {}, "has no chat template: set data.chat_template to a .jinja file"),
+        (None, {}, "no chat template: set data.chat_template to a .jinja file"),
         ("{% for", {}, "the chat template cannot render a chat (TemplateSyntaxError"),
         ("{{ messages[0].content }}", {}, "what is said in it is missing"),
         ("{{ raise_exception('no') }}", {}, "(TemplateError: no): set data.chat_template"),

@@ -66,8 +66,7 @@ class ChatTemplate:
         self._tokenizer, self._text, self._kwargs = tokenizer, text, template_kwargs
         source = tokenizer.chat_template if text is None else text
         if not source:
-            remedy = "set data.chat_template to a .jinja file, the template that your server uses"
-            raise ValueError(f"the target's tokenizer has no chat template: {remedy}")
+            raise ValueError("no chat template: set data.chat_template to a .jinja file, the one that your server uses")
         self.reads_tool_calls = "tool_calls" in str(source)
         added = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
         self._added, self._added_ids = tuple(added.values()), frozenset(added)
@@ -146,7 +145,7 @@ class ChatEncoder:
             has = "none" if tokenizer is None else type(tokenizer).__name__
             raise ValueError(f"chats take a fast tokenizer (tokenizer.json) in target.path; it has {has}")
         self._text, self._kwargs = text, template_kwargs or {}
-        self._given, self._tokenizer = tokenizer, copy.deepcopy(tokenizer)
+        self._tokenizer = copy.deepcopy(tokenizer)
         # Post-processors add special tokens, which templates write themselves, and cut the space off a token's offsets.
         self._tokenizer.backend_tokenizer.post_processor = None
         # What a text without a template is put between: bos by the tokenizer's own rule, and eos.
@@ -157,7 +156,7 @@ class ChatEncoder:
     @cached_property
     def template(self) -> ChatTemplate:
         """ValueError where there is none that can be used: plain prompts and completions need none."""
-        return ChatTemplate(self._given, self._text, self._kwargs)
+        return ChatTemplate(self._tokenizer, self._text, self._kwargs)
 
     def encode(self, conversation: Conversation) -> EncodedChat:
         """Ids and mask of a chat.
@@ -222,12 +221,7 @@ class ChatEncoder:
 
 def read_template(path: str | None) -> str | None:
     """The text of the file that data.chat_template names, None for none; ValueError if it cannot be read."""
-    if path is None:
-        return None
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return None if path is None else Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"data.chat_template: cannot read {path} ({error})") from None
-    if not text.strip():
-        raise ValueError(f"data.chat_template: {path} is empty")
-    return text

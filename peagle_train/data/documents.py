@@ -28,7 +28,7 @@ from peagle_train.files import one_line
 
 STDLIB = "stdlib"  # the source that stands for the modules of the running Python's own library
 TEXT_EXTENSIONS = (".py", ".txt", ".md")
-EXAMPLE_FORMATS = {f".{name}": name for name in ("jsonl", "json", "parquet", "arrow")}
+EXAMPLE_FORMATS = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 EXAMPLE_FORMATS |= {".jsonl.gz": "jsonl", ".json.gz": "json"}
 """Files of examples by how their names end; any other file is one text."""
 _NOT_LIBRARY = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
@@ -252,14 +252,9 @@ class TokenStore(NamedTuple):
     mask_n: np.ndarray  # uint8: their loss masks
 
 
-def token_files(path: Path) -> list[Path]:
-    return [path.with_name(f"{path.name}-{what}.bin") for what in ("ids", "mask")]
-
-
 def open_tokens(path: Path) -> TokenStore:
-    """The `token_files(path)`, mapped into memory."""
-    ids, mask = token_files(path)
-    return TokenStore(np.memmap(ids, np.int32, "r"), np.memmap(mask, np.uint8, "r"))
+    """PATH-ids.bin and PATH-mask.bin, mapped into memory."""
+    return TokenStore(np.memmap(f"{path}-ids.bin", np.int32, "r"), np.memmap(f"{path}-mask.bin", np.uint8, "r"))
 
 
 @dataclass(frozen=True)
@@ -281,9 +276,9 @@ class Documents:
 
 
 def store_documents(kept: Iterable[tuple[RawExample, EncodedExample]], path: Path | None = None) -> Documents:
-    """Put documents side by side, in memory or in `token_files(path)`."""
+    """Put documents side by side, in memory or where `open_tokens(path)` finds them."""
     lengths, weights, keys = list[int](), list[float](), bytearray()
-    streams: Any = (io.BytesIO(), io.BytesIO()) if path is None else [f.open("wb") for f in token_files(path)]
+    streams: Any = [io.BytesIO() if path is None else open(f"{path}-{what}.bin", "wb") for what in ("ids", "mask")]
     with streams[0] as ids, streams[1] as mask:
         for raw, example in kept:
             ids.write(example.input_ids.tobytes())
