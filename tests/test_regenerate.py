@@ -89,7 +89,7 @@ def test_rows_that_cannot_be_asked_are_counted_by_reason_or_refused(tmp_path):
         ({"messages": [user("a"), {**assistant("b"), "tool_calls": [{"name": "f"}]}]}, "tools"),
         ({"messages": [user("a")], "tools": [{"name": "f"}]}, "tools"),
         ({"messages": [assistant("a"), user("b")]}, "no question"),
-        ({"turns": None, "prompt": None}, "wrong format: it has none of messages, conversations, turns and prompt"),
+        ({"turns": None, "prompt": None}, "no question: it has no messages, conversations, turns or prompt"),
         ({"turns": []}, "no question"),
         ([], "wrong format"),
     ):

@@ -69,9 +69,7 @@ class SourceReport:
         return text + (f", skipped {self.bad_rows.total()} bad rows: {'; '.join(bad)}" if bad else "")
 
     def mistake(self, max_bad_rows: int | str) -> str | None:
-        """Why a run would stop, if it would: more bad rows than that (a count or, as in "1%", a share of all examples), or
-        nothing to learn from.
-        """
+        """Why a run would stop, if it would; `max_bad_rows` is a count or, as in "1%", a share of all examples."""
         allowed: Any = max_bad_rows
         if isinstance(max_bad_rows, str):
             allowed = Fraction(max_bad_rows[:-1]) / 100 * self.examples

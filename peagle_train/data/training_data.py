@@ -55,24 +55,19 @@ def load_training_data(encoder: Encoder, say: Callable[[str], object] = print) -
     if len(eval_rows) < len(made.eval_rows):
         say(f"held out: {len(eval_rows)} of these sequences are evaluated on (data.max_eval_rows)")
     if data.eval_fraction > 0 and not len(eval_rows):
-        say(
-            "no evaluation: only one document can be learned from, and it is trained on: give more, or data.eval_sources"
-        )
+        say("no evaluation: the only document is trained on: give more, or data.eval_sources")
     return made._replace(eval_rows=eval_rows)
 
 
-def encoder_of(recipe: Recipe, vocab_size: int | None = None, **how: Any) -> Encoder:
-    """The recipe's encoder; `how`: its other fields. ValueError: a user's mistake.
-
-    vocab_size: the target's; None: as its config.json says, so that of the target only config and tokenizer are read.
-    """
+def encoder_of(recipe: Recipe, vocab_size: int | None = None, num_workers: int = 0) -> Encoder:
+    """The recipe's encoder; `vocab_size` is the target's (None: what its config.json says). ValueError: a mistake."""
     path, trusted = recipe.target.path, recipe.target.trust_remote_code
     tokenizer = load_tokenizer(path, trusted)
     size = vocab_size or load_config(path, trusted).get_text_config().vocab_size
     if (drafted := recipe.draft.draft_vocab_size or 1) > size:
         raise ValueError(f"draft.draft_vocab_size is {drafted}; the target's vocabulary has {size}")
     mask_token_id = choose_mask_token(recipe.draft, tokenizer, size)
-    return Encoder(recipe.data, tokenizer, size, mask_token_id, **how)
+    return Encoder(recipe.data, tokenizer, size, mask_token_id, num_workers)
 
 
 def make_collator(recipe: Recipe, seed: int, device: torch.device | None = None) -> CODCollator:
@@ -167,7 +162,7 @@ def prepare_recipe(recipe: Recipe, folder: Path, num_workers: int = 1) -> Traini
     """Make the folder that `data.prepared` may name; returns what training will read. A finished one is only checked.
     ValueError, one line, for a user's mistake, for a folder of something else, and for sources that have changed.
     """
-    data, encoder = recipe.data, encoder_of(recipe, num_workers=num_workers, progress=True)
+    data, encoder = recipe.data, encoder_of(recipe, num_workers=num_workers)
     settings, found = settings_of(encoder), find_all(data)
     names = {
         role: [(f.name, f.format, 0 if f.format == "hub" else os.path.getsize(f.path)) for f in report.files]
@@ -199,7 +194,7 @@ def prepare_recipe(recipe: Recipe, folder: Path, num_workers: int = 1) -> Traini
 
 def check_data(recipe: Recipe, num_workers: int) -> None:
     """Read everything and print what cannot be used, by reason, with the first of each. ValueError: a run would stop."""
-    encoder, found = encoder_of(recipe, num_workers=num_workers, progress=True), find_all(recipe.data)
+    encoder, found = encoder_of(recipe, num_workers=num_workers), find_all(recipe.data)
     for role, report in found.items():
         for _ in read_documents(report, encoder, stops=False):
             pass
