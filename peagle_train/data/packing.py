@@ -222,10 +222,6 @@ def make_data(encoder: Encoder, found: dict[str, SourceReport], folder: Path | N
             # Small data are evaluated, too: on the document that a larger fraction would hold out first.
             is_out_D[min(usable, key=lambda d: table.keys_D32[d].tobytes())] = True
         eval_table, eval_times_D = table, is_out_D.astype(np.int64)
-    if (table.weights_D != 1).any():
-        times = times_D[~is_out_D]
-        skipped, copies = int((times == 0).sum()), int((times - 1).clip(0).sum())
-        lines.append(f"data: sources' weights skip {skipped} documents and add {copies} copies of others")
     times_D[is_out_D] = 0
     train_rows, packed = pack_table(table, times_D, data.max_length, data.pack)
     if packed.supervised == 0:
