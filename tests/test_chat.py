@@ -264,11 +264,6 @@ def test_thoughts_are_there_under_the_names_that_templates_read():
         assert alone.learned == [False, True]
 
 
-def test_thoughts_that_differ_under_two_names_are_refused_and_none_is_dropped():
-    with pytest.raises(BadRow, match="thoughts"):
-        answered(reasoning_content="Because", thinking="Or not")
-
-
 def test_parts_are_joined_and_null_fields_left_out_but_arguments_keep_theirs():
     parts = [{"type": "text", "text": "Hi"}, "So?"]
     assert [answered(content=parts[:n])["content"] for n in (1, 2)] == ["Hi", "Hi\nSo?"]

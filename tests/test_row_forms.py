@@ -25,8 +25,6 @@ from tests.tiny import write_recipe
 
 CHAT = chat("user: hi", "assistant: hello")["messages"]
 SHAREGPT = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
-
-
 TEXT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>\n"
 
 
@@ -69,21 +67,15 @@ BAD_CHATS = {
         {"conversations": [SHAREGPT[0], {"from": "function_call", "value": "no JSON"}]},
         answered(content=[{"type": "image_url", "image_url": "x"}]),
         answered(thinking=7),
+        answered(reasoning_content="Because", thinking="Or not"),
         answered(tool_calls={"a": 1}),
         answered(tool_calls=[{"function": {"arguments": {}}}]),
         answered(tool_calls=[{"function": {"name": "f", "arguments": "{"}}]),
-        {**answered(), "tools": [1]},
         {**answered(), "chat_template_kwargs": [1]},
         answered(weight=0.5),
         answered(weight=2),
-        answered(train=True),
-        answered(training=False),
-        answered(trainable=True),
-        answered(train_detail=[]),
-        answered(loss=False),
-        answered(loss_weight=0.5),
-        answered(mask=1),
-        answered(masked=True),
+        *(answered(**{mark: 1}) for mark in ("train", "training", "trainable", "train_detail")),
+        *(answered(**{mark: 0}) for mark in ("loss", "loss_weight", "mask", "masked")),
     ],
     NOTHING: [
         answered(content=" \n"),
@@ -95,6 +87,7 @@ BAD_CHATS = {
         {"prompt": CHAT, "completion": CHAT[:1]},
     ],
 }
+UNREAD = ("labels", "attention_mask", "assistant_mask", "assistant_masks")
 # What is in a line, what it is counted as, and a word of what is said about it.
 BAD = [
     (b'{"text": "broken', UNREADABLE, "not valid JSON"),
@@ -116,15 +109,11 @@ BAD = [
     (ids("[1, 1" + "0" * 5000 + "]"), UNREADABLE, "not valid JSON"),
     (ids("[1, 299]"), BAD_IDS, "input_ids[1] is the mask token 299"),
     (ids("[1, 2]", loss_mask="[1]"), FORMAT, "2 input_ids but 1 in loss_mask"),
-    (ids("[1, 2]", attention_mask="[1, 1]"), FORMAT, "attention_mask is not read"),
-    (ids("[1, 2]", assistant_mask="[0, 1]"), FORMAT, "assistant_mask is not read"),
-    (ids("[1, 2]", assistant_masks="[0, 1]"), FORMAT, "assistant_masks is not read"),
     (ids("[1, 2]", loss_mask="[0, 2]"), FORMAT, "loss_mask[1] is 2; give 0 or 1"),
     (ids("[1, 2]", loss_mask="null"), FORMAT, "loss_mask is None"),
-    (ids("[1, 2]", labels="[-100, 2]"), FORMAT, "labels is not read"),
+    *((ids("[1, 2]", **{key: "[0, 1]"}), FORMAT, f"{key} is not read") for key in UNREAD),
     *((json.dumps(row).encode(), reason, "") for reason, rows in BAD_CHATS.items() for row in rows),
 ]
-LIMITS = {"mask_token_id": 299}
 
 
 def test_bad_rows_are_counted_by_reason_with_the_line_of_the_first_or_stop_with_theirs(tmp_path):
@@ -134,19 +123,19 @@ def test_bad_rows_are_counted_by_reason_with_the_line_of_the_first_or_stop_with_
         first.setdefault(reason, len(lines) - 1)
         path = write_lines(tmp_path / "one.jsonl", {"text": "good"}, line, b"{")
         with pytest.raises(ValueError, match=r"data\.max_bad_rows is 0") as caught:
-            load(path, **LIMITS)
+            load(path, mask_token_id=299)
         text = str(caught.value)
         assert f"1 {reason} (first: {path}, line 2: " in text and word in text and "\n" not in text and len(text) < 500
         assert len(re.findall(r"line \d", text)) == 1
     path = write_lines(tmp_path / "r.jsonl", *lines)
-    documents, report = load(path, max_bad_rows=len(BAD), **LIMITS)
+    documents, report = load(path, max_bad_rows=len(BAD), mask_token_id=299)
     assert report.bad_rows == Counter(reason for _, reason, _ in BAD) and len(documents) == len(BAD) + 1
     told = report.describe()
     assert f"{len(BAD)} bad rows: " in told and "\n" not in told
     for reason, count in report.bad_rows.items():
         assert f"{count} {reason} (first: {path}, line {first[reason]}: " in told
     with pytest.raises(ValueError, match=f"{len(BAD)} bad rows, but data.max_bad_rows is {len(BAD) - 1}: "):
-        load(path, max_bad_rows=len(BAD) - 1, **LIMITS)
+        load(path, max_bad_rows=len(BAD) - 1, mask_token_id=299)
 
 
 def test_a_share_of_bad_rows_is_of_all_examples_and_is_known_when_all_are_read(tmp_path):
