@@ -35,8 +35,7 @@ from peagle_train.decoding.measure import (
 )
 from peagle_train.regenerate import Prompt
 from peagle_train.target_model.frozen import FrozenTarget
-from tests.byte_tokenizer import BYTES_VOCAB, make_byte_tokenizer
-from tests.documents import load, table_of
+from tests.documents import BYTES_VOCAB, load, make_byte_tokenizer, table_of
 from tests.helpers import command, make_draft, seeded
 from tests.test_generate import PROMPT, by_hand, tiny_draft
 from tests.tiny import MASK, VOCAB, write_recipe, write_rows

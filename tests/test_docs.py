@@ -25,9 +25,8 @@ from torch.distributed.run import get_args_parser
 
 from peagle_train.cli import COMMANDS, main
 from peagle_train.config import Recipe
-from tests.byte_tokenizer import BYTES_MASK, make_byte_target, write_stdlib_recipe
 from tests.chats import chat
-from tests.documents import write_lines
+from tests.documents import BYTES_MASK, make_byte_target, write_lines, write_stdlib_recipe
 from tests.helpers import ROOT, make_package
 from tools import document_keys
 

@@ -18,8 +18,7 @@ from peagle_train.data.training_data import load_training_data, prepare_recipe
 from peagle_train.serving.drafter_io import load_drafter
 from peagle_train.serving.export import check_folder
 from peagle_train.training.checkpoint import verify_checkpoint
-from tests.byte_tokenizer import BYTES_MASK, BYTES_VOCAB
-from tests.documents import TOKENIZER, load
+from tests.documents import BYTES_MASK, BYTES_VOCAB, TOKENIZER, load
 from tests.runs import run
 from tests.tiny import MASK, VOCAB, write_recipe, write_rows
 

@@ -1,5 +1,6 @@
 """Sequences: packed without losing a token, prepared in a folder that is whole or not there, refused where it misfits."""
 
+import copy
 import hashlib
 import json
 from collections import Counter
@@ -18,10 +19,11 @@ from peagle_train.data.encode import Encoder
 from peagle_train.data.packing import PackedRows, TrainingData, count_supervised, held_out_documents
 from peagle_train.data.training_data import load_training_data, prepare_recipe
 from tests import oracles
-from tests.byte_tokenizer import BYTES_MASK, BYTES_VOCAB, make_byte_target, make_byte_tokenizer
 from tests.chats import chat
-from tests.documents import Document, pack_documents, table_of, write_lines
+from tests.documents import BYTES_VOCAB, TOKENIZER, Document, make_byte_target, pack_documents, table_of, write_lines
 from tests.tiny import write_recipe
+
+MASK = BYTES_VOCAB - 1
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def write_sources(folder: Path) -> list[Any]:
 def recipe_of(folder: Path, target: Path, **data: Any) -> Recipe:
     folder.mkdir(exist_ok=True, parents=True)
     given = {"max_length": 64, "eval_fraction": 0.2, "max_bad_rows": 1, "max_eval_rows": 4, **data}
-    path = write_recipe(folder, target, folder, folder / "run", draft={"mask_token_id": BYTES_MASK}, data=given)
+    path = write_recipe(folder, target, folder, folder / "run", draft={"mask_token_id": MASK}, data=given)
     return load_recipe(path)
 
 
@@ -58,14 +60,10 @@ def made(tmp_path_factory, target):
     return recipe, folder / "prepared"
 
 
-def read(
-    recipe: Recipe, prepared: Path | None = None, said: list[str] | None = None, tokenizer: Any = None, **changes: Any
-) -> TrainingData:
+def read(recipe: Recipe, prepared: Path | None = None, said: list[str] | None = None, **changes: Any) -> TrainingData:
     data = replace(recipe.data, prepared=prepared and str(prepared))
-    how: dict[str, Any] = {"vocab_size": BYTES_VOCAB, "mask_token_id": BYTES_MASK, **changes}
-    return load_training_data(
-        Encoder(data, tokenizer or make_byte_tokenizer(), **how), ([] if said is None else said).append
-    )
+    how: dict[str, Any] = {"tokenizer": TOKENIZER, "vocab_size": BYTES_VOCAB, "mask_token_id": MASK, **changes}
+    return load_training_data(Encoder(data, **how), ([] if said is None else said).append)
 
 
 def assert_same(first: TrainingData, second: TrainingData) -> None:
@@ -126,7 +124,7 @@ def test_prepared_data_of_other_settings_is_refused_with_the_key_and_both_values
         changed = replace(recipe, data=replace(recipe.data, **{key: value}))
         with pytest.raises(ValueError, match=f"was made with data.{key} .*while it is"):
             read(changed, folder)
-    template, tokens, end, used = (make_byte_tokenizer() for _ in range(4))
+    template, tokens, end, used = (copy.deepcopy(TOKENIZER) for _ in range(4))
     template.chat_template = template.chat_template.replace("assistant", "assistant ")
     tokens.add_tokens(["abc"])
     end.eos_token = "<|end|>"

@@ -16,8 +16,7 @@ from peagle_train.config import load_recipe
 from peagle_train.decoding.generate import CachedTarget, Drafter, decode, greedy_tokens, sampler
 from peagle_train.decoding.measure import repeats, stdlib_cases
 from peagle_train.serving.drafter_io import load_drafter
-from tests.byte_tokenizer import BYTES_VOCAB, make_byte_target, make_byte_tokenizer, write_stdlib_recipe
-from tests.documents import write_lines
+from tests.documents import BYTES_VOCAB, make_byte_target, make_byte_tokenizer, write_lines, write_stdlib_recipe
 from tests.helpers import ROOT, make_draft
 from tests.tiny import write_recipe, write_rows
 

@@ -7,7 +7,7 @@ from typing import Any
 from accelerate.state import AcceleratorState
 
 from peagle_train.__main__ import main
-from tests.byte_tokenizer import make_byte_target, write_stdlib_recipe
+from tests.documents import make_byte_target, write_stdlib_recipe
 
 PAYLOAD = """
 from pathlib import Path
