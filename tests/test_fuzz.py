@@ -39,24 +39,20 @@ def one_line_at_most() -> Iterator[None]:
 
 # Rows: each line is a document, an empty one, a duplicate, or a bad row with a reason.
 
-texts = st.text(max_size=12) | st.sampled_from(["", " ", "\ud800", "\x00", "<|im_end|>", "a" * 500])
-odd = st.none() | st.booleans() | st.integers(-(2**65), 2**65) | st.floats() | texts | st.just([]) | st.just({})
+WORDS = ["", " ", "user", "assistant", "tool", "human", "x", "\ud800", "\x00", "<|im_end|>", "a" * 500]
+KEYS = (
+    "input_ids loss_mask messages conversations prompt completion text tools labels"
+    " role content from value tool_calls name reasoning_content weight type"
+).split()
+texts = st.text(max_size=12) | st.sampled_from(WORDS)
+odd = st.none() | st.booleans() | st.integers(-(2**65), 2**65) | st.floats() | texts
+values = st.recursive(odd, lambda v: st.lists(v) | st.dictionaries(st.sampled_from(KEYS), v), max_leaves=9)
 ids = st.lists(st.integers(0, 60) | st.integers(-2, BYTES_VOCAB + 2) | odd, max_size=6)
-roles = st.sampled_from(["system", "user", "assistant", "tool", "developer", "human", "gpt", "x"]) | odd
-parts = texts | odd
-parts |= st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": texts | odd}), max_size=2)
-IN_TURNS = ["role", "content", "from", "value", "tool_calls", "name", "reasoning_content", "weight"]
-IN_ROWS = "input_ids loss_mask messages conversations prompt completion text tools labels".split()
-turns = st.lists(
-    st.dictionaries(st.sampled_from(IN_TURNS), roles | parts, max_size=4)
-    | st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]), "content": texts})
-    | odd,
-    max_size=4,
-)
+turn = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]), "content": texts})
 rows = st.one_of(
-    odd,
-    st.dictionaries(st.sampled_from(IN_ROWS), st.one_of(ids, turns, texts, odd), max_size=3),
-    st.fixed_dictionaries({"messages": turns}),
+    values,
+    st.dictionaries(st.sampled_from(KEYS), values | ids, max_size=3),
+    st.fixed_dictionaries({"messages": st.lists(turn | values, max_size=4)}),
     st.fixed_dictionaries({"input_ids": ids, "loss_mask": ids}),
     st.fixed_dictionaries({"input_ids": st.lists(st.integers(0, 60), min_size=2, max_size=6)}),
 )
