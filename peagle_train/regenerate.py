@@ -70,9 +70,7 @@ class Settings:
     features: str | None = None  # folder that answers' hidden states are kept in
 
     def leaving_room(self, context: int) -> "Settings":
-        """With max_tokens where none was given: 2048, or half of the context (tokens of prompt and answer that the target
-        takes) if that is less. ValueError if max_tokens is as many.
-        """
+        """With max_tokens where none was given: 2048, or half of the context if less. ValueError: no room for a prompt."""
         if self.max_tokens >= context:
             raise ValueError(f"--max-tokens: got {self.max_tokens}; the target takes {context}, the prompt's included")
         return replace(self, max_tokens=self.max_tokens or min(MAX_TOKENS, context // 2))
@@ -318,8 +316,6 @@ class Local:
             raise ValueError(f"target {path} has no tokenizer with a chat template: give an instruction-tuned one")
         text_config = model.config.get_text_config()
         self.end_ids = eos_token_ids(text_config, model.generation_config, tokenizer)
-        if not self.end_ids:
-            raise ValueError("the target names no end token (eos_token_id), so its answers would never end")
         self.context = getattr(text_config, "max_position_embeddings", None) or ENDLESS
         self.settings = settings = settings.leaving_room(self.context)
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size

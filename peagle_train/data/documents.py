@@ -269,9 +269,6 @@ class Documents:
         """int64: a document's first token in the store."""
         return self.lengths_D.cumsum() - self.lengths_D
 
-    def __len__(self) -> int:
-        return self.lengths_D.size
-
 
 def store_documents(kept: Iterable[tuple[RawExample, EncodedExample]], path: Path | None = None) -> Documents:
     """Put documents side by side, in memory or where `open_tokens(path)` finds them."""

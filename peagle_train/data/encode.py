@@ -152,9 +152,8 @@ class Encoder(Dataset[list[tuple[RawExample, Encoded]] | ValueError]):
             allowed = f"integers in 0..{self.vocab_size - 1}, the target's vocabulary"
             return BadRow(BAD_IDS, f"input_ids[{at}] is {_shown(ids[at])}; ids are {allowed}")
         if self.mask_token_id in ids:
-            at = ids.index(self.mask_token_id)
-            what = f"the mask token {self.mask_token_id}, which must never occur in the data"
-            return BadRow(BAD_IDS, f"input_ids[{at}] is {what}: set draft.mask_token_id to an unused token")
+            what = f"input_ids[{ids.index(self.mask_token_id)}] is the mask token {self.mask_token_id}"
+            return BadRow(BAD_IDS, f"{what}, which no example may hold: set draft.mask_token_id to an unused token")
         if (at := _first_outside(mask, 2)) is not None:
             return BadRow(FORMAT, f"loss_mask[{at}] is {_shown(mask[at])}; give 0 or 1")
         if form != "file" and 1 not in mask[1:]:

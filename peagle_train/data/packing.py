@@ -94,9 +94,7 @@ class PackedRows(Dataset[dict[str, Any]]):
         return hashlib.sha256(self.layout["row_keys"].astype("<i8").tobytes()).hexdigest()
 
     def limit(self, max_rows: int | None) -> "PackedRows":
-        """At most `max_rows` of these sequences, in their order, without a copy: those of the lowest keys, since the first
-        are no fair sample (packing sorts by length).
-        """
+        """At most `max_rows` of these, in order, without a copy: of the lowest keys, as packing sorts them by length."""
         chosen = np.sort(np.argsort(self.layout["row_keys"], kind="stable")[:max_rows])
         layout = {n: v[chosen] if n.startswith("row") else v for n, v in self.layout.items()}
         return PackedRows(self._store, layout)
@@ -124,7 +122,7 @@ def pack_table(
     C: copies of documents, P: pieces.
     """
     mask_n = table.store.mask_n
-    document_C = np.repeat(np.arange(len(table)), times_D)
+    document_C = np.repeat(np.arange(times_D.size), times_D)
     pieces_C = -(-table.lengths_D[document_C] // max_length)
     document_P = np.repeat(document_C, pieces_C)
     offset_P = max_length * (np.arange(document_P.size) - np.repeat(pieces_C.cumsum() - pieces_C, pieces_C))
@@ -136,7 +134,7 @@ def pack_table(
     layout = {"piece_starts": start_P[placed], "piece_lengths": length_P[placed]}
     layout |= {"row_firsts": offsets[:-1], "row_ends": offsets[1:]}
     tokens, firsts_P = int(length_P.sum()), mask_n[start_P].astype(np.int64)
-    learned_D = np.add.reduceat(mask_n, table.starts_D, dtype=np.int64) if len(table) else times_D
+    learned_D = np.add.reduceat(mask_n, table.starts_D, dtype=np.int64) if times_D.size else times_D
     report = PackReport(
         documents=document_C.size,
         pieces=length_P.size,
@@ -197,9 +195,7 @@ class TrainingData(NamedTuple):
 
 
 def make_data(encoder: Encoder, found: dict[str, SourceReport], folder: Path | None = None) -> TrainingData:
-    """Read the documents of each role, split them into those to train on and those to evaluate on, and pack both.
-    `folder` is where to keep all tokens; None: in memory. ValueError, one line: see `read_documents`; nothing to learn.
-    """
+    """Read and pack what is trained on and held out. `folder`: for the tokens (None: memory). ValueError: a mistake."""
     data, tables, lines = encoder.data, {}, list[str]()
     for role, report in found.items():
         tables[role] = store_documents(read_documents(report, encoder), folder and folder / role)
@@ -210,7 +206,7 @@ def make_data(encoder: Encoder, found: dict[str, SourceReport], folder: Path | N
     times_D = table.weights_D.astype(np.int64) + _lies_below(table.keys_D32[:, 8:16], table.weights_D % 1)
     if "eval_sources" in tables:
         eval_table = tables["eval_sources"]
-        eval_times_D = np.ones(len(eval_table), np.int64)
+        eval_times_D = np.ones_like(eval_table.lengths_D)
         held_out = {key.tobytes() for key in eval_table.keys_D32}
         is_out_D = np.array([key.tobytes() in held_out for key in table.keys_D32], dtype=bool)
         if in_both := int(is_out_D.sum()):
@@ -225,9 +221,8 @@ def make_data(encoder: Encoder, found: dict[str, SourceReport], folder: Path | N
     times_D[is_out_D] = 0
     train_rows, packed = pack_table(table, times_D, data.max_length, data.pack)
     if packed.supervised == 0:
-        others = f"{int(is_out_D.sum())} of {len(table)} are held out (data.eval_fraction, data.eval_sources)"
-        what = f"nothing to learn from in the {packed.documents} documents to train on"
-        raise ValueError(f"{what}; {others}, others not taken by their source's weight")
+        others = f"{int(is_out_D.sum())} of {is_out_D.size} are held out, others not taken by their source's weight"
+        raise ValueError(f"nothing to learn from in the {packed.documents} documents to train on; {others}")
     eval_rows, eval_report = pack_table(eval_table, eval_times_D, data.max_length, data.pack)
     lines += [f"train: {packed.describe()}"] + [f"held out: {eval_report.describe()}"] * (len(eval_rows) > 0)
     counts_V = count_supervised(table, times_D, encoder.vocab_size)

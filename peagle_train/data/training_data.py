@@ -106,7 +106,6 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
     block_steps: int = 0  # 0: those of one epoch
 
     def __post_init__(self) -> None:
-        assert 0 <= self.rank < self.world_size
         self.num_steps = self.num_steps or self.steps_per_epoch
         self.block_steps = self.block_steps or self.steps_per_epoch
 
@@ -159,9 +158,7 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> Tensor:
 
 
 def prepare_recipe(recipe: Recipe, folder: Path, num_workers: int = 1) -> TrainingData:
-    """Make the folder that `data.prepared` may name; returns what training will read. A finished one is only checked.
-    ValueError, one line, for a user's mistake, for a folder of something else, and for sources that have changed.
-    """
+    """Make the folder that `data.prepared` may name, or check it; returns what training reads. ValueError: a mistake."""
     data, encoder = recipe.data, encoder_of(recipe, num_workers=num_workers)
     settings, found = settings_of(encoder), find_all(data)
     names = {
@@ -226,9 +223,7 @@ def settings_of(encoder: Encoder) -> dict[str, Any]:
 
 
 def open_prepared(folder: Path, settings: dict[str, Any]) -> TrainingData:
-    """The sequences of a prepared folder; the same as if they were made now, but mapped from their files. ValueError, one
-    line, for a folder that is not finished, was made for other settings, or whose files were changed.
-    """
+    """A prepared folder's sequences, mapped from files. ValueError: not finished, changed, or made for other settings."""
     index = read_sealed(folder / INDEX)
     if index is None:
         raise ValueError(f"data.prepared {folder} holds no prepared data; peagle-train prepare makes it")
@@ -239,8 +234,7 @@ def open_prepared(folder: Path, settings: dict[str, Any]) -> TrainingData:
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # one process of a machine is enough: if it fails, all end
         for name, written in index["files"].items():
             if not (folder / name).is_file() or sha256_of(folder / name) != written:
-                remedy = "remove the folder and prepare it again"
-                raise ValueError(f"data.prepared {folder}: {name} is missing or was changed: {remedy}")
+                raise ValueError(f"data.prepared {folder}: {name} is gone or changed: remove the folder, prepare again")
     train, held_out = load_file(folder / TRAIN), load_file(folder / HELD_OUT)
     counts_V = torch.from_numpy(train.pop("counts_V"))
     eval_role = "eval_sources" if settings["data.eval_sources"] else "sources"

@@ -31,9 +31,8 @@ def load_tokenizer(path: str, trust_remote_code: bool) -> Any:
 def load_config(path: str, trust_remote_code: bool) -> Any:
     """transformers' config of a target's folder; ValueError, one line, for a folder that is none."""
     if not (Path(path) / "config.json").is_file():
-        hint = "of the hub: hf download NAME --local-dir DIR; for a plan its config.json is enough"
-        what = "is not a folder or has no config.json; give a Hugging Face model folder"
-        raise ValueError(f"target.path {path} {what} ({hint})")
+        hint = "hf download NAME --local-dir DIR makes one; for a plan its config.json is enough"
+        raise ValueError(f"target.path {path} is not a folder of a Hugging Face model, with its config.json ({hint})")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # whatever a foreign or corrupt file makes transformers raise
@@ -47,8 +46,7 @@ def choose_mask_token(draft: Draft, tokenizer: Any, vocab_size: int) -> int:
     """
     if (given := draft.mask_token_id) is not None:
         if given >= vocab_size:
-            allowed = f"0..{vocab_size - 1}, the target's vocabulary"
-            raise ValueError(f"draft.mask_token_id is {given}; it must lie in {allowed}")
+            raise ValueError(f"draft.mask_token_id is {given}; it must lie in 0..{vocab_size - 1}, the target's ids")
         return given
     # Rows that pad the embedding table are the only ids that provably never occur in text.
     first_unused = vocab_size if tokenizer is None else max(tokenizer.get_vocab().values()) + 1
