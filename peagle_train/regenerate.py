@@ -27,8 +27,8 @@ from transformers import GenerationConfig
 
 from peagle_train.core.cod import hash63
 from peagle_train.data.documents import SourceFile, read_examples
-from peagle_train.data.encode import RawExample, parse
-from peagle_train.data.messages import BadRow, messages_of
+from peagle_train.data.encode import RawExample
+from peagle_train.data.messages import BadRow, messages_of, parse
 from peagle_train.data.vocab import eos_token_ids, load_tokenizer
 from peagle_train.files import RunStopped, lock, one_line, partial_path, put, put_tensors, write_json
 from peagle_train.target_model.loading import load_model, resolve_dtype
@@ -117,9 +117,8 @@ def read_prompts(name_or_path: str, limit: int | None = None, skipped: Counter[s
         if len(prompts) == limit:
             break
     if not prompts:
-        example = '{"prompt": "What is 2 + 2?"}'
-        counts = ", ".join(f"{n} {why}" for why, n in (skipped or {}).items())
-        raise ValueError(f"{path} has no prompt (skipped: {counts or 'none'}): give lines such as {example}")
+        counts = ", ".join(f"{n} {why}" for why, n in (skipped or {}).items()) or "none"
+        raise ValueError(f'{path} has no prompt (skipped: {counts}): give lines such as {{"prompt": "What is 2 + 2?"}}')
     return prompts
 
 
@@ -284,8 +283,7 @@ class Servers:
             raise ValueError(f"--features: the server gives no hidden states: {REMEDY}")
         if path.parent.parent.name == ON_CPU and (t := self.settings.temperature) > 0:
             path.unlink(missing_ok=True)
-            why = "vLLM on a CPU draws wrong tokens while it gives hidden states"
-            raise ValueError(f"--temperature is {t:g}, and {why}: give --temperature 0, or drop --features")
+            raise ValueError(f"--features: vLLM on a CPU draws wrong tokens at --temperature {t:g}: give 0")
         prompt = reply.prompt_token_ids
         ids = torch.tensor(prompt + reply.choices[0].token_ids)[:-1]  # the last token, an end mostly, has no states
         kept = Path(str(self.settings.features)) / f"hs_{hash63(ids.numpy().tobytes())}.safetensors"
@@ -297,8 +295,7 @@ class Servers:
                 if not mark.exists():
                     mark.write_text(name)
                 if (before := mark.read_text()) != name:
-                    differ = f"{kept.parent} holds {before}, the server gives {name}"
-                    raise ValueError(f"--features: {differ}: give another folder")
+                    raise ValueError(f"--features: {kept.parent} holds {before}, not {name}: give another folder")
                 put_tensors(kept, {"token_ids": ids, "loss_mask": mask, "hidden_states": states})
         except OSError as error:
             raise RunStopped(f"--features: {one_line(error, 300)}") from None

@@ -16,8 +16,7 @@ import pytest
 from peagle_train.cli import main
 from peagle_train.config import Data
 from peagle_train.data.documents import find_all, read_examples
-from peagle_train.data.encode import parse
-from peagle_train.data.messages import BAD_IDS, FORMAT, NOTHING, UNREADABLE
+from peagle_train.data.messages import BAD_IDS, FORMAT, NOTHING, UNREADABLE, parse
 from tests.chats import chat
 from tests.documents import TOKENIZER, Document, load, make_byte_target, make_byte_tokenizer, write_lines
 from tests.tiny import write_recipe

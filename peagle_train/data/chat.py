@@ -159,11 +159,9 @@ class ChatEncoder:
         return ChatTemplate(self._tokenizer, self._text, self._kwargs)
 
     def encode(self, conversation: Conversation) -> EncodedChat:
-        """Ids and mask of a chat.
-
-        Messages after the last that is learned from are dropped, and counted: they teach nothing. A prompt and a completion
-        without a template are put between bos and eos, as in TRL. ValueError: no usable template. BadRow: the template
-        fails, reads no tool calls or rewrites the last turn; nothing to learn from.
+        """Messages after the last that is learned from are dropped, and counted: they teach nothing. A prompt and a
+        completion without a template are put between bos and eos, as in TRL. ValueError: no usable template. BadRow: the
+        template fails, reads no tool calls or rewrites the last turn; nothing to learn from.
         """
         counts = Counter[str]()
         if conversation.text is None:

@@ -33,6 +33,7 @@ EXAMPLE_FORMATS |= {".jsonl.gz": "jsonl", ".json.gz": "json"}
 """Files of examples by how their names end; any other file is one text."""
 _NOT_LIBRARY = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
 _TABLE_ROWS = 256  # in memory at a time
+Kept = tuple[RawExample, EncodedExample]
 
 
 class SourceFile(NamedTuple):
@@ -123,8 +124,7 @@ def _files_of(spec: SourceSpec, data: Data, skipped: Counter[str]) -> Iterator[S
         extensions = (*extensions, *TEXT_EXTENSIONS, *EXAMPLE_FORMATS)
         matches = [root] if is_file else [*filter(os.path.isfile, glob.glob(root, recursive=True))]
         if not matches and not glob.has_magic(root):
-            wanted = f"a file, a folder, a glob, {STDLIB} or {HUB}NAME (a data set)"
-            raise ValueError(f"data source {spec.path} does not exist; give {wanted}")
+            raise ValueError(f"data source {spec.path} does not exist; a data set's name is given as {HUB}NAME")
         root = os.path.dirname(root)
         while not is_file and glob.has_magic(root):
             root = os.path.dirname(root)
@@ -210,9 +210,7 @@ def _table_rows(file: SourceFile) -> Iterator[dict[str, Any]]:
         raise ValueError(f"cannot read {file.path} ({file.format}): {what}") from error
 
 
-def read_documents(
-    report: SourceReport, encoder: Encoder, stops: bool = True
-) -> Iterator[tuple[RawExample, EncodedExample]]:
+def read_documents(report: SourceReport, encoder: Encoder, stops: bool = True) -> Iterator[Kept]:
     """Each document of the report's files once, in order; everything else is counted in it.
 
     A text file is a document with every token but the first supervised, without bos and eos; what looks like a special
@@ -270,7 +268,7 @@ class Documents:
         return self.lengths_D.cumsum() - self.lengths_D
 
 
-def store_documents(kept: Iterable[tuple[RawExample, EncodedExample]], path: Path | None = None) -> Documents:
+def store_documents(kept: Iterable[Kept], path: Path | None = None) -> Documents:
     """Put documents side by side, in memory or where `open_tokens(path)` finds them."""
     lengths, weights, keys = list[int](), list[float](), bytearray()
     streams: Any = [io.BytesIO() if path is None else open(f"{path}-{what}.bin", "wb") for what in ("ids", "mask")]

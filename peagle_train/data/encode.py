@@ -4,7 +4,6 @@ Its form is the first of FORMS whose keys it has, whatever else is in it; docs/d
 """
 
 import hashlib
-import json
 import os
 import sys
 from collections import Counter
@@ -21,17 +20,7 @@ from tqdm import tqdm
 
 from peagle_train.config import Data
 from peagle_train.data.chat import IDS_ALONE, ChatEncoder, EncodedChat, read_template
-from peagle_train.data.messages import (
-    BAD_IDS,
-    FORMAT,
-    NOTHING,
-    UNREADABLE,
-    BadRow,
-    from_json,
-    messages_of,
-    without_null,
-)
-from peagle_train.files import one_line
+from peagle_train.data.messages import BAD_IDS, FORMAT, NOTHING, BadRow, decode, messages_of, parse, shown
 
 FORMS = ("input_ids", "messages", "conversations", "prompt", "text")  # in the order in which they are looked for
 BATCH = 16  # examples tokenized at once; few, as a text file is one, and each process holds `prefetch_factor` batches
@@ -133,12 +122,12 @@ class Encoder(Dataset[list[tuple[RawExample, Encoded]] | ValueError]):
         form = next(found, "prompt")
         if form not in row:
             wanted = "input_ids, messages, conversations, prompt and completion, or text"
-            raise BadRow(FORMAT, f"give {{...}} with {wanted}, instead of the keys {_shown(', '.join(row))}")
+            raise BadRow(FORMAT, f"give {{...}} with {wanted}, instead of the keys {shown(', '.join(row))}")
         if form == "input_ids":
             return form, _ids_of(row)
         if form == "text":
             if not isinstance(row["text"], str):
-                raise BadRow(FORMAT, f"text is {_shown(row['text'])}; give a string")
+                raise BadRow(FORMAT, f"text is {shown(row['text'])}; give a string")
             return form, row["text"]
         return form, self.chat.encode(messages_of(row))
 
@@ -150,12 +139,12 @@ class Encoder(Dataset[list[tuple[RawExample, Encoded]] | ValueError]):
             return None
         if (at := _first_outside(ids, self.vocab_size)) is not None:
             allowed = f"integers in 0..{self.vocab_size - 1}, the target's vocabulary"
-            return BadRow(BAD_IDS, f"input_ids[{at}] is {_shown(ids[at])}; ids are {allowed}")
+            return BadRow(BAD_IDS, f"input_ids[{at}] is {shown(ids[at])}; ids are {allowed}")
         if self.mask_token_id in ids:
             what = f"input_ids[{ids.index(self.mask_token_id)}] is the mask token {self.mask_token_id}"
-            return BadRow(BAD_IDS, f"{what}, which no example may hold: set draft.mask_token_id to an unused token")
+            return BadRow(BAD_IDS, f"{what}, which must never occur in the data: give another draft.mask_token_id")
         if (at := _first_outside(mask, 2)) is not None:
-            return BadRow(FORMAT, f"loss_mask[{at}] is {_shown(mask[at])}; give 0 or 1")
+            return BadRow(FORMAT, f"loss_mask[{at}] is {shown(mask[at])}; give 0 or 1")
         if form != "file" and 1 not in mask[1:]:
             return BadRow(NOTHING, f"no token of {len(ids)} has loss_mask 1 after the first")
         ids_n, mask_n = np.array(ids, dtype=np.int32), np.array(mask, dtype=np.uint8)
@@ -178,40 +167,11 @@ def _all_but_first(ids: list[Any]) -> list[int]:
 def _ids_of(row: dict[str, Any]) -> tuple[list[Any], list[Any]]:
     ids = row["input_ids"]
     if not isinstance(ids, list):
-        raise BadRow(FORMAT, f'give {{"input_ids": [...], "loss_mask": [...]}}; input_ids is {_shown(ids)}')
+        raise BadRow(FORMAT, f'give {{"input_ids": [...], "loss_mask": [...]}}; input_ids is {shown(ids)}')
     # In other formats these say which tokens count: ignoring them would train on what they exclude.
     if misread := [key for key in ("labels", "attention_mask", "assistant_mask", "assistant_masks") if key in row]:
         raise BadRow(FORMAT, f"{misread[0]} is not read: remove it, and give loss_mask instead")
     mask = row.get("loss_mask", _all_but_first(ids))
     if not isinstance(mask, list):
-        raise BadRow(FORMAT, f"loss_mask is {_shown(mask)}; give a list of 0 and 1, or omit it")
+        raise BadRow(FORMAT, f"loss_mask is {shown(mask)}; give a list of 0 and 1, or omit it")
     return ids, mask
-
-
-def parse(content: Any) -> dict[str, Any]:
-    """The mapping in a line of JSON, or a table's row, without its null fields; BadRow for anything else."""
-    if isinstance(content, bytes):
-        text = decode(content)
-        try:
-            content = from_json(text)
-        except ValueError as error:
-            what = f"{error.msg}, character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
-            raise BadRow(UNREADABLE, f"not valid JSON ({what})") from None
-    elif isinstance(content, dict):
-        as_given = ("input_ids", "loss_mask")  # long, and without fields
-        content = {k: v if k in as_given else without_null(v) for k, v in content.items() if v is not None}
-    if not isinstance(content, dict):
-        raise BadRow(FORMAT, f'give {{"messages": [...]}} or the like instead of {_shown(content)}')
-    return content
-
-
-def decode(data: bytes) -> str:
-    """A text in UTF-8, without a byte order mark; BadRow for anything else."""
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise BadRow(UNREADABLE, f"not UTF-8 (byte {error.start} is 0x{data[error.start]:02x})") from None
-
-
-def _shown(value: Any) -> str:
-    return one_line(ascii(value), 60)

@@ -1,4 +1,4 @@
-"""Examples of chats in the formats that people have them in, read as one: messages, and which of them are learned from.
+"""Rows, bad rows, and chats in the formats that people have them in, read as one: messages, and which are learned from.
 
 Read are `messages` (role and content), ShareGPT's `conversations` (from and value), and `prompt` with `completion` (two
 lists of messages, or two strings: plain text without a chat template, as in TRL). Templates and tokens come later.
@@ -6,6 +6,8 @@ lists of messages, or two strings: plain text without a chat template, as in TRL
 
 import json
 from typing import Any, NamedTuple
+
+from peagle_train.files import one_line
 
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # what thoughts are called
 _ROLES = {
@@ -30,6 +32,52 @@ class BadRow(ValueError):
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}"
+
+
+def parse(content: Any) -> dict[str, Any]:
+    """The mapping in a line of JSON, or a table's row, without its null fields; BadRow for anything else."""
+    if isinstance(content, bytes):
+        text = decode(content)
+        try:
+            content = _from_json(text)
+        except ValueError as error:
+            what = f"{error.msg}, character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
+            raise BadRow(UNREADABLE, f"not valid JSON ({what})") from None
+    elif isinstance(content, dict):
+        as_given = ("input_ids", "loss_mask")  # long, and without fields
+        content = {k: v if k in as_given else _without_null(v) for k, v in content.items() if v is not None}
+    if not isinstance(content, dict):
+        raise BadRow(FORMAT, f'give {{"messages": [...]}} or the like instead of {shown(content)}')
+    return content
+
+
+def decode(data: bytes) -> str:
+    """A text in UTF-8, without a byte order mark; BadRow for anything else."""
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise BadRow(UNREADABLE, f"not UTF-8 (byte {error.start} is 0x{data[error.start]:02x})") from None
+
+
+def _from_json(text: str) -> Any:
+    """What a JSON text holds. ValueError if it is broken, or escapes half of a surrogate pair, which no tokenizer takes."""
+    value = json.loads(text)
+    if "\\ud" in text.lower():
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def _without_null(value: Any) -> Any:
+    """Without null fields, in mappings at any depth: a table (Parquet, Arrow, a data set) gives every mapping of a column
+    the fields of all of them. Null as an item of a list stays: it was given.
+    """
+    if isinstance(value, dict):
+        return {name: _without_null(item) for name, item in value.items() if item is not None}
+    return [_without_null(item) for item in value] if isinstance(value, list) else value
+
+
+def shown(value: Any) -> str:
+    return one_line(ascii(value), 60)
 
 
 class Conversation(NamedTuple):
@@ -76,23 +124,6 @@ def messages_of(row: dict[str, Any], to_ask: bool = False) -> Conversation:
     kwargs = _typed(row.get("chat_template_kwargs") or {}, dict, "chat_template_kwargs")
     tools = _typed(_parsed(row.get("tools") or [], "tools"), list, "tools")
     return Conversation(messages, learned, kwargs, tools or None)
-
-
-def from_json(text: str) -> Any:
-    """What a JSON text holds. ValueError if it is broken, or escapes half of a surrogate pair, which no tokenizer takes."""
-    value = json.loads(text)
-    if "\\ud" in text.lower():
-        json.dumps(value, ensure_ascii=False).encode()
-    return value
-
-
-def without_null(value: Any) -> Any:
-    """Without null fields, in mappings at any depth: a table (Parquet, Arrow, a data set) gives every mapping of a column
-    the fields of all of them. Null as an item of a list stays: it was given.
-    """
-    if isinstance(value, dict):
-        return {name: without_null(item) for name, item in value.items() if item is not None}
-    return [without_null(item) for item in value] if isinstance(value, list) else value
 
 
 def _message(raw: Any, where: str, may_be_empty: bool) -> tuple[dict[str, Any], int]:
@@ -163,7 +194,7 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
 def _parsed(value: Any, where: str) -> Any:
     """What a JSON string stands for; any other value is itself."""
     try:
-        return from_json(value) if isinstance(value, str) else value
+        return _from_json(value) if isinstance(value, str) else value
     except ValueError:
         raise BadRow(FORMAT, f"{where}: a string of broken JSON") from None
 

@@ -104,10 +104,7 @@ class PackedRows(Dataset[dict[str, Any]]):
         first, last = (int(self.layout[name][sequence]) for name in ("row_firsts", "row_ends"))
         starts, lengths = (self.layout[name][first:last] for name in ("piece_starts", "piece_lengths"))
         pieces = [slice(start, start + length) for start, length in zip(starts.tolist(), lengths.tolist())]
-        ids, mask = (
-            np.concatenate([values[piece] for piece in pieces], dtype=np.int64)
-            for values in (self._store.ids_n, self._store.mask_n)
-        )
+        ids, mask = (np.concatenate([values[piece] for piece in pieces], dtype=np.int64) for values in self._store)
         return ids, mask, np.repeat(np.arange(last - first), lengths)
 
 

@@ -238,7 +238,6 @@ def open_prepared(folder: Path, settings: dict[str, Any]) -> TrainingData:
     train, held_out = load_file(folder / TRAIN), load_file(folder / HELD_OUT)
     counts_V = torch.from_numpy(train.pop("counts_V"))
     eval_role = "eval_sources" if settings["data.eval_sources"] else "sources"
-    train_rows, eval_rows = (
-        PackedRows(open_tokens(folder / role), layout) for role, layout in (("sources", train), (eval_role, held_out))
-    )
+    train_rows = PackedRows(open_tokens(folder / "sources"), train)
+    eval_rows = PackedRows(open_tokens(folder / eval_role), held_out)
     return TrainingData(train_rows, eval_rows, counts_V, PackReport(**index["report"]), index["lines"])

@@ -75,9 +75,7 @@ def eos_token_ids(*sources: Any) -> list[int]:
 
 
 def end_of_turn_ids(tokenizer: Any, data: Data | None = None) -> list[int]:
-    """The added token that the chat template (`data`'s own, if it gives one) puts after an assistant's answer; [] for
-    none. It ends most answers, and not every model's configs name it.
-    """
+    """The added token that the chat template (`data`'s, if it gives one) puts after an answer; [] for none."""
     given, variables = (None, None) if data is None else (read_template(data.chat_template), data.template_kwargs)
     if tokenizer is None or not (given or getattr(tokenizer, "chat_template", None)):
         return []

@@ -31,8 +31,8 @@ from peagle_train.core.draft import PEagleDraft
 from peagle_train.core.elements import make_elements
 from peagle_train.core.passes import visibility_of
 from peagle_train.data.documents import STDLIB, SourceFile, find_all, read_documents, read_examples
-from peagle_train.data.encode import Encoder, parse
-from peagle_train.data.messages import FORMAT, BadRow
+from peagle_train.data.encode import Encoder
+from peagle_train.data.messages import FORMAT, BadRow, parse
 from peagle_train.data.packing import held_out_documents
 from peagle_train.decoding.generate import CachedTarget, Decoded, Drafter, decode, greedy_tokens, sampler
 from peagle_train.files import one_line
