@@ -215,9 +215,7 @@ def converse(
 
 
 class Servers:
-    """Servers that speak OpenAI's chat completions (vLLM, SGLang), each asked by `concurrency` threads. ValueError: no
-    package openai, a server that does not answer or lacks the model, no room for --max-tokens.
-    """
+    """Servers of OpenAI's chat completions (vLLM, SGLang), `concurrency` threads each. ValueError: one cannot be asked."""
 
     def __init__(self, urls: Sequence[str], model: str, settings: Settings, concurrency: int, retries: int) -> None:
         key, context = os.environ.get("OPENAI_API_KEY", "").strip() or "none", ENDLESS

@@ -80,12 +80,8 @@ class SourceReport:
 
 
 def find_all(data: Data) -> dict[str, SourceReport]:
-    """The files of each role in the order in which they are read: `eval_sources`, if there are any, and `sources`.
-
-    Sources are files, folders, globs, `stdlib` and names of data sets. Folders are searched, at any depth, for
-    data.extensions. Files and globs may also name text and example files of any known extension. data.exclude holds
-    fnmatch patterns on the path below the source, with or without the source's own name before it. ValueError for a source
-    that names nothing to read.
+    """The files of each role in the order in which they are read: `eval_sources`, if there are any, and `sources`. What
+    a source may name is in docs/data.md. ValueError for one that names nothing to read.
     """
     found = {}
     for role, items in (("eval_sources", data.eval_sources), ("sources", data.sources)):

@@ -39,9 +39,8 @@ _DATA_KEYS = ("sources extensions exclude eval_sources eval_fraction max_length 
 
 
 def load_training_data(encoder: Encoder, say: Callable[[str], object] = print) -> TrainingData:
-    """The sequences that the encoder's data section names: read, tokenized and packed now, or as they were prepared.
-    The same on every machine and rank, and no rank waits for another here. `say` takes each line of the report.
-    ValueError, one line, for a user's mistake.
+    """The sequences that the encoder's data section names, made now or prepared before: the same on every machine and rank,
+    and no rank waits for another here. `say` takes each line of the report. ValueError: a user's mistake.
     """
     data = encoder.data
     if data.prepared is not None:
