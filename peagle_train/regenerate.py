@@ -101,10 +101,10 @@ def read_prompts(name_or_path: str, limit: int | None = None, skipped: Counter[s
     ID_KEYS. Rows that cannot be asked are counted in `skipped` by reason, the first of each logged. ValueError, one line,
     for what cannot be read; without `skipped` for such rows, too.
     """
-    path, prompts, ids = find_file(name_or_path), list[Prompt](), set[str]()
+    path, prompts = find_file(name_or_path), dict[str, Prompt]()
     for raw in read_examples([SourceFile(path, path, "json" if path.endswith(".json") else "jsonl")]):
         try:
-            prompt = _prompt(raw, ids)
+            prompt = _prompt(raw, prompts)
         except BadRow as error:
             if skipped is None:
                 raise ValueError(f"{raw.where}: this row cannot be asked ({error})") from None
@@ -112,14 +112,13 @@ def read_prompts(name_or_path: str, limit: int | None = None, skipped: Counter[s
                 logger.warning("%s is skipped: %s", raw.where, error)
             skipped[error.reason] += 1
             continue
-        ids.add(prompt.id)
-        prompts.append(prompt)
+        prompts[prompt.id] = prompt
         if len(prompts) == limit:
             break
     if not prompts:
         counts = ", ".join(f"{n} {why}" for why, n in (skipped or {}).items()) or "none"
         raise ValueError(f'{path} has no prompt (skipped: {counts}): give lines such as {{"prompt": "What is 2 + 2?"}}')
-    return prompts
+    return [*prompts.values()]
 
 
 def find_file(name_or_path: str) -> str:
