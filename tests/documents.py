@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from peagle_train.config import Data
-from peagle_train.data.documents import Documents, SourceReport, TokenStore, find_all, read_documents
-from peagle_train.data.encode import Encoder
+from peagle_train.data.documents import Documents, Kept, SourceReport, find_all, read_documents, store_documents
+from peagle_train.data.encode import EncodedExample, Encoder, RawExample
 from peagle_train.data.packing import PackedRows, PackReport, pack_table
 from tests.chats import CHATML, stock
 from tests.tiny import make_target
@@ -88,12 +88,10 @@ def write_lines(path: Path, *lines: Any) -> Path:
 
 
 def table_of(documents: Sequence[Document]) -> Documents:
-    ids_n = np.concatenate([np.zeros(0, np.int32), *(document.input_ids.int().numpy() for document in documents)])
-    mask_n = np.concatenate([np.zeros(0, np.uint8), *(document.loss_mask.numpy() for document in documents)])
-    lengths_D = np.array([document.input_ids.numel() for document in documents], np.int64)
-    keys = bytes.fromhex("".join(document.key for document in documents))
-    keys_D32 = np.frombuffer(keys, np.uint8).reshape(-1, 32)
-    return Documents(TokenStore(ids_n, mask_n), lengths_D, np.ones(lengths_D.size), keys_D32)
+    raw, kept = RawExample(1.0, "", "", None), list[Kept]()
+    for ids, mask, _, key in documents:
+        kept.append((raw, EncodedExample("", ids.int().numpy(), mask.numpy(), bytes.fromhex(key), None)))
+    return store_documents(kept)
 
 
 def pack_documents(documents: Sequence[Document], max_length: int, pack: bool = True) -> tuple[PackedRows, PackReport]:

@@ -157,9 +157,15 @@ def test_a_finished_folder_is_checked_and_refused_when_its_sources_have_changed(
 
 def test_a_preparation_that_ends_early_leaves_nothing_and_the_next_one_starts_over(made, tmp_path):
     recipe, folder = made
-    stricter = load_recipe(folder.parent / "recipe.yaml", ["data.max_bad_rows=0"])
-    with pytest.raises(ValueError, match="max_bad_rows is 0"):
-        prepare_recipe(stricter, tmp_path / "p")
+    for overrides, expected in (  # the draft vocabulary's size is told before data is read
+        (["data.max_bad_rows=0"], "max_bad_rows is 0"),
+        (
+            ["data.sources=[gone]", "draft.draft_vocab_size=301"],
+            "draft_vocab_size is 301; the target's vocabulary has 300",
+        ),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            prepare_recipe(load_recipe(folder.parent / "recipe.yaml", overrides), tmp_path / "p")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / ".p.partial").mkdir()  # what kill -9 would leave
     (tmp_path / ".p.partial" / "sources-ids.bin").write_bytes(b"half")
@@ -178,13 +184,6 @@ def test_weights_and_held_out_documents_that_leave_nothing_are_refused(tmp_path,
     for data in ({"sources": [{"path": source, "weight": 1e-9}]}, {"sources": [source], "eval_sources": [source]}):
         with pytest.raises(ValueError, match="nothing to learn from in the 0 documents to train on"):
             read(recipe_of(tmp_path, target, **data))
-
-
-def test_a_draft_vocabulary_larger_than_the_targets_is_told_before_anything_is_read(tmp_path, target):
-    recipe = recipe_of(tmp_path, target, sources=["gone"])
-    recipe.draft.draft_vocab_size = BYTES_VOCAB + 1
-    with pytest.raises(ValueError, match="draft_vocab_size is 301; the target's vocabulary has 300"):
-        prepare_recipe(recipe, tmp_path / "p")
 
 
 def test_the_smallest_data_are_evaluated_unless_the_fraction_is_0(tmp_path, target):
