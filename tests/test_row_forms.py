@@ -156,10 +156,7 @@ def test_check_data_counts_all_that_is_bad_and_ends_with_2_where_a_run_would_sto
         assert "2 documents of 1 files" in out and (f"data.max_bad_rows is {allowed}" in err) == (code == 2)
         assert str(path) not in err, "what is printed is not said again"
     write_lines(path, b"{", {"text": 5})
-    for allowed, cause in (
-        ("0", "data.sources: 2 bad rows, but data.max_bad_rows is 0"),
-        ("2", "nothing to learn from"),
-    ):
+    for allowed, cause in (("0", "2 bad rows, but data.max_bad_rows is 0"), ("2", "nothing to learn from")):
         assert main(["check-data", str(recipe), "--workers", "1", f"data.max_bad_rows={allowed}"]) == 2
         assert cause in capsys.readouterr().err
 
@@ -201,11 +198,8 @@ def test_lines_of_ids_are_read_with_their_masks_and_equal_ids_with_another_mask_
         load(write_lines(tmp_path / "t.jsonl", {"text": "ab"}), tokenizer=None)
 
 
-ROWS = [
-    {"messages": CHAT, "source": "x"},
-    {"messages": [*CHAT, {"role": "user", "content": "and?"}, {"role": "assistant", "content": "bye"}], "source": "y"},
-    {"messages": [{"role": "user", "content": "caf\u00e9"}, {"role": "assistant", "content": "oui"}], "source": "z"},
-]
+ROWS = [chat("user: hi", "assistant: hello", "user: and?", "assistant: bye", source="x")]
+ROWS += [chat("user: caf\u00e9", "assistant: oui", source="y"), chat("user: hi", "assistant: hello", source="z")]
 
 
 def test_parquet_arrow_saved_and_named_data_sets_hold_what_the_same_jsonl_holds(tmp_path):
