@@ -11,9 +11,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from peagle_train.data.chat import ChatEncoder, EncodedChat
 from peagle_train.data.messages import messages_of
 
-SPECIAL = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|begin|> <|head|> <|/head|> <|eot|> <bos> <|channel|> <|return|> </s>"
-).split()
+SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> <bos> <|channel|> <|return|> </s>".split()
 """With special=True."""
 ADDED = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
 """One token each, but not special."""
@@ -55,15 +53,6 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-LLAMA3 = (
-    "<|begin|>"
-    "{% for m in messages %}"
-    "<|head|>{{ m['role'] }}<|/head|>\n\n"
-    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] | trim }}<|eot|>{% endgeneration %}"
-    "{% else %}{{ m['content'] | trim }}<|eot|>{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<|head|>assistant<|/head|>\n\n{% endif %}"
-)
 # Thoughts stay only behind the last user's message, as an empty pair of marks if there are none; thinking can be
 # switched off in the generation prompt. Tools, calls and results as in ChatML.
 REASONING = (
@@ -98,10 +87,10 @@ LAST_END = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant<|channel|>{% endif %}"
 )
-# No special tokens but eos, and a space that the assistant's turn begins with.
+# No special tokens but eos, a space that the assistant's turn begins with, and answers without space around them.
 PLAIN = (
     "{% for m in messages %}"
-    "{% if m.role == 'assistant' %}{% generation %} {{ m.content }}</s>{% endgeneration %}"
+    "{% if m.role == 'assistant' %}{% generation %} {{ m.content | trim }}</s>{% endgeneration %}"
     "{% else %}{{ m.role }}: {{ m.content }} assistant:{% endif %}"
     "{% endfor %}"
 )

@@ -19,7 +19,6 @@ from tests.chats import WORDS, chat, encode, encoder, make_tokenizer, marked_mas
 SEA = chat("system: You are short.", "user: What colour is the sea?", "assistant: Blue.")
 GRASS = chat(*(f"{m['role']}: {m['content']}" for m in SEA["messages"]), "user: And the grass?", "assistant: Green.")
 WHY = chat("user: Why?", "assistant: Light.")
-HELLO = chat("user: Hello", "assistant: Hi")
 CALL = {"name": "weather", "arguments": '{"city": "Oslo"}'}
 CALLING = {"role": "assistant", "content": None, "reasoning": "Thinking about it."}
 CALLING["tool_calls"] = [{"type": "function", "id": "1", "function": CALL}]
@@ -65,7 +64,7 @@ SHOWN: dict[str, tuple[str, dict[str, Any], dict[str, Any], str, dict[str, int]]
         {},
     ),
     "an end token that takes the newline after it along": (  # none of its own: it is part of that token
-        chats.CHATML, HELLO, {"tokenizer": make_tokenizer(stripping=True)},
+        chats.CHATML, chat("user: Hello", "assistant: Hi"), {"tokenizer": make_tokenizer(stripping=True)},
         r"<|im_start|> user \n Hello <|im_end|> <|im_start|> assistant \n [Hi] [<|im_end|>]", {},
     ),
     "a chat that the assistant opens is learned from its second turn": (
@@ -105,7 +104,7 @@ def test_masks_are_those_of_the_same_template_with_marks():
     tried = [(make_tokenizer(trim_offsets=False), [*ORACLE_ROWS, *rows[:5]]), (make_tokenizer(), rows)]
     tried += [(make_tokenizer(stripping=True), rows), (PreTrainedTokenizerFast(tokenizer_object=nfc), rows)]
     straddling = 0
-    for template in (chats.CHATML, chats.LLAMA3, chats.PLAIN, chats.CHAT_END, chats.REASONING):
+    for template in (chats.CHATML, chats.PLAIN, chats.CHAT_END, chats.REASONING):
         for tokenizer, examples in tried:
             encodes = encoder(template, tokenizer)
             # Thoughts before the last of several users are marked, and not learned.
