@@ -202,8 +202,7 @@ def _table_rows(file: SourceFile) -> Iterator[dict[str, Any]]:
             for values in zip(*batch.values(), strict=True):
                 yield dict(zip(batch, values, strict=True))
     except Exception as error:  # pyarrow, datasets and the hub's client each raise types of their own
-        what = f"{type(error).__name__}: {one_line(error, 300)}"
-        raise ValueError(f"cannot read {file.path} ({file.format}): {what}") from error
+        raise ValueError(f"cannot read {file.path} ({type(error).__name__}: {one_line(error, 300)})") from error
 
 
 def read_documents(report: SourceReport, encoder: Encoder, stops: bool = True) -> Iterator[Kept]:

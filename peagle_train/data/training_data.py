@@ -89,8 +89,7 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
     block is visited R times, once for each epoch, before the next one. Every visit but the first mixes the block's steps
     anew, but a sequence keeps its place j in a step, and so its rank.
 
-    A `DataLoader`'s `batch_sampler`, which has divided the sequences among the ranks: do not let Accelerate prepare that
-    loader.
+    The ranks' shares are divided here: Accelerate must not prepare the loader whose `batch_sampler` it is.
     """
 
     num_rows: int
