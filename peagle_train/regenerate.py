@@ -272,9 +272,7 @@ class Servers:
         return Answer(message.content or "", reply.choices[0].finish_reason, reasoning, states)
 
     def _keep(self, reply: Any) -> Path:
-        """Keep ids and hidden states of prompt and answer, as `SpeculatorsFiles` reads them; RunStopped if none come.
-        ValueError: they are of other layers than those in the folder, or the server, on a CPU, draws wrong tokens.
-        """
+        """Keep ids and hidden states, as `SpeculatorsFiles` reads them. RunStopped: none come. ValueError: unfit ones."""
         path = states_path(reply)
         if path is None:
             raise ValueError(f"--features: the server gives no hidden states: {REMEDY}")
@@ -328,9 +326,7 @@ class Local:
             yield from converse(batch, self.settings, self._answers)
 
     def _answers(self, asks: Sequence[Ask]) -> list[Answer]:
-        """An answer to each, generated together; chats that the template or the context does not take are refused. B:
-        chats that are generated, P: tokens of the longest one.
-        """
+        """An answer to each; B that template and context take are generated together, with prompts padded to P tokens."""
         answers, prompts = dict[int, Answer](), dict[int, list[int]]()
         how, most, device = self.settings.template_kwargs, self.settings.max_tokens, self.model.device
         for at, (messages, _) in enumerate(asks):
@@ -358,9 +354,7 @@ class Local:
 
 
 def regenerate(name_or_path: str, limit: int | None, out: Path, backend: Servers | Local) -> None:
-    """Ask the prompts of `read_prompts`; write OUT, a row for each that got an answer, and OUT.report.json. What was
-    answered is kept. ValueError: a user's mistake. RunStopped: the server stopped answering.
-    """
+    """Write OUT, a row for each of `read_prompts` that is answered, and OUT.report.json. RunStopped: no server answers."""
     settings, skipped = backend.settings, Counter[str]()
     prompts = read_prompts(name_or_path, limit, skipped)
     count, digest = len(prompts), sha256("".join(map(json.dumps, prompts)).encode()).hexdigest()
