@@ -17,7 +17,6 @@ from tests import chats
 from tests.chats import WORDS, chat, encode, encoder, make_tokenizer, marked_mask, readable, stock
 
 SEA = chat("system: You are short.", "user: What colour is the sea?", "assistant: Blue.")
-GRASS = chat(*(f"{m['role']}: {m['content']}" for m in SEA["messages"]), "user: And the grass?", "assistant: Green.")
 WHY = chat("user: Why?", "assistant: Light.")
 CALL = {"name": "weather", "arguments": '{"city": "Oslo"}'}
 CALLING = {"role": "assistant", "content": None, "reasoning": "Thinking about it."}
@@ -82,10 +81,8 @@ def test_a_chat_in_tokens(what):
     assert readable(encoded, options.get("tokenizer")) == expected and encoded.counts == counts
 
 
-BLANKS = chat("user: Hello", "assistant:  Hi \n\n", "user: Bye ", "assistant: \n Bye", "user: So?", "assistant: So\n")
 ORACLE_ROWS = [
-    GRASS,
-    BLANKS,
+    chat("user: Hello", "assistant:  Hi \n\n", "user: Bye ", "assistant: \n Bye", "user: So?", "assistant: So\n"),
     chat("system: ", "user: Hello", "assistant: Hi", "assistant: Bye"),
     chat("user: \u00e9t\u00e9 \U0001f600 \u4f60\u597d", "assistant: \u4f60\u597d, \U0001f600\u00e9"),
 ]

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -122,9 +122,7 @@ def read_drafter(folder: Path, _: Path) -> list[Any]:
     return sorted((name, tuple(tensor.shape)) for name, tensor in load_drafter(folder).state_dict().items())
 
 
-READERS: dict[str, Callable[[Path, Path], list[Any]]] = {
-    "prepared": read_prepared, "checkpoint-1": read_checkpoint, "final": read_drafter
-}  # fmt: skip
+READERS = {"prepared": read_prepared, "checkpoint-1": read_checkpoint, "final": read_drafter}
 
 
 def damage(path: Path, data: st.DataObject) -> None:
