@@ -1,4 +1,4 @@
-"""Sequences: packed without losing a token, prepared in a folder that is whole or not there, refused where it misfits."""
+"""Sequences: packed without losing a token, prepared in a folder that is whole or not there, and dealt to the ranks."""
 
 import copy
 import hashlib
@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from peagle_train.config import Recipe, load_recipe
 from peagle_train.data import packing
 from peagle_train.data.encode import Encoder
-from peagle_train.data.packing import PackedRows, TrainingData, held_out_documents
-from peagle_train.data.training_data import load_training_data, prepare_recipe
+from peagle_train.data.packing import EMPTY_ROW, PackedRows, TrainingData, held_out_documents
+from peagle_train.data.training_data import StepBatchSampler, epoch_order, load_training_data, prepare_recipe
 from tests import oracles
 from tests.chats import chat
 from tests.documents import BYTES_VOCAB, TOKENIZER, Document, make_byte_target, pack_documents, write_lines
@@ -221,13 +221,9 @@ def test_about_the_fraction_is_held_out_whatever_the_others_are_and_it_only_grow
     assert not held_out_documents(keys(9), 0.0).any() and held_out_documents(keys(0), 0.5).size == 0
 
 
-def all_rows(rows: PackedRows) -> list[dict[str, Any]]:
-    return [rows[i] for i in range(len(rows))]
-
-
 def pieces_of(rows: PackedRows) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     pieces = []
-    for row in all_rows(rows):
+    for row in rows:
         for piece in row["document_ids"].unique().tolist():
             inside = row["document_ids"] == piece
             pieces.append((tuple(row["input_ids"][inside].tolist()), tuple(row["loss_mask"][inside].tolist())))
@@ -262,14 +258,14 @@ def test_packing_loses_nothing_and_fills_rows_as_a_slow_packer_does(masks, max_l
     ]
     assert Counter(pieces_of(rows)) == Counter(expected)
     lengths = [len(ids) for ids, _ in expected]
-    spaces = [max_length - row["input_ids"].numel() for row in all_rows(rows)]
+    spaces = [max_length - row["input_ids"].numel() for row in rows]
     if pack:
         assert sorted(spaces) == slow_best_fit_spaces(lengths, max_length)
     else:
         assert pieces_of(rows) == expected and len(rows) == len(expected)
 
     supervised = 0  # counted as section 3 of the contract counts it
-    for row in all_rows(rows):
+    for row in rows:
         rows_of_the_drafter = oracles.drafter_rows(row["document_ids"].tolist())
         supervised += sum(row["loss_mask"][p + 1].item() for p in rows_of_the_drafter)
     assert report.supervised == supervised
@@ -304,9 +300,66 @@ def test_a_rows_key_depends_on_its_content_alone():
 
 def test_limit_takes_a_fixed_sample_in_order_and_shares_the_tokens():
     rows, _ = pack_documents([document([i] * (i % 5 + 1)) for i in range(40)], 5, pack=False)
-    limited, keys = rows.limit(7), [row["row_key"] for row in all_rows(rows)]
-    chosen = [row["row_key"] for row in all_rows(limited)]
+    limited, keys = rows.limit(7), [row["row_key"] for row in rows]
+    chosen = [row["row_key"] for row in limited]
     assert len(limited) == 7 and len(rows) == 40
     assert sorted(chosen) == sorted(keys)[:7] and chosen == [key for key in keys if key in chosen]
-    assert all(repr(row) == repr(rows[keys.index(row["row_key"])]) for row in all_rows(limited))
-    assert [row["row_key"] for row in all_rows(rows.limit(None))] == keys
+    assert all(repr(row) == repr(rows[keys.index(row["row_key"])]) for row in limited)
+    assert [row["row_key"] for row in rows.limit(None)] == keys
+
+
+# The sampler: every sequence once an epoch, the same for any split of the work, and no cost or change on resume
+
+
+def slow_oracle(
+    num_rows: int, batch: int, accumulation: int, rank: int, world: int, seed: int, num_steps: int
+) -> list[list[tuple[int, int]]]:
+    """Deal out one sequence at a time, as the contract says it."""
+    per_step = batch * accumulation * world
+    micro_batches = []
+    epoch, queue = -1, []
+    for _ in range(num_steps):
+        if not queue:
+            epoch += 1
+            queue = epoch_order(num_rows, seed, epoch).tolist()
+            queue += [EMPTY_ROW] * (-num_rows % per_step)
+        step: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for j in range(per_step):
+            step.setdefault((j // (world * batch), (j // batch) % world), []).append((epoch, queue.pop(0)))
+        micro_batches += [step[micro_batch, rank] for micro_batch in range(accumulation)]
+    return micro_batches
+
+
+sizes = st.integers(1, 5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 23), sizes, sizes, sizes, st.integers(1, 7), st.integers(0, 9), st.data())
+def test_the_batches_are_those_of_a_slow_dealer(num_rows, batch, accumulation, world, num_steps, seed, data):
+    rank = data.draw(st.integers(0, world - 1))
+    start = data.draw(st.integers(0, num_steps))
+    sampler = StepBatchSampler(num_rows, batch, accumulation, rank, world, seed, start, num_steps)
+    expected = slow_oracle(num_rows, batch, accumulation, rank, world, seed, num_steps)
+    assert list(sampler) == list(sampler) == expected[start * accumulation :]
+
+
+def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else():
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    orders = {tuple(epoch_order(50, seed, epoch).tolist()) for seed in range(4) for epoch in range(4)}
+    assert len(orders) == 16 and torch.equal(torch.get_rng_state(), state)
+    # Seeds that agree in their low 32 bits, which are all that torch keeps of one.
+    assert epoch_order(50, 0, 0).tolist() != epoch_order(50, 2**32, 0).tolist()
+    assert epoch_order(8, 0, 0).tolist() == [3, 7, 4, 6, 5, 1, 0, 2], "the same in every release"
+
+
+def test_resuming_late_costs_one_permutation_and_without_num_steps_it_is_one_epoch():
+    assert len(list(StepBatchSampler(1000, batch_size=4, seed=3, start_step=10**9 + 7, num_steps=10**9 + 8))) == 1
+    assert len(list(StepBatchSampler(7, batch_size=2))) == 4
+
+
+def test_every_block_that_comes_again_is_mixed_in_a_way_of_its_own():
+    sampler = StepBatchSampler(64, batch_size=1, num_steps=128, reuse=2, block_steps=16)
+    blocks = [[index for ((_, index),) in list(sampler)[first : first + 16]] for first in range(0, 128, 16)]
+    mixes = {tuple(first.index(row) for row in again) for first, again in zip(blocks[::2], blocks[1::2], strict=True)}
+    assert len(mixes) == 4

@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from peagle_train import cli
+from peagle_train.cli import main
 from peagle_train.files import lock, partial_path
 from peagle_train.regenerate import Prompt, is_loop, read_prompts
 from tests.chat_fake import MODEL, FakeServer, Reply, completion, echo, serving
@@ -26,10 +26,6 @@ from tests.helpers import ENVIRONMENT
 from tests.tiny_chat import END, TURN, make_chat_target
 
 FINE = completion("fine")
-
-
-def main(arguments: list[str]) -> int:
-    return cli.main(["regenerate", *arguments])
 
 
 def user(text: str, role: str = "user") -> dict[str, str]:
@@ -55,7 +51,8 @@ def report_of(out: Path) -> dict[str, Any]:
 
 
 def command(server: FakeServer, prompts: Path, out: Path, *more: str) -> list[str]:
-    return [str(prompts), "--out", str(out), "--base-url", server.url, "--model", MODEL, "--retries", "1", *more]
+    more = ("--base-url", server.url, "--model", MODEL, "--retries", "1", *more)
+    return ["regenerate", str(prompts), "--out", str(out), *more]
 
 
 def asked(server: FakeServer) -> list[list[str]]:
@@ -243,7 +240,7 @@ def test_a_run_that_is_killed_or_interrupted_ends_at_once_resumes_and_has_each_p
         return echo(body)
 
     server.respond = stop
-    line = [sys.executable, "-m", "peagle_train", "regenerate", *run]
+    line = [sys.executable, "-m", "peagle_train", *run]
     heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background ignores it
     process = subprocess.Popen(line, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, preexec_fn=heeding)
     last = process.communicate(timeout=120)[1].splitlines()[-1]
@@ -328,7 +325,7 @@ def folder(tmp_path_factory):
 
 
 def local(folder: Path, prompts: Path, out: Path, *more: str) -> list[str]:
-    return [str(prompts), "--out", str(out), "--target", str(folder), "--dtype", "float64", *more]
+    return ["regenerate", str(prompts), "--out", str(out), "--target", str(folder), "--dtype", "float64", *more]
 
 
 LONG = "w2 w3 w4 w5 w6 w7 w8 w9 w10 w11 w12"

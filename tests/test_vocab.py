@@ -58,9 +58,6 @@ def test_a_target_without_a_tokenizer_is_nothing_to_warn_of_and_one_that_is_brok
     assert load_tokenizer(str(folder), False) is None and "no usable tokenizer" in caplog.text
 
 
-# What ends an answer.
-
-
 def test_end_tokens_of_configs_tokenizer_and_chat_template_are_always_drafted(tmp_path):
     """Each from its own place: 3 of the config, 4 and 5 of the generation config, <end> of the chats."""
     target = FrozenTarget.load(str(make_chat_target(tmp_path / "target")), dtype="float64", layer_ids=[0, 1, 2])
