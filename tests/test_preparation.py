@@ -308,9 +308,6 @@ def test_limit_takes_a_fixed_sample_in_order_and_shares_the_tokens():
     assert [row["row_key"] for row in rows.limit(None)] == keys
 
 
-# The sampler: every sequence once an epoch, the same for any split of the work, and no cost or change on resume
-
-
 def slow_oracle(
     num_rows: int, batch: int, accumulation: int, rank: int, world: int, seed: int, num_steps: int
 ) -> list[list[tuple[int, int]]]:
