@@ -308,6 +308,8 @@ class Local:
             raise ValueError(f"target {path} has no tokenizer with a chat template: give an instruction-tuned one")
         text_config = model.config.get_text_config()
         self.end_ids = eos_token_ids(text_config, model.generation_config, tokenizer)
+        if not self.end_ids:
+            raise ValueError("the target names no end token (eos_token_id), so its answers would never end")
         self.context = getattr(text_config, "max_position_embeddings", None) or ENDLESS
         self.settings = settings = settings.leaving_room(self.context)
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size

@@ -66,6 +66,7 @@ BAD_CHATS = {
         answered(content=[{"type": "image_url", "image_url": "x"}]),
         answered(thinking=7),
         answered(reasoning_content="Because", thinking="Or not"),
+        {**answered(), "tools": [1]},
         answered(tool_calls={"a": 1}),
         answered(tool_calls=[{"function": {"arguments": {}}}]),
         answered(tool_calls=[{"function": {"name": "f", "arguments": "{"}}]),

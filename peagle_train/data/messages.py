@@ -123,6 +123,8 @@ def messages_of(row: dict[str, Any], to_ask: bool = False) -> Conversation:
         raise BadRow(NOTHING, f"none of {len(messages)} messages is the assistant's, of weight 1, after the prompt")
     kwargs = _typed(row.get("chat_template_kwargs") or {}, dict, "chat_template_kwargs")
     tools = _typed(_parsed(row.get("tools") or [], "tools"), list, "tools")
+    for tool in tools:
+        _typed(tool, dict, "one of the tools")
     return Conversation(messages, learned, kwargs, tools or None)
 
 
