@@ -92,7 +92,7 @@ def test_folders_that_hold_no_target_are_refused_in_one_line(tiny_target, tmp_pa
     weights = (tiny_target / "model.safetensors").read_bytes()
     mine.mkdir()
     for name, content, message in (
-        ("README.md", b"", r"no config\.json"),
+        ("README.md", b"", "is not a folder of a Hugging Face model"),
         ("config.json", (other / "config.json").read_bytes(), "no file named model.safetensors"),
         ("model.safetensors", weights[: len(weights) // 2], "cannot be loaded"),
         ("model.safetensors", weights, "do not fit its config"),
