@@ -106,8 +106,8 @@ def agree(values: dict[str, Any]) -> None:
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
     """The processes of a machine run what is inside one after the other; all ranks enter and leave together."""
-    own, turns = int(os.environ.get("LOCAL_RANK", "0")), max(from_all(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    for turn in range(turns):
+    own = int(os.environ.get("LOCAL_RANK", "0"))
+    for turn in range(1 + max(from_all(own))):  # LOCAL_WORLD_SIZE is torchrun's alone
         if turn == own:
             yield
         wait_for_all()
