@@ -157,7 +157,9 @@ def _prompt(raw: RawExample, taken: Container[str]) -> Prompt:
         raise BadRow("no question", "it has no messages, conversations, turns or prompt that ask anything")
     line = raw.name.rpartition(":")[2]
     id = str(next((row[key] for key in ID_KEYS if row.get(key) is not None), line))
-    return Prompt(f"{id} (line {line})" if id in taken else id, tuple(turns))
+    while id in taken:  # also where a row has such an id of its own
+        id += f" (line {line})"
+    return Prompt(id, tuple(turns))
 
 
 def fault(answer: Answer, keep_truncated: bool = False) -> str | None:

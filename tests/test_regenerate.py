@@ -73,11 +73,12 @@ def test_every_form_of_a_row_gives_its_questions(tmp_path):
         ({"conversations": shared, "system": "be brief"}, "1", ((SYSTEM, user("a")),)),
     ):
         assert read_prompts(str(write_lines(tmp_path / "p.jsonl", row))) == [Prompt(*expected)]
-    rows = [{"prompt": "a", "id": 1}, {"prompt": "c", "id": 1}]
+    rows = [{"prompt": "a", "id": id} for id in ("1 (line 3)", 1, 1)]
     (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(write_lines(tmp_path / "p.jsonl", *rows).read_bytes()))
     (tmp_path / "p.json").write_text(json.dumps(rows))
     for name in ("p.jsonl.gz", "p.json"):
-        assert [prompt.id for prompt in read_prompts(str(tmp_path / name))] == ["1", "1 (line 2)"]
+        ids = [prompt.id for prompt in read_prompts(str(tmp_path / name))]
+        assert ids == ["1 (line 3)", "1", "1 (line 3) (line 3)"]
 
 
 def test_rows_that_cannot_be_asked_are_counted_by_reason_or_refused(tmp_path):
