@@ -34,17 +34,17 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=f"peagle-train {name}", description=details, formatter_class=how)
         self.given = given
 
-    def read(self, started: bool = False) -> argparse.Namespace:
-        """The arguments; `recipe` is read, with its overrides. `started`: see `with_start`."""
+    def read(self, started: bool = False, for_data: bool = False) -> argparse.Namespace:
+        """The arguments; `recipe` is read, with its overrides. `started`, `for_data`: see `with_start`."""
         o = self.parse_intermixed_args(self.given)
         if getattr(o, "recipe", None):
             from peagle_train.config import load_recipe
 
             o.recipe = load_recipe(o.recipe, o.overrides)
-            if started:
+            if started or for_data:
                 from peagle_train.serving.start import with_start
 
-                o.recipe = with_start(o.recipe)
+                o.recipe = with_start(o.recipe, for_data)
         return o
 
     def error(self, message: str) -> NoReturn:
@@ -170,7 +170,7 @@ def _prepare(add: Add, read: Read) -> None:
     _add_recipe(add)
     add("--out", metavar="DIR", help="the folder to make (default: the recipe's data.prepared)")
     add("--workers", type=COUNT, metavar="N", help="processes that tokenize (default: all cores)")
-    o = read(started=True)
+    o = read(for_data=True)
     from peagle_train.config import as_override
     from peagle_train.data.training_data import prepare_recipe
 
@@ -189,7 +189,7 @@ def _check_data(add: Add, read: Read) -> None:
     """
     _add_recipe(add)
     add("--workers", type=COUNT, metavar="N", help="processes that tokenize (default: all cores)")
-    o = read(started=True)
+    o = read(for_data=True)
     from peagle_train.data.training_data import check_data
 
     check_data(o.recipe, o.workers or cores())

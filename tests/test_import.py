@@ -85,6 +85,8 @@ def test_data_is_prepared_with_the_mask_token_that_the_drafter_brings(tmp_path, 
     assert command("prepare", recipe, *given, "--out", prepared) == 0
     index = json.loads((prepared / "index.json").read_text())
     assert index["settings"]["draft.mask_token_id"] == MASK
+    there = "draft.init_from=/nowhere", f"draft.mask_token_id={MASK}"  # where data is prepared it need not be
+    assert command("prepare", recipe, *there, "--out", prepared) == 0 == command("check-data", recipe, *there)
 
 
 @pytest.mark.parametrize("features", ["computed", "cached"])
