@@ -142,7 +142,7 @@ class ChatEncoder:
 
     def __init__(self, tokenizer: Any, text: str | None = None, template_kwargs: dict[str, Any] | None = None) -> None:
         if not getattr(tokenizer, "is_fast", False):
-            raise ValueError("chats take a fast tokenizer: target.path has no tokenizer.json")
+            raise ValueError("chats take a fast tokenizer: target.path has no usable tokenizer.json")
         self._text, self._kwargs = text, template_kwargs or {}
         self._tokenizer = copy.deepcopy(tokenizer)
         # Post-processors add special tokens, which templates write themselves, and cut the space off a token's offsets.
