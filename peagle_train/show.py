@@ -258,15 +258,17 @@ def visible_elements(batch: dict[str, Tensor], window: int | None = None) -> tup
     """Of a batch of one sequence: its elements' anchors, depths and segments, int64 [N], and who sees whom, bool [N, N]
     (queries, keys).
     """
-    is_real = batch["depth"][0] >= 0
-    if not 0 < (count := int(is_real.sum())) <= MAX_ELEMENTS:
+    real = (batch["depth"][0] >= 0).nonzero().flatten()
+    if not 0 < (count := real.numel()) <= MAX_ELEMENTS:
         what = f"the sequence has {count} elements; a picture shows 1 to {MAX_ELEMENTS}"
         raise ValueError(f"{what}: change data.max_length, as in data.max_length=64")
-    num_depths, slots = batch["supervised_per_depth"].shape[1], is_real.numel()
+    num_depths, by_element = batch["supervised_per_depth"].shape[1], ("anchor", "depth", "supervised", "segment_ids")
+    # without padding, of which a long data.max_length has far more than fits into a table of pairs
+    batch = batch | {name: batch[name][:, real] for name in by_element}
     # no order is assumed: any slot may hold a depth-0 element or a deeper one
-    visibility = visibility_of(gather_elements(batch, slice(None), 0, window), num_depths, M=slots, first_rollout=0)
-    anchor_N, depth_N, segment_N = (batch[name][0, is_real] for name in ("anchor", "depth", "segment_ids"))
-    return anchor_N, depth_N, segment_N, visibility.dense()[0][is_real][:, is_real]
+    visibility = visibility_of(gather_elements(batch, slice(None), 0, window), num_depths, M=count, first_rollout=0)
+    anchor_N, depth_N, segment_N = (batch[name][0] for name in ("anchor", "depth", "segment_ids"))
+    return anchor_N, depth_N, segment_N, visibility.dense()[0]
 
 
 def write_picture(recipe: Recipe, number: int, out: Path) -> str:

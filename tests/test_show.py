@@ -83,6 +83,11 @@ def test_the_picture_shows_what_the_oracle_sees(S, documents, window):
     assert segment_N.tolist() == sorted(segment_N.tolist())
 
 
+def test_a_picture_of_a_short_sequence_takes_no_table_of_all_slots_of_a_long_one():
+    batch = make_batch(make_rows(37), 2**18, 1)  # whose pairs would take terabytes
+    assert torch.equal(visible_elements(batch)[3], visible_elements(make_batch(make_rows(37), 37, 1))[3])
+
+
 def test_a_picture_is_drawn_of_a_sequence_and_mistakes_are_one_line(tmp_path, recipe, capsys):
     pytest.importorskip("matplotlib")
     out = tmp_path / "new" / "batch.png"
