@@ -381,8 +381,10 @@ def plan_table(recipe: Recipe, on: str | None = None) -> tuple[str, bool]:
     rows.append(["peak", *(f"{p.peak / GIB:.2f}" for p in plans)])
     lines = [f"planned, not measured: {device}", aligned(rows, right=True)]
     room = f"{device.budget / GIB:.1f} GiB less {margin:.0%}"
-    if fitting := choose_segments(sizes):
-        lines.append(f"cod.num_segments=auto would be {fitting.num_segments}: the fewest that fit into {room}")
+    auto = choose_segments(sizes)
+    if fitting := auto or choose_segments(sizes, numbers):  # the recipe's own may be more than auto tries
+        which = f"cod.num_segments={'auto would be ' if auto else ''}{fitting.num_segments}"
+        lines.append(f"{which}: the fewest that fit into {room}")
     else:
         lines.append(f"no number of segments up to {plans[-1].num_segments} fits into {room}: {advice(sizes)}")
     return "\n".join(lines), fitting is not None

@@ -146,6 +146,13 @@ def test_a_plan_needs_no_data_no_weights_and_no_output(tmp_path, tiny_target, ti
     assert "0..5" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_plan_fits_with_the_recipes_own_number_of_segments_where_that_is_more_than_auto_tries(tmp_path, tiny):
+    recipe = load_recipe(tiny(tmp_path, data={"max_length": 8192}, cod={"num_segments": 256}))
+    gib = plan_memory(read_sizes(recipe, parse_device("cpu:1")), 256).peak / 2**30 / 0.9 + 1e-6
+    table, fits = planning.plan_table(recipe, f"cpu:{gib}")
+    assert fits and "cod.num_segments=256: the fewest that fit" in table
+
+
 def test_the_plan_has_a_mask_of_tokens_by_tokens_where_the_target_makes_one(tmp_path, tiny):
     L = 65536
     target = make_target(tmp_path / "target", max_position_embeddings=L)
