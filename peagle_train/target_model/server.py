@@ -149,7 +149,7 @@ class ServedTarget(AbsentTarget):
             reply = server.client.completions.create(model=server.model, prompt=ids, **greedy, extra_body=more)
         except server.openai.OpenAIError as error:
             code = getattr(error, "status_code", 500)
-            if code < 500 and code != 429:
+            if code < 500 and code not in (408, 429):  # 408: a proxy before it
                 raise ValueError(f"target.server {server.url} refuses {len(ids)} tokens: {one_line(error)}") from None
             raise OSError(one_line(error)) from None
         path = states_path(reply)
