@@ -53,7 +53,9 @@ peagle-train cache "${recipe[@]}"
 
 step train
 resume_or_clear "$OUTPUT/drafter" "$@"
-launch --num_cpu_threads_per_process "$OMP_NUM_THREADS" -m peagle_train "${recipe[@]}" ${resume[@]+"${resume[@]}"}
+if ! is_finished "$OUTPUT/drafter" || [ ! -e "$OUTPUT/drafter/final" ]; then # --resume of another recipe's run is refused
+    launch --num_cpu_threads_per_process "$OMP_NUM_THREADS" -m peagle_train "${recipe[@]}" ${resume[@]+"${resume[@]}"}
+fi
 
 step measure
 peagle-train evaluate "$OUTPUT/drafter/final" --prompts "$OUTPUT/questions.jsonl" --limit "${PEAGLE_QUESTIONS:-20}" --max-tokens 64
