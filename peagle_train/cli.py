@@ -484,7 +484,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     def work() -> int | None:
         if not (first in COMMANDS or first.startswith("-") or _is_trains(first) or os.path.exists(first)):
-            raise ValueError(f"no command or recipe is called {first!a}; there are {', '.join(COMMANDS)}")
+            names = ", ".join([*COMMANDS, *shipped_recipes()])
+            raise ValueError(f"no command or recipe is called {first!a}; there are {names}")
         logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
         parser = Parser(name, _close_resume(rest) if name == "train" else rest)
         return COMMANDS[name](parser.add_argument, parser.read)

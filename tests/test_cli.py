@@ -81,6 +81,7 @@ def test_a_command_that_is_interrupted_says_one_line_and_exits_with_130(monkeypa
 
 WRONG = {
     "plann x.yaml": "no command or recipe is called 'plann'; there are train, plan, ",
+    "quikstart": ", recipes, gpt_oss_20b_8k, llama31_8b_8k, quickstart, ",
     "prepare quickstart --workers 0": "--workers: got 0",
     "evaluate x --prompts stdlib --temperature nan": "--temperature: got nan",
     "train": "required: recipe",
