@@ -67,7 +67,7 @@ def main() -> None:
     add("--batch-size", type=at_least_one, default=64, help="pieces at a time (default %(default)s)")
     add("--seed", type=int, default=0, help="decides the places (default %(default)s)")
     options = parser.parse_intermixed_args()
-    recipe = with_start(load_recipe(options.recipe, options.overrides))
+    recipe = with_start(load_recipe(options.recipe, options.overrides), for_data=True)
     prompt_tokens = options.prompt_tokens
     if recipe.data.eval_sources:
         raise ValueError("data.eval_sources hold out what is not known here: remove them, or give data.eval_fraction")
