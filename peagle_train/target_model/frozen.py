@@ -153,7 +153,7 @@ class FrozenTarget(TargetBase):
         model: Any = loading.load_model(path, loading.resolve_dtype(dtype, device), **how)
         # A sharded one moves to the device a layer at a time.
         target = cls(model if shard or "where" in how else model.to(device), layer_ids, chunk_tokens)
-        if target.way.apart:
+        if target.way.apart and "where" not in how:  # else it does not run
             logger.warning("target %s knows no packed documents: it is given one at a time", type(model).__name__)
         if shard:
             target._shard(device)
