@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
         self.given = given
 
     def read(self, started: bool = False, for_data: bool = False) -> argparse.Namespace:
-        """The arguments; `recipe` is read, with its overrides. `started`, `for_data`: see `with_start`."""
+        """The arguments; `recipe` is read, with its overrides. `started`: and `with_start`; `for_data`: see there."""
         o = self.parse_intermixed_args(self.given)
         if getattr(o, "recipe", None):
             from peagle_train.config import load_recipe

@@ -59,7 +59,7 @@ class Passes:
     """`CODCollator`'s, on the drafter's device."""
     target: TargetOutputs
     given_plan: InitVar[Plan | None]
-    """`plan_segments` of the batch while it was still on the host; None computes it here."""
+    """A step's `plan`: `plan_segments` of the batch while it was still on the host; None computes it here."""
     loss: Loss
     chunk_rows: int
     """Both as in `chunked_linear_loss`."""

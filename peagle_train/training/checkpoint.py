@@ -205,10 +205,11 @@ class Checkpoint(NamedTuple):
 
 
 def open_resume(recipe: Recipe, given: str) -> Checkpoint | str:
-    """The checkpoint to resume from, or what to print because the run has finished. Changes nothing.
+    """The checkpoint to resume from, or what to print because the run has finished. Changes nothing that a run wrote.
 
     `given`: "" or output.dir for the newest checkpoint there, or a checkpoint's folder. ValueError: there is
-    nothing to resume from, it is damaged, or the recipe differs where it must not. OSError: a folder cannot be read.
+    nothing to resume from, it is damaged, in use or after the last step, or the recipe differs where it must not. OSError:
+    a folder cannot be read.
     """
     output, chosen = Path(recipe.output.dir), Path(given).expanduser()
     marker, complete = dict[str, Any](), list_checkpoints(output)
