@@ -230,11 +230,14 @@ def test_a_run_that_is_killed_or_interrupted_ends_at_once_resumes_and_has_each_p
 ):
     """Although other answers are still out, which nobody will read."""
     out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    begun = partial_path(out)
     run, count = command(server, questions, out, "--concurrency", "3"), iter(range(1, 1000))
 
     def stop(body: dict[str, Any]) -> Reply:
         number = next(count)
-        if number == 7:
+        if number == 7:  # of three threads one has begun its second chat of two turns: its first one gets written
+            while not begun.stat().st_size:
+                pass
             process.send_signal(sent)
         if number >= 7:
             process.wait()
@@ -247,7 +250,6 @@ def test_a_run_that_is_killed_or_interrupted_ends_at_once_resumes_and_has_each_p
     last = process.communicate(timeout=120)[1].splitlines()[-1]
     assert process.returncode == code and not out.exists()
     assert code < 0 or "regenerate: stopped" in last
-    begun = partial_path(out)
     kept = [json.loads(line)["id"] for line in begun.read_text().splitlines()]
     begun.write_bytes(begun.read_bytes() + b'{"id": "q6", "messa')  # as if killed while writing
     server.respond = echo
