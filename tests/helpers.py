@@ -192,7 +192,7 @@ def make_package(folder: Path, package: str, file: str, content: bytes) -> None:
     info = folder / f"{package.replace('-', '_')}-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-    (info / "RECORD").write_text(f"{file},,\n")
+    (info / "RECORD").write_text(f"{file.split('/')[0]}/__init__.py,,\n{file},,\n")
     (folder / file).parent.mkdir(parents=True)
     (folder / file).write_bytes(content)
     (folder / file.split("/")[0] / "__init__.py").write_text("raise RuntimeError('imported')")

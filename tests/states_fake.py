@@ -18,7 +18,8 @@ from tests.tiny_chat import END, make_tokenizer
 class States:
     """`respond` of a `FakeServer`, in the target's own numbers, in float64.
 
-    `faults`: what goes wrong with the next requests, in order: down, busy, gone (404), no lock, other ids, a layer less.
+    `faults`: what goes wrong with the next requests, in order: down, busy, timeout, gone (404), no lock, other ids, a layer
+    less.
     """
 
     def __init__(self, target: Path, folder: Path, name: str = "layers-2-3-4") -> None:
@@ -36,7 +37,7 @@ class States:
             ids = body["prompt"]
             self.prompts.append(ids)
             fault = self.faults.pop(0) if self.faults else "down" if self.down else ""
-            if status := {"down": 500, "busy": 429, "gone": 404}.get(fault):
+            if status := {"down": 500, "busy": 429, "timeout": 408, "gone": 404}.get(fault):
                 return status, b"{}"
             path = self.folder / f"{next(self._numbers)}.safetensors"
             if fault != "no lock":

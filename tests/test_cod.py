@@ -35,8 +35,11 @@ def test_draws_their_segments_and_the_generators_state_after_them_are_the_refere
 
 
 def test_4096_supervised_rows_give_the_published_numbers_of_elements_by_default():
-    _, depth = generate_cod_sample_indices(4096, torch.ones(4096), generator=seeded(0))
+    anchor, depth = generate_cod_sample_indices(4096, torch.ones(4096), generator=seeded(0))
     assert torch.bincount(depth).tolist() == [4096, 2866, 2006, 1403, 982, 818, 818, 817]
+    # As many anchors as there are is no limit, and draws nothing.
+    limited = generate_cod_sample_indices(4096, torch.ones(4096), generator=seeded(0), max_anchors=4096)
+    assert torch.equal(limited[0], anchor)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from peagle_train.target_model.cache import write_cache
 from peagle_train.target_model.frozen import FrozenTarget
 from tests.helpers import command
 from tests.runs import last_error, same_tensors
-from tests.test_check_drafter import set_config, set_masks
+from tests.test_check_drafter import set_config, set_masks, set_tensors
 from tests.test_generate import tiny_draft
 from tests.tiny import MASK, VOCAB, make_target, write_recipe
 
@@ -139,6 +139,13 @@ def test_what_does_not_fit_is_refused_by_name_before_any_training(tmp_path, tiny
     source = drafter(tmp_path / "in", **changes)
     assert start(tmp_path, tiny_target, tiny_rows, source, *overrides) == 2
     assert re.search(message, last_error(capsys)) and not (tmp_path / "run" / "final").exists()
+
+
+def test_a_drafter_of_another_width_cannot_take_what_it_lacks_from_the_target(tmp_path, tiny_target, tiny_rows, capsys):
+    source = drafter(tmp_path / "in", hidden_size=8)
+    set_tensors(source, lm_head__weight=None)
+    assert start(tmp_path, tiny_target, tiny_rows, source) == 2
+    assert "has no lm_head.weight, and the target's does not fit width 8" in last_error(capsys)
 
 
 # New ones, for a loop of one's own

@@ -118,7 +118,8 @@ def test_the_fewest_segments_that_fit_are_chosen_and_ranks_take_the_number_of_th
 def test_a_control_group_may_allow_less_than_the_machine_has(tmp_path, monkeypatch):
     everything = cores()
     monkeypatch.setattr("peagle_train.machine.CGROUP", tmp_path)
-    for quota, expected in (("max 100000", everything), ("150000 100000", min(2, everything)), ("50000 100000", 1)):
+    none, most = ("max 100000", everything), (f"{everything}50000 100000", everything)
+    for quota, expected in (none, most, ("150000 100000", min(2, everything)), ("50000 100000", 1)):
         (tmp_path / "cpu.max").write_text(quota)
         assert cores() == expected
     for name, count in (("memory.max", 2000), ("memory.current", 500)):
@@ -277,7 +278,8 @@ def test_planned_flops_of_matrices_are_those_that_torch_counts(mode, S):
     counts = counter.get_flop_counts()["Global"]
     counted = sum(counts.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
     planned, _ = draft_flops(sizes_of_bench(bench, n, mode), S)
-    assert planned == pytest.approx(counted, rel=0.07)  # a layer's last matrix is not computed again
+    # A layer's last matrix is not computed again.
+    assert planned == pytest.approx(counted, rel=0.07 if mode == "checkpoint" else 0.02)
 
 
 def test_a_machine_is_split_where_both_sides_are_equally_fast(tmp_path):
@@ -296,7 +298,8 @@ def test_a_machine_is_split_where_both_sides_are_equally_fast(tmp_path):
     assert found and "1 server + 7" not in text
     assert float(found[1].replace(",", "")) == pytest.approx(pace, abs=8 * reuse)
     assert float(found[2]) == pytest.approx(5e8 / pace / 3600, abs=0.06)
-    assert "too little memory" in text  # beside the whole target
+    beside = re.search(r"8 with the target beside the drafter: too little memory +([\d,]+) ", text)
+    assert beside and float(beside[1].replace(",", "")) == pytest.approx(8 / (1 / serve + 1 / train), abs=8)
 
 
 def test_the_command_plans_a_machine_of_gpus(tmp_path, capsys):
@@ -304,6 +307,9 @@ def test_the_command_plans_a_machine_of_gpus(tmp_path, capsys):
     words = ["plan", str(RECIPE), f"target.path={tmp_path}"]
     assert main([*words, "--gpu", "h200", "--gpus", "8"]) == 0
     both = capsys.readouterr().out
+    # The target may have GPUs of its own.
+    assert main([*words, "--gpu", "a100", "--gpus", "8", "target.dtype=float32"]) == 0
+    assert "no number of segments" in capsys.readouterr().out
     assert "8 processes, 139.0 GiB of CUDA memory each" in both and "8 h200" in both and "8 training from it" in both
     assert main([*words, "--gpu", "h100", "target.server=http://localhost:8000"]) == 0  # one has nothing to share out
     alone = capsys.readouterr().out

@@ -18,7 +18,13 @@ from peagle_train.config import Recipe, load_recipe
 from peagle_train.data import packing
 from peagle_train.data.encode import Encoder
 from peagle_train.data.packing import EMPTY_ROW, PackedRows, TrainingData, held_out_documents
-from peagle_train.data.training_data import StepBatchSampler, epoch_order, load_training_data, prepare_recipe
+from peagle_train.data.training_data import (
+    StepBatchSampler,
+    encoder_of,
+    epoch_order,
+    load_training_data,
+    prepare_recipe,
+)
 from tests import oracles
 from tests.chats import chat
 from tests.documents import BYTES_VOCAB, TOKENIZER, Document, make_byte_target, pack_documents, write_lines
@@ -151,6 +157,12 @@ def test_a_finished_folder_is_checked_and_refused_when_its_sources_have_changed(
     capsys.readouterr()
     assert_same(first, prepare_recipe(recipe, tmp_path / "p"))
     assert "is finished: checking it" in capsys.readouterr().out
+    tokens = tmp_path / "p" / "sources-ids.bin"
+    written = tokens.read_bytes()
+    tokens.write_bytes(bytes([written[0] ^ 1]) + written[1:])
+    with pytest.raises(ValueError, match=r"sources-ids\.bin is gone or changed"):
+        prepare_recipe(recipe, tmp_path / "p")
+    tokens.write_bytes(written)
     (tmp_path / "ids.json").write_text('{"input_ids": [1, 2]}\n')
     with pytest.raises(ValueError, match="was made with names and sizes of the sources"):
         prepare_recipe(recipe, tmp_path / "p")
@@ -166,6 +178,7 @@ def test_a_preparation_that_ends_early_leaves_nothing_and_the_next_one_starts_ov
         with pytest.raises(ValueError, match=expected):
             prepare_recipe(load_recipe(folder.parent / "recipe.yaml", overrides), tmp_path / "p")
     assert list(tmp_path.iterdir()) == []
+    encoder_of(load_recipe(folder.parent / "recipe.yaml", ["draft.draft_vocab_size=300"]))  # all of it
     (tmp_path / ".p.partial").mkdir()  # what kill -9 would leave
     (tmp_path / ".p.partial" / "sources-ids.bin").write_bytes(b"half")
     prepare_recipe(recipe, tmp_path / "p")

@@ -68,7 +68,7 @@ def test_every_form_of_a_row_gives_its_questions(tmp_path):
     for row, *expected in (
         ({"prompt": "a"}, "1", ((user("a"),),)),
         ({"prompt": [SYSTEM, user("a")], "id": 0}, "0", ((SYSTEM, user("a")),)),
-        ({"question_id": 81, "turns": ["a", "b"]}, "81", ((user("a"),), (user("b"),))),
+        ({"question_id": 81, "turns": ["a", "b"], "prompt": "c"}, "81", ((user("a"),), (user("b"),))),
         ({"messages": [SYSTEM, user("a"), assistant(""), user("c")]}, "1", ((SYSTEM, user("a")), (user("c"),))),
         ({"conversations": shared, "system": "be brief"}, "1", ((SYSTEM, user("a")),)),
     ):

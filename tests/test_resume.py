@@ -58,7 +58,10 @@ def test_a_run_continues_from_any_of_its_checkpoints_wherever_they_lie(tmp_path,
     run(recipe, "--resume")
     assert_same_run(tmp_path / "a" / "run", begun.whole)
     capsys.readouterr()
-    run(recipe, "--resume", str(tmp_path / "a" / "run" / "checkpoint-2"))
+    given = tmp_path / "a" / "run" / "checkpoint-2"
+    written = given.stat().st_ino
+    run(recipe, "--resume", str(given))
+    assert given.stat().st_ino == written, "it is not written again"
     printed = capsys.readouterr().out
     assert "continuing after step 2" in printed and "later steps (4, 5, 6, 8) were removed" in printed
     assert_same_run(tmp_path / "a" / "run", begun.whole)

@@ -9,14 +9,17 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-from unittest.mock import create_autospec
+from unittest.mock import Mock, create_autospec
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peagle_train.config import load_recipe
+from peagle_train.core.passes import TargetOutputs
 from peagle_train.data.packing import EMPTY_ROW
 from peagle_train.data.training_data import StepBatchSampler
 from peagle_train.files import put_tensors
@@ -113,6 +116,30 @@ def test_training_with_it_is_training_without_bit_for_bit_and_the_target_runs_on
     run(recipe_in(tmp_path / "anew", tiny_target, rows), *more)
     assert features.call_count == weight * 2 * len(LENGTHS) + 2 * evaluations
     assert_same_run(tmp_path / "ring" / "run", tmp_path / "anew" / "run")
+
+
+def test_its_target_is_told_of_each_sequence_that_comes_and_is_not_there_and_is_asked_for_that_one(tmp_path):
+    def batch_of(*keys: int) -> dict[str, torch.Tensor]:
+        ids = torch.tensor([[key, key, 0] for key in keys])
+        return {"row_key": torch.tensor(keys), "input_ids": ids, "document_ids": (ids > 0).long() - 1}
+
+    def outputs(row: dict[str, torch.Tensor], head: torch.Tensor) -> TargetOutputs:
+        asked.append(row)
+        values = row["input_ids"][..., None].float() * torch.ones(2)
+        return TargetOutputs(values, values + 1, head)
+
+    head, ahead, asked = torch.zeros(5, 2), list[Any](), list[Any]()
+    target = Mock(hidden_size=2, layer_ids=[0], dtype=torch.float32, outputs=outputs)
+    recipe: Any = SimpleNamespace(output=SimpleNamespace(dir=tmp_path), target=SimpleNamespace(ring_dir=None))
+    ring, batches = Ring(recipe, target, 0, 1), [batch_of(1, 2), batch_of(2, 0, 3), batch_of(1, 4)]
+    for number, told in enumerate(([1, 2, 3, 4], [3, 4], [4])):
+        ring.expect(batches[number:])
+        ahead += target.expect.call_args.args[0]
+        assert [int(row["row_key"]) for row in target.expect.call_args.args[0]] == told
+        found = ring.outputs(batches[number], head)
+        assert torch.equal(found.features[..., 0], batches[number]["input_ids"].float())
+    assert [int(row["row_key"]) for row in asked] == [1, 2, 3, 4]
+    assert all(any(row is each for each in ahead) for row in asked) and len({*map(id, ahead)}) == 4
 
 
 def test_a_cache_of_a_recipe_with_a_ring_says_how_to_train_without_one(tmp_path, tiny_target, rows):

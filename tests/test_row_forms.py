@@ -160,6 +160,11 @@ def test_check_data_counts_all_that_is_bad_and_ends_with_2_where_a_run_would_sto
     for allowed, cause in (("0", "2 bad rows, but data.max_bad_rows is 0"), ("2", "nothing to learn from")):
         assert main(["check-data", str(recipe), "--workers", "1", f"data.max_bad_rows={allowed}"]) == 2
         assert cause in capsys.readouterr().err
+    good = write_lines(tmp_path / "good.jsonl", {"text": "good"})
+    for role, other in (("sources", "eval_sources"), ("eval_sources", "sources")):
+        given = f"data.{role}=[{path}]", f"data.{other}=[{good}]"
+        assert main(["check-data", str(recipe), "--workers", "1", *given]) == 2
+        assert f"data.{role}: 2 bad rows" in capsys.readouterr().err
 
 
 def test_a_text_file_that_is_not_utf8_is_a_bad_row_whatever_its_folder_is_called(tmp_path):
@@ -314,6 +319,8 @@ def test_globs_folders_and_files_may_be_mixed_and_order_and_names_are_those_of_p
     assert report.notes == {"files of other types skipped": 2, "duplicate documents skipped": 3}
     monkeypatch.setenv("HOME", str(tmp_path))
     assert names(load("~/src")[0]) == names(documents)[1:]
+    weighed = Data([{"path": "notes.md", "weight": 2.5}, {"path": "src/sub.jsonl", "weight": 0.5}])
+    assert [raw.weight for raw in read_examples(find_all(weighed)["sources"].files)] == [2.5, 0.5, 0.5]
 
 
 def test_what_is_left_out_is_counted_by_patterns_below_the_source_and_types_and_content(tmp_path):

@@ -77,7 +77,7 @@ def test_a_server_lost_during_an_evaluation_leaves_a_checkpoint_from_which_the_r
 def test_patience_begins_with_the_first_failure_and_a_restarted_servers_empty_folder_is_one(served, monkeypatch):
     target, patient = served.target(server_patience=0), served.target(server_patience=1000)
     head, wait = target.head_rows(torch.arange(5)), threading.Event.wait
-    for fault in ("down", "busy", "no lock"):
+    for fault in ("down", "busy", "timeout", "no lock"):
         served.states.faults = [fault]
         target.outputs(batch_of(7), head)
     with monkeypatch.context() as patch:  # as long as it has patience it waits, here a moment, and asks again
@@ -90,6 +90,9 @@ def test_patience_begins_with_the_first_failure_and_a_restarted_servers_empty_fo
             broken.models = served.server.models
             served.target(server=[served.url, broken.url]).outputs(batch_of(7, 9, 11), head)
             assert broken.requests
+            broken.models = [{"id": MODEL, "max_model_len": 99}]  # either may be asked for any sequence
+            with pytest.raises(ValueError, match="takes 33 tokens"):
+                served.target(33, server=[broken.url, served.url])
     for fault in ("gone", "other ids", "a layer less"):  # in the middle of a run, which is saved
         served.states.faults = [fault]
         with pytest.raises(TargetLost):

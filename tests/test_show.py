@@ -94,8 +94,9 @@ def test_a_picture_is_drawn_of_a_sequence_and_mistakes_are_one_line(tmp_path, re
     assert command("show-batch", recipe, "--out", out) == 0
     assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size < 150 * 1024
     tiny_draft(sliding_window=5).save_pretrained(tmp_path / "drafter")
-    assert command("show-batch", recipe, "--out", out, f"draft.init_from={tmp_path / 'drafter'}") == 0
-    assert "S = 3, window 5" in capsys.readouterr().out
+    for *more, window in ([5], ["draft.window=9", 9]):  # the recipe's own before the drafter's
+        assert command("show-batch", recipe, "--out", out, f"draft.init_from={tmp_path / 'drafter'}", *more) == 0
+        assert f"S = 3, window {window}" in capsys.readouterr().out
     for tool, *more, message in (
         ("show-row", "--row", "-1", "give 0 to 0"),
         ("show-batch", "--row", "1", "give 0 to 0"),
