@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -272,10 +272,15 @@ def put_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
 # One process at a time.
 
 
-def lock(file: int | IO[Any], where: str, doing: str, how: Callable[[Any, int], object] = fcntl.flock) -> None:
-    """Lock an open file or folder until it is closed; ValueError if another process is `doing` something there."""
+def lock(descriptor: int, where: str, doing: str, posix: int | None = None) -> None:
+    """Lock an open file or folder until it is closed; ValueError if another process is `doing` something there. By flock,
+    or, with `posix`, a command of `os.lockf`.
+    """
     try:
-        how(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if posix is None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            os.lockf(descriptor, posix, 0)
     except (BlockingIOError, PermissionError):  # POSIX has either
         raise ValueError(f"{where} is in use: another process is {doing} there; wait, or give another path") from None
     except OSError as error:  # some network file systems lock nothing

@@ -376,7 +376,7 @@ def regenerate(name_or_path: str, limit: int | None, out: Path, backend: Servers
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("a+b") as file:
-        lock(file, f"--out {out}", "writing")
+        lock(file.fileno(), f"--out {out}", "writing")
         write_json(report_path, {"settings": record})
         file.seek(0)
         *whole, rest = file.read().split(b"\n")

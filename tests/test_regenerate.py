@@ -297,7 +297,7 @@ def test_a_run_without_one_usable_answer_is_an_error_and_another_command_may_fol
     server.respond, other = echo, command(server, questions, out, "--max-tokens", "9")
     report = report_of(out)
     with partial_path(out).open("ab") as file:
-        lock(file, "it", "writing")
+        lock(file.fileno(), "it", "writing")
         assert main(other) == 2 and "another process is writing there" in capsys.readouterr().err
     assert report_of(out) == report and main(other) == 0
 

@@ -13,7 +13,6 @@ A folder gets its name once everything in it is on disk, so a checkpoint with a 
 Nothing is ever unpickled. The main process alone writes; every rank reads.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -64,11 +63,13 @@ def check_output(folder: Path) -> None:
         raise ValueError(f"output.dir {folder} is not empty: resume the run in it (--resume), or give another folder")
 
 
-def lock_output(folder: Path, how: Callable[[Any, int], object] = fcntl.lockf) -> IO[str]:
-    """Keep other processes out of the folder until the returned file is closed; ValueError if one is in it."""
+def lock_output(folder: Path, command: int = os.F_TLOCK) -> IO[str]:
+    """Keep other processes out of the folder until the returned file is closed, or only test (F_TEST) whether one is in it;
+    ValueError if one is.
+    """
     file = (folder / ".lock").open("a+")
     # POSIX's, not flock: loader processes inherit a flock, and keep it for seconds after their run was killed.
-    lock(file, f"output.dir {folder}", "training", how)
+    lock(file.fileno(), f"output.dir {folder}", "training", command)
     return file
 
 
@@ -231,7 +232,7 @@ def open_resume(recipe: Recipe, given: str) -> Checkpoint | str:
     else:
         folder = complete[0]
     # By every rank, before any of them loads the target: a test alone, so that they do not keep each other out.
-    lock_output(output, lambda file, _: os.lockf(file.fileno(), os.F_TEST, 0)).close()
+    lock_output(output, os.F_TEST).close()
     try:
         verify_checkpoint(folder)
     except ValueError as error:
