@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from peagle_train.core.passes import Passes, TargetOutputs, visibility_of
+from peagle_train.core.passes import Passes, TargetOutputs, plan_of, visibility_of
 from peagle_train.decoding.generate import CachedTarget, Drafter, decode, greedy_tokens, sampler
 from peagle_train.target_model.frozen import FrozenTarget
 from tests.helpers import make_batch, make_draft, seeded
@@ -19,7 +19,7 @@ def trained_logits(draft: Any, row: dict[str, Any], target: TargetOutputs, K: in
     """Logits of every element of the flat training pass, by (anchor, depth)."""
     L = len(row["input_ids"])
     batch = make_batch([row], L, 1, K, down_sample_ratio=1.0)
-    passes = Passes(draft, batch, target, None, "kl", 384, 1.0)
+    passes = Passes(draft, batch, target, plan_of(batch, draft), "kl", 384, 1.0)
     segment = passes.plan.segments[0]
     own = passes.own(segment)
     visibility = visibility_of(own, K, M=segment.num_depth0, first_rollout=segment.first_rollout)

@@ -6,7 +6,7 @@ elements, P: context positions, T: the target's hidden size, V: draft vocabulary
 """
 
 from collections.abc import Callable
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -58,27 +58,24 @@ class Passes:
     batch: dict[str, Tensor]
     """`CODCollator`'s, on the drafter's device."""
     target: TargetOutputs
-    given_plan: InitVar[Plan | None]
-    """A step's `plan`: `plan_segments` of the batch while it was still on the host; None computes it here."""
+    plan: Plan
+    """Of this batch."""
     loss: Loss
     chunk_rows: int
     """Both as in `chunked_linear_loss`."""
     depth_decay: float
     """g: an element's loss is multiplied by g**depth."""
 
-    def __post_init__(self, given_plan: Plan | None) -> None:
-        draft, batch = self.draft, self.batch
-        self.window, layers = draft.config.sliding_window, draft.config.num_hidden_layers
-        static = isinstance(draft, CompiledDraft)
-        self.plan = plan = given_plan or plan_segments(batch, static, window=self.window, layers=layers)
-        assert plan.window == self.window, "the plan is of another drafter"
+    def __post_init__(self) -> None:
+        self.window = self.draft.config.sliding_window
+        assert self.plan.window == self.window, "the plan is of another drafter"
         self._check_inputs()
-        self.device = batch["anchor"].device
-        wide = torch.promote_types(draft.dtype, torch.float32)
+        self.device = self.batch["anchor"].device
+        wide = torch.promote_types(self.draft.dtype, torch.float32)
         self.stats = StepStats(
             torch.zeros((), dtype=wide, device=self.device),
-            torch.zeros(plan.num_depths, dtype=torch.int64, device=self.device),
-            plan.supervised_per_depth,
+            torch.zeros(self.plan.num_depths, dtype=torch.int64, device=self.device),
+            self.plan.supervised_per_depth,
         )
 
     def _check_inputs(self) -> None:
@@ -214,6 +211,12 @@ def visibility_of(
     )
 
 
+def plan_of(batch: dict[str, Tensor], draft: PEagleDraft | CompiledDraft) -> Plan:
+    """The `plan_segments` that a drafter's step needs."""
+    static, config = isinstance(draft, CompiledDraft), draft.config
+    return plan_segments(batch, static, window=config.sliding_window, layers=config.num_hidden_layers)
+
+
 def recompute_step(
     draft: PEagleDraft | CompiledDraft,
     batch: dict[str, Tensor],
@@ -233,12 +236,13 @@ def recompute_step(
     flat pass. Arguments and errors as in `Passes`, and:
 
     Args:
+        plan: `plan_segments` of the batch while it was still on the host; None computes it here.
         scale: multiplies the loss before backward: one over the optimizer step's supervised elements.
         backward: called with each segment's scaled loss; None evaluates only.
         min_passes: run at least this many, the surplus on padding (sharded ranks must agree on the number).
     """
-    passes = Passes(draft, batch, target, plan, loss, chunk_rows, depth_decay)
-    plan, segments = passes.plan, passes.plan.learning
+    plan = plan or plan_of(batch, draft)
+    passes, segments = Passes(draft, batch, target, plan, loss, chunk_rows, depth_decay), plan.learning
     for segment in segments:
         own = elements = passes.own(segment)
         first, end, P = plan.context(segment.context_end, segment.reads_from, draft.config.num_hidden_layers)

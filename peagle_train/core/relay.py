@@ -24,7 +24,7 @@ from peagle_train.core.compiled import CompiledDraft
 from peagle_train.core.draft import KV, PEagleDraft
 from peagle_train.core.elements import Elements
 from peagle_train.core.loss import Loss
-from peagle_train.core.passes import Passes, StepStats, TargetOutputs, visibility_of
+from peagle_train.core.passes import Passes, StepStats, TargetOutputs, plan_of, visibility_of
 from peagle_train.core.plan import Context, Plan
 from peagle_train.core.visibility import GRID
 
@@ -149,8 +149,8 @@ def relay_step(
             at least, the surplus on padding. Segments then take part in all layers and in the loss even where they have
             nothing to learn, so that every parameter gets a gradient in every pass.
     """
+    plan, buffers = plan or plan_of(batch, draft), buffers or RelayBuffers()
     passes = Passes(draft, batch, target, plan, loss, chunk_rows, depth_decay)
-    plan, buffers = passes.plan, buffers or RelayBuffers()
     segments = plan.learning if backward is None else plan.segments
     contexts = [plan.context(s.context_end, s.reads_from) for s in segments]
     buffers.first = None
