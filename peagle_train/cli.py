@@ -22,7 +22,7 @@ from peagle_train.files import run_tool
 from peagle_train.machine import GPUS, cores
 
 Add = Callable[..., Any]
-Read = Callable[..., argparse.Namespace]
+Read = Callable[[], argparse.Namespace]
 """An argparse parser's `add_argument`, and what parses: each command gets the two."""
 
 
@@ -34,17 +34,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=f"peagle-train {name}", description=details, formatter_class=how)
         self.given = given
 
-    def read(self, started: bool = False, for_data: bool = False) -> argparse.Namespace:
-        """The arguments; `recipe` is read, with its overrides. `started`: and `with_start`; `for_data`: see there."""
+    def read(self) -> argparse.Namespace:
+        """The arguments; `recipe` is read, with its overrides."""
         o = self.parse_intermixed_args(self.given)
         if getattr(o, "recipe", None):
             from peagle_train.config import load_recipe
 
             o.recipe = load_recipe(o.recipe, o.overrides)
-            if started or for_data:
-                from peagle_train.serving.start import with_start
-
-                o.recipe = with_start(o.recipe, for_data)
         return o
 
     def error(self, message: str) -> NoReturn:
@@ -170,14 +166,16 @@ def _prepare(add: Add, read: Read) -> None:
     _add_recipe(add)
     add("--out", metavar="DIR", help="the folder to make (default: the recipe's data.prepared)")
     add("--workers", type=COUNT, metavar="N", help="processes that tokenize (default: all cores)")
-    o = read(for_data=True)
+    o = read()
     from peagle_train.config import as_override
     from peagle_train.data.training_data import prepare_recipe
+    from peagle_train.serving.start import with_start
 
     out = o.out or o.recipe.data.prepared
     if out is None:
         raise ValueError("no folder given: --out DIR, or data.prepared in the recipe")
-    made = prepare_recipe(o.recipe, Path(out).expanduser(), num_workers=o.workers or cores())
+    recipe = with_start(o.recipe, for_data=True)
+    made = prepare_recipe(recipe, Path(out).expanduser(), num_workers=o.workers or cores())
     print("\n".join(made.lines))
     print(f"prepared: {out}: give {as_override('data.prepared', out)} to train on it")
 
@@ -189,10 +187,11 @@ def _check_data(add: Add, read: Read) -> None:
     """
     _add_recipe(add)
     add("--workers", type=COUNT, metavar="N", help="processes that tokenize (default: all cores)")
-    o = read(for_data=True)
+    o = read()
     from peagle_train.data.training_data import check_data
+    from peagle_train.serving.start import with_start
 
-    check_data(o.recipe, o.workers or cores())
+    check_data(with_start(o.recipe, for_data=True), o.workers or cores())
 
 
 def _cache(add: Add, read: Read) -> None:
@@ -208,7 +207,8 @@ def _cache(add: Add, read: Read) -> None:
     add("--out", metavar="DIR", help="where to write; default: the recipe's target.cache")
     add("--speculators", metavar="DIR", help="take hs_*.safetensors that speculators left here; the target is not run")
     add("--verify", type=Path, metavar="DIR", help="compare a cache's files with their checksums, and stop")
-    o = read(started=True)
+    o = read()
+    from peagle_train.serving.start import with_start
     from peagle_train.target_model.cache import verify_cache, write_cache
 
     if o.verify:
@@ -216,7 +216,7 @@ def _cache(add: Add, read: Read) -> None:
         return
     if not o.recipe:
         raise ValueError("no recipe given: `peagle-train cache RECIPE --out DIR`")
-    print(write_cache(o.recipe, o.out or o.recipe.target.cache, o.speculators), end="")
+    print(write_cache(with_start(o.recipe), o.out or o.recipe.target.cache, o.speculators), end="")
 
 
 def _serve_target(add: Add, read: Read) -> None:
@@ -417,10 +417,11 @@ def _show_row(add: Add, read: Read) -> None:
     _add_recipe(add)
     add("--row", type=int, default=0, metavar="N", help="which sequence, from 0 (default 0)")
     add("--elements", action="store_true", help="what elements read and predict, too")
-    o = read(started=True)
+    o = read()
+    from peagle_train.serving.start import with_start
     from peagle_train.show import show_sequence
 
-    print(show_sequence(o.recipe, o.row, o.elements))
+    print(show_sequence(with_start(o.recipe), o.row, o.elements))
 
 
 def _show_batch(add: Add, read: Read) -> None:
@@ -434,10 +435,11 @@ def _show_batch(add: Add, read: Read) -> None:
     _add_recipe(add)
     add("--row", type=int, default=0, metavar="N", help="which sequence, from 0 (default 0)")
     add("--out", type=Path, default=Path("batch.png"), metavar="FILE.png", help="default batch.png")
-    o = read(started=True)
+    o = read()
+    from peagle_train.serving.start import with_start
     from peagle_train.show import write_picture
 
-    print(f"{o.out}: {write_picture(o.recipe, o.row, o.out)}")
+    print(f"{o.out}: {write_picture(with_start(o.recipe), o.row, o.out)}")
 
 
 def _recipes(add: Add, read: Read) -> None:

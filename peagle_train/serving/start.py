@@ -68,8 +68,8 @@ def read_start(recipe: Recipe, target: TargetBase) -> tuple[DrafterFiles | None,
 
 def with_start(recipe: Recipe, for_data: bool = False) -> Recipe:
     """The recipe with the mask token and the window of the drafter that it starts from, of which config.json alone is read:
-    they decide which data is bad, which features are kept and which elements see each other. `for_data`: it is not read
-    where the recipe has a mask token, and need not be on this machine.
+    they decide which data is bad, which features are kept and which elements see each other. `for_data`: the mask token
+    is enough; where the recipe has one, nothing is read, and the drafter need not be on this machine.
     """
     draft = recipe.draft
     if draft.init_from is None or (for_data and draft.mask_token_id is not None):
