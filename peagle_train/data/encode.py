@@ -58,7 +58,8 @@ class Encoder(Dataset[list[tuple[RawExample, Encoded]] | ValueError]):
     tokenizer: Any  # may be None if all examples are ids
     vocab_size: int  # ids are in 0..vocab_size - 1
     mask_token_id: int = -1  # which no example may hold; -1: no such id
-    num_workers: int = 0  # processes, with a bar; 1: this one; 0: this one, without a bar
+    num_workers: int = 1  # processes; 1: this one
+    progress: bool = False  # show a bar
 
     @cached_property
     def chat(self) -> ChatEncoder:
@@ -75,7 +76,7 @@ class Encoder(Dataset[list[tuple[RawExample, Encoded]] | ValueError]):
             how |= {"sampler": batches, "num_workers": self.num_workers}  # the sampler's items go to `__getitem__`
             encoded = DataLoader(self, generator=torch.Generator(), **how)
         pace = 0.1 if sys.stderr.isatty() else 60.0
-        with tqdm(unit=" examples", unit_scale=True, mininterval=pace, disable=self.num_workers == 0) as bar:
+        with tqdm(unit=" examples", unit_scale=True, mininterval=pace, disable=not self.progress) as bar:
             for batch in encoded:
                 if isinstance(batch, ValueError):
                     raise batch

@@ -58,7 +58,7 @@ def load_training_data(encoder: Encoder, say: Callable[[str], object] = print) -
     return made._replace(eval_rows=eval_rows)
 
 
-def encoder_of(recipe: Recipe, vocab_size: int | None = None, num_workers: int = 0) -> Encoder:
+def encoder_of(recipe: Recipe, vocab_size: int | None = None, num_workers: int = 1, progress: bool = False) -> Encoder:
     """The recipe's encoder; `vocab_size` is the target's (None: what its config.json says). ValueError: a mistake."""
     path, trusted = recipe.target.path, recipe.target.trust_remote_code
     tokenizer = load_tokenizer(path, trusted)
@@ -66,7 +66,7 @@ def encoder_of(recipe: Recipe, vocab_size: int | None = None, num_workers: int =
     if (drafted := recipe.draft.draft_vocab_size or 1) > size:
         raise ValueError(f"draft.draft_vocab_size is {drafted}; the target's vocabulary has {size}")
     mask_token_id = choose_mask_token(recipe.draft, tokenizer, size)
-    return Encoder(recipe.data, tokenizer, size, mask_token_id, num_workers)
+    return Encoder(recipe.data, tokenizer, size, mask_token_id, num_workers, progress)
 
 
 def make_collator(recipe: Recipe, seed: int, device: torch.device | None = None) -> CODCollator:
@@ -157,7 +157,7 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> Tensor:
 
 def prepare_recipe(recipe: Recipe, folder: Path, num_workers: int = 1) -> TrainingData:
     """Make the folder that `data.prepared` may name, or check it; returns what training reads. ValueError: a mistake."""
-    data, encoder = recipe.data, encoder_of(recipe, num_workers=num_workers)
+    data, encoder = recipe.data, encoder_of(recipe, num_workers=num_workers, progress=True)
     settings, found = settings_of(encoder), find_all(data)
     names = {
         role: [(f.name, f.format, 0 if f.format == "hub" else os.path.getsize(f.path)) for f in report.files]
@@ -189,7 +189,7 @@ def prepare_recipe(recipe: Recipe, folder: Path, num_workers: int = 1) -> Traini
 
 def check_data(recipe: Recipe, num_workers: int) -> None:
     """Read everything and print what cannot be used, by reason, with the first of each. ValueError: a run would stop."""
-    encoder, found = encoder_of(recipe, num_workers=num_workers), find_all(recipe.data)
+    encoder, found = encoder_of(recipe, num_workers=num_workers, progress=True), find_all(recipe.data)
     for role, report in found.items():
         for _ in read_documents(report, encoder, stops=False):
             pass
