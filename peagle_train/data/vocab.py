@@ -23,7 +23,7 @@ def load_tokenizer(path: str, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        if [*Path(path).glob("*token*")]:  # else nothing is wrong: prepared ids, say, need none
+        if any(Path(path).glob("*token*")):  # else nothing is wrong: prepared ids, say, need none
             logger.warning("target %s has no usable tokenizer (%s)", path, one_line(error, 200))
         return None
 

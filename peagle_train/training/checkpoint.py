@@ -58,7 +58,7 @@ def check_output(folder: Path) -> None:
     """ValueError unless a new run can have the output folder, OSError if it cannot be read."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise ValueError(f"output.dir {folder} cannot be made or written: {there} is no folder, or none of yours")
+        raise ValueError(f"output.dir {folder} cannot be made or written: {there} is no folder that you can write to")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"output.dir {folder} is not empty: resume the run in it (--resume), or give another folder")
 
@@ -241,7 +241,8 @@ def open_resume(recipe: Recipe, given: str) -> Checkpoint | str:
         raise ValueError(f"--resume: {error}: {way_out}") from None
     state = json.loads((folder / "state.json").read_bytes())
     check_recipe(state["recipe"], asdict(recipe), folder.name)
-    check_steps(folder, recipe.train.max_steps or step_of(folder))
+    if recipe.train.max_steps is not None:  # else the data say how many, and are not read yet
+        check_steps(folder, recipe.train.max_steps)
     return Checkpoint(folder, state)
 
 
@@ -262,7 +263,8 @@ def check_recipe(old: dict[str, Any], new: dict[str, Any], name: str) -> None:
             if f"{section}.{leaf}" not in MAY_CHANGE and before != value:
                 refused.append(f"{section}.{leaf} {json.dumps(before)} -> {json.dumps(value)}")
         for leaf, before in old.get(section, {}).items():
-            if before not in GONE.get(f"{section}.{leaf}", ([before], ""))[0]:
+            gone = GONE.get(f"{section}.{leaf}")
+            if gone and before not in gone[0]:
                 refused.append(f"{section}.{leaf} {json.dumps(before)}, which is gone")
     if refused:
         what = f"{name} was trained with other settings: {', '.join(refused)}"
