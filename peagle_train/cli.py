@@ -113,15 +113,15 @@ def _train(add: Add, read: Read) -> None:
             print(summary)
 
 
-def _is_trains(word: str) -> bool:
-    """Whether a word is `train`'s recipe or an override, by its look."""
+def _is_for_train(word: str) -> bool:
+    """Whether a word looks like a recipe or an override, which `train` takes."""
     return "=" in word or word.endswith((".yaml", ".yml")) or word in shipped_recipes()
 
 
 def _close_resume(words: list[str]) -> list[str]:
     """`--resume` followed by a recipe or an override has no DIR: argparse would take either for one."""
     for i, (option, after) in enumerate(pairwise(words)):
-        if option == "--resume" and _is_trains(after) and not os.path.isdir(after):
+        if option == "--resume" and _is_for_train(after) and not os.path.isdir(after):
             return [*words[:i], "--resume=", *words[i + 1 :]]
     return words
 
@@ -485,7 +485,7 @@ def main(arguments: list[str] | None = None) -> int:
     name, *rest = given if first in COMMANDS else ("train", *given)
 
     def work() -> int | None:
-        if not (first in COMMANDS or first.startswith("-") or _is_trains(first) or os.path.exists(first)):
+        if not (first in COMMANDS or first.startswith("-") or _is_for_train(first) or os.path.exists(first)):
             names = ", ".join([*COMMANDS, *shipped_recipes()])
             raise ValueError(f"no command or recipe is called {first!a}; there are {names}")
         logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")

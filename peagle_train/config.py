@@ -342,7 +342,7 @@ class Data:
     extensions: Extensions = field(default_factory=lambda: [".py", ".txt", ".md", ".jsonl", ".parquet", ".arrow"])
     """Which files of folders are read: .jsonl, .json, .parquet and .arrow as examples, anything else as text."""
     exclude: list[Text] = field(default_factory=list)
-    """fnmatch patterns; a file is skipped whose path below its source, the source's name before it or not, matches one."""
+    """fnmatch patterns of files to skip, on a file's path below its source, with or without the source's name before it."""
     eval_sources: Sources = field(default_factory=list)
     """Documents to evaluate on, named as in `sources` (but weights are 1). Given, eval_fraction is not used."""
     eval_fraction: Share = 0.02

@@ -48,7 +48,7 @@ def aligned(rows: Sequence[Sequence[str]], right: bool = False) -> str:
 
 
 def told(error: Exception) -> str:
-    """The line about a user's mistake or a full disk; anything else, as an OSError that names no file, is raised again."""
+    """The line about a user's mistake or a full disk. Anything else is raised again, such as an OSError without a file."""
     if isinstance(error, ValueError):
         return one_line(error)
     if not isinstance(error, OSError):
@@ -149,7 +149,7 @@ def leave_to_parent(worker_id: int) -> None:
 
 # Whole or not at all: written beside its place, synced, renamed to it.
 
-UMASK = os.umask(0)  # read once, as that sets it, for all threads
+UMASK = os.umask(0)  # it can only be read by setting it, for all threads: done once, before there are any
 os.umask(UMASK)
 
 

@@ -274,7 +274,9 @@ class Servers:
         return Answer(message.content or "", reply.choices[0].finish_reason, reasoning, states)
 
     def _keep(self, reply: Any) -> Path:
-        """Keep ids and hidden states, as `SpeculatorsFiles` reads them. RunStopped: none come. ValueError: unfit ones."""
+        """Keep ids and hidden states, as `SpeculatorsFiles` reads them. RunStopped: they cannot be read or written.
+        ValueError: there are none, they are of other layers than the folder's, or the answer's tokens are wrong.
+        """
         path = states_path(reply)
         if path is None:
             raise ValueError(f"--features: the server gives no hidden states: {REMEDY}")
@@ -330,7 +332,9 @@ class Local:
             yield from converse(batch, self.settings, self._answers)
 
     def _answers(self, asks: Sequence[Ask]) -> list[Answer]:
-        """An answer to each; B that template and context take are generated together, with prompts padded to P tokens."""
+        """An answer to each, "refused" where the template or the context does not take it. The others, B of them, are
+        generated together, with prompts padded to P tokens.
+        """
         answers, prompts = dict[int, Answer](), dict[int, list[int]]()
         how, most, device = self.settings.template_kwargs, self.settings.max_tokens, self.model.device
         for at, (messages, _) in enumerate(asks):

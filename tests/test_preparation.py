@@ -160,7 +160,7 @@ def test_a_finished_folder_is_checked_and_refused_when_its_sources_have_changed(
     tokens = tmp_path / "p" / "sources-ids.bin"
     written = tokens.read_bytes()
     tokens.write_bytes(bytes([written[0] ^ 1]) + written[1:])
-    with pytest.raises(ValueError, match=r"sources-ids\.bin is gone or changed"):
+    with pytest.raises(ValueError, match=r"sources-ids\.bin is missing or changed"):
         prepare_recipe(recipe, tmp_path / "p")
     tokens.write_bytes(written)
     (tmp_path / "ids.json").write_text('{"input_ids": [1, 2]}\n')

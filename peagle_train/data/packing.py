@@ -94,7 +94,9 @@ class PackedRows(Dataset[dict[str, Any]]):
         return hashlib.sha256(self.layout["row_keys"].astype("<i8").tobytes()).hexdigest()
 
     def limit(self, max_rows: int | None) -> "PackedRows":
-        """At most `max_rows` of these, in order, without a copy: of the lowest keys, as packing sorts them by length."""
+        """At most `max_rows` of these, in order, without a copy: those of the lowest keys, since the first ones are
+        no fair sample (packing sorts by length).
+        """
         chosen = np.sort(np.argsort(self.layout["row_keys"], kind="stable")[:max_rows])
         layout = {n: v[chosen] if n.startswith("row") else v for n, v in self.layout.items()}
         return PackedRows(self._store, layout)

@@ -232,7 +232,8 @@ def open_prepared(folder: Path, settings: dict[str, Any]) -> TrainingData:
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # one process of a machine is enough: if it fails, all end
         for name, written in index["files"].items():
             if not (folder / name).is_file() or sha256_of(folder / name) != written:
-                raise ValueError(f"data.prepared {folder}: {name} is gone or changed: remove the folder, prepare again")
+                remedy = "remove the folder and prepare it again"
+                raise ValueError(f"data.prepared {folder}: {name} is missing or changed: {remedy}")
     train, held_out = load_file(folder / TRAIN), load_file(folder / HELD_OUT)
     counts_V = torch.from_numpy(train.pop("counts_V"))
     eval_role = "eval_sources" if settings["data.eval_sources"] else "sources"

@@ -87,6 +87,7 @@ def shard_name(number: int) -> str:
 
 class StoredTarget(AbsentTarget):
     """A target that answers from `target.cache`, memory-mapped; with zeros where it has nothing, as for `train.probe`.
+
     ValueError: one line, for a folder that is no whole cache of this target in these settings.
     """
 
@@ -400,7 +401,8 @@ def _claim(folder: Path, index: dict[str, Any], size: int) -> str:
     gib = f"{size / 2**30:.2f} GiB, {there / 2**30:.2f} GiB there, {free / 2**30:.2f} GiB free"
     words = f"{index['tokens']} tokens in {index['shards']} shards: {gib}"
     if size - there > free:
-        raise ValueError(f"--out {folder} has too little room: {words}: give another disk or target.cache_dtype")
+        remedy = "give another disk, or a smaller target.cache_dtype"
+        raise ValueError(f"--out {folder} has too little room: {words}: {remedy}")
     if old is None:
         write_json(folder / INDEX, index)
     return words

@@ -28,7 +28,8 @@ LOGIT_CHANGES = "final_logit_softcapping logit_scale logits_scaling lm_head_mult
 def default_layer_ids(num_layers: int) -> list[int]:
     """(2, n // 2, n - 3), vLLM's default; (2, 3, 4) at n = 6, where that names a layer twice. ValueError below."""
     if num_layers < 6:
-        raise ValueError(f"{num_layers} layers are too few for the default feature layers: give target.layer_ids")
+        what = f"the target's {num_layers} layers are too few for the default feature layers"
+        raise ValueError(f"{what}: give target.layer_ids")
     return [2, num_layers // 2, max(num_layers - 3, num_layers // 2 + 1)]
 
 
@@ -127,7 +128,7 @@ def open_tensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is missing or damaged ({one_line(error, 200)}): remove and make it again") from None
+        raise ValueError(f"{path} is missing or damaged ({one_line(error, 200)}): fetch or make it again") from None
 
 
 def stored_tensors(folder: Path) -> dict[str, Any]:

@@ -220,9 +220,8 @@ def choose_way(name: str, features: Callable[..., tuple[Tensor, Tensor]], way: W
 
     expected = run(Way(apart=True), ids_n)
     if not all(bool(values.isfinite().all()) for both in expected for values in both):
-        raise ValueError(
-            f"target {name} gives features that are not finite: damaged weights, or target.dtype is narrow"
-        )
+        why = "its weights are damaged, or target.dtype is too narrow"
+        raise ValueError(f"target {name} gives features that are not finite: {why}")
 
     def error(way: Way) -> float:
         """How far packed documents are off what they give alone, or off themselves beside other documents.
