@@ -64,7 +64,9 @@ def number(low: float, high: float = math.inf, kind: type = int) -> Callable[[st
 
 
 def json_object(text: str) -> dict[str, Any]:
-    return dict(json.loads(text))
+    if isinstance(value := json.loads(text), dict):
+        return value
+    raise argparse.ArgumentTypeError("give a JSON object")  # dict() would take lists of pairs, and empty ones
 
 
 COUNT = number(1)

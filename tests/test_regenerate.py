@@ -305,7 +305,8 @@ def test_a_run_without_one_usable_answer_is_an_error_and_another_command_may_fol
 def test_mistakes_are_one_line_before_anything_is_asked(server, tmp_path, questions, out, capsys, monkeypatch):
     server.models[0]["max_model_len"] = 64
     for more, expected in (
-        ("--chat-template-kwargs [1]", "--chat-template-kwargs"),
+        ("--chat-template-kwargs {", "--chat-template-kwargs"),
+        ("--chat-template-kwargs []", "--chat-template-kwargs: give a JSON object"),
         ("--max-tokens 64", "takes 64"),
         ("--model huge", "no model 'huge'; it has tiny, other"),
         ("--base-url http://127.0.0.1:1/v1", "is the server up"),
