@@ -434,6 +434,7 @@ class Trainer:
         is after the run's last step.
         """
         folder, state = checkpoint
+        # A checkpoint of before says nothing of the mask token.
         if others := [what for what, now in self.must_match.items() if state["must_match"].get(what, now) != now]:
             remedy = (
                 "give the same data, target, draft and batch size x accumulation x processes, or another output.dir"
