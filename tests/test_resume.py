@@ -118,6 +118,9 @@ def test_a_finished_run_says_so_and_writes_nothing_and_a_named_checkpoint_trains
     assert str(output / "checkpoint-8") in printed
     run(recipe, "--resume", "train.learning_rate=1.0", code=2)
     assert "trained with other settings: train.learning_rate 0.01 -> 1.0" in last_error(capsys)
+    (output / "final" / "recipe.yaml").write_text("train: 3")
+    run(recipe, "--resume", code=2)
+    assert "train" in last_error(capsys)
     shutil.rmtree(output / "final")
     run(recipe, "--resume")
     assert_same_run(output, begun.whole)
@@ -129,7 +132,9 @@ def test_a_finished_run_says_so_and_writes_nothing_and_a_named_checkpoint_trains
 
 def test_what_is_no_run_is_one_line_and_a_complete_checkpoint_is_enough_without_the_marker(tmp_path, begun, capsys):
     recipe = begun.copy(tmp_path)
-    for marker in ("null", "[]", "3", '{"state": "finished"}', ""):  # the last as a disk may leave it
+    shutil.copytree(begun.whole / "final", tmp_path / "run" / "final")
+    halves = ['{"state": "finished"}', '{"drafter": "final"}', '{"drafter": 3}']
+    for marker in ("null", "[]", "3", *halves, ""):  # the last as a disk may leave it
         (tmp_path / "run" / "run.json").write_text(marker)
         assert open_resume(load_recipe(recipe), "").folder.name == "checkpoint-5"
     run(recipe, code=2)  # a plain start says that there is a run

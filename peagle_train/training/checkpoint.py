@@ -31,7 +31,7 @@ import transformers
 from torch import Tensor
 
 import peagle_train
-from peagle_train.config import GONE, Data, Recipe, read_yaml
+from peagle_train.config import GONE, Data, Recipe, load_recipe
 from peagle_train.files import lock, remove_tree, sha256_of, try_removing, write_bytes, write_folder
 
 logger = logging.getLogger(__name__)
@@ -213,19 +213,21 @@ def open_resume(recipe: Recipe, given: str) -> Checkpoint | str:
     a folder cannot be read.
     """
     output, chosen = Path(recipe.output.dir), Path(given).expanduser()
-    marker, complete = dict[str, Any](), list_checkpoints(output)
-    with suppress(FileNotFoundError, ValueError, TypeError):  # missing or damaged: a complete checkpoint is enough
-        marker = {"state": "started", "drafter": "final", **json.loads((output / MARKER).read_bytes())}
+    finished, complete = "", list_checkpoints(output)
+    with suppress(FileNotFoundError, ValueError, LookupError, TypeError):  # or damaged: a complete checkpoint is enough
+        marker = json.loads((output / MARKER).read_bytes())
+        if (output / marker["drafter"] / "model.safetensors").is_file():  # which a finished run's alone has
+            finished = describe_summary(marker, output)
     names = ", ".join(map(str, complete))
     if given and chosen.resolve() != output.resolve():
         folder = output / chosen.name
         if folder not in complete or chosen.resolve() != folder.resolve():  # either may be a link, to a bigger disk
             there, elsewhere = f"of output.dir {output} (there: {names or 'none'})", f"output.dir={chosen.parent}"
             raise ValueError(f"--resume {chosen}: give a checkpoint-<step> {there}; for one elsewhere, set {elsewhere}")
-    elif marker.get("state") == "finished" and (output / marker["drafter"] / "model.safetensors").is_file():
-        check_recipe(read_yaml(output / marker["drafter"] / "recipe.yaml"), asdict(recipe), str(output))
+    elif finished:
+        check_recipe(asdict(load_recipe(output / marker["drafter"] / "recipe.yaml")), asdict(recipe), str(output))
         more = f"\nto train for more steps: --resume CHECKPOINT (there: {names})" if names else ""
-        return f"{output} holds a finished run: nothing to do\n{describe_summary(marker, output)}{more}"
+        return f"{output} holds a finished run: nothing to do\n{finished}{more}"
     elif not complete:
         remedy = "start the run without --resume, in a new folder (train.save_steps makes checkpoints)"
         raise ValueError(f"--resume: output.dir {output} holds no complete checkpoint: {remedy}")
