@@ -165,7 +165,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_offered_by_nam
 
 
 def test_changes_of_the_recipe_that_would_make_it_another_run_are_refused_by_name(
-    tmp_path, begun, tiny_target, tiny_rows, capsys
+    tmp_path, begun, tiny_target, tiny_rows, capsys, monkeypatch
 ):
     recipe = begun.copy(tmp_path)
     before = contents(tmp_path / "run")
@@ -187,6 +187,11 @@ def test_changes_of_the_recipe_that_would_make_it_another_run_are_refused_by_nam
     ):
         run(recipe, "--resume", changed, code=2)
         assert named in last_error(capsys)
+    with monkeypatch.context() as patch:  # as where another tokenizer leaves another token free
+        make = build.make_draft
+        patch.setattr(build, "make_draft", lambda shaped, target, token, *more: make(shaped, target, token - 1, *more))
+        run(recipe, "--resume", code=2)
+        assert "trained with: mask token:" in last_error(capsys)
     assert contents(tmp_path / "run") == before
     moved, copy = tmp_path / "moved.jsonl", tmp_path / "copy"
     shutil.copy(tiny_rows, moved)
