@@ -96,3 +96,16 @@ def test_kernel_options_are_given_where_flexs_own_choice_fails_or_spills(
 ):
     options = kernel_options(queries, head_dim, itemsize, capability)
     assert options.keys() & {"BACKEND", "bwd_BLOCK_M1"} == given
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("step", [relay_step, recompute_step])
+def test_a_pass_has_all_its_tables_before_it_runs(monkeypatch, step, layers):
+    def attend(query, key, value, *_: Any, **__: Any) -> Any:
+        return query + 0 * (key.sum() + value.sum())
+
+    monkeypatch.setattr(attention, "uses_flex", lambda device: True)
+    monkeypatch.setattr(flex, "flex", attend)
+    monkeypatch.setattr(flex, "flex_tables", None)  # what attention would make them with; inside a graph they break it
+    batch = make_batch(make_rows(L), L, 3)
+    step(make_draft(num_hidden_layers=layers), batch, make_target(batch))
