@@ -10,7 +10,7 @@ from tokenizers.normalizers import NFC
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from peagle_train.data.chat import ChatEncoder
+from peagle_train.data.chat import ChatEncoder, read_template
 from peagle_train.data.messages import NOTHING, TEMPLATE, BadRow, messages_of
 from tests import chats
 from tests.chats import WORDS, chat, encode, encoder, make_tokenizer, marked_mask, readable, stock
@@ -189,6 +189,12 @@ def test_a_template_that_cannot_work_is_one_line_at_the_first_chat(template, opt
     with pytest.raises(ValueError) as error:
         ChatEncoder(make_tokenizer(), template, **options).encode(messages_of(SEA))
     assert message in str(error.value) and "\n" not in str(error.value) and not isinstance(error.value, BadRow)
+
+
+def test_an_empty_template_file_is_named(tmp_path):
+    (tmp_path / "own.jinja").write_text("\n")
+    with pytest.raises(ValueError, match=r"own\.jinja is empty"):
+        read_template(str(tmp_path / "own.jinja"))
 
 
 def test_chats_take_a_fast_tokenizer_which_stays_as_it_was():

@@ -217,8 +217,11 @@ class ChatEncoder:
 
 
 def read_template(path: str | None) -> str | None:
-    """The text of the file that data.chat_template names, None for none; ValueError if it cannot be read."""
+    """The text of the file that data.chat_template names, None for none; ValueError if it cannot be read or is empty."""
     try:
-        return None if path is None else Path(path).read_text(encoding="utf-8")
+        text = None if path is None else Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"data.chat_template: cannot read {path} ({error})") from None
+    if text is not None and not text.strip():
+        raise ValueError(f"data.chat_template: {path} is empty; give the template that your server uses")
+    return text
