@@ -223,6 +223,7 @@ def read_section(cls: type, name: str, values: Mapping[Any, Any]) -> Any:
             raise RecipeError(f"{key} is missing") from None
         words = dict.fromkeys(mistake["msg"] for mistake in error.errors() if mistake["loc"][0] == leaf)
         allowed = ", or ".join(words).replace("Value error, ", "").replace("Input should be", "it should be")
+        allowed = allowed.replace("a valid list", "a list, as in [a, b]")
         raise RecipeError(f"{key}: got {_show(first['input'])}; {allowed}") from None
     return cls(**{key: getattr(read, key) for key in read.model_fields_set})
 

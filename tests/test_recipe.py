@@ -89,6 +89,7 @@ WRONG = {
     "data.sources=[]": "give a non-empty list",
     "data.extensions=[py]": "got ['py'] (list); give a list such as [.py, .jsonl], with the dots",
     "target.layer_ids=[0, 1, true]": "got true (bool); it should be a valid integer",
+    "data.sources=a.jsonl": "it should be a list, as in [a, b]",
     "train.profile_steps=[0, 4]": "give the first and the last step",
     **{
         f"target.layer_ids={ids}": "give 1 to 8 strictly increasing integers >= 0"
